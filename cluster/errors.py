@@ -1,0 +1,100 @@
+"""The error tree: what the world does to a request, each with its HTTP status and OpenAI error type.
+
+Raised by every room, carried across processes as plain fields, and rendered by the router. `ValueError` stays the answer to what
+a person wrote wrong through the Python API; over HTTP the same mistake is a `RequestRejected`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TensorweaveError(Exception):
+    """Root of the tree. `message` is for the client: it names the cause and never carries prompt text."""
+
+    http_status: ClassVar[int] = 500
+    openai_type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def to_wire(self) -> dict[str, str | float | None]:
+        return {"code": self.code, "message": self.message, "param": self.param, "retry_after_s": self.retry_after_s}
+
+
+class RequestRejected(TensorweaveError, ValueError):
+    """The request itself is wrong; `param` names the field. Sending it again is no use."""
+
+    http_status, openai_type, code = 400, "invalid_request_error", "invalid_request"
+
+
+class ModelNotFound(RequestRejected):
+    http_status, openai_type, code = 404, "invalid_request_error", "model_not_found"
+
+
+class Overloaded(TensorweaveError):
+    """A bounded queue is full. `retry_after_s` says when to come back."""
+
+    http_status, openai_type, code = 429, "rate_limit_error", "overloaded"
+
+
+class NotReady(TensorweaveError):
+    """No gang can take the request now: starting, draining, or all lost."""
+
+    http_status, openai_type, code = 503, "server_error", "not_ready"
+
+
+class WorkerLost(TensorweaveError):
+    """The gang that ran the request died or hung."""
+
+    http_status, openai_type, code = 503, "server_error", "worker_lost"
+
+
+class TransferFailed(TensorweaveError):
+    """KV blocks did not arrive, or arrived wrong."""
+
+    http_status, openai_type, code = 502, "server_error", "transfer_failed"
+
+
+class RequestCancelled(TensorweaveError):
+    """The client went away or asked to stop."""
+
+    http_status, openai_type, code = 499, "invalid_request_error", "cancelled"
+
+
+class DeadlineExceeded(TensorweaveError):
+    """The request's own deadline passed."""
+
+    http_status, openai_type, code = 408, "timeout_error", "deadline_exceeded"
+
+
+_BY_CODE: dict[str, type[TensorweaveError]] = {
+    error.code: error
+    for error in (
+        TensorweaveError,
+        RequestRejected,
+        ModelNotFound,
+        Overloaded,
+        NotReady,
+        WorkerLost,
+        TransferFailed,
+        RequestCancelled,
+        DeadlineExceeded,
+    )
+}
+
+
+def error_from_wire(fields: dict[str, str | float | None]) -> TensorweaveError:
+    """Rebuild an error from `to_wire` fields; an unknown code becomes the root."""
+    cls = _BY_CODE.get(str(fields.get("code")), TensorweaveError)
+    retry = fields.get("retry_after_s")
+    param = fields.get("param")
+    return cls(
+        str(fields.get("message", "")),
+        param=None if param is None else str(param),
+        retry_after_s=None if retry is None else float(retry),
+    )

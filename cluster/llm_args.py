@@ -1,0 +1,137 @@
+"""`TorchLlmArgs`: the one place for engine knobs, and the strict pydantic base that every configuration model shares.
+
+The LLM class, YAML files and the command line all end here, and ranks receive exactly this. Unknown keys are refused with the nearest
+known name; there are no environment variables behind any knob.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticUndefined
+
+ApiStatus = Literal["prototype", "beta", "deprecated"]
+
+
+def Field(default: Any = PydanticUndefined, *, status: ApiStatus | None = None, **kwargs: Any) -> Any:
+    """pydantic's Field with an API status, kept in `json_schema_extra["status"]`; no status means committed."""
+    if status is not None:
+        kwargs["json_schema_extra"] = {**kwargs.get("json_schema_extra", {}), "status": status}
+    return pydantic.Field(default, **kwargs)
+
+
+class StrictBaseModel(BaseModel):
+    """Refuses unknown keys, and says which known one is nearest."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
+                    hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(cls.model_fields)}"
+                    raise ValueError(f"unknown key {key!r} in {cls.__name__}{hint}")
+        return data
+
+
+class KvCacheConfig(StrictBaseModel):
+    """Paged KV cache: how large it is and how its blocks are reused."""
+
+    enable_block_reuse: bool = Field(
+        True, status="beta", description="Keep the KV of finished prompts in a prefix tree and reuse it for requests that start alike."
+    )
+    enable_partial_reuse: bool = Field(True, status="beta", description="Also reuse the matching first part of a block, by copying it.")
+    max_tokens: int | None = Field(
+        None, status="beta", ge=1, description="Tokens that the cache holds. Default: what the memory fractions below give."
+    )
+    free_gpu_memory_fraction: float = Field(
+        0.9, status="beta", gt=0, le=1, description="Share of GPU memory left after the weights that the KV cache takes."
+    )
+    cpu_memory_fraction: float = Field(
+        0.1, status="prototype", gt=0, le=1, description="On a CPU: share of available memory that one rank's KV cache takes."
+    )
+    tokens_per_block: int = Field(32, status="beta", ge=1, description="Tokens per KV block, a power of two.")
+
+    @model_validator(mode="after")
+    def _check_power_of_two(self) -> Self:
+        if self.tokens_per_block & (self.tokens_per_block - 1):
+            raise ValueError(f"tokens_per_block is {self.tokens_per_block}, must be a power of two")
+        return self
+
+
+class SchedulerConfig(StrictBaseModel):
+    """Which requests run in a step."""
+
+    capacity_scheduler_policy: Literal["GUARANTEED_NO_EVICT", "MAX_UTILIZATION", "STATIC_BATCH"] = Field(
+        "GUARANTEED_NO_EVICT",
+        status="prototype",
+        description=(
+            "GUARANTEED_NO_EVICT reserves KV blocks to each request's last token; MAX_UTILIZATION admits what the next step needs and "
+            "preempts by recompute; STATIC_BATCH admits only when nothing runs."
+        ),
+    )
+    context_chunking_policy: Literal["FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS"] = Field(
+        "FIRST_COME_FIRST_SERVED", status="prototype", description="How a token budget is shared among prompts that do not all fit in a step."
+    )
+
+
+class TorchLlmArgs(StrictBaseModel):
+    """Every constructor argument of `LLM`. Fields without a status are committed."""
+
+    model: str | Path = Field(description="A Hugging Face model directory, a hub id, or an engine directory.")
+    tokenizer: Any = Field(None, description="Directory, hub id or tokenizer instance. Default: the model's own.")
+    tokenizer_mode: Literal["auto", "slow"] = Field("auto", description="'auto' prefers the fast tokenizer; 'slow' forces the Python one.")
+    skip_tokenizer_init: bool = Field(False, description="Load no tokenizer; prompts are token ids and outputs have no text.")
+    trust_remote_code: bool = Field(False, description="Allow a tokenizer's own code from its repository.")
+    tensor_parallel_size: int = Field(1, ge=1, description="Ranks that share each layer. Head counts that it does not divide are split unevenly.")
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        "auto", description="'auto': the checkpoint's; float32 on a CPU without fast bfloat16."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    tokenizer_revision: str | None = Field(None, description="Branch, tag or commit of a hub tokenizer.")
+    backend: Literal["tensorrt", "pytorch", "_autodeploy"] | None = Field(None, description="'pytorch' (the default) is our engine.")
+
+    kv_cache_config: KvCacheConfig = Field(default_factory=KvCacheConfig, status="beta", description="Paged KV cache.")
+    scheduler_config: SchedulerConfig = Field(default_factory=SchedulerConfig, status="prototype", description="Scheduling policies.")
+    max_batch_size: int = Field(256, status="beta", ge=1, description="Most requests in one step.")
+    max_num_tokens: int = Field(2048, status="beta", ge=1, description="Most tokens in one step, prompt chunks and decodes together.")
+    max_seq_len: int | None = Field(
+        None, status="beta", ge=2, description="Most tokens of a request, prompt and output. Default: the model's, within the KV cache's."
+    )
+    enable_chunked_prefill: bool = Field(True, status="beta", description="Split prompts over steps so that decodes never wait long.")
+    max_queued_requests: int = Field(
+        1024, status="beta", ge=1, description="Requests an executor holds, running and waiting; one more is answered 'overloaded'."
+    )
+    load_format: Literal["auto", "dummy"] = Field("auto", status="prototype", description="'dummy': random weights, for speed tests.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", status="prototype", description="'auto': cuda where there is a GPU.")
+    num_threads: int | None = Field(
+        None, status="prototype", ge=1, description="CPU threads of each rank. Default: the machine's cores over its ranks."
+    )
+    hang_timeout_s: float = Field(
+        8.0, status="beta", gt=0, description="A step loop that makes no progress for this long ends its gang (allow for the longest single step)."
+    )
+    iter_stats_max_iterations: int = Field(1000, status="prototype", ge=1, description="Steps whose statistics are kept for get_stats.")
+    scheduler: str | None = Field(
+        None, status="prototype", description="'package.module:Class' of your own scheduler; see docs/scheduler.md."
+    )
+    kv_cache_manager: str | None = Field(
+        None, status="prototype", description="'package.module:Class' of your own KV cache manager; see docs/kv_cache_manager.md."
+    )
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.backend == "tensorrt":
+            raise ValueError("backend 'tensorrt' is not part of tensorweave; use backend='pytorch' (the default)")
+        if self.backend == "_autodeploy":
+            raise ValueError("backend '_autodeploy' is not built yet; use backend='pytorch' (the default)")
+        return self
+
+
+LlmArgs = TorchLlmArgs

@@ -1,0 +1,223 @@
+"""The vocabulary that crosses processes: frozen types and their msgpack-ready forms.
+
+Routers and the LLM API build `GenerateRequest`s, leaders answer with `TokenChunk`s, pools publish `GangAddress`es. Everything is
+plain lists, numbers and strings on the wire; nothing is ever unpickled. A message that does not fit its type is refused with `WireError`.
+"""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, get_args
+
+from tensorweave.cluster.errors import TensorweaveError, error_from_wire
+
+PROTOCOL_VERSION: Final = 1
+
+FinishReason = Literal["stop", "length", "timeout", "cancelled"]
+Role = Literal["prefill", "decode", "both"]
+_FINISH_REASONS: Final = frozenset(get_args(FinishReason))
+DEFAULT_RETENTION_PRIORITY: Final = 35
+
+
+class WireError(TensorweaveError):
+    """A peer sent something that is not of this protocol."""
+
+    code = "wire_error"
+
+
+def pack_tokens(tokens: list[int] | tuple[int, ...]) -> bytes:
+    """Token ids as little-endian int32."""
+    packed = array.array("i", tokens)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_tokens(data: bytes) -> list[int]:
+    if not isinstance(data, bytes) or len(data) % 4:
+        raise WireError("token ids are not packed int32")
+    packed = array.array("i", data)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSpec:
+    """How one sequence is sampled, fully resolved: no None means "default", text is already token ids.
+
+    `temperature == 0` is greedy. `top_k == 0` and `top_p == 1` and `min_p == 0` are off. Order: temperature, min_p, top_k, top_p.
+    `seed` and the position alone decide the random number of each token, so a replay continues with the same tokens.
+    `stop_token_ids` end the sequence once `min_tokens` are out; end-of-sequence ids are among them unless `ignore_eos` was asked.
+    Stop strings are not here: whoever holds the detokenizer watches for them.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    def to_wire(self) -> list[Any]:
+        return [getattr(self, f.name) for f in dataclasses.fields(self)]
+
+    @classmethod
+    def from_wire(cls, fields: Any) -> SamplingSpec:
+        try:
+            *numbers, stop = fields
+            return cls(*numbers, tuple(int(t) for t in stop))
+        except (TypeError, ValueError) as error:
+            raise WireError(f"malformed sampling fields: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionRange:
+    """Prompt tokens [start, end) keep `priority` (0 to 100) for `duration_s`; None: for ever."""
+
+    start: int
+    end: int | None
+    priority: int
+    duration_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long a request's KV blocks are worth keeping (`KvCacheRetentionConfig` on the wire)."""
+
+    ranges: tuple[RetentionRange, ...] = ()
+    decode_priority: int = DEFAULT_RETENTION_PRIORITY
+    decode_duration_s: float | None = None
+
+    def to_wire(self) -> list[Any]:
+        ranges = [[r.start, r.end, r.priority, r.duration_s] for r in self.ranges]
+        return [ranges, self.decode_priority, self.decode_duration_s]
+
+    @classmethod
+    def from_wire(cls, fields: Any) -> Retention:
+        try:
+            ranges, priority, duration_s = fields
+            return cls(tuple(RetentionRange(*r) for r in ranges), priority, duration_s)
+        except (TypeError, ValueError) as error:
+            raise WireError(f"malformed retention fields: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One sequence to generate. `deadline_s` is the time left, in seconds, counted from receipt: no clocks are compared across hosts."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...] | list[int]
+    sampling: SamplingSpec
+    deadline_s: float | None = None
+    priority: int = 0
+    cache_salt: str | None = None
+    retention: Retention | None = None
+
+    def to_wire(self) -> list[Any]:
+        return [
+            self.request_id,
+            pack_tokens(self.prompt_token_ids),
+            self.sampling.to_wire(),
+            self.deadline_s,
+            self.priority,
+            self.cache_salt,
+            None if self.retention is None else self.retention.to_wire(),
+        ]
+
+    @classmethod
+    def from_wire(cls, fields: Any) -> GenerateRequest:
+        try:
+            request_id, prompt, sampling, deadline_s, priority, salt, retention = fields
+        except (TypeError, ValueError) as error:
+            raise WireError(f"malformed request: {error}") from None
+        if not isinstance(request_id, str):
+            raise WireError("request id is not a string")
+        return cls(
+            request_id,
+            unpack_tokens(prompt),
+            SamplingSpec.from_wire(sampling),
+            deadline_s,
+            priority,
+            salt,
+            None if retention is None else Retention.from_wire(retention),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """What one step gave one request: new token ids, or its end.
+
+    `finish_reason` is set on the last chunk; `stop_reason` is the token id that ended it, if one did. The stop token itself is among
+    `token_ids`. `error` ends the request too. `num_cached_tokens` (prompt tokens found in the prefix tree) is true from the first chunk on.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] | list[int] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    num_cached_tokens: int = 0
+    error: TensorweaveError | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+    def to_wire(self) -> list[Any]:
+        error = None if self.error is None else self.error.to_wire()
+        return [self.request_id, list(self.token_ids), self.finish_reason, self.stop_reason, self.num_cached_tokens, error]
+
+    @classmethod
+    def from_wire(cls, fields: Any) -> TokenChunk:
+        try:
+            request_id, token_ids, finish, stop, cached, error = fields
+        except (TypeError, ValueError) as problem:
+            raise WireError(f"malformed chunk: {problem}") from None
+        if finish is not None and finish not in _FINISH_REASONS:
+            raise WireError(f"unknown finish reason {finish!r}")
+        return cls(request_id, token_ids, finish, stop, cached, None if error is None else error_from_wire(error))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a front end must know of the model behind a gang. `max_seq_len` counts prompt and generated tokens."""
+
+    model: str
+    vocab_size: int
+    max_seq_len: int
+    dtype: str
+    tokens_per_block: int
+    num_blocks: int
+    end_ids: tuple[int, ...] = ()
+
+    def to_wire(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_wire(cls, fields: Any) -> ModelInfo:
+        try:
+            return cls(**{**fields, "end_ids": tuple(fields["end_ids"])})
+        except (TypeError, KeyError) as error:
+            raise WireError(f"malformed model info: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class GangAddress:
+    """Where a gang's leader listens, and which incarnation it is. `secret` opens its socket; it never appears in logs."""
+
+    gang_id: str
+    epoch: int
+    role: Role
+    host: str
+    port: int
+    secret: str = field(repr=False)
+    info: ModelInfo

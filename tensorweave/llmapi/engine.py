@@ -1,0 +1,140 @@
+"""What an `LLM` runs on: an executor in this process at one rank, a supervised gang on Ray above. Both are a fleet to the dispatcher."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from tensorweave.cluster.errors import NotReady
+from tensorweave.cluster.fleet import Fleet, StaticFleet, WatchedFleet
+from tensorweave.cluster.gang import GangSpec
+from tensorweave.cluster.llm_args import TorchLlmArgs
+from tensorweave.cluster.pool import PoolSpec
+from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.cluster.ray_session import RaySession, start_or_join_ray
+from tensorweave.cluster.supervisor import start_supervisor, stop_supervisor
+from tensorweave.llmapi.loop_thread import LoopThread
+from tensorweave.workers.build import build_executor
+from tensorweave.workers.comm import SoloComm
+from tensorweave.workers.executor import PyExecutor
+from tensorweave.workers.local import LocalLink
+from tensorweave.workers.model_store import resolve_model
+from tensorweave.workers.rank import RankWorker
+
+_START_TIMEOUT_S = 600.0
+
+
+class Engine(Protocol):
+    """`fleet` lives on the LLM's event loop."""
+
+    @property
+    def fleet(self) -> Fleet: ...
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    def stats(self, timeout_s: float) -> list[dict[str, Any]]: ...
+
+    def close(self) -> None: ...
+
+
+def open_engine(args: TorchLlmArgs, loop: LoopThread) -> Engine:
+    """Start what `args` ask for. Raises ValueError for wrong arguments, NotReady where it does not come up."""
+    return LocalEngine(args, loop) if args.tensor_parallel_size == 1 else GangEngine(args, loop)
+
+
+class LocalEngine:
+    """One rank in this process; Ray is not started."""
+
+    def __init__(self, args: TorchLlmArgs, loop: LoopThread) -> None:
+        self._loop = loop
+        self.executor: PyExecutor = build_executor(args, SoloComm())
+        self.executor.start()
+        self._link = loop.call(_open_local(self.executor))
+        self.fleet: Fleet = StaticFleet([self._link])
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.executor.info
+
+    def stats(self, timeout_s: float) -> list[dict[str, Any]]:
+        return self.executor.get_latest_iteration_stats()
+
+    def close(self) -> None:
+        self.executor.shutdown()
+        self._loop.call(_close_local(self._link))
+
+
+class GangEngine:
+    """One gang of `tensor_parallel_size` ranks on Ray, replaced when it is lost."""
+
+    def __init__(self, args: TorchLlmArgs, loop: LoopThread) -> None:
+        self._loop = loop
+        spec = GangSpec(
+            tensor_parallel_size=args.tensor_parallel_size,
+            args=_gang_args(args),
+            gpus_per_rank=_gpus_per_rank(args),
+            hang_timeout_s=args.hang_timeout_s,
+        )
+        self._ray: RaySession = start_or_join_ray(num_cpus=args.tensor_parallel_size)
+        try:
+            self._supervisor = start_supervisor([PoolSpec("llm", spec)], RankWorker)
+            try:
+                self._fleet = loop.call(_open_fleet(self._supervisor), timeout_s=_START_TIMEOUT_S)
+                self._info = self._fleet.links("both")[0].info
+            except BaseException:
+                stop_supervisor(self._supervisor)
+                raise
+        except BaseException:
+            self._ray.close()
+            raise
+
+    @property
+    def fleet(self) -> Fleet:
+        return self._fleet
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    def stats(self, timeout_s: float) -> list[dict[str, Any]]:
+        return self._loop.call(_stats_of(self._fleet, timeout_s), timeout_s=timeout_s + 5.0)
+
+    def close(self) -> None:
+        try:
+            self._loop.call(self._fleet.close())
+            stop_supervisor(self._supervisor)
+        finally:
+            self._ray.close()
+
+
+def _gang_args(args: TorchLlmArgs) -> dict[str, Any]:
+    """Plain fields for the ranks: no tokenizer object, and a path in place of a name that only this host may resolve."""
+    fields = args.model_dump(exclude={"tokenizer"}, exclude_unset=True)
+    return {**fields, "model": str(resolve_model(args.model, revision=args.revision))}
+
+
+def _gpus_per_rank(args: TorchLlmArgs) -> float:
+    import torch
+
+    wants_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    return 1.0 if wants_gpu else 0.0
+
+
+async def _open_local(executor: PyExecutor) -> LocalLink:
+    return LocalLink(executor)
+
+
+async def _close_local(link: LocalLink) -> None:
+    link.close()
+
+
+async def _open_fleet(supervisor: Any) -> WatchedFleet:
+    fleet = WatchedFleet(supervisor)
+    await fleet.wait_ready(_START_TIMEOUT_S)
+    if not fleet.links("both"):
+        raise NotReady(f"the gang did not come up: {fleet.describe()}")
+    return fleet
+
+
+async def _stats_of(fleet: WatchedFleet, timeout_s: float) -> list[dict[str, Any]]:
+    return [row for link in fleet.links("both") for row in await link.stats(timeout_s)]

@@ -1,0 +1,324 @@
+"""PyExecutor: the step loop that every rank of a gang runs, and its mid-level API.
+
+One loop serves every feature; each line of a step is a verb that something else owns. Rank 0 takes requests and answers them, the other
+ranks follow through `Comm.agree`. Called by `workers.leader` (over sockets) and `workers.local` (in process).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import zlib
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from tensorweave.cluster.errors import RequestRejected, TensorweaveError, WorkerLost
+from tensorweave.cluster.protocol import FinishReason, GenerateRequest, ModelInfo, TokenChunk
+from tensorweave.workers.comm import Comm
+from tensorweave.workers.decoder import Decoder
+from tensorweave.workers.engine import ModelEngine
+from tensorweave.workers.inbox import FollowerInbox, Inbox, News
+from tensorweave.workers.iteration_stats import IterationStats, StepTimer
+from tensorweave.workers.outbox import FollowerOutbox, Outbox
+from tensorweave.workers.plan import ScheduledBatch
+from tensorweave.workers.request import LlmRequest, RequestState
+from tensorweave.workers.resources import ResourceManager
+from tensorweave.workers.scheduler import RequestScheduler
+
+logger = logging.getLogger(__name__)
+
+# An idle rank 0 agrees on empty news this often, so that idle followers know it alive.
+IDLE_BEAT_S = 0.5
+
+
+class PyExecutor:
+    """Runs requests to their end over one model engine.
+
+    Thread-safe outside; the loop runs on a thread of its own from `start` to `shutdown`. Only rank 0 may enqueue, await and cancel.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: ModelEngine,
+        scheduler: RequestScheduler,
+        resources: ResourceManager,
+        decoder: Decoder,
+        comm: Comm,
+        info: ModelInfo,
+        max_requests: int = 1024,
+        max_stats: int = 1000,
+    ) -> None:
+        self.info = info
+        self.comm = comm
+        self.failure: TensorweaveError | None = None
+        self._engine = engine
+        self._scheduler = scheduler
+        self._resources = resources
+        self._decoder = decoder
+        self._inbox: Inbox | FollowerInbox = Inbox(max_requests) if comm.rank == 0 else FollowerInbox()
+        self._outbox: Outbox | FollowerOutbox = Outbox() if comm.rank == 0 else FollowerOutbox()
+        self._active: list[LlmRequest] = []
+        self._by_id: dict[str, LlmRequest] = {}
+        self._num_arrived = 0
+        self._has_priorities = False
+        self._is_stuck = False
+        self._token_check = 0
+        self._ended: list[TokenChunk] = []
+        self._stats = IterationStats(max_stats)
+        self._progress_s = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name=f"py-executor-{comm.rank}", daemon=True)
+
+    # ---- the mid-level API
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """The loop runs: it was started, has not been shut down and has not failed."""
+        return self._thread.is_alive() and self.failure is None
+
+    def heartbeat(self) -> float:
+        """Seconds since the loop last made progress; grows without bound when a step hangs."""
+        return time.monotonic() - self._progress_s
+
+    def can_enqueue_requests(self) -> bool:
+        return isinstance(self._inbox, Inbox) and self._inbox.has_room
+
+    def enqueue_request(self, request: GenerateRequest) -> str:
+        """Hand a request to the loop; its chunks come through `await_responses`.
+
+        Raises:
+            RequestRejected: the request can never run here; `param` names the field.
+            Overloaded: as many requests are inside as may be.
+            NotReady: shutting down. WorkerLost: the loop has failed.
+        """
+        inbox = self._leader_inbox()
+        self._check(request)
+        inbox.put(request)
+        return request.request_id
+
+    def enqueue_requests(self, requests: Sequence[GenerateRequest]) -> list[str]:
+        """All of them, or, where one is refused, its error and those before it enqueued."""
+        return [self.enqueue_request(request) for request in requests]
+
+    def await_responses(
+        self, request_ids: Collection[str] | None = None, timeout_s: float | None = None
+    ) -> list[TokenChunk]:
+        """Chunks since the last call (of these requests, or of all); waits for one, at most `timeout_s` seconds."""
+        assert isinstance(self._outbox, Outbox), "only rank 0 answers"
+        return self._outbox.take(timeout_s) if request_ids is None else self._outbox.take_of(request_ids, timeout_s)
+
+    def cancel_request(self, request_id: str) -> bool:
+        """Its blocks are free within a step, and its last chunk says 'cancelled'. False where it is not inside."""
+        return self._leader_inbox().cancel(request_id)
+
+    def get_latest_iteration_stats(self) -> list[dict[str, Any]]:
+        """One dict per step since the last call, oldest first; the keys are those of TensorRT-LLM's iteration stats."""
+        return self._stats.take()
+
+    def get_latest_kv_cache_events(self) -> list[dict[str, Any]]:
+        """KV events since the last call; empty unless the KV manager keeps them."""
+        return self._resources.kv_cache.take_events()
+
+    @property
+    def num_requests(self) -> int:
+        """Requests inside, waiting or running."""
+        return self._inbox.num_inside
+
+    def gauges(self) -> dict[str, float]:
+        """What a metrics endpoint shows of this executor now."""
+        kv = self._resources.kv_cache
+        running = sum(request.is_started for request in tuple(self._active))
+        waiting = max(0, self.num_requests - running)
+        total = max(1, self.info.num_blocks)
+        return {
+            "num_requests_running": running,
+            "num_requests_waiting": waiting,
+            "kv_cache_usage_perc": 1.0 - kv.available / total,
+            **self._stats.totals(),
+        }
+
+    def shutdown(self, timeout_s: float = 30.0) -> None:
+        """End the loop on every rank (running requests end as cancelled) and free its resources. Raises TimeoutError."""
+        self._inbox.shut_down()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                raise TimeoutError(f"the step loop did not end within {timeout_s} s")
+
+    # ---- the loop
+
+    def _run(self) -> None:
+        try:
+            while self._step():
+                self._progress_s = time.monotonic()
+            self._end_all("cancelled")
+            self._answer()
+            self._resources.shutdown()
+            self._inbox.close(WorkerLost("the executor has been shut down"))
+        except Exception as error:  # the loop's boundary: whatever happened, everyone who waits must hear of it
+            self._fail(error)
+        finally:
+            self._outbox.close()
+
+    def _step(self) -> bool:
+        """One iteration; False when the ranks have agreed to end."""
+        timer = StepTimer()
+        news = self._agree()
+        self._admit(news)
+        if news.is_shutdown:
+            return False
+        batch = self._scheduler.schedule_request(self._active)
+        self._pause(batch)
+        if not batch.is_empty:
+            self._resources.prepare_resources(batch)
+            timer.begin_forward()
+            logits = self._engine.forward(batch, self._resources)
+            timer.end_forward()
+            tokens = self._decoder.decode(logits, batch)
+            finished = self._advance(batch, tokens)
+            self._resources.update_resources(batch)
+            self._free(finished)
+            self._stats.add(
+                timer, batch, self._active, self._resources.kv_cache, self._inbox.num_inside, len(finished)
+            )
+        self._is_stuck = batch.is_empty and bool(self._active)
+        self._answer()
+        return True
+
+    def _agree(self) -> News:
+        wait_s = 0.0 if self._active and not self._is_stuck else IDLE_BEAT_S
+        mine = self._inbox.gather(self._token_check, wait_s)
+        if mine is not None and self.comm.size == 1:
+            return mine
+        news = News.unpack(self.comm.agree(None if mine is None else mine.pack()))
+        if news.token_check != self._token_check:
+            raise WorkerLost(f"rank {self.comm.rank} has sampled other tokens than rank 0: the gang has diverged")
+        return news
+
+    def _admit(self, news: News) -> None:
+        self._resources.kv_cache.now_s = news.now_s
+        for arrival in news.arrivals:
+            request = self._request(arrival, news.now_s)
+            self._by_id[request.request_id] = request
+            self._active.append(request)
+        if any(arrival.priority for arrival in news.arrivals) or self._has_priorities:
+            self._has_priorities = True
+            self._active.sort(key=lambda request: (-request.priority, request.order))
+        for request_id in news.cancelled:
+            self._end_early(request_id, "cancelled")
+        for request_id in news.expired:
+            self._end_early(request_id, "timeout")
+
+    def _request(self, arrival: GenerateRequest, now_s: float) -> LlmRequest:
+        self._num_arrived += 1
+        tokens = list(arrival.prompt_token_ids)
+        return LlmRequest(
+            request_id=arrival.request_id,
+            order=self._num_arrived,
+            tokens=tokens,
+            prompt_len=len(tokens),
+            sampling=arrival.sampling,
+            priority=arrival.priority,
+            cache_salt=arrival.cache_salt,
+            retention=arrival.retention,
+            arrival_s=now_s,
+        )
+
+    def _pause(self, batch: ScheduledBatch) -> None:
+        for request in batch.paused:
+            self._resources.free_resources(request)
+            request.pause()
+
+    def _advance(self, batch: ScheduledBatch, tokens: list[int]) -> list[LlmRequest]:
+        """Book what the forward computed and what was sampled; returns the requests that have ended."""
+        for chunk in batch.context:
+            chunk.request.num_computed = chunk.start + chunk.length
+            chunk.request.state = RequestState.GENERATION if chunk.is_last else RequestState.CONTEXT
+        for request in batch.generation:
+            request.num_computed = len(request.tokens)
+        finished = []
+        for request, token in zip(batch.sampled, tokens, strict=True):
+            request.append(token)
+            self._ended.append(
+                TokenChunk(
+                    request.request_id, (token,), request.finish_reason, request.stop_reason, request.num_cached_tokens
+                )
+            )
+            if request.finish_reason is not None:
+                finished.append(request)
+        self._token_check = zlib.crc32(repr(tokens).encode(), self._token_check)
+        return finished
+
+    def _free(self, finished: Sequence[LlmRequest]) -> None:
+        for request in finished:
+            self._forget(request)
+        if finished:
+            self._active = [request for request in self._active if request.finish_reason is None]
+
+    def _forget(self, request: LlmRequest) -> None:
+        self._resources.free_resources(request)
+        request.state = RequestState.DONE
+        del self._by_id[request.request_id]
+        self._inbox.forget(request.request_id)
+
+    def _end_early(self, request_id: str, reason: FinishReason) -> None:
+        request = self._by_id.get(request_id)
+        if request is None:
+            return
+        request.finish_reason = reason
+        self._forget(request)
+        self._active.remove(request)
+        self._ended.append(
+            TokenChunk(request_id, (), reason, num_cached_tokens=request.num_cached_tokens),
+        )
+
+    def _end_all(self, reason: FinishReason) -> None:
+        for request_id in list(self._by_id):
+            self._end_early(request_id, reason)
+
+    def _answer(self) -> None:
+        if self._ended:
+            self._outbox.put(self._ended)
+            self._ended = []
+
+    def _fail(self, error: Exception) -> None:
+        if not isinstance(error, TensorweaveError):
+            logger.exception("rank %d: the step loop failed", self.comm.rank)
+            error = WorkerLost(f"the step loop failed: {type(error).__name__}: {error}")
+        else:
+            logger.error("rank %d: the step loop ends: %s", self.comm.rank, error)
+        self.failure = error
+        self._answer()
+        orphans = self._inbox.close(error)
+        self._outbox.put([TokenChunk(request_id, error=error) for request_id in orphans])
+
+    # ---- admission
+
+    def _leader_inbox(self) -> Inbox:
+        assert isinstance(self._inbox, Inbox), "only rank 0 takes requests"
+        return self._inbox
+
+    def _check(self, request: GenerateRequest) -> None:
+        """What no scheduler could ever serve is refused before it enters."""
+        num_prompt = len(request.prompt_token_ids)
+        sampling = request.sampling
+        if num_prompt == 0:
+            raise RequestRejected("the prompt is empty", param="prompt")
+        if sampling.max_tokens < 1:
+            raise RequestRejected(f"max_tokens is {sampling.max_tokens}, must be at least 1", param="max_tokens")
+        total = num_prompt + sampling.max_tokens
+        if total > self.info.max_seq_len:
+            raise RequestRejected(
+                f"prompt of {num_prompt} tokens + max_tokens {sampling.max_tokens} = {total}, "
+                f"over the limit of {self.info.max_seq_len} (max_seq_len)",
+                param="max_tokens" if num_prompt < self.info.max_seq_len else "prompt",
+            )
+        low, high = min(request.prompt_token_ids), max(request.prompt_token_ids)
+        if low < 0 or high >= self.info.vocab_size:
+            bad = low if low < 0 else high
+            raise RequestRejected(f"token id {bad} is outside the vocabulary of {self.info.vocab_size}", param="prompt")
+        self._scheduler.check(num_prompt, sampling.max_tokens)
