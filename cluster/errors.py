@@ -1,7 +1,7 @@
 """The error tree: what the world does to a request, each with its HTTP status and OpenAI error type.
 
-Raised by every room, carried across processes as plain fields, and rendered by the router. `ValueError` stays the answer to what
-a person wrote wrong through the Python API; over HTTP the same mistake is a `RequestRejected`.
+Raised by every room, carried across processes as plain fields, and rendered by the router. `ValueError` stays the
+answer to what a person wrote wrong through the Python API; over HTTP the same mistake is a `RequestRejected`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`TorchLlmArgs`: the one place for engine knobs, and the strict pydantic base that every configuration model shares.
 
-The LLM class, YAML files and the command line all end here, and ranks receive exactly this. Unknown keys are refused with the nearest
-known name; there are no environment variables behind any knob.
+The LLM class, YAML files and the command line all end here, and ranks receive exactly this. Unknown keys are refused
+with the nearest known name; there are no environment variables behind any knob.
 """
 
 from __future__ import annotations
@@ -45,17 +45,32 @@ class KvCacheConfig(StrictBaseModel):
     """Paged KV cache: how large it is and how its blocks are reused."""
 
     enable_block_reuse: bool = Field(
-        True, status="beta", description="Keep the KV of finished prompts in a prefix tree and reuse it for requests that start alike."
+        True,
+        status="beta",
+        description="Keep the KV of finished prompts in a prefix tree and reuse it for requests that start alike.",
     )
-    enable_partial_reuse: bool = Field(True, status="beta", description="Also reuse the matching first part of a block, by copying it.")
+    enable_partial_reuse: bool = Field(
+        True, status="beta", description="Also reuse the matching first part of a block, by copying it."
+    )
     max_tokens: int | None = Field(
-        None, status="beta", ge=1, description="Tokens that the cache holds. Default: what the memory fractions below give."
+        None,
+        status="beta",
+        ge=1,
+        description="Tokens that the cache holds. Default: what the memory fractions below give.",
     )
     free_gpu_memory_fraction: float = Field(
-        0.9, status="beta", gt=0, le=1, description="Share of GPU memory left after the weights that the KV cache takes."
+        0.9,
+        status="beta",
+        gt=0,
+        le=1,
+        description="Share of GPU memory left after the weights that the KV cache takes.",
     )
     cpu_memory_fraction: float = Field(
-        0.1, status="prototype", gt=0, le=1, description="On a CPU: share of available memory that one rank's KV cache takes."
+        0.1,
+        status="prototype",
+        gt=0,
+        le=1,
+        description="On a CPU: share of available memory that one rank's KV cache takes.",
     )
     tokens_per_block: int = Field(32, status="beta", ge=1, description="Tokens per KV block, a power of two.")
 
@@ -73,12 +88,14 @@ class SchedulerConfig(StrictBaseModel):
         "GUARANTEED_NO_EVICT",
         status="prototype",
         description=(
-            "GUARANTEED_NO_EVICT reserves KV blocks to each request's last token; MAX_UTILIZATION admits what the next step needs and "
-            "preempts by recompute; STATIC_BATCH admits only when nothing runs."
+            "GUARANTEED_NO_EVICT reserves KV blocks to each request's last token; MAX_UTILIZATION admits what the next "
+            "step needs and preempts by recompute; STATIC_BATCH admits only when nothing runs."
         ),
     )
     context_chunking_policy: Literal["FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS"] = Field(
-        "FIRST_COME_FIRST_SERVED", status="prototype", description="How a token budget is shared among prompts that do not all fit in a step."
+        "FIRST_COME_FIRST_SERVED",
+        status="prototype",
+        description="Shares a token budget among prompts that do not all fit.",
     )
 
 
@@ -87,42 +104,76 @@ class TorchLlmArgs(StrictBaseModel):
 
     model: str | Path = Field(description="A Hugging Face model directory, a hub id, or an engine directory.")
     tokenizer: Any = Field(None, description="Directory, hub id or tokenizer instance. Default: the model's own.")
-    tokenizer_mode: Literal["auto", "slow"] = Field("auto", description="'auto' prefers the fast tokenizer; 'slow' forces the Python one.")
-    skip_tokenizer_init: bool = Field(False, description="Load no tokenizer; prompts are token ids and outputs have no text.")
+    tokenizer_mode: Literal["auto", "slow"] = Field(
+        "auto", description="'auto' prefers the fast tokenizer; 'slow' forces the Python one."
+    )
+    skip_tokenizer_init: bool = Field(
+        False, description="Load no tokenizer; prompts are token ids and outputs have no text."
+    )
     trust_remote_code: bool = Field(False, description="Allow a tokenizer's own code from its repository.")
-    tensor_parallel_size: int = Field(1, ge=1, description="Ranks that share each layer. Head counts that it does not divide are split unevenly.")
+    tensor_parallel_size: int = Field(
+        1, ge=1, description="Ranks that share each layer. Head counts that it does not divide are split unevenly."
+    )
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto", description="'auto': the checkpoint's; float32 on a CPU without fast bfloat16."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     tokenizer_revision: str | None = Field(None, description="Branch, tag or commit of a hub tokenizer.")
-    backend: Literal["tensorrt", "pytorch", "_autodeploy"] | None = Field(None, description="'pytorch' (the default) is our engine.")
+    backend: Literal["tensorrt", "pytorch", "_autodeploy"] | None = Field(
+        None, description="'pytorch' (the default) is our engine."
+    )
 
     kv_cache_config: KvCacheConfig = Field(default_factory=KvCacheConfig, status="beta", description="Paged KV cache.")
-    scheduler_config: SchedulerConfig = Field(default_factory=SchedulerConfig, status="prototype", description="Scheduling policies.")
+    scheduler_config: SchedulerConfig = Field(
+        default_factory=SchedulerConfig, status="prototype", description="Scheduling policies."
+    )
     max_batch_size: int = Field(256, status="beta", ge=1, description="Most requests in one step.")
-    max_num_tokens: int = Field(2048, status="beta", ge=1, description="Most tokens in one step, prompt chunks and decodes together.")
+    max_num_tokens: int = Field(
+        2048, status="beta", ge=1, description="Most tokens in one step, prompt chunks and decodes together."
+    )
     max_seq_len: int | None = Field(
-        None, status="beta", ge=2, description="Most tokens of a request, prompt and output. Default: the model's, within the KV cache's."
+        None,
+        status="beta",
+        ge=2,
+        description="Most tokens of a request, prompt and output. Default: the model's, within the KV cache's.",
     )
-    enable_chunked_prefill: bool = Field(True, status="beta", description="Split prompts over steps so that decodes never wait long.")
+    enable_chunked_prefill: bool = Field(
+        True, status="beta", description="Split prompts over steps so that decodes never wait long."
+    )
     max_queued_requests: int = Field(
-        1024, status="beta", ge=1, description="Requests an executor holds, running and waiting; one more is answered 'overloaded'."
+        1024,
+        status="beta",
+        ge=1,
+        description="Requests an executor holds, running and waiting; one more is answered 'overloaded'.",
     )
-    load_format: Literal["auto", "dummy"] = Field("auto", status="prototype", description="'dummy': random weights, for speed tests.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", status="prototype", description="'auto': cuda where there is a GPU.")
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto", status="prototype", description="'dummy': random weights, for speed tests."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", status="prototype", description="'auto': cuda where there is a GPU."
+    )
     num_threads: int | None = Field(
-        None, status="prototype", ge=1, description="CPU threads of each rank. Default: the machine's cores over its ranks."
+        None,
+        status="prototype",
+        ge=1,
+        description="CPU threads of each rank. Default: the machine's cores over its ranks.",
     )
     hang_timeout_s: float = Field(
-        8.0, status="beta", gt=0, description="A step loop that makes no progress for this long ends its gang (allow for the longest single step)."
+        8.0,
+        status="beta",
+        gt=0,
+        description="A step loop without progress for this long ends its gang; allow for the longest step.",
     )
-    iter_stats_max_iterations: int = Field(1000, status="prototype", ge=1, description="Steps whose statistics are kept for get_stats.")
+    iter_stats_max_iterations: int = Field(
+        1000, status="prototype", ge=1, description="Steps whose statistics are kept for get_stats."
+    )
     scheduler: str | None = Field(
         None, status="prototype", description="'package.module:Class' of your own scheduler; see docs/scheduler.md."
     )
     kv_cache_manager: str | None = Field(
-        None, status="prototype", description="'package.module:Class' of your own KV cache manager; see docs/kv_cache_manager.md."
+        None,
+        status="prototype",
+        description="'package.module:Class' of your own KV cache manager; see docs/kv_cache_manager.md.",
     )
 
     @model_validator(mode="after")

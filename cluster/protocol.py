@@ -1,7 +1,8 @@
 """The vocabulary that crosses processes: frozen types and their msgpack-ready forms.
 
-Routers and the LLM API build `GenerateRequest`s, leaders answer with `TokenChunk`s, pools publish `GangAddress`es. Everything is
-plain lists, numbers and strings on the wire; nothing is ever unpickled. A message that does not fit its type is refused with `WireError`.
+Routers and the LLM API build `GenerateRequest`s, leaders answer with `TokenChunk`s, pools publish `GangAddress`es.
+Everything is plain lists, numbers and strings on the wire; nothing is ever unpickled. A message that does not fit its
+type is refused with `WireError`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import array
 import dataclasses
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
@@ -28,7 +30,7 @@ class WireError(TensorweaveError):
     code = "wire_error"
 
 
-def pack_tokens(tokens: list[int] | tuple[int, ...]) -> bytes:
+def pack_tokens(tokens: Sequence[int]) -> bytes:
     """Token ids as little-endian int32."""
     packed = array.array("i", tokens)
     if sys.byteorder == "big":
@@ -49,10 +51,10 @@ def unpack_tokens(data: bytes) -> list[int]:
 class SamplingSpec:
     """How one sequence is sampled, fully resolved: no None means "default", text is already token ids.
 
-    `temperature == 0` is greedy. `top_k == 0` and `top_p == 1` and `min_p == 0` are off. Order: temperature, min_p, top_k, top_p.
-    `seed` and the position alone decide the random number of each token, so a replay continues with the same tokens.
-    `stop_token_ids` end the sequence once `min_tokens` are out; end-of-sequence ids are among them unless `ignore_eos` was asked.
-    Stop strings are not here: whoever holds the detokenizer watches for them.
+    `temperature == 0` is greedy. `top_k == 0` and `top_p == 1` and `min_p == 0` are off. Order: temperature, min_p,
+    top_k, top_p. `seed` and the position alone decide the random number of each token, so a replay continues with the
+    same tokens. `stop_token_ids` end the sequence once `min_tokens` are out; end-of-sequence ids are among them unless
+    `ignore_eos` was asked. Stop strings are not here: whoever holds the detokenizer watches for them.
     """
 
     max_tokens: int
@@ -74,8 +76,9 @@ class SamplingSpec:
     @classmethod
     def from_wire(cls, fields: Any) -> SamplingSpec:
         try:
-            *numbers, stop = fields
-            return cls(*numbers, tuple(int(t) for t in stop))
+            max_tokens, min_tokens, temperature, top_k, top_p, min_p, seed, stop = fields
+            stop_ids = tuple(int(token) for token in stop)
+            return cls(max_tokens, min_tokens, temperature, top_k, top_p, min_p, seed, stop_ids)
         except (TypeError, ValueError) as error:
             raise WireError(f"malformed sampling fields: {error}") from None
 
@@ -113,10 +116,11 @@ class Retention:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One sequence to generate. `deadline_s` is the time left, in seconds, counted from receipt: no clocks are compared across hosts."""
+    """One sequence to generate. `deadline_s` is the time left, in seconds, counted from receipt: no clocks are compared
+    across hosts."""
 
     request_id: str
-    prompt_token_ids: tuple[int, ...] | list[int]
+    prompt_token_ids: Sequence[int]
     sampling: SamplingSpec
     deadline_s: float | None = None
     priority: int = 0
@@ -157,12 +161,13 @@ class GenerateRequest:
 class TokenChunk:
     """What one step gave one request: new token ids, or its end.
 
-    `finish_reason` is set on the last chunk; `stop_reason` is the token id that ended it, if one did. The stop token itself is among
-    `token_ids`. `error` ends the request too. `num_cached_tokens` (prompt tokens found in the prefix tree) is true from the first chunk on.
+    `finish_reason` is set on the last chunk; `stop_reason` is the token id that ended it, if one did. The stop token
+    itself is among `token_ids`. `error` ends the request too. `num_cached_tokens` (prompt tokens found in the prefix
+    tree) is true from the first chunk on.
     """
 
     request_id: str
-    token_ids: tuple[int, ...] | list[int] = ()
+    token_ids: Sequence[int] = ()
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     num_cached_tokens: int = 0
@@ -174,7 +179,14 @@ class TokenChunk:
 
     def to_wire(self) -> list[Any]:
         error = None if self.error is None else self.error.to_wire()
-        return [self.request_id, list(self.token_ids), self.finish_reason, self.stop_reason, self.num_cached_tokens, error]
+        return [
+            self.request_id,
+            list(self.token_ids),
+            self.finish_reason,
+            self.stop_reason,
+            self.num_cached_tokens,
+            error,
+        ]
 
     @classmethod
     def from_wire(cls, fields: Any) -> TokenChunk:
@@ -212,7 +224,8 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class GangAddress:
-    """Where a gang's leader listens, and which incarnation it is. `secret` opens its socket; it never appears in logs."""
+    """Where a gang's leader listens, and which incarnation it is. `secret` opens its socket; it never appears in
+    logs."""
 
     gang_id: str
     epoch: int

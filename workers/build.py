@@ -1,4 +1,5 @@
-"""Builds an executor from `TorchLlmArgs`: engine, KV manager, schedulers and decoder put together. Called by ranks and by the LLM class."""
+"""Builds an executor from `TorchLlmArgs`: engine, KV manager, schedulers and decoder put together. Called by ranks and
+by the LLM class."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """How the ranks of a gang talk: one agreement a step, and the tensor-parallel collectives.
 
-`Comm` is what the executor and the model see; `SoloComm` is the one-rank Null object, `GroupComm` runs over torch.distributed (NCCL
-for tensors on GPUs, gloo for tensors on CPUs and always for agreements). A peer that dies or stays silent surfaces as `WorkerLost`.
+`Comm` is what the executor and the model see; `SoloComm` is the one-rank Null object, `GroupComm` runs over
+torch.distributed (NCCL for tensors on GPUs, gloo for tensors on CPUs and always for agreements). A peer that dies or
+stays silent surfaces as `WorkerLost`.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class SoloComm:
 class GroupComm:
     """Ranks of one gang over torch.distributed.
 
-    An agreement is one gloo broadcast of a fixed buffer: 8 bytes of length, then the news; longer news follow in a second one.
+    An agreement is one gloo broadcast of a fixed buffer: 8 bytes of length, then the news; longer news follow in a
+    second one.
     """
 
     def __init__(self, rank: int, size: int, tensors: dist.ProcessGroup, control: dist.ProcessGroup) -> None:
@@ -105,7 +107,9 @@ class GroupComm:
         try:
             dist.broadcast(tensor, src=0, group=self._control)
         except RuntimeError as error:
-            raise WorkerLost(f"rank {self.rank} of {self.size}: a peer is gone or silent ({_first_line(error)})") from error
+            raise WorkerLost(
+                f"rank {self.rank} of {self.size}: a peer is gone or silent ({_first_line(error)})"
+            ) from error
 
     def agree_min(self, value: int) -> int:
         tensor = torch.tensor([value], dtype=torch.int64)
@@ -124,19 +128,18 @@ class GroupComm:
         rows = tensor.shape[0]
         mine = tensor.new_zeros(rows, width)
         mine[:, : tensor.shape[1]] = tensor
-        everyone = tensor.new_empty(self.size * rows, width)
+        pieces = [torch.empty_like(mine) for _ in sizes]
         try:
-            dist.all_gather_into_tensor(everyone, mine, group=self._tensors)
+            dist.all_gather(pieces, mine, group=self._tensors)
         except RuntimeError as error:
             raise WorkerLost(f"rank {self.rank} of {self.size}: all-gather failed ({_first_line(error)})") from error
-        pieces = everyone.view(self.size, rows, width)
-        return torch.cat([pieces[rank, :, :size] for rank, size in enumerate(sizes)], dim=1)
+        return torch.cat([piece[:, :size] for piece, size in zip(pieces, sizes, strict=True)], dim=1)
 
     def close(self) -> None:
         dist.destroy_process_group()
 
 
-def start_comm(rank: int, size: int, store: dist.Store | None, device: torch.device, timeout_s: float) -> Comm:
+def start_comm(rank: int, size: int, store: dist.TCPStore | None, device: torch.device, timeout_s: float) -> Comm:
     """Join the gang's group through its rendezvous store; every rank calls this, within `timeout_s` of each other.
 
     Args:
@@ -152,7 +155,8 @@ def start_comm(rank: int, size: int, store: dist.Store | None, device: torch.dev
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
     control = dist.new_group(backend="gloo", timeout=timeout)
     world = dist.group.WORLD
-    assert world is not None and control is not None
+    assert world is not None
+    assert control is not None
     return GroupComm(rank, size, world, control)
 
 

@@ -1,8 +1,9 @@
 """From logits to tokens: greedy, or sampled with temperature, min-p, top-k and top-p.
 
-Randomness is counter-based: the random number of a token is a hash of the request's seed and the token's position in its sequence, so the
-same request gives the same tokens on any gang, in any batch, and after a recovery. Sampling inverts the cumulative distribution in
-vocabulary order, so rounding differences of the logits move a token only where the number falls on a boundary.
+Randomness is counter-based: the random number of a token is a hash of the request's seed and the token's position in
+its sequence, so the same request gives the same tokens on any gang, in any batch, and after a recovery. Sampling
+inverts the cumulative distribution in vocabulary order, so rounding differences of the logits move a token only where
+the number falls on a boundary.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ def _sample(logits_RV: torch.Tensor, requests: tuple[LlmRequest, ...] | list[Llm
         probs_RV = _keep_top(probs_RV, [spec.top_k or vocab_size for spec in specs], [spec.top_p for spec in specs])
     cumulative_RV = probs_RV.cumsum(dim=-1)
     numbers_R1 = torch.tensor(
-        [[uniform(request.sampling.seed, len(request.tokens))] for request in requests], dtype=torch.float64, device=device
+        [[uniform(request.sampling.seed, len(request.tokens))] for request in requests],
+        dtype=torch.float64,
+        device=device,
     )
     threshold_R1 = numbers_R1 * cumulative_RV[:, -1:]
     # The first token whose cumulative probability passes the threshold; it has probability above 0 by construction.

@@ -1,7 +1,8 @@
 """PyExecutor: the step loop that every rank of a gang runs, and its mid-level API.
 
-One loop serves every feature; each line of a step is a verb that something else owns. Rank 0 takes requests and answers them, the other
-ranks follow through `Comm.agree`. Called by `workers.leader` (over sockets) and `workers.local` (in process).
+One loop serves every feature; each line of a step is a verb that something else owns. Rank 0 takes requests and answers
+them, the other ranks follow through `Comm.agree`. Called by `workers.leader` (over sockets) and `workers.local` (in
+process).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import zlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from tensorweave.cluster.errors import RequestRejected, TensorweaveError, WorkerLost
+from tensorweave.cluster.errors import NotReady, RequestRejected, TensorweaveError, WorkerLost
 from tensorweave.cluster.protocol import FinishReason, GenerateRequest, ModelInfo, TokenChunk
 from tensorweave.workers.comm import Comm
 from tensorweave.workers.decoder import Decoder
@@ -35,7 +36,8 @@ IDLE_BEAT_S = 0.5
 class PyExecutor:
     """Runs requests to their end over one model engine.
 
-    Thread-safe outside; the loop runs on a thread of its own from `start` to `shutdown`. Only rank 0 may enqueue, await and cancel.
+    Thread-safe outside; the loop runs on a thread of its own from `start` to `shutdown`. Only rank 0 may enqueue, await
+    and cancel.
     """
 
     def __init__(
@@ -142,7 +144,8 @@ class PyExecutor:
         }
 
     def shutdown(self, timeout_s: float = 30.0) -> None:
-        """End the loop on every rank (running requests end as cancelled) and free its resources. Raises TimeoutError."""
+        """End the loop on every rank (running requests end as cancelled) and free its resources. Raises
+        TimeoutError."""
         self._inbox.shut_down()
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
@@ -156,9 +159,10 @@ class PyExecutor:
             while self._step():
                 self._progress_s = time.monotonic()
             self._end_all("cancelled")
+            late = self._inbox.close(NotReady("the executor has been shut down"))
+            self._ended += [TokenChunk(request_id, finish_reason="cancelled") for request_id in late]
             self._answer()
             self._resources.shutdown()
-            self._inbox.close(WorkerLost("the executor has been shut down"))
         except Exception as error:  # the loop's boundary: whatever happened, everyone who waits must hear of it
             self._fail(error)
         finally:
@@ -182,9 +186,7 @@ class PyExecutor:
             finished = self._advance(batch, tokens)
             self._resources.update_resources(batch)
             self._free(finished)
-            self._stats.add(
-                timer, batch, self._active, self._resources.kv_cache, self._inbox.num_inside, len(finished)
-            )
+            self._stats.add(timer, batch, self._active, self._resources.kv_cache, self._inbox.num_inside, len(finished))
         self._is_stuck = batch.is_empty and bool(self._active)
         self._answer()
         return True

@@ -1,7 +1,7 @@
 """What reaches the step loop from outside: arrivals, cancellations and passed deadlines, handed over once a step.
 
-`Inbox` belongs to rank 0: any thread may put, only the step loop gathers. `FollowerInbox` is the other ranks' Null object: their news
-comes through the agreement. `News` is what all ranks agree on, packed with msgpack.
+`Inbox` belongs to rank 0: any thread may put, only the step loop gathers. `FollowerInbox` is the other ranks' Null
+object: their news comes through the agreement. `News` is what all ranks agree on, packed with msgpack.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from tensorweave.cluster.protocol import GenerateRequest
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """One step's agreement. `token_check` is rank 0's checksum of all tokens sampled so far: a rank that differs has diverged."""
+    """One step's agreement. `token_check` is rank 0's checksum of all tokens sampled so far: a rank that differs has
+    diverged."""
 
     now_s: float
     token_check: int
@@ -43,7 +44,8 @@ class News:
 
 
 class Inbox:
-    """Rank 0's inbox. At most `max_requests` are inside the executor at once, waiting or running; one more is `Overloaded`."""
+    """Rank 0's inbox. At most `max_requests` are inside the executor at once, waiting or running; one more is
+    `Overloaded`."""
 
     def __init__(self, max_requests: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._changed = threading.Condition()
@@ -65,7 +67,7 @@ class Inbox:
         return len(self._inside) < self._max_requests and not self._is_shutdown and self._closed_by is None
 
     def put(self, request: GenerateRequest) -> None:
-        """Raises Overloaded when full, NotReady when shutting down or failed, ValueError for an id that is inside already."""
+        """Raises Overloaded when full, NotReady when shutting down, ValueError for an id that is inside already."""
         with self._changed:
             if self._closed_by is not None:
                 raise self._closed_by

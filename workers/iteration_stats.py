@@ -1,7 +1,7 @@
 """Statistics of the step loop: a bounded history of steps, and running totals for metrics.
 
-Recorded by the executor each step as numbers only; the dicts of `get_stats` are made when somebody asks. Keys are those of
-TensorRT-LLM's iteration statistics; memory is in MB.
+Recorded by the executor each step as numbers only; the dicts of `get_stats` are made when somebody asks. Keys are those
+of TensorRT-LLM's iteration statistics; memory is in MB.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 import torch
 
-from tensorweave.workers.kv_cache import KVCacheManager
 from tensorweave.workers.plan import ScheduledBatch
 from tensorweave.workers.request import LlmRequest
+from tensorweave.workers.resources import KVCache
 
 _MB = 1 << 20
 
@@ -68,14 +68,14 @@ class IterationStats:
         self._num_preemptions = 0
         self._step_s = 0.0
         self._forward_s = 0.0
-        self._kv: KVCacheManager | None = None
+        self._kv: KVCache | None = None
 
     def add(
         self,
         timer: StepTimer,
         batch: ScheduledBatch,
         active: Sequence[LlmRequest],
-        kv: KVCacheManager,
+        kv: KVCache,
         num_inside: int,
         num_completed: int,
     ) -> None:

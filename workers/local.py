@@ -1,7 +1,7 @@
 """`LocalLink`: an executor in this process, seen as a gang link.
 
-The LLM class at one rank uses it in place of a socket: a pump thread takes the executor's chunks and hands each step's to the event loop
-at once. Nothing is serialised.
+The LLM class at one rank uses it in place of a socket: a pump thread takes the executor's chunks and hands each step's
+to the event loop at once. Nothing is serialised.
 """
 
 from __future__ import annotations
@@ -75,6 +75,11 @@ class LocalLink:
         """Stop pumping; open requests end with WorkerLost."""
         self._is_closing.set()
         self._deliver([TokenChunk(request_id, error=WorkerLost("the link was closed")) for request_id in self._streams])
+
+    def join(self, timeout_s: float) -> None:
+        """Wait, from any other thread than the loop's, until the chunks of an executor that was shut down are
+        delivered."""
+        self._pump.join(timeout_s)
 
     def _run_pump(self) -> None:
         while not self._is_closing.is_set():

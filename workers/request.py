@@ -26,8 +26,8 @@ class RequestState(enum.IntEnum):
 class LlmRequest:
     """`tokens` is prompt plus output. KV of `tokens[:num_computed]` is in the cache; a forward computes from there.
 
-    `context_len` is how many tokens must be computed before the next one can be sampled: the prompt at first, everything
-    generated so far as well after a preemption. `order` is the arrival order, unique in a gang and equal on all ranks.
+    `context_len` is how many tokens must be computed before the next one can be sampled: the prompt at first, and what
+    was generated so far too after a preemption. `order` is the arrival order, unique in a gang and equal on all ranks.
     """
 
     request_id: str

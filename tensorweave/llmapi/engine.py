@@ -1,10 +1,10 @@
-"""What an `LLM` runs on: an executor in this process at one rank, a supervised gang on Ray above. Both are a fleet to the dispatcher."""
+"""What an `LLM` runs on: an executor in this process at one rank, a supervised gang on Ray above. Both are a fleet to
+the dispatcher."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-from tensorweave.cluster.errors import NotReady
 from tensorweave.cluster.fleet import Fleet, StaticFleet, WatchedFleet
 from tensorweave.cluster.gang import GangSpec
 from tensorweave.cluster.llm_args import TorchLlmArgs
@@ -21,6 +21,7 @@ from tensorweave.workers.model_store import resolve_model
 from tensorweave.workers.rank import RankWorker
 
 _START_TIMEOUT_S = 600.0
+_JOIN_TIMEOUT_S = 10.0
 
 
 class Engine(Protocol):
@@ -61,6 +62,7 @@ class LocalEngine:
 
     def close(self) -> None:
         self.executor.shutdown()
+        self._link.join(_JOIN_TIMEOUT_S)
         self._loop.call(_close_local(self._link))
 
 
@@ -69,14 +71,16 @@ class GangEngine:
 
     def __init__(self, args: TorchLlmArgs, loop: LoopThread) -> None:
         self._loop = loop
-        spec = GangSpec(
-            tensor_parallel_size=args.tensor_parallel_size,
-            args=_gang_args(args),
-            gpus_per_rank=_gpus_per_rank(args),
-            hang_timeout_s=args.hang_timeout_s,
-        )
+        fields = _gang_args(args)
         self._ray: RaySession = start_or_join_ray(num_cpus=args.tensor_parallel_size)
         try:
+            wants_gpu = args.device == "cuda" or (args.device == "auto" and self._ray.has_gpus)
+            spec = GangSpec(
+                tensor_parallel_size=args.tensor_parallel_size,
+                args=fields,
+                gpus_per_rank=1.0 if wants_gpu else 0.0,
+                hang_timeout_s=args.hang_timeout_s,
+            )
             self._supervisor = start_supervisor([PoolSpec("llm", spec)], RankWorker)
             try:
                 self._fleet = loop.call(_open_fleet(self._supervisor), timeout_s=_START_TIMEOUT_S)
@@ -108,16 +112,10 @@ class GangEngine:
 
 
 def _gang_args(args: TorchLlmArgs) -> dict[str, Any]:
-    """Plain fields for the ranks: no tokenizer object, and a path in place of a name that only this host may resolve."""
+    """Plain fields for the ranks: no tokenizer object, and a path in place of a name that only this host may
+    resolve."""
     fields = args.model_dump(exclude={"tokenizer"}, exclude_unset=True)
     return {**fields, "model": str(resolve_model(args.model, revision=args.revision))}
-
-
-def _gpus_per_rank(args: TorchLlmArgs) -> float:
-    import torch
-
-    wants_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    return 1.0 if wants_gpu else 0.0
 
 
 async def _open_local(executor: PyExecutor) -> LocalLink:
@@ -130,9 +128,11 @@ async def _close_local(link: LocalLink) -> None:
 
 async def _open_fleet(supervisor: Any) -> WatchedFleet:
     fleet = WatchedFleet(supervisor)
-    await fleet.wait_ready(_START_TIMEOUT_S)
-    if not fleet.links("both"):
-        raise NotReady(f"the gang did not come up: {fleet.describe()}")
+    try:
+        await fleet.wait_ready(_START_TIMEOUT_S)
+    except BaseException:
+        await fleet.close()
+        raise
     return fleet
 
 

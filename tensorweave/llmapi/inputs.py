@@ -1,4 +1,5 @@
-"""From what a person passes to `generate` to token ids and a resolved `SamplingSpec`. Every mistake is a ValueError that names it."""
+"""From what a person passes to `generate` to token ids and a resolved `SamplingSpec`. Every mistake is a ValueError
+that names it."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """`LLM`: text or token ids in, generations out. One object for a script, a notebook, threads and event loops alike.
 
-At one rank the executor runs in this process; a larger tensor-parallel size places a gang of ranks on Ray. Either way requests take the road
-of the HTTP service: tokenizer, dispatcher, link, executor, detokenizer.
+At one rank the executor runs in this process; a larger tensor-parallel size places a gang of ranks on Ray. Either way
+requests take the road of the HTTP service: tokenizer, dispatcher, link, executor, detokenizer.
 """
 
 from __future__ import annotations
 
-import asyncio
+import concurrent.futures
 import itertools
 import uuid
 import weakref
@@ -21,7 +21,6 @@ from tqdm import tqdm
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.protocol import GenerateRequest
-from tensorweave.workers.model_store import resolve_model
 from tensorweave.llmapi.engine import Engine, open_engine
 from tensorweave.llmapi.inputs import PromptInputs, as_batch, read_prompt, resolve_params
 from tensorweave.llmapi.loop_thread import LoopThread
@@ -33,6 +32,8 @@ from tensorweave.router.detokenize import IncrementalDetokenizer
 from tensorweave.router.dispatch import Dispatcher
 from tensorweave.router.generation import Job, TokensOnly, generate_text
 from tensorweave.router.tokens import Tokenizer
+from tensorweave.workers.model_store import resolve_model
+from tensorweave.workers.models.config import load_model_config
 
 # The LLM class queues without bound what a caller hands it; deadlines are the caller's.
 _LIMITS = Limits(max_inflight=1 << 30, max_queued=1 << 30, default_deadline_s=None, ready_timeout_s=60.0)
@@ -41,7 +42,8 @@ _LIMITS = Limits(max_inflight=1 << 30, max_queued=1 << 30, default_deadline_s=No
 class _TorchLLM:
     """A large language model, ready to generate.
 
-    Works from threads and from event loops, and after an error of one request. Close it with `shutdown` or as a context manager.
+    Works from threads and from event loops, and after an error of one request. Close it with `shutdown` or as a context
+    manager.
 
     Args:
         model: A Hugging Face model directory, a hub id, or `smollm2-135m-instruct`.
@@ -92,6 +94,7 @@ class _TorchLLM:
         }
         self.llm_id = f"llm-{uuid.uuid4().hex[:12]}"
         self.args = _parse(named | kwargs)
+        load_model_config(resolve_model(model, revision=revision))  # a wrong model is named before anything is loaded
         self._tokenizer = None if skip_tokenizer_init else _load_tokenizer(self.args)
         self._numbers = itertools.count()
         self._loop = LoopThread(f"{self.llm_id}-loop")
@@ -101,7 +104,8 @@ class _TorchLLM:
             self._loop.close()
             raise
         self._dispatcher = self._loop.call(_make_dispatcher(self._engine))
-        self._finalizer = weakref.finalize(self, _close, self._engine, self._loop)
+        self._running: set[concurrent.futures.Future[None]] = set()
+        self._finalizer = weakref.finalize(self, _close, self._engine, self._loop, self._running)
 
     @property
     def tokenizer(self) -> Any:
@@ -150,7 +154,8 @@ class _TorchLLM:
         Args:
             inputs: A prompt: text, token ids, or a dict with 'prompt' or 'prompt_token_ids'.
             sampling_params: Default: greedy, 32 tokens.
-            streaming: Iterate the result to see tokens as they come; without it an iteration gives the finished result only.
+            streaming: Iterate the result to see tokens as they come; without it an iteration gives the finished result
+                only.
 
         Returns:
             A RequestOutput: call `result(timeout)`, await it, iterate it, or `abort()` it.
@@ -169,7 +174,8 @@ class _TorchLLM:
             timeout: Longest wait for them, in seconds.
 
         Returns:
-            One dict a step with TensorRT-LLM's keys (`iter`, `gpuMemUsage` in MB, `kvCacheStats`, `inflightBatchingStats`, …).
+            One dict a step with TensorRT-LLM's keys (`iter`, `gpuMemUsage` in MB, `kvCacheStats`,
+            `inflightBatchingStats`, …).
         """
         return self._engine.stats(timeout)
 
@@ -215,6 +221,9 @@ class _TorchLLM:
 
     def _start(self, output: RequestOutput, job: Job) -> RequestOutput:
         future = self._loop.submit(_drive(self._dispatcher, job, output))
+        self._running.add(future)
+        future.add_done_callback(self._running.discard)
+        future.add_done_callback(output._note_cancel)
         output._cancel = future.cancel
         return output
 
@@ -238,12 +247,16 @@ def _sentence(item: Any) -> str:
 
 def _load_tokenizer(args: TorchLlmArgs) -> Tokenizer:
     source = resolve_model(args.model, revision=args.revision) if args.tokenizer is None else args.tokenizer
-    return Tokenizer.load(
-        source,
-        tokenizer_mode=args.tokenizer_mode,
-        revision=args.tokenizer_revision,
-        trust_remote_code=args.trust_remote_code,
-    )
+    try:
+        return Tokenizer.load(
+            source,
+            tokenizer_mode=args.tokenizer_mode,
+            revision=args.tokenizer_revision,
+            trust_remote_code=args.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"no tokenizer can be loaded from {source} ({reason}); see skip_tokenizer_init") from error
 
 
 async def _make_dispatcher(engine: Engine) -> Dispatcher:
@@ -264,15 +277,15 @@ async def _drive(dispatcher: Dispatcher, job: Job, output: RequestOutput) -> Non
                     delta.num_cached_tokens,
                 )
             )
-    except asyncio.CancelledError:
-        output._push(Update(finish_reason="cancelled"))
     except TensorweaveError as error:
         output._push(Update(error=error))
     except Exception as error:  # the request's boundary: whoever waits for the output must hear of it
         output._push(Update(error=error))
 
 
-def _close(engine: Engine, loop: LoopThread) -> None:
+def _close(engine: Engine, loop: LoopThread, running: set[concurrent.futures.Future[None]]) -> None:
+    for future in tuple(running):
+        future.cancel()
     try:
         engine.close()
     finally:

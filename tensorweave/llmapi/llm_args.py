@@ -1,4 +1,5 @@
-"""The LLM constructor's arguments, under the name that the API documents. Defined in `cluster.llm_args`, because ranks receive them too."""
+"""The LLM constructor's arguments, under the name that the API documents. Defined in `cluster.llm_args`, because ranks
+receive them too."""
 
 from tensorweave.cluster.llm_args import Field, KvCacheConfig, LlmArgs, SchedulerConfig, StrictBaseModel, TorchLlmArgs
 

@@ -1,16 +1,17 @@
 """`RequestOutput`: a future of a generation that can be waited for, awaited, iterated and aborted.
 
-The LLM's event loop pushes `Update`s from its thread; the consumer, in any thread or event loop, applies them when it looks. So the diffs
-always tell what changed since the consumer's last look, however fast tokens arrive.
+The LLM's event loop pushes `Update`s from its thread; the consumer, in any thread or event loop, applies them when it
+looks. So the diffs always tell what changed since the consumer's last look, however fast tokens arrive.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
+import concurrent.futures
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +71,7 @@ class Update:
 
     index: int = 0
     text: str = ""
-    token_ids: tuple[int, ...] | list[int] = ()
+    token_ids: Sequence[int] = ()
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
@@ -80,8 +81,8 @@ class Update:
 class RequestOutput:
     """The result of `LLM.generate` (finished) and `LLM.generate_async` (a future).
 
-    Wait with `result(timeout)` or `await`; with streaming, iterate (`for` or `async for`): each turn gives this same object with its
-    next tokens. An error of the request is raised by whichever of these the consumer uses.
+    Wait with `result(timeout)` or `await`; with streaming, iterate (`for` or `async for`): each turn gives this same
+    object with its next tokens. An error of the request is raised by whichever of these the consumer uses.
 
     Attributes:
         request_id: Identifies the request in logs and metrics.
@@ -119,7 +120,8 @@ class RequestOutput:
         return self._error is not None or all(output.finish_reason is not None for output in self.outputs)
 
     def result(self, timeout: float | None = None) -> RequestOutput:
-        """Wait for the end. Raises TimeoutError after `timeout` seconds (the request goes on), or the request's error."""
+        """Wait for the end. Raises TimeoutError after `timeout` seconds (the request goes on), or the request's
+        error."""
         give_up_s = None if timeout is None else time.monotonic() + timeout
         while not self.finished:
             left_s = None if give_up_s is None else give_up_s - time.monotonic()
@@ -181,6 +183,12 @@ class RequestOutput:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_wake, waiter)
 
+    def _note_cancel(self, future: concurrent.futures.Future[None]) -> None:
+        """The request's task was cancelled, perhaps before it began to run; what it may still push comes too late."""
+        if future.cancelled():
+            for output in self.outputs:
+                self._push(Update(output.index, finish_reason="cancelled"))
+
     # ---- the consumer's side
 
     def _wait(self, timeout_s: float | None) -> bool:
@@ -209,11 +217,14 @@ class RequestOutput:
             pass
 
     def _apply(self, update: Update) -> None:
+        output = self.outputs[update.index]
+        if output.finish_reason is not None:
+            return
         if update.error is not None:
             self._error = update.error
-            return
-        self.cached_tokens = update.num_cached_tokens
-        self.outputs[update.index]._apply(update)
+        else:
+            self.cached_tokens = max(self.cached_tokens, update.num_cached_tokens)
+            output._apply(update)
 
     def _checked(self) -> RequestOutput:
         if self._error is not None:

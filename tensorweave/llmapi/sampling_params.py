@@ -10,7 +10,8 @@ from dataclasses import dataclass
 class SamplingParams:
     """Greedy when temperature, top_p and top_k are all unset, or with temperature 0, top_p 0 or top_k 1.
 
-    Order of the transforms: temperature, min_p, top_k, top_p. The same seed, prompt and settings give the same tokens in any batch.
+    Order of the transforms: temperature, min_p, top_k, top_p. The same seed, prompt and settings give the same tokens
+    in any batch.
 
     Args:
         max_tokens: Most tokens to generate.

@@ -1,4 +1,5 @@
-"""API statuses: `@set_api_status` marks a method that is not committed; `Field(status=…)` does the same for an argument."""
+"""API statuses: `@set_api_status` marks a method that is not committed; `Field(status=…)` does the same for an
+argument."""
 
 from __future__ import annotations
 

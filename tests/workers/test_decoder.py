@@ -88,7 +88,7 @@ def test_sampling_follows_the_distribution() -> None:
 def test_random_numbers_are_uniform_and_differ_by_seed_and_position() -> None:
     numbers = np.array([uniform(seed, position) for seed in range(60) for position in range(60)])
     assert len(np.unique(numbers)) == 3600
-    assert 0 <= numbers.min()
+    assert numbers.min() >= 0
     assert numbers.max() < 1
     assert np.abs(np.histogram(numbers, bins=10, range=(0, 1))[0] - 360).max() < 90
 
