@@ -1,0 +1,143 @@
+"""`build_app`: the HTTP front end as one ASGI application, over a `RouterService`.
+
+Runs under uvicorn and inside Ray Serve alike. Every path, wrong ones included, answers errors in OpenAI's shape and
+carries `x-request-id`. Prompt text is never logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from tensorweave.cluster.errors import ModelNotFound, RequestRejected, TensorweaveError
+from tensorweave.router import asgi
+from tensorweave.router.endpoint import GenerateEndpoint
+from tensorweave.router.health import check_health
+from tensorweave.router.metrics import RouterMetrics
+from tensorweave.router.openapi import openapi_document
+from tensorweave.router.prepare import plan_chat, plan_completion
+from tensorweave.router.service import RouterService
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class UnknownRoute(RequestRejected):
+    http_status, code = 404, "not_found"
+
+
+class MethodNotAllowed(RequestRejected):
+    http_status, code = 405, "method_not_allowed"
+
+
+class _App(FastAPI):
+    """FastAPI whose routes are bare ASGI; the document describes them all the same."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            self.openapi_schema = openapi_document(self.title, self.version)
+        return self.openapi_schema
+
+
+def build_app(service: RouterService) -> FastAPI:
+    metrics = RouterMetrics(service.model_name, service.dispatcher)
+    service.created_s = service.created_s or int(time.time())
+    app = _App(title="tensorweave", version=service.version, docs_url=None, redoc_url=None, redirect_slashes=False)
+    for path, plan in (("/v1/completions", plan_completion), ("/v1/chat/completions", plan_chat)):
+        app.router.routes.append(Route(path, GenerateEndpoint(path, plan, service, metrics), methods=["POST"]))
+    for path, handler in _handlers(service, metrics).items():
+        app.router.routes.append(Route(path, handler, methods=["GET"]))
+    app.add_middleware(asgi.RequestIds)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(TensorweaveError, _answer_error)
+    app.add_exception_handler(Exception, _answer_internal_error)
+    return app
+
+
+def _handlers(service: RouterService, metrics: RouterMetrics) -> dict[str, Handler]:
+    """The small GET routes by path."""
+
+    async def models(request: Request) -> Response:
+        return _json({"object": "list", "data": [_model_card(service)]})
+
+    async def model(request: Request) -> Response:
+        name = request.path_params["model_id"]
+        if name != service.model_name:
+            raise ModelNotFound(
+                f"the model {name[:256]!r} does not exist; this server has {service.model_name!r}", param="model"
+            )
+        return _json(_model_card(service))
+
+    async def health(request: Request) -> Response:
+        report = await check_health(service.fleet, service.limits.heartbeat_limit_s)
+        return _json(report.body(), status=200 if report.is_healthy else 503)
+
+    async def ready(request: Request) -> Response:
+        await service.fleet.wait_ready(0.0)
+        return _json({"status": "ready"})
+
+    async def version(request: Request) -> Response:
+        return _json({"version": service.version})
+
+    async def prometheus(request: Request) -> Response:
+        return Response(await metrics.render(service.fleet), media_type=CONTENT_TYPE_LATEST)
+
+    return {
+        "/v1/models": models,
+        "/v1/models/{model_id:path}": model,
+        "/health": health,
+        "/ready": ready,
+        "/version": version,
+        "/metrics": prometheus,
+    }
+
+
+def _model_card(service: RouterService) -> dict[str, Any]:
+    card: dict[str, Any] = {
+        "id": service.model_name,
+        "object": "model",
+        "created": service.created_s,
+        "owned_by": "tensorweave",
+    }
+    info = service.known_info
+    return card if info is None else {**card, "max_model_len": info.max_seq_len}
+
+
+def _json(content: dict[str, Any], *, status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status_code=status, media_type="application/json")
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, TensorweaveError)
+    response = Response(asgi.error_body(error), status_code=error.http_status, media_type="application/json")
+    for name, value in asgi.error_headers(error):
+        response.headers[name.decode()] = value.decode()
+    return response
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    """What Starlette itself refuses: an unknown route, or a known one by the wrong method."""
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path[:256]}"
+    match error.status_code:
+        case 404:
+            response = await _answer_error(request, UnknownRoute(f"no route: {where}"))
+        case 405:
+            response = await _answer_error(request, MethodNotAllowed(f"method not allowed: {where}"))
+        case _:
+            response = await _answer_error(request, RequestRejected(str(error.detail)))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _answer_internal_error(request: Request, error: Exception) -> Response:
+    return await _answer_error(request, TensorweaveError("internal error; the server's log has it"))

@@ -1,0 +1,165 @@
+"""The router's bare ASGI verbs: read a body within a limit, answer, report an error, notice that the client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import orjson
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tensorweave.cluster.errors import RequestRejected, TensorweaveError
+
+Headers = list[tuple[bytes, bytes]]
+_JSON: Final = (b"content-type", b"application/json")
+_EVENT_STREAM: Final[Headers] = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+_RETRY_AFTER_S: Final = 5.0
+_REQUEST_ID_KEY: Final = "tensorweave.request_id"
+_VALID_REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class BodyTooLarge(RequestRejected):
+    http_status, code = 413, "body_too_large"
+
+
+class UnsupportedMediaType(RequestRejected):
+    http_status, code = 415, "unsupported_media_type"
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class RequestIds:
+    """ASGI middleware: every answer carries `x-request-id`, the client's own where it sent one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = header(scope, b"x-request-id")
+        request_id = (
+            given if given is not None and _VALID_REQUEST_ID.fullmatch(given) else secrets.token_hex(16).encode()
+        )
+        scope[_REQUEST_ID_KEY] = request_id.decode("ascii")
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+def request_id_of(scope: Scope) -> str:
+    request_id: str = scope[_REQUEST_ID_KEY]
+    return request_id
+
+
+def header(scope: Scope, name: bytes) -> bytes | None:
+    for key, value in scope["headers"]:
+        if key == name:
+            found: bytes = value
+            return found
+    return None
+
+
+async def read_json_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
+    """The body, checked for size while it comes. Raises BodyTooLarge, UnsupportedMediaType or ClientGone."""
+    media_type = (header(scope, b"content-type") or b"application/json").split(b";")[0].strip().lower()
+    if media_type != b"application/json" and not media_type.endswith(b"+json"):
+        raise UnsupportedMediaType("the content type must be application/json")
+    announced = header(scope, b"content-length")
+    if announced is not None and announced.isdigit() and int(announced) > max_bytes:
+        raise BodyTooLarge(f"the body has {int(announced)} bytes; the limit is {max_bytes}")
+    parts: list[bytes] = []
+    num_bytes = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        part: bytes = message.get("body", b"")
+        num_bytes += len(part)
+        if num_bytes > max_bytes:
+            raise BodyTooLarge(f"the body has more than {max_bytes} bytes, which is the limit")
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+@asynccontextmanager
+async def cancelled_on_disconnect(receive: Receive) -> AsyncIterator[None]:
+    """Cancels the block when the client goes away, and raises ClientGone in its place."""
+    task = asyncio.current_task()
+    assert task is not None
+    is_gone = False
+
+    async def watch() -> None:
+        nonlocal is_gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        is_gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not is_gone:
+            raise
+        task.uncancel()
+        raise ClientGone from None
+    finally:
+        watcher.cancel()
+
+
+def error_body(error: TensorweaveError) -> bytes:
+    fields: dict[str, Any] = {
+        "message": error.message,
+        "type": error.openai_type,
+        "param": error.param,
+        "code": error.code,
+    }
+    return orjson.dumps({"error": fields})
+
+
+def error_headers(error: TensorweaveError) -> Headers:
+    """Whoever is told to come back later is told when."""
+    retry_after_s = error.retry_after_s
+    if retry_after_s is None and error.http_status in (429, 503):
+        retry_after_s = _RETRY_AFTER_S
+    return [] if retry_after_s is None else [(b"retry-after", str(math.ceil(retry_after_s)).encode())]
+
+
+async def send_json(send: Send, body: bytes, *, status: int = 200, headers: Headers | None = None) -> None:
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [_JSON, length, *(headers or ())]})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_error(send: Send, error: TensorweaveError) -> None:
+    await send_json(send, error_body(error), status=error.http_status, headers=error_headers(error))
+
+
+async def start_events(send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": list(_EVENT_STREAM)})
+
+
+async def send_event(send: Send, events: bytes) -> None:
+    await send({"type": "http.response.body", "body": events, "more_body": True})
+
+
+async def end_events(send: Send, events: bytes) -> None:
+    await send({"type": "http.response.body", "body": events, "more_body": False})

@@ -1,0 +1,174 @@
+"""`GenerateEndpoint`: one POST route, from the body to the last byte of its answer, streamed or whole.
+
+The request boundary: whatever goes wrong is answered with OpenAI's error object, or, once a stream has begun, with an
+error event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Final
+
+from starlette.types import Receive, Scope, Send
+
+from tensorweave.cluster.errors import DeadlineExceeded, RequestCancelled, TensorweaveError
+from tensorweave.router import asgi
+from tensorweave.router.answers import DONE, Choice, Usage
+from tensorweave.router.generation import TextDelta, generate_all
+from tensorweave.router.metrics import RouterMetrics
+from tensorweave.router.prepare import Plan
+from tensorweave.router.service import RouterService
+
+logger = logging.getLogger(__name__)
+
+_INTERNAL: Final = "internal error; the server's log has it under this request's id"
+_MAX_STALL_S: Final = 60.0  # a client that reads nothing for so long is given up
+
+
+class Tally:
+    """What one HTTP request has produced so far: tokens, cached tokens, times."""
+
+    def __init__(self, plan: Plan, metrics: RouterMetrics, started_s: float) -> None:
+        self._plan = plan
+        self._metrics = metrics
+        self._started_s = started_s
+        self._first_s: list[float] = [0.0] * len(plan.jobs)
+        self._latest_s: list[float] = [0.0] * len(plan.jobs)
+        self._cached = [0] * len(plan.jobs)
+        self.num_tokens = [0] * len(plan.jobs)
+
+    def add(self, delta: TextDelta) -> None:
+        """Raises when the sequence ended without a proper answer."""
+        index, now_s = delta.index, time.perf_counter()
+        if delta.num_tokens:
+            if not self.num_tokens[index]:
+                self._first_s[index] = now_s
+                self._cached[index] = delta.num_cached_tokens
+                self._metrics.observe_first_token(now_s - self._started_s, delta.num_tokens)
+                self._metrics.count_cached(delta.num_cached_tokens)
+            else:
+                self._metrics.observe_step(now_s - self._latest_s[index], delta.num_tokens)
+            self._latest_s[index] = now_s
+            self.num_tokens[index] += delta.num_tokens
+        if delta.finish_reason is not None:
+            self._metrics.observe_end(
+                delta.finish_reason,
+                total_s=now_s - self._started_s,
+                after_first_s=self._latest_s[index] - self._first_s[index],
+                num_tokens=self.num_tokens[index],
+            )
+        if delta.finish_reason == "timeout":
+            raise DeadlineExceeded(f"the request's deadline passed after {sum(self.num_tokens)} tokens")
+        if delta.finish_reason == "cancelled":
+            raise RequestCancelled("the request was cancelled")
+
+    def usage(self) -> Usage:
+        """The n sequences of one prompt share it: it counts once, and so does what was cached of it."""
+        return Usage.of(
+            prompt=sum(self._plan.prompt_lens),
+            completion=sum(self.num_tokens),
+            cached=sum(self._cached[:: self._plan.n]),
+        )
+
+
+class GenerateEndpoint:
+    """An ASGI application for one path. `plan` turns a body into what is to be run."""
+
+    def __init__(
+        self,
+        path: str,
+        plan: Callable[[RouterService, bytes], Awaitable[Plan]],
+        service: RouterService,
+        metrics: RouterMetrics,
+    ) -> None:
+        self._path = path
+        self._plan = plan
+        self._service = service
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started_s = time.perf_counter()
+        try:
+            body = await asgi.read_json_body(scope, receive, self._service.limits.max_body_bytes)
+            async with asgi.cancelled_on_disconnect(receive):
+                plan = await self._plan(self._service, body)
+                await self._answer(plan, Tally(plan, self._metrics, started_s), scope, send)
+            status = 200
+        except asgi.ClientGone:
+            status = RequestCancelled.http_status
+        except TensorweaveError as error:
+            status = error.http_status
+            self._metrics.count_error(error)
+            await asgi.send_error(send, error)
+        except Exception:
+            logger.exception("request %s: internal error", asgi.request_id_of(scope))
+            status = 500
+            await asgi.send_error(send, TensorweaveError(_INTERNAL))
+        self._metrics.count_answer(self._path, status)
+        logger.info(
+            "request %s: %s %d in %.3f s",
+            asgi.request_id_of(scope),
+            self._path,
+            status,
+            time.perf_counter() - started_s,
+        )
+
+    async def _answer(self, plan: Plan, tally: Tally, scope: Scope, send: Send) -> None:
+        self._metrics.count_prompt(sum(plan.prompt_lens))
+        async with aclosing(generate_all(self._service.dispatcher, plan.jobs)) as deltas:
+            if plan.is_streamed:
+                first = await anext(deltas)  # until here, an error still has its own HTTP status
+                tally.add(first)
+                await self._stream(plan, tally, first, deltas, scope, send)
+            else:
+                await self._answer_whole(plan, tally, deltas, send)
+
+    async def _answer_whole(
+        self, plan: Plan, tally: Tally, deltas: AsyncGenerator[TextDelta, None], send: Send
+    ) -> None:
+        texts: list[list[str]] = [[] for _ in plan.jobs]
+        choices: dict[int, Choice] = {}
+        async for delta in deltas:
+            tally.add(delta)
+            texts[delta.index].append(delta.text)
+            if delta.finish_reason is not None:
+                choices[delta.index] = Choice("".join(texts[delta.index]), delta.finish_reason, delta.stop_reason)
+        ordered = [choices[index] for index in range(len(plan.jobs))]
+        await asgi.send_json(send, plan.answer.whole(ordered, tally.usage()))
+
+    async def _stream(
+        self,
+        plan: Plan,
+        tally: Tally,
+        first: TextDelta,
+        deltas: AsyncGenerator[TextDelta, None],
+        scope: Scope,
+        send: Send,
+    ) -> None:
+        running = tally.usage if plan.has_running_usage else lambda: None
+        await asgi.start_events(send)
+        try:
+            await asgi.send_event(send, plan.answer.opening(len(plan.jobs), running()) + _event(plan, first, running()))
+            async for delta in deltas:
+                tally.add(delta)
+                if delta.text or delta.finish_reason is not None:
+                    async with asyncio.timeout(_MAX_STALL_S):
+                        await asgi.send_event(send, _event(plan, delta, running()))
+            last = plan.answer.usage_event(tally.usage()) if plan.includes_usage else b""
+            await asgi.end_events(send, last + DONE)
+        except TensorweaveError as error:
+            self._metrics.count_error(error)
+            await asgi.end_events(send, b"data: " + asgi.error_body(error) + b"\n\n")
+        except TimeoutError:
+            raise asgi.ClientGone from None
+        except Exception:
+            logger.exception("request %s: internal error in a stream", asgi.request_id_of(scope))
+            await asgi.end_events(send, b"data: " + asgi.error_body(TensorweaveError(_INTERNAL)) + b"\n\n")
+
+
+def _event(plan: Plan, delta: TextDelta, usage: Usage | None) -> bytes:
+    return plan.answer.event(delta, usage) if delta.text or delta.finish_reason is not None else b""

@@ -1,0 +1,102 @@
+"""From a sequence's tokens to its text: dispatch and detokenization joined; several merged into one stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from tensorweave.cluster.protocol import FinishReason, GenerateRequest
+from tensorweave.router.detokenize import IncrementalDetokenizer
+from tensorweave.router.dispatch import Dispatcher
+
+
+class TokensOnly:
+    """In place of a detokenizer where no text is wanted."""
+
+    stop_reason = None
+
+    def push(self, token_ids: Sequence[int], *, ends_with_stop_token: bool = False) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One sequence of a request, ready to run. `index` is its place among the answer's choices."""
+
+    index: int
+    request: GenerateRequest
+    detokenizer: IncrementalDetokenizer | TokensOnly
+    end_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """What one step added to one sequence. `text` may be empty: a character or a possible stop string is not complete.
+
+    `stop_reason` is the stop string or the asked-for stop token that ended it; None for the model's own end.
+    """
+
+    index: int
+    text: str
+    token_ids: Sequence[int]
+    num_cached_tokens: int
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+async def generate_text(dispatcher: Dispatcher, job: Job) -> AsyncGenerator[TextDelta, None]:
+    """Deltas until the one with a finish reason. A stop string ends the sequence here and cancels it at the gang."""
+    detokenizer = job.detokenizer
+    async with aclosing(dispatcher.generate(job.request)) as chunks:
+        async for chunk in chunks:
+            text = detokenizer.push(chunk.token_ids, ends_with_stop_token=chunk.stop_reason is not None)
+            finish_reason = chunk.finish_reason
+            stop_reason: int | str | None = None if chunk.stop_reason in job.end_ids else chunk.stop_reason
+            if finish_reason is not None:
+                text += detokenizer.flush()
+            if detokenizer.stop_reason is not None:
+                finish_reason, stop_reason = "stop", detokenizer.stop_reason
+            yield TextDelta(job.index, text, chunk.token_ids, chunk.num_cached_tokens, finish_reason, stop_reason)
+            if finish_reason is not None:
+                return
+
+
+async def generate_all(dispatcher: Dispatcher, jobs: Sequence[Job]) -> AsyncGenerator[TextDelta, None]:
+    """The deltas of all jobs as they come. The first error, or leaving early, cancels the rest."""
+    if len(jobs) == 1:
+        async with aclosing(generate_text(dispatcher, jobs[0])) as deltas:
+            async for delta in deltas:
+                yield delta
+        return
+    merged: asyncio.Queue[TextDelta | Exception] = asyncio.Queue()
+
+    async def pump(job: Job) -> None:
+        try:
+            async with aclosing(generate_text(dispatcher, job)) as deltas:
+                async for delta in deltas:
+                    merged.put_nowait(delta)
+        except Exception as error:  # handed to the reader below, which raises it
+            merged.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(job)) for job in jobs]
+    try:
+        num_open = len(jobs)
+        while num_open:
+            item = await merged.get()
+            if isinstance(item, Exception):
+                raise item
+            num_open -= item.finish_reason is not None
+            yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

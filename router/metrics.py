@@ -1,0 +1,114 @@
+"""Prometheus metrics of one router replica, under the field's usual names with the prefix `tensorweave_`.
+
+Each app has its own registry; nothing is global. Labels are bound once: an observation costs about a microsecond.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from tensorweave.cluster.errors import NotReady, TensorweaveError
+from tensorweave.cluster.fleet import Fleet
+from tensorweave.router.dispatch import Dispatcher
+from tensorweave.router.health import first_rank_gauges
+
+_LATENCY_S: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0)
+_TOKEN_LATENCY_S: Final = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
+
+# What a gang's leader reports of its executor: the name here, and what it means.
+_GANG_GAUGES: Final = {
+    "kv_cache_usage_perc": ("kv_cache_usage_perc", "KV blocks in use, 1 is all."),
+    "num_requests_running": ("gang_num_requests_running", "Sequences that hold KV blocks."),
+    "num_requests_waiting": ("gang_num_requests_waiting", "Sequences that wait for KV blocks or a place in the batch."),
+    "num_preemptions_total": ("gang_preemptions", "Sequences paused for want of KV blocks, since the gang began."),
+    "iterations_total": ("gang_iterations", "Steps since the gang began."),
+    "step_seconds_total": ("gang_step_seconds", "Time in steps since the gang began."),
+    "forward_seconds_total": ("gang_forward_seconds", "Time in forward passes since the gang began."),
+}
+
+
+class RouterMetrics:
+    def __init__(self, model_name: str, dispatcher: Dispatcher) -> None:
+        self.registry = CollectorRegistry()
+        self._model = {"model_name": model_name}
+        self._finished = self._counter("request_success", "Sequences that ended, by finish reason.", "finished_reason")
+        self._answered = self._counter("http_requests", "HTTP requests, by path and status.", "path", "status")
+        self._rejected = self._counter(
+            "requests_rejected", "Requests that were answered with an error, by its code.", "code"
+        )
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of all requests.").labels(**self._model)
+        self._cached_tokens = self._counter("prompt_tokens_cached", "Prompt tokens found in the prefix cache.").labels(
+            **self._model
+        )
+        self._output_tokens = self._counter("generation_tokens", "Generated tokens.").labels(**self._model)
+        self._ttft = self._histogram(
+            "time_to_first_token_seconds", "From a request's receipt to its first token.", _LATENCY_S
+        )
+        self._itl = self._histogram(
+            "inter_token_latency_seconds", "Between two steps of one sequence.", _TOKEN_LATENCY_S
+        )
+        self._tpot = self._histogram(
+            "time_per_output_token_seconds", "A sequence's mean time per token after the first.", _TOKEN_LATENCY_S
+        )
+        self._e2e = self._histogram(
+            "e2e_request_latency_seconds", "From a request's receipt to its last token.", _LATENCY_S
+        )
+        self._of_gangs = {
+            name: Gauge(f"tensorweave_{shown}", text, ["model_name", "gang"], registry=self.registry)
+            for name, (shown, text) in _GANG_GAUGES.items()
+        }
+        self._gauge("num_requests_running", "Sequences admitted and not ended.").set_function(
+            lambda: dispatcher.num_running
+        )
+        self._gauge("num_requests_waiting", "Sequences waiting for admission.").set_function(
+            lambda: dispatcher.num_waiting
+        )
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"tensorweave_{name}", text, ["model_name", *labels], registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"tensorweave_{name}", text, ["model_name"], registry=self.registry).labels(**self._model)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"tensorweave_{name}", text, ["model_name"], buckets=buckets, registry=self.registry).labels(
+            **self._model
+        )
+
+    def count_answer(self, path: str, status: int) -> None:
+        self._answered.labels(**self._model, path=path, status=status).inc()
+
+    def count_error(self, error: TensorweaveError) -> None:
+        self._rejected.labels(**self._model, code=error.code).inc()
+
+    def count_prompt(self, num_tokens: int) -> None:
+        self._prompt_tokens.inc(num_tokens)
+
+    def count_cached(self, num_tokens: int) -> None:
+        self._cached_tokens.inc(num_tokens)
+
+    def observe_first_token(self, seconds: float, num_tokens: int) -> None:
+        self._ttft.observe(seconds)
+        self._output_tokens.inc(num_tokens)
+
+    def observe_step(self, seconds: float, num_tokens: int) -> None:
+        self._itl.observe(seconds)
+        self._output_tokens.inc(num_tokens)
+
+    def observe_end(self, finish_reason: str, *, total_s: float, after_first_s: float, num_tokens: int) -> None:
+        self._finished.labels(**self._model, finished_reason=finish_reason).inc()
+        self._e2e.observe(total_s)
+        if num_tokens > 1:
+            self._tpot.observe(after_first_s / (num_tokens - 1))
+
+    async def render(self, fleet: Fleet) -> bytes:
+        """The text exposition. When the fleet cannot be asked, the gangs keep their last values."""
+        with contextlib.suppress(NotReady):
+            for gang_id, gauges in first_rank_gauges(await fleet.describe()).items():
+                for name, gauge in self._of_gangs.items():
+                    if name in gauges:
+                        gauge.labels(**self._model, gang=gang_id).set(gauges[name])
+        return generate_latest(self.registry)

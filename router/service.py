@@ -1,0 +1,40 @@
+"""`RouterService`: everything that the HTTP app stands on, built by the deploy room or by a test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tensorweave.cluster.errors import NotReady
+from tensorweave.cluster.fleet import Fleet
+from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.router.admission import Limits
+from tensorweave.router.dispatch import Dispatcher
+from tensorweave.router.tokens import Tokenizer
+
+
+@dataclass(slots=True)
+class RouterService:
+    """One served model. `info` is read from the gangs once and kept: it does not change while the service lives."""
+
+    model_name: str
+    tokenizer: Tokenizer
+    dispatcher: Dispatcher
+    fleet: Fleet
+    version: str
+    limits: Limits = field(default_factory=Limits)
+    created_s: int = 0
+    _info: ModelInfo | None = None
+
+    @property
+    def known_info(self) -> ModelInfo | None:
+        if self._info is None and (links := self.fleet.links("both")):
+            self._info = links[0].info
+        return self._info
+
+    async def info(self) -> ModelInfo:
+        """Raises NotReady if no gang comes up in time."""
+        if self.known_info is None:
+            await self.fleet.wait_ready(self.limits.ready_timeout_s)
+        if (info := self.known_info) is None:
+            raise NotReady("no gang is ready to take requests", retry_after_s=5.0)
+        return info

@@ -1,0 +1,201 @@
+"""`Tokenizer`: text and chats to token ids and back, around any transformers tokenizer.
+
+Used by the HTTP router and by the LLM API. The Rust tokenizer underneath is driven directly (a short chat is rendered
+and encoded in about 50 µs); long texts are encoded in a thread, so that an event loop never waits for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import tokenizers
+from jinja2.exceptions import TemplateError
+from transformers import AutoTokenizer
+
+from tensorweave.cluster.errors import RequestRejected
+from tensorweave.router.pieces import Pieces, WindowedPieces, read_pieces
+
+ChatMessage = Mapping[str, Any]
+_LONG_TEXT_CHARS: Final = (
+    4096  # above about 1 ms of encoding (0.22 µs a character), a thread is cheaper than a stalled event loop
+)
+
+
+def flatten_content(content: str | Sequence[Mapping[str, Any]] | None) -> str:
+    """A message's content as one string: text parts are joined; other parts are refused."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    texts: list[str] = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise RequestRejected("only parts of type 'text' are supported in a message's content", param="messages")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+class Tokenizer:
+    """A transformers tokenizer with the few verbs that serving needs. Safe to use from several threads."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        rust = getattr(backend, "backend_tokenizer", None)
+        self._rust = self._private_copy(rust) if isinstance(rust, tokenizers.Tokenizer) else None
+        self.special_ids = self._find_special_ids()
+        self._pieces = read_pieces(self._rust) if self._rust is not None else None
+        self._template_arguments = frozenset(inspect.signature(backend.apply_chat_template).parameters)
+
+    @staticmethod
+    def _private_copy(rust: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+        """transformers sets truncation and padding on its own object at each call, in any thread; ours stays."""
+        private: tokenizers.Tokenizer = copy.deepcopy(rust)
+        private.no_truncation()
+        private.no_padding()
+        return private
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path | Any,
+        *,
+        tokenizer_mode: Literal["auto", "slow"] = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Tokenizer:
+        """From a directory, a hub id, a transformers tokenizer, or a `Tokenizer`, which is returned as it is."""
+        if isinstance(source, Tokenizer):
+            return source
+        if not isinstance(source, str | Path):
+            return cls(source)
+        return cls(
+            AutoTokenizer.from_pretrained(
+                str(source),
+                use_fast=tokenizer_mode != "slow",
+                revision=revision or "main",
+                trust_remote_code=trust_remote_code,
+            )
+        )
+
+    def _find_special_ids(self) -> frozenset[int]:
+        if self._rust is None:
+            return frozenset(self.backend.all_special_ids)
+        return frozenset(token_id for token_id, token in self._rust.get_added_tokens_decoder().items() if token.special)
+
+    @property
+    def eos_id(self) -> int | None:
+        token_id: int | None = self.backend.eos_token_id
+        return token_id
+
+    @property
+    def pad_id(self) -> int | None:
+        token_id: int | None = self.backend.pad_token_id
+        return token_id
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the tokenizer knows, added tokens included. The model's own vocabulary may be padded beyond it."""
+        return len(self.backend)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.backend.chat_template)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, truncate: int | None = None) -> list[int]:
+        """Token ids of `text`; `truncate` keeps the last so many."""
+        ids: list[int]
+        if self._rust is not None:
+            ids = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+        else:
+            ids = list(self.backend.encode(text, add_special_tokens=add_special_tokens))
+        return ids if truncate is None else ids[-truncate:]
+
+    async def encode_async(
+        self, text: str, *, add_special_tokens: bool = True, truncate: int | None = None
+    ) -> list[int]:
+        if len(text) <= _LONG_TEXT_CHARS:
+            return self.encode(text, add_special_tokens=add_special_tokens, truncate=truncate)
+        return await asyncio.to_thread(self.encode, text, add_special_tokens=add_special_tokens, truncate=truncate)
+
+    def render_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The chat template's text. Raises RequestRejected (param 'messages') when the template refuses."""
+        if not self.has_chat_template:
+            raise RequestRejected("this model's tokenizer has no chat template; use /v1/completions", param="messages")
+        extra = template_kwargs or {}
+        if own := self._template_arguments & extra.keys():
+            raise RequestRejected(f"chat_template_kwargs may not set {sorted(own)[0]!r}", param="chat_template_kwargs")
+        flat = [{**message, "content": flatten_content(message.get("content"))} for message in messages]
+        try:
+            text: str = self.backend.apply_chat_template(
+                flat, tokenize=False, add_generation_prompt=add_generation_prompt, **extra
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise RequestRejected(f"the chat template refused the messages: {error}", param="messages") from error
+        return text
+
+    def chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation. The template writes the special tokens itself."""
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs)
+        return self.encode(text, add_special_tokens=add_special_tokens)
+
+    async def chat_async(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs)
+        return await self.encode_async(text, add_special_tokens=add_special_tokens)
+
+    def decode(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+    ) -> str:
+        """The text of all ids at once; ids that the tokenizer does not know leave nothing."""
+        text: str
+        if self._rust is not None:
+            text = self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        else:
+            text = self.backend.decode(
+                list(token_ids),
+                skip_special_tokens=skip_special_tokens,
+                spaces_between_special_tokens=spaces_between_special_tokens,
+                clean_up_tokenization_spaces=False,
+            )
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token alone, special tokens included."""
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def pieces(self, *, skip_special_tokens: bool, spaces_between_special_tokens: bool) -> Pieces:
+        """What an incremental detokenizer reads: a per-token table, or a window over `decode`."""
+        if self._pieces is not None:
+            return self._pieces
+        return WindowedPieces(
+            lambda ids: self.decode(
+                ids,
+                skip_special_tokens=skip_special_tokens,
+                spaces_between_special_tokens=spaces_between_special_tokens,
+            )
+        )

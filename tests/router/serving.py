@@ -1,0 +1,97 @@
+"""What the HTTP tests stand on: a service over a fake fleet, an in-process client, and a real uvicorn on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+
+from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.router.admission import Limits
+from tensorweave.router.app import build_app
+from tensorweave.router.dispatch import Dispatcher
+from tensorweave.router.service import RouterService
+from tests.router.fake_fleet import FakeFleet, FakeLink
+from tests.router.small_tokenizers import byte_level
+
+MODEL = "org/tiny"
+IM_END = 2
+
+
+def model_info(max_seq_len: int = 512) -> ModelInfo:
+    return ModelInfo(
+        model=MODEL,
+        vocab_size=byte_level().vocab_size,
+        max_seq_len=max_seq_len,
+        dtype="float32",
+        tokens_per_block=32,
+        num_blocks=100,
+        end_ids=(IM_END,),
+    )
+
+
+def script_of(text: str) -> list[int]:
+    return [*byte_level().encode(text), IM_END]
+
+
+def make_service(*links: FakeLink, limits: Limits | None = None) -> RouterService:
+    limits = limits or Limits(ready_timeout_s=0.05)
+    fleet = FakeFleet(*links)
+    return RouterService(
+        model_name=MODEL,
+        tokenizer=byte_level(),
+        dispatcher=Dispatcher(fleet, limits=limits),
+        fleet=fleet,
+        version="1.2.3",
+        limits=limits,
+    )
+
+
+def make_app(*links: FakeLink, limits: Limits | None = None) -> FastAPI:
+    return build_app(make_service(*links, limits=limits))
+
+
+@asynccontextmanager
+async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://router", timeout=10) as client:
+        yield client
+
+
+@asynccontextmanager
+async def running(app: FastAPI) -> AsyncIterator[str]:
+    """A real server; yields its base URL."""
+    config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    # By name: asyncio sets TCP_NODELAY only where the protocol is known, and Nagle's delay costs 40 ms an answer.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await asyncio.wait_for(task, 10)
+        listener.close()
+
+
+def events_of(body: str) -> list[Any]:
+    """The data of each server-sent event; '[DONE]' stays a string."""
+    blocks = [block for block in body.split("\n\n") if block]
+    assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
+    return [block[6:] if block == "data: [DONE]" else json.loads(block[6:]) for block in blocks]
+
+
+def chat(text: str = "Hi", **fields: Any) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": text}], **fields}
+
+
+def completion(prompt: Any = "Hi", **fields: Any) -> dict[str, Any]:
+    return {"model": MODEL, "prompt": prompt, **fields}

@@ -1,0 +1,74 @@
+"""Tokenizers built on the spot: byte-level BPE like SmolLM2's, byte-fallback BPE like Llama 2's, and Metaspace."""
+
+from __future__ import annotations
+
+import functools
+
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as RustTokenizer
+from transformers import PreTrainedTokenizerFast
+
+from tensorweave.router.tokens import Tokenizer
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CORPUS = [
+    "The capital of France is Paris. It lies on the Seine.",
+    "Grüße aus Köln, où l'été est chaud — naïve façade.",
+    "東京は日本の首都です。你好,世界!",
+    "def add(a, b):\n    return a + b\n",
+    "😀 👩‍👩‍👧 🇫🇷 emoji, and 1234567890 numbers.",
+] * 4
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' and not loop.first %}{{ raise_exception('system must come first') }}{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@functools.cache
+def byte_level() -> Tokenizer:
+    rust = RustTokenizer(models.BPE())
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rust.train_from_iterator(CORPUS, trainer)
+    rust.add_tokens(["<tool>", "naïve☃"])
+    backend = PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    backend.chat_template = CHAT_TEMPLATE
+    return Tokenizer(backend)
+
+
+@functools.cache
+def byte_fallback() -> Tokenizer:
+    specials = ["<unk>", "<s>", "</s>"]
+    vocab = {token: i for i, token in enumerate([*specials, *(f"<0x{byte:02X}>" for byte in range(256))])}
+    for piece in ["▁", "▁the", "▁cap", "ital", "a", "b", "c", "é", "日", "本", "▁▁", "x▁y", "."]:
+        vocab[piece] = len(vocab)
+    rust = RustTokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    rust.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = decoders.Strip(content=" ", left=1, right=0)
+    rust.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    rust.add_special_tokens(specials)
+    return Tokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    )
+
+
+@functools.cache
+def metaspace() -> Tokenizer:
+    vocab = [("<unk>", 0.0), ("</s>", 0.0)]
+    vocab += [
+        (piece, -float(i + 1)) for i, piece in enumerate(["▁", "▁the", "▁cap", "ital", "a", "b", "日", ".", "▁Paris"])
+    ]
+    rust = RustTokenizer(models.Unigram(vocab, unk_id=0))
+    rust.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
+    rust.pre_tokenizer = pre_tokenizers.Metaspace()
+    rust.decoder = decoders.Metaspace()
+    rust.add_special_tokens(["<unk>", "</s>"])
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="</s>", unk_token="<unk>"))

@@ -1,0 +1,521 @@
+"""Every route of the HTTP app: shapes of answers and of errors, streaming, metrics, health."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+import httpx
+import pytest
+
+from tensorweave.cluster.errors import Overloaded, WorkerLost
+from tensorweave.router.admission import Limits
+from tests.router.fake_fleet import FakeLink
+from tests.router.serving import (
+    MODEL,
+    chat,
+    client_of,
+    completion,
+    events_of,
+    make_app,
+    model_info,
+    script_of,
+)
+from tests.router.small_tokenizers import byte_level
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+TEXT = "Grüße aus 東京 😀!"
+
+
+def post(path: str, body: Any, *links: FakeLink, limits: Limits | None = None, **kwargs: Any) -> httpx.Response:
+    async def call() -> httpx.Response:
+        async with client_of(make_app(*links, limits=limits)) as client:
+            if isinstance(body, bytes):
+                return await client.post(path, content=body, **kwargs)
+            return await client.post(path, json=body, **kwargs)
+
+    return asyncio.run(call())
+
+
+def get(path: str, *links: FakeLink, method: str = "GET", headers: dict[str, str] | None = None) -> httpx.Response:
+    async def call() -> httpx.Response:
+        async with client_of(make_app(*links)) as client:
+            return await client.request(method, path, headers=headers)
+
+    return asyncio.run(call())
+
+
+def scripted(text: str = TEXT, **options: Any) -> FakeLink:
+    return FakeLink(model_info(), script=script_of(text), **options)
+
+
+def check_error(answer: httpx.Response, status: int, param: str | None, code: str | None = None) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["x-request-id"]
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert code is None or error["code"] == code
+    return error
+
+
+# ---- answers
+
+
+def test_chat_answer() -> None:
+    link = scripted(num_cached=3)
+    answer = post(CHAT, chat(), link)
+    assert answer.status_code == 200
+    body = answer.json()
+    prompt = link.requests[0].prompt_token_ids
+    assert byte_level().decode(prompt, skip_special_tokens=False) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert body["object"] == "chat.completion"
+    assert body["id"].startswith("chatcmpl-")
+    assert body["model"] == MODEL
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": TEXT, "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+            "stop_reason": None,
+        }
+    ]
+    out = len(script_of(TEXT))
+    assert body["usage"] == {
+        "prompt_tokens": len(prompt),
+        "completion_tokens": out,
+        "total_tokens": len(prompt) + out,
+        "prompt_tokens_details": {"cached_tokens": 3},
+    }
+    sampling = link.requests[0].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (1.0, 1.0, 512 - len(prompt))
+
+
+def test_completion_answer_and_its_defaults() -> None:
+    link = FakeLink(model_info())
+    body = post(COMPLETIONS, completion("The capital"), link).json()
+    assert body["object"] == "text_completion"
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert body["usage"]["completion_tokens"] == 16
+    assert list(link.requests[0].prompt_token_ids) == byte_level().encode("The capital")
+
+
+@pytest.mark.parametrize("tokens_per_step", [1, 3])
+def test_chat_stream(tokens_per_step: int) -> None:
+    body = chat(stream=True, stream_options={"include_usage": True})
+    answer = post(CHAT, body, scripted(tokens_per_step=tokens_per_step))
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *chunks, usage, done = events_of(answer.text)
+    assert done == "[DONE]"
+    assert usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == len(script_of(TEXT))
+    assert len({chunk["id"] for chunk in [*chunks, usage]}) == 1
+    assert all(chunk["object"] == "chat.completion.chunk" and chunk["usage"] is None for chunk in chunks)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert choices[0]["delta"]["role"] == "assistant"
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == TEXT
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["stop"]
+    assert choices[-1]["delta"] == {}
+
+
+def test_completion_stream_has_no_usage_unless_asked() -> None:
+    *chunks, done = events_of(post(COMPLETIONS, completion(stream=True, max_tokens=50), scripted()).text)
+    assert done == "[DONE]"
+    assert all("usage" not in chunk for chunk in chunks)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == TEXT
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_running_usage() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, _ = events_of(post(CHAT, chat(stream=True, stream_options=options), scripted()).text)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-1] == len(script_of(TEXT))
+
+
+def test_n_sequences_of_several_prompts() -> None:
+    link = FakeLink(model_info())
+    body = post(COMPLETIONS, completion(["one", "two words"], n=3, seed=7, max_tokens=5), link).json()
+    assert [choice["index"] for choice in body["choices"]] == list(range(6))
+    assert [r.sampling.seed for r in link.requests] == [7, 8, 9] * 2
+    lens = [len(byte_level().encode(text)) for text in ("one", "two words")]
+    assert body["usage"]["prompt_tokens"] == sum(lens)
+    assert body["usage"]["completion_tokens"] == 30
+    alone = post(COMPLETIONS, completion("two words", seed=8, max_tokens=5), FakeLink(model_info())).json()
+    assert alone["choices"][0]["text"] == body["choices"][4]["text"]
+
+
+def test_n_streams_carry_their_index() -> None:
+    *chunks, _ = events_of(post(CHAT, chat(stream=True, n=3, seed=1, max_tokens=6), FakeLink(model_info())).text)
+    ends = [c["choices"][0]["index"] for c in chunks if c["choices"][0]["finish_reason"] == "length"]
+    assert sorted(ends) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("prompt", [[5, 6, 7], [[5, 6, 7], [8]]])
+def test_token_prompts(prompt: list[Any]) -> None:
+    link = FakeLink(model_info())
+    answer = post(COMPLETIONS, completion(prompt, max_tokens=2), link)
+    assert len(answer.json()["choices"]) == len(link.requests)
+    assert list(link.requests[0].prompt_token_ids) == [5, 6, 7]
+
+
+def test_no_seed_means_another_one_each_time() -> None:
+    link = FakeLink(model_info())
+    post(COMPLETIONS, completion(["a", "a"]), link)
+    assert link.requests[0].sampling.seed != link.requests[1].sampling.seed
+
+
+def test_stop_string_across_tokens_ends_and_cancels() -> None:
+    link = scripted("one two END three")
+    body = post(COMPLETIONS, completion(stop=[" EN", "zzz"], max_tokens=50), link).json()
+    choice = body["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("one two", "stop", " EN")
+    assert link.cancelled == [link.requests[0].request_id]
+
+
+def test_stop_token_ids_and_ignore_eos() -> None:
+    link = scripted("abc")
+    token = byte_level().encode("abc")[-1]
+    choice = post(COMPLETIONS, completion(stop_token_ids=[token], ignore_eos=True), link).json()["choices"][0]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", token)
+    assert choice["text"] == byte_level().decode(byte_level().encode("abc")[:-1])
+    assert link.requests[0].sampling.stop_token_ids == (token,)
+
+
+def test_content_parts_and_developer_messages() -> None:
+    link = scripted()
+    messages = [
+        {"role": "developer", "content": "Be short."},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": "c", "refusal": None, "tool_calls": []},
+        {"role": "user", "content": "d", "name": "eve"},
+    ]
+    assert post(CHAT, {"model": MODEL, "messages": messages}, link).status_code == 200
+    text = byte_level().decode(link.requests[0].prompt_token_ids, skip_special_tokens=False)
+    assert text.startswith("<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\na\nb<|im_end|>")
+
+
+def test_fields_that_change_nothing_are_accepted() -> None:
+    harmless = {
+        "user": "u",
+        "metadata": {"a": "b"},
+        "store": False,
+        "service_tier": "auto",
+        "parallel_tool_calls": True,
+        "logit_bias": {},
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "logprobs": None,
+        "response_format": {"type": "text"},
+        "tools": None,
+        "stop": None,
+        "seed": None,
+        "best_of": 1,
+        "max_tokens": 4,
+    }
+    assert post(CHAT, chat(**harmless), scripted()).status_code == 200
+
+
+# ---- bad input
+
+LONG_PROMPT = [5] * 600
+BAD_INPUT: list[tuple[str, Any, int, str | None]] = [
+    (CHAT, chat(temperature=-1), 400, "temperature"),
+    (CHAT, chat(temperature=2.5), 400, "temperature"),
+    (CHAT, chat(temperature="1"), 400, "temperature"),
+    (CHAT, chat(top_p=1.1), 400, "top_p"),
+    (CHAT, chat(top_p=True), 400, "top_p"),
+    (CHAT, chat(min_p=-0.1), 400, "min_p"),
+    (CHAT, chat(top_k=-2), 400, "top_k"),
+    (CHAT, chat(n=0), 400, "n"),
+    (CHAT, chat(n=129), 400, "n"),
+    (CHAT, chat(seed=1.5), 400, "seed"),
+    (CHAT, chat(seed=2**70), 400, "seed"),
+    (CHAT, chat(max_tokens=0), 400, "max_tokens"),
+    (CHAT, chat(max_tokens=10_000), 400, "max_tokens"),
+    (CHAT, chat(max_completion_tokens=10_000), 400, "max_completion_tokens"),
+    (CHAT, chat(min_tokens=9, max_tokens=8), 400, "min_tokens"),
+    (CHAT, chat(stop=""), 400, "stop"),
+    (CHAT, chat(stop=["a", 1]), 400, "stop"),
+    (CHAT, chat(stop=["x"] * 65), 400, "stop"),
+    (CHAT, chat(stop_token_ids=[99999]), 400, "stop_token_ids"),
+    (CHAT, chat(stop_token_ids=[-1]), 400, "stop_token_ids"),
+    (CHAT, chat(stream="yes"), 400, "stream"),
+    (CHAT, chat(stream_options={"include_usage": True}), 400, "stream_options"),
+    (CHAT, chat(stream=True, stream_options={"nope": 1}), 400, "stream_options.nope"),
+    (CHAT, chat(timeout_s=0), 400, "timeout_s"),
+    (CHAT, chat(tools=[{"type": "function"}]), 400, "tools"),
+    (CHAT, chat(tool_choice="required"), 400, "tool_choice"),
+    (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format"),
+    (CHAT, chat(logprobs=True), 400, "logprobs"),
+    (CHAT, chat(top_logprobs=2), 400, "top_logprobs"),
+    (CHAT, chat(logit_bias={"5": 1}), 400, "logit_bias"),
+    (CHAT, chat(presence_penalty=0.5), 400, "presence_penalty"),
+    (CHAT, chat(frequency_penalty=-1), 400, "frequency_penalty"),
+    (CHAT, chat(modalities=["text", "audio"]), 400, "modalities"),
+    (CHAT, chat(store=True), 400, "store"),
+    (CHAT, chat(service_tier="flex"), 400, "service_tier"),
+    (CHAT, chat(chat_template_kwargs={"tokenize": True}), 400, "chat_template_kwargs"),
+    (CHAT, chat(max_token=5), 400, "max_token"),
+    (CHAT, {"model": MODEL}, 400, "messages"),
+    (CHAT, {"messages": []}, 400, "model"),
+    (CHAT, {"model": MODEL, "messages": []}, 400, "messages"),
+    (CHAT, {"model": MODEL, "messages": "Hi"}, 400, "messages"),
+    (CHAT, {"model": MODEL, "messages": [{"role": "user"}]}, 400, "messages[0].content"),
+    (CHAT, {"model": MODEL, "messages": [{"role": "alien", "content": "x"}]}, 400, "messages[0].role"),
+    (CHAT, {"model": MODEL, "messages": [{"role": "user", "content": 5}]}, 400, "messages[0].content"),
+    (
+        CHAT,
+        {"model": MODEL, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        400,
+        "messages[0].content",
+    ),
+    (
+        CHAT,
+        {"model": MODEL, "messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
+        400,
+        "messages[0].tool_calls",
+    ),
+    (
+        CHAT,
+        {"model": MODEL, "messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
+        400,
+        "messages",
+    ),
+    (CHAT, chat("x " * 3000), 400, "messages"),
+    (CHAT, chat() | {"model": "other"}, 404, "model"),
+    (COMPLETIONS, completion(best_of=2), 400, "best_of"),
+    (COMPLETIONS, completion(echo=True), 400, "echo"),
+    (COMPLETIONS, completion(suffix="x"), 400, "suffix"),
+    (COMPLETIONS, completion(logprobs=0), 400, "logprobs"),
+    (COMPLETIONS, completion(""), 400, "prompt"),
+    (COMPLETIONS, completion([]), 400, "prompt"),
+    (COMPLETIONS, completion(["a", 5]), 400, "prompt"),
+    (COMPLETIONS, completion([1.5]), 400, "prompt"),
+    (COMPLETIONS, completion([True]), 400, "prompt"),
+    (COMPLETIONS, completion([99999]), 400, "prompt"),
+    (COMPLETIONS, completion([-1]), 400, "prompt"),
+    (COMPLETIONS, completion([[]]), 400, "prompt"),
+    (COMPLETIONS, completion(LONG_PROMPT), 400, "prompt"),
+    (COMPLETIONS, completion(["a"] * 300), 400, "prompt"),
+    (COMPLETIONS, completion(None), 400, "prompt"),
+    (COMPLETIONS, b"{", 400, None),
+    (COMPLETIONS, b"", 400, None),
+    (COMPLETIONS, b"[1]", 400, None),
+    (COMPLETIONS, b'{"model": "\xff"}', 400, None),
+    (COMPLETIONS, b'{"model": "org/tiny", "prompt": "a", "temperature": NaN}', 400, None),
+    (COMPLETIONS, b'{"model": "org/tiny", "prompt": "\\ud800"}', 400, None),
+    (COMPLETIONS, b"[" * 100_000, 400, None),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "param"), BAD_INPUT)
+def test_bad_input(path: str, body: Any, status: int, param: str | None) -> None:
+    link = FakeLink(model_info())
+    answer = post(path, body, link, headers={"content-type": "application/json"})
+    error = check_error(answer, status, param)
+    assert error["type"] == "invalid_request_error"
+    assert link.requests == []
+
+
+def test_length_error_names_the_numbers() -> None:
+    answer = post(COMPLETIONS, completion([5] * 500, max_tokens=100), FakeLink(model_info()))
+    error = check_error(answer, 400, "max_tokens", "context_length_exceeded")
+    assert all(number in error["message"] for number in ("512", "500", "100"))
+
+
+def test_unknown_field_names_the_nearest() -> None:
+    assert "max_tokens" in check_error(post(CHAT, chat(max_token=5), scripted()), 400, "max_token")["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "status", "code"),
+    [
+        ("/nope", "GET", 404, "not_found"),
+        ("/v1/models/other", "GET", 404, "model_not_found"),
+        (CHAT, "GET", 405, "method_not_allowed"),
+        ("/health", "POST", 405, "method_not_allowed"),
+        ("/v1/chat/completions/", "POST", 404, "not_found"),
+    ],
+)
+def test_wrong_routes(path: str, method: str, status: int, code: str) -> None:
+    answer = get(path, scripted(), method=method)
+    check_error(answer, status, "model" if code == "model_not_found" else None, code)
+
+
+def test_wrong_content_type() -> None:
+    answer = post(CHAT, json.dumps(chat()).encode(), scripted(), headers={"content-type": "text/plain"})
+    check_error(answer, 415, None, "unsupported_media_type")
+
+
+def test_body_limit_by_length_and_while_reading() -> None:
+    limits = Limits(max_body_bytes=1000)
+    check_error(post(CHAT, chat("x" * 2000), scripted(), limits=limits), 413, None, "body_too_large")
+    num_read = 0
+
+    async def endless() -> Any:
+        nonlocal num_read
+        while True:
+            num_read += 1
+            yield b"x" * 100
+
+    async def call() -> httpx.Response:
+        async with client_of(make_app(scripted(), limits=limits)) as client:
+            return await client.post(CHAT, content=endless(), headers={"content-type": "application/json"})
+
+    check_error(asyncio.run(call()), 413, None, "body_too_large")
+    assert num_read <= 12
+
+
+# ---- failures
+
+
+def test_a_lost_worker_has_its_status_before_the_first_token() -> None:
+    for body in (chat(), chat(stream=True)):
+        answer = post(CHAT, body, scripted(fail_after=0, error=WorkerLost("gang-0: rank 1 died")))
+        assert "rank 1" in check_error(answer, 503, None, "worker_lost")["message"]
+        assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_a_lost_worker_mid_stream_is_an_error_event() -> None:
+    answer = post(CHAT, chat(stream=True), scripted(fail_after=3))
+    assert answer.status_code == 200
+    *_, last = events_of(answer.text)
+    assert last["error"]["code"] == "worker_lost"
+
+
+def test_a_failed_sequence_fails_all_n_and_cancels_them() -> None:
+    link = FakeLink(model_info(), fail_after=4)
+    check_error(post(CHAT, chat(n=4), link), 503, None, "worker_lost")
+    assert link.num_inflight == 0
+
+
+def test_gang_refusal_passes_with_retry_after() -> None:
+    link = scripted(fail_after=0, error=Overloaded("full", retry_after_s=7.2))
+    answer = post(CHAT, chat(), link)
+    check_error(answer, 429, None, "overloaded")
+    assert answer.headers["retry-after"] == "8"
+
+
+def test_no_gang_is_503() -> None:
+    answer = post(CHAT, chat())
+    check_error(answer, 503, None, "not_ready")
+    assert "retry-after" in answer.headers
+
+
+def test_internal_error_hides_its_details(caplog: pytest.LogCaptureFixture) -> None:
+    for body in (chat(), chat(stream=True)):
+        link = scripted(fail_after=0)
+        link.error = RuntimeError("secret detail")  # type: ignore[assignment]
+        answer = post(CHAT, body, link, headers={"x-request-id": "abc-1"})
+        assert "secret" not in json.dumps(check_error(answer, 500, None, "internal_error"))
+        assert answer.headers["x-request-id"] == "abc-1"
+    assert "abc-1" in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_deadline(stream: bool) -> None:
+    answer = post(CHAT, chat(stream=stream, timeout_s=0.05), scripted(step_s=5))
+    error = check_error(answer, 408, None, "deadline_exceeded")
+    assert error["type"] == "timeout_error"
+
+
+def test_deadline_after_some_tokens() -> None:
+    answer = post(CHAT, chat(stream=True, timeout_s=0.3), scripted("a" * 300, step_s=0.05))
+    *chunks, last = events_of(answer.text)
+    assert chunks
+    assert last["error"]["code"] == "deadline_exceeded"
+    check_error(post(CHAT, chat(timeout_s=0.3), scripted("a" * 300, step_s=0.05)), 408, None, "deadline_exceeded")
+
+
+def test_the_queue_is_bounded() -> None:
+    async def call() -> list[httpx.Response]:
+        link = scripted(step_s=0.02)
+        async with client_of(make_app(link, limits=Limits(max_inflight=2, max_queued=1))) as client:
+            return list(await asyncio.gather(*(client.post(CHAT, json=chat()) for _ in range(6))))
+
+    answers = asyncio.run(call())
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 429, 429, 429]
+    for answer in answers:
+        if answer.status_code == 429:
+            check_error(answer, 429, None, "overloaded")
+            assert int(answer.headers["retry-after"]) >= 1
+
+
+# ---- the small routes
+
+
+def test_models_version_and_ready() -> None:
+    card = get("/v1/models", scripted()).json()["data"][0]
+    assert (card["id"], card["object"], card["max_model_len"]) == (MODEL, "model", 512)
+    assert get(f"/v1/models/{MODEL}", scripted()).json()["id"] == MODEL
+    assert get("/version", scripted()).json() == {"version": "1.2.3"}
+    assert get("/ready", scripted()).status_code == 200
+    check_error(get("/ready"), 503, None, "not_ready")
+
+
+def test_health_follows_links_and_step_loops() -> None:
+    good, stalled, closed = scripted(), scripted(), scripted()
+    stalled.progress_age_s = 30.0
+    closed.is_open = False
+    assert get("/health", good).json()["status"] == "ok"
+    assert get("/health", good, stalled).status_code == 200
+    answer = get("/health", stalled)
+    assert answer.status_code == 503
+    assert "30.0 s" in answer.json()["reason"]
+    assert get("/health", closed).status_code == 503
+    assert get("/health").status_code == 503
+
+
+def test_metrics() -> None:
+    async def call() -> str:
+        async with client_of(make_app(scripted(num_cached=2))) as client:
+            await client.post(CHAT, json=chat())
+            await client.post(CHAT, json=chat(n=0))
+            return (await client.get("/metrics")).text
+
+    text = asyncio.run(call())
+    label = f'model_name="{MODEL}"'
+    out = len(script_of(TEXT))
+    for line in (
+        f'tensorweave_request_success_total{{finished_reason="stop",{label}}} 1.0',
+        f"tensorweave_generation_tokens_total{{{label}}} {out}.0",
+        f"tensorweave_prompt_tokens_cached_total{{{label}}} 2.0",
+        f"tensorweave_time_to_first_token_seconds_count{{{label}}} 1.0",
+        f"tensorweave_inter_token_latency_seconds_count{{{label}}} {out - 1}.0",
+        f"tensorweave_time_per_output_token_seconds_count{{{label}}} 1.0",
+        f"tensorweave_e2e_request_latency_seconds_count{{{label}}} 1.0",
+        f"tensorweave_num_requests_running{{{label}}} 0.0",
+        f"tensorweave_num_requests_waiting{{{label}}} 0.0",
+        f'tensorweave_kv_cache_usage_perc{{gang="gang-0",{label}}} 0.25',
+        f'tensorweave_requests_rejected_total{{code="invalid_request",{label}}} 1.0',
+        f'tensorweave_http_requests_total{{{label},path="{CHAT}",status="400"}} 1.0',
+    ):
+        assert line in text, line
+
+
+def test_request_id_is_kept_if_it_is_printable() -> None:
+    assert get("/version", headers={"x-request-id": "trace-7"}).headers["x-request-id"] == "trace-7"
+    assert get("/version", headers={"x-request-id": "x" * 200}).headers["x-request-id"] != "x" * 200
+
+
+def test_openapi_lists_the_routes() -> None:
+    document = get("/openapi.json").json()
+    assert {CHAT, COMPLETIONS, "/v1/models", "/health", "/metrics"} <= set(document["paths"])
+    assert "temperature" in document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
+
+
+def test_prompts_are_never_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    post(CHAT, chat("top secret words"), scripted())
+    post(CHAT, chat("top secret words", temperature=9), scripted())
+    post(CHAT, chat("top secret words"), scripted(fail_after=0, error=RuntimeError("x")))  # type: ignore[arg-type]
+    assert "secret words" not in caplog.text

@@ -1,0 +1,104 @@
+"""Sampling fields become a resolved spec, or a rejection that names the field."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tensorweave.cluster.errors import RequestRejected
+from tensorweave.cluster.protocol import SamplingSpec
+from tensorweave.router.sampling import ContextTooLong, SamplingFields, check_prompt, nth_seed, resolve_sampling
+from tests.router.serving import IM_END, model_info
+
+
+def resolve(prompt_len: int = 10, **fields: Any) -> SamplingSpec:
+    return resolve_sampling(
+        SamplingFields(**fields), prompt_len=prompt_len, info=model_info(), draw_seed=lambda bits: 42
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "1"),
+        ("temperature", True), ("top_p", 1.01), ("top_p", -1), ("min_p", 2), ("top_k", -2), ("top_k", 1.0),
+        ("max_tokens", 0), ("max_tokens", 2**31),
+        ("min_tokens", -1), ("seed", 2**64), ("seed", "7"), ("stop", "plain string"), ("stop", [""]), ("stop", [1]),
+        ("stop", ["x" * 1025]), ("stop_token_ids", ["a"]), ("stop_token_ids", [-1]), ("stop_token_ids", "12"),
+        ("stop_token_ids", [1] * 1025), ("ignore_eos", 1),
+    ],
+)  # fmt: skip
+def test_wrong_fields_are_named(name: str, value: Any) -> None:
+    with pytest.raises(RequestRejected) as refused:
+        SamplingFields(**{name: value})
+    assert refused.value.param == name
+    assert isinstance(refused.value, ValueError)
+
+
+def test_defaults_over_http_are_openais() -> None:
+    assert resolve() == SamplingSpec(max_tokens=502, temperature=1.0, top_p=1.0, seed=42, stop_token_ids=(IM_END,))
+
+
+@pytest.mark.parametrize("greedy", [{"temperature": 0}, {"top_p": 0.0}, {"top_k": 1}, {"min_p": 1.0}])
+def test_greedy_spellings(greedy: dict[str, Any]) -> None:
+    assert resolve(**greedy, seed=7) == SamplingSpec(max_tokens=502, stop_token_ids=(IM_END,))
+
+
+def test_greedy_by_default_for_the_llm_api() -> None:
+    fields = SamplingFields()
+    assert resolve_sampling(fields, prompt_len=1, info=model_info(), default_temperature=0.0).is_greedy
+    assert not resolve_sampling(
+        SamplingFields(temperature=0.7), prompt_len=1, info=model_info(), default_temperature=0.0
+    ).is_greedy
+
+
+def test_every_field_arrives() -> None:
+    spec = resolve(
+        max_tokens=9,
+        min_tokens=2,
+        temperature=0.5,
+        top_k=40,
+        top_p=0.9,
+        min_p=0.1,
+        seed=-1,
+        stop_token_ids=[7, 7],
+        ignore_eos=True,
+    )
+    assert spec == SamplingSpec(9, 2, 0.5, 40, 0.9, 0.1, 2**63 - 1, (7,))
+
+
+def test_seeds_of_n_sequences_follow_each_other_within_63_bits() -> None:
+    assert [nth_seed(2**63 - 1, i) for i in range(3)] == [2**63 - 1, 0, 1]
+
+
+@given(
+    prompt_len=st.integers(0, 700), max_tokens=st.none() | st.integers(1, 700), default=st.none() | st.integers(1, 700)
+)
+def test_nothing_exceeds_the_context(prompt_len: int, max_tokens: int | None, default: int | None) -> None:
+    fields = SamplingFields(max_tokens=max_tokens)
+    resolve_it = functools.partial(
+        resolve_sampling, fields, prompt_len=prompt_len, info=model_info(), default_max_tokens=default
+    )
+    if prompt_len + (max_tokens or 1) > 512:
+        with pytest.raises(ContextTooLong, match=rf"(?s){prompt_len}.*512|512.*{prompt_len}"):
+            resolve_it()
+        return
+    spec = resolve_it()
+    assert prompt_len + spec.max_tokens <= 512
+    assert max_tokens is None or spec.max_tokens == max_tokens
+
+
+def test_prompts_are_checked_against_the_vocabulary() -> None:
+    info = model_info()
+    check_prompt([0, info.vocab_size - 1], info)
+    for wrong in ([], [info.vocab_size], [-1]):
+        with pytest.raises(RequestRejected) as refused:
+            check_prompt(wrong, info, param="messages")
+        assert refused.value.param == "messages"
+    with pytest.raises(RequestRejected, match="vocabulary"):
+        resolve(stop_token_ids=[info.vocab_size])

@@ -1,0 +1,98 @@
+"""`Tokenizer` agrees with transformers, whose objects it never changes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tensorweave.cluster.errors import RequestRejected
+from tensorweave.router.tokens import Tokenizer
+from tests.router.small_tokenizers import byte_fallback, byte_level
+
+USER = [{"role": "user", "content": "Hi"}]
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=50), special=st.booleans())
+def test_encode_agrees_with_transformers(text: str, special: bool) -> None:
+    for tokenizer in (byte_level(), byte_fallback()):
+        ids = tokenizer.backend(text, add_special_tokens=special)["input_ids"]
+        assert tokenizer.encode(text, add_special_tokens=special) == ids
+        assert tokenizer.decode(ids) == tokenizer.backend.decode(ids, skip_special_tokens=True)
+
+
+def test_truncation_keeps_the_end() -> None:
+    ids = byte_level().encode("The capital of France")
+    assert byte_level().encode("The capital of France", truncate=3) == ids[-3:]
+
+
+def test_chat_agrees_with_transformers() -> None:
+    tokenizer = byte_level()
+    expected = tokenizer.backend.apply_chat_template(USER, add_generation_prompt=True, return_dict=False)
+    assert tokenizer.chat(USER) == expected == asyncio.run(tokenizer.chat_async(USER))
+    assert (
+        tokenizer.chat(USER, add_generation_prompt=False)
+        == expected[: -len(tokenizer.encode("<|im_start|>assistant\n"))]
+    )
+
+
+def test_chats_that_the_template_refuses() -> None:
+    late_system = [*USER, {"role": "system", "content": "x"}]
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]
+    for messages in (late_system, image):
+        with pytest.raises(RequestRejected) as refused:
+            byte_level().chat(messages)
+        assert refused.value.param == "messages"
+    with pytest.raises(RequestRejected, match="no chat template"):
+        byte_fallback().chat(USER)
+    with pytest.raises(RequestRejected, match="tokenize"):
+        byte_level().chat(USER, template_kwargs={"tokenize": True})
+
+
+def test_ids_and_texts() -> None:
+    tokenizer = byte_level()
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (2, 0, len(tokenizer.backend))
+    assert tokenizer.token_text(2) == "<|im_end|>"
+    assert tokenizer.decode([2, *tokenizer.encode("a")]) == "a"
+
+
+def test_loading_from_a_directory_an_instance_and_itself(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.backend.save_pretrained(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.encode("Grüße 東京") == tokenizer.encode("Grüße 東京")
+    assert loaded.chat(USER) == tokenizer.chat(USER)
+    assert Tokenizer.load(str(tmp_path), tokenizer_mode="slow").encode("a b") == tokenizer.encode("a b")
+    assert Tokenizer.load(tokenizer) is tokenizer
+    assert Tokenizer.load(tokenizer.backend).encode("x") == tokenizer.encode("x")
+
+
+def test_a_caller_who_truncates_elsewhere_harms_nothing() -> None:
+    tokenizer = byte_level()
+    tokenizer.backend("some longer text", truncation=True, max_length=2)
+    assert len(tokenizer.encode("some longer text")) > 2
+
+
+def test_long_texts_leave_the_event_loop_free() -> None:
+    async def run() -> str:
+        names = []
+        tokenizer = byte_level()
+        encode = tokenizer.encode
+
+        class Spy(Tokenizer):
+            def encode(self, text: str, *, add_special_tokens: bool = True, truncate: int | None = None) -> list[int]:
+                names.append(threading.current_thread().name)
+                return encode(text, add_special_tokens=add_special_tokens, truncate=truncate)
+
+        spy = Spy(tokenizer.backend)
+        await spy.encode_async("short")
+        await spy.encode_async("long " * 2000)
+        assert names[0] == threading.main_thread().name
+        return names[1]
+
+    assert asyncio.run(run()) != threading.main_thread().name
