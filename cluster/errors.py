@@ -60,6 +60,12 @@ class TransferFailed(TensorweaveError):
     http_status, openai_type, code = 502, "server_error", "transfer_failed"
 
 
+class WireError(TensorweaveError):
+    """A peer sent something that is not of our protocol."""
+
+    code = "wire_error"
+
+
 class RequestCancelled(TensorweaveError):
     """The client went away or asked to stop."""
 
@@ -82,6 +88,7 @@ _BY_CODE: dict[str, type[TensorweaveError]] = {
         NotReady,
         WorkerLost,
         TransferFailed,
+        WireError,
         RequestCancelled,
         DeadlineExceeded,
     )

@@ -14,20 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
-from tensorweave.cluster.errors import TensorweaveError, error_from_wire
+from tensorweave.cluster.errors import TensorweaveError, WireError, error_from_wire
 
 PROTOCOL_VERSION: Final = 1
 
 FinishReason = Literal["stop", "length", "timeout", "cancelled"]
 Role = Literal["prefill", "decode", "both"]
-_FINISH_REASONS: Final = frozenset(get_args(FinishReason))
+_FINISH_REASONS: Final = get_args(FinishReason)
 DEFAULT_RETENTION_PRIORITY: Final = 35
-
-
-class WireError(TensorweaveError):
-    """A peer sent something that is not of this protocol."""
-
-    code = "wire_error"
 
 
 def pack_tokens(tokens: Sequence[int]) -> bytes:
@@ -45,6 +39,13 @@ def unpack_tokens(data: bytes) -> list[int]:
     if sys.byteorder == "big":
         packed.byteswap()
     return packed.tolist()
+
+
+def _checked(value: Any, name: str, *kinds: type) -> Any:
+    """The value, if it is of one of these types; bool is no int here."""
+    if type(value) not in kinds:
+        raise WireError(f"{name} is a {type(value).__name__}")
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,16 @@ class SamplingSpec:
     def from_wire(cls, fields: Any) -> SamplingSpec:
         try:
             max_tokens, min_tokens, temperature, top_k, top_p, min_p, seed, stop = fields
-            stop_ids = tuple(int(token) for token in stop)
-            return cls(max_tokens, min_tokens, temperature, top_k, top_p, min_p, seed, stop_ids)
+            return cls(
+                _checked(max_tokens, "max_tokens", int),
+                _checked(min_tokens, "min_tokens", int),
+                _checked(temperature, "temperature", float, int),
+                _checked(top_k, "top_k", int),
+                _checked(top_p, "top_p", float, int),
+                _checked(min_p, "min_p", float, int),
+                _checked(seed, "seed", int),
+                tuple(_checked(token, "a stop token id", int) for token in stop),
+            )
         except (TypeError, ValueError) as error:
             raise WireError(f"malformed sampling fields: {error}") from None
 
@@ -91,6 +100,16 @@ class RetentionRange:
     end: int | None
     priority: int
     duration_s: float | None = None
+
+    @classmethod
+    def from_wire(cls, fields: Any) -> RetentionRange:
+        start, end, priority, duration_s = fields
+        return cls(
+            _checked(start, "start", int),
+            _checked(end, "end", int, type(None)),
+            _checked(priority, "priority", int),
+            _checked(duration_s, "duration_s", float, int, type(None)),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +128,11 @@ class Retention:
     def from_wire(cls, fields: Any) -> Retention:
         try:
             ranges, priority, duration_s = fields
-            return cls(tuple(RetentionRange(*r) for r in ranges), priority, duration_s)
+            return cls(
+                tuple(RetentionRange.from_wire(r) for r in ranges),
+                _checked(priority, "priority", int),
+                _checked(duration_s, "duration_s", float, int, type(None)),
+            )
         except (TypeError, ValueError) as error:
             raise WireError(f"malformed retention fields: {error}") from None
 
@@ -144,15 +167,13 @@ class GenerateRequest:
             request_id, prompt, sampling, deadline_s, priority, salt, retention = fields
         except (TypeError, ValueError) as error:
             raise WireError(f"malformed request: {error}") from None
-        if not isinstance(request_id, str):
-            raise WireError("request id is not a string")
         return cls(
-            request_id,
+            _checked(request_id, "request_id", str),
             unpack_tokens(prompt),
             SamplingSpec.from_wire(sampling),
-            deadline_s,
-            priority,
-            salt,
+            _checked(deadline_s, "deadline_s", float, int, type(None)),
+            _checked(priority, "priority", int),
+            _checked(salt, "cache_salt", str, type(None)),
             None if retention is None else Retention.from_wire(retention),
         )
 
@@ -194,9 +215,16 @@ class TokenChunk:
             request_id, token_ids, finish, stop, cached, error = fields
         except (TypeError, ValueError) as problem:
             raise WireError(f"malformed chunk: {problem}") from None
-        if finish is not None and finish not in _FINISH_REASONS:
+        if _checked(finish, "finish_reason", str, type(None)) not in (None, *_FINISH_REASONS):
             raise WireError(f"unknown finish reason {finish!r}")
-        return cls(request_id, token_ids, finish, stop, cached, None if error is None else error_from_wire(error))
+        return cls(
+            _checked(request_id, "request_id", str),
+            _checked(token_ids, "token_ids", list),
+            finish,
+            _checked(stop, "stop_reason", int, type(None)),
+            _checked(cached, "num_cached_tokens", int),
+            None if error is None else error_from_wire(_checked(error, "error", dict)),
+        )
 
 
 @dataclass(frozen=True, slots=True)

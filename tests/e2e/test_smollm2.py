@@ -89,11 +89,12 @@ def test_chunked_prefill_and_reuse_change_nothing(model: Path, chunk: int, reuse
 
 
 def test_a_pool_so_small_that_it_preempts(model: Path) -> None:
-    cache = KvCacheConfig(max_tokens=144, tokens_per_block=8)
+    cache = KvCacheConfig(max_tokens=104, tokens_per_block=8, enable_block_reuse=False)
     policy = SchedulerConfig(capacity_scheduler_policy="MAX_UTILIZATION")
     with LLM(model, dtype="float32", kv_cache_config=cache, scheduler_config=policy) as llm:
-        outputs = llm.generate(chat_prompts(llm) * 3, GREEDY_64, use_tqdm=False)
-        assert token_ids(outputs) == IDS * 3
+        france, sea, colors = chat_prompts(llm)
+        outputs = llm.generate([sea, sea, colors, sea, france], GREEDY_64, use_tqdm=False)
+        assert token_ids(outputs) == [IDS[1], IDS[1], IDS[2], IDS[1], IDS[0]]
         assert sum(row["inflightBatchingStats"]["numPausedRequests"] for row in llm.get_stats()) > 0
 
 

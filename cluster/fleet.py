@@ -1,0 +1,196 @@
+"""The set of gangs that can take work now: what the dispatcher picks from.
+
+`StaticFleet` holds given links; `WatchedFleet` follows a supervisor, opens a link to each gang it publishes, and lets
+go of those that end. A supervisor that cannot be reached for a while harms nothing: open links keep working.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, Protocol
+
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+
+from tensorweave.cluster.errors import NotReady, TensorweaveError
+from tensorweave.cluster.link import GangLink, SocketLink
+from tensorweave.cluster.pool import PoolState
+from tensorweave.cluster.protocol import GangAddress, Role
+from tensorweave.cluster.supervisor import PoolSupervisor, ServiceState
+
+logger = logging.getLogger(__name__)
+
+_ENDING: Final = frozenset({"draining", "stopped"})
+_POLL_S: Final = 10.0
+_POLL_GRACE_S: Final = 10.0
+_RETRY_S: Final = 0.5
+_DESCRIBE_TIMEOUT_S: Final = 5.0
+
+
+class Fleet(Protocol):
+    """Used on one event loop."""
+
+    def links(self, role: Role = "both") -> Sequence[GangLink]:
+        """Open links to gangs that serve `role`; a gang of role 'both' serves any."""
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Until every pool can take work. Raises NotReady at the timeout, or once a pool has failed; it says why."""
+
+    async def describe(self) -> list[dict[str, Any]]:
+        """For health pages: pools, gangs, ranks."""
+
+    async def close(self) -> None:
+        """Close every link; the gangs live on."""
+
+
+class StaticFleet:
+    """Given links, all of role 'both'. It owns them: `close` closes them."""
+
+    def __init__(self, links: Sequence[GangLink]) -> None:
+        self._links = tuple(links)
+
+    def links(self, role: Role = "both") -> Sequence[GangLink]:
+        return [link for link in self._links if link.is_open]
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        if not self.links():
+            raise NotReady("no gang is open")
+
+    async def describe(self) -> list[dict[str, Any]]:
+        gangs = [
+            {
+                "gang_id": link.gang_id,
+                "state": "ready" if link.is_open else "stopped",
+                "num_inflight": link.num_inflight,
+            }
+            for link in self._links
+        ]
+        return [{"pool": "static", "role": "both", "replicas": len(gangs), "gangs": gangs, "failure": None}]
+
+    async def close(self) -> None:
+        for link in self._links:
+            link.close()
+
+
+class WatchedFleet:
+    """Follows a `PoolSupervisor`. Construct it inside the event loop that will use it, then `wait_ready`."""
+
+    def __init__(self, supervisor: ActorHandle[PoolSupervisor]) -> None:
+        self._supervisor = supervisor
+        self._state = ServiceState(0, ())
+        self._links: dict[str, SocketLink] = {}
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+        self._retired: set[SocketLink] = set()
+        self._follower = asyncio.create_task(self._follow(), name="fleet")
+
+    def links(self, role: Role = "both") -> Sequence[GangLink]:
+        return [link for link in self._links.values() if link.is_open and link.address.role in (role, "both")]
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self._is_ready():
+                    await self._changed.wait()
+        except TimeoutError:
+            raise NotReady(f"not ready within {timeout_s:g} s: {self._why_not()}") from None
+
+    async def describe(self) -> list[dict[str, Any]]:
+        try:
+            async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
+                pools: list[dict[str, Any]] = await self._supervisor.describe.remote()
+                return pools
+        except (TimeoutError, RayError) as error:
+            raise NotReady(f"the supervisor does not answer: {type(error).__name__}") from error
+
+    async def close(self) -> None:
+        self._follower.cancel()
+        for keeper in self._keepers.values():
+            keeper.cancel()
+        for link in (*self._links.values(), *self._retired):
+            link.close()
+        await asyncio.wait([self._follower, *self._keepers.values()], timeout=5.0)
+
+    # ---- readiness
+
+    def _is_ready(self) -> bool:
+        pools = self._state.pools
+        for pool in pools:
+            if not self._has_link(pool) and pool.failure is not None:
+                raise NotReady(f"pool {pool.name} has failed: {pool.failure}")
+            if set(pool.states) <= _ENDING:
+                raise NotReady("the service is shutting down")
+        return bool(pools) and all(self._has_link(pool) for pool in pools)
+
+    def _has_link(self, pool: PoolState) -> bool:
+        links = (self._links.get(address.gang_id) for address in pool.addresses)
+        return any(link is not None and link.is_open for link in links)
+
+    def _why_not(self) -> str:
+        waiting = [
+            f"pool {pool.name}: gangs {', '.join(pool.states)}" + (f" ({pool.trouble})" if pool.trouble else "")
+            for pool in self._state.pools
+            if not self._has_link(pool)
+        ]
+        return "; ".join(waiting) or "the supervisor has not answered"
+
+    # ---- following the supervisor
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(_POLL_S + _POLL_GRACE_S):
+                    state = await self._supervisor.watch.remote(self._state.version, _POLL_S)
+            except (TimeoutError, RayError) as error:
+                logger.warning("the supervisor does not answer (%s); trying again", type(error).__name__)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            self._state = state
+            self._match(state)
+
+    def _match(self, state: ServiceState) -> None:
+        """Keep a link to each published gang, and to no other."""
+        published = {address.gang_id: address for address in _addresses(state)}
+        for gang_id in self._keepers.keys() - published.keys():
+            self._keepers.pop(gang_id).cancel()
+        for gang_id, address in published.items():
+            if gang_id not in self._keepers:
+                self._keepers[gang_id] = asyncio.create_task(self._keep(address), name=f"keep-{gang_id}")
+        self._notify()
+
+    async def _keep(self, address: GangAddress) -> None:
+        """A link to this gang for as long as it is published; one that breaks is opened again."""
+        while True:
+            try:
+                link = await SocketLink.connect(address)
+            except TensorweaveError as error:
+                logger.warning("%s", error.message)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            self._links[address.gang_id] = link
+            self._notify()
+            try:
+                await link.wait_closed()
+            except asyncio.CancelledError:
+                self._retire(link)
+                raise
+            finally:
+                del self._links[address.gang_id]
+                self._notify()
+            await asyncio.sleep(_RETRY_S)
+
+    def _retire(self, link: SocketLink) -> None:
+        """No new work; what is open on it may end. A killed gang's link ends by itself."""
+        self._retired = {old for old in self._retired if old.is_open} | {link}
+        link.close_when_idle()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def _addresses(state: ServiceState) -> Iterator[GangAddress]:
+    for pool in state.pools:
+        yield from pool.addresses

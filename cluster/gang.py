@@ -1,0 +1,275 @@
+"""A gang: one tensor-parallel group of Ray actors, one a rank, in one placement group.
+
+`Gang` places, starts, watches and kills it; the pool decides when. A gang is used once: any rank's death, hang or
+failure ends it, and its successor has a higher epoch. Ray carries orders and heartbeats only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+import psutil
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from tensorweave.cluster.errors import NotReady, WorkerLost
+from tensorweave.cluster.placement import live_nodes, place
+from tensorweave.cluster.protocol import GangAddress, Role
+from tensorweave.cluster.ranks import LeaderPlace, RankOrder, RankPlace, RankReport
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+HEARTBEAT_INTERVAL_S: Final = 1.0
+HEARTBEAT_TIMEOUT_S: Final = 4.0
+STARTING_HEARTBEAT_TIMEOUT_S: Final = 30.0
+"""Importing and loading may hold a rank's interpreter for seconds."""
+_STOP_TIMEOUT_S: Final = 5.0
+_LOOPBACK: Final = "127.0.0.1"
+_CREATED_TOLERANCE_S: Final = 0.1
+
+
+@dataclass(frozen=True)
+class GangSpec:
+    """What a gang is made of. `args` are `TorchLlmArgs` fields, `worker_options` go to the worker class."""
+
+    role: Role = "both"
+    tensor_parallel_size: int = 1
+    args: dict[str, Any] = field(default_factory=dict)
+    cpus_per_rank: float = 1.0
+    gpus_per_rank: float = 0.0
+    runtime_env: dict[str, Any] | None = None
+    worker_options: dict[str, Any] = field(default_factory=dict)
+    place_timeout_s: float = 60.0
+    start_timeout_s: float = 600.0
+    hang_timeout_s: float = 8.0
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """One rank's resources."""
+        return {
+            name: amount for name, amount in (("CPU", self.cpus_per_rank), ("GPU", self.gpus_per_rank)) if amount > 0
+        } or {"CPU": 0.001}
+
+
+class Gang:
+    """One incarnation. Call `start`, then `watch` until it returns, and `kill` in any case."""
+
+    def __init__(self, spec: GangSpec, worker_class: type[Any], gang_id: str, epoch: int, group_name: str = "") -> None:
+        self.gang_id = gang_id
+        self.epoch = epoch
+        self.spec = spec
+        self._worker_class = worker_class
+        self._group_name = group_name or gang_id
+        self._secret = secrets.token_hex(16)
+        self._group: PlacementGroup | None = None
+        self._actors: list[ActorHandle[Any]] = []
+        self._places: list[RankPlace] = []
+        self._node_ips: dict[str, str] = {}
+        self._reports: dict[int, RankReport] = {}
+        self._mute: set[int] = set()
+
+    async def start(self) -> GangAddress:
+        """Place, start and join all ranks.
+
+        Raises:
+            NotReady: no room in time. WorkerLost: a rank died, or was not up within `start_timeout_s`.
+            ValueError: the ranks refuse their arguments; starting again is no use.
+        """
+        spec = self.spec
+        size = spec.tensor_parallel_size
+        self._group = await place(spec.bundle, size, spec.place_timeout_s, self._group_name)
+        self._actors = [self._create_actor(rank) for rank in range(size)]
+        try:
+            async with asyncio.timeout(spec.start_timeout_s):
+                return await self._start_ranks()
+        except TimeoutError:
+            raise WorkerLost(f"gang {self.gang_id} did not start within {spec.start_timeout_s:g} s") from None
+        except RayActorError as error:
+            raise WorkerLost(f"gang {self.gang_id}: a rank died while starting ({_first_line(error)})") from error
+        except RayError as error:
+            raise _start_error(self.gang_id, error) from error
+
+    async def _start_ranks(self) -> GangAddress:
+        self._places = await _gather([actor.prepare.remote() for actor in self._actors])
+        self._node_ips = {node["NodeID"]: node["NodeManagerAddress"] for node in await asyncio.to_thread(live_nodes)}
+        hosts = self._choose_hosts()
+        rendezvous = None
+        if len(self._actors) > 1:
+            rendezvous = await self._actors[0].open_rendezvous.remote(hosts.peers[0], len(self._actors))
+        starting = asyncio.ensure_future(
+            _gather(
+                [actor.start.remote(self._order(rank, rendezvous, hosts)) for rank, actor in enumerate(self._actors)]
+            )
+        )
+        watching = asyncio.ensure_future(self._watch(STARTING_HEARTBEAT_TIMEOUT_S))
+        try:
+            await asyncio.wait({starting, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                raise WorkerLost(f"gang {self.gang_id} while starting: {watching.result()}")
+            leader: LeaderPlace = starting.result()[0]
+        finally:
+            starting.cancel()
+            watching.cancel()
+        return GangAddress(
+            self.gang_id, self.epoch, self.spec.role, hosts.listen, leader.port, self._secret, leader.info
+        )
+
+    def _create_actor(self, rank: int) -> ActorHandle[Any]:
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
+        actor: ActorHandle[Any] = (
+            ray.remote(self._worker_class)
+            .options(
+                num_cpus=self.spec.bundle.get("CPU", 0),
+                num_gpus=self.spec.gpus_per_rank,
+                max_restarts=0,
+                max_task_retries=0,
+                scheduling_strategy=strategy,
+                runtime_env=self.spec.runtime_env,
+            )
+            .remote(**self.spec.worker_options)
+        )
+        return actor
+
+    def _choose_hosts(self) -> _Hosts:
+        """Nothing listens beyond loopback unless another host must reach it."""
+        is_one_host = len({place.node_id for place in self._places}) == 1
+        peers = [_LOOPBACK if is_one_host else self._ip(place) for place in self._places]
+        return _Hosts(peers, _LOOPBACK if len(self._node_ips) == 1 else self._ip(self._places[0]))
+
+    def _ip(self, place: RankPlace) -> str:
+        return self._node_ips[place.node_id]
+
+    def _order(self, rank: int, rendezvous: tuple[str, int] | None, hosts: _Hosts) -> RankOrder:
+        ranks_on = collections.Counter(place.node_id for place in self._places)
+        return RankOrder(
+            gang_id=self.gang_id,
+            rank=rank,
+            size=len(self._actors),
+            args=self.spec.args,
+            rendezvous=rendezvous,
+            interface_ip=hosts.peers[rank],
+            listen_host=hosts.listen,
+            num_ranks_here=ranks_on[self._places[rank].node_id],
+            has_gpu=self.spec.gpus_per_rank > 0,
+            start_timeout_s=self.spec.start_timeout_s,
+            secret=self._secret,
+        )
+
+    # ---- supervision
+
+    async def watch(self) -> str:
+        """Returns when the gang must end, and says why: at most about 5 s, or the hang timeout, after the fault."""
+        return await self._watch(HEARTBEAT_TIMEOUT_S)
+
+    async def _watch(self, timeout_s: float) -> str:
+        watchers = [asyncio.create_task(self._watch_rank(rank, timeout_s)) for rank in range(len(self._actors))]
+        try:
+            done, _ = await asyncio.wait(watchers, return_when=asyncio.FIRST_COMPLETED)
+            return "; ".join(watcher.result() for watcher in done)
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+
+    async def _watch_rank(self, rank: int, timeout_s: float) -> str:
+        name = f"rank {rank} (pid {self._places[rank].pid} on {self._ip(self._places[rank])})"
+        while True:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    report: RankReport = await self._actors[rank].heartbeat.remote()
+            except TimeoutError:
+                self._mute.add(rank)
+                return f"{name} has not answered for {timeout_s:g} s"
+            except RayError as error:
+                return f"{name} died: {_first_line(error)}"
+            self._reports[rank] = report
+            if fault := report.fault(self.spec.hang_timeout_s):
+                return f"{name}: {fault}"
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let open requests end, refuse new ones; then the ranks stop. Gives up at the timeout: `kill` follows."""
+        try:
+            async with asyncio.timeout(timeout_s + _STOP_TIMEOUT_S):
+                if self._actors:
+                    await self._actors[0].drain.remote(timeout_s)
+                async with asyncio.timeout(_STOP_TIMEOUT_S):
+                    await _gather([actor.stop.remote() for actor in self._actors])
+        except (TimeoutError, RayError) as error:
+            logger.warning("gang %s: drain cut short: %s", self.gang_id, _first_line(error))
+
+    async def kill(self) -> None:
+        """SIGKILL to all ranks, and the placement group goes. Idempotent."""
+        for actor in self._actors:
+            ray.kill(actor, no_restart=True)
+        for rank in self._mute:
+            self._kill_here(self._places[rank])
+        group, self._group = self._group, None
+        if group is not None:
+            await asyncio.to_thread(remove_placement_group, group)
+
+    def _kill_here(self, place: RankPlace) -> None:
+        """Ray takes 5 s to kill a stopped process; on our own node we need not wait for it."""
+        if place.node_id != ray.get_runtime_context().get_node_id():
+            return
+        try:
+            process = psutil.Process(place.pid)
+            if abs(process.create_time() - place.created_s) < _CREATED_TOLERANCE_S:
+                os.kill(place.pid, signal.SIGKILL)
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            return
+
+    def describe(self) -> dict[str, Any]:
+        """For health pages: where each rank sits and how it fares."""
+        ranks = [
+            {
+                "rank": rank,
+                "node_ip": self._ip(place),
+                "pid": place.pid,
+                "progress_age_s": report.progress_age_s,
+                "num_requests": report.num_requests,
+                "gauges": report.gauges,
+            }
+            for rank, place in enumerate(self._places)
+            for report in (self._reports.get(rank, RankReport()),)
+        ]
+        return {"gang_id": self.gang_id, "epoch": self.epoch, "ranks": ranks}
+
+
+@dataclass(frozen=True, slots=True)
+class _Hosts:
+    """Addresses the ranks reach each other by, and where the leader listens."""
+
+    peers: Sequence[str]
+    listen: str
+
+
+async def _gather(references: Sequence[Awaitable[T]]) -> list[T]:
+    return list(await asyncio.gather(*references))
+
+
+def _start_error(gang_id: str, error: RayError) -> Exception:
+    """A ValueError on a rank is the user's, whatever Ray wrapped it in; everything else is the world's."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, NotReady | WorkerLost):
+        return cause
+    if isinstance(cause, ValueError):
+        return ValueError(str(cause))
+    return WorkerLost(f"gang {gang_id} failed to start: {type(cause or error).__name__}: {_first_line(cause or error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

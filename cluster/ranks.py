@@ -1,0 +1,70 @@
+"""What a gang and its ranks tell each other through Ray: where a rank sits, what it must start, how it fares.
+
+Control only, a few hundred bytes a second; prompts and tokens go over the leader's socket.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensorweave.cluster.protocol import ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlace:
+    """Where Ray has put a rank. `created_s` is the process's start time: with the pid it names one process for ever."""
+
+    node_id: str
+    pid: int
+    created_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RankOrder:
+    """Everything a rank needs to start. `interface_ip` is the address of this rank's node that peers reach it by."""
+
+    gang_id: str
+    rank: int
+    size: int
+    args: dict[str, Any]
+    rendezvous: tuple[str, int] | None
+    interface_ip: str
+    listen_host: str
+    num_ranks_here: int
+    has_gpu: bool
+    start_timeout_s: float
+    secret: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderPlace:
+    """Rank 0's answer to its order."""
+
+    port: int
+    info: ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """One heartbeat. `progress_age_s` is how long ago the step loop last went round; None before it runs."""
+
+    progress_age_s: float | None = None
+    is_alive: bool = False
+    failure: str | None = None
+    num_requests: int = 0
+    gauges: dict[str, float] = field(default_factory=dict)
+
+    def fault(self, hang_timeout_s: float) -> str | None:
+        """Why the gang must end, if it must."""
+        if self.failure is not None:
+            return self.failure
+        if self.progress_age_s is None:
+            return None
+        if not self.is_alive:
+            return "its step loop has ended"
+        if self.progress_age_s > hang_timeout_s:
+            return (
+                f"its step loop has stood still for {self.progress_age_s:.1f} s (hang_timeout_s is {hang_timeout_s:g})"
+            )
+        return None

@@ -1,0 +1,111 @@
+"""Ray for this process: join the cluster that is there, or start a private one on loopback and end it again.
+
+Called by the LLM class and by deploy. It stops only what it has started, and sends no usage data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import ray
+from ray._private import ray_constants
+
+_JOB_CONFIG: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_OBJECT_STORE_BYTES: Final = 128 << 20
+"""No prompt, token or tensor of ours is a Ray object: the store may be small."""
+
+
+class RaySession:
+    """A connection to Ray; `close` ends it, and the cluster too where it is ours."""
+
+    def __init__(self, *, is_owner: bool, is_private: bool) -> None:
+        self._is_owner = is_owner
+        self.is_private = is_private
+
+    @property
+    def has_gpus(self) -> bool:
+        """Some node of the cluster offers GPUs."""
+        return bool(ray.cluster_resources().get("GPU", 0))
+
+    def close(self) -> None:
+        if self._is_owner and ray.is_initialized():
+            ray.shutdown()
+        self._is_owner = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def start_or_join_ray(
+    address: str | None = None, *, num_cpus: float = 1.0, num_gpus: int | None = None, namespace: str | None = None
+) -> RaySession:
+    """Join the cluster at `address` (or `RAY_ADDRESS`), else start a private one that has at least `num_cpus`.
+
+    CPUs are Ray's count of slots, not cores: a private cluster has enough for its gangs even on a small machine.
+
+    Raises:
+        ConnectionError: there is no cluster at the address.
+    """
+    if ray.is_initialized():
+        return RaySession(is_owner=False, is_private=False)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = address or os.environ.get("RAY_ADDRESS")
+    common: dict[str, Any] = {
+        "namespace": namespace,
+        "runtime_env": _worker_environment(),
+        "logging_level": logging.WARNING,
+    }
+    if address is not None and address != "local":
+        ray.init(address=address, **common)
+        return RaySession(is_owner=True, is_private=False)
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    with _on_loopback():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),
+            num_gpus=num_gpus,
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            **common,
+        )
+    return RaySession(is_owner=True, is_private=True)
+
+
+def import_root() -> str:
+    """The folder that holds the `tensorweave` package, as this process found it."""
+    return str(Path(__file__).absolute().parents[2])
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Keep the cluster that starts inside off every other interface.
+
+    Ray replaces `_node_ip_address="127.0.0.1"` by the host's address. What does work is its switch for macOS and
+    Windows (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER), which is read when ray is imported: hence the constant.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _worker_environment() -> dict[str, Any] | None:
+    """Workers import what we import. A submitted job's own environment already sees to that (`--working-dir`)."""
+    if _JOB_CONFIG in os.environ:
+        return None
+    paths = [import_root(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {"env_vars": {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}}

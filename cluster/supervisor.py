@@ -1,0 +1,132 @@
+"""The Ray actor that owns a service's gangs: it runs its pools and tells front ends, by long poll, where the gangs are.
+
+Gangs are owned by this actor, so Ray ends them when it dies. Ray restarts it; it then removes what its earlier life
+reserved and starts new gangs. No prompt and no token passes through here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import ray
+from ray.actor import ActorHandle
+
+from tensorweave.cluster.gang import Gang
+from tensorweave.cluster.placement import remove_groups
+from tensorweave.cluster.pool import GangPool, PoolSpec, PoolState
+
+logger = logging.getLogger(__name__)
+
+_MAX_RESTARTS: Final = 10
+_MAX_WATCHERS: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceState:
+    """All pools at one moment. `version` differs from that of every other moment, also of an earlier life."""
+
+    version: int
+    pools: tuple[PoolState, ...]
+
+
+class PoolSupervisor:
+    """Make it an actor with `start_supervisor`. Starts its pools at the first call of any method."""
+
+    def __init__(self, pools: Sequence[PoolSpec], worker_class: type[Any]) -> None:
+        names = [pool.name for pool in pools]
+        if len(set(names)) != len(names):
+            raise ValueError(f"pool names must differ: {', '.join(names)}")
+        self._specs = tuple(pools)
+        self._worker_class = worker_class
+        self._pools: list[GangPool] = []
+        self._version = time.time_ns()
+        self._changed: asyncio.Event
+        self._starting: asyncio.Task[None] | None = None
+
+    async def watch(self, version: int, timeout_s: float) -> ServiceState:
+        """The state as soon as its version is not `version`, or after `timeout_s`."""
+        await self._ensure_started()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._version == version:
+                    await self._changed.wait()
+        except TimeoutError:
+            pass
+        return ServiceState(self._version, tuple(pool.state for pool in self._pools))
+
+    async def describe(self) -> list[dict[str, Any]]:
+        """Every pool, gang and rank, for health pages and metrics."""
+        await self._ensure_started()
+        return [pool.describe() for pool in self._pools]
+
+    async def drain(self, timeout_s: float) -> None:
+        """End all pools, open requests first."""
+        await self._ensure_started()
+        await asyncio.gather(*(pool.drain(timeout_s) for pool in self._pools))
+
+    async def stop(self) -> None:
+        """End all pools now."""
+        await self._ensure_started()
+        await asyncio.gather(*(pool.stop() for pool in self._pools))
+
+    async def _ensure_started(self) -> None:
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        await asyncio.shield(self._starting)
+
+    async def _start(self) -> None:
+        self._changed = asyncio.Event()
+        prefix = f"tensorweave-{ray.get_runtime_context().get_actor_id()}-"
+        await asyncio.to_thread(remove_groups, prefix)
+        self._pools = [self._make_pool(spec, prefix) for spec in self._specs]
+        for pool in self._pools:
+            pool.start()
+
+    def _make_pool(self, spec: PoolSpec, prefix: str) -> GangPool:
+        def launch(slot: int, epoch: int) -> Gang:
+            gang_id = f"{spec.name}-{slot}.{epoch}-{secrets.token_hex(3)}"
+            return Gang(spec.gang, self._worker_class, gang_id, epoch, prefix + gang_id)
+
+        return GangPool(spec, launch, self._publish)
+
+    def _publish(self) -> None:
+        """Wake everyone who waits; the event is replaced, so that nobody misses or repeats a change."""
+        self._version += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def start_supervisor(
+    pools: Sequence[PoolSpec], worker_class: type[Any], *, name: str | None = None, is_detached: bool = False
+) -> ActorHandle[PoolSupervisor]:
+    """Start the actor; it dies with its creator's job unless `is_detached`. Ray must be up."""
+    actor: ActorHandle[PoolSupervisor] = (
+        ray.remote(PoolSupervisor)
+        .options(
+            num_cpus=0,
+            max_restarts=_MAX_RESTARTS,
+            max_task_retries=0,
+            max_concurrency=_MAX_WATCHERS,
+            name=name,
+            lifetime="detached" if is_detached else None,
+        )
+        .remote(tuple(pools), worker_class)
+    )
+    return actor
+
+
+def stop_supervisor(supervisor: ActorHandle[PoolSupervisor], drain_timeout_s: float = 0.0) -> None:
+    """Drain, or stop at once with a timeout of 0, and end the actor. Blocks; for drivers."""
+    call = supervisor.drain.remote(drain_timeout_s) if drain_timeout_s > 0 else supervisor.stop.remote()
+    try:
+        ray.get(call, timeout=drain_timeout_s + 30.0)
+    except ray.exceptions.RayError as error:
+        logger.warning("the supervisor did not stop cleanly: %s", error)
+    finally:
+        ray.kill(supervisor, no_restart=True)

@@ -1,0 +1,194 @@
+"""A fleet follows its supervisor: links come and go with the gangs, and outlive a supervisor that does not answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, cast
+
+import pytest
+from ray.actor import ActorHandle
+from ray.exceptions import ActorUnavailableError
+
+from tensorweave.cluster.errors import NotReady, WorkerLost
+from tensorweave.cluster.fleet import StaticFleet, WatchedFleet
+from tensorweave.cluster.link import SocketLink
+from tensorweave.cluster.pool import PoolState
+from tensorweave.cluster.protocol import GangAddress, GenerateRequest, Role, SamplingSpec
+from tensorweave.cluster.supervisor import PoolSupervisor, ServiceState
+from tensorweave.workers.fake_executor import FAKE_INFO, FakeExecutor, fake_output
+from tensorweave.workers.leader import LeaderServer
+
+
+class _Method:
+    """`handle.method.remote(...)`, as Ray spells it."""
+
+    def __init__(self, remote: Callable[..., Awaitable[Any]]) -> None:
+        self.remote = remote
+
+
+class _FakeSupervisor:
+    """Answers `watch` with what it was last told to publish; fails while `is_down`."""
+
+    def __init__(self) -> None:
+        self.is_down = False
+        self.num_calls = 0
+        self._state = ServiceState(1, (PoolState("main", 1, (), ("starting",)),))
+        self._changed = asyncio.Event()
+        self.watch = _Method(self._watch)
+        self.describe = _Method(self._describe)
+
+    def publish(self, *addresses: GangAddress, failure: str | None = None) -> None:
+        states = ("ready",) * len(addresses) or ("starting",)
+        pool = PoolState("main", 1, addresses, states, failure, failure or "still loading")
+        self._state = ServiceState(self._state.version + 1, (pool,))
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _watch(self, version: int, timeout_s: float) -> ServiceState:
+        self.num_calls += 1
+        if self.is_down:
+            raise ActorUnavailableError("the actor is away", b"x" * 16)
+        while self._state.version == version:
+            await self._changed.wait()
+        return self._state
+
+    async def _describe(self) -> list[dict[str, Any]]:
+        return [{"pool": "main"}]
+
+
+@contextlib.contextmanager
+def _gang(gang_id: str, role: Role = "both") -> Iterator[tuple[FakeExecutor, GangAddress]]:
+    executor = FakeExecutor(step_s=0.002)
+    leader = LeaderServer(executor, "127.0.0.1", "s")
+    port = leader.start()
+    try:
+        yield executor, GangAddress(gang_id, 1, role, "127.0.0.1", port, "s", FAKE_INFO)
+    finally:
+        leader.stop()
+        executor.shutdown()
+
+
+@contextlib.asynccontextmanager
+async def _watching(supervisor: _FakeSupervisor) -> AsyncIterator[WatchedFleet]:
+    fleet = WatchedFleet(cast(ActorHandle[PoolSupervisor], supervisor))
+    try:
+        yield fleet
+    finally:
+        await fleet.close()
+
+
+async def _until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5.0):
+        while not is_so():
+            await asyncio.sleep(0.005)
+
+
+def _ids(fleet: WatchedFleet, role: Role = "both") -> list[str]:
+    return sorted(link.gang_id for link in fleet.links(role))
+
+
+def _request(num_tokens: int) -> GenerateRequest:
+    return GenerateRequest("r", [1, 2], SamplingSpec(max_tokens=num_tokens))
+
+
+async def _tokens(fleet: WatchedFleet, num_tokens: int) -> list[int]:
+    link = fleet.links()[0]
+    return [token async for chunk in link.generate(_request(num_tokens)) for token in chunk.token_ids]
+
+
+def test_links_come_and_go_with_the_gangs_and_open_requests_end_in_peace() -> None:
+    async def body() -> None:
+        supervisor = _FakeSupervisor()
+        async with _watching(supervisor) as fleet:
+            with pytest.raises(NotReady, match=r"pool main: gangs starting"):
+                await fleet.wait_ready(0.1)
+            supervisor.publish(one)
+            await fleet.wait_ready(5.0)
+            assert _ids(fleet) == ["one"]
+            running = asyncio.create_task(_tokens(fleet, 100))
+            await _until(lambda: executor.num_requests == 1)
+            supervisor.publish(two)
+            await _until(lambda: _ids(fleet) == ["two"])
+            assert await running == fake_output([1, 2], 100)
+            assert await fleet.describe() == [{"pool": "main"}]
+
+    with _gang("one") as (executor, one), _gang("two") as (_, two):
+        asyncio.run(body())
+
+
+def test_a_role_is_served_by_its_own_gangs_and_by_those_of_both() -> None:
+    async def body() -> None:
+        supervisor = _FakeSupervisor()
+        async with _watching(supervisor) as fleet:
+            supervisor.publish(prefill, both)
+            await _until(lambda: len(_ids(fleet, "prefill")) == 2)
+            assert _ids(fleet, "decode") == ["b"]
+            assert _ids(fleet, "both") == ["b"]
+
+    with _gang("p", "prefill") as (_, prefill), _gang("b") as (_, both):
+        asyncio.run(body())
+
+
+def test_a_broken_link_is_opened_again_while_its_gang_is_published() -> None:
+    async def body() -> None:
+        supervisor = _FakeSupervisor()
+        async with _watching(supervisor) as fleet:
+            supervisor.publish(address)
+            await fleet.wait_ready(5.0)
+            before = fleet.links()[0]
+            before.close()
+            assert fleet.links() == []
+            await fleet.wait_ready(5.0)
+            assert fleet.links()[0] is not before
+            assert await _tokens(fleet, 5) == fake_output([1, 2], 5)
+
+    with _gang("one") as (_, address):
+        asyncio.run(body())
+
+
+def test_a_supervisor_that_is_away_costs_no_link() -> None:
+    async def body() -> None:
+        supervisor = _FakeSupervisor()
+        async with _watching(supervisor) as fleet:
+            supervisor.publish(one)
+            await fleet.wait_ready(5.0)
+            supervisor.is_down = True
+            supervisor.publish(one, two)  # the last answer before the calls fail
+            await _until(lambda: len(_ids(fleet)) == 2 and supervisor.num_calls >= 3)
+            assert await _tokens(fleet, 5) == fake_output([1, 2], 5)
+            supervisor.is_down = False
+            supervisor.publish(one)
+            await _until(lambda: _ids(fleet) == ["one"])
+
+    with _gang("one") as (_, one), _gang("two") as (_, two):
+        asyncio.run(body())
+
+
+def test_a_pool_that_has_failed_ends_the_wait_with_its_reason() -> None:
+    async def body() -> None:
+        supervisor = _FakeSupervisor()
+        async with _watching(supervisor) as fleet:
+            supervisor.publish(failure="no such model")
+            with pytest.raises(NotReady, match="pool main has failed: no such model"):
+                await fleet.wait_ready(5.0)
+
+    asyncio.run(body())
+
+
+def test_a_static_fleet_offers_its_open_links() -> None:
+    async def body() -> None:
+        link = await SocketLink.connect(address)
+        fleet = StaticFleet([link])
+        await fleet.wait_ready(1.0)
+        assert fleet.links("decode") == [link]
+        await fleet.close()
+        assert fleet.links() == []
+        with pytest.raises(NotReady):
+            await fleet.wait_ready(1.0)
+        with pytest.raises(WorkerLost):
+            await anext(link.generate(_request(1)))
+
+    with _gang("one") as (_, address):
+        asyncio.run(body())

@@ -1,0 +1,89 @@
+"""What crosses processes survives the crossing, and what does not fit its type is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tensorweave.cluster.errors import Overloaded, RequestRejected, TensorweaveError, WireError, error_from_wire
+from tensorweave.cluster.protocol import (
+    GenerateRequest,
+    ModelInfo,
+    Retention,
+    RetentionRange,
+    SamplingSpec,
+    TokenChunk,
+    pack_tokens,
+    unpack_tokens,
+)
+
+SPEC = SamplingSpec(9, 2, 0.5, 4, 0.9, 0.1, 2**62, (1, 2))
+REQUEST = GenerateRequest(
+    "a", [1, 2, 3], SPEC, 2.5, 7, "salt", Retention((RetentionRange(0, None, 3, 1.5), RetentionRange(1, 2, 3)), 50, 2.0)
+)
+
+
+def over_the_wire(fields: Any) -> Any:
+    return msgpack.unpackb(msgpack.packb(fields))
+
+
+def test_messages_survive() -> None:
+    assert GenerateRequest.from_wire(over_the_wire(REQUEST.to_wire())) == REQUEST
+    chunk = TokenChunk("a", [5, 6], "stop", 6, 3)
+    assert TokenChunk.from_wire(over_the_wire(chunk.to_wire())) == chunk
+    info = ModelInfo("m", 10, 20, "float32", 32, 8, (2, 3))
+    assert ModelInfo.from_wire(over_the_wire(info.to_wire())) == info
+
+
+@given(st.lists(st.integers(0, 2**31 - 1)))
+def test_tokens_survive(tokens: list[int]) -> None:
+    assert unpack_tokens(pack_tokens(tokens)) == tokens
+
+
+def test_errors_keep_their_kind() -> None:
+    error = TokenChunk.from_wire(
+        over_the_wire(TokenChunk("a", error=Overloaded("full", retry_after_s=2)).to_wire())
+    ).error
+    assert isinstance(error, Overloaded)
+    assert (error.message, error.retry_after_s, error.http_status) == ("full", 2.0, 429)
+    rejected = error_from_wire(RequestRejected("bad", param="top_p").to_wire())
+    assert isinstance(rejected, ValueError)
+    assert rejected.param == "top_p"
+    assert type(error_from_wire({"code": "from the future", "message": "m"})) is TensorweaveError
+
+
+junk = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats()
+    | st.text(max_size=4)
+    | st.binary(max_size=9),
+    lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(junk)
+def test_junk_is_refused(fields: Any) -> None:
+    for message in (GenerateRequest, SamplingSpec, TokenChunk, ModelInfo, Retention):
+        with pytest.raises(WireError):
+            message.from_wire(fields)  # type: ignore[attr-defined]
+
+
+@given(st.integers(0, 6), junk)
+def test_a_wrong_field_is_refused(at: int, value: Any) -> None:
+    fields = REQUEST.to_wire()
+    fields[at] = value
+    try:
+        request = GenerateRequest.from_wire(fields)
+    except WireError:
+        return
+    assert isinstance(request.request_id, str)
+    assert isinstance(request.deadline_s, float | int | None)
+    assert type(request.priority) is int
+    assert isinstance(request.cache_salt, str | None)

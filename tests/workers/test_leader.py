@@ -1,0 +1,320 @@
+"""A leader and its links, over real sockets in one process, with an executor whose tokens are a hash of the context."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
+
+import pytest
+
+from tensorweave.cluster import wire
+from tensorweave.cluster.errors import NotReady, Overloaded, RequestRejected, TensorweaveError, WorkerLost
+from tensorweave.cluster.link import SocketLink
+from tensorweave.cluster.protocol import PROTOCOL_VERSION, GangAddress, GenerateRequest, SamplingSpec
+from tensorweave.workers.fake_executor import FAKE_INFO, FakeExecutor, fake_output
+from tensorweave.workers.leader import LeaderServer
+
+SECRET = "s3cret"
+HOST = "127.0.0.1"
+PROMPT = [5, 6, 7]
+
+
+def _request(request_id: str, num_tokens: int = 4, prompt: list[int] | None = None) -> GenerateRequest:
+    return GenerateRequest(request_id, PROMPT if prompt is None else prompt, SamplingSpec(max_tokens=num_tokens))
+
+
+def _address(port: int, secret: str = SECRET) -> GangAddress:
+    return GangAddress("g0", 0, "both", HOST, port, secret, FAKE_INFO)
+
+
+@contextlib.contextmanager
+def _serving(executor: FakeExecutor, **options: int) -> Iterator[tuple[LeaderServer, GangAddress]]:
+    leader = LeaderServer(executor, HOST, SECRET, **options)
+    try:
+        yield leader, _address(leader.start())
+    finally:
+        leader.stop()
+        executor.shutdown()
+
+
+@contextlib.asynccontextmanager
+async def _linked(address: GangAddress) -> AsyncIterator[SocketLink]:
+    link = await SocketLink.connect(address)
+    try:
+        yield link
+    finally:
+        link.close()
+
+
+async def _tokens(link: SocketLink, request: GenerateRequest) -> list[int]:
+    return [token async for chunk in link.generate(request) for token in chunk.token_ids]
+
+
+async def _until(is_so: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not is_so():
+            await asyncio.sleep(0.005)
+
+
+def _run(body: Callable[[], Awaitable[None]], timeout_s: float = 30.0) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(timeout_s):
+            await body()
+
+    asyncio.run(bounded())
+
+
+def test_many_requests_on_two_links_get_their_own_tokens() -> None:
+    async def body() -> None:
+        async with _linked(address) as one, _linked(address) as two:
+            assert one.info == FAKE_INFO
+            prompts = [[n, n + 1, n * 7] for n in range(30)]
+            jobs = [
+                _tokens(link, _request(f"r{n}", 5 + n, prompt))
+                for n, (prompt, link) in enumerate(zip(prompts, [one, two] * 15, strict=True))
+            ]
+            answers = await asyncio.gather(*jobs)
+            assert answers == [fake_output(prompt, 5 + n) for n, prompt in enumerate(prompts)]
+            assert one.num_inflight == two.num_inflight == 0
+            assert await one.stats() == [{"iter": executor.num_steps}]
+
+    executor = FakeExecutor()
+    with _serving(executor) as (leader, address):
+        _run(body)
+        assert leader.num_open == 0
+
+
+def test_refusals_reach_the_request_and_nobody_else() -> None:
+    async def body() -> None:
+        async with _linked(address) as link:
+            executor.hold()
+            first = asyncio.create_task(_tokens(link, _request("a")))
+            await _until(lambda: executor.num_requests == 1)
+            with pytest.raises(RequestRejected, match="empty") as rejected:
+                await _tokens(link, _request("b", prompt=[]))
+            assert rejected.value.param == "prompt"
+            with pytest.raises(Overloaded) as overloaded:
+                await _tokens(link, _request("c"))
+            assert overloaded.value.retry_after_s == 1.0
+            with pytest.raises(RequestRejected, match="does not fit"):
+                await _tokens(link, _request("d", prompt=[2**40]))
+            executor.hold(False)
+            assert await first == fake_output(PROMPT, 4)
+
+    executor = FakeExecutor(max_requests=1)
+    with _serving(executor) as (_, address):
+        _run(body)
+
+
+def test_leaving_early_cancels_at_the_gang() -> None:
+    async def body() -> None:
+        async with _linked(address) as link:
+            async with contextlib.aclosing(link.generate(_request("a", 10_000))) as chunks:
+                assert list((await anext(chunks)).token_ids) == fake_output(PROMPT, 1)
+                assert executor.num_requests == 1
+            await _until(lambda: executor.num_requests == 0)
+            stuck = asyncio.create_task(_tokens(link, _request("b", 10_000)))
+            await _until(lambda: executor.num_requests == 1)
+            stuck.cancel()
+            await _until(lambda: executor.num_requests == 0)
+            assert link.is_open
+            assert link.num_inflight == 0
+
+    executor = FakeExecutor(step_s=0.001)
+    with _serving(executor) as (_, address):
+        _run(body)
+
+
+def test_a_client_that_vanishes_has_its_requests_cancelled() -> None:
+    async def body() -> None:
+        async with _linked(address) as stays:
+            link = await SocketLink.connect(address)
+            streams = [asyncio.create_task(_tokens(link, _request(f"r{n}", 10_000))) for n in range(3)]
+            mine = asyncio.create_task(_tokens(stays, _request("mine", 50)))
+            await _until(lambda: executor.num_requests == 4)
+            link.close()
+            results = await asyncio.gather(*streams, return_exceptions=True)
+            assert [type(result) for result in results] == [WorkerLost] * 3
+            await _until(lambda: executor.num_requests <= 1)
+            assert await mine == fake_output(PROMPT, 50)
+
+    executor = FakeExecutor(step_s=0.005)
+    with _serving(executor) as (leader, address):
+        _run(body)
+        assert leader.num_open == 0
+
+
+def test_a_client_that_does_not_read_is_cut_off_and_the_others_go_on() -> None:
+    async def body() -> None:
+        sock = socket.create_connection((HOST, address.port))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.sendall(wire.pack_frame("hello", PROTOCOL_VERSION, SECRET))
+        for n in range(60):
+            sock.sendall(wire.pack_frame("add", _request(f"slow{n}", 10**9).to_wire()))
+        async with _linked(address) as link:
+            await _until(lambda: executor.num_requests == 60)
+            assert await _tokens(link, _request("good", 20)) == fake_output(PROMPT, 20)
+            await _until(lambda: executor.num_requests == 0, timeout_s=20.0)
+            assert await _tokens(link, _request("later", 20)) == fake_output(PROMPT, 20)
+        sock.close()
+
+    executor = FakeExecutor()
+    with _serving(executor, max_unsent_bytes=64 << 10) as (_, address):
+        _run(body)
+
+
+def test_an_executor_that_fails_tells_every_request_and_closes() -> None:
+    async def body() -> None:
+        async with _linked(address) as link:
+            streams = [asyncio.create_task(_tokens(link, _request(f"r{n}", 10_000))) for n in range(3)]
+            await _until(lambda: executor.num_requests == 3)
+            executor.fail(WorkerLost("rank 1 is gone"))
+            for stream in streams:
+                with pytest.raises(WorkerLost, match="rank 1 is gone"):
+                    await stream
+            async with asyncio.timeout(3.0):
+                await link.wait_closed()
+            with pytest.raises(WorkerLost, match="rank 1 is gone"):
+                await _tokens(link, _request("late"))
+
+    executor = FakeExecutor(step_s=0.002)
+    with _serving(executor) as (_, address):
+        _run(body)
+
+
+def test_a_draining_leader_finishes_what_it_has_and_takes_no_more() -> None:
+    async def body() -> None:
+        async with _linked(address) as link:
+            stream = asyncio.create_task(_tokens(link, _request("a", 40)))
+            await _until(lambda: executor.num_requests == 1)
+            drained = asyncio.create_task(asyncio.to_thread(leader.drain, 10.0))
+            await asyncio.sleep(0.02)
+            with pytest.raises(NotReady, match="draining"):
+                await _tokens(link, _request("b"))
+            assert await stream == fake_output(PROMPT, 40)
+            assert await drained
+
+    executor = FakeExecutor(step_s=0.005)
+    with _serving(executor) as (leader, address):
+        _run(body)
+
+
+def test_a_retired_link_ends_with_its_last_request() -> None:
+    async def body() -> None:
+        link = await SocketLink.connect(address)
+        stream = asyncio.create_task(_tokens(link, _request("a", 20)))
+        await _until(lambda: executor.num_requests == 1)
+        link.close_when_idle()
+        assert link.is_open
+        assert await stream == fake_output(PROMPT, 20)
+        assert not link.is_open
+
+    executor = FakeExecutor(step_s=0.002)
+    with _serving(executor) as (_, address):
+        _run(body)
+
+
+@pytest.mark.parametrize(
+    ("first_bytes", "complaint"),
+    [
+        (wire.pack_frame("hello", PROTOCOL_VERSION, "wrong"), "wrong secret"),
+        (wire.pack_frame("add", "x"), "must be hello"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "over the limit"),
+        (wire.pack_frame("hello", PROTOCOL_VERSION, "x" * 5000), "over the limit"),
+        (wire.pack_frame("hello", PROTOCOL_VERSION, SECRET) + wire.pack_frame("add", [1, 2]), "malformed request"),
+        (wire.pack_frame("hello", PROTOCOL_VERSION, SECRET) + wire.pack_frame("dance"), "unexpected 'dance'"),
+        (
+            wire.pack_frame("hello", PROTOCOL_VERSION, SECRET) + wire.pack_frame("add", ["r", 5, [], 0, 0, 0, 0]),
+            "token",
+        ),
+    ],
+)
+def test_strangers_and_nonsense_are_shown_the_door(first_bytes: bytes, complaint: str) -> None:
+    async def body() -> None:
+        async with _linked(address) as link:
+            reader, writer = await asyncio.open_connection(HOST, address.port)
+            writer.write(first_bytes)
+            frames = [frame async for frame in wire.FrameReader(reader)]
+            assert frames[-1][0] == "error"
+            assert complaint in frames[-1][1]["message"]
+            writer.close()
+            assert await _tokens(link, _request("good")) == fake_output(PROMPT, 4)
+
+    executor = FakeExecutor()
+    with _serving(executor) as (_, address):
+        _run(body)
+        assert executor.num_requests == 0
+
+
+def test_connecting_to_nobody_or_with_a_wrong_secret_is_an_error_in_time() -> None:
+    async def body() -> None:
+        with pytest.raises(TensorweaveError, match="wrong secret"):
+            await SocketLink.connect(replace(address, secret="other"))
+        with socket.create_server((HOST, 0)) as mute:
+            before_s = time.monotonic()
+            with pytest.raises(NotReady, match="no answer from its leader"):
+                await SocketLink.connect(_address(mute.getsockname()[1]), timeout_s=0.3)
+            assert time.monotonic() - before_s < 2.0
+        with pytest.raises(NotReady):
+            await SocketLink.connect(_address(mute_port()), timeout_s=1.0)
+
+    def mute_port() -> int:
+        with socket.create_server((HOST, 0)) as closed:
+            return int(closed.getsockname()[1])
+
+    with _serving(FakeExecutor()) as (_, address):
+        _run(body)
+
+
+def test_a_leader_that_falls_silent_loses_its_requests_within_ten_seconds() -> None:
+    """A stopped process keeps its sockets open: only silence tells."""
+
+    async def serve_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1 << 16)
+        writer.write(wire.pack_frame("hello", PROTOCOL_VERSION, FAKE_INFO.to_wire()))
+
+    async def body() -> None:
+        server = await asyncio.start_server(serve_once, HOST, 0)
+        link = await SocketLink.connect(_address(server.sockets[0].getsockname()[1]))
+        before_s = time.monotonic()
+        with pytest.raises(WorkerLost, match="silent"):
+            await _tokens(link, _request("a"))
+        assert 4.0 < time.monotonic() - before_s < 9.0
+        server.close()
+
+    _run(body)
+
+
+def test_an_idle_leader_is_not_taken_for_a_silent_one() -> None:
+    async def body() -> None:
+        async with _linked(address) as link:
+            executor.hold()
+            stream = asyncio.create_task(_tokens(link, _request("a")))
+            await asyncio.sleep(7.0)
+            executor.hold(False)
+            assert await stream == fake_output(PROMPT, 4)
+
+    executor = FakeExecutor()
+    with _serving(executor) as (_, address):
+        _run(body)
+
+
+def test_stopping_ends_both_threads_and_the_links() -> None:
+    async def body() -> None:
+        link = await SocketLink.connect(address)
+        stream = asyncio.create_task(_tokens(link, _request("a", 10_000)))
+        await _until(lambda: executor.num_requests == 1)
+        await asyncio.to_thread(leader.stop)
+        with pytest.raises(WorkerLost, match="shutting down"):
+            await stream
+
+    executor = FakeExecutor(step_s=0.002)
+    with _serving(executor) as (leader, address):
+        _run(body)
+        names = {thread.name for thread in threading.enumerate()}
+        assert not names & {"leader-loop", "leader-pump"}

@@ -1,0 +1,67 @@
+"""A rank with a real executor and group but no model, for tests of gangs: the next token is a hash of the context."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from tensorweave.workers.rank import RankWorker
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tensorweave.cluster.llm_args import TorchLlmArgs
+    from tensorweave.cluster.protocol import ModelInfo
+    from tensorweave.workers.comm import Comm
+    from tensorweave.workers.engine import ModelEngine
+    from tensorweave.workers.executor import PyExecutor
+    from tensorweave.workers.plan import ScheduledBatch
+    from tensorweave.workers.resources import ResourceManager
+
+
+class HashRankWorker(RankWorker):
+    """Each step takes at least `step_s`. The oracle of its tokens is `workers.fake_engine.hash_token`."""
+
+    def __init__(self, step_s: float = 0.0) -> None:
+        super().__init__()
+        self._step_s = step_s
+
+    def _build_executor(self, args: TorchLlmArgs, comm: Comm) -> PyExecutor:
+        from tensorweave.workers.decoder import SamplingDecoder
+        from tensorweave.workers.executor import PyExecutor
+        from tensorweave.workers.fake_engine import HashEngine
+        from tensorweave.workers.kv_cache import KVCacheManager
+        from tensorweave.workers.resources import ResourceManager
+        from tensorweave.workers.scheduler import SimpleScheduler
+
+        if args.model == "refused":
+            raise ValueError("model 'refused' is refused")
+        if args.model == "crashing" and comm.rank == comm.size - 1:
+            raise MemoryError("no memory for the weights")
+        engine = _Paced(HashEngine(), self._step_s)
+        info = engine.info
+        kv_cache = KVCacheManager(num_blocks=info.num_blocks, tokens_per_block=info.tokens_per_block)
+        return PyExecutor(
+            engine=engine,
+            scheduler=SimpleScheduler(kv_cache),
+            resources=ResourceManager([kv_cache]),
+            decoder=SamplingDecoder(),
+            comm=comm,
+            info=info,
+        )
+
+
+class _Paced:
+    """An engine whose forward takes its time."""
+
+    def __init__(self, engine: ModelEngine, step_s: float) -> None:
+        self._engine = engine
+        self._step_s = step_s
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._engine.info
+
+    def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
+        time.sleep(self._step_s)
+        return self._engine.forward(batch, resources)

@@ -1,0 +1,177 @@
+"""The actor of one rank: it builds the executor, serves it on a socket (rank 0) and answers heartbeats.
+
+`RankWorker` is a plain class; the gang makes it a Ray actor. Its methods run on the actor's event loop, everything slow
+on threads, so that heartbeats are answered while a model loads or a step computes. The engine's modules are imported on
+start: the supervisor, which needs this class only to launch it, then carries no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+import psutil
+import ray
+
+from tensorweave.cluster.ranks import LeaderPlace, RankOrder, RankPlace, RankReport
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    from tensorweave.cluster.llm_args import TorchLlmArgs
+    from tensorweave.workers.comm import Comm
+    from tensorweave.workers.executor import PyExecutor
+    from tensorweave.workers.leader import LeaderServer
+
+logger = logging.getLogger(__name__)
+
+_GUARD_INTERVAL_S: Final = 1.0
+_LAST_WORDS_S: Final = 3.0
+"""A rank whose executor failed stays this long: its heartbeat says why, its leader tells its clients."""
+_PR_SET_PDEATHSIG: Final = 1
+_SWITCH_INTERVAL_S: Final = 0.001
+"""How long one thread may keep another waiting for the interpreter: Python's own 5 ms would show in token times."""
+
+
+class RankWorker:
+    """One rank of a gang, from `prepare` to `stop`; used once."""
+
+    def __init__(self) -> None:
+        self._executor: PyExecutor | None = None
+        self._leader: LeaderServer | None = None
+        self._store: TCPStore | None = None
+        self._stopping = threading.Event()
+        self._parent = os.getppid()
+
+    async def prepare(self) -> RankPlace:
+        """Where this rank is; from here on it dies with its node's Ray."""
+        _die_with_parent()
+        threading.Thread(target=self._guard, name="rank-guard", daemon=True).start()
+        return RankPlace(
+            node_id=ray.get_runtime_context().get_node_id(),
+            pid=os.getpid(),
+            created_s=psutil.Process().create_time(),
+        )
+
+    async def open_rendezvous(self, host: str, size: int) -> tuple[str, int]:
+        """Rank 0 only: the store that the others join through, on `host` alone and a port of the system's choice."""
+        return await asyncio.to_thread(self._open_store, host, size)
+
+    async def start(self, order: RankOrder) -> LeaderPlace | None:
+        """Load and run; returns when requests can come. Raises ValueError for wrong arguments or model files."""
+        return await asyncio.to_thread(self._start, order)
+
+    async def heartbeat(self) -> RankReport:
+        executor = self._executor
+        if executor is None:
+            return RankReport()
+        return RankReport(
+            progress_age_s=executor.heartbeat(),
+            is_alive=executor.is_alive,
+            failure=None if executor.failure is None else executor.failure.message,
+            num_requests=executor.num_requests,
+            gauges=executor.gauges(),
+        )
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Rank 0: refuse new requests, let the open ones end. True when none is left."""
+        return self._leader is None or await asyncio.to_thread(self._leader.drain, timeout_s)
+
+    async def stop(self) -> None:
+        """End the loop (on all ranks: every one must be told) and the socket."""
+        self._stopping.set()
+        if self._executor is not None:
+            await asyncio.to_thread(self._executor.shutdown)
+        if self._leader is not None:
+            await asyncio.to_thread(self._leader.stop)
+
+    def _build_executor(self, args: TorchLlmArgs, comm: Comm) -> PyExecutor:
+        from tensorweave.workers.build import build_executor
+
+        return build_executor(args, comm)
+
+    # ---- on threads
+
+    def _open_store(self, host: str, size: int) -> tuple[str, int]:
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, 0), family=family)
+        port = int(listener.getsockname()[1])
+        self._store = TCPStore(
+            host, port, world_size=size, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        return host, port
+
+    def _start(self, order: RankOrder) -> LeaderPlace | None:
+        from tensorweave.cluster.llm_args import TorchLlmArgs
+        from tensorweave.workers.leader import LeaderServer
+
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        args = _fit_args(TorchLlmArgs(**order.args), order)
+        comm = self._join(order, args)
+        self._executor = executor = self._build_executor(args, comm)
+        executor.start()
+        if order.rank > 0:
+            return None
+        self._leader = LeaderServer(executor, order.listen_host, order.secret)
+        return LeaderPlace(self._leader.start(), executor.info)
+
+    def _join(self, order: RankOrder, args: TorchLlmArgs) -> Comm:
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        from tensorweave.workers.comm import start_comm
+        from tensorweave.workers.engine_loader import pick_device
+
+        store = self._store
+        if order.rendezvous is not None:
+            interface = interface_of(order.interface_ip)
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+            if interface != "lo":
+                os.environ["NCCL_SOCKET_IFNAME"] = f"={interface}"
+            if store is None:
+                host, port = order.rendezvous
+                timeout = timedelta(seconds=order.start_timeout_s)
+                store = TCPStore(host, port, world_size=order.size, is_master=False, timeout=timeout)
+        return start_comm(order.rank, order.size, store, pick_device(args.device), order.start_timeout_s)
+
+    def _guard(self) -> None:
+        """Ends this process when its parent has gone or its executor has failed, whatever its other threads do."""
+        while not self._stopping.wait(_GUARD_INTERVAL_S):
+            if os.getppid() != self._parent:
+                os._exit(1)
+            if self._executor is not None and self._executor.failure is not None:
+                self._stopping.wait(_LAST_WORDS_S)
+                os._exit(1)
+
+
+def interface_of(ip: str) -> str:
+    """The network interface that carries `ip`: gloo must not guess by the host's name."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address.partition("%")[0] == ip for address in addresses):
+            return str(name)
+    raise ValueError(f"no network interface of this node carries {ip}")
+
+
+def _fit_args(args: TorchLlmArgs, order: RankOrder) -> TorchLlmArgs:
+    """The gang's arguments as this rank must read them: its size, its device, its share of the node's cores."""
+    changes: dict[str, Any] = {"tensor_parallel_size": order.size}
+    if args.device == "auto":
+        changes["device"] = "cuda" if order.has_gpu else "cpu"
+    if args.num_threads is None:
+        changes["num_threads"] = max(1, len(os.sched_getaffinity(0)) // order.num_ranks_here)
+    return args.model_copy(update=changes)
+
+
+def _die_with_parent() -> None:
+    """On Linux the kernel kills us with the raylet, even while we are stopped; `_guard` is the way elsewhere."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
