@@ -13,14 +13,20 @@ from collections.abc import AsyncGenerator
 from typing import Any, Final, Protocol
 
 from tensorweave.cluster import wire
-from tensorweave.cluster.errors import NotReady, RequestRejected, TensorweaveError, WorkerLost, error_from_wire
+from tensorweave.cluster.errors import (
+    NotReady,
+    RequestRejected,
+    TensorweaveError,
+    WireError,
+    WorkerLost,
+    error_from_wire,
+)
 from tensorweave.cluster.protocol import (
     PROTOCOL_VERSION,
     GangAddress,
     GenerateRequest,
     ModelInfo,
     TokenChunk,
-    WireError,
 )
 
 logger = logging.getLogger(__name__)

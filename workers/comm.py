@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
 
 from tensorweave.cluster.errors import WorkerLost
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 _INLINE_BYTES = 4096
 _LENGTH_BYTES = 8
@@ -139,7 +142,7 @@ class GroupComm:
         dist.destroy_process_group()
 
 
-def start_comm(rank: int, size: int, store: dist.TCPStore | None, device: torch.device, timeout_s: float) -> Comm:
+def start_comm(rank: int, size: int, store: TCPStore | None, device: torch.device, timeout_s: float) -> Comm:
     """Join the gang's group through its rendezvous store; every rank calls this, within `timeout_s` of each other.
 
     Args:

@@ -1,0 +1,75 @@
+# What a person types here. Everything runs from .venv, which `make install` makes; nothing outside the clone is changed,
+# except for the model cache (~/.cache/tensorweave).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install serve chat test lint types shell lines pytest bench clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# On a machine without an NVIDIA GPU torch is pinned to the release that we test. Where pip would take a CUDA build for it, give the
+# address of PyTorch's CPU wheels: make install TORCH_INDEX=URL
+TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.11' || echo 'torch==2.13.0')
+TORCH_INDEX ?=
+
+MODEL ?=
+CONFIG ?=
+PORT ?=
+QUESTION ?= What is the capital of France?
+
+help: ## Say what there is
+	@echo "tensorweave: multi-node LLM serving on Ray"; echo
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@echo; echo "  make serve MODEL=/path/or/hub-id CONFIG=service.yaml PORT=9000    all three are optional"
+
+install: $(STAMP) ## Make .venv with everything in it (once)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make install PYTHON=python3.12"; exit 1; }
+	@if [ ! -x $(BIN)/python ]; then \
+	  if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $(VENV); else \
+	    echo "This Python has no ensurepip (on Debian: apt install python3-venv); trying with its own pip."; \
+	    $(PYTHON) -m venv --without-pip $(VENV); \
+	    $(PYTHON) -m pip --python $(BIN)/python install -qq pip \
+	      || { rm -rf $(VENV); echo "That failed too: install python3-venv, then try again."; exit 1; }; \
+	  fi; \
+	fi
+	@echo "installing $(TORCH) and the rest into $(VENV) (minutes the first time)"
+	@$(PIP) install -qq $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	@$(PIP) install -qq --editable '.[dev]'
+	@touch $(STAMP)
+
+serve: install ## Serve a model on 127.0.0.1:8000, ask it one question, stay up until Ctrl-C
+	@exec $(BIN)/tensorweave serve --ask '$(QUESTION)' $(if $(CONFIG),--config '$(CONFIG)') \
+	  $(if $(MODEL),--model '$(MODEL)') $(if $(PORT),--set router.port=$(PORT))
+
+chat: install ## Talk to the service that `make serve` started
+	@exec $(BIN)/tensorweave chat --url http://127.0.0.1:$(or $(PORT),8000)
+
+test: lint lines pytest ## Everything that CI runs
+
+lint: install ## Format, lint, types, shell scripts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run $(wildcard slurm/*.sh slurm/*.sbatch)
+
+lines: install
+	@$(BIN)/python .ci/line_table.py
+
+pytest: install
+	$(BIN)/python -m pytest
+
+bench: install ## Throughput, latency and step overhead of the small model, as JSON in build/bench
+	$(BIN)/tensorweave bench overhead --json build/bench/overhead.json
+	$(BIN)/tensorweave bench latency --model smollm2 --dtype float32 --json build/bench/latency.json
+	$(BIN)/tensorweave bench throughput --model smollm2 --dtype float32 --json build/bench/throughput.json
+
+clean: ## Remove .venv and everything built (the model cache stays)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

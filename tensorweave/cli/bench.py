@@ -1,0 +1,156 @@
+"""`tensorweave bench`: the benchmarks' command lines. `--json FILE` takes figures, settings and machine of each."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from tensorweave.cli import bench_engine, bench_http, bench_road, bench_steps
+
+_EXAMPLES = """\
+examples:
+  tensorweave bench throughput --model smollm2 --input-len 128 --output-len 64 --dtype float32 --json out.json
+  tensorweave bench latency --model smollm2 --batch-size 1
+  tensorweave bench serve --url http://127.0.0.1:8000 --num-prompts 64 --concurrency 8     any OpenAI endpoint
+  tensorweave bench road --url http://127.0.0.1:8000     HTTP's share of the time to first token
+  tensorweave bench overhead                             the step loop with an empty model
+"""
+
+
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure the engine or a service",
+        description="Measure the engine or a service.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = parser.add_subparsers(title="benchmarks", metavar="KIND", required=True)
+    _add_throughput(kinds)
+    _add_latency(kinds)
+    _add_serve(kinds)
+    _add_road(kinds)
+    _add_overhead(kinds)
+
+
+def _add_throughput(kinds: Any) -> None:
+    parser = kinds.add_parser("throughput", help="tokens a second of the engine, all requests at once")
+    _engine_arguments(parser)
+    parser.add_argument("--num-prompts", type=_positive, default=16, help="requests of a run (default: %(default)s)")
+    parser.add_argument("--num-runs", type=_positive, default=3, help="the median run counts (default: %(default)s)")
+    parser.set_defaults(run=bench_engine.run_throughput)
+
+
+def _add_latency(kinds: Any) -> None:
+    parser = kinds.add_parser("latency", help="time to first token and per token of the engine")
+    _engine_arguments(parser)
+    parser.add_argument("--batch-size", type=_positive, default=1, help="requests at once (default: %(default)s)")
+    parser.add_argument("--num-iters", type=_positive, default=10, help="batches that count (default: %(default)s)")
+    parser.add_argument("--num-warmups", type=_count, default=2, help="batches before those (default: %(default)s)")
+    parser.set_defaults(run=bench_engine.run_latency)
+
+
+def _add_serve(kinds: Any) -> None:
+    parser = kinds.add_parser("serve", help="load on a running OpenAI endpoint")
+    _http_arguments(parser)
+    _length_arguments(parser)
+    parser.add_argument("--model", help="model name (default: the first that the endpoint lists)")
+    parser.add_argument("--endpoint", choices=("completions", "chat"), default="completions")
+    parser.add_argument("--num-prompts", type=_positive, default=32, help="requests (default: %(default)s)")
+    parser.add_argument("--concurrency", type=_positive, default=8, help="most requests at once (default: %(default)s)")
+    parser.add_argument(
+        "--request-rate", type=_rate, default=float("inf"), help="arrivals a second, Poisson (default: all at once)"
+    )
+    parser.add_argument(
+        "--num-warmups", type=_count, default=1, help="requests before the clock starts (default: %(default)s)"
+    )
+    parser.add_argument("--tokenizer", help="model directory, name or hub id whose vocabulary the prompts use")
+    parser.add_argument(
+        "--vocab-size", type=_positive, default=32000, help="where no tokenizer is given (default: %(default)s)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--stop-at-eos", action="store_true", help="let answers end before --output-len")
+    parser.add_argument("--api-key", help="sent as the bearer token")
+    parser.set_defaults(run=bench_http.run_serve)
+
+
+def _add_road(kinds: Any) -> None:
+    parser = kinds.add_parser("road", help="time to first token over HTTP less the same in process")
+    _http_arguments(parser)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the configuration that the service runs with")
+    parser.add_argument("--model", help="short for --set model=…")
+    parser.add_argument(
+        "--set", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="change a key of it"
+    )
+    parser.add_argument(
+        "--num-prompts", type=_positive, default=100, help="prompts, each sent both ways (default: %(default)s)"
+    )
+    parser.add_argument("--num-warmups", type=_count, default=5, help="prompts before those (default: %(default)s)")
+    parser.add_argument("--num-words", type=_positive, default=32, help="length of a prompt (default: %(default)s)")
+    parser.add_argument("--output-len", type=_positive, default=2, help="tokens to generate (default: %(default)s)")
+    parser.set_defaults(run=bench_road.run_road)
+
+
+def _add_overhead(kinds: Any) -> None:
+    parser = kinds.add_parser("overhead", help="a step of the executor outside the forward, with an empty model")
+    sizes = [1, 4, 16, 64, 128, 256]
+    parser.add_argument("--batch-sizes", type=_positive, nargs="+", default=sizes, help="default: 1 4 16 64 128 256")
+    parser.add_argument("--input-len", type=_positive, default=128, help="prompt tokens (default: %(default)s)")
+    parser.add_argument("--num-steps", type=_positive, default=256, help="decode steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    _json_argument(parser)
+    parser.set_defaults(run=bench_steps.run_overhead)
+
+
+def _engine_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="directory, hub id or smollm2")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float16", "bfloat16", "float32"))
+    parser.add_argument(
+        "--tensor-parallel-size", type=_positive, default=1, metavar="N", help="ranks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--set",
+        dest="changes",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another argument of LLM, for example kv_cache_config.max_tokens=8192",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
+    _length_arguments(parser)
+    _json_argument(parser)
+
+
+def _http_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the service (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="longest request, in seconds")
+    _json_argument(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
+
+
+def _length_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input-len", type=_positive, default=128, help="prompt tokens (default: %(default)s)")
+    parser.add_argument("--output-len", type=_positive, default=64, help="generated tokens (default: %(default)s)")
+
+
+def _json_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the whole report here")
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
+
+
+def _rate(text: str) -> float:
+    if not (rate := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a rate above 0")
+    return rate

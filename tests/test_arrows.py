@@ -1,0 +1,157 @@
+"""Who may import whom: the rooms' arrows, where torch and ray may appear, and no unpickling anywhere.
+
+Every Python file is parsed, never imported. The self-tests at the end show that each rule catches what it is for.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("cluster", "workers", "router", "kernels", "deploy")
+FRONT = "tensorweave"  # the public names of tensorweave/__init__.py
+
+# Each place to the places it may import from, besides itself.
+ARROWS: dict[str, frozenset[str]] = {
+    FRONT: frozenset({"llmapi", "cluster"}),
+    "cli": frozenset({FRONT, "llmapi", "deploy", "router", "cluster", "workers"}),
+    "llmapi": frozenset({"deploy", "router", "cluster", "workers"}),
+    "deploy": frozenset({"router", "workers", "cluster"}),
+    "router": frozenset({"cluster"}),
+    "workers": frozenset({"cluster", "kernels"}),
+    "cluster": frozenset(),
+    "kernels": frozenset(),
+}
+TORCH_PLACES = frozenset({"workers", "kernels"})
+RAY_PLACES = frozenset({"cluster", "router", "deploy"})
+RAY_FILES = frozenset({"workers/rank.py"})
+UNPICKLERS = frozenset({"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"})
+
+
+def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of all imports, those inside functions and under TYPE_CHECKING included."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from ((node.lineno, alias.name) for alias in names)
+            case ast.ImportFrom(module=module, names=names, level=level):
+                base = "." * level + (module or "")
+                yield from ((node.lineno, f"{base}.{alias.name}") for alias in names)
+            case ast.Call(func=function, args=[ast.Constant(value=str(name)), *_]):
+                if ast.unparse(function) in ("importlib.import_module", "import_module", "__import__"):
+                    yield node.lineno, name
+
+
+def place_of(path: str) -> str | None:
+    """The room (or `llmapi`, `cli`, the front) that a file belongs to; None for tests and scripts."""
+    parts = Path(path).parts
+    if parts[0] == "tensorweave":
+        return parts[1] if len(parts) > 2 else FRONT
+    return parts[0] if parts[0] in ROOMS else None
+
+
+def broken_rules(path: str, source: str) -> list[str]:
+    place, problems = place_of(path), []
+    tree = ast.parse(source, path)
+    for line, name in imported_modules(tree):
+        if problem := _import_problem(path, place, name):
+            problems.append(f"{path}:{line}: {problem}")
+    loads = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n) == "torch.load"]
+    if place is not None:
+        problems += [f"{path}:{node.lineno}: torch.load unpickles; read safetensors" for node in loads]
+    return problems
+
+
+def _import_problem(path: str, place: str | None, name: str) -> str | None:
+    top, *rest = name.split(".")
+    if name.startswith("."):
+        return f"relative import {name}; write tensorweave.room.module"
+    if top in ROOMS:
+        return f"bare room {name}; write tensorweave.{name}"
+    if place is None:
+        return None
+    if UNPICKLERS & {top, *rest}:
+        return f"{name}: nothing is pickled or unpickled by hand"
+    if top == "torch" and place not in TORCH_PLACES:
+        return f"torch in {place}"
+    if top == "ray" and place not in RAY_PLACES and path not in RAY_FILES:
+        return f"ray in {place}"
+    if top == "tensorweave":
+        target = rest[0] if rest and (rest[0] in ROOMS or rest[0] in ARROWS) else FRONT
+        if target != place and target not in ARROWS[place]:
+            return f"{place} may not import {target} ({name})"
+    return None
+
+
+def python_files() -> list[str]:
+    """All Python files of the repository, each once: the room links inside tensorweave/ are not followed."""
+    tops = [*ROOMS, "tensorweave/llmapi", "tensorweave/cli", "tests", "slurm", "benchmarks", ".ci", "docs"]
+    files = [*(ROOT / "tensorweave").glob("*.py"), *ROOT.glob("*.py")]
+    for top in tops:
+        files += (ROOT / top).rglob("*.py")
+    return sorted(str(path.relative_to(ROOT)) for path in files)
+
+
+def test_every_import_follows_the_arrows() -> None:
+    files = python_files()
+    assert {place_of(path) for path in files} >= set(ARROWS) - {"kernels"}, "a room has no Python file: wrong root?"
+    problems = [problem for path in files for problem in broken_rules(path, (ROOT / path).read_text(encoding="utf-8"))]
+    assert not problems, "\n" + "\n".join(problems)
+
+
+def test_no_room_is_a_regular_package() -> None:
+    inits = [str(path.relative_to(ROOT)) for room in ROOMS for path in (ROOT / room).rglob("__init__.py")]
+    assert inits == []
+
+
+def test_rooms_are_linked_into_the_package() -> None:
+    links = {room: (ROOT / "tensorweave" / room).readlink() for room in ROOMS}
+    assert links == {room: Path("..") / room for room in ROOMS}
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "complaint"),
+    [
+        ("cluster/gang.py", "from tensorweave.workers.plan import ContextChunk", "cluster may not import workers"),
+        ("kernels/norm.py", "from tensorweave.cluster import errors", "kernels may not import cluster"),
+        ("router/app.py", "import tensorweave.deploy.config", "router may not import deploy"),
+        ("router/app.py", "from tensorweave import workers", "router may not import workers"),
+        ("workers/engine.py", "from tensorweave import LLM", "workers may not import tensorweave"),
+        ("workers/models/llama.py", "from tensorweave.router import app", "workers may not import router"),
+        ("deploy/service.py", "from tensorweave.llmapi.llm import LLM", "deploy may not import llmapi"),
+        ("deploy/service.py", "from tensorweave.kernels.norm import rms", "deploy may not import kernels"),
+        ("router/app.py", "def f():\n    import torch.nn", "torch in router"),
+        ("tensorweave/llmapi/llm.py", "if TYPE_CHECKING:\n    from torch import Tensor", "torch in llmapi"),
+        ("tensorweave/llmapi/llm.py", "import ray", "ray in llmapi"),
+        ("workers/executor.py", "from ray import remote", "ray in workers"),
+        ("deploy/a.py", "import importlib\nimportlib.import_module('tensorweave.llmapi.llm')", "deploy may not import"),
+        ("deploy/a.py", "from workers.plan import ContextChunk", "bare room workers.plan"),
+        ("tests/test_a.py", "import cluster", "bare room cluster"),
+        ("workers/engine.py", "from .plan import ContextChunk", "relative import"),
+        ("cluster/wire.py", "import pickle", "nothing is pickled"),
+        ("cluster/wire.py", "from ray import cloudpickle", "nothing is pickled"),
+        ("workers/weights.py", "import torch\nweights = torch.load('w.bin')", "torch.load unpickles"),
+    ],
+)
+def test_a_broken_rule_is_caught(path: str, source: str, complaint: str) -> None:
+    (problem,) = broken_rules(path, source)
+    assert complaint in problem
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("workers/rank.py", "import ray\nimport torch\nfrom tensorweave.kernels.norm import rms"),
+        ("tensorweave/__init__.py", "from tensorweave.llmapi.llm import LLM"),
+        ("tensorweave/cli/main.py", "from tensorweave import LLM\nfrom tensorweave.deploy import config"),
+        ("tensorweave/llmapi/llm.py", "from tensorweave.llmapi.outputs import RequestOutput"),
+        ("cluster/gang.py", "import ray.util\nfrom tensorweave.cluster.errors import WorkerLost"),
+        ("tests/test_a.py", "import torch, ray, pickle\nfrom tensorweave.workers.plan import ContextChunk"),
+    ],
+)
+def test_what_the_rules_allow(path: str, source: str) -> None:
+    assert broken_rules(path, source) == []

