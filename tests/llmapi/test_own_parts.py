@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.workers.tiny_models import make_model
 
 from tensorweave import LLM, KvCacheConfig, SamplingParams
+from tests.workers.tiny_models import make_model
 
 DOCS = Path(__file__).parents[2] / "docs"
 PROMPTS = [[7] * 90, [9, 8, 7] * 20, [5], list(range(3, 120)), [9, 8, 7] * 20]

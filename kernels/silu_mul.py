@@ -1,0 +1,14 @@
+"""The gated activation of the MLP: silu(gate) * up, from one fused matrix product."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+# T tokens, I intermediate width
+
+
+def silu_mul(gate_up_T2I: Tensor) -> Tensor:
+    """[T, 2 I] with the gate in the first half: silu(gate) * up, [T, I] (SwiGLU, Shazeer 2020, arXiv 2002.05202)."""
+    gate_TI, up_TI = gate_up_T2I.chunk(2, dim=-1)
+    return F.silu(gate_TI).mul_(up_TI)

@@ -1,0 +1,169 @@
+"""Reading config.json: both spellings of transformers, what each family leaves unsaid, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tensorweave.workers.models.config import ModelConfig, load_model_config
+from tensorweave.workers.models.rope_config import RopeConfig
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+
+
+def read(architecture: str = "LlamaForCausalLM", **fields: Any) -> ModelConfig:
+    return ModelConfig.from_hf({"architectures": [architecture], **SIZES, **fields}, "some/config.json")
+
+
+def test_llama_with_defaults() -> None:
+    config = read()
+    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps) == (8, 2, 8, 1e-6)
+    assert config.windows == (None,) * 4
+    assert (config.has_qkv_bias, config.has_output_bias, config.has_mlp_bias) == (False, False, False)
+    assert config.has_tied_embeddings is False
+    assert config.rope == RopeConfig()
+    assert config.checkpoint_dtype == "float32"
+
+
+@pytest.mark.parametrize("value", [None, 8])
+def test_kv_heads_default_to_all_heads(value: int | None) -> None:
+    assert read(num_key_value_heads=value).num_kv_heads == 8
+
+
+@pytest.mark.parametrize("kind", [{}, LLAMA3, {"rope_type": "linear", "factor": 2.0}])
+def test_both_spellings_of_rope_mean_the_same(kind: dict[str, Any]) -> None:
+    old = dict(kind)
+    if "rope_type" in old and old["rope_type"] == "linear":
+        old["type"] = old.pop("rope_type")
+    assert read(rope_theta=5e5, rope_scaling=old or None) == read(
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5, **kind}
+    )
+
+
+def test_old_and_new_names_of_the_dtype() -> None:
+    assert read(torch_dtype="bfloat16") == read(dtype="bfloat16")
+
+
+def test_yarn_states_its_length_before_stretching() -> None:
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    config = read("Qwen2ForCausalLM", rope_scaling=scaling)
+    assert config.max_seq_len == 2048
+    assert config.rope.attention_factor == pytest.approx(1.1386294361)
+    explicit = read("Qwen2ForCausalLM", rope_scaling={**scaling, "attention_factor": 0.5})
+    assert explicit.rope.attention_factor == 0.5
+
+
+@pytest.mark.parametrize(
+    ("fields", "qkv", "output", "mlp"),
+    [({"attention_bias": True}, True, True, False), ({"mlp_bias": True}, False, False, True)],
+)
+def test_llama_biases(fields: dict[str, bool], qkv: bool, output: bool, mlp: bool) -> None:
+    config = read(**fields)
+    assert (config.has_qkv_bias, config.has_output_bias, config.has_mlp_bias) == (qkv, output, mlp)
+
+
+def test_qwen2_has_qkv_biases_and_qwen3_head_norms() -> None:
+    qwen2, qwen3 = read("Qwen2ForCausalLM"), read("Qwen3ForCausalLM")
+    assert (qwen2.has_qkv_bias, qwen2.has_output_bias, qwen2.has_qk_norm) == (True, False, False)
+    assert (qwen3.has_qkv_bias, qwen3.has_qk_norm, qwen3.head_dim) == (False, True, 128)
+    assert read("Qwen3ForCausalLM", head_dim=16).head_dim == 16
+
+
+def test_windows() -> None:
+    assert read("MistralForCausalLM").windows == (4096,) * 4
+    assert read("MistralForCausalLM", sliding_window=None).windows == (None,) * 4
+    assert read("Qwen2ForCausalLM", sliding_window=9).windows == (None,) * 4
+    some = {"use_sliding_window": True, "sliding_window": 9}
+    assert read("Qwen2ForCausalLM", **some, max_window_layers=3).windows == (None, None, None, 9)
+    types = ["sliding_attention", "full_attention"] * 2
+    assert read("Qwen3ForCausalLM", **some, layer_types=types).windows == (9, None, 9, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            r"architectures is \['GPT2LMHeadModel'\]; supported: LlamaForCausalLM, Mistral",
+        ),
+        (
+            {"architectures": None, "model_type": "gpt2"},
+            "model_type is 'gpt2'; supported: llama, mistral, qwen2, qwen3",
+        ),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: silu"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            "quantization_config is .*awq.*; supported: checkpoints that are not",
+        ),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_scaling has rope_type 'dynamic'; supported: default, linear",
+        ),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters lacks 'factor'"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor is '2', must be a number above 0"),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "beta": 1}}, "rope_scaling has unknown key 'beta'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; supported: 1.0"),
+        ({"vocab_size": None}, "vocab_size is None; supported: a whole number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True; supported: a whole number"),
+        ({"num_key_value_heads": 3}, r"num_key_value_heads is 3; supported: a divisor of num_attention_heads \(8\)"),
+        ({"hidden_size": 60}, "num_attention_heads is 8; supported: a divisor of hidden_size"),
+        ({"head_dim": 7}, "head_dim is 7; supported: an even size"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; supported: true or false"),
+        ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype is 'float8_e4m3fn'; supported: float32, bfloat16, float16"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; supported: a token id or a list"),
+        ({"sliding_window": 16}, "sliding_window is 16; supported: null for Llama"),
+    ],
+)
+def test_refusals_name_file_key_value_and_what_is_supported(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"some/config.json: {message}"):
+        read(**fields)
+
+
+def test_layer_types_must_agree_with_the_family() -> None:
+    with pytest.raises(ValueError, match=r"layer_types is .* supported: full_attention, and sliding_attention where"):
+        read("Qwen3ForCausalLM", layer_types=["sliding_attention"] * 4)
+    with pytest.raises(ValueError, match=r"layer_types is .* supported: the same kind in every layer for Mistral"):
+        read("MistralForCausalLM", layer_types=["full_attention"] * 4)
+    with pytest.raises(ValueError, match=r"layer_types is .* supported: one entry for each of 4 layers"):
+        read("Qwen2ForCausalLM", layer_types=["full_attention"])
+
+
+def test_model_type_stands_in_for_architectures() -> None:
+    assert read(architectures=None, model_type="mistral").architecture == "MistralForCausalLM"
+
+
+def test_end_ids_of_both_files(tmp_path: Path) -> None:
+    config = {"architectures": ["LlamaForCausalLM"], **SIZES, "eos_token_id": 5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_model_config(tmp_path).end_ids == (5,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 5]}))
+    assert load_model_config(tmp_path).end_ids == (5, 9)
+
+
+def test_a_directory_without_a_readable_config(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        load_model_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        load_model_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json holds a list, must be an object"):
+        load_model_config(tmp_path)

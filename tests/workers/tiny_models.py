@@ -1,0 +1,124 @@
+"""Small random models, made by transformers' own classes and written as Hugging Face directories."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCAB = 211
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 74,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.2,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+}
+THETA = {"rope_theta": 10000.0}
+
+MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama_tied_9_over_3": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    ),
+    "llama_8_over_2": (LlamaConfig, LlamaForCausalLM, {"num_attention_heads": 8}),
+    "llama_biases": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
+    "llama_linear": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"rope_parameters": {**THETA, "rope_type": "linear", "factor": 3.0}},
+    ),
+    "llama_llama3": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            "head_dim": 32,
+            "rope_parameters": {
+                "rope_theta": 500.0,
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
+    "mistral_window": (MistralConfig, MistralForCausalLM, {"sliding_window": 37}),
+    "mistral_no_window": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "head_dim": 16}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen2_some_windows": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1, "num_key_value_heads": 6},
+    ),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "qwen3_yarn": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        {
+            "head_dim": 32,
+            "rope_parameters": {
+                **THETA,
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 1024,
+            },
+        },
+    ),
+}
+
+
+def make_model(name: str, path: Path, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Write the model `name` to `path` and return transformers' own, in float32. Biases and norms are random too."""
+    config_class, model_class, fields = MODELS[name]
+    torch.manual_seed(seed)
+    model = model_class(config_class(**{**SHAPE, **fields, **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.3, 1.3)
+    model.save_pretrained(path)
+    return model
+
+
+def rewrite_config(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    file = path / "config.json"
+    fields = json.loads(file.read_text())
+    change(fields)
+    file.write_text(json.dumps(fields))
+
+
+@torch.no_grad()
+def their_greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+    """Greedy tokens of transformers' own model and cache, one prompt at a time, never stopping."""
+    answers = []
+    for prompt in prompts:
+        ids, cache, answer = torch.tensor([list(prompt)]), None, []
+        for _ in range(num_tokens):
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            answer.append(int(out.logits[0, -1].argmax()))
+            ids = torch.tensor([[answer[-1]]])
+        answers.append(answer)
+    return answers

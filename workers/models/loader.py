@@ -1,0 +1,77 @@
+"""From a weight source to one rank's layers: which tensors a model must have, and which parts a rank keeps.
+
+Rows of fused matrices are read straight into their final place, so loading needs a rank's share and one slice besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tensorweave.workers.checkpoint import Shapes, WeightSource
+from tensorweave.workers.models.config import ModelConfig
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+FINAL_NORM = "model.norm.weight"
+# Buffers that old checkpoints carry and that the config determines.
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+
+
+def tensor_shapes(config: ModelConfig) -> Shapes:
+    """Every tensor that a checkpoint of this model must have."""
+    D, I, V = config.hidden_size, config.intermediate_size, config.vocab_size  # noqa: E741
+    query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    matrices = {
+        "self_attn.q_proj": (query, D, config.has_qkv_bias),
+        "self_attn.k_proj": (kv, D, config.has_qkv_bias),
+        "self_attn.v_proj": (kv, D, config.has_qkv_bias),
+        "self_attn.o_proj": (D, query, config.has_output_bias),
+        "mlp.gate_proj": (I, D, config.has_mlp_bias),
+        "mlp.up_proj": (I, D, config.has_mlp_bias),
+        "mlp.down_proj": (D, I, config.has_mlp_bias),
+    }
+    norms = {"input_layernorm": D, "post_attention_layernorm": D}
+    if config.has_qk_norm:
+        norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (V, D), FINAL_NORM: (D,)}
+    if not config.has_tied_embeddings:
+        shapes[HEAD] = (V, D)
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}"
+        for name, (rows, columns, has_bias) in matrices.items():
+            shapes[f"{prefix}.{name}.weight"] = (rows, columns)
+            if has_bias:
+                shapes[f"{prefix}.{name}.bias"] = (rows,)
+        shapes |= {f"{prefix}.{name}.weight": (size,) for name, size in norms.items()}
+    return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class WeightLoader:
+    """Reads parts of tensors into place on one device, in one dtype."""
+
+    source: WeightSource
+    dtype: torch.dtype
+    device: torch.device
+
+    def vector(self, name: str) -> Tensor:
+        return self.source.read(name).to(self.device, self.dtype)
+
+    def rows(self, parts: Sequence[tuple[str, range]]) -> Tensor:
+        """The given rows of several matrices (or biases), one below the other."""
+        tail = self.source.shapes[parts[0][0]][1:]
+        stacked = torch.empty(sum(len(rows) for _, rows in parts), *tail, dtype=self.dtype, device=self.device)
+        start = 0
+        for name, rows in parts:
+            stacked[start : start + len(rows)].copy_(self.source.read(name, slice(rows.start, rows.stop)))
+            start += len(rows)
+        return stacked
+
+    def columns(self, name: str, columns: range) -> Tensor:
+        num_rows = self.source.shapes[name][0]
+        matrix = torch.empty(num_rows, len(columns), dtype=self.dtype, device=self.device)
+        return matrix.copy_(self.source.read(name, slice(0, num_rows), slice(columns.start, columns.stop)))

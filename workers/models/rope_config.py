@@ -1,0 +1,142 @@
+"""How positions become rotations: the four RoPE kinds we run, read strictly from a config.json.
+
+Takes transformers 4's `rope_theta` + `rope_scaling` and transformers 5's `rope_parameters`; refuses other kinds, keys
+it does not know inside them, and partial rotations, each by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+RopeKind = Literal["default", "linear", "llama3", "yarn"]
+DEFAULT_THETA = 10_000.0
+
+_KEYS: dict[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "yarn": frozenset(
+        {
+            "factor",
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        }
+    ),
+}
+_ALWAYS_KNOWN = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """One model's rotation. `original_max_len`: before stretching; `attention_factor` scales cos and sin."""
+
+    kind: RopeKind = "default"
+    theta: float = DEFAULT_THETA
+    factor: float = 1.0
+    original_max_len: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any], max_len: int, source: str) -> RopeConfig:
+        key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+        fields: Mapping[str, Any] = raw.get(key) or {}
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"{source}: {key} is {fields!r}, must be an object")
+        kind = fields.get("rope_type", fields.get("type", "default"))
+        if kind not in _KEYS:
+            raise ValueError(f"{source}: {key} has rope_type {kind!r}; supported: {', '.join(_KEYS)}")
+        reader = _Fields(fields, f"{source}: {key}")
+        reader.refuse_unknown(_KEYS[kind] | _ALWAYS_KNOWN)
+        for where in (fields, raw):
+            if where.get("partial_rotary_factor") not in (None, 1, 1.0):
+                raise ValueError(
+                    f"{source}: partial_rotary_factor is {where['partial_rotary_factor']!r}; supported: 1.0"
+                )
+        theta = reader.number("rope_theta", _Fields(raw, source).number("rope_theta", DEFAULT_THETA))
+        match kind:
+            case "linear":
+                return cls("linear", theta, reader.required("factor"))
+            case "llama3":
+                return cls(
+                    "llama3",
+                    theta,
+                    reader.required("factor"),
+                    int(reader.number("original_max_position_embeddings", max_len)),
+                    reader.required("low_freq_factor"),
+                    reader.required("high_freq_factor"),
+                )
+            case "yarn":
+                return _yarn(reader, theta, max_len)
+            case _:
+                return cls("default", theta)
+
+    def max_len(self, max_position_embeddings: int) -> int:
+        """Positions the model may use: some configs state the length before stretching."""
+        if self.kind == "linear":
+            return int(max_position_embeddings * self.factor)
+        if self.kind == "yarn":
+            return max(max_position_embeddings, int(self.original_max_len * self.factor))
+        return max_position_embeddings
+
+
+def _yarn(reader: _Fields, theta: float, max_len: int) -> RopeConfig:
+    original = int(reader.number("original_max_position_embeddings", max_len))
+    factor = reader.number("factor", max_len / original)
+    mscale, mscale_all = reader.number("mscale", 0.0), reader.number("mscale_all_dim", 0.0)
+    inferred = _mscale(factor, mscale) / _mscale(factor, mscale_all) if mscale and mscale_all else _mscale(factor, 1.0)
+    truncate = reader.fields.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise ValueError(f"{reader.where}.truncate is {truncate!r}, must be true or false")
+    return RopeConfig(
+        kind="yarn",
+        theta=theta,
+        factor=factor,
+        original_max_len=original,
+        beta_fast=reader.number("beta_fast", 32.0),
+        beta_slow=reader.number("beta_slow", 1.0),
+        truncate=truncate,
+        attention_factor=reader.number("attention_factor", inferred),
+    )
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Fields:
+    """Numbers of one JSON object; `where` opens every complaint."""
+
+    fields: Mapping[str, Any]
+    where: str
+
+    def refuse_unknown(self, known: frozenset[str]) -> None:
+        for key in self.fields:
+            if key not in known:
+                raise ValueError(f"{self.where} has unknown key {key!r}; known: {', '.join(sorted(known))}")
+
+    def number(self, key: str, default: float) -> float:
+        value = self.fields.get(key)
+        if value is None:
+            return float(default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"{self.where}.{key} is {value!r}, must be a number above 0")
+        return float(value)
+
+    def required(self, key: str) -> float:
+        if self.fields.get(key) is None:
+            raise ValueError(f"{self.where} lacks {key!r}")
+        return self.number(key, 0.0)

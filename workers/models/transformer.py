@@ -1,0 +1,158 @@
+"""The decoder-only transformer of Llama, Mistral, Qwen2 and Qwen3 over a packed batch of tokens.
+
+Written as one GPU's mathematics; which heads, columns and words are here is decided by `shards`, and what ranks
+exchange by the layers. The engine calls `forward`, then `logits` for the rows that need them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tensorweave.kernels.paged_attention import AttentionPlan, paged_attention, write_kv
+from tensorweave.kernels.rms_norm import rms_norm
+from tensorweave.kernels.rope import rope
+from tensorweave.kernels.silu_mul import silu_mul
+from tensorweave.workers.comm import Comm
+from tensorweave.workers.models.config import ModelConfig
+from tensorweave.workers.models.layers import ColumnLinear, OutputHead, RmsNorm, RowLinear, VocabEmbedding
+from tensorweave.workers.models.loader import EMBEDDING, FINAL_NORM, HEAD, WeightLoader
+from tensorweave.workers.models.shards import RankShard
+
+# T tokens, D hidden size, N query heads and K KV heads of this rank, H head dim, C = 2 K planes of a KV block
+# B blocks, P tokens a block, R rows of logits, V vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardInputs:
+    """A packed batch on the device. `plans` has one entry for each distinct window of the model's layers."""
+
+    token_ids_T: Tensor
+    rope_table_TH: Tensor
+    write_rows: Tensor
+    plans: Mapping[int | None, AttentionPlan]
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """`qkv` gives N query heads, K keys and K values, in that order, from one matrix product."""
+
+    qkv: ColumnLinear
+    output: RowLinear
+    norm_weights: tuple[Tensor, Tensor] | None
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    epsilon: float
+    window: int | None
+
+    def __call__(self, x_TD: Tensor, batch: ForwardInputs, cache_BCPH: Tensor) -> Tensor:
+        N, K, H = self.num_heads, self.num_kv_heads, self.head_dim
+        heads_TXH = self.qkv(x_TD).view(-1, N + 2 * K, H)
+        if self.norm_weights is not None:
+            heads_TXH[:, :N] = rms_norm(heads_TXH[:, :N], self.norm_weights[0], self.epsilon)
+            heads_TXH[:, N : N + K] = rms_norm(heads_TXH[:, N : N + K], self.norm_weights[1], self.epsilon)
+        heads_TXH[:, : N + K] = rope(heads_TXH[:, : N + K], batch.rope_table_TH)
+        write_kv(cache_BCPH, heads_TXH[:, N:], batch.write_rows)
+        out_TNH = paged_attention(heads_TXH[:, :N], cache_BCPH, batch.plans[self.window], H**-0.5)
+        return self.output(out_TNH.flatten(1))
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMlp:
+    gate_up: ColumnLinear
+    down: RowLinear
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return self.down(silu_mul(self.gate_up(x_TD)))
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    attention_norm: RmsNorm
+    attention: Attention
+    mlp_norm: RmsNorm
+    mlp: GatedMlp
+
+    def __call__(self, x_TD: Tensor, batch: ForwardInputs, cache_BCPH: Tensor) -> Tensor:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), batch, cache_BCPH)
+        return x_TD + self.mlp(self.mlp_norm(x_TD))
+
+
+@dataclass(frozen=True, slots=True)
+class Transformer:
+    """One rank's share of a model."""
+
+    embedding: VocabEmbedding
+    blocks: tuple[Block, ...]
+    final_norm: RmsNorm
+    head: OutputHead
+
+    def forward(self, batch: ForwardInputs, caches: Sequence[Tensor]) -> Tensor:
+        """Hidden states [T, D] before the final norm; keys and values go into `caches`, one [B, C, P, H] a layer."""
+        x_TD = self.embedding(batch.token_ids_T)
+        for block, cache_BCPH in zip(self.blocks, caches, strict=True):
+            x_TD = block(x_TD, batch, cache_BCPH)
+        return x_TD
+
+    def logits(self, x_RD: Tensor) -> Tensor:
+        """[R, V] float32, the whole vocabulary on every rank."""
+        return self.head(self.final_norm(x_RD))
+
+
+def build_transformer(config: ModelConfig, shard: RankShard, load: WeightLoader, comm: Comm) -> Transformer:
+    """Read one rank's share of the weights and put the layers around it."""
+    embedding_VD = load.rows([(EMBEDDING, shard.vocab)])
+    head_VD = embedding_VD if config.has_tied_embeddings else load.rows([(HEAD, shard.vocab)])
+    return Transformer(
+        embedding=VocabEmbedding(embedding_VD, shard.vocab.start, comm),
+        blocks=tuple(_build_block(config, shard, load, comm, layer) for layer in range(config.num_layers)),
+        final_norm=RmsNorm(load.vector(FINAL_NORM), config.rms_norm_eps),
+        head=OutputHead(head_VD, shard.vocab_sizes, comm),
+    )
+
+
+def _build_block(config: ModelConfig, shard: RankShard, load: WeightLoader, comm: Comm, layer: int) -> Block:
+    prefix = f"model.layers.{layer}"
+    gate_up = [(f"{prefix}.mlp.{name}", shard.intermediate) for name in ("gate_proj", "up_proj")]
+    return Block(
+        attention_norm=RmsNorm(load.vector(f"{prefix}.input_layernorm.weight"), config.rms_norm_eps),
+        attention=_build_attention(config, shard, load, comm, layer),
+        mlp_norm=RmsNorm(load.vector(f"{prefix}.post_attention_layernorm.weight"), config.rms_norm_eps),
+        mlp=GatedMlp(
+            gate_up=_column_linear(load, gate_up, config.has_mlp_bias),
+            down=_row_linear(load, f"{prefix}.mlp.down_proj", shard.intermediate, config.has_mlp_bias, comm),
+        ),
+    )
+
+
+def _build_attention(config: ModelConfig, shard: RankShard, load: WeightLoader, comm: Comm, layer: int) -> Attention:
+    prefix, H = f"model.layers.{layer}.self_attn", config.head_dim
+    query, kv = (range(heads.start * H, heads.stop * H) for heads in (shard.heads.query, shard.heads.kv))
+    parts = [(f"{prefix}.q_proj", query), (f"{prefix}.k_proj", kv), (f"{prefix}.v_proj", kv)]
+    norms = None
+    if config.has_qk_norm:
+        norms = load.vector(f"{prefix}.q_norm.weight"), load.vector(f"{prefix}.k_norm.weight")
+    return Attention(
+        qkv=_column_linear(load, parts, config.has_qkv_bias),
+        output=_row_linear(load, f"{prefix}.o_proj", query, config.has_output_bias, comm),
+        norm_weights=norms,
+        num_heads=len(shard.heads.query),
+        num_kv_heads=len(shard.heads.kv),
+        head_dim=H,
+        epsilon=config.rms_norm_eps,
+        window=config.windows[layer],
+    )
+
+
+def _column_linear(load: WeightLoader, parts: Sequence[tuple[str, range]], has_bias: bool) -> ColumnLinear:
+    weight_OD = load.rows([(f"{name}.weight", rows) for name, rows in parts])
+    bias_O = load.rows([(f"{name}.bias", rows) for name, rows in parts]) if has_bias else None
+    return ColumnLinear(weight_OD, bias_O)
+
+
+def _row_linear(load: WeightLoader, name: str, columns: range, has_bias: bool, comm: Comm) -> RowLinear:
+    bias_D = load.vector(f"{name}.bias") if has_bias and comm.rank == 0 else None
+    return RowLinear(load.columns(f"{name}.weight", columns), bias_D, comm)
