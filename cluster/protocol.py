@@ -18,7 +18,7 @@ from tensorweave.cluster.errors import TensorweaveError, WireError, error_from_w
 
 PROTOCOL_VERSION: Final = 1
 
-FinishReason = Literal["stop", "length", "timeout", "cancelled"]
+FinishReason = Literal["stop", "length", "timeout", "cancelled", "not_finished"]
 Role = Literal["prefill", "decode", "both"]
 _FINISH_REASONS: Final = get_args(FinishReason)
 DEFAULT_RETENTION_PRIORITY: Final = 35
@@ -138,9 +138,86 @@ class Retention:
 
 
 @dataclass(frozen=True, slots=True)
+class KvEndpoint:
+    """Where one rank gives its KV away: it holds KV heads [first_head, first_head + num_heads) of every layer."""
+
+    host: str
+    port: int
+    first_head: int
+    num_heads: int
+
+    @classmethod
+    def from_wire(cls, fields: Any) -> KvEndpoint:
+        try:
+            host, port, first_head, num_heads = fields
+        except (TypeError, ValueError) as error:
+            raise WireError(f"malformed KV endpoint: {error}") from None
+        return cls(
+            _checked(host, "host", str),
+            _checked(port, "port", int),
+            _checked(first_head, "first_head", int),
+            _checked(num_heads, "num_heads", int),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class KvSource:
+    """A gang that gives KV away: its ranks' endpoints, and what both sides must have alike for a block to fit.
+
+    `fingerprint` names model digest, dtype, block size, layout and version; the first that differs is the refusal's
+    reason. `secret` opens the endpoints.
+    """
+
+    gang_id: str
+    endpoints: tuple[KvEndpoint, ...]
+    fingerprint: dict[str, str]
+    secret: str = field(repr=False)
+
+    def to_wire(self) -> list[Any]:
+        endpoints = [[e.host, e.port, e.first_head, e.num_heads] for e in self.endpoints]
+        return [self.gang_id, endpoints, self.fingerprint, self.secret]
+
+    @classmethod
+    def from_wire(cls, fields: Any) -> KvSource:
+        try:
+            gang_id, endpoints, fingerprint, secret = fields
+            ends = tuple(KvEndpoint.from_wire(e) for e in endpoints)
+        except (TypeError, ValueError) as error:
+            raise WireError(f"malformed KV source: {error}") from None
+        for name, value in _checked(fingerprint, "fingerprint", dict).items():
+            _checked(name, "a fingerprint's name", str)
+            _checked(value, "a fingerprint's value", str)
+        return cls(_checked(gang_id, "gang_id", str), ends, fingerprint, _checked(secret, "secret", str))
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A claim on one prompt's KV at a prefill gang. Every attempt has a ticket of its own, never used again."""
+
+    ticket_id: str
+    source: KvSource
+
+    def to_wire(self) -> list[Any]:
+        return [self.ticket_id, self.source.to_wire()]
+
+    @classmethod
+    def from_wire(cls, fields: Any) -> Ticket:
+        try:
+            ticket_id, source = fields
+        except (TypeError, ValueError) as error:
+            raise WireError(f"malformed ticket: {error}") from None
+        return cls(_checked(ticket_id, "ticket_id", str), KvSource.from_wire(source))
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One sequence to generate. `deadline_s` is the time left, in seconds, counted from receipt: no clocks are compared
-    across hosts."""
+    across hosts.
+
+    The two phases of a disaggregated request: with `offer` (a ticket id) the gang computes the prompt and the first
+    token, ends with finish_reason "not_finished", and keeps the KV for whoever holds the ticket; with `fetch` it pulls
+    the prompt's KV with that ticket in place of computing it, and computes itself whatever does not arrive.
+    """
 
     request_id: str
     prompt_token_ids: Sequence[int]
@@ -149,6 +226,8 @@ class GenerateRequest:
     priority: int = 0
     cache_salt: str | None = None
     retention: Retention | None = None
+    offer: str | None = None
+    fetch: Ticket | None = None
 
     def to_wire(self) -> list[Any]:
         return [
@@ -159,12 +238,14 @@ class GenerateRequest:
             self.priority,
             self.cache_salt,
             None if self.retention is None else self.retention.to_wire(),
+            self.offer,
+            None if self.fetch is None else self.fetch.to_wire(),
         ]
 
     @classmethod
     def from_wire(cls, fields: Any) -> GenerateRequest:
         try:
-            request_id, prompt, sampling, deadline_s, priority, salt, retention = fields
+            request_id, prompt, sampling, deadline_s, priority, salt, retention, offer, fetch = fields
         except (TypeError, ValueError) as error:
             raise WireError(f"malformed request: {error}") from None
         return cls(
@@ -175,6 +256,8 @@ class GenerateRequest:
             _checked(priority, "priority", int),
             _checked(salt, "cache_salt", str, type(None)),
             None if retention is None else Retention.from_wire(retention),
+            _checked(offer, "offer", str, type(None)),
+            None if fetch is None else Ticket.from_wire(fetch),
         )
 
 
@@ -193,6 +276,7 @@ class TokenChunk:
     stop_reason: int | None = None
     num_cached_tokens: int = 0
     error: TensorweaveError | None = None
+    start: int = 0
 
     @property
     def is_last(self) -> bool:
@@ -200,19 +284,13 @@ class TokenChunk:
 
     def to_wire(self) -> list[Any]:
         error = None if self.error is None else self.error.to_wire()
-        return [
-            self.request_id,
-            list(self.token_ids),
-            self.finish_reason,
-            self.stop_reason,
-            self.num_cached_tokens,
-            error,
-        ]
+        ends = [self.finish_reason, self.stop_reason]
+        return [self.request_id, list(self.token_ids), *ends, self.num_cached_tokens, error, self.start]
 
     @classmethod
     def from_wire(cls, fields: Any) -> TokenChunk:
         try:
-            request_id, token_ids, finish, stop, cached, error = fields
+            request_id, token_ids, finish, stop, cached, error, start = fields
         except (TypeError, ValueError) as problem:
             raise WireError(f"malformed chunk: {problem}") from None
         if _checked(finish, "finish_reason", str, type(None)) not in (None, *_FINISH_REASONS):
@@ -224,6 +302,7 @@ class TokenChunk:
             _checked(stop, "stop_reason", int, type(None)),
             _checked(cached, "num_cached_tokens", int),
             None if error is None else error_from_wire(_checked(error, "error", dict)),
+            _checked(start, "start", int),
         )
 
 
@@ -262,3 +341,4 @@ class GangAddress:
     port: int
     secret: str = field(repr=False)
     info: ModelInfo
+    kv_source: KvSource | None = None

@@ -22,10 +22,11 @@ from tensorweave.workers.engine import ModelEngine
 from tensorweave.workers.inbox import FollowerInbox, Inbox, News
 from tensorweave.workers.iteration_stats import IterationStats, StepTimer
 from tensorweave.workers.outbox import FollowerOutbox, Outbox
-from tensorweave.workers.plan import ScheduledBatch
+from tensorweave.workers.plan import ContextChunk, ScheduledBatch
 from tensorweave.workers.request import LlmRequest, RequestState
 from tensorweave.workers.resources import ResourceManager
 from tensorweave.workers.scheduler import RequestScheduler
+from tensorweave.workers.transfers import Landed, NoTransfers, Transfers
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class PyExecutor:
         decoder: Decoder,
         comm: Comm,
         info: ModelInfo,
+        transfers: Transfers | None = None,
         max_requests: int = 1024,
         max_stats: int = 1000,
     ) -> None:
@@ -59,6 +61,7 @@ class PyExecutor:
         self._scheduler = scheduler
         self._resources = resources
         self._decoder = decoder
+        self._transfers = transfers or NoTransfers()
         self._inbox: Inbox | FollowerInbox = Inbox(max_requests) if comm.rank == 0 else FollowerInbox()
         self._outbox: Outbox | FollowerOutbox = Outbox() if comm.rank == 0 else FollowerOutbox()
         self._active: list[LlmRequest] = []
@@ -67,7 +70,7 @@ class PyExecutor:
         self._has_priorities = False
         self._is_stuck = False
         self._token_check = 0
-        self._ended: list[TokenChunk] = []
+        self._answers: list[TokenChunk] = []
         self._stats = IterationStats(max_stats)
         self._progress_s = time.monotonic()
         self._thread = threading.Thread(target=self._run, name=f"py-executor-{comm.rank}", daemon=True)
@@ -75,6 +78,7 @@ class PyExecutor:
     # ---- the mid-level API
 
     def start(self) -> None:
+        self._transfers.start(self._inbox)
         self._thread.start()
 
     @property
@@ -114,8 +118,9 @@ class PyExecutor:
         return self._outbox.take(timeout_s) if request_ids is None else self._outbox.take_of(request_ids, timeout_s)
 
     def cancel_request(self, request_id: str) -> bool:
-        """Its blocks are free within a step, and its last chunk says 'cancelled'. False where it is not inside."""
-        return self._leader_inbox().cancel(request_id)
+        """Its blocks are free within a step, and its last chunk says 'cancelled'; of one that has ended on offer, the
+        lease ends. False where it is not inside."""
+        return self._leader_inbox().cancel(request_id) or self._transfers.give_up(request_id)
 
     def get_latest_iteration_stats(self) -> list[dict[str, Any]]:
         """One dict per step since the last call, oldest first; the keys are those of TensorRT-LLM's iteration stats."""
@@ -141,6 +146,7 @@ class PyExecutor:
             "num_requests_waiting": waiting,
             "kv_cache_usage_perc": 1.0 - kv.available / total,
             **self._stats.totals(),
+            **self._transfers.gauges(),
         }
 
     def shutdown(self, timeout_s: float = 30.0) -> None:
@@ -160,8 +166,9 @@ class PyExecutor:
                 self._progress_s = time.monotonic()
             self._end_all("cancelled")
             late = self._inbox.close(NotReady("the executor has been shut down"))
-            self._ended += [TokenChunk(request_id, finish_reason="cancelled") for request_id in late]
+            self._answers += [TokenChunk(request_id, finish_reason="cancelled") for request_id in late]
             self._answer()
+            self._transfers.shutdown()
             self._resources.shutdown()
         except Exception as error:  # the loop's boundary: whatever happened, everyone who waits must hear of it
             self._fail(error)
@@ -177,19 +184,26 @@ class PyExecutor:
             return False
         batch = self._scheduler.schedule_request(self._active)
         self._pause(batch)
-        if not batch.is_empty:
-            self._resources.prepare_resources(batch)
-            timer.begin_forward()
-            logits = self._engine.forward(batch, self._resources)
-            timer.end_forward()
-            tokens = self._decoder.decode(logits, batch)
-            finished = self._advance(batch, tokens)
-            self._resources.update_resources(batch)
-            self._free(finished)
-            self._stats.add(timer, batch, self._active, self._resources.kv_cache, self._inbox.num_inside, len(finished))
+        self._resources.prepare_resources(batch)
+        self._fetch(batch)
+        tokens = self._compute(batch, timer)
+        finished = self._advance(batch, tokens)
+        self._resources.update_resources(batch)
+        self._transfers.offer(batch)
+        self._free(finished)
+        self._stats.add(timer, batch, self._active, self._resources.kv_cache, self._inbox.num_inside, len(finished))
         self._is_stuck = batch.is_empty and bool(self._active)
         self._answer()
         return True
+
+    def _compute(self, batch: ScheduledBatch, timer: StepTimer) -> list[int]:
+        """One token for each of `batch.sampled`."""
+        if batch.is_empty:
+            return []
+        timer.begin_forward()
+        logits = self._engine.forward(batch, self._resources)
+        timer.end_forward()
+        return self._decoder.decode(logits, batch)
 
     def _agree(self) -> News:
         wait_s = 0.0 if self._active and not self._is_stuck else IDLE_BEAT_S
@@ -214,6 +228,10 @@ class PyExecutor:
             self._end_early(request_id, "cancelled")
         for request_id in news.expired:
             self._end_early(request_id, "timeout")
+        for landed in news.landed:
+            self._land(landed)
+        for request_id in news.released:
+            self._release(request_id)
 
     def _request(self, arrival: GenerateRequest, now_s: float) -> LlmRequest:
         self._num_arrived += 1
@@ -227,11 +245,37 @@ class PyExecutor:
             priority=arrival.priority,
             cache_salt=arrival.cache_salt,
             retention=arrival.retention,
+            offer=arrival.offer,
+            fetch=arrival.fetch if self._transfers.can_fetch else None,
             arrival_s=now_s,
         )
 
+    def _land(self, landed: Landed) -> None:
+        """A request's KV has come from elsewhere: go on as if it had been computed here, up to where it is right."""
+        request = self._by_id.get(landed.request_id)
+        if request is None or request.state is not RequestState.FETCHING:
+            return
+        self._transfers.drop_fetch(request)
+        request.land(landed.num_tokens, landed.first_token)
+        arrived = ContextChunk(request, 0, request.num_computed)
+        self._resources.update_resources(ScheduledBatch(context=(arrived,)))
+        if request.num_output:
+            self._tell(request)
+            self._free([request] if request.finish_reason is not None else [])
+
+    def _release(self, request_id: str) -> None:
+        request = self._transfers.release(request_id)
+        if request is not None:
+            self._resources.free_resources(request)
+
+    def _fetch(self, batch: ScheduledBatch) -> None:
+        for chunk in batch.fetching:
+            chunk.request.state = RequestState.FETCHING
+        self._transfers.fetch(batch.fetching)
+
     def _pause(self, batch: ScheduledBatch) -> None:
         for request in batch.paused:
+            self._transfers.drop_fetch(request)
             self._resources.free_resources(request)
             request.pause()
 
@@ -245,15 +289,24 @@ class PyExecutor:
         finished = []
         for request, token in zip(batch.sampled, tokens, strict=True):
             request.append(token)
-            self._ended.append(
-                TokenChunk(
-                    request.request_id, (token,), request.finish_reason, request.stop_reason, request.num_cached_tokens
-                )
-            )
+            self._tell(request)
             if request.finish_reason is not None:
                 finished.append(request)
         self._token_check = zlib.crc32(repr(tokens).encode(), self._token_check)
         return finished
+
+    def _tell(self, request: LlmRequest) -> None:
+        """Its newest token goes out at the end of the step."""
+        self._answers.append(
+            TokenChunk(
+                request.request_id,
+                (request.tokens[-1],),
+                request.finish_reason,
+                request.stop_reason,
+                request.num_cached_tokens,
+                start=request.num_output - 1,
+            )
+        )
 
     def _free(self, finished: Sequence[LlmRequest]) -> None:
         for request in finished:
@@ -262,7 +315,8 @@ class PyExecutor:
             self._active = [request for request in self._active if request.finish_reason is None]
 
     def _forget(self, request: LlmRequest) -> None:
-        self._resources.free_resources(request)
+        if not self._transfers.keeps(request):
+            self._resources.free_resources(request)
         request.state = RequestState.DONE
         del self._by_id[request.request_id]
         self._inbox.forget(request.request_id)
@@ -274,8 +328,8 @@ class PyExecutor:
         request.finish_reason = reason
         self._forget(request)
         self._active.remove(request)
-        self._ended.append(
-            TokenChunk(request_id, (), reason, num_cached_tokens=request.num_cached_tokens),
+        self._answers.append(
+            TokenChunk(request_id, (), reason, num_cached_tokens=request.num_cached_tokens, start=request.num_output),
         )
 
     def _end_all(self, reason: FinishReason) -> None:
@@ -283,9 +337,9 @@ class PyExecutor:
             self._end_early(request_id, reason)
 
     def _answer(self) -> None:
-        if self._ended:
-            self._outbox.put(self._ended)
-            self._ended = []
+        if self._answers:
+            self._outbox.put(self._answers)
+            self._answers = []
 
     def _fail(self, error: Exception) -> None:
         if not isinstance(error, TensorweaveError):
@@ -294,6 +348,7 @@ class PyExecutor:
         else:
             logger.error("rank %d: the step loop ends: %s", self.comm.rank, error)
         self.failure = error
+        self._transfers.shutdown()
         self._answer()
         orphans = self._inbox.close(error)
         self._outbox.put([TokenChunk(request_id, error=error) for request_id in orphans])

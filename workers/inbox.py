@@ -1,4 +1,4 @@
-"""What reaches the step loop from outside: arrivals, cancellations and passed deadlines, handed over once a step.
+"""What reaches the step loop from outside: arrivals, cancels, deadlines, transfers, handed over once a step.
 
 `Inbox` belongs to rank 0: any thread may put, only the step loop gathers. `FollowerInbox` is the other ranks' Null
 object: their news comes through the agreement. `News` is what all ranks agree on, packed with msgpack.
@@ -16,6 +16,7 @@ import msgpack
 
 from tensorweave.cluster.errors import NotReady, Overloaded
 from tensorweave.cluster.protocol import GenerateRequest
+from tensorweave.workers.transfers import Landed
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +29,24 @@ class News:
     arrivals: Sequence[GenerateRequest] = ()
     cancelled: Sequence[str] = ()
     expired: Sequence[str] = ()
+    landed: Sequence[Landed] = ()
+    released: Sequence[str] = ()
     is_shutdown: bool = False
 
     def pack(self) -> bytes:
         arrivals = [request.to_wire() for request in self.arrivals]
-        fields = [self.now_s, self.token_check, arrivals, self.cancelled, self.expired, self.is_shutdown]
+        landed = [item.to_wire() for item in self.landed]
+        ends = [self.cancelled, self.expired, landed, self.released, self.is_shutdown]
+        fields = [self.now_s, self.token_check, arrivals, *ends]
         packed: bytes = msgpack.packb(fields)
         return packed
 
     @classmethod
     def unpack(cls, data: bytes) -> News:
-        now_s, token_check, arrivals, cancelled, expired, is_shutdown = msgpack.unpackb(data)
+        now_s, token_check, arrivals, cancelled, expired, landed, released, is_shutdown = msgpack.unpackb(data)
         requests = [GenerateRequest.from_wire(fields) for fields in arrivals]
-        return cls(now_s, token_check, requests, cancelled, expired, is_shutdown)
+        landings = [Landed.from_wire(fields) for fields in landed]
+        return cls(now_s, token_check, requests, cancelled, expired, landings, released, is_shutdown)
 
 
 class Inbox:
@@ -54,6 +60,8 @@ class Inbox:
         self._inside: set[str] = set()
         self._arrivals: list[GenerateRequest] = []
         self._cancelled: list[str] = []
+        self._landed: list[Landed] = []
+        self._released: list[str] = []
         self._deadlines: list[tuple[float, str]] = []
         self._is_shutdown = False
         self._closed_by: Exception | None = None
@@ -92,6 +100,16 @@ class Inbox:
             self._changed.notify()
             return True
 
+    def put_landed(self, landed: Landed) -> None:
+        with self._changed:
+            self._landed.append(landed)
+            self._changed.notify()
+
+    def put_released(self, request_id: str) -> None:
+        with self._changed:
+            self._released.append(request_id)
+            self._changed.notify()
+
     def forget(self, request_id: str) -> None:
         """The step loop has ended this request."""
         self._inside.discard(request_id)
@@ -117,11 +135,13 @@ class Inbox:
             now_s = self._clock()
             arrivals, self._arrivals = self._arrivals, []
             cancelled, self._cancelled = self._cancelled, []
+            landed, self._landed = self._landed, []
+            released, self._released = self._released, []
             expired = [request_id for request_id in self._pop_expired(now_s) if request_id in self._inside]
-        return News(now_s, token_check, arrivals, cancelled, expired, self._is_shutdown)
+        return News(now_s, token_check, arrivals, cancelled, expired, landed, released, self._is_shutdown)
 
     def _has_news(self) -> bool:
-        return bool(self._arrivals or self._cancelled or self._is_shutdown)
+        return bool(self._arrivals or self._cancelled or self._landed or self._released or self._is_shutdown)
 
     def _until_deadline(self, limit_s: float) -> float:
         if not self._deadlines:
@@ -139,6 +159,12 @@ class FollowerInbox:
     num_inside = 0
 
     def gather(self, token_check: int, idle_wait_s: float) -> None:
+        return None
+
+    def put_landed(self, landed: Landed) -> None:
+        return None
+
+    def put_released(self, request_id: str) -> None:
         return None
 
     def forget(self, request_id: str) -> None:

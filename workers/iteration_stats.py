@@ -79,6 +79,9 @@ class IterationStats:
         num_inside: int,
         num_completed: int,
     ) -> None:
+        """Steps that compute nothing are not recorded."""
+        if batch.is_empty:
+            return
         self._kv = kv
         self._iteration += 1
         num_context_tokens = sum(chunk.length for chunk in batch.context)

@@ -138,8 +138,9 @@ class KVCacheManager(BaseResourceManager):
         All cached prefixes of the batch are held before the first block is taken, so none is evicted for another's
         sake.
         """
-        partials = [self._start(chunk) for chunk in batch.context if chunk.request.order not in self._tables]
-        for chunk in batch.context:
+        chunks = batch.context + batch.fetching
+        partials = [self._start(chunk) for chunk in chunks if chunk.request.order not in self._tables]
+        for chunk in chunks:
             self._num_missed += self._extend(self._tables[chunk.request.order], chunk.start + chunk.length)
         for request in batch.generation:
             table = self._tables[request.order]

@@ -23,14 +23,19 @@ class ContextChunk:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
-    """Context chunks first, then one token for each generation request; `paused` give their KV back before the step."""
+    """Context chunks first, then one token for each generation request; `paused` give their KV back before the step.
+
+    `fetching` get blocks for the rest of their context now and its KV from another gang; they compute nothing.
+    """
 
     context: tuple[ContextChunk, ...] = ()
     generation: tuple[LlmRequest, ...] = ()
     paused: tuple[LlmRequest, ...] = ()
+    fetching: tuple[ContextChunk, ...] = ()
 
     @property
     def is_empty(self) -> bool:
+        """Nothing is computed."""
         return not (self.context or self.generation)
 
     @property

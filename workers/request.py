@@ -3,8 +3,9 @@
 Built by the executor from a `GenerateRequest`, read by schedulers, changed only by the executor and the KV manager.
 
     WAITING ──admitted──▶ CONTEXT ──last chunk──▶ GENERATION ──stop, length──▶ DONE
-       ▲                     │                        │
-       └──────paused (KV freed, recomputed later)─────┘        cancel, deadline: any ──▶ DONE
+      ▲ │                  ▲  │                      ▲ │
+      │ └─has a ticket─▶ FETCHING ──all landed───────┘ │       cancel, deadline: any ──▶ DONE
+      └────────paused (KV freed, recomputed later)─────┘
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from tensorweave.cluster.protocol import FinishReason, Retention, SamplingSpec
+from tensorweave.cluster.protocol import FinishReason, Retention, SamplingSpec, Ticket
 
 
 class RequestState(enum.IntEnum):
@@ -20,6 +21,7 @@ class RequestState(enum.IntEnum):
     CONTEXT = 1
     GENERATION = 2
     DONE = 3
+    FETCHING = 4
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +40,8 @@ class LlmRequest:
     priority: int = 0
     cache_salt: str | None = None
     retention: Retention | None = None
+    offer: str | None = None
+    fetch: Ticket | None = None
     state: RequestState = RequestState.WAITING
     context_len: int = 0
     num_computed: int = 0
@@ -62,7 +66,7 @@ class LlmRequest:
     @property
     def is_started(self) -> bool:
         """Holds KV blocks."""
-        return self.state in (RequestState.CONTEXT, RequestState.GENERATION)
+        return self.state not in (RequestState.WAITING, RequestState.DONE)
 
     def append(self, token: int) -> None:
         """Take a sampled token, and note whether it ends the request."""
@@ -72,6 +76,19 @@ class LlmRequest:
             self.finish_reason, self.stop_reason = "stop", token
         elif self.num_output >= sampling.max_tokens:
             self.finish_reason = "length"
+        elif self.offer is not None:
+            self.finish_reason = "not_finished"
+
+    def land(self, num_tokens: int, first_token: int | None) -> None:
+        """KV of `tokens[:num_tokens]` has arrived. With all of it and the token after it, generation goes on; else the
+        rest of the context, at least its last token, is computed here."""
+        if num_tokens >= self.context_len and first_token is not None:
+            self.num_computed = self.context_len
+            self.state = RequestState.GENERATION
+            self.append(first_token)
+        else:
+            self.num_computed = min(num_tokens, self.context_len - 1)
+            self.state = RequestState.CONTEXT
 
     def pause(self) -> None:
         """Back to waiting: its KV is gone, and what it has generated becomes part of its context."""
@@ -79,3 +96,4 @@ class LlmRequest:
         self.num_computed = 0
         self.context_len = len(self.tokens)
         self.num_preemptions += 1
+        self.fetch = None

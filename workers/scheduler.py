@@ -219,13 +219,26 @@ class SimpleScheduler:
         self.micro_batch = MicroBatchScheduler(
             max_batch_size, max_num_tokens, kv_cache.tokens_per_block, enable_chunked_prefill, chunking_policy
         )
+        self._tokens_per_block = kv_cache.tokens_per_block
         self.max_request_tokens = kv_cache.max_request_tokens
         self.max_prompt_tokens = self.max_request_tokens - 1 if enable_chunked_prefill else max_num_tokens
 
     def schedule_request(self, active: Sequence[LlmRequest]) -> ScheduledBatch:
         plan = self.capacity.schedule_request(active)
-        context, generation = self.micro_batch.schedule(plan.fitting, plan.starts)
-        return ScheduledBatch(context, generation, plan.paused)
+        fetching = tuple(fetch for request in plan.fitting if (fetch := self._fetch_of(request, plan.starts)))
+        away = {chunk.request.order for chunk in fetching}
+        here = [r for r in plan.fitting if r.state is not RequestState.FETCHING and r.order not in away]
+        context, generation = self.micro_batch.schedule(here, plan.starts)
+        return ScheduledBatch(context, generation, plan.paused, fetching)
+
+    def _fetch_of(self, request: LlmRequest, starts: Mapping[int, int]) -> ContextChunk | None:
+        """What a new request with a ticket lacks, in whole blocks; None where all but the last token is here."""
+        if request.fetch is None or request.state is not RequestState.WAITING or request.order not in starts:
+            return None
+        if starts[request.order] >= request.context_len - 1:
+            return None
+        start = starts[request.order] // self._tokens_per_block * self._tokens_per_block
+        return ContextChunk(request, start, request.context_len - start)
 
     def check(self, num_prompt_tokens: int, max_tokens: int) -> None:
         """Refuse what needs more KV than there is, or has a prompt over the token budget that must not be split."""
