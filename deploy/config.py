@@ -1,0 +1,225 @@
+"""`ServeConfig`: one strict description of a service, the same for `tensorweave serve`, `serve run`, `ray job submit`
+and Slurm.
+
+`load_config` turns a YAML file and `--set` overrides into it, or into a `ConfigError` with one line per mistake: file
+and line, key, value, remedy. `engine` holds the engine knobs that all pools share; a pool's own keys go before them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, Self, get_args
+
+from pydantic import ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from tensorweave.cluster.llm_args import Field, LlmArgs, StrictBaseModel
+from tensorweave.cluster.protocol import Role
+from tensorweave.deploy.config_file import ConfigError, Document, KeyPath, read_document
+from tensorweave.deploy.config_tables import LimitsConfig, PoolConfig, RayConfig, RouterConfig
+
+# The front end tokenizes for every pool, so these are said once: the model on top, the others under `engine`.
+_SHARED_KEYS: Final = (
+    "tokenizer",
+    "tokenizer_mode",
+    "skip_tokenizer_init",
+    "trust_remote_code",
+    "revision",
+    "tokenizer_revision",
+)
+
+
+class ServeConfig(StrictBaseModel):
+    """A whole service."""
+
+    model: str = Field(
+        status="prototype", min_length=1, description="A Hugging Face model directory, a hub id, or a known short name."
+    )
+    served_model_name: str | None = Field(
+        None, status="prototype", description="Name that clients use. Default: the last part of `model`."
+    )
+    engine: dict[str, Any] = Field(
+        default_factory=dict, status="prototype", description="LlmArgs that all pools share."
+    )
+    pools: dict[str, PoolConfig] = Field(
+        status="prototype", min_length=1, description="Pools by name. Default: one, 'main'."
+    )
+    router: RouterConfig = Field(default_factory=RouterConfig, status="prototype", description="The HTTP front end.")
+    limits: LimitsConfig = Field(default_factory=LimitsConfig, status="prototype", description="Bounds and deadlines.")
+    ray: RayConfig = Field(default_factory=RayConfig, status="prototype", description="The Ray cluster.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _give_pools_the_engine(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        engine, pools = data.get("engine") or {}, data.get("pools") or {"main": {}}
+        if not isinstance(engine, dict):
+            return {**data, "pools": {"main": {"model": "?"}}}
+        if not isinstance(pools, dict):
+            return data
+        _refuse_misplaced(("engine",), engine, ("model", "role", "replicas"))
+        merged = {}
+        for name, pool in pools.items():
+            if isinstance(pool, PoolConfig):
+                pool = pool.model_dump()
+            elif isinstance(pool, dict) or pool is None:
+                _refuse_misplaced(("pools", str(name)), pool or {}, ("model", *_SHARED_KEYS))
+                pool = {**_merge(engine, pool or {}), "model": data.get("model", "?")}
+                _assign_role(str(name), pool)
+            merged[name] = pool
+        return {**data, "engine": engine, "pools": merged}
+
+    @model_validator(mode="after")
+    def _check_pools(self) -> Self:
+        by_role = {role: [name for name, pool in self.pools.items() if pool.role == role] for role in get_args(Role)}
+        if by_role["both"] and len(self.pools) > 1:
+            name = by_role["both"][0]
+            _refuse_pool(
+                (name, "role"), f"pool {name!r} of role 'both' must be the only pool; for more of it, 'replicas'"
+            )
+        for role, other in (("prefill", "decode"), ("decode", "prefill")):
+            if by_role[role] and not by_role[other]:
+                name = by_role[role][0]
+                _refuse_pool((name,), f"a pool of role {role!r} needs one of role {other!r} (or make it 'both')")
+        if not by_role["both"]:
+            self._check_exchange()
+        return self
+
+    def _check_exchange(self) -> None:
+        """Gangs that exchange KV keep it alike."""
+        first, *others = self.pools.items()
+        for key in (("dtype",), ("kv_cache_config", "tokens_per_block")):
+            for name, pool in others:
+                mine, theirs = _knob(first[1], key), _knob(pool, key)
+                if mine != theirs:
+                    wanted = f"pools that exchange KV need the same {'.'.join(key)}"
+                    found = f"that of pool {first[0]!r} is {mine!r}, here it is {theirs!r}"
+                    _refuse_pool((name, *key), f"{wanted}; {found}")
+        for name, pool in self.pools.items():
+            if pool.cache_transceiver_config is None or pool.cache_transceiver_config.backend is None:
+                _refuse_pool(
+                    (name, "cache_transceiver_config", "backend"),
+                    f"a {pool.role} pool needs a backend, 'DEFAULT' for one",
+                )
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        return self.served_model_name or Path(self.model).name or self.model
+
+    @property
+    def shared_args(self) -> LlmArgs:
+        """The engine arguments that the front end reads: model and tokenizer are the same in every pool."""
+        return next(iter(self.pools.values())).llm_args()
+
+    def with_model(self, model: str) -> ServeConfig:
+        """The same service from the directory that `model` turned out to be; clients keep its name."""
+        pools = {name: pool.model_copy(update={"model": model}) for name, pool in self.pools.items()}
+        return self.model_copy(update={"model": model, "served_model_name": self.model_name, "pools": pools})
+
+    def to_plain(self) -> dict[str, Any]:
+        """JSON-ready data from which `from_plain` rebuilds the same configuration in another process."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any]) -> ServeConfig:
+        pools = {name: PoolConfig(**pool) for name, pool in data["pools"].items()}
+        return cls(**{**data, "pools": pools})
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ServeConfig:
+    """Read a service's YAML file, with `overrides` ("limits.max_queued=10") on top.
+
+    Raises:
+        ConfigError: one line for every mistake.
+    """
+    document = read_document(path, overrides)
+    try:
+        return ServeConfig.model_validate(document.data)
+    except ValidationError as error:
+        lines = dict.fromkeys(_describe(document, item) for item in error.errors(include_url=False))
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _assign_role(name: str, pool: dict[str, Any]) -> None:
+    """What a pool's name and role say, where nothing else is said."""
+    role = pool.setdefault("role", name if name in ("prefill", "decode") else "both")
+    if role in ("prefill", "decode"):
+        transceiver = pool.setdefault("cache_transceiver_config", {})
+        if isinstance(transceiver, dict):
+            pool["cache_transceiver_config"] = {"backend": "DEFAULT", **transceiver}
+
+
+def _refuse_pool(path: KeyPath, message: str) -> None:
+    raise PydanticCustomError("pools", "{message}", {"message": message, "path": ("pools", *path)})
+
+
+def _knob(pool: PoolConfig, key: KeyPath) -> Any:
+    value: Any = pool
+    for name in key:
+        value = getattr(value, name)
+    return value
+
+
+def _refuse_misplaced(table: KeyPath, keys: Mapping[str, Any], misplaced: Iterable[str]) -> None:
+    for key in misplaced:
+        if key in keys:
+            home = (
+                "at the top of the file"
+                if key == "model"
+                else "under 'engine'"
+                if key in _SHARED_KEYS
+                else "under a pool"
+            )
+            path = (*table, key)
+            raise PydanticCustomError("misplaced", "'{key}' belongs {home}", {"key": key, "home": home, "path": path})
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`below` with `above` over it, group by group."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _describe(document: Document, item: ErrorDetails) -> str:
+    """One mistake on one line: place, key, value, what is wrong, and the nearest valid name."""
+    path = tuple(str(part) for part in item.get("ctx", {}).get("path", item["loc"]))
+    message = item["msg"].removeprefix("Value error, ")
+    unknown = re.match(r"unknown key '(.*)' in ", message)
+    if unknown:
+        path = (*path, unknown[1])
+    if path[:1] == ("pools",) and len(path) > 2 and not document.holds(path) and document.holds(("engine", *path[2:])):
+        path = ("engine", *path[2:])
+    if item["type"] == "missing":
+        return f"{document.place(path[:-1])}: {'.'.join(path)} is missing"
+    if item["type"] == "literal_error":
+        message += _nearest(item)
+    written = f" = {_shorten(_value(document, path))}" if document.holds(path) else ""
+    return f"{document.place(path)}: {'.'.join(path) or 'the file'}{written}: {message}"
+
+
+def _nearest(item: ErrorDetails) -> str:
+    known = re.findall(r"'([^']*)'", str(item["ctx"]["expected"]))
+    near = difflib.get_close_matches(str(item["input"]), known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _value(document: Document, path: KeyPath) -> Any:
+    value: Any = document.data
+    for key in path:
+        if not isinstance(value, dict) or key not in value:
+            return None
+        value = value[key]
+    return value
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

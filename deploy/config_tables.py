@@ -1,0 +1,155 @@
+"""The tables of a service's configuration: a pool, the router, limits, Ray. `deploy.config` puts them together."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import field_validator, model_validator
+
+from tensorweave.cluster.llm_args import Field, LlmArgs, StrictBaseModel
+from tensorweave.cluster.protocol import Role
+from tensorweave.router.admission import Limits
+from tensorweave.router.policy import PolicyName
+
+
+class PoolConfig(LlmArgs):
+    """A pool: gangs that are all alike. Every engine knob can be set here, before `engine`."""
+
+    role: Role = Field(
+        "both",
+        status="prototype",
+        description="What its gangs do. Default: the pool's name if that is 'prefill' or 'decode'; else 'both'.",
+    )
+    replicas: int = Field(1, status="prototype", ge=1, description="Gangs in the pool.")
+    max_faults: int = Field(
+        5,
+        status="prototype",
+        ge=1,
+        description="A gang with so many faults within fault_window_s is not started again.",
+    )
+    fault_window_s: float = Field(
+        300.0, status="prototype", gt=0, description="The time within which a gang's faults are counted."
+    )
+
+    @field_validator("skip_tokenizer_init")
+    @classmethod
+    def _check_tokenizer(cls, skip: bool) -> bool:
+        if skip:
+            raise ValueError("the HTTP service needs the tokenizer")
+        return skip
+
+    def llm_args(self) -> LlmArgs:
+        """What each rank of the pool receives."""
+        return LlmArgs(**{key: value for key, value in self.model_dump().items() if key in LlmArgs.model_fields})
+
+
+class RouterConfig(StrictBaseModel):
+    """The HTTP front end: Serve replicas that clients reach directly, and Serve's proxy as the second door."""
+
+    host: str = Field(
+        "127.0.0.1", status="prototype", description="Address that both doors listen on; 0.0.0.0 for all."
+    )
+    port: int = Field(
+        8000, status="prototype", ge=1, le=65535, description="Port of the first router replica; the others follow it."
+    )
+    proxy_port: int = Field(
+        8100, status="prototype", ge=1, le=65535, description="Port of Serve's proxy, which spreads over the replicas."
+    )
+    replicas: int = Field(
+        1, status="prototype", ge=1, le=64, description="Router replicas, each with a port of its own."
+    )
+    policy: PolicyName = Field(
+        "joint",
+        status="prototype",
+        description=(
+            "Which gangs take a request. 'joint' weighs queues, what is cached where, the road between gangs and the "
+            "load on them; the others look at turns or numbers only."
+        ),
+    )
+    min_prefill_tokens: int = Field(
+        64,
+        status="prototype",
+        ge=0,
+        description="A prompt with fewer tokens to compute is not sent to the prefill pool.",
+    )
+
+    @model_validator(mode="after")
+    def _check_ports(self) -> Self:
+        last = self.port + self.replicas - 1
+        if last > 65535:
+            raise ValueError(f"{self.replicas} replicas from port {self.port} would pass 65535")
+        if self.port <= self.proxy_port <= last:
+            raise ValueError(f"proxy_port {self.proxy_port} is one of the replicas' own ports ({self.port} to {last})")
+        return self
+
+    @property
+    def reachable_host(self) -> str:
+        """Where this machine reaches the doors."""
+        return "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+
+
+class LimitsConfig(StrictBaseModel):
+    """What the service refuses or gives up; requests are counted per router replica."""
+
+    max_inflight: int = Field(512, status="prototype", ge=1, description="Requests that run at the gangs at a time.")
+    max_queued: int = Field(
+        1024, status="prototype", ge=0, description="Requests that wait beyond those; one more is answered 429."
+    )
+    queue_timeout_s: float = Field(
+        60.0, status="prototype", gt=0, description="Longest wait for a place to run; then the answer is 429."
+    )
+    request_timeout_s: float = Field(
+        600.0, status="prototype", gt=0, description="Deadline of a request that names none."
+    )
+    max_request_timeout_s: float = Field(
+        3600.0, status="prototype", gt=0, description="Longest deadline that a request may ask for."
+    )
+    max_body_bytes: int = Field(
+        8 * 2**20, status="prototype", ge=1, description="Largest request body; above it the answer is 413."
+    )
+    max_sequences: int = Field(
+        256, status="prototype", ge=1, description="Most sequences of one request, prompts times n."
+    )
+    start_timeout_s: float = Field(
+        900.0, status="prototype", gt=0, description="A service that is not ready by then gives up."
+    )
+    recovery_timeout_s: float = Field(
+        300.0, status="prototype", gt=0, description="How long a request whose gang was lost waits for another one."
+    )
+    max_attempts: int = Field(
+        8, status="prototype", ge=1, description="Gangs that may be lost under one request before it fails."
+    )
+    reattach_grace_s: float = Field(
+        10.0,
+        status="prototype",
+        ge=0,
+        le=60,
+        description="What a request that its client named goes on for when its router is lost: another may take it up.",
+    )
+    drain_timeout_s: float = Field(
+        30.0, status="prototype", ge=0, description="What running requests get to finish at shutdown."
+    )
+
+    def router_limits(self) -> Limits:
+        return Limits(
+            max_inflight=self.max_inflight,
+            max_queued=self.max_queued,
+            queue_timeout_s=self.queue_timeout_s,
+            default_deadline_s=self.request_timeout_s,
+            max_deadline_s=self.max_request_timeout_s,
+            recovery_timeout_s=self.recovery_timeout_s,
+            max_attempts=self.max_attempts,
+            reattach_grace_s=self.reattach_grace_s,
+            max_body_bytes=self.max_body_bytes,
+            max_sequences=self.max_sequences,
+        )
+
+
+class RayConfig(StrictBaseModel):
+    """Which Ray cluster the service runs on."""
+
+    address: str | None = Field(
+        None,
+        status="prototype",
+        description="A running cluster ('auto', 'host:port'). Default: RAY_ADDRESS if set, else one of its own.",
+    )

@@ -1,0 +1,70 @@
+"""Serve's direct ingress: how a router replica comes to listen at a port that we choose, and gets it back after it
+dies.
+
+Measured on Ray 2.60, kept-alive GET of a FastAPI route, p50: bare uvicorn 0.12 ms, direct ingress 0.16 ms (0.33 ms when
+the app has a thread of its own, Serve's default), Serve's proxy 2.0 to 3.2 ms.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import types
+from collections.abc import Sequence
+
+from ray.serve._private import http_util
+
+from tensorweave.deploy.config_tables import RouterConfig
+
+
+def ingress_env(router: RouterConfig) -> dict[str, str]:
+    """Environment that Serve's controller and replicas must start with, and which also works in a job's runtime
+    environment.
+
+    The port range holds as many ports as replicas, so that a replica never settles elsewhere, and a freed port is free
+    at once: by default Serve keeps it back for minutes and a replaced replica would stay away as long.
+    """
+    return {
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(router.port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(router.port + router.replicas),
+        "RAY_SERVE_PORT_QUARANTINE_S": "0",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+    }
+
+
+class _RebindingSocket(socket.socket):
+    def bind(self, address: object) -> None:
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        super().bind(address)  # type: ignore[arg-type]
+
+
+def let_replacement_rebind() -> None:
+    """In a replica, before it listens: bind with SO_REUSEADDR.
+
+    Serve 2.60 binds without it. Connections that the dead replica closed stay in TIME_WAIT for 60 s, so the replacement
+    could not bind, and Serve would take the port for a stranger's.
+    """
+    sockets = types.ModuleType("socket")
+    sockets.__dict__.update(vars(socket), socket=_RebindingSocket)
+    http_util.socket = sockets
+
+
+def taken_ports(host: str, ports: Sequence[int]) -> list[int]:
+    """Those of `ports` on which somebody already listens. Raises OSError when `host` is no address of this machine."""
+    taken = []
+    family, kind, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
+    for port in ports:
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((address[0], port))
+                probe.listen(1)
+            except OSError as error:
+                if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                    taken.append(port)
+                else:
+                    raise
+    return taken

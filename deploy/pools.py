@@ -1,0 +1,58 @@
+"""From a configuration to what the cluster room starts: pool specs, and what the Ray cluster lacks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tensorweave.cluster.gang import GangSpec
+from tensorweave.cluster.pool import PoolSpec
+from tensorweave.deploy.config import ServeConfig
+from tensorweave.deploy.config_tables import PoolConfig
+
+
+def pool_specs(config: ServeConfig, *, has_gpus: bool) -> list[PoolSpec]:
+    """`has_gpus`: the Ray cluster has some, which is what `device: auto` asks."""
+    return [
+        PoolSpec(
+            name,
+            _gang_spec(pool, config.limits.start_timeout_s, has_gpus),
+            pool.replicas,
+            max_faults=pool.max_faults,
+            fault_window_s=pool.fault_window_s,
+        )
+        for name, pool in config.pools.items()
+    ]
+
+
+def _gang_spec(pool: PoolConfig, start_timeout_s: float, has_gpus: bool) -> GangSpec:
+    wants_gpu = pool.device == "cuda" or (pool.device == "auto" and has_gpus)
+    return GangSpec(
+        role=pool.role,
+        tensor_parallel_size=pool.tensor_parallel_size,
+        args=pool.llm_args().model_dump(mode="json", exclude={"tokenizer"}, exclude_unset=True),
+        gpus_per_rank=1.0 if wants_gpu else 0.0,
+        start_timeout_s=start_timeout_s,
+        hang_timeout_s=pool.hang_timeout_s,
+    )
+
+
+def needed_resources(specs: Sequence[PoolSpec]) -> dict[str, float]:
+    """What all gangs of all pools reserve together."""
+    need: dict[str, float] = {}
+    for spec in specs:
+        for resource, amount in spec.gang.bundle.items():
+            need[resource] = need.get(resource, 0.0) + amount * spec.gang.tensor_parallel_size * spec.replicas
+    return need
+
+
+def explain_shortage(specs: Sequence[PoolSpec], total: Mapping[str, float]) -> str | None:
+    """Why the cluster cannot hold the pools even when idle; None when it can."""
+    short = [
+        f"{amount:g} {resource}s, and the Ray cluster has {total.get(resource, 0.0):g}"
+        for resource, amount in needed_resources(specs).items()
+        if total.get(resource, 0.0) < amount
+    ]
+    if not short:
+        return None
+    pools = ", ".join(f"{spec.name}: {spec.replicas} x {spec.gang.tensor_parallel_size} rank(s)" for spec in specs)
+    return f"the pools ({pools}) need {' and '.join(short)}"

@@ -1,0 +1,40 @@
+#!/bin/bash
+# One node's Ray, run by srun once a node from serve.sbatch: the head on the job's first node, a worker on each other.
+# Not `ray symmetric-run`: it ends with `ray stop`, which kills the Ray of other jobs on a shared node, and it ignores SIGTERM.
+set -euo pipefail
+umask 077
+# shellcheck source=slurm/ray_env.sh
+source "$TENSORWEAVE_HOME/slurm/ray_env.sh"
+
+# Short, for Ray keeps sockets in it; the node's own, and gone with the job.
+directory=/tmp/tw-$UID-$SLURM_JOB_ID
+options=(--block --object-store-memory=$((128 << 20)) --num-cpus="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" --disable-usage-stats)
+if [ "$SLURM_NODEID" -eq 0 ]; then
+  options+=(--head --node-ip-address="$TENSORWEAVE_HEAD" --port="$TENSORWEAVE_GCS_PORT" --temp-dir="$directory"
+    --include-dashboard=false --ray-client-server-port=$((TENSORWEAVE_GCS_PORT + 10000)))
+else
+  options+=(--address="$TENSORWEAVE_HEAD:$TENSORWEAVE_GCS_PORT" --temp-dir="$directory")
+  # The head may need a while: connect once it listens.
+  python - "$TENSORWEAVE_HEAD" "$TENSORWEAVE_GCS_PORT" <<'PYTHON'
+import socket, sys, time
+
+deadline_s = time.monotonic() + 120
+while True:
+    try:
+        socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5).close()
+        break
+    except OSError:
+        if time.monotonic() > deadline_s:
+            sys.exit(f"no Ray head at {sys.argv[1]}:{sys.argv[2]}")
+        time.sleep(0.5)
+PYTHON
+fi
+
+ray start "${options[@]}" &
+ray=$!
+stopping=
+trap 'stopping=1; kill -TERM "$ray" 2>/dev/null || true' TERM INT
+trap 'rm -rf "$directory"' EXIT
+while kill -0 "$ray" 2>/dev/null; do wait "$ray" || true; done
+# Asked to stop is a good end; Ray ending by itself is not, and ends the job.
+[ -n "$stopping" ]

@@ -1,0 +1,249 @@
+"""ServeConfig: what files mean, and that every mistake names its place, key, value and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tensorweave.deploy.config import ServeConfig, load_config
+from tensorweave.deploy.config_file import ConfigError, parse_document, read_document
+from tensorweave.deploy.pools import pool_specs
+
+EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "deploy" / "examples").glob("*.yaml"))
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "service.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def mistakes(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text), overrides)
+    return str(caught.value).replace(f"{tmp_path}/", "").splitlines()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_are_valid(path: Path) -> None:
+    config = load_config(path)
+    assert {pool.llm_args().model for pool in config.pools.values()} == {config.model}
+
+
+def test_pools_take_their_role_from_their_name_and_exchange_kv(tmp_path: Path) -> None:
+    text = """
+    model: m
+    engine: {dtype: float32}
+    pools:
+      prefill: {replicas: 2, cache_transceiver_config: {kv_transfer_timeout_ms: 5000}}
+      decode: {tensor_parallel_size: 2, max_faults: 9}
+    """
+    config = load_config(write(tmp_path, text))
+    prefill, decode = config.pools["prefill"], config.pools["decode"]
+    assert (prefill.role, decode.role) == ("prefill", "decode")
+    assert (prefill.tensor_parallel_size, decode.tensor_parallel_size) == (1, 2)
+    assert prefill.cache_transceiver_config is not None
+    assert decode.cache_transceiver_config is not None
+    assert prefill.cache_transceiver_config.backend == decode.cache_transceiver_config.backend == "DEFAULT"
+    assert prefill.cache_transceiver_config.kv_transfer_timeout_ms == 5000
+    specs = {spec.name: spec for spec in pool_specs(config, has_gpus=False)}
+    assert specs["decode"].max_faults == 9
+    assert specs["decode"].gang.role == "decode"
+    assert specs["prefill"].gang.args["cache_transceiver_config"]["backend"] == "DEFAULT"
+    assert ServeConfig.from_plain(config.to_plain()) == config
+
+
+def test_a_role_may_have_another_name_and_an_aggregated_pool_exchanges_nothing(tmp_path: Path) -> None:
+    text = "model: m\npools: {big: {role: prefill}, small: {role: prefill}, d: {role: decode}}"
+    config = load_config(write(tmp_path, text))
+    assert [pool.role for pool in config.pools.values()] == ["prefill", "prefill", "decode"]
+    assert load_config(write(tmp_path, "model: m")).pools["main"].cache_transceiver_config is None
+
+
+def test_a_model_alone_is_a_service(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "model: /models/tiny"))
+    assert config.model_name == "tiny"
+    assert list(config.pools) == ["main"]
+    assert config.shared_args.tensor_parallel_size == 1
+    assert (config.router.host, config.router.port) == ("127.0.0.1", 8000)
+
+
+def test_a_pool_goes_before_the_engine(tmp_path: Path) -> None:
+    text = """
+    model: m
+    engine: {dtype: float32, kv_cache_config: {tokens_per_block: 16, max_tokens: 512}}
+    pools: {main: {replicas: 3, kv_cache_config: {max_tokens: 1024}}}
+    """
+    pool = load_config(write(tmp_path, text)).pools["main"]
+    assert (pool.replicas, pool.dtype) == (3, "float32")
+    assert (pool.kv_cache_config.tokens_per_block, pool.kv_cache_config.max_tokens) == (16, 1024)
+    assert not hasattr(pool.llm_args(), "replicas")
+
+
+def test_overrides_have_yaml_types(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: m\nrouter: {port: 9000}")
+    overrides = [
+        "pools.main.replicas=2",
+        "engine.enable_chunked_prefill=false",
+        "router.port=9001",
+        "served_model_name='1'",
+    ]
+    config = load_config(path, overrides)
+    assert config.pools["main"].replicas == 2
+    assert config.shared_args.enable_chunked_prefill is False
+    assert config.router.port == 9001
+    assert config.served_model_name == "1"
+
+
+def test_an_alias_is_a_copy(tmp_path: Path) -> None:
+    text = "model: m\nengine: &all {kv_cache_config: {max_tokens: 64}}\npools: {main: *all}"
+    config = load_config(write(tmp_path, text), ["pools.main.kv_cache_config.max_tokens=128"])
+    assert config.engine["kv_cache_config"]["max_tokens"] == 64
+    assert config.shared_args.kv_cache_config.max_tokens == 128
+
+
+def test_plain_form_rebuilds_the_same(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "model: m\nengine: {max_batch_size: 3}\npools: {main: {replicas: 2}}"))
+    assert ServeConfig.from_plain(config.to_plain()) == config
+
+
+def test_a_resolved_model_keeps_its_name(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "model: short")).with_model("/cache/long-name")
+    assert config.model_name == "short"
+    assert config.shared_args.model == "/cache/long-name"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        (
+            "model: m\nengin: {}",
+            [],
+            "service.yaml:2: engin = {}: unknown key 'engin' in ServeConfig; did you mean 'engine'?",
+        ),
+        ("model: m\nmodel: n", [], "service.yaml:2: model is given twice, first on line 1"),
+        ("engine: {}", [], "service.yaml: model is missing"),
+        ("", [], "service.yaml: model is missing"),
+        ("- a", [], "service.yaml:1: a configuration is a mapping of keys to values"),
+        ("model: [m", [], "service.yaml:1: not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        ("model: m\n1: 2", [], "service.yaml:2: key '1' is not a word"),
+        (
+            "model: m\nengine:\n  dtype: float23",
+            [],
+            "service.yaml:3: engine.dtype = 'float23': Input should be 'auto', 'float16', 'bfloat16' "
+            "or 'float32'; did you mean 'float32'?",
+        ),
+        (
+            "model: m\npools:\n  main:\n    replicas: 0",
+            [],
+            "service.yaml:4: pools.main.replicas = 0: Input should be greater than or equal to 1",
+        ),
+        (
+            "model: m\npools: {main: {role: decode}}",
+            [],
+            "service.yaml:2: pools.main = {'role': 'decode'}: a pool of role 'decode' needs one of "
+            "role 'prefill' (or make it 'both')",
+        ),
+        (
+            "model: m\npools:\n  prefill: {}",
+            [],
+            "service.yaml:3: pools.prefill = {}: a pool of role 'prefill' needs one of role 'decode' "
+            "(or make it 'both')",
+        ),
+        (
+            "model: m\npools: {a: {}, b: {}}",
+            [],
+            "service.yaml:2: pools.a.role: pool 'a' of role 'both' must be the only pool; for more of it, 'replicas'",
+        ),
+        (
+            "model: m\npools:\n  prefill: {}\n  decode: {}\n  more: {role: both}",
+            [],
+            "service.yaml:5: pools.more.role = 'both': pool 'more' of role 'both' must be the only "
+            "pool; for more of it, 'replicas'",
+        ),
+        (
+            "model: m\npools:\n  prefill: {kv_cache_config: {tokens_per_block: 16}}\n  decode: {}",
+            [],
+            "service.yaml:4: pools.decode.kv_cache_config.tokens_per_block: pools that exchange KV need the same "
+            "kv_cache_config.tokens_per_block; that of pool 'prefill' is 16, here it is 32",
+        ),
+        (
+            "model: m\npools:\n  prefill: {dtype: float32}\n  decode:\n    dtype: bfloat16",
+            [],
+            "service.yaml:5: pools.decode.dtype = 'bfloat16': pools that exchange KV need the same dtype; "
+            "that of pool 'prefill' is 'float32', here it is 'bfloat16'",
+        ),
+        (
+            "model: m\npools:\n  prefill: {}\n  decode:\n    cache_transceiver_config: {backend: null}",
+            [],
+            "service.yaml:5: pools.decode.cache_transceiver_config.backend = None: a decode pool needs a backend, "
+            "'DEFAULT' for one",
+        ),
+        (
+            "model: m",
+            ["pools.main.tokenizer=t"],
+            "--set pools.main.tokenizer=t: pools.main.tokenizer = 't': 'tokenizer' belongs under 'engine'",
+        ),
+        (
+            "model: m\nengine: {model: n}",
+            [],
+            "service.yaml:2: engine.model = 'n': 'model' belongs at the top of the file",
+        ),
+        (
+            "model: m",
+            ["router.prot=1"],
+            "--set router.prot=1: router.prot = 1: unknown key 'prot' in RouterConfig; did you mean 'port'?",
+        ),
+        (
+            "model: m",
+            ["router.port"],
+            "--set router.port: write it as key.key=value, for example --set router.port=9000",
+        ),
+        ("model: m", ["model.a=1"], "--set model.a=1: model is 'm', which holds no keys"),
+        (
+            "model: m\nrouter: {replicas: 2, proxy_port: 8001}",
+            [],
+            "service.yaml:2: router = {'replicas': 2, 'proxy_port': 8001}: proxy_port 8001 is one of "
+            "the replicas' own ports (8000 to 8001)",
+        ),
+    ],
+)
+def test_a_mistake_names_place_key_value_and_remedy(
+    tmp_path: Path, text: str, overrides: list[str], expected: str
+) -> None:
+    assert mistakes(tmp_path, text, *overrides) == [expected]
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    lines = mistakes(tmp_path, "model: m\nengine:\n  dtype: x\nlimits:\n  max_queued: -1\n", "router.port=0")
+    assert [line.split(" = ")[0] for line in lines] == [
+        "service.yaml:3: engine.dtype",
+        "--set router.port=0: router.port",
+        "service.yaml:5: limits.max_queued",
+    ]
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^nowhere\.yaml: cannot be read: No such file or directory$"):
+        load_config("nowhere.yaml")
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        read_document(path)
+
+
+@given(st.text(max_size=200) | st.text(alphabet="ab01:-[]{}&*!<>|#'\",. \n", max_size=60))
+@settings(max_examples=500, deadline=None)
+def test_any_text_is_data_or_a_config_error(text: str) -> None:
+    try:
+        document = parse_document(text, "any.yaml")
+    except ConfigError as error:
+        assert str(error).startswith("any.yaml")  # noqa: PT017
+    else:
+        assert isinstance(document.data, dict)

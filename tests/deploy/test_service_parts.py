@@ -1,0 +1,92 @@
+"""What `deploy.service` is made of, without Ray: ports, signals, and what the cluster lacks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from ray.serve._private import http_util
+
+from tensorweave.deploy.config import ServeConfig, load_config
+from tensorweave.deploy.ingress import ingress_env, let_replacement_rebind, taken_ports
+from tensorweave.deploy.pools import explain_shortage, needed_resources, pool_specs
+from tensorweave.deploy.stop_signal import StopSignal
+
+
+def make_config(tmp_path: Path, *overrides: str) -> ServeConfig:
+    path = tmp_path / "service.yaml"
+    path.write_text("model: m", encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def test_only_ports_that_somebody_listens_on_are_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert taken_ports("127.0.0.1", [port]) == [port]
+        # A connection that the server ends first leaves its port in TIME_WAIT, which takes nothing from a new service.
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            listener.accept()[0].close()
+            assert client.recv(1) == b""
+    assert taken_ports("127.0.0.1", [port]) == []
+
+
+def test_a_host_that_is_not_ours_is_an_error() -> None:
+    with pytest.raises(OSError, match=r"[Cc]annot assign"):
+        taken_ports("192.0.2.254", [8000])
+
+
+def test_a_replica_can_bind_a_port_in_time_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_util, "socket", socket)  # what is put there again afterwards
+    let_replacement_rebind()
+    with http_util.socket.socket(http_util.socket.AF_INET, http_util.socket.SOCK_STREAM) as bound:
+        bound.bind(("127.0.0.1", 0))
+        assert bound.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+    with socket.socket() as untouched:
+        untouched.bind(("127.0.0.1", 0))
+        assert not untouched.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+
+
+def test_as_many_ingress_ports_as_replicas(tmp_path: Path) -> None:
+    env = ingress_env(make_config(tmp_path, "router.port=9000", "router.replicas=3").router)
+    first, end = (int(env[f"RAY_SERVE_DIRECT_INGRESS_{edge}_HTTP_PORT"]) for edge in ("MIN", "MAX"))
+    assert list(range(first, end)) == [9000, 9001, 9002]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_wait(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        assert not stop.wait(0)
+        signal.signal(number, signal.SIG_IGN)  # as ray.init does with some
+        stop.arm()
+        os.kill(os.getpid(), number)
+        assert stop.wait(5)
+        assert stop.received is number
+        assert signal.getsignal(number) == before, "a second signal acts as before"
+    assert signal.getsignal(number) == before
+
+
+def test_what_the_pools_need_is_counted(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "pools.main.replicas=2", "pools.main.tensor_parallel_size=3", "engine.device=cuda")
+    specs = pool_specs(config, has_gpus=False)
+    assert needed_resources(specs) == {"CPU": 6.0, "GPU": 6.0}
+    assert explain_shortage(specs, {"CPU": 6.0, "GPU": 6.0}) is None
+    assert explain_shortage(specs, {"CPU": 8.0}) == (
+        "the pools (main: 2 x 3 rank(s)) need 6 GPUs, and the Ray cluster has 0"
+    )
+
+
+def test_device_auto_takes_gpus_where_there_are_some(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    assert pool_specs(config, has_gpus=True)[0].gang.gpus_per_rank == 1.0
+    assert pool_specs(config, has_gpus=False)[0].gang.gpus_per_rank == 0.0
+
+
+def test_ranks_receive_what_was_written(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "engine.max_batch_size=7", "engine.kv_cache_config.max_tokens=64")
+    args = pool_specs(config, has_gpus=False)[0].gang.args
+    assert (args["max_batch_size"], args["kv_cache_config"]["max_tokens"]) == (7, 64)
+    assert "replicas" not in args

@@ -1,0 +1,182 @@
+"""A real service for tests: `tensorweave serve` in a process of its own, on free ports, with a small random model."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.router.small_tokenizers import byte_level
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 150.0
+ANSWER_TIMEOUT_S = 60.0
+
+
+def write_model(directory: Path) -> Path:
+    """A Llama of two layers that speaks a tokenizer with a chat template."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=byte_level().vocab_size,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        eos_token_id=2,
+        bos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    byte_level().backend.save_pretrained(directory)
+    return directory
+
+
+def free_ports(count: int) -> list[int]:
+    """`count` neighbouring ports on which nobody listens."""
+    for first in range(23000, 31000, 37):
+        sockets = [socket.socket() for _ in range(count)]
+        try:
+            for offset, probe in enumerate(sockets):
+                probe.bind(("127.0.0.1", first + offset))
+        except OSError:
+            continue
+        finally:
+            for probe in sockets:
+                probe.close()
+        return list(range(first, first + count))
+    raise AssertionError("no free ports")
+
+
+def write_config(directory: Path, model: Path, **limits: float) -> tuple[Path, int, int]:
+    """The service's file (YAML reads JSON), its front door's port and its proxy's."""
+    port, proxy_port = free_ports(2)
+    settings = {
+        "model": str(model),
+        "served_model_name": "tiny",
+        "engine": {"device": "cpu", "dtype": "float32", "num_threads": 1, "kv_cache_config": {"max_tokens": 8192}},
+        "router": {"port": port, "proxy_port": proxy_port},
+        "limits": {"drain_timeout_s": 20, "start_timeout_s": START_TIMEOUT_S, **limits},
+    }
+    path = directory / "service.yaml"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    return path, port, proxy_port
+
+
+class ServiceProcess:
+    """`tensorweave serve` and the lines it says."""
+
+    def __init__(self, config: Path, *overrides: str) -> None:
+        command = [sys.executable, "-m", "tensorweave.cli.main", "serve", "--config", str(config)]
+        for override in overrides:
+            command += ["--set", override]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        self.process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._arriving: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as lines:
+            for line in lines:
+                self._arriving.put(line.rstrip("\n"))
+        self._arriving.put(None)
+
+    def wait_line(self, part: str, timeout_s: float = START_TIMEOUT_S) -> str:
+        """The next line that contains `part`."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                line = self._arriving.get(timeout=max(deadline_s - time.monotonic(), 0.001))
+            except queue.Empty:
+                line = None
+            assert line is not None, f"no line with {part!r}; the service said:\n" + "\n".join(self.lines)
+            self.lines.append(line)
+            if part in line:
+                return line
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(timeout=10)
+        self._reader.join(timeout=10)
+
+
+@contextmanager
+def running_service(config: Path, *overrides: str) -> Iterator[ServiceProcess]:
+    service = ServiceProcess(config, *overrides)
+    try:
+        service.wait_line("ready: ")
+        yield service
+    finally:
+        service.kill()
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float, what: str) -> float:
+    """Seconds until `holds()`."""
+    started_s = time.monotonic()
+    while not holds():
+        assert time.monotonic() - started_s < timeout_s, f"not within {timeout_s:g} s: {what}"
+        time.sleep(0.1)
+    return time.monotonic() - started_s
+
+
+def get_status(port: int, path: str) -> int | None:
+    """None when nobody answers."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status
+    except OSError:
+        return None
+    finally:
+        connection.close()
+
+
+def complete(port: int, max_tokens: int = 4) -> tuple[int, dict[str, Any]]:
+    """Status and body of one completion that runs to its length."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_TIMEOUT_S)
+    body = {"model": "tiny", "prompt": "The capital", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    finally:
+        connection.close()
+
+
+def num_generated(answer: tuple[int, dict[str, Any]]) -> int:
+    """Tokens of an answer of `complete`, which must be a good one."""
+    status, body = answer
+    assert status == 200, body
+    return int(body["usage"]["completion_tokens"])

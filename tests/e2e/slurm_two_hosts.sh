@@ -1,0 +1,211 @@
+#!/bin/bash
+# slurm/serve.sbatch on a real Slurm of two hosts, all on this machine: network namespaces with their own hostnames, PIDs and /tmp.
+#
+#   sudo tests/e2e/slurm_two_hosts.sh MODEL_DIRECTORY        (Debian: apt install slurm-wlm munge iproute2 curl)
+#
+# It submits a service with a gang of two ranks, one a host, asks it a question, drains it while a request runs, submits another and
+# cancels that one plainly, and checks each time that nothing is left. Everything that it started is gone when it ends.
+set -euo pipefail
+
+model=$(realpath "$1")
+repository=$(realpath "$(dirname "${BASH_SOURCE[0]}")/../..")
+export TENSORWEAVE_ACTIVATE=${TENSORWEAVE_ACTIVATE:-$repository/.venv/bin/activate}
+net=10.78.0 bridge=twbr0 port=18080
+root=$(mktemp -d /var/tmp/twslurm.XXXXXX) # not under /tmp, which every host has of its own
+export SLURM_CONF=$root/slurm.conf
+daemons=()
+
+say() { echo "slurm_two_hosts: $*"; }
+die() {
+  say "FAILED: $*"
+  tail -n 40 "$root"/log/job-*.log 2>/dev/null || true
+  exit 1
+}
+
+tear_down() {
+  for pid in "${daemons[@]}"; do
+    disown "$pid" 2>/dev/null || true
+    kill -9 "$pid" 2>/dev/null || true
+  done
+  for host in 1 2; do ip netns del "twh$host" 2>/dev/null || true; done
+  ip link del "$bridge" 2>/dev/null || true
+  wait 2>/dev/null || true
+  rm -rf "$root"
+}
+trap tear_down EXIT
+
+# on_host N COMMAND...: with host N's network, its name, PIDs, /tmp and /dev/shm. Its end kills all that runs in it.
+on_host() {
+  local host=$1
+  shift
+  # shellcheck disable=SC2016
+  exec setsid nsenter --net="/run/netns/twh$host" unshare --uts --mount --pid --fork --kill-child --mount-proc bash -c '
+    hostname "twh$0"; mount --bind "$1/h$0/tmp" /tmp; mount -t tmpfs -o size=1g tmpfs /dev/shm
+    mount --bind "$1/hosts" /etc/hosts; mount --bind "$1/resolv.conf" /etc/resolv.conf
+    shift; exec "$@"' "$host" "$root" "$@"
+}
+
+# until_true SECONDS WHAT COMMAND...
+until_true() {
+  local deadline=$((SECONDS + $1)) what=$2
+  shift 2
+  until "$@" >/dev/null 2>&1; do
+    if [ "$SECONDS" -ge "$deadline" ]; then die "not in time: $what"; fi
+    sleep 0.5
+  done
+}
+
+raise_hosts() {
+  printf '127.0.0.1 localhost\n%s.1 %s\n%s.11 twh1\n%s.12 twh2\n' "$net" "$(hostname -s)" "$net" "$net" > "$root/hosts"
+  echo 'options timeout:1 attempts:1' > "$root/resolv.conf"
+  ip link add "$bridge" type bridge
+  ip addr add "$net.1/24" dev "$bridge"
+  ip link set "$bridge" up
+  for host in 1 2; do
+    mkdir -p "$root/h$host/tmp"
+    chmod 1777 "$root/h$host/tmp"
+    ip netns add "twh$host"
+    ip link add "twv$host" type veth peer name eth0 netns "twh$host"
+    ip link set "twv$host" master "$bridge" up
+    ip -n "twh$host" addr add "$net.1$host/24" dev eth0
+    ip -n "twh$host" link set eth0 up
+    ip -n "twh$host" link set lo up
+  done
+}
+
+raise_slurm() {
+  mkdir -p "$root"/{state,spool,log,munge}
+  chmod 700 "$root/munge"
+  head -c 128 /dev/urandom > "$root/munge/key"
+  chmod 600 "$root/munge/key"
+  munged --foreground --force --socket="$root/munge/socket" --key-file="$root/munge/key" --pid-file="$root/munge/pid" \
+    --seed-file="$root/munge/seed" --log-file="$root/munge/log" 2>/dev/null &
+  daemons+=($!)
+  cat > "$SLURM_CONF" <<CONF
+ClusterName=tw
+SlurmctldHost=$(hostname -s)($net.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket=$root/munge/socket
+CredType=cred/munge
+SlurmctldPort=16917
+SlurmdPort=16918
+StateSaveLocation=$root/state
+SlurmdSpoolDir=$root/spool/%n
+SlurmctldPidFile=$root/slurmctld.pid
+SlurmdPidFile=$root/slurmd.%n.pid
+SlurmctldLogFile=$root/log/slurmctld.log
+SlurmdLogFile=$root/log/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+ReturnToService=2
+KillWait=5
+SlurmdParameters=config_overrides
+NodeName=twh1 NodeHostname=twh1 NodeAddr=$net.11 CPUs=2 RealMemory=4000 State=UNKNOWN
+NodeName=twh2 NodeHostname=twh2 NodeAddr=$net.12 CPUs=2 RealMemory=4000 State=UNKNOWN
+PartitionName=main Nodes=twh[1-2] Default=YES MaxTime=INFINITE State=UP
+CONF
+  until_true 10 "munged" test -S "$root/munge/socket"
+  slurmctld -D -i 2>/dev/null &
+  daemons+=($!)
+  for host in 1 2; do
+    (on_host "$host" slurmd -D -N "twh$host") 2>/dev/null &
+    daemons+=($!)
+  done
+  until_true 60 "two idle nodes" bash -c 'sinfo -h -t idle -o %D | grep -qx 2'
+}
+
+write_config() {
+  cp -r "$model" "$root/model"
+  cat > "$root/service.yaml" <<YAML
+model: $root/model
+served_model_name: tiny
+engine: {device: cpu, dtype: float32, num_threads: 1, kv_cache_config: {max_tokens: 4096}}
+pools: {main: {tensor_parallel_size: 2}}
+router: {port: $port, proxy_port: $((port + 1))}
+limits: {drain_timeout_s: 20, start_timeout_s: 150}
+YAML
+}
+
+submit() {
+  (cd "$repository" && sbatch --parsable --nodes=2 --cpus-per-task=1 --output="$root/log/job-%j.log" \
+    --export="ALL,TENSORWEAVE_STATE=$root" slurm/serve.sbatch --config "$root/service.yaml")
+}
+
+# complete TOKENS: one completion over HTTP from outside the hosts, to its full length.
+complete() {
+  curl -s --max-time 60 "http://$net.11:$port/v1/completions" -H 'content-type: application/json' \
+    -d "{\"model\": \"tiny\", \"prompt\": \"The capital\", \"max_tokens\": $1, \"temperature\": 0, \"ignore_eos\": true}"
+}
+
+has_ended() { [ -z "$(squeue -h -j "$1" 2>/dev/null)" ]; }
+
+# Pids and names of the processes in a host besides its own slurmd: there must be none.
+strangers() {
+  local inode process
+  inode=$(stat -Lc %i "/run/netns/twh$1")
+  for process in /proc/[0-9]*; do
+    [ "$(stat -Lc %i "$process/ns/net" 2>/dev/null)" = "$inode" ] || continue
+    grep -HvxE 'slurmd|unshare' "$process/comm" 2>/dev/null || true
+  done
+}
+
+leftovers() {
+  strangers 1
+  strangers 2
+  find "$root" -maxdepth 3 \( -name 'tw-*' -o -name '.tensorweave-job-*' \)
+}
+
+nothing_left() { [ -z "$(leftovers)" ]; }
+
+check_left() {
+  local waited=0
+  until nothing_left; do
+    if [ "$((waited += 1))" -gt 30 ]; then die "left behind: $(leftovers)"; fi
+    sleep 1
+  done
+  say "nothing left on either host"
+}
+
+run_until_ready() {
+  job=$(submit)
+  until_true 180 "job $job is ready" grep -qE 'ready: |cannot start|did not come up' "$root/log/job-$job.log"
+  grep 'ready: ' "$root/log/job-$job.log" || die "job $job did not start"
+  local token=$root/.tensorweave-job-$job/token
+  [ "$(stat -c %a "$token")" = 600 ] || die "the token file has mode $(stat -c %a "$token")"
+  local answer hosts
+  answer=$(complete 4) || die "no answer"
+  [[ $answer == *'"completion_tokens":4'* ]] || die "the answer is $answer"
+  hosts=$(curl -sf --max-time 10 "http://$net.11:$port/health" | grep -oE '"node_ip":"[0-9.]+"' | sort -u | wc -l)
+  [ "$hosts" = 2 ] || die "the gang's ranks sit on $hosts host(s)"
+  say "job $job answers, with a gang of two ranks on two hosts"
+}
+
+raise_hosts
+raise_slurm
+write_config
+
+run_until_ready
+complete 300 > "$root/long.json" &
+long=$!
+sleep 1
+scancel --batch --signal=TERM "$job"
+wait "$long" || die "the running request did not survive the drain"
+grep -q '"completion_tokens":300' "$root/long.json" || die "the running request was cut short: $(cat "$root/long.json")"
+say "the running request ended whole while the service drained"
+until_true 60 "job $job ends after its drain" has_ended "$job"
+grep -q 'tensorweave: stopped' "$root/log/job-$job.log" || die "the service did not stop by itself"
+check_left
+
+run_until_ready
+scancel "$job"
+until_true 60 "job $job ends after scancel" has_ended "$job"
+check_left
+say "PASSED"

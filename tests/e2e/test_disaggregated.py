@@ -1,0 +1,308 @@
+"""Prefill and decode gangs on a private Ray: the tokens of one engine, whatever is lost on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.actor import ActorHandle
+
+from tensorweave import LLM, CacheTransceiverConfig, DisaggregatedParams, KvCacheConfig, RequestOutput, SamplingParams
+from tensorweave.cluster.fleet import WatchedFleet
+from tensorweave.cluster.gang import GangSpec
+from tensorweave.cluster.llm_args import TorchLlmArgs
+from tensorweave.cluster.pool import PoolSpec
+from tensorweave.cluster.protocol import GenerateRequest, Role, SamplingSpec
+from tensorweave.cluster.ray_session import start_or_join_ray
+from tensorweave.cluster.supervisor import PoolSupervisor, start_supervisor, stop_supervisor
+from tensorweave.router.dispatch import Dispatcher
+from tensorweave.workers.build import build_executor
+from tensorweave.workers.comm import SoloComm
+from tensorweave.workers.rank import RankWorker
+from tests.workers.tiny_models import VOCAB, make_model
+
+START_TIMEOUT_S = 90.0
+GREEDY = SamplingSpec(max_tokens=24)
+SAMPLED = SamplingSpec(max_tokens=24, temperature=1.2, top_k=50, seed=11)
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return [3 + (seed * 7919 + n * n * 31 + n) % (VOCAB - 3) for n in range(length)]
+
+
+@dataclass
+class Setup:
+    """A running service, and the answers that one engine gives."""
+
+    supervisor: ActorHandle[PoolSupervisor]
+    model: Path
+
+    def expected(self, requests: Sequence[GenerateRequest]) -> list[list[int]]:
+        executor = build_executor(TorchLlmArgs(**args_of(self.model)), SoloComm())
+        executor.start()
+        try:
+            answers: dict[str, list[int]] = {request.request_id: [] for request in requests}
+            executor.enqueue_requests([replace(request, grace_s=0.0) for request in requests])
+            num_open = len(requests)
+            while num_open:
+                for chunk in executor.await_responses(timeout_s=30.0):
+                    answers[chunk.request_id] += chunk.token_ids
+                    num_open -= chunk.is_last
+            return list(answers.values())
+        finally:
+            executor.shutdown()
+
+
+def args_of(model: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "dtype": "float32",
+        "device": "cpu",
+        "num_threads": 1,
+        "max_num_tokens": 64,
+        "kv_cache_config": {"max_tokens": 16384, "tokens_per_block": 16},
+        **more,
+    }
+
+
+def pool_of(role: Role, model: Path, size: int, replicas: int = 1) -> PoolSpec:
+    args = args_of(model, cache_transceiver_config={"backend": "DEFAULT"})
+    gang = GangSpec(role=role, tensor_parallel_size=size, args=args, start_timeout_s=START_TIMEOUT_S)
+    return PoolSpec(role, gang, replicas, max_faults=100)
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
+    """One prefill rank and two decode ranks, of 9 heads over 3: neither size divides them alike."""
+    model = tmp_path_factory.mktemp("model")
+    make_model("llama_tied_9_over_3", model, eos_token_id=None)
+    with start_or_join_ray(num_cpus=8):
+        supervisor = start_supervisor([pool_of("prefill", model, 1), pool_of("decode", model, 2)], RankWorker)
+        try:
+            yield Setup(supervisor, model)
+        finally:
+            stop_supervisor(supervisor)
+
+
+@contextlib.asynccontextmanager
+async def routed(setup: Setup) -> AsyncIterator[tuple[WatchedFleet, Dispatcher]]:
+    """A router: its fleet with a gang of each role and the road between them, and its dispatcher."""
+    fleet = WatchedFleet(setup.supervisor)
+    try:
+        await fleet.wait_ready(START_TIMEOUT_S)
+        await until(lambda: bool(fleet.links("prefill")), START_TIMEOUT_S)
+        await until(lambda: all(link.kv_roads for link in fleet.links("decode")), 30.0)
+        yield fleet, Dispatcher(fleet)
+    finally:
+        await fleet.close()
+
+
+async def until(holds: Callable[[], bool], timeout_s: float) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not holds():
+            await asyncio.sleep(0.02)
+
+
+async def tokens_of(dispatcher: Dispatcher, request: GenerateRequest) -> list[int]:
+    tokens: list[int] = []
+    async for chunk in dispatcher.generate(request):
+        assert chunk.start == len(tokens)
+        tokens += chunk.token_ids
+    return tokens
+
+
+def run(body: Callable[[], Awaitable[None]], timeout_s: float = 120.0) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(timeout_s):
+            await body()
+
+    asyncio.run(bounded())
+
+
+async def pids_of(fleet: WatchedFleet, role: Role) -> list[int]:
+    return [
+        rank["pid"]
+        for pool in await fleet.describe()
+        if pool["role"] == role
+        for gang in pool["gangs"]
+        if gang["state"] == "ready"
+        for rank in gang["ranks"]
+    ]
+
+
+async def gauge(fleet: WatchedFleet, role: Role, name: str) -> float:
+    """Of the first rank of the first ready gang, as its next heartbeat tells it."""
+    await asyncio.sleep(1.5)
+    for pool in await fleet.describe():
+        if pool["role"] == role:
+            return float(pool["gangs"][0]["ranks"][0]["gauges"][name])
+    raise AssertionError(f"no {role} pool")
+
+
+def test_pairs_answer_as_one_engine(setup: Setup) -> None:
+    lengths = (1, 15, 16, 17, 64, 65, 200, 700, 1500)
+    requests = [
+        GenerateRequest(f"equal-{n}-{kind}", prompt_of(length, n), spec)
+        for n, length in enumerate(lengths)
+        for kind, spec in (("greedy", GREEDY), ("sampled", SAMPLED))
+    ]
+    expected = setup.expected(requests)
+
+    async def body() -> None:
+        async with routed(setup) as (fleet, dispatcher):
+            for _ in range(2):  # prefix caches cold, then warm
+                answers = await asyncio.gather(*(tokens_of(dispatcher, request) for request in requests))
+                assert answers == expected
+            assert dispatcher.counts.plans["joint"] > 0
+            assert not dispatcher.counts.retries
+            [road] = fleet.links("decode")[0].kv_roads.values()
+            assert road.bytes_per_s > 1e6
+            assert 0 < road.latency_s < 1.0
+            assert await gauge(fleet, "prefill", "kv_cache_usage_perc") == 0.0, "leases have ended"
+
+    run(body)
+
+
+def test_a_prefill_gang_that_dies_in_the_middle_costs_no_token(setup: Setup) -> None:
+    requests = [GenerateRequest(f"p-lost-{n}", prompt_of(3000, 50 + n), GREEDY) for n in range(3)]
+    expected = setup.expected(requests)
+
+    async def body() -> None:
+        async with routed(setup) as (fleet, dispatcher):
+            jobs = [asyncio.create_task(tokens_of(dispatcher, request)) for request in requests]
+            [pid] = await pids_of(fleet, "prefill")
+            await until(lambda: fleet.links("prefill")[0].num_inflight > 0, 10.0)
+            await asyncio.sleep(0.05)
+            assert fleet.links("prefill")[0].num_inflight > 0
+            os.kill(pid, signal.SIGKILL)
+            assert await asyncio.gather(*jobs) == expected
+            await until(lambda: bool(fleet.links("prefill")), START_TIMEOUT_S)
+
+    run(body)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_decode_gang_that_dies_in_the_middle_costs_no_token(setup: Setup, rank: int) -> None:
+    long = replace(SAMPLED, max_tokens=400)
+    requests = [GenerateRequest(f"d-lost-{rank}-{n}", prompt_of(100, 90 + n), long) for n in range(3)]
+    expected = setup.expected(requests)
+
+    async def body() -> None:
+        async with routed(setup) as (fleet, dispatcher):
+            jobs = [asyncio.create_task(tokens_of(dispatcher, request)) for request in requests]
+            pids = await pids_of(fleet, "decode")
+            await asyncio.sleep(0.3)
+            assert not any(job.done() for job in jobs)
+            os.kill(pids[rank], signal.SIGKILL)
+            killed_s = time.monotonic()
+            assert await asyncio.gather(*jobs) == expected
+            assert time.monotonic() - killed_s < 60.0
+            assert dispatcher.counts.num_recovered == len(jobs)
+
+    run(body)
+
+
+def test_scaling_down_moves_or_ends_what_runs(setup: Setup) -> None:
+    requests = [
+        GenerateRequest(f"scale-{n}", prompt_of(80, 130 + n), replace(GREEDY, max_tokens=300)) for n in range(6)
+    ]
+    expected = setup.expected(requests)
+
+    async def body() -> None:
+        async with routed(setup) as (fleet, dispatcher):
+            await setup.supervisor.scale.remote("decode", 2, 20.0)
+            await until(lambda: len(fleet.links("decode")) == 2, START_TIMEOUT_S)
+            jobs = [asyncio.create_task(tokens_of(dispatcher, request)) for request in requests]
+            await asyncio.sleep(0.2)
+            assert not all(job.done() for job in jobs)
+            await setup.supervisor.scale.remote("decode", 1, 0.2)
+            assert await asyncio.gather(*jobs) == expected
+            assert len(fleet.links("decode")) == 1
+
+    run(body)
+
+
+def test_another_router_takes_up_what_a_lost_one_began(setup: Setup) -> None:
+    request = GenerateRequest("named", prompt_of(120, 7), replace(SAMPLED, max_tokens=600), grace_s=10.0)
+    [expected] = setup.expected([request])
+
+    async def body() -> None:
+        async with routed(setup) as (lost, first), routed(setup) as (fleet, second):
+            seen: list[int] = []
+            async for chunk in first.generate(request):
+                seen += chunk.token_ids
+                if len(seen) > 20:
+                    break_links(lost)
+                    break
+            assert await tokens_of(second, request) == expected
+            assert second.counts.num_reattached == 1
+            assert fleet.links("decode")[0].num_inflight == 0
+
+    run(body)
+
+
+def break_links(fleet: WatchedFleet) -> None:
+    """As when its process is killed: the connections end, and nothing is cancelled."""
+    for link in fleet.links("prefill"):
+        link.close()
+    for link in fleet.links("decode"):
+        link.close()
+
+
+def test_the_service_goes_on_without_a_prefill_gang(setup: Setup) -> None:
+    request = GenerateRequest("no-prefill", prompt_of(500, 3), GREEDY)
+    [expected] = setup.expected([request])
+
+    async def body() -> None:
+        async with routed(setup) as (fleet, dispatcher):
+            await setup.supervisor.scale.remote("prefill", 0, 5.0)
+            await until(lambda: not fleet.links("prefill"), 10.0)
+            await fleet.wait_ready(0.0)
+            assert await tokens_of(dispatcher, request) == expected
+            await setup.supervisor.scale.remote("prefill", 1, 5.0)
+            await until(lambda: bool(fleet.links("prefill")), START_TIMEOUT_S)
+
+    run(body)
+
+
+def test_two_llms_by_hand_one_of_them_a_gang(setup: Setup) -> None:
+    exchange = CacheTransceiverConfig(backend="DEFAULT")
+    cache = KvCacheConfig(max_tokens=4096, tokens_per_block=16)
+    knobs: dict[str, Any] = {"dtype": "float32", "device": "cpu", "num_threads": 1, "kv_cache_config": cache}
+    params = SamplingParams(max_tokens=16, temperature=1.2, top_k=50, seed=11, ignore_eos=True, detokenize=False)
+    prompts = [prompt_of(300, 21), prompt_of(37, 22)]
+    with (
+        LLM(setup.model, skip_tokenizer_init=True, cache_transceiver_config=exchange, **knobs) as alone,
+        LLM(
+            setup.model,
+            skip_tokenizer_init=True,
+            cache_transceiver_config=exchange,
+            tensor_parallel_size=2,
+            **knobs,
+        ) as gang,
+    ):
+        assert len(gang.disaggregated_params["endpoints"]) == 2
+        assert gang.disaggregated_params["fingerprint"] == alone.disaggregated_params["fingerprint"]
+        expected = token_ids(alone.generate(prompts, params, use_tqdm=False))
+        for first, second in ((alone, gang), (gang, alone)):
+            contexts = first.generate(
+                prompts, params, use_tqdm=False, disaggregated_params=DisaggregatedParams(request_type="context_only")
+            )
+            assert isinstance(contexts, list)
+            phases = [context.outputs[0].disaggregated_params for context in contexts]
+            handed = [replace(phase, request_type="generation_only") for phase in phases if phase is not None]
+            answers = second.generate(prompts, params, use_tqdm=False, disaggregated_params=handed)
+            assert token_ids(answers) == expected
+
+
+def token_ids(outputs: RequestOutput | list[RequestOutput]) -> list[list[int]]:
+    assert isinstance(outputs, list)
+    return [output.outputs[0].token_ids for output in outputs]

@@ -1,0 +1,147 @@
+"""`deploy.service.run` as a process: both doors answer, a dead router comes back at its port, the end leaves nothing,
+and every start that must fail says why."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.e2e.service_process import (
+    ServiceProcess,
+    alive,
+    complete,
+    get_status,
+    num_generated,
+    running_service,
+    wait_until,
+    write_config,
+    write_model,
+)
+
+END_TIMEOUT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def service(tmp_path: Path, model: Path) -> Iterator[tuple[ServiceProcess, int, int]]:
+    config, port, proxy_port = write_config(tmp_path, model)
+    with running_service(config) as service:
+        yield service, port, proxy_port
+
+
+def listener(port: int) -> int | None:
+    """Pid of the process that listens on `port` of loopback."""
+    for connection in psutil.net_connections("tcp4"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr == ("127.0.0.1", port):
+            return connection.pid
+    return None
+
+
+def test_a_service_from_start_to_drain(service: tuple[ServiceProcess, int, int]) -> None:
+    process, port, proxy_port = service
+    family = process.descendants()
+    for door in (port, proxy_port):
+        assert num_generated(complete(door)) == 4
+
+    # A router that dies with a client connected comes back at the same port: its dead connections do not keep the port.
+    kept = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    kept.request("GET", "/version")
+    assert kept.getresponse().read()
+    router = listener(port)
+    assert router is not None
+    assert router != listener(proxy_port)
+    os.kill(router, signal.SIGKILL)
+    wait_until(lambda: get_status(port, "/ready") == 200, END_TIMEOUT_S, "a new router listens at the port")
+    assert listener(port) not in (None, router)
+    kept.close()
+    family += process.descendants()
+
+    # Drain: the running request ends, a new one is refused, then everything is gone.
+    outcome: dict[str, Any] = {}
+    running = threading.Thread(target=lambda: outcome.update(long=complete(port, max_tokens=1500)))
+    running.start()
+    wait_until(lambda: is_busy(port), END_TIMEOUT_S, "the long request runs")
+    process.process.send_signal(signal.SIGTERM)
+    process.wait_line("SIGTERM", timeout_s=10)
+    wait_until(lambda: get_status(port, "/ready") != 200, END_TIMEOUT_S, "the front door refuses new work")
+    if running.is_alive():
+        status, refusal = complete(port)
+        assert (status, refusal["error"]["code"]) == (503, "not_ready")
+    running.join(timeout=END_TIMEOUT_S)
+    assert num_generated(outcome["long"]) == 1500
+    assert process.process.wait(timeout=END_TIMEOUT_S) == 0
+    wait_until(lambda: not alive(family), END_TIMEOUT_S, "no process is left")
+    assert listener(port) is None
+    assert listener(proxy_port) is None
+
+
+def is_busy(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+    finally:
+        connection.close()
+    rows = [line for line in text.splitlines() if "num_requests_running" in line and not line.startswith("#")]
+    return any(float(row.rsplit(" ", 1)[1]) > 0 for row in rows)
+
+
+def test_a_killed_driver_leaves_nothing(service: tuple[ServiceProcess, int, int]) -> None:
+    process, port, proxy_port = service
+    # Ray's own two agents look for the dead head for a minute before they end.
+    agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    family = [child for child in process.descendants() if not set(child.cmdline()[:1]) & set(agents)]
+    assert len(family) >= 7, "Ray, the guardian, Serve, the routers and the ranks"
+    process.process.kill()
+    wait_until(lambda: not alive(family), END_TIMEOUT_S, "no process outlives a killed driver")
+    assert listener(port) is None
+    assert listener(proxy_port) is None
+
+
+def fails_to_start(config: Path, *overrides: str) -> str:
+    process = ServiceProcess(config, *overrides)
+    try:
+        line = process.wait_line("cannot start: ", timeout_s=END_TIMEOUT_S)
+        assert process.process.wait(timeout=END_TIMEOUT_S) == 1
+    finally:
+        process.kill()
+    return line.partition("cannot start: ")[2]
+
+
+def test_a_taken_port_is_named(tmp_path: Path, model: Path) -> None:
+    config, port, _ = write_config(tmp_path, model)
+    with socket.create_server(("127.0.0.1", port)):
+        line = fails_to_start(config)
+    assert line == f"port {port} of 127.0.0.1 is taken; choose router.port and router.proxy_port anew"
+
+
+def test_a_missing_model_is_named(tmp_path: Path) -> None:
+    config, _, _ = write_config(tmp_path, tmp_path / "no-such-model")
+    assert str(tmp_path / "no-such-model") in fails_to_start(config)
+
+
+def test_a_broken_model_is_named(tmp_path: Path) -> None:
+    directory = tmp_path / "broken"
+    directory.mkdir()
+    (directory / "config.json").write_text('{"model_type": "nothing"}')
+    config, _, _ = write_config(tmp_path, directory)
+    assert "model_type is 'nothing'" in fails_to_start(config)
+
+
+def test_missing_gpus_are_counted(tmp_path: Path, model: Path) -> None:
+    config, _, _ = write_config(tmp_path, model)
+    line = fails_to_start(config, "engine.device=cuda", "pools.main.replicas=40", "pools.main.tensor_parallel_size=8")
+    assert line.startswith("the pools (main: 40 x 8 rank(s)) need 320 GPUs, and the Ray cluster has ")

@@ -1,0 +1,35 @@
+"""slurm/serve.sbatch on a Slurm of two hosts, which slurm_two_hosts.sh sets up; needs root and Debian's slurm-wlm."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.service_process import write_model
+
+NEEDED = ("slurmctld", "slurmd", "sbatch", "scancel", "munged", "ip", "nsenter", "unshare", "curl")
+MISSING = [name for name in NEEDED if shutil.which(name) is None]
+SCRIPT = Path(__file__).with_name("slurm_two_hosts.sh")
+WHY_NOT = f"not installed: {', '.join(MISSING)}" if MISSING else "needs root" if os.geteuid() else ""
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+def test_a_job_serves_drains_and_leaves_nothing(tmp_path: Path) -> None:
+    activate = Path(sys.executable).parent / "activate"
+    done = subprocess.run(
+        [str(SCRIPT), str(write_model(tmp_path / "model"))],
+        env={**os.environ, "TENSORWEAVE_ACTIVATE": str(activate)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=560,
+    )
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.rstrip().endswith("PASSED")
