@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Protocol
 
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from tensorweave.cluster.errors import NotReady, TensorweaveError
-from tensorweave.cluster.link import GangLink, SocketLink
+from tensorweave.cluster.link import GangLink
 from tensorweave.cluster.pool import PoolState
 from tensorweave.cluster.protocol import GangAddress, Role
+from tensorweave.cluster.socket_link import SocketLink
 from tensorweave.cluster.supervisor import PoolSupervisor, ServiceState
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,11 @@ class Fleet(Protocol):
         """Open links to gangs that serve `role`; a gang of role 'both' serves any."""
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Until every pool can take work. Raises NotReady at the timeout, or once a pool has failed; it says why."""
+        """Until a gang can answer (one that decodes). Raises NotReady at the timeout, or once their pool has failed; it
+        says why."""
+
+    async def wait_link(self, timeout_s: float) -> None:
+        """Until any gang can be reached, whatever its role. Raises NotReady."""
 
     async def describe(self) -> list[dict[str, Any]]:
         """For health pages: pools, gangs, ranks."""
@@ -57,6 +62,9 @@ class StaticFleet:
     async def wait_ready(self, timeout_s: float) -> None:
         if not self.links():
             raise NotReady("no gang is open")
+
+    async def wait_link(self, timeout_s: float) -> None:
+        await self.wait_ready(timeout_s)
 
     async def describe(self) -> list[dict[str, Any]]:
         gangs = [
@@ -90,9 +98,15 @@ class WatchedFleet:
         return [link for link in self._links.values() if link.is_open and link.address.role in (role, "both")]
 
     async def wait_ready(self, timeout_s: float) -> None:
+        await self._wait(self._is_ready, timeout_s)
+
+    async def wait_link(self, timeout_s: float) -> None:
+        await self._wait(lambda: any(link.is_open for link in self._links.values()) or self._is_ready(), timeout_s)
+
+    async def _wait(self, holds: Callable[[], bool], timeout_s: float) -> None:
         try:
             async with asyncio.timeout(timeout_s):
-                while not self._is_ready():
+                while not holds():
                     await self._changed.wait()
         except TimeoutError:
             raise NotReady(f"not ready within {timeout_s:g} s: {self._why_not()}") from None
@@ -116,13 +130,16 @@ class WatchedFleet:
     # ---- readiness
 
     def _is_ready(self) -> bool:
-        pools = self._state.pools
+        """A gang that decodes is enough: without a prefill gang it computes prompts itself."""
+        pools = [pool for pool in self._state.pools if pool.role != "prefill"]
+        if any(self._has_link(pool) for pool in pools):
+            return True
         for pool in pools:
-            if not self._has_link(pool) and pool.failure is not None:
+            if pool.failure is not None:
                 raise NotReady(f"pool {pool.name} has failed: {pool.failure}")
-            if set(pool.states) <= _ENDING:
+            if pool.states and set(pool.states) <= _ENDING:
                 raise NotReady("the service is shutting down")
-        return bool(pools) and all(self._has_link(pool) for pool in pools)
+        return False
 
     def _has_link(self, pool: PoolState) -> bool:
         links = (self._links.get(address.gang_id) for address in pool.addresses)
@@ -149,6 +166,8 @@ class WatchedFleet:
                 continue
             self._state = state
             self._match(state)
+            for link in self._links.values():
+                self._show_roads(link)
 
     def _match(self, state: ServiceState) -> None:
         """Keep a link to each published gang, and to no other."""
@@ -170,6 +189,7 @@ class WatchedFleet:
                 await asyncio.sleep(_RETRY_S)
                 continue
             self._links[address.gang_id] = link
+            self._show_roads(link)
             self._notify()
             try:
                 await link.wait_closed()
@@ -180,6 +200,13 @@ class WatchedFleet:
                 del self._links[address.gang_id]
                 self._notify()
             await asyncio.sleep(_RETRY_S)
+
+    def _show_roads(self, link: SocketLink) -> None:
+        link.kv_roads = {
+            prefill: road
+            for (decode, prefill), road in self._state.roads.items()
+            if decode == link.gang_id and road.error is None
+        }
 
     def _retire(self, link: SocketLink) -> None:
         """No new work; what is open on it may end. A killed gang's link ends by itself."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import logging
 import os
 import secrets
@@ -25,8 +26,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tensorweave.cluster.errors import NotReady, WorkerLost
 from tensorweave.cluster.placement import live_nodes, place
-from tensorweave.cluster.protocol import GangAddress, Role
-from tensorweave.cluster.ranks import LeaderPlace, RankOrder, RankPlace, RankReport
+from tensorweave.cluster.protocol import GangAddress, KvRoad, KvSource, Role
+from tensorweave.cluster.ranks import RankOrder, RankPlace, RankReport, RankStarted
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ HEARTBEAT_TIMEOUT_S: Final = 4.0
 STARTING_HEARTBEAT_TIMEOUT_S: Final = 30.0
 """Importing and loading may hold a rank's interpreter for seconds."""
 _STOP_TIMEOUT_S: Final = 5.0
+_MEASURE_TIMEOUT_S: Final = 20.0
 _LOOPBACK: Final = "127.0.0.1"
 _CREATED_TOLERANCE_S: Final = 0.1
 
@@ -74,6 +76,7 @@ class Gang:
         self._worker_class = worker_class
         self._group_name = group_name or gang_id
         self._secret = secrets.token_hex(16)
+        self._kv_secret = secrets.token_hex(16)
         self._group: PlacementGroup | None = None
         self._actors: list[ActorHandle[Any]] = []
         self._places: list[RankPlace] = []
@@ -119,13 +122,27 @@ class Gang:
             await asyncio.wait({starting, watching}, return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
                 raise WorkerLost(f"gang {self.gang_id} while starting: {watching.result()}")
-            leader: LeaderPlace = starting.result()[0]
+            started: list[RankStarted] = starting.result()
         finally:
             starting.cancel()
             watching.cancel()
-        return GangAddress(
+        leader = started[0].leader
+        assert leader is not None, "rank 0 is the leader"
+        address = GangAddress(
             self.gang_id, self.epoch, self.spec.role, hosts.listen, leader.port, self._secret, leader.info
         )
+        return dataclasses.replace(address, kv_source=self._kv_source(started))
+
+    def _kv_source(self, started: Sequence[RankStarted]) -> KvSource | None:
+        """Where other gangs pull this one's KV, if it gives any away."""
+        endpoints = tuple(rank.kv_endpoint for rank in started if rank.kv_endpoint is not None)
+        if not endpoints:
+            return None
+        fingerprint = started[0].kv_fingerprint
+        for number, rank in enumerate(started):
+            if rank.kv_endpoint is None or rank.kv_fingerprint != fingerprint:
+                raise WorkerLost(f"gang {self.gang_id}: ranks 0 and {number} differ in how they keep KV")
+        return KvSource(self.gang_id, endpoints, fingerprint, self._kv_secret)
 
     def _create_actor(self, rank: int) -> ActorHandle[Any]:
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
@@ -147,7 +164,8 @@ class Gang:
         """Nothing listens beyond loopback unless another host must reach it."""
         is_one_host = len({place.node_id for place in self._places}) == 1
         peers = [_LOOPBACK if is_one_host else self._ip(place) for place in self._places]
-        return _Hosts(peers, _LOOPBACK if len(self._node_ips) == 1 else self._ip(self._places[0]))
+        reached = [_LOOPBACK if len(self._node_ips) == 1 else self._ip(place) for place in self._places]
+        return _Hosts(peers, reached)
 
     def _ip(self, place: RankPlace) -> str:
         return self._node_ips[place.node_id]
@@ -162,10 +180,12 @@ class Gang:
             rendezvous=rendezvous,
             interface_ip=hosts.peers[rank],
             listen_host=hosts.listen,
+            transfer_host=hosts.reached[rank],
             num_ranks_here=ranks_on[self._places[rank].node_id],
             has_gpu=self.spec.gpus_per_rank > 0,
             start_timeout_s=self.spec.start_timeout_s,
             secret=self._secret,
+            kv_secret=self._kv_secret,
         )
 
     # ---- supervision
@@ -198,6 +218,15 @@ class Gang:
             if fault := report.fault(self.spec.hang_timeout_s):
                 return f"{name}: {fault}"
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+
+    async def measure_road(self, source: KvSource) -> KvRoad:
+        """What the way from that gang to this one carries."""
+        try:
+            async with asyncio.timeout(_MEASURE_TIMEOUT_S):
+                road: KvRoad = await self._actors[0].measure_road.remote(source)
+                return road
+        except (TimeoutError, RayError) as error:
+            return KvRoad(0.0, 0.0, f"{type(error).__name__}: {_first_line(error)}")
 
     async def drain(self, timeout_s: float) -> None:
         """Let open requests end, refuse new ones; then the ranks stop. Gives up at the timeout: `kill` follows."""
@@ -250,10 +279,15 @@ class Gang:
 
 @dataclass(frozen=True, slots=True)
 class _Hosts:
-    """Addresses the ranks reach each other by, and where the leader listens."""
+    """Addresses by which the ranks reach each other, and by which front ends and other gangs reach each of them."""
 
     peers: Sequence[str]
-    listen: str
+    reached: Sequence[str]
+
+    @property
+    def listen(self) -> str:
+        """The leader's."""
+        return self.reached[0]
 
 
 async def _gather(references: Sequence[Awaitable[T]]) -> list[T]:

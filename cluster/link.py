@@ -1,38 +1,13 @@
-"""How a front end reaches a gang: `GangLink`, and `SocketLink`, which speaks to a leader's socket.
-
-A link carries many requests at once. Its end, or 5 s of silence from the leader, ends every open request with
-`WorkerLost`. Links live on one event loop and are not thread-safe.
-"""
+"""How a front end reaches a gang: `GangLink`. `cluster.socket_link` speaks to a leader's socket, `workers.local` to an
+executor in this process. Links live on one event loop and are not thread-safe."""
 
 from __future__ import annotations
 
-import asyncio
-import itertools
-import logging
-from collections.abc import AsyncGenerator
-from typing import Any, Final, Protocol
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, Protocol
 
-from tensorweave.cluster import wire
-from tensorweave.cluster.errors import (
-    NotReady,
-    RequestRejected,
-    TensorweaveError,
-    WireError,
-    WorkerLost,
-    error_from_wire,
-)
-from tensorweave.cluster.protocol import (
-    PROTOCOL_VERSION,
-    GangAddress,
-    GenerateRequest,
-    ModelInfo,
-    TokenChunk,
-)
-
-logger = logging.getLogger(__name__)
-
-SILENCE_LIMIT_S: Final = 5.0
-_CHECK_INTERVAL_S: Final = 1.0
+from tensorweave.cluster.kv_mirror import KvMirror
+from tensorweave.cluster.protocol import GenerateRequest, KvRoad, KvSource, ModelInfo, TokenChunk
 
 
 class GangLink(Protocol):
@@ -50,208 +25,34 @@ class GangLink(Protocol):
     @property
     def is_open(self) -> bool: ...
 
+    @property
+    def kv(self) -> KvMirror:
+        """Which KV blocks the gang holds."""
+
+    @property
+    def kv_source(self) -> KvSource | None:
+        """Where other gangs get its KV; None where it gives none away."""
+
+    @property
+    def kv_roads(self) -> Mapping[str, KvRoad]:
+        """What the road from each prefill gang was measured to carry, by its id; not in: those that carry nothing."""
+
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """Chunks until the last one; raises the tree's errors. Leaving early cancels the request at the gang."""
+
+    def cancel(self, request_id: str) -> None:
+        """End this request at the gang if it runs there, and the lease on its KV if it has ended on offer."""
+
+    async def find(self, request_id: str, timeout_s: float = 5.0) -> bool:
+        """Whether an attempt of this request (its id, or id/anything) that was given a `grace_s` runs or has ended
+        there, and can be attached to. Raises WorkerLost."""
+
+    def attach(self, request_id: str, prompt_len: int | None = None) -> AsyncGenerator[TokenChunk, None]:
+        """All chunks so far of such an attempt, then the rest, as from `generate`. With `prompt_len`, what the attempt
+        took over from an earlier one, as tokens of its prompt beyond that length, comes first. NotReady: it is gone."""
 
     async def stats(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """The executor's iteration stats since they were last asked for, by whomever."""
 
     def close(self) -> None:
         """Idempotent; open requests get `WorkerLost`."""
-
-
-class SocketLink:
-    """A connection to one gang's leader.
-
-    Every open request has a queue; one task reads the socket and fills them. A queue never holds more than its
-    request's tokens, so a reader that lags costs no more than its answer.
-    """
-
-    def __init__(
-        self, address: GangAddress, info: ModelInfo, frames: wire.FrameReader, writer: asyncio.StreamWriter
-    ) -> None:
-        self.address = address
-        self._info = info
-        self._writer = writer
-        self._inboxes: dict[str, asyncio.Queue[TokenChunk]] = {}
-        self._asked: dict[int, asyncio.Future[list[dict[str, Any]]]] = {}
-        self._numbers = itertools.count()
-        self._error: TensorweaveError | None = None
-        self._closed = asyncio.Event()
-        self._closes_when_idle = False
-        self._has_heard = True
-        self._task = asyncio.create_task(self._run(frames), name=f"link-{address.gang_id}")
-
-    @classmethod
-    async def connect(cls, address: GangAddress, timeout_s: float = 5.0) -> SocketLink:
-        """Connect and greet. Raises NotReady if the leader does not answer in time, WireError if it refuses us."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                reader, writer = await asyncio.open_connection(address.host, address.port)
-                try:
-                    wire.tune_socket(writer)
-                    wire.send_hello(writer, address.secret)
-                    frames = wire.FrameReader(reader)
-                    info = await _read_greeting(frames)
-                except BaseException:
-                    wire.abort(writer)
-                    raise
-        except OSError as error:  # TimeoutError is one
-            raise NotReady(
-                f"gang {address.gang_id}: no answer from its leader at {address.host}:{address.port} within "
-                f"{timeout_s} s ({type(error).__name__})"
-            ) from error
-        return cls(address, info, frames, writer)
-
-    @property
-    def gang_id(self) -> str:
-        return self.address.gang_id
-
-    @property
-    def info(self) -> ModelInfo:
-        return self._info
-
-    @property
-    def num_inflight(self) -> int:
-        return len(self._inboxes)
-
-    @property
-    def is_open(self) -> bool:
-        return self._error is None
-
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
-        if self._error is not None:
-            raise _copy(self._error)
-        assert request.request_id not in self._inboxes, f"request id {request.request_id!r} is already in use"
-        try:
-            frame = wire.pack_frame("add", request.to_wire())
-        except (OverflowError, TypeError) as error:
-            raise RequestRejected(f"the request does not fit the protocol: {error}", param="prompt") from error
-        inbox: asyncio.Queue[TokenChunk] = asyncio.Queue()
-        self._inboxes[request.request_id] = inbox
-        is_over = False
-        try:
-            self._writer.write(frame)
-            while not is_over:
-                chunk = await inbox.get()
-                is_over = chunk.is_last
-                if chunk.error is not None:
-                    raise chunk.error
-                yield chunk
-        finally:
-            self._forget(request.request_id, needs_cancel=not is_over)
-
-    def _forget(self, request_id: str, *, needs_cancel: bool) -> None:
-        self._inboxes.pop(request_id, None)
-        if needs_cancel and self.is_open:
-            self._writer.write(wire.pack_frame("cancel", request_id))
-        if self._closes_when_idle and not self._inboxes:
-            self._end(WorkerLost(f"gang {self.gang_id}: retired"))
-
-    async def stats(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
-        """The executor's iteration stats since they were last asked for, by whomever."""
-        if self._error is not None:
-            raise _copy(self._error)
-        number = next(self._numbers)
-        answer = self._asked[number] = asyncio.get_running_loop().create_future()
-        try:
-            self._writer.write(wire.pack_frame("stats", number))
-            async with asyncio.timeout(timeout_s):
-                rows: list[dict[str, Any]] = await answer
-                return rows
-        except TimeoutError:
-            raise WorkerLost(f"gang {self.gang_id}: no stats within {timeout_s} s") from None
-        finally:
-            self._asked.pop(number, None)
-
-    def close_when_idle(self) -> None:
-        """End once the open requests have. The caller gives this link no more work."""
-        self._closes_when_idle = True
-        if not self._inboxes:
-            self._end(WorkerLost(f"gang {self.gang_id}: retired"))
-
-    async def wait_closed(self) -> None:
-        """Until the link has ended, for whatever reason; the caller sets the deadline, if it wants one."""
-        await self._closed.wait()
-
-    def close(self) -> None:
-        self._end(WorkerLost(f"gang {self.gang_id}: link closed"))
-
-    # ---- the reading task
-
-    async def _run(self, frames: wire.FrameReader) -> None:
-        watcher = asyncio.create_task(self._watch_silence(), name=f"link-silence-{self.gang_id}")
-        error: TensorweaveError = WorkerLost(f"gang {self.gang_id}: its leader closed the connection")
-        try:
-            async for frame in frames:
-                self._has_heard = True
-                self._receive(frame)
-        except WireError as problem:
-            logger.warning("gang %s: %s; closing the link", self.gang_id, problem)
-            error = WorkerLost(f"gang {self.gang_id}: its leader broke the protocol ({problem.message})")
-        except (TypeError, ValueError, LookupError, AttributeError) as problem:
-            logger.warning("gang %s: unreadable frame (%s); closing the link", self.gang_id, type(problem).__name__)
-            error = WorkerLost(f"gang {self.gang_id}: its leader broke the protocol")
-        finally:
-            watcher.cancel()
-            self._end(error)
-
-    def _receive(self, frame: wire.Frame) -> None:
-        match frame:
-            case ["step", chunks]:
-                for fields in chunks:
-                    chunk = TokenChunk.from_wire(fields)
-                    if inbox := self._inboxes.get(chunk.request_id):
-                        inbox.put_nowait(chunk)
-            case ["ping"]:
-                pass
-            case ["stats", number, rows]:
-                if (answer := self._asked.get(number)) and not answer.done():
-                    answer.set_result(rows)
-            case ["error", fields]:
-                self._end(error_from_wire(fields))
-            case _:
-                raise WireError(f"unexpected {frame[0]!r} frame of {len(frame)} elements")
-
-    async def _watch_silence(self) -> None:
-        """Counts beats without news rather than seconds: if our own loop stood still, the leader is not to blame."""
-        num_silent = 0
-        while num_silent * _CHECK_INTERVAL_S < SILENCE_LIMIT_S:
-            await asyncio.sleep(_CHECK_INTERVAL_S)
-            num_silent = 0 if self._has_heard else num_silent + 1
-            self._has_heard = False
-        self._end(WorkerLost(f"gang {self.gang_id}: its leader was silent for {SILENCE_LIMIT_S:g} s"))
-
-    def _end(self, error: TensorweaveError) -> None:
-        """The first end counts: every open request gets it, and the socket goes."""
-        if self._error is not None:
-            return
-        self._error = error
-        for request_id, inbox in self._inboxes.items():
-            inbox.put_nowait(TokenChunk(request_id, error=_copy(error)))
-        for answer in self._asked.values():
-            if not answer.done():
-                answer.set_exception(_copy(error))
-        wire.abort(self._writer)
-        self._task.cancel()
-        self._closed.set()
-
-
-async def _read_greeting(frames: wire.FrameReader) -> ModelInfo:
-    """The leader's hello; an error frame, or an end, says why there is none."""
-    async for frame in frames:
-        match frame:
-            case ["hello", version, fields] if version == PROTOCOL_VERSION:
-                return ModelInfo.from_wire(fields)
-            case ["error", fields] if isinstance(fields, dict):
-                raise error_from_wire(fields)
-            case ["hello", version, _]:
-                raise WireError(f"the leader speaks protocol {version!r}, here it is {PROTOCOL_VERSION}")
-            case _:
-                raise WireError(f"{frame[0]!r} frame in place of a hello")
-    raise NotReady("the leader closed the connection before its hello")
-
-
-def _copy(error: TensorweaveError) -> TensorweaveError:
-    """One exception object a raise: tracebacks must not pile up on a shared one."""
-    return error_from_wire(error.to_wire())

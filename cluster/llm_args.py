@@ -99,6 +99,30 @@ class SchedulerConfig(StrictBaseModel):
     )
 
 
+class CacheTransceiverConfig(StrictBaseModel):
+    """How KV blocks move between gangs, for prefill and decode in different ones."""
+
+    backend: Literal["DEFAULT", "IPC", "NCCL", "TCP"] | None = Field(
+        None,
+        status="prototype",
+        description="What carries the bytes. None exchanges no KV; 'IPC' copies from GPU to GPU of one node, 'NCCL' "
+        "sends between GPUs, 'TCP' takes any pool; 'DEFAULT' takes the first of these that a pair of ranks can.",
+    )
+    kv_transfer_timeout_ms: int = Field(
+        60_000,
+        status="prototype",
+        ge=1,
+        description="Longest time that a request waits for its KV, the prefill itself included; what has not come then "
+        "is computed where it is missing.",
+    )
+    kv_lease_timeout_ms: int = Field(
+        60_000,
+        status="prototype",
+        ge=1,
+        description="Longest time that a finished prompt's blocks are kept for the gang that is to fetch them.",
+    )
+
+
 class TorchLlmArgs(StrictBaseModel):
     """Every constructor argument of `LLM`. Fields without a status are committed."""
 
@@ -126,6 +150,9 @@ class TorchLlmArgs(StrictBaseModel):
     kv_cache_config: KvCacheConfig = Field(default_factory=KvCacheConfig, status="beta", description="Paged KV cache.")
     scheduler_config: SchedulerConfig = Field(
         default_factory=SchedulerConfig, status="prototype", description="Scheduling policies."
+    )
+    cache_transceiver_config: CacheTransceiverConfig | None = Field(
+        None, status="prototype", description="KV exchange with other gangs. Default: none."
     )
     max_batch_size: int = Field(256, status="beta", ge=1, description="Most requests in one step.")
     max_num_tokens: int = Field(

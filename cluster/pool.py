@@ -1,6 +1,6 @@
 """A pool keeps `replicas` gangs of one spec alive; it publishes where they are and replaces those that end.
 
-    STARTING ──▶ READY ──fault──▶ RESTARTING (back-off) ──▶ STARTING          too many faults: FAILED
+    STARTING ──▶ READY ──fault──▶ RESTARTING (back-off) ──▶ STARTING          faults again and again: FAILED
                    └──drain──▶ DRAINING ──▶ STOPPED
 
 `GangPool` is plain asyncio and knows gangs by `PoolGang` only; `cluster.supervisor` runs pools in a Ray actor.
@@ -12,13 +12,13 @@ import asyncio
 import collections
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
 from tensorweave.cluster.errors import NotReady, TensorweaveError
 from tensorweave.cluster.gang import GangSpec
-from tensorweave.cluster.protocol import GangAddress
+from tensorweave.cluster.protocol import GangAddress, KvRoad, KvSource, Role
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,8 @@ _KILL_TIMEOUT_S: Final = 15.0
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """`max_faults` faults within `fault_window_s` and the pool gives up; want of room is no fault."""
+    """A gang that had `max_faults` faults within `fault_window_s` is taken out of service; want of room is no fault.
+    With its last gang the pool has failed."""
 
     name: str
     gang: GangSpec
@@ -48,6 +49,8 @@ class PoolGang(Protocol):
     async def start(self) -> GangAddress: ...
 
     async def watch(self) -> str: ...
+
+    async def measure_road(self, source: KvSource) -> KvRoad: ...
 
     async def drain(self, timeout_s: float) -> None: ...
 
@@ -66,17 +69,24 @@ class PoolState:
     states: tuple[GangState, ...]
     failure: str | None = None
     trouble: str | None = None
+    role: Role = "both"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Slot:
+    """One gang's place. `failure`: why it is out of service; `trouble`: what last went wrong."""
+
     number: int
     epoch: int = 0
     state: GangState = "starting"
     gang: PoolGang | None = None
     address: GangAddress | None = None
     task: asyncio.Task[None] | None = None
-    num_faults_running: int = field(default=0)
+    is_ending: bool = False
+    failure: str | None = None
+    trouble: str | None = None
+    faults_s: collections.deque[float] = field(default_factory=collections.deque)
+    num_faults_running: int = 0
 
 
 class GangPool:
@@ -93,54 +103,103 @@ class GangPool:
         self._launch = launch
         self._on_change = on_change
         self._clock = clock
-        self._slots = [_Slot(number) for number in range(spec.replicas)]
-        self._faults_s: collections.deque[float] = collections.deque()
+        self._slots: list[_Slot] = []
+        self._num_slots = 0
         self._failure: str | None = None
         self._trouble: str | None = None
         self._is_ending = asyncio.Event()
 
     def start(self) -> None:
-        for slot in self._slots:
+        self._grow(self.spec.replicas)
+
+    def _grow(self, replicas: int) -> None:
+        while len(self._slots) < replicas:
+            slot = _Slot(self._num_slots)
+            self._num_slots += 1
+            self._slots.append(slot)
             slot.task = asyncio.create_task(self._keep(slot), name=f"pool-{self.spec.name}-{slot.number}")
+
+    @property
+    def replicas(self) -> int:
+        return sum(not slot.is_ending for slot in self._slots)
+
+    @property
+    def ready(self) -> list[tuple[PoolGang, GangAddress]]:
+        """The gangs that take work, and where they are."""
+        return [
+            (slot.gang, slot.address)
+            for slot in self._slots
+            if slot.state == "ready" and slot.gang is not None and slot.address is not None
+        ]
 
     @property
     def state(self) -> PoolState:
         return PoolState(
             self.spec.name,
-            self.spec.replicas,
-            tuple(slot.address for slot in self._slots if slot.address is not None and slot.state == "ready"),
+            self.replicas,
+            tuple(address for _, address in self.ready),
             tuple(slot.state for slot in self._slots),
             self._failure,
             self._trouble,
+            self.spec.gang.role,
         )
 
     def describe(self) -> dict[str, Any]:
         gangs = [
-            {"state": slot.state, "epoch": slot.epoch, **({} if slot.gang is None else slot.gang.describe())}
+            {
+                "state": slot.state,
+                "epoch": slot.epoch,
+                "reason": slot.failure or (slot.trouble if slot.state != "ready" else None),
+                **({} if slot.gang is None else slot.gang.describe()),
+            }
             for slot in self._slots
         ]
         return {
             "pool": self.spec.name,
             "role": self.spec.gang.role,
-            "replicas": self.spec.replicas,
+            "replicas": self.replicas,
             "gangs": gangs,
             "failure": self._failure,
             "trouble": self._trouble,
         }
 
+    async def scale(self, replicas: int, timeout_s: float) -> None:
+        """That many gangs from now on. Those too many take no new work and get `timeout_s` for what runs; the youngest
+        go first, those that do not serve before those that do."""
+        if replicas < 0:
+            raise ValueError(f"{replicas} replicas of pool {self.spec.name}")
+        staying = [slot for slot in self._slots if not slot.is_ending]
+        staying.sort(key=lambda slot: (slot.state != "ready", slot.number))
+        if replicas > len(staying):
+            self._failure = None
+            self._grow(len(self._slots) + replicas - len(staying))
+        going = staying[replicas:]
+        for slot in going:
+            slot.is_ending = True
+        await self._drain_slots(going, timeout_s)
+        await self._stop_slots(going)
+        self._slots = [slot for slot in self._slots if slot not in going]
+        self._on_change()
+
     async def drain(self, timeout_s: float) -> None:
         """Take the gangs from the front ends, let their requests end, stop them. The pool is over then."""
         self._is_ending.set()
-        ready = [slot for slot in self._slots if slot.gang is not None and slot.state == "ready"]
-        for slot in ready:
-            self._set(slot, "draining")
-        await asyncio.gather(*(slot.gang.drain(timeout_s) for slot in ready if slot.gang is not None))
+        await self._drain_slots(self._slots, timeout_s)
         await self.stop()
+
+    async def _drain_slots(self, slots: Sequence[_Slot], timeout_s: float) -> None:
+        gangs = [(slot, slot.gang) for slot in slots if slot.gang is not None and slot.state == "ready"]
+        for slot, _ in gangs:
+            self._set(slot, "draining")
+        await asyncio.gather(*(gang.drain(timeout_s) for _, gang in gangs))
 
     async def stop(self) -> None:
         """Kill all gangs now. Idempotent."""
         self._is_ending.set()
-        tasks = [slot.task for slot in self._slots if slot.task is not None]
+        await self._stop_slots(self._slots)
+
+    async def _stop_slots(self, slots: Sequence[_Slot]) -> None:
+        tasks = [slot.task for slot in slots if slot.task is not None]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -152,12 +211,12 @@ class GangPool:
         try:
             while True:
                 await self._live(slot)
-                if self._is_ending.is_set() or self._failure is not None:
+                if self._is_ending.is_set() or slot.is_ending or slot.failure is not None:
                     return
                 self._set(slot, "restarting")
                 await self._pause(slot)
         finally:
-            self._set(slot, "stopped" if self._failure is None else "failed")
+            self._set(slot, "stopped" if slot.failure is None else "failed")
 
     async def _live(self, slot: _Slot) -> None:
         """One gang from launch to kill."""
@@ -173,8 +232,9 @@ class GangPool:
             self._note_fault(slot, f"gang {gang.gang_id} ended: {reason}")
         except NotReady as error:
             self._note_trouble(slot, error.message)
-        except ValueError as error:
-            self._give_up(f"gang {gang.gang_id} cannot start: {error}")
+        except ValueError as error:  # another try, or another gang of this spec, would fare no better
+            for other in self._slots:
+                self._give_up(other, f"gang {gang.gang_id} cannot start: {error}")
         except TensorweaveError as error:
             self._note_fault(slot, error.message)
         except Exception as error:  # the supervisor's boundary: an unforeseen error is a fault like any other
@@ -198,23 +258,29 @@ class GangPool:
 
     def _note_trouble(self, slot: _Slot, reason: str) -> None:
         slot.num_faults_running += 1
-        self._trouble = reason
-        if not self._is_ending.is_set():
+        slot.trouble = self._trouble = reason
+        if not (self._is_ending.is_set() or slot.is_ending):
             logger.warning("pool %s: %s", self.spec.name, reason)
 
     def _note_fault(self, slot: _Slot, reason: str) -> None:
         self._note_trouble(slot, reason)
         now_s = self._clock()
-        self._faults_s.append(now_s)
-        while self._faults_s[0] < now_s - self.spec.fault_window_s:
-            self._faults_s.popleft()
-        if len(self._faults_s) >= self.spec.max_faults:
-            self._give_up(f"{len(self._faults_s)} faults within {self.spec.fault_window_s:g} s, the last: {reason}")
+        slot.faults_s.append(now_s)
+        while slot.faults_s[0] < now_s - self.spec.fault_window_s:
+            slot.faults_s.popleft()
+        if len(slot.faults_s) >= self.spec.max_faults:
+            self._give_up(
+                slot, f"{len(slot.faults_s)} faults within {self.spec.fault_window_s:g} s, the last: {reason}"
+            )
 
-    def _give_up(self, reason: str) -> None:
-        if not self._is_ending.is_set():
-            logger.error("pool %s has failed: %s", self.spec.name, reason)
-            self._failure = self._trouble = reason
+    def _give_up(self, slot: _Slot, reason: str) -> None:
+        """This slot gets no other gang; with the last slot the pool has failed."""
+        if self._is_ending.is_set() or slot.is_ending or slot.failure is not None:
+            return
+        logger.error("pool %s: a gang is taken out of service: %s", self.spec.name, reason)
+        slot.failure = self._trouble = reason
+        if all(other.failure is not None for other in self._slots):
+            self._failure = reason
 
     def _set(self, slot: _Slot, state: GangState) -> None:
         slot.state = state

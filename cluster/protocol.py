@@ -210,6 +210,16 @@ class Ticket:
 
 
 @dataclass(frozen=True, slots=True)
+class KvRoad:
+    """What the way from a prefill gang to a decode gang carries, as measured when the later of them came up; `error`
+    says why it carries nothing."""
+
+    bytes_per_s: float
+    latency_s: float
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One sequence to generate. `deadline_s` is the time left, in seconds, counted from receipt: no clocks are compared
     across hosts.
@@ -217,6 +227,9 @@ class GenerateRequest:
     The two phases of a disaggregated request: with `offer` (a ticket id) the gang computes the prompt and the first
     token, ends with finish_reason "not_finished", and keeps the KV for whoever holds the ticket; with `fetch` it pulls
     the prompt's KV with that ticket in place of computing it, and computes itself whatever does not arrive.
+
+    With `grace_s` the gang goes on for that long after the connection that brought the request broke, and keeps what it
+    says: another router may ask for it. Without, the request ends with its connection.
     """
 
     request_id: str
@@ -228,6 +241,7 @@ class GenerateRequest:
     retention: Retention | None = None
     offer: str | None = None
     fetch: Ticket | None = None
+    grace_s: float = 0.0
 
     def to_wire(self) -> list[Any]:
         return [
@@ -240,12 +254,13 @@ class GenerateRequest:
             None if self.retention is None else self.retention.to_wire(),
             self.offer,
             None if self.fetch is None else self.fetch.to_wire(),
+            self.grace_s,
         ]
 
     @classmethod
     def from_wire(cls, fields: Any) -> GenerateRequest:
         try:
-            request_id, prompt, sampling, deadline_s, priority, salt, retention, offer, fetch = fields
+            request_id, prompt, sampling, deadline_s, priority, salt, retention, offer, fetch, grace_s = fields
         except (TypeError, ValueError) as error:
             raise WireError(f"malformed request: {error}") from None
         return cls(
@@ -258,6 +273,7 @@ class GenerateRequest:
             None if retention is None else Retention.from_wire(retention),
             _checked(offer, "offer", str, type(None)),
             None if fetch is None else Ticket.from_wire(fetch),
+            _checked(grace_s, "grace_s", float, int),
         )
 
 
@@ -308,7 +324,8 @@ class TokenChunk:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a front end must know of the model behind a gang. `max_seq_len` counts prompt and generated tokens."""
+    """What a front end must know of the model behind a gang. `max_seq_len` counts prompt and generated tokens;
+    `kv_bytes_per_token` is over all layers and ranks, 0 where it is not known."""
 
     model: str
     vocab_size: int
@@ -317,6 +334,7 @@ class ModelInfo:
     tokens_per_block: int
     num_blocks: int
     end_ids: tuple[int, ...] = ()
+    kv_bytes_per_token: int = 0
 
     def to_wire(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

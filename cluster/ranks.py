@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.cluster.protocol import KvEndpoint, ModelInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,9 @@ class RankPlace:
 
 @dataclass(frozen=True, slots=True)
 class RankOrder:
-    """Everything a rank needs to start. `interface_ip` is the address of this rank's node that peers reach it by."""
+    """Everything a rank needs to start. `interface_ip` is the address of this rank's node that peers reach it by,
+    `transfer_host` the one that other gangs pull KV from. `secret` opens the leader's socket, `kv_secret` the KV
+    endpoints: tickets carry it to users."""
 
     gang_id: str
     rank: int
@@ -31,18 +33,29 @@ class RankOrder:
     rendezvous: tuple[str, int] | None
     interface_ip: str
     listen_host: str
+    transfer_host: str
     num_ranks_here: int
     has_gpu: bool
     start_timeout_s: float
     secret: str = field(repr=False)
+    kv_secret: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class LeaderPlace:
-    """Rank 0's answer to its order."""
+    """Where front ends reach a gang, and what model is there."""
 
     port: int
     info: ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class RankStarted:
+    """A rank's answer to its order; `leader` is rank 0's. A rank that gives no KV away has no endpoint."""
+
+    kv_endpoint: KvEndpoint | None
+    kv_fingerprint: dict[str, str]
+    leader: LeaderPlace | None
 
 
 @dataclass(frozen=True, slots=True)

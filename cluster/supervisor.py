@@ -10,8 +10,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import ray
@@ -20,6 +20,8 @@ from ray.actor import ActorHandle
 from tensorweave.cluster.gang import Gang
 from tensorweave.cluster.placement import remove_groups
 from tensorweave.cluster.pool import GangPool, PoolSpec, PoolState
+from tensorweave.cluster.protocol import KvRoad
+from tensorweave.cluster.roads import Pair, Roads
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +31,12 @@ _MAX_WATCHERS: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class ServiceState:
-    """All pools at one moment. `version` differs from that of every other moment, also of an earlier life."""
+    """All pools at one moment. `version` differs from that of every other moment, also of an earlier life. `roads`: by
+    the ids of a decode gang and a prefill gang, what the way between them carries."""
 
     version: int
     pools: tuple[PoolState, ...]
+    roads: Mapping[Pair, KvRoad] = field(default_factory=dict)
 
 
 class PoolSupervisor:
@@ -45,6 +49,7 @@ class PoolSupervisor:
         self._specs = tuple(pools)
         self._worker_class = worker_class
         self._pools: list[GangPool] = []
+        self._roads = Roads(self._publish)
         self._version = time.time_ns()
         self._changed: asyncio.Event
         self._starting: asyncio.Task[None] | None = None
@@ -58,17 +63,33 @@ class PoolSupervisor:
                     await self._changed.wait()
         except TimeoutError:
             pass
-        return ServiceState(self._version, tuple(pool.state for pool in self._pools))
+        return ServiceState(self._version, tuple(pool.state for pool in self._pools), self._roads.all)
 
     async def describe(self) -> list[dict[str, Any]]:
         """Every pool, gang and rank, for health pages and metrics."""
         await self._ensure_started()
-        return [pool.describe() for pool in self._pools]
+        pools = [pool.describe() for pool in self._pools]
+        for gang in (gang for pool in pools for gang in pool["gangs"]):
+            if roads := self._roads.describe(gang.get("gang_id", "")):
+                gang["kv_roads"] = roads
+        return pools
+
+    async def scale(self, name: str, replicas: int, drain_timeout_s: float) -> None:
+        """Give a pool more gangs or fewer; those that go let their requests end first. Raises ValueError for a pool
+        that is not there."""
+        await self._ensure_started()
+        pools = {pool.spec.name: pool for pool in self._pools}
+        if name not in pools:
+            raise ValueError(f"there is no pool {name!r}; there are: {', '.join(pools)}")
+        await pools[name].scale(replicas, drain_timeout_s)
 
     async def drain(self, timeout_s: float) -> None:
-        """End all pools, open requests first."""
+        """End all pools, open requests first; those that give KV away end after those that take it."""
         await self._ensure_started()
-        await asyncio.gather(*(pool.drain(timeout_s) for pool in self._pools))
+        takers = [pool for pool in self._pools if pool.spec.gang.role != "prefill"]
+        givers = [pool for pool in self._pools if pool.spec.gang.role == "prefill"]
+        for pools in (takers, givers):
+            await asyncio.gather(*(pool.drain(timeout_s) for pool in pools))
 
     async def stop(self) -> None:
         """End all pools now."""
@@ -97,6 +118,7 @@ class PoolSupervisor:
 
     def _publish(self) -> None:
         """Wake everyone who waits; the event is replaced, so that nobody misses or repeats a change."""
+        self._roads.update([gang for pool in self._pools for gang in pool.ready])
         self._version += 1
         self._changed.set()
         self._changed = asyncio.Event()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tensorweave.cluster.errors import Overloaded, RequestRejected, TensorweaveError
-from tensorweave.cluster.protocol import GenerateRequest, ModelInfo, TokenChunk, pack_tokens
+from tensorweave.cluster.protocol import FinishReason, GenerateRequest, ModelInfo, TokenChunk, pack_tokens
 
 FAKE_INFO = ModelInfo("fake", vocab_size=1000, max_seq_len=4096, dtype="float32", tokens_per_block=32, num_blocks=64)
 
@@ -43,11 +43,14 @@ class FakeExecutor:
         self.info = info
         self.failure: TensorweaveError | None = None
         self.num_steps = 0
+        self.given_up: list[str] = []
         self._step_s = step_s
         self._max_requests = max_requests
         self._changed = threading.Condition()
         self._running: dict[str, _Running] = {}
         self._chunks: list[TokenChunk] = []
+        self._events: list[dict[str, Any]] = []
+        self._num_events = 0
         self._is_held = False
         self._is_over = False
         self._thread = threading.Thread(target=self._run, name="fake-executor", daemon=True)
@@ -79,6 +82,8 @@ class FakeExecutor:
             if running := self._running.get(request_id):
                 running.is_cancelled = True
                 self._changed.notify_all()
+            else:
+                self.given_up.append(request_id)
             return running is not None
 
     def await_responses(self, request_ids: None = None, timeout_s: float | None = None) -> list[TokenChunk]:
@@ -86,6 +91,19 @@ class FakeExecutor:
             self._changed.wait_for(lambda: self._chunks or self._is_over, timeout_s)
             chunks, self._chunks = self._chunks, []
             return chunks
+
+    def get_latest_kv_cache_events(self) -> list[dict[str, Any]]:
+        with self._changed:
+            events, self._events = self._events, []
+            return events
+
+    def put_events(self, *data: dict[str, Any], num_lost: int = 0) -> None:
+        """KV events of the KV manager's form; `num_lost` before them never arrive."""
+        with self._changed:
+            self._num_events += num_lost
+            for item in data:
+                self._events.append({"event_id": self._num_events, "data": item})
+                self._num_events += 1
 
     def get_latest_iteration_stats(self) -> list[dict[str, Any]]:
         return [{"iter": self.num_steps}]
@@ -142,4 +160,7 @@ class FakeExecutor:
         running.checksum = zlib.crc32(pack_tokens([token]), running.checksum)
         running.num_output += 1
         is_full = running.num_output >= running.request.sampling.max_tokens
-        return TokenChunk(running.request.request_id, (token,), "length" if is_full else None)
+        reason: FinishReason | None = "length" if is_full else None
+        if running.request.offer is not None:
+            reason = reason or "not_finished"
+        return TokenChunk(running.request.request_id, (token,), reason, start=running.num_output - 1)

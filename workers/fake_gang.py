@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from tensorweave.cluster.llm_args import TorchLlmArgs
     from tensorweave.cluster.protocol import ModelInfo
+    from tensorweave.cluster.ranks import RankOrder
     from tensorweave.workers.comm import Comm
     from tensorweave.workers.engine import ModelEngine
     from tensorweave.workers.executor import PyExecutor
@@ -26,7 +27,7 @@ class HashRankWorker(RankWorker):
         super().__init__()
         self._step_s = step_s
 
-    def _build_executor(self, args: TorchLlmArgs, comm: Comm) -> PyExecutor:
+    def _build_executor(self, args: TorchLlmArgs, comm: Comm, order: RankOrder) -> PyExecutor:
         from tensorweave.workers.decoder import SamplingDecoder
         from tensorweave.workers.executor import PyExecutor
         from tensorweave.workers.fake_engine import HashEngine

@@ -1,7 +1,8 @@
 """The leader's socket: front ends connect to rank 0 of a gang, hand in requests and get one frame of tokens a step.
 
 An asyncio loop on a thread of its own serves the sockets; a pump thread blocks on the executor's answers and wakes it.
-A client that ends has its requests cancelled; one that does not read is cut off; neither harms the others.
+A client that ends has its requests cancelled (after their grace, if they have one); one that does not read is cut off;
+neither harms the others. Clients that follow the KV cache hear of its changes.
 
     executor ──await_responses──▶ pump thread ──call_soon_threadsafe──▶ loop thread ──one "step" frame a client──▶
 """
@@ -9,6 +10,7 @@ A client that ends has its requests cancelled; one that does not read is cut off
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -17,6 +19,8 @@ from typing import Any, Final, Protocol
 from tensorweave.cluster import wire
 from tensorweave.cluster.errors import NotReady, RequestRejected, TensorweaveError, WireError, WorkerLost
 from tensorweave.cluster.protocol import PROTOCOL_VERSION, GenerateRequest, ModelInfo, TokenChunk
+from tensorweave.workers.kv_journal import KvJournal
+from tensorweave.workers.streams import Streams
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +47,15 @@ class ServedExecutor(Protocol):
 
     def get_latest_iteration_stats(self) -> list[dict[str, Any]]: ...
 
+    def get_latest_kv_cache_events(self) -> list[dict[str, Any]]: ...
+
 
 class _Client:
-    """One connection. `open_ids` are the requests to cancel when it ends."""
+    """One connection."""
 
     def __init__(self, writer: asyncio.StreamWriter, max_unsent_bytes: int) -> None:
         self.writer = writer
-        self.open_ids: set[str] = set()
+        self.follows_kv = False
         self._max_unsent_bytes = max_unsent_bytes
 
     def send(self, name: str, *fields: Any) -> None:
@@ -57,11 +63,10 @@ class _Client:
             return
         self.writer.write(wire.pack_frame(name, *fields))
         if wire.unsent_bytes(self.writer) > self._max_unsent_bytes:
-            logger.warning("a client does not read its answers: cut off, %d requests cancelled", len(self.open_ids))
+            logger.warning("a client does not read its answers: cut off")
             wire.abort(self.writer)
 
     def answer(self, chunks: Sequence[TokenChunk]) -> None:
-        self.open_ids.difference_update(chunk.request_id for chunk in chunks if chunk.is_last)
         self.send("step", [chunk.to_wire() for chunk in chunks])
 
 
@@ -75,7 +80,8 @@ class LeaderServer:
         self._host = host
         self._secret = secret
         self._max_unsent_bytes = max_unsent_bytes
-        self._owners: dict[str, _Client] = {}
+        self._streams: Streams[_Client] = Streams(executor.cancel_request)
+        self._journal = KvJournal()
         self._clients: set[_Client] = set()
         self._is_draining = False
         self._is_idle = threading.Event()
@@ -103,7 +109,12 @@ class LeaderServer:
 
     @property
     def num_open(self) -> int:
-        return len(self._owners)
+        return len(self._streams)
+
+    @property
+    def num_kept(self) -> int:
+        """Answers that are over and may be asked for again."""
+        return self._streams.num_kept
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the open ones; True when none is left."""
@@ -132,8 +143,9 @@ class LeaderServer:
         executor = self._executor
         while not self._stopping.is_set():
             chunks = executor.await_responses(timeout_s=_PUMP_WAIT_S)
-            if chunks:
-                self._call(lambda chunks=chunks: self._deliver(chunks))  # type: ignore[misc]
+            events = executor.get_latest_kv_cache_events()
+            if chunks or events:
+                self._call(functools.partial(self._pass_on, chunks, events))
             if executor.failure is not None or not (chunks or executor.is_alive):
                 self._call(self._fail_as_executor)
                 return
@@ -158,6 +170,7 @@ class LeaderServer:
         self._is_up.set()
         await self._end.wait()
         pings.cancel()
+        self._streams.close()
         server.close()
         await self._close_clients()
 
@@ -193,7 +206,7 @@ class LeaderServer:
             logger.exception("closing a client's connection")
         finally:
             self._clients.discard(client)
-            self._cancel_all(client)
+            self._streams.lose(client)
             writer.close()
 
     async def _greet(self, client: _Client, frames: wire.FrameReader) -> bool:
@@ -214,22 +227,30 @@ class LeaderServer:
             case ["add", fields]:
                 self._add(client, GenerateRequest.from_wire(fields))
             case ["cancel", str(request_id)]:
-                if request_id in client.open_ids:
-                    self._executor.cancel_request(request_id)
+                if not self._streams.cancel(request_id, client):
+                    self._executor.cancel_request(request_id)  # it has ended; what it still offers goes
+            case ["find", int(number), str(request_id)]:
+                client.send("found", number, self._streams.find(request_id) is not None)
+            case ["attach", int(number), str(request_id), int() | None as prompt_len]:
+                self._attach(client, number, request_id, prompt_len)
             case ["stats", int(number)]:
                 client.send("stats", number, self._executor.get_latest_iteration_stats())
+            case ["kv_subscribe"]:
+                client.follows_kv = True
+                client.send("kv_snapshot", *self._journal.snapshot())
+            case ["kv_snapshot"]:
+                client.send("kv_snapshot", *self._journal.snapshot())
             case _:
                 raise WireError(f"unexpected {frame[0]!r} frame of {len(frame)} elements")
 
     def _add(self, client: _Client, request: GenerateRequest) -> None:
         request_id = request.request_id
-        if request_id in self._owners:
+        if self._streams.runs(request_id):
             error: TensorweaveError = RequestRejected(f"request id {request_id!r} is in use", param="request_id")
-            client.send("step", [TokenChunk(request_id, error=error).to_wire()])
+            client.answer([TokenChunk(request_id, error=error)])
             return
-        self._owners[request_id] = client
+        self._streams.open(request, client)
         self._is_idle.clear()
-        client.open_ids.add(request_id)
         try:
             if self._is_draining:
                 raise NotReady("the gang is draining", retry_after_s=1.0)
@@ -239,21 +260,37 @@ class LeaderServer:
         except (ValueError, TypeError, OverflowError) as problem:
             self._deliver([TokenChunk(request_id, error=RequestRejected(str(problem)))])
 
-    def _cancel_all(self, client: _Client) -> None:
-        for request_id in client.open_ids:
-            self._executor.cancel_request(request_id)
+    def _attach(self, client: _Client, number: int, request_id: str, prompt_len: int | None) -> None:
+        """All that an attempt of this request has said, then what it says. An attempt whose prompt is longer than the
+        caller's began where another one broke off: the tail is part of the answer."""
+        stream = self._streams.find(request_id)
+        if stream is None:
+            client.send("attached", number, None, [])
+            return
+        prompt = stream.request.prompt_token_ids
+        tail = [] if prompt_len is None else list(prompt[prompt_len:])
+        client.send("attached", number, stream.request_id, tail)
+        if stream.chunks:
+            client.answer(stream.chunks)
+        self._streams.attach(stream, client)
+
+    def _pass_on(self, chunks: Sequence[TokenChunk], events: Sequence[dict[str, Any]]) -> None:
+        """What one wake-up of the pump brought."""
+        if (news := self._journal.add(events)) is not None:
+            for client in self._clients:
+                if client.follows_kv:
+                    client.send("kv", *news)
+        self._deliver(chunks)
 
     def _deliver(self, chunks: Sequence[TokenChunk]) -> None:
-        """One frame a client. A request whose client has gone is forgotten once its last chunk came."""
+        """One frame a client. A request whose clients have gone is forgotten once its last chunk came."""
         by_client: dict[_Client, list[TokenChunk]] = {}
         for chunk in chunks:
-            if owner := self._owners.get(chunk.request_id):
-                by_client.setdefault(owner, []).append(chunk)
-                if chunk.is_last:
-                    del self._owners[chunk.request_id]
+            for client in self._streams.note(chunk):
+                by_client.setdefault(client, []).append(chunk)
         for client, mine in by_client.items():
             client.answer(mine)
-        if not self._owners:
+        if not self._streams:
             self._is_idle.set()
 
     def _fail_as_executor(self) -> None:
@@ -263,7 +300,7 @@ class LeaderServer:
         """The executor is no more: everyone hears why, then the connections close."""
         if self._end.is_set():
             return
-        self._deliver([TokenChunk(request_id, error=error) for request_id in self._owners])
+        self._deliver([TokenChunk(request_id, error=error) for request_id in self._streams.running_ids])
         for client in self._clients:
             client.send("error", error.to_wire())
         self._end.set()

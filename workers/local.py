@@ -8,22 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
-from tensorweave.cluster.errors import TensorweaveError, WorkerLost
-from tensorweave.cluster.protocol import GenerateRequest, ModelInfo, TokenChunk
+from tensorweave.cluster.errors import NotReady, TensorweaveError, WorkerLost
+from tensorweave.cluster.kv_mirror import KvMirror
+from tensorweave.cluster.protocol import GenerateRequest, KvRoad, KvSource, ModelInfo, TokenChunk
 from tensorweave.workers.executor import PyExecutor
 
 _PUMP_WAIT_S = 1.0
 
 
 class LocalLink:
-    """Satisfies `cluster.link.GangLink`; use it from one event loop only. It owns neither the executor nor the loop."""
+    """Satisfies `cluster.link.GangLink`; use it from one event loop only. It owns neither the executor nor the loop.
+
+    There is no second gang to choose, so the KV cache's changes are not followed; and whoever asked for a request ends
+    with this process, so there is none to find again.
+    """
 
     gang_id = "local"
+    kv_roads: Mapping[str, KvRoad] = {}
 
-    def __init__(self, executor: PyExecutor) -> None:
+    def __init__(self, executor: PyExecutor, kv_source: KvSource | None = None) -> None:
+        self.kv_source = kv_source
+        self.kv = KvMirror(executor.info.tokens_per_block, executor.info.num_blocks)
         self._executor = executor
         self._streams: dict[str, asyncio.Queue[TokenChunk]] = {}
         self._loop = asyncio.get_running_loop()
@@ -66,6 +74,16 @@ class LocalLink:
             del self._streams[request.request_id]
             if not is_over:
                 self._executor.cancel_request(request.request_id)
+
+    def cancel(self, request_id: str) -> None:
+        self._executor.cancel_request(request_id)
+
+    async def find(self, request_id: str, timeout_s: float = 5.0) -> bool:
+        return False
+
+    async def attach(self, request_id: str, prompt_len: int | None = None) -> AsyncGenerator[TokenChunk, None]:
+        raise NotReady("there is nothing to attach to in one's own process")
+        yield  # makes this a generator, as the protocol asks
 
     async def stats(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """The executor's iteration stats since they were last asked for."""

@@ -7,14 +7,13 @@ leaves first. Used by the KV manager.
 
 from __future__ import annotations
 
-import array
 import bisect
 import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 
+from tensorweave.cluster.block_hash import next_hash, root_hash
 from tensorweave.cluster.protocol import DEFAULT_RETENTION_PRIORITY
 
 TokenTuple = tuple[int, ...]
@@ -96,8 +95,7 @@ class PrefixTree:
         """A new node, in use by the caller, who also uses `parent`."""
         above = parent or self._root(salt)
         assert tokens not in above.children
-        digest = blake2b(above.digest + array.array("q", tokens).tobytes(), digest_size=8).digest()
-        node = Node(tokens, block, above, digest, refs=1)
+        node = Node(tokens, block, above, next_hash(above.digest, tokens), refs=1)
         above.children[tokens] = node
         bisect.insort(above.keys, tokens)
         self.num_nodes += 1
@@ -183,8 +181,7 @@ class PrefixTree:
     def _root(self, salt: str | None) -> Node:
         root = self._roots.get(salt)
         if root is None:
-            seed = b"" if salt is None else b"salt:" + salt.encode()
-            root = self._roots[salt] = Node((), -1, None, blake2b(seed, digest_size=8).digest())
+            root = self._roots[salt] = Node((), -1, None, root_hash(salt))
         return root
 
     def _offer(self, node: Node) -> None:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Final
 import psutil
 import ray
 
-from tensorweave.cluster.ranks import LeaderPlace, RankOrder, RankPlace, RankReport
+from tensorweave.cluster.protocol import KvRoad, KvSource
+from tensorweave.cluster.ranks import LeaderPlace, RankOrder, RankPlace, RankReport, RankStarted
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 _GUARD_INTERVAL_S: Final = 1.0
 _LAST_WORDS_S: Final = 3.0
 """A rank whose executor failed stays this long: its heartbeat says why, its leader tells its clients."""
+_EVENT_BUFFER_SIZE: Final = 1 << 16
+"""KV events between two looks of the leader, a quarter of a second apart at most: thousands of full steps."""
 _PR_SET_PDEATHSIG: Final = 1
 _SWITCH_INTERVAL_S: Final = 0.001
 """How long one thread may keep another waiting for the interpreter: Python's own 5 ms would show in token times."""
@@ -65,7 +68,7 @@ class RankWorker:
         """Rank 0 only: the store that the others join through, on `host` alone and a port of the system's choice."""
         return await asyncio.to_thread(self._open_store, host, size)
 
-    async def start(self, order: RankOrder) -> LeaderPlace | None:
+    async def start(self, order: RankOrder) -> RankStarted:
         """Load and run; returns when requests can come. Raises ValueError for wrong arguments or model files."""
         return await asyncio.to_thread(self._start, order)
 
@@ -81,6 +84,11 @@ class RankWorker:
             gauges=executor.gauges(),
         )
 
+    async def measure_road(self, source: KvSource) -> KvRoad:
+        """Rank 0 of a gang that takes KV: what comes from the gang that gives it."""
+        assert self._executor is not None, "a road leads to a rank that has started"
+        return await asyncio.to_thread(self._executor.measure_road, source)
+
     async def drain(self, timeout_s: float) -> bool:
         """Rank 0: refuse new requests, let the open ones end. True when none is left."""
         return self._leader is None or await asyncio.to_thread(self._leader.drain, timeout_s)
@@ -93,10 +101,16 @@ class RankWorker:
         if self._leader is not None:
             await asyncio.to_thread(self._leader.stop)
 
-    def _build_executor(self, args: TorchLlmArgs, comm: Comm) -> PyExecutor:
+    def _build_executor(self, args: TorchLlmArgs, comm: Comm, order: RankOrder) -> PyExecutor:
         from tensorweave.workers.build import build_executor
 
-        return build_executor(args, comm)
+        return build_executor(
+            args,
+            comm,
+            transfer_host=order.transfer_host,
+            transfer_secret=order.kv_secret,
+            event_buffer_size=_EVENT_BUFFER_SIZE if order.rank == 0 else 0,
+        )
 
     # ---- on threads
 
@@ -111,19 +125,20 @@ class RankWorker:
         )
         return host, port
 
-    def _start(self, order: RankOrder) -> LeaderPlace | None:
+    def _start(self, order: RankOrder) -> RankStarted:
         from tensorweave.cluster.llm_args import TorchLlmArgs
         from tensorweave.workers.leader import LeaderServer
 
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         args = _fit_args(TorchLlmArgs(**order.args), order)
         comm = self._join(order, args)
-        self._executor = executor = self._build_executor(args, comm)
+        self._executor = executor = self._build_executor(args, comm, order)
         executor.start()
-        if order.rank > 0:
-            return None
-        self._leader = LeaderServer(executor, order.listen_host, order.secret)
-        return LeaderPlace(self._leader.start(), executor.info)
+        leader = None
+        if order.rank == 0:
+            self._leader = LeaderServer(executor, order.listen_host, order.secret)
+            leader = LeaderPlace(self._leader.start(), executor.info)
+        return RankStarted(executor.kv_endpoint, executor.kv_fingerprint, leader)
 
     def _join(self, order: RankOrder, args: TorchLlmArgs) -> Comm:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]

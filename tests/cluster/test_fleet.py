@@ -13,9 +13,10 @@ from ray.exceptions import ActorUnavailableError
 
 from tensorweave.cluster.errors import NotReady, WorkerLost
 from tensorweave.cluster.fleet import StaticFleet, WatchedFleet
-from tensorweave.cluster.link import SocketLink
 from tensorweave.cluster.pool import PoolState
-from tensorweave.cluster.protocol import GangAddress, GenerateRequest, Role, SamplingSpec
+from tensorweave.cluster.protocol import GangAddress, GenerateRequest, KvRoad, Role, SamplingSpec
+from tensorweave.cluster.roads import Pair
+from tensorweave.cluster.socket_link import SocketLink
 from tensorweave.cluster.supervisor import PoolSupervisor, ServiceState
 from tensorweave.workers.fake_executor import FAKE_INFO, FakeExecutor, fake_output
 from tensorweave.workers.leader import LeaderServer
@@ -34,6 +35,7 @@ class _FakeSupervisor:
     def __init__(self) -> None:
         self.is_down = False
         self.num_calls = 0
+        self.roads: dict[Pair, KvRoad] = {}
         self._state = ServiceState(1, (PoolState("main", 1, (), ("starting",)),))
         self._changed = asyncio.Event()
         self.watch = _Method(self._watch)
@@ -41,8 +43,10 @@ class _FakeSupervisor:
 
     def publish(self, *addresses: GangAddress, failure: str | None = None) -> None:
         states = ("ready",) * len(addresses) or ("starting",)
-        pool = PoolState("main", 1, addresses, states, failure, failure or "still loading")
-        self._state = ServiceState(self._state.version + 1, (pool,))
+        self.publish_pools(PoolState("main", 1, addresses, states, failure, failure or "still loading"))
+
+    def publish_pools(self, *pools: PoolState) -> None:
+        self._state = ServiceState(self._state.version + 1, pools, self.roads)
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -128,6 +132,45 @@ def test_a_role_is_served_by_its_own_gangs_and_by_those_of_both() -> None:
             assert _ids(fleet, "both") == ["b"]
 
     with _gang("p", "prefill") as (_, prefill), _gang("b") as (_, both):
+        asyncio.run(body())
+
+
+def test_a_gang_that_decodes_makes_the_service_ready_whatever_becomes_of_prefill() -> None:
+    async def body() -> None:
+        supervisor = _FakeSupervisor()
+        async with _watching(supervisor) as fleet:
+            failed = PoolState("prefill", 1, (), ("failed",), "no memory", "no memory", "prefill")
+            starting = PoolState("decode", 1, (), ("starting",), role="decode")
+            supervisor.publish_pools(failed, starting)
+            with pytest.raises(NotReady, match="pool prefill: gangs failed"):
+                await fleet.wait_ready(0.2)
+            supervisor.publish_pools(failed, PoolState("decode", 1, (decode,), ("ready",), role="decode"))
+            await fleet.wait_ready(5.0)
+            assert _ids(fleet, "decode") == ["d"]
+            assert _ids(fleet, "prefill") == []
+            supervisor.publish_pools(failed, PoolState("decode", 1, (), ("draining",), role="decode"))
+            await _until(lambda: not fleet.links("decode"))
+            with pytest.raises(NotReady, match="shutting down"):
+                await fleet.wait_ready(5.0)
+
+    with _gang("d", "decode") as (_, decode):
+        asyncio.run(body())
+
+
+def test_links_know_the_roads_that_were_measured() -> None:
+    async def body() -> None:
+        supervisor = _FakeSupervisor()
+        async with _watching(supervisor) as fleet:
+            supervisor.publish(one, two)
+            await _until(lambda: len(_ids(fleet)) == 2)
+            road = KvRoad(2e9, 0.001)
+            supervisor.roads = {("one", "p"): road, ("two", "p"): KvRoad(0.0, 0.0, "refused")}
+            supervisor.publish(one, two)
+            links = {link.gang_id: link for link in fleet.links()}
+            await _until(lambda: links["one"].kv_roads == {"p": road})
+            assert links["two"].kv_roads == {}
+
+    with _gang("one") as (_, one), _gang("two") as (_, two):
         asyncio.run(body())
 
 

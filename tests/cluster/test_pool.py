@@ -9,7 +9,7 @@ from typing import Any
 from tensorweave.cluster.errors import NotReady, TensorweaveError, WorkerLost
 from tensorweave.cluster.gang import GangSpec
 from tensorweave.cluster.pool import GangPool, PoolSpec
-from tensorweave.cluster.protocol import GangAddress, ModelInfo
+from tensorweave.cluster.protocol import GangAddress, KvRoad, KvSource, ModelInfo
 
 _INFO = ModelInfo("fake", 10, 10, "float32", 2, 5)
 
@@ -35,6 +35,9 @@ class _FakeGang:
 
     def end(self, reason: str) -> None:
         self._end.set_result(reason)
+
+    async def measure_road(self, source: KvSource) -> KvRoad:
+        raise AssertionError("no KV is exchanged here")
 
     async def drain(self, timeout_s: float) -> None:
         self.drained_s = timeout_s
@@ -204,5 +207,43 @@ def test_stopping_does_not_wait_for_a_back_off() -> None:
         before_s = asyncio.get_running_loop().time()
         await bench.pool.stop()
         assert asyncio.get_running_loop().time() - before_s < 0.5
+
+    _run(body)
+
+
+def test_a_gang_that_fails_again_and_again_goes_and_the_others_stay() -> None:
+    async def body() -> None:
+        bench = _Bench(replicas=2, max_faults=2)
+        await bench.until(lambda: bench.ids() == ["p-0.1", "p-1.1"])
+        bench.gangs[0].end("out of memory")
+        await bench.until(lambda: bench.ids() == ["p-0.2", "p-1.1"])
+        bench.gangs[2].end("out of memory")
+        await bench.until(lambda: bench.pool.state.states == ("failed", "ready"))
+        assert bench.ids() == ["p-1.1"]
+        assert bench.pool.state.failure is None
+        gangs = bench.pool.describe()["gangs"]
+        assert gangs[0]["reason"] == "2 faults within 300 s, the last: gang p-0.2 ended: out of memory"
+        assert gangs[1]["reason"] is None
+        # A pool that is told to have two again makes another one.
+        await bench.pool.scale(3, 1.0)
+        await bench.until(lambda: bench.ids() == ["p-1.1", "p-2.1"])
+        await bench.pool.stop()
+
+    _run(body)
+
+
+def test_scaling_down_drains_and_scaling_up_starts() -> None:
+    async def body() -> None:
+        bench = _Bench(replicas=3)
+        await bench.until(lambda: len(bench.ids()) == 3)
+        await bench.pool.scale(1, 7.0)
+        assert bench.ids() == ["p-0.1"]
+        assert [gang.drained_s for gang in bench.gangs] == [None, 7.0, 7.0]
+        assert [gang.num_kills for gang in bench.gangs] == [0, 1, 1]
+        assert bench.pool.state.states == ("ready",)
+        assert bench.pool.state.replicas == 1
+        await bench.pool.scale(2, 7.0)
+        await bench.until(lambda: bench.ids() == ["p-0.1", "p-3.1"])
+        await bench.pool.stop()
 
     _run(body)

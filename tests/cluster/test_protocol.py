@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -10,12 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensorweave.cluster.errors import Overloaded, RequestRejected, TensorweaveError, WireError, error_from_wire
+from tensorweave.cluster.opaque_state import OpaqueState
 from tensorweave.cluster.protocol import (
     GenerateRequest,
+    KvEndpoint,
+    KvSource,
     ModelInfo,
     Retention,
     RetentionRange,
     SamplingSpec,
+    Ticket,
     TokenChunk,
     pack_tokens,
     unpack_tokens,
@@ -26,6 +31,11 @@ REQUEST = GenerateRequest(
     "a", [1, 2, 3], SPEC, 2.5, 7, "salt", Retention((RetentionRange(0, None, 3, 1.5), RetentionRange(1, 2, 3)), 50, 2.0)
 )
 
+TICKET = Ticket(
+    "ticket",
+    KvSource("g", (KvEndpoint("h", 1, 0, 2), KvEndpoint("h", 2, 2, 1)), {"dtype": "float32"}, "secret"),
+)
+
 
 def over_the_wire(fields: Any) -> Any:
     return msgpack.unpackb(msgpack.packb(fields))
@@ -33,6 +43,10 @@ def over_the_wire(fields: Any) -> Any:
 
 def test_messages_survive() -> None:
     assert GenerateRequest.from_wire(over_the_wire(REQUEST.to_wire())) == REQUEST
+    first = replace(REQUEST, offer="ticket", grace_s=2.5)
+    assert GenerateRequest.from_wire(over_the_wire(first.to_wire())) == first
+    second = replace(REQUEST, fetch=TICKET)
+    assert GenerateRequest.from_wire(over_the_wire(second.to_wire())) == second
     chunk = TokenChunk("a", [5, 6], "stop", 6, 3)
     assert TokenChunk.from_wire(over_the_wire(chunk.to_wire())) == chunk
     info = ModelInfo("m", 10, 20, "float32", 32, 8, (2, 3))
@@ -87,3 +101,23 @@ def test_a_wrong_field_is_refused(at: int, value: Any) -> None:
     assert isinstance(request.deadline_s, float | int | None)
     assert type(request.priority) is int
     assert isinstance(request.cache_salt, str | None)
+
+
+def test_what_a_first_phase_leaves_survives_a_user() -> None:
+    state = OpaqueState(TICKET, seed=2**62)
+    assert OpaqueState.unpack(state.pack()) == state
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"x", b"\xff" * 30, msgpack.packb([2, TICKET.to_wire(), 0]), msgpack.packb([1, ["t"], 0]), bytes(1 << 17)],
+)
+def test_what_no_first_phase_left_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match="opaque_state"):
+        OpaqueState.unpack(data)
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_no_first_phase(data: bytes) -> None:
+    with pytest.raises(ValueError, match="opaque_state"):
+        OpaqueState.unpack(data)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from tensorweave.cluster import wire
 from tensorweave.cluster.errors import NotReady, Overloaded, RequestRejected, TensorweaveError, WorkerLost
-from tensorweave.cluster.link import SocketLink
-from tensorweave.cluster.protocol import PROTOCOL_VERSION, GangAddress, GenerateRequest, SamplingSpec
+from tensorweave.cluster.protocol import PROTOCOL_VERSION, GangAddress, GenerateRequest, SamplingSpec, TokenChunk
+from tensorweave.cluster.socket_link import SocketLink
 from tensorweave.workers.fake_executor import FAKE_INFO, FakeExecutor, fake_output
 from tensorweave.workers.leader import LeaderServer
 
@@ -229,7 +231,8 @@ def test_a_retired_link_ends_with_its_last_request() -> None:
         (wire.pack_frame("hello", PROTOCOL_VERSION, SECRET) + wire.pack_frame("add", [1, 2]), "malformed request"),
         (wire.pack_frame("hello", PROTOCOL_VERSION, SECRET) + wire.pack_frame("dance"), "unexpected 'dance'"),
         (
-            wire.pack_frame("hello", PROTOCOL_VERSION, SECRET) + wire.pack_frame("add", ["r", 5, [], 0, 0, 0, 0]),
+            wire.pack_frame("hello", PROTOCOL_VERSION, SECRET)
+            + wire.pack_frame("add", ["r", 5, [], 0, 0, None, None, None, None, 0]),
             "token",
         ),
     ],
@@ -318,3 +321,171 @@ def test_stopping_ends_both_threads_and_the_links() -> None:
         _run(body)
         names = {thread.name for thread in threading.enumerate()}
         assert not names & {"leader-loop", "leader-pump"}
+
+
+def _kept(request_id: str, num_tokens: int, grace_s: float = 5.0) -> GenerateRequest:
+    return replace(_request(request_id, num_tokens), grace_s=grace_s)
+
+
+async def _attached(link: SocketLink, request_id: str, prompt_len: int | None = None) -> list[TokenChunk]:
+    return [chunk async for chunk in link.attach(request_id, prompt_len)]
+
+
+def _joined(chunks: list[TokenChunk]) -> list[int]:
+    """Their tokens, each at the place that its chunk claims."""
+    tokens: list[int] = []
+    for chunk in chunks:
+        assert chunk.start == len(tokens)
+        tokens += chunk.token_ids
+    return tokens
+
+
+def test_another_router_picks_up_what_a_lost_one_left() -> None:
+    async def body() -> None:
+        lost = await SocketLink.connect(address)
+        stream = asyncio.create_task(_tokens(lost, _kept("mine/d1", 60)))
+        await _until(lambda: executor.num_requests == 1)
+        lost.close()
+        with pytest.raises(WorkerLost):
+            await stream
+        async with _linked(address) as link:
+            assert await link.find("mine")
+            assert not await link.find("other")
+            chunks = await _attached(link, "mine")
+            assert _joined(chunks) == fake_output(PROMPT, 60)
+            assert {chunk.request_id for chunk in chunks} == {"mine"}
+            assert chunks[-1].finish_reason == "length"
+            assert await link.find("mine"), "what has ended is kept too"
+            assert _joined(await _attached(link, "mine")) == fake_output(PROMPT, 60)
+            assert link.num_inflight == 0
+
+    executor = FakeExecutor(step_s=0.005)
+    with _serving(executor) as (leader, address):
+        _run(body)
+        assert leader.num_open == 0
+
+
+def test_an_attempt_that_took_over_gives_the_tokens_before_it_too() -> None:
+    async def body() -> None:
+        async with _linked(address) as first, _linked(address) as second:
+            resumed = replace(_kept("mine/d2", 30), prompt_token_ids=[*PROMPT, 91, 92])
+            mine = asyncio.create_task(_tokens(first, resumed))
+            await _until(lambda: executor.num_requests == 1)
+            chunks = await _attached(second, "mine", prompt_len=len(PROMPT))
+            assert _joined(chunks) == [91, 92, *fake_output([*PROMPT, 91, 92], 30)]
+            assert await mine == fake_output([*PROMPT, 91, 92], 30), "both hear it"
+
+    executor = FakeExecutor(step_s=0.002)
+    with _serving(executor) as (_, address):
+        _run(body)
+
+
+def test_nobody_comes_and_the_grace_ends_it() -> None:
+    async def body() -> None:
+        lost = await SocketLink.connect(address)
+        streams = [asyncio.create_task(_tokens(lost, _kept(f"r{n}", 10_000, grace_s=0.4))) for n in range(3)]
+        offer = replace(_kept("r3/p1", 10_000, grace_s=0.4), offer="ticket")
+        streams.append(asyncio.create_task(_tokens(lost, offer)))
+        streams.append(asyncio.create_task(_tokens(lost, _kept("over", 2, grace_s=0.4))))
+        await streams[-1]
+        await _until(lambda: executor.num_requests == 3)
+        lost.close()
+        await asyncio.gather(*streams, return_exceptions=True)
+        async with _linked(address) as link:
+            assert executor.num_requests == 3
+            assert await link.find("r0")
+            assert await link.find("over")
+            await _until(lambda: executor.num_requests == 0, timeout_s=3.0)
+            await _until(lambda: leader.num_open == leader.num_kept == 0, timeout_s=3.0)
+            assert not await link.find("over")
+            with pytest.raises(NotReady, match="nothing to attach to"):
+                await _attached(link, "r0")
+
+    executor = FakeExecutor(step_s=0.002)
+    with _serving(executor) as (leader, address):
+        _run(body)
+
+
+def test_a_cancel_ends_a_request_at_once_whatever_its_grace() -> None:
+    async def body() -> None:
+        async with _linked(address) as link, _linked(address) as other:
+            async with contextlib.aclosing(link.generate(_kept("a", 10_000, grace_s=60.0))) as chunks:
+                await anext(chunks)
+            await _until(lambda: executor.num_requests == 0)
+            assert not await other.find("a")
+            # One of two who hear it leaves: it goes on for the other.
+            stays = asyncio.create_task(_tokens(link, _kept("b", 200)))
+            await _until(lambda: executor.num_requests == 1)
+            async with contextlib.aclosing(other.attach("b")) as chunks:
+                await anext(chunks)
+            assert await stays == fake_output(PROMPT, 200)
+
+    executor = FakeExecutor(step_s=0.002)
+    with _serving(executor) as (_, address):
+        _run(body)
+
+
+def test_an_attach_that_is_given_up_leaves_nothing() -> None:
+    async def body() -> None:
+        async with _linked(address) as link:
+            lost = await SocketLink.connect(address)
+            stream = asyncio.create_task(_tokens(lost, _kept("a", 10_000, grace_s=30.0)))
+            await _until(lambda: executor.num_requests == 1)
+            lost.close()
+            await asyncio.gather(stream, return_exceptions=True)
+            attaching = asyncio.create_task(_attached(link, "a"))
+            await asyncio.sleep(0)
+            attaching.cancel()
+            await asyncio.gather(attaching, return_exceptions=True)
+            await _until(lambda: executor.num_requests == 0)
+            assert link.num_inflight == 0
+
+    executor = FakeExecutor(step_s=0.002)
+    with _serving(executor) as (_, address):
+        _run(body)
+
+
+def test_a_cancel_after_the_end_reaches_the_executor() -> None:
+    """A request that ended on offer has a lease there; only the executor knows."""
+
+    async def body() -> None:
+        async with _linked(address) as link:
+            chunks = [chunk async for chunk in link.generate(replace(_request("p", 9), offer="ticket"))]
+            assert [chunk.finish_reason for chunk in chunks] == ["not_finished"]
+            link.cancel("p")
+            await _until(lambda: executor.given_up == ["p"])
+
+    executor = FakeExecutor()
+    with _serving(executor) as (_, address):
+        _run(body)
+
+
+def _stored(parent: bytes, *names: bytes) -> list[dict[str, Any]]:
+    """As the KV manager tells it: an event a block."""
+    chain = [parent, *names]
+    return [
+        {"type": "stored", "parent_hash": above.hex(), "blocks": [{"block_hash": name.hex()}]}
+        for above, name in itertools.pairwise(chain)
+    ]
+
+
+def test_links_follow_the_kv_cache_from_whenever_they_join() -> None:
+    async def body() -> None:
+        executor.put_events({"type": "created"}, *_stored(b"root", b"a", b"b"))
+        async with _linked(address) as early:
+            await _until(lambda: len(early.kv) == 2)
+            executor.put_events(*_stored(b"b", b"c"), {"type": "removed", "block_hashes": [b"a".hex()]})
+            await _until(lambda: early.kv.cached_tokens([b"b", b"c"]) == 64)
+            async with _linked(address) as late:
+                await _until(lambda: late.kv.is_synced)
+                assert len(late.kv) == len(early.kv) == 2
+                assert early.kv.num_resyncs == 0
+                # An event is lost before it reaches the leader: only what comes after it is known.
+                executor.put_events(*_stored(b"c", b"d"), num_lost=1)
+                for link in (early, late):
+                    await _until(lambda link=link: link.kv.cached_tokens([b"d"]) == 32)
+                    assert len(link.kv) == 1
+
+    executor = FakeExecutor()
+    with _serving(executor) as (_, address):
+        _run(body)

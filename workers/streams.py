@@ -1,0 +1,176 @@
+"""`Streams`: a leader's requests, who hears each, and what those that may be asked for again have said so far.
+
+    running, heard ──last listener cancels──▶ ending ──last chunk──▶ gone
+        │    │ ──its last connection breaks──▶ running, unheard ──grace_s pass──▶ ending
+        │    └◀──────────── attach ─────────────────┘
+        └─last chunk─▶ over, kept for grace_s (with grace_s 0: gone)
+
+Belongs to the leader's loop thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Generic, TypeVar
+
+from tensorweave.cluster.protocol import GenerateRequest, TokenChunk
+
+MAX_GRACE_S: Final = 60.0
+MAX_KEPT_TOKENS: Final = 1 << 20
+"""Of prompts and answers that are over and kept: the oldest go first."""
+
+
+_L = TypeVar("_L")
+
+
+@dataclass(eq=False, slots=True)
+class Stream(Generic[_L]):
+    """One request. `chunks` are those so far, where it may be asked for again; `is_ending`: it has been cancelled."""
+
+    request: GenerateRequest
+    listeners: set[_L] = field(default_factory=set)
+    chunks: list[TokenChunk] = field(default_factory=list)
+    is_ending: bool = False
+    is_over: bool = False
+    timer: asyncio.TimerHandle | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def grace_s(self) -> float:
+        return min(self.request.grace_s, MAX_GRACE_S)
+
+    @property
+    def can_be_found(self) -> bool:
+        return self.grace_s > 0 and self.request.offer is None and not self.is_ending
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt_token_ids) + sum(len(chunk.token_ids) for chunk in self.chunks)
+
+
+def family(request_id: str) -> str:
+    """The client's request that an attempt belongs to: attempts are named "id/x"."""
+    return request_id.rpartition("/")[0] or request_id
+
+
+class Streams(Generic[_L]):
+    """`cancel` ends a request at the executor: its last chunk follows."""
+
+    def __init__(self, cancel: Callable[[str], object], *, max_kept_tokens: int = MAX_KEPT_TOKENS) -> None:
+        self._cancel = cancel
+        self._max_kept_tokens = max_kept_tokens
+        self._running: dict[str, Stream[_L]] = {}
+        self._kept: collections.OrderedDict[str, Stream[_L]] = collections.OrderedDict()
+        self._num_kept_tokens = 0
+
+    @property
+    def running_ids(self) -> list[str]:
+        return list(self._running)
+
+    def __len__(self) -> int:
+        """Those that run."""
+        return len(self._running)
+
+    @property
+    def num_kept(self) -> int:
+        return len(self._kept)
+
+    def runs(self, request_id: str) -> bool:
+        return request_id in self._running
+
+    def open(self, request: GenerateRequest, listener: _L) -> None:
+        assert request.request_id not in self._running
+        self._drop_kept(request.request_id)
+        self._running[request.request_id] = Stream(request, {listener})
+
+    def note(self, chunk: TokenChunk) -> Sequence[_L]:
+        """A chunk has come: who hears it."""
+        stream = self._running.get(chunk.request_id)
+        if stream is None:
+            return ()
+        listeners = tuple(stream.listeners)
+        if stream.can_be_found:
+            stream.chunks.append(chunk)
+        if chunk.is_last:
+            self._end(stream, chunk)
+        return listeners
+
+    def cancel(self, request_id: str, listener: _L) -> bool:
+        """This listener wants no more; the request ends with its last one. False where it does not run."""
+        stream = self._running.get(request_id)
+        if stream is None:
+            self._drop_kept(request_id)
+            return False
+        stream.listeners.discard(listener)
+        if not stream.listeners:
+            self._stop(stream)
+        return True
+
+    def lose(self, listener: _L) -> None:
+        """Its connection broke: what it alone heard ends, at once or after its grace."""
+        for stream in list(self._running.values()):
+            if listener in stream.listeners:
+                stream.listeners.remove(listener)
+                if not stream.listeners:
+                    self._leave_alone(stream)
+
+    def find(self, request_id: str) -> Stream[_L] | None:
+        """The newest attempt of this request that runs or is kept."""
+        for streams in (self._running, self._kept):
+            for stream in reversed(streams.values()):
+                if stream.can_be_found and request_id in (stream.request_id, family(stream.request_id)):
+                    return stream
+        return None
+
+    def attach(self, stream: Stream[_L], listener: _L) -> None:
+        """It hears what comes; what came is in `stream.chunks`."""
+        if not stream.is_over:
+            stream.listeners.add(listener)
+            self._stop_timer(stream)
+
+    def close(self) -> None:
+        for stream in (*self._running.values(), *self._kept.values()):
+            self._stop_timer(stream)
+        self._kept.clear()
+
+    def _leave_alone(self, stream: Stream[_L]) -> None:
+        if stream.grace_s > 0 and not stream.is_ending:
+            stream.timer = asyncio.get_running_loop().call_later(stream.grace_s, self._stop, stream)
+        else:
+            self._stop(stream)
+
+    def _stop(self, stream: Stream[_L]) -> None:
+        stream.is_ending = True
+        stream.chunks.clear()
+        self._stop_timer(stream)
+        self._cancel(stream.request_id)
+
+    def _end(self, stream: Stream[_L], last: TokenChunk) -> None:
+        del self._running[stream.request_id]
+        self._stop_timer(stream)
+        stream.is_over = True
+        stream.listeners.clear()
+        if stream.can_be_found and last.finish_reason in ("stop", "length"):
+            self._kept[stream.request_id] = stream
+            self._num_kept_tokens += stream.num_tokens
+            loop = asyncio.get_running_loop()
+            stream.timer = loop.call_later(stream.grace_s, self._drop_kept, stream.request_id)
+            while self._num_kept_tokens > self._max_kept_tokens:
+                self._drop_kept(next(iter(self._kept)))
+
+    def _drop_kept(self, request_id: str) -> None:
+        stream = self._kept.pop(request_id, None)
+        if stream is not None:
+            self._stop_timer(stream)
+            self._num_kept_tokens -= stream.num_tokens
+
+    def _stop_timer(self, stream: Stream[_L]) -> None:
+        if stream.timer is not None:
+            stream.timer.cancel()
+            stream.timer = None
