@@ -18,7 +18,11 @@ _SMOOTHING: Final = 0.1  # weight of the newest request in the mean service time
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one router replica takes on. Times are in seconds."""
+    """What one router replica takes on. Times are in seconds.
+
+    A new request waits `ready_timeout_s` for a gang, one whose gang was lost `recovery_timeout_s` for another; it is
+    tried `max_attempts` times. A request that its client named goes on for `reattach_grace_s` after its router broke.
+    """
 
     max_inflight: int = 512
     max_queued: int = 1024
@@ -26,12 +30,15 @@ class Limits:
     default_deadline_s: float | None = 600.0
     max_deadline_s: float = 3600.0
     ready_timeout_s: float = 10.0
+    recovery_timeout_s: float = 300.0
+    max_attempts: int = 8
+    reattach_grace_s: float = 10.0
     heartbeat_limit_s: float = 10.0
     max_body_bytes: int = 8 * 2**20
     max_sequences: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("max_inflight", "max_body_bytes", "max_sequences"):
+        for name in ("max_inflight", "max_body_bytes", "max_sequences", "max_attempts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.max_queued < 0:

@@ -49,10 +49,7 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = header(scope, b"x-request-id")
-        request_id = (
-            given if given is not None and _VALID_REQUEST_ID.fullmatch(given) else secrets.token_hex(16).encode()
-        )
+        request_id = (client_request_id(scope) or secrets.token_hex(16)).encode()
         scope[_REQUEST_ID_KEY] = request_id.decode("ascii")
 
         async def send_with_id(message: Message) -> None:
@@ -66,6 +63,12 @@ class RequestIds:
 def request_id_of(scope: Scope) -> str:
     request_id: str = scope[_REQUEST_ID_KEY]
     return request_id
+
+
+def client_request_id(scope: Scope) -> str | None:
+    """The id that the client gave, if it gave a valid one."""
+    given = header(scope, b"x-request-id")
+    return given.decode("ascii") if given is not None and _VALID_REQUEST_ID.fullmatch(given) else None
 
 
 def header(scope: Scope, name: bytes) -> bytes | None:

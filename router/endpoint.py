@@ -18,7 +18,8 @@ from starlette.types import Receive, Scope, Send
 from tensorweave.cluster.errors import DeadlineExceeded, RequestCancelled, TensorweaveError
 from tensorweave.router import asgi
 from tensorweave.router.answers import DONE, Choice, Usage
-from tensorweave.router.generation import TextDelta, generate_all
+from tensorweave.router.disaggregated import params_of, with_params
+from tensorweave.router.generation import TextDelta, generate_all, generate_first
 from tensorweave.router.metrics import RouterMetrics
 from tensorweave.router.prepare import Plan
 from tensorweave.router.service import RouterService
@@ -47,13 +48,14 @@ class Tally:
         if delta.num_tokens:
             if not self.num_tokens[index]:
                 self._first_s[index] = now_s
-                self._cached[index] = delta.num_cached_tokens
                 self._metrics.observe_first_token(now_s - self._started_s, delta.num_tokens)
-                self._metrics.count_cached(delta.num_cached_tokens)
             else:
                 self._metrics.observe_step(now_s - self._latest_s[index], delta.num_tokens)
             self._latest_s[index] = now_s
             self.num_tokens[index] += delta.num_tokens
+        if delta.num_cached_tokens > self._cached[index]:  # a decode gang may know of more than its prefill gang
+            self._metrics.count_cached(delta.num_cached_tokens - self._cached[index])
+            self._cached[index] = delta.num_cached_tokens
         if delta.finish_reason is not None:
             self._metrics.observe_end(
                 delta.finish_reason,
@@ -81,7 +83,7 @@ class GenerateEndpoint:
     def __init__(
         self,
         path: str,
-        plan: Callable[[RouterService, bytes], Awaitable[Plan]],
+        plan: Callable[[RouterService, bytes, str | None], Awaitable[Plan]],
         service: RouterService,
         metrics: RouterMetrics,
     ) -> None:
@@ -95,7 +97,7 @@ class GenerateEndpoint:
         try:
             body = await asgi.read_json_body(scope, receive, self._service.limits.max_body_bytes)
             async with asgi.cancelled_on_disconnect(receive):
-                plan = await self._plan(self._service, body)
+                plan = await self._plan(self._service, body, asgi.client_request_id(scope))
                 await self._answer(plan, Tally(plan, self._metrics, started_s), scope, send)
             status = 200
         except asgi.ClientGone:
@@ -119,6 +121,9 @@ class GenerateEndpoint:
 
     async def _answer(self, plan: Plan, tally: Tally, scope: Scope, send: Send) -> None:
         self._metrics.count_prompt(sum(plan.prompt_lens))
+        if plan.is_context_only:
+            await self._answer_context(plan, tally, send)
+            return
         async with aclosing(generate_all(self._service.dispatcher, plan.jobs)) as deltas:
             if plan.is_streamed:
                 first = await anext(deltas)  # until here, an error still has its own HTTP status
@@ -126,6 +131,16 @@ class GenerateEndpoint:
                 await self._stream(plan, tally, first, deltas, scope, send)
             else:
                 await self._answer_whole(plan, tally, deltas, send)
+
+    async def _answer_context(self, plan: Plan, tally: Tally, send: Send) -> None:
+        """The first token, and what the generation phase needs to go on from it."""
+        [job] = plan.jobs
+        delta, ticket = await generate_first(self._service.dispatcher, job)
+        tally.add(delta)
+        assert delta.finish_reason is not None
+        answer = plan.answer.whole([Choice(delta.text, delta.finish_reason, delta.stop_reason)], tally.usage())
+        params = None if ticket is None else params_of(ticket, delta.token_ids, job.request.sampling.seed)
+        await asgi.send_json(send, with_params(answer, params, job.request.prompt_token_ids))
 
     async def _answer_whole(
         self, plan: Plan, tally: Tally, deltas: AsyncGenerator[TextDelta, None], send: Send

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from tensorweave.cluster.protocol import FinishReason, GenerateRequest
+from tensorweave.cluster.protocol import FinishReason, GenerateRequest, Ticket, TokenChunk
 from tensorweave.router.detokenize import IncrementalDetokenizer
 from tensorweave.router.dispatch import Dispatcher
 
@@ -26,12 +26,17 @@ class TokensOnly:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One sequence of a request, ready to run. `index` is its place among the answer's choices."""
+    """One sequence of a request, ready to run. `index` is its place among the answer's choices.
+
+    `first_tokens` are a context phase's: the answer begins with them, and the request's `fetch` goes on from there.
+    """
 
     index: int
     request: GenerateRequest
     detokenizer: IncrementalDetokenizer | TokensOnly
     end_ids: frozenset[int]
+    session: str | None = None
+    first_tokens: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +60,33 @@ class TextDelta:
 
 async def generate_text(dispatcher: Dispatcher, job: Job) -> AsyncGenerator[TextDelta, None]:
     """Deltas until the one with a finish reason. A stop string ends the sequence here and cancels it at the gang."""
-    detokenizer = job.detokenizer
-    async with aclosing(dispatcher.generate(job.request)) as chunks:
+    stream = dispatcher.generate(job.request, session=job.session, first_tokens=job.first_tokens)
+    async with aclosing(stream) as chunks:
         async for chunk in chunks:
-            text = detokenizer.push(chunk.token_ids, ends_with_stop_token=chunk.stop_reason is not None)
-            finish_reason = chunk.finish_reason
-            stop_reason: int | str | None = None if chunk.stop_reason in job.end_ids else chunk.stop_reason
-            if finish_reason is not None:
-                text += detokenizer.flush()
-            if detokenizer.stop_reason is not None:
-                finish_reason, stop_reason = "stop", detokenizer.stop_reason
-            yield TextDelta(job.index, text, chunk.token_ids, chunk.num_cached_tokens, finish_reason, stop_reason)
-            if finish_reason is not None:
+            delta = _text_of(job, chunk)
+            yield delta
+            if delta.finish_reason is not None:
                 return
+
+
+async def generate_first(dispatcher: Dispatcher, job: Job) -> tuple[TextDelta, Ticket | None]:
+    """A context phase: the first token's text, and the ticket that a generation phase goes on with, unless it is
+    over."""
+    handoff = await dispatcher.prefill(job.request)
+    delta = _text_of(job, handoff.chunk)
+    return delta, handoff.ticket if delta.finish_reason == "not_finished" else None
+
+
+def _text_of(job: Job, chunk: TokenChunk) -> TextDelta:
+    detokenizer = job.detokenizer
+    text = detokenizer.push(chunk.token_ids, ends_with_stop_token=chunk.stop_reason is not None)
+    finish_reason = chunk.finish_reason
+    stop_reason: int | str | None = None if chunk.stop_reason in job.end_ids else chunk.stop_reason
+    if finish_reason is not None:
+        text += detokenizer.flush()
+    if detokenizer.stop_reason is not None:
+        finish_reason, stop_reason = "stop", detokenizer.stop_reason
+    return TextDelta(job.index, text, chunk.token_ids, chunk.num_cached_tokens, finish_reason, stop_reason)
 
 
 async def generate_all(dispatcher: Dispatcher, jobs: Sequence[Job]) -> AsyncGenerator[TextDelta, None]:

@@ -12,7 +12,8 @@ from tensorweave.cluster.fleet import Fleet
 
 @dataclass(frozen=True, slots=True)
 class HealthReport:
-    """`pools` is the fleet's description; `reason` says why it is unhealthy, or what could not be looked at."""
+    """`pools` is the fleet's description (roles, gangs, ranks, troubles); `reason` says why it is unhealthy, what it
+    must do without, or what could not be looked at."""
 
     is_healthy: bool
     reason: str
@@ -24,7 +25,7 @@ class HealthReport:
 
 async def check_health(fleet: Fleet, heartbeat_limit_s: float) -> HealthReport:
     """An unreachable supervisor alone harms nothing: open links keep working, and a dead leader closes its own."""
-    has_link = bool(fleet.links("both"))
+    has_link = bool(fleet.links("decode")) or bool(fleet.links("prefill"))
     try:
         pools = await fleet.describe()
     except NotReady as error:
@@ -34,7 +35,7 @@ async def check_health(fleet: Fleet, heartbeat_limit_s: float) -> HealthReport:
     ages_s = [_progress_age_s(gang) for gang in _gangs(pools)]
     if ages_s and min(ages_s) > heartbeat_limit_s:
         return HealthReport(False, f"no step loop has gone round for {min(ages_s):.1f} s", pools)
-    return HealthReport(True, "", pools)
+    return HealthReport(True, "; ".join(_troubles(pools)), pools)
 
 
 def first_rank_gauges(pools: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -57,3 +58,12 @@ def _why_no_link(pools: Sequence[dict[str, Any]]) -> str:
         f"pool {pool['pool']}: {pool.get('failure') or pool.get('trouble') or 'no gang is connected'}" for pool in pools
     ]
     return "; ".join(troubles) or "no gang is connected"
+
+
+def _troubles(pools: Sequence[dict[str, Any]]) -> list[str]:
+    """Pools that have no gang ready, while others carry on: what ails them."""
+    return [
+        f"pool {pool['pool']}: {pool.get('failure') or pool.get('trouble') or 'no gang is ready'}"
+        for pool in pools
+        if not any(gang.get("state", "ready") == "ready" for gang in pool["gangs"])
+    ]

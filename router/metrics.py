@@ -6,13 +6,16 @@ Each app has its own registry; nothing is global. Labels are bound once: an obse
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from tensorweave.cluster.errors import NotReady, TensorweaveError
 from tensorweave.cluster.fleet import Fleet
-from tensorweave.router.dispatch import Dispatcher
+from tensorweave.router.dispatch import DispatchCounts, Dispatcher
 from tensorweave.router.health import first_rank_gauges
 
 _LATENCY_S: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0)
@@ -24,10 +27,41 @@ _GANG_GAUGES: Final = {
     "num_requests_running": ("gang_num_requests_running", "Sequences that hold KV blocks."),
     "num_requests_waiting": ("gang_num_requests_waiting", "Sequences that wait for KV blocks or a place in the batch."),
     "num_preemptions_total": ("gang_preemptions", "Sequences paused for want of KV blocks, since the gang began."),
+    "computed_prompt_tokens_total": ("gang_computed_prompt_tokens", "Prompt tokens computed since the gang began."),
+    "generation_tokens_total": ("gang_generation_tokens", "Tokens generated since the gang began."),
     "iterations_total": ("gang_iterations", "Steps since the gang began."),
     "step_seconds_total": ("gang_step_seconds", "Time in steps since the gang began."),
     "forward_seconds_total": ("gang_forward_seconds", "Time in forward passes since the gang began."),
 }
+
+
+class _Dispatches(Collector):
+    """The dispatcher's own counts, read when they are asked for."""
+
+    def __init__(self, model: dict[str, str], counts: DispatchCounts) -> None:
+        self._model = list(model.values())
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        counts = self._counts
+        yield self._by(
+            "request_retries", "Attempts that were lost and replayed, by what was lost.", "reason", counts.retries
+        )
+        yield self._by("request_faults", "What went wrong without costing a replay.", "reason", counts.faults)
+        yield self._by("request_plans", "Attempts, by a pair of gangs (joint) or one (alone).", "kind", counts.plans)
+        yield self._one("requests_recovered", "Sequences that ended well after a replay.", counts.num_recovered)
+        yield self._one("requests_reattached", "Sequences taken over from a lost router.", counts.num_reattached)
+
+    def _by(self, name: str, text: str, label: str, values: Mapping[str, int]) -> CounterMetricFamily:
+        family = CounterMetricFamily(f"tensorweave_{name}", text, labels=["model_name", label])
+        for key, value in sorted(values.items()):
+            family.add_metric([*self._model, key], value)
+        return family
+
+    def _one(self, name: str, text: str, value: int) -> CounterMetricFamily:
+        family = CounterMetricFamily(f"tensorweave_{name}", text, labels=["model_name"])
+        family.add_metric(self._model, value)
+        return family
 
 
 class RouterMetrics:
@@ -56,22 +90,30 @@ class RouterMetrics:
         self._e2e = self._histogram(
             "e2e_request_latency_seconds", "From a request's receipt to its last token.", _LATENCY_S
         )
-        self._of_gangs = {
-            name: Gauge(f"tensorweave_{shown}", text, ["model_name", "gang"], registry=self.registry)
-            for name, (shown, text) in _GANG_GAUGES.items()
-        }
+        self._of_gangs = {name: self._gang_gauge(shown, text) for name, (shown, text) in _GANG_GAUGES.items()}
         self._gauge("num_requests_running", "Sequences admitted and not ended.").set_function(
             lambda: dispatcher.num_running
         )
         self._gauge("num_requests_waiting", "Sequences waiting for admission.").set_function(
             lambda: dispatcher.num_waiting
         )
+        self.registry.register(_Dispatches(self._model, dispatcher.counts))
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"tensorweave_{name}", text, ["model_name", *labels], registry=self.registry)
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"tensorweave_{name}", text, ["model_name"], registry=self.registry).labels(**self._model)
+
+    def _gang_gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"tensorweave_{name}", text, ["model_name", "gang"], registry=self.registry)
+
+    def _of_gang(self, name: str) -> Gauge:
+        """Gauges that are not in the table (those of KV transfer, say) go by their own name."""
+        if name not in self._of_gangs:
+            shown = name.removesuffix("_total")
+            self._of_gangs[name] = self._gang_gauge(shown, f"The gang's {shown.replace('_', ' ')}, as its leader says.")
+        return self._of_gangs[name]
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"tensorweave_{name}", text, ["model_name"], buckets=buckets, registry=self.registry).labels(
@@ -108,7 +150,6 @@ class RouterMetrics:
         """The text exposition. When the fleet cannot be asked, the gangs keep their last values."""
         with contextlib.suppress(NotReady):
             for gang_id, gauges in first_rank_gauges(await fleet.describe()).items():
-                for name, gauge in self._of_gangs.items():
-                    if name in gauges:
-                        gauge.labels(**self._model, gang=gang_id).set(gauges[name])
+                for name, value in gauges.items():
+                    self._of_gang(name).labels(**self._model, gang=gang_id).set(value)
         return generate_latest(self.registry)

@@ -14,15 +14,14 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tensorweave.cluster.errors import RequestRejected
+from tensorweave.router.disaggregated import DisaggregatedParams
 from tensorweave.router.sampling import SamplingFields, check_stop_strings
 
 ROLES: Final = ("system", "developer", "user", "assistant")
 DEFAULT_COMPLETION_TOKENS: Final = 16
 
 # Change nothing in an answer.
-_HARMLESS: Final = frozenset(
-    {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"}
-)
+_HARMLESS: Final = frozenset({"metadata", "safety_identifier", "prompt_cache_retention", "parallel_tool_calls"})
 
 # Not built yet: accepted only at a value that asks for nothing. None always does.
 _OFF: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -105,6 +104,13 @@ class _Request(_Strict):
     timeout_s: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = Field(
         None, description="Extension. The request's deadline."
     )
+    user: Any = Field(None, description="Requests of one user go to one gang where that costs nothing.")
+    prompt_cache_key: Any = Field(None, description="As `user`, and before it.")
+    disaggregated_params: DisaggregatedParams | None = Field(None, description="Extension. One phase sent by hand.")
+
+    @property
+    def session(self) -> str | None:
+        return next((key for key in (self.prompt_cache_key, self.user) if isinstance(key, str) and key), None)
 
     @property
     def stop_strings(self) -> list[str]:
@@ -192,6 +198,9 @@ class ChatCompletionRequest(_Request):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = None
     add_generation_prompt: bool | None = Field(None, description="Extension. Default true.")
+    prompt_token_ids: list[int] | None = Field(
+        None, min_length=1, description="Extension. In place of what the messages would be rendered to."
+    )
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Extension. Passed to the chat template.")
 
     @field_validator("messages")

@@ -27,14 +27,14 @@ class RouterService:
 
     @property
     def known_info(self) -> ModelInfo | None:
-        if self._info is None and (links := self.fleet.links("both")):
+        if self._info is None and (links := [*self.fleet.links("decode"), *self.fleet.links("prefill")]):
             self._info = links[0].info
         return self._info
 
     async def info(self) -> ModelInfo:
         """Raises NotReady if no gang comes up in time."""
         if self.known_info is None:
-            await self.fleet.wait_ready(self.limits.ready_timeout_s)
+            await self.fleet.wait_link(self.limits.ready_timeout_s)
         if (info := self.known_info) is None:
             raise NotReady("no gang is ready to take requests", retry_after_s=5.0)
         return info

@@ -5,43 +5,74 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from tensorweave.cluster.errors import NotReady, TensorweaveError, WorkerLost
-from tensorweave.cluster.protocol import GenerateRequest, ModelInfo, Role, TokenChunk
+from tensorweave.cluster.errors import NotReady, TensorweaveError, WorkerLost, error_from_wire
+from tensorweave.cluster.kv_mirror import KvMirror
+from tensorweave.cluster.protocol import GenerateRequest, KvRoad, KvSource, ModelInfo, Role, TokenChunk
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong with one request, after so many tokens. `closes`: the link is gone from then on."""
+
+    kind: Literal["error", "cancelled", "short", "wrong", "hang"]
+    after: int = 0
+    error: TensorweaveError | None = None
+    closes: bool = False
 
 
 class FakeLink:
+    """`faults` befall the requests in order, one each; `fail_after` befalls all."""
+
     def __init__(
         self,
         info: ModelInfo,
         *,
         gang_id: str = "gang-0",
+        role: Role = "both",
         step_s: float = 0.0,
         script: Sequence[int] | None = None,
         tokens_per_step: int = 1,
         fail_after: int | None = None,
         error: TensorweaveError | None = None,
         num_cached: int = 0,
+        faults: Sequence[Fault] = (),
+        gives_kv: bool | None = None,
     ) -> None:
         self.gang_id = gang_id
         self.info = info
+        self.role = role
         self.step_s = step_s
         self.script = script
         self.tokens_per_step = tokens_per_step
         self.fail_after = fail_after
         self.error = error or WorkerLost(f"gang {gang_id}: lost")
         self.num_cached = num_cached
+        self.faults = list(faults)
+        self.kv = KvMirror(info.tokens_per_block, info.num_blocks)
+        self.kv_roads: dict[str, KvRoad] = {}
+        gives_kv = role == "prefill" if gives_kv is None else gives_kv
+        self.kv_source = KvSource(gang_id, (), {"model": "m"}, "secret") if gives_kv else None
         self.num_inflight = 0
         self.progress_age_s: float | None = 0.01
         self.is_open = True
         self.requests: list[GenerateRequest] = []
         self.cancelled: list[str] = []
+        self.released: list[str] = []
+        self.held: dict[str, GenerateRequest] = {}
+        self.begun: dict[str, list[TokenChunk]] = {}
+        self.attached: list[tuple[str, int | None]] = []
+        self.attach_fails = False
         self.num_steps = 0
         self.has_cancelled = asyncio.Event()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
+        fault = self.faults.pop(0) if self.faults else None
         self.requests.append(request)
+        if not self.is_open:
+            raise WorkerLost(f"gang {self.gang_id}: closed")
         self.num_inflight += 1
         is_over = False
         try:
@@ -52,17 +83,61 @@ class FakeLink:
                 self.num_steps += 1
                 if self.fail_after is not None and num_out >= self.fail_after:
                     is_over = True
-                    raise self.error
+                    raise _copy(self.error)
+                if fault is not None and num_out >= fault.after:
+                    if fault.kind in ("error", "short"):
+                        is_over = True
+                    if (last := await self._befall(fault, request, num_out)) is not None:
+                        is_over = True
+                        yield last
+                    if is_over:
+                        return
                 new, reason, stop = self._step(request, tokens, num_out)
+                if fault is not None and fault.kind == "wrong" and num_out >= fault.after:
+                    new = [token ^ 1 for token in new]
+                if request.offer is not None and reason is None:
+                    reason = "not_finished"
+                    self.held[request.request_id] = request
                 tokens += new
                 num_out += len(new)
                 is_over = reason is not None
-                yield TokenChunk(request.request_id, new, reason, stop, self.num_cached)
+                yield TokenChunk(request.request_id, new, reason, stop, self.num_cached, start=num_out - len(new))
         finally:
             self.num_inflight -= 1
             if not is_over:
                 self.cancelled.append(request.request_id)
                 self.has_cancelled.set()
+
+    async def _befall(self, fault: Fault, request: GenerateRequest, num_out: int) -> TokenChunk | None:
+        if fault.closes:
+            self.is_open = False
+        match fault.kind:
+            case "error":
+                raise _copy(fault.error or self.error)
+            case "cancelled":
+                return TokenChunk(request.request_id, finish_reason="cancelled", start=num_out)
+            case "hang":
+                await asyncio.sleep(5.0)
+                self.is_open = False
+                raise WorkerLost(f"gang {self.gang_id}: its leader was silent")
+            case _:
+                return None
+
+    def cancel(self, request_id: str) -> None:
+        self.released.append(request_id)
+        self.held.pop(request_id, None)
+
+    async def find(self, request_id: str, timeout_s: float = 5.0) -> bool:
+        return request_id in self.begun
+
+    async def attach(self, request_id: str, prompt_len: int | None = None) -> AsyncGenerator[TokenChunk, None]:
+        """All of `begun`'s chunks, at the pace of a step each."""
+        self.attached.append((request_id, prompt_len))
+        if self.attach_fails:
+            raise NotReady("there is nothing to attach to")
+        for chunk in self.begun[request_id]:
+            yield chunk
+            await asyncio.sleep(self.step_s)
 
     def _step(self, request: GenerateRequest, tokens: list[int], num_out: int) -> tuple[list[int], Any, int | None]:
         new: list[int] = []
@@ -88,6 +163,11 @@ class FakeLink:
         self.is_open = False
 
 
+def _copy(error: Exception) -> Exception:
+    """Tracebacks must not pile up on a shared one."""
+    return error_from_wire(error.to_wire()) if isinstance(error, TensorweaveError) else error
+
+
 def hash_token(tokens: Sequence[int], seed: int, info: ModelInfo) -> int:
     """Never an end-of-sequence id."""
     digest = hashlib.blake2b(repr((list(tokens), seed)).encode(), digest_size=8).digest()
@@ -100,24 +180,30 @@ class FakeFleet:
         self.all_links = list(links)
         self.changed = asyncio.Event()
 
-    def links(self, role: Role) -> list[Any]:
+    def links(self, role: Role = "both") -> list[Any]:
+        return [link for link in self.all_links if link.is_open and link.role in (role, "both")]
+
+    def open_links(self) -> list[FakeLink]:
         return [link for link in self.all_links if link.is_open]
 
     async def wait_ready(self, timeout_s: float) -> None:
         try:
             async with asyncio.timeout(timeout_s):
-                while not self.links("both"):
+                while not self.open_links():
                     await self.changed.wait()
                     self.changed.clear()
         except TimeoutError:
             raise NotReady("no gang is open") from None
+
+    async def wait_link(self, timeout_s: float) -> None:
+        await self.wait_ready(timeout_s)
 
     def add(self, link: FakeLink) -> None:
         self.all_links.append(link)
         self.changed.set()
 
     async def describe(self) -> list[dict[str, Any]]:
-        gauges = {"kv_cache_usage_perc": 0.25, "num_preemptions_total": 3.0}
+        gauges = {"kv_cache_usage_perc": 0.25, "num_preemptions_total": 3.0, "kv_transfer_bytes_total": 12.0}
         gangs = [
             {"gang_id": link.gang_id, "ranks": [{"progress_age_s": link.progress_age_s, "gauges": gauges}]}
             for link in self.all_links

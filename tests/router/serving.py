@@ -23,6 +23,7 @@ from tests.router.small_tokenizers import byte_level
 
 MODEL = "org/tiny"
 IM_END = 2
+ONE_ATTEMPT = Limits(ready_timeout_s=0.05, max_attempts=1)
 
 
 def model_info(max_seq_len: int = 512) -> ModelInfo:

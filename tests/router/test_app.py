@@ -12,9 +12,11 @@ import pytest
 
 from tensorweave.cluster.errors import Overloaded, WorkerLost
 from tensorweave.router.admission import Limits
-from tests.router.fake_fleet import FakeLink
+from tensorweave.router.health import check_health
+from tests.router.fake_fleet import FakeFleet, FakeLink, Fault
 from tests.router.serving import (
     MODEL,
+    ONE_ATTEMPT,
     chat,
     client_of,
     completion,
@@ -378,15 +380,34 @@ def test_body_limit_by_length_and_while_reading() -> None:
 # ---- failures
 
 
-def test_a_lost_worker_has_its_status_before_the_first_token() -> None:
+def test_a_lost_gang_is_not_seen() -> None:
+    """The text, the usage and the shape of the stream are those of a service without faults."""
+    faults = [Fault("error", 5, closes=True)]
+    for body in (chat(max_tokens=40, seed=1), chat(max_tokens=40, seed=1, stream=True, stop=["no such text"])):
+        good = FakeLink(model_info(), num_cached=2)
+        whole = post(CHAT, body, good)
+        links = [FakeLink(model_info(), gang_id="b"), FakeLink(model_info(), faults=faults, num_cached=2)]
+        answer = post(CHAT, body, *links)
+        assert len(links[0].requests) == 1
+        if body.get("stream"):
+            assert [event["choices"] for event in events_of(answer.text)[:-1]] == [
+                event["choices"] for event in events_of(whole.text)[:-1]
+            ]
+        else:
+            assert answer.json()["choices"] == whole.json()["choices"]
+            assert answer.json()["usage"] == whole.json()["usage"]
+
+
+def test_a_gang_lost_time_and_again_has_its_status_before_the_first_token() -> None:
     for body in (chat(), chat(stream=True)):
-        answer = post(CHAT, body, scripted(fail_after=0, error=WorkerLost("gang-0: rank 1 died")))
+        link = scripted(fail_after=0, error=WorkerLost("gang-0: rank 1 died"))
+        answer = post(CHAT, body, link, limits=ONE_ATTEMPT)
         assert "rank 1" in check_error(answer, 503, None, "worker_lost")["message"]
         assert int(answer.headers["retry-after"]) >= 1
 
 
-def test_a_lost_worker_mid_stream_is_an_error_event() -> None:
-    answer = post(CHAT, chat(stream=True), scripted(fail_after=3))
+def test_a_gang_lost_time_and_again_mid_stream_is_an_error_event() -> None:
+    answer = post(CHAT, chat(stream=True), scripted(fail_after=3), limits=ONE_ATTEMPT)
     assert answer.status_code == 200
     *_, last = events_of(answer.text)
     assert last["error"]["code"] == "worker_lost"
@@ -394,7 +415,7 @@ def test_a_lost_worker_mid_stream_is_an_error_event() -> None:
 
 def test_a_failed_sequence_fails_all_n_and_cancels_them() -> None:
     link = FakeLink(model_info(), fail_after=4)
-    check_error(post(CHAT, chat(n=4), link), 503, None, "worker_lost")
+    check_error(post(CHAT, chat(n=4), link, limits=ONE_ATTEMPT), 503, None, "worker_lost")
     assert link.num_inflight == 0
 
 
@@ -475,6 +496,25 @@ def test_health_follows_links_and_step_loops() -> None:
     assert get("/health").status_code == 503
 
 
+def test_health_says_what_it_must_do_without() -> None:
+    """Decode gangs answer alone while the prefill pool is down, and prefill gangs stand in for the decode pool."""
+
+    class Crippled(FakeFleet):
+        async def describe(self) -> list[dict[str, Any]]:
+            down = {"pool": "other", "role": "prefill", "failure": "its gangs failed 5 times", "trouble": None}
+            gangs = [{"gang_id": "x", "state": "stopped"}]
+            return [*await super().describe(), {**down, "gangs": gangs}]
+
+    async def run() -> None:
+        for link in (FakeLink(model_info(), role="decode"), FakeLink(model_info(), role="prefill")):
+            report = await check_health(Crippled(link), heartbeat_limit_s=10.0)
+            assert report.body()["status"] == "ok"
+            assert report.reason == "pool other: its gangs failed 5 times"
+            assert [pool["pool"] for pool in report.pools] == ["main", "other"]
+
+    asyncio.run(run())
+
+
 def test_metrics() -> None:
     async def call() -> str:
         async with client_of(make_app(scripted(num_cached=2))) as client:
@@ -498,6 +538,26 @@ def test_metrics() -> None:
         f'tensorweave_kv_cache_usage_perc{{gang="gang-0",{label}}} 0.25',
         f'tensorweave_requests_rejected_total{{code="invalid_request",{label}}} 1.0',
         f'tensorweave_http_requests_total{{{label},path="{CHAT}",status="400"}} 1.0',
+    ):
+        assert line in text, line
+
+
+def test_metrics_of_recovery() -> None:
+    async def call() -> str:
+        faults = [Fault("error", 2, closes=True)]
+        links = [FakeLink(model_info(), gang_id="b"), FakeLink(model_info(), gang_id="a", faults=faults)]
+        async with client_of(make_app(*links)) as client:
+            await client.post(CHAT, json=chat(max_tokens=5))
+            return (await client.get("/metrics")).text
+
+    text = asyncio.run(call())
+    label = f'model_name="{MODEL}"'
+    for line in (
+        f'tensorweave_request_retries_total{{{label},reason="worker_lost"}} 1.0',
+        f'tensorweave_request_plans_total{{kind="alone",{label}}} 2.0',
+        f"tensorweave_requests_recovered_total{{{label}}} 1.0",
+        f"tensorweave_requests_reattached_total{{{label}}} 0.0",
+        f'tensorweave_kv_transfer_bytes{{gang="a",{label}}} 12.0',
     ):
         assert line in text, line
 

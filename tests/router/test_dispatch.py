@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from contextlib import aclosing
 
 import pytest
 
-from tensorweave.cluster.errors import DeadlineExceeded, NotReady, Overloaded, RequestRejected, WorkerLost
+from tensorweave.cluster.errors import DeadlineExceeded, NotReady, Overloaded, RequestRejected
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec, TokenChunk
 from tensorweave.router.admission import Limits
 from tensorweave.router.dispatch import Dispatcher
-from tensorweave.router.policy import LeastLoaded, PolicyName, PowerOfTwo, RoundRobin, build_policy
 from tests.router.fake_fleet import FakeFleet, FakeLink, hash_token
 from tests.router.serving import model_info
 
@@ -47,7 +45,7 @@ def test_the_deadline_goes_to_the_gang_and_holds_here() -> None:
         sent_s = link.requests[0].deadline_s
         assert sent_s is not None
         assert 0.1 < sent_s <= 0.15
-        assert link.cancelled == ["r"]
+        assert link.cancelled == ["r/d1"]
         with pytest.raises(DeadlineExceeded):
             await collect(make(FakeLink(model_info(), step_s=5)), request_of(deadline_s=0.03))
 
@@ -79,17 +77,18 @@ def test_leaving_early_cancels_and_frees_the_place() -> None:
         async with aclosing(dispatcher.generate(request_of(max_tokens=100))) as chunks:
             await anext(chunks)
             assert dispatcher.num_running == 1
-        assert (link.cancelled, link.num_inflight, dispatcher.num_running) == (["r"], 0, 0)
+        assert (link.cancelled, link.num_inflight, dispatcher.num_running) == (["r/d1"], 0, 0)
 
     asyncio.run(run())
 
 
-def test_errors_of_the_gang_pass_and_free_the_place() -> None:
+def test_refusals_of_the_gang_pass_and_free_the_place() -> None:
     async def run() -> None:
-        dispatcher = make(FakeLink(model_info(), fail_after=2, error=WorkerLost("rank 1 died")))
-        with pytest.raises(WorkerLost, match="rank 1"):
-            await collect(dispatcher, request_of())
-        assert dispatcher.num_running == 0
+        for error in (RequestRejected("too long", param="prompt"), Overloaded("full", retry_after_s=3.0)):
+            dispatcher = make(FakeLink(model_info(), fail_after=0, error=error))
+            with pytest.raises(type(error), match=error.message):
+                await collect(dispatcher, request_of())
+            assert dispatcher.num_running == 0
 
     asyncio.run(run())
 
@@ -117,7 +116,7 @@ def test_the_line_is_first_come_first_served_and_bounded() -> None:
             await collect(dispatcher, request_of("late"))
         assert full.value.retry_after_s is not None
         await asyncio.gather(*tasks)
-        assert [request.request_id for request in link.requests] == ["r0", "r1", "r2", "r3"]
+        assert [request.request_id for request in link.requests] == ["r0/d1", "r1/d1", "r2/d1", "r3/d1"]
         assert (dispatcher.num_running, dispatcher.num_waiting) == (0, 0)
 
     asyncio.run(run())
@@ -138,46 +137,3 @@ def test_a_place_in_line_ends_with_its_time() -> None:
         assert (dispatcher.num_running, dispatcher.num_waiting) == (0, 0)
 
     asyncio.run(run())
-
-
-# ---- policies
-
-
-def loaded(*loads: int) -> Sequence[FakeLink]:
-    links = [FakeLink(model_info(), gang_id=f"gang-{i}") for i in range(len(loads))]
-    for link, load in zip(links, loads, strict=True):
-        link.num_inflight = load
-    return links
-
-
-def test_round_robin_takes_turns() -> None:
-    links = loaded(0, 9, 0)
-    policy = RoundRobin()
-    chosen = [policy.choose(links, request_of()).gang_id for _ in range(6)]
-    assert sorted(chosen[:3]) == sorted(chosen[3:]) == ["gang-0", "gang-1", "gang-2"]
-
-
-def test_least_loaded_spreads_ties() -> None:
-    policy = LeastLoaded()
-    assert policy.choose(loaded(3, 1, 2), request_of()).gang_id == "gang-1"
-    assert {policy.choose(loaded(0, 0, 0), request_of()).gang_id for _ in range(3)} == {"gang-0", "gang-1", "gang-2"}
-
-
-def test_power_of_two_never_takes_the_worst() -> None:
-    policy = PowerOfTwo()
-    chosen = {policy.choose(loaded(5, 1, 3), request_of()).gang_id for _ in range(100)}
-    assert chosen == {"gang-1", "gang-2"}
-    assert policy.choose(loaded(5), request_of()).gang_id == "gang-0"
-
-
-@pytest.mark.parametrize("name", ["least_loaded", "power_of_two", "round_robin"])
-def test_policies_by_name_use_every_gang(name: PolicyName) -> None:
-    async def run() -> list[int]:
-        links = [FakeLink(model_info(), gang_id=f"gang-{i}", step_s=0.001) for i in range(3)]
-        dispatcher = Dispatcher(FakeFleet(*links), build_policy(name))
-        await asyncio.gather(*(collect(dispatcher, request_of(f"r{i}")) for i in range(30)))
-        return [len(link.requests) for link in links]
-
-    counts = asyncio.run(run())
-    assert sum(counts) == 30
-    assert min(counts) >= 3

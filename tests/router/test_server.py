@@ -14,7 +14,18 @@ import pytest
 from tensorweave.cluster.protocol import GenerateRequest
 from tensorweave.router.app import build_app
 from tests.router.fake_fleet import FakeLink
-from tests.router.serving import IM_END, MODEL, chat, client_of, make_app, make_service, model_info, running, script_of
+from tests.router.serving import (
+    IM_END,
+    MODEL,
+    ONE_ATTEMPT,
+    chat,
+    client_of,
+    make_app,
+    make_service,
+    model_info,
+    running,
+    script_of,
+)
 from tests.router.small_tokenizers import byte_level
 
 TEXT = "Paris, 東京, 😀👩‍👩‍👧."
@@ -60,7 +71,7 @@ def test_the_official_client_streams_a_completion_and_lists_models() -> None:
 def test_the_official_client_understands_errors() -> None:
     async def call() -> None:
         link = FakeLink(model_info(), script=script_of("a" * 50), fail_after=3)
-        async with running(make_app(link)) as url, official(url) as client:
+        async with running(make_app(link, limits=ONE_ATTEMPT)) as url, official(url) as client:
             with pytest.raises(openai.BadRequestError) as refused:
                 await client.completions.create(model=MODEL, prompt="x", echo=True)
             assert refused.value.param == "echo"
@@ -84,7 +95,7 @@ def test_a_client_that_leaves_cancels_within_a_step(stream: bool) -> None:
                     await anext(answer.aiter_bytes())
             else:
                 with pytest.raises(httpx.ReadTimeout):
-                    await client.post(f"{url}/v1/chat/completions", json=chat(), timeout=0.3)
+                    await client.post(f"{url}/v1/chat/completions", json=chat(), timeout=httpx.Timeout(5.0, read=0.3))
             left_at = link.num_steps
             await asyncio.wait_for(link.has_cancelled.wait(), 2)
             assert link.num_steps <= left_at + 2
@@ -100,7 +111,7 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place_in_line() -> None:
         service = make_service(link)
         async with running(build_app(service)) as url, httpx.AsyncClient() as client:
             with pytest.raises(httpx.ReadTimeout):
-                await client.post(f"{url}/v1/chat/completions", json=chat(n=3), timeout=0.1)
+                await client.post(f"{url}/v1/chat/completions", json=chat(n=3), timeout=httpx.Timeout(5.0, read=0.1))
             await asyncio.wait_for(link.has_cancelled.wait(), 2)
             await asyncio.sleep(0.05)
             assert (service.dispatcher.num_running, service.dispatcher.num_waiting, link.num_inflight) == (0, 0, 0)

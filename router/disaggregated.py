@@ -1,0 +1,79 @@
+"""`disaggregated_params` over HTTP: the two phases of one request sent by hand, to one service or to two.
+
+A context_only answer has one token and carries what the generation_only request needs: the first token and, encoded,
+the ticket for the prompt's KV and the seed. Whoever has that can fetch the one prompt's KV, once.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from typing import Any, Final, Literal
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field
+
+from tensorweave.cluster.errors import RequestRejected
+from tensorweave.cluster.opaque_state import OpaqueState
+from tensorweave.cluster.protocol import Ticket
+
+RequestType = Literal["context_only", "generation_only", "context_and_generation"]
+
+_PARAM: Final = "disaggregated_params"
+_ID_BITS: Final = 63
+
+
+class DisaggregatedParams(BaseModel):
+    """Which phase a request is, and what the phase before it has left."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
+
+    request_type: RequestType = Field(description="'context_and_generation' is a request like any other.")
+    first_gen_tokens: list[int] | None = Field(None, description="What the context phase generated.")
+    ctx_request_id: int | None = Field(None, description="Names the context phase in logs.")
+    encoded_opaque_state: str | None = Field(None, description="The claim to the prompt's KV, in base64.")
+    disagg_request_id: int | None = Field(None, description="Names both phases in logs.")
+    draft_tokens: list[int] | None = Field(None, max_length=0, description="Accepted empty.")
+
+    @property
+    def is_context_only(self) -> bool:
+        return self.request_type == "context_only"
+
+    @property
+    def is_generation_only(self) -> bool:
+        return self.request_type == "generation_only"
+
+    def handed_over(self, vocab_size: int) -> tuple[OpaqueState, Sequence[int]]:
+        """What a generation phase goes on with. Raises RequestRejected."""
+        if self.encoded_opaque_state is None:
+            raise _rejected("generation_only needs the context phase's", "encoded_opaque_state")
+        tokens = self.first_gen_tokens
+        if not tokens or not all(0 <= token < vocab_size for token in tokens):
+            raise _rejected("generation_only needs the context phase's", "first_gen_tokens")
+        try:
+            return OpaqueState.unpack(base64.b64decode(self.encoded_opaque_state, validate=True)), tokens
+        except (ValueError, binascii.Error) as error:
+            raise _rejected(f"{error}:", "encoded_opaque_state") from None
+
+
+def params_of(ticket: Ticket, first_tokens: Sequence[int], seed: int) -> DisaggregatedParams:
+    """What a context phase's answer carries."""
+    return DisaggregatedParams(
+        request_type="context_only",
+        first_gen_tokens=list(first_tokens),
+        ctx_request_id=int(ticket.ticket_id[:16], 16) >> (64 - _ID_BITS),
+        encoded_opaque_state=base64.b64encode(OpaqueState(ticket, seed).pack()).decode(),
+    )
+
+
+def with_params(answer: bytes, params: DisaggregatedParams | None, prompt: Sequence[int]) -> bytes:
+    """A whole answer of one choice, with what the generation phase must send."""
+    body: dict[str, Any] = orjson.loads(answer)
+    body["prompt_token_ids"] = list(prompt)
+    body["choices"][0]["disaggregated_params"] = None if params is None else params.model_dump(exclude_none=True)
+    return orjson.dumps(body)
+
+
+def _rejected(text: str, field: str) -> RequestRejected:
+    return RequestRejected(f"{text} {field}", param=f"{_PARAM}.{field}")

@@ -1,0 +1,54 @@
+"""`PromptView`: how much of one prompt each gang already holds, from the links' exact KV mirrors.
+
+Made once a request and asked by the policies; block names are computed as far as some gang holds them, and no further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tensorweave.cluster.block_hash import next_hash, root_hash
+from tensorweave.cluster.link import GangLink
+from tensorweave.cluster.protocol import GenerateRequest
+
+
+class PromptView:
+    def __init__(self, request: GenerateRequest) -> None:
+        self._tokens = request.prompt_token_ids
+        self._salt = request.cache_salt
+        self._names: dict[int, _BlockNames] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
+    def cached_tokens(self, link: GangLink) -> int:
+        """Leading prompt tokens whose KV the gang has; never all, since the last one must be computed to go on."""
+        if not len(link.kv):
+            return 0
+        size = link.info.tokens_per_block
+        names = self._names.get(size)
+        if names is None:
+            names = self._names[size] = _BlockNames(self._tokens, size, self._salt)
+        return min(link.kv.cached_tokens(names), len(self._tokens) - 1)
+
+    def uncached_tokens(self, link: GangLink) -> int:
+        return len(self._tokens) - self.cached_tokens(link)
+
+
+class _BlockNames:
+    """The chained names of a prompt's full blocks, each computed when first asked for."""
+
+    def __init__(self, tokens: Sequence[int], tokens_per_block: int, salt: str | None) -> None:
+        self._tokens = tokens
+        self._size = tokens_per_block
+        self._root = root_hash(salt)
+        self._known: list[bytes] = []
+
+    def __iter__(self) -> Iterator[bytes]:
+        for index in range(len(self._tokens) // self._size):
+            if index == len(self._known):
+                parent = self._known[-1] if self._known else self._root
+                at = index * self._size
+                self._known.append(next_hash(parent, self._tokens[at : at + self._size]))
+            yield self._known[index]

@@ -1,0 +1,69 @@
+"""`Recovery`: what one request remembers of its lost attempts: whom to avoid, how long to wait, and when to give up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from tensorweave.cluster.errors import NotReady, Overloaded, TensorweaveError, TransferFailed, WireError, WorkerLost
+from tensorweave.cluster.link import GangLink
+from tensorweave.router.admission import Limits
+from tensorweave.router.attempt import PrefillRefused
+from tensorweave.router.policy import Plan
+
+RECOVERABLE: Final = (WorkerLost, NotReady, TransferFailed, WireError, Overloaded, PrefillRefused)
+
+_FIRST_BACKOFF_S: Final = 0.05
+_MAX_BACKOFF_S: Final = 2.0
+
+
+class Recovery:
+    def __init__(self, limits: Limits) -> None:
+        self.num_attempts = 0
+        self.error: TensorweaveError | None = None
+        """Why the last attempt was lost."""
+        self._limits = limits
+        self._num_lost = 0
+        self._num_waits = 0
+        self._avoided: set[str] = set()
+        self._has_senders = True
+
+    @property
+    def ready_timeout_s(self) -> float:
+        """How long to wait for a gang: the request's first has a short time, a lost one's replacement a long one."""
+        return self._limits.ready_timeout_s if self.error is None else self._limits.recovery_timeout_s
+
+    def lose(self, plan: Plan | None, error: TensorweaveError, *, has_begun: bool) -> None:
+        """Book a lost attempt (without a plan: there was no gang to try). Raises where another one is not to be tried:
+        what was lost first, rather than that nothing came in its place."""
+        if plan is None:
+            raise self.error or error
+        self.error = error
+        if isinstance(error, PrefillRefused):
+            self._has_senders = False
+            return
+        self._avoided.add(plan.decode.gang_id)
+        if isinstance(error, Overloaded) and has_begun:
+            is_last = self._num_waits * _MAX_BACKOFF_S > self._limits.recovery_timeout_s
+        else:
+            self._num_lost += 1
+            is_last = self._num_lost >= self._limits.max_attempts
+        if is_last:
+            raise error
+
+    def left(self, links: Sequence[GangLink]) -> list[GangLink]:
+        """Without those that failed this request."""
+        return [link for link in links if link.gang_id not in self._avoided]
+
+    def senders_left(self, links: Sequence[GangLink]) -> list[GangLink]:
+        """Once a prefill gang has refused the request, none is asked again."""
+        return self.left(links) if self._has_senders else []
+
+    def backoff_s(self, *, has_begun: bool) -> float:
+        """All gangs have failed this request: how long to wait before they are asked again. Raises the refusal of a
+        request that no client has seen a token of."""
+        if isinstance(self.error, Overloaded) and not has_begun:
+            raise self.error
+        self._avoided.clear()
+        self._num_waits += 1
+        return min(_FIRST_BACKOFF_S * 2.0 ** (self._num_waits - 1), _MAX_BACKOFF_S)
