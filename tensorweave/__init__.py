@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tensorweave.cluster.llm_args import KvCacheConfig, LlmArgs, SchedulerConfig, TorchLlmArgs
+    from tensorweave.cluster.llm_args import (
+        CacheTransceiverConfig,
+        KvCacheConfig,
+        LlmArgs,
+        SchedulerConfig,
+        TorchLlmArgs,
+    )
+    from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
     from tensorweave.llmapi.llm import LLM
     from tensorweave.llmapi.outputs import CompletionOutput, RequestOutput
     from tensorweave.llmapi.sampling_params import SamplingParams
@@ -16,6 +23,8 @@ _HOMES = {
     "LLM": "tensorweave.llmapi.llm",
     "LlmArgs": "tensorweave.cluster.llm_args",
     "TorchLlmArgs": "tensorweave.cluster.llm_args",
+    "CacheTransceiverConfig": "tensorweave.cluster.llm_args",
+    "DisaggregatedParams": "tensorweave.llmapi.disaggregated_params",
     "KvCacheConfig": "tensorweave.cluster.llm_args",
     "SchedulerConfig": "tensorweave.cluster.llm_args",
     "SamplingParams": "tensorweave.llmapi.sampling_params",
@@ -25,7 +34,9 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "CacheTransceiverConfig",
     "CompletionOutput",
+    "DisaggregatedParams",
     "KvCacheConfig",
     "LlmArgs",
     "RequestOutput",

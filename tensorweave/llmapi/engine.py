@@ -3,13 +3,14 @@ the dispatcher."""
 
 from __future__ import annotations
 
+import secrets
 from typing import Any, Protocol
 
 from tensorweave.cluster.fleet import Fleet, StaticFleet, WatchedFleet
 from tensorweave.cluster.gang import GangSpec
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.pool import PoolSpec
-from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.cluster.protocol import KvSource, ModelInfo
 from tensorweave.cluster.ray_session import RaySession, start_or_join_ray
 from tensorweave.cluster.supervisor import start_supervisor, stop_supervisor
 from tensorweave.llmapi.loop_thread import LoopThread
@@ -33,6 +34,10 @@ class Engine(Protocol):
     @property
     def info(self) -> ModelInfo: ...
 
+    @property
+    def kv_source(self) -> KvSource | None:
+        """Where others get KV computed here; None where `cache_transceiver_config` has no backend."""
+
     def stats(self, timeout_s: float) -> list[dict[str, Any]]: ...
 
     def close(self) -> None: ...
@@ -48,9 +53,14 @@ class LocalEngine:
 
     def __init__(self, args: TorchLlmArgs, loop: LoopThread) -> None:
         self._loop = loop
-        self.executor: PyExecutor = build_executor(args, SoloComm())
+        secret = secrets.token_hex(16)
+        self.executor: PyExecutor = build_executor(args, SoloComm(), transfer_secret=secret)
         self.executor.start()
-        self._link = loop.call(_open_local(self.executor))
+        self.kv_source: KvSource | None = None
+        if (endpoint := self.executor.kv_endpoint) is not None:
+            gang_id = f"local-{secrets.token_hex(6)}"
+            self.kv_source = KvSource(gang_id, (endpoint,), self.executor.kv_fingerprint, secret)
+        self._link = loop.call(_open_local(self.executor, self.kv_source))
         self.fleet: Fleet = StaticFleet([self._link])
 
     @property
@@ -84,7 +94,7 @@ class GangEngine:
             self._supervisor = start_supervisor([PoolSpec("llm", spec)], RankWorker)
             try:
                 self._fleet = loop.call(_open_fleet(self._supervisor), timeout_s=_START_TIMEOUT_S)
-                self._info = self._fleet.links("both")[0].info
+                [self._link] = self._fleet.links("both")
             except BaseException:
                 stop_supervisor(self._supervisor)
                 raise
@@ -98,7 +108,12 @@ class GangEngine:
 
     @property
     def info(self) -> ModelInfo:
-        return self._info
+        return self._link.info
+
+    @property
+    def kv_source(self) -> KvSource | None:
+        """Of the gang that runs now: a replaced one has another."""
+        return self._loop.call(_kv_source_of(self._fleet))
 
     def stats(self, timeout_s: float) -> list[dict[str, Any]]:
         return self._loop.call(_stats_of(self._fleet, timeout_s), timeout_s=timeout_s + 5.0)
@@ -118,8 +133,8 @@ def _gang_args(args: TorchLlmArgs) -> dict[str, Any]:
     return {**fields, "model": str(resolve_model(args.model, revision=args.revision))}
 
 
-async def _open_local(executor: PyExecutor) -> LocalLink:
-    return LocalLink(executor)
+async def _open_local(executor: PyExecutor, kv_source: KvSource | None) -> LocalLink:
+    return LocalLink(executor, kv_source)
 
 
 async def _close_local(link: LocalLink) -> None:
@@ -134,6 +149,11 @@ async def _open_fleet(supervisor: Any) -> WatchedFleet:
         await fleet.close()
         raise
     return fleet
+
+
+async def _kv_source_of(fleet: WatchedFleet) -> KvSource | None:
+    links = fleet.links("both")
+    return links[0].kv_source if links else None
 
 
 async def _stats_of(fleet: WatchedFleet, timeout_s: float) -> list[dict[str, Any]]:

@@ -21,10 +21,12 @@ from tqdm import tqdm
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.protocol import GenerateRequest
+from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
 from tensorweave.llmapi.engine import Engine, open_engine
 from tensorweave.llmapi.inputs import PromptInputs, as_batch, read_prompt, resolve_params
 from tensorweave.llmapi.loop_thread import LoopThread
 from tensorweave.llmapi.outputs import RequestOutput, Update
+from tensorweave.llmapi.phases import as_phase, resolve_phases, run_context_phase
 from tensorweave.llmapi.sampling_params import SamplingParams
 from tensorweave.llmapi.status import set_api_status
 from tensorweave.router.admission import Limits
@@ -60,6 +62,8 @@ class _TorchLLM:
 
     Attributes:
         tokenizer: The tokenizer instance, or None with skip_tokenizer_init.
+        disaggregated_params: Where and as what other instances get KV computed here; empty without a
+            `cache_transceiver_config`.
         llm_id: Identifies this instance in logs.
 
     Raises:
@@ -111,11 +115,26 @@ class _TorchLLM:
     def tokenizer(self) -> Any:
         return None if self._tokenizer is None else self._tokenizer.backend
 
+    @property
+    @set_api_status("prototype")
+    def disaggregated_params(self) -> dict[str, Any]:
+        """`backend`, `endpoints` (one a rank, "host:port") and `fingerprint` (what the other side must have alike)."""
+        source = self._engine.kv_source
+        transceiver = self.args.cache_transceiver_config
+        if source is None or transceiver is None:
+            return {}
+        return {
+            "backend": transceiver.backend,
+            "endpoints": [f"{end.host}:{end.port}" for end in source.endpoints],
+            "fingerprint": dict(source.fingerprint),
+        }
+
     def generate(
         self,
         inputs: PromptInputs | Sequence[PromptInputs],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        disaggregated_params: DisaggregatedParams | Sequence[DisaggregatedParams] | None = None,
     ) -> RequestOutput | list[RequestOutput]:
         """Generate and wait for all.
 
@@ -123,6 +142,8 @@ class _TorchLLM:
             inputs: A prompt (text, token ids, or a dict with 'prompt' or 'prompt_token_ids') or a list of prompts.
             sampling_params: One for all, or a list with one for each prompt. Default: greedy, 32 tokens.
             use_tqdm: Show a progress bar for a list.
+            disaggregated_params: Which phase this is, where the two are sent to two LLMs by hand: one for all, or a
+                list with one for each prompt.
 
         Returns:
             A finished RequestOutput for one prompt, a list of them in the prompts' order for a list.
@@ -132,7 +153,8 @@ class _TorchLLM:
         """
         batch, is_single = as_batch(inputs)
         params = resolve_params(sampling_params, len(batch))
-        prepared = [self._prepare(prompt, param) for prompt, param in zip(batch, params, strict=True)]
+        phases = resolve_phases(disaggregated_params, len(batch))
+        prepared = [self._prepare(*each) for each in zip(batch, params, phases, strict=True)]
         outputs = [self._start(output, job) for output, job in prepared]
         try:
             for output in tqdm(outputs, desc="Processed requests", disable=not use_tqdm or is_single, leave=True):
@@ -148,6 +170,7 @@ class _TorchLLM:
         inputs: PromptInputs,
         sampling_params: SamplingParams | None = None,
         streaming: bool = False,
+        disaggregated_params: DisaggregatedParams | None = None,
     ) -> RequestOutput:
         """Start one generation and return at once.
 
@@ -156,6 +179,7 @@ class _TorchLLM:
             sampling_params: Default: greedy, 32 tokens.
             streaming: Iterate the result to see tokens as they come; without it an iteration gives the finished result
                 only.
+            disaggregated_params: Which phase this is, where the two are sent to two LLMs by hand.
 
         Returns:
             A RequestOutput: call `result(timeout)`, await it, iterate it, or `abort()` it.
@@ -163,7 +187,8 @@ class _TorchLLM:
         Raises:
             ValueError: The prompt or a sampling parameter is wrong.
         """
-        output, job = self._prepare(inputs, sampling_params or SamplingParams(), streaming=streaming)
+        params = sampling_params or SamplingParams()
+        output, job = self._prepare(inputs, params, disaggregated_params, streaming=streaming)
         return self._start(output, job)
 
     @set_api_status("beta")
@@ -198,13 +223,21 @@ class _TorchLLM:
     # ---- one request
 
     def _prepare(
-        self, inputs: PromptInputs, params: SamplingParams, *, streaming: bool = False
+        self,
+        inputs: PromptInputs,
+        params: SamplingParams,
+        phase: DisaggregatedParams | None,
+        *,
+        streaming: bool = False,
     ) -> tuple[RequestOutput, Job]:
         if not self._finalizer.alive:
             raise RuntimeError("this LLM has been shut down")
         prompt = read_prompt(inputs, params, self._tokenizer, self._engine.info)
         request_id = f"{self.llm_id}-{next(self._numbers)}"
         request = GenerateRequest(request_id, prompt.token_ids, prompt.sampling)
+        first_tokens: Sequence[int] = ()
+        if phase is not None:
+            request, first_tokens = as_phase(request, phase, self._engine.info, self._engine.kv_source is not None)
         detokenizer: IncrementalDetokenizer | TokensOnly = TokensOnly()
         if self._tokenizer is not None and params.detokenize:
             detokenizer = IncrementalDetokenizer(
@@ -216,8 +249,8 @@ class _TorchLLM:
                 min_tokens=prompt.sampling.min_tokens,
             )
         end_ids = frozenset(prompt.end_ids)
-        output = RequestOutput(request_id, prompt.text, list(prompt.token_ids), is_streaming=streaming)
-        return output, Job(0, request, detokenizer, end_ids)
+        output = RequestOutput(request.request_id, prompt.text, list(prompt.token_ids), is_streaming=streaming)
+        return output, Job(0, request, detokenizer, end_ids, first_tokens=first_tokens)
 
     def _start(self, output: RequestOutput, job: Job) -> RequestOutput:
         future = self._loop.submit(_drive(self._dispatcher, job, output))
@@ -266,6 +299,9 @@ async def _make_dispatcher(engine: Engine) -> Dispatcher:
 async def _drive(dispatcher: Dispatcher, job: Job, output: RequestOutput) -> None:
     """Run one request to its end on the LLM's event loop, telling its output everything."""
     try:
+        if job.request.offer is not None:
+            output._push(await run_context_phase(dispatcher, job))
+            return
         async for delta in generate_text(dispatcher, job):
             output._push(
                 Update(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tensorweave.cluster.protocol import FinishReason
+from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
 
 
 @dataclass(slots=True)
@@ -28,8 +29,10 @@ class CompletionOutput:
         token_ids: The ids so far, the stop token included.
         cumulative_logprob: Sum of the tokens' log-probabilities, where they were asked for.
         logprobs: Log-probabilities, where they were asked for.
-        finish_reason: 'stop', 'length', 'timeout' or 'cancelled' once it has ended.
+        finish_reason: 'stop', 'length', 'timeout' or 'cancelled' once it has ended; 'not_finished' after a context
+            phase.
         stop_reason: The stop string or stop token id that ended it; None for end-of-sequence.
+        disaggregated_params: After a context phase, what its generation phase needs.
     """
 
     index: int = 0
@@ -39,6 +42,7 @@ class CompletionOutput:
     logprobs: list[Any] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    disaggregated_params: DisaggregatedParams | None = None
     _last_text_len: int = field(default=0, repr=False)
     _last_token_len: int = field(default=0, repr=False)
 
@@ -63,6 +67,7 @@ class CompletionOutput:
         self.token_ids.extend(update.token_ids)
         self.finish_reason = update.finish_reason
         self.stop_reason = update.stop_reason
+        self.disaggregated_params = update.disaggregated_params or self.disaggregated_params
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,7 @@ class Update:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
+    disaggregated_params: DisaggregatedParams | None = None
     error: Exception | None = None
 
 
