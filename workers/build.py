@@ -6,18 +6,43 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from tensorweave.cluster.llm_args import TorchLlmArgs
+from tensorweave.cluster.llm_args import CacheTransceiverConfig, TorchLlmArgs
 from tensorweave.workers.comm import Comm
 from tensorweave.workers.decoder import SamplingDecoder
 from tensorweave.workers.engine_loader import load_engine
 from tensorweave.workers.executor import PyExecutor
 from tensorweave.workers.kv_cache import KVCacheManager
-from tensorweave.workers.resources import ResourceManager
+from tensorweave.workers.kv_pool import KVPool
+from tensorweave.workers.model_store import resolve_model
+from tensorweave.workers.models.config import load_model_config
+from tensorweave.workers.resources import KVCache, ResourceManager
 from tensorweave.workers.scheduler import SimpleScheduler
+from tensorweave.workers.transfer.fingerprint import fingerprint, model_digest
+from tensorweave.workers.transfer.lanes import make_lanes
+from tensorweave.workers.transfer.tcp import TcpCarrier
+from tensorweave.workers.transfer.transfers import KvTransfers
+from tensorweave.workers.transfer.window import PoolWindow
+from tensorweave.workers.transfers import NoTransfers, Transfers
+from tensorweave.workers.uplink import join_uplink
 
 
-def build_executor(args: TorchLlmArgs, comm: Comm) -> PyExecutor:
+def build_executor(
+    args: TorchLlmArgs,
+    comm: Comm,
+    *,
+    transfer_host: str = "127.0.0.1",
+    transfer_secret: str = "",
+    event_buffer_size: int = 0,
+) -> PyExecutor:
     """Load this rank's share of the model and put the executor around it; not started.
+
+    Args:
+        transfer_host: the address of this rank's host where other gangs pull KV from it, if `args` asks for transfer.
+        transfer_secret: opens this gang's KV endpoints; the same on all its ranks.
+        event_buffer_size: KV events that are kept until somebody takes them.
+
+    With `args.cache_transceiver_config` set, `executor.kv_endpoint` says where this rank gives its KV away and
+    `executor.kv_fingerprint` what a taker must have alike; a gang's `KvSource` is made of them, in rank order.
 
     Raises:
         ValueError: the arguments or the model's files are wrong; the message names what.
@@ -30,6 +55,7 @@ def build_executor(args: TorchLlmArgs, comm: Comm) -> PyExecutor:
         tokens_per_block=info.tokens_per_block,
         enable_block_reuse=args.kv_cache_config.enable_block_reuse,
         enable_partial_reuse=args.kv_cache_config.enable_partial_reuse,
+        event_buffer_max_size=event_buffer_size,
     )
     scheduler_class = _load_class(args.scheduler, "scheduler", SimpleScheduler)
     scheduler = scheduler_class(
@@ -40,6 +66,14 @@ def build_executor(args: TorchLlmArgs, comm: Comm) -> PyExecutor:
         enable_chunked_prefill=args.enable_chunked_prefill,
         chunking_policy=args.scheduler_config.context_chunking_policy,
     )
+    transfers: Transfers = NoTransfers()
+    exchange = args.cache_transceiver_config
+    if exchange is not None and exchange.backend is not None:
+        path = resolve_model(args.model, revision=args.revision)
+        digest, num_heads = model_digest(path, args.load_format), load_model_config(path).num_kv_heads
+        transfers = build_transfers(
+            exchange, engine.pool, kv_cache, comm, digest, num_heads, host=transfer_host, secret=transfer_secret
+        )
     return PyExecutor(
         engine=engine,
         scheduler=scheduler,
@@ -47,8 +81,39 @@ def build_executor(args: TorchLlmArgs, comm: Comm) -> PyExecutor:
         decoder=SamplingDecoder(),
         comm=comm,
         info=info,
+        transfers=transfers,
         max_requests=args.max_queued_requests,
         max_stats=args.iter_stats_max_iterations,
+    )
+
+
+def build_transfers(
+    config: CacheTransceiverConfig,
+    pool: KVPool,
+    kv_cache: KVCache,
+    comm: Comm,
+    model: str,
+    num_heads: int,
+    *,
+    host: str,
+    secret: str,
+) -> KvTransfers:
+    """One rank's KV exchange; every rank of the gang calls it. `model` names the weights, `num_heads` counts the
+    model's KV heads over all ranks."""
+    if not secret:
+        raise ValueError("cache_transceiver_config is set, but no secret was given for the gang's KV endpoints")
+    window = PoolWindow(pool)
+    alike = fingerprint(window, model, num_heads)
+    return KvTransfers(
+        carrier=TcpCarrier(window, alike, host, secret, make_lanes(config.backend or "DEFAULT", window)),
+        window=window,
+        kv_cache=kv_cache,
+        uplink=join_uplink(comm, host),
+        fingerprint=alike,
+        rank=comm.rank,
+        size=comm.size,
+        timeout_s=config.kv_transfer_timeout_ms / 1000,
+        lease_s=config.kv_lease_timeout_ms / 1000,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.kernels.native import load_native, use_threads
 from tensorweave.kernels.paged_attention import Planner
 from tensorweave.workers.checkpoint import RandomWeights, SafetensorsDirectory, check_tensors
 from tensorweave.workers.comm import Comm
@@ -36,9 +37,9 @@ def load_engine(args: TorchLlmArgs, comm: Comm) -> PyTorchModelEngine:
     config = load_model_config(path)
     shard = shard_model(config, comm.rank, comm.size)
     device = pick_device(args.device)
-    if device.type == "cpu":
-        torch.set_num_threads(args.num_threads or max(1, len(os.sched_getaffinity(0)) // comm.size))
     dtype = pick_dtype(args.dtype, config.checkpoint_dtype, device)
+    if device.type == "cpu":
+        _set_threads(args.num_threads or max(1, len(os.sched_getaffinity(0)) // comm.size), dtype)
     model = _load_weights(args.load_format, path, config, shard, dtype, device, comm)
     num_blocks = comm.agree_min(_num_blocks(args, config, shard, dtype, device))
     return assemble_engine(model, config, shard, num_blocks, args, dtype, device)
@@ -67,12 +68,19 @@ def assemble_engine(
     )
     return PyTorchModelEngine(
         model=model,
-        pool=KVPool(config.num_layers, num_blocks, K, P, config.head_dim, dtype, device),
+        pool=KVPool(config.num_layers, num_blocks, K, P, config.head_dim, dtype, device, shard.heads.kv.start),
         planner=Planner(K, shard.heads.read_heads, P, config.head_dim, device, dtype),
         rope_table=rotary_table(config.rope, config.head_dim, max_seq_len, device),
         windows=frozenset(config.windows),
         info=info,
     )
+
+
+def _set_threads(num_threads: int, dtype: torch.dtype) -> None:
+    """Where the native kernels have the threads, torch gets one: its idle threads spin for milliseconds on cores that
+    the kernels' need."""
+    is_native = load_native(dtype) is not None and use_threads(num_threads)
+    torch.set_num_threads(1 if is_native else num_threads)
 
 
 def pick_device(wanted: str) -> torch.device:

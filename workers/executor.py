@@ -14,8 +14,17 @@ import zlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from tensorweave.cluster.errors import NotReady, RequestRejected, TensorweaveError, WorkerLost
-from tensorweave.cluster.protocol import FinishReason, GenerateRequest, ModelInfo, TokenChunk
+from tensorweave.cluster.errors import NotReady, TensorweaveError, WorkerLost
+from tensorweave.cluster.protocol import (
+    FinishReason,
+    GenerateRequest,
+    KvEndpoint,
+    KvRoad,
+    KvSource,
+    ModelInfo,
+    TokenChunk,
+)
+from tensorweave.workers.admission import check_fits
 from tensorweave.workers.comm import Comm
 from tensorweave.workers.decoder import Decoder
 from tensorweave.workers.engine import ModelEngine
@@ -86,6 +95,20 @@ class PyExecutor:
         """The loop runs: it was started, has not been shut down and has not failed."""
         return self._thread.is_alive() and self.failure is None
 
+    @property
+    def kv_endpoint(self) -> KvEndpoint | None:
+        """Where this rank gives its KV away; None where it exchanges none."""
+        return self._transfers.endpoint
+
+    @property
+    def kv_fingerprint(self) -> dict[str, str]:
+        """What another gang must have alike to take KV from here, or to give it."""
+        return self._transfers.fingerprint
+
+    def measure_road(self, source: KvSource, timeout_s: float = 10.0) -> KvRoad:
+        """What the way from a giving gang to this rank carries."""
+        return self._transfers.measure_road(source, timeout_s)
+
     def heartbeat(self) -> float:
         """Seconds since the loop last made progress; grows without bound when a step hangs."""
         return time.monotonic() - self._progress_s
@@ -102,8 +125,14 @@ class PyExecutor:
             NotReady: shutting down. WorkerLost: the loop has failed.
         """
         inbox = self._leader_inbox()
-        self._check(request)
-        inbox.put(request)
+        try:
+            check_fits(request, self.info)
+            self._scheduler.check(len(request.prompt_token_ids), request.sampling.max_tokens)
+            inbox.put(request)
+        except TensorweaveError:
+            if request.offer is not None:
+                self._transfers.decline(request.offer)
+            raise
         return request.request_id
 
     def enqueue_requests(self, requests: Sequence[GenerateRequest]) -> list[str]:
@@ -218,7 +247,8 @@ class PyExecutor:
     def _admit(self, news: News) -> None:
         self._resources.kv_cache.now_s = news.now_s
         for arrival in news.arrivals:
-            request = self._request(arrival, news.now_s)
+            self._num_arrived += 1
+            request = LlmRequest.of(arrival, self._num_arrived, news.now_s, can_fetch=self._transfers.can_fetch)
             self._by_id[request.request_id] = request
             self._active.append(request)
         if any(arrival.priority for arrival in news.arrivals) or self._has_priorities:
@@ -233,29 +263,12 @@ class PyExecutor:
         for request_id in news.released:
             self._release(request_id)
 
-    def _request(self, arrival: GenerateRequest, now_s: float) -> LlmRequest:
-        self._num_arrived += 1
-        tokens = list(arrival.prompt_token_ids)
-        return LlmRequest(
-            request_id=arrival.request_id,
-            order=self._num_arrived,
-            tokens=tokens,
-            prompt_len=len(tokens),
-            sampling=arrival.sampling,
-            priority=arrival.priority,
-            cache_salt=arrival.cache_salt,
-            retention=arrival.retention,
-            offer=arrival.offer,
-            fetch=arrival.fetch if self._transfers.can_fetch else None,
-            arrival_s=now_s,
-        )
-
     def _land(self, landed: Landed) -> None:
         """A request's KV has come from elsewhere: go on as if it had been computed here, up to where it is right."""
         request = self._by_id.get(landed.request_id)
         if request is None or request.state is not RequestState.FETCHING:
             return
-        self._transfers.drop_fetch(request)
+        self._transfers.drop(request)
         request.land(landed.num_tokens, landed.first_token)
         arrived = ContextChunk(request, 0, request.num_computed)
         self._resources.update_resources(ScheduledBatch(context=(arrived,)))
@@ -275,7 +288,7 @@ class PyExecutor:
 
     def _pause(self, batch: ScheduledBatch) -> None:
         for request in batch.paused:
-            self._transfers.drop_fetch(request)
+            self._transfers.drop(request)
             self._resources.free_resources(request)
             request.pause()
 
@@ -353,29 +366,6 @@ class PyExecutor:
         orphans = self._inbox.close(error)
         self._outbox.put([TokenChunk(request_id, error=error) for request_id in orphans])
 
-    # ---- admission
-
     def _leader_inbox(self) -> Inbox:
         assert isinstance(self._inbox, Inbox), "only rank 0 takes requests"
         return self._inbox
-
-    def _check(self, request: GenerateRequest) -> None:
-        """What no scheduler could ever serve is refused before it enters."""
-        num_prompt = len(request.prompt_token_ids)
-        sampling = request.sampling
-        if num_prompt == 0:
-            raise RequestRejected("the prompt is empty", param="prompt")
-        if sampling.max_tokens < 1:
-            raise RequestRejected(f"max_tokens is {sampling.max_tokens}, must be at least 1", param="max_tokens")
-        total = num_prompt + sampling.max_tokens
-        if total > self.info.max_seq_len:
-            raise RequestRejected(
-                f"prompt of {num_prompt} tokens + max_tokens {sampling.max_tokens} = {total}, "
-                f"over the limit of {self.info.max_seq_len} (max_seq_len)",
-                param="max_tokens" if num_prompt < self.info.max_seq_len else "prompt",
-            )
-        low, high = min(request.prompt_token_ids), max(request.prompt_token_ids)
-        if low < 0 or high >= self.info.vocab_size:
-            bad = low if low < 0 else high
-            raise RequestRejected(f"token id {bad} is outside the vocabulary of {self.info.vocab_size}", param="prompt")
-        self._scheduler.check(num_prompt, sampling.max_tokens)

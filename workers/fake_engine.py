@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tensorweave.cluster.protocol import ModelInfo, pack_tokens
+from tensorweave.workers.kv_pool import KVPool
 from tensorweave.workers.packing import pack
 from tensorweave.workers.plan import ScheduledBatch
 from tensorweave.workers.resources import ResourceManager
@@ -27,20 +28,25 @@ def hash_token(context: Sequence[int], vocab_size: int) -> int:
 
 
 class HashEngine:
-    """Keeps token ids where a model keeps keys and values: block by block, one number a token."""
+    """Keeps token ids where a model keeps keys and values: block by block, one number a token.
+
+    `pool` shows them as the keys of one layer with one KV head, so that they can be exchanged like a model's.
+    """
 
     def __init__(
         self, vocab_size: int = 1000, num_blocks: int = 64, tokens_per_block: int = 32, max_seq_len: int = 4096
     ) -> None:
         self.info = ModelInfo("hash", vocab_size, max_seq_len, "float32", tokens_per_block, num_blocks)
-        self._cache_BP = np.full((num_blocks, tokens_per_block), _UNWRITTEN, dtype=np.int32)
+        self.pool = KVPool(1, num_blocks, 1, tokens_per_block, 1, torch.int32, torch.device("cpu"))
+        self._cache_BP = self.pool.cache[0, :, 0, :, 0].numpy()
+        self._cache_BP[:] = _UNWRITTEN
 
     def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
         kv_cache = resources.kv_cache
         for copy in kv_cache.take_copies():
             self._cache_BP[copy.target, : copy.num_tokens] = self._cache_BP[copy.source, : copy.num_tokens]
         packed = pack(batch, kv_cache.block_ids, self.info.tokens_per_block)
-        self._cache_BP.reshape(-1)[packed.slots] = packed.token_ids
+        self._cache_BP[np.divmod(packed.slots, self.info.tokens_per_block)] = packed.token_ids
         ends = {span.first_row + span.length - 1: span for span in packed.spans}
         logits_RV = torch.zeros(len(packed.sampled_rows), self.info.vocab_size)
         for i, row in enumerate(packed.sampled_rows):

@@ -25,6 +25,8 @@ class KVPool:
 
     one plane of one block, P * head_dim numbers, is contiguous: the unit of a head-range transfer;
     one block of one layer, 2 * K planes, is contiguous too.
+
+    `first_head` is the number, in the model, of this rank's KV head 0.
     """
 
     def __init__(
@@ -36,7 +38,9 @@ class KVPool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        first_head: int = 0,
     ) -> None:
+        self.first_head = first_head
         shape = (num_layers, num_blocks, 2 * num_kv_heads, tokens_per_block, head_dim)
         self.cache = _zeros(shape, dtype, device)
         self.layers: tuple[Tensor, ...] = tuple(self.cache.unbind(0))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from tensorweave.cluster.protocol import FinishReason, Retention, SamplingSpec, Ticket
+from tensorweave.cluster.protocol import FinishReason, GenerateRequest, Retention, SamplingSpec, Ticket
 
 
 class RequestState(enum.IntEnum):
@@ -53,6 +53,24 @@ class LlmRequest:
 
     def __post_init__(self) -> None:
         self.context_len = self.context_len or len(self.tokens)
+
+    @classmethod
+    def of(cls, arrival: GenerateRequest, order: int, now_s: float, *, can_fetch: bool) -> LlmRequest:
+        """A new request, waiting. Where `can_fetch` is False its ticket is of no use: the prompt is computed here."""
+        tokens = list(arrival.prompt_token_ids)
+        return cls(
+            request_id=arrival.request_id,
+            order=order,
+            tokens=tokens,
+            prompt_len=len(tokens),
+            sampling=arrival.sampling,
+            priority=arrival.priority,
+            cache_salt=arrival.cache_salt,
+            retention=arrival.retention,
+            offer=arrival.offer,
+            fetch=arrival.fetch if can_fetch else None,
+            arrival_s=now_s,
+        )
 
     @property
     def num_output(self) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tensorweave.cluster.errors import WireError
+from tensorweave.cluster.protocol import KvEndpoint, KvRoad, KvSource
 from tensorweave.workers.plan import ContextChunk, ScheduledBatch
 from tensorweave.workers.request import LlmRequest
 
@@ -51,10 +52,13 @@ class TransferInbox(Protocol):
 class Transfers(Protocol):
     """One rank's side of KV transfer. Except where noted, only the step loop calls, on every rank alike.
 
-    `can_fetch`: whether a request's ticket is of any use here.
+    `can_fetch`: whether a request's ticket is of any use here. `endpoint` is where this rank gives KV away, and
+    `fingerprint` what a taker must have alike.
     """
 
     can_fetch: bool
+    endpoint: KvEndpoint | None
+    fingerprint: dict[str, str]
 
     def start(self, inbox: TransferInbox) -> None:
         """Before the first step. `inbox` is used by rank 0 alone."""
@@ -72,11 +76,19 @@ class Transfers(Protocol):
     def release(self, request_id: str) -> LlmRequest | None:
         """The lease has ended, by news: nobody reads the blocks any more, and the caller frees them."""
 
-    def drop_fetch(self, request: LlmRequest) -> None:
-        """This request no longer waits for its fetch (landed, paused): after this nothing writes into its blocks."""
+    def drop(self, request: LlmRequest) -> None:
+        """This request no longer waits for its fetch (landed, paused), and what it has offered so far is taken back:
+        after this nothing writes or reads its blocks."""
 
     def give_up(self, request_id: str) -> bool:
         """From any thread of rank 0: end a lease early. False where there is none."""
+
+    def decline(self, ticket_id: str) -> None:
+        """From any thread of rank 0: the request that would have offered under this ticket was refused; whoever waits
+        for it need not."""
+
+    def measure_road(self, source: KvSource, timeout_s: float) -> KvRoad:
+        """From any thread: what the way from a giving gang's rank 0 to this rank carries; waits, raises nothing."""
 
     def gauges(self) -> dict[str, float]:
         """From any thread: counters for metrics."""
@@ -89,6 +101,10 @@ class NoTransfers:
     """A gang that exchanges no KV: a ticket is ignored and the prompt is computed here."""
 
     can_fetch = False
+
+    def __init__(self) -> None:
+        self.endpoint: KvEndpoint | None = None
+        self.fingerprint: dict[str, str] = {}
 
     def start(self, inbox: TransferInbox) -> None:
         return None
@@ -105,11 +121,17 @@ class NoTransfers:
     def release(self, request_id: str) -> LlmRequest | None:
         return None
 
-    def drop_fetch(self, request: LlmRequest) -> None:
+    def drop(self, request: LlmRequest) -> None:
         return None
 
     def give_up(self, request_id: str) -> bool:
         return False
+
+    def decline(self, ticket_id: str) -> None:
+        return None
+
+    def measure_road(self, source: KvSource, timeout_s: float) -> KvRoad:
+        return KvRoad(0.0, 0.0, "this gang exchanges no KV")
 
     def gauges(self) -> dict[str, float]:
         return {}

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tensorweave.cli import bench_engine, bench_http, bench_road, bench_steps
+from tensorweave.cli import bench_engine, bench_http, bench_road, bench_steps, bench_transfer
 
 _EXAMPLES = """\
 examples:
@@ -15,6 +15,7 @@ examples:
   tensorweave bench serve --url http://127.0.0.1:8000 --num-prompts 64 --concurrency 8     any OpenAI endpoint
   tensorweave bench road --url http://127.0.0.1:8000     HTTP's share of the time to first token
   tensorweave bench overhead                             the step loop with an empty model
+  tensorweave bench transfer                             KV between two ranks, by lane and size
 """
 
 
@@ -32,6 +33,7 @@ def add_command(commands: Any) -> None:
     _add_serve(kinds)
     _add_road(kinds)
     _add_overhead(kinds)
+    _add_transfer(kinds)
 
 
 def _add_throughput(kinds: Any) -> None:
@@ -101,6 +103,23 @@ def _add_overhead(kinds: Any) -> None:
     parser.add_argument("--seed", type=int, default=0)
     _json_argument(parser)
     parser.set_defaults(run=bench_steps.run_overhead)
+
+
+def _add_transfer(kinds: Any) -> None:
+    parser = kinds.add_parser("transfer", help="KV blocks between two ranks of this machine")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=("smollm2-135m", "llama-8b"), help="KV of these models (default: all)"
+    )
+    parser.add_argument(
+        "--lanes", nargs="+", choices=("ipc", "nccl", "tcp"), help="(default: all that the machine has)"
+    )
+    parser.add_argument("--sizes", nargs="+", type=_positive, default=[4, 64], help="MiB of a fetch (default: 4 64)")
+    parser.add_argument(
+        "--parcels", nargs="+", type=_positive, default=[64], help="MiB packed together between GPUs (default: 64)"
+    )
+    parser.add_argument("--num-runs", type=_positive, default=5, help="the median run counts (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the report here")
+    parser.set_defaults(run=bench_transfer.run_transfer)
 
 
 def _engine_arguments(parser: argparse.ArgumentParser) -> None:

@@ -76,7 +76,7 @@ async def follow(llm: Any, prompt: list[int] | str, sampling: Any) -> Timeline:
     async for output in llm.generate_async(prompt, sampling, streaming=True):
         if output.outputs[0].token_ids_diff:
             timeline.piece_s.append(time.perf_counter())
-    timeline.is_finished = True
+    timeline.finish_reason = "length"
     return timeline
 
 

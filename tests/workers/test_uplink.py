@@ -1,0 +1,75 @@
+"""Every rank's messages reach rank 0, and nobody else's do."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+from typing import Any
+
+import pytest
+
+from tensorweave.cluster.errors import WorkerLost
+from tensorweave.cluster.wire import pack_frame
+from tensorweave.workers.comm import Comm, SoloComm
+from tensorweave.workers.uplink import FollowerUplink, LeaderUplink, Uplink, join_uplink
+from tests.workers.engine_drive import run_ranks
+
+
+def test_a_gang_of_one_calls_itself() -> None:
+    got: list[Any] = []
+    uplink = join_uplink(SoloComm(), "127.0.0.1")
+    uplink.start(got.append)
+    uplink.send(["a", 1])
+    assert got == [["a", 1]]
+    uplink.close()
+
+
+def test_all_ranks_reach_rank_0_in_order() -> None:
+    got: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    done = threading.Barrier(3)
+
+    def work(comm: Comm) -> None:
+        uplink: Uplink = join_uplink(comm, "127.0.0.1")
+        uplink.start(got.put)
+        for i in range(50):
+            uplink.send([comm.rank, i])
+        done.wait(10.0)
+        if comm.rank == 0:
+            messages = [got.get(timeout=5.0) for _ in range(150)]
+            for rank in range(3):
+                assert [i for r, i in messages if r == rank] == list(range(50))
+        done.wait(10.0)
+        uplink.close()
+
+    run_ranks(3, work)
+
+
+def test_a_stranger_is_hung_up_on() -> None:
+    got: list[Any] = []
+    leader = LeaderUplink("127.0.0.1", "secret")
+    leader.start(got.append)
+    for noise in (pack_frame("report", [1]), pack_frame("hello", "guess"), b"GET / HTTP/1.0\r\n\r\n" * 1000):
+        with socket.create_connection(leader.address, timeout=5.0) as sock:
+            sock.sendall(noise)
+            assert sock.recv(1) == b""
+    assert got == []
+    leader.close()
+
+
+def send_many(uplink: Uplink) -> None:
+    for _ in range(1000):
+        uplink.send(["still here"])
+
+
+def test_a_lost_rank_0_is_noticed() -> None:
+    leader = LeaderUplink("127.0.0.1", "secret")
+    leader.start(lambda message: None)
+    follower = FollowerUplink(leader.address, "secret")
+    follower.send(["here"])
+    leader.close()
+    with pytest.raises(WorkerLost, match="rank 0"):
+        send_many(follower)
+    follower.close()
+    with pytest.raises(WorkerLost, match="cannot be reached"):
+        FollowerUplink(leader.address, "secret")

@@ -1,0 +1,255 @@
+"""Gangs of executors in one process that exchange KV: ranks are threads, carriers are loops or TCP, with faults."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from tensorweave.cluster.protocol import GenerateRequest, KvSource, SamplingSpec, Ticket, TokenChunk
+from tensorweave.workers.comm import Comm, SoloComm
+from tensorweave.workers.decoder import SamplingDecoder
+from tensorweave.workers.engine_loader import load_engine
+from tensorweave.workers.executor import PyExecutor
+from tensorweave.workers.fake_engine import HashEngine
+from tensorweave.workers.kv_cache import KVCacheManager
+from tensorweave.workers.resources import ResourceManager
+from tensorweave.workers.scheduler import SimpleScheduler
+from tensorweave.workers.transfer.carrier import Carrier
+from tensorweave.workers.transfer.loop import Exchange, LoopCarrier
+from tensorweave.workers.transfer.tcp import TcpCarrier
+from tensorweave.workers.transfer.transfers import KvTransfers
+from tensorweave.workers.transfer.window import PoolWindow
+from tensorweave.workers.uplink import join_uplink
+from tests.workers.engine_drive import ThreadComm, engine_args
+
+SECRET = "open sesame"
+WAIT_S = 60.0
+
+MakeCarrier = Callable[[PoolWindow, dict[str, str]], Carrier]
+
+
+def tcp_carriers(window: PoolWindow, alike: dict[str, str]) -> Carrier:
+    return TcpCarrier(window, alike, "127.0.0.1", SECRET)
+
+
+def loop_carriers(exchange: Exchange) -> MakeCarrier:
+    return lambda window, alike: LoopCarrier(window, alike, SECRET, exchange)
+
+
+class Gang:
+    """Executors of one tensor-parallel group. `make_engine(comm)` builds each rank's engine."""
+
+    def __init__(
+        self,
+        make_engine: Callable[[Comm], Any],
+        size: int,
+        make_carrier: MakeCarrier | None,
+        *,
+        name: str = "gang",
+        fingerprint: dict[str, str] | None = None,
+        max_num_tokens: int = 256,
+        chunked: bool = True,
+        reuse: bool = True,
+        policy: Any = "GUARANTEED_NO_EVICT",
+        **timeouts: float,
+    ) -> None:
+        self.name = name
+        self.fingerprint = fingerprint or {"version": "test"}
+        self.kv_caches: list[KVCacheManager] = []
+        self.carriers: list[Carrier] = []
+        self.transfers: list[KvTransfers] = []
+
+        def build(comm: Comm) -> PyExecutor:
+            torch.set_num_threads(1)
+            engine = make_engine(comm)
+            info = engine.info
+            kv_cache = KVCacheManager(info.num_blocks, info.tokens_per_block, enable_block_reuse=reuse)
+            transfers = None
+            if make_carrier is not None:
+                window = PoolWindow(engine.pool)
+                carrier = make_carrier(window, self.fingerprint)
+                transfers = KvTransfers(
+                    carrier,
+                    window,
+                    kv_cache,
+                    join_uplink(comm, "127.0.0.1"),
+                    self.fingerprint,
+                    comm.rank,
+                    comm.size,
+                    **timeouts,
+                )
+            scheduler = SimpleScheduler(
+                kv_cache,
+                policy=policy,
+                max_num_tokens=max_num_tokens,
+                enable_chunked_prefill=chunked,
+            )
+            executor = PyExecutor(
+                engine=engine,
+                scheduler=scheduler,
+                resources=ResourceManager([kv_cache]),
+                decoder=SamplingDecoder(),
+                comm=comm,
+                info=info,
+                transfers=transfers,
+            )
+            built[comm.rank] = (executor, kv_cache, transfers)
+            return executor
+
+        built: dict[int, Any] = {}
+        shared: list[Any] = [None] * size
+        barrier = threading.Barrier(size)
+        comms: list[Comm] = [SoloComm()] if size == 1 else [ThreadComm(r, shared, barrier) for r in range(size)]
+        with ThreadPoolExecutor(size) as pool:
+            self.ranks = list(pool.map(build, comms))
+        for rank in range(size):
+            _, kv_cache, transfers = built[rank]
+            self.kv_caches.append(kv_cache)
+            if transfers is not None:
+                self.transfers.append(transfers)
+                self.carriers.append(transfers._carrier)
+        for executor in self.ranks:
+            executor.start()
+
+    @property
+    def leader(self) -> PyExecutor:
+        return self.ranks[0]
+
+    @property
+    def source(self) -> KvSource:
+        endpoints = tuple(rank.kv_endpoint for rank in self.ranks if rank.kv_endpoint is not None)
+        return KvSource(self.name, endpoints, self.leader.kv_fingerprint, SECRET)
+
+    def failures(self) -> dict[str, int]:
+        total: dict[str, int] = {}
+        for transfers in self.transfers:
+            for kind, count in transfers.tally.failures().items():
+                total[kind] = total.get(kind, 0) + count
+        return total
+
+    def gauge(self, name: str) -> float:
+        return sum(rank.gauges()[name] for rank in self.ranks)
+
+    def wait_idle(self, timeout_s: float = 5.0) -> None:
+        """Until no request, lease or fetch is open and all blocks are free on every rank; then the books are right."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            wrong = self._open()
+            if not wrong:
+                break
+            assert time.monotonic() < deadline_s, f"{self.name}: {wrong}"
+            threading.Event().wait(0.01)
+        for kv_cache in self.kv_caches:
+            assert kv_cache.audit() == []
+
+    def _open(self) -> list[str]:
+        wrong = [] if not self.leader.num_requests else [f"{self.leader.num_requests} requests"]
+        for rank, kv_cache in enumerate(self.kv_caches):
+            if kv_cache.available != kv_cache.num_blocks:
+                wrong.append(f"rank {rank}: {kv_cache.used} blocks are used")
+        for transfers in self.transfers:
+            gauges = transfers.gauges()
+            wrong += [f"{n}: {gauges[n]}" for n in gauges if gauges[n] and ("open" in n or "held" in n)]
+        return wrong
+
+    def close(self) -> None:
+        with ThreadPoolExecutor(len(self.ranks)) as pool:
+            list(pool.map(lambda executor: executor.shutdown(), self.ranks))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def hash_gang(size: int = 1, make_carrier: MakeCarrier | None = tcp_carriers, **knobs: Any) -> Gang:
+    engine = {name: knobs.pop(name) for name in ("num_blocks", "tokens_per_block", "max_seq_len") if name in knobs}
+    return Gang(lambda comm: HashEngine(**engine), size, make_carrier, **knobs)
+
+
+def model_gang(path: Path, size: int = 1, make_carrier: MakeCarrier | None = tcp_carriers, **knobs: Any) -> Gang:
+    kv = knobs.pop("kv_cache_config", {})
+    return Gang(lambda comm: load_engine(engine_args(path, kv_cache_config=kv), comm), size, make_carrier, **knobs)
+
+
+class Answer:
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+        self.num_cached_tokens = 0
+
+
+class Client:
+    """Sends requests to gangs and gathers what they answer, by request id."""
+
+    def __init__(self, *gangs: Gang) -> None:
+        self.answers: dict[str, Answer] = {}
+        self._gangs = gangs
+
+    def take(self, chunks: Sequence[TokenChunk]) -> None:
+        for chunk in chunks:
+            answer = self.answers.setdefault(chunk.request_id, Answer())
+            assert chunk.error is None, chunk.error
+            assert chunk.start == len(answer.tokens), "chunks come in order, without gaps"
+            answer.tokens += chunk.token_ids
+            answer.finish_reason = chunk.finish_reason
+            answer.num_cached_tokens = chunk.num_cached_tokens
+
+    def wait(self, request_ids: Sequence[str], timeout_s: float = WAIT_S) -> list[Answer]:
+        deadline_s = time.monotonic() + timeout_s
+        while not all(self._is_over(request_id) for request_id in request_ids):
+            assert time.monotonic() < deadline_s, f"hangs: {[r for r in request_ids if not self._is_over(r)][:5]}"
+            for gang in self._gangs:
+                self.take(gang.leader.await_responses(timeout_s=0.01))
+        return [self.answers[request_id] for request_id in request_ids]
+
+    def _is_over(self, request_id: str) -> bool:
+        return request_id in self.answers and self.answers[request_id].finish_reason is not None
+
+
+def request_pair(
+    name: str, prompt: Sequence[int], sampling: SamplingSpec, source: KvSource
+) -> tuple[GenerateRequest, GenerateRequest]:
+    """The prefill and the decode gang's request of one attempt."""
+    ticket = f"ticket-{name}"
+    return (
+        GenerateRequest(f"{name}/p", prompt, sampling, offer=ticket),
+        GenerateRequest(f"{name}/d", prompt, sampling, fetch=Ticket(ticket, source)),
+    )
+
+
+def run_disaggregated(
+    prefill: Gang, decode: Gang, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingSpec], name: str = "r"
+) -> list[Answer]:
+    """What the decode gang answers; checks that the prefill gang's first tokens are the same."""
+    client = Client(prefill, decode)
+    pairs = []
+    for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+        for_prefill, for_decode = request_pair(f"{name}{i}", prompt, sampling, prefill.source)
+        prefill.leader.enqueue_request(for_prefill)
+        decode.leader.enqueue_request(for_decode)
+        pairs.append((for_prefill.request_id, for_decode.request_id))
+    first = client.wait([pair[0] for pair in pairs])
+    answers = client.wait([pair[1] for pair in pairs])
+    for one, answer in zip(first, answers, strict=True):
+        assert one.tokens == answer.tokens[:1]
+    return answers
+
+
+def run_aggregated(gang: Gang, prompts: Sequence[Sequence[int]], samplings: Sequence[SamplingSpec]) -> list[Answer]:
+    client = Client(gang)
+    ids = [
+        gang.leader.enqueue_request(GenerateRequest(f"a{i}", prompt, sampling))
+        for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
+    ]
+    return client.wait(ids)

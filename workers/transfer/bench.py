@@ -1,0 +1,272 @@
+"""What moving KV blocks costs: the kernels alone, NCCL alone, and whole fetches by each lane between two processes.
+
+The giver is a child process that holds a pool of random blocks, the taker is this one; on a machine with two GPUs they
+sit on different ones. Times are medians; rates count each moved byte once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from tensorweave.cluster.errors import TransferFailed
+from tensorweave.cluster.protocol import KvEndpoint
+from tensorweave.workers.kv_pool import KVPool
+from tensorweave.workers.transfer.carrier import Claim, Failed, Sink, TicketOver
+from tensorweave.workers.transfer.intake import Intake, Landing
+from tensorweave.workers.transfer.lane import HostLane, LaneKind
+from tensorweave.workers.transfer.nccl import Communicator, new_unique_id
+from tensorweave.workers.transfer.nccl_lane import PARCEL_BYTES, NcclLane
+from tensorweave.workers.transfer.same_node import SameNodeLane
+from tensorweave.workers.transfer.shelf import BlockTags, Row, Shelf
+from tensorweave.workers.transfer.tally import Tally
+from tensorweave.workers.transfer.tcp import TcpCarrier
+from tensorweave.workers.transfer.window import PoolWindow
+
+_SECRET: Final = "a bench"
+_PROMPT: Final = "prompt"
+_HOST: Final = "127.0.0.1"
+_TIMEOUT_S: Final = 60.0
+_MESSAGE_BYTES: Final = 64 << 10
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The KV of one rank."""
+
+    name: str
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    dtype: str = "bfloat16"
+    tokens_per_block: int = 32
+    first_head: int = 0
+
+    def make_window(self, num_bytes: int, device: torch.device) -> PoolWindow:
+        dtype = getattr(torch, self.dtype)
+        token_bytes = self.num_layers * 2 * self.num_heads * self.head_dim * dtype.itemsize
+        num_blocks = max(1, num_bytes // (token_bytes * self.tokens_per_block))
+        P, H = self.tokens_per_block, self.head_dim
+        pool = KVPool(self.num_layers, num_blocks, self.num_heads, P, H, dtype, device, self.first_head)
+        pool.cache.normal_()
+        return PoolWindow(pool)
+
+
+SHAPES: Final = {shape.name: shape for shape in (Shape("smollm2-135m", 30, 3, 64), Shape("llama-8b", 32, 8, 128))}
+
+
+def bench_fetches(
+    shape: Shape, lane: str, devices: tuple[str, str], sizes: Sequence[int], parcel_bytes: int, num_runs: int
+) -> list[Figures]:
+    """Whole fetches of `sizes` bytes, from the claim to the last block in the pool, digests checked and not."""
+    with giver(shape, lane, devices[0], max(sizes), parcel_bytes) as given:
+        window = shape.make_window(max(sizes), torch.device(devices[1]))
+        carrier = make_carrier(window, lane, parcel_bytes)
+        rows = []
+        for size in sizes:
+            num_blocks = max(1, size // window.block_bytes(len(window.heads)))
+            num_bytes = num_blocks * window.block_bytes(len(window.heads))
+            row = {"shape": shape.name, "lane": lane, "parcel_mib": parcel_bytes / 2**20, "mib": num_bytes / 2**20}
+            for name, is_checked in (("unchecked", False), ("checked", True)):
+                times = [fetch(carrier, window, given.endpoint, num_blocks, is_checked) for _ in range(num_runs + 1)][
+                    1:
+                ]
+                row[f"{name}_ms"] = statistics.median(times) * 1e3
+                row[f"{name}_gb_per_s"] = num_bytes / statistics.median(times) / 1e9
+            rows.append({**row, "giver_digest_gb_per_s": given.digest_gb_per_s})
+        carrier.shutdown()
+        return rows
+
+
+def bench_kernels(shape: Shape, device: str, num_bytes: int, num_runs: int) -> Figures:
+    """GB/s of packing, unpacking and digesting scattered blocks, each call with its launch and its wait."""
+    window = shape.make_window(num_bytes, torch.device(device))
+    heads = range(len(window.heads))
+    order = torch.randperm(window.num_blocks).tolist()
+    packed = torch.empty(len(order) * window.block_bytes(len(heads)), dtype=torch.uint8, device=window.device)
+    full = [window.tokens_per_block] * len(order)
+    calls: dict[str, Callable[[], Any]] = {
+        "pack": lambda: window.pack(order, heads, packed),
+        "unpack": lambda: window.unpack(order, heads, packed),
+        "digest_in_pool": lambda: window.digests(order, full),
+        "digest_packed": lambda: window.payload_digests(packed, len(heads), full),
+    }
+    rates = {f"{name}_gb_per_s": len(packed) / _median_s(call, num_runs) / 1e9 for name, call in calls.items()}
+    return {"shape": shape.name, "mib": len(packed) / 2**20, **rates}
+
+
+def bench_wire(sizes: Sequence[int], num_runs: int) -> list[Figures]:
+    """Two GPUs of this process: sizes sent over NCCL and copied, whole and in 64 KiB pieces, as scattered blocks."""
+    unique_id = new_unique_id()
+    times: list[list[float]] = [[], []]
+
+    def play(rank: int) -> None:
+        torch.cuda.set_device(rank)
+        torch.cuda.set_stream(torch.cuda.Stream(rank))  # type: ignore[no-untyped-call]
+        data = torch.empty(max(sizes), dtype=torch.uint8, device="cuda")
+        pair = Communicator(unique_id, rank, _TIMEOUT_S, lambda: False)
+        move = pair.receive if rank else pair.send
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        for size in sizes:
+            for message in (size, _MESSAGE_BYTES):
+                pieces = [data[at : at + message] for at in range(0, size, message)]
+                for _ in range(num_runs + 1):
+                    start_s = time.perf_counter()
+                    for piece in pieces:
+                        move(piece, _TIMEOUT_S)
+                    done.record()
+                    pair.wait(done, _TIMEOUT_S)
+                    times[rank].append(time.perf_counter() - start_s)
+        pair.abort()
+
+    threads = [threading.Thread(target=play, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rows = []
+    for place, size in enumerate(sizes):
+        whole, pieces = (times[1][(2 * place + i) * (num_runs + 1) :][1 : num_runs + 1] for i in (0, 1))
+        seconds = {
+            "nccl": statistics.median(whole),
+            "nccl_64_kib": statistics.median(pieces),
+            "copy": _copy_s(size, size, num_runs),
+            "copy_64_kib": _copy_s(size, _MESSAGE_BYTES, num_runs),
+        }
+        rows.append({"mib": size / 2**20, **{f"{name}_gb_per_s": size / s / 1e9 for name, s in seconds.items()}})
+    return rows
+
+
+def _copy_s(size: int, message: int, num_runs: int) -> float:
+    source, target = (torch.empty(size, dtype=torch.uint8, device=f"cuda:{number}") for number in (0, 1))
+
+    def copy() -> None:
+        for at in range(0, size, message):
+            target[at : at + message].copy_(source[at : at + message], non_blocking=True)
+        torch.cuda.synchronize(0)
+        torch.cuda.synchronize(1)
+
+    return _median_s(copy, num_runs)
+
+
+def gpu_names() -> list[str]:
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+
+
+class Unchecked:
+    """A `Sink` that believes everything: what is left is the way and the copies."""
+
+    def __init__(self, landing: Landing, heads: range) -> None:
+        self._landing = landing
+        self._heads = heads
+
+    def announce(self, rows: Sequence[Row], digests: bytes) -> None:
+        return None
+
+    def put(self, blocks: Sequence[tuple[int, int]], payload: Tensor) -> None:
+        self._landing.write([index for index, _ in blocks], self._heads, payload)
+
+
+def fetch(carrier: TcpCarrier, window: PoolWindow, endpoint: KvEndpoint, num_blocks: int, is_checked: bool) -> float:
+    heads, first = range(len(window.heads)), window.num_blocks - num_blocks
+    landing = Landing(window, 0, range(window.num_blocks))
+    wanted = dict.fromkeys(range(first, window.num_blocks), window.tokens_per_block)
+    intake = Intake(landing, heads, wanted, Tally())
+    sink: Sink = intake if is_checked else Unchecked(landing, heads)
+    start_s = time.perf_counter()
+    claim_id = uuid.uuid4().hex
+    carrier.fetch(endpoint, _SECRET, Claim(claim_id, "t", {}, _PROMPT, window.heads.start, len(heads), first), sink)
+    while True:
+        for event in carrier.poll(_TIMEOUT_S) or [Failed(claim_id, "timeout", f"not within {_TIMEOUT_S:g} s")]:
+            if isinstance(event, TicketOver) or event.claim_id != claim_id:
+                continue
+            if isinstance(event, Failed):
+                raise TransferFailed(f"the bench's fetch failed: {event.kind}: {event.reason}")
+            took_s = time.perf_counter() - start_s
+            carrier.close("t")
+            assert not is_checked or not intake.missing(), "a block came wrong"
+            return took_s
+
+
+def make_carrier(window: PoolWindow, lane: str, parcel_bytes: int = PARCEL_BYTES) -> TcpCarrier:
+    return TcpCarrier(window, {}, _HOST, _SECRET, [_make_lane(lane, window, parcel_bytes)])
+
+
+def _make_lane(name: str, window: PoolWindow, parcel_bytes: int) -> LaneKind:
+    if window.device.type == "cuda":
+        torch.cuda.set_device(window.device)
+        window.warm()
+    match name:
+        case "ipc":
+            return SameNodeLane(window, parcel_bytes)
+        case "nccl":
+            return NcclLane(window, parcel_bytes)
+        case "tcp":
+            return HostLane(window)
+    raise ValueError(f"no lane {name!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Giver:
+    endpoint: KvEndpoint
+    digest_gb_per_s: float
+    process: BaseProcess
+
+
+@contextmanager
+def giver(shape: Shape, lane: str, device: str, num_bytes: int, parcel_bytes: int = PARCEL_BYTES) -> Iterator[Giver]:
+    """Another process that offers a pool's blocks."""
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=_give, args=(theirs, shape, lane, device, num_bytes, parcel_bytes), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not pipe.poll(_TIMEOUT_S):
+            raise TransferFailed("the bench's giver has not started")
+        endpoint, digest_gb_per_s = pipe.recv()
+        yield Giver(endpoint, digest_gb_per_s, process)
+    finally:
+        pipe.close()
+        process.join(_TIMEOUT_S)
+        process.kill()
+
+
+def _give(pipe: Connection, shape: Shape, lane: str, device: str, num_bytes: int, parcel_bytes: int) -> None:
+    window = shape.make_window(num_bytes, torch.device(device))
+    carrier = make_carrier(window, lane, parcel_bytes)
+    shelf = Shelf(window, BlockTags(), _PROMPT)
+    order = torch.randperm(window.num_blocks).tolist()
+    start_s = time.perf_counter()
+    shelf.add(order, [window.tokens_per_block] * len(order))
+    pool_bytes = len(order) * window.block_bytes(len(window.heads))
+    rate = pool_bytes / (time.perf_counter() - start_s) / 1e9
+    shelf.complete(0)
+    carrier.offer("t", shelf)
+    pipe.send((KvEndpoint(*carrier.address, window.heads.start, len(window.heads)), rate))
+    pipe.poll(None)  # until the other end closes
+    carrier.shutdown()
+
+
+def _median_s(call: Callable[[], Any], num_runs: int) -> float:
+    call()
+    times = []
+    for _ in range(num_runs):
+        start_s = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start_s)
+    return statistics.median(times)

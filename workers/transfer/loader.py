@@ -1,0 +1,42 @@
+"""`Loader`: makes payloads of blocks, for what a payload is on some lane."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from torch import Tensor
+
+from tensorweave.workers.transfer.window import PoolWindow
+
+HOST_PARCEL_BYTES: Final = 1 << 20
+"""The taker checks one parcel from its cache while the next is on the way: over loopback 5.2 GB/s, against 4.0 with
+4 MiB."""
+
+
+class Loader(Protocol):
+    def block_bytes(self, num_heads: int) -> int:
+        """What a block takes in a payload."""
+
+    def parcel_blocks(self, num_heads: int) -> int:
+        """How many blocks go into one payload, at least one."""
+
+    def pack(self, block_ids: Sequence[int], heads: range, out: Tensor) -> None:
+        """Fill `out`. When it returns, it has read all that it will."""
+
+
+class PoolLoader:
+    """The blocks' bytes."""
+
+    def __init__(self, window: PoolWindow, parcel_bytes: int) -> None:
+        self._window = window
+        self._parcel_bytes = parcel_bytes
+
+    def block_bytes(self, num_heads: int) -> int:
+        return self._window.block_bytes(num_heads)
+
+    def parcel_blocks(self, num_heads: int) -> int:
+        return max(1, self._parcel_bytes // max(1, self.block_bytes(num_heads)))
+
+    def pack(self, block_ids: Sequence[int], heads: range, out: Tensor) -> None:
+        self._window.pack(block_ids, heads, out)

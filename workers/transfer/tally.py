@@ -1,0 +1,36 @@
+"""`Tally`: what a rank's transfers have done, counted on any thread, shown as gauges."""
+
+from __future__ import annotations
+
+import collections
+import threading
+
+from tensorweave.workers.transfer.carrier import FAILURE_KINDS, FailureKind
+
+
+class Tally:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._failures: collections.Counter[FailureKind] = collections.Counter()
+        self._totals = dict.fromkeys(
+            ("bytes", "blocks", "seconds", "fetches", "refetched_blocks", "recomputed_tokens"), 0.0
+        )
+
+    def fail(self, kind: FailureKind, count: int = 1) -> None:
+        if count:
+            with self._lock:
+                self._failures[kind] += count
+
+    def add(self, name: str, amount: float) -> None:
+        with self._lock:
+            self._totals[name] += amount
+
+    def failures(self) -> dict[FailureKind, int]:
+        with self._lock:
+            return dict(self._failures)
+
+    def gauges(self) -> dict[str, float]:
+        with self._lock:
+            totals = {f"kv_transfer_{name}_total": amount for name, amount in self._totals.items()}
+            failures = {f"kv_transfer_failures_{kind}_total": float(self._failures[kind]) for kind in FAILURE_KINDS}
+        return totals | failures

@@ -1,0 +1,181 @@
+"""`KvTransfers`: one rank's `Transfers`: offers, fetches and the thread that waits for a carrier's events and for time.
+
+Deadlines are looked at on that thread, so that they hold also while the step loop is idle or stuck in a long step.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from tensorweave.cluster.errors import TransferFailed, WorkerLost
+from tensorweave.cluster.protocol import KvEndpoint, KvRoad, KvSource
+from tensorweave.workers.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.request import LlmRequest
+from tensorweave.workers.resources import KVCache
+from tensorweave.workers.transfer.carrier import Carrier, Event, TicketOver
+from tensorweave.workers.transfer.desk import fingerprint_difference
+from tensorweave.workers.transfer.giving import Offers
+from tensorweave.workers.transfer.landings import Landings, Report
+from tensorweave.workers.transfer.taking import Fetches
+from tensorweave.workers.transfer.tally import Tally
+from tensorweave.workers.transfer.window import PoolWindow
+from tensorweave.workers.transfers import TransferInbox
+from tensorweave.workers.uplink import Uplink
+
+logger = logging.getLogger(__name__)
+
+TICK_S: Final = 0.1
+_JOIN_TIMEOUT_S: Final = 10.0
+_NUM_PROBES: Final = 3
+_PROBE_BYTES: Final = 16 << 20
+
+
+class KvTransfers:
+    """Satisfies `Transfers`.
+
+    Args:
+        timeout_s: longest time of a fetch, from its schedule on.
+        lease_s: longest time that blocks are kept for whoever holds a ticket.
+    """
+
+    can_fetch = True
+
+    def __init__(
+        self,
+        carrier: Carrier,
+        window: PoolWindow,
+        kv_cache: KVCache,
+        uplink: Uplink,
+        fingerprint: dict[str, str],
+        rank: int = 0,
+        size: int = 1,
+        timeout_s: float = 60.0,
+        lease_s: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        host, port = carrier.address
+        self.endpoint: KvEndpoint | None = KvEndpoint(host, port, window.heads.start, len(window.heads))
+        self.fingerprint = fingerprint
+        self.tally = Tally()
+        self._carrier = carrier
+        self._uplink = uplink
+        self._rank = rank
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._offers = Offers(carrier, window, kv_cache, lease_s, clock)
+        self._landings = Landings(size, self.tally, clock)
+        self._fetches = Fetches(
+            carrier, window, kv_cache, fingerprint, rank, timeout_s, self.tally, self._send_report, clock
+        )
+        self._is_closing = threading.Event()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name=f"kv-transfers-{rank}", daemon=True)
+
+    def start(self, inbox: TransferInbox) -> None:
+        self._offers.start(inbox)
+        self._landings.start(inbox)
+        self._uplink.start(self._take_report)
+        self._thread.start()
+
+    # ---- the step loop
+
+    def fetch(self, chunks: Sequence[ContextChunk]) -> None:
+        if self._failure is not None:
+            raise WorkerLost(f"the transfer thread failed: {self._failure}")
+        for chunk in chunks:
+            if self._rank == 0:
+                request = chunk.request
+                self._landings.expect(request.request_id, chunk.start, request.context_len, self._timeout_s)
+            self._fetches.begin(chunk)
+
+    def offer(self, batch: ScheduledBatch) -> None:
+        for chunk in batch.context:
+            self._fetches.waive(chunk.request)
+        self._offers.offer(batch)
+
+    def keeps(self, request: LlmRequest) -> bool:
+        self._close_fetch(request)
+        self._fetches.forget(request)
+        return self._offers.keeps(request)
+
+    def drop(self, request: LlmRequest) -> None:
+        self._close_fetch(request)
+        self._offers.drop(request)
+
+    def release(self, request_id: str) -> LlmRequest | None:
+        return self._offers.release(request_id)
+
+    def _close_fetch(self, request: LlmRequest) -> None:
+        if self._fetches.drop(request):
+            self._landings.forget(request.request_id)
+
+    # ---- any thread
+
+    def give_up(self, request_id: str) -> bool:
+        return self._offers.give_up(request_id)
+
+    def decline(self, ticket_id: str) -> None:
+        self._carrier.close(ticket_id)
+
+    def measure_road(self, source: KvSource, timeout_s: float) -> KvRoad:
+        reason = fingerprint_difference(source.fingerprint, self.fingerprint)
+        if reason is not None:
+            return KvRoad(0.0, 0.0, reason)
+        end_s = time.monotonic() + timeout_s
+        try:
+            latency_s, took_s = (
+                min(self._probe(source, num_bytes, end_s) for _ in range(_NUM_PROBES))
+                for num_bytes in (0, _PROBE_BYTES)
+            )
+        except TransferFailed as error:
+            return KvRoad(0.0, 0.0, error.message)
+        return KvRoad(_PROBE_BYTES / took_s, latency_s)
+
+    def _probe(self, source: KvSource, num_bytes: int, end_s: float) -> float:
+        return self._carrier.probe(source.endpoints[0], source.secret, num_bytes, end_s - time.monotonic())
+
+    def gauges(self) -> dict[str, float]:
+        return {
+            **self.tally.gauges(),
+            "kv_transfer_open_fetches": self._fetches.num_open,
+            "kv_transfer_open_leases": self._offers.num_leases,
+            "kv_transfer_held_blocks": self._offers.num_held_blocks,
+        }
+
+    def shutdown(self) -> None:
+        self._is_closing.set()
+        self._carrier.shutdown()
+        self._uplink.close()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(_JOIN_TIMEOUT_S)
+
+    # ---- the transfer thread
+
+    def _run(self) -> None:
+        try:
+            while not self._is_closing.is_set():
+                for event in self._carrier.poll(TICK_S):
+                    self._handle(event)
+                now_s = self._clock()
+                self._offers.tick(now_s)
+                self._fetches.tick(now_s)
+                self._landings.tick(now_s)
+        except Exception as error:  # the loop's boundary: the step loop must hear of it
+            logger.exception("the transfer thread failed")
+            self._failure = error
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, TicketOver):
+            self._offers.over(event.ticket_id)
+        else:
+            self._fetches.handle(event)
+
+    def _send_report(self, report: Report) -> None:
+        self._uplink.send(report.to_wire())
+
+    def _take_report(self, message: Any) -> None:
+        self._landings.report(Report.from_wire(message))

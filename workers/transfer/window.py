@@ -1,0 +1,83 @@
+"""`PoolWindow`: how transfer sees a rank's KV pool: blocks packed to bytes and back, and their digests.
+
+Packed, the heads [i, j) of one block are [layers, 2, j - i, P, H]: for each layer their keys, then their values;
+several blocks follow each other. Packed bytes are in host memory or on the pool's GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tensorweave.kernels.block_pack import as_blocks, digest_blocks, pack_blocks, unpack_blocks
+from tensorweave.workers.kv_pool import KVPool
+
+# L layers, B blocks, K KV heads of this rank, P block size in tokens, H head dim
+
+
+class PoolWindow:
+    """`heads` are the KV heads of this rank, by their numbers in the model; arguments count from the rank's first."""
+
+    def __init__(self, pool: KVPool) -> None:
+        num_layers, num_blocks, planes, P, H = pool.cache.shape
+        self.num_layers = num_layers
+        self.head_dim = H
+        self.dtype_name = str(pool.cache.dtype).removeprefix("torch.")
+        self.heads = range(pool.first_head, pool.first_head + planes // 2)
+        self.tokens_per_block = P
+        self.device = pool.cache.device
+        self.num_blocks = num_blocks
+        self.blocks_LB2KPH = pool.cache.view(num_layers, num_blocks, 2, planes // 2, P, H)
+
+    def use_own_stream(self) -> None:
+        """What this thread does from now on need not wait for the engine's kernels."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.cuda.set_stream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
+
+    def block_bytes(self, num_heads: int) -> int:
+        num_layers, _, _, _, P, H = self.blocks_LB2KPH.shape
+        return num_layers * 2 * num_heads * P * H * self.blocks_LB2KPH.itemsize
+
+    def new_staging(self, num_bytes: int) -> Tensor:
+        """Host bytes to pack into and unpack from, page-locked where the pool is on a GPU."""
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+    def pack(self, block_ids: Sequence[int], heads: range, out: Tensor) -> None:
+        """`out` is filled: len(block_ids) * block_bytes(len(heads)) bytes."""
+        packed = out if out.device == self.device else torch.empty_like(out, device=self.device)
+        pack_blocks(self.blocks_LB2KPH, block_ids, heads, packed)
+        if packed is not out:
+            out.copy_(packed, non_blocking=True)
+        self._synchronize()
+
+    def unpack(self, block_ids: Sequence[int], heads: range, payload: Tensor) -> None:
+        unpack_blocks(self.blocks_LB2KPH, block_ids, heads, payload.to(self.device))
+        self._synchronize()
+
+    def digests(self, block_ids: Sequence[int], num_tokens: Sequence[int]) -> list[Tensor]:
+        """[L, K] int64, on the host, of each of these blocks in the pool."""
+        return list(digest_blocks(self.blocks_LB2KPH, block_ids, num_tokens).cpu())
+
+    def digest(self, block_id: int, num_tokens: int) -> Tensor:
+        return self.digests([block_id], [num_tokens])[0]
+
+    def payload_digests(self, payload: Tensor, num_heads: int, num_tokens: Sequence[int]) -> list[Tensor]:
+        """[L, heads] int64, on the host, of each packed block."""
+        blocks_LB2KPH = as_blocks(payload, self.blocks_LB2KPH, num_heads).transpose(0, 1)
+        return list(digest_blocks(blocks_LB2KPH, range(len(num_tokens)), num_tokens).cpu())
+
+    def warm(self) -> None:
+        """Have the GPU's kernels compiled before a peer waits for them. Writes block 0 as it is."""
+        block = torch.empty(self.block_bytes(len(self.heads)), dtype=torch.uint8, device=self.device)
+        heads = range(len(self.heads))
+        self.pack([0], heads, block)
+        self.unpack([0], heads, block)
+        self.digest(0, self.tokens_per_block)
+        self.payload_digests(block, len(heads), [self.tokens_per_block])
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
