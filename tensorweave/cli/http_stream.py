@@ -33,7 +33,11 @@ class Timeline:
     piece_s: list[float] = field(default_factory=list)
     text: str = ""
     usage: dict[str, Any] = field(default_factory=dict)
-    is_finished: bool = False
+    finish_reason: str | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
 
     @property
     def ttft_s(self) -> float:
@@ -52,12 +56,12 @@ class Timeline:
         if "error" in event:
             raise RequestFailed("error event", error_message(event, "in the stream"))
         self.usage = event.get("usage") or self.usage
-        has_ended = any(choice.get("finish_reason") for choice in event.get("choices") or ())
+        reasons = [str(choice["finish_reason"]) for choice in event.get("choices") or () if choice.get("finish_reason")]
         text = event_text(event)
-        if text or has_ended:
+        if text or reasons:
             self.piece_s.append(now_s)
         self.text += text
-        self.is_finished = self.is_finished or has_ended
+        self.finish_reason = reasons[-1] if reasons else self.finish_reason
 
 
 class Connection:
@@ -75,15 +79,20 @@ class Connection:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
 
-    async def stream(self, path: str, body: dict[str, Any]) -> Timeline:
-        """POST `body` and follow the answer's events to the end.
+    async def stream(
+        self, path: str, body: dict[str, Any], *, request_id: str | None = None, timeline: Timeline | None = None
+    ) -> Timeline:
+        """POST `body` and follow the answer's events to the end. A caller that brings the `timeline` to be filled keeps
+        what came before a failure.
 
         Raises:
             RequestFailed: refused, timed out, broke off, or ended without a finish reason.
         """
+        if timeline is None:
+            timeline = Timeline(time.perf_counter())
         try:
             async with asyncio.timeout(self._timeout_s):
-                timeline = await self._exchange(path, json.dumps(body).encode())
+                await self._exchange(path, json.dumps(body).encode(), request_id, timeline)
         except TimeoutError:
             self.close()
             raise RequestFailed("timeout", f"{self._timeout_s} s") from None
@@ -105,17 +114,18 @@ class Connection:
             self._writer.close()
         self._reader = self._writer = None
 
-    async def _exchange(self, path: str, payload: bytes) -> Timeline:
+    async def _exchange(self, path: str, payload: bytes, request_id: str | None, timeline: Timeline) -> None:
         if self._reader is None or self._writer is None:
             tls = ssl.create_default_context() if self._tls else None
             self._reader, self._writer = await asyncio.open_connection(self._host, self._port, ssl=tls, limit=2**20)
         reader, writer = self._reader, self._writer
-        key = f"Authorization: Bearer {self._api_key}\r\n" if self._api_key else ""
+        extra = f"Authorization: Bearer {self._api_key}\r\n" if self._api_key else ""
+        extra += f"X-Request-Id: {request_id}\r\n" if request_id else ""
         head = (
             f"POST {self._base}{path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Type: application/json\r\n"
-            f"Accept: text/event-stream\r\n{key}Content-Length: {len(payload)}\r\n\r\n"
+            f"Accept: text/event-stream\r\n{extra}Content-Length: {len(payload)}\r\n\r\n"
         )
-        timeline = Timeline(time.perf_counter())
+        timeline.sent_s = time.perf_counter()
         writer.write(head.encode("ascii") + payload)
         await writer.drain()
         status, headers = await self._read_head(reader)
@@ -133,7 +143,6 @@ class Connection:
             raise RequestFailed(f"HTTP {status}", _reason(whole))
         if headers.get("connection", "").lower() == "close":
             self.close()
-        return timeline
 
     async def _read_head(self, reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
         first, *rest = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")

@@ -20,6 +20,7 @@ COMMANDS = [
     ["bench", "serve"],
     ["bench", "road"],
     ["bench", "overhead"],
+    ["chaos"],
     ["models", "fetch"],
     ["version"],
 ]

@@ -1,0 +1,231 @@
+"""`Experiment`: rounds of load and fault over one service after another, and what came of each fault.
+
+start ─▶ oracle ─▶ ┌▶ load ─▶ fault ─▶ open requests end ─▶ load ends ─▶ whole again? ┐ ─▶ end
+                   └──────────────────────────────────────────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from tensorweave.cli.chaos_faults import Blow, Fault, prepare, settle
+from tensorweave.cli.chaos_load import Job, Load, OracleFailed, Outcome, make_jobs, record_oracle
+from tensorweave.cli.chaos_service import ChaosService, ProcessTree, ServiceBroken
+from tensorweave.deploy.config import ServeConfig
+
+_EARLIEST_S: Final = 0.3
+_LATEST_S: Final = 2.5
+"""The fault strikes at a random moment of the load between these."""
+_AFTERMATH_S: Final = 1.0
+_REASONS_SHOWN: Final = 3
+_REATTACHED: Final = "tensorweave_requests_reattached_total"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    num_clients: int = 32
+    num_jobs: int = 64
+    seed: int = 0
+    request_timeout_s: float = 120.0
+    whole_timeout_s: float = 180.0
+
+
+@dataclass(slots=True)
+class Row:
+    """All rounds of one fault. A request is disturbed by whatever it meets; all requests of a round count."""
+
+    fault: Fault
+    num_injected: int = 0
+    num_requests: int = 0
+    num_failed: int = 0
+    num_changed: int = 0
+    recover_s: list[float] = field(default_factory=list)
+
+    def add(self, outcomes: Sequence[Outcome], fault_s: float) -> None:
+        """`recover_s` of a round: the longest time after the fault that the client of any request then open waited for
+        more of its answer."""
+        self.num_injected += 1
+        self.num_requests += len(outcomes)
+        self.num_failed += sum(outcome.failure is not None for outcome in outcomes)
+        self.num_changed += sum(outcome.is_changed for outcome in outcomes)
+        silences_s = [outcome.longest_silence_s(fault_s) for outcome in outcomes if outcome.was_open(fault_s)]
+        self.recover_s += [max(silences_s)] if silences_s else []
+
+    @property
+    def is_clean(self) -> bool:
+        return not self.num_failed and not self.num_changed
+
+    def to_plain(self) -> dict[str, Any]:
+        median_s = round(statistics.median(self.recover_s), 3) if self.recover_s else None
+        worst_s = round(max(self.recover_s), 3) if self.recover_s else None
+        return {
+            "fault": self.fault.name,
+            "injected": self.num_injected,
+            "requests": self.num_requests,
+            "failed": self.num_failed,
+            "changed": self.num_changed,
+            "recover_s_median": median_s,
+            "recover_s_max": worst_s,
+        }
+
+
+class Experiment:
+    """Used once. `on_row` is called with each fault's row when its rounds are over."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        arguments: Sequence[str],
+        tree: ProcessTree,
+        settings: Settings,
+        on_row: Callable[[Row], None],
+        log: Path | None = None,
+    ) -> None:
+        self.problems: list[str] = []
+        self._config = config
+        self._arguments = arguments
+        self._tree = tree
+        self._settings = settings
+        self._on_row = on_row
+        self._log = log
+        self._service: ChaosService | None = None
+        self._jobs: list[Job] = []
+        self._draws = random.Random(settings.seed)
+        self._num_rounds = 0
+
+    async def run(self, faults: Sequence[Fault], num_rounds: int) -> list[Row]:
+        """Raises ServiceBroken or OracleFailed when there is nothing to go on with."""
+        rows = []
+        try:
+            for fault in faults:
+                row = Row(fault)
+                for number in range(1, num_rounds + 1):
+                    await self._round(row, number)
+                rows.append(row)
+                self._on_row(row)
+        except asyncio.CancelledError:
+            await self._end_service(is_orderly=False)
+            raise
+        finally:
+            await self._end_service()
+        return rows
+
+    async def _round(self, row: Row, number: int) -> None:
+        service = self._service or await self._start_service()
+        fault, settings = row.fault, self._settings
+        self._num_rounds += 1
+        urls = [service.url(port) for port in service.ports]
+        round_id = f"chaos-{settings.seed}-{self._num_rounds}"
+        load = Load(urls, settings.request_timeout_s, round_id, asks_again=fault.breaks_connections)
+        gangs, num_reattached = await service.gang_ids(), await service.count(_REATTACHED)
+        blow = await prepare(fault, service, self._draws)
+        fault_s = await self._disturb(load, fault, blow)
+        row.add(load.outcomes, fault_s)
+        self._tell(row, number, load.outcomes, fault_s)
+        if num_again := sum(outcome.num_asks > 1 for outcome in load.outcomes):
+            num_taken = await service.count(_REATTACHED) - num_reattached
+            say(f"  {num_again} asked again, {num_taken:.0f} taken over where they stood")
+        await self._restore(service, fault, blow, gangs)
+
+    async def _disturb(self, load: Load, fault: Fault, blow: Blow) -> float:
+        """The load from its begin to its end, and the fault in its midst; returns when that was."""
+        jobs = self._draws.sample(self._jobs, len(self._jobs))
+        running = asyncio.create_task(load.run(jobs, self._settings.num_clients))
+        try:
+            await asyncio.sleep(self._draws.uniform(_EARLIEST_S, _LATEST_S))
+            await settle(fault, load)
+            fault_s = time.perf_counter()
+            blow.strike()
+            await asyncio.sleep(_AFTERMATH_S)
+            closing = asyncio.create_task(load.until_closed(fault_s))
+            await asyncio.wait({running, closing}, return_when=asyncio.FIRST_COMPLETED)
+            closing.cancel()
+            load.stop()
+            await running
+            return fault_s
+        finally:
+            running.cancel()
+
+    async def _restore(self, service: ChaosService, fault: Fault, blow: Blow, gangs: set[str]) -> None:
+        """Whole again for the next round, or away with it, so that the next round starts a new one."""
+        if fault.ends_service:
+            await self._end_service()
+            return
+        try:
+            gone = () if blow.pid is None else (blow.pid,)
+            if not await service.await_whole(gone, self._settings.whole_timeout_s):
+                say("a gang has been given up after so many faults; starting the service anew")
+                await self._end_service()
+            elif lost := gangs - {blow.gang_id} - await service.gang_ids():
+                self._note(f"{fault.name}: lost though nothing was done to it: {', '.join(sorted(lost))}")
+        except ServiceBroken as problem:
+            self._note(str(problem))
+            await self._end_service()
+
+    async def _start_service(self) -> ChaosService:
+        say("starting the service")
+        self._service = service = ChaosService(self._config, self._arguments, self._tree, self._log)
+        await service.start()
+        await service.await_whole((), self._settings.whole_timeout_s)
+        if not self._jobs:
+            settings = self._settings
+            jobs = make_jobs(self._config.model_name, settings.num_jobs, settings.seed)
+            urls = [service.url(port) for port in service.ports]
+            began_s, gangs = time.perf_counter(), await service.gang_ids()
+            self._jobs = await record_oracle(urls, jobs, settings.num_clients, settings.request_timeout_s)
+            if lost := gangs - await service.gang_ids():
+                raise OracleFailed(f"gang {', '.join(sorted(lost))} ended in the undisturbed run")
+            say(f"{len(jobs)} answers recorded undisturbed in {time.perf_counter() - began_s:.1f} s")
+        return service
+
+    async def _end_service(self, *, is_orderly: bool = True) -> None:
+        service, self._service = self._service, None
+        if service is None:
+            return
+        try:
+            await service.end()
+        except ServiceBroken as problem:
+            if is_orderly:
+                self._note(str(problem))
+
+    def _note(self, problem: str) -> None:
+        say(problem)
+        self.problems.append(problem)
+
+    def _tell(self, row: Row, number: int, outcomes: Sequence[Outcome], fault_s: float) -> None:
+        failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
+        changes = [outcome for outcome in outcomes if outcome.is_changed]
+        silence_s = max((o.longest_silence_s(fault_s) for o in outcomes if o.was_open(fault_s)), default=0.0)
+        say(
+            f"{row.fault.name} {number}: {len(outcomes)} requests, {sum(o.was_open(fault_s) for o in outcomes)} open, "
+            f"{len(failures)} failed, {len(changes)} changed, longest silence {silence_s:.2f} s"
+        )
+        for reason in list(dict.fromkeys(failures))[:_REASONS_SHOWN]:
+            say(f"  failed: {reason}")
+        for outcome in changes[:_REASONS_SHOWN]:
+            say(f"  changed: {_difference(outcome)}")
+
+
+def _difference(outcome: Outcome) -> str:
+    got, due = outcome.answer, outcome.job.answer
+    assert got is not None
+    assert due is not None
+    same = next((i for i, (a, b) in enumerate(zip(got.text, due.text, strict=False)) if a != b), None)
+    at = min(len(got.text), len(due.text)) if same is None else same
+    return (
+        f"at character {at}: {got.text[at : at + 20]!r} ({got.num_output} tokens, {got.finish_reason}), "
+        f"undisturbed {due.text[at : at + 20]!r} ({due.num_output} tokens, {due.finish_reason}); "
+        f"{outcome.num_asks} asks, temperature {outcome.job.body['temperature']}"
+    )
+
+
+def say(line: str) -> None:
+    print(f"chaos: {line}", file=sys.stderr, flush=True)

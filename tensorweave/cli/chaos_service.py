@@ -1,0 +1,288 @@
+"""The service that chaos breaks: `tensorweave serve` in processes of its own, which are all gone at the end.
+
+A signal goes only to a process that stands in this service's own process tree (psutil checks pid and start time
+together), never to a pid or a name alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import psutil
+
+from tensorweave.deploy.config import ServeConfig
+
+_POLL_S: Final = 0.25
+_PROBE_TIMEOUT_S: Final = 5.0
+_STOP_SLACK_S: Final = 90.0
+_LINGER_S: Final = 20.0
+_KEPT_LINES: Final = 25
+
+
+class ServiceBroken(Exception):
+    """The service did not start, did not become whole again, or did not end as it must."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankProcess:
+    """One rank of a ready gang, by `/health`."""
+
+    role: str
+    gang_id: str
+    rank: int
+    pid: int
+
+
+class ProcessTree:
+    """All processes that a service has had. Leaving the context kills those that still live."""
+
+    def __init__(self) -> None:
+        self._seen: set[psutil.Process] = set()
+
+    def __enter__(self) -> ProcessTree:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def note(self, root_pid: int) -> None:
+        """Remember `root_pid`, which must be our own child, and all that it has started."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(root_pid)
+            if root.ppid() == os.getpid():
+                self._seen |= {root, *root.children(recursive=True)}
+
+    def find(self, pid: int) -> psutil.Process | None:
+        """The living process with this pid, if it is one of the service's."""
+        return next((process for process in self.living() if process.pid == pid), None)
+
+    def listener(self, port: int) -> psutil.Process | None:
+        """The process of the service that listens on this port."""
+        for process in self.living():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                for socket in process.net_connections("tcp"):
+                    if socket.status == psutil.CONN_LISTEN and socket.laddr.port == port:
+                        return process
+        return None
+
+    def living(self) -> list[psutil.Process]:
+        return [process for process in self._seen if _is_living(process)]
+
+    def kill(self) -> int:
+        """SIGKILL to all that still live; how many those were."""
+        left = self.living()
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=10.0)
+        return len(left)
+
+
+class ChaosService:
+    """One life of the service, from `start` to `end`. Its last lines are kept; all are appended to `log`, if given."""
+
+    def __init__(
+        self, config: ServeConfig, arguments: Sequence[str], tree: ProcessTree, log: Path | None = None
+    ) -> None:
+        self.config = config
+        self.tree = tree
+        self._arguments = arguments
+        self._log = log
+        self._lines: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)
+        self._ready = asyncio.Event()
+        self._is_stopping = False
+        self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.Task[None] | None = None
+
+    @property
+    def ports(self) -> list[int]:
+        """The front ends' own doors."""
+        router = self.config.router
+        return list(range(router.port, router.port + router.replicas))
+
+    def url(self, port: int) -> str:
+        return f"http://{self.config.router.reachable_host}:{port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    # ---- start and end
+
+    async def start(self) -> None:
+        """Returns when the service says that it is ready. Raises ServiceBroken with its last lines."""
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tensorweave.cli.main", "serve", *self._arguments),
+            env=environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            limit=2**20,
+            start_new_session=True,  # a Ctrl-C reaches us alone, and we take the service down in order
+        )
+        self._reader = asyncio.create_task(self._read(self._process))
+        ended = asyncio.create_task(self._process.wait())
+        ready = asyncio.create_task(self._ready.wait())
+        limit_s = self.config.limits.start_timeout_s + _STOP_SLACK_S
+        try:
+            await asyncio.wait({ended, ready}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            if not self._ready.is_set():
+                raise ServiceBroken(f"the service did not start; it said:\n{self.last_words()}")
+        finally:
+            ended.cancel()
+            ready.cancel()
+            self.tree.note(self.pid)
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM, once: no new work, running requests finish. A second one would cut that short."""
+        assert self._process is not None
+        self.tree.note(self.pid)
+        if self._process.returncode is None and not self._is_stopping:
+            self._process.send_signal(signal.SIGTERM)
+        self._is_stopping = True
+
+    async def end(self) -> None:
+        """Drain and wait until nothing is left. Raises ServiceBroken if the end is late or unclean; nothing is left
+        then either."""
+        if self._process is None:
+            return
+        try:
+            self.ask_to_stop()
+            async with asyncio.timeout(self.config.limits.drain_timeout_s + _STOP_SLACK_S):
+                code = await self._process.wait()
+            left = await self._await_gone()
+        except TimeoutError:
+            raise ServiceBroken(f"the service did not end; it said:\n{self.last_words()}") from None
+        finally:
+            self.tree.kill()
+            await self._process.wait()
+            if self._reader is not None:
+                await self._reader
+            self._process = None
+        if code != 0 and self._ready.is_set():
+            raise ServiceBroken(f"the service ended with code {code}; it said:\n{self.last_words()}")
+        if left:
+            raise ServiceBroken(f"the service left processes behind: {', '.join(left)}")
+
+    async def _await_gone(self) -> list[str]:
+        """The names of those that still live after a grace."""
+        await asyncio.to_thread(psutil.wait_procs, self.tree.living(), _LINGER_S)
+        return [_name(process) for process in self.tree.living()]
+
+    def last_words(self) -> str:
+        return "\n".join(f"    {line}" for line in self._lines)
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stderr is not None
+        with contextlib.ExitStack() as closing:
+            log = None if self._log is None else closing.enter_context(self._log.open("a", encoding="utf-8"))
+            async for raw in process.stderr:
+                line = raw.decode(errors="replace").rstrip("\n")
+                self._lines.append(line)
+                if log is not None:
+                    print(line, file=log, flush=True)
+                if "ready: " in line:
+                    self._ready.set()
+
+    # ---- what it says of itself
+
+    async def pools(self) -> list[dict[str, Any]]:
+        """`/health` of the first front end that answers, else nothing."""
+        async with httpx.AsyncClient(timeout=_PROBE_TIMEOUT_S) as client:
+            for port in self.ports:
+                with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
+                    pools: list[dict[str, Any]] = (await client.get(f"{self.url(port)}/health")).json()["pools"]
+                    return pools
+        return []
+
+    async def ranks(self) -> list[RankProcess]:
+        """Every rank of every ready gang."""
+        return list(_ranks(await self.pools()))
+
+    async def gang_ids(self) -> set[str]:
+        """The ready gangs. A gang's successor has another id."""
+        return {rank.gang_id for rank in await self.ranks()}
+
+    async def count(self, metric: str) -> float:
+        """A counter of `/metrics`, over all front ends that answer and all labels."""
+        total = 0.0
+        async with httpx.AsyncClient(timeout=_PROBE_TIMEOUT_S) as client:
+            for port in self.ports:
+                with contextlib.suppress(httpx.HTTPError):
+                    text = (await client.get(f"{self.url(port)}/metrics")).text
+                    rows = [line for line in text.splitlines() if line.startswith((f"{metric} ", f"{metric}{{"))]
+                    total += sum(float(row.rpartition(" ")[2]) for row in rows)
+        return total
+
+    async def await_whole(self, gone: Collection[int], timeout_s: float) -> bool:
+        """Wait until all gangs are ready, none of them with a rank in `gone`, and every front end takes work. False
+        where a gang has been given up, and only a new service would be whole. Raises ServiceBroken at the timeout."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            pools = await self.pools()
+            self.tree.note(self.pid)
+            if any(pool["failure"] or "failed" in _states(pool) for pool in pools):
+                return False
+            is_full = bool(pools) and all(_is_full(pool, gone) for pool in pools)
+            if is_full and await self._all_doors_open():
+                return True
+            if time.monotonic() > deadline_s:
+                raise ServiceBroken(f"the service was not whole within {timeout_s:g} s: {_describe(pools)}")
+            await asyncio.sleep(_POLL_S)
+
+    async def _all_doors_open(self) -> bool:
+        async with httpx.AsyncClient(timeout=_PROBE_TIMEOUT_S) as client:
+            try:
+                answers = [await client.get(f"{self.url(port)}/ready") for port in self.ports]
+            except httpx.HTTPError:
+                return False
+        return all(answer.status_code == 200 for answer in answers)
+
+
+def _ranks(pools: Sequence[dict[str, Any]]) -> Iterator[RankProcess]:
+    for pool in pools:
+        for gang in pool["gangs"]:
+            if gang["state"] == "ready":
+                for rank in gang["ranks"]:
+                    yield RankProcess(pool["role"], gang["gang_id"], rank["rank"], rank["pid"])
+
+
+def _states(pool: dict[str, Any]) -> list[str]:
+    return [gang["state"] for gang in pool["gangs"]]
+
+
+def _is_full(pool: dict[str, Any], gone: Collection[int]) -> bool:
+    ready = [gang for gang in pool["gangs"] if gang["state"] == "ready"]
+    pids = {rank["pid"] for gang in ready for rank in gang["ranks"]}
+    return len(ready) == pool["replicas"] and not pids & set(gone)
+
+
+def _describe(pools: Sequence[dict[str, Any]]) -> str:
+    states = [f"{pool['pool']}: {', '.join(_states(pool))}" for pool in pools]
+    return "; ".join(states) or "no front end answers"
+
+
+def _is_living(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _name(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return f"{process.name()} ({process.pid})"
+    return str(process.pid)
