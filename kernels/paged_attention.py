@@ -2,17 +2,21 @@
 
 One contract for prompt chunks and decodes: keys are written first, attention reads only the cache. `AttentionPlan`
 holds what depends on the batch alone; it is made once a step for each distinct window, and every layer reads it.
-This is the plain-torch path.
+On a CPU the native kernel reads the cache in place; this is also the plain-torch path, for where there is none.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tensorweave.kernels.native import NativeKernels, load_native
+from tensorweave.kernels.place_heads import WriteSlots
 
 # T tokens of the batch, R sequences of a group, N query heads, K KV heads, G query heads a KV head, H head dim
 # B blocks, P tokens a block, L keys, Q queries of a tile
@@ -24,6 +28,10 @@ _TILE_QUERIES = 256
 # read: 64 x 192 keys took 2.4 ms rather than 3.3 ms (EPYC, 1 thread, 2026-11). On a GPU it bounds temporary memory.
 _GATHER_BYTES_CPU = 2 << 20
 _GATHER_BYTES_GPU = 256 << 20
+# The native kernel takes the keys of a sequence in runs of this many, from its first position on (RUN in attention.h),
+# and a prompt's queries in tiles.
+_NATIVE_RUN = 256
+_NATIVE_TILE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +62,21 @@ class _DecodeGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class _NativePlan:
+    """All of a step's attention for the native kernel.
+
+    `tiles` has five numbers a tile of queries (`query_tile` in attention.h), `blocks` the block tables, end to end.
+    """
+
+    native: NativeKernels
+    tiles: Tensor
+    blocks: Tensor
+    read_heads: Tensor
+    num_tasks: int
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Tile:
     """Queries [first, last) of a chunk over its keys [first_key, last_key). No mask: plain causal, from key 0 on."""
 
@@ -73,9 +96,10 @@ class _Chunk:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """Everything about a step's attention that no layer changes."""
+    """Everything about a step's attention that no layer changes. Where there is a native plan, it is all."""
 
     num_read_heads: int
+    native: _NativePlan | None
     decodes: tuple[_DecodeGroup, ...]
     chunks: tuple[_Chunk, ...]
 
@@ -96,22 +120,48 @@ class Planner:
     device: torch.device
     dtype: torch.dtype
 
-    def write_rows(self, slots_T: Tensor) -> Tensor:
-        """Flat rows of the cache, [T * C], for token slots (block * P + offset)."""
+    def write_slots(self, slots_T: Tensor) -> WriteSlots:
+        """For token slots, block * P + offset."""
         P, C = self.tokens_per_block, 2 * self.num_kv_heads
         first_T1 = (slots_T // P * (C * P) + slots_T % P).unsqueeze(1)
-        return (first_T1 + torch.arange(0, C * P, P, device=self.device)).flatten()
+        return WriteSlots(slots_T, (first_T1 + torch.arange(0, C * P, P, device=self.device)).flatten())
 
     def plan(self, spans: Sequence[Span], window: int | None) -> AttentionPlan:
         """`window`: positions each query looks back, itself included; None: all."""
+        native = self._native_plan(spans, window)
+        if native is not None:
+            return AttentionPlan(len(self.read_heads), native, (), ())
         single = [span for span in spans if span.length == 1]
         long = [span for span in spans if span.length > 1]
         groups = _group_by_length(single, self.tokens_per_block, window, self._most_gathered_keys)
         masks = self._tile_masks(long, window)
         return AttentionPlan(
             len(self.read_heads),
+            None,
             tuple(self._decode_group(group, window) for group in groups),
             tuple(self._chunk(span, window, masks) for span in long),
+        )
+
+    def _native_plan(self, spans: Sequence[Span], window: int | None) -> _NativePlan | None:
+        native = load_native(self.dtype) if self.device.type == "cpu" else None
+        if native is None or self.head_dim % native.vector_length or not spans:
+            return None
+        tiles, blocks, num_tasks, R = array("q"), array("i"), 0, len(self.read_heads)
+        for span in spans:
+            first_block = len(blocks)
+            blocks.extend(span.blocks)
+            for first in range(0, span.length, _NATIVE_TILE):
+                size, start = min(_NATIVE_TILE, span.length - first), span.start + first
+                tiles.extend((span.first_row + first, size, start, first_block, num_tasks))
+                first_key = 0 if window is None else max(0, start + 1 - window)
+                num_tasks += R if size > 1 else R * (start // _NATIVE_RUN - first_key // _NATIVE_RUN + 1)
+        return _NativePlan(
+            native,
+            torch.frombuffer(tiles, dtype=torch.int64),
+            torch.frombuffer(blocks, dtype=torch.int32),
+            torch.tensor(self.read_heads, dtype=torch.int64),
+            num_tasks,
+            window or 0,
         )
 
     @property
@@ -222,12 +272,6 @@ def _group_by_length(
     return groups
 
 
-def write_kv(cache_BCPH: Tensor, kv_TCH: Tensor, write_rows: Tensor) -> None:
-    """Put each token's keys and values (C planes of H) into its slot. `cache_BCPH` is one layer's blocks."""
-    H = cache_BCPH.shape[-1]
-    cache_BCPH.view(-1, H).index_copy_(0, write_rows, kv_TCH.reshape(-1, H))
-
-
 def paged_attention(q_TNH: Tensor, cache_BCPH: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
     """softmax(q kᵀ scale) v for every query over its own sequence, causal, in the plan's window: [T, N, H].
 
@@ -236,7 +280,10 @@ def paged_attention(q_TNH: Tensor, cache_BCPH: Tensor, plan: AttentionPlan, scal
     T, N, H = q_TNH.shape
     K, P = plan.num_read_heads, cache_BCPH.shape[2]
     q_TKGH = q_TNH.view(T, K, N // K, H)
-    out_TKGH = torch.empty_like(q_TKGH)
+    out_TKGH = torch.empty(T, K, N // K, H, dtype=q_TNH.dtype, device=q_TNH.device)
+    if plan.native is not None:
+        _attend_natively(q_TKGH, cache_BCPH, plan.native, scale, out_TKGH)
+        return out_TKGH.view(T, N, H)
     runs = cache_BCPH.view(-1, P * H)
     for group in plan.decodes:
         k_RKLH, v_RKLH = runs.index_select(0, group.cache_rows).view(2, group.size, K, -1, H)
@@ -245,6 +292,24 @@ def paged_attention(q_TNH: Tensor, cache_BCPH: Tensor, plan: AttentionPlan, scal
         k_KLH, v_KLH = runs.index_select(0, chunk.cache_rows).view(2, K, -1, H)
         _attend_chunk(q_TKGH[chunk.batch_rows], k_KLH, v_KLH, chunk.tiles, scale, out_TKGH[chunk.batch_rows])
     return out_TKGH.view(T, N, H)
+
+
+def _attend_natively(q_TKGH: Tensor, cache_BCPH: Tensor, plan: _NativePlan, scale: float, out_TKGH: Tensor) -> None:
+    _, K, G, H = q_TKGH.shape
+    _, C, P, _ = cache_BCPH.shape
+    partial = torch.empty(plan.num_tasks * G * (H + 2), dtype=torch.float32)
+    plan.native.attend(
+        q_TKGH.data_ptr(),
+        q_TKGH.stride(0),
+        cache_BCPH.data_ptr(),
+        plan.tiles.data_ptr(),
+        plan.blocks.data_ptr(),
+        plan.read_heads.data_ptr(),
+        partial.data_ptr(),
+        out_TKGH.data_ptr(),
+        *(len(plan.tiles) // 5, plan.num_tasks, plan.window, K, G, C // 2, P, H),
+        scale,
+    )
 
 
 def _attend_decodes(q_RKGH: Tensor, k_RKLH: Tensor, v_RKLH: Tensor, mask_R11L: Tensor, scale: float) -> Tensor:

@@ -85,6 +85,6 @@ class PyTorchModelEngine:
         return ForwardInputs(
             token_ids_T=ids_T,
             rope_table_TH=self._rope_table.index_select(0, positions_T),
-            write_rows=self._planner.write_rows(slots_T),
+            write=self._planner.write_slots(slots_T),
             plans={window: self._planner.plan(packed.spans, window) for window in self._windows},
         )

@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from tensorweave.kernels.paged_attention import Planner, Span, paged_attention, paged_attention_reference, write_kv
+from tensorweave.kernels.paged_attention import Planner, Span, paged_attention, paged_attention_reference
+from tensorweave.kernels.place_heads import write_kv
 from tensorweave.kernels.rms_norm import rms_norm, rms_norm_reference
 from tensorweave.kernels.rope import rope
 from tensorweave.kernels.silu_mul import silu_mul
@@ -103,11 +104,12 @@ def test_write_kv_fills_the_slots_and_nothing_else() -> None:
     cache = torch.zeros(5, 4, 8, 3)
     kv = torch.randn(3, 4, 3)
     slots = torch.tensor([2 * 8 + 7, 4 * 8, 0])
-    write_kv(cache, kv, Planner(2, (0, 1), 8, 3, CPU, torch.float32).write_rows(slots))
+    write_kv(cache, kv, Planner(2, (0, 1), 8, 3, CPU, torch.float32).write_slots(slots).rows)
     assert torch.equal(cache[[2, 4, 0], :, [7, 0, 0]], kv)
     assert int((cache != 0).sum()) == kv.numel()
 
 
+@pytest.mark.usefixtures("plain_torch")
 def test_decodes_are_grouped_within_a_bound_of_memory_and_padding() -> None:
     lengths = [(start, 1) for start in (900, 20, 950, 33, 2000, 25, 910)]
     spans = make_spans(lengths, 16, 500)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorweave.kernels.rms_norm import rms_norm
+from tensorweave.kernels.linear import Linear
+from tensorweave.kernels.rms_norm import add_rms_norm
 
 if TYPE_CHECKING:
     from tensorweave.workers.comm import Comm
@@ -25,31 +26,30 @@ class RmsNorm:
     weight_D: Tensor
     epsilon: float
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        return rms_norm(x_TD, self.weight_D, self.epsilon)
+    def __call__(self, x_TD: Tensor, update_TD: Tensor | None = None) -> Tensor:
+        """Adds the update to x in place, then normalises x."""
+        return add_rms_norm(x_TD, update_TD, self.weight_D, self.epsilon)
 
 
 @dataclass(frozen=True, slots=True)
 class ColumnLinear:
     """Outputs are split: each rank computes its own from the whole input, and nothing is exchanged."""
 
-    weight_OD: Tensor
-    bias_O: Tensor | None
+    linear: Linear
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD, self.weight_OD, self.bias_O)
+        return self.linear(x_TD)
 
 
 @dataclass(frozen=True, slots=True)
 class RowLinear:
     """Inputs are split: ranks sum their parts. The bias is on rank 0 alone, so that it is added once."""
 
-    weight_DJ: Tensor
-    bias_D: Tensor | None
+    linear: Linear
     comm: Comm
 
     def __call__(self, x_TJ: Tensor) -> Tensor:
-        return self.comm.all_reduce(F.linear(x_TJ, self.weight_DJ, self.bias_D))
+        return self.comm.all_reduce(self.linear(x_TJ))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,9 @@ class VocabEmbedding:
 class OutputHead:
     """Logits of each rank's part of the vocabulary, gathered to all of it on every rank, in float32."""
 
-    weight_VD: Tensor
+    linear: Linear
     sizes: tuple[int, ...]
     comm: Comm
 
     def __call__(self, x_RD: Tensor) -> Tensor:
-        return self.comm.gather_columns(F.linear(x_RD, self.weight_VD).to(torch.float32), self.sizes)
+        return self.comm.gather_columns(self.linear(x_RD).to(torch.float32), self.sizes)

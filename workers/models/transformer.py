@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tensorweave.kernels.paged_attention import AttentionPlan, paged_attention, write_kv
-from tensorweave.kernels.rms_norm import rms_norm
-from tensorweave.kernels.rope import rope
+from tensorweave.kernels.linear import make_linear
+from tensorweave.kernels.paged_attention import AttentionPlan, paged_attention
+from tensorweave.kernels.place_heads import HeadNorms, WriteSlots, place_heads
 from tensorweave.kernels.silu_mul import silu_mul
 from tensorweave.workers.comm import Comm
 from tensorweave.workers.models.config import ModelConfig
@@ -31,7 +31,7 @@ class ForwardInputs:
 
     token_ids_T: Tensor
     rope_table_TH: Tensor
-    write_rows: Tensor
+    write: WriteSlots
     plans: Mapping[int | None, AttentionPlan]
 
 
@@ -41,22 +41,14 @@ class Attention:
 
     qkv: ColumnLinear
     output: RowLinear
-    norm_weights: tuple[Tensor, Tensor] | None
-    num_heads: int
-    num_kv_heads: int
+    norms: HeadNorms | None
     head_dim: int
-    epsilon: float
     window: int | None
 
     def __call__(self, x_TD: Tensor, batch: ForwardInputs, cache_BCPH: Tensor) -> Tensor:
-        N, K, H = self.num_heads, self.num_kv_heads, self.head_dim
-        heads_TXH = self.qkv(x_TD).view(-1, N + 2 * K, H)
-        if self.norm_weights is not None:
-            heads_TXH[:, :N] = rms_norm(heads_TXH[:, :N], self.norm_weights[0], self.epsilon)
-            heads_TXH[:, N : N + K] = rms_norm(heads_TXH[:, N : N + K], self.norm_weights[1], self.epsilon)
-        heads_TXH[:, : N + K] = rope(heads_TXH[:, : N + K], batch.rope_table_TH)
-        write_kv(cache_BCPH, heads_TXH[:, N:], batch.write_rows)
-        out_TNH = paged_attention(heads_TXH[:, :N], cache_BCPH, batch.plans[self.window], H**-0.5)
+        heads_TXH = self.qkv(x_TD).view(x_TD.shape[0], -1, self.head_dim)
+        q_TNH = place_heads(heads_TXH, batch.rope_table_TH, cache_BCPH, batch.write, self.norms)
+        out_TNH = paged_attention(q_TNH, cache_BCPH, batch.plans[self.window], self.head_dim**-0.5)
         return self.output(out_TNH.flatten(1))
 
 
@@ -76,9 +68,10 @@ class Block:
     mlp_norm: RmsNorm
     mlp: GatedMlp
 
-    def __call__(self, x_TD: Tensor, batch: ForwardInputs, cache_BCPH: Tensor) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), batch, cache_BCPH)
-        return x_TD + self.mlp(self.mlp_norm(x_TD))
+    def __call__(self, x_TD: Tensor, update_TD: Tensor | None, batch: ForwardInputs, cache_BCPH: Tensor) -> Tensor:
+        """Adds the last block's update to the residual stream, in place, and gives its own."""
+        attended_TD = self.attention(self.attention_norm(x_TD, update_TD), batch, cache_BCPH)
+        return self.mlp(self.mlp_norm(x_TD, attended_TD))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +86,10 @@ class Transformer:
     def forward(self, batch: ForwardInputs, caches: Sequence[Tensor]) -> Tensor:
         """Hidden states [T, D] before the final norm; keys and values go into `caches`, one [B, C, P, H] a layer."""
         x_TD = self.embedding(batch.token_ids_T)
+        update_TD = None
         for block, cache_BCPH in zip(self.blocks, caches, strict=True):
-            x_TD = block(x_TD, batch, cache_BCPH)
-        return x_TD
+            update_TD = block(x_TD, update_TD, batch, cache_BCPH)
+        return x_TD if update_TD is None else x_TD + update_TD
 
     def logits(self, x_RD: Tensor) -> Tensor:
         """[R, V] float32, the whole vocabulary on every rank."""
@@ -110,7 +104,7 @@ def build_transformer(config: ModelConfig, shard: RankShard, load: WeightLoader,
         embedding=VocabEmbedding(embedding_VD, shard.vocab.start, comm),
         blocks=tuple(_build_block(config, shard, load, comm, layer) for layer in range(config.num_layers)),
         final_norm=RmsNorm(load.vector(FINAL_NORM), config.rms_norm_eps),
-        head=OutputHead(head_VD, shard.vocab_sizes, comm),
+        head=OutputHead(make_linear(head_VD), shard.vocab_sizes, comm),
     )
 
 
@@ -134,15 +128,13 @@ def _build_attention(config: ModelConfig, shard: RankShard, load: WeightLoader, 
     parts = [(f"{prefix}.q_proj", query), (f"{prefix}.k_proj", kv), (f"{prefix}.v_proj", kv)]
     norms = None
     if config.has_qk_norm:
-        norms = load.vector(f"{prefix}.q_norm.weight"), load.vector(f"{prefix}.k_norm.weight")
+        weights = load.vector(f"{prefix}.q_norm.weight"), load.vector(f"{prefix}.k_norm.weight")
+        norms = HeadNorms(*weights, config.rms_norm_eps)
     return Attention(
         qkv=_column_linear(load, parts, config.has_qkv_bias),
         output=_row_linear(load, f"{prefix}.o_proj", query, config.has_output_bias, comm),
-        norm_weights=norms,
-        num_heads=len(shard.heads.query),
-        num_kv_heads=len(shard.heads.kv),
+        norms=norms,
         head_dim=H,
-        epsilon=config.rms_norm_eps,
         window=config.windows[layer],
     )
 
@@ -150,9 +142,9 @@ def _build_attention(config: ModelConfig, shard: RankShard, load: WeightLoader, 
 def _column_linear(load: WeightLoader, parts: Sequence[tuple[str, range]], has_bias: bool) -> ColumnLinear:
     weight_OD = load.rows([(f"{name}.weight", rows) for name, rows in parts])
     bias_O = load.rows([(f"{name}.bias", rows) for name, rows in parts]) if has_bias else None
-    return ColumnLinear(weight_OD, bias_O)
+    return ColumnLinear(make_linear(weight_OD, bias_O))
 
 
 def _row_linear(load: WeightLoader, name: str, columns: range, has_bias: bool, comm: Comm) -> RowLinear:
     bias_D = load.vector(f"{name}.bias") if has_bias and comm.rank == 0 else None
-    return RowLinear(load.columns(f"{name}.weight", columns), bias_D, comm)
+    return RowLinear(make_linear(load.columns(f"{name}.weight", columns), bias_D), comm)

@@ -1,0 +1,125 @@
+"""The C kernels of `kernels/c`: compiled once for this machine with gcc, cached, loaded with ctypes.
+
+Called by the ops beside it through `load_native`, which gives None where there is no compiler (or
+TENSORWEAVE_NATIVE=0 says so): every op then has its plain torch form. The kernels have threads of their own (pool.h),
+as many as `use_threads` says; torch's should then be one, lest two pools spin against each other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_SOURCES = Path(__file__).resolve().parent / "c"
+_COMPILER = "gcc"
+# Contraction into fused multiply-adds is allowed, reordering is not: sums keep the order that the source gives them.
+_FLAGS = ("-std=gnu11", "-O2", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-pthread")
+_COMPILE_TIMEOUT_S = 300.0
+
+_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "pack_weight": (*[_POINTER] * 2, *[_LONG] * 2),
+    "linear": (_POINTER, _LONG, *[_POINTER] * 4, *[_LONG] * 3),
+    "add_rms_norm": (*[_POINTER] * 4, *[_LONG] * 2, _FLOAT),
+    "silu_mul": (*[_POINTER] * 2, *[_LONG] * 2),
+    "place_heads": (*[_POINTER] * 6, _FLOAT, *[_LONG] * 5),
+    "attend": (_POINTER, _LONG, *[_POINTER] * 6, *[_LONG] * 8, _FLOAT),
+}
+_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class NativeKernels:
+    """The kernels for one element type. Every pointer is a `data_ptr()` of a contiguous tensor, or None for null."""
+
+    dtype: torch.dtype
+    vector_length: int
+    pack_weight: Any
+    linear: Any
+    add_rms_norm: Any
+    silu_mul: Any
+    place_heads: Any
+    attend: Any
+
+
+def native_for(tensor: Tensor) -> NativeKernels | None:
+    """The kernels that take this tensor, if any do."""
+    return load_native(tensor.dtype) if tensor.device.type == "cpu" else None
+
+
+@functools.cache
+def load_native(dtype: torch.dtype) -> NativeKernels | None:
+    """Compiles on the first call on a machine (seconds). None: not this type, no compiler, or switched off."""
+    library = _library() if dtype in _SUFFIXES else None
+    if library is None:
+        return None
+    functions = {}
+    for name, types in _SIGNATURES.items():
+        function = getattr(library, f"{name}_{_SUFFIXES[dtype]}")
+        function.argtypes, function.restype = types, None
+        functions[name] = function
+    return NativeKernels(dtype, library.vector_length(), **functions)
+
+
+def use_threads(num_threads: int) -> bool:
+    """The kernels run on this many threads from now on, in the whole process; False where there are no kernels.
+
+    Threads are only ever added: a smaller number than before changes nothing.
+    """
+    library = _library()
+    return library is not None and library.use_threads(num_threads) >= num_threads
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    if os.environ.get("TENSORWEAVE_NATIVE", "1") == "0":
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(_cache_folder())))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
+        logger.warning("no native CPU kernels, going on with torch's: %s", detail[:500])
+        return None
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "tensorweave" / "kernels"
+
+
+def _compiled(folder: Path) -> Path:
+    """The library for these sources, flags, compiler and CPU; concurrent callers at worst both compile it."""
+    library = folder / f"{_digest()}.so"
+    if library.is_file():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        built = Path(scratch) / "kernels.so"
+        _run(_COMPILER, *_FLAGS, "-shared", str(_SOURCES / "kernels.c"), "-o", str(built), "-lm")
+        built.replace(library)
+    return library
+
+
+def _digest() -> str:
+    native_flags = _run(_COMPILER, "-march=native", "-Q", "--help=target")
+    parts = [_run(_COMPILER, "--version"), native_flags, *_FLAGS]
+    parts += [file.read_text(encoding="utf-8") for file in sorted(_SOURCES.iterdir())]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_COMPILE_TIMEOUT_S)
+    return done.stdout
