@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from tensorweave.cluster.llm_args import Field, LlmArgs, StrictBaseModel
 from tensorweave.cluster.protocol import Role
 from tensorweave.deploy.config_file import ConfigError, Document, KeyPath, read_document
-from tensorweave.deploy.config_tables import LimitsConfig, PoolConfig, RayConfig, RouterConfig
+from tensorweave.deploy.config_tables import LimitsConfig, PoolConfig, RayConfig, RouterConfig, SecurityConfig
 
 # The front end tokenizes for every pool, so these are said once: the model on top, the others under `engine`.
 _SHARED_KEYS: Final = (
@@ -49,6 +49,9 @@ class ServeConfig(StrictBaseModel):
     )
     router: RouterConfig = Field(default_factory=RouterConfig, status="prototype", description="The HTTP front end.")
     limits: LimitsConfig = Field(default_factory=LimitsConfig, status="prototype", description="Bounds and deadlines.")
+    security: SecurityConfig = Field(
+        default_factory=SecurityConfig, status="prototype", description="What clients may do."
+    )
     ray: RayConfig = Field(default_factory=RayConfig, status="prototype", description="The Ray cluster.")
 
     @model_validator(mode="before")

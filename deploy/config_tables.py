@@ -145,6 +145,17 @@ class LimitsConfig(StrictBaseModel):
         )
 
 
+class SecurityConfig(StrictBaseModel):
+    """What the service lets strangers do."""
+
+    enable_disaggregated_params: bool = Field(
+        False,
+        status="prototype",
+        description="Let clients send the two phases of a request by hand. A ticket names the hosts that a decode gang "
+        "connects to and opens a prefill gang's KV: switch this on only where every client is trusted.",
+    )
+
+
 class RayConfig(StrictBaseModel):
     """Which Ray cluster the service runs on."""
 

@@ -98,7 +98,16 @@ class Router:
         policy = build_policy(config.router.policy, PolicySettings(min_prefill_tokens=config.router.min_prefill_tokens))
         dispatcher = Dispatcher(fleet, policy, limits)
         version: str = sys.modules["tensorweave"].__version__  # the front door itself is not ours to import
-        return build_app(RouterService(config.model_name, tokenizer, dispatcher, fleet, version, limits))
+        service = RouterService(
+            config.model_name,
+            tokenizer,
+            dispatcher,
+            fleet,
+            version,
+            limits,
+            accepts_phases=config.security.enable_disaggregated_params,
+        )
+        return build_app(service)
 
 
 def build(config: ServeConfig, replica_env: dict[str, str] | None = None) -> Application:

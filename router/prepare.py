@@ -125,6 +125,11 @@ def _plan(
 ) -> Plan:
     n = request.n or 1
     phase = request.disaggregated_params
+    if phase is not None and not service.accepts_phases:
+        raise RequestRejected(
+            "disaggregated_params is not enabled here (security.enable_disaggregated_params)",
+            param="disaggregated_params",
+        )
     if phase is not None:
         _check_phase(request, phase, len(prompts))
     cut = [p[-request.truncate_prompt_tokens :] if request.truncate_prompt_tokens else p for p in prompts]

@@ -14,7 +14,10 @@ from tensorweave.router.tokens import Tokenizer
 
 @dataclass(slots=True)
 class RouterService:
-    """One served model. `info` is read from the gangs once and kept: it does not change while the service lives."""
+    """One served model. `info` is read from the gangs once and kept: it does not change while the service lives.
+
+    `accepts_phases`: clients may send a request's phases by hand, with tickets that name hosts to connect to.
+    """
 
     model_name: str
     tokenizer: Tokenizer
@@ -23,6 +26,7 @@ class RouterService:
     version: str
     limits: Limits = field(default_factory=Limits)
     created_s: int = 0
+    accepts_phases: bool = False
     _info: ModelInfo | None = None
 
     @property

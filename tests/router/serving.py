@@ -42,7 +42,7 @@ def script_of(text: str) -> list[int]:
     return [*byte_level().encode(text), IM_END]
 
 
-def make_service(*links: FakeLink, limits: Limits | None = None) -> RouterService:
+def make_service(*links: FakeLink, limits: Limits | None = None, accepts_phases: bool = True) -> RouterService:
     limits = limits or Limits(ready_timeout_s=0.05)
     fleet = FakeFleet(*links)
     return RouterService(
@@ -52,6 +52,7 @@ def make_service(*links: FakeLink, limits: Limits | None = None) -> RouterServic
         fleet=fleet,
         version="1.2.3",
         limits=limits,
+        accepts_phases=accepts_phases,
     )
 
 

@@ -314,3 +314,17 @@ def test_sessions_come_from_the_body() -> None:
         assert sessions == [None, "u", "k", None]
 
     asyncio.run(run())
+
+
+def test_tickets_are_refused_unless_the_service_trusts_its_clients() -> None:
+    links = pools()
+
+    async def call() -> httpx.Response:
+        async with client_of(build_app(make_service(*links, accepts_phases=False))) as client:
+            phase = {"request_type": "context_only"}
+            return await client.post(COMPLETIONS, json={**completion("x"), "disaggregated_params": phase})
+
+    answer = asyncio.run(call())
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "disaggregated_params"
+    assert [link.num_inflight for link in links] == [0, 0]

@@ -1,0 +1,91 @@
+"""`make serve`'s own files with the real model, over HTTP: the official client gets the known answers, streamed and
+whole, and one that goes away leaves nothing running."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from transformers import AutoTokenizer
+
+from tensorweave.workers.model_store import resolve_model
+from tests.e2e.service_process import REPOSITORY, ServiceProcess, free_ports, running_service, wait_until
+from tests.e2e.test_smollm2 import GREEDY, IDS
+
+pytestmark = pytest.mark.model
+
+NAME = "smollm2-135m-instruct"
+FREED_WITHIN_S = 2.0
+
+
+def messages(text: str) -> Any:
+    return [{"role": "user", "content": text}]
+
+
+def check_answers(client: openai.OpenAI, texts: list[str]) -> None:
+    for question, ids, text in zip(GREEDY, IDS, texts, strict=True):
+        whole = client.chat.completions.create(model=NAME, messages=messages(question), temperature=0, max_tokens=64)
+        assert whole.choices[0].message.content == text
+        assert whole.choices[0].finish_reason == "stop"
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens == len(ids)
+        stream = client.chat.completions.create(
+            model=NAME,
+            messages=messages(question),
+            temperature=0,
+            max_tokens=64,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = list(stream)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
+        assert chunks[-1].usage is not None
+        assert chunks[-1].usage.completion_tokens == len(ids)
+    completion = client.completions.create(model=NAME, prompt="The sea is", max_tokens=8, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in completion)
+
+
+def num_running(url: str) -> float:
+    pools = httpx.get(f"{url}/health", timeout=10).json()["pools"]
+    ranks = [rank for pool in pools for gang in pool["gangs"] for rank in gang["ranks"]]
+    gauges = [rank["gauges"] for rank in ranks]
+    return sum(g.get("num_requests_running", 0) + g.get("kv_cache_usage_perc", 0) for g in gauges)
+
+
+def check_disconnect(url: str, client: openai.OpenAI) -> None:
+    stream = client.completions.create(
+        model=NAME, prompt="x " * 300, max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    wait_until(lambda: num_running(url) > 0, 10, "the request is seen running")
+    stream.close()
+    wait_until(lambda: num_running(url) == 0, FREED_WITHIN_S + 2.0, "its blocks are free")
+
+
+@pytest.mark.parametrize("file", ["laptop.yaml", "laptop_aggregated.yaml"])
+def test_the_real_model_over_http(file: str) -> None:
+    model = resolve_model(NAME)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in IDS]
+    port, proxy_port = free_ports(2)
+    config = REPOSITORY / "deploy" / "examples" / file
+    with running_service(config, f"router.port={port}", f"router.proxy_port={proxy_port}") as service:
+        url = f"http://127.0.0.1:{port}"
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        check_answers(client, texts)
+        check_disconnect(url, client)
+        assert [listed.id for listed in client.models.list()] == [NAME]
+        check_end(service)
+
+
+def check_end(service: ServiceProcess) -> None:
+    family = service.descendants()
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(timeout=60) == 0
+    time.sleep(0.5)
+    ranks = [process for process in family if process.is_running() and "RankWorker" in " ".join(process.cmdline())]
+    assert not ranks
