@@ -26,7 +26,7 @@ _EXAMPLES = """\
 examples:
   tensorweave serve --model smollm2
   tensorweave serve --config service.yaml
-  tensorweave serve --config service.yaml --set pools.main.tensor_parallel_size=2 --set router.port=9000
+  tensorweave serve --config service.yaml --set pools.decode.tensor_parallel_size=2 --set router.port=9000
 
 Every key of the file can be changed with --set; the value is read as YAML. Ctrl-C or SIGTERM drains and ends it.
 """
