@@ -13,6 +13,7 @@ import secrets
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Final
 
 from tensorweave.cluster.errors import NotReady, Overloaded, RequestRejected, TensorweaveError, WorkerLost
 from tensorweave.cluster.link import GangLink
@@ -21,6 +22,9 @@ from tensorweave.router.loads import Booking
 from tensorweave.router.policy import Plan
 
 Chunks = AsyncGenerator[TokenChunk, None]
+
+# Longer than a decode gang takes to notice that its prefill gang has died (3 s), and to compute a usual prompt itself.
+ORPHAN_WAIT_S: Final = 10.0
 
 
 class PrefillRefused(TensorweaveError):
@@ -100,12 +104,13 @@ class _Pair:
         try:
             await asyncio.wait((own_first, handed), return_when=asyncio.FIRST_COMPLETED)
             is_refusal_late = own_first.done() and handed.done() and handed.exception() is not None
-            if handed.done() and not is_refusal_late and (first := handed.result()) is not None:
+            first = handed.result() if handed.done() and not is_refusal_late else None
+            if first is not None:
                 self._notes.booking.prefilled(first.num_cached_tokens, self._notes.now_s())
                 yield first
                 if first.is_last:
                     return
-            chunk = await own_first
+            chunk = await self._own_first(own_first, is_orphan=handed.done() and not is_refusal_late and first is None)
             self._notes.booking.handed_over(self._notes.now_s())
             await self._release(handed)
             yield chunk
@@ -115,6 +120,15 @@ class _Pair:
             await _end(own_first)
             await self._release(handed)
             await self._own.aclose()
+
+    async def _own_first(self, own_first: asyncio.Task[TokenChunk], *, is_orphan: bool) -> TokenChunk:
+        """The decode gang's first chunk. An orphan's prefill gang is out of our reach: it may live on without the
+        request, and the decode gang wait in vain for KV that nobody computes; so the wait is short."""
+        if is_orphan:
+            await asyncio.wait((own_first,), timeout=ORPHAN_WAIT_S)
+            if not own_first.done():
+                raise WorkerLost(f"gang {self._prefill.gang_id} was lost, and no KV came of the request it had")
+        return await own_first
 
     async def _prefill_side(self) -> TokenChunk | None:
         """The first token, with a finish reason only where it ends the request; None where the gang was lost."""

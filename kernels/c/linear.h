@@ -16,6 +16,7 @@ typedef float NAME(unit);
 
 #ifndef LINEAR_ONCE
 #define LINEAR_ONCE
+#define BAND_BYTES (384 << 10)
 /* Rows of M in `count` tiles that differ by at most one. */
 INLINE long tile_start(long M, long count, long i) { return M / count * i + (i < M % count ? i : M % count); }
 #endif
@@ -123,12 +124,12 @@ static void NAME(pack_tiles)(void *context, long first_tile, long last_tile) {
     }
 }
 
-/* Tasks go panel by panel, in each band of tiles by band. */
+/* Tasks go band by band, so that a band's rows of `a` stay in the level-2 cache while the panels pass by. */
 static void NAME(multiply)(void *context, long first_task, long last_task) {
     const NAME(product) *p = context;
-    long K = p->K, N = p->N;
+    long K = p->K, N = p->N, panels = (N + NR - 1) / NR;
     for (long task = first_task; task < last_task; task++) {
-        long panel = task / p->bands, band = task % p->bands;
+        long band = task / panels, panel = task % panels;
         const ELEM *w_panel = p->w + panel * NR * K;
         const char *next = (const char *)(w_panel + NR * K);
         long last = (band + 1) * p->tiles_a_band < p->tiles ? (band + 1) * p->tiles_a_band : p->tiles;
@@ -145,7 +146,8 @@ static void NAME(multiply)(void *context, long first_task, long last_task) {
 /* a_packed: room for M * K elements. K is a multiple of STEP. */
 void NAME(linear)(const ELEM *a, long lda, const ELEM *w, const ELEM *bias, ELEM *out, ELEM *a_packed, long M, long N, long K) {
     if (M == 0) return;
-    long tiles = (M + MR - 1) / MR, tiles_a_band = tiles > 32 ? 16 : tiles, bands = (tiles + tiles_a_band - 1) / tiles_a_band;
+    long tiles = (M + MR - 1) / MR, tiles_a_band = BAND_BYTES / (MR * K * (long)sizeof(ELEM)) + 1;
+    long bands = (tiles + tiles_a_band - 1) / tiles_a_band;
     NAME(product) p = {a, w, bias, out, a_packed, lda, M, N, K, tiles, tiles_a_band, bands};
     if (M == 1)
         p.a_packed = (ELEM *)a; /* packed as it is */

@@ -17,7 +17,7 @@ from tensorweave.cluster.protocol import GenerateRequest, KvRoad, KvSource, Mode
 class Fault:
     """What goes wrong with one request, after so many tokens. `closes`: the link is gone from then on."""
 
-    kind: Literal["error", "cancelled", "short", "wrong", "hang"]
+    kind: Literal["error", "cancelled", "short", "wrong", "hang", "stall"]
     after: int = 0
     error: TensorweaveError | None = None
     closes: bool = False
@@ -120,6 +120,9 @@ class FakeLink:
                 await asyncio.sleep(5.0)
                 self.is_open = False
                 raise WorkerLost(f"gang {self.gang_id}: its leader was silent")
+            case "stall":
+                await asyncio.sleep(3600.0)
+                return None
             case _:
                 return None
 

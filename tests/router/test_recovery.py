@@ -22,6 +22,7 @@ from tensorweave.cluster.errors import (
 )
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec, TokenChunk
 from tensorweave.router.admission import Limits
+from tensorweave.router.attempt import ORPHAN_WAIT_S
 from tensorweave.router.dispatch import Dispatcher
 from tensorweave.router.policy import PolicyName, PolicySettings, build_policy
 from tests.router.fake_fleet import FakeFleet, FakeLink, Fault, hash_token
@@ -145,6 +146,21 @@ def test_a_lost_prefill_gang_costs_no_replay(fault: Fault) -> None:
         check_answer(await collect(dispatcher, request_of()), oracle())
         assert len(links[1].requests) == 1
         assert sum(dispatcher.counts.faults.values()) == 1
+        check_nothing_left(dispatcher, links)
+
+    run_stepped(run())
+
+
+def test_kv_of_a_lost_request_is_not_waited_for_long() -> None:
+    """The prefill gang has dropped us and lives on without the request; the decode gang waits for its KV in vain."""
+
+    async def run() -> None:
+        links = [gang("p", "prefill", faults=[Fault("error")]), gang("d", "decode", faults=[Fault("stall")])]
+        dispatcher = dispatcher_of(*links)
+        began_s = asyncio.get_running_loop().time()
+        check_answer(await collect(dispatcher, request_of()), oracle())
+        assert asyncio.get_running_loop().time() - began_s < ORPHAN_WAIT_S + 5
+        assert len(links[1].requests) == 2
         check_nothing_left(dispatcher, links)
 
     run_stepped(run())
