@@ -85,10 +85,11 @@ class ServiceProcess:
         for override in overrides:
             command += ["--set", override]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        paths = [str(REPOSITORY), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         self.process = subprocess.Popen(
             command,
             cwd=REPOSITORY,
-            env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+            env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import time
 from pathlib import Path
+from typing import Any
 
+import httpx
+import openai
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from tensorweave import LLM, KvCacheConfig
 from tensorweave.workers.model_store import resolve_model
-from tests.e2e.test_smollm2 import GREEDY_64, IDS, chat_prompts, token_ids
+from tests.e2e.service_process import free_ports, running_service
+from tests.e2e.test_smollm2 import GREEDY, GREEDY_64, IDS, chat_prompts, token_ids
 
 NUM_GPUS = torch.cuda.device_count()
 
@@ -45,3 +54,66 @@ def test_bfloat16_answers(model: Path, size: int) -> None:
         outputs = llm.generate(chat_prompts(llm), GREEDY_64, use_tqdm=False)
         assert isinstance(outputs, list)
         assert "Paris" in outputs[0].outputs[0].text
+
+
+def gauges_of(url: str, role: str) -> tuple[int, dict[str, float]]:
+    """The pid of rank 0 of the one gang of this role, and its gauges."""
+    [pool] = [pool for pool in httpx.get(f"{url}/health", timeout=10).json()["pools"] if pool["role"] == role]
+    rank = pool["gangs"][0]["ranks"][0]
+    return int(rank["pid"]), rank["gauges"]
+
+
+@needs(2)
+@pytest.mark.parametrize("backend", ["DEFAULT", "NCCL"])
+def test_prefill_on_one_gpu_and_decode_on_another(model: Path, tmp_path: Path, backend: str) -> None:
+    """Through Ray and HTTP: the known answers, KV really moved, and a decode gang killed in the middle of an answer."""
+    port, proxy_port = free_ports(2)
+    settings = {
+        "model": str(model),
+        "served_model_name": "m",
+        "engine": {
+            "device": "cuda",
+            "dtype": "float32",
+            "kv_cache_config": {"max_tokens": 65536},
+            "cache_transceiver_config": {"backend": backend},
+        },
+        "pools": {"prefill": {}, "decode": {}},
+        "router": {"port": port, "proxy_port": proxy_port, "policy": "round_robin", "min_prefill_tokens": 1},
+    }
+    config = tmp_path / "service.yaml"
+    config.write_text(json.dumps(settings))
+    with running_service(config) as service:
+        url = f"http://127.0.0.1:{port}"
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        for question, ids in zip(GREEDY, IDS, strict=True):
+            answer = client.chat.completions.create(
+                model="m", messages=[{"role": "user", "content": question}], temperature=0, max_tokens=64
+            )
+            assert answer.choices[0].message.content == tokenizer.decode(ids, skip_special_tokens=True)
+
+        def stream(prompt: str) -> Any:
+            return client.completions.create(
+                model="m",
+                prompt=prompt,
+                max_tokens=400,
+                temperature=0,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
+
+        prompt = "Once upon a time there was a small robot. " * 80
+        whole = "".join(chunk.choices[0].text for chunk in stream(prompt))
+        time.sleep(1.5)  # heartbeats carry the gauges
+        pid, gauges = gauges_of(url, "decode")
+        print(backend, [line for line in service.lines if "GB/s" in line or "MB/s" in line])
+        print({name: value for name, value in gauges.items() if name.startswith("kv_")})
+        assert gauges["kv_transfer_blocks_total"] > 20
+        pieces = []
+        for number, chunk in enumerate(stream(prompt)):
+            pieces.append(chunk.choices[0].text)
+            if number == 50:
+                os.kill(pid, signal.SIGKILL)
+        assert "".join(pieces) == whole
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(timeout=60) == 0
