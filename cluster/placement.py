@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -56,10 +57,11 @@ def live_nodes() -> list[dict[str, Any]]:
 
 
 def remove_groups(prefix: str) -> None:
-    """Remove the groups whose names start so: those of an earlier life of the same supervisor."""
+    """Remove the groups whose names start so: whatever one supervisor has left, in this life or an earlier one."""
     for row in ray.util.placement_group_table().values():
         if row["name"].startswith(prefix) and row["state"] != "REMOVED":
-            remove_placement_group(ray.util.get_placement_group(row["name"]))
+            with contextlib.suppress(ValueError):  # gone in between
+                remove_placement_group(ray.util.get_placement_group(row["name"]))
 
 
 def _explain(bundle: Mapping[str, float], num_bundles: int, need: Mapping[str, float], timeout_s: float) -> str:

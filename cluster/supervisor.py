@@ -52,6 +52,7 @@ class PoolSupervisor:
         self._roads = Roads(self._publish)
         self._version = time.time_ns()
         self._changed: asyncio.Event
+        self._prefix: str
         self._starting: asyncio.Task[None] | None = None
 
     async def watch(self, version: int, timeout_s: float) -> ServiceState:
@@ -90,11 +91,17 @@ class PoolSupervisor:
         givers = [pool for pool in self._pools if pool.spec.gang.role == "prefill"]
         for pools in (takers, givers):
             await asyncio.gather(*(pool.drain(timeout_s) for pool in pools))
+        await self._remove_leftovers()
 
     async def stop(self) -> None:
         """End all pools now."""
         await self._ensure_started()
         await asyncio.gather(*(pool.stop() for pool in self._pools))
+        await self._remove_leftovers()
+
+    async def _remove_leftovers(self) -> None:
+        """Placement groups outlive the actor that made them, and a kill that was cut short may have left one."""
+        await asyncio.to_thread(remove_groups, self._prefix)
 
     async def _ensure_started(self) -> None:
         if self._starting is None:
@@ -103,9 +110,9 @@ class PoolSupervisor:
 
     async def _start(self) -> None:
         self._changed = asyncio.Event()
-        prefix = f"tensorweave-{ray.get_runtime_context().get_actor_id()}-"
-        await asyncio.to_thread(remove_groups, prefix)
-        self._pools = [self._make_pool(spec, prefix) for spec in self._specs]
+        self._prefix = f"tensorweave-{ray.get_runtime_context().get_actor_id()}-"
+        await self._remove_leftovers()
+        self._pools = [self._make_pool(spec, self._prefix) for spec in self._specs]
         for pool in self._pools:
             pool.start()
 
