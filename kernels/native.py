@@ -43,7 +43,10 @@ _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 @dataclass(frozen=True, slots=True)
 class NativeKernels:
-    """The kernels for one element type. Every pointer is a `data_ptr()` of a contiguous tensor, or None for null."""
+    """The kernels for one element type. Every pointer is a `data_ptr()` of a contiguous tensor, or None for null.
+
+    `linear_by_bf16` takes float32 rows and weights packed as bfloat16; it is None for other types.
+    """
 
     dtype: torch.dtype
     vector_length: int
@@ -53,6 +56,7 @@ class NativeKernels:
     silu_mul: Any
     place_heads: Any
     attend: Any
+    linear_by_bf16: Any | None
 
 
 def native_for(tensor: Tensor) -> NativeKernels | None:
@@ -66,12 +70,15 @@ def load_native(dtype: torch.dtype) -> NativeKernels | None:
     library = _library() if dtype in _SUFFIXES else None
     if library is None:
         return None
-    functions = {}
-    for name, types in _SIGNATURES.items():
-        function = getattr(library, f"{name}_{_SUFFIXES[dtype]}")
-        function.argtypes, function.restype = types, None
-        functions[name] = function
-    return NativeKernels(dtype, library.vector_length(), **functions)
+    kernels = {name: _function(library, name, _SUFFIXES[dtype]) for name in _SIGNATURES}
+    narrow = _function(library, "linear", "f32_by_bf16") if dtype == torch.float32 else None
+    return NativeKernels(dtype, library.vector_length(), **kernels, linear_by_bf16=narrow)
+
+
+def _function(library: ctypes.CDLL, name: str, suffix: str) -> Any:
+    function = getattr(library, f"{name}_{suffix}")
+    function.argtypes, function.restype = _SIGNATURES[name], None
+    return function
 
 
 def use_threads(num_threads: int) -> bool:

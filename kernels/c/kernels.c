@@ -10,9 +10,21 @@
 int vector_length(void) { return VL; }
 
 #define ELEM float
+#define WEIGHT float
 #define NAME(x) x##_f32
 #include "attention.h"
 #include "elementwise.h"
+#include "linear.h"
+#undef NAME
+#undef WEIGHT
+
+#define WEIGHT bf16
+#define WEIGHT_IS_BF16
+#define NAME(x) x##_f32_by_bf16
+#define store_f32_by_bf16 store_f32
+#define load_f32_by_bf16 load_f32
+#define put_f32_by_bf16 put_f32
+#define get_f32_by_bf16 get_f32
 #include "linear.h"
 #undef ELEM
 #undef NAME

@@ -1,16 +1,25 @@
 /* Matrix products with weights packed once: out[M, N] = a[M, K] w[N, K]^T + bias[N].
 
-   w is stored as panels of NR outputs, each [K / STEP][NR][STEP]; a is packed per call as tiles of rows, each [K / STEP][rows][STEP].
-   Every output is one chain of K / STEP additions, in order of k, whatever M, the tile and the number of threads: a row's result does not
-   depend on its batch. Included once for each element type (ELEM, NAME). */
+   w is stored as panels of NR outputs, each [K / W_STEP][NR][W_STEP]; a is packed per call as tiles of rows, each
+   [K / A_STEP][rows][A_STEP]. Every output is one chain of additions in order of k, whatever M, the tile and the number of threads: a
+   row's result does not depend on its batch. Included for each pair of element types: ELEM of a, bias and out, WEIGHT of w (NAME):
+
+     float, float   bf16, bf16 (pairs of products, where the CPU has that)   float, bf16 (weights widened on the way: the same bits as
+     float weights of the same values give, from half the memory) */
 
 #define NR (2 * VL)
 
-#ifdef ELEM_IS_BF16
-#define STEP 2
+#if defined(ELEM_IS_BF16)
+#define A_STEP 2
+#define W_STEP 2
 typedef uint32_t NAME(unit);
+#elif defined(WEIGHT_IS_BF16)
+#define A_STEP 1
+#define W_STEP 2
+typedef float NAME(unit);
 #else
-#define STEP 1
+#define A_STEP 1
+#define W_STEP 1
 typedef float NAME(unit);
 #endif
 
@@ -22,31 +31,53 @@ INLINE long tile_start(long M, long count, long i) { return M / count * i + (i <
 #endif
 
 /* w: [N, K] row-major -> packed: ceil(N / NR) panels; outputs past N are zeros. */
-void NAME(pack_weight)(const ELEM *w, ELEM *packed, long N, long K) {
+void NAME(pack_weight)(const WEIGHT *w, WEIGHT *packed, long N, long K) {
     long panels = (N + NR - 1) / NR;
     for (long panel = 0; panel < panels; panel++)
-        for (long k = 0; k < K; k += STEP)
+        for (long k = 0; k < K; k += W_STEP)
             for (long n = 0; n < NR; n++)
-                for (long s = 0; s < STEP; s++) {
+                for (long s = 0; s < W_STEP; s++) {
                     long row = panel * NR + n;
                     *packed++ = row < N ? w[row * K + k + s] : 0;
                 }
 }
 
-INLINE void NAME(multiply_add)(vf *acc, NAME(unit) a, const ELEM *w0) {
+/* acc[rows][2] += one W_STEP of a times w. */
+INLINE void NAME(multiply_add)(const int rows, vf acc[][2], const NAME(unit) *a, const WEIGHT *w) {
 #if defined(ELEM_IS_BF16) && defined(HAS_BF16_DOT)
-    *acc = (vf)_mm512_dpbf16_ps((__m512)*acc, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)_mm512_loadu_si512(w0));
-#elif defined(ELEM_IS_BF16)
-    vu pair;
-    memcpy(&pair, w0, sizeof pair);
-    float low = 0, high = 0;
-    uint32_t low_bits = a << 16, high_bits = a & 0xffff0000u;
-    memcpy(&low, &low_bits, 4);
-    memcpy(&high, &high_bits, 4);
-    *acc += low * (vf)(pair << 16);
-    *acc += high * (vf)(pair & 0xffff0000u);
+    __m512bh w0 = (__m512bh)_mm512_loadu_si512(w), w1 = (__m512bh)_mm512_loadu_si512(w + VL * W_STEP);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) {
+        __m512bh pair = (__m512bh)_mm512_set1_epi32((int)a[r]);
+        acc[r][0] = (vf)_mm512_dpbf16_ps((__m512)acc[r][0], pair, w0);
+        acc[r][1] = (vf)_mm512_dpbf16_ps((__m512)acc[r][1], pair, w1);
+    }
+#elif defined(WEIGHT_IS_BF16)
+    vu pairs[2];
+    memcpy(pairs, w, sizeof pairs);
+#pragma GCC unroll 2
+    for (int s = 0; s < 2; s++) {
+        vf w0 = (vf)(s ? pairs[0] & 0xffff0000u : pairs[0] << 16), w1 = (vf)(s ? pairs[1] & 0xffff0000u : pairs[1] << 16);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) {
+#ifdef ELEM_IS_BF16
+            float x;
+            uint32_t bits = s ? a[r] & 0xffff0000u : a[r] << 16;
+            memcpy(&x, &bits, sizeof x);
 #else
-    *acc += a * load_f32(w0);
+            float x = a[s * rows + r];
+#endif
+            acc[r][0] += x * w0;
+            acc[r][1] += x * w1;
+        }
+    }
+#else
+    vf w0 = load_f32(w), w1 = load_f32(w + VL);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) {
+        acc[r][0] += a[r] * w0;
+        acc[r][1] += a[r] * w1;
+    }
 #endif
 }
 
@@ -64,20 +95,16 @@ static __attribute__((noinline)) void NAME(store_tile)(const float *sums, long r
 }
 
 /* One tile: `rows` is a constant wherever this is inlined, so acc lives in registers. Lines of the next panel are asked for meanwhile. */
-INLINE void NAME(tile)(const int rows, const NAME(unit) *a, const ELEM *w, const char *next, long next_lines, long K, float *sums) {
+INLINE void NAME(tile)(const int rows, const NAME(unit) *a, const WEIGHT *w, const char *next, long next_lines, long K, float *sums) {
     vf acc[MR][2];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = splat(0);
-    for (long k = 0; k < K / STEP; k++) {
+    for (long k = 0; k < K / W_STEP; k++) {
         if (next_lines > 0) __builtin_prefetch(next + k * next_lines * 64);
         if (next_lines > 1) __builtin_prefetch(next + k * next_lines * 64 + 64);
-#pragma GCC unroll 16
-        for (int r = 0; r < rows; r++) {
-            NAME(multiply_add)(&acc[r][0], a[r], w);
-            NAME(multiply_add)(&acc[r][1], a[r], w + VL * STEP);
-        }
-        a += rows;
-        w += NR * STEP;
+        NAME(multiply_add)(rows, acc, a, w);
+        a += rows * (W_STEP / A_STEP);
+        w += NR * W_STEP;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) {
@@ -86,7 +113,7 @@ INLINE void NAME(tile)(const int rows, const NAME(unit) *a, const ELEM *w, const
     }
 }
 
-static void NAME(any_tile)(long rows, const NAME(unit) *a, const ELEM *w, const char *next, long next_lines, long K, ELEM *out, long ldo,
+static void NAME(any_tile)(long rows, const NAME(unit) *a, const WEIGHT *w, const char *next, long next_lines, long K, ELEM *out, long ldo,
                            const ELEM *bias, long columns) {
     float sums[MR * NR];
 #define TILE(n) \
@@ -106,12 +133,13 @@ static void NAME(any_tile)(long rows, const NAME(unit) *a, const ELEM *w, const 
 
 INLINE void NAME(pack_rows)(const ELEM *a, long lda, long rows, long K, ELEM *packed) {
     for (long r = 0; r < rows; r++)
-        for (long k = 0; k < K; k += STEP)
-            for (long s = 0; s < STEP; s++) packed[(k / STEP * rows + r) * STEP + s] = a[r * lda + k + s];
+        for (long k = 0; k < K; k += A_STEP)
+            for (long s = 0; s < A_STEP; s++) packed[(k / A_STEP * rows + r) * A_STEP + s] = a[r * lda + k + s];
 }
 
 typedef struct {
-    const ELEM *a, *w, *bias;
+    const ELEM *a, *bias;
+    const WEIGHT *w;
     ELEM *out, *a_packed;
     long lda, M, N, K, tiles, tiles_a_band, bands;
 } NAME(product);
@@ -130,25 +158,25 @@ static void NAME(multiply)(void *context, long first_task, long last_task) {
     long K = p->K, N = p->N, panels = (N + NR - 1) / NR;
     for (long task = first_task; task < last_task; task++) {
         long band = task / panels, panel = task % panels;
-        const ELEM *w_panel = p->w + panel * NR * K;
+        const WEIGHT *w_panel = p->w + panel * NR * K;
         const char *next = (const char *)(w_panel + NR * K);
         long last = (band + 1) * p->tiles_a_band < p->tiles ? (band + 1) * p->tiles_a_band : p->tiles;
         for (long i = band * p->tiles_a_band; i < last; i++) {
             long first = tile_start(p->M, p->tiles, i), rows = tile_start(p->M, p->tiles, i + 1) - first;
-            /* A panel has two lines a step: one tile asks for both, else the first two tiles for one each. */
+            /* The next panel has NR * W_STEP weights a step: the first tiles ask for its lines, in two halves where there are two. */
             long lines = (panel + 1) * NR >= N ? 0 : p->tiles == 1 ? 2 : i < 2 ? 1 : 0;
-            NAME(any_tile)(rows, (const NAME(unit) *)(p->a_packed + first * K), w_panel, next + (i == 1 ? K / STEP * 64 : 0), lines, K,
+            NAME(any_tile)(rows, (const NAME(unit) *)(p->a_packed + first * K), w_panel, next + (i == 1 ? K / W_STEP * 64 : 0), lines, K,
                            p->out + first * N + panel * NR, N, p->bias ? p->bias + panel * NR : 0, N - panel * NR);
         }
     }
 }
 
-/* a_packed: room for M * K elements. K is a multiple of STEP. */
-void NAME(linear)(const ELEM *a, long lda, const ELEM *w, const ELEM *bias, ELEM *out, ELEM *a_packed, long M, long N, long K) {
+/* a_packed: room for M * K elements. K is even. */
+void NAME(linear)(const ELEM *a, long lda, const WEIGHT *w, const ELEM *bias, ELEM *out, ELEM *a_packed, long M, long N, long K) {
     if (M == 0) return;
     long tiles = (M + MR - 1) / MR, tiles_a_band = BAND_BYTES / (MR * K * (long)sizeof(ELEM)) + 1;
     long bands = (tiles + tiles_a_band - 1) / tiles_a_band;
-    NAME(product) p = {a, w, bias, out, a_packed, lda, M, N, K, tiles, tiles_a_band, bands};
+    NAME(product) p = {a, bias, w, out, a_packed, lda, M, N, K, tiles, tiles_a_band, bands};
     if (M == 1)
         p.a_packed = (ELEM *)a; /* packed as it is */
     else if (M * K < ENOUGH_FOR_THREADS)
@@ -158,4 +186,5 @@ void NAME(linear)(const ELEM *a, long lda, const ELEM *w, const ELEM *bias, ELEM
     run_loop(NAME(multiply), &p, (N + NR - 1) / NR * bands, 8);
 }
 
-#undef STEP
+#undef A_STEP
+#undef W_STEP

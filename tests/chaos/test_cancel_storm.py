@@ -46,6 +46,7 @@ class HeldEngine(HashEngine):
         self._changed = threading.Condition()
         self._num_allowed: int | None = None
         self.num_begun = 0
+        self.pace_s = 0.0  # of every step
 
     def hold(self) -> None:
         self._allow(0)
@@ -74,6 +75,7 @@ class HeldEngine(HashEngine):
             assert self._changed.wait_for(lambda: self._num_allowed is None or self._num_allowed > 0, WAIT_S)
             if self._num_allowed is not None:
                 self._num_allowed -= 1
+        time.sleep(self.pace_s)
         return super().forward(batch, resources)
 
 
@@ -241,7 +243,10 @@ def test_transfer(pair: Pair, decode_first: bool) -> None:
 
 
 def test_decode(pair: Pair) -> None:
-    """Requests whose prompts came from the other gang, in the middle of their answers."""
+    """Requests whose prompts came from the other gang, in the middle of their answers.
+
+    The steps are slow enough that the first is not at its end before the last has landed."""
+    pair.decode.engine.pace_s = WAIT_S / SAMPLING.max_tokens
     for wave in range(NUM_CANCELS // WAVE):
         pair.release()
         names = []

@@ -58,6 +58,21 @@ def test_a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(dtype
             assert torch.equal(linear(x[rows]), whole[rows])
 
 
+def test_float32_weights_that_fit_bfloat16_are_kept_so_with_the_same_bits() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(100, 256).bfloat16().float()
+    narrow = make_linear(weight, torch.randn(100))
+    nearly = weight.clone()
+    nearly[99, 255] += 1e-4
+    wide = make_linear(nearly, narrow.bias_N if isinstance(narrow, PackedLinear) else None)
+    assert isinstance(narrow, PackedLinear)
+    assert isinstance(wide, PackedLinear)
+    assert (narrow.packed.dtype, wide.packed.dtype) == (torch.bfloat16, torch.float32)
+    for M in (1, 3, 14, 40):
+        x = torch.randn(M, 256)
+        assert torch.equal(narrow(x)[:, :99], wide(x)[:, :99])
+
+
 def test_loops_of_several_callers_at_once() -> None:
     assert use_threads(3)
     linears = [make_linear(torch.randn(300, 128)) for _ in range(4)]
