@@ -1,0 +1,228 @@
+"""`tensorweave soak`: mixed traffic for minutes (answers to their end, answers left in the middle, bad requests), while
+the memory of every process of the service is watched.
+
+Exit code 1 when an answer changed, a request failed that its client had not spoilt, a gauge did not come back to where
+it began, a process ended, or the memory of one grew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+_EXAMPLES = """\
+examples:
+  tensorweave soak --config deploy/examples/laptop.yaml --minutes 20 --json out.json
+  tensorweave soak --config deploy/examples/chaos.yaml --minutes 5 --set pools.decode.tensor_parallel_size=2
+
+Memory is resident memory without what is shared, sampled every few seconds. A process has grown when the median of the
+last quarter of its samples is above that of the second quarter by more than --growth MB and 3 %; the first quarter is
+for warming up.
+"""
+_GROWTH_SHARE: Final = 0.03
+_NUM_JOBS: Final = 48
+_IDLE_WAIT_S: Final = 10.0
+_MOMENTARY: Final = (
+    "tensorweave_num_requests_running",
+    "tensorweave_num_requests_waiting",
+    "tensorweave_gang_num_requests_running",
+    "tensorweave_gang_num_requests_waiting",
+    "tensorweave_kv_cache_usage_perc",
+    "tensorweave_kv_transfer_open_fetches",
+    "tensorweave_kv_transfer_open_leases",
+    "tensorweave_kv_transfer_held_blocks",
+)
+
+
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser(
+        "soak",
+        help="load a service for a long time and watch its memory",
+        description="Mixed traffic with cancels and bad requests; memory, blocks and answers are watched.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the service's YAML")
+    parser.add_argument("--minutes", type=float, default=20.0, help="how long (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=12, metavar="N", help="clients (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and moments (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="longest request")
+    parser.add_argument("--sample", type=float, default=5.0, metavar="S", help="between looks at the memory")
+    parser.add_argument("--growth", type=float, default=16.0, metavar="MB", help="that a process may grow by")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="append what the service says")
+    parser.add_argument(
+        "--set", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="change a key of the config"
+    )
+    parser.set_defaults(run=run)
+
+
+@dataclass(slots=True)
+class Memory:
+    """One process's samples, in MB."""
+
+    name: str
+    samples: list[float] = field(default_factory=list)
+
+    @property
+    def quarters(self) -> tuple[float, float]:
+        """Medians of the second and of the last quarter."""
+        quarter = max(1, len(self.samples) // 4)
+        early = self.samples[quarter : 2 * quarter] or self.samples
+        return statistics.median(early), statistics.median(self.samples[-quarter:])
+
+    def has_grown(self, allowed_mb: float) -> bool:
+        early, late = self.quarters
+        return late - early > allowed_mb and late > early * (1 + _GROWTH_SHARE)
+
+
+@dataclass(slots=True)
+class Report:
+    minutes: float
+    counts: dict[str, int] = field(default_factory=dict)
+    memory: list[dict[str, Any]] = field(default_factory=list)
+    gauges_before: dict[str, float] = field(default_factory=dict)
+    gauges_after: dict[str, float] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def to_plain(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def run(args: argparse.Namespace) -> int:
+    from tensorweave.cli.chaos_load import OracleFailed
+    from tensorweave.cli.chaos_service import ProcessTree, ServiceBroken
+    from tensorweave.deploy.config import load_config
+    from tensorweave.deploy.tiny_model import TINY_MODEL, write_tiny_model
+
+    if args.minutes <= 0 or args.clients < 1:
+        raise ValueError("--minutes must be above 0 and --clients at least 1")
+    config = load_config(args.config, args.changes)
+    if config.ray.address is not None:
+        raise ValueError("ray.address: soak starts a service of its own; leave it out")
+    with tempfile.TemporaryDirectory(prefix="tensorweave-soak-") as directory, ProcessTree() as tree:
+        changes = list(args.changes)
+        if config.model == TINY_MODEL:
+            model = write_tiny_model(Path(directory) / TINY_MODEL)
+            changes += [f"model={json.dumps(str(model))}", f"served_model_name={json.dumps(config.model_name)}"]
+        arguments = ["--config", str(args.config.resolve())]
+        for change in changes:
+            arguments += ["--set", change]
+        config = load_config(args.config, changes)
+        try:
+            report = asyncio.run(_soak(args, config, arguments, tree))
+        except (ServiceBroken, OracleFailed) as problem:
+            print(f"soak: {problem}", flush=True)
+            return 1
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report.to_plain(), indent=2) + "\n", encoding="utf-8")
+    print(format_report(report), flush=True)
+    return 1 if report.problems else 0
+
+
+async def _soak(args: argparse.Namespace, config: Any, arguments: Sequence[str], tree: Any) -> Report:
+    from tensorweave.cli.chaos_load import make_jobs, record_oracle
+    from tensorweave.cli.chaos_service import ChaosService
+    from tensorweave.cli.soak_load import Traffic
+
+    service = ChaosService(config, arguments, tree, args.log)
+    await service.start()
+    try:
+        await service.await_whole((), config.limits.start_timeout_s)
+        urls = [service.url(port) for port in service.ports]
+        jobs = make_jobs(config.model_name, _NUM_JOBS, args.seed)
+        jobs = await record_oracle(urls, jobs, args.clients, args.timeout)
+        report = Report(args.minutes, gauges_before=await _idle_gauges(service))
+        traffic = Traffic(urls, jobs, config.model_name, args.timeout, args.seed)
+        running = asyncio.create_task(traffic.run(args.clients))
+        memory = await _watch(service, running, args.minutes * 60, args.sample)
+        traffic.stop()
+        await running
+        report.gauges_after = await _idle_gauges(service, report.gauges_before)
+    finally:
+        await service.end()
+    _judge(report, traffic.tally, memory, args.growth)
+    return report
+
+
+async def _watch(service: Any, running: asyncio.Task[None], duration_s: float, sample_s: float) -> dict[int, Memory]:
+    """Samples of every process of the service until the time is over or the traffic broke off."""
+    memory: dict[int, Memory] = {}
+    end_s = time.monotonic() + duration_s
+    while (left_s := end_s - time.monotonic()) > 0 and not running.done():
+        service.tree.note(service.pid)
+        for pid, (name, megabytes) in (await asyncio.to_thread(_sizes, service.tree)).items():
+            memory.setdefault(pid, Memory(name)).samples.append(megabytes)
+        await asyncio.wait({running}, timeout=min(sample_s, left_s))
+    return memory
+
+
+def _sizes(tree: Any) -> dict[int, tuple[str, float]]:
+    import psutil
+
+    sizes = {}
+    for process in tree.living():
+        try:
+            line = process.cmdline()
+            own = process.memory_full_info().uss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        sizes[process.pid] = (_short(line) or process.name(), own / 1e6)
+    return sizes
+
+
+def _short(line: Sequence[str]) -> str:
+    """'ray::RankWorker' for a Ray actor, else the program or module."""
+    if not line:
+        return ""
+    if line[0].startswith("ray::"):
+        return line[0].split(".")[0].split(" ")[0]
+    words = [Path(word).name for word in line[:4] if not word.startswith("-")]
+    return " ".join(words[:2])
+
+
+async def _idle_gauges(service: Any, goal: dict[str, float] | None = None) -> dict[str, float]:
+    """What is momentary in `/metrics`, over all gangs; waits some seconds for it to be as in `goal`, or zero."""
+    deadline_s = time.monotonic() + _IDLE_WAIT_S
+    while True:
+        gauges = {name: await service.count(name) for name in _MOMENTARY}
+        is_back = gauges == goal if goal is not None else not any(gauges.values())
+        if is_back or time.monotonic() > deadline_s:
+            return gauges
+        await asyncio.sleep(0.25)
+
+
+def _judge(report: Report, tally: Any, memory: dict[int, Memory], growth_mb: float) -> None:
+    counted = ("num_requests", "num_answered", "num_left", "num_refused", "num_failed", "num_changed")
+    report.counts = {name.removeprefix("num_"): getattr(tally, name) for name in counted}
+    report.problems += [f"{count} x {reason}" for reason, count in tally.problems.most_common()]
+    for name, before in report.gauges_before.items():
+        if report.gauges_after[name] != before:
+            report.problems.append(f"{name} was {before:g} and is {report.gauges_after[name]:g}")
+    num_samples = max((len(entry.samples) for entry in memory.values()), default=0)
+    for pid, entry in sorted(memory.items()):
+        early, late = entry.quarters
+        report.memory.append(
+            {"process": entry.name, "pid": pid, "samples": len(entry.samples), "mb": [round(early, 1), round(late, 1)]}
+        )
+        if len(entry.samples) < num_samples / 2:
+            continue  # one of Ray's short-lived helpers
+        if entry.has_grown(growth_mb):
+            report.problems.append(f"{entry.name} ({pid}) grew from {early:.0f} to {late:.0f} MB")
+
+
+def format_report(report: Report) -> str:
+    counts = ", ".join(f"{count} {name}" for name, count in report.counts.items())
+    lines = [f"{report.minutes:g} minutes: {counts}"]
+    lines += [f"  {m['mb'][0]:8.1f} -> {m['mb'][1]:8.1f} MB  {m['process']} ({m['pid']})" for m in report.memory]
+    lines += [f"  PROBLEM: {problem}" for problem in report.problems] or ["  nothing leaked, nothing failed"]
+    return "\n".join(lines)

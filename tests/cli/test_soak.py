@@ -1,0 +1,55 @@
+"""What soak makes of its samples and counts."""
+
+from __future__ import annotations
+
+import pytest
+
+from tensorweave.cli.main import main
+from tensorweave.cli.soak import Memory, Report, _judge, _short, format_report
+from tensorweave.cli.soak_load import Tally
+
+
+def judged(tally: Tally, *memory: Memory, after: float = 0.0) -> Report:
+    report = Report(1.0, gauges_before={"gauge": 0.0}, gauges_after={"gauge": after})
+    _judge(report, tally, dict(enumerate(memory)), growth_mb=16.0)
+    return report
+
+
+def test_memory_that_settles_is_flat_and_memory_that_goes_on_growing_is_not() -> None:
+    warming = Memory("rank", [100.0, 180.0] + [200.0] * 6)
+    assert not warming.has_grown(16.0)
+    leaking = Memory("rank", [200.0 + 10 * step for step in range(8)])
+    assert leaking.has_grown(16.0)
+    huge = Memory("rank", [10_000.0] * 4 + [10_020.0] * 4)
+    assert not huge.has_grown(16.0)
+
+
+def test_a_clean_run_has_no_problems() -> None:
+    report = judged(Tally(num_answered=5, num_left=2, num_refused=1), Memory("rank", [1.0] * 8))
+    assert report.problems == []
+    assert report.counts == {"requests": 8, "answered": 5, "left": 2, "refused": 1, "failed": 0, "changed": 0}
+    assert "nothing leaked" in format_report(report)
+
+
+def test_every_problem_is_told() -> None:
+    tally = Tally(num_answered=5)
+    tally.fail("HTTP 500")
+    short_lived = Memory("helper", [1.0, 500.0])
+    report = judged(tally, Memory("rank", [100.0 * step for step in range(1, 9)]), short_lived, after=2.0)
+    assert [problem.split(" (")[0] for problem in report.problems] == [
+        "1 x HTTP 500",
+        "gauge was 0 and is 2",
+        "rank",
+    ]
+    assert "PROBLEM" in format_report(report)
+
+
+def test_processes_have_names_that_say_something() -> None:
+    assert _short(["ray::RankWorker.run"]) == "ray::RankWorker"
+    assert _short(["/usr/bin/python3", "-m", "tensorweave.cli.main", "serve"]) == "python3 tensorweave.cli.main"
+    assert _short([]) == ""
+
+
+def test_mistakes_in_the_command_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["soak", "--config", "deploy/examples/chaos.yaml", "--minutes", "0"]) == 2
+    assert "--minutes" in capsys.readouterr().err
