@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -227,6 +227,18 @@ class Gang:
                 return road
         except (TimeoutError, RayError) as error:
             return KvRoad(0.0, 0.0, f"{type(error).__name__}: {_first_line(error)}")
+
+    async def set_logits_processors(self, processors: Mapping[str, Any]) -> None:
+        """References to callables, by name, which Ray hands to every rank; None takes one away. Raises WorkerLost, and
+        ValueError where a rank cannot load one."""
+        try:
+            for name, reference in processors.items():
+                await _gather([actor.set_logits_processor.remote(name, reference) for actor in self._actors])
+        except RayActorError as error:
+            raise WorkerLost(f"gang {self.gang_id}: a rank died ({_first_line(error)})") from error
+        except RayError as error:
+            cause = getattr(error, "cause", None) or error
+            raise ValueError(f"a logits processor cannot be loaded by the ranks: {_first_line(cause)}") from error
 
     async def drain(self, timeout_s: float) -> None:
         """Let open requests end, refuse new ones; then the ranks stop. Gives up at the timeout: `kill` follows."""

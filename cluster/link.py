@@ -26,6 +26,10 @@ class GangLink(Protocol):
     def is_open(self) -> bool: ...
 
     @property
+    def is_quiet(self) -> bool:
+        """Nothing has been heard of the gang for longer than it is ever silent: better give new work to others."""
+
+    @property
     def kv(self) -> KvMirror:
         """Which KV blocks the gang holds."""
 
@@ -47,9 +51,9 @@ class GangLink(Protocol):
         """Whether an attempt of this request (its id, or id/anything) that was given a `grace_s` runs or has ended
         there, and can be attached to. Raises WorkerLost."""
 
-    def attach(self, request_id: str, prompt_len: int | None = None) -> AsyncGenerator[TokenChunk, None]:
-        """All chunks so far of such an attempt, then the rest, as from `generate`. With `prompt_len`, what the attempt
-        took over from an earlier one, as tokens of its prompt beyond that length, comes first. NotReady: it is gone."""
+    def attach(self, request_id: str) -> AsyncGenerator[TokenChunk, None]:
+        """All of such an attempt's answer so far, what it took over from an earlier one first, then the rest, as from
+        `generate`. NotReady: it is gone."""
 
     async def stats(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """The executor's iteration stats since they were last asked for, by whomever."""

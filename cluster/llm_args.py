@@ -7,12 +7,15 @@ with the nearest known name; there are no environment variables behind any knob.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticUndefined
+
+from tensorweave.cluster.llm_args_refused import CACHE_TRANSCEIVER, KV_CACHE, LLM_ARGS, SCHEDULER, Refusal
 
 ApiStatus = Literal["prototype", "beta", "deprecated"]
 
@@ -25,24 +28,35 @@ def Field(default: Any = PydanticUndefined, *, status: ApiStatus | None = None, 
 
 
 class StrictBaseModel(BaseModel):
-    """Refuses unknown keys, and says which known one is nearest."""
+    """Refuses unknown keys, and says which known one is nearest; `refused` ones may have a value that asks for
+    nothing."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
+    refused: ClassVar[Mapping[str, Refusal]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
-                    hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(cls.model_fields)}"
-                    raise ValueError(f"unknown key {key!r} in {cls.__name__}{hint}")
-        return data
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for key, value in data.items():
+            refusal = cls.refused.get(key)
+            if key in cls.model_fields:
+                kept[key] = value
+            elif refusal is None:
+                near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(cls.model_fields)}"
+                raise ValueError(f"unknown key {key!r} in {cls.__name__}{hint}")
+            elif not refusal.allows(value):
+                raise ValueError(f"{key} = {value!r} is not supported yet: {refusal.advice}")
+        return kept
 
 
 class KvCacheConfig(StrictBaseModel):
     """Paged KV cache: how large it is and how its blocks are reused."""
+
+    refused: ClassVar[Mapping[str, Refusal]] = KV_CACHE
 
     enable_block_reuse: bool = Field(
         True,
@@ -73,6 +87,12 @@ class KvCacheConfig(StrictBaseModel):
         description="On a CPU: share of available memory that one rank's KV cache takes.",
     )
     tokens_per_block: int = Field(32, status="beta", ge=1, description="Tokens per KV block, a power of two.")
+    event_buffer_max_size: int = Field(
+        0,
+        status="prototype",
+        ge=0,
+        description="Events kept for LLM.get_kv_cache_events until they are taken; 0: none. Needs one rank.",
+    )
 
     @model_validator(mode="after")
     def _check_power_of_two(self) -> Self:
@@ -83,6 +103,8 @@ class KvCacheConfig(StrictBaseModel):
 
 class SchedulerConfig(StrictBaseModel):
     """Which requests run in a step."""
+
+    refused: ClassVar[Mapping[str, Refusal]] = SCHEDULER
 
     capacity_scheduler_policy: Literal["GUARANTEED_NO_EVICT", "MAX_UTILIZATION", "STATIC_BATCH"] = Field(
         "GUARANTEED_NO_EVICT",
@@ -101,6 +123,8 @@ class SchedulerConfig(StrictBaseModel):
 
 class CacheTransceiverConfig(StrictBaseModel):
     """How KV blocks move between gangs, for prefill and decode in different ones."""
+
+    refused: ClassVar[Mapping[str, Refusal]] = CACHE_TRANSCEIVER
 
     backend: Literal["DEFAULT", "IPC", "NCCL", "TCP"] | None = Field(
         None,
@@ -126,6 +150,8 @@ class CacheTransceiverConfig(StrictBaseModel):
 class TorchLlmArgs(StrictBaseModel):
     """Every constructor argument of `LLM`. Fields without a status are committed."""
 
+    refused: ClassVar[Mapping[str, Refusal]] = LLM_ARGS
+
     model: str | Path = Field(description="A Hugging Face model directory, a hub id, or an engine directory.")
     tokenizer: Any = Field(None, description="Directory, hub id or tokenizer instance. Default: the model's own.")
     tokenizer_mode: Literal["auto", "slow"] = Field(
@@ -144,7 +170,7 @@ class TorchLlmArgs(StrictBaseModel):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     tokenizer_revision: str | None = Field(None, description="Branch, tag or commit of a hub tokenizer.")
     backend: Literal["tensorrt", "pytorch", "_autodeploy"] | None = Field(
-        None, description="'pytorch' (the default) is our engine."
+        None, description="'pytorch' (the default) is our engine; '_autodeploy' runs transformers' models on it."
     )
 
     kv_cache_config: KvCacheConfig = Field(default_factory=KvCacheConfig, status="beta", description="Paged KV cache.")
@@ -191,8 +217,27 @@ class TorchLlmArgs(StrictBaseModel):
         gt=0,
         description="A step loop without progress for this long ends its gang; allow for the longest step.",
     )
+    enable_iter_perf_stats: bool = Field(
+        True, status="prototype", description="Keep statistics of every step for get_stats."
+    )
     iter_stats_max_iterations: int = Field(
         1000, status="prototype", ge=1, description="Steps whose statistics are kept for get_stats."
+    )
+    return_perf_metrics: bool = Field(
+        False, status="prototype", description="Give every output its request_perf_metrics; LLM only."
+    )
+    batched_logits_processor: Any = Field(
+        None,
+        status="prototype",
+        description="A callable that edits the logits of all requests with apply_batched_logits_processor in one call "
+        "a step: (req_ids, logits, token_ids, stream_ptr, client_ids), lists of what one gets; LLM only.",
+    )
+    garbage_collection_gen0_threshold: int = Field(
+        20000,
+        status="beta",
+        ge=1,
+        description="Objects that a rank's process (at one rank this one) makes before Python's garbage collector "
+        "looks at the youngest.",
     )
     scheduler: str | None = Field(
         None, status="prototype", description="'package.module:Class' of your own scheduler; see docs/scheduler.md."
@@ -207,8 +252,13 @@ class TorchLlmArgs(StrictBaseModel):
     def _check_combinations(self) -> Self:
         if self.backend == "tensorrt":
             raise ValueError("backend 'tensorrt' is not part of tensorweave; use backend='pytorch' (the default)")
-        if self.backend == "_autodeploy":
-            raise ValueError("backend '_autodeploy' is not built yet; use backend='pytorch' (the default)")
+        if self.backend == "_autodeploy" and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"backend '_autodeploy' runs on one rank; tensor_parallel_size is {self.tensor_parallel_size}"
+            )
+        if self.batched_logits_processor is not None and not callable(self.batched_logits_processor):
+            kind = type(self.batched_logits_processor).__name__
+            raise ValueError(f"batched_logits_processor is a {kind}, which cannot be called")
         return self
 
 

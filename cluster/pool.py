@@ -12,12 +12,13 @@ import asyncio
 import collections
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
 from tensorweave.cluster.errors import NotReady, TensorweaveError
 from tensorweave.cluster.gang import GangSpec
+from tensorweave.cluster.held_processors import HeldProcessors
 from tensorweave.cluster.protocol import GangAddress, KvRoad, KvSource, Role
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ class PoolGang(Protocol):
     async def watch(self) -> str: ...
 
     async def measure_road(self, source: KvSource) -> KvRoad: ...
+
+    async def set_logits_processors(self, processors: Mapping[str, Any]) -> None: ...
 
     async def drain(self, timeout_s: float) -> None: ...
 
@@ -107,6 +110,7 @@ class GangPool:
         self._num_slots = 0
         self._failure: str | None = None
         self._trouble: str | None = None
+        self._processors = HeldProcessors()
         self._is_ending = asyncio.Event()
 
     def start(self) -> None:
@@ -162,6 +166,10 @@ class GangPool:
             "failure": self._failure,
             "trouble": self._trouble,
         }
+
+    async def set_logits_processors(self, processors: Mapping[str, Any]) -> None:
+        """For every gang, also those to come. Raises ValueError."""
+        await self._processors.give([gang for gang, _ in self.ready], processors)
 
     async def scale(self, replicas: int, timeout_s: float) -> None:
         """That many gangs from now on. Those too many take no new work and get `timeout_s` for what runs; the youngest
@@ -225,6 +233,7 @@ class GangPool:
         self._set(slot, "starting")
         try:
             slot.address = await gang.start()
+            await self._processors.equip(gang)
             slot.num_faults_running = 0
             logger.info("gang %s is ready", gang.gang_id)
             self._set(slot, "ready")

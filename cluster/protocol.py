@@ -15,13 +15,47 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
 from tensorweave.cluster.errors import TensorweaveError, WireError, error_from_wire
+from tensorweave.cluster.fields import as_bytes, checked
+from tensorweave.cluster.kv_source import KvEndpoint, KvRoad, KvSource, Ticket
+from tensorweave.cluster.sampling_spec import (
+    Logprob,
+    SamplingSpec,
+    TokenLogprobs,
+    logprobs_from_wire,
+    logprobs_to_wire,
+)
 
-PROTOCOL_VERSION: Final = 1
+__all__ = [
+    "DEFAULT_RETENTION_PRIORITY",
+    "PROTOCOL_VERSION",
+    "FinishReason",
+    "GangAddress",
+    "GenerateRequest",
+    "KvEndpoint",
+    "KvRoad",
+    "KvSource",
+    "Logprob",
+    "ModelInfo",
+    "Retention",
+    "RetentionRange",
+    "Role",
+    "SamplingSpec",
+    "Ticket",
+    "TokenChunk",
+    "TokenLogprobs",
+    "logprobs_from_wire",
+    "logprobs_to_wire",
+    "pack_tokens",
+    "unpack_tokens",
+]
+
+PROTOCOL_VERSION: Final = 2
 
 FinishReason = Literal["stop", "length", "timeout", "cancelled", "not_finished"]
 Role = Literal["prefill", "decode", "both"]
 _FINISH_REASONS: Final = get_args(FinishReason)
 DEFAULT_RETENTION_PRIORITY: Final = 35
+_LOGPROB_BYTES: Final = 20
 
 
 def pack_tokens(tokens: Sequence[int]) -> bytes:
@@ -41,57 +75,6 @@ def unpack_tokens(data: bytes) -> list[int]:
     return packed.tolist()
 
 
-def _checked(value: Any, name: str, *kinds: type) -> Any:
-    """The value, if it is of one of these types; bool is no int here."""
-    if type(value) not in kinds:
-        raise WireError(f"{name} is a {type(value).__name__}")
-    return value
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingSpec:
-    """How one sequence is sampled, fully resolved: no None means "default", text is already token ids.
-
-    `temperature == 0` is greedy. `top_k == 0` and `top_p == 1` and `min_p == 0` are off. Order: temperature, min_p,
-    top_k, top_p. `seed` and the position alone decide the random number of each token, so a replay continues with the
-    same tokens. `stop_token_ids` end the sequence once `min_tokens` are out; end-of-sequence ids are among them unless
-    `ignore_eos` was asked. Stop strings are not here: whoever holds the detokenizer watches for them.
-    """
-
-    max_tokens: int
-    min_tokens: int = 0
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0.0
-
-    def to_wire(self) -> list[Any]:
-        return [getattr(self, f.name) for f in dataclasses.fields(self)]
-
-    @classmethod
-    def from_wire(cls, fields: Any) -> SamplingSpec:
-        try:
-            max_tokens, min_tokens, temperature, top_k, top_p, min_p, seed, stop = fields
-            return cls(
-                _checked(max_tokens, "max_tokens", int),
-                _checked(min_tokens, "min_tokens", int),
-                _checked(temperature, "temperature", float, int),
-                _checked(top_k, "top_k", int),
-                _checked(top_p, "top_p", float, int),
-                _checked(min_p, "min_p", float, int),
-                _checked(seed, "seed", int),
-                tuple(_checked(token, "a stop token id", int) for token in stop),
-            )
-        except (TypeError, ValueError) as error:
-            raise WireError(f"malformed sampling fields: {error}") from None
-
-
 @dataclass(frozen=True, slots=True)
 class RetentionRange:
     """Prompt tokens [start, end) keep `priority` (0 to 100) for `duration_s`; None: for ever."""
@@ -105,10 +88,10 @@ class RetentionRange:
     def from_wire(cls, fields: Any) -> RetentionRange:
         start, end, priority, duration_s = fields
         return cls(
-            _checked(start, "start", int),
-            _checked(end, "end", int, type(None)),
-            _checked(priority, "priority", int),
-            _checked(duration_s, "duration_s", float, int, type(None)),
+            checked(start, "start", int),
+            checked(end, "end", int, type(None)),
+            checked(priority, "priority", int),
+            checked(duration_s, "duration_s", float, int, type(None)),
         )
 
 
@@ -130,93 +113,11 @@ class Retention:
             ranges, priority, duration_s = fields
             return cls(
                 tuple(RetentionRange.from_wire(r) for r in ranges),
-                _checked(priority, "priority", int),
-                _checked(duration_s, "duration_s", float, int, type(None)),
+                checked(priority, "priority", int),
+                checked(duration_s, "duration_s", float, int, type(None)),
             )
         except (TypeError, ValueError) as error:
             raise WireError(f"malformed retention fields: {error}") from None
-
-
-@dataclass(frozen=True, slots=True)
-class KvEndpoint:
-    """Where one rank gives its KV away: it holds KV heads [first_head, first_head + num_heads) of every layer."""
-
-    host: str
-    port: int
-    first_head: int
-    num_heads: int
-
-    @classmethod
-    def from_wire(cls, fields: Any) -> KvEndpoint:
-        try:
-            host, port, first_head, num_heads = fields
-        except (TypeError, ValueError) as error:
-            raise WireError(f"malformed KV endpoint: {error}") from None
-        return cls(
-            _checked(host, "host", str),
-            _checked(port, "port", int),
-            _checked(first_head, "first_head", int),
-            _checked(num_heads, "num_heads", int),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class KvSource:
-    """A gang that gives KV away: its ranks' endpoints, and what both sides must have alike for a block to fit.
-
-    `fingerprint` names model digest, dtype, block size, layout and version; the first that differs is the refusal's
-    reason. `secret` opens the endpoints.
-    """
-
-    gang_id: str
-    endpoints: tuple[KvEndpoint, ...]
-    fingerprint: dict[str, str]
-    secret: str = field(repr=False)
-
-    def to_wire(self) -> list[Any]:
-        endpoints = [[e.host, e.port, e.first_head, e.num_heads] for e in self.endpoints]
-        return [self.gang_id, endpoints, self.fingerprint, self.secret]
-
-    @classmethod
-    def from_wire(cls, fields: Any) -> KvSource:
-        try:
-            gang_id, endpoints, fingerprint, secret = fields
-            ends = tuple(KvEndpoint.from_wire(e) for e in endpoints)
-        except (TypeError, ValueError) as error:
-            raise WireError(f"malformed KV source: {error}") from None
-        for name, value in _checked(fingerprint, "fingerprint", dict).items():
-            _checked(name, "a fingerprint's name", str)
-            _checked(value, "a fingerprint's value", str)
-        return cls(_checked(gang_id, "gang_id", str), ends, fingerprint, _checked(secret, "secret", str))
-
-
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """A claim on one prompt's KV at a prefill gang. Every attempt has a ticket of its own, never used again."""
-
-    ticket_id: str
-    source: KvSource
-
-    def to_wire(self) -> list[Any]:
-        return [self.ticket_id, self.source.to_wire()]
-
-    @classmethod
-    def from_wire(cls, fields: Any) -> Ticket:
-        try:
-            ticket_id, source = fields
-        except (TypeError, ValueError) as error:
-            raise WireError(f"malformed ticket: {error}") from None
-        return cls(_checked(ticket_id, "ticket_id", str), KvSource.from_wire(source))
-
-
-@dataclass(frozen=True, slots=True)
-class KvRoad:
-    """What the way from a prefill gang to a decode gang carries, as measured when the later of them came up; `error`
-    says why it carries nothing."""
-
-    bytes_per_s: float
-    latency_s: float
-    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +128,9 @@ class GenerateRequest:
     The two phases of a disaggregated request: with `offer` (a ticket id) the gang computes the prompt and the first
     token, ends with finish_reason "not_finished", and keeps the KV for whoever holds the ticket; with `fetch` it pulls
     the prompt's KV with that ticket in place of computing it, and computes itself whatever does not arrive.
+
+    The last `num_replayed` of the prompt's token ids are output that another gang has generated: they count as output
+    in everything that sampling and limits mean, and the answer goes on behind them.
 
     With `grace_s` the gang goes on for that long after the connection that brought the request broke, and keeps what it
     says: another router may ask for it. Without, the request ends with its connection.
@@ -242,6 +146,7 @@ class GenerateRequest:
     offer: str | None = None
     fetch: Ticket | None = None
     grace_s: float = 0.0
+    num_replayed: int = 0
 
     def to_wire(self) -> list[Any]:
         return [
@@ -255,35 +160,44 @@ class GenerateRequest:
             self.offer,
             None if self.fetch is None else self.fetch.to_wire(),
             self.grace_s,
+            self.num_replayed,
         ]
 
     @classmethod
     def from_wire(cls, fields: Any) -> GenerateRequest:
         try:
-            request_id, prompt, sampling, deadline_s, priority, salt, retention, offer, fetch, grace_s = fields
+            request_id, prompt, sampling, deadline_s, priority, salt, retention, offer, fetch, grace_s, replayed = (
+                fields
+            )
         except (TypeError, ValueError) as error:
             raise WireError(f"malformed request: {error}") from None
         return cls(
-            _checked(request_id, "request_id", str),
+            checked(request_id, "request_id", str),
             unpack_tokens(prompt),
             SamplingSpec.from_wire(sampling),
-            _checked(deadline_s, "deadline_s", float, int, type(None)),
-            _checked(priority, "priority", int),
-            _checked(salt, "cache_salt", str, type(None)),
+            checked(deadline_s, "deadline_s", float, int, type(None)),
+            checked(priority, "priority", int),
+            checked(salt, "cache_salt", str, type(None)),
             None if retention is None else Retention.from_wire(retention),
-            _checked(offer, "offer", str, type(None)),
+            checked(offer, "offer", str, type(None)),
             None if fetch is None else Ticket.from_wire(fetch),
-            _checked(grace_s, "grace_s", float, int),
+            checked(grace_s, "grace_s", float, int),
+            checked(replayed, "num_replayed", int),
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenChunk:
-    """What one step gave one request: new token ids, or its end.
+    """What one step gave one request: new token ids, or its end. Nobody changes one; but there is one for each token,
+    and dataclasses that are frozen take ten times as long to make.
 
     `finish_reason` is set on the last chunk; `stop_reason` is the token id that ended it, if one did. The stop token
     itself is among `token_ids`. `error` ends the request too. `num_cached_tokens` (prompt tokens found in the prefix
-    tree) is true from the first chunk on.
+    tree) is true from the first chunk on. `start` is the first token's place in the output.
+
+    Where they were asked for: `logprobs` has one entry a token id; `prompt_logprobs` one for each prompt token but the
+    first, all with the first token; `logits` float32 [tokens, V], and `context_logits` float32 [n, V] of the next n
+    prompt tokens, which may come before the first token, in several chunks.
     """
 
     request_id: str
@@ -293,33 +207,63 @@ class TokenChunk:
     num_cached_tokens: int = 0
     error: TensorweaveError | None = None
     start: int = 0
+    logprobs: Sequence[TokenLogprobs] = ()
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None
+    logits: bytes = field(default=b"", repr=False)
+    context_logits: bytes = field(default=b"", repr=False)
 
     @property
     def is_last(self) -> bool:
         return self.finish_reason is not None or self.error is not None
 
+    @property
+    def num_extra_bytes(self) -> int:
+        """About the size on the wire of what is told beside the tokens."""
+        if not (self.logprobs or self.prompt_logprobs or self.logits or self.context_logits):
+            return 0
+        num_logprobs = sum(map(len, self.logprobs)) + sum(map(len, self.prompt_logprobs or ()))
+        return _LOGPROB_BYTES * num_logprobs + len(self.logits) + len(self.context_logits)
+
     def to_wire(self) -> list[Any]:
         error = None if self.error is None else self.error.to_wire()
         ends = [self.finish_reason, self.stop_reason]
-        return [self.request_id, list(self.token_ids), *ends, self.num_cached_tokens, error, self.start]
+        wire: list[Any] = [self.request_id, list(self.token_ids), *ends, self.num_cached_tokens, error, self.start]
+        if self.logprobs or self.prompt_logprobs is not None or self.logits or self.context_logits:
+            prompt = None if self.prompt_logprobs is None else logprobs_to_wire(self.prompt_logprobs)
+            wire += [logprobs_to_wire(self.logprobs), prompt, self.logits, self.context_logits]
+        return wire
 
     @classmethod
     def from_wire(cls, fields: Any) -> TokenChunk:
         try:
-            request_id, token_ids, finish, stop, cached, error, start = fields
+            request_id, token_ids, finish, stop, cached, error, start, *more = fields
         except (TypeError, ValueError) as problem:
             raise WireError(f"malformed chunk: {problem}") from None
-        if _checked(finish, "finish_reason", str, type(None)) not in (None, *_FINISH_REASONS):
+        if checked(finish, "finish_reason", str, type(None)) not in (None, *_FINISH_REASONS):
             raise WireError(f"unknown finish reason {finish!r}")
         return cls(
-            _checked(request_id, "request_id", str),
-            _checked(token_ids, "token_ids", list),
+            checked(request_id, "request_id", str),
+            checked(token_ids, "token_ids", list),
             finish,
-            _checked(stop, "stop_reason", int, type(None)),
-            _checked(cached, "num_cached_tokens", int),
-            None if error is None else error_from_wire(_checked(error, "error", dict)),
-            _checked(start, "start", int),
+            checked(stop, "stop_reason", int, type(None)),
+            checked(cached, "num_cached_tokens", int),
+            None if error is None else error_from_wire(checked(error, "error", dict)),
+            checked(start, "start", int),
+            *(_extras_from_wire(more) if more else ()),
         )
+
+
+def _extras_from_wire(fields: Sequence[Any]) -> tuple[Any, ...]:
+    try:
+        logprobs, prompt_logprobs, logits, context_logits = fields
+    except ValueError as problem:
+        raise WireError(f"malformed chunk: {problem}") from None
+    return (
+        logprobs_from_wire(logprobs),
+        None if prompt_logprobs is None else logprobs_from_wire(prompt_logprobs),
+        as_bytes(logits, "logits"),
+        as_bytes(context_logits, "context_logits"),
+    )
 
 
 @dataclass(frozen=True, slots=True)

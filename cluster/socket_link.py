@@ -38,14 +38,15 @@ from tensorweave.cluster.protocol import (
 logger = logging.getLogger(__name__)
 
 SILENCE_LIMIT_S: Final = 5.0
-_CHECK_INTERVAL_S: Final = 1.0
+QUIET_S: Final = 1.5
+_BEAT_S: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class _Attaching:
-    """`opened` tells which attempt it is, and how many tokens of the answer its prompt holds."""
+    """`opened` tells which attempt it is."""
 
-    opened: asyncio.Future[tuple[str, int]]
+    opened: asyncio.Future[str]
     inbox: asyncio.Queue[TokenChunk] = field(default_factory=asyncio.Queue)
 
 
@@ -71,7 +72,7 @@ class SocketLink:
         self._error: TensorweaveError | None = None
         self._closed = asyncio.Event()
         self._closes_when_idle = False
-        self._has_heard = True
+        self._num_silent_beats = 0
         self._writer.write(wire.pack_frame("kv_subscribe"))
         self._task = asyncio.create_task(self._run(frames), name=f"link-{address.gang_id}")
 
@@ -107,6 +108,10 @@ class SocketLink:
     @property
     def kv_source(self) -> KvSource | None:
         return self.address.kv_source
+
+    @property
+    def is_quiet(self) -> bool:
+        return self._num_silent_beats * _BEAT_S >= QUIET_S
 
     @property
     def num_inflight(self) -> int:
@@ -157,23 +162,23 @@ class SocketLink:
     async def find(self, request_id: str, timeout_s: float = 5.0) -> bool:
         return bool(await self._ask("find", timeout_s, request_id))
 
-    async def attach(self, request_id: str, prompt_len: int | None = None) -> AsyncGenerator[TokenChunk, None]:
+    async def attach(self, request_id: str) -> AsyncGenerator[TokenChunk, None]:
         if self._error is not None:
             raise _copy(self._error)
         number = next(self._numbers)
         attaching = self._attaching[number] = _Attaching(asyncio.get_running_loop().create_future())
-        self._writer.write(wire.pack_frame("attach", number, request_id, prompt_len))
+        self._writer.write(wire.pack_frame("attach", number, request_id))
         try:
-            stream_id, num_before = await attaching.opened
+            stream_id = await attaching.opened
         except asyncio.CancelledError:
             if attaching.opened.done() and not attaching.opened.cancelled():
-                self._leave(attaching.opened.result()[0])
+                self._leave(attaching.opened.result())
             raise
         finally:
             self._attaching.pop(number, None)
         async with contextlib.aclosing(self._read(stream_id, attaching.inbox)) as chunks:
             async for chunk in chunks:
-                yield dataclasses.replace(chunk, request_id=request_id, start=chunk.start + num_before)
+                yield dataclasses.replace(chunk, request_id=request_id)
 
     async def stats(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = await self._ask("stats", timeout_s)
@@ -214,7 +219,7 @@ class SocketLink:
         error: TensorweaveError = WorkerLost(f"gang {self.gang_id}: its leader closed the connection")
         try:
             async for frame in frames:
-                self._has_heard = True
+                self._num_silent_beats = 0
                 self._receive(frame)
         except WireError as problem:
             logger.warning("gang %s: %s; closing the link", self.gang_id, problem)
@@ -259,16 +264,14 @@ class SocketLink:
         else:
             self._inboxes[stream_id] = attaching.inbox
             if tail:
-                attaching.inbox.put_nowait(TokenChunk(stream_id, tail, start=-len(tail)))
-            attaching.opened.set_result((stream_id, len(tail)))
+                attaching.inbox.put_nowait(TokenChunk(stream_id, tail))
+            attaching.opened.set_result(stream_id)
 
     async def _watch_silence(self) -> None:
         """Counts beats without news rather than seconds: if our own loop stood still, the leader is not to blame."""
-        num_silent = 0
-        while num_silent * _CHECK_INTERVAL_S < SILENCE_LIMIT_S:
-            await asyncio.sleep(_CHECK_INTERVAL_S)
-            num_silent = 0 if self._has_heard else num_silent + 1
-            self._has_heard = False
+        while self._num_silent_beats * _BEAT_S < SILENCE_LIMIT_S:
+            await asyncio.sleep(_BEAT_S)
+            self._num_silent_beats += 1
         self._end(WorkerLost(f"gang {self.gang_id}: its leader was silent for {SILENCE_LIMIT_S:g} s"))
 
     def _end(self, error: TensorweaveError) -> None:

@@ -10,13 +10,14 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import ray
 from ray.actor import ActorHandle
 
+from tensorweave.cluster.errors import NotReady
 from tensorweave.cluster.gang import Gang
 from tensorweave.cluster.placement import remove_groups
 from tensorweave.cluster.pool import GangPool, PoolSpec, PoolState
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_RESTARTS: Final = 10
 _MAX_WATCHERS: Final = 1000
+_GIVE_TIMEOUT_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,12 @@ class PoolSupervisor:
             if roads := self._roads.describe(gang.get("gang_id", "")):
                 gang["kv_roads"] = roads
         return pools
+
+    async def set_logits_processors(self, processors: Mapping[str, Any]) -> None:
+        """Callables by name for every rank of every gang, also of those to come: references in `processors`, which are
+        loaded by the ranks alone; None takes one away. Raises ValueError where a rank cannot load one."""
+        await self._ensure_started()
+        await asyncio.gather(*(pool.set_logits_processors(processors) for pool in self._pools))
 
     async def scale(self, name: str, replicas: int, drain_timeout_s: float) -> None:
         """Give a pool more gangs or fewer; those that go let their requests end first. Raises ValueError for a pool
@@ -148,6 +156,26 @@ def start_supervisor(
         .remote(tuple(pools), worker_class)
     )
     return actor
+
+
+async def give_logits_processors(
+    supervisor: ActorHandle[PoolSupervisor], processors: Mapping[str, Callable[..., object] | None]
+) -> None:
+    """Through Ray, by which these processes trust each other, to every rank. Raises ValueError, NotReady."""
+    try:
+        references = {name: None if each is None else ray.put(each) for name, each in processors.items()}
+    except TypeError as error:
+        raise ValueError(f"a logits processor cannot be sent to the ranks: {error}") from error
+    try:
+        async with asyncio.timeout(_GIVE_TIMEOUT_S):
+            await supervisor.set_logits_processors.remote(references)
+    except TimeoutError:
+        raise NotReady(f"the ranks did not take a logits processor within {_GIVE_TIMEOUT_S:g} s") from None
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, ValueError):
+            raise ValueError(str(cause)) from error
+        raise NotReady(f"the supervisor does not answer: {type(error).__name__}") from error
 
 
 def stop_supervisor(supervisor: ActorHandle[PoolSupervisor], drain_timeout_s: float = 0.0) -> None:

@@ -24,7 +24,7 @@ MAX_FRAME_BYTES: Final = 64 << 20
 MAX_HELLO_BYTES: Final = 4 << 10
 """What a peer may make us hold before it has shown the secret."""
 READ_BYTES: Final = 256 << 10
-PING_INTERVAL_S: Final = 1.0
+PING_INTERVAL_S: Final = 0.5
 """A leader sends at least one frame in this time, so that a silent one is a hung one."""
 HELLO_TIMEOUT_S: Final = 5.0
 

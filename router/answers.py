@@ -1,4 +1,4 @@
-"""The OpenAI answers: whole ones as pydantic models, streamed ones as prebuilt JSON around the text of each chunk.
+"""The OpenAI answers, whole and streamed, as bytes. `router/schemas.py` describes them for the OpenAPI document.
 
 A streamed chunk costs one JSON string and one concatenation; nothing is validated on the way out.
 """
@@ -6,192 +6,164 @@ A streamed chunk costs one JSON string and one concatenation; nothing is validat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Protocol
 
 import orjson
-from pydantic import BaseModel, Field
 
-from tensorweave.cluster.protocol import FinishReason
-from tensorweave.router.generation import TextDelta
+from tensorweave.router.choices import Piece, Telling
+from tensorweave.router.schemas import Usage
+from tensorweave.router.token_shapes import TokenShapes
 
 DONE: Final = b"data: [DONE]\n\n"
 
 
-class PromptTokensDetails(BaseModel):
-    cached_tokens: int = Field(description="Prompt tokens whose KV was found in the prefix cache.")
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-    @classmethod
-    def of(cls, *, prompt: int, completion: int, cached: int) -> Usage:
-        details = PromptTokensDetails(cached_tokens=cached)
-        return cls(
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=prompt + completion,
-            prompt_tokens_details=details,
-        )
-
-
-class CompletionChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: None = None
-    finish_reason: FinishReason
-    stop_reason: int | str | None = None
-
-
-class Completion(BaseModel):
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage
-
-
-class AssistantMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: AssistantMessage
-    logprobs: None = None
-    finish_reason: FinishReason
-    stop_reason: int | str | None = None
-
-
-class ChatCompletion(BaseModel):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class ErrorBody(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorAnswer(BaseModel):
-    error: ErrorBody
-
-
-@dataclass(slots=True)
-class Choice:
-    """One finished sequence."""
-
-    text: str
-    finish_reason: FinishReason
-    stop_reason: int | str | None
-
-
 class Answer(Protocol):
-    """How one request is answered: as one body, or as events."""
+    """How one request is answered: as one body, from one joined piece a choice, or as events."""
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes: ...
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> bytes: ...
 
     def opening(self, num_choices: int, usage: Usage | None) -> bytes: ...
 
-    def event(self, delta: TextDelta, usage: Usage | None) -> bytes: ...
+    def event(self, piece: Piece, usage: Usage | None) -> bytes: ...
 
     def usage_event(self, usage: Usage) -> bytes: ...
 
 
-class _Events:
-    """The parts of a chunk that stay the same, as bytes."""
+class AnswerHead:
+    """What all parts of one answer have in common: its fields, and the bytes around each chunk's choice."""
 
     def __init__(self, kind: str, answer_id: str, created: int, model: str, *, includes_usage: bool) -> None:
-        fixed = orjson.dumps({"id": answer_id, "object": kind, "created": created, "model": model})
-        self._head = b"data: " + fixed[:-1] + b',"choices":['
-        self._tail = b'],"usage":null}\n\n' if includes_usage else b"]}\n\n"
+        self._fields: dict[str, Any] = {"id": answer_id, "object": kind, "created": created, "model": model}
+        self._before = b"data: " + orjson.dumps({**self._fields, "object": chunk_kind(kind)})[:-1] + b',"choices":['
+        self._after = b',"usage":null}\n\n' if includes_usage else b"}\n\n"
 
-    def of(self, choice: bytes, usage: Usage | None) -> bytes:
+    def whole(self, choices: Sequence[dict[str, Any]], usage: Usage, more: dict[str, Any]) -> bytes:
+        return orjson.dumps({**self._fields, "choices": choices, "usage": usage.model_dump(), **more})
+
+    def event(self, choice: bytes, usage: Usage | None, more: bytes = b"") -> bytes:
         if usage is None:
-            return self._head + choice + self._tail
-        return self._head + choice + b'],"usage":' + usage.model_dump_json().encode() + b"}\n\n"
+            return self._before + choice + b"]" + more + self._after
+        return self._before + choice + b"]" + more + b',"usage":' + usage.model_dump_json().encode() + b"}\n\n"
 
 
-def _ending(delta: TextDelta) -> bytes:
-    if delta.finish_reason is None:
-        return b',"logprobs":null,"finish_reason":null}'
-    return b',"logprobs":null,"finish_reason":"%b","stop_reason":%b}' % (
-        delta.finish_reason.encode(),
-        orjson.dumps(delta.stop_reason),
-    )
+def chunk_kind(kind: str) -> str:
+    return "chat.completion.chunk" if kind == "chat.completion" else kind
 
 
 class CompletionAnswer:
-    def __init__(self, answer_id: str, created: int, model: str, *, includes_usage: bool) -> None:
-        self._id, self._created, self._model = answer_id, created, model
-        self._events = _Events("text_completion", answer_id, created, model, includes_usage=includes_usage)
+    def __init__(self, head: AnswerHead, telling: Telling, shapes: TokenShapes) -> None:
+        self._head = head
+        self._telling = telling
+        self._shapes = shapes
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
-        answered = [
-            CompletionChoice(index=i, text=c.text, finish_reason=c.finish_reason, stop_reason=c.stop_reason)
-            for i, c in enumerate(choices)
-        ]
-        answer = Completion(id=self._id, created=self._created, model=self._model, choices=answered, usage=usage)
-        return answer.model_dump_json().encode()
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> bytes:
+        return self._head.whole([self._whole_choice(piece) for piece in choices], usage, {})
+
+    def _whole_choice(self, piece: Piece) -> dict[str, Any]:
+        return {
+            "index": piece.index,
+            "text": piece.text,
+            "logprobs": self._logprobs(piece),
+            "finish_reason": piece.finish_reason,
+            "stop_reason": piece.stop_reason,
+            **prompt_fields(piece, self._telling, self._shapes),
+            **token_fields(piece, self._telling),
+        }
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if self._telling.num_logprobs is None:
+            return None
+        return self._shapes.completion_logprobs([*piece.echoed, *piece.tokens], self._telling.num_logprobs)
 
     def opening(self, num_choices: int, usage: Usage | None) -> bytes:
         return b""
 
-    def event(self, delta: TextDelta, usage: Usage | None) -> bytes:
-        return self._events.of(
-            b'{"index":%d,"text":%b%b' % (delta.index, orjson.dumps(delta.text), _ending(delta)), usage
+    def event(self, piece: Piece, usage: Usage | None) -> bytes:
+        logprobs = b"null" if self._telling.num_logprobs is None else orjson.dumps(self._logprobs(piece))
+        more = {**prompt_fields(piece, self._telling, self._shapes), **token_fields(piece, self._telling)}
+        choice = b'{"index":%d,"text":%b,"logprobs":%b%b%b}' % (
+            piece.index,
+            orjson.dumps(piece.text),
+            logprobs,
+            _ending(piece),
+            _rest(more),
         )
+        return self._head.event(choice, usage)
 
     def usage_event(self, usage: Usage) -> bytes:
-        return self._events.of(b"", usage)
+        return self._head.event(b"", usage)
 
 
 class ChatAnswer:
-    """Chunks: the role, then the text, then a chunk with only the finish reason."""
+    """Chunks: the role, then the text, then a chunk with the finish reason and the tokens that leave no text."""
 
-    def __init__(self, answer_id: str, created: int, model: str, *, includes_usage: bool) -> None:
-        self._id, self._created, self._model = answer_id, created, model
-        self._events = _Events("chat.completion.chunk", answer_id, created, model, includes_usage=includes_usage)
+    def __init__(self, head: AnswerHead, telling: Telling, shapes: TokenShapes) -> None:
+        self._head = head
+        self._telling = telling
+        self._shapes = shapes
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
-        answered = [
-            ChatChoice(
-                index=i,
-                message=AssistantMessage(content=c.text),
-                finish_reason=c.finish_reason,
-                stop_reason=c.stop_reason,
-            )
-            for i, c in enumerate(choices)
-        ]
-        answer = ChatCompletion(id=self._id, created=self._created, model=self._model, choices=answered, usage=usage)
-        return answer.model_dump_json().encode()
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> bytes:
+        about_prompt = prompt_fields(choices[0], self._telling, self._shapes)
+        return self._head.whole([self._whole_choice(piece) for piece in choices], usage, about_prompt)
+
+    def _whole_choice(self, piece: Piece) -> dict[str, Any]:
+        return {
+            "index": piece.index,
+            "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            "logprobs": self._logprobs(piece),
+            "finish_reason": piece.finish_reason,
+            "stop_reason": piece.stop_reason,
+            **token_fields(piece, self._telling),
+        }
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if self._telling.num_logprobs is None:
+            return None
+        return self._shapes.chat_logprobs(piece.tokens, self._telling.num_logprobs)
 
     def opening(self, num_choices: int, usage: Usage | None) -> bytes:
         delta = b'{"role":"assistant","content":"","refusal":null}'
         role = b'{"index":%d,"delta":' + delta + b',"logprobs":null,"finish_reason":null}'
-        return b"".join(self._events.of(role % index, usage) for index in range(num_choices))
+        return b"".join(self._head.event(role % index, usage) for index in range(num_choices))
 
-    def event(self, delta: TextDelta, usage: Usage | None) -> bytes:
+    def event(self, piece: Piece, usage: Usage | None) -> bytes:
+        beside = b"null" if self._telling.num_logprobs is None else orjson.dumps(self._logprobs(piece))
+        ids = _rest(token_fields(piece, self._telling))
+        more = _rest(prompt_fields(piece, self._telling, self._shapes))
         text = b""
-        if delta.text:
-            choice = b'{"index":%d,"delta":{"content":%b},"logprobs":null,"finish_reason":null}'
-            text = self._events.of(choice % (delta.index, orjson.dumps(delta.text)), usage)
-        if delta.finish_reason is None:
+        if piece.text:
+            choice = b'{"index":%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":null%b}'
+            text = self._head.event(choice % (piece.index, orjson.dumps(piece.text), beside, ids), usage, more)
+            beside, ids, more = b"null", b"", b""
+        if piece.finish_reason is None:
             return text
-        return text + self._events.of(b'{"index":%d,"delta":{}%b' % (delta.index, _ending(delta)), usage)
+        choice = b'{"index":%d,"delta":{},"logprobs":%b%b%b}' % (piece.index, beside, _ending(piece), ids)
+        return text + self._head.event(choice, usage, more)
 
     def usage_event(self, usage: Usage) -> bytes:
-        return self._events.of(b"", usage)
+        return self._head.event(b"", usage)
+
+
+def token_fields(piece: Piece, telling: Telling) -> dict[str, Any]:
+    return {"token_ids": [token.token_id for token in piece.tokens]} if telling.has_token_ids else {}
+
+
+def prompt_fields(piece: Piece, telling: Telling, shapes: TokenShapes) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    if piece.prompt is not None and telling.has_token_ids:
+        fields["prompt_token_ids"] = list(piece.prompt.token_ids)
+    if piece.prompt is not None and telling.num_prompt_logprobs is not None:
+        assert piece.prompt.logprobs is not None, "the first token came without the prompt's log-probabilities"
+        fields["prompt_logprobs"] = shapes.prompt_logprobs(piece.prompt.logprobs, telling.num_prompt_logprobs)
+    return fields
+
+
+def _ending(piece: Piece) -> bytes:
+    if piece.finish_reason is None:
+        return b',"finish_reason":null'
+    return b',"finish_reason":"%b","stop_reason":%b' % (piece.finish_reason.encode(), orjson.dumps(piece.stop_reason))
+
+
+def _rest(fields: dict[str, Any]) -> bytes:
+    """To be put behind other fields."""
+    return b"," + orjson.dumps(fields)[1:-1] if fields else b""

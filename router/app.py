@@ -6,6 +6,7 @@ carries `x-request-id`. Prompt text is never logged.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -17,14 +18,16 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from tensorweave.cluster.errors import ModelNotFound, RequestRejected, TensorweaveError
+from tensorweave.cluster.errors import ModelNotFound, RequestCancelled, RequestRejected, TensorweaveError
 from tensorweave.router import asgi
 from tensorweave.router.endpoint import GenerateEndpoint
 from tensorweave.router.health import check_health
+from tensorweave.router.keys import ApiKeys
 from tensorweave.router.metrics import RouterMetrics
 from tensorweave.router.openapi import openapi_document
 from tensorweave.router.prepare import plan_chat, plan_completion
 from tensorweave.router.service import RouterService
+from tensorweave.router.tokenize import detokenize, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -42,23 +45,36 @@ class MethodNotAllowed(RequestRejected):
 class _App(FastAPI):
     """FastAPI whose routes are bare ASGI; the document describes them all the same."""
 
+    def __init__(self, service: RouterService) -> None:
+        super().__init__(
+            title="tensorweave", version=service.version, docs_url=None, redoc_url=None, redirect_slashes=False
+        )
+        self._service = service
+
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
-            self.openapi_schema = openapi_document(self.title, self.version)
+            has_keys = bool(self._service.key_digests)
+            name = self._service.model_name
+            self.openapi_schema = openapi_document(self.title, self.version, model_name=name, has_keys=has_keys)
         return self.openapi_schema
 
 
 def build_app(service: RouterService) -> FastAPI:
     metrics = RouterMetrics(service.model_name, service.dispatcher)
     service.created_s = service.created_s or int(time.time())
-    app = _App(title="tensorweave", version=service.version, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = _App(service)
     for path, plan in (("/v1/completions", plan_completion), ("/v1/chat/completions", plan_chat)):
         app.router.routes.append(Route(path, GenerateEndpoint(path, plan, service, metrics), methods=["POST"]))
     for path, handler in _handlers(service, metrics).items():
         app.router.routes.append(Route(path, handler, methods=["GET"]))
+    for path, answer in (("/tokenize", tokenize), ("/detokenize", detokenize)):
+        app.router.routes.append(Route(path, functools.partial(answer, service), methods=["POST"]))
+    if service.key_digests:
+        app.add_middleware(ApiKeys, digests=service.key_digests)
     app.add_middleware(asgi.RequestIds)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(TensorweaveError, _answer_error)
+    app.add_exception_handler(asgi.ClientGone, _answer_nobody)
     app.add_exception_handler(Exception, _answer_internal_error)
     return app
 
@@ -137,6 +153,10 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
             response = await _answer_error(request, RequestRejected(str(error.detail)))
     response.headers.update(error.headers or {})
     return response
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=RequestCancelled.http_status)
 
 
 async def _answer_internal_error(request: Request, error: Exception) -> Response:

@@ -43,7 +43,7 @@ class AttemptNotes:
 
 
 def run_attempt(plan: Plan, request: GenerateRequest, number: int, notes: AttemptNotes) -> Chunks:
-    """Chunks until the last, from the attempt's own first position on."""
+    """Chunks until the last, from the first token on that the request does not hold yet."""
     if plan.prefill is None:
         return _run_alone(plan.decode, dataclasses.replace(request, request_id=decode_id(request, number)), notes)
     return _Pair(plan.prefill, plan.decode, request, number, notes).run()
@@ -70,8 +70,8 @@ async def _run_alone(link: GangLink, request: GenerateRequest, notes: AttemptNot
 
 
 def run_attached(link: GangLink, request: GenerateRequest) -> Chunks:
-    """An attempt that another router began. Its chunks count from the first token of all."""
-    return _until_last(link, link.attach(request.request_id, len(request.prompt_token_ids)))
+    """An attempt that another router began."""
+    return _until_last(link, link.attach(request.request_id))
 
 
 async def _until_last(link: GangLink, stream: Chunks) -> Chunks:

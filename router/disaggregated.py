@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.opaque_state import OpaqueState
 from tensorweave.cluster.protocol import Ticket
+from tensorweave.router.choices import Telling
 
 RequestType = Literal["context_only", "generation_only", "context_and_generation"]
 
@@ -55,6 +56,45 @@ class DisaggregatedParams(BaseModel):
             return OpaqueState.unpack(base64.b64decode(self.encoded_opaque_state, validate=True)), tokens
         except (ValueError, binascii.Error) as error:
             raise _rejected(f"{error}:", "encoded_opaque_state") from None
+
+
+class Sequences(Protocol):
+    """What a request body says about the sequences that it asks for."""
+
+    stream: bool | None
+
+    @property
+    def num_sequences(self) -> int: ...
+
+    @property
+    def telling(self) -> Telling: ...
+
+    @property
+    def given_token_ids(self) -> tuple[str, bool]:
+        """The field that takes a prompt as token ids, and whether it does."""
+
+
+def check_phase(request: Sequences, phase: DisaggregatedParams, num_prompts: int) -> None:
+    """What cannot be asked for in one phase sent by hand."""
+    if phase.request_type == "context_and_generation":
+        return
+    if num_prompts * request.num_sequences != 1:
+        raise RequestRejected(
+            f"a {phase.request_type} request has one prompt and n 1", param="n" if num_prompts == 1 else "prompt"
+        )
+    if request.telling.has_echo:
+        raise RequestRejected(f"a {phase.request_type} request has no echo", param="echo")
+    if phase.is_context_only and request.stream:
+        raise RequestRejected("a context_only answer is not streamed", param="stream")
+    if not phase.is_generation_only:
+        return
+    if request.telling.num_prompt_logprobs is not None:
+        raise RequestRejected("the prompt's log-probabilities are the context phase's", param="prompt_logprobs")
+    name, is_given = request.given_token_ids
+    if not is_given:
+        raise RequestRejected(
+            f"a generation_only request needs the prompt_token_ids of the context phase's answer as {name}", param=name
+        )
 
 
 def params_of(ticket: Ticket, first_tokens: Sequence[int], seed: int) -> DisaggregatedParams:

@@ -87,7 +87,8 @@ class Dispatcher:
         Args:
             request: `fetch` is used by the first attempt only.
             session: Requests of one session go to one decode gang where that costs nothing.
-            first_tokens: What `prefill` has already generated, here or at another service; told again.
+            first_tokens: What `prefill` has already generated, here or at another service; told again, at once unless
+                more than their ids is asked for, which the gang that goes on from them knows.
 
         Raises:
             Overloaded: The waiting line, or every gang, is full.
@@ -100,7 +101,7 @@ class Dispatcher:
             deadline_s = self._deadline_s(request)
             async with self._admission.place(deadline_s - self._now_s()):
                 story, recovery = Transcript(request), Recovery(self.limits)
-                if first_tokens:
+                if first_tokens and not request.sampling.wants_extras:
                     yield story.tell(first_tokens)
                 try:
                     while not story.is_over:
@@ -132,6 +133,7 @@ class Dispatcher:
             deadline_s = self._deadline_s(request)
             async with self._admission.place(deadline_s - self._now_s()):
                 story, recovery = Transcript(request), Recovery(self.limits)
+                context_logits: list[bytes] = []
                 while True:
                     plan: Plan | None = None
                     try:
@@ -139,8 +141,12 @@ class Dispatcher:
                             plan, ticket, chunks = await self._begin_offer(request, story, recovery, deadline_s)
                             async with aclosing(chunks):
                                 async for chunk in chunks:
-                                    if (news := story.take(chunk)) is not None and story.is_over:
+                                    if (news := story.take(chunk)) is None:
+                                        continue
+                                    context_logits.append(news.context_logits)
+                                    if story.is_over:
                                         is_open = news.finish_reason == "not_finished"
+                                        news = dataclasses.replace(news, context_logits=b"".join(context_logits))
                                         return Handoff(news, ticket if is_open else None)
                     except TimeoutError:
                         return Handoff(story.timed_out(), None)
@@ -162,7 +168,8 @@ class Dispatcher:
         senders, decode = await self._gangs(recovery, has_begun=bool(story.sent))
         asked = story.begin(self._left_s(deadline_s))
         prompt = PromptView(asked)
-        options = Options([] if asked.fetch else senders, decode, prompt, self.loads, session)
+        is_alone = asked.fetch is not None or asked.sampling.needs_prompt_rows
+        options = Options([] if is_alone else senders, decode, prompt, self.loads, session)
         plan = self._policy.plan(asked, options)
         self.counts.plans[plan.kind] += 1
         return plan, self._booked(plan, prompt, asked, recovery.num_attempts)
@@ -181,7 +188,8 @@ class Dispatcher:
         ticket_id = secrets.token_hex(16)
         asked = dataclasses.replace(story.begin(self._left_s(deadline_s)), offer=ticket_id, grace_s=0.0)
         prompt = PromptView(asked)
-        plan = self._policy.plan(asked, Options([], recovery.left(senders) or senders, prompt, self.loads))
+        senders = recovery.left(senders) or senders
+        plan = self._policy.plan(asked, Options([], _awake(senders) or senders, prompt, self.loads))
         source = plan.decode.kv_source
         assert source is not None
         self.counts.plans["offer"] += 1
@@ -216,9 +224,9 @@ class Dispatcher:
         while True:
             senders, decode = self._fleet.links("prefill"), self._fleet.links("decode")
             if usable := recovery.left(decode):
-                return recovery.senders_left(senders), usable
+                return _awake(recovery.senders_left(senders)), _awake(usable) or usable
             if not decode and (usable := recovery.left(senders)):
-                return [], usable
+                return [], _awake(usable) or usable
             if decode or senders:
                 await asyncio.sleep(recovery.backoff_s(has_begun=has_begun))
             else:
@@ -276,3 +284,8 @@ class Dispatcher:
     def _note_retry(self, request: GenerateRequest, error: TensorweaveError) -> None:
         self.counts.retries[error.code] += 1
         logger.info("request %s: attempt lost (%s): %s", request.request_id, error.code, error.message)
+
+
+def _awake(links: Sequence[GangLink]) -> list[GangLink]:
+    """A gang that has gone silent keeps what it has, for as long as it may yet speak, and gets nothing new."""
+    return [link for link in links if not link.is_quiet]

@@ -7,6 +7,7 @@ error event.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -16,12 +17,15 @@ from typing import Final
 from starlette.types import Receive, Scope, Send
 
 from tensorweave.cluster.errors import DeadlineExceeded, RequestCancelled, TensorweaveError
+from tensorweave.cluster.protocol import FinishReason
 from tensorweave.router import asgi
-from tensorweave.router.answers import DONE, Choice, Usage
+from tensorweave.router.answers import DONE
+from tensorweave.router.choices import Piece, join_pieces
 from tensorweave.router.disaggregated import params_of, with_params
 from tensorweave.router.generation import TextDelta, generate_all, generate_first
 from tensorweave.router.metrics import RouterMetrics
 from tensorweave.router.prepare import Plan
+from tensorweave.router.schemas import Usage
 from tensorweave.router.service import RouterService
 
 logger = logging.getLogger(__name__)
@@ -69,11 +73,11 @@ class Tally:
             raise RequestCancelled("the request was cancelled")
 
     def usage(self) -> Usage:
-        """The n sequences of one prompt share it: it counts once, and so does what was cached of it."""
+        """The sequences of one prompt share it: it counts once, and so does what was cached of it."""
         return Usage.of(
             prompt=sum(self._plan.prompt_lens),
             completion=sum(self.num_tokens),
-            cached=sum(self._cached[:: self._plan.n]),
+            cached=sum(self._cached[:: self._plan.num_sequences]),
         )
 
 
@@ -124,36 +128,42 @@ class GenerateEndpoint:
         if plan.is_context_only:
             await self._answer_context(plan, tally, send)
             return
-        async with aclosing(generate_all(self._service.dispatcher, plan.jobs)) as deltas:
+        async with aclosing(self._deltas(plan, tally)) as deltas:
             if plan.is_streamed:
                 first = await anext(deltas)  # until here, an error still has its own HTTP status
-                tally.add(first)
                 await self._stream(plan, tally, first, deltas, scope, send)
             else:
                 await self._answer_whole(plan, tally, deltas, send)
 
+    async def _deltas(self, plan: Plan, tally: Tally) -> AsyncGenerator[TextDelta, None]:
+        """As they come, counted. Where only the prompt is to be told, the one token that is computed for it is not."""
+        async with aclosing(generate_all(self._service.dispatcher, plan.jobs)) as deltas:
+            async for delta in deltas:
+                if not plan.has_output:
+                    delta = _without_output(delta)
+                tally.add(delta)
+                yield delta
+
     async def _answer_context(self, plan: Plan, tally: Tally, send: Send) -> None:
         """The first token, and what the generation phase needs to go on from it."""
-        [job] = plan.jobs
+        [job], [choice] = plan.jobs, plan.choices
         delta, ticket = await generate_first(self._service.dispatcher, job)
         tally.add(delta)
-        assert delta.finish_reason is not None
-        answer = plan.answer.whole([Choice(delta.text, delta.finish_reason, delta.stop_reason)], tally.usage())
+        piece = choice.add(delta)
+        assert piece is not None, "a context phase's only delta has no finish reason"
         params = None if ticket is None else params_of(ticket, delta.token_ids, job.request.sampling.seed)
+        answer = plan.answer.whole([piece], tally.usage())
         await asgi.send_json(send, with_params(answer, params, job.request.prompt_token_ids))
 
     async def _answer_whole(
         self, plan: Plan, tally: Tally, deltas: AsyncGenerator[TextDelta, None], send: Send
     ) -> None:
-        texts: list[list[str]] = [[] for _ in plan.jobs]
-        choices: dict[int, Choice] = {}
+        pieces: list[list[Piece]] = [[] for _ in plan.jobs]
         async for delta in deltas:
-            tally.add(delta)
-            texts[delta.index].append(delta.text)
-            if delta.finish_reason is not None:
-                choices[delta.index] = Choice("".join(texts[delta.index]), delta.finish_reason, delta.stop_reason)
-        ordered = [choices[index] for index in range(len(plan.jobs))]
-        await asgi.send_json(send, plan.answer.whole(ordered, tally.usage()))
+            if (piece := plan.choices[delta.index].add(delta)) is not None:
+                pieces[delta.index].append(piece)
+        told = [dataclasses.replace(join_pieces(pieces[place]), index=index) for index, place in enumerate(plan.best())]
+        await asgi.send_json(send, plan.answer.whole(told, tally.usage()))
 
     async def _stream(
         self,
@@ -165,14 +175,18 @@ class GenerateEndpoint:
         send: Send,
     ) -> None:
         running = tally.usage if plan.has_running_usage else lambda: None
+
+        def event(delta: TextDelta) -> bytes:
+            piece = plan.choices[delta.index].add(delta)
+            return b"" if piece is None else plan.answer.event(piece, running())
+
         await asgi.start_events(send)
         try:
-            await asgi.send_event(send, plan.answer.opening(len(plan.jobs), running()) + _event(plan, first, running()))
+            await asgi.send_event(send, plan.answer.opening(len(plan.jobs), running()) + event(first))
             async for delta in deltas:
-                tally.add(delta)
-                if delta.text or delta.finish_reason is not None:
+                if news := event(delta):
                     async with asyncio.timeout(_MAX_STALL_S):
-                        await asgi.send_event(send, _event(plan, delta, running()))
+                        await asgi.send_event(send, news)
             last = plan.answer.usage_event(tally.usage()) if plan.includes_usage else b""
             await asgi.end_events(send, last + DONE)
         except TensorweaveError as error:
@@ -185,5 +199,6 @@ class GenerateEndpoint:
             await asgi.end_events(send, b"data: " + asgi.error_body(TensorweaveError(_INTERNAL)) + b"\n\n")
 
 
-def _event(plan: Plan, delta: TextDelta, usage: Usage | None) -> bytes:
-    return plan.answer.event(delta, usage) if delta.text or delta.finish_reason is not None else b""
+def _without_output(delta: TextDelta) -> TextDelta:
+    reason: FinishReason | None = "length" if delta.finish_reason == "stop" else delta.finish_reason
+    return dataclasses.replace(delta, text="", token_ids=(), logprobs=(), finish_reason=reason, stop_reason=None)

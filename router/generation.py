@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from tensorweave.cluster.protocol import FinishReason, GenerateRequest, Ticket, TokenChunk
+from tensorweave.cluster.protocol import FinishReason, GenerateRequest, Ticket, TokenChunk, TokenLogprobs
 from tensorweave.router.detokenize import IncrementalDetokenizer
 from tensorweave.router.dispatch import Dispatcher
 
@@ -39,11 +39,13 @@ class Job:
     first_tokens: Sequence[int] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TextDelta:
     """What one step added to one sequence. `text` may be empty: a character or a possible stop string is not complete.
+    Not frozen, as `TokenChunk`: there is one for each token.
 
-    `stop_reason` is the stop string or the asked-for stop token that ended it; None for the model's own end.
+    `stop_reason` is the stop string or the asked-for stop token that ended it; None for the model's own end. What was
+    asked for beside the tokens is as in `TokenChunk`: log-probabilities of these `token_ids`, and so on.
     """
 
     index: int
@@ -52,6 +54,10 @@ class TextDelta:
     num_cached_tokens: int
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    logprobs: Sequence[TokenLogprobs] = ()
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None
+    logits: bytes = field(default=b"", repr=False)
+    context_logits: bytes = field(default=b"", repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -86,7 +92,18 @@ def _text_of(job: Job, chunk: TokenChunk) -> TextDelta:
         text += detokenizer.flush()
     if detokenizer.stop_reason is not None:
         finish_reason, stop_reason = "stop", detokenizer.stop_reason
-    return TextDelta(job.index, text, chunk.token_ids, chunk.num_cached_tokens, finish_reason, stop_reason)
+    return TextDelta(
+        job.index,
+        text,
+        chunk.token_ids,
+        chunk.num_cached_tokens,
+        finish_reason,
+        stop_reason,
+        chunk.logprobs,
+        chunk.prompt_logprobs,
+        chunk.logits,
+        chunk.context_logits,
+    )
 
 
 async def generate_all(dispatcher: Dispatcher, jobs: Sequence[Job]) -> AsyncGenerator[TextDelta, None]:

@@ -90,6 +90,7 @@ class RouterMetrics:
         self._e2e = self._histogram(
             "e2e_request_latency_seconds", "From a request's receipt to its last token.", _LATENCY_S
         )
+        self._shown: set[tuple[str, str]] = set()
         self._of_gangs = {name: self._gang_gauge(shown, text) for name, (shown, text) in _GANG_GAUGES.items()}
         self._gauge("num_requests_running", "Sequences admitted and not ended.").set_function(
             lambda: dispatcher.num_running
@@ -149,7 +150,14 @@ class RouterMetrics:
     async def render(self, fleet: Fleet) -> bytes:
         """The text exposition. When the fleet cannot be asked, the gangs keep their last values."""
         with contextlib.suppress(NotReady):
-            for gang_id, gauges in first_rank_gauges(await fleet.describe()).items():
-                for name, value in gauges.items():
-                    self._of_gang(name).labels(**self._model, gang=gang_id).set(value)
+            self._show(first_rank_gauges(await fleet.describe()))
         return generate_latest(self.registry)
+
+    def _show(self, gauges: Mapping[str, Mapping[str, float]]) -> None:
+        """What each gang says, and nothing of gangs that are no more."""
+        shown = {(name, gang_id) for gang_id, values in gauges.items() for name in values}
+        for name, gang_id in self._shown - shown:
+            self._of_gang(name).remove(*self._model.values(), gang_id)
+        for name, gang_id in shown:
+            self._of_gang(name).labels(**self._model, gang=gang_id).set(gauges[gang_id][name])
+        self._shown = shown

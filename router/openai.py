@@ -1,94 +1,90 @@
-"""The OpenAI shapes: request bodies of /v1/completions and /v1/chat/completions, and what their fields mean.
+"""The OpenAI request bodies of /v1/completions and /v1/chat/completions, and what their fields ask for.
 
-A field is honoured, or it is refused with a 400 that names it; none is ignored in silence. Valid OpenAI fields that are
-not built yet are accepted at the value that means "off", and fields that change nothing in an answer as they are.
+Names are OpenAI's, vLLM's and TensorRT-LLM's; what is an extension of OpenAI's API says so.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final
 
-import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tensorweave.cluster.errors import RequestRejected
+from tensorweave.router.choices import Telling
 from tensorweave.router.disaggregated import DisaggregatedParams
+from tensorweave.router.field_types import (
+    TOKEN_ID,
+    Bias,
+    NumLogprobs,
+    Penalty,
+    Positive,
+    Probability,
+    Prompt,
+    Stop,
+    TokenKey,
+)
+from tensorweave.router.messages import ChatMessage, check_messages
+from tensorweave.router.parsing import ParsedRequest, Strict
 from tensorweave.router.sampling import SamplingFields, check_stop_strings
 
-ROLES: Final = ("system", "developer", "user", "assistant")
 DEFAULT_COMPLETION_TOKENS: Final = 16
 
-# Change nothing in an answer.
-_HARMLESS: Final = frozenset({"metadata", "safety_identifier", "prompt_cache_retention", "parallel_tool_calls"})
 
-# Not built yet: accepted only at a value that asks for nothing. None always does.
-_OFF: Final[Mapping[str, tuple[Any, ...]]] = {
-    "audio": (),
-    "best_of": (1,),
-    "chat_template": (),
-    "documents": ([],),
-    "early_stopping": (False,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "guided_decoding_backend": (),
-    "length_penalty": (1,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "lora_request": (),
-    "modalities": (["text"],),
-    "moderation": (),
-    "prediction": (),
-    "presence_penalty": (0,),
-    "prompt_logprobs": (),
-    "reasoning_effort": ("none",),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "return_token_ids": (False,),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "use_beam_search": (False,),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = Field(None, description="Usage so far on every chunk.")
+    continuous_usage_stats: bool | None = Field(None, description="Extension. Usage so far on every chunk.")
     include_obfuscation: bool | None = Field(None, description="Accepted; chunks are never padded.")
 
 
-class _Request(_Strict):
+class GenerateBody(ParsedRequest):
     """The fields that both bodies share."""
+
+    OFF: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "early_stopping": (False,),
+        "guided_decoding_backend": (),
+        "length_penalty": (1,),
+        "lora_request": (),
+        "response_format": ({"type": "text"},),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "use_beam_search": (False,),
+    }
+    HARMLESS: ClassVar[frozenset[str]] = frozenset({"metadata", "safety_identifier", "prompt_cache_retention"})
 
     model: str
     max_tokens: int | None = None
     n: int | None = Field(None, ge=1, le=128)
-    seed: int | None = None
-    stop: Any = Field(None, description="A string or a list of strings.")
+    seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
+    stop: Stop = Field(None, description="A string or a list of strings.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = None
-    top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Probability | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[TokenKey, Bias] | None = Field(
+        None, max_length=1024, description="Added to the logits, by token id."
+    )
 
-    top_k: int | None = Field(None, description="Extension. 0 or -1: off.")
-    min_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
-    min_tokens: int | None = Field(None, description="Extension. No stop before so many tokens.")
+    top_k: int | None = Field(None, ge=-1, description="Extension. 0 or -1: off.")
+    min_p: Probability | None = Field(None, description="Extension. Least part of the likeliest token's probability.")
+    repetition_penalty: Positive | None = Field(None, description="Extension. 1: off.")
+    no_repeat_ngram_size: int | None = Field(None, ge=0, description="Extension. 0: off.")
+    bad_words: list[Annotated[str, Field(min_length=1, max_length=1024)]] | None = Field(
+        None, max_length=256, description="Extension. Never generated, at a word's beginning or within one."
+    )
+    top_p_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Extension. Per token.")
+    top_p_min: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Extension. The least top_p.")
+    top_p_reset_ids: int | None = Field(None, ge=0, description="Extension. After this token, top_p begins anew.")
+    min_tokens: int | None = Field(None, ge=0, description="Extension. No stop before so many tokens.")
     ignore_eos: bool | None = Field(None, description="Extension. Go on past the model's end of sequence.")
-    stop_token_ids: list[int] | None = Field(None, description="Extension.")
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="Extension.")
     include_stop_str_in_output: bool | None = Field(None, description="Extension.")
+    prompt_logprobs: NumLogprobs | None = Field(
+        None, description="Extension. Log-probabilities of the prompt's tokens, and of so many likeliest. Not streamed."
+    )
+    return_token_ids: bool | None = Field(None, description="Extension. Token ids of prompt and answer.")
     skip_special_tokens: bool | None = Field(None, description="Extension. Default true.")
     spaces_between_special_tokens: bool | None = Field(None, description="Extension. Default true.")
     truncate_prompt_tokens: int | None = Field(
@@ -101,9 +97,7 @@ class _Request(_Strict):
         None, min_length=1, max_length=256, description="Extension. Share cached prompts only under one salt."
     )
     priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1, description="Extension. Higher goes first.")
-    timeout_s: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = Field(
-        None, description="Extension. The request's deadline."
-    )
+    timeout_s: Positive | None = Field(None, description="Extension. The request's deadline.")
     user: Any = Field(None, description="Requests of one user go to one gang where that costs nothing.")
     prompt_cache_key: Any = Field(None, description="As `user`, and before it.")
     disaggregated_params: DisaggregatedParams | None = Field(None, description="Extension. One phase sent by hand.")
@@ -116,13 +110,6 @@ class _Request(_Strict):
     def stop_strings(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
-    @field_validator("stop")
-    @classmethod
-    def _check_stop(cls, stop: Any) -> Any:
-        if stop is not None:
-            check_stop_strings([stop] if isinstance(stop, str) else stop)
-        return stop
-
     @property
     def includes_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -131,7 +118,37 @@ class _Request(_Strict):
     def has_running_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
-    def sampling(self, *, max_tokens: int | None) -> SamplingFields:
+    @property
+    def num_sequences(self) -> int:
+        """Of one prompt, those that are generated; `n` of them are told."""
+        return self.n or 1
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, stop: Any) -> Any:
+        if stop is not None:
+            check_stop_strings([stop] if isinstance(stop, str) else stop)
+        return stop
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _check_logit_bias(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        for key in bias or ():
+            if not TOKEN_ID.fullmatch(key):
+                raise RequestRejected(f"logit_bias has {key[:32]!r}, which is no token id", param="logit_bias")
+        return bias
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> GenerateBody:
+        if self.stream_options is not None and not self.stream:
+            raise RequestRejected("stream_options is only allowed with stream: true", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestRejected("prompt_logprobs are not streamed", param="prompt_logprobs")
+        return self
+
+    def sampling(
+        self, telling: Telling, *, max_tokens: int | None, bad_token_ids: Sequence[Sequence[int]]
+    ) -> SamplingFields:
         return SamplingFields(
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
@@ -143,15 +160,33 @@ class _Request(_Strict):
             stop=self.stop_strings,
             stop_token_ids=self.stop_token_ids or (),
             ignore_eos=bool(self.ignore_eos),
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
+            bad_token_ids=bad_token_ids,
+            logit_bias={int(key): value for key, value in (self.logit_bias or {}).items()},
+            top_p_decay=self.top_p_decay,
+            top_p_min=self.top_p_min,
+            top_p_reset_id=self.top_p_reset_ids,
+            logprobs=telling.num_output_logprobs,
+            prompt_logprobs=telling.num_computed_prompt_logprobs,
         )
 
 
-class CompletionRequest(_Request):
+class CompletionRequest(GenerateBody):
     """POST /v1/completions."""
 
-    prompt: Any = Field(
+    OFF: ClassVar[Mapping[str, tuple[Any, ...]]] = {**GenerateBody.OFF, "suffix": ("",)}
+
+    prompt: Prompt = Field(
         description="A string, a list of strings, a list of token ids, or a list of lists of token ids."
     )
+    best_of: int | None = Field(
+        None, ge=1, le=128, description="Generate so many and tell the n of highest mean log-probability. Not streamed."
+    )
+    echo: bool | None = Field(None, description="Begin the text, and log-probabilities, with the prompt.")
+    logprobs: NumLogprobs | None = Field(None, description="Tell each token's, and those of so many likeliest.")
 
     @field_validator("prompt")
     @classmethod
@@ -168,6 +203,14 @@ class CompletionRequest(_Request):
             "must be a string, a list of strings, a list of token ids, or a list of lists of token ids, none empty"
         )
 
+    @model_validator(mode="after")
+    def _check_best_of(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise RequestRejected(f"best_of is {self.best_of}, less than n", param="best_of")
+        if self.stream and self.num_sequences > (self.n or 1):
+            raise RequestRejected("the best of several sequences cannot be streamed", param="best_of")
+        return self
+
     @property
     def prompts(self) -> list[str | list[int]]:
         return (
@@ -176,27 +219,53 @@ class CompletionRequest(_Request):
             else [self.prompt]
         )
 
+    @property
+    def given_token_ids(self) -> tuple[str, bool]:
+        return "prompt", isinstance(self.prompt, list)
 
-class ChatMessage(BaseModel):
-    """One message. Keys beyond these are those that OpenAI's own answers carry, at null or empty."""
+    @property
+    def num_sequences(self) -> int:
+        return self.best_of or self.n or 1
 
-    model_config = ConfigDict(strict=True, extra="allow", hide_input_in_errors=True)
+    @property
+    def telling(self) -> Telling:
+        return Telling(
+            num_logprobs=self.logprobs,
+            num_prompt_logprobs=self.prompt_logprobs,
+            has_token_ids=bool(self.return_token_ids),
+            has_echo=bool(self.echo),
+            has_output=not (self.echo and self.max_tokens == 0),
+            is_ranked=self.num_sequences > (self.n or 1),
+        )
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Any = Field(None, description="A string, or a list of parts of type 'text'.")
-    name: str | None = None
 
-    def for_template(self) -> dict[str, Any]:
-        """Templates know no 'developer': it is OpenAI's newer name for 'system'."""
-        message = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
-        return message if self.name is None else {**message, "name": self.name}
-
-
-class ChatCompletionRequest(_Request):
+class ChatCompletionRequest(GenerateBody):
     """POST /v1/chat/completions."""
 
+    OFF: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **GenerateBody.OFF,
+        "audio": (),
+        "best_of": (1,),
+        "chat_template": (),
+        "documents": ([],),
+        "echo": (False,),
+        "function_call": ("none",),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "moderation": (),
+        "prediction": (),
+        "reasoning_effort": ("none",),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+    }
+    HARMLESS: ClassVar[frozenset[str]] = GenerateBody.HARMLESS | {"parallel_tool_calls"}
+
     messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = None
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = Field(None, description="Tell each token's log-probability.")
+    top_logprobs: NumLogprobs | None = Field(None, description="And those of so many likeliest tokens.")
     add_generation_prompt: bool | None = Field(None, description="Extension. Default true.")
     prompt_token_ids: list[int] | None = Field(
         None, min_length=1, description="Extension. In place of what the messages would be rendered to."
@@ -206,82 +275,26 @@ class ChatCompletionRequest(_Request):
     @field_validator("messages")
     @classmethod
     def _check_messages(cls, messages: list[ChatMessage]) -> list[ChatMessage]:
-        for index, message in enumerate(messages):
-            _check_message(index, message)
-        return messages
+        return check_messages(messages)
 
+    @model_validator(mode="after")
+    def _check_top_logprobs(self) -> ChatCompletionRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestRejected("top_logprobs needs logprobs: true", param="top_logprobs")
+        return self
 
-def _check_message(index: int, message: ChatMessage) -> None:
-    param = f"messages[{index}]"
-    for key, value in (message.model_extra or {}).items():
-        if value not in (None, [], {}):
-            raise RequestRejected(f"{param}.{key} is not supported", param=f"{param}.{key}")
-    content = message.content
-    if content is None and message.role != "assistant":
-        raise RequestRejected(f"{param}.content is missing", param=f"{param}.content")
-    if not isinstance(content, str | list | None):
-        raise RequestRejected(f"{param}.content must be a string or a list of parts", param=f"{param}.content")
-    for part in content if isinstance(content, list) else ():
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise RequestRejected(f"{param}.content has a part without a type", param=f"{param}.content")
-        if part["type"] != "text":
-            raise RequestRejected(
-                f"{param}.content has a part of type {part['type'][:32]!r}; only 'text' is supported",
-                param=f"{param}.content",
-            )
-        if not isinstance(part.get("text"), str):
-            raise RequestRejected(f"{param}.content has a part whose text is not a string", param=f"{param}.content")
+    @property
+    def given_token_ids(self) -> tuple[str, bool]:
+        return "prompt_token_ids", self.prompt_token_ids is not None
+
+    @property
+    def telling(self) -> Telling:
+        return Telling(
+            num_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            num_prompt_logprobs=self.prompt_logprobs,
+            has_token_ids=bool(self.return_token_ids),
+        )
 
 
 def _is_token_list(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
-
-
-RequestT = TypeVar("RequestT", bound=_Request)
-
-
-def parse_request(model: type[RequestT], body: bytes) -> RequestT:
-    """The body as a checked request. Raises RequestRejected that names the first wrong field."""
-    try:
-        fields = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise RequestRejected(f"the body is not valid JSON: {error.msg} at byte {error.pos}") from None
-    if not isinstance(fields, dict):
-        raise RequestRejected("the body must be a JSON object")
-    try:
-        request = model.model_validate(_known_fields(model, fields))
-    except ValidationError as error:
-        raise _rejection(error) from None
-    if request.stream_options is not None and not request.stream:
-        raise RequestRejected("stream_options is only allowed with stream: true", param="stream_options")
-    return request
-
-
-def _known_fields(model: type[_Request], fields: dict[str, Any]) -> dict[str, Any]:
-    known: dict[str, Any] = {}
-    for name, value in fields.items():
-        if name in model.model_fields:
-            known[name] = value
-        elif name in _OFF:
-            if value is not None and not _is_off(value, _OFF[name]):
-                raise RequestRejected(f"{name} is not supported yet, except at its default", param=name)
-        elif name not in _HARMLESS:
-            near = difflib.get_close_matches(name, [*model.model_fields, *_OFF], n=1, cutoff=0.6)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise RequestRejected(f"unknown field {name[:64]!r}{hint}", param=name[:64])
-    return known
-
-
-def _is_off(value: Any, accepted: Sequence[Any]) -> bool:
-    """JSON equality: false is not 0."""
-    return any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in accepted)
-
-
-def _rejection(error: ValidationError) -> RequestRejected:
-    first = error.errors(include_url=False, include_input=False)[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, RequestRejected):
-        return cause
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-    message = str(cause) if cause is not None else first["msg"][0].lower() + first["msg"][1:]
-    return RequestRejected(f"{param}: {message}", param=param)

@@ -1,81 +1,156 @@
-"""The OpenAPI document of the router's routes, from the same pydantic models that check and answer requests."""
+"""The OpenAPI document of the router's routes, from the pydantic models that check requests and describe answers."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final
 
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from tensorweave.router.answers import ChatCompletion, Completion, ErrorAnswer
+from tensorweave.router import schemas
+from tensorweave.router.keys import OPEN_PATHS
 from tensorweave.router.openai import ChatCompletionRequest, CompletionRequest
+from tensorweave.router.parsing import ParsedRequest
+from tensorweave.router.tokenize import DetokenizeRequest, TokenizeRequest
 
-_REF = "#/components/schemas/{model}"
-_ERRORS = ("400", "404", "408", "413", "415", "429", "500", "502", "503")
+_REF: Final = "#/components/schemas/{model}"
+_BEARER: Final = "ApiKey"
+_ERRORS: Final = {
+    "400": "The request is wrong; `param` names the field.",
+    "401": "No valid API key.",
+    "404": "There is no such model.",
+    "408": "The request's deadline passed, or its client went away.",
+    "413": "The body is larger than the server's limit.",
+    "415": "The content type is not application/json.",
+    "429": "The queue is full; `retry-after` says when to come back.",
+    "500": "An internal error.",
+    "502": "The prompt's KV did not arrive.",
+    "503": "No gang can take the request now.",
+}
+_BODY_ERRORS: Final = ("400", "404", "413", "415", "500", "503")
+_EVENTS: Final = {"schema": {"type": "string", "description": "Server-sent events: one JSON chunk each, then [DONE]."}}
+_REQUESTS: Final = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
+
+Operation = dict[str, Any]
 
 
-def openapi_document(title: str, version: str) -> dict[str, Any]:
-    _, schemas = models_json_schema(
-        [
-            (CompletionRequest, "validation"),
-            (ChatCompletionRequest, "validation"),
-            (Completion, "serialization"),
-            (ChatCompletion, "serialization"),
-            (ErrorAnswer, "serialization"),
-        ],
-        ref_template=_REF,
-    )
-    paths = {
-        "/v1/completions": {"post": _generate("Complete a prompt", "CompletionRequest", "Completion")},
-        "/v1/chat/completions": {"post": _generate("Answer a conversation", "ChatCompletionRequest", "ChatCompletion")},
-        "/v1/models": {"get": _get("The served model")},
-        "/v1/models/{model_id}": {"get": _get("One model", path_parameter="model_id", errors=("404",))},
-        "/health": {"get": _get("200 while a gang's step loop steps", also=("503",))},
-        "/ready": {"get": _get("200 when requests can be taken", errors=("503",))},
-        "/version": {"get": _get("The server's version")},
-        "/metrics": {"get": _get("Prometheus metrics", media_type="text/plain")},
+def openapi_document(title: str, version: str, *, model_name: str, has_keys: bool) -> dict[str, Any]:
+    paths: dict[str, dict[str, Operation]] = {
+        "/v1/completions": {
+            "post": _post("Complete prompts", CompletionRequest, schemas.Completion, schemas.CompletionChunk)
+        },
+        "/v1/chat/completions": {
+            "post": _post("Answer a conversation", ChatCompletionRequest, schemas.ChatCompletion, schemas.ChatChunk)
+        },
+        "/v1/models": {"get": _get("The served model", schemas.ModelList)},
+        "/v1/models/{model_id}": {"get": _get("One model", schemas.ModelCard, parameter="model_id", errors=("404",))},
+        "/tokenize": {"post": _post("Token ids of a prompt or a chat", TokenizeRequest, schemas.TokenizeAnswer)},
+        "/detokenize": {"post": _post("The text of token ids", DetokenizeRequest, schemas.DetokenizeAnswer)},
+        "/health": {"get": _get("200 while a gang's step loop steps", schemas.Health, also=("503",))},
+        "/ready": {"get": _get("200 when requests can be taken", schemas.Ready, errors=("503",))},
+        "/version": {"get": _get("The server's version", schemas.Version)},
+        "/metrics": {"get": _get("Prometheus metrics", None)},
     }
-    return {
-        "openapi": "3.1.0",
+    document: dict[str, Any] = {
+        "openapi": "3.2.0",
         "info": {"title": title, "version": version},
         "paths": paths,
-        "components": {"schemas": schemas["$defs"]},
+        "components": {"schemas": _schemas()},
     }
+    for request in _REQUESTS:
+        document["components"]["schemas"][request.__name__]["properties"]["model"]["enum"] = [model_name]
+    if has_keys:
+        _require_key(document)
+    return document
 
 
-def _reference(model: str) -> dict[str, str]:
-    return {"$ref": _REF.format(model=model)}
+def _require_key(document: dict[str, Any]) -> None:
+    document["components"]["securitySchemes"] = {_BEARER: {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{_BEARER: []}]
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if path in OPEN_PATHS:
+                operation["security"] = []
+            else:
+                operation["responses"] |= _errors(("401",))
 
 
-def _errors(statuses: tuple[str, ...]) -> dict[str, Any]:
-    content = {"application/json": {"schema": _reference("ErrorAnswer")}}
-    return {status: {"description": "OpenAI's error object", "content": content} for status in statuses}
+def _schemas() -> dict[str, Any]:
+    answers: Sequence[type[BaseModel]] = (
+        schemas.Completion,
+        schemas.CompletionChunk,
+        schemas.ChatCompletion,
+        schemas.ChatChunk,
+        schemas.ModelList,
+        schemas.ModelCard,
+        schemas.TokenizeAnswer,
+        schemas.DetokenizeAnswer,
+        schemas.Health,
+        schemas.Ready,
+        schemas.Version,
+        schemas.ErrorAnswer,
+    )
+    _, document = models_json_schema(
+        [*((model, "validation") for model in _REQUESTS), *((model, "serialization") for model in answers)],
+        ref_template=_REF,
+    )
+    defined: dict[str, Any] = document["$defs"]
+    return defined
 
 
-def _generate(summary: str, request: str, answer: str) -> dict[str, Any]:
-    content = {"application/json": {"schema": _reference(answer)}, "text/event-stream": {"schema": {"type": "string"}}}
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": _REF.format(model=model.__name__)}
+
+
+def _errors(statuses: Sequence[str]) -> dict[str, Any]:
+    content = {"application/json": {"schema": _reference(schemas.ErrorAnswer)}}
+    return {status: {"description": _ERRORS[status], "content": content} for status in statuses}
+
+
+def _post(
+    summary: str, request: type[ParsedRequest], answer: type[BaseModel], chunk: type[BaseModel] | None = None
+) -> Operation:
+    """With `chunk`, the answer may be streamed."""
+    content: dict[str, Any] = {"application/json": {"schema": _reference(answer)}}
+    errors = set(_BODY_ERRORS)
+    if chunk is not None:
+        content["text/event-stream"] = {"itemSchema": _event(chunk)}
+        errors |= {"408", "429", "502"}
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": {"schema": _reference(request)}}},
-        "responses": {"200": {"description": "The answer, whole or as events", "content": content}, **_errors(_ERRORS)},
+        "responses": {"200": {"description": "The answer", "content": content}, **_errors(sorted(errors))},
     }
+
+
+def _event(chunk: type[BaseModel]) -> dict[str, Any]:
+    """Server-sent events: chunks, then '[DONE]'; or an error, which ends the stream."""
+    told = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_reference(chunk), _reference(schemas.ErrorAnswer)]},
+    }
+    return {"type": "object", "properties": {"data": {"anyOf": [{"const": "[DONE]"}, told]}}, "required": ["data"]}
 
 
 def _get(
     summary: str,
+    answer: type[BaseModel] | None,
     *,
-    path_parameter: str | None = None,
-    media_type: str = "application/json",
+    parameter: str | None = None,
     also: tuple[str, ...] = (),
     errors: tuple[str, ...] = (),
-) -> dict[str, Any]:
-    schema = {"type": "object"} if media_type == "application/json" else {"type": "string"}
-    answer = {"description": summary, "content": {media_type: {"schema": schema}}}
-    operation: dict[str, Any] = {
+) -> Operation:
+    """`also`: other statuses with the same answer. Without `answer`, plain text."""
+    content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+    if answer is not None:
+        content = {"application/json": {"schema": _reference(answer)}}
+    told = {"description": summary, "content": content}
+    operation: Operation = {
         "summary": summary,
-        "responses": dict.fromkeys(("200", *also), answer) | _errors(errors),
+        "responses": dict.fromkeys(("200", *also), told) | _errors((*errors, "500")),
     }
-    if path_parameter is not None:
-        operation["parameters"] = [
-            {"name": path_parameter, "in": "path", "required": True, "schema": {"type": "string"}}
-        ]
+    if parameter is not None:
+        operation["parameters"] = [{"name": parameter, "in": "path", "required": True, "schema": {"type": "string"}}]
     return operation

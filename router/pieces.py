@@ -22,6 +22,10 @@ _MAX_WINDOW_HOLD: Final = 8  # tokens: a character takes at most four byte token
 class TextAssembler(Protocol):
     """`add` returns the text that the new ids complete; `finish` whatever was still incomplete."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Nothing waits for more ids."""
+
     def add(self, token_ids: Iterable[int]) -> str: ...
 
     def finish(self) -> str: ...
@@ -130,6 +134,10 @@ class ByteLevelText:
         self._skipped = skipped
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
+    @property
+    def is_whole(self) -> bool:
+        return not self._utf8.getstate()[0]
+
     def add(self, token_ids: Iterable[int]) -> str:
         pieces, skipped = self._pieces, self._skipped
         return self._utf8.decode(b"".join([pieces[token] for token in token_ids if token not in skipped]))
@@ -150,6 +158,10 @@ class ByteFallbackText:
         self._to_strip = pieces.strip_left
         self._run = bytearray()
         self._is_malformed = False
+
+    @property
+    def is_whole(self) -> bool:
+        return not self._run
 
     def add(self, token_ids: Iterable[int]) -> str:
         out: list[str] = []
@@ -207,6 +219,10 @@ class WindowedText:
         self._ids: list[int] = []
         self._num_context = 0
         self._context_text = ""
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self._ids) == self._num_context
 
     def add(self, token_ids: Iterable[int]) -> str:
         self._ids.extend([token for token in token_ids if token not in self._skipped])

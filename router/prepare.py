@@ -6,84 +6,75 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
+from typing import Final
 
 from tensorweave.cluster.errors import ModelNotFound, RequestRejected
 from tensorweave.cluster.protocol import GenerateRequest, ModelInfo, SamplingSpec
-from tensorweave.router.answers import Answer, ChatAnswer, CompletionAnswer
+from tensorweave.router.answers import Answer, AnswerHead, ChatAnswer, CompletionAnswer
+from tensorweave.router.choices import ChoiceStream, Prompt
 from tensorweave.router.detokenize import IncrementalDetokenizer
-from tensorweave.router.disaggregated import DisaggregatedParams
+from tensorweave.router.disaggregated import check_phase
+from tensorweave.router.field_types import MAX_LOGPROBS
 from tensorweave.router.generation import Job
 from tensorweave.router.openai import (
     DEFAULT_COMPLETION_TOKENS,
     ChatCompletionRequest,
     CompletionRequest,
-    parse_request,
 )
+from tensorweave.router.parsing import parse_request
+from tensorweave.router.request_names import RequestNames
 from tensorweave.router.sampling import check_prompt, nth_seed, resolve_sampling
 from tensorweave.router.service import RouterService
+from tensorweave.router.token_shapes import TokenShapes
 
 AnyRequest = CompletionRequest | ChatCompletionRequest
+
+# What `resolve_sampling` calls by another name than the bodies do.
+_FIELD_NAMES: Final = {"bad_token_ids": "bad_words"}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that the answer to one HTTP request needs. Job i belongs to prompt i // n."""
+    """All that the answer to one HTTP request needs. Job i belongs to prompt i // num_sequences; n of each are told."""
 
     jobs: Sequence[Job]
+    choices: Sequence[ChoiceStream]
     answer: Answer
     prompt_lens: Sequence[int]
     n: int
+    num_sequences: int
     is_streamed: bool
     includes_usage: bool
     has_running_usage: bool
-    is_context_only: bool = False
+    has_output: bool
+    is_context_only: bool
 
-
-@dataclass(frozen=True, slots=True)
-class _Names:
-    """How a request's sequences are called at the gangs, and the seed of those without one.
-
-    Where the client has named the request, both follow from its name, and the name at the gang from prompt and sampling
-    too: only the same request finds its answer again.
-    """
-
-    answer_id: str
-    client_id: str | None
-
-    def of(self, index: int, prompt: Sequence[int], spec: SamplingSpec, salt: str | None) -> str:
-        if self.client_id is None:
-            return f"{self.answer_id}-{index}"
-        content = repr((self.client_id, list(prompt), spec, salt)).encode()
-        digest = blake2b(content, digest_size=12).hexdigest()
-        return f"{self.client_id.replace('/', '_')}-{digest}-{index}"
-
-    def draw_seed(self, num_bits: int) -> int:
-        if self.client_id is None:
-            return secrets.randbits(num_bits)
-        return int.from_bytes(blake2b(self.client_id.encode(), digest_size=8).digest()) >> (64 - num_bits)
+    def best(self) -> list[int]:
+        """The jobs to tell, once all have ended: of each prompt the n of highest mean log-probability."""
+        if self.n == self.num_sequences:
+            return list(range(len(self.jobs)))
+        best: list[int] = []
+        for first in range(0, len(self.jobs), self.num_sequences):
+            places = range(first, first + self.num_sequences)
+            best += sorted(places, key=lambda place: -self.choices[place].mean_logprob)[: self.n]
+        return best
 
 
 async def plan_completion(service: RouterService, body: bytes, client_id: str | None = None) -> Plan:
     """`client_id`: the client's own name for the request; should it ask again under it, it gets the same answer."""
     request = parse_request(CompletionRequest, body)
-    _check_model(service, request.model)
+    check_model(service, request.model)
     info = await service.info()
-    prompts = request.prompts
-    _check_count(service, request, len(prompts))
-    add_special = request.add_special_tokens is not False
-    token_ids = [
-        await service.tokenizer.encode_async(p, add_special_tokens=add_special) if isinstance(p, str) else p
-        for p in prompts
-    ]
-    answer_id = f"cmpl-{secrets.token_hex(16)}"
-    answer = CompletionAnswer(answer_id, int(time.time()), request.model, includes_usage=request.includes_usage)
-    return _plan(service, info, request, token_ids, answer, _Names(answer_id, client_id))
+    _check_count(service, request, len(request.prompts))
+    prompts = [await _completion_prompt(service, request, prompt) for prompt in request.prompts]
+    names = RequestNames(f"cmpl-{secrets.token_hex(16)}", client_id)
+    answer = CompletionAnswer(_head("text_completion", names, request), request.telling, TokenShapes(service.tokenizer))
+    return _plan(service, info, request, prompts, answer, names)
 
 
 async def plan_chat(service: RouterService, body: bytes, client_id: str | None = None) -> Plan:
     request = parse_request(ChatCompletionRequest, body)
-    _check_model(service, request.model)
+    check_model(service, request.model)
     info = await service.info()
     _check_count(service, request, 1)
     token_ids = request.prompt_token_ids
@@ -94,12 +85,36 @@ async def plan_chat(service: RouterService, body: bytes, client_id: str | None =
             add_special_tokens=bool(request.add_special_tokens),
             template_kwargs=request.chat_template_kwargs,
         )
-    answer_id = f"chatcmpl-{secrets.token_hex(16)}"
-    answer = ChatAnswer(answer_id, int(time.time()), request.model, includes_usage=request.includes_usage)
-    return _plan(service, info, request, [token_ids], answer, _Names(answer_id, client_id))
+    prompt = Prompt(_cut(token_ids, request.truncate_prompt_tokens))
+    names = RequestNames(f"chatcmpl-{secrets.token_hex(16)}", client_id)
+    answer = ChatAnswer(_head("chat.completion", names, request), request.telling, TokenShapes(service.tokenizer))
+    return _plan(service, info, request, [prompt], answer, names)
 
 
-def _check_model(service: RouterService, model: str) -> None:
+async def _completion_prompt(service: RouterService, request: CompletionRequest, prompt: str | list[int]) -> Prompt:
+    """A text is echoed as it came, unless it is cut."""
+    token_ids = prompt
+    if isinstance(token_ids, str):
+        add_special = request.add_special_tokens is not False
+        token_ids = await service.tokenizer.encode_async(token_ids, add_special_tokens=add_special)
+    cut = _cut(token_ids, request.truncate_prompt_tokens)
+    if not request.echo:
+        return Prompt(cut)
+    if isinstance(prompt, str) and len(cut) == len(token_ids):
+        return Prompt(cut, prompt)
+    check_prompt(cut, await service.info())
+    return Prompt(cut, service.tokenizer.decode(cut, skip_special_tokens=request.skip_special_tokens is not False))
+
+
+def _cut(token_ids: list[int], num_kept: int | None) -> list[int]:
+    return token_ids if num_kept is None else token_ids[-num_kept:]
+
+
+def _head(kind: str, names: RequestNames, request: AnyRequest) -> AnswerHead:
+    return AnswerHead(kind, names.answer_id, int(time.time()), request.model, includes_usage=request.includes_usage)
+
+
+def check_model(service: RouterService, model: str) -> None:
     if model != service.model_name:
         raise ModelNotFound(
             f"the model {model[:256]!r} does not exist; this server has {service.model_name!r}", param="model"
@@ -107,92 +122,88 @@ def _check_model(service: RouterService, model: str) -> None:
 
 
 def _check_count(service: RouterService, request: AnyRequest, num_prompts: int) -> None:
-    wanted, limit = num_prompts * (request.n or 1), service.limits.max_sequences
+    wanted, limit = num_prompts * request.num_sequences, service.limits.max_sequences
     if wanted > limit:
-        raise RequestRejected(
-            f"the request asks for {wanted} sequences; the limit is {limit}",
-            param="n" if num_prompts == 1 else "prompt",
-        )
+        name = "prompt" if num_prompts > 1 else "n" if request.num_sequences == request.n else "best_of"
+        raise RequestRejected(f"the request asks for {wanted} sequences; the limit is {limit}", param=name)
 
 
 def _plan(
     service: RouterService,
     info: ModelInfo,
     request: AnyRequest,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Prompt],
     answer: Answer,
-    names: _Names,
+    names: RequestNames,
 ) -> Plan:
-    n = request.n or 1
-    phase = request.disaggregated_params
-    if phase is not None and not service.accepts_phases:
-        raise RequestRejected(
-            "disaggregated_params is not enabled here (security.enable_disaggregated_params)",
-            param="disaggregated_params",
-        )
+    phase, telling = request.disaggregated_params, request.telling
     if phase is not None:
-        _check_phase(request, phase, len(prompts))
-    cut = [p[-request.truncate_prompt_tokens :] if request.truncate_prompt_tokens else p for p in prompts]
+        if not service.accepts_phases:
+            raise RequestRejected(
+                "disaggregated_params is not enabled here (security.enable_disaggregated_params)",
+                param="disaggregated_params",
+            )
+        check_phase(request, phase, len(prompts))
     jobs: list[Job] = []
-    for prompt in cut:
-        spec = _sampling(info, request, prompt, names)
-        for i in range(n):
-            own = spec if spec.is_greedy or n == 1 else replace(spec, seed=nth_seed(spec.seed, i))
-            jobs.append(_job(service, info, request, names, len(jobs), prompt, own))
+    choices: list[ChoiceStream] = []
+    for prompt in prompts:
+        spec = _sampling(service, info, request, prompt.token_ids, names)
+        for i in range(request.num_sequences):
+            own = spec if spec.is_greedy or request.num_sequences == 1 else replace(spec, seed=nth_seed(spec.seed, i))
+            choices.append(
+                ChoiceStream(
+                    len(jobs),
+                    telling,
+                    prompt,
+                    service.tokenizer,
+                    skip_special_tokens=request.skip_special_tokens is not False,
+                )
+            )
+            jobs.append(_job(service, info, request, names, len(jobs), prompt.token_ids, own))
     return Plan(
         jobs=jobs,
+        choices=choices,
         answer=answer,
-        prompt_lens=[len(prompt) for prompt in cut],
-        n=n,
+        prompt_lens=[len(prompt.token_ids) for prompt in prompts],
+        n=request.n or 1,
+        num_sequences=request.num_sequences,
         is_streamed=bool(request.stream),
         includes_usage=request.includes_usage,
         has_running_usage=request.has_running_usage,
+        has_output=telling.has_output,
         is_context_only=phase is not None and phase.is_context_only,
     )
 
 
-def _check_phase(request: AnyRequest, phase: DisaggregatedParams, num_prompts: int) -> None:
-    if phase.request_type == "context_and_generation":
-        return
-    if num_prompts * (request.n or 1) != 1:
-        raise RequestRejected(
-            f"a {phase.request_type} request has one prompt and n 1", param="n" if num_prompts == 1 else "prompt"
-        )
-    if phase.is_context_only and request.stream:
-        raise RequestRejected("a context_only answer is not streamed", param="stream")
-    given = request.prompt_token_ids if isinstance(request, ChatCompletionRequest) else request.prompt
-    if phase.is_generation_only and not isinstance(given, list):
-        name = "prompt_token_ids" if isinstance(request, ChatCompletionRequest) else "prompt"
-        raise RequestRejected(
-            f"a generation_only request needs the prompt_token_ids of the context phase's answer as {name}", param=name
-        )
-
-
-def _sampling(info: ModelInfo, request: AnyRequest, prompt: Sequence[int], names: _Names) -> SamplingSpec:
+def _sampling(
+    service: RouterService, info: ModelInfo, request: AnyRequest, prompt: Sequence[int], names: RequestNames
+) -> SamplingSpec:
+    telling, own_names, max_tokens = request.telling, dict(_FIELD_NAMES), request.max_tokens
     if isinstance(request, ChatCompletionRequest):
         param, default_max_tokens = "messages", None
-        name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-        max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+        own_names["logprobs"] = "top_logprobs"
+        if request.prompt_token_ids is not None:
+            param = "prompt_token_ids"
+        if request.max_completion_tokens is not None:
+            max_tokens, own_names["max_tokens"] = request.max_completion_tokens, "max_completion_tokens"
     else:
-        param, default_max_tokens, name, max_tokens = (
-            "prompt",
-            DEFAULT_COMPLETION_TOKENS,
-            "max_tokens",
-            request.max_tokens,
-        )
+        param, default_max_tokens = "prompt", DEFAULT_COMPLETION_TOKENS
     check_prompt(prompt, info, param=param)
+    words = [ids for word in request.bad_words or () for ids in service.tokenizer.word_ids(word)]
     try:
         return resolve_sampling(
-            request.sampling(max_tokens=max_tokens),
+            request.sampling(telling, max_tokens=max_tokens if telling.has_output else 1, bad_token_ids=words),
             prompt_len=len(prompt),
             info=info,
             default_max_tokens=default_max_tokens,
             prompt_param=param,
             draw_seed=names.draw_seed,
+            max_logprobs=MAX_LOGPROBS,
         )
     except RequestRejected as error:
-        if error.param == "max_tokens":
-            raise type(error)(error.message.replace("max_tokens", name), param=name) from None
+        if error.param in own_names:
+            name = own_names[error.param]
+            raise type(error)(error.message.replace(error.param, name), param=name) from None
         raise
 
 
@@ -200,9 +211,9 @@ def _job(
     service: RouterService,
     info: ModelInfo,
     request: AnyRequest,
-    names: _Names,
+    names: RequestNames,
     index: int,
-    prompt: list[int],
+    prompt: Sequence[int],
     spec: SamplingSpec,
 ) -> Job:
     limits = service.limits
@@ -228,11 +239,8 @@ def _job(
     )
     job = Job(index, generate, detokenizer, frozenset(info.end_ids), request.session)
     phase = request.disaggregated_params
-    return job if phase is None or not phase.is_generation_only else _generation_phase(job, phase, info)
-
-
-def _generation_phase(job: Job, phase: DisaggregatedParams, info: ModelInfo) -> Job:
+    if phase is None or not phase.is_generation_only:
+        return job
     state, first_tokens = phase.handed_over(info.vocab_size)
-    sampling = replace(job.request.sampling, seed=state.seed)
-    request = replace(job.request, sampling=sampling, fetch=state.ticket, grace_s=0.0)
-    return replace(job, request=request, first_tokens=first_tokens)
+    generate = replace(generate, sampling=replace(spec, seed=state.seed), fetch=state.ticket, grace_s=0.0)
+    return replace(job, request=generate, first_tokens=first_tokens)

@@ -6,18 +6,36 @@ ValueError) that names it.
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
 
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.protocol import ModelInfo, SamplingSpec
+from tensorweave.router.sampling_checks import (
+    MAX_STOP_TOKEN_IDS,
+    check_bad_words,
+    check_bool,
+    check_embedding_bias,
+    check_ids,
+    check_int,
+    check_logit_bias,
+    check_number,
+    check_processors,
+    check_stop_strings,
+)
 
-MAX_STOP_STRINGS: Final = 64
-MAX_STOP_STRING_CHARS: Final = 1024
-MAX_STOP_TOKEN_IDS: Final = 1024
+__all__ = [
+    "ContextTooLong",
+    "SamplingFields",
+    "check_prompt",
+    "check_stop_strings",
+    "nth_seed",
+    "resolve_sampling",
+]
+
 _SEED_BITS: Final = 63
 
 
@@ -31,7 +49,8 @@ class ContextTooLong(RequestRejected):
 class SamplingFields:
     """What a request says about sampling; None is "not said". Checked on construction, so far as no model is needed.
 
-    Greedy is asked for by temperature 0, top_p 0, top_k 1 or min_p 1. `top_k` 0 or -1 is off.
+    Greedy is asked for by temperature 0, top_p 0, top_k 1 or min_p 1. `top_k` 0 or -1 is off. `embedding_bias` is
+    packed little-endian float32, one number for each token of the vocabulary. Names and meanings are `SamplingSpec`'s.
     """
 
     max_tokens: int | None = None
@@ -44,31 +63,54 @@ class SamplingFields:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    bad_token_ids: Sequence[Sequence[int]] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    embedding_bias: bytes = field(default=b"", repr=False)
+    top_p_decay: float | None = None
+    top_p_min: float | None = None
+    top_p_reset_id: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    wants_context_logits: bool = False
+    wants_generation_logits: bool = False
+    logits_processors: Sequence[str] = ()
+    uses_batched_processor: bool = False
 
     def __post_init__(self) -> None:
-        _check_int("max_tokens", self.max_tokens, low=1)
-        _check_int("min_tokens", self.min_tokens, low=0)
-        _check_int("top_k", self.top_k, low=-1)
-        _check_int("seed", self.seed, low=-(2**63), high=2**64 - 1)
-        _check_number("temperature", self.temperature, high=math.inf)
-        _check_number("top_p", self.top_p, high=1.0)
-        _check_number("min_p", self.min_p, high=1.0)
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestRejected("ignore_eos must be a boolean", param="ignore_eos")
+        check_int("max_tokens", self.max_tokens, low=1)
+        check_int("min_tokens", self.min_tokens, low=0)
+        check_int("top_k", self.top_k, low=-1)
+        check_int("seed", self.seed, low=-(2**63), high=2**64 - 1)
+        check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, low=0)
+        check_int("logprobs", self.logprobs, low=0)
+        check_int("prompt_logprobs", self.prompt_logprobs, low=0)
+        check_int("top_p_reset_ids", self.top_p_reset_id, low=0)
+        check_number("temperature", self.temperature)
+        check_number("top_p", self.top_p, high=1.0)
+        check_number("min_p", self.min_p, high=1.0)
+        check_number("top_p_decay", self.top_p_decay, high=1.0, is_low_open=True)
+        check_number("top_p_min", self.top_p_min, high=1.0, is_low_open=True)
+        check_number("repetition_penalty", self.repetition_penalty, is_low_open=True)
+        check_number("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
+        check_number("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
+        check_bool("ignore_eos", self.ignore_eos)
+        check_bool("return_context_logits", self.wants_context_logits)
+        check_bool("return_generation_logits", self.wants_generation_logits)
+        check_bool("apply_batched_logits_processor", self.uses_batched_processor)
         check_stop_strings(self.stop)
-        self._check_stop_token_ids()
+        check_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        check_bad_words(self.bad_token_ids)
+        check_logit_bias(self.logit_bias)
+        check_embedding_bias(self.embedding_bias)
+        check_processors(self.logits_processors)
         if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
             raise RequestRejected(
                 f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}", param="min_tokens"
             )
-
-    def _check_stop_token_ids(self) -> None:
-        if isinstance(self.stop_token_ids, str) or not isinstance(self.stop_token_ids, Sequence):
-            raise RequestRejected("stop_token_ids must be a list of integers", param="stop_token_ids")
-        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise RequestRejected(f"stop_token_ids has more than {MAX_STOP_TOKEN_IDS} entries", param="stop_token_ids")
-        for token_id in self.stop_token_ids:
-            _check_int("stop_token_ids", token_id, low=0)
 
     @property
     def is_greedy(self) -> bool:
@@ -84,6 +126,7 @@ def resolve_sampling(
     default_max_tokens: int | None = None,
     prompt_param: str = "prompt",
     draw_seed: Callable[[int], int] = secrets.randbits,
+    max_logprobs: int | None = None,
 ) -> SamplingSpec:
     """The spec that an executor runs.
 
@@ -95,31 +138,50 @@ def resolve_sampling(
         default_max_tokens: Where the request gives none. None, or more than there is room for: all the room left.
         prompt_param: The field that an error about the prompt's length names.
         draw_seed: Random bits for a request without a seed, so that two such requests differ.
+        max_logprobs: Most likeliest tokens that may be asked for with each token; None: the whole vocabulary.
 
     Raises:
         RequestRejected: The prompt leaves no room, or a field does not fit the model.
     """
-    for token_id in fields.stop_token_ids:
-        if token_id >= info.vocab_size:
-            raise RequestRejected(
-                f"stop_token_ids has {token_id}, the vocabulary ends at {info.vocab_size - 1}", param="stop_token_ids"
-            )
+    _check_vocabulary(fields, info.vocab_size)
+    _check_num_logprobs(fields, info.vocab_size if max_logprobs is None else min(max_logprobs, info.vocab_size))
     max_tokens = _max_tokens(fields, prompt_len, info, default_max_tokens, prompt_param)
-    stop_token_ids = tuple(dict.fromkeys([*fields.stop_token_ids, *(() if fields.ignore_eos else info.end_ids)]))
-    min_tokens = min(fields.min_tokens or 0, max_tokens)
     temperature = default_temperature if fields.temperature is None else float(fields.temperature)
-    if fields.is_greedy or temperature == 0:
-        return SamplingSpec(max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=stop_token_ids)
-    return SamplingSpec(
+    spec = SamplingSpec(
         max_tokens=max_tokens,
-        min_tokens=min_tokens,
+        min_tokens=min(fields.min_tokens or 0, max_tokens),
+        stop_token_ids=tuple(dict.fromkeys([*fields.stop_token_ids, *(() if fields.ignore_eos else info.end_ids)])),
+        repetition_penalty=_or(fields.repetition_penalty, 1.0),
+        presence_penalty=_or(fields.presence_penalty, 0.0),
+        frequency_penalty=_or(fields.frequency_penalty, 0.0),
+        no_repeat_ngram_size=fields.no_repeat_ngram_size or 0,
+        bad_words=tuple(tuple(word) for word in fields.bad_token_ids),
+        logit_bias=tuple((token_id, float(bias)) for token_id, bias in fields.logit_bias.items()),
+        embedding_bias=bytes(fields.embedding_bias),
+        num_logprobs=fields.logprobs,
+        num_prompt_logprobs=fields.prompt_logprobs,
+        wants_context_logits=fields.wants_context_logits,
+        wants_generation_logits=fields.wants_generation_logits,
+        logits_processors=tuple(fields.logits_processors),
+        uses_batched_processor=fields.uses_batched_processor,
+    )
+    if fields.is_greedy or temperature == 0:
+        return spec
+    return dataclasses.replace(
+        spec,
         temperature=temperature,
         top_k=min(max(fields.top_k or 0, 0), info.vocab_size),
-        top_p=1.0 if fields.top_p is None else float(fields.top_p),
-        min_p=float(fields.min_p or 0.0),
+        top_p=_or(fields.top_p, 1.0),
+        min_p=_or(fields.min_p, 0.0),
+        top_p_decay=_or(fields.top_p_decay, 1.0),
+        top_p_min=_or(fields.top_p_min, 0.0),
+        top_p_reset_id=-1 if fields.top_p_reset_id is None else fields.top_p_reset_id,
         seed=nth_seed(draw_seed(_SEED_BITS) if fields.seed is None else fields.seed, 0),
-        stop_token_ids=stop_token_ids,
     )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else float(value)
 
 
 def nth_seed(seed: int, index: int) -> int:
@@ -159,30 +221,23 @@ def check_prompt(token_ids: Sequence[int], info: ModelInfo, *, param: str = "pro
         raise RequestRejected(f"{param} has the token id {wrong}, outside 0 to {info.vocab_size - 1}", param=param)
 
 
-def check_stop_strings(stop: Sequence[Any]) -> None:
-    if isinstance(stop, str) or not isinstance(stop, Sequence) or not all(isinstance(s, str) for s in stop):
-        raise RequestRejected("stop must be a string or a list of strings", param="stop")
-    if len(stop) > MAX_STOP_STRINGS:
-        raise RequestRejected(f"stop has {len(stop)} strings, at most {MAX_STOP_STRINGS} are supported", param="stop")
-    for text in stop:
-        if not 1 <= len(text) <= MAX_STOP_STRING_CHARS:
-            raise RequestRejected(f"a stop string must have 1 to {MAX_STOP_STRING_CHARS} characters", param="stop")
+def _check_vocabulary(fields: SamplingFields, vocab_size: int) -> None:
+    """Every token id that a field names must be one."""
+    ids = [("stop_token_ids", fields.stop_token_ids), ("logit_bias", fields.logit_bias)]
+    ids += [("bad_token_ids", word) for word in fields.bad_token_ids]
+    if fields.top_p_reset_id is not None:
+        ids.append(("top_p_reset_ids", (fields.top_p_reset_id,)))
+    for name, tokens in ids:
+        for token_id in tokens:
+            if token_id >= vocab_size:
+                raise RequestRejected(f"{name} has {token_id}, the vocabulary ends at {vocab_size - 1}", param=name)
+    if fields.embedding_bias and len(fields.embedding_bias) != 4 * vocab_size:
+        raise RequestRejected(
+            f"embedding_bias has {len(fields.embedding_bias) // 4} numbers, the vocabulary {vocab_size} tokens",
+            param="embedding_bias",
+        )
 
 
-def _check_int(name: str, value: object, *, low: int, high: int = 2**31 - 1) -> None:
-    if value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise RequestRejected(f"{name} must be an integer", param=name)
-    if not low <= value <= high:
-        raise RequestRejected(f"{name} is {value}, must be between {low} and {high}", param=name)
-
-
-def _check_number(name: str, value: object, *, high: float) -> None:
-    if value is None:
-        return
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise RequestRejected(f"{name} must be a number", param=name)
-    if math.isnan(value) or not 0 <= value <= high or math.isinf(value):
-        limit = "at least 0 and finite" if math.isinf(high) else f"between 0 and {high:g}"
-        raise RequestRejected(f"{name} is {value}, must be {limit}", param=name)
+def _check_num_logprobs(fields: SamplingFields, limit: int) -> None:
+    for name, number in (("logprobs", fields.logprobs), ("prompt_logprobs", fields.prompt_logprobs)):
+        check_int(name, number, low=0, high=limit)

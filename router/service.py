@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tensorweave.cluster.errors import NotReady
@@ -17,6 +18,7 @@ class RouterService:
     """One served model. `info` is read from the gangs once and kept: it does not change while the service lives.
 
     `accepts_phases`: clients may send a request's phases by hand, with tickets that name hosts to connect to.
+    `key_digests`: of the API keys, one of which a client must have (`router/keys.py`); none: no key is asked for.
     """
 
     model_name: str
@@ -27,6 +29,7 @@ class RouterService:
     limits: Limits = field(default_factory=Limits)
     created_s: int = 0
     accepts_phases: bool = False
+    key_digests: Sequence[str] = ()
     _info: ModelInfo | None = None
 
     @property

@@ -188,6 +188,25 @@ class Tokenizer:
         """The text of one token alone, special tokens included."""
         return self.decode([token_id], skip_special_tokens=False)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text; it may end within a character. Nothing for ids that the tokenizer lacks."""
+        if self._pieces is None:
+            return self.token_text(token_id).encode()
+        piece = self._pieces[token_id]
+        if isinstance(piece, int):
+            return bytes([piece])
+        return piece.encode() if isinstance(piece, str) else piece or b""
+
+    def token_names(self, token_ids: Sequence[int]) -> list[str]:
+        """How the vocabulary spells each token."""
+        names: list[str | None] = self.backend.convert_ids_to_tokens(list(token_ids))
+        return [name or "" for name in names]
+
+    def word_ids(self, word: str) -> list[list[int]]:
+        """The token sequences that a word is written with: within a text, and behind a space."""
+        spellings = [self.encode(prefix + word, add_special_tokens=False) for prefix in ("", " ")]
+        return [ids for place, ids in enumerate(spellings) if ids and ids not in spellings[:place]]
+
     def pieces(self, *, skip_special_tokens: bool, spaces_between_special_tokens: bool) -> Pieces:
         """What an incremental detokenizer reads: a per-token table, or a window over `decode`."""
         if self._pieces is not None:

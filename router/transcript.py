@@ -1,7 +1,8 @@
 """`Transcript`: what a request's client has been told so far, and what an attempt must go on from.
 
 Attempts overlap: a prefill and a decode gang both say the first token, and a replay starts behind what was sent. Tokens
-are matched by position, so that each goes out once; one that differs from what was sent ends the attempt.
+are matched by position, so that each goes out once, with what is told beside it; one that differs from what was sent
+ends the attempt.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from tensorweave.cluster.errors import DeadlineExceeded, WorkerLost
-from tensorweave.cluster.protocol import FinishReason, GenerateRequest, TokenChunk
+from tensorweave.cluster.protocol import GenerateRequest, TokenChunk
 
 
 class Diverged(WorkerLost):
@@ -25,31 +26,29 @@ class Transcript:
         self.num_cached = 0
         self.is_over = False
         self._request = request
-        self._offset = 0
         self._num_attempts = 0
+        self._has_prompt_logprobs = False
+        self._num_context_bytes = 0
+        self._num_context_seen = 0
 
     def begin(self, left_s: float | None) -> GenerateRequest:
-        """The next attempt's request. The first asks for all; later ones take what was sent as part of the prompt."""
+        """The next attempt's request. The first asks for all; later ones take what was sent as output to go on from."""
         self._num_attempts += 1
+        self._num_context_seen = 0
         if self._num_attempts == 1:
             return dataclasses.replace(self._request, deadline_s=left_s)
-        request, sampling = self._request, self._request.sampling
-        self._offset = len(self.sent)
+        request = self._request
         return dataclasses.replace(
             request,
             prompt_token_ids=[*request.prompt_token_ids, *self.sent],
-            sampling=dataclasses.replace(
-                sampling,
-                max_tokens=sampling.max_tokens - self._offset,
-                min_tokens=max(0, sampling.min_tokens - self._offset),
-            ),
+            num_replayed=request.num_replayed + len(self.sent),
             deadline_s=left_s,
             fetch=None,
         )
 
     def tell(self, token_ids: Sequence[int]) -> TokenChunk:
         """Tokens that are known before any attempt."""
-        return self._news(token_ids)
+        return self._news(TokenChunk(self._request.request_id, token_ids))
 
     def take(self, chunk: TokenChunk) -> TokenChunk | None:
         """What of it is new to the client; None where nothing is. Raises Diverged."""
@@ -57,17 +56,18 @@ class Transcript:
             raise WorkerLost("the gang ended the request early")
         if self._num_attempts == 1:
             self.num_cached = max(self.num_cached, chunk.num_cached_tokens)
-        at = self._offset + chunk.start
+        at = chunk.start - self._request.num_replayed
         end = at + len(chunk.token_ids)
-        known = self.sent[at:end]
+        known = self.sent[at:end] if at >= 0 else []
         is_end = chunk.finish_reason in ("stop", "length", "not_finished")
-        if at > len(self.sent) or known != list(chunk.token_ids[: len(known)]) or (is_end and end < len(self.sent)):
+        is_beside = not 0 <= at <= len(self.sent) and (chunk.token_ids or is_end)
+        if is_beside or known != list(chunk.token_ids[: len(known)]) or (is_end and end < len(self.sent)):
             raise Diverged(f"position {at}: an attempt does not go on from what was sent")
         self.is_over = chunk.finish_reason is not None
-        new = chunk.token_ids[len(known) :] if known else chunk.token_ids
-        if not new and not self.is_over:
+        context_logits = self._new_context(chunk.context_logits)
+        if len(known) == len(chunk.token_ids) and not (self.is_over or context_logits):
             return None
-        return self._news(new, chunk.finish_reason, chunk.stop_reason)
+        return self._news(_behind(chunk, len(known)), context_logits)
 
     def ended(self) -> TokenChunk | None:
         """The last chunk, where the tokens sent are all there can be and only their end was lost."""
@@ -75,18 +75,52 @@ class Transcript:
         is_stopped = count > 0 and self.sent[-1] in sampling.stop_token_ids and count >= sampling.min_tokens
         self.is_over = is_stopped or count >= sampling.max_tokens
         if is_stopped:
-            return self._news((), "stop", self.sent[-1])
-        return self._news((), "length") if self.is_over else None
+            return self._news(TokenChunk(self._request.request_id, (), "stop", self.sent[-1]))
+        return self._news(TokenChunk(self._request.request_id, (), "length")) if self.is_over else None
 
     def timed_out(self) -> TokenChunk:
         """The last chunk of a request whose deadline has passed. Raises DeadlineExceeded before the first token."""
         if not self.sent:
             raise DeadlineExceeded("the request's deadline passed before its first token")
-        return self._news((), "timeout")
+        return self._news(TokenChunk(self._request.request_id, (), "timeout"))
 
-    def _news(
-        self, token_ids: Sequence[int] = (), finish_reason: FinishReason | None = None, stop_reason: int | None = None
-    ) -> TokenChunk:
+    def _news(self, chunk: TokenChunk, context_logits: bytes = b"") -> TokenChunk:
         start = len(self.sent)
-        self.sent += token_ids
-        return TokenChunk(self._request.request_id, token_ids, finish_reason, stop_reason, self.num_cached, start=start)
+        self.sent += chunk.token_ids
+        prompt_logprobs = None if self._has_prompt_logprobs else chunk.prompt_logprobs
+        self._has_prompt_logprobs |= prompt_logprobs is not None
+        return TokenChunk(
+            self._request.request_id,
+            chunk.token_ids,
+            chunk.finish_reason,
+            chunk.stop_reason,
+            self.num_cached,
+            None,
+            start,
+            chunk.logprobs,
+            prompt_logprobs,
+            chunk.logits,
+            context_logits,
+        )
+
+    def _new_context(self, rows: bytes) -> bytes:
+        """Each attempt tells the prompt's logits from its first token on."""
+        if not rows:
+            return rows
+        num_told = min(len(rows), max(0, self._num_context_bytes - self._num_context_seen))
+        self._num_context_seen += len(rows)
+        self._num_context_bytes = max(self._num_context_bytes, self._num_context_seen)
+        return rows[num_told:]
+
+
+def _behind(chunk: TokenChunk, num_known: int) -> TokenChunk:
+    """The chunk without its first tokens, and without what is told of them."""
+    if not num_known:
+        return chunk
+    row_bytes = len(chunk.logits) // len(chunk.token_ids)
+    return dataclasses.replace(
+        chunk,
+        token_ids=chunk.token_ids[num_known:],
+        logprobs=chunk.logprobs[num_known:],
+        logits=chunk.logits[num_known * row_bytes :],
+    )

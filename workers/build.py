@@ -3,13 +3,18 @@ by the LLM class."""
 
 from __future__ import annotations
 
+import gc
 import importlib
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tensorweave.cluster.llm_args import CacheTransceiverConfig, TorchLlmArgs
 from tensorweave.workers.comm import Comm
 from tensorweave.workers.decoder import SamplingDecoder
+from tensorweave.workers.engine import PyTorchModelEngine
+from tensorweave.workers.engine_dir import check_fit
 from tensorweave.workers.engine_loader import load_engine
+from tensorweave.workers.engine_manifest import EngineManifest
 from tensorweave.workers.executor import PyExecutor
 from tensorweave.workers.kv_cache import KVCacheManager
 from tensorweave.workers.kv_pool import KVPool
@@ -24,6 +29,9 @@ from tensorweave.workers.transfer.transfers import KvTransfers
 from tensorweave.workers.transfer.window import PoolWindow
 from tensorweave.workers.transfers import NoTransfers, Transfers
 from tensorweave.workers.uplink import join_uplink
+
+if TYPE_CHECKING:
+    from tensorweave.workers.autodeploy.engine import AutodeployEngine
 
 
 def build_executor(
@@ -47,7 +55,7 @@ def build_executor(
     Raises:
         ValueError: the arguments or the model's files are wrong; the message names what.
     """
-    engine = load_engine(args, comm)
+    engine = _load_engine(args, comm)
     info = engine.info
     kv_class = _load_class(args.kv_cache_manager, "kv_cache_manager", KVCacheManager)
     kv_cache = kv_class(
@@ -70,11 +78,12 @@ def build_executor(
     exchange = args.cache_transceiver_config
     if exchange is not None and exchange.backend is not None:
         path = resolve_model(args.model, revision=args.revision)
-        digest, num_heads = model_digest(path, args.load_format), load_model_config(path).num_kv_heads
+        digest, num_heads = _kv_identity(args, path, engine)
         transfers = build_transfers(
             exchange, engine.pool, kv_cache, comm, digest, num_heads, host=transfer_host, secret=transfer_secret
         )
-    return PyExecutor(
+    gc.set_threshold(args.garbage_collection_gen0_threshold, *gc.get_threshold()[1:])
+    executor = PyExecutor(
         engine=engine,
         scheduler=scheduler,
         resources=ResourceManager([kv_cache]),
@@ -83,8 +92,10 @@ def build_executor(
         info=info,
         transfers=transfers,
         max_requests=args.max_queued_requests,
-        max_stats=args.iter_stats_max_iterations,
+        max_stats=args.iter_stats_max_iterations if args.enable_iter_perf_stats else 0,
     )
+    executor.set_batched_logits_processor(args.batched_logits_processor)
+    return executor
 
 
 def build_transfers(
@@ -115,6 +126,36 @@ def build_transfers(
         timeout_s=config.kv_transfer_timeout_ms / 1000,
         lease_s=config.kv_lease_timeout_ms / 1000,
     )
+
+
+def check_model(args: TorchLlmArgs) -> None:
+    """Raises ValueError for a model that will not run, as far as its configuration tells; nothing large is read."""
+    path = resolve_model(args.model, revision=args.revision)
+    if args.backend == "_autodeploy":
+        from tensorweave.workers.autodeploy.causal_lm import read_causal_lm_config
+
+        read_causal_lm_config(path)
+        return
+    load_model_config(path)
+    saved = None if args.load_format == "dummy" else EngineManifest.read(path)
+    if saved is not None:
+        check_fit(saved, path, args.tensor_parallel_size, args.dtype)
+
+
+def _load_engine(args: TorchLlmArgs, comm: Comm) -> PyTorchModelEngine | AutodeployEngine:
+    if args.backend == "_autodeploy":
+        from tensorweave.workers.autodeploy.loader import load_autodeploy  # imports transformers: seconds
+
+        return load_autodeploy(args, comm)
+    return load_engine(args, comm)
+
+
+def _kv_identity(args: TorchLlmArgs, path: Path, engine: PyTorchModelEngine | AutodeployEngine) -> tuple[str, int]:
+    """By what gangs that exchange KV know the model, and its KV heads over all ranks."""
+    digest = model_digest(path, args.load_format)
+    if args.backend == "_autodeploy":
+        return f"{digest} by transformers", engine.pool.cache.shape[2] // 2
+    return digest, load_model_config(path).num_kv_heads
 
 
 def _load_class(path: str | None, knob: str, default: type[Any]) -> type[Any]:

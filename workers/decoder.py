@@ -1,48 +1,100 @@
-"""From logits to tokens: greedy, or sampled with temperature, min-p, top-k and top-p.
+"""From logits to tokens: greedy, or sampled with temperature, min-p, top-k and top-p, after what edits the logits.
 
-Randomness is counter-based: the random number of a token is a hash of the request's seed and the token's position in
-its sequence, so the same request gives the same tokens on any gang, in any batch, and after a recovery. Sampling
-inverts the cumulative distribution in vocabulary order, so rounding differences of the logits move a token only where
-the number falls on a boundary.
+Order: users' processors, biases, bans, penalties, temperature, min-p, top-k, top-p. Randomness is counter-based: the
+random number of a token is a hash of the request's seed and the token's position in its sequence, so the same request
+gives the same tokens on any gang, in any batch, and after a recovery. Sampling inverts the cumulative distribution in
+vocabulary order, so rounding differences of the logits move a token only where the number falls on a boundary.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
 
 import torch
 
+from tensorweave.cluster.errors import RequestRejected
+from tensorweave.kernels.argmax import argmax
+from tensorweave.workers.logit_edits import edit_logits, follow
+from tensorweave.workers.logits_processors import LogitsProcessors
+from tensorweave.workers.logprobs import CopiedRows
 from tensorweave.workers.plan import ScheduledBatch
-from tensorweave.workers.request import LlmRequest
+from tensorweave.workers.request import LlmRequest, TokenExtras
 
 # R rows of logits, V vocabulary
 
+NO_TOKEN: Final = -1
 _MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """One token a row. `extras` are those of the rows that are told more than it, or have failed: with NO_TOKEN."""
+
+    tokens: list[int]
+    extras: Mapping[int, TokenExtras] = field(default_factory=dict)
 
 
 class Decoder(Protocol):
     """Turns logits [R, V] float32, one row a request of `batch.sampled`, into one token id each."""
 
-    def decode(self, logits_RV: torch.Tensor, batch: ScheduledBatch) -> list[int]: ...
+    processors: LogitsProcessors
+
+    def decode(self, logits_RV: torch.Tensor, batch: ScheduledBatch) -> Decoded: ...
 
 
 class SamplingDecoder:
     """Greedy and sampled rows together; every rank decodes the same logits to the same tokens."""
 
-    def decode(self, logits_RV: torch.Tensor, batch: ScheduledBatch) -> list[int]:
+    def __init__(self) -> None:
+        self.processors = LogitsProcessors()
+
+    def decode(self, logits_RV: torch.Tensor, batch: ScheduledBatch) -> Decoded:
         requests = batch.sampled
         if not requests:
-            return []
-        _suppress_early_stops(logits_RV, requests)
-        rows = [row for row, request in enumerate(requests) if not request.sampling.is_greedy]
-        if not rows:
-            return _to_list(logits_RV.argmax(dim=-1))
-        if len(rows) == len(requests):
-            return _to_list(_sample(logits_RV, requests))
-        tokens = logits_RV.argmax(dim=-1)
-        index = torch.tensor(rows, device=logits_RV.device)
-        tokens[index] = _sample(logits_RV[index], [requests[row] for row in rows])
-        return _to_list(tokens)
+            return Decoded([])
+        special = [(row, request) for row, request in enumerate(requests) if not request.is_plain]
+        if not special:
+            return Decoded(_choose(logits_RV, requests))
+        told = CopiedRows(logits_RV, [item for item in special if item[1].sampling.wants_extras])
+        failures = self._edit(logits_RV, special)
+        tokens = _choose(logits_RV, requests)
+        extras = told.extras(tokens)
+        for row, failure in failures.items():
+            tokens[row], extras[row] = NO_TOKEN, TokenExtras(error=failure)
+        return Decoded(tokens, extras)
+
+    def _edit(self, logits_RV: torch.Tensor, special: Sequence[tuple[int, LlmRequest]]) -> dict[int, RequestRejected]:
+        """Returns the failures, by row."""
+        edited = [item for item in special if item[1].sampling.edits_logits]
+        if not edited:
+            return {}
+        failures = self.processors.run(logits_RV, edited)
+        edit_logits(logits_RV, edited)
+        best_R = logits_RV[[row for row, _ in edited]].amax(dim=-1).tolist()
+        for (row, _), best in zip(edited, best_R, strict=True):
+            if best == torch.inf:
+                logits_RV[row].clamp_(max=torch.finfo(logits_RV.dtype).max)
+            elif best == -torch.inf and row not in failures:
+                failures[row] = RequestRejected("bans and biases leave no token to go on with", param="bad_token_ids")
+            elif best != best and row not in failures:
+                failures[row] = RequestRejected("a logits processor has left NaN", param="logits_processor")
+        for row in failures:
+            logits_RV[row] = 0.0
+        return failures
+
+
+def _choose(logits_RV: torch.Tensor, requests: Sequence[LlmRequest]) -> list[int]:
+    rows = [row for row, request in enumerate(requests) if not request.is_greedy]
+    if not rows:
+        return _to_list(argmax(logits_RV))
+    if len(rows) == len(requests):
+        return _to_list(_sample(logits_RV, requests))
+    tokens = argmax(logits_RV)
+    index = torch.tensor(rows, device=logits_RV.device)
+    tokens[index] = _sample(logits_RV[index], [requests[row] for row in rows])
+    return _to_list(tokens)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -63,14 +115,7 @@ def _to_list(tokens_R: torch.Tensor) -> list[int]:
     return ids
 
 
-def _suppress_early_stops(logits_RV: torch.Tensor, requests: tuple[LlmRequest, ...]) -> None:
-    for row, request in enumerate(requests):
-        sampling = request.sampling
-        if sampling.min_tokens > request.num_output and sampling.stop_token_ids:
-            logits_RV[row, list(sampling.stop_token_ids)] = -torch.inf
-
-
-def _sample(logits_RV: torch.Tensor, requests: tuple[LlmRequest, ...] | list[LlmRequest]) -> torch.Tensor:
+def _sample(logits_RV: torch.Tensor, requests: Sequence[LlmRequest]) -> torch.Tensor:
     device, vocab_size = logits_RV.device, logits_RV.shape[1]
     specs = [request.sampling for request in requests]
     # Float64 so that a huge or tiny temperature neither overflows nor divides by zero.
@@ -79,8 +124,10 @@ def _sample(logits_RV: torch.Tensor, requests: tuple[LlmRequest, ...] | list[Llm
     if any(spec.min_p > 0 for spec in specs):
         min_p_R1 = torch.tensor([[spec.min_p] for spec in specs], dtype=torch.float64, device=device)
         probs_RV = probs_RV.masked_fill(probs_RV < min_p_R1 * probs_RV.amax(dim=-1, keepdim=True), 0.0)
-    if any(0 < spec.top_k < vocab_size or spec.top_p < 1 for spec in specs):
-        probs_RV = _keep_top(probs_RV, [spec.top_k or vocab_size for spec in specs], [spec.top_p for spec in specs])
+    if any(0 < spec.top_k < vocab_size or spec.top_p < 1 or spec.top_p_decay < 1 for spec in specs):
+        probs_RV = _keep_top(
+            probs_RV, [spec.top_k or vocab_size for spec in specs], [_top_p(request) for request in requests]
+        )
     cumulative_RV = probs_RV.cumsum(dim=-1)
     numbers_R1 = torch.tensor(
         [[uniform(request.sampling.seed, len(request.tokens))] for request in requests],
@@ -92,6 +139,11 @@ def _sample(logits_RV: torch.Tensor, requests: tuple[LlmRequest, ...] | list[Llm
     tokens_R: torch.Tensor = (cumulative_RV <= threshold_R1).sum(dim=-1)
     last_R = vocab_size - 1 - (probs_RV > 0).flip(-1).int().argmax(dim=-1)
     return torch.minimum(tokens_R, last_R)
+
+
+def _top_p(request: LlmRequest) -> float:
+    decays = request.sampling.top_p_decay != 1.0
+    return follow(request).top_p if decays else request.sampling.top_p
 
 
 def _keep_top(probs_RV: torch.Tensor, top_k: list[int], top_p: list[float]) -> torch.Tensor:

@@ -6,7 +6,8 @@ decides anything.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -16,10 +17,13 @@ from tensorweave.kernels.paged_attention import Planner
 from tensorweave.workers.kv_pool import KVPool
 from tensorweave.workers.models.transformer import ForwardInputs, Transformer
 from tensorweave.workers.packing import PackedBatch, pack
-from tensorweave.workers.plan import ScheduledBatch
+from tensorweave.workers.plan import PromptRead, ScheduledBatch
 from tensorweave.workers.resources import ResourceManager
 
-# T tokens, H head dim, R rows of logits, V vocabulary
+# T tokens, D hidden size, H head dim, R and N rows of logits, V vocabulary
+
+PIECE_LOGITS: Final = 4 << 20
+"""Logits of a prompt that are computed at a time."""
 
 
 class ModelEngine(Protocol):
@@ -34,6 +38,11 @@ class ModelEngine(Protocol):
         Carries out the KV manager's pending block copies first, and leaves the keys and values of all the batch's
         tokens in its blocks.
         """
+        ...
+
+    def prompt_logits(self, batch: ScheduledBatch) -> Iterator[tuple[PromptRead, Tensor]]:
+        """Of the batch that `forward` has just computed: logits [N, V] float32 at the prompt tokens of
+        `batch.prompt_reads`, in pieces that fit in memory; every rank takes all of them."""
         ...
 
 
@@ -64,6 +73,7 @@ class PyTorchModelEngine:
         self._rope_table = rope_table
         self._windows = windows
         self._device = rope_table.device
+        self._hidden_TD: Tensor | None = None
 
     def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
         kv_cache = resources.kv_cache
@@ -72,11 +82,21 @@ class PyTorchModelEngine:
             self.pool.copy_blocks(kv_cache.take_copies())
             inputs = self._inputs(packed)
             hidden_TD = self._model.forward(inputs, self.pool.layers)
+            self._hidden_TD = hidden_TD if batch.prompt_reads else None
             rows_R = torch.tensor(packed.sampled_rows, dtype=torch.int64, device=self._device)
             hidden_RD = hidden_TD.index_select(0, rows_R)
         # Not in inference mode: the decoder changes logits in place.
         with torch.no_grad():
             return self._model.logits(hidden_RD)
+
+    def prompt_logits(self, batch: ScheduledBatch) -> Iterator[tuple[PromptRead, Tensor]]:
+        hidden_TD, self._hidden_TD = self._hidden_TD, None
+        for read in batch.prompt_reads:
+            assert hidden_TD is not None, "nothing was computed"
+            for piece in read.split(max(1, PIECE_LOGITS // self.info.vocab_size)):
+                with torch.no_grad():
+                    logits_NV = self._model.logits(hidden_TD[piece.row : piece.row + piece.stop - piece.start])
+                yield piece, logits_NV
 
     def _inputs(self, packed: PackedBatch) -> ForwardInputs:
         ids_T, positions_T, slots_T = torch.tensor(

@@ -26,10 +26,12 @@ from tensorweave.cluster.protocol import (
 )
 from tensorweave.workers.admission import check_fits
 from tensorweave.workers.comm import Comm
-from tensorweave.workers.decoder import Decoder
+from tensorweave.workers.decoder import Decoded, Decoder
 from tensorweave.workers.engine import ModelEngine
 from tensorweave.workers.inbox import FollowerInbox, Inbox, News
 from tensorweave.workers.iteration_stats import IterationStats, StepTimer
+from tensorweave.workers.logits_processors import BatchedLogitsProcessor, LogitsProcessor
+from tensorweave.workers.logprobs import read_prompt
 from tensorweave.workers.outbox import FollowerOutbox, Outbox
 from tensorweave.workers.plan import ContextChunk, ScheduledBatch
 from tensorweave.workers.request import LlmRequest, RequestState
@@ -109,6 +111,10 @@ class PyExecutor:
         """What the way from a giving gang to this rank carries."""
         return self._transfers.measure_road(source, timeout_s)
 
+    def wait_released(self, timeout_s: float) -> bool:
+        """Until nobody holds a claim on KV of requests that have ended here; whether that is so in time."""
+        return self._transfers.wait_released(timeout_s)
+
     def heartbeat(self) -> float:
         """Seconds since the loop last made progress; grows without bound when a step hangs."""
         return time.monotonic() - self._progress_s
@@ -127,7 +133,8 @@ class PyExecutor:
         inbox = self._leader_inbox()
         try:
             check_fits(request, self.info)
-            self._scheduler.check(len(request.prompt_token_ids), request.sampling.max_tokens)
+            self._decoder.processors.check(request.sampling)
+            self._scheduler.check(len(request.prompt_token_ids) - request.num_replayed, request.sampling.max_tokens)
             inbox.put(request)
         except TensorweaveError:
             if request.offer is not None:
@@ -150,6 +157,14 @@ class PyExecutor:
         """Its blocks are free within a step, and its last chunk says 'cancelled'; of one that has ended on offer, the
         lease ends. False where it is not inside."""
         return self._leader_inbox().cancel(request_id) or self._transfers.give_up(request_id)
+
+    def set_logits_processor(self, name: str, processor: LogitsProcessor | None) -> None:
+        """What requests that name it have their logits edited by; None takes it away. Every rank must be told."""
+        self._decoder.processors.set(name, processor)
+
+    def set_batched_logits_processor(self, processor: BatchedLogitsProcessor | None) -> None:
+        """The same for all requests with `uses_batched_processor`, in one call a step."""
+        self._decoder.processors.set_batched(processor)
 
     def get_latest_iteration_stats(self) -> list[dict[str, Any]]:
         """One dict per step since the last call, oldest first; the keys are those of TensorRT-LLM's iteration stats."""
@@ -215,8 +230,8 @@ class PyExecutor:
         self._pause(batch)
         self._resources.prepare_resources(batch)
         self._fetch(batch)
-        tokens = self._compute(batch, timer)
-        finished = self._advance(batch, tokens)
+        decoded = self._compute(batch, timer)
+        finished = self._advance(batch, decoded)
         self._resources.update_resources(batch)
         self._transfers.offer(batch)
         self._free(finished)
@@ -225,12 +240,13 @@ class PyExecutor:
         self._answer()
         return True
 
-    def _compute(self, batch: ScheduledBatch, timer: StepTimer) -> list[int]:
+    def _compute(self, batch: ScheduledBatch, timer: StepTimer) -> Decoded:
         """One token for each of `batch.sampled`."""
         if batch.is_empty:
-            return []
+            return Decoded([])
         timer.begin_forward()
         logits = self._engine.forward(batch, self._resources)
+        self._answers += read_prompt(batch, self._engine)
         timer.end_forward()
         return self._decoder.decode(logits, batch)
 
@@ -269,11 +285,11 @@ class PyExecutor:
         if request is None or request.state is not RequestState.FETCHING:
             return
         self._transfers.drop(request)
-        request.land(landed.num_tokens, landed.first_token)
+        has_token = request.land(landed.num_tokens, landed.first_token, landed.extras)
         arrived = ContextChunk(request, 0, request.num_computed)
         self._resources.update_resources(ScheduledBatch(context=(arrived,)))
-        if request.num_output:
-            self._tell(request)
+        if has_token:
+            self._answers.append(request.news())
             self._free([request] if request.finish_reason is not None else [])
 
     def _release(self, request_id: str) -> None:
@@ -292,34 +308,24 @@ class PyExecutor:
             self._resources.free_resources(request)
             request.pause()
 
-    def _advance(self, batch: ScheduledBatch, tokens: list[int]) -> list[LlmRequest]:
+    def _advance(self, batch: ScheduledBatch, decoded: Decoded) -> list[LlmRequest]:
         """Book what the forward computed and what was sampled; returns the requests that have ended."""
         for chunk in batch.context:
             chunk.request.num_computed = chunk.start + chunk.length
             chunk.request.state = RequestState.GENERATION if chunk.is_last else RequestState.CONTEXT
         for request in batch.generation:
             request.num_computed = len(request.tokens)
+        sampled = batch.sampled
+        for row, extras in decoded.extras.items():
+            sampled[row].extras = extras
         finished = []
-        for request, token in zip(batch.sampled, tokens, strict=True):
+        for request, token in zip(sampled, decoded.tokens, strict=True):
             request.append(token)
-            self._tell(request)
+            self._answers.append(request.news())
             if request.finish_reason is not None:
                 finished.append(request)
-        self._token_check = zlib.crc32(repr(tokens).encode(), self._token_check)
+        self._token_check = zlib.crc32(repr(decoded.tokens).encode(), self._token_check)
         return finished
-
-    def _tell(self, request: LlmRequest) -> None:
-        """Its newest token goes out at the end of the step."""
-        self._answers.append(
-            TokenChunk(
-                request.request_id,
-                (request.tokens[-1],),
-                request.finish_reason,
-                request.stop_reason,
-                request.num_cached_tokens,
-                start=request.num_output - 1,
-            )
-        )
 
     def _free(self, finished: Sequence[LlmRequest]) -> None:
         for request in finished:

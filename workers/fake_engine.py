@@ -6,7 +6,7 @@ what a step costs around it.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 from tensorweave.cluster.protocol import ModelInfo, pack_tokens
 from tensorweave.workers.kv_pool import KVPool
 from tensorweave.workers.packing import pack
-from tensorweave.workers.plan import ScheduledBatch
-from tensorweave.workers.resources import ResourceManager
+from tensorweave.workers.plan import PromptRead, ScheduledBatch
+from tensorweave.workers.resources import KVCache, ResourceManager
 
 _UNWRITTEN = -1
 _SURE = 30.0  # logit of the one token: e^-30 is what sampling leaves for any other
@@ -36,10 +36,13 @@ class HashEngine:
     def __init__(
         self, vocab_size: int = 1000, num_blocks: int = 64, tokens_per_block: int = 32, max_seq_len: int = 4096
     ) -> None:
-        self.info = ModelInfo("hash", vocab_size, max_seq_len, "float32", tokens_per_block, num_blocks)
+        self.info = ModelInfo(
+            "hash", vocab_size, max_seq_len, "float32", tokens_per_block, num_blocks, kv_bytes_per_token=2 * 4
+        )
         self.pool = KVPool(1, num_blocks, 1, tokens_per_block, 1, torch.int32, torch.device("cpu"))
         self._cache_BP = self.pool.cache[0, :, 0, :, 0].numpy()
         self._cache_BP[:] = _UNWRITTEN
+        self._kv_cache: KVCache
 
     def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
         kv_cache = resources.kv_cache
@@ -52,7 +55,16 @@ class HashEngine:
         for i, row in enumerate(packed.sampled_rows):
             context = self._cache_BP[list(ends[row].blocks)].reshape(-1)[: ends[row].stop]
             logits_RV[i, hash_token(context.tolist(), self.info.vocab_size)] = _SURE
+        self._kv_cache = kv_cache
         return logits_RV
+
+    def prompt_logits(self, batch: ScheduledBatch) -> Iterator[tuple[PromptRead, Tensor]]:
+        for read in batch.prompt_reads:
+            context = self._cache_BP[self._kv_cache.block_ids(read.request)].reshape(-1).tolist()
+            logits_NV = torch.zeros(read.stop - read.start, self.info.vocab_size)
+            for i, position in enumerate(range(read.start, read.stop)):
+                logits_NV[i, hash_token(context[: position + 1], self.info.vocab_size)] = _SURE
+            yield read, logits_NV
 
 
 class EmptyEngine:
@@ -66,3 +78,7 @@ class EmptyEngine:
     def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
         resources.kv_cache.take_copies()
         return torch.zeros(len(batch.sampled), self.info.vocab_size)
+
+    def prompt_logits(self, batch: ScheduledBatch) -> Iterator[tuple[PromptRead, Tensor]]:
+        for read in batch.prompt_reads:
+            yield read, torch.zeros(read.stop - read.start, self.info.vocab_size)

@@ -6,6 +6,7 @@ stand still.
 
 from __future__ import annotations
 
+import math
 import threading
 import zlib
 from collections.abc import Sequence
@@ -13,7 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from tensorweave.cluster.errors import Overloaded, RequestRejected, TensorweaveError
-from tensorweave.cluster.protocol import FinishReason, GenerateRequest, ModelInfo, TokenChunk, pack_tokens
+from tensorweave.cluster.protocol import (
+    FinishReason,
+    GenerateRequest,
+    Logprob,
+    ModelInfo,
+    TokenChunk,
+    TokenLogprobs,
+    pack_tokens,
+)
 
 FAKE_INFO = ModelInfo("fake", vocab_size=1000, max_seq_len=4096, dtype="float32", tokens_per_block=32, num_blocks=64)
 
@@ -73,7 +82,7 @@ class FakeExecutor:
             prompt = pack_tokens(list(request.prompt_token_ids))
             if len(self._running) >= self._max_requests:
                 raise Overloaded(f"{self._max_requests} requests are inside", retry_after_s=1.0)
-            self._running[request.request_id] = _Running(request, zlib.crc32(prompt))
+            self._running[request.request_id] = _Running(request, zlib.crc32(prompt), request.num_replayed)
             self._changed.notify_all()
         return request.request_id
 
@@ -107,6 +116,12 @@ class FakeExecutor:
 
     def get_latest_iteration_stats(self) -> list[dict[str, Any]]:
         return [{"iter": self.num_steps}]
+
+    def say(self, *chunks: TokenChunk) -> None:
+        """All at once, whatever runs."""
+        with self._changed:
+            self._chunks += chunks
+            self._changed.notify_all()
 
     def hold(self, is_held: bool = True) -> None:
         """Stand still (cancels are still honoured), or go on."""
@@ -163,4 +178,12 @@ class FakeExecutor:
         reason: FinishReason | None = "length" if is_full else None
         if running.request.offer is not None:
             reason = reason or "not_finished"
-        return TokenChunk(running.request.request_id, (token,), reason, start=running.num_output - 1)
+        logprobs = self._logprobs(token, running.request.sampling.num_logprobs)
+        return TokenChunk(running.request.request_id, (token,), reason, start=running.num_output - 1, logprobs=logprobs)
+
+    def _logprobs(self, token: int, num_top: int | None) -> Sequence[TokenLogprobs]:
+        """The token itself is the likeliest, the ids above it follow, each half as likely."""
+        if num_top is None:
+            return ()
+        top = [Logprob((token + i) % self.info.vocab_size, -math.log(2) * (i + 1), i + 1) for i in range(num_top or 1)]
+        return ((top[0], *top[:num_top]),)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from tensorweave.workers.rank import RankWorker
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from tensorweave.cluster.llm_args import TorchLlmArgs
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from tensorweave.workers.comm import Comm
     from tensorweave.workers.engine import ModelEngine
     from tensorweave.workers.executor import PyExecutor
-    from tensorweave.workers.plan import ScheduledBatch
+    from tensorweave.workers.plan import PromptRead, ScheduledBatch
     from tensorweave.workers.resources import ResourceManager
 
 
@@ -66,3 +68,6 @@ class _Paced:
     def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
         time.sleep(self._step_s)
         return self._engine.forward(batch, resources)
+
+    def prompt_logits(self, batch: ScheduledBatch) -> Iterator[tuple[PromptRead, Tensor]]:
+        return self._engine.prompt_logits(batch)

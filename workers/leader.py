@@ -25,7 +25,9 @@ from tensorweave.workers.streams import Streams
 logger = logging.getLogger(__name__)
 
 MAX_UNSENT_BYTES: Final = 8 << 20
-"""A client that lets this much pile up is cut off."""
+"""A client that lets this much pile up, beside logits and log-probabilities that it asked for, is cut off."""
+MAX_STEP_BYTES: Final = 4 << 20
+"""Of logits and log-probabilities in one frame, but for the last chunk's."""
 _PUMP_WAIT_S: Final = 0.25
 _START_TIMEOUT_S: Final = 10.0
 
@@ -57,17 +59,32 @@ class _Client:
         self.writer = writer
         self.follows_kv = False
         self._max_unsent_bytes = max_unsent_bytes
+        self._num_asked_bytes = 0
 
     def send(self, name: str, *fields: Any) -> None:
         if self.writer.is_closing():
             return
         self.writer.write(wire.pack_frame(name, *fields))
-        if wire.unsent_bytes(self.writer) > self._max_unsent_bytes:
+        if wire.unsent_bytes(self.writer) > self._max_unsent_bytes + self._num_asked_bytes:
             logger.warning("a client does not read its answers: cut off")
             wire.abort(self.writer)
 
     def answer(self, chunks: Sequence[TokenChunk]) -> None:
-        self.send("step", [chunk.to_wire() for chunk in chunks])
+        """One frame, or several where much is told beside the tokens: that may pile up, since it was asked for."""
+        if not wire.unsent_bytes(self.writer):
+            self._num_asked_bytes = 0
+        frame: list[Any] = []
+        num_bytes = 0
+        for chunk in chunks:
+            frame.append(chunk.to_wire())
+            num_bytes += chunk.num_extra_bytes
+            if num_bytes >= MAX_STEP_BYTES:
+                self._num_asked_bytes += num_bytes
+                self.send("step", frame)
+                frame, num_bytes = [], 0
+        if frame:
+            self._num_asked_bytes += num_bytes
+            self.send("step", frame)
 
 
 class LeaderServer:
@@ -231,8 +248,8 @@ class LeaderServer:
                     self._executor.cancel_request(request_id)  # it has ended; what it still offers goes
             case ["find", int(number), str(request_id)]:
                 client.send("found", number, self._streams.find(request_id) is not None)
-            case ["attach", int(number), str(request_id), int() | None as prompt_len]:
-                self._attach(client, number, request_id, prompt_len)
+            case ["attach", int(number), str(request_id)]:
+                self._attach(client, number, request_id)
             case ["stats", int(number)]:
                 client.send("stats", number, self._executor.get_latest_iteration_stats())
             case ["kv_subscribe"]:
@@ -260,16 +277,14 @@ class LeaderServer:
         except (ValueError, TypeError, OverflowError) as problem:
             self._deliver([TokenChunk(request_id, error=RequestRejected(str(problem)))])
 
-    def _attach(self, client: _Client, number: int, request_id: str, prompt_len: int | None) -> None:
-        """All that an attempt of this request has said, then what it says. An attempt whose prompt is longer than the
-        caller's began where another one broke off: the tail is part of the answer."""
+    def _attach(self, client: _Client, number: int, request_id: str) -> None:
+        """All that the answer has so far, then what comes. An attempt that began where another one broke off was given
+        the answer's beginning with its prompt."""
         stream = self._streams.find(request_id)
         if stream is None:
             client.send("attached", number, None, [])
             return
-        prompt = stream.request.prompt_token_ids
-        tail = [] if prompt_len is None else list(prompt[prompt_len:])
-        client.send("attached", number, stream.request_id, tail)
+        client.send("attached", number, stream.request_id, stream.replayed)
         if stream.chunks:
             client.answer(stream.chunks)
         self._streams.attach(stream, client)

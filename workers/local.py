@@ -48,6 +48,10 @@ class LocalLink:
         return len(self._streams)
 
     @property
+    def is_quiet(self) -> bool:
+        return False
+
+    @property
     def is_open(self) -> bool:
         return self._executor.is_alive
 
@@ -81,7 +85,7 @@ class LocalLink:
     async def find(self, request_id: str, timeout_s: float = 5.0) -> bool:
         return False
 
-    async def attach(self, request_id: str, prompt_len: int | None = None) -> AsyncGenerator[TokenChunk, None]:
+    async def attach(self, request_id: str) -> AsyncGenerator[TokenChunk, None]:
         raise NotReady("there is nothing to attach to in one's own process")
         yield  # makes this a generator, as the protocol asks
 

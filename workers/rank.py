@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from tensorweave.workers.comm import Comm
     from tensorweave.workers.executor import PyExecutor
     from tensorweave.workers.leader import LeaderServer
+    from tensorweave.workers.logits_processors import LogitsProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +91,18 @@ class RankWorker:
         assert self._executor is not None, "a road leads to a rank that has started"
         return await asyncio.to_thread(self._executor.measure_road, source)
 
+    async def set_logits_processor(self, name: str, processor: LogitsProcessor | None) -> None:
+        """What requests that name it have their logits edited by; None takes it away."""
+        assert self._executor is not None, "a rank that has started is equipped"
+        self._executor.set_logits_processor(name, processor)
+
     async def drain(self, timeout_s: float) -> bool:
-        """Rank 0: refuse new requests, let the open ones end. True when none is left."""
-        return self._leader is None or await asyncio.to_thread(self._leader.drain, timeout_s)
+        """Rank 0: refuse new requests, let the open ones end and their KV be fetched. True when none is left."""
+        if self._leader is None or self._executor is None:
+            return True
+        end_s = time.monotonic() + timeout_s
+        is_idle = await asyncio.to_thread(self._leader.drain, timeout_s)
+        return is_idle and await asyncio.to_thread(self._executor.wait_released, max(0.0, end_s - time.monotonic()))
 
     async def stop(self) -> None:
         """End the loop (on all ranks: every one must be told) and the socket."""
@@ -144,7 +155,7 @@ class RankWorker:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         from tensorweave.workers.comm import start_comm
-        from tensorweave.workers.engine_loader import pick_device
+        from tensorweave.workers.device import pick_device
 
         store = self._store
         if order.rendezvous is not None:

@@ -12,8 +12,23 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from tensorweave.cluster.protocol import FinishReason, GenerateRequest, Retention, SamplingSpec, Ticket
+from tensorweave.cluster.errors import TensorweaveError, WireError
+from tensorweave.cluster.protocol import (
+    FinishReason,
+    GenerateRequest,
+    Retention,
+    SamplingSpec,
+    Ticket,
+    TokenChunk,
+    TokenLogprobs,
+    logprobs_from_wire,
+    logprobs_to_wire,
+)
+
+if TYPE_CHECKING:
+    from tensorweave.workers.logit_edits import SamplingHistory
 
 
 class RequestState(enum.IntEnum):
@@ -24,12 +39,38 @@ class RequestState(enum.IntEnum):
     FETCHING = 4
 
 
+@dataclass(frozen=True, slots=True)
+class TokenExtras:
+    """What is told with a token beside its id, where it was asked for. With `error` there is no token: the request
+    ends with it."""
+
+    logprobs: TokenLogprobs | None = None
+    logits: bytes = field(default=b"", repr=False)
+    error: TensorweaveError | None = None
+
+    def to_wire(self) -> list[Any]:
+        return [None if self.logprobs is None else logprobs_to_wire([self.logprobs])[0], self.logits]
+
+    @classmethod
+    def from_wire(cls, fields: Any) -> TokenExtras:
+        match fields:
+            case [list() | None as logprobs, bytes(logits)]:
+                return cls(None if logprobs is None else logprobs_from_wire([logprobs])[0], logits)
+        raise WireError("malformed extras of a token")
+
+
 @dataclass(slots=True, eq=False)
 class LlmRequest:
     """`tokens` is prompt plus output. KV of `tokens[:num_computed]` is in the cache; a forward computes from there.
+    Output that another gang has generated before is output here too.
 
-    `context_len` is how many tokens must be computed before the next one can be sampled: the prompt at first, and what
-    was generated so far too after a preemption. `order` is the arrival order, unique in a gang and equal on all ranks.
+    `context_len` is how many tokens must be computed before the next one can be sampled: all there are at first, and
+    what was generated since too after a preemption. `order` is the arrival order, unique in a gang and equal on all
+    ranks.
+
+    A request that `is_plain` is sampled from the model's logits as they are, and told its token ids alone. Of others,
+    `history` is what their sampling remembers of the tokens, and `extras` what is told with the newest token. Logits at
+    the first `num_prompt_rows` tokens are told; those of `num_rows_read` have been read.
     """
 
     request_id: str
@@ -50,9 +91,29 @@ class LlmRequest:
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     arrival_s: float = field(default=0.0)
+    is_greedy: bool = field(init=False)
+    is_plain: bool = field(init=False)
+    history: SamplingHistory | None = None
+    extras: TokenExtras | None = None
+    num_prompt_rows: int = field(init=False)
+    num_rows_read: int = 0
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
     def __post_init__(self) -> None:
         self.context_len = self.context_len or len(self.tokens)
+        sampling = self.sampling
+        self.is_greedy = sampling.is_greedy
+        self.is_plain = not (
+            sampling.edits_logits
+            or sampling.wants_extras
+            or sampling.needs_prompt_rows
+            or (sampling.top_p_decay != 1.0 and not sampling.is_greedy)
+        )
+        self.num_prompt_rows = 0
+        if sampling.num_prompt_logprobs is not None:
+            self.num_prompt_rows, self.prompt_logprobs = self.prompt_len - 1, []
+        if sampling.wants_context_logits:
+            self.num_prompt_rows = self.prompt_len
 
     @classmethod
     def of(cls, arrival: GenerateRequest, order: int, now_s: float, *, can_fetch: bool) -> LlmRequest:
@@ -62,7 +123,7 @@ class LlmRequest:
             request_id=arrival.request_id,
             order=order,
             tokens=tokens,
-            prompt_len=len(tokens),
+            prompt_len=len(tokens) - arrival.num_replayed,
             sampling=arrival.sampling,
             priority=arrival.priority,
             cache_salt=arrival.cache_salt,
@@ -97,16 +158,36 @@ class LlmRequest:
         elif self.offer is not None:
             self.finish_reason = "not_finished"
 
-    def land(self, num_tokens: int, first_token: int | None) -> None:
-        """KV of `tokens[:num_tokens]` has arrived. With all of it and the token after it, generation goes on; else the
-        rest of the context, at least its last token, is computed here."""
-        if num_tokens >= self.context_len and first_token is not None:
-            self.num_computed = self.context_len
-            self.state = RequestState.GENERATION
-            self.append(first_token)
-        else:
+    def news(self) -> TokenChunk:
+        """What to tell once a token was appended."""
+        start = len(self.tokens) - self.prompt_len - 1
+        token_ids = (self.tokens[-1],)
+        ends = (self.finish_reason, self.stop_reason, self.num_cached_tokens, None, start)
+        if self.is_plain:
+            return TokenChunk(self.request_id, token_ids, *ends)
+        extras = self.extras or TokenExtras()
+        if extras.error is not None:
+            self.finish_reason = "cancelled"
+            return TokenChunk(
+                self.request_id, num_cached_tokens=self.num_cached_tokens, error=extras.error, start=start
+            )
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
+        logprobs = () if extras.logprobs is None else (extras.logprobs,)
+        return TokenChunk(self.request_id, token_ids, *ends, logprobs, prompt_logprobs, extras.logits)
+
+    def land(self, num_tokens: int, first_token: int | None, extras: TokenExtras | None = None) -> bool:
+        """KV of `tokens[:num_tokens]` has arrived. With all of it and the token after it, and what must be told with
+        that, generation goes on (True); else the rest of the context, at least its last token, is computed here."""
+        is_told = extras is not None or not self.sampling.wants_extras
+        if num_tokens < self.context_len or first_token is None or not is_told:
             self.num_computed = min(num_tokens, self.context_len - 1)
             self.state = RequestState.CONTEXT
+            return False
+        self.num_computed = self.context_len
+        self.state = RequestState.GENERATION
+        self.extras = extras
+        self.append(first_token)
+        return True
 
     def pause(self) -> None:
         """Back to waiting: its KV is gone, and what it has generated becomes part of its context."""

@@ -232,8 +232,11 @@ class SimpleScheduler:
         return ScheduledBatch(context, generation, plan.paused, fetching)
 
     def _fetch_of(self, request: LlmRequest, starts: Mapping[int, int]) -> ContextChunk | None:
-        """What a new request with a ticket lacks, in whole blocks; None where all but the last token is here."""
-        if request.fetch is None or request.state is not RequestState.WAITING or request.order not in starts:
+        """What a new request with a ticket lacks, in whole blocks; None where all but the last token is here, or where
+        the prompt must be computed here to be told of."""
+        if request.fetch is None or request.sampling.needs_prompt_rows:
+            return None
+        if request.state is not RequestState.WAITING or request.order not in starts:
             return None
         if starts[request.order] >= request.context_len - 1:
             return None

@@ -20,7 +20,7 @@ from tensorweave.cluster.protocol import GenerateRequest, TokenChunk
 
 MAX_GRACE_S: Final = 60.0
 MAX_KEPT_TOKENS: Final = 1 << 20
-"""Of prompts and answers that are over and kept: the oldest go first."""
+"""Of prompts and answers that are over and kept (see `Stream.weight`): the oldest go first."""
 
 
 _L = TypeVar("_L")
@@ -28,7 +28,11 @@ _L = TypeVar("_L")
 
 @dataclass(eq=False, slots=True)
 class Stream(Generic[_L]):
-    """One request. `chunks` are those so far, where it may be asked for again; `is_ending`: it has been cancelled."""
+    """One request. `chunks` are those so far, where it may be asked for again; `is_ending`: it has been cancelled.
+
+    `is_kept`: all of the answer can be told again. Logits are not kept; and of a beginning that another attempt
+    generated only the ids are known here: where more was asked for, whoever asks again gets it generated anew.
+    """
 
     request: GenerateRequest
     listeners: set[_L] = field(default_factory=set)
@@ -36,6 +40,13 @@ class Stream(Generic[_L]):
     is_ending: bool = False
     is_over: bool = False
     timer: asyncio.TimerHandle | None = None
+    is_kept: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        request, sampling = self.request, self.request.sampling
+        has_logits = sampling.wants_context_logits or sampling.wants_generation_logits
+        lacks_some = request.num_replayed > 0 and (sampling.wants_extras or sampling.needs_prompt_rows)
+        self.is_kept = self.grace_s > 0 and request.offer is None and not has_logits and not lacks_some
 
     @property
     def request_id(self) -> str:
@@ -46,12 +57,23 @@ class Stream(Generic[_L]):
         return min(self.request.grace_s, MAX_GRACE_S)
 
     @property
-    def can_be_found(self) -> bool:
-        return self.grace_s > 0 and self.request.offer is None and not self.is_ending
+    def replayed(self) -> list[int]:
+        """The answer's beginning, where another attempt has generated it."""
+        request = self.request
+        return list(request.prompt_token_ids[len(request.prompt_token_ids) - request.num_replayed :])
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.request.prompt_token_ids) + sum(len(chunk.token_ids) for chunk in self.chunks)
+    def can_be_found(self) -> bool:
+        return self.is_kept and not self.is_ending
+
+    @property
+    def weight(self) -> int:
+        """What it takes to keep, in tokens: a log-probability counts as one."""
+        return len(self.request.prompt_token_ids) + sum(_weight(chunk) for chunk in self.chunks)
+
+
+def _weight(chunk: TokenChunk) -> int:
+    return len(chunk.token_ids) + sum(map(len, chunk.logprobs)) + sum(map(len, chunk.prompt_logprobs or ()))
 
 
 def family(request_id: str) -> str:
@@ -158,7 +180,7 @@ class Streams(Generic[_L]):
         stream.listeners.clear()
         if stream.can_be_found and last.finish_reason in ("stop", "length"):
             self._kept[stream.request_id] = stream
-            self._num_kept_tokens += stream.num_tokens
+            self._num_kept_tokens += stream.weight
             loop = asyncio.get_running_loop()
             stream.timer = loop.call_later(stream.grace_s, self._drop_kept, stream.request_id)
             while self._num_kept_tokens > self._max_kept_tokens:
@@ -168,7 +190,7 @@ class Streams(Generic[_L]):
         stream = self._kept.pop(request_id, None)
         if stream is not None:
             self._stop_timer(stream)
-            self._num_kept_tokens -= stream.num_tokens
+            self._num_kept_tokens -= stream.weight
 
     def _stop_timer(self, stream: Stream[_L]) -> None:
         if stream.timer is not None:

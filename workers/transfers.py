@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from tensorweave.cluster.errors import WireError
 from tensorweave.cluster.protocol import KvEndpoint, KvRoad, KvSource
 from tensorweave.workers.plan import ContextChunk, ScheduledBatch
-from tensorweave.workers.request import LlmRequest
+from tensorweave.workers.request import LlmRequest, TokenExtras
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,21 +22,25 @@ class Landed:
     """A fetch is over on all ranks: KV of the request's first `num_tokens` tokens is verified and in place on each.
 
     `first_token` is what the prefill gang sampled after the prompt; None where it was lost on the way, and the prompt's
-    last token must be computed here.
+    last token must be computed here. `extras` is what is told with it.
     """
 
     request_id: str
     num_tokens: int
     first_token: int | None
+    extras: TokenExtras | None = None
 
     def to_wire(self) -> list[Any]:
-        return [self.request_id, self.num_tokens, self.first_token]
+        extras = None if self.extras is None else self.extras.to_wire()
+        return [self.request_id, self.num_tokens, self.first_token, extras]
 
     @classmethod
     def from_wire(cls, fields: Any) -> Landed:
         match fields:
-            case [str(request_id), int(num_tokens), int() | None as first_token]:
-                return cls(request_id, num_tokens, first_token)
+            case [str(request_id), int(num_tokens), int() | None as first_token, extras]:
+                return cls(
+                    request_id, num_tokens, first_token, None if extras is None else TokenExtras.from_wire(extras)
+                )
             case _:
                 raise WireError("malformed landing")
 
@@ -87,6 +91,9 @@ class Transfers(Protocol):
         """From any thread of rank 0: the request that would have offered under this ticket was refused; whoever waits
         for it need not."""
 
+    def wait_released(self, timeout_s: float) -> bool:
+        """From any thread: wait until no lease is open; whether that is so."""
+
     def measure_road(self, source: KvSource, timeout_s: float) -> KvRoad:
         """From any thread: what the way from a giving gang's rank 0 to this rank carries; waits, raises nothing."""
 
@@ -129,6 +136,9 @@ class NoTransfers:
 
     def decline(self, ticket_id: str) -> None:
         return None
+
+    def wait_released(self, timeout_s: float) -> bool:
+        return True
 
     def measure_road(self, source: KvSource, timeout_s: float) -> KvRoad:
         return KvRoad(0.0, 0.0, "this gang exchanges no KV")

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -78,4 +77,4 @@ class OutputHead:
     comm: Comm
 
     def __call__(self, x_RD: Tensor) -> Tensor:
-        return self.comm.gather_columns(self.linear(x_RD).to(torch.float32), self.sizes)
+        return self.comm.gather_columns(self.linear.to_float32(x_RD), self.sizes)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from tensorweave.kernels.packed_weight import PackedWeight
 from tensorweave.workers.checkpoint import Shapes, WeightSource
 from tensorweave.workers.models.config import ModelConfig
 
@@ -50,9 +52,34 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
     return shapes
 
 
+class RankWeights(Protocol):
+    """One rank's weights, as `build_transformer` asks for them: from a checkpoint, or from an engine directory, where
+    they may be packed already."""
+
+    def vector(self, name: str) -> Tensor:
+        """All of a norm or a bias."""
+        ...
+
+    def rows(self, parts: Sequence[tuple[str, range]]) -> Tensor:
+        """The given rows of several matrices (or biases), one below the other."""
+        ...
+
+    def matrix_rows(self, parts: Sequence[tuple[str, range]]) -> Tensor | PackedWeight:
+        """The same, to multiply with."""
+        ...
+
+    def matrix_columns(self, name: str, columns: range) -> Tensor | PackedWeight:
+        """The given columns of a matrix, to multiply with."""
+        ...
+
+    def tied_head(self, embedding_VD: Tensor) -> Tensor | PackedWeight:
+        """The rank's rows of the embedding, to multiply with."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class WeightLoader:
-    """Reads parts of tensors into place on one device, in one dtype."""
+    """Reads parts of a checkpoint's tensors into place on one device, in one dtype."""
 
     source: WeightSource
     dtype: torch.dtype
@@ -62,7 +89,6 @@ class WeightLoader:
         return self.source.read(name).to(self.device, self.dtype)
 
     def rows(self, parts: Sequence[tuple[str, range]]) -> Tensor:
-        """The given rows of several matrices (or biases), one below the other."""
         tail = self.source.shapes[parts[0][0]][1:]
         stacked = torch.empty(sum(len(rows) for _, rows in parts), *tail, dtype=self.dtype, device=self.device)
         start = 0
@@ -71,7 +97,13 @@ class WeightLoader:
             start += len(rows)
         return stacked
 
-    def columns(self, name: str, columns: range) -> Tensor:
+    def matrix_rows(self, parts: Sequence[tuple[str, range]]) -> Tensor:
+        return self.rows(parts)
+
+    def matrix_columns(self, name: str, columns: range) -> Tensor:
         num_rows = self.source.shapes[name][0]
         matrix = torch.empty(num_rows, len(columns), dtype=self.dtype, device=self.device)
         return matrix.copy_(self.source.read(name, slice(0, num_rows), slice(columns.start, columns.stop)))
+
+    def tied_head(self, embedding_VD: Tensor) -> Tensor:
+        return embedding_VD

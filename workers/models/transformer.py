@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tensorweave.kernels.linear import make_linear
+from tensorweave.kernels.native_layers import LayerWeights, NativeLayers, native_layers
 from tensorweave.kernels.paged_attention import AttentionPlan, paged_attention
 from tensorweave.kernels.place_heads import HeadNorms, WriteSlots, place_heads
 from tensorweave.kernels.silu_mul import silu_mul
 from tensorweave.workers.comm import Comm
 from tensorweave.workers.models.config import ModelConfig
 from tensorweave.workers.models.layers import ColumnLinear, OutputHead, RmsNorm, RowLinear, VocabEmbedding
-from tensorweave.workers.models.loader import EMBEDDING, FINAL_NORM, HEAD, WeightLoader
+from tensorweave.workers.models.loader import EMBEDDING, FINAL_NORM, HEAD, RankWeights
 from tensorweave.workers.models.shards import RankShard
 
 # T tokens, D hidden size, N query heads and K KV heads of this rank, H head dim, C = 2 K planes of a KV block
@@ -76,16 +77,19 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Transformer:
-    """One rank's share of a model."""
+    """One rank's share of a model. `native`, if there, computes what `blocks` do, with the same bits."""
 
     embedding: VocabEmbedding
     blocks: tuple[Block, ...]
     final_norm: RmsNorm
     head: OutputHead
+    native: NativeLayers | None
 
     def forward(self, batch: ForwardInputs, caches: Sequence[Tensor]) -> Tensor:
         """Hidden states [T, D] before the final norm; keys and values go into `caches`, one [B, C, P, H] a layer."""
         x_TD = self.embedding(batch.token_ids_T)
+        if self.native is not None:
+            return self.native(x_TD, batch.rope_table_TH, batch.write, batch.plans, caches)
         update_TD = None
         for block, cache_BCPH in zip(self.blocks, caches, strict=True):
             update_TD = block(x_TD, update_TD, batch, cache_BCPH)
@@ -96,19 +100,39 @@ class Transformer:
         return self.head(self.final_norm(x_RD))
 
 
-def build_transformer(config: ModelConfig, shard: RankShard, load: WeightLoader, comm: Comm) -> Transformer:
+def build_transformer(config: ModelConfig, shard: RankShard, load: RankWeights, comm: Comm) -> Transformer:
     """Read one rank's share of the weights and put the layers around it."""
     embedding_VD = load.rows([(EMBEDDING, shard.vocab)])
-    head_VD = embedding_VD if config.has_tied_embeddings else load.rows([(HEAD, shard.vocab)])
+    blocks = tuple(_build_block(config, shard, load, comm, layer) for layer in range(config.num_layers))
+    is_tied = config.has_tied_embeddings
+    head_VD = load.tied_head(embedding_VD) if is_tied else load.matrix_rows([(HEAD, shard.vocab)])
     return Transformer(
         embedding=VocabEmbedding(embedding_VD, shard.vocab.start, comm),
-        blocks=tuple(_build_block(config, shard, load, comm, layer) for layer in range(config.num_layers)),
+        blocks=blocks,
         final_norm=RmsNorm(load.vector(FINAL_NORM), config.rms_norm_eps),
         head=OutputHead(make_linear(head_VD), shard.vocab_sizes, comm),
+        native=_native_layers(config, blocks) if comm.size == 1 else None,
     )
 
 
-def _build_block(config: ModelConfig, shard: RankShard, load: WeightLoader, comm: Comm, layer: int) -> Block:
+def _native_layers(config: ModelConfig, blocks: Sequence[Block]) -> NativeLayers | None:
+    layers = [
+        LayerWeights(
+            block.attention_norm.weight_D,
+            block.attention.qkv.linear,
+            block.attention.norms,
+            block.attention.output.linear,
+            block.mlp_norm.weight_D,
+            block.mlp.gate_up.linear,
+            block.mlp.down.linear,
+            block.attention.window,
+        )
+        for block in blocks
+    ]
+    return native_layers(layers, config.head_dim, config.rms_norm_eps)
+
+
+def _build_block(config: ModelConfig, shard: RankShard, load: RankWeights, comm: Comm, layer: int) -> Block:
     prefix = f"model.layers.{layer}"
     gate_up = [(f"{prefix}.mlp.{name}", shard.intermediate) for name in ("gate_proj", "up_proj")]
     return Block(
@@ -122,7 +146,7 @@ def _build_block(config: ModelConfig, shard: RankShard, load: WeightLoader, comm
     )
 
 
-def _build_attention(config: ModelConfig, shard: RankShard, load: WeightLoader, comm: Comm, layer: int) -> Attention:
+def _build_attention(config: ModelConfig, shard: RankShard, load: RankWeights, comm: Comm, layer: int) -> Attention:
     prefix, H = f"model.layers.{layer}.self_attn", config.head_dim
     query, kv = (range(heads.start * H, heads.stop * H) for heads in (shard.heads.query, shard.heads.kv))
     parts = [(f"{prefix}.q_proj", query), (f"{prefix}.k_proj", kv), (f"{prefix}.v_proj", kv)]
@@ -139,12 +163,12 @@ def _build_attention(config: ModelConfig, shard: RankShard, load: WeightLoader, 
     )
 
 
-def _column_linear(load: WeightLoader, parts: Sequence[tuple[str, range]], has_bias: bool) -> ColumnLinear:
-    weight_OD = load.rows([(f"{name}.weight", rows) for name, rows in parts])
+def _column_linear(load: RankWeights, parts: Sequence[tuple[str, range]], has_bias: bool) -> ColumnLinear:
+    weight_OD = load.matrix_rows([(f"{name}.weight", rows) for name, rows in parts])
     bias_O = load.rows([(f"{name}.bias", rows) for name, rows in parts]) if has_bias else None
     return ColumnLinear(make_linear(weight_OD, bias_O))
 
 
-def _row_linear(load: WeightLoader, name: str, columns: range, has_bias: bool, comm: Comm) -> RowLinear:
+def _row_linear(load: RankWeights, name: str, columns: range, has_bias: bool, comm: Comm) -> RowLinear:
     bias_D = load.vector(f"{name}.bias") if has_bias and comm.rank == 0 else None
-    return RowLinear(make_linear(load.columns(f"{name}.weight", columns), bias_D), comm)
+    return RowLinear(make_linear(load.matrix_columns(f"{name}.weight", columns), bias_D), comm)

@@ -178,7 +178,7 @@ class Unchecked:
         return None
 
     def put(self, blocks: Sequence[tuple[int, int]], payload: Tensor) -> None:
-        self._landing.write([index for index, _ in blocks], self._heads, payload)
+        self._landing.window.unpack([index for index, _ in blocks], self._heads, payload)
 
 
 def fetch(carrier: TcpCarrier, window: PoolWindow, endpoint: KvEndpoint, num_blocks: int, is_checked: bool) -> float:

@@ -23,10 +23,21 @@ from typing import Literal, Protocol, TypeAlias, get_args
 from torch import Tensor
 
 from tensorweave.cluster.protocol import KvEndpoint
+from tensorweave.workers.request import TokenExtras
 from tensorweave.workers.transfer.shelf import Row, Shelf
 
 FailureKind = Literal[
-    "digest", "stale", "missing", "truncated", "duplicate", "late", "timeout", "peer_lost", "refused", "gone"
+    "digest",
+    "stale",
+    "missing",
+    "truncated",
+    "duplicate",
+    "late",
+    "timeout",
+    "peer_lost",
+    "no_lane",
+    "refused",
+    "gone",
 ]
 FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 
@@ -53,10 +64,11 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """All of a claim's blocks have been sent; `first_token` follows the prompt."""
+    """All of a claim's blocks have been sent; `first_token` follows the prompt, and `extras` is told with it."""
 
     claim_id: str
     first_token: int | None
+    extras: TokenExtras | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Final, TypeAlias
 
 from torch import Tensor
 
+from tensorweave.workers.request import TokenExtras
 from tensorweave.workers.transfer.carrier import Claim, FailureKind
 from tensorweave.workers.transfer.loader import Loader
 from tensorweave.workers.transfer.shelf import Row, Shelf
@@ -27,6 +28,7 @@ class Blocks:
 @dataclass(frozen=True, slots=True)
 class End:
     first_token: int | None
+    extras: TokenExtras | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +114,10 @@ class Serving:
             return shelf
         if shelf.prompt != self.claim.prompt:
             return Refusal("refused", "prompt: the ticket is for other tokens")
-        is_complete, first_token = shelf.is_complete, shelf.first_token
+        is_complete, end = shelf.is_complete, End(shelf.first_token, shelf.extras)
         rows = shelf.rows(self._upcoming(len(shelf))) if self._heads else []
         if not rows:
-            return End(first_token) if is_complete else None
+            return end if is_complete else None
         payload = staging[: len(rows) * self._loader.block_bytes(len(self._heads))]
         digests = shelf.read(rows, self._heads, payload, self._loader)
         if digests is None:

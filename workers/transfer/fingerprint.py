@@ -6,6 +6,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Final
 
+from tensorweave.workers.engine_manifest import EngineManifest
 from tensorweave.workers.transfer.window import PoolWindow
 
 TRANSFER_VERSION: Final = 1
@@ -28,8 +29,11 @@ def fingerprint(window: PoolWindow, model: str, num_heads: int) -> dict[str, str
 def model_digest(path: Path, load_format: str = "auto") -> str:
     """Of a model directory: its configuration, and the sizes and samples of its weight files.
 
-    A few hundred KiB are read, however large the model.
+    A few hundred KiB are read, however large the model. An engine directory has the digest of what it was made from:
+    its weights are the same in the dtype that both must have alike anyway.
     """
+    if load_format != "dummy" and (saved := EngineManifest.read(path)) is not None:
+        return saved.model_digest
     digest = blake2b(load_format.encode(), digest_size=16)
     digest.update((path / "config.json").read_bytes())
     for file in sorted(path.glob("*.safetensors")) if load_format != "dummy" else ():

@@ -50,7 +50,7 @@ class Offers:
         self._clock = clock
         self._tags = BlockTags()
         self._shelves: dict[str, Shelf] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._leases: dict[str, _Lease] = {}
         self._early: collections.OrderedDict[str, None] = collections.OrderedDict()
         self._inbox: TransferInbox | None = None
@@ -76,8 +76,8 @@ class Offers:
         places = range(len(shelf), num_blocks)
         block_ids = self._kv_cache.block_ids(request)[len(shelf) : num_blocks]
         shelf.add(block_ids, [min(P, request.num_computed - at * P) for at in places])
-        if chunk.is_last:
-            shelf.complete(request.tokens[request.context_len])
+        if chunk.is_last and request.finish_reason in _KEPT:
+            shelf.complete(request.tokens[request.context_len], request.extras)
         self._carrier.offer(ticket_id, shelf)
 
     def keeps(self, request: LlmRequest) -> bool:
@@ -105,6 +105,7 @@ class Offers:
     def release(self, request_id: str) -> LlmRequest | None:
         with self._lock:
             lease = self._leases.pop(request_id, None)
+            self._lock.notify_all()
         if lease is None:
             return None
         lease.shelf.close()
@@ -130,6 +131,11 @@ class Offers:
             self._early[ticket_id] = None
             if len(self._early) > _REMEMBERED_TICKETS:
                 self._early.popitem(last=False)
+
+    def wait_released(self, timeout_s: float) -> bool:
+        """Until there is no lease, or the time is over; whether there is none."""
+        with self._lock:
+            return self._lock.wait_for(lambda: not self._leases, timeout_s)
 
     def tick(self, now_s: float) -> None:
         with self._lock:

@@ -1,7 +1,8 @@
 """What lands at a taking rank: `Intake` checks the blocks of one claim, `Landing` is the only road into the pool.
 
-Bytes are checked where they have arrived, before they are copied into the request's blocks: what is wrong never gets
-there. Once `Landing.close` has returned, nothing writes into the blocks, and they may be freed.
+Bytes are checked where they have arrived, before they are copied into the request's blocks (on a CPU layer by layer,
+while they are in the cache): what is wrong never gets there. Once `Landing.close` has returned, nothing writes into the
+blocks, and they may be freed.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from tensorweave.workers.transfer.shelf import Row
+from tensorweave.workers.transfer.shelf import Digests, Row
 from tensorweave.workers.transfer.tally import Tally
 from tensorweave.workers.transfer.window import PoolWindow
 
@@ -29,13 +29,14 @@ class Landing:
         self._lock = threading.Lock()
         self._is_closed = False
 
-    def write(self, indices: Sequence[int], heads: range, payload: Tensor) -> bool:
-        """Copy packed blocks into the pool; False, and nothing is written, once it is closed."""
+    def write(self, rows: Sequence[Row], heads: range, payload: Tensor, digests_NLK: Digests) -> list[bool] | None:
+        """Copy those packed blocks into the pool that have these digests, and say which; None, and nothing is written,
+        once it is closed."""
         with self._lock:
             if self._is_closed:
-                return False
-            self.window.unpack([self._block_ids[index - self._first_block] for index in indices], heads, payload)
-            return True
+                return None
+            block_ids = [self._block_ids[row.index - self._first_block] for row in rows]
+            return self.window.land(block_ids, heads, payload, [row.num_tokens for row in rows], digests_NLK)
 
     def close(self) -> None:
         with self._lock:
@@ -51,7 +52,7 @@ class Intake:
         self._landing = landing
         self._wanted = wanted
         self._tally = tally
-        self._announced: dict[int, tuple[Row, Tensor]] = {}
+        self._announced: dict[int, tuple[Row, Digests]] = {}
         self._faulted: set[int] = set()
         self._block_bytes = landing.window.block_bytes(len(heads))
 
@@ -59,9 +60,9 @@ class Intake:
         if len(digests) != 8 * len(rows) * self._landing.window.num_layers * len(self.heads):
             self._tally.fail("truncated", len(rows))
             return
-        table = torch.from_numpy(np.frombuffer(digests, dtype="<i8").astype(np.int64))
+        table = np.frombuffer(digests, dtype="<i8").astype(np.int64)
         shape = (len(rows), self._landing.window.num_layers, len(self.heads))
-        for row, digest in zip(rows, table.view(shape), strict=True):
+        for row, digest in zip(rows, table.reshape(shape), strict=True):
             self._announced[row.index] = (row, digest)
 
     def put(self, blocks: Sequence[tuple[int, int]], payload: Tensor) -> None:
@@ -72,16 +73,20 @@ class Intake:
         due = [at for at, (index, tag) in enumerate(blocks) if self._is_due(index, tag)]
         if not due:
             return
-        rows = [self._announced[blocks[at][0]] for at in due]
+        announced = [self._announced[blocks[at][0]] for at in due]
         if len(due) < len(blocks):
             payload = payload.view(len(blocks), -1)[due].flatten()
-        found = self._landing.window.payload_digests(payload, len(self.heads), [row.num_tokens for row, _ in rows])
-        right = [at for at, (_, digest) in enumerate(rows) if torch.equal(found[at], digest)]
-        if len(right) < len(rows):
-            self._tally.fail("digest", len(rows) - len(right))
-            self._faulted.update(row.index for row, _ in rows)
-            payload = payload.view(len(rows), -1)[right].flatten()
-        self._land([rows[at][0].index for at in right], payload)
+        rows = [row for row, _ in announced]
+        is_right = self._landing.write(rows, self.heads, payload, np.stack([digests for _, digests in announced]))
+        if is_right is None:
+            self._tally.fail("late", len(rows))
+            return
+        right = [row.index for row, flag in zip(rows, is_right, strict=True) if flag]
+        wrong = [row.index for row, flag in zip(rows, is_right, strict=True) if not flag]
+        self.verified.update(right)
+        self._faulted.update(wrong)
+        self._tally.fail("digest", len(wrong))
+        self._tally.land(len(right), len(right) * self._block_bytes)
 
     def missing(self) -> list[int]:
         """Blocks still to come, in order; those of which nothing was seen, right or wrong, are counted."""
@@ -106,13 +111,3 @@ class Intake:
             self._faulted.add(index)
             return False
         return True
-
-    def _land(self, indices: Sequence[int], payload: Tensor) -> None:
-        if not indices:
-            return
-        if self._landing.write(indices, self.heads, payload):
-            self.verified.update(indices)
-            self._tally.add("blocks", len(indices))
-            self._tally.add("bytes", len(payload))
-        else:
-            self._tally.fail("late", len(indices))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tensorweave.cluster.errors import WireError
+from tensorweave.workers.request import TokenExtras
 from tensorweave.workers.transfer.tally import Tally
 from tensorweave.workers.transfers import Landed, TransferInbox
 
@@ -21,22 +22,26 @@ _ORPHAN_S: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One rank's part of a fetch is over: KV of the first `num_tokens` tokens is verified there."""
+    """One rank's part of a fetch is over: KV of the first `num_tokens` tokens is verified there. Rank 0's has the
+    `first_token` too, and what is told with it."""
 
     request_id: str
     rank: int
     num_tokens: int
     is_whole: bool
     first_token: int | None = None
+    extras: TokenExtras | None = None
 
     def to_wire(self) -> list[Any]:
-        return [self.request_id, self.rank, self.num_tokens, self.is_whole, self.first_token]
+        extras = None if self.extras is None else self.extras.to_wire()
+        return [self.request_id, self.rank, self.num_tokens, self.is_whole, self.first_token, extras]
 
     @classmethod
     def from_wire(cls, fields: Any) -> Report:
         match fields:
-            case [str(request_id), int(rank), int(num_tokens), bool(is_whole), int() | None as first_token]:
-                return cls(request_id, rank, num_tokens, is_whole, first_token)
+            case [str(request_id), int(rank), int(num_tokens), bool(is_whole), int() | None as first_token, extras]:
+                told = None if extras is None else TokenExtras.from_wire(extras)
+                return cls(request_id, rank, num_tokens, is_whole, first_token, told)
         raise WireError("malformed transfer report")
 
 
@@ -105,7 +110,8 @@ class Landings:
         reports = account.reports.values()
         is_complete = len(reports) == self._num_ranks
         num_tokens = min(report.num_tokens for report in reports) if is_complete else account.start
-        first_token = next((r.first_token for r in reports if r.first_token is not None), None)
+        first = next((r for r in reports if r.first_token is not None), None)
+        first_token, extras = (None, None) if first is None else (first.first_token, first.extras)
         account.is_settled = True
         self._tally.add("recomputed_tokens", account.context_len - num_tokens)
-        self._inbox.put_landed(Landed(request_id, max(num_tokens, account.start), first_token))
+        self._inbox.put_landed(Landed(request_id, max(num_tokens, account.start), first_token, extras))

@@ -7,8 +7,11 @@ of the frames that announce them. A lane moves bytes and nothing else: claims, d
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import struct
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +19,10 @@ from tensorweave.workers.transfer.carrier import Claim
 from tensorweave.workers.transfer.loader import HOST_PARCEL_BYTES, Loader, PoolLoader
 from tensorweave.workers.transfer.stream import Stream, tensor_bytes
 from tensorweave.workers.transfer.window import PoolWindow
+
+_PLACE: Final = struct.Struct("<qqq")
+_MIN_PIECE_BYTES: Final = 2 << 10
+_MAX_PIECES: Final = 960  # a call takes 1024 pieces, some of them are the frames
 
 
 class GivingLane(Protocol):
@@ -74,10 +81,63 @@ class HostLane:
         self._window = window
 
     def giving(self) -> GivingLane:
-        return _HostGiving(self._window)
+        """Straight from the pool where the socket can read it and the pieces are worth their place in a call."""
+        is_whole = self._window.memory is not None and self._window.plane_bytes >= _MIN_PIECE_BYTES
+        return _PlaceGiving(self._window) if is_whole else _HostGiving(self._window)
 
     def taking(self) -> TakingLane:
         return _HostTaking(self._window)
+
+
+class PlaceLoader:
+    """Payloads say where the blocks are: number, first head and last head of each. The socket reads them there."""
+
+    def __init__(self, window: PoolWindow) -> None:
+        self._window = window
+
+    def block_bytes(self, num_heads: int) -> int:
+        return _PLACE.size
+
+    def parcel_blocks(self, num_heads: int) -> int:
+        block_bytes = self._window.block_bytes(num_heads)
+        return max(1, min(HOST_PARCEL_BYTES // max(1, block_bytes), _MAX_PIECES // (2 * self._window.num_layers)))
+
+    def pack(self, block_ids: Sequence[int], heads: range, out: Tensor) -> None:
+        out.numpy()[:] = np.frombuffer(b"".join(_PLACE.pack(i, heads.start, heads.stop) for i in block_ids), np.uint8)
+
+    def pieces(self, payload: Tensor) -> list[memoryview]:
+        places = _PLACE.iter_unpack(payload.numpy().tobytes())
+        return [piece for i, start, stop in places for piece in self._window.pieces(i, range(start, stop))]
+
+
+class _PlaceGiving:
+    """From a pool in host memory, without a copy of ours. A block may be given to someone else before the socket has
+    read it: its digest then differs, as with any other fault."""
+
+    def __init__(self, window: PoolWindow) -> None:
+        self.loader: Loader = (loader := PlaceLoader(window))
+        self._pieces = loader.pieces
+        self._stream: Stream | None = None
+
+    def greeting(self) -> dict[str, Any]:
+        return {}
+
+    def open(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def staging(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def ship(self, payload: Tensor, name: str, *fields: Any) -> None:
+        assert self._stream is not None
+        self._stream.send(name, *fields, body=self._pieces(payload))
+
+    def probe(self, num_bytes: int) -> None:
+        assert self._stream is not None
+        self._stream.send("probe", body=bytes(num_bytes))
+
+    def close(self) -> None:
+        return None
 
 
 class _HostGiving:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from tensorweave.workers.transfer.window import PoolWindow
 
-HOST_PARCEL_BYTES: Final = 1 << 20
-"""The taker checks one parcel from its cache while the next is on the way: over loopback 5.2 GB/s, against 4.0 with
-4 MiB."""
+HOST_PARCEL_BYTES: Final = 2 << 20
+"""Large enough that what is done for each parcel costs little, small enough to stay in the taker's cache."""
 
 
 class Loader(Protocol):

@@ -153,6 +153,6 @@ def _deliver(visit: _Visit, parcel: Parcel) -> None:
         visit.sink.announce(parcel.rows, parcel.digests)
         visit.sink.put([(row.index, row.tag) for row in parcel.rows], parcel.payload)
     elif isinstance(parcel, End):
-        visit.taker.tell(Ended(claim_id, parcel.first_token))
+        visit.taker.tell(Ended(claim_id, parcel.first_token, parcel.extras))
     else:
         visit.taker.tell(Failed(claim_id, parcel.kind, parcel.reason))

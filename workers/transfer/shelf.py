@@ -12,11 +12,15 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
+from tensorweave.workers.request import TokenExtras
 from tensorweave.workers.transfer.loader import Loader
 from tensorweave.workers.transfer.window import PoolWindow
+
+Digests = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,36 +68,37 @@ class Shelf:
         self.prompt = prompt
         self.window = window
         self.first_token: int | None = None
+        self.extras: TokenExtras | None = None
         self.is_complete = False
         self.is_closed = False
         self._tags = tags
         self._lock = threading.Lock()
         self._block_ids: list[int] = []
         self._rows: list[Row] = []
-        self._digests: list[Tensor] = []
+        self._digests_LK: list[Digests] = []
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def add(self, block_ids: Sequence[int], num_tokens: Sequence[int]) -> None:
         """Digest these blocks, as they now are, and put them on offer."""
-        digests = self.window.digests(block_ids, num_tokens)
+        digests_NLK: Digests = self.window.digests(block_ids, num_tokens).numpy()
         tags = self._tags.hold(block_ids)
         with self._lock:
             for tag, count in zip(tags, num_tokens, strict=True):
                 self._rows.append(Row(len(self._rows), tag, count))
             self._block_ids += block_ids
-            self._digests += digests
+            self._digests_LK += list(digests_NLK)
 
-    def complete(self, first_token: int | None) -> None:
-        self.first_token = first_token
+    def complete(self, first_token: int | None, extras: TokenExtras | None = None) -> None:
+        self.first_token, self.extras = first_token, extras
         self.is_complete = True
 
     def retract(self) -> None:
         """The blocks are taken away, and will be computed and added again."""
         with self._lock:
             self._tags.let_go(self._block_ids)
-            self._block_ids, self._rows, self._digests = [], [], []
+            self._block_ids, self._rows, self._digests_LK = [], [], []
             self.is_complete = False
 
     def close(self) -> None:
@@ -114,8 +119,8 @@ class Shelf:
             if not self._stand(rows):
                 return None
             (loader or self.window).pack([self._block_ids[row.index] for row in rows], heads, out)
-            digests = torch.stack([self._digests[row.index][:, heads.start : heads.stop] for row in rows])
-            return digests.numpy().astype("<i8").tobytes() if self._stand(rows) else None
+            digests_NLK = np.stack([self._digests_LK[row.index] for row in rows])[:, :, heads.start : heads.stop]
+            return digests_NLK.astype("<i8", copy=False).tobytes() if self._stand(rows) else None
 
     def _stand(self, rows: Sequence[Row]) -> bool:
         return all(

@@ -14,7 +14,7 @@ from typing import Any
 
 from tensorweave.cluster.protocol import KvEndpoint, Ticket
 from tensorweave.workers.plan import ContextChunk
-from tensorweave.workers.request import LlmRequest
+from tensorweave.workers.request import LlmRequest, TokenExtras
 from tensorweave.workers.resources import KVCache
 from tensorweave.workers.transfer.carrier import Carrier, Claim, Ended, Failed
 from tensorweave.workers.transfer.desk import fingerprint_difference
@@ -48,6 +48,7 @@ class _Fetch:
     deadline_s: float
     parts: dict[str, _Part] = field(default_factory=dict)
     first_token: int | None = None
+    extras: TokenExtras | None = None
     is_reported: bool = False
 
 
@@ -189,7 +190,7 @@ class Fetches:
     def _end(self, fetch: _Fetch, part: _Part, event: Ended) -> None:
         part.is_over = True
         if part.claim.ends_lease:
-            fetch.first_token = event.first_token
+            fetch.first_token, fetch.extras = event.first_token, event.extras
         missing = part.intake.missing()
         if missing and not part.claim.only:
             self._num_claims += 1
@@ -212,7 +213,8 @@ class Fetches:
         num_tokens = fetch.start + min(filled, default=0) * self._window.tokens_per_block
         is_whole = num_tokens >= fetch.context_len
         num_tokens = min(num_tokens, fetch.context_len)
-        self._report_to_leader(Report(fetch.request_id, self._rank, num_tokens, is_whole, fetch.first_token))
+        first = (fetch.first_token, fetch.extras)
+        self._report_to_leader(Report(fetch.request_id, self._rank, num_tokens, is_whole, *first))
 
 
 def share_heads(endpoints: Sequence[KvEndpoint], heads: range, rank: int) -> list[tuple[KvEndpoint, range]] | str:

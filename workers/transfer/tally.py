@@ -25,6 +25,11 @@ class Tally:
         with self._lock:
             self._totals[name] += amount
 
+    def land(self, num_blocks: int, num_bytes: int) -> None:
+        with self._lock:
+            self._totals["blocks"] += num_blocks
+            self._totals["bytes"] += num_bytes
+
     def failures(self) -> dict[FailureKind, int]:
         with self._lock:
             return dict(self._failures)

@@ -1,7 +1,9 @@
-"""What the TCP carrier moves over loopback, digests checked, against a bare Python socket with the same messages.
+"""The tcp carrier over loopback, from the giver's pool to the last verified block in the taker's, against bare sockets
+that send messages of the same size: the same bytes from memory to memory, and one buffer again and again (which never
+leaves the caches).
 
-`python -m tensorweave.workers.transfer.tcp_bench` prints a table. Giver and taker are two processes; for each shape of
-blocks, bare socket and carrier take turns, and medians are compared. Digests are timed apart.
+Giver and taker are two processes; in each round every way has its turn, and medians are compared. What digests cost is
+told apart: the same fetches unchecked, and the rate at which a giver digests blocks in its pool.
 """
 
 from __future__ import annotations
@@ -9,67 +11,67 @@ from __future__ import annotations
 import multiprocessing
 import socket
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Final
+from typing import Any, Final
 
 import torch
 
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import KvEndpoint
-from tensorweave.workers.kv_pool import KVPool
+from tensorweave.workers.transfer.bench import Shape, Unchecked
 from tensorweave.workers.transfer.carrier import Claim, Ended
-from tensorweave.workers.transfer.desk import Desk, Serving
 from tensorweave.workers.transfer.intake import Intake, Landing
-from tensorweave.workers.transfer.loader import HOST_PARCEL_BYTES, PoolLoader
+from tensorweave.workers.transfer.lane import HostLane
 from tensorweave.workers.transfer.shelf import BlockTags, Shelf
-from tensorweave.workers.transfer.stream import tensor_bytes
 from tensorweave.workers.transfer.tally import Tally
 from tensorweave.workers.transfer.tcp import TcpCarrier
 from tensorweave.workers.transfer.window import PoolWindow
 
-TOTAL_BYTES: Final = 512 << 20
+TOTAL_BYTES: Final = 256 << 20
 NUM_ROUNDS: Final = 7
 _TIMEOUT_S: Final = 60.0
 _SECRET: Final = "bench"
 
 
-@dataclass(frozen=True, slots=True)
-class BlockShape:
-    name: str
-    num_layers: int
-    num_heads: int
-    tokens_per_block: int
-    head_dim: int
-    dtype: torch.dtype
-
-
 SHAPES: Final = (
-    BlockShape("30 layers, 3 heads of 64, float32", 30, 3, 32, 64, torch.float32),
-    BlockShape("30 layers, 3 heads of 64, bfloat16", 30, 3, 32, 64, torch.bfloat16),
-    BlockShape("32 layers, 8 heads of 128, bfloat16", 32, 8, 32, 128, torch.bfloat16),
-    BlockShape("4 layers, 2 heads of 16, float32", 4, 2, 32, 16, torch.float32),
+    Shape("SmolLM2, float32", 30, 3, 64, "float32"),
+    Shape("SmolLM2, bfloat16", 30, 3, 64, "bfloat16"),
+    Shape("8B, bfloat16", 32, 8, 128, "bfloat16"),
+    Shape("4 layers, 2 heads of 16, float32", 4, 2, 16, "float32"),
 )
+WAYS: Final = ("bare", "bare_one_buffer", "unchecked", "carrier")
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Rates in bytes a second; `parcel_bytes` is the message size of both."""
+    """Rates in bytes a second; `parcel_bytes` is the message size of all. `carrier` checks digests."""
 
-    shape: BlockShape
+    shape: Shape
     parcel_bytes: int
     bare: float
+    bare_one_buffer: float
+    unchecked: float
     carrier: float
-    digest: float
+    giver_digests: float
 
     @property
     def share(self) -> float:
         return self.carrier / self.bare
 
+    def row(self) -> dict[str, Any]:
+        rates = {f"{way}_gb_per_s": getattr(self, way) / 1e9 for way in (*WAYS, "giver_digests")}
+        return {
+            "blocks": self.shape.name,
+            "message_mb": self.parcel_bytes / 1e6,
+            **rates,
+            "share_of_bare": self.share,
+            "share_of_one_buffer": self.carrier / self.bare_one_buffer,
+        }
 
-def measure(shape: BlockShape, total_bytes: int = TOTAL_BYTES, num_rounds: int = NUM_ROUNDS) -> Figures:
+
+def measure(shape: Shape, total_bytes: int = TOTAL_BYTES, num_rounds: int = NUM_ROUNDS) -> Figures:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     child = context.Process(target=_give, args=(theirs, shape, total_bytes, num_rounds), daemon=True)
@@ -80,121 +82,97 @@ def measure(shape: BlockShape, total_bytes: int = TOTAL_BYTES, num_rounds: int =
         child.join(_TIMEOUT_S)
 
 
-def _window(shape: BlockShape, total_bytes: int) -> tuple[PoolWindow, int]:
-    """A pool of random bits, and how many blocks it has."""
-    block_bytes = (
-        shape.num_layers * 2 * shape.num_heads * shape.tokens_per_block * shape.head_dim * shape.dtype.itemsize
-    )
-    num_blocks = total_bytes // block_bytes
-    P, H = shape.tokens_per_block, shape.head_dim
-    pool = KVPool(shape.num_layers, num_blocks, shape.num_heads, P, H, shape.dtype, torch.device("cpu"))
-    pool.cache.view(torch.uint8).random_(generator=torch.Generator().manual_seed(0))
-    return PoolWindow(pool), num_blocks
-
-
-def _claim(number: int, window: PoolWindow) -> Claim:
-    return Claim(f"c{number}", f"t{number}", {}, "", 0, len(window.heads), 0)
+def _claim(name: str, window: PoolWindow) -> Claim:
+    return Claim(name, name, {}, "", 0, len(window.heads), 0)
 
 
 def _parcel_bytes(window: PoolWindow) -> int:
-    loader = PoolLoader(window, HOST_PARCEL_BYTES)
-    return Serving(Desk(window, {}), _claim(0, window), loader).parcel_bytes
+    num_heads = len(window.heads)
+    return HostLane(window).giving().loader.parcel_blocks(num_heads) * window.block_bytes(num_heads)
 
 
-def _give(pipe: Connection, shape: BlockShape, total_bytes: int, num_rounds: int) -> None:
+def _give(pipe: Connection, shape: Shape, total_bytes: int, num_rounds: int) -> None:
+    """Waits for the taker to name a way, and says when it is ready to go that way."""
     torch.set_num_threads(1)
-    window, num_blocks = _window(shape, total_bytes)
+    window = shape.make_window(total_bytes, torch.device("cpu"))
+    num_blocks = window.num_blocks
     carrier = TcpCarrier(window, {}, "127.0.0.1", _SECRET)
-    listener = socket.create_server(("127.0.0.1", 0))
-    pipe.send((carrier.address, listener.getsockname()))
-    bare, _ = listener.accept()
-    staging = tensor_bytes(torch.ones(_parcel_bytes(window), dtype=torch.uint8))
-    tags = BlockTags()
-    for number in range(num_rounds + 1):
-        shelf = Shelf(window, tags, "")
-        shelf.add(range(num_blocks), [shape.tokens_per_block] * num_blocks)
-        shelf.complete(0)
-        carrier.offer(f"t{number}", shelf)
+    shelf, start_s = Shelf(window, BlockTags(), ""), time.perf_counter()
+    shelf.add(range(num_blocks), [shape.tokens_per_block] * num_blocks)
+    digest_rate = num_blocks * window.block_bytes(len(window.heads)) / (time.perf_counter() - start_s)
+    shelf.complete(0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        pipe.send((carrier.address, listener.getsockname(), digest_rate))
+        bare, _ = listener.accept()
+    memory, size = window.memory, _parcel_bytes(window)
+    assert memory is not None
+    for _ in range((num_rounds + 1) * len(WAYS)):
+        way, ticket = pipe.recv()
+        pipe.send("ready")
+        if way in ("unchecked", "carrier"):
+            carrier.offer(ticket, shelf)
+            continue
         pipe.recv()
-        for _ in range(total_bytes // len(staging)):
-            bare.sendall(staging)
-        pipe.recv()
-        carrier.close(f"t{number}")
+        for at in range(0, len(memory) // size * size, size):
+            bare.sendall(memory[:size] if way == "bare_one_buffer" else memory[at : at + size])
+    pipe.recv()
     carrier.shutdown()
     bare.close()
-    listener.close()
 
 
-def _take(pipe: Connection, shape: BlockShape, total_bytes: int, num_rounds: int) -> Figures:
+def _take(pipe: Connection, shape: Shape, total_bytes: int, num_rounds: int) -> Figures:
     torch.set_num_threads(1)
-    window, num_blocks = _window(shape, total_bytes)
+    window = shape.make_window(total_bytes, torch.device("cpu"))
+    num_blocks = window.num_blocks
     carrier = TcpCarrier(window, {}, "127.0.0.1", _SECRET)
     if not pipe.poll(_TIMEOUT_S):
         raise TransferFailed("the giving process has not come up")
-    (host, port), bare_place = pipe.recv()
-    bare = socket.create_connection(bare_place, timeout=_TIMEOUT_S)
-    parcel_bytes = _parcel_bytes(window)
+    (host, port), bare_place, digest_rate = pipe.recv()
+    bare = socket.create_connection(bare_place)
     endpoint = KvEndpoint(host, port, 0, len(window.heads))
-    bares, carriers = [], []
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(num_rounds + 1):
-        pipe.send("bare")
-        bares.append(_receive_bare(bare, parcel_bytes, total_bytes // parcel_bytes))
-        carriers.append(_fetch(carrier, endpoint, _claim(number, window), window, num_blocks))
-        pipe.send("fetched")
+        for way in WAYS:
+            claim = _claim(f"{number}-{way}", window)
+            pipe.send((way, claim.ticket_id))
+            pipe.recv()
+            if way.startswith("bare"):
+                pipe.send("go")
+                times[way].append(_receive_bare(bare, window, way == "bare_one_buffer"))
+            else:
+                times[way].append(_fetch(carrier, endpoint, claim, window, num_blocks, way == "carrier"))
+    pipe.send("enough")
     carrier.shutdown()
     bare.close()
-    bare_s, carrier_s = statistics.median(bares[1:]), statistics.median(carriers[1:])
-    num_bare = total_bytes // parcel_bytes * parcel_bytes
-    num_carried = num_blocks * window.block_bytes(len(window.heads))
-    return Figures(shape, parcel_bytes, num_bare / bare_s, num_carried / carrier_s, _digest_rate(window, num_blocks))
+    size, total = _parcel_bytes(window), num_blocks * window.block_bytes(len(window.heads))
+    moved = {way: total // size * size if way.startswith("bare") else total for way in WAYS}
+    rates = {way: moved[way] / statistics.median(times[way][1:]) for way in WAYS}
+    return Figures(shape, size, **rates, giver_digests=digest_rate)
 
 
-def _receive_bare(sock: socket.socket, parcel_bytes: int, num_parcels: int) -> float:
-    buffer = memoryview(bytearray(parcel_bytes))
+def _receive_bare(sock: socket.socket, window: PoolWindow, is_one_buffer: bool) -> float:
+    memory, size = window.memory, _parcel_bytes(window)
+    assert memory is not None
     start_s = time.perf_counter()
-    for _ in range(num_parcels):
-        view = buffer
+    for at in range(0, len(memory) // size * size, size):
+        view = memory[:size] if is_one_buffer else memory[at : at + size]
         while len(view):
             view = view[sock.recv_into(view) :]
     return time.perf_counter() - start_s
 
 
-def _fetch(carrier: TcpCarrier, endpoint: KvEndpoint, claim: Claim, window: PoolWindow, num_blocks: int) -> float:
-    """Seconds until every block is verified and in the pool."""
-    landing = Landing(window, 0, range(num_blocks))
-    wanted = dict.fromkeys(range(num_blocks), window.tokens_per_block)
-    intake = Intake(landing, range(len(window.heads)), wanted, Tally())
+def _fetch(
+    carrier: TcpCarrier, endpoint: KvEndpoint, claim: Claim, window: PoolWindow, num_blocks: int, is_checked: bool
+) -> float:
+    """Seconds until every block is in the pool."""
+    heads, landing = range(len(window.heads)), Landing(window, 0, range(num_blocks))
+    intake = Intake(landing, heads, dict.fromkeys(range(num_blocks), window.tokens_per_block), Tally())
     start_s = time.perf_counter()
-    carrier.fetch(endpoint, _SECRET, claim, intake)
+    carrier.fetch(endpoint, _SECRET, claim, intake if is_checked else Unchecked(landing, heads))
     events = carrier.poll(_TIMEOUT_S)
     took_s = time.perf_counter() - start_s
-    if not any(isinstance(event, Ended) for event in events) or intake.num_verified() != num_blocks:
+    is_whole = not is_checked or intake.num_verified() == num_blocks
+    if not any(isinstance(event, Ended) for event in events) or not is_whole:
         raise TransferFailed(f"not all blocks have come: {events}")
     carrier.close(claim.ticket_id)
     return took_s
-
-
-def _digest_rate(window: PoolWindow, num_blocks: int) -> float:
-    """Of blocks in the pool, from memory."""
-    start_s = time.perf_counter()
-    for block in range(num_blocks):
-        window.digest(block, window.tokens_per_block)
-    return num_blocks * window.block_bytes(len(window.heads)) / (time.perf_counter() - start_s)
-
-
-def main() -> None:
-    out = sys.stdout
-    out.write(
-        "| blocks | message | bare socket GB/s | carrier GB/s | share | digests GB/s |\n|---|---|---|---|---|---|\n"
-    )
-    for shape in SHAPES:
-        figures = measure(shape)
-        rates = (
-            f"{figures.bare / 1e9:.2f} | {figures.carrier / 1e9:.2f} | {figures.share:.0%} | {figures.digest / 1e9:.1f}"
-        )
-        out.write(f"| {shape.name} | {figures.parcel_bytes / 1e6:.2f} MB | {rates} |\n")
-        out.flush()
-
-
-if __name__ == "__main__":
-    main()

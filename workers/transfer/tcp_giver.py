@@ -155,10 +155,11 @@ class Visitor:
     def _send(self, lane: GivingLane, number: int, parcel: Parcel) -> None:
         if isinstance(parcel, Blocks):
             rows = [[row.index, row.tag, row.num_tokens] for row in parcel.rows]
-            self._stream.send("rows", number, rows, body=parcel.digests)
+            self._stream.send("rows", number, rows, body=parcel.digests, is_held=True)
             lane.ship(parcel.payload, "blocks", number, [[row.index, row.tag] for row in parcel.rows])
         elif isinstance(parcel, End):
-            self._stream.send("end", number, parcel.first_token)
+            extras = None if parcel.extras is None else parcel.extras.to_wire()
+            self._stream.send("end", number, parcel.first_token, extras)
         else:
             self._stream.send("fail", number, parcel.kind, parcel.reason)
 

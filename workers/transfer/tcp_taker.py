@@ -14,11 +14,10 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final
 
-from torch import Tensor
-
 from tensorweave.cluster.errors import TransferFailed, WireError
 from tensorweave.cluster.protocol import PROTOCOL_VERSION
 from tensorweave.cluster.wire import Frame
+from tensorweave.workers.request import TokenExtras
 from tensorweave.workers.transfer.carrier import FAILURE_KINDS, Claim, Ended, EventQueue, Failed, FailureKind, Sink
 from tensorweave.workers.transfer.lane import LaneKind, TakingLane
 from tensorweave.workers.transfer.loader import HOST_PARCEL_BYTES
@@ -44,6 +43,7 @@ class Road:
         kinds: Sequence[LaneKind],
     ) -> None:
         self.is_lost = False
+        self._kind: FailureKind = "peer_lost"
         self._reason = ""
         self._place = place
         self._secret = secret
@@ -52,6 +52,7 @@ class Road:
         self._max_body_bytes = max(HOST_PARCEL_BYTES, window.block_bytes(len(window.heads)), MAX_PROBE_BYTES)
         self._window = window
         self._staging = window.new_staging(0)
+        self._staging_bytes = tensor_bytes(self._staging)
         self._lock = threading.Lock()
         self._claims: dict[int, tuple[Claim, Sink]] = {}
         self._num_claims = 0
@@ -70,7 +71,7 @@ class Road:
                 self._claims[self._num_claims] = (claim, sink)
                 self._outbox.put(("claim", self._num_claims, *claim_to_wire(claim)))
                 return
-        self._events.put(Failed(claim.claim_id, "peer_lost", f"{self._name()} is lost"))
+        self._events.put(Failed(claim.claim_id, self._kind, f"{self._name()} is lost: {self._reason}"))
 
     def leave(self, ticket_id: str) -> None:
         """End the claims under this ticket; what still comes for them is thrown away."""
@@ -151,25 +152,31 @@ class Road:
                 logger.info("%s takes the %s lane", self._name(), kind.name)
                 stream.send("lane", kind.name)
                 return lane
+        self._kind = "no_lane"
         ours = ", ".join(kind.name for kind in self._kinds)
         raise TransferFailed(f"no lane leads there: {', '.join(greetings)} are there, {ours} here")
 
     def _take(self, stream: Stream, lane: TakingLane, frame: Frame, body_bytes: int) -> None:
-        body = self._body(stream, body_bytes)
+        if body_bytes > len(self._staging):
+            self._staging = self._window.new_staging(body_bytes)
+            self._staging_bytes = tensor_bytes(self._staging)
+        stream.receive_into(self._staging_bytes[:body_bytes])
+        body = self._staging[:body_bytes]
         match frame:
             case ["rows", int(number), list(fields)]:
                 sink = self._sink(number)
                 if sink is not None:
-                    sink.announce([_row(row) for row in fields], body.numpy().tobytes())
+                    sink.announce([_row(row) for row in fields], self._staging_bytes[:body_bytes].tobytes())
             case ["blocks", int(number), list(fields)]:
                 payload = lane.land(body, self._claim(number))
                 sink = self._sink(number)
                 if sink is not None:
                     sink.put([_block(block) for block in fields], payload)
-            case ["end", int(number), int() | None as first_token]:
+            case ["end", int(number), int() | None as first_token, list() | None as extras]:
                 claim = self._claim(number)
                 if claim is not None:
-                    self._events.put(Ended(claim.claim_id, first_token))
+                    told = None if extras is None else TokenExtras.from_wire(extras)
+                    self._events.put(Ended(claim.claim_id, first_token, told))
             case ["fail", int(number), str(kind), str(reason)] if kind in FAILURE_KINDS:
                 claim = self._claim(number)
                 if claim is not None:
@@ -181,13 +188,6 @@ class Road:
                 pass
             case _:
                 raise WireError(f"a taker takes no {frame[0]!r}")
-
-    def _body(self, stream: Stream, num_bytes: int) -> Tensor:
-        if num_bytes > len(self._staging):
-            self._staging = self._window.new_staging(num_bytes)
-        body = self._staging[:num_bytes]
-        stream.receive_into(tensor_bytes(body))
-        return body
 
     def _sink(self, number: int) -> Sink | None:
         with self._lock:
@@ -228,7 +228,7 @@ class Road:
                 stream.close()
         logger.info("%s ends: %s", self._name(), reason)
         for claim, _ in claims.values():
-            self._events.put(Failed(claim.claim_id, "peer_lost", f"{self._name()} ends: {reason}"))
+            self._events.put(Failed(claim.claim_id, self._kind, f"{self._name()} ends: {reason}"))
 
 
 def _kind(kind: str) -> FailureKind:

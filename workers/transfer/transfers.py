@@ -121,6 +121,9 @@ class KvTransfers:
     def decline(self, ticket_id: str) -> None:
         self._carrier.close(ticket_id)
 
+    def wait_released(self, timeout_s: float) -> bool:
+        return self._offers.wait_released(timeout_s)
+
     def measure_road(self, source: KvSource, timeout_s: float) -> KvRoad:
         reason = fingerprint_difference(source.fingerprint, self.fingerprint)
         if reason is not None:

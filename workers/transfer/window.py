@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.block_pack import as_blocks, digest_blocks, pack_blocks, unpack_blocks
+from tensorweave.kernels.block_pack import as_blocks, digest_blocks, land_blocks, pack_blocks, unpack_blocks
 from tensorweave.workers.kv_pool import KVPool
+from tensorweave.workers.transfer.stream import tensor_bytes
 
 # L layers, B blocks, K KV heads of this rank, P block size in tokens, H head dim
 
@@ -30,6 +33,13 @@ class PoolWindow:
         self.device = pool.cache.device
         self.num_blocks = num_blocks
         self.blocks_LB2KPH = pool.cache.view(num_layers, num_blocks, 2, planes // 2, P, H)
+        is_on_host = self.device.type == "cpu"
+        self.memory = tensor_bytes(pool.cache.view(-1).view(torch.uint8)) if is_on_host else None
+
+    @property
+    def plane_bytes(self) -> int:
+        """One head's keys, or values, in one block and layer."""
+        return self.tokens_per_block * self.head_dim * self.blocks_LB2KPH.itemsize
 
     def use_own_stream(self) -> None:
         """What this thread does from now on need not wait for the engine's kernels."""
@@ -53,21 +63,46 @@ class PoolWindow:
             out.copy_(packed, non_blocking=True)
         self._synchronize()
 
+    def pieces(self, block_id: int, heads: range) -> list[memoryview]:
+        """Where the packed bytes of a block are, in order, in a pool in host memory."""
+        assert self.memory is not None
+        layer, block, side, head = (n * self.blocks_LB2KPH.itemsize for n in self.blocks_LB2KPH.stride()[:4])
+        first = block_id * block + heads.start * head
+        run = len(heads) * head
+        if run == side:  # keys and values of all heads follow each other
+            return [self.memory[at : at + 2 * run] for at in range(first, first + self.num_layers * layer, layer)]
+        ends = range(first, first + self.num_layers * layer, layer)
+        return [self.memory[at : at + run] for end in ends for at in (end, end + side)]
+
     def unpack(self, block_ids: Sequence[int], heads: range, payload: Tensor) -> None:
         unpack_blocks(self.blocks_LB2KPH, block_ids, heads, payload.to(self.device))
         self._synchronize()
 
-    def digests(self, block_ids: Sequence[int], num_tokens: Sequence[int]) -> list[Tensor]:
-        """[L, K] int64, on the host, of each of these blocks in the pool."""
-        return list(digest_blocks(self.blocks_LB2KPH, block_ids, num_tokens).cpu())
+    def land(
+        self,
+        block_ids: Sequence[int],
+        heads: range,
+        payload: Tensor,
+        num_tokens: Sequence[int],
+        digests_NLK: npt.NDArray[np.int64],
+    ) -> list[bool]:
+        """Unpack those blocks that have these digests [N, L, heads]; says which."""
+        expected = torch.from_numpy(digests_NLK)
+        is_right = land_blocks(self.blocks_LB2KPH, block_ids, heads, payload.to(self.device), num_tokens, expected)
+        self._synchronize()
+        return is_right
+
+    def digests(self, block_ids: Sequence[int], num_tokens: Sequence[int]) -> Tensor:
+        """[N, L, K] int64, on the host, of these blocks in the pool."""
+        return digest_blocks(self.blocks_LB2KPH, block_ids, num_tokens).cpu()
 
     def digest(self, block_id: int, num_tokens: int) -> Tensor:
         return self.digests([block_id], [num_tokens])[0]
 
-    def payload_digests(self, payload: Tensor, num_heads: int, num_tokens: Sequence[int]) -> list[Tensor]:
-        """[L, heads] int64, on the host, of each packed block."""
+    def payload_digests(self, payload: Tensor, num_heads: int, num_tokens: Sequence[int]) -> Tensor:
+        """[N, L, heads] int64, on the host, of these packed blocks."""
         blocks_LB2KPH = as_blocks(payload, self.blocks_LB2KPH, num_heads).transpose(0, 1)
-        return list(digest_blocks(blocks_LB2KPH, range(len(num_tokens)), num_tokens).cpu())
+        return digest_blocks(blocks_LB2KPH, range(len(num_tokens)), num_tokens).cpu()
 
     def warm(self) -> None:
         """Have the GPU's kernels compiled before a peer waits for them. Writes block 0 as it is."""

@@ -1,0 +1,112 @@
+"""Arguments of TensorRT-LLM that are known here and not supported: what to say of each, and the values that ask for
+nothing which is not so anyway. Those pass; every other one is refused by `cluster.llm_args`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """`advice` says what to do instead, `neutral` which values ask for nothing."""
+
+    advice: str
+    neutral: tuple[Any, ...] = (None,)
+
+    def allows(self, value: object) -> bool:
+        return any(value is each or (type(value) is type(each) and value == each) for each in self.neutral)
+
+
+def _off(advice: str) -> Refusal:
+    return Refusal(advice, (None, False))
+
+
+_ONE_RANK: Final = "gangs are tensor-parallel only; use tensor_parallel_size"
+_DENSE: Final = "there are no mixture-of-experts models here yet"
+_LORA: Final = "merge the adapter into the checkpoint and load that"
+_ONE_STEP: Final = "a step starts as soon as there is work"
+
+LLM_ARGS: Final[Mapping[str, Refusal]] = {
+    "pipeline_parallel_size": Refusal(_ONE_RANK, (None, 1)),
+    "context_parallel_size": Refusal(_ONE_RANK, (None, 1)),
+    "cp_config": Refusal(_ONE_RANK),
+    "gpus_per_node": Refusal("Ray knows how many GPUs each node has"),
+    "enable_attention_dp": _off("gangs have no data-parallel ranks"),
+    "enable_lm_head_tp_in_adp": _off("gangs have no data-parallel ranks"),
+    "attention_dp_config": Refusal("gangs have no data-parallel ranks"),
+    "moe_tensor_parallel_size": Refusal(_DENSE),
+    "moe_expert_parallel_size": Refusal(_DENSE),
+    "moe_cluster_parallel_size": Refusal(_DENSE),
+    "moe_config": Refusal(_DENSE),
+    "enable_lora": _off(_LORA),
+    "lora_config": Refusal(_LORA),
+    "peft_cache_config": Refusal(_LORA),
+    "enable_prompt_adapter": _off("put the prompt's text or token ids into inputs"),
+    "guided_decoding_backend": Refusal("a SamplingParams.logits_processor can restrict the tokens"),
+    "speculative_config": Refusal("decoding is one token at a time"),
+    "decoding_config": Refusal("decoding is one token at a time"),
+    "max_beam_width": Refusal("use SamplingParams.n and best_of with a temperature", (None, 1)),
+    "max_input_len": Refusal("max_seq_len bounds prompt and output together"),
+    "enable_tqdm": _off("generate has use_tqdm"),
+    "stream_interval": Refusal("every step's tokens are streamed", (None, 1)),
+    "request_stats_max_iterations": Refusal("get_stats tells of steps, SamplingParams.return_perf_metrics of requests"),
+    "enable_iter_req_stats": _off("get_stats tells of steps, SamplingParams.return_perf_metrics of requests"),
+    "perf_metrics_max_requests": Refusal("each output carries its own request_perf_metrics", (None, 0)),
+    "gather_generation_logits": Refusal("SamplingParams.return_generation_logits asks for them", (None, False, True)),
+    "num_postprocess_workers": Refusal("text is made on the event loop; over HTTP use router.replicas", (None, 0)),
+    "postprocess_tokenizer_dir": Refusal("there are no postprocess workers"),
+    "reasoning_parser": Refusal("outputs are not parsed"),
+    "fail_fast_on_attention_window_too_large": _off("the KV cache keeps whole prompts, whatever the window"),
+    "build_config": Refusal("nothing is built; LLM.save makes an engine directory"),
+    "cuda_graph_config": Refusal("there are no CUDA graphs yet"),
+    "checkpoint_loader": Refusal("safetensors in Hugging Face's layout are what is read"),
+    "checkpoint_format": Refusal("safetensors in Hugging Face's layout are what is read", (None, "HF")),
+    "mm_encoder_only": _off("there are no multimodal models here"),
+    "disable_overlap_scheduler": Refusal("steps do not overlap yet", (None, True)),
+    "attn_backend": Refusal("the device decides"),
+    "sampler_type": Refusal("there is one sampler", (None, "auto")),
+    "batch_wait_timeout_ms": Refusal(_ONE_STEP, (None, 0, 0.0)),
+    "batch_wait_timeout_iters": Refusal(_ONE_STEP, (None, 0)),
+    "batch_wait_max_tokens_ratio": Refusal(_ONE_STEP, (None, 0, 0.0)),
+    "print_iter_log": _off("get_stats tells of every step"),
+    "torch_compile_config": Refusal("nothing is compiled"),
+    "enable_autotuner": _off("nothing is tuned while loading"),
+    "enable_layerwise_nvtx_marker": _off("py-spy and torch's profiler see the ranks"),
+    "enable_min_latency": _off("there is one engine for all loads"),
+    "force_dynamic_quantization": _off("weights are not quantized"),
+    "quant_config": Refusal("weights are not quantized"),
+    "calib_config": Refusal("weights are not quantized"),
+    "allreduce_strategy": Refusal("the communicator decides", (None, "AUTO")),
+    "kv_connector_config": Refusal("cache_transceiver_config exchanges KV between gangs"),
+    "orchestrator_type": Refusal("ranks run on Ray", (None, "ray")),
+    "sparse_attention_config": Refusal("attention is dense"),
+    "ray_worker_extension_cls": Refusal("'scheduler' and 'kv_cache_manager' take classes of your own"),
+}
+
+KV_CACHE: Final[Mapping[str, Refusal]] = {
+    "max_attention_window": Refusal("the model's own windows are used"),
+    "sink_token_length": Refusal("attention has no sinks", (None, 0)),
+    "host_cache_size": Refusal("there is one cache level", (None, 0)),
+    "cross_kv_cache_fraction": Refusal("there are no encoder models here"),
+    "secondary_offload_min_priority": Refusal("there is one cache level"),
+    "attention_dp_events_gather_period_ms": Refusal("gangs have no data-parallel ranks"),
+    "copy_on_partial_reuse": Refusal("a partly matching block is always copied", (None, True)),
+    "use_uvm": _off("the cache is in the device's own memory"),
+    "max_gpu_total_bytes": Refusal("max_tokens bounds the cache", (None, 0)),
+    "dtype": Refusal("the cache has the model's dtype", (None, "auto")),
+    "iteration_stats_interval": Refusal("every step is recorded", (None, 1)),
+}
+
+SCHEDULER: Final[Mapping[str, Refusal]] = {
+    "dynamic_batch_config": Refusal("max_batch_size and max_num_tokens bound a step"),
+    "waiting_queue_policy": Refusal("SchedulingParams.priority decides, then the order of arrival"),
+}
+
+CACHE_TRANSCEIVER: Final[Mapping[str, Refusal]] = {
+    "max_tokens_in_buffer": Refusal("KV goes from the cache itself, through no buffer of its own"),
+    "kv_transfer_sender_future_timeout_ms": Refusal("kv_lease_timeout_ms bounds what a sender keeps"),
+    "kv_transfer_poll_interval_ms": Refusal("nothing is polled"),
+    "transceiver_runtime": Refusal("there is one", (None, "auto")),
+}

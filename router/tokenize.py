@@ -1,0 +1,106 @@
+"""/tokenize and /detokenize, in vLLM's shapes: what a prompt or a chat is to the model, and back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tensorweave.cluster.errors import RequestRejected
+from tensorweave.router import asgi
+from tensorweave.router.messages import ChatMessage, check_messages
+from tensorweave.router.parsing import ParsedRequest, parse_request, tell_other_fields
+from tensorweave.router.prepare import check_model
+from tensorweave.router.service import RouterService
+
+_LONG_LIST: Final = 10_000  # about 1 ms of decoding
+
+
+def _tell_either(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    tell_other_fields(schema, model)
+    kinds = {"prompt": "string", "messages": "array"}
+    schema["oneOf"] = [{"required": [name], "properties": {name: {"type": kind}}} for name, kind in kinds.items()]
+
+
+class TokenizeRequest(ParsedRequest):
+    """POST /tokenize: a prompt, or the messages of a chat."""
+
+    model_config = ConfigDict(json_schema_extra=_tell_either)
+
+    OFF: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "chat_template": (),
+        "continue_final_message": (False,),
+        "tools": ([],),
+    }
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = Field(None, description="Default: true for a prompt, false for messages.")
+    add_generation_prompt: bool | None = Field(None, description="Default true.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Passed to the chat template.")
+    return_token_strs: bool | None = None
+
+    @field_validator("messages")
+    @classmethod
+    def _check_messages(cls, messages: list[ChatMessage] | None) -> list[ChatMessage] | None:
+        return None if messages is None else check_messages(messages)
+
+    @model_validator(mode="after")
+    def _check_either(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestRejected("give either prompt or messages", param="prompt")
+        return self
+
+
+class DetokenizeRequest(ParsedRequest):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+async def tokenize(service: RouterService, request: Request) -> Response:
+    body = await asgi.read_json_body(request.scope, request.receive, service.limits.max_body_bytes)
+    asked = parse_request(TokenizeRequest, body)
+    if asked.model is not None:
+        check_model(service, asked.model)
+    info = await service.info()
+    tokenizer = service.tokenizer
+    if asked.messages is None:
+        assert asked.prompt is not None
+        ids = await tokenizer.encode_async(asked.prompt, add_special_tokens=asked.add_special_tokens is not False)
+    else:
+        ids = await tokenizer.chat_async(
+            [message.for_template() for message in asked.messages],
+            add_generation_prompt=asked.add_generation_prompt is not False,
+            add_special_tokens=bool(asked.add_special_tokens),
+            template_kwargs=asked.chat_template_kwargs,
+        )
+    names = tokenizer.token_names(ids) if asked.return_token_strs else None
+    return _json({"count": len(ids), "max_model_len": info.max_seq_len, "tokens": ids, "token_strs": names})
+
+
+async def detokenize(service: RouterService, request: Request) -> Response:
+    body = await asgi.read_json_body(request.scope, request.receive, service.limits.max_body_bytes)
+    asked = parse_request(DetokenizeRequest, body)
+    if asked.model is not None:
+        check_model(service, asked.model)
+    vocab_size = (await service.info()).vocab_size
+    for token_id in asked.tokens:
+        if not 0 <= token_id < vocab_size:
+            raise RequestRejected(f"tokens has {token_id}, outside 0 to {vocab_size - 1}", param="tokens")
+    if len(asked.tokens) < _LONG_LIST:
+        text = service.tokenizer.decode(asked.tokens, skip_special_tokens=False)
+    else:
+        text = await asyncio.to_thread(service.tokenizer.decode, asked.tokens, skip_special_tokens=False)
+    return _json({"prompt": text})
+
+
+def _json(content: dict[str, Any]) -> Response:
+    return Response(orjson.dumps(content), media_type="application/json")

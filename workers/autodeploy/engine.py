@@ -1,0 +1,71 @@
+"""`AutodeployEngine`: a step of any causal language model of transformers' over the paged KV pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.kernels.paged_attention import Planner
+from tensorweave.workers.autodeploy.attention import Layer, PagedStep, attending
+from tensorweave.workers.kv_pool import KVPool
+from tensorweave.workers.packing import PackedBatch, pack
+from tensorweave.workers.plan import PromptRead, ScheduledBatch
+from tensorweave.workers.resources import ResourceManager
+
+# T tokens, R and N rows of logits, V vocabulary
+
+
+class AutodeployEngine:
+    """A `ModelEngine`. The batch is one row of tokens to the model, with their positions given."""
+
+    def __init__(self, model: Any, layers: Sequence[Layer], pool: KVPool, info: ModelInfo) -> None:
+        self.info = info
+        self.pool = pool
+        self._model = model
+        self._layers = layers
+        self._device = pool.cache.device
+        first = layers[0]
+        K, P, H = first.num_kv_heads, pool.tokens_per_block, first.head_dim
+        self._planner = Planner(K, tuple(range(K)), P, H, self._device, pool.cache.dtype)
+        self._prompt_logits: list[Tensor] = []
+
+    def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
+        kv_cache = resources.kv_cache
+        packed = pack(batch, kv_cache.block_ids, self.pool.tokens_per_block)
+        self.pool.copy_blocks(kv_cache.take_copies())
+        sizes = [read.stop - read.start for read in batch.prompt_reads]
+        rows = [range(read.row, read.row + size) for read, size in zip(batch.prompt_reads, sizes, strict=True)]
+        logits = self.compute(packed, [*packed.sampled_rows, *chain.from_iterable(rows)])
+        sampled_RV, *self._prompt_logits = torch.split(logits, [len(packed.sampled_rows), *sizes])
+        return sampled_RV
+
+    def prompt_logits(self, batch: ScheduledBatch) -> Iterator[tuple[PromptRead, Tensor]]:
+        prompt_logits, self._prompt_logits = self._prompt_logits, []
+        yield from zip(batch.prompt_reads, prompt_logits, strict=True)
+
+    def compute(self, packed: PackedBatch, rows: Sequence[int]) -> Tensor:
+        """Logits [R, V] float32 at these tokens of the batch."""
+        ids_T, positions_T, slots_T = torch.tensor(
+            [packed.token_ids, packed.positions, packed.slots], dtype=torch.int64, device=self._device
+        )
+        windows = {layer.window for layer in self._layers}
+        step = PagedStep(
+            self._layers,
+            self.pool.layers,
+            self._planner.write_slots(slots_T),
+            {window: self._planner.plan(packed.spans, window) for window in windows},
+        )
+        with torch.no_grad(), attending(step):
+            answer = self._model(
+                input_ids=ids_T.unsqueeze(0),
+                position_ids=positions_T.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=torch.tensor(rows, dtype=torch.int64, device=self._device),
+            )
+        logits_RV: Tensor = answer.logits[0].to(torch.float32)
+        return logits_RV

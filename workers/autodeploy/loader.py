@@ -1,0 +1,149 @@
+"""From `TorchLlmArgs` to an `AutodeployEngine`: the model is built, surveyed, given a KV pool, and tried once against
+transformers' own attention before it answers anybody."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from tensorweave.cluster.llm_args import TorchLlmArgs
+from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.kernels.paged_attention import Span
+from tensorweave.workers.autodeploy.attention import IMPLEMENTATION, Layer, Survey, attending
+from tensorweave.workers.autodeploy.causal_lm import CausalLmConfig, load_causal_lm, read_causal_lm_config
+from tensorweave.workers.autodeploy.engine import AutodeployEngine
+from tensorweave.workers.comm import Comm
+from tensorweave.workers.device import pick_device, pick_dtype
+from tensorweave.workers.kv_pool import KVPool, block_bytes
+from tensorweave.workers.model_store import resolve_model
+from tensorweave.workers.packing import PackedBatch
+from tensorweave.workers.pool_size import count_blocks
+
+_TRIAL_TOKENS: Final = (41, 7)
+_TRIAL_BLOCK: Final = 8
+# Of the logits' norm. A wrong position, mask or scale gives about 1.
+_TRIAL_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
+
+
+def load_autodeploy(args: TorchLlmArgs, comm: Comm) -> AutodeployEngine:
+    """Load `args.model` on the one rank there is.
+
+    Raises:
+        ValueError: the model does not run on this backend, or its files or the arguments are wrong.
+    """
+    if comm.size > 1:
+        raise ValueError(f"tensor_parallel_size is {comm.size}; backend '_autodeploy' runs on one rank")
+    path = resolve_model(args.model, revision=args.revision)
+    config = read_causal_lm_config(path)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, config.checkpoint_dtype, device)
+    if device.type == "cpu":
+        torch.set_num_threads(args.num_threads or len(os.sched_getaffinity(0)))
+    model = load_causal_lm(path, config, args.load_format, dtype, device)
+    layers, vocab_size = _survey(model, config, device)
+    pool = _make_pool(args, layers, vocab_size, dtype, device)
+    P = pool.tokens_per_block
+    info = ModelInfo(
+        model=str(args.model),
+        vocab_size=vocab_size,
+        max_seq_len=min(config.max_seq_len(args.max_seq_len), pool.num_blocks * P),
+        dtype=str(dtype).removeprefix("torch."),
+        tokens_per_block=P,
+        num_blocks=pool.num_blocks,
+        end_ids=_end_ids(config, model),
+    )
+    _try_out(model, config, layers, info, dtype, device)
+    return AutodeployEngine(model, layers, pool, info)
+
+
+def _survey(model: Any, config: CausalLmConfig, device: torch.device) -> tuple[tuple[Layer, ...], int]:
+    """The layers, and the size of the vocabulary that logits have."""
+    survey, one = Survey(config.name), torch.zeros(1, 1, dtype=torch.int64, device=device)
+    with torch.no_grad(), attending(survey):
+        logits = model(input_ids=one, position_ids=one, use_cache=False).logits
+    layers = survey.layers(config.text.num_hidden_layers)
+    _check_kinds(config, layers)
+    return layers, logits.shape[-1]
+
+
+def _check_kinds(config: CausalLmConfig, layers: tuple[Layer, ...]) -> None:
+    kinds = getattr(config.text, "layer_types", None) or []
+    for kind, layer in zip(kinds, layers, strict=False):
+        if (kind == "sliding_attention") != (layer.window is not None):
+            raise ValueError(f"{config.name}: layer_types says {kind} of a layer whose window is {layer.window}")
+
+
+def _make_pool(
+    args: TorchLlmArgs, layers: tuple[Layer, ...], vocab_size: int, dtype: torch.dtype, device: torch.device
+) -> KVPool:
+    kv, K, H = args.kv_cache_config, layers[0].num_kv_heads, layers[0].head_dim
+    widest = max(layer.num_heads for layer in layers) * H
+    activations = 16 * args.max_num_tokens * widest * dtype.itemsize + 12 * args.max_batch_size * vocab_size
+    size = block_bytes(len(layers), K, kv.tokens_per_block, H, dtype)
+    num_blocks = count_blocks(kv, size, device, activations)
+    return KVPool(len(layers), num_blocks, K, kv.tokens_per_block, H, dtype, device)
+
+
+def _end_ids(config: CausalLmConfig, model: Any) -> tuple[int, ...]:
+    given = model.generation_config.eos_token_id
+    more = given if isinstance(given, list) else [] if given is None else [given]
+    return tuple(sorted({*config.end_ids, *more}))
+
+
+def _try_out(
+    model: Any,
+    config: CausalLmConfig,
+    layers: tuple[Layer, ...],
+    info: ModelInfo,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Two prompts in one batch, one of them in two parts, must give the logits of transformers' own attention.
+
+    Catches what no configuration tells: models that ignore positions, or mix tokens other than by attention.
+    """
+    generator = torch.Generator().manual_seed(0)
+    lengths = [min(length, info.max_seq_len) for length in _TRIAL_TOKENS]
+    first, second = (torch.randint(info.vocab_size, (length,), generator=generator).tolist() for length in lengths)
+    per_prompt = -(-max(lengths) // _TRIAL_BLOCK)
+    pool = KVPool(len(layers), 2 * per_prompt, layers[0].num_kv_heads, _TRIAL_BLOCK, layers[0].head_dim, dtype, device)
+    engine = AutodeployEngine(model, layers, pool, info)
+    half = len(first) // 2
+    tables = list(range(0, 2 * per_prompt, 2)), list(range(1, 2 * per_prompt, 2))
+    engine.compute(_batch([(first[:half], 0, tables[0])]), [0])
+    ours = engine.compute(
+        _batch([(first[half:], half, tables[0]), (second, 0, tables[1])]),
+        [len(first) - half - 1, len(first) - half + len(second) - 1],
+    )
+    theirs = torch.stack([_their_logits(model, prompt, device) for prompt in (first, second)])
+    error = ((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).max().item()
+    if not error <= _TRIAL_TOLERANCE[dtype]:
+        raise ValueError(
+            f"backend '_autodeploy' cannot run {config.name}: over paged attention its logits are {error:.2g} of their "
+            f"size away from those of transformers' own"
+        )
+
+
+def _batch(parts: list[tuple[list[int], int, list[int]]]) -> PackedBatch:
+    """Of (tokens, first position, blocks)."""
+    packed = PackedBatch()
+    for tokens, start, blocks in parts:
+        positions = range(start, start + len(tokens))
+        packed.spans.append(Span(len(packed.token_ids), len(tokens), start, blocks))
+        packed.token_ids += tokens
+        packed.positions += positions
+        packed.slots += [blocks[i // _TRIAL_BLOCK] * _TRIAL_BLOCK + i % _TRIAL_BLOCK for i in positions]
+    return packed
+
+
+def _their_logits(model: Any, prompt: list[int], device: torch.device) -> Tensor:
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            logits: Tensor = model(input_ids=torch.tensor([prompt], device=device), use_cache=False).logits
+    finally:
+        model.set_attn_implementation(IMPLEMENTATION)
+    return logits[0, -1].to(torch.float32)
