@@ -204,6 +204,8 @@ def _describe(document: Document, item: ErrorDetails) -> str:
         return f"{document.place(path[:-1])}: {'.'.join(path)} is missing"
     if item["type"] == "literal_error":
         message += _nearest(item)
+    if path[:1] == ("security",):  # may hold keys
+        return f"{document.place(path).partition('=')[0]}: {'.'.join(path)}: {message}"
     written = f" = {_shorten(_value(document, path))}" if document.holds(path) else ""
     return f"{document.place(path)}: {'.'.join(path) or 'the file'}{written}: {message}"
 

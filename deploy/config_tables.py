@@ -8,6 +8,7 @@ from pydantic import field_validator, model_validator
 
 from tensorweave.cluster.llm_args import Field, LlmArgs, StrictBaseModel
 from tensorweave.cluster.protocol import Role
+from tensorweave.deploy.api_keys import digest_of, read_keys
 from tensorweave.router.admission import Limits
 from tensorweave.router.policy import PolicyName
 
@@ -37,6 +38,19 @@ class PoolConfig(LlmArgs):
         if skip:
             raise ValueError("the HTTP service needs the tokenizer")
         return skip
+
+    @model_validator(mode="after")
+    def _refuse_what_only_the_llm_class_honours(self) -> Self:
+        events = self.kv_cache_config.event_buffer_max_size
+        given = {
+            "batched_logits_processor": self.batched_logits_processor is not None,
+            "return_perf_metrics": self.return_perf_metrics,
+            "kv_cache_config.event_buffer_max_size": events > 0,
+        }
+        for name, is_given in given.items():
+            if is_given:
+                raise ValueError(f"{name} is for the LLM class; a service has no place that would show what it does")
+        return self
 
     def llm_args(self) -> LlmArgs:
         """What each rank of the pool receives."""
@@ -154,6 +168,28 @@ class SecurityConfig(StrictBaseModel):
         description="Let clients send the two phases of a request by hand. A ticket names the hosts that a decode gang "
         "connects to and opens a prefill gang's KV: switch this on only where every client is trusted.",
     )
+    api_keys: list[str] = Field(
+        default_factory=list,
+        status="prototype",
+        description="Keys, one of which every route but /health and /ready then asks for as 'Authorization: Bearer'. "
+        "'sha256:' and the hex digest of a key stands for it; nothing else is kept.",
+    )
+    api_keys_file: str | None = Field(
+        None, status="prototype", description="A file with more of them, one a line; read once, where it is named."
+    )
+
+    @field_validator("api_keys")
+    @classmethod
+    def _keep_digests_only(cls, keys: list[str]) -> list[str]:
+        return list(dict.fromkeys(map(digest_of, keys)))
+
+    @model_validator(mode="after")
+    def _read_file(self) -> Self:
+        if self.api_keys_file is not None:
+            more = map(digest_of, read_keys(self.api_keys_file))
+            self.api_keys = list(dict.fromkeys([*self.api_keys, *more]))
+            self.api_keys_file = None
+        return self
 
 
 class RayConfig(StrictBaseModel):

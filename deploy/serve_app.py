@@ -106,6 +106,7 @@ class Router:
             version,
             limits,
             accepts_phases=config.security.enable_disaggregated_params,
+            key_digests=config.security.api_keys,
         )
         return build_app(service)
 

@@ -14,22 +14,40 @@ if TYPE_CHECKING:
         SchedulerConfig,
         TorchLlmArgs,
     )
+    from tensorweave.llmapi.completion_output import CompletionOutput, Logprob
     from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
+    from tensorweave.llmapi.inputs import PreprocessedInputs
+    from tensorweave.llmapi.iteration_result import IterationResult
     from tensorweave.llmapi.llm import LLM
-    from tensorweave.llmapi.outputs import CompletionOutput, RequestOutput
+    from tensorweave.llmapi.outputs import RequestOutput
+    from tensorweave.llmapi.request_types import (
+        KvCacheRetentionConfig,
+        LoRARequest,
+        PromptAdapterRequest,
+        SchedulingParams,
+        TokenRangeRetentionConfig,
+    )
     from tensorweave.llmapi.sampling_params import SamplingParams
 
 _HOMES = {
-    "LLM": "tensorweave.llmapi.llm",
-    "LlmArgs": "tensorweave.cluster.llm_args",
-    "TorchLlmArgs": "tensorweave.cluster.llm_args",
     "CacheTransceiverConfig": "tensorweave.cluster.llm_args",
-    "DisaggregatedParams": "tensorweave.llmapi.disaggregated_params",
     "KvCacheConfig": "tensorweave.cluster.llm_args",
+    "LlmArgs": "tensorweave.cluster.llm_args",
     "SchedulerConfig": "tensorweave.cluster.llm_args",
-    "SamplingParams": "tensorweave.llmapi.sampling_params",
+    "TorchLlmArgs": "tensorweave.cluster.llm_args",
+    "CompletionOutput": "tensorweave.llmapi.completion_output",
+    "Logprob": "tensorweave.llmapi.completion_output",
+    "DisaggregatedParams": "tensorweave.llmapi.disaggregated_params",
+    "PreprocessedInputs": "tensorweave.llmapi.inputs",
+    "IterationResult": "tensorweave.llmapi.iteration_result",
+    "LLM": "tensorweave.llmapi.llm",
     "RequestOutput": "tensorweave.llmapi.outputs",
-    "CompletionOutput": "tensorweave.llmapi.outputs",
+    "KvCacheRetentionConfig": "tensorweave.llmapi.request_types",
+    "LoRARequest": "tensorweave.llmapi.request_types",
+    "PromptAdapterRequest": "tensorweave.llmapi.request_types",
+    "SchedulingParams": "tensorweave.llmapi.request_types",
+    "TokenRangeRetentionConfig": "tensorweave.llmapi.request_types",
+    "SamplingParams": "tensorweave.llmapi.sampling_params",
 }
 
 __all__ = [
@@ -37,11 +55,19 @@ __all__ = [
     "CacheTransceiverConfig",
     "CompletionOutput",
     "DisaggregatedParams",
+    "IterationResult",
     "KvCacheConfig",
+    "KvCacheRetentionConfig",
     "LlmArgs",
+    "LoRARequest",
+    "Logprob",
+    "PreprocessedInputs",
+    "PromptAdapterRequest",
     "RequestOutput",
     "SamplingParams",
     "SchedulerConfig",
+    "SchedulingParams",
+    "TokenRangeRetentionConfig",
     "TorchLlmArgs",
     "__version__",
 ]

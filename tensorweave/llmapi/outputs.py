@@ -9,79 +9,17 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
+import dataclasses
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any
 
-from tensorweave.cluster.protocol import FinishReason
-from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
+from tensorweave.llmapi.completion_output import CompletionOutput, Logprob, Update, Wishes, as_dicts
+from tensorweave.llmapi.status import set_api_status
+from tensorweave.workers.logits import Tensor, read_logits
 
-
-@dataclass(slots=True)
-class CompletionOutput:
-    """One generated sequence.
-
-    Attributes:
-        index: Its place among the request's sequences.
-        text: The text so far; empty without a tokenizer.
-        token_ids: The ids so far, the stop token included.
-        cumulative_logprob: Sum of the tokens' log-probabilities, where they were asked for.
-        logprobs: Log-probabilities, where they were asked for.
-        finish_reason: 'stop', 'length', 'timeout' or 'cancelled' once it has ended; 'not_finished' after a context
-            phase.
-        stop_reason: The stop string or stop token id that ended it; None for end-of-sequence.
-        disaggregated_params: After a context phase, what its generation phase needs.
-    """
-
-    index: int = 0
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    cumulative_logprob: float | None = None
-    logprobs: list[Any] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    disaggregated_params: DisaggregatedParams | None = None
-    _last_text_len: int = field(default=0, repr=False)
-    _last_token_len: int = field(default=0, repr=False)
-
-    @property
-    def length(self) -> int:
-        """Number of generated tokens."""
-        return len(self.token_ids)
-
-    @property
-    def text_diff(self) -> str:
-        """Text that came with the last update."""
-        return self.text[self._last_text_len :]
-
-    @property
-    def token_ids_diff(self) -> list[int]:
-        """Ids that came with the last update."""
-        return self.token_ids[self._last_token_len :]
-
-    def _apply(self, update: Update) -> None:
-        self._last_text_len, self._last_token_len = len(self.text), len(self.token_ids)
-        self.text += update.text
-        self.token_ids.extend(update.token_ids)
-        self.finish_reason = update.finish_reason
-        self.stop_reason = update.stop_reason
-        self.disaggregated_params = update.disaggregated_params or self.disaggregated_params
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """What the LLM's event loop tells a consumer: news of one sequence, or the error that ended the request."""
-
-    index: int = 0
-    text: str = ""
-    token_ids: Sequence[int] = ()
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    num_cached_tokens: int = 0
-    disaggregated_params: DisaggregatedParams | None = None
-    error: Exception | None = None
+__all__ = ["CompletionOutput", "Logprob", "RequestOutput", "Update", "Wishes"]
 
 
 class RequestOutput:
@@ -91,27 +29,40 @@ class RequestOutput:
     object with its next tokens. An error of the request is raised by whichever of these the consumer uses.
 
     Attributes:
-        request_id: Identifies the request in logs and metrics.
+        request_id: Its number in this LLM.
         prompt: The prompt's text, if it was given as text.
         prompt_token_ids: The prompt's ids.
-        outputs: One CompletionOutput a sequence.
+        outputs: One CompletionOutput for each of `n` sequences. With a larger `best_of` the best first, once all have
+            ended; the first that were started until then.
+        context_logits: Where asked for, once the prompt is computed, the logits at every prompt token, float32
+            [tokens, V].
+        finished: All sequences have ended, as far as the consumer has looked.
         cached_tokens: Prompt tokens whose KV was found in the prefix tree.
     """
 
+    request_id: int
+    prompt: str | None
+    prompt_token_ids: list[int]
+
     def __init__(
         self,
-        request_id: str,
+        request_id: int,
         prompt: str | None,
         prompt_token_ids: list[int],
         *,
         num_sequences: int = 1,
+        num_returned: int | None = None,
+        wishes: Wishes | None = None,
         is_streaming: bool = True,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
-        self.outputs = [CompletionOutput(index) for index in range(num_sequences)]
-        self.cached_tokens = 0
+        self._wishes = wishes or Wishes()
+        self._sequences = [CompletionOutput(index, _wishes=self._wishes) for index in range(num_sequences)]
+        self._outputs = self._sequences[:num_returned]
+        self._context_logits: list[bytes] = []
+        self._num_cached_tokens = 0
         self._is_streaming = is_streaming
         self._cancel: Callable[[], object] = lambda: None
         self._is_aborted = False
@@ -121,13 +72,35 @@ class RequestOutput:
         self._error: Exception | None = None
 
     @property
+    def outputs(self) -> list[CompletionOutput]:
+        return self._outputs
+
+    @property
+    def context_logits(self) -> Tensor | None:
+        return read_logits(b"".join(self._context_logits), self._wishes.vocab_size) if self._context_logits else None
+
+    @property
     def finished(self) -> bool:
-        """All sequences have ended, as far as the consumer has looked."""
-        return self._error is not None or all(output.finish_reason is not None for output in self.outputs)
+        return self._error is not None or all(output.finish_reason is not None for output in self._sequences)
+
+    @property
+    @set_api_status("beta")
+    def cached_tokens(self) -> int:
+        return self._num_cached_tokens
 
     def result(self, timeout: float | None = None) -> RequestOutput:
-        """Wait for the end. Raises TimeoutError after `timeout` seconds (the request goes on), or the request's
-        error."""
+        """Wait for the end.
+
+        Args:
+            timeout: Longest wait, in seconds; the request goes on after it.
+
+        Returns:
+            This object, finished.
+
+        Raises:
+            TimeoutError: It is not finished yet.
+            TensorweaveError: What ended the request.
+        """
         give_up_s = None if timeout is None else time.monotonic() + timeout
         while not self.finished:
             left_s = None if give_up_s is None else give_up_s - time.monotonic()
@@ -137,19 +110,29 @@ class RequestOutput:
         return self._checked()
 
     async def aresult(self) -> RequestOutput:
-        """`result` for event loops."""
+        """Wait for the end in an event loop, as `result` does elsewhere.
+
+        Returns:
+            This object, finished.
+        """
         while not self.finished:
             await self._await_update()
             self._take_all()
         return self._checked()
 
+    @set_api_status("beta")
     def abort(self) -> None:
         """Cancel the request; its sequences end with finish_reason 'cancelled'. No effect once finished."""
         self._is_aborted = True
         self._cancel()
 
+    @set_api_status("beta")
     def aborted(self) -> bool:
-        """Whether `abort` was called."""
+        """Tell whether `abort` was called.
+
+        Returns:
+            True from the first call of `abort` on.
+        """
         return self._is_aborted
 
     def __await__(self) -> Generator[Any, None, RequestOutput]:
@@ -192,8 +175,8 @@ class RequestOutput:
     def _note_cancel(self, future: concurrent.futures.Future[None]) -> None:
         """The request's task was cancelled, perhaps before it began to run; what it may still push comes too late."""
         if future.cancelled():
-            for output in self.outputs:
-                self._push(Update(output.index, finish_reason="cancelled"))
+            for index in range(len(self._sequences)):
+                self._push(Update(index=index, finish_reason="cancelled"))
 
     # ---- the consumer's side
 
@@ -223,14 +206,25 @@ class RequestOutput:
             pass
 
     def _apply(self, update: Update) -> None:
-        output = self.outputs[update.index]
-        if output.finish_reason is not None:
+        if self.finished:
             return
         if update.error is not None:
             self._error = update.error
-        else:
-            self.cached_tokens = max(self.cached_tokens, update.num_cached_tokens)
-            output._apply(update)
+            return
+        self._num_cached_tokens = max(self._num_cached_tokens, update.num_cached_tokens)
+        if update.context_logits:
+            self._context_logits.append(update.context_logits)
+        if update.prompt_logprobs is not None:
+            told = as_dicts(update.prompt_logprobs)
+            for sequence in self._sequences:
+                sequence.prompt_logprobs = told
+        if self._sequences[update.index].finish_reason is not None:
+            return
+        for sequence in self._sequences:
+            sequence._settle()
+        self._sequences[update.index]._apply(update)
+        if self.finished and len(self._outputs) < len(self._sequences):
+            self._outputs = _best(self._sequences, len(self._outputs))
 
     def _checked(self) -> RequestOutput:
         if self._error is not None:
@@ -241,3 +235,12 @@ class RequestOutput:
 def _wake(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
+
+
+def _best(sequences: list[CompletionOutput], num_returned: int) -> list[CompletionOutput]:
+    """By cumulative log-probability; one that has none, for it was cancelled before its first token, comes last."""
+    ordered = sorted(
+        sequences,
+        key=lambda s: (s.cumulative_logprob is None, -(s.cumulative_logprob or 0.0)),
+    )
+    return [dataclasses.replace(sequence, index=index) for index, sequence in enumerate(ordered[:num_returned])]

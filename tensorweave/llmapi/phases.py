@@ -9,8 +9,8 @@ from typing import Final
 
 from tensorweave.cluster.opaque_state import OpaqueState
 from tensorweave.cluster.protocol import GenerateRequest, ModelInfo
+from tensorweave.llmapi.completion_output import Update, as_dicts
 from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
-from tensorweave.llmapi.outputs import Update
 from tensorweave.router.dispatch import Dispatcher
 from tensorweave.router.generation import Job, generate_first
 
@@ -25,6 +25,8 @@ def resolve_phases(
     """One for each prompt."""
     if given is None:
         return [None] * num_prompts
+    if not isinstance(given, DisaggregatedParams | Sequence):
+        raise ValueError(f"disaggregated_params is a {type(given).__name__}, must be DisaggregatedParams or a list")
     if isinstance(given, DisaggregatedParams):
         if given.is_generation_only and num_prompts > 1:
             raise ValueError("a generation_only disaggregated_params belongs to one prompt: give a list of them")
@@ -45,6 +47,8 @@ def as_phase(
         raise ValueError("disaggregated_params.draft_tokens: draft tokens are not taken over")
     if phase.disagg_request_id is not None:
         request = dataclasses.replace(request, request_id=f"{request.request_id}-{phase.disagg_request_id}")
+    if (wrong := _mismatch(request, phase)) is not None:
+        raise ValueError(f"{wrong} in a {phase.request_type} request")
     if phase.is_context_only:
         if not gives_kv:
             raise ValueError(
@@ -54,6 +58,16 @@ def as_phase(
     if phase.is_generation_only:
         return _generation(request, phase, info)
     return request, ()
+
+
+def _mismatch(request: GenerateRequest, phase: DisaggregatedParams) -> str | None:
+    """What cannot be asked for in one phase."""
+    sampling = request.sampling
+    if phase.is_context_only and sampling.wants_context_logits:
+        return "return_context_logits cannot be used"
+    if phase.is_generation_only and sampling.needs_prompt_rows:
+        return "prompt_logprobs and return_context_logits, which only computing the prompt tells, cannot be used"
+    return None
 
 
 def _context(request: GenerateRequest, info: ModelInfo) -> GenerateRequest:
@@ -84,8 +98,8 @@ async def run_context_phase(dispatcher: Dispatcher, job: Job) -> Update:
         phase = DisaggregatedParams(
             request_type="context_only",
             first_gen_tokens=list(delta.token_ids),
+            first_gen_log_probs=as_dicts(delta.logprobs) or None,
             ctx_request_id=int(ticket.ticket_id[:16], 16) >> (64 - _ID_BITS),
             opaque_state=OpaqueState(ticket, job.request.sampling.seed).pack(),
         )
-    ends = (delta.finish_reason, delta.stop_reason, delta.num_cached_tokens)
-    return Update(delta.index, delta.text, delta.token_ids, *ends, phase)
+    return Update.of(delta, phase)

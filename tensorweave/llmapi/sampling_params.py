@@ -1,52 +1,122 @@
-"""`SamplingParams`: how a person asks for tokens. `router.sampling` resolves it to the wire's `SamplingSpec`."""
+"""`SamplingParams`: how a person asks for tokens. `llmapi.sampling_fields` checks it and resolves it to the wire's
+`SamplingSpec`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_PROTOTYPE = {"status": "prototype"}
 
 
 @dataclass(kw_only=True, slots=True)
 class SamplingParams:
-    """Greedy when temperature, top_p and top_k are all unset, or with temperature 0, top_p 0 or top_k 1.
+    """Greedy when temperature, top_p and top_k are all unset, or with temperature 0, top_p 0, top_k 1 or min_p 1.
 
-    Order of the transforms: temperature, min_p, top_k, top_p. The same seed, prompt and settings give the same tokens
-    in any batch.
+    Order of the transforms: logits processors, biases and banned words, penalties, temperature, min_p, top_k, top_p.
+    The same seed, prompt and settings give the same tokens in any batch, on any gang, and after a recovery. Everything
+    is checked when a generation is asked for; what is wrong, or not supported yet, is a ValueError that names it.
 
     Args:
+        end_id: End-of-sequence id in place of the tokenizer's and the model's.
+        pad_id: A token id. Batches are packed here, never padded, so no output holds it.
         max_tokens: Most tokens to generate.
         min_tokens: No end-of-sequence and no stop token before this many are out.
+        n: Sequences to return. The i-th (from 0) has the seed `seed + i`.
+        best_of: Sequences to generate; the `n` with the highest cumulative log-probability are returned, best first.
+            Default: `n`.
+        use_beam_search: Not supported yet.
+        beam_search_diversity_rate: Not supported yet: beam search only.
+        early_stopping: Not supported yet: beam search only.
+        beam_width_array: Not supported yet: beam search only.
+        length_penalty: Not supported yet: beam search only.
+        seed: Decides the random numbers; None: drawn anew for each request.
         temperature: Divides the logits; above 1 flatter, below 1 sharper.
         top_k: Sample among the k likeliest tokens; 0 or None: all.
         top_p: Sample among the likeliest tokens that together reach this probability.
+        top_p_decay: Multiplies top_p after every token.
+        top_p_min: Where the decay of top_p ends.
+        top_p_reset_ids: The token id after which top_p starts anew.
         min_p: Drop tokens less likely than this share of the likeliest one's probability.
-        seed: Decides the random numbers; None: drawn anew for each request.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens in prompt or output.
+        presence_penalty: Taken once from the logit of each token in the output.
+        frequency_penalty: Taken from a token's logit as many times as it is in the output.
+        no_repeat_ngram_size: No sequence of so many tokens comes twice in prompt and output.
         stop: Strings that end the text where they first appear.
         stop_token_ids: Token ids that end the sequence.
-        include_stop_str_in_output: Keep the stop string at the end of the text.
+        include_stop_str_in_output: Keep the stop string, or the text of the stop token, at the end of the text.
+        bad: Strings whose tokens, with and without a space before them, never come to their end in the output.
+        bad_token_ids: Token ids, or lists of them, that never come (to their end) in the output.
         ignore_eos: Go on after the model's end-of-sequence token.
-        end_id: End-of-sequence id in place of the tokenizer's and the model's.
+        logits_processor: A callable, or a list of them, that edits the logits in place before anything else:
+            `(req_id, logits, token_ids, stream_ptr, client_id)` with logits [1, 1, V] and prompt and output in
+            `token_ids[0]`. It runs on every rank and must do the same on each.
+        apply_batched_logits_processor: Edit this request's logits with the `batched_logits_processor` that `LLM` was
+            given.
+        guided_decoding: Not supported yet.
+        embedding_bias: Added to the logits: a float32 tensor of one number a token of the vocabulary.
+        lookahead_config: Not supported yet.
         detokenize: Make text of the tokens.
         add_special_tokens: Let the tokenizer add its special tokens to a text prompt.
+        truncate_prompt_tokens: Keep only the last k tokens of the prompt.
         skip_special_tokens: Leave special tokens out of the text.
         spaces_between_special_tokens: Put spaces between special tokens in the text.
-        truncate_prompt_tokens: Keep only the last k tokens of the prompt.
+        logprobs: Tell each output token's log-probability, and the so many likeliest tokens'; 0: the token's alone.
+            They are the model's own, before penalties and temperature.
+        prompt_logprobs: The same for the prompt's tokens from the second on; the prompt is then computed in full.
+        return_context_logits: Give the logits at every prompt token; the prompt is then computed in full.
+        return_generation_logits: Give the model's logits that each output token was sampled from.
+        exclude_input_from_output: False: outputs begin with the prompt's tokens and text.
+        return_encoder_output: Not supported: there are no encoder models here.
+        return_perf_metrics: Give the times of arrival, first and last token.
+        additional_model_outputs: Not supported yet.
     """
 
+    end_id: int | None = None
+    pad_id: int | None = None
     max_tokens: int = 32
     min_tokens: int | None = None
+    n: int = 1
+    best_of: int | None = None
+    use_beam_search: bool = False
+    beam_search_diversity_rate: float | None = None
+    early_stopping: int | None = None
+    beam_width_array: Sequence[int] | None = field(default=None, metadata=_PROTOTYPE)
+    length_penalty: float | None = None
+    seed: int | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    top_p_decay: float | None = None
+    top_p_min: float | None = None
+    top_p_reset_ids: int | None = None
     min_p: float | None = None
-    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
+    bad: str | Sequence[str] | None = None
+    bad_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None
     ignore_eos: bool = False
-    end_id: int | None = None
+    logits_processor: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None
+    apply_batched_logits_processor: bool = False
+    guided_decoding: Any = None
+    embedding_bias: Any = None
+    lookahead_config: Any = None
     detokenize: bool = True
     add_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
-    truncate_prompt_tokens: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    return_context_logits: bool = False
+    return_generation_logits: bool = False
+    exclude_input_from_output: bool = True
+    return_encoder_output: bool = False
+    return_perf_metrics: bool = field(default=False, metadata=_PROTOTYPE)
+    additional_model_outputs: Sequence[str] | None = field(default=None, metadata=_PROTOTYPE)

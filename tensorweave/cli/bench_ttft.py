@@ -1,0 +1,171 @@
+"""`tensorweave bench ttft`: what handing a prompt over costs, and where the router stops doing it.
+
+Two gangs of one rank in this process. Each prompt is answered by the decode gang alone and by both together, in turns,
+each way with a prefix cache of its own; the prefill gang's first token is told at once, so the second is looked at too:
+it waits for the KV. Then the joint policy is asked, with the speeds that it has seen here, which way it would send a
+prompt of each length, to an idle decode gang and to busy ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tensorweave.cli.bench_engine import engine_options
+from tensorweave.cli.figures import publish, report
+from tensorweave.cli.prompts import random_prompts, vocab_size_of
+from tensorweave.cluster.link import GangLink
+from tensorweave.cluster.llm_args import TorchLlmArgs
+from tensorweave.cluster.protocol import GenerateRequest, KvSource, Role, SamplingSpec
+from tensorweave.router.dispatch import Dispatcher
+from tensorweave.router.kv_view import PromptView
+from tensorweave.router.loads import Loads
+from tensorweave.router.policy import Joint, Options, Plan
+from tensorweave.workers.build import build_executor
+from tensorweave.workers.comm import SoloComm
+from tensorweave.workers.executor import PyExecutor
+from tensorweave.workers.local import LocalLink
+from tensorweave.workers.model_store import resolve_model
+
+NUM_DECODING: Final = (0, 1, 4, 16)
+_SECRET: Final = "a bench"
+_NUM_TOKENS: Final = 4
+_NUM_WARMUPS: Final = 2
+
+
+def run_ttft(args: argparse.Namespace) -> int:
+    directory = resolve_model(args.model)
+    llm_args = TorchLlmArgs(model=directory, cache_transceiver_config={"backend": "TCP"}, **engine_options(args))
+    with _executor(llm_args) as prefill, _executor(llm_args) as decode:
+        lengths = [n for n in args.input_lens if n + _NUM_TOKENS <= decode.info.max_seq_len]
+        rows, switches = asyncio.run(_measure(prefill, decode, lengths, vocab_size_of(directory), args))
+    _print_table(rows)
+    _print_table(switches)
+    settings = {key: value for key, value in vars(args).items() if key not in ("run", "json", "traceback")}
+    publish(report("ttft", settings, {"runs": {"ttft": rows, "switch": switches}}), args.json)
+    return 0
+
+
+@contextmanager
+def _executor(args: TorchLlmArgs) -> Iterator[PyExecutor]:
+    executor = build_executor(args, SoloComm(), transfer_secret=_SECRET)
+    executor.start()
+    try:
+        yield executor
+    finally:
+        executor.shutdown()
+
+
+class _Fleet:
+    def __init__(self, prefill: GangLink, decode: GangLink) -> None:
+        self._links: dict[str, list[GangLink]] = {"prefill": [prefill], "decode": [decode]}
+
+    def links(self, role: Role = "both") -> Sequence[GangLink]:
+        return [link for name, links in self._links.items() for link in links if role in (name, "both")]
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        return None
+
+    async def wait_link(self, timeout_s: float) -> None:
+        return None
+
+    async def describe(self) -> list[dict[str, Any]]:
+        return []
+
+    async def close(self) -> None:
+        return None
+
+
+class _AsTold:
+    """A policy: alone or together, as `is_joint` says."""
+
+    is_joint = False
+
+    def plan(self, request: GenerateRequest, options: Options) -> Plan:
+        return Plan(options.prefill[0] if self.is_joint else None, options.decode[0])
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    first_s: float
+    second_s: float
+
+
+async def _measure(
+    prefill: PyExecutor, decode: PyExecutor, lengths: Sequence[int], vocab_size: int, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    assert prefill.kv_endpoint is not None
+    sender = LocalLink(prefill, KvSource("prefill", (prefill.kv_endpoint,), prefill.kv_fingerprint, _SECRET))
+    taker = LocalLink(decode)
+    sender.gang_id, taker.gang_id = "prefill", "decode"
+    policy = _AsTold()
+    dispatcher = Dispatcher(_Fleet(sender, taker), policy)
+    rows = []
+    for length in lengths:
+        times: dict[bool, list[_Times]] = {False: [], True: []}
+        prompts = random_prompts(_NUM_WARMUPS + args.num_prompts, length, vocab_size, args.seed + length)
+        for turn, prompt in enumerate(prompts):
+            for is_joint in (False, True) if turn % 2 else (True, False):
+                policy.is_joint = is_joint
+                times[is_joint].append(await _ask(dispatcher, prompt, f"{length}-{turn}-{is_joint}"))
+        rows.append({"prompt tokens": length, **_row(times[False][_NUM_WARMUPS:], times[True][_NUM_WARMUPS:])})
+    switches = [_choice(dispatcher.loads, sender, taker, length, vocab_size) for length in lengths]
+    for link in (sender, taker):
+        link.close()
+    return rows, switches
+
+
+async def _ask(dispatcher: Dispatcher, prompt: list[int], name: str) -> _Times:
+    """`name` keeps its cache apart from that of the same prompt the other way."""
+    request = GenerateRequest(name, prompt, SamplingSpec(max_tokens=_NUM_TOKENS), cache_salt=name)
+    began_s, came_s = time.perf_counter(), list[float]()
+    async with aclosing(dispatcher.generate(request)) as chunks:
+        async for chunk in chunks:
+            came_s += [time.perf_counter() - began_s] * len(chunk.token_ids)
+    return _Times(came_s[0], came_s[1])
+
+
+def _row(alone: Sequence[_Times], joint: Sequence[_Times]) -> dict[str, float]:
+    """Milliseconds. Differences are medians over prompts, each against itself."""
+    row = {}
+    for name, attribute in (("first", "first_s"), ("second", "second_s")):
+        one, other = ([getattr(times, attribute) * 1e3 for times in way] for way in (alone, joint))
+        row[f"{name}, one gang"] = statistics.median(one)
+        row[f"{name}, two gangs"] = statistics.median(other)
+        row[f"{name}, cost"] = statistics.median(b - a for a, b in zip(one, other, strict=True))
+    return row
+
+
+def _choice(loads: Loads, sender: LocalLink, taker: LocalLink, length: int, vocab_size: int) -> dict[str, Any]:
+    """What the joint policy reckons, and does, with so many sequences decoding already."""
+    prompt = random_prompts(1, length, vocab_size, seed=-1)[0]
+    request = GenerateRequest("asked", prompt, SamplingSpec(max_tokens=_NUM_TOKENS))
+    policy = Joint()
+    row: dict[str, Any] = {"prompt tokens": length}
+    load = loads.of(taker.gang_id)
+    before = dataclasses.asdict(load)["num_decoding"]
+    for num_decoding in NUM_DECODING:
+        load.num_decoding = num_decoding
+        options = Options([sender], [taker], PromptView(request), loads)
+        alone_s, pair_s = policy.alone_s(taker, options), policy.pair_s(Plan(sender, taker), options)
+        way = "two" if policy.plan(request, options).prefill is not None else "one"
+        row[f"{num_decoding} decoding"] = f"{way} ({alone_s * 1e3:.1f} : {pair_s * 1e3:.1f} ms)"
+    load.num_decoding = before
+    return row
+
+
+def _print_table(rows: Sequence[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    cells = [[*rows[0]], *([f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    for row in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    print()

@@ -1,0 +1,185 @@
+"""`BaseLLM`: what an `LLM` is made of, from construction to shutdown, and what can be seen of it. Generating is in
+`llmapi.llm`."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import uuid
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from tensorweave.llmapi.iteration_result import IterationResult
+from tensorweave.llmapi.parts import Parts, build_parts
+from tensorweave.llmapi.status import set_api_status
+
+
+class BaseLLM:
+    """A large language model, ready to generate.
+
+    Works from threads and from event loops, and after an error of one request. Close it with `shutdown` or as a context
+    manager.
+
+    Args:
+        model: A Hugging Face model directory, an engine directory, a hub id, or `smollm2-135m-instruct`.
+        tokenizer: Directory, hub id or tokenizer instance; default: the model's own.
+        tokenizer_mode: 'auto' prefers the fast tokenizer; 'slow' forces the Python one.
+        skip_tokenizer_init: Load no tokenizer; prompts are token ids and outputs have no text.
+        trust_remote_code: Allow a tokenizer's own code from its repository.
+        tensor_parallel_size: Ranks that share each layer; above 1 they run on Ray, which is started or joined.
+        dtype: 'auto', 'float16', 'bfloat16' or 'float32'.
+        revision: Branch, tag or commit of a hub model.
+        tokenizer_revision: Branch, tag or commit of a hub tokenizer.
+        backend: 'pytorch' (the default) is our engine; '_autodeploy' runs models that it has no code for; 'tensorrt' is
+            refused.
+        kwargs: Any other field of `LlmArgs`.
+
+    Attributes:
+        tokenizer: The tokenizer instance, or None with skip_tokenizer_init.
+        workspace: A directory for intermediate files, made when first asked for and removed by `shutdown`; None after
+            that.
+        disaggregated_params: Where and as what other instances get KV computed here ('backend', 'endpoints',
+            'fingerprint'); empty without a `cache_transceiver_config`.
+        llm_id: Identifies this instance in logs.
+
+    Raises:
+        ValueError: An argument is wrong or unknown (the nearest known name is given), or the model's files are.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        tokenizer: Any = None,
+        tokenizer_mode: Literal["auto", "slow"] = "auto",
+        skip_tokenizer_init: bool = False,
+        trust_remote_code: bool = False,
+        tensor_parallel_size: int = 1,
+        dtype: str = "auto",
+        revision: str | None = None,
+        tokenizer_revision: str | None = None,
+        backend: Literal["tensorrt", "pytorch", "_autodeploy"] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        named = {
+            "model": model,
+            "tokenizer": tokenizer,
+            "tokenizer_mode": tokenizer_mode,
+            "skip_tokenizer_init": skip_tokenizer_init,
+            "trust_remote_code": trust_remote_code,
+            "tensor_parallel_size": tensor_parallel_size,
+            "dtype": dtype,
+            "revision": revision,
+            "tokenizer_revision": tokenizer_revision,
+            "backend": backend,
+        }
+        self._llm_id = f"llm-{uuid.uuid4().hex[:12]}"
+        self._parts: Parts = build_parts(self._llm_id, named | kwargs)
+        self._running: set[concurrent.futures.Future[None]] = set()
+        self._finalizer = weakref.finalize(self, _close, self._parts, self._running)
+
+    @property
+    def tokenizer(self) -> Any:
+        tokenizer = self._parts.tokenizer
+        return None if tokenizer is None else tokenizer.backend
+
+    @property
+    @set_api_status("prototype")
+    def workspace(self) -> Path | None:
+        return self._parts.workspace.path if self._finalizer.alive else None
+
+    @property
+    def llm_id(self) -> str:
+        return self._llm_id
+
+    @property
+    @set_api_status("prototype")
+    def disaggregated_params(self) -> dict[str, Any]:
+        source = self._parts.engine.kv_source
+        transceiver = self._parts.args.cache_transceiver_config
+        if source is None or transceiver is None:
+            return {}
+        return {
+            "backend": transceiver.backend,
+            "endpoints": [f"{end.host}:{end.port}" for end in source.endpoints],
+            "fingerprint": dict(source.fingerprint),
+        }
+
+    @set_api_status("beta")
+    def get_stats(self, timeout: float = 2.0) -> list[dict[str, Any]]:
+        """Tell the statistics of the engine's steps since the last call, oldest first.
+
+        Args:
+            timeout: Longest wait for the engine's answer, in seconds.
+
+        Returns:
+            One dict a step with TensorRT-LLM's keys (`iter`, `gpuMemUsage` in MB, `kvCacheStats`,
+            `inflightBatchingStats`, …).
+        """
+        return self._live_parts().engine.stats(timeout)
+
+    @set_api_status("beta")
+    def get_stats_async(self, timeout: float = 2.0) -> IterationResult:
+        """Tell the same as `get_stats`, step by step, to an event loop.
+
+        Args:
+            timeout: Longest wait for the engine's answer, in seconds.
+
+        Returns:
+            For `async for`: one dict a step; it ends with the newest.
+        """
+        engine = self._live_parts().engine
+        return IterationResult(lambda: engine.stats(timeout))
+
+    @set_api_status("beta")
+    def get_kv_cache_events(self, timeout: float = 2.0) -> list[dict[str, Any]]:
+        """Tell what has happened to cached KV blocks since the last call, oldest first.
+
+        Args:
+            timeout: Longest wait for the engine's answer, in seconds.
+
+        Returns:
+            Dicts with `event_id` and `data`, of type 'created', 'stored' or 'removed'. None are kept unless
+            `kv_cache_config.event_buffer_max_size` says how many.
+        """
+        return self._live_parts().engine.kv_events(timeout)
+
+    @set_api_status("beta")
+    def get_kv_cache_events_async(self, timeout: float = 2.0) -> IterationResult:
+        """Tell the same as `get_kv_cache_events`, one by one, to an event loop.
+
+        Args:
+            timeout: Longest wait for the engine's answer, in seconds.
+
+        Returns:
+            For `async for`: one dict an event; it ends with the newest.
+        """
+        engine = self._live_parts().engine
+        return IterationResult(lambda: engine.kv_events(timeout))
+
+    @set_api_status("beta")
+    def shutdown(self) -> None:
+        """End running requests, free the model and stop what this object started. Calling it again does nothing."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def __getstate__(self) -> object:
+        raise RuntimeError("an LLM object cannot be pickled; create it where it runs")
+
+    def _live_parts(self) -> Parts:
+        if not self._finalizer.alive:
+            raise RuntimeError("this LLM has been shut down")
+        return self._parts
+
+
+def _close(parts: Parts, running: set[concurrent.futures.Future[None]]) -> None:
+    for future in tuple(running):
+        future.cancel()
+    parts.close()

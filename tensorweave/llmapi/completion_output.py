@@ -1,0 +1,175 @@
+"""`CompletionOutput`: one generated sequence as a consumer sees it, and the `Update`s that it grows by.
+
+Diffs tell what the last update brought, however often they are read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tensorweave.cluster.protocol import FinishReason, TokenLogprobs
+from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
+from tensorweave.router.generation import TextDelta
+from tensorweave.workers.logits import Tensor, read_logits
+
+_PROTOTYPE = {"status": "prototype"}
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token's natural log-probability, and its place among all tokens, the likeliest being 1."""
+
+    logprob: float
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TimingMetrics:
+    """Seconds on the clock of `time.monotonic`: when `generate` was called, when the first and the last token came."""
+
+    arrival_time: float
+    first_token_time: float
+    last_token_time: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPerfMetrics:
+    """What was measured of one sequence, as the caller saw it: the detokenizer's and the event loop's time included."""
+
+    timing_metrics: TimingMetrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What the LLM's event loop tells a consumer: news of one sequence, or the error that ended the request."""
+
+    index: int = 0
+    text: str = ""
+    token_ids: Sequence[int] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: int = 0
+    logprobs: Sequence[TokenLogprobs] = ()
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None
+    logits: bytes = b""
+    context_logits: bytes = b""
+    disaggregated_params: DisaggregatedParams | None = None
+    error: Exception | None = None
+    at_s: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(cls, delta: TextDelta, phase: DisaggregatedParams | None = None) -> Update:
+        return cls(
+            index=delta.index,
+            text=delta.text,
+            token_ids=delta.token_ids,
+            finish_reason=delta.finish_reason,
+            stop_reason=delta.stop_reason,
+            num_cached_tokens=delta.num_cached_tokens,
+            logprobs=delta.logprobs,
+            prompt_logprobs=delta.prompt_logprobs,
+            logits=delta.logits,
+            context_logits=delta.context_logits,
+            disaggregated_params=phase,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a request wants told besides its tokens; see SamplingParams. `arrival_s` is on the monotonic clock."""
+
+    logprobs: bool = False
+    perf_metrics: bool = False
+    vocab_size: int = 0
+    arrival_s: float = field(default_factory=time.monotonic)
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One generated sequence.
+
+    Attributes:
+        index: Its place among the request's outputs.
+        text: The text so far; empty without a tokenizer.
+        token_ids: The ids so far, the stop token included.
+        cumulative_logprob: Sum of the output tokens' log-probabilities, where they were asked for or decided the order.
+        logprobs: Where asked for, one dict an output token: its own id first, then the likeliest ones, to `Logprob`s.
+        prompt_logprobs: Where asked for, the same for each prompt token from the second on.
+        finish_reason: 'stop', 'length', 'timeout' or 'cancelled' once it has ended; 'not_finished' after a context
+            phase.
+        stop_reason: The stop string or stop token id that ended it; None for end-of-sequence.
+        disaggregated_params: After a context phase, what its generation phase needs.
+        request_perf_metrics: Where asked for, once a token has come, when it came and when the request did.
+        generation_logits: Where asked for, the model's logits for each output token, float32 [tokens, V].
+        length: Number of token ids.
+        text_diff: Text that came with the last update.
+        token_ids_diff: Ids that came with the last update.
+        logprobs_diff: Entries of `logprobs` that came with the last update.
+    """
+
+    index: int = 0
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    disaggregated_params: DisaggregatedParams | None = field(default=None, metadata=_PROTOTYPE)
+    request_perf_metrics: RequestPerfMetrics | None = field(default=None, metadata=_PROTOTYPE)
+    _wishes: Wishes = field(default_factory=Wishes, repr=False)
+    _logits: list[bytes] = field(default_factory=list, repr=False)
+    _last_text_len: int = field(default=0, repr=False)
+    _last_token_len: int = field(default=0, repr=False)
+    _last_logprob_len: int = field(default=0, repr=False)
+
+    @property
+    def generation_logits(self) -> Tensor | None:
+        return read_logits(b"".join(self._logits), self._wishes.vocab_size) if self._logits else None
+
+    @property
+    def length(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def text_diff(self) -> str:
+        return self.text[self._last_text_len :]
+
+    @property
+    def token_ids_diff(self) -> list[int]:
+        return self.token_ids[self._last_token_len :]
+
+    @property
+    def logprobs_diff(self) -> list[dict[int, Logprob]]:
+        return self.logprobs[self._last_logprob_len :]
+
+    def _settle(self) -> None:
+        """The diffs begin anew, empty."""
+        self._last_text_len, self._last_token_len = len(self.text), len(self.token_ids)
+        self._last_logprob_len = len(self.logprobs)
+
+    def _apply(self, update: Update) -> None:
+        self._settle()
+        self.text += update.text
+        self.token_ids.extend(update.token_ids)
+        if update.logprobs:
+            total = sum(token[0].logprob for token in update.logprobs)
+            self.cumulative_logprob = (self.cumulative_logprob or 0.0) + total
+            if self._wishes.logprobs:
+                self.logprobs += as_dicts(update.logprobs)
+        if update.logits:
+            self._logits.append(update.logits)
+        self.finish_reason = update.finish_reason
+        self.stop_reason = update.stop_reason
+        self.disaggregated_params = update.disaggregated_params or self.disaggregated_params
+        if self._wishes.perf_metrics and update.token_ids:
+            before = self.request_perf_metrics
+            first_s = update.at_s if before is None else before.timing_metrics.first_token_time
+            self.request_perf_metrics = RequestPerfMetrics(TimingMetrics(self._wishes.arrival_s, first_s, update.at_s))
+
+
+def as_dicts(logprobs: Sequence[TokenLogprobs]) -> list[dict[int, Logprob]]:
+    """One a token, by token id."""
+    return [{p.token_id: Logprob(p.logprob, p.rank) for p in token} for token in logprobs]

@@ -1,0 +1,29 @@
+"""`IterationResult`: rows that an engine has gathered, for `async for`."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+from collections.abc import Callable
+from typing import Any, Self
+
+
+class IterationResult:
+    """What has come since the last call, oldest first; ends where there is no more.
+
+    Rows are fetched when the iteration begins, and again each time those are used up, in a thread.
+    """
+
+    def __init__(self, fetch: Callable[[], list[dict[str, Any]]]) -> None:
+        self._fetch = fetch
+        self._rows: collections.deque[dict[str, Any]] = collections.deque()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> dict[str, Any]:
+        if not self._rows:
+            self._rows.extend(await asyncio.to_thread(self._fetch))
+        if not self._rows:
+            raise StopAsyncIteration
+        return self._rows.popleft()

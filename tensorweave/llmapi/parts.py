@@ -1,0 +1,118 @@
+"""`Parts`: what an `LLM` is put together from: arguments, tokenizer, engine, event loop, dispatcher.
+
+Kept apart from the `LLM` object, so that they can be closed when that one is gone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from tensorweave.cluster.llm_args import TorchLlmArgs
+from tensorweave.llmapi.engine import Engine, open_engine
+from tensorweave.llmapi.loop_thread import LoopThread
+from tensorweave.llmapi.request_maker import RequestMaker
+from tensorweave.router.admission import Limits
+from tensorweave.router.dispatch import Dispatcher
+from tensorweave.router.tokens import Tokenizer
+from tensorweave.workers.build import check_model
+from tensorweave.workers.model_store import resolve_model
+
+# The LLM class queues without bound what a caller hands it; deadlines are the caller's.
+_LIMITS = Limits(max_inflight=1 << 30, max_queued=1 << 30, default_deadline_s=None, ready_timeout_s=60.0)
+
+
+class Workspace:
+    """A temporary directory that is made when first asked for."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.Lock()
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def path(self) -> Path:
+        with self._lock:
+            if self._directory is None:
+                self._directory = tempfile.TemporaryDirectory(prefix=f"tensorweave-{self._name}-")
+            return Path(self._directory.name)
+
+    def remove(self) -> None:
+        with self._lock:
+            if self._directory is not None:
+                self._directory.cleanup()
+                self._directory = None
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    args: TorchLlmArgs
+    model_dir: Path
+    tokenizer: Tokenizer | None
+    loop: LoopThread
+    engine: Engine
+    dispatcher: Dispatcher
+    maker: RequestMaker
+    workspace: Workspace = field(repr=False)
+
+    def close(self) -> None:
+        try:
+            self.engine.close()
+        finally:
+            self.loop.close()
+            self.workspace.remove()
+
+
+def build_parts(llm_id: str, values: Mapping[str, Any]) -> Parts:
+    """Start all that `values` (fields of `TorchLlmArgs`) ask for. Raises ValueError; NotReady where it does not come
+    up."""
+    args = _parse(values)
+    model_dir = resolve_model(args.model, revision=args.revision)
+    check_model(args)  # a wrong model is named before anything is loaded
+    tokenizer = None if args.skip_tokenizer_init else _load_tokenizer(args, model_dir)
+    loop = LoopThread(f"{llm_id}-loop")
+    try:
+        engine = open_engine(args, loop)
+    except BaseException:
+        loop.close()
+        raise
+    dispatcher = loop.call(_make_dispatcher(engine))
+    maker = RequestMaker(llm_id, args, tokenizer, engine)
+    return Parts(args, model_dir, tokenizer, loop, engine, dispatcher, maker, Workspace(llm_id))
+
+
+def _parse(values: Mapping[str, Any]) -> TorchLlmArgs:
+    try:
+        return TorchLlmArgs(**values)
+    except pydantic.ValidationError as error:
+        raise ValueError("; ".join(_sentence(item) for item in error.errors())) from None
+
+
+def _sentence(item: Any) -> str:
+    name = ".".join(str(part) for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{name}: {message} (given: {item['input']!r})" if name else message
+
+
+def _load_tokenizer(args: TorchLlmArgs, model_dir: Path) -> Tokenizer:
+    source = model_dir if args.tokenizer is None else args.tokenizer
+    try:
+        return Tokenizer.load(
+            source,
+            tokenizer_mode=args.tokenizer_mode,
+            revision=args.tokenizer_revision,
+            trust_remote_code=args.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"no tokenizer can be loaded from {source} ({reason}); see skip_tokenizer_init") from error
+
+
+async def _make_dispatcher(engine: Engine) -> Dispatcher:
+    return Dispatcher(engine.fleet, limits=_LIMITS)

@@ -1,0 +1,131 @@
+"""`RequestMaker`: from a prompt and its parameters to jobs for the dispatcher and the output that they fill.
+
+Everything is checked here, before anything is started; every mistake is a ValueError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tensorweave.cluster.llm_args import TorchLlmArgs
+from tensorweave.cluster.protocol import GenerateRequest
+from tensorweave.llmapi.completion_output import Wishes
+from tensorweave.llmapi.engine import Engine
+from tensorweave.llmapi.inputs import PreprocessedInputs, PromptInputs, ReadPrompt, read_prompt
+from tensorweave.llmapi.options import RequestOptions
+from tensorweave.llmapi.outputs import RequestOutput
+from tensorweave.llmapi.phases import as_phase
+from tensorweave.llmapi.sampling_fields import LogitsProcessor, logits_processors, num_sequences, ranks_sequences
+from tensorweave.llmapi.sampling_params import SamplingParams
+from tensorweave.router.detokenize import IncrementalDetokenizer
+from tensorweave.router.generation import Job, TokensOnly
+from tensorweave.router.sampling import nth_seed
+from tensorweave.router.tokens import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """Ready to run. Its jobs' outputs begin with `echo_text` and `echo_ids`, which nobody generates; `processors` are
+    to be held by the executor, by name, for as long as it runs."""
+
+    output: RequestOutput
+    jobs: Sequence[Job]
+    processors: Mapping[str, LogitsProcessor] = field(default_factory=dict)
+    echo_text: str = ""
+    echo_ids: Sequence[int] = ()
+
+
+class RequestMaker:
+    """Used from any thread."""
+
+    def __init__(self, llm_id: str, args: TorchLlmArgs, tokenizer: Tokenizer | None, engine: Engine) -> None:
+        self._llm_id = llm_id
+        self._args = args
+        self._tokenizer = tokenizer
+        self._engine = engine
+        self._numbers = itertools.count()
+
+    def make(
+        self,
+        inputs: PromptInputs | PreprocessedInputs,
+        params: SamplingParams,
+        options: RequestOptions,
+        *,
+        is_streaming: bool = False,
+    ) -> PreparedRequest:
+        number = next(self._numbers)
+        request_id = f"{self._llm_id}-{number}"
+        callables = logits_processors(params) if isinstance(params, SamplingParams) else []
+        processors = {f"{request_id}.{place}": processor for place, processor in enumerate(callables)}
+        prompt = read_prompt(inputs, params, self._tokenizer, self._engine.info, list(processors))
+        self._check_engine(params, is_streaming)
+        count = num_sequences(params)
+        request = options.put_on(GenerateRequest(request_id, prompt.token_ids, prompt.sampling))
+        first_tokens: Sequence[int] = ()
+        if (phase := options.disaggregated_params) is not None:
+            request, first_tokens = as_phase(request, phase, self._engine.info, self._engine.kv_source is not None)
+            if count > 1 and (phase.is_context_only or phase.is_generation_only):
+                raise ValueError(f"n and best_of must be 1 in a {phase.request_type} request")
+            number = number if phase.disagg_request_id is None else phase.disagg_request_id
+        output = RequestOutput(
+            number,
+            prompt.text,
+            list(prompt.token_ids),
+            num_sequences=count,
+            num_returned=params.n,
+            wishes=self._wishes(params),
+            is_streaming=is_streaming,
+        )
+        detokenizers = [self._detokenizer(params, prompt) for _ in range(count)]
+        jobs = [
+            Job(index, _nth(request, index), detokenizer, frozenset(prompt.end_ids), first_tokens=first_tokens)
+            for index, detokenizer in enumerate(detokenizers)
+        ]
+        if params.exclude_input_from_output:
+            return PreparedRequest(output, jobs, processors)
+        texts = [detokenizer.push(prompt.token_ids) for detokenizer in detokenizers]
+        return PreparedRequest(output, jobs, processors, texts[0], prompt.token_ids)
+
+    def _check_engine(self, params: SamplingParams, is_streaming: bool) -> None:
+        if params.apply_batched_logits_processor and self._args.batched_logits_processor is None:
+            raise ValueError("apply_batched_logits_processor needs an LLM that was given a batched_logits_processor")
+        if is_streaming and ranks_sequences(params):
+            raise ValueError(
+                f"best_of {params.best_of} above n {params.n} cannot be streamed: the best are known at the end"
+            )
+
+    def _wishes(self, params: SamplingParams) -> Wishes:
+        return Wishes(
+            logprobs=params.logprobs is not None,
+            perf_metrics=params.return_perf_metrics or self._args.return_perf_metrics,
+            vocab_size=self._engine.info.vocab_size,
+        )
+
+    def _detokenizer(self, params: SamplingParams, prompt: ReadPrompt) -> IncrementalDetokenizer | TokensOnly:
+        if self._tokenizer is None or not params.detokenize:
+            return TokensOnly()
+        num_echoed = 0 if params.exclude_input_from_output else len(prompt.token_ids)
+        return IncrementalDetokenizer(
+            self._tokenizer,
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+            stop=prompt.stop,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            min_tokens=num_echoed + prompt.sampling.min_tokens,
+        )
+
+
+def _nth(request: GenerateRequest, index: int) -> GenerateRequest:
+    """Of several sequences only the first tells of the prompt: the others need not compute it all."""
+    if index == 0:
+        return request
+    sampling = dataclasses.replace(
+        request.sampling,
+        seed=nth_seed(request.sampling.seed, index),
+        num_prompt_logprobs=None,
+        wants_context_logits=False,
+    )
+    return dataclasses.replace(request, request_id=f"{request.request_id}-{index}", sampling=sampling)
