@@ -12,6 +12,7 @@ from tensorweave.cli.bench_steps import measure
 from tensorweave.cli.figures import distribution, percentile
 from tensorweave.cli.main import main
 from tensorweave.cli.prompts import random_prompts, vocab_size_of
+from tests.workers.tiny_models import make_model
 
 
 def test_distributions() -> None:
@@ -90,3 +91,15 @@ def test_step_overhead_is_measured_over_full_batches() -> None:
     assert (row["batch_size"], row["num_steps"]) == (4, 15)  # the first of the 16 tokens comes from the prefill step
     assert 0 < row["outside_forward_ms_median"] <= row["outside_forward_ms_p99"]
     assert row["outside_forward_ms_median"] < 1.0
+
+
+def test_time_to_first_token_alone_and_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_model("llama", tmp_path)
+    out = tmp_path / "report.json"
+    sizes = ["--input-lens", "5", "90", "5000", "--num-prompts", "2", "--set", "kv_cache_config.max_tokens=8192"]
+    assert main(["bench", "ttft", "--model", str(tmp_path), *sizes, "--dtype", "float32", "--json", str(out)]) == 0
+    runs = json.loads(out.read_text())["runs"]
+    assert [row["prompt tokens"] for row in runs["ttft"]] == [5, 90]  # 5000 are more than the model takes
+    assert all(row["first, one gang"] > 0 and row["second, two gangs"] > 0 for row in runs["ttft"])
+    assert runs["switch"][0]["0 decoding"].startswith("one")  # too short to be handed over
+    assert "second, cost" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from tensorweave.cluster.protocol import (
     GenerateRequest,
     KvEndpoint,
     KvSource,
+    Logprob,
     ModelInfo,
     Retention,
     RetentionRange,
@@ -27,6 +28,25 @@ from tensorweave.cluster.protocol import (
 )
 
 SPEC = SamplingSpec(9, 2, 0.5, 4, 0.9, 0.1, 2**62, (1, 2))
+FULL_SPEC = SamplingSpec(
+    max_tokens=9,
+    repetition_penalty=1.1,
+    presence_penalty=-0.5,
+    frequency_penalty=0.25,
+    no_repeat_ngram_size=3,
+    bad_words=((1, 2), (3,)),
+    logit_bias=((4, -100.0), (5, 1.5)),
+    embedding_bias=bytes(8),
+    top_p_decay=0.9,
+    top_p_min=0.1,
+    top_p_reset_id=7,
+    num_logprobs=0,
+    num_prompt_logprobs=3,
+    wants_context_logits=True,
+    wants_generation_logits=True,
+    logits_processors=("a", "b"),
+    uses_batched_processor=True,
+)
 REQUEST = GenerateRequest(
     "a", [1, 2, 3], SPEC, 2.5, 7, "salt", Retention((RetentionRange(0, None, 3, 1.5), RetentionRange(1, 2, 3)), 50, 2.0)
 )
@@ -47,10 +67,43 @@ def test_messages_survive() -> None:
     assert GenerateRequest.from_wire(over_the_wire(first.to_wire())) == first
     second = replace(REQUEST, fetch=TICKET)
     assert GenerateRequest.from_wire(over_the_wire(second.to_wire())) == second
+    third = replace(REQUEST, num_replayed=2)
+    assert GenerateRequest.from_wire(over_the_wire(third.to_wire())) == third
     chunk = TokenChunk("a", [5, 6], "stop", 6, 3)
     assert TokenChunk.from_wire(over_the_wire(chunk.to_wire())) == chunk
     info = ModelInfo("m", 10, 20, "float32", 32, 8, (2, 3))
     assert ModelInfo.from_wire(over_the_wire(info.to_wire())) == info
+
+
+def test_all_of_sampling_survives_and_defaults_cost_nothing() -> None:
+    assert SamplingSpec.from_wire(over_the_wire(FULL_SPEC.to_wire())) == FULL_SPEC
+    assert SamplingSpec(9).to_wire() == {"max_tokens": 9}
+
+
+def test_what_is_told_beside_the_tokens_survives() -> None:
+    own, other = Logprob(5, -0.25, 1), Logprob(8, -1.5, 2)
+    chunk = TokenChunk("a", [5], None, None, 3, None, 2, [(own, own, other)], [(other,), (own,)], bytes(4), bytes(8))
+    assert TokenChunk.from_wire(over_the_wire(chunk.to_wire())) == chunk
+    rows_alone = TokenChunk("a", context_logits=bytes(16))
+    assert TokenChunk.from_wire(over_the_wire(rows_alone.to_wire())).context_logits == bytes(16)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"max_tokens": 1, "from_the_future": 2},
+        {"max_tokens": "1"},
+        {"max_tokens": 1, "bad_words": [1]},
+        {"max_tokens": 1, "logit_bias": [[1, 2, 3]]},
+        {"max_tokens": 1, "num_logprobs": 1.5},
+        {"max_tokens": 1, "wants_context_logits": 1},
+        {"max_tokens": 1, "logits_processors": "ab"},
+    ],
+)
+def test_a_wrong_sampling_field_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(WireError):
+        SamplingSpec.from_wire(fields)
 
 
 @given(st.lists(st.integers(0, 2**31 - 1)))
@@ -89,7 +142,7 @@ def test_junk_is_refused(fields: Any) -> None:
             message.from_wire(fields)  # type: ignore[attr-defined]
 
 
-@given(st.integers(0, 6), junk)
+@given(st.integers(0, 10), junk)
 def test_a_wrong_field_is_refused(at: int, value: Any) -> None:
     fields = REQUEST.to_wire()
     fields[at] = value
@@ -101,6 +154,7 @@ def test_a_wrong_field_is_refused(at: int, value: Any) -> None:
     assert isinstance(request.deadline_s, float | int | None)
     assert type(request.priority) is int
     assert isinstance(request.cache_salt, str | None)
+    assert type(request.num_replayed) is int
 
 
 def test_what_a_first_phase_leaves_survives_a_user() -> None:

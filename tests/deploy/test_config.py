@@ -247,3 +247,36 @@ def test_any_text_is_data_or_a_config_error(text: str) -> None:
         assert str(error).startswith("any.yaml")  # noqa: PT017
     else:
         assert isinstance(document.data, dict)
+
+
+KEY = "a-key-of-my-own"
+DIGEST = "sha256:bfd7f11c5ce0d9a75dc2ab6c1c2e9b66ba13c0e55b6ac1c9d0f2f33c5b0d8ab0"
+
+
+def test_of_api_keys_only_digests_are_kept(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.txt"
+    keys.write_text(f"# two\n{KEY}\nanother-key\n", encoding="utf-8")
+    text = f"model: m\nsecurity: {{api_keys: [{KEY}, '{DIGEST}'], api_keys_file: {keys}}}"
+    config = load_config(write(tmp_path, text))
+    assert len(config.security.api_keys) == 3
+    assert all(key.startswith("sha256:") and len(key) == 71 for key in config.security.api_keys)
+    assert DIGEST in config.security.api_keys
+    assert KEY not in f"{config!r} {config.to_plain()}"
+    assert ServeConfig.from_plain(config.to_plain()) == config
+
+
+@pytest.mark.parametrize(
+    ("table", "overrides", "told"),
+    [
+        ("{api_keys: [short]}", (), "8 to 512 visible"),
+        ("{api_keys: ['with a space']}", (), "8 to 512 visible"),
+        ("{api_keys: [secret-key-1, 5]}", (), "api_keys.1"),
+        ("secret-key-1", (), "security"),
+        ("{}", ("security.api_keys=secret key",), "api_keys"),
+        ("{api_keys_file: no-such-file}", (), "'no-such-file' cannot be read"),
+    ],
+)
+def test_wrong_api_keys_are_not_repeated(tmp_path: Path, table: str, overrides: tuple[str, ...], told: str) -> None:
+    [line] = mistakes(tmp_path, f"model: m\nsecurity: {table}", *overrides)
+    assert told in line
+    assert all(key not in line for key in ("short", "with a space", "secret"))

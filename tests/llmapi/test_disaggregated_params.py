@@ -72,8 +72,22 @@ def by_hand(pair: tuple[LLM, LLM], prompt: Any, params: SamplingParams) -> Reque
         SamplingParams(max_tokens=20, temperature=1.1, top_k=40, seed=7),
         SamplingParams(max_tokens=1),
         SamplingParams(max_tokens=30, temperature=0.9, seed=3, stop=["e", "a"], min_tokens=3),
+        SamplingParams(
+            max_tokens=9,
+            temperature=1.2,
+            seed=5,
+            repetition_penalty=1.3,
+            presence_penalty=0.7,
+            no_repeat_ngram_size=3,
+            top_p=0.95,
+            top_p_decay=0.9,
+            bad_token_ids=[[60, 61], [70]],
+            logprobs=2,
+            return_generation_logits=True,
+            ignore_eos=True,
+        ),
     ],
-    ids=["greedy", "sampled", "one", "stop"],
+    ids=["greedy", "sampled", "one", "stop", "told"],
 )
 @pytest.mark.parametrize("prompt", ["F", "The capital of", LONG], ids=["1", "short", "long"])
 def test_two_llms_say_what_one_says(pair: tuple[LLM, LLM], alone: LLM, prompt: str, params: SamplingParams) -> None:
@@ -83,6 +97,13 @@ def test_two_llms_say_what_one_says(pair: tuple[LLM, LLM], alone: LLM, prompt: s
     assert answer.text == expected.text
     assert answer.finish_reason == expected.finish_reason
     assert answer.stop_reason == expected.stop_reason
+    assert [list(entry) for entry in answer.logprobs] == [list(entry) for entry in expected.logprobs]
+    assert answer.cumulative_logprob == pytest.approx(expected.cumulative_logprob, abs=1e-3)
+    if params.return_generation_logits:
+        assert answer.generation_logits is not None
+        assert expected.generation_logits is not None
+        assert answer.generation_logits.shape == expected.generation_logits.shape
+        assert float((answer.generation_logits - expected.generation_logits).abs().max()) < 1e-3
 
 
 def test_both_phases_sample_alike_without_a_seed(pair: tuple[LLM, LLM]) -> None:
@@ -128,6 +149,22 @@ def test_an_llm_says_where_its_kv_is(pair: tuple[LLM, LLM], alone: LLM) -> None:
 def test_a_wrong_phase_is_refused(pair: tuple[LLM, LLM], phase: DisaggregatedParams, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         pair[1].generate("x", SamplingParams(), disaggregated_params=phase)
+
+
+@pytest.mark.parametrize(
+    ("request_type", "fields", "complaint"),
+    [
+        ("context_only", {"n": 2, "temperature": 1.0}, "n and best_of must be 1"),
+        ("context_only", {"return_context_logits": True}, "return_context_logits"),
+        ("generation_only", {"prompt_logprobs": 1}, "prompt_logprobs"),
+    ],
+)
+def test_what_one_phase_cannot_tell_is_refused(
+    pair: tuple[LLM, LLM], request_type: str, fields: dict[str, Any], complaint: str
+) -> None:
+    phase = DisaggregatedParams(request_type=request_type, first_gen_tokens=[5], opaque_state=b"junk")
+    with pytest.raises(ValueError, match=complaint):
+        pair[1].generate("x", SamplingParams(**fields), disaggregated_params=phase)
 
 
 def test_a_wrong_type_and_a_missing_transceiver_are_refused(alone: LLM) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from tensorweave.cluster.errors import NotReady, TensorweaveError, WorkerLost, error_from_wire
 from tensorweave.cluster.kv_mirror import KvMirror
 from tensorweave.cluster.protocol import GenerateRequest, KvRoad, KvSource, ModelInfo, Role, TokenChunk
+from tests.router.fake_logprobs import with_logprobs
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,20 @@ class FakeLink:
         self.num_inflight = 0
         self.progress_age_s: float | None = 0.01
         self.is_open = True
+        self.is_quiet = False
         self.requests: list[GenerateRequest] = []
         self.cancelled: list[str] = []
         self.released: list[str] = []
         self.held: dict[str, GenerateRequest] = {}
         self.begun: dict[str, list[TokenChunk]] = {}
-        self.attached: list[tuple[str, int | None]] = []
+        self.attached: list[str] = []
         self.attach_fails = False
         self.num_steps = 0
         self.has_cancelled = asyncio.Event()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         fault = self.faults.pop(0) if self.faults else None
+        num_before = request.num_replayed
         self.requests.append(request)
         if not self.is_open:
             raise WorkerLost(f"gang {self.gang_id}: closed")
@@ -77,14 +80,14 @@ class FakeLink:
         is_over = False
         try:
             tokens = list(request.prompt_token_ids)
-            num_out = 0
+            num_out = request.num_replayed
             while not is_over:
                 await asyncio.sleep(self.step_s)
                 self.num_steps += 1
-                if self.fail_after is not None and num_out >= self.fail_after:
+                if self.fail_after is not None and num_out - num_before >= self.fail_after:
                     is_over = True
                     raise _copy(self.error)
-                if fault is not None and num_out >= fault.after:
+                if fault is not None and num_out - num_before >= fault.after:
                     if fault.kind in ("error", "short"):
                         is_over = True
                     if (last := await self._befall(fault, request, num_out)) is not None:
@@ -93,7 +96,7 @@ class FakeLink:
                     if is_over:
                         return
                 new, reason, stop = self._step(request, tokens, num_out)
-                if fault is not None and fault.kind == "wrong" and num_out >= fault.after:
+                if fault is not None and fault.kind == "wrong" and num_out - num_before >= fault.after:
                     new = [token ^ 1 for token in new]
                 if request.offer is not None and reason is None:
                     reason = "not_finished"
@@ -101,7 +104,14 @@ class FakeLink:
                 tokens += new
                 num_out += len(new)
                 is_over = reason is not None
-                yield TokenChunk(request.request_id, new, reason, stop, self.num_cached, start=num_out - len(new))
+                chunk = TokenChunk(request.request_id, new, reason, stop, self.num_cached, start=num_out - len(new))
+                yield with_logprobs(
+                    chunk,
+                    request.sampling,
+                    request.prompt_token_ids,
+                    is_first=num_out - len(new) == num_before,
+                    vocab_size=self.info.vocab_size,
+                )
         finally:
             self.num_inflight -= 1
             if not is_over:
@@ -133,9 +143,9 @@ class FakeLink:
     async def find(self, request_id: str, timeout_s: float = 5.0) -> bool:
         return request_id in self.begun
 
-    async def attach(self, request_id: str, prompt_len: int | None = None) -> AsyncGenerator[TokenChunk, None]:
+    async def attach(self, request_id: str) -> AsyncGenerator[TokenChunk, None]:
         """All of `begun`'s chunks, at the pace of a step each."""
-        self.attached.append((request_id, prompt_len))
+        self.attached.append(request_id)
         if self.attach_fails:
             raise NotReady("there is nothing to attach to")
         for chunk in self.begun[request_id]:

@@ -75,6 +75,7 @@ async def running(app: FastAPI) -> AsyncIterator[str]:
     # By name: asyncio sets TCP_NODELAY only where the protocol is known, and Nagle's delay costs 40 ms an answer.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
+    listener.listen()  # who calls before the server runs waits for it
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -13,6 +13,7 @@ import pytest
 from tensorweave.cluster.errors import Overloaded, WorkerLost
 from tensorweave.router.admission import Limits
 from tensorweave.router.health import check_health
+from tests.router.calls import CHAT, COMPLETIONS, TEXT, check_error, get, post, scripted
 from tests.router.fake_fleet import FakeFleet, FakeLink, Fault
 from tests.router.serving import (
     MODEL,
@@ -26,43 +27,6 @@ from tests.router.serving import (
     script_of,
 )
 from tests.router.small_tokenizers import byte_level
-
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-TEXT = "Grüße aus 東京 😀!"
-
-
-def post(path: str, body: Any, *links: FakeLink, limits: Limits | None = None, **kwargs: Any) -> httpx.Response:
-    async def call() -> httpx.Response:
-        async with client_of(make_app(*links, limits=limits)) as client:
-            if isinstance(body, bytes):
-                return await client.post(path, content=body, **kwargs)
-            return await client.post(path, json=body, **kwargs)
-
-    return asyncio.run(call())
-
-
-def get(path: str, *links: FakeLink, method: str = "GET", headers: dict[str, str] | None = None) -> httpx.Response:
-    async def call() -> httpx.Response:
-        async with client_of(make_app(*links)) as client:
-            return await client.request(method, path, headers=headers)
-
-    return asyncio.run(call())
-
-
-def scripted(text: str = TEXT, **options: Any) -> FakeLink:
-    return FakeLink(model_info(), script=script_of(text), **options)
-
-
-def check_error(answer: httpx.Response, status: int, param: str | None, code: str | None = None) -> dict[str, Any]:
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/json"
-    assert answer.headers["x-request-id"]
-    error: dict[str, Any] = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["param"] == param
-    assert code is None or error["code"] == code
-    return error
-
 
 # ---- answers
 
@@ -224,157 +188,6 @@ def test_fields_that_change_nothing_are_accepted() -> None:
         "max_tokens": 4,
     }
     assert post(CHAT, chat(**harmless), scripted()).status_code == 200
-
-
-# ---- bad input
-
-LONG_PROMPT = [5] * 600
-BAD_INPUT: list[tuple[str, Any, int, str | None]] = [
-    (CHAT, chat(temperature=-1), 400, "temperature"),
-    (CHAT, chat(temperature=2.5), 400, "temperature"),
-    (CHAT, chat(temperature="1"), 400, "temperature"),
-    (CHAT, chat(top_p=1.1), 400, "top_p"),
-    (CHAT, chat(top_p=True), 400, "top_p"),
-    (CHAT, chat(min_p=-0.1), 400, "min_p"),
-    (CHAT, chat(top_k=-2), 400, "top_k"),
-    (CHAT, chat(n=0), 400, "n"),
-    (CHAT, chat(n=129), 400, "n"),
-    (CHAT, chat(seed=1.5), 400, "seed"),
-    (CHAT, chat(seed=2**70), 400, "seed"),
-    (CHAT, chat(max_tokens=0), 400, "max_tokens"),
-    (CHAT, chat(max_tokens=10_000), 400, "max_tokens"),
-    (CHAT, chat(max_completion_tokens=10_000), 400, "max_completion_tokens"),
-    (CHAT, chat(min_tokens=9, max_tokens=8), 400, "min_tokens"),
-    (CHAT, chat(stop=""), 400, "stop"),
-    (CHAT, chat(stop=["a", 1]), 400, "stop"),
-    (CHAT, chat(stop=["x"] * 65), 400, "stop"),
-    (CHAT, chat(stop_token_ids=[99999]), 400, "stop_token_ids"),
-    (CHAT, chat(stop_token_ids=[-1]), 400, "stop_token_ids"),
-    (CHAT, chat(stream="yes"), 400, "stream"),
-    (CHAT, chat(stream_options={"include_usage": True}), 400, "stream_options"),
-    (CHAT, chat(stream=True, stream_options={"nope": 1}), 400, "stream_options.nope"),
-    (CHAT, chat(timeout_s=0), 400, "timeout_s"),
-    (CHAT, chat(tools=[{"type": "function"}]), 400, "tools"),
-    (CHAT, chat(tool_choice="required"), 400, "tool_choice"),
-    (CHAT, chat(response_format={"type": "json_object"}), 400, "response_format"),
-    (CHAT, chat(logprobs=True), 400, "logprobs"),
-    (CHAT, chat(top_logprobs=2), 400, "top_logprobs"),
-    (CHAT, chat(logit_bias={"5": 1}), 400, "logit_bias"),
-    (CHAT, chat(presence_penalty=0.5), 400, "presence_penalty"),
-    (CHAT, chat(frequency_penalty=-1), 400, "frequency_penalty"),
-    (CHAT, chat(modalities=["text", "audio"]), 400, "modalities"),
-    (CHAT, chat(store=True), 400, "store"),
-    (CHAT, chat(service_tier="flex"), 400, "service_tier"),
-    (CHAT, chat(chat_template_kwargs={"tokenize": True}), 400, "chat_template_kwargs"),
-    (CHAT, chat(max_token=5), 400, "max_token"),
-    (CHAT, {"model": MODEL}, 400, "messages"),
-    (CHAT, {"messages": []}, 400, "model"),
-    (CHAT, {"model": MODEL, "messages": []}, 400, "messages"),
-    (CHAT, {"model": MODEL, "messages": "Hi"}, 400, "messages"),
-    (CHAT, {"model": MODEL, "messages": [{"role": "user"}]}, 400, "messages[0].content"),
-    (CHAT, {"model": MODEL, "messages": [{"role": "alien", "content": "x"}]}, 400, "messages[0].role"),
-    (CHAT, {"model": MODEL, "messages": [{"role": "user", "content": 5}]}, 400, "messages[0].content"),
-    (
-        CHAT,
-        {"model": MODEL, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-        400,
-        "messages[0].content",
-    ),
-    (
-        CHAT,
-        {"model": MODEL, "messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
-        400,
-        "messages[0].tool_calls",
-    ),
-    (
-        CHAT,
-        {"model": MODEL, "messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
-        400,
-        "messages",
-    ),
-    (CHAT, chat("x " * 3000), 400, "messages"),
-    (CHAT, chat() | {"model": "other"}, 404, "model"),
-    (COMPLETIONS, completion(best_of=2), 400, "best_of"),
-    (COMPLETIONS, completion(echo=True), 400, "echo"),
-    (COMPLETIONS, completion(suffix="x"), 400, "suffix"),
-    (COMPLETIONS, completion(logprobs=0), 400, "logprobs"),
-    (COMPLETIONS, completion(""), 400, "prompt"),
-    (COMPLETIONS, completion([]), 400, "prompt"),
-    (COMPLETIONS, completion(["a", 5]), 400, "prompt"),
-    (COMPLETIONS, completion([1.5]), 400, "prompt"),
-    (COMPLETIONS, completion([True]), 400, "prompt"),
-    (COMPLETIONS, completion([99999]), 400, "prompt"),
-    (COMPLETIONS, completion([-1]), 400, "prompt"),
-    (COMPLETIONS, completion([[]]), 400, "prompt"),
-    (COMPLETIONS, completion(LONG_PROMPT), 400, "prompt"),
-    (COMPLETIONS, completion(["a"] * 300), 400, "prompt"),
-    (COMPLETIONS, completion(None), 400, "prompt"),
-    (COMPLETIONS, b"{", 400, None),
-    (COMPLETIONS, b"", 400, None),
-    (COMPLETIONS, b"[1]", 400, None),
-    (COMPLETIONS, b'{"model": "\xff"}', 400, None),
-    (COMPLETIONS, b'{"model": "org/tiny", "prompt": "a", "temperature": NaN}', 400, None),
-    (COMPLETIONS, b'{"model": "org/tiny", "prompt": "\\ud800"}', 400, None),
-    (COMPLETIONS, b"[" * 100_000, 400, None),
-]
-
-
-@pytest.mark.parametrize(("path", "body", "status", "param"), BAD_INPUT)
-def test_bad_input(path: str, body: Any, status: int, param: str | None) -> None:
-    link = FakeLink(model_info())
-    answer = post(path, body, link, headers={"content-type": "application/json"})
-    error = check_error(answer, status, param)
-    assert error["type"] == "invalid_request_error"
-    assert link.requests == []
-
-
-def test_length_error_names_the_numbers() -> None:
-    answer = post(COMPLETIONS, completion([5] * 500, max_tokens=100), FakeLink(model_info()))
-    error = check_error(answer, 400, "max_tokens", "context_length_exceeded")
-    assert all(number in error["message"] for number in ("512", "500", "100"))
-
-
-def test_unknown_field_names_the_nearest() -> None:
-    assert "max_tokens" in check_error(post(CHAT, chat(max_token=5), scripted()), 400, "max_token")["message"]
-
-
-@pytest.mark.parametrize(
-    ("path", "method", "status", "code"),
-    [
-        ("/nope", "GET", 404, "not_found"),
-        ("/v1/models/other", "GET", 404, "model_not_found"),
-        (CHAT, "GET", 405, "method_not_allowed"),
-        ("/health", "POST", 405, "method_not_allowed"),
-        ("/v1/chat/completions/", "POST", 404, "not_found"),
-    ],
-)
-def test_wrong_routes(path: str, method: str, status: int, code: str) -> None:
-    answer = get(path, scripted(), method=method)
-    check_error(answer, status, "model" if code == "model_not_found" else None, code)
-
-
-def test_wrong_content_type() -> None:
-    answer = post(CHAT, json.dumps(chat()).encode(), scripted(), headers={"content-type": "text/plain"})
-    check_error(answer, 415, None, "unsupported_media_type")
-
-
-def test_body_limit_by_length_and_while_reading() -> None:
-    limits = Limits(max_body_bytes=1000)
-    check_error(post(CHAT, chat("x" * 2000), scripted(), limits=limits), 413, None, "body_too_large")
-    num_read = 0
-
-    async def endless() -> Any:
-        nonlocal num_read
-        while True:
-            num_read += 1
-            yield b"x" * 100
-
-    async def call() -> httpx.Response:
-        async with client_of(make_app(scripted(), limits=limits)) as client:
-            return await client.post(CHAT, content=endless(), headers={"content-type": "application/json"})
-
-    check_error(asyncio.run(call()), 413, None, "body_too_large")
-    assert num_read <= 12
 
 
 # ---- failures

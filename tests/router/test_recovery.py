@@ -204,7 +204,8 @@ def test_a_replay_goes_on_from_what_was_sent() -> None:
         replay = links[1].requests[0]
         assert replay.request_id == "r/d2"
         assert list(replay.prompt_token_ids) == PROMPT + oracle(2)
-        assert (replay.sampling.max_tokens, replay.sampling.min_tokens, replay.sampling.seed) == (4, 1, 3)
+        assert replay.num_replayed == 2
+        assert (replay.sampling.max_tokens, replay.sampling.min_tokens, replay.sampling.seed) == (6, 3, 3)
         assert {chunk.num_cached_tokens for chunk in chunks} == {1}
         assert dispatcher.counts.retries == {"worker_lost": 1}
         assert dispatcher.counts.num_recovered == 1

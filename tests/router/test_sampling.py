@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.router.sampling import ContextTooLong, SamplingFields, check_prompt, nth_seed, resolve_sampling
 from tests.router.serving import IM_END, model_info
+
+VOCAB = model_info().vocab_size
 
 
 def resolve(prompt_len: int = 10, **fields: Any) -> SamplingSpec:
@@ -31,6 +35,15 @@ def resolve(prompt_len: int = 10, **fields: Any) -> SamplingSpec:
         ("min_tokens", -1), ("seed", 2**64), ("seed", "7"), ("stop", "plain string"), ("stop", [""]), ("stop", [1]),
         ("stop", ["x" * 1025]), ("stop_token_ids", ["a"]), ("stop_token_ids", [-1]), ("stop_token_ids", "12"),
         ("stop_token_ids", [1] * 1025), ("ignore_eos", 1),
+        ("repetition_penalty", 0), ("repetition_penalty", -1.0), ("repetition_penalty", math.inf),
+        ("presence_penalty", 2.1), ("presence_penalty", -2.1), ("frequency_penalty", "1"),
+        ("frequency_penalty", math.nan), ("no_repeat_ngram_size", -1), ("no_repeat_ngram_size", 1.5),
+        ("bad_token_ids", [[]]), ("bad_token_ids", [3]), ("bad_token_ids", "ab"), ("bad_token_ids", [[None]]),
+        ("bad_token_ids", [[1]] * 1025), ("logit_bias", {1: 101}), ("logit_bias", {1: -100.5}),
+        ("logit_bias", {1: math.nan}), ("logit_bias", {1: None}), ("logit_bias", {"1": 1.0}), ("logit_bias", {-1: 1.0}),
+        ("logit_bias", [1]), ("embedding_bias", b"123"), ("embedding_bias", struct.pack("<f", math.nan)),
+        ("embedding_bias", [1.0]), ("top_p_decay", 0), ("top_p_decay", 1.1), ("top_p_min", 0), ("top_p_min", 2),
+        ("logprobs", -1), ("logprobs", True), ("prompt_logprobs", 1.0),
     ],
 )  # fmt: skip
 def test_wrong_fields_are_named(name: str, value: Any) -> None:
@@ -38,6 +51,92 @@ def test_wrong_fields_are_named(name: str, value: Any) -> None:
         SamplingFields(**{name: value})
     assert refused.value.param == name
     assert isinstance(refused.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("top_p_reset_id", -1, "top_p_reset_ids"),
+        ("wants_context_logits", 1, "return_context_logits"),
+        ("wants_generation_logits", "yes", "return_generation_logits"),
+        ("logits_processors", "name", "logits_processor"),
+        ("logits_processors", [1], "logits_processor"),
+        ("uses_batched_processor", 1, "apply_batched_logits_processor"),
+    ],
+)
+def test_fields_are_named_as_people_know_them(field: str, value: Any, named: str) -> None:
+    with pytest.raises(RequestRejected) as refused:
+        SamplingFields(**{field: value})
+    assert refused.value.param == named
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("stop_token_ids", [VOCAB], "stop_token_ids"),
+        ("logit_bias", {VOCAB: 1.0}, "logit_bias"),
+        ("bad_token_ids", [[1], [2, VOCAB]], "bad_token_ids"),
+        ("top_p_reset_id", VOCAB, "top_p_reset_ids"),
+        ("embedding_bias", bytes(4 * VOCAB - 4), "embedding_bias"),
+        ("logprobs", VOCAB + 1, "logprobs"),
+        ("prompt_logprobs", VOCAB + 1, "prompt_logprobs"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_named(field: str, value: Any, named: str) -> None:
+    with pytest.raises(RequestRejected) as refused:
+        resolve(**{field: value})
+    assert refused.value.param == named
+
+
+def test_log_probabilities_are_limited_where_asked() -> None:
+    ask = functools.partial(resolve_sampling, prompt_len=1, info=model_info(), max_logprobs=20)
+    assert ask(SamplingFields(logprobs=20)).num_logprobs == 20
+    with pytest.raises(RequestRejected, match="between 0 and 20"):
+        ask(SamplingFields(prompt_logprobs=21))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_penalties_and_biases_hold_for_greedy_too(temperature: float) -> None:
+    spec = resolve(
+        max_tokens=4,
+        temperature=temperature,
+        repetition_penalty=1.2,
+        presence_penalty=-2,
+        frequency_penalty=0.5,
+        no_repeat_ngram_size=3,
+        bad_token_ids=[[1, 2], [3]],
+        logit_bias={5: -100, 6: 1},
+        embedding_bias=bytes(4 * VOCAB),
+        logprobs=0,
+        prompt_logprobs=2,
+        wants_context_logits=True,
+        wants_generation_logits=True,
+        logits_processors=["mine"],
+        uses_batched_processor=True,
+    )
+    assert spec.is_greedy == (temperature == 0)
+    assert replace(spec, temperature=0.0, seed=0) == SamplingSpec(
+        4,
+        stop_token_ids=(IM_END,),
+        repetition_penalty=1.2,
+        presence_penalty=-2.0,
+        frequency_penalty=0.5,
+        no_repeat_ngram_size=3,
+        bad_words=((1, 2), (3,)),
+        logit_bias=((5, -100.0), (6, 1.0)),
+        embedding_bias=bytes(4 * VOCAB),
+        num_logprobs=0,
+        num_prompt_logprobs=2,
+        wants_context_logits=True,
+        wants_generation_logits=True,
+        logits_processors=("mine",),
+        uses_batched_processor=True,
+    )
+
+
+def test_top_p_decays_where_it_samples() -> None:
+    spec = resolve(top_p=0.9, top_p_decay=0.5, top_p_min=0.2, top_p_reset_id=3)
+    assert (spec.top_p, spec.top_p_decay, spec.top_p_min, spec.top_p_reset_id) == (0.9, 0.5, 0.2, 3)
 
 
 def test_defaults_over_http_are_openais() -> None:

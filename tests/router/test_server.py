@@ -6,6 +6,7 @@ import asyncio
 import json
 import statistics
 import time
+from typing import Any
 
 import httpx
 import openai
@@ -68,13 +69,41 @@ def test_the_official_client_streams_a_completion_and_lists_models() -> None:
     asyncio.run(call())
 
 
+def test_the_official_client_reads_log_probabilities() -> None:
+    async def call() -> None:
+        async with running(make_app(FakeLink(model_info(), script=script_of(TEXT)))) as url, official(url) as client:
+            completion = await client.completions.create(
+                model=MODEL, prompt="Where?", max_tokens=100, logprobs=2, echo=True, logit_bias={"5": -100}
+            )
+            told = completion.choices[0].logprobs
+            assert told is not None
+            assert told.token_logprobs is not None
+            assert told.tokens is not None
+            assert len(told.tokens) == len(told.token_logprobs)
+            messages: list[Any] = [{"role": "user", "content": [{"type": "text", "text": "Where?"}]}]
+            fields: dict[str, Any] = {"model": MODEL, "messages": messages, "logprobs": True, "top_logprobs": 3}
+            whole = await client.chat.completions.create(**fields, n=2)
+            for choice in whole.choices:
+                assert choice.logprobs is not None
+                assert choice.logprobs.content is not None
+                assert [len(token.top_logprobs) for token in choice.logprobs.content] == [3] * len(script_of(TEXT))
+            async with client.chat.completions.stream(**fields) as stream:  # adds up what the chunks say
+                async for _ in stream:
+                    pass
+                final = (await stream.get_final_completion()).choices[0]
+            assert final.message.content == TEXT
+            assert final.logprobs == whole.choices[0].logprobs
+
+    asyncio.run(call())
+
+
 def test_the_official_client_understands_errors() -> None:
     async def call() -> None:
         link = FakeLink(model_info(), script=script_of("a" * 50), fail_after=3)
         async with running(make_app(link, limits=ONE_ATTEMPT)) as url, official(url) as client:
             with pytest.raises(openai.BadRequestError) as refused:
-                await client.completions.create(model=MODEL, prompt="x", echo=True)
-            assert refused.value.param == "echo"
+                await client.completions.create(model=MODEL, prompt="x", suffix="y")
+            assert refused.value.param == "suffix"
             with pytest.raises(openai.NotFoundError):
                 await client.completions.create(model="other", prompt="x")
             stream = await client.completions.create(model=MODEL, prompt="x", stream=True)

@@ -22,7 +22,7 @@ def request(spec: SamplingSpec, position: int = 5, order: int = 0) -> LlmRequest
 
 def decode(logits: torch.Tensor, specs: list[SamplingSpec], position: int = 5) -> list[int]:
     batch = ScheduledBatch(generation=tuple(request(spec, position, i) for i, spec in enumerate(specs)))
-    return SamplingDecoder().decode(logits.clone(), batch)
+    return SamplingDecoder().decode(logits.clone(), batch).tokens
 
 
 def expected(logits: np.ndarray, spec: SamplingSpec, number: float) -> int:
@@ -80,7 +80,7 @@ def test_sampling_follows_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     spec = [SamplingSpec(8, temperature=1.0, seed=seed) for seed in range(4000)]
     batch = ScheduledBatch(generation=tuple(request(s, 5, i) for i, s in enumerate(spec)))
-    tokens = SamplingDecoder().decode(logits.repeat(4000, 1), batch)
+    tokens = SamplingDecoder().decode(logits.repeat(4000, 1), batch).tokens
     shares = np.bincount(tokens, minlength=4) / 4000
     assert np.abs(shares - torch.softmax(logits[0], 0).numpy()).max() < 0.03
 

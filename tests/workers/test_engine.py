@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from tensorweave.workers.comm import SoloComm
-from tensorweave.workers.engine_loader import has_fast_bfloat16, load_engine, pick_device, pick_dtype
+from tensorweave.workers.device import has_fast_bfloat16, pick_device, pick_dtype
+from tensorweave.workers.engine_loader import load_engine
 from tensorweave.workers.fake_engine import EmptyEngine, HashEngine, hash_token
 from tensorweave.workers.fake_executor import fake_output
+from tensorweave.workers.models.config import load_model_config
 from tensorweave.workers.plan import ContextChunk, ScheduledBatch
 from tensorweave.workers.resources import BlockCopy
 from tests.workers.engine_drive import (
@@ -136,6 +138,8 @@ def test_ranks_take_the_smallest_kv_pool_and_say_what_they_run(tmp_path: Path) -
     info = infos[0]
     assert (info.num_blocks, info.tokens_per_block, info.max_seq_len) == (7, 16, 112)
     assert (info.vocab_size, info.dtype, info.end_ids) == (VOCAB, "float32", (2,))
+    config = load_model_config(tmp_path)
+    assert info.kv_bytes_per_token == 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
 
 
 def test_a_memory_fraction_sizes_the_pool(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_a_retired_link_ends_with_its_last_request() -> None:
         (wire.pack_frame("hello", PROTOCOL_VERSION, SECRET) + wire.pack_frame("dance"), "unexpected 'dance'"),
         (
             wire.pack_frame("hello", PROTOCOL_VERSION, SECRET)
-            + wire.pack_frame("add", ["r", 5, [], 0, 0, None, None, None, None, 0]),
+            + wire.pack_frame("add", ["r", 5, [], 0, 0, None, None, None, None, 0, 0]),
             "token",
         ),
     ],
@@ -327,8 +327,8 @@ def _kept(request_id: str, num_tokens: int, grace_s: float = 5.0) -> GenerateReq
     return replace(_request(request_id, num_tokens), grace_s=grace_s)
 
 
-async def _attached(link: SocketLink, request_id: str, prompt_len: int | None = None) -> list[TokenChunk]:
-    return [chunk async for chunk in link.attach(request_id, prompt_len)]
+async def _attached(link: SocketLink, request_id: str) -> list[TokenChunk]:
+    return [chunk async for chunk in link.attach(request_id)]
 
 
 def _joined(chunks: list[TokenChunk]) -> list[int]:
@@ -368,10 +368,10 @@ def test_another_router_picks_up_what_a_lost_one_left() -> None:
 def test_an_attempt_that_took_over_gives_the_tokens_before_it_too() -> None:
     async def body() -> None:
         async with _linked(address) as first, _linked(address) as second:
-            resumed = replace(_kept("mine/d2", 30), prompt_token_ids=[*PROMPT, 91, 92])
+            resumed = replace(_kept("mine/d2", 32), prompt_token_ids=[*PROMPT, 91, 92], num_replayed=2)
             mine = asyncio.create_task(_tokens(first, resumed))
             await _until(lambda: executor.num_requests == 1)
-            chunks = await _attached(second, "mine", prompt_len=len(PROMPT))
+            chunks = await _attached(second, "mine")
             assert _joined(chunks) == [91, 92, *fake_output([*PROMPT, 91, 92], 30)]
             assert await mine == fake_output([*PROMPT, 91, 92], 30), "both hear it"
 

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgpack
@@ -21,6 +22,7 @@ from tensorweave.workers.transfer.faulty import FAULTS, Fault, FaultyCarrier
 from tensorweave.workers.transfer.loop import Exchange
 from tensorweave.workers.transfer.stream import Stream
 from tests.workers.transfer_drive import (
+    WAIT_S,
     Client,
     Gang,
     MakeCarrier,
@@ -66,7 +68,7 @@ def run_faults(
     rng = random.Random(seed)
     made: list[FaultyCarrier] = []
     plan = {"rate": 0.6, "faults": faults}
-    knobs: dict[str, Any] = {"num_blocks": 400, "timeout_s": 0.4}
+    knobs: dict[str, Any] = {"num_blocks": 400, "timeout_s": 0.4 if "delay" in faults else 30.0}
     with (
         hash_gang(sizes[0], make, name="P", **knobs) as prefill,
         hash_gang(sizes[1], faulty(make, made, **plan), name="D", **knobs) as decode,
@@ -346,3 +348,17 @@ def test_a_ticket_used_twice_finds_nothing_the_second_time() -> None:
         request = GenerateRequest("again", [6] * 90, SamplingSpec(max_tokens=5), fetch=ticket)
         other.leader.enqueue_request(request)
         check_local(other, request, "gone", within_s=2.0)
+
+
+def test_a_gang_waits_for_the_holders_of_its_tickets() -> None:
+    with hash_gang(name="P", lease_s=60.0) as prefill:
+        assert prefill.leader.wait_released(0.0)
+        for_prefill, _ = one_request("held", prefill.source)
+        prefill.leader.enqueue_request(for_prefill)
+        Client(prefill).wait([for_prefill.request_id])
+        assert not prefill.leader.wait_released(0.05)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(prefill.leader.wait_released, WAIT_S)
+            prefill.leader.cancel_request(for_prefill.request_id)
+            assert waiting.result(WAIT_S)
+        prefill.wait_idle()

@@ -14,6 +14,7 @@ from torch import Tensor
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.kernels.block_pack import pack_blocks
 from tensorweave.workers.kv_pool import KVPool
+from tensorweave.workers.transfer import tcp_bench
 from tensorweave.workers.transfer.bench import Shape, bench_fetches, bench_kernels
 from tensorweave.workers.transfer.carrier import Carrier, Claim
 from tensorweave.workers.transfer.lane import HostLane, LaneKind
@@ -144,6 +145,8 @@ def test_without_a_common_lane_the_prompt_is_computed() -> None:
     board = Board()
     gauges = run_over(carriers(board, "tcp"), carriers(board, "board"), lease_s=0.5)
     assert gauges["kv_transfer_blocks_total"] == 0
+    assert gauges["kv_transfer_failures_no_lane_total"] == len(PROMPTS)
+    assert gauges["kv_transfer_failures_peer_lost_total"] == 0
 
 
 def test_lanes_of_a_cpu() -> None:
@@ -176,3 +179,9 @@ def test_the_bench_on_a_cpu() -> None:
     assert all(row["checked_gb_per_s"] > 0 for row in rows)
     kernels = bench_kernels(shape, "cpu", 1 << 16, num_runs=2)
     assert all(rate > 0 for name, rate in kernels.items() if name.endswith("gb_per_s"))
+
+
+def test_the_bench_against_bare_sockets() -> None:
+    row = tcp_bench.measure(Shape("small", 2, 2, 16, "float32", 16), 6 << 20, num_rounds=1).row()
+    assert 1 < row["message_mb"] < 3
+    assert all(rate > 0 for name, rate in row.items() if name.endswith(("gb_per_s", "bare", "buffer")))

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
-from tensorweave.cluster.protocol import SamplingSpec
+from tensorweave.cluster.errors import RequestRejected
+from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
 from tensorweave.workers.transfer.loop import Exchange
 from tests.workers.engine_drive import random_prompts
 from tests.workers.tiny_models import make_model
 from tests.workers.transfer_drive import (
+    Answer,
+    Client,
     Gang,
     MakeCarrier,
     hash_gang,
@@ -102,6 +105,24 @@ def test_loop(model: Path, sizes: tuple[int, int], want: Any, requests: Any) -> 
 
 def test_without_prefix_trees(model: Path, want: Any, requests: Any) -> None:
     check_pair(model, (1, 2), tcp_carriers, want, requests, reuse=False)
+
+
+def test_a_replay_longer_than_a_step_without_chunking() -> None:
+    """What was generated elsewhere counts as output: it is taken in, and computed in pieces that fit a step."""
+    prompt, sampling = [7 * at % 1000 for at in range(60)], SamplingSpec(max_tokens=100)
+    with hash_gang(make_carrier=None, chunked=False, max_num_tokens=64) as gang:
+        (whole,) = run_aggregated(gang, [prompt], [sampling])
+        gang.leader.get_latest_iteration_stats()
+        sent = whole.tokens[:80]
+        gang.leader.enqueue_request(GenerateRequest("again", [*prompt, *sent], sampling, num_replayed=len(sent)))
+        client = Client(gang)
+        client.answers["again"] = Answer(tokens=list(sent))
+        (answer,) = client.wait(["again"])
+        assert (answer.tokens, answer.finish_reason) == (whole.tokens, "length")
+        rows = gang.leader.get_latest_iteration_stats()
+        assert max(row["inflightBatchingStats"]["numCtxTokens"] for row in rows) <= 64
+        with pytest.raises(RequestRejected, match="over the limit of 64"):
+            gang.leader.enqueue_request(GenerateRequest("over", [*prompt, 1, 2, 3, 4, 5], sampling))
 
 
 @pytest.mark.slow

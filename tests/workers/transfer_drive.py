@@ -6,13 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
-from tensorweave.cluster.protocol import GenerateRequest, KvSource, SamplingSpec, Ticket, TokenChunk
+from tensorweave.cluster.protocol import GenerateRequest, KvSource, SamplingSpec, Ticket, TokenChunk, TokenLogprobs
 from tensorweave.workers.comm import Comm, SoloComm
 from tensorweave.workers.decoder import SamplingDecoder
 from tensorweave.workers.engine_loader import load_engine
@@ -182,11 +183,13 @@ def model_gang(path: Path, size: int = 1, make_carrier: MakeCarrier | None = tcp
     return Gang(lambda comm: load_engine(engine_args(path, kv_cache_config=kv), comm), size, make_carrier, **knobs)
 
 
+@dataclass
 class Answer:
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.finish_reason: str | None = None
-        self.num_cached_tokens = 0
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: int = 0
 
 
 class Client:
@@ -202,7 +205,9 @@ class Client:
             assert chunk.error is None, chunk.error
             assert chunk.start == len(answer.tokens), "chunks come in order, without gaps"
             answer.tokens += chunk.token_ids
+            answer.logprobs += chunk.logprobs
             answer.finish_reason = chunk.finish_reason
+            answer.stop_reason = chunk.stop_reason
             answer.num_cached_tokens = chunk.num_cached_tokens
 
     def wait(self, request_ids: Sequence[str], timeout_s: float = WAIT_S) -> list[Answer]:

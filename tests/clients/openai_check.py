@@ -1,0 +1,107 @@
+"""The official Python client (2.x or 3.x) against a running service: python openai_check.py URL MODEL.
+
+Needs nothing but `openai`, and OPENAI_API_KEY where the service asks for a key. Whole and streamed answers must be the
+same, and every error must name its field.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import openai
+
+PARTS: list[Any] = [{"role": "user", "content": [{"type": "text", "text": "Say hello in Japanese and add an emoji."}]}]
+EXTENSIONS = {
+    "top_k": 40, "min_p": 0.02, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "bad_words": ["hello"],
+    "top_p_decay": 0.9, "top_p_min": 0.2, "return_token_ids": True, "prompt_logprobs": 1, "cache_salt": "a",
+    "priority": 1,
+}  # fmt: skip
+
+
+def check_completions(client: openai.OpenAI, model: str) -> None:
+    fields: dict[str, Any] = {
+        "model": model, "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0, "logprobs": 3,
+        "echo": True,
+    }  # fmt: skip
+    choice = client.completions.create(**fields).choices[0]
+    told = choice.logprobs
+    assert told is not None
+    ends = [*told.text_offset[1:], len(choice.text)]
+    for token, start, end in zip(told.tokens, told.text_offset, ends, strict=True):
+        assert choice.text[start:end] in (token, ""), (token, choice.text[start:end])
+    text, tokens, logprobs = "", [], []
+    for chunk in client.completions.create(**fields, stream=True, stream_options={"include_usage": True}):
+        for part in chunk.choices:
+            text += part.text
+            tokens += part.logprobs.tokens
+            logprobs += part.logprobs.token_logprobs
+    assert text == choice.text
+    assert tokens == told.tokens
+    assert logprobs[0] is None
+    assert all(abs(a - b) < 1e-3 for a, b in zip(logprobs[1:], told.token_logprobs[1:], strict=True))
+    several = client.completions.create(model=model, prompt=["a b c", "1 2 3"], n=2, best_of=3, max_tokens=6, seed=5)
+    assert [one.index for one in several.choices] == [0, 1, 2, 3]
+    assert several.usage is not None
+    assert several.usage.completion_tokens <= 36
+
+
+def check_chats(client: openai.OpenAI, model: str) -> None:
+    fields: dict[str, Any] = {
+        "model": model, "messages": PARTS, "max_completion_tokens": 24, "temperature": 0, "logprobs": True,
+        "top_logprobs": 2,
+    }  # fmt: skip
+    whole = client.chat.completions.create(**fields)
+    content = whole.choices[0].logprobs.content
+    assert len(content) == whole.usage.completion_tokens
+    assert all(len(token.top_logprobs) == 2 for token in content)
+    with client.chat.completions.stream(**fields) as stream:
+        for _ in stream:
+            pass
+        streamed = stream.current_completion_snapshot.choices[0]
+    assert streamed.message.content == whole.choices[0].message.content
+    assert [token.token for token in streamed.logprobs.content] == [token.token for token in content]
+    again = client.chat.completions.create(
+        model=model, messages=PARTS, max_completion_tokens=16, seed=3, n=2, presence_penalty=1, frequency_penalty=0.5,
+        logit_bias={"30": -100}, stop=["no such text"], extra_body=EXTENSIONS,
+    )  # fmt: skip
+    assert len({choice.message.content for choice in again.choices}) == 2
+    assert len(again.model_extra["prompt_logprobs"]) == again.usage.prompt_tokens
+    assert sum(len(choice.model_extra["token_ids"]) for choice in again.choices) == again.usage.completion_tokens
+
+
+def check_errors(client: openai.OpenAI, model: str) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    for fields, kind, param in (
+        ({"temperature": -1}, openai.BadRequestError, "temperature"),
+        ({"model": "no-such-model"}, openai.NotFoundError, "model"),
+        ({"tools": [tool]}, openai.BadRequestError, "tools"),
+        ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format"),
+    ):
+        assert refusal(client, {"model": model, "messages": PARTS, **fields}, kind) == param
+
+
+def refusal(client: openai.OpenAI, fields: dict[str, Any], kind: type[openai.APIStatusError]) -> str | None:
+    """The field that the error names."""
+    try:
+        client.chat.completions.create(**fields)
+    except kind as error:
+        return error.param
+    raise AssertionError(f"{sorted(fields)} was accepted")
+
+
+def main() -> None:
+    url, model = sys.argv[1:]
+    client = openai.OpenAI(
+        base_url=f"{url}/v1", api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=0, timeout=120
+    )
+    assert [card.id for card in client.models.list()] == [model]
+    check_completions(client, model)
+    check_chats(client, model)
+    check_errors(client, model)
+    print(f"openai {openai.__version__}: ok")
+
+
+if __name__ == "__main__":
+    main()

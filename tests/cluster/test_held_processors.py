@@ -1,0 +1,47 @@
+"""Logits processors that a pool's gangs hold, with gangs that are lost, refuse, or start meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tensorweave.cluster.errors import WorkerLost
+from tensorweave.cluster.held_processors import HeldProcessors
+
+
+class FakeGang:
+    gang_id = "fake"
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.held: dict[str, Any] = {}
+        self._error = error
+
+    async def set_logits_processors(self, processors: Mapping[str, Any]) -> None:
+        await asyncio.sleep(0)
+        if self._error is not None:
+            raise self._error
+        self.held |= processors
+
+
+def test_gangs_of_today_and_to_come_hold_the_same() -> None:
+    async def run() -> None:
+        held, first, late = HeldProcessors(), FakeGang(), FakeGang()
+        await held.give([first, FakeGang(WorkerLost("gone"))], {"a": 1, "b": 2})
+        await held.give([first], {"a": None})
+        starting = asyncio.create_task(held.equip(late))
+        await asyncio.sleep(0)
+        await held.give([first], {"c": 3})
+        await starting
+        assert first.held == {"a": None, "b": 2, "c": 3}
+        assert late.held == {"b": 2, "c": 3}
+        await held.equip(FakeGang(ValueError("cannot be loaded here")))
+
+    asyncio.run(run())
+
+
+def test_what_a_rank_cannot_load_is_the_callers_mistake() -> None:
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        asyncio.run(HeldProcessors().give([FakeGang(ValueError("cannot be loaded"))], {"a": 1}))

@@ -1,0 +1,195 @@
+"""Whole conversations, as a router leads them, with gangs of this process: one that does all, or a prefill and a decode
+gang. What comes of each request is gathered so that two ways can be compared."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensorweave.cluster.link import GangLink
+from tensorweave.cluster.protocol import GenerateRequest, Role, SamplingSpec, TokenLogprobs
+from tensorweave.router.admission import Limits
+from tensorweave.router.detokenize import IncrementalDetokenizer
+from tensorweave.router.dispatch import Dispatcher
+from tensorweave.router.generation import Job, generate_text
+from tensorweave.router.policy import Options, Plan
+from tensorweave.router.sampling import nth_seed
+from tensorweave.router.tokens import Tokenizer
+from tensorweave.workers.local import LocalLink
+from tests.workers.transfer_drive import Gang
+
+_AT_ONCE = 8
+_DEADLINE_S = 600.0
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A user's request: `n` sequences of one prompt, which no other request shares a cache with."""
+
+    name: str
+    prompt: list[int]
+    sampling: SamplingSpec
+    n: int = 1
+    stop: tuple[str, ...] = ()
+
+
+@dataclass
+class Told:
+    """One sequence, as the client has it."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_cached: int = 0
+
+
+def make_asks(count: int, seed: int, vocab_size: int, longest: int, stops: Sequence[str], most: int = 16) -> list[Ask]:
+    """Prompt lengths from 1 to `longest`, as many of each order of magnitude."""
+    rng = random.Random(seed)
+    asks = []
+    for i in range(count):
+        length = {0: 1, 1: longest}.get(i, round(longest ** rng.random()))
+        sampling = SamplingSpec(
+            max_tokens=rng.randint(1, most),
+            temperature=rng.choice([0.0, 0.0, 0.7, 1.2]),
+            top_k=rng.choice([0, 0, 20]),
+            top_p=rng.choice([1.0, 0.9]),
+            min_p=rng.choice([0.0, 0.05]),
+            seed=rng.randrange(1 << 40),
+            num_logprobs=rng.choice([None, 0, 3]),
+            num_prompt_logprobs=1 if i % 8 == 5 else None,
+            stop_token_ids=tuple(rng.sample(range(vocab_size), 5)) if rng.random() < 0.2 else (),
+        )
+        stop = tuple(rng.sample(stops, min(8, len(stops)))) if rng.random() < 0.4 else ()
+        prompt = [rng.randrange(3, vocab_size) for _ in range(length)]
+        asks.append(Ask(f"ask{i}", prompt, sampling, rng.choice([1, 1, 2, 3]), stop))
+    return asks
+
+
+class _Port(LocalLink):
+    def __init__(self, gang: Gang, gives_kv: bool) -> None:
+        super().__init__(gang.leader, gang.source if gives_kv else None)
+        self.gang_id = gang.name
+
+
+class _Gangs:
+    """A fleet of the gangs that answer, and perhaps one that only prefills."""
+
+    def __init__(self, decode: GangLink, prefill: GangLink | None) -> None:
+        self._of_role: dict[str, list[GangLink]] = {"decode": [decode], "prefill": [prefill] if prefill else []}
+
+    def links(self, role: Role = "both") -> list[GangLink]:
+        return [link for one, links in self._of_role.items() for link in links if role in (one, "both")]
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        return None
+
+    async def wait_link(self, timeout_s: float) -> None:
+        return None
+
+    async def describe(self) -> list[dict[str, Any]]:
+        return []
+
+    async def close(self) -> None:
+        for link in self.links():
+            link.close()
+
+
+class _AlwaysTogether:
+    """Every prompt is handed over, however short."""
+
+    def plan(self, request: GenerateRequest, options: Options) -> Plan:
+        return Plan(options.prefill[0] if options.prefill else None, options.decode[0])
+
+
+def run(asks: Sequence[Ask], tokenizer: Tokenizer, decode: Gang, prefill: Gang | None = None) -> dict[str, Told]:
+    """What is told of every sequence, by "name/index". Sequences of one request follow each other, so that what the
+    later ones find in the caches does not hang on time."""
+
+    async def all_of_them() -> dict[str, Told]:
+        ports = [_Port(decode, False), *([] if prefill is None else [_Port(prefill, True)])]
+        fleet = _Gangs(ports[0], ports[1] if prefill else None)
+        dispatcher = Dispatcher(fleet, _AlwaysTogether(), Limits(default_deadline_s=None))
+        told: dict[str, Told] = {}
+        places = asyncio.Semaphore(_AT_ONCE)
+
+        async def one(ask: Ask) -> None:
+            async with places:
+                for index in range(ask.n):
+                    told[f"{ask.name}/{index}"] = await _tell(dispatcher, tokenizer, ask, index)
+                    await _settle(ask, decode, prefill)
+
+        try:
+            async with asyncio.timeout(_DEADLINE_S), asyncio.TaskGroup() as group:
+                for ask in asks:
+                    group.create_task(one(ask))
+        finally:
+            await fleet.close()
+            for port in ports:
+                await asyncio.to_thread(port.join, 10.0)
+        assert not dispatcher.counts.retries
+        assert not dispatcher.counts.faults
+        return told
+
+    return asyncio.run(all_of_them())
+
+
+async def _tell(dispatcher: Dispatcher, tokenizer: Tokenizer, ask: Ask, index: int) -> Told:
+    values = {name: getattr(ask.sampling, name) for name in SamplingSpec.__slots__}
+    sampling = SamplingSpec(**{**values, "seed": nth_seed(ask.sampling.seed, index)})
+    request = GenerateRequest(f"{ask.name}-{index}", ask.prompt, sampling, cache_salt=ask.name)
+    job = Job(index, request, IncrementalDetokenizer(tokenizer, stop=ask.stop), frozenset())
+    told = Told()
+    async with aclosing(generate_text(dispatcher, job)) as deltas:
+        async for delta in deltas:
+            told.text += delta.text
+            told.token_ids += delta.token_ids
+            told.logprobs += delta.logprobs
+            told.prompt_logprobs += delta.prompt_logprobs or []
+            told.num_cached = delta.num_cached_tokens
+            told.finish_reason, told.stop_reason = delta.finish_reason, delta.stop_reason
+    return told
+
+
+async def _settle(ask: Ask, *gangs: Gang | None) -> None:
+    """One that a stop string has ended is cancelled by news: what comes next shall find its blocks in the tree."""
+    for gang in gangs:
+        while gang is not None and any(name.startswith(f"{ask.name}-") for name in list(gang.leader._by_id)):
+            await asyncio.sleep(0.001)
+
+
+def differences(want: dict[str, Told], got: dict[str, Told], tolerance: float = TOLERANCE) -> list[str]:
+    """In words; none where all is the same, log-probabilities as near as that."""
+    wrong = [f"{name} is there once" for name in want.keys() ^ got.keys()]
+    for name in want.keys() & got.keys():
+        one, other = want[name], got[name]
+        fields = ("text", "token_ids", "finish_reason", "stop_reason", "num_cached")
+        pairs = {what: (getattr(one, what), getattr(other, what)) for what in fields}
+        wrong += [f"{name}: {what}: {a!r}, then {b!r}" for what, (a, b) in pairs.items() if a != b]
+        for what in ("logprobs", "prompt_logprobs"):
+            wrong += [
+                f"{name}: {what}: {text}" for text in _of_logprobs(getattr(one, what), getattr(other, what), tolerance)
+            ]
+    return sorted(wrong)
+
+
+def _of_logprobs(one: Sequence[TokenLogprobs], other: Sequence[TokenLogprobs], tolerance: float) -> list[str]:
+    if [len(token) for token in one] != [len(token) for token in other]:
+        return [f"{len(one)} tokens, then {len(other)}, or not as many likeliest ones"]
+    wrong = []
+    for at, (these, those) in enumerate(zip(one, other, strict=True)):
+        for place, (a, b) in enumerate(zip(these, those, strict=True)):
+            # Far down the list, neighbours are closer than two orders of summation.
+            is_same = abs(a.logprob - b.logprob) <= tolerance and abs(a.rank - b.rank) <= a.rank // 50
+            is_own = place == 0
+            if not is_same or (is_own and a.token_id != b.token_id):
+                wrong.append(f"token {at}, place {place}: {a}, then {b}")
+    return wrong

@@ -1,0 +1,104 @@
+"""Constructor arguments: what is honoured is, and everything else that TensorRT-LLM knows is refused by name."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tensorweave import LLM, SamplingParams, TorchLlmArgs
+from tensorweave.cluster.llm_args import (
+    CacheTransceiverConfig,
+    KvCacheConfig,
+    SchedulerConfig,
+    StrictBaseModel,
+)
+from tests.llmapi.small_llm import CACHE, one, write_small_model
+
+CONFIGS = {
+    "kv_cache_config": KvCacheConfig,
+    "scheduler_config": SchedulerConfig,
+    "cache_transceiver_config": CacheTransceiverConfig,
+}
+
+
+@pytest.mark.parametrize("config", [TorchLlmArgs, *CONFIGS.values()], ids=lambda config: config.__name__)
+def test_what_is_not_supported_is_refused_by_name(config: type[StrictBaseModel]) -> None:
+    required = {"model": "m"} if config is TorchLlmArgs else {}
+    assert config.refused
+    assert not config.refused.keys() & config.model_fields.keys()
+    for name, refusal in config.refused.items():
+        with pytest.raises(ValueError, match=f"{name} = 'something' is not supported yet: "):
+            config(**required, **{name: "something"})
+        for value in refusal.neutral:
+            assert config(**required, **{name: value}) == config(**required)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size = 2 is not supported yet"),
+        ({"enable_lora": True}, "enable_lora = True is not supported yet"),
+        ({"disable_overlap_scheduler": False}, "disable_overlap_scheduler"),
+        ({"kv_cache_config": {"host_cache_size": 1 << 30}}, "host_cache_size"),
+        ({"kv_cache_config": {"event_buffer_max_size": -1}}, "event_buffer_max_size"),
+        ({"batched_logits_processor": "mask"}, "batched_logits_processor is a str"),
+        ({"garbage_collection_gen0_threshold": 0}, "garbage_collection_gen0_threshold"),
+        ({"iter_stats_max_iteration": 5}, "did you mean 'iter_stats_max_iterations'"),
+    ],
+)
+def test_through_the_constructor(tmp_path: Path, arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LLM(tmp_path, **arguments)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_model(tmp_path_factory.mktemp("llama"))
+
+
+def test_knobs_are_honoured(directory: Path) -> None:
+    before = gc.get_threshold()
+    try:
+        with LLM(
+            directory,
+            dtype="float32",
+            kv_cache_config=CACHE,
+            enable_iter_perf_stats=False,
+            return_perf_metrics=True,
+            garbage_collection_gen0_threshold=1234,
+            pipeline_parallel_size=1,
+            enable_lora=False,
+        ) as llm:
+            output = one(llm.generate([5, 6], SamplingParams(max_tokens=3)))
+            assert output.outputs[0].request_perf_metrics is not None
+            assert llm.get_stats() == []
+            assert llm.get_kv_cache_events() == []
+            assert gc.get_threshold()[0] == 1234
+            with pytest.raises(ValueError, match="needs an LLM that was given a batched_logits_processor"):
+                llm.generate([5], SamplingParams(apply_batched_logits_processor=True))
+    finally:
+        gc.set_threshold(*before)
+
+
+def test_engine_directories_and_workspace(directory: Path) -> None:
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    with LLM(directory, dtype="float32", kv_cache_config=CACHE) as llm:
+        expected = one(llm.generate("France", params)).outputs[0]
+        workspace = llm.workspace
+        assert workspace is not None
+        assert workspace == llm.workspace
+        llm.save(str(workspace / "engine"))
+        with pytest.raises(ValueError, match="already"):
+            llm.save(workspace / "engine")
+        with LLM(workspace / "engine", kv_cache_config=CACHE) as saved:
+            output = one(saved.generate("France", params)).outputs[0]
+            assert (output.token_ids, output.text) == (expected.token_ids, expected.text)
+            assert saved.workspace != workspace
+        assert workspace.is_dir()
+    assert not workspace.exists()
+    assert llm.workspace is None
+    with pytest.raises(RuntimeError, match="shut down"):
+        llm.save("elsewhere")
