@@ -14,9 +14,10 @@ import logging
 import os
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,11 +33,18 @@ _COMPILE_TIMEOUT_S = 300.0
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pack_weight": (*[_POINTER] * 2, *[_LONG] * 2),
-    "linear": (_POINTER, _LONG, *[_POINTER] * 4, *[_LONG] * 3),
+    "linear": (_POINTER, _LONG, *[_POINTER] * 5, *[_LONG] * 3),
     "add_rms_norm": (*[_POINTER] * 4, *[_LONG] * 2, _FLOAT),
     "silu_mul": (*[_POINTER] * 2, *[_LONG] * 2),
     "place_heads": (*[_POINTER] * 6, _FLOAT, *[_LONG] * 5),
     "attend": (_POINTER, _LONG, *[_POINTER] * 6, *[_LONG] * 8, _FLOAT),
+    "run_layers": (*[_POINTER] * 10, _FLOAT, _FLOAT),
+}
+# Of bytes, whatever elements they are.
+_BYTE_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "digest_blocks": (*[_POINTER] * 3, *[_LONG] * 7, _POINTER, _LONG, _POINTER),
+    "move_blocks": (*[_POINTER] * 2, *[_LONG] * 6, _POINTER, ctypes.c_int),
+    "land_blocks": (*[_POINTER] * 3, *[_LONG] * 7, *[_POINTER] * 2, _LONG, *[_POINTER] * 2),
 }
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -45,7 +53,7 @@ _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 class NativeKernels:
     """The kernels for one element type. Every pointer is a `data_ptr()` of a contiguous tensor, or None for null.
 
-    `linear_by_bf16` takes float32 rows and weights packed as bfloat16; it is None for other types.
+    `linear_by_bf16` takes float32 rows and weights packed as bfloat16; it and `argmax` are None for other types.
     """
 
     dtype: torch.dtype
@@ -56,7 +64,9 @@ class NativeKernels:
     silu_mul: Any
     place_heads: Any
     attend: Any
+    run_layers: Any
     linear_by_bf16: Any | None
+    argmax: Any | None
 
 
 def native_for(tensor: Tensor) -> NativeKernels | None:
@@ -71,8 +81,26 @@ def load_native(dtype: torch.dtype) -> NativeKernels | None:
     if library is None:
         return None
     kernels = {name: _function(library, name, _SUFFIXES[dtype]) for name in _SIGNATURES}
-    narrow = _function(library, "linear", "f32_by_bf16") if dtype == torch.float32 else None
-    return NativeKernels(dtype, library.vector_length(), **kernels, linear_by_bf16=narrow)
+    if dtype != torch.float32:
+        return NativeKernels(dtype, library.vector_length(), **kernels, linear_by_bf16=None, argmax=None)
+    narrow, argmax = _function(library, "linear", "f32_by_bf16"), library.argmax_f32
+    argmax.argtypes, argmax.restype = (*[_POINTER] * 2, *[_LONG] * 2), None
+    return NativeKernels(dtype, library.vector_length(), **kernels, linear_by_bf16=narrow, argmax=argmax)
+
+
+def byte_kernel(name: Literal["digest_blocks", "move_blocks", "land_blocks"]) -> Any | None:
+    """A kernel of `c/digest.h`. Pointers are a `data_ptr()` or None; it runs without the interpreter's lock."""
+    library = _library()
+    if library is None:
+        return None
+    function = getattr(library, name)
+    function.argtypes, function.restype = _BYTE_SIGNATURES[name], None
+    return function
+
+
+def as_longs(values: Sequence[int]) -> Any:
+    """An array for a pointer argument; it must be kept until the call returns."""
+    return (_LONG * len(values))(*values)
 
 
 def _function(library: ctypes.CDLL, name: str, suffix: str) -> Any:

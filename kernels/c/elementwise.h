@@ -19,6 +19,13 @@ INLINE void NAME(scale_row)(const ELEM *x, const ELEM *weight, float factor, ELE
     for (; d < D; d++) NAME(put)(out + d, NAME(get)(x + d) * factor * NAME(get)(weight + d));
 }
 
+/* x[count] += update. */
+INLINE void NAME(add)(ELEM *x, const ELEM *update, long count) {
+    long d = 0;
+    for (; d + VL <= count; d += VL) NAME(store)(x + d, NAME(load)(x + d) + NAME(load)(update + d));
+    for (; d < count; d++) NAME(put)(x + d, NAME(get)(x + d) + NAME(get)(update + d));
+}
+
 typedef struct {
     ELEM *x;
     const ELEM *update, *weight;
@@ -31,12 +38,7 @@ static void NAME(norm_rows)(void *context, long first, long last) {
     const NAME(norm) *n = context;
     for (long t = first; t < last; t++) {
         ELEM *row = n->x + t * n->D;
-        if (n->update) {
-            const ELEM *more = n->update + t * n->D;
-            long d = 0;
-            for (; d + VL <= n->D; d += VL) NAME(store)(row + d, NAME(load)(row + d) + NAME(load)(more + d));
-            for (; d < n->D; d++) NAME(put)(row + d, NAME(get)(row + d) + NAME(get)(more + d));
-        }
+        if (n->update) NAME(add)(row, n->update + t * n->D, n->D);
         NAME(scale_row)(row, n->weight, NAME(inverse_rms)(row, n->D, n->epsilon), n->out + t * n->D, n->D);
     }
 }
@@ -119,3 +121,35 @@ void NAME(place_heads)(ELEM *heads, const float *table, const int64_t *slots, EL
     NAME(placing) p = {heads, table, slots, cache, query_norm, key_norm, epsilon, N, K, P, H};
     run_loop(NAME(place_rows), &p, T, PARTS_FOR(T * (N + 2 * K) * H));
 }
+
+#ifndef ELEM_IS_BF16
+typedef struct {
+    const float *x;
+    int64_t *out;
+    long V;
+} choice;
+
+static void choose_rows(void *context, long first, long last) {
+    const choice *c = context;
+    for (long r = first; r < last; r++) {
+        const float *row = c->x + r * c->V;
+        vf most = splat(-INFINITY);
+        float largest = -INFINITY;
+        long v = 0, best = 0;
+        for (; v + VL <= c->V; v += VL) {
+            vf x = load_f32(row + v);
+            most = select_vf(x > most, x, most);
+        }
+        for (; v < c->V; v++) largest = row[v] > largest ? row[v] : largest;
+        for (int i = 0; i < VL; i++) largest = most[i] > largest ? most[i] : largest;
+        while (best < c->V && row[best] != largest) best++;
+        c->out[r] = best < c->V ? best : 0;
+    }
+}
+
+/* The first place of the largest number of each row of x[R, V]; NaN are passed over. */
+void argmax_f32(const float *x, int64_t *out, long R, long V) {
+    choice c = {x, out, V};
+    run_loop(choose_rows, &c, R, PARTS_FOR(R * V));
+}
+#endif

@@ -3,6 +3,8 @@
 #include "pool.h"
 #include "vector.h"
 
+#include "digest.h"
+
 /* Below this many elements, waking threads costs more than they save. */
 #define ENOUGH_FOR_THREADS 16384
 #define PARTS_FOR(elements) ((elements) < ENOUGH_FOR_THREADS ? 0 : 4)
@@ -10,14 +12,6 @@
 int vector_length(void) { return VL; }
 
 #define ELEM float
-#define WEIGHT float
-#define NAME(x) x##_f32
-#include "attention.h"
-#include "elementwise.h"
-#include "linear.h"
-#undef NAME
-#undef WEIGHT
-
 #define WEIGHT bf16
 #define WEIGHT_IS_BF16
 #define NAME(x) x##_f32_by_bf16
@@ -26,12 +20,26 @@ int vector_length(void) { return VL; }
 #define put_f32_by_bf16 put_f32
 #define get_f32_by_bf16 get_f32
 #include "linear.h"
+#undef WEIGHT
+#undef WEIGHT_IS_BF16
+#undef NAME
+
+#define WEIGHT float
+#define NAME(x) x##_f32
+#include "attention.h"
+#include "elementwise.h"
+#include "linear.h"
+#include "layers.h"
 #undef ELEM
+#undef WEIGHT
 #undef NAME
 
 #define ELEM bf16
 #define ELEM_IS_BF16
+#define WEIGHT bf16
+#define WEIGHT_IS_BF16
 #define NAME(x) x##_bf16
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "layers.h"

@@ -26,6 +26,7 @@ typedef float NAME(unit);
 #ifndef LINEAR_ONCE
 #define LINEAR_ONCE
 #define BAND_BYTES (384 << 10)
+typedef uint32_t v4u __attribute__((vector_size(16)));
 /* Rows of M in `count` tiles that differ by at most one. */
 INLINE long tile_start(long M, long count, long i) { return M / count * i + (i < M % count ? i : M % count); }
 #endif
@@ -53,11 +54,12 @@ INLINE void NAME(multiply_add)(const int rows, vf acc[][2], const NAME(unit) *a,
         acc[r][1] = (vf)_mm512_dpbf16_ps((__m512)acc[r][1], pair, w1);
     }
 #elif defined(WEIGHT_IS_BF16)
-    vu pairs[2];
-    memcpy(pairs, w, sizeof pairs);
+    vu left, right;
+    memcpy(&left, w, sizeof left);
+    memcpy(&right, w + 2 * VL, sizeof right);
 #pragma GCC unroll 2
     for (int s = 0; s < 2; s++) {
-        vf w0 = (vf)(s ? pairs[0] & 0xffff0000u : pairs[0] << 16), w1 = (vf)(s ? pairs[1] & 0xffff0000u : pairs[1] << 16);
+        vf w0 = (vf)(s ? left & 0xffff0000u : left << 16), w1 = (vf)(s ? right & 0xffff0000u : right << 16);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
 #ifdef ELEM_IS_BF16
@@ -81,7 +83,16 @@ INLINE void NAME(multiply_add)(const int rows, vf acc[][2], const NAME(unit) *a,
 #endif
 }
 
-/* Sums of one tile, [rows][NR], into `out`; `columns` of them exist. */
+/* Sums of one tile, [rows][NR], unrounded into `wide`, or into `out`; `columns` of them exist. */
+static void NAME(store_wide)(const float *sums, long rows, float *wide, long ldo, const ELEM *bias, long columns) {
+    columns = columns < NR ? columns : NR;
+    for (long r = 0; r < rows; r++, sums += NR, wide += ldo)
+        if (bias)
+            for (long n = 0; n < columns; n++) wide[n] = sums[n] + NAME(get)(bias + n);
+        else
+            memcpy(wide, sums, columns * sizeof *wide);
+}
+
 static __attribute__((noinline)) void NAME(store_tile)(const float *sums, long rows, ELEM *out, long ldo, const ELEM *bias, long columns) {
     for (long r = 0; r < rows; r++, sums += NR, out += ldo)
         for (int j = 0; j < 2; j++) {
@@ -94,14 +105,15 @@ static __attribute__((noinline)) void NAME(store_tile)(const float *sums, long r
         }
 }
 
-/* One tile: `rows` is a constant wherever this is inlined, so acc lives in registers. Lines of the next panel are asked for meanwhile. */
-INLINE void NAME(tile)(const int rows, const NAME(unit) *a, const WEIGHT *w, const char *next, long next_lines, long K, float *sums) {
+/* One tile. `rows` and `lines` are constants wherever this is inlined, so acc lives in registers. `lines` lines a step of the next panel
+   are asked for meanwhile. */
+INLINE void NAME(tile)(const int rows, const int lines, const NAME(unit) *a, const WEIGHT *w, const char *next, long K, float *sums) {
     vf acc[MR][2];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = splat(0);
     for (long k = 0; k < K / W_STEP; k++) {
-        if (next_lines > 0) __builtin_prefetch(next + k * next_lines * 64);
-        if (next_lines > 1) __builtin_prefetch(next + k * next_lines * 64 + 64);
+        if (lines > 0) __builtin_prefetch(next + k * lines * 64);
+        if (lines > 1) __builtin_prefetch(next + k * lines * 64 + 64);
         NAME(multiply_add)(rows, acc, a, w);
         a += rows * (W_STEP / A_STEP);
         w += NR * W_STEP;
@@ -113,11 +125,16 @@ INLINE void NAME(tile)(const int rows, const NAME(unit) *a, const WEIGHT *w, con
     }
 }
 
-static void NAME(any_tile)(long rows, const NAME(unit) *a, const WEIGHT *w, const char *next, long next_lines, long K, ELEM *out, long ldo,
-                           const ELEM *bias, long columns) {
-    float sums[MR * NR];
+static void NAME(any_tile)(long rows, long lines, const NAME(unit) *a, const WEIGHT *w, const char *next, long K, float *sums) {
 #define TILE(n) \
-    case n: NAME(tile)(n, a, w, next, next_lines, K, sums); break;
+    case n: \
+        if (lines == 0) \
+            NAME(tile)(n, 0, a, w, next, K, sums); \
+        else if (lines == 1) \
+            NAME(tile)(n, 1, a, w, next, K, sums); \
+        else \
+            NAME(tile)(n, 2, a, w, next, K, sums); \
+        break;
     switch (rows) {
         TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
 #if MR > 6
@@ -128,19 +145,41 @@ static void NAME(any_tile)(long rows, const NAME(unit) *a, const WEIGHT *w, cons
 #endif
     }
 #undef TILE
-    NAME(store_tile)(sums, rows, out, ldo, bias, columns);
 }
 
-INLINE void NAME(pack_rows)(const ELEM *a, long lda, long rows, long K, ELEM *packed) {
-    for (long r = 0; r < rows; r++)
-        for (long k = 0; k < K; k += A_STEP)
-            for (long s = 0; s < A_STEP; s++) packed[(k / A_STEP * rows + r) * A_STEP + s] = a[r * lda + k + s];
+/* Transposes, four by four where there are so many; a unit is A_STEP elements, four bytes. */
+INLINE void NAME(pack_rows)(const ELEM *a, long lda, long rows, long K, NAME(unit) *packed) {
+    long units = K / A_STEP, r = 0;
+    for (; r + 4 <= rows; r += 4) {
+        const ELEM *from = a + r * lda;
+        long k = 0;
+        for (; k + 4 <= units; k += 4) {
+            v4u x[4], pairs[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) memcpy(x + i, from + i * lda + k * A_STEP, sizeof x[i]);
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) {
+                pairs[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], (v4u){0, 4, 1, 5});
+                pairs[i + 2] = __builtin_shuffle(x[2 * i], x[2 * i + 1], (v4u){2, 6, 3, 7});
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                v4u column = __builtin_shuffle(pairs[i / 2 * 2], pairs[i / 2 * 2 + 1], i % 2 ? (v4u){2, 3, 6, 7} : (v4u){0, 1, 4, 5});
+                memcpy(packed + (k + i) * rows + r, &column, sizeof column);
+            }
+        }
+        for (; k < units; k++)
+            for (long i = 0; i < 4; i++) memcpy(packed + k * rows + r + i, from + i * lda + k * A_STEP, sizeof *packed);
+    }
+    for (; r < rows; r++)
+        for (long k = 0; k < units; k++) memcpy(packed + k * rows + r, a + r * lda + k * A_STEP, sizeof *packed);
 }
 
 typedef struct {
     const ELEM *a, *bias;
     const WEIGHT *w;
     ELEM *out, *a_packed;
+    float *wide;
     long lda, M, N, K, tiles, tiles_a_band, bands;
 } NAME(product);
 
@@ -148,7 +187,7 @@ static void NAME(pack_tiles)(void *context, long first_tile, long last_tile) {
     const NAME(product) *p = context;
     for (long i = first_tile; i < last_tile; i++) {
         long first = tile_start(p->M, p->tiles, i), rows = tile_start(p->M, p->tiles, i + 1) - first;
-        NAME(pack_rows)(p->a + first * p->lda, p->lda, rows, p->K, p->a_packed + first * p->K);
+        NAME(pack_rows)(p->a + first * p->lda, p->lda, rows, p->K, (NAME(unit) *)(p->a_packed + first * p->K));
     }
 }
 
@@ -156,6 +195,7 @@ static void NAME(pack_tiles)(void *context, long first_tile, long last_tile) {
 static void NAME(multiply)(void *context, long first_task, long last_task) {
     const NAME(product) *p = context;
     long K = p->K, N = p->N, panels = (N + NR - 1) / NR;
+    float sums[MR * NR];
     for (long task = first_task; task < last_task; task++) {
         long band = task / panels, panel = task % panels;
         const WEIGHT *w_panel = p->w + panel * NR * K;
@@ -163,20 +203,27 @@ static void NAME(multiply)(void *context, long first_task, long last_task) {
         long last = (band + 1) * p->tiles_a_band < p->tiles ? (band + 1) * p->tiles_a_band : p->tiles;
         for (long i = band * p->tiles_a_band; i < last; i++) {
             long first = tile_start(p->M, p->tiles, i), rows = tile_start(p->M, p->tiles, i + 1) - first;
-            /* The next panel has NR * W_STEP weights a step: the first tiles ask for its lines, in two halves where there are two. */
-            long lines = (panel + 1) * NR >= N ? 0 : p->tiles == 1 ? 2 : i < 2 ? 1 : 0;
-            NAME(any_tile)(rows, (const NAME(unit) *)(p->a_packed + first * K), w_panel, next + (i == 1 ? K / W_STEP * 64 : 0), lines, K,
-                           p->out + first * N + panel * NR, N, p->bias ? p->bias + panel * NR : 0, N - panel * NR);
+            /* The next panel has NR * W_STEP weights a step: few tiles ask for its lines, in two halves where there are two. Where there are
+               many, the first wait for them, which costs less than asking. */
+            long lines = (panel + 1) * NR >= N || p->tiles > 4 ? 0 : p->tiles == 1 ? 2 : i < 2 ? 1 : 0;
+            const ELEM *bias = p->bias ? p->bias + panel * NR : 0;
+            long place = first * N + panel * NR;
+            NAME(any_tile)(rows, lines, (const NAME(unit) *)(p->a_packed + first * K), w_panel, next + (i == 1 ? K / W_STEP * 64 : 0), K, sums);
+            if (p->wide)
+                NAME(store_wide)(sums, rows, p->wide + place, N, bias, N - panel * NR);
+            else
+                NAME(store_tile)(sums, rows, p->out + place, N, bias, N - panel * NR);
         }
     }
 }
 
-/* a_packed: room for M * K elements. K is even. */
-void NAME(linear)(const ELEM *a, long lda, const WEIGHT *w, const ELEM *bias, ELEM *out, ELEM *a_packed, long M, long N, long K) {
+/* To `wide`, if there, else to `out`. a_packed: room for M * K elements. K is even. */
+void NAME(linear)(const ELEM *a, long lda, const WEIGHT *w, const ELEM *bias, ELEM *out, float *wide, ELEM *a_packed, long M, long N,
+                  long K) {
     if (M == 0) return;
     long tiles = (M + MR - 1) / MR, tiles_a_band = BAND_BYTES / (MR * K * (long)sizeof(ELEM)) + 1;
     long bands = (tiles + tiles_a_band - 1) / tiles_a_band;
-    NAME(product) p = {a, bias, w, out, a_packed, lda, M, N, K, tiles, tiles_a_band, bands};
+    NAME(product) p = {a, bias, w, out, a_packed, wide, lda, M, N, K, tiles, tiles_a_band, bands};
     if (M == 1)
         p.a_packed = (ELEM *)a; /* packed as it is */
     else if (M * K < ENOUGH_FOR_THREADS)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tensorweave.kernels import native
+from tensorweave.kernels.argmax import argmax
 from tensorweave.kernels.linear import PackedLinear, TorchLinear, make_linear
 from tensorweave.kernels.native import load_native, native_for, use_threads
 from tensorweave.kernels.paged_attention import Planner, Span, paged_attention, paged_attention_reference
@@ -38,11 +39,14 @@ def test_linear(N: int, K: int, has_bias: bool, dtype: torch.dtype) -> None:
     weight, bias = (torch.randn(N, K) / K**0.5).to(dtype), torch.randn(N).to(dtype)
     linear = make_linear(weight, bias if has_bias else None)
     assert isinstance(linear, PackedLinear)
-    wide = torch.randn(600, K + 3).to(dtype)
+    rows = torch.randn(600, K + 3).to(dtype)
     for M in (0, 1, 2, 13, 14, 15, 29, 600):
-        x = wide[:M, :K]  # rows with a stride
+        x = rows[:M, :K]  # rows with a stride
         exact = x.double() @ weight.double().T + (bias.double() if has_bias else 0)
         close(linear(x), exact)
+        wide = linear.to_float32(x)
+        assert wide.dtype == torch.float32
+        assert torch.equal(wide.to(dtype), linear(x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,6 +123,20 @@ def test_silu_mul_at_both_ends(dtype: torch.dtype) -> None:
     x = torch.cat([torch.linspace(-200, 200, 1001), torch.randn(1001)]).to(dtype).unsqueeze(0)
     gate, up = x.double().chunk(2, -1)
     close(silu_mul(x), gate / (1 + (-gate).exp()) * up)
+
+
+@pytest.mark.parametrize("V", [1, 15, 16, 100, 5000])
+def test_argmax_is_the_first_of_the_largest(V: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randint(-5, 5, (9, V)).float()
+    x[2], x[3], x[4, -1], x[5, 0] = -torch.inf, -0.0, torch.inf, -torch.inf
+    x[6, V // 2] = float("nan")
+    chosen = argmax(x)
+    rows = [row for row in range(9) if row != 6]
+    assert torch.equal(chosen[rows], x.argmax(-1)[rows])
+    assert 0 <= chosen[6] < V
+    assert torch.equal(argmax(x[:0]), torch.empty(0, dtype=torch.int64))
+    assert torch.equal(argmax(x.double()[rows]), x.argmax(-1)[rows])
 
 
 def test_a_nan_stays_one() -> None:

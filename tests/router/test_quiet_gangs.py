@@ -46,7 +46,8 @@ def test_where_all_are_silent_one_of_them_is_asked() -> None:
 
 
 def test_a_silent_prefill_gang_is_done_without() -> None:
-    prefill, decode = FakeLink(model_info(), gang_id="p", role="prefill"), FakeLink(model_info(), gang_id="d", role="decode")
+    prefill = FakeLink(model_info(), gang_id="p", role="prefill")
+    decode = FakeLink(model_info(), gang_id="d", role="decode")
     prefill.is_quiet = True
     assert asyncio.run(ask(make(prefill, decode), "r"))[-1].finish_reason == "length"
     assert not prefill.requests

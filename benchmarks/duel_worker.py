@@ -1,0 +1,70 @@
+"""One side of `duel.py`: an engine that runs one case after the other. Runs under either side's Python.
+
+argv: tensorweave or vllm, model directory, dtype, longest sequence, most sequences at once. A line `batch input output`
+on standard input is answered with the seconds that it took; the prompts are random, all requests come at once and each
+gives all its tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Generate = Callable[[list[list[int]], int], list[int]]
+SMALLEST_VOCABULARY = 32000  # of models that are measured here: ids below it are in all of them
+
+
+def tensorweave(model: str, dtype: str, max_len: int, max_batch: int) -> Generate:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from tensorweave import LLM, SamplingParams
+
+    # Blocks for all at once, as the rival has, and no prefix that a warm-up left behind.
+    cache = {"max_tokens": (max_len + 64) * max_batch, "enable_block_reuse": False}
+    llm = LLM(model=model, dtype=dtype, skip_tokenizer_init=True, max_seq_len=max_len, kv_cache_config=cache)
+
+    def generate(prompts: list[list[int]], num_tokens: int) -> list[int]:
+        sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+        return [output.outputs[0].length for output in llm.generate(prompts, sampling, use_tqdm=False)]
+
+    return generate
+
+
+def vllm(model: str, dtype: str, max_len: int, max_batch: int) -> Generate:
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found, unused-ignore]
+
+    options: dict[str, Any] = {"max_model_len": max_len, "max_num_seqs": max_batch, "enable_prefix_caching": False}
+    llm = LLM(model=model, dtype=dtype, **options)
+
+    def generate(prompts: list[list[int]], num_tokens: int) -> list[int]:
+        sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True, temperature=0.0, detokenize=False)
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        return [len(output.outputs[0].token_ids) for output in llm.generate(requests, sampling, use_tqdm=False)]
+
+    return generate
+
+
+def main() -> None:
+    name, model, dtype, max_len, max_batch = sys.argv[1:]
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the engines print is not an answer
+    generate = {"tensorweave": tensorweave, "vllm": vllm}[name](model, dtype, int(max_len), int(max_batch))
+    draws = random.Random(1)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        batch, num_input, num_output = map(int, line.split())
+        prompts = [[draws.randrange(10, SMALLEST_VOCABULARY) for _ in range(num_input)] for _ in range(batch)]
+        began_s = time.perf_counter()
+        lengths = generate(prompts, num_output)
+        elapsed_s = time.perf_counter() - began_s
+        assert lengths == [num_output] * batch, lengths
+        print(elapsed_s, file=answers, flush=True)
+    os._exit(0)  # an engine's own ending may wait long, and has nothing to save
+
+
+if __name__ == "__main__":
+    main()
