@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _NO_DEADLINE_S: Final = 1e9
 _NOT_READY_RETRY_S: Final = 5.0
-_FIND_TIMEOUT_S: Final = 0.5
+_FIND_TIMEOUT_S: Final = 2.0
 _RESERVED_TOKENS: Final = 128
 """KV room that a request is reckoned to need for its answer; most ask for more than they use."""
 
@@ -236,7 +236,7 @@ class Dispatcher:
         """The gang where another router began this request, if there is one."""
         asked = {
             asyncio.create_task(link.find(request.request_id, _FIND_TIMEOUT_S)): link
-            for link in self._fleet.links("decode")
+            for link in _awake(self._fleet.links("decode"))
         }
         waiting = set(asked)
         try:

@@ -11,7 +11,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -125,13 +125,13 @@ class Experiment:
         urls = [service.url(port) for port in service.ports]
         round_id = f"chaos-{settings.seed}-{self._num_rounds}"
         load = Load(urls, settings.request_timeout_s, round_id, asks_again=fault.breaks_connections)
-        gangs, num_reattached = await service.gang_ids(), await service.count(_REATTACHED)
+        gangs, reattached = await service.gang_ids(), await service.counts(_REATTACHED)
         blow = await prepare(fault, service, self._draws)
         fault_s = await self._disturb(load, fault, blow)
         row.add(load.outcomes, fault_s)
         self._tell(row, number, load.outcomes, fault_s)
         if num_again := sum(outcome.num_asks > 1 for outcome in load.outcomes):
-            num_taken = await service.count(_REATTACHED) - num_reattached
+            num_taken = _increase(reattached, await service.counts(_REATTACHED))
             say(f"  {num_again} asked again, {num_taken:.0f} taken over where they stood")
         await self._restore(service, fault, blow, gangs)
 
@@ -212,6 +212,11 @@ class Experiment:
             say(f"  failed: {reason}")
         for outcome in changes[:_REASONS_SHOWN]:
             say(f"  changed: {_difference(outcome)}")
+
+
+def _increase(before: Mapping[int, float], after: Mapping[int, float]) -> float:
+    """Of counters by front end; one that was replaced meanwhile began at 0 again."""
+    return sum(count - before.get(port, 0.0) * (count >= before.get(port, 0.0)) for port, count in after.items())
 
 
 def _difference(outcome: Outcome) -> str:

@@ -218,14 +218,18 @@ class ChaosService:
 
     async def count(self, metric: str) -> float:
         """A counter of `/metrics`, over all front ends that answer and all labels."""
-        total = 0.0
+        return sum((await self.counts(metric)).values())
+
+    async def counts(self, metric: str) -> dict[int, float]:
+        """The same, by the front end's port."""
+        found: dict[int, float] = {}
         async with httpx.AsyncClient(timeout=_PROBE_TIMEOUT_S) as client:
             for port in self.ports:
                 with contextlib.suppress(httpx.HTTPError):
                     text = (await client.get(f"{self.url(port)}/metrics")).text
                     rows = [line for line in text.splitlines() if line.startswith((f"{metric} ", f"{metric}{{"))]
-                    total += sum(float(row.rpartition(" ")[2]) for row in rows)
-        return total
+                    found[port] = sum(float(row.rpartition(" ")[2]) for row in rows)
+        return found
 
     async def await_whole(self, gone: Collection[int], timeout_s: float) -> bool:
         """Wait until all gangs are ready, none of them with a rank in `gone`, and every front end takes work. False
