@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tensorweave.cli import bench_engine, bench_http, bench_road, bench_steps, bench_transfer, bench_ttft
+from tensorweave.cli import bench_engine, bench_http, bench_road, bench_steps, bench_transfer
 
 _EXAMPLES = """\
 examples:
@@ -134,7 +134,7 @@ def _add_ttft(kinds: Any) -> None:
     parser.add_argument("--num-prompts", type=_positive, default=10, help="of each length (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
     _json_argument(parser)
-    parser.set_defaults(run=bench_ttft.run_ttft, tensor_parallel_size=1)
+    parser.set_defaults(run=_run_ttft, tensor_parallel_size=1)
 
 
 def _engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -192,3 +192,9 @@ def _rate(text: str) -> float:
     if not (rate := float(text)) > 0:
         raise argparse.ArgumentTypeError(f"{text} is not a rate above 0")
     return rate
+
+
+def _run_ttft(args: argparse.Namespace) -> int:
+    from tensorweave.cli.bench_ttft import run_ttft
+
+    return run_ttft(args)

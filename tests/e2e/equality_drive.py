@@ -24,6 +24,7 @@ from tests.workers.transfer_drive import Gang
 
 _AT_ONCE = 8
 _DEADLINE_S = 600.0
+_BLOCK_TOKENS = 32
 TOLERANCE = 1e-5
 
 
@@ -167,13 +168,21 @@ async def _settle(ask: Ask, *gangs: Gang | None) -> None:
 
 
 def differences(want: dict[str, Told], got: dict[str, Told], tolerance: float = TOLERANCE) -> list[str]:
-    """In words; none where all is the same, log-probabilities as near as that."""
+    """In words; none where all is the same, log-probabilities as near as that.
+
+    A sequence that a stop string has ended is cancelled while its gang goes on: whether it had come to an end of its
+    own by then decides whether the last, partly filled block is kept. So of such requests cached tokens may differ by
+    less than a block.
+    """
+    is_cut = {name.split("/")[0] for name, told in want.items() if isinstance(told.stop_reason, str)}
     wrong = [f"{name} is there once" for name in want.keys() ^ got.keys()]
     for name in want.keys() & got.keys():
         one, other = want[name], got[name]
-        fields = ("text", "token_ids", "finish_reason", "stop_reason", "num_cached")
+        fields = ("text", "token_ids", "finish_reason", "stop_reason")
         pairs = {what: (getattr(one, what), getattr(other, what)) for what in fields}
         wrong += [f"{name}: {what}: {a!r}, then {b!r}" for what, (a, b) in pairs.items() if a != b]
+        if abs(one.num_cached - other.num_cached) > (_BLOCK_TOKENS - 1 if name.split("/")[0] in is_cut else 0):
+            wrong.append(f"{name}: cached tokens: {one.num_cached}, then {other.num_cached}")
         for what in ("logprobs", "prompt_logprobs"):
             wrong += [
                 f"{name}: {what}: {text}" for text in _of_logprobs(getattr(one, what), getattr(other, what), tolerance)
