@@ -10,6 +10,7 @@ processes took more than `--most-others` of the machine is taken again, at most 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
@@ -60,7 +61,8 @@ class Side:
     def __init__(self, name: str, python: str, args: argparse.Namespace, cases: list[Case]) -> None:
         self.name = name
         longest = max(case.num_input + case.num_output for case in cases)
-        knobs = [str(args.model), args.dtype, str(longest), str(max(case.batch for case in cases))]
+        cached = max(case.batch * (case.num_input + case.num_output + 64) for case in cases)
+        knobs = [str(args.model), args.dtype, str(longest), str(max(case.batch for case in cases)), str(cached)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
         self._process = subprocess.Popen(
@@ -82,12 +84,16 @@ class Side:
         return Turn(elapsed_s, own_s, max(0.0, _busy_s() - busy_s - own_s) / available_s)
 
     def close(self) -> None:
+        """The engine's own processes go too: they may outlive the one that started them."""
         assert self._process.stdin is not None
+        family = [psutil.Process(self._process.pid)] if self._process.poll() is None else []
+        family += [child for process in family for child in process.children(recursive=True)]
         self._process.stdin.close()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        _, late = psutil.wait_procs(family, 10)
+        for process in late:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait(30)
 
     def _ask(self, line: str | None) -> str:
         """An answer comes, or the worker has ended."""

@@ -1,8 +1,8 @@
 """One side of `duel.py`: an engine that runs one case after the other. Runs under either side's Python.
 
-argv: tensorweave or vllm, model directory, dtype, longest sequence, most sequences at once. A line `batch input output`
-on standard input is answered with the seconds that it took; the prompts are random, all requests come at once and each
-gives all its tokens.
+argv: tensorweave or vllm, model directory, dtype, longest sequence, most sequences and most tokens at once. A line
+`batch input output` on standard input is answered with the seconds that it took; the prompts are random, all requests
+come at once and each gives all its tokens.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Generate = Callable[[list[list[int]], int], list[int]]
 SMALLEST_VOCABULARY = 32000  # of models that are measured here: ids below it are in all of them
 
 
-def tensorweave(model: str, dtype: str, max_len: int, max_batch: int) -> Generate:
+def tensorweave(model: str, dtype: str, max_len: int, max_batch: int, num_cached: int) -> Generate:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from tensorweave import LLM, SamplingParams
 
     # Blocks for all at once, as the rival has, and no prefix that a warm-up left behind.
-    cache = {"max_tokens": (max_len + 64) * max_batch, "enable_block_reuse": False}
+    cache = {"max_tokens": num_cached, "enable_block_reuse": False}
     llm = LLM(model=model, dtype=dtype, skip_tokenizer_init=True, max_seq_len=max_len, kv_cache_config=cache)
 
     def generate(prompts: list[list[int]], num_tokens: int) -> list[int]:
@@ -34,7 +34,7 @@ def tensorweave(model: str, dtype: str, max_len: int, max_batch: int) -> Generat
     return generate
 
 
-def vllm(model: str, dtype: str, max_len: int, max_batch: int) -> Generate:
+def vllm(model: str, dtype: str, max_len: int, max_batch: int, num_cached: int) -> Generate:
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found, unused-ignore]
 
     options: dict[str, Any] = {"max_model_len": max_len, "max_num_seqs": max_batch, "enable_prefix_caching": False}
@@ -49,10 +49,10 @@ def vllm(model: str, dtype: str, max_len: int, max_batch: int) -> Generate:
 
 
 def main() -> None:
-    name, model, dtype, max_len, max_batch = sys.argv[1:]
+    name, model, dtype, *sizes = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the engines print is not an answer
-    generate = {"tensorweave": tensorweave, "vllm": vllm}[name](model, dtype, int(max_len), int(max_batch))
+    generate = {"tensorweave": tensorweave, "vllm": vllm}[name](model, dtype, *map(int, sizes))
     draws = random.Random(1)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
