@@ -71,9 +71,10 @@ def check(
                 f"{path.name} {sizes} {'chunked' if chunked else 'whole'} {caches}: {len(asks)} requests, {len(told)} "
                 f"sequences, {num_tokens} tokens, {num_told} with log-probabilities: all the same"
             )
-        # Where the first token was the last, nobody needs the KV any more, and a fetch on its way finds it gone.
+        # Where the first token was the last, nobody needs the KV any more, and a fetch on its way finds it gone, or the
+        # end of it without all its blocks.
         failures = decode.failures()
-        assert failures.keys() <= {"gone"}
+        assert failures.keys() <= {"gone", "missing"}
         assert failures or decode.gauge("kv_transfer_recomputed_tokens_total") == 0
         assert decode.gauge("kv_transfer_blocks_total") > 0
 
