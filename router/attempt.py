@@ -27,6 +27,10 @@ Chunks = AsyncGenerator[TokenChunk, None]
 ORPHAN_WAIT_S: Final = 10.0
 
 
+# The two gangs of a pair have the first token within a step or two of each other.
+TWIN_WAIT_S: Final = 0.05
+
+
 class PrefillRefused(TensorweaveError):
     """The prefill gang did not take the request, so that there is no KV to wait for."""
 
@@ -111,6 +115,8 @@ class _Pair:
                 if first.is_last:
                     return
             chunk = await self._own_first(own_first, is_orphan=handed.done() and not is_refusal_late and first is None)
+            if first is None:
+                chunk = await self._with_cached(chunk, handed)
             self._notes.booking.handed_over(self._notes.now_s())
             await self._release(handed)
             yield chunk
@@ -129,6 +135,15 @@ class _Pair:
             if not own_first.done():
                 raise WorkerLost(f"gang {self._prefill.gang_id} was lost, and no KV came of the request it had")
         return await own_first
+
+    async def _with_cached(self, chunk: TokenChunk, handed: asyncio.Task[TokenChunk | None]) -> TokenChunk:
+        """The decode gang was heard first. What the prefill gang found in its cache counts too, and it says so at about
+        the same time, if it says anything."""
+        await asyncio.wait((handed,), timeout=TWIN_WAIT_S)
+        twin = handed.result() if handed.done() and handed.exception() is None else None
+        if twin is None or twin.num_cached_tokens <= chunk.num_cached_tokens:
+            return chunk
+        return dataclasses.replace(chunk, num_cached_tokens=twin.num_cached_tokens)
 
     async def _prefill_side(self) -> TokenChunk | None:
         """The first token, with a finish reason only where it ends the request; None where the gang was lost."""

@@ -115,6 +115,19 @@ def test_the_decode_gang_may_be_first() -> None:
     run_stepped(run())
 
 
+@pytest.mark.parametrize("max_tokens", [1, 6])
+def test_what_the_prefill_gang_had_cached_counts_though_the_decode_gang_is_first(max_tokens: int) -> None:
+    async def run() -> None:
+        links = [gang("p", "prefill", step_s=0.02, num_cached=2), gang("d", "decode", num_cached=1)]
+        dispatcher = dispatcher_of(*links)
+        chunks = await collect(dispatcher, request_of(max_tokens=max_tokens))
+        check_answer(chunks, oracle(max_tokens))
+        assert {chunk.num_cached_tokens for chunk in chunks} == {2}
+        check_nothing_left(dispatcher, links)
+
+    run_stepped(run())
+
+
 @pytest.mark.parametrize(("sampling", "reason"), [({"max_tokens": 1}, "length"), ({"max_tokens": 9}, "stop")])
 def test_a_first_token_that_ends_the_request(sampling: dict[str, int], reason: str) -> None:
     async def run() -> None:
