@@ -23,6 +23,7 @@ from tests.workers.transfer_drive import Gang, model_gang, tcp_carriers
 
 SIZES = [(p, d) for p in (1, 2, 3) for d in (1, 2, 3)]
 LETTERS = [chr(code) for code in range(ord("!"), ord("~"))]
+PATIENCE_S = 600.0  # of a fetch and a lease: nothing may be recomputed because the machine is busy
 LONG = pytest.mark.skipif(
     os.environ.get("TENSORWEAVE_TEST_LONG") != "1", reason="takes about an hour: TENSORWEAVE_TEST_LONG=1 runs it"
 )
@@ -39,6 +40,8 @@ def make_gang(path: Path, size: int, chunked: bool, name: str, make_carrier: Any
         chunked=chunked,
         max_num_tokens=512 if chunked else 4096,
         kv_cache_config=kv,
+        timeout_s=PATIENCE_S,
+        lease_s=PATIENCE_S,
     )
 
 
