@@ -134,7 +134,9 @@ def test_a_stop_token_ends_and_min_tokens_holds_it_off(executor: PyExecutor) -> 
     assert expected[2] not in held[:5]
 
 
-def test_cancel_frees_the_blocks_within_a_step(executor: PyExecutor) -> None:
+def test_cancel_frees_the_blocks_within_a_step() -> None:
+    executor = make(engine=SlowEngine(VOCAB, 64, 4))
+    executor.start()
     executor.enqueue_request(ask("long", [1, 2], max_tokens=200))
     while not executor.await_responses(timeout_s=1.0):
         pass
@@ -143,6 +145,7 @@ def test_cancel_frees_the_blocks_within_a_step(executor: PyExecutor) -> None:
     assert is_idle(executor)
     assert not executor.cancel_request("long")
     assert not executor.cancel_request("never was")
+    executor.shutdown()
 
 
 def test_a_request_cancelled_while_it_waits_ends_too() -> None:
@@ -174,7 +177,7 @@ class SlowEngine(HashEngine):
 def test_a_deadline_ends_a_request_with_what_it_has() -> None:
     executor = make(engine=SlowEngine(VOCAB, 64, 4))
     executor.start()
-    executor.enqueue_requests([ask("late", [1, 2], 150, deadline_s=0.3), ask("fine", [3], 20)])
+    executor.enqueue_requests([ask("late", [1, 2], 150, deadline_s=1.0), ask("fine", [3], 20)])
     chunks = collect(executor, {"late", "fine"})
     assert chunks["late"][-1].finish_reason == "timeout"
     got = ids(chunks["late"])
