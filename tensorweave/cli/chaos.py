@@ -68,8 +68,8 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tensorweave.cli.chaos_faults import choose_faults
+    from tensorweave.cli.chaos_service import serve_arguments
     from tensorweave.deploy.config import load_config
-    from tensorweave.deploy.tiny_model import TINY_MODEL, write_tiny_model
 
     config = load_config(args.config, args.changes)
     if config.ray.address is not None:
@@ -78,13 +78,7 @@ def run(args: argparse.Namespace) -> int:
         )
     faults = choose_faults(config, args.faults)
     with tempfile.TemporaryDirectory(prefix="tensorweave-chaos-") as directory:
-        changes = list(args.changes)
-        if config.model == TINY_MODEL:
-            model = write_tiny_model(Path(directory) / TINY_MODEL)
-            changes += [f"model={json.dumps(str(model))}", f"served_model_name={json.dumps(config.model_name)}"]
-        arguments = ["--config", str(args.config.resolve())]
-        for change in changes:
-            arguments += ["--set", change]
+        arguments = serve_arguments(args.config, config, args.changes, Path(directory))
         return _run_all(args, faults, arguments)
 
 

@@ -190,7 +190,7 @@ class Load:
             outcome.num_asks += 1
             try:
                 await doors[door].stream(job.path, body, request_id=request_id, timeline=transcript)
-                outcome.answer = _answer(transcript)
+                outcome.answer = answer_of(transcript)
                 break
             except RequestFailed as failure:
                 is_broken = failure.kind in ("connection", "cut short")
@@ -205,7 +205,8 @@ class Load:
         return door
 
 
-def _answer(timeline: Timeline) -> Answer:
+def answer_of(timeline: Timeline) -> Answer:
+    """Of a stream that has come to its end."""
     assert timeline.finish_reason is not None
     counts = timeline.usage
     return Answer(timeline.text, timeline.finish_reason, int(counts["prompt_tokens"]), int(counts["completion_tokens"]))

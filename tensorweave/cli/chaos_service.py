@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -22,12 +23,25 @@ import httpx
 import psutil
 
 from tensorweave.deploy.config import ServeConfig
+from tensorweave.deploy.tiny_model import TINY_MODEL, write_tiny_model
 
 _POLL_S: Final = 0.25
 _PROBE_TIMEOUT_S: Final = 5.0
 _STOP_SLACK_S: Final = 90.0
 _LINGER_S: Final = 20.0
 _KEPT_LINES: Final = 25
+
+
+def serve_arguments(path: Path, config: ServeConfig, changes: Sequence[str], directory: Path) -> list[str]:
+    """What `tensorweave serve` is to be called with; a tiny model that it names is made in `directory`."""
+    changes = list(changes)
+    if config.model == TINY_MODEL:
+        model = write_tiny_model(directory / TINY_MODEL)
+        changes += [f"model={json.dumps(str(model))}", f"served_model_name={json.dumps(config.model_name)}"]
+    arguments = ["--config", str(path.resolve())]
+    for change in changes:
+        arguments += ["--set", change]
+    return arguments
 
 
 class ServiceBroken(Exception):

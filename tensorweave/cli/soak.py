@@ -99,9 +99,8 @@ class Report:
 
 def run(args: argparse.Namespace) -> int:
     from tensorweave.cli.chaos_load import OracleFailed
-    from tensorweave.cli.chaos_service import ProcessTree, ServiceBroken
+    from tensorweave.cli.chaos_service import ProcessTree, ServiceBroken, serve_arguments
     from tensorweave.deploy.config import load_config
-    from tensorweave.deploy.tiny_model import TINY_MODEL, write_tiny_model
 
     if args.minutes <= 0 or args.clients < 1:
         raise ValueError("--minutes must be above 0 and --clients at least 1")
@@ -109,14 +108,8 @@ def run(args: argparse.Namespace) -> int:
     if config.ray.address is not None:
         raise ValueError("ray.address: soak starts a service of its own; leave it out")
     with tempfile.TemporaryDirectory(prefix="tensorweave-soak-") as directory, ProcessTree() as tree:
-        changes = list(args.changes)
-        if config.model == TINY_MODEL:
-            model = write_tiny_model(Path(directory) / TINY_MODEL)
-            changes += [f"model={json.dumps(str(model))}", f"served_model_name={json.dumps(config.model_name)}"]
-        arguments = ["--config", str(args.config.resolve())]
-        for change in changes:
-            arguments += ["--set", change]
-        config = load_config(args.config, changes)
+        arguments = serve_arguments(args.config, config, args.changes, Path(directory))
+        config = load_config(arguments[1], arguments[3::2])
         try:
             report = asyncio.run(_soak(args, config, arguments, tree))
         except (ServiceBroken, OracleFailed) as problem:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import httpx
 
-from tensorweave.cli.chaos_load import Answer, Job
+from tensorweave.cli.chaos_load import Job, answer_of
 from tensorweave.cli.http_stream import Connection, RequestFailed, Timeline
 
 _LEAVES: Final = 0.25
@@ -130,7 +130,7 @@ class Traffic:
             self.tally.fail(str(failure))
             return
         self.tally.num_answered += 1
-        if job.answer is not None and _answer(timeline) != job.answer:
+        if job.answer is not None and answer_of(timeline) != job.answer:
             self.tally.num_changed += 1
             self.tally.problems["an answer that is not the undisturbed one"] += 1
 
@@ -165,9 +165,3 @@ class Traffic:
     def _name(self) -> str:
         self._numbers += 1
         return f"soak-{self._seed}-{self._numbers}"
-
-
-def _answer(timeline: Timeline) -> Answer:
-    assert timeline.finish_reason is not None
-    counts = timeline.usage
-    return Answer(timeline.text, timeline.finish_reason, int(counts["prompt_tokens"]), int(counts["completion_tokens"]))
