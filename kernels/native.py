@@ -38,7 +38,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "silu_mul": (*[_POINTER] * 2, *[_LONG] * 2),
     "place_heads": (*[_POINTER] * 6, _FLOAT, *[_LONG] * 5),
     "attend": (_POINTER, _LONG, *[_POINTER] * 6, *[_LONG] * 8, _FLOAT),
-    "run_layers": (*[_POINTER] * 10, _FLOAT, _FLOAT),
+    "run_layers": (*[_POINTER] * 10, _FLOAT, _FLOAT, _POINTER),
 }
 # Of bytes, whatever elements they are.
 _BYTE_SIGNATURES: dict[str, tuple[Any, ...]] = {

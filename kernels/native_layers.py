@@ -61,6 +61,12 @@ class NativeLayers:
         (self._X, self._D), (_, self._Q), _, (_, self._I) = (_shape(linear) for linear in layers[0].linears)
         self._scratch = torch.empty(0, dtype=native.dtype)
         self._partial = torch.empty(0)
+        self._num_done = array("q", [0])
+
+    @property
+    def num_done(self) -> int:
+        """Layers computed so far, in all calls together. Any thread may look, also during a call."""
+        return self._num_done[0]
 
     def __call__(
         self,
@@ -97,6 +103,7 @@ class NativeLayers:
             self._partial.data_ptr(),
             self._epsilon,
             H**-0.5,
+            _address(self._num_done),
         )
         return x_TD
 

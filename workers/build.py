@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorweave.cluster.llm_args import CacheTransceiverConfig, TorchLlmArgs
+from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.workers.comm import Comm
 from tensorweave.workers.decoder import SamplingDecoder
 from tensorweave.workers.engine import PyTorchModelEngine
@@ -16,6 +17,7 @@ from tensorweave.workers.engine_dir import check_fit
 from tensorweave.workers.engine_loader import load_engine
 from tensorweave.workers.engine_manifest import EngineManifest
 from tensorweave.workers.executor import PyExecutor
+from tensorweave.workers.iteration_stats import step_limits
 from tensorweave.workers.kv_cache import KVCacheManager
 from tensorweave.workers.kv_pool import KVPool
 from tensorweave.workers.model_store import resolve_model
@@ -56,24 +58,8 @@ def build_executor(
         ValueError: the arguments or the model's files are wrong; the message names what.
     """
     engine = _load_engine(args, comm)
-    info = engine.info
-    kv_class = _load_class(args.kv_cache_manager, "kv_cache_manager", KVCacheManager)
-    kv_cache = kv_class(
-        num_blocks=info.num_blocks,
-        tokens_per_block=info.tokens_per_block,
-        enable_block_reuse=args.kv_cache_config.enable_block_reuse,
-        enable_partial_reuse=args.kv_cache_config.enable_partial_reuse,
-        event_buffer_max_size=event_buffer_size,
-    )
-    scheduler_class = _load_class(args.scheduler, "scheduler", SimpleScheduler)
-    scheduler = scheduler_class(
-        kv_cache,
-        policy=args.scheduler_config.capacity_scheduler_policy,
-        max_batch_size=args.max_batch_size,
-        max_num_tokens=args.max_num_tokens,
-        enable_chunked_prefill=args.enable_chunked_prefill,
-        chunking_policy=args.scheduler_config.context_chunking_policy,
-    )
+    kv_cache = _make_kv_cache(args, engine.info, event_buffer_size)
+    scheduler = _make_scheduler(args, kv_cache)
     transfers: Transfers = NoTransfers()
     exchange = args.cache_transceiver_config
     if exchange is not None and exchange.backend is not None:
@@ -89,13 +75,40 @@ def build_executor(
         resources=ResourceManager([kv_cache]),
         decoder=SamplingDecoder(),
         comm=comm,
-        info=info,
+        info=engine.info,
         transfers=transfers,
+        engine_progress=lambda: engine.progress,
         max_requests=args.max_queued_requests,
         max_stats=args.iter_stats_max_iterations if args.enable_iter_perf_stats else 0,
+        stats_limits=step_limits(args.max_queued_requests, args.max_batch_size, args.max_num_tokens),
     )
     executor.set_batched_logits_processor(args.batched_logits_processor)
     return executor
+
+
+def _make_kv_cache(args: TorchLlmArgs, info: ModelInfo, event_buffer_size: int) -> Any:
+    """Ours, or the user's class, which takes the same arguments."""
+    kv_class = _load_class(args.kv_cache_manager, "kv_cache_manager", KVCacheManager)
+    return kv_class(
+        num_blocks=info.num_blocks,
+        tokens_per_block=info.tokens_per_block,
+        enable_block_reuse=args.kv_cache_config.enable_block_reuse,
+        enable_partial_reuse=args.kv_cache_config.enable_partial_reuse,
+        event_buffer_max_size=event_buffer_size,
+    )
+
+
+def _make_scheduler(args: TorchLlmArgs, kv_cache: Any) -> Any:
+    """Ours, or the user's class, which takes the same arguments."""
+    scheduler_class = _load_class(args.scheduler, "scheduler", SimpleScheduler)
+    return scheduler_class(
+        kv_cache,
+        policy=args.scheduler_config.capacity_scheduler_policy,
+        max_batch_size=args.max_batch_size,
+        max_num_tokens=args.max_num_tokens,
+        enable_chunked_prefill=args.enable_chunked_prefill,
+        chunking_policy=args.scheduler_config.context_chunking_policy,
+    )
 
 
 def build_transfers(

@@ -74,6 +74,12 @@ class PyTorchModelEngine:
         self._windows = windows
         self._device = rope_table.device
         self._hidden_TD: Tensor | None = None
+        self._num_pieces = 0
+
+    @property
+    def progress(self) -> int:
+        """Grows with every layer, and every piece of a prompt's logits, that is computed. Any thread may look."""
+        return self._model.num_layers_done + self._num_pieces
 
     def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
         kv_cache = resources.kv_cache
@@ -96,6 +102,7 @@ class PyTorchModelEngine:
             for piece in read.split(max(1, PIECE_LOGITS // self.info.vocab_size)):
                 with torch.no_grad():
                     logits_NV = self._model.logits(hidden_TD[piece.row : piece.row + piece.stop - piece.start])
+                self._num_pieces += 1
                 yield piece, logits_NV
 
     def _inputs(self, packed: PackedBatch) -> ForwardInputs:

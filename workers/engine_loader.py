@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
@@ -23,6 +24,8 @@ from tensorweave.workers.models.rotary import rotary_table
 from tensorweave.workers.models.shards import RankShard, shard_model
 from tensorweave.workers.models.transformer import Transformer, build_transformer
 from tensorweave.workers.pool_size import count_blocks
+
+logger = logging.getLogger(__name__)
 
 _MOST_READERS = 4
 
@@ -66,6 +69,9 @@ def assemble_engine(
     """Put KV pool, planner and tables around a model."""
     P, K = args.kv_cache_config.tokens_per_block, len(shard.heads.kv)
     max_seq_len = min(config.max_seq_len, num_blocks * P, args.max_seq_len or config.max_seq_len)
+    if args.max_seq_len is not None and args.max_seq_len > max_seq_len:
+        cause = "the model's own limit" if max_seq_len == config.max_seq_len else "the KV cache has no room for more"
+        logger.warning("max_seq_len is %d instead of %d: %s", max_seq_len, args.max_seq_len, cause)
     info = ModelInfo(
         model=str(args.model),
         vocab_size=config.vocab_size,

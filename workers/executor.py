@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from tensorweave.cluster.errors import NotReady, TensorweaveError, WorkerLost
@@ -49,7 +49,7 @@ class PyExecutor:
     """Runs requests to their end over one model engine.
 
     Thread-safe outside; the loop runs on a thread of its own from `start` to `shutdown`. Only rank 0 may enqueue, await
-    and cancel.
+    and cancel. `engine_progress` gives a number that grows while a step computes, however long that takes.
     """
 
     def __init__(
@@ -62,8 +62,10 @@ class PyExecutor:
         comm: Comm,
         info: ModelInfo,
         transfers: Transfers | None = None,
+        engine_progress: Callable[[], int] = lambda: 0,
         max_requests: int = 1024,
         max_stats: int = 1000,
+        stats_limits: Mapping[str, int] | None = None,
     ) -> None:
         self.info = info
         self.comm = comm
@@ -82,8 +84,10 @@ class PyExecutor:
         self._is_stuck = False
         self._token_check = 0
         self._answers: list[TokenChunk] = []
-        self._stats = IterationStats(max_stats)
+        self._stats = IterationStats(max_stats, stats_limits or {})
         self._progress_s = time.monotonic()
+        self._engine_progress = engine_progress
+        self._seen_progress = 0
         self._thread = threading.Thread(target=self._run, name=f"py-executor-{comm.rank}", daemon=True)
 
     # ---- the mid-level API
@@ -116,7 +120,10 @@ class PyExecutor:
         return self._transfers.wait_released(timeout_s)
 
     def heartbeat(self) -> float:
-        """Seconds since the loop last made progress; grows without bound when a step hangs."""
+        """Seconds since the loop, or the engine within a step, was last seen to make progress; grows without bound when
+        a step hangs. Look about once a second."""
+        if (progress := self._engine_progress()) != self._seen_progress:
+            self._seen_progress, self._progress_s = progress, time.monotonic()
         return time.monotonic() - self._progress_s
 
     def can_enqueue_requests(self) -> bool:

@@ -61,6 +61,7 @@ class FakeExecutor:
         self._events: list[dict[str, Any]] = []
         self._num_events = 0
         self._is_held = False
+        self._num_allowed = 0
         self._is_over = False
         self._thread = threading.Thread(target=self._run, name="fake-executor", daemon=True)
         self._thread.start()
@@ -126,7 +127,13 @@ class FakeExecutor:
     def hold(self, is_held: bool = True) -> None:
         """Stand still (cancels are still honoured), or go on."""
         with self._changed:
-            self._is_held = is_held
+            self._is_held, self._num_allowed = is_held, 0
+            self._changed.notify_all()
+
+    def allow(self, num_steps: int) -> None:
+        """While it stands still: take so many steps."""
+        with self._changed:
+            self._num_allowed += num_steps
             self._changed.notify_all()
 
     def fail(self, error: TensorweaveError) -> None:
@@ -154,17 +161,24 @@ class FakeExecutor:
 
     def _has_work(self) -> bool:
         is_cancelling = any(running.is_cancelled for running in self._running.values())
-        return self._is_over or is_cancelling or (bool(self._running) and not self._is_held)
+        return self._is_over or is_cancelling or (bool(self._running) and self._may_move)
+
+    @property
+    def _may_move(self) -> bool:
+        return not self._is_held or self._num_allowed > 0
 
     def _step(self) -> None:
         self.num_steps += 1
+        may_move = self._may_move and not self._is_over
+        if may_move and self._running:
+            self._num_allowed = max(0, self._num_allowed - 1)
         for request_id, running in list(self._running.items()):
             if running.is_cancelled:
                 chunk = TokenChunk(request_id, finish_reason="cancelled")
-            elif self._is_held or self._is_over:
-                continue
-            else:
+            elif may_move:
                 chunk = self._next_chunk(running)
+            else:
+                continue
             self._chunks.append(chunk)
             if chunk.is_last:
                 del self._running[request_id]

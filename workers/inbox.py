@@ -63,6 +63,8 @@ class Inbox:
         self._landed: list[Landed] = []
         self._released: list[str] = []
         self._deadlines: list[tuple[float, str]] = []
+        self._deadline_of: dict[str, float] = {}
+        """Of those inside: an id may come again before the deadline of the request that had it first."""
         self._is_shutdown = False
         self._closed_by: Exception | None = None
 
@@ -88,7 +90,8 @@ class Inbox:
             self._inside.add(request.request_id)
             self._arrivals.append(request)
             if request.deadline_s is not None:
-                heapq.heappush(self._deadlines, (self._clock() + request.deadline_s, request.request_id))
+                deadline_s = self._deadline_of[request.request_id] = self._clock() + request.deadline_s
+                heapq.heappush(self._deadlines, (deadline_s, request.request_id))
             self._changed.notify()
 
     def cancel(self, request_id: str) -> bool:
@@ -112,7 +115,9 @@ class Inbox:
 
     def forget(self, request_id: str) -> None:
         """The step loop has ended this request."""
-        self._inside.discard(request_id)
+        with self._changed:
+            self._inside.discard(request_id)
+            self._deadline_of.pop(request_id, None)
 
     def shut_down(self) -> None:
         with self._changed:
@@ -125,6 +130,7 @@ class Inbox:
             self._closed_by = error
             orphans = sorted(self._inside)
             self._inside.clear()
+            self._deadline_of.clear()
             return orphans
 
     def gather(self, token_check: int, idle_wait_s: float) -> News:
@@ -137,7 +143,7 @@ class Inbox:
             cancelled, self._cancelled = self._cancelled, []
             landed, self._landed = self._landed, []
             released, self._released = self._released, []
-            expired = [request_id for request_id in self._pop_expired(now_s) if request_id in self._inside]
+            expired = list(self._pop_expired(now_s))
         return News(now_s, token_check, arrivals, cancelled, expired, landed, released, self._is_shutdown)
 
     def _has_news(self) -> bool:
@@ -150,7 +156,9 @@ class Inbox:
 
     def _pop_expired(self, now_s: float) -> Iterator[str]:
         while self._deadlines and self._deadlines[0][0] <= now_s:
-            yield heapq.heappop(self._deadlines)[1]
+            deadline_s, request_id = heapq.heappop(self._deadlines)
+            if self._deadline_of.get(request_id) == deadline_s:
+                yield request_id
 
 
 class FollowerInbox:

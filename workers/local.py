@@ -93,6 +93,10 @@ class LocalLink:
         """The executor's iteration stats since they were last asked for."""
         return self._executor.get_latest_iteration_stats()
 
+    async def kv_events(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
+        """The executor's KV events since they were last asked for."""
+        return self._executor.get_latest_kv_cache_events()
+
     def close(self) -> None:
         """Stop pumping; open requests end with WorkerLost."""
         self._is_closing.set()

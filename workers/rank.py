@@ -147,7 +147,12 @@ class RankWorker:
         executor.start()
         leader = None
         if order.rank == 0:
-            self._leader = LeaderServer(executor, order.listen_host, order.secret)
+            self._leader = LeaderServer(
+                executor,
+                order.listen_host,
+                order.secret,
+                max_kv_events=args.kv_cache_config.event_buffer_max_size,
+            )
             leader = LeaderPlace(self._leader.start(), executor.info)
         return RankStarted(executor.kv_endpoint, executor.kv_fingerprint, leader)
 

@@ -40,10 +40,11 @@ static void NAME(multiply_by)(const matrix *m, const ELEM *a, ELEM *out, ELEM *a
 }
 
 /* x[T, D] is the residual stream, changed in place. caches: each layer's blocks. table, slots: see place_heads. partial: see attend.
-   scratch: T * (qkv.N + output.K + D) + min(T, BLOCK_ROWS) * (D + 3 down.K + the largest K of any matrix) elements. */
+   scratch: T * (qkv.N + output.K + D) + min(T, BLOCK_ROWS) * (D + 3 down.K + the largest K of any matrix) elements. num_done: one more
+   after every layer, for other threads to read. */
 void NAME(run_layers)(const step_sizes *z, const NAME(layer) *layers, ELEM *const *caches, const attention_plan *plans,
                       const int64_t *read_heads, const float *table, const int64_t *slots, ELEM *x, ELEM *scratch, float *partial,
-                      float epsilon, float scale) {
+                      float epsilon, float scale, volatile int64_t *num_done) {
     long T = z->T, D = layers->qkv.K, X = layers->qkv.N, Q = layers->output.K, I = layers->down.K, B = T < BLOCK_ROWS ? T : BLOCK_ROWS;
     ELEM *heads = scratch, *attended = heads + T * X, *update = attended + T * Q, *normed = update + T * D;
     ELEM *wide = normed + B * D, *active = wide + B * 2 * I, *a_packed = active + B * I;
@@ -67,6 +68,7 @@ void NAME(run_layers)(const step_sizes *z, const NAME(layer) *layers, ELEM *cons
             NAME(silu_mul)(wide, active, rows, I);
             NAME(multiply_by)(&l->down, active, update + t * D, a_packed, rows);
         }
+        ++*num_done;
     }
     NAME(add)(x, update, T * D);
 }

@@ -1,12 +1,19 @@
-"""A fixture that takes the native kernels away, so that the torch forms of the ops are tested on any machine."""
+"""The same random numbers in each run; and a fixture that takes the native kernels away, so that the torch forms of the
+ops are tested on any machine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tensorweave.kernels import native
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture

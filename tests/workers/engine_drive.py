@@ -22,7 +22,7 @@ from tensorweave.workers.request import LlmRequest
 from tensorweave.workers.resources import BlockCopy
 
 VOCAB = 211
-PEER_TIMEOUT_S = 60.0
+PEER_TIMEOUT_S = 120.0
 T = TypeVar("T")
 
 
@@ -139,7 +139,7 @@ def run_ranks(size: int, work: Callable[[Comm], T]) -> list[T]:
         return [work(SoloComm())]
     with ThreadPoolExecutor(size) as pool:
         return [
-            future.result(timeout=PEER_TIMEOUT_S * 4)
+            future.result(timeout=PEER_TIMEOUT_S * 2)
             for future in [pool.submit(one_rank, rank) for rank in range(size)]
         ]
 

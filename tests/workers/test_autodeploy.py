@@ -21,7 +21,8 @@ from tensorweave.workers.engine_dir import save_engine_dir
 from tensorweave.workers.plan import ContextChunk, ScheduledBatch
 from tensorweave.workers.resources import BlockCopy
 from tests.workers.engine_drive import ScatteredBlocks, engine_args, generate, make_request, random_prompts
-from tests.workers.tiny_models import THETA, VOCAB, make_model, rewrite_config, their_greedy
+from tests.workers.tiny_models import THETA, VOCAB, make_model, rewrite_config, save_randomized, their_greedy
+from tests.workers.waiting import WAIT_S
 
 PROMPTS = [*random_prompts(5, 70), [7], [5] * 33]
 SHAPE: dict[str, Any] = {
@@ -67,13 +68,7 @@ def make(name: str, path: Path, **changes: Any) -> PreTrainedModel:
     family, fields = MODELS[name]
     config = getattr(transformers, f"{family}Config")(**{**SHAPE, **fields, **changes})
     torch.manual_seed(0)
-    model: PreTrainedModel = getattr(transformers, CLASSES.get(family, f"{family}ForCausalLM"))(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.uniform_(0.3, 1.3)
-    model.save_pretrained(path)
-    return model
+    return save_randomized(getattr(transformers, CLASSES.get(family, f"{family}ForCausalLM"))(config), path)
 
 
 def args_for(path: Path, **knobs: Any) -> TorchLlmArgs:
@@ -134,7 +129,7 @@ def test_an_executor_runs_on_it(tmp_path: Path) -> None:
             executor.enqueue_request(GenerateRequest(request_id, prompt, sampling))
         unfinished = set(answers)
         while unfinished:
-            chunks = executor.await_responses(timeout_s=60.0)
+            chunks = executor.await_responses(timeout_s=WAIT_S)
             assert chunks, "hangs"
             for chunk in chunks:
                 answers[chunk.request_id] += chunk.token_ids

@@ -10,6 +10,7 @@ from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.workers.decoder import SamplingDecoder, uniform
 from tensorweave.workers.plan import ScheduledBatch
 from tensorweave.workers.request import LlmRequest, RequestState
+from tests.workers.plain_sampling import chosen
 
 VOCAB = 50
 
@@ -23,26 +24,6 @@ def request(spec: SamplingSpec, position: int = 5, order: int = 0) -> LlmRequest
 def decode(logits: torch.Tensor, specs: list[SamplingSpec], position: int = 5) -> list[int]:
     batch = ScheduledBatch(generation=tuple(request(spec, position, i) for i, spec in enumerate(specs)))
     return SamplingDecoder().decode(logits.clone(), batch).tokens
-
-
-def expected(logits: np.ndarray, spec: SamplingSpec, number: float) -> int:
-    """Temperature, min-p, top-k, top-p, then the inverse of the cumulative distribution in vocabulary order."""
-    if spec.is_greedy:
-        return int(np.argmax(logits))
-    scaled = logits.astype(np.float64) / spec.temperature
-    probs = np.exp(scaled - scaled.max())
-    probs /= probs.sum()
-    probs[probs < spec.min_p * probs.max()] = 0
-    order = np.argsort(-probs, kind="stable")
-    if spec.top_k:
-        probs[order[spec.top_k :]] = 0
-    if spec.top_p < 1:
-        share = probs[order] / probs.sum()
-        reached = np.cumsum(share) - share
-        cut = [token for rank, token in enumerate(order) if rank > 0 and reached[rank] >= spec.top_p]
-        probs[cut] = 0
-    cumulative = np.cumsum(probs)
-    return int(np.searchsorted(cumulative, number * cumulative[-1], side="right"))
 
 
 SPECS = [
@@ -66,7 +47,7 @@ def test_each_parameter_equals_its_definition(spec: SamplingSpec) -> None:
     for position in range(4, 60):
         logits = torch.randn(1, VOCAB, generator=generator) * 3
         got = decode(logits, [spec], position)
-        assert got == [expected(logits[0].numpy(), spec, uniform(spec.seed, position))]
+        assert got == [chosen(logits[0].numpy(), spec, spec.top_p, uniform(spec.seed, position))]
 
 
 def test_a_row_is_decoded_alike_whatever_stands_beside_it() -> None:

@@ -150,6 +150,19 @@ def test_a_memory_fraction_sizes_the_pool(tmp_path: Path) -> None:
     assert info.max_seq_len == 77
 
 
+def test_a_length_that_cannot_be_had_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_model("llama", tmp_path)
+    limit = load_model_config(tmp_path).max_seq_len
+    for max_tokens, got, cause in (
+        (2 * limit, limit, "the model's own limit"),
+        (64, 64, "the KV cache has no room for more"),
+    ):
+        caplog.clear()
+        args = engine_args(tmp_path, kv_cache_config={"max_tokens": max_tokens}, max_seq_len=limit + 1)
+        assert load_engine(args, SoloComm()).info.max_seq_len == got
+        assert caplog.messages == [f"max_seq_len is {got} instead of {limit + 1}: {cause}"]
+
+
 def test_a_kv_cache_larger_than_memory_is_refused(tmp_path: Path) -> None:
     make_model("llama", tmp_path)
     with pytest.raises(ValueError, match=r"max_tokens is 1000000000000, which takes .* GiB are free"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import threading
+import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,10 +16,12 @@ from tensorweave.workers.comm import SoloComm
 from tensorweave.workers.decoder import SamplingDecoder
 from tensorweave.workers.executor import PyExecutor
 from tensorweave.workers.fake_engine import HashEngine, hash_token
+from tensorweave.workers.inbox import Inbox
 from tensorweave.workers.kv_cache import KVCacheManager
-from tensorweave.workers.plan import ScheduledBatch
 from tensorweave.workers.resources import ResourceManager
 from tensorweave.workers.scheduler import SimpleScheduler
+from tests.workers.stepped_engine import SteppedEngine
+from tests.workers.waiting import WAIT_S, wait_until
 
 VOCAB = 997
 
@@ -57,9 +60,11 @@ def oracle(prompt: Sequence[int], max_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def collect(executor: PyExecutor, names: set[str], timeout_s: float = 30.0) -> dict[str, list[TokenChunk]]:
-    """All chunks of these requests, to their last ones."""
-    chunks: dict[str, list[TokenChunk]] = {name: [] for name in names}
+def collect(
+    executor: PyExecutor, names: set[str], timeout_s: float = WAIT_S, *, others: Collection[str] = ()
+) -> dict[str, list[TokenChunk]]:
+    """All chunks of these requests, to their last ones, and those of `others` that come meanwhile."""
+    chunks: dict[str, list[TokenChunk]] = {name: [] for name in (*names, *others)}
     give_up_s = time.monotonic() + timeout_s
     open_names = set(names)
     while open_names and time.monotonic() < give_up_s:
@@ -75,14 +80,11 @@ def ids(chunks: Sequence[TokenChunk]) -> list[int]:
     return [token for chunk in chunks for token in chunk.token_ids]
 
 
-def is_idle(executor: PyExecutor, timeout_s: float = 2.0) -> bool:
+def is_idle(executor: PyExecutor) -> bool:
+    """Waits until nothing is inside; whether the books are right then."""
     kv = executor._resources.kv_cache
-    give_up_s = time.monotonic() + timeout_s
-    while time.monotonic() < give_up_s:
-        if executor.num_requests == 0 and kv.available == kv.num_blocks:
-            return kv.audit() == []
-        time.sleep(0.005)
-    return False
+    wait_until(lambda: executor.num_requests == 0 and kv.available == kv.num_blocks)
+    return kv.audit() == []
 
 
 def test_tokens_follow_the_context(executor: PyExecutor) -> None:
@@ -99,9 +101,9 @@ def test_tokens_follow_the_context(executor: PyExecutor) -> None:
 @pytest.mark.parametrize("chunk", [5, 16, 512])
 def test_a_small_pool_and_small_chunks_change_no_token(policy: Any, chunk: int) -> None:
     executor = make(num_blocks=12, policy=policy, max_num_tokens=chunk, max_batch_size=4)
-    executor.start()
     prompts = {f"r{i}": [i % 5] * (3 + i) for i in range(24)}
     executor.enqueue_requests([ask(name, prompt, 14) for name, prompt in prompts.items()])
+    executor.start()
     chunks = collect(executor, set(prompts))
     assert {name: ids(chunks[name]) for name in prompts} == {n: oracle(p, 14) for n, p in prompts.items()}
     assert is_idle(executor)
@@ -135,13 +137,17 @@ def test_a_stop_token_ends_and_min_tokens_holds_it_off(executor: PyExecutor) -> 
 
 
 def test_cancel_frees_the_blocks_within_a_step() -> None:
-    executor = make(engine=SlowEngine(VOCAB, 64, 4))
+    engine = SteppedEngine(VOCAB, 64, 4)
+    executor = make(engine=engine)
     executor.start()
     executor.enqueue_request(ask("long", [1, 2], max_tokens=200))
-    while not executor.await_responses(timeout_s=1.0):
-        pass
+    engine.allow()
+    wait_until(lambda: executor.await_responses(timeout_s=1.0))
     assert executor.cancel_request("long")
-    assert collect(executor, {"long"})["long"][-1].finish_reason == "cancelled"
+    engine.allow()  # the step that it may have been in
+    chunks = collect(executor, {"long"})["long"]
+    assert chunks[-1].finish_reason == "cancelled"
+    assert len(ids(chunks)) <= 1
     assert is_idle(executor)
     assert not executor.cancel_request("long")
     assert not executor.cancel_request("never was")
@@ -160,56 +166,61 @@ def test_a_request_cancelled_while_it_waits_ends_too() -> None:
     executor.shutdown()
 
 
-class SlowEngine(HashEngine):
-    """Takes its time, and fails when told to."""
-
-    step_s = 0.02
-    fails = False
-    gate = threading.Event()
-
-    def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Any:
-        time.sleep(self.step_s)
-        if self.fails:
-            raise RuntimeError("the engine broke")
-        return super().forward(batch, resources)
-
-
 def test_a_deadline_ends_a_request_with_what_it_has() -> None:
-    executor = make(engine=SlowEngine(VOCAB, 64, 4))
-    executor.start()
+    engine, now_s = SteppedEngine(VOCAB, 64, 4), [100.0]
+    executor = make(engine=engine)
+    executor._inbox = Inbox(8, lambda: now_s[0])
     executor.enqueue_requests([ask("late", [1, 2], 150, deadline_s=1.0), ask("fine", [3], 20)])
-    chunks = collect(executor, {"late", "fine"})
-    assert chunks["late"][-1].finish_reason == "timeout"
-    got = ids(chunks["late"])
-    assert 0 < len(got) < 150
-    assert got == oracle([1, 2], len(got))
+    executor.start()
+    engine.allow(20)
+    chunks = collect(executor, {"fine"}, others={"late"})
+    now_s[0] += 1.0
+    engine.allow()  # the step that it may have been in
+    late = [*chunks["late"], *collect(executor, {"late"})["late"]]
+    assert late[-1].finish_reason == "timeout"
+    assert ids(late) == oracle([1, 2], len(ids(late)))
+    assert 20 <= len(ids(late)) <= 21
     assert ids(chunks["fine"]) == oracle([3], 20)
     assert is_idle(executor)
     executor.shutdown()
 
 
 def test_a_deadline_wakes_an_idle_loop() -> None:
-    executor = make(policy="STATIC_BATCH", max_batch_size=1, engine=SlowEngine(VOCAB, 64, 4))
-    executor.start()
+    inbox = Inbox(8)
+    inbox.put(ask("late", [1], deadline_s=0.1))
+    assert [request.request_id for request in inbox.gather(0, 0.0).arrivals] == ["late"]
+    assert inbox.gather(0, idle_wait_s=10 * WAIT_S).expired == ["late"]
+
+
+def test_a_deadline_ends_a_request_that_waits() -> None:
+    executor = make(policy="STATIC_BATCH", max_batch_size=1, engine=(engine := SteppedEngine(VOCAB, 64, 4)))
     executor.enqueue_requests([ask("first", [1], 30), ask("second", [2], 30, deadline_s=0.1)])
-    assert collect(executor, {"first", "second"})["second"][-1].finish_reason == "timeout"
+    executor.start()
+    time.sleep(0.2)
+    engine.allow(2)
+    chunks = collect(executor, {"second"}, others={"first"})
+    assert (ids(chunks["second"]), chunks["second"][-1].finish_reason) == ([], "timeout")
+    engine.run_free()
+    assert ids([*chunks["first"], *collect(executor, {"first"})["first"]]) == oracle([1], 30)
     executor.shutdown()
 
 
 def test_an_engine_error_reaches_everyone_and_later_callers() -> None:
-    engine = SlowEngine(VOCAB, 64, 4)
+    engine = SteppedEngine(VOCAB, 64, 4)
     executor = make(engine=engine)
     executor.start()
     executor.enqueue_requests([ask("a", [1], 100), ask("b", [2], 100)])
-    executor.await_responses(timeout_s=2.0)
+    engine.allow()
+    wait_until(lambda: executor.await_responses(timeout_s=1.0))
     engine.fails = True
+    engine.run_free()
     chunks = collect(executor, {"a", "b"})
     for name in ("a", "b"):
         error = chunks[name][-1].error
         assert isinstance(error, WorkerLost)
         assert "the engine broke" in error.message
     assert not executor.is_alive
-    assert executor.await_responses(timeout_s=5.0) == []
+    assert executor.await_responses(timeout_s=WAIT_S) == []
     with pytest.raises(WorkerLost):
         executor.enqueue_request(ask("c", [1]))
 
@@ -273,12 +284,18 @@ def test_priorities_go_first() -> None:
 
 
 def test_shutdown_ends_what_runs() -> None:
-    executor = make(engine=SlowEngine(VOCAB, 64, 4))
+    engine = SteppedEngine(VOCAB, 64, 4)
+    executor = make(engine=engine)
     executor.start()
     executor.enqueue_request(ask("a", [1], 200))
-    executor.await_responses(timeout_s=2.0)
-    executor.shutdown()
-    assert executor.await_responses(timeout_s=1.0)[-1].finish_reason == "cancelled"
+    engine.allow()
+    wait_until(lambda: executor.await_responses(timeout_s=1.0))
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(executor.shutdown, WAIT_S)
+        wait_until(lambda: not executor.can_enqueue_requests())
+        engine.allow()  # the step that it may be in
+        ending.result(WAIT_S)
+    assert executor.await_responses(timeout_s=WAIT_S)[-1].finish_reason == "cancelled"
     with pytest.raises(NotReady):
         executor.enqueue_request(ask("b", [1]))
 
@@ -293,12 +310,10 @@ def test_statistics_have_the_known_keys(executor: PyExecutor) -> None:
     assert rows[-1]["numCompletedRequests"] == 1
     assert {"gpuMemUsage", "iterLatencyMS", "kvCacheStats"} <= rows[0].keys()
     assert executor.get_latest_iteration_stats() == []
-    assert executor.heartbeat() < 2.0
+    wait_until(lambda: executor.heartbeat() < 2.0)  # an idle loop's beats are 0.5 s apart
 
 
 def test_thousands_of_random_requests_all_end_right() -> None:
-    import random
-
     rng = random.Random(3)
     executor = make(num_blocks=40, policy="MAX_UTILIZATION", max_batch_size=8, max_num_tokens=24, max_requests=4000)
     executor.start()
@@ -309,7 +324,7 @@ def test_thousands_of_random_requests_all_end_right() -> None:
         executor.enqueue_request(ask(f"r{i}", prompt, prompts[f"r{i}"][1], priority=rng.choice([0, 0, 0, 1])))
         if rng.random() < 0.1:
             executor.cancel_request(f"r{rng.randrange(i + 1)}")
-    chunks = collect(executor, set(prompts), timeout_s=120.0)
+    chunks = collect(executor, set(prompts), timeout_s=4 * WAIT_S)
     for name, (prompt, max_tokens) in prompts.items():
         got = ids(chunks[name])
         assert got == oracle(prompt, max_tokens)[: len(got)]

@@ -7,16 +7,22 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 
+import pytest
+
 from tensorweave.cluster import wire
 from tensorweave.cluster.protocol import GangAddress, GenerateRequest, SamplingSpec, TokenChunk
 from tensorweave.cluster.socket_link import SocketLink
 from tensorweave.workers.fake_executor import FAKE_INFO, FakeExecutor, fake_output
 from tensorweave.workers.leader import LeaderServer
 from tensorweave.workers.streams import Streams
+from tests.workers.waiting import WAIT_S
 
-HOST, SECRET, WAIT_S = "127.0.0.1", "s3cret", 30.0
+HOST, SECRET = "127.0.0.1", "s3cret"
 PROMPT = [5, 6, 7]
-TOLD = GenerateRequest("r/d1", PROMPT, SamplingSpec(40, num_logprobs=2), grace_s=20.0)
+TOLD = GenerateRequest("r/d1", PROMPT, SamplingSpec(40, num_logprobs=2), grace_s=WAIT_S)
+
+
+pytestmark = pytest.mark.usefixtures("patient_links")
 
 
 def serve(executor: FakeExecutor, body: Callable[[SocketLink, SocketLink], Awaitable[None]], **options: int) -> None:
@@ -26,25 +32,29 @@ def serve(executor: FakeExecutor, body: Callable[[SocketLink, SocketLink], Await
 
     @contextlib.asynccontextmanager
     async def linked() -> AsyncIterator[SocketLink]:
-        link = await SocketLink.connect(address)
+        link = await SocketLink.connect(address, timeout_s=WAIT_S)
         try:
             yield link
         finally:
             link.close()
 
     async def run() -> None:
-        async with asyncio.timeout(WAIT_S), linked() as one, linked() as two:
+        async with asyncio.timeout(2 * WAIT_S), linked() as one, linked() as two:
             await body(one, two)
 
     try:
         asyncio.run(run())
     finally:
-        leader.stop()
+        leader.stop(WAIT_S)
         executor.shutdown()
 
 
 async def collect(link: SocketLink, request: GenerateRequest) -> list[TokenChunk]:
     return [chunk async for chunk in link.generate(request)]
+
+
+async def hear_again(link: SocketLink) -> list[TokenChunk]:
+    return [chunk async for chunk in link.attach("r")]
 
 
 def tokens_of(chunks: list[TokenChunk]) -> list[int]:
@@ -73,16 +83,22 @@ def test_logits_that_were_asked_for_may_pile_up_and_fit_no_single_frame() -> Non
 
 def test_who_asks_again_hears_the_log_probabilities_too() -> None:
     async def body(one: SocketLink, two: SocketLink) -> None:
+        executor.hold()
         first = asyncio.create_task(collect(one, TOLD))
         while not executor.num_requests:
             await asyncio.sleep(0.005)
-        again = [chunk async for chunk in two.attach("r")]
+        executor.allow(10)
+        attaching = asyncio.create_task(hear_again(two))
+        while not two.num_inflight:
+            await asyncio.sleep(0.005)
+        executor.hold(False)
+        again = await attaching
         assert tokens_of(again) == fake_output(PROMPT, 40)
         told = await first
         assert [p for chunk in again for p in chunk.logprobs] == [p for chunk in told for p in chunk.logprobs]
         assert sum(len(chunk.logprobs) for chunk in again) == 40
 
-    executor = FakeExecutor(step_s=0.002)
+    executor = FakeExecutor()
     serve(executor, body)
 
 

@@ -30,9 +30,9 @@ from tensorweave.workers.fake_engine import hash_token
 from tests.workers.engine_drive import random_prompts
 from tests.workers.plain_forward import PlainModel
 from tests.workers.tiny_models import VOCAB, make_model
-from tests.workers.transfer_drive import Gang, hash_gang, model_gang
+from tests.workers.transfer_drive import Gang, hash_gang, model_gang, stepped_gang
+from tests.workers.waiting import WAIT_S
 
-WAIT_S = 60.0
 CLOSE = 2e-4
 
 
@@ -252,8 +252,15 @@ def test_pauses_and_chunks_tell_nothing_twice(policy: Any) -> None:
     """A small pool: requests are paused and computed anew. Their next tokens are a hash of all that is before."""
     prompts = [[i, *range(i), 7] for i in range(20)]
     spec = SamplingSpec(12, num_logprobs=1, num_prompt_logprobs=1, wants_context_logits=True)
-    with hash_gang(1, None, num_blocks=14, tokens_per_block=4, max_seq_len=64, policy=policy, max_num_tokens=9) as gang:
-        for prompt, told in zip(prompts, ask(gang, requests_of(prompts, [spec] * 20)), strict=True):
+    requests = requests_of(prompts, [spec] * 20)
+    knobs: dict[str, Any] = {"num_blocks": 14, "tokens_per_block": 4, "max_seq_len": 64, "max_num_tokens": 9}
+    gang, (engine,) = stepped_gang(1, None, policy=policy, **knobs)
+    with gang:
+        gang.leader.enqueue_requests(requests)
+        engine.run_free()  # with all of them there
+        answers = {request.request_id: Told() for request in requests}
+        gather(gang, answers)
+        for prompt, told in zip(prompts, answers.values(), strict=True):
             text = [*prompt, *told.tokens]
             likeliest = [hash_token(text[: at + 1], 1000) for at in range(len(text) - 1)]
             assert told.tokens == likeliest[len(prompt) - 1 :]

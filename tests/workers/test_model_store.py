@@ -192,7 +192,7 @@ def test_two_processes_at_once_convert_once(tiny_wheel: tuple[WheelModel, Path],
     command = [sys.executable, "-c", script, str(tmp_path / "cache"), str(wheel)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     running = [subprocess.Popen(command, **pipes) for _ in range(3)]  # type: ignore[call-overload]
-    results = [process.communicate(timeout=60) for process in running]
+    results = [process.communicate(timeout=180) for process in running]
     assert [process.returncode for process in running] == [0, 0, 0], results
     assert len({out for out, _ in results}) == 1
     assert sum("converting" in err for _, err in results) == 1

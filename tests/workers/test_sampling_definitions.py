@@ -17,6 +17,7 @@ from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.workers.decoder import NO_TOKEN, Decoded, SamplingDecoder, uniform
 from tensorweave.workers.plan import ScheduledBatch
 from tensorweave.workers.request import LlmRequest, RequestState
+from tests.workers.plain_sampling import chosen
 
 VOCAB = 24
 Floats = npt.NDArray[np.float32]
@@ -74,25 +75,6 @@ def top_p_now(spec: SamplingSpec, output: Sequence[int]) -> float:
         decayed = max(top_p * spec.top_p_decay, min(spec.top_p, spec.top_p_min))
         top_p = spec.top_p if token == spec.top_p_reset_id else decayed
     return top_p
-
-
-def chosen(logits: Floats, spec: SamplingSpec, top_p: float, number: float) -> int:
-    """Temperature, min-p, top-k, top-p, then the inverse of the cumulative distribution in vocabulary order."""
-    if spec.is_greedy:
-        return int(np.argmax(logits))
-    scaled = logits.astype(np.float64) / spec.temperature
-    probs = np.exp(scaled - scaled.max())
-    probs /= probs.sum()
-    probs[probs < spec.min_p * probs.max()] = 0
-    order = np.argsort(-probs, kind="stable")
-    if spec.top_k:
-        probs[order[spec.top_k :]] = 0
-    if top_p < 1:
-        share = probs[order] / probs.sum()
-        reached = np.cumsum(share) - share
-        probs[[token for rank, token in enumerate(order) if rank > 0 and reached[rank] >= top_p]] = 0
-    cumulative = np.cumsum(probs)
-    return int(np.searchsorted(cumulative, number * cumulative[-1], side="right"))
 
 
 def defined(logits: Floats, spec: SamplingSpec, prompt: Sequence[int], output: Sequence[int]) -> int:

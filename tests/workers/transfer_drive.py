@@ -29,11 +29,15 @@ from tensorweave.workers.transfer.transfers import KvTransfers
 from tensorweave.workers.transfer.window import PoolWindow
 from tensorweave.workers.uplink import join_uplink
 from tests.workers.engine_drive import ThreadComm, engine_args
+from tests.workers.stepped_engine import SteppedEngine
+from tests.workers.waiting import WAIT_S
 
 SECRET = "open sesame"
-WAIT_S = 60.0
+DEADLINE_S = 10 * WAIT_S
+"""Of fetches and leases, where nothing else is said: what is waited for comes without them."""
 
 MakeCarrier = Callable[[PoolWindow, dict[str, str]], Carrier]
+ENGINE_KNOBS = ("num_blocks", "tokens_per_block", "max_seq_len")
 
 
 def tcp_carriers(window: PoolWindow, alike: dict[str, str]) -> Carrier:
@@ -59,7 +63,7 @@ class Gang:
         chunked: bool = True,
         reuse: bool = True,
         policy: Any = "GUARANTEED_NO_EVICT",
-        **timeouts: float,
+        **transferring: Any,
     ) -> None:
         self.name = name
         self.fingerprint = fingerprint or {"version": "test"}
@@ -84,7 +88,7 @@ class Gang:
                     self.fingerprint,
                     comm.rank,
                     comm.size,
-                    **timeouts,
+                    **{"timeout_s": DEADLINE_S, "lease_s": DEADLINE_S, **transferring},
                 )
             scheduler = SimpleScheduler(
                 kv_cache,
@@ -138,7 +142,7 @@ class Gang:
     def gauge(self, name: str) -> float:
         return sum(rank.gauges()[name] for rank in self.ranks)
 
-    def wait_idle(self, timeout_s: float = 5.0) -> None:
+    def wait_idle(self, timeout_s: float = WAIT_S) -> None:
         """Until no request, lease or fetch is open and all blocks are free on every rank; then the books are right."""
         deadline_s = time.monotonic() + timeout_s
         while True:
@@ -146,7 +150,7 @@ class Gang:
             if not wrong:
                 break
             assert time.monotonic() < deadline_s, f"{self.name}: {wrong}"
-            threading.Event().wait(0.01)
+            time.sleep(0.01)
         for kv_cache in self.kv_caches:
             assert kv_cache.audit() == []
 
@@ -162,7 +166,7 @@ class Gang:
 
     def close(self) -> None:
         with ThreadPoolExecutor(len(self.ranks)) as pool:
-            list(pool.map(lambda executor: executor.shutdown(), self.ranks))
+            list(pool.map(lambda executor: executor.shutdown(WAIT_S), self.ranks))
 
     def __enter__(self) -> Self:
         return self
@@ -174,8 +178,22 @@ class Gang:
 
 
 def hash_gang(size: int = 1, make_carrier: MakeCarrier | None = tcp_carriers, **knobs: Any) -> Gang:
-    engine = {name: knobs.pop(name) for name in ("num_blocks", "tokens_per_block", "max_seq_len") if name in knobs}
+    engine = {name: knobs.pop(name) for name in ENGINE_KNOBS if name in knobs}
     return Gang(lambda comm: HashEngine(**engine), size, make_carrier, **knobs)
+
+
+def stepped_gang(
+    size: int = 1, make_carrier: MakeCarrier | None = tcp_carriers, **knobs: Any
+) -> tuple[Gang, list[SteppedEngine]]:
+    """A hash gang that stands still until its engines, one a rank, are let go on."""
+    engine = {name: knobs.pop(name) for name in ENGINE_KNOBS if name in knobs}
+    engines: list[SteppedEngine] = []
+
+    def make_engine(comm: Comm) -> SteppedEngine:
+        engines.append(SteppedEngine(**engine))
+        return engines[-1]
+
+    return Gang(make_engine, size, make_carrier, **knobs), engines
 
 
 def model_gang(path: Path, size: int = 1, make_carrier: MakeCarrier | None = tcp_carriers, **knobs: Any) -> Gang:

@@ -7,7 +7,7 @@ learn the layers, or a `PagedStep`. What we would compute wrongly is refused by 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -123,11 +123,13 @@ class PagedStep:
         caches: Sequence[Tensor],
         write: WriteSlots,
         plans: Mapping[int | None, AttentionPlan],
+        note_layer: Callable[[], None],
     ) -> None:
         self._layers = layers
         self._caches = caches
         self._write = write
         self._plans = plans
+        self._note_layer = note_layer
 
     def attend(
         self, module: Any, query_1NTH: Tensor, key_1KTH: Tensor, value_1KTH: Tensor, mask: Any, options: dict[str, Any]
@@ -137,4 +139,5 @@ class PagedStep:
         write_kv(cache_BCPH, kv_TCH, self._write.rows)
         query_TNH = query_1NTH[0].transpose(0, 1).to(cache_BCPH.dtype).contiguous()
         out_TNH = paged_attention(query_TNH, cache_BCPH, self._plans[layer.window], layer.scale)
+        self._note_layer()
         return out_TNH.to(query_1NTH.dtype).unsqueeze(0)

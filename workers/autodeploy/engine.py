@@ -33,6 +33,8 @@ class AutodeployEngine:
         K, P, H = first.num_kv_heads, pool.tokens_per_block, first.head_dim
         self._planner = Planner(K, tuple(range(K)), P, H, self._device, pool.cache.dtype)
         self._prompt_logits: list[Tensor] = []
+        self.progress = 0
+        """Grows with every layer that is computed. Any thread may look."""
 
     def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
         kv_cache = resources.kv_cache
@@ -59,6 +61,7 @@ class AutodeployEngine:
             self.pool.layers,
             self._planner.write_slots(slots_T),
             {window: self._planner.plan(packed.spans, window) for window in windows},
+            self._note_layer,
         )
         with torch.no_grad(), attending(step):
             answer = self._model(
@@ -69,3 +72,6 @@ class AutodeployEngine:
             )
         logits_RV: Tensor = answer.logits[0].to(torch.float32)
         return logits_RV
+
+    def _note_layer(self) -> None:
+        self.progress += 1

@@ -6,8 +6,9 @@ exchange by the layers. The engine calls `forward`, then `logits` for the rows t
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -84,6 +85,12 @@ class Transformer:
     final_norm: RmsNorm
     head: OutputHead
     native: NativeLayers | None
+    _num_done: array[int] = field(default_factory=lambda: array("q", [0]), repr=False)
+
+    @property
+    def num_layers_done(self) -> int:
+        """Since the start. Any thread may look, also during a forward."""
+        return self._num_done[0] if self.native is None else self.native.num_done
 
     def forward(self, batch: ForwardInputs, caches: Sequence[Tensor]) -> Tensor:
         """Hidden states [T, D] before the final norm; keys and values go into `caches`, one [B, C, P, H] a layer."""
@@ -93,6 +100,7 @@ class Transformer:
         update_TD = None
         for block, cache_BCPH in zip(self.blocks, caches, strict=True):
             update_TD = block(x_TD, update_TD, batch, cache_BCPH)
+            self._num_done[0] += 1
         return x_TD if update_TD is None else x_TD + update_TD
 
     def logits(self, x_RD: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class FaultyCarrier:
         self._events = EventQueue()
         self._muted: set[str] = set()
         self._held: dict[str, list[_HeldPut]] = {}
+        self._closed: set[str] = set()
 
     def offer(self, ticket_id: str, shelf: Shelf) -> None:
         self._inner.offer(ticket_id, shelf)
@@ -62,6 +63,7 @@ class FaultyCarrier:
     def close(self, ticket_id: str) -> None:
         self._inner.close(ticket_id)
         with self._lock:
+            self._closed.add(ticket_id)
             held = self._held.pop(ticket_id, [])
         for sink, blocks, payload in held:
             sink.put(blocks, payload)
@@ -94,8 +96,13 @@ class FaultyCarrier:
         self._muted.add(claim_id)
 
     def hold(self, claim: Claim, put: _HeldPut) -> None:
+        """Until the ticket has been closed: then it comes, late."""
         with self._lock:
-            self._held.setdefault(claim.ticket_id, []).append(put)
+            if claim.ticket_id not in self._closed:
+                self._held.setdefault(claim.ticket_id, []).append(put)
+                return
+        sink, blocks, payload = put
+        sink.put(blocks, payload)
 
     def kill(self, claim: Claim) -> None:
         self.mute(claim.claim_id)

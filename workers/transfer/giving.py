@@ -81,10 +81,12 @@ class Offers:
         self._carrier.offer(ticket_id, shelf)
 
     def keeps(self, request: LlmRequest) -> bool:
+        """Leases go by the request's id, so a second request of the same id gets none while the first's is open."""
         if request.offer is None:
             return False
         shelf = self._shelves.pop(request.request_id, None)
-        if shelf is None or not shelf.is_complete or request.finish_reason not in _KEPT:
+        is_whole = shelf is not None and shelf.is_complete and request.finish_reason in _KEPT
+        if shelf is None or not is_whole or request.request_id in self._leases:
             if shelf is not None:
                 shelf.close()
             self._carrier.close(request.offer)

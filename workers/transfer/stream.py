@@ -4,18 +4,20 @@
     │ u32 head len │ u32 body len  │ head: msgpack [name…] │ body: bytes │   little-endian
     └──────────────┴───────────────┴───────────────────────┴─────────────┘
 
-Silence breaks it: a peer sends something each second. Every fault of a connection surfaces as `TransferFailed`, and
+Silence breaks it: a peer sends something each second. It is counted in waits that bring nothing rather than in seconds:
+if this process stood still, the peer is not to blame. Every fault of a connection surfaces as `TransferFailed`, and
 what is not of our protocol as `WireError`; the stream is of no use after either.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import select
 import socket
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgpack
@@ -30,6 +32,8 @@ ALIVE_INTERVAL_S: Final = 1.0
 SILENCE_S: Final = 3.0
 MAX_HEAD_BYTES: Final = 4 << 20
 
+_NUM_WAITS: Final = 3
+"""In vain, one after the other: then the peer is silent."""
 _SIZES: Final = struct.Struct("<II")
 _TIMEVAL: Final = struct.Struct("@ll")
 _MAX_PIECES: Final = 1024
@@ -49,7 +53,8 @@ class Stream:
         self._read_ahead = memoryview(bytearray(_READ_AHEAD_BYTES))
         self._unread = self._read_ahead[:0]
         sock.setblocking(True)
-        limit = _TIMEVAL.pack(int(silence_s), int(silence_s % 1 * 1e6))
+        wait_s = silence_s / _NUM_WAITS
+        limit = _TIMEVAL.pack(int(wait_s), int(wait_s % 1 * 1e6))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -101,12 +106,7 @@ class Stream:
         return data
 
     def _read(self, view: memoryview, flags: int = 0) -> int:
-        try:
-            count = self._sock.recv_into(view, 0, flags)
-        except BlockingIOError:
-            raise TransferFailed("the connection broke: the peer is silent") from None
-        except OSError as error:
-            raise TransferFailed(f"the connection broke: {error}") from None
+        count = _call(lambda: self._sock.recv_into(view, 0, flags), "the peer is silent")
         if not count:
             raise TransferFailed("the peer has closed the connection")
         return count
@@ -128,12 +128,8 @@ class Stream:
 
     def _send_all(self, pieces: list[memoryview]) -> None:
         while pieces:
-            try:
-                count = self._sock.sendmsg(pieces[:_MAX_PIECES])
-            except BlockingIOError:
-                raise TransferFailed("the connection broke: the peer takes nothing") from None
-            except OSError as error:
-                raise TransferFailed(f"the connection broke: {error}") from None
+            batch = pieces[:_MAX_PIECES]
+            count = _call(functools.partial(self._sock.sendmsg, batch), "the peer takes nothing")
             num_sent = 0
             while num_sent < len(pieces) and count >= len(pieces[num_sent]):
                 count -= len(pieces[num_sent])
@@ -141,6 +137,18 @@ class Stream:
             pieces = pieces[num_sent:]
             if count:
                 pieces[0] = pieces[0][count:]
+
+
+def _call(move: Callable[[], int], complaint: str) -> int:
+    """How many bytes it moved, in the first wait that brought any."""
+    for _ in range(_NUM_WAITS):
+        try:
+            return move()
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            raise TransferFailed(f"the connection broke: {error}") from None
+    raise TransferFailed(f"the connection broke: {complaint}")
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

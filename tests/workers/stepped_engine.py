@@ -1,0 +1,44 @@
+"""`SteppedEngine`: an engine that goes on when told to, so that tests meet a request in the middle of its life."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from torch import Tensor
+
+from tensorweave.workers.fake_engine import HashEngine
+from tensorweave.workers.plan import ScheduledBatch
+from tensorweave.workers.resources import ResourceManager
+from tests.workers.waiting import WAIT_S
+
+
+class SteppedEngine(HashEngine):
+    """Computes as many steps as it has been allowed, and waits for more; fails when told to."""
+
+    def __init__(self, *arguments: Any, **knobs: Any) -> None:
+        super().__init__(*arguments, **knobs)
+        self.fails = False
+        self._changed = threading.Condition()
+        self._num_allowed = 0
+        self._runs_free = False
+
+    def allow(self, num_steps: int = 1) -> None:
+        with self._changed:
+            self._num_allowed += num_steps
+            self._changed.notify_all()
+
+    def run_free(self) -> None:
+        """From now on it waits for nobody."""
+        with self._changed:
+            self._runs_free = True
+            self._changed.notify_all()
+
+    def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
+        with self._changed:
+            may_go_on = self._changed.wait_for(lambda: self._runs_free or self._num_allowed, WAIT_S)
+            assert may_go_on, "nobody lets the engine go on"
+            self._num_allowed -= not self._runs_free
+        if self.fails:
+            raise RuntimeError("the engine broke")
+        return super().forward(batch, resources)
