@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorweave.cli import bench_engine, bench_http, bench_road, bench_steps, bench_transfer
+from tensorweave.cli.arguments import add_api_key, add_changes, count, positive, rate
 
 _EXAMPLES = """\
 examples:
@@ -41,17 +42,17 @@ def add_command(commands: Any) -> None:
 def _add_throughput(kinds: Any) -> None:
     parser = kinds.add_parser("throughput", help="tokens a second of the engine, all requests at once")
     _engine_arguments(parser)
-    parser.add_argument("--num-prompts", type=_positive, default=16, help="requests of a run (default: %(default)s)")
-    parser.add_argument("--num-runs", type=_positive, default=3, help="the median run counts (default: %(default)s)")
+    parser.add_argument("--num-prompts", type=positive, default=16, help="requests of a run (default: %(default)s)")
+    parser.add_argument("--num-runs", type=positive, default=3, help="the median run counts (default: %(default)s)")
     parser.set_defaults(run=bench_engine.run_throughput)
 
 
 def _add_latency(kinds: Any) -> None:
     parser = kinds.add_parser("latency", help="time to first token and per token of the engine")
     _engine_arguments(parser)
-    parser.add_argument("--batch-size", type=_positive, default=1, help="requests at once (default: %(default)s)")
-    parser.add_argument("--num-iters", type=_positive, default=10, help="batches that count (default: %(default)s)")
-    parser.add_argument("--num-warmups", type=_count, default=2, help="batches before those (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=1, help="requests at once (default: %(default)s)")
+    parser.add_argument("--num-iters", type=positive, default=10, help="batches that count (default: %(default)s)")
+    parser.add_argument("--num-warmups", type=count, default=2, help="batches before those (default: %(default)s)")
     parser.set_defaults(run=bench_engine.run_latency)
 
 
@@ -61,21 +62,20 @@ def _add_serve(kinds: Any) -> None:
     _length_arguments(parser)
     parser.add_argument("--model", help="model name (default: the first that the endpoint lists)")
     parser.add_argument("--endpoint", choices=("completions", "chat"), default="completions")
-    parser.add_argument("--num-prompts", type=_positive, default=32, help="requests (default: %(default)s)")
-    parser.add_argument("--concurrency", type=_positive, default=8, help="most requests at once (default: %(default)s)")
+    parser.add_argument("--num-prompts", type=positive, default=32, help="requests (default: %(default)s)")
+    parser.add_argument("--concurrency", type=positive, default=8, help="most requests at once (default: %(default)s)")
     parser.add_argument(
-        "--request-rate", type=_rate, default=float("inf"), help="arrivals a second, Poisson (default: all at once)"
+        "--request-rate", type=rate, default=float("inf"), help="arrivals a second, Poisson (default: all at once)"
     )
     parser.add_argument(
-        "--num-warmups", type=_count, default=1, help="requests before the clock starts (default: %(default)s)"
+        "--num-warmups", type=count, default=1, help="requests before the clock starts (default: %(default)s)"
     )
     parser.add_argument("--tokenizer", help="model directory, name or hub id whose vocabulary the prompts use")
     parser.add_argument(
-        "--vocab-size", type=_positive, default=32000, help="where no tokenizer is given (default: %(default)s)"
+        "--vocab-size", type=positive, default=32000, help="where no tokenizer is given (default: %(default)s)"
     )
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--stop-at-eos", action="store_true", help="let answers end before --output-len")
-    parser.add_argument("--api-key", help="sent as the bearer token")
     parser.set_defaults(run=bench_http.run_serve)
 
 
@@ -84,24 +84,22 @@ def _add_road(kinds: Any) -> None:
     _http_arguments(parser)
     parser.add_argument("--config", type=Path, metavar="FILE", help="the configuration that the service runs with")
     parser.add_argument("--model", help="short for --set model=…")
+    add_changes(parser, "change a key of it")
     parser.add_argument(
-        "--set", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="change a key of it"
+        "--num-prompts", type=positive, default=100, help="prompts, each sent both ways (default: %(default)s)"
     )
-    parser.add_argument(
-        "--num-prompts", type=_positive, default=100, help="prompts, each sent both ways (default: %(default)s)"
-    )
-    parser.add_argument("--num-warmups", type=_count, default=5, help="prompts before those (default: %(default)s)")
-    parser.add_argument("--num-words", type=_positive, default=32, help="length of a prompt (default: %(default)s)")
-    parser.add_argument("--output-len", type=_positive, default=2, help="tokens to generate (default: %(default)s)")
+    parser.add_argument("--num-warmups", type=count, default=5, help="prompts before those (default: %(default)s)")
+    parser.add_argument("--num-words", type=positive, default=32, help="length of a prompt (default: %(default)s)")
+    parser.add_argument("--output-len", type=positive, default=2, help="tokens to generate (default: %(default)s)")
     parser.set_defaults(run=bench_road.run_road)
 
 
 def _add_overhead(kinds: Any) -> None:
     parser = kinds.add_parser("overhead", help="a step of the executor outside the forward, with an empty model")
     sizes = [1, 4, 16, 64, 128, 256]
-    parser.add_argument("--batch-sizes", type=_positive, nargs="+", default=sizes, help="default: 1 4 16 64 128 256")
-    parser.add_argument("--input-len", type=_positive, default=128, help="prompt tokens (default: %(default)s)")
-    parser.add_argument("--num-steps", type=_positive, default=256, help="decode steps (default: %(default)s)")
+    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=sizes, help="default: 1 4 16 64 128 256")
+    parser.add_argument("--input-len", type=positive, default=128, help="prompt tokens (default: %(default)s)")
+    parser.add_argument("--num-steps", type=positive, default=256, help="decode steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     _json_argument(parser)
     parser.set_defaults(run=bench_steps.run_overhead)
@@ -115,83 +113,55 @@ def _add_transfer(kinds: Any) -> None:
     parser.add_argument(
         "--lanes", nargs="+", choices=("ipc", "nccl", "tcp"), help="(default: all that the machine has)"
     )
-    parser.add_argument("--sizes", nargs="+", type=_positive, default=[4, 64], help="MiB of a fetch (default: 4 64)")
+    parser.add_argument("--sizes", nargs="+", type=positive, default=[4, 64], help="MiB of a fetch (default: 4 64)")
     parser.add_argument(
-        "--parcels", nargs="+", type=_positive, default=[64], help="MiB packed together between GPUs (default: 64)"
+        "--parcels", nargs="+", type=positive, default=[64], help="MiB packed together between GPUs (default: 64)"
     )
-    parser.add_argument("--num-runs", type=_positive, default=5, help="the median run counts (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the report here")
+    parser.add_argument("--num-runs", type=positive, default=5, help="the median run counts (default: %(default)s)")
+    _json_argument(parser)
     parser.set_defaults(run=bench_transfer.run_transfer)
 
 
 def _add_ttft(kinds: Any) -> None:
     parser = kinds.add_parser("ttft", help="time to first token, prefilled by another gang against the same one")
-    parser.add_argument("--model", required=True, help="directory, hub id or smollm2")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float16", "bfloat16", "float32"))
-    _changes_argument(parser)
+    _model_arguments(parser)
     lengths = [16, 64, 256, 1024, 4000]
-    parser.add_argument("--input-lens", type=_positive, nargs="+", default=lengths, help="default: 16 64 256 1024 4000")
-    parser.add_argument("--num-prompts", type=_positive, default=10, help="of each length (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
-    _json_argument(parser)
+    parser.add_argument("--input-lens", type=positive, nargs="+", default=lengths, help="default: 16 64 256 1024 4000")
+    parser.add_argument("--num-prompts", type=positive, default=10, help="of each length (default: %(default)s)")
     parser.set_defaults(run=_run_ttft, tensor_parallel_size=1)
 
 
 def _engine_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
+    parser.add_argument(
+        "--tensor-parallel-size", type=positive, default=1, metavar="N", help="ranks (default: %(default)s)"
+    )
+    _length_arguments(parser)
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="directory, hub id or smollm2")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float16", "bfloat16", "float32"))
-    parser.add_argument(
-        "--tensor-parallel-size", type=_positive, default=1, metavar="N", help="ranks (default: %(default)s)"
-    )
-    _changes_argument(parser)
+    add_changes(parser, "another argument of LLM, for example kv_cache_config.max_tokens=8192")
     parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
-    _length_arguments(parser)
     _json_argument(parser)
-
-
-def _changes_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--set",
-        dest="changes",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="another argument of LLM, for example kv_cache_config.max_tokens=8192",
-    )
 
 
 def _http_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the service (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="longest request, in seconds")
+    add_api_key(parser)
     _json_argument(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
 
 
 def _length_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input-len", type=_positive, default=128, help="prompt tokens (default: %(default)s)")
-    parser.add_argument("--output-len", type=_positive, default=64, help="generated tokens (default: %(default)s)")
+    parser.add_argument("--input-len", type=positive, default=128, help="prompt tokens (default: %(default)s)")
+    parser.add_argument("--output-len", type=positive, default=64, help="generated tokens (default: %(default)s)")
 
 
 def _json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the whole report here")
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
-
-
-def _count(text: str) -> int:
-    if (number := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return number
-
-
-def _rate(text: str) -> float:
-    if not (rate := float(text)) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a rate above 0")
-    return rate
 
 
 def _run_ttft(args: argparse.Namespace) -> int:

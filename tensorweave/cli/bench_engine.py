@@ -9,7 +9,7 @@ import statistics
 import time
 from typing import Any
 
-from tensorweave.cli.figures import distribution, publish, report
+from tensorweave.cli.figures import distribution, publish, report, settings_of
 from tensorweave.cli.http_stream import Timeline
 from tensorweave.cli.prompts import random_prompts, vocab_size_of
 from tensorweave.workers.model_store import resolve_model
@@ -37,7 +37,7 @@ def run_throughput(args: argparse.Namespace) -> int:
                 raise AssertionError(f"{num_output} tokens came, {args.num_prompts * args.output_len} were asked for")
             runs.append(_run_figures(elapsed_s, num_output, args.num_prompts * args.input_len))
     figures = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-    publish(report("throughput", _settings(args), {**figures, "runs": runs}), args.json)
+    publish(report("throughput", settings_of(args), {**figures, "runs": runs}), args.json)
     return 0
 
 
@@ -62,7 +62,7 @@ def run_latency(args: argparse.Namespace) -> int:
         "itl_ms": distribution(gaps, 1e3),
         "e2e_ms": distribution([line.e2e_s for line in timelines], 1e3),
     }
-    publish(report("latency", _settings(args), figures), args.json)
+    publish(report("latency", settings_of(args), figures), args.json)
     return 0
 
 
@@ -94,7 +94,3 @@ def _run_figures(elapsed_s: float, num_output: int, num_prompt: int) -> dict[str
         "total_tok_s": (num_output + num_prompt) / elapsed_s,
         "elapsed_s": elapsed_s,
     }
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {key: value for key, value in vars(args).items() if key not in ("run", "json", "traceback")}

@@ -13,8 +13,9 @@ from typing import Any
 
 import httpx
 
+from tensorweave.cli.arguments import bearer
 from tensorweave.cli.chat import first_model
-from tensorweave.cli.figures import distribution, publish, report
+from tensorweave.cli.figures import distribution, publish, report, settings_of
 from tensorweave.cli.http_stream import Connection, RequestFailed, Timeline
 from tensorweave.cli.prompts import random_prompts, vocab_size_of
 from tensorweave.workers.model_store import resolve_model
@@ -56,8 +57,7 @@ def run_serve(args: argparse.Namespace) -> int:
     model = args.model or served_model(args.url, args.api_key)
     bodies = make_bodies(args, model)
     load = asyncio.run(apply_load(args, bodies))
-    settings = {key: value for key, value in vars(args).items() if key not in ("run", "json", "api_key", "traceback")}
-    publish(report("serve", {**settings, "model": model}, load.figures()), args.json)
+    publish(report("serve", {**settings_of(args), "model": model}, load.figures()), args.json)
     return 0 if load.answers and not load.failures else 1
 
 
@@ -130,6 +130,5 @@ def _arrival_times(count: int, rate: float, seed: int) -> list[float]:
 
 
 def served_model(url: str, api_key: str | None) -> str:
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    with httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=10.0) as client:
+    with httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers=bearer(api_key), timeout=10.0) as client:
         return first_model(client)

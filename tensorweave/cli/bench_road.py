@@ -28,7 +28,7 @@ def run_road(args: argparse.Namespace) -> int:
     config = load_config(config_path(args.config), config_changes(args))
     options = config.shared_args.model_dump(mode="json", exclude_unset=True)
     options["model"] = resolve_model(config.model)
-    model = served_model(args.url, None)
+    model = served_model(args.url, args.api_key)
     with LLM(**options) as llm:
         http_s, local_s = asyncio.run(_in_turns(llm, model, args))
     pairs = [over - inside for over, inside in zip(http_s, local_s, strict=True)]
@@ -49,7 +49,7 @@ async def _in_turns(llm: Any, model: str, args: argparse.Namespace) -> tuple[lis
     """TTFTs in seconds. Which side goes first alternates, so that neither always finds the caches warm."""
     from tensorweave import SamplingParams
 
-    connection = Connection(args.url, timeout_s=args.timeout)
+    connection = Connection(args.url, args.api_key, args.timeout)
     sampling = SamplingParams(max_tokens=args.output_len, ignore_eos=True)
     words = random.Random(args.seed)
     http_s: list[float] = []

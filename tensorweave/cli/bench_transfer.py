@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tensorweave.cli.figures import publish, report
+from tensorweave.cli.figures import aligned, publish, report
 
 
 def run_transfer(args: argparse.Namespace) -> int:
@@ -41,13 +41,8 @@ def _against_bare_sockets(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        return
-    cells = [[title, *rows[0]], *([("")] + [_shown(value) for value in row.values()] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    for row in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-    print()
+    if rows:
+        print(aligned([[title, *rows[0]], *(["", *map(_shown, row.values())] for row in rows)]), end="\n\n")
 
 
 def _shown(value: Any) -> str:

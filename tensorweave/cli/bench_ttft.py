@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from tensorweave.cli.bench_engine import engine_options
-from tensorweave.cli.figures import publish, report
+from tensorweave.cli.figures import aligned, publish, report, settings_of
 from tensorweave.cli.prompts import random_prompts, vocab_size_of
-from tensorweave.cluster.link import GangLink
+from tensorweave.cluster.fleet import StaticFleet
 from tensorweave.cluster.llm_args import TorchLlmArgs
-from tensorweave.cluster.protocol import GenerateRequest, KvSource, Role, SamplingSpec
+from tensorweave.cluster.protocol import GenerateRequest, KvSource, SamplingSpec
 from tensorweave.router.dispatch import Dispatcher
 from tensorweave.router.kv_view import PromptView
 from tensorweave.router.loads import Loads
@@ -46,10 +46,9 @@ def run_ttft(args: argparse.Namespace) -> int:
     with _executor(llm_args) as prefill, _executor(llm_args) as decode:
         lengths = [n for n in args.input_lens if n + _NUM_TOKENS <= decode.info.max_seq_len]
         rows, switches = asyncio.run(_measure(prefill, decode, lengths, vocab_size_of(directory), args))
-    _print_table(rows)
-    _print_table(switches)
-    settings = {key: value for key, value in vars(args).items() if key not in ("run", "json", "traceback")}
-    publish(report("ttft", settings, {"runs": {"ttft": rows, "switch": switches}}), args.json)
+    print(_table(rows))
+    print(_table(switches))
+    publish(report("ttft", settings_of(args), {"runs": {"ttft": rows, "switch": switches}}), args.json)
     return 0
 
 
@@ -61,26 +60,6 @@ def _executor(args: TorchLlmArgs) -> Iterator[PyExecutor]:
         yield executor
     finally:
         executor.shutdown()
-
-
-class _Fleet:
-    def __init__(self, prefill: GangLink, decode: GangLink) -> None:
-        self._links: dict[str, list[GangLink]] = {"prefill": [prefill], "decode": [decode]}
-
-    def links(self, role: Role = "both") -> Sequence[GangLink]:
-        return [link for name, links in self._links.items() for link in links if role in (name, "both")]
-
-    async def wait_ready(self, timeout_s: float) -> None:
-        return None
-
-    async def wait_link(self, timeout_s: float) -> None:
-        return None
-
-    async def describe(self) -> list[dict[str, Any]]:
-        return []
-
-    async def close(self) -> None:
-        return None
 
 
 class _AsTold:
@@ -106,7 +85,8 @@ async def _measure(
     taker = LocalLink(decode)
     sender.gang_id, taker.gang_id = "prefill", "decode"
     policy = _AsTold()
-    dispatcher = Dispatcher(_Fleet(sender, taker), policy)
+    fleet = StaticFleet({"prefill": [sender], "decode": [taker]})
+    dispatcher = Dispatcher(fleet, policy)
     rows = []
     for length in lengths:
         times: dict[bool, list[_Times]] = {False: [], True: []}
@@ -117,8 +97,7 @@ async def _measure(
                 times[is_joint].append(await _ask(dispatcher, prompt, f"{length}-{turn}-{is_joint}"))
         rows.append({"prompt tokens": length, **_row(times[False][_NUM_WARMUPS:], times[True][_NUM_WARMUPS:])})
     switches = [_choice(dispatcher.loads, sender, taker, length, vocab_size) for length in lengths]
-    for link in (sender, taker):
-        link.close()
+    await fleet.close()
     return rows, switches
 
 
@@ -161,11 +140,6 @@ def _choice(loads: Loads, sender: LocalLink, taker: LocalLink, length: int, voca
     return row
 
 
-def _print_table(rows: Sequence[dict[str, Any]]) -> None:
-    if not rows:
-        return
-    cells = [[*rows[0]], *([f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    for row in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-    print()
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    cells = [[f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    return aligned([list(rows[0]), *cells]) + "\n" if rows else ""

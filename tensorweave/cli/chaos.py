@@ -12,10 +12,12 @@ import argparse
 import asyncio
 import json
 import signal
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
+
+from tensorweave.cli.arguments import add_trial, positive
+from tensorweave.cli.figures import aligned
 
 _EXAMPLES = """\
 examples:
@@ -38,57 +40,33 @@ def add_command(commands: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the service's YAML")
-    parser.add_argument(
-        "--rounds", type=_positive, default=3, metavar="N", help="rounds a fault (default: %(default)s)"
-    )
+    add_trial(parser)
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="rounds a fault (default: %(default)s)")
     parser.add_argument("--faults", metavar="A,B", help="which (default: all that the configuration allows)")
     parser.add_argument(
-        "--clients", type=_positive, default=32, metavar="N", help="streaming clients (default: %(default)s)"
+        "--clients", type=positive, default=32, metavar="N", help="streaming clients (default: %(default)s)"
     )
     parser.add_argument(
-        "--jobs", type=_positive, default=64, metavar="N", help="different requests (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of prompts, victims and moments (default: %(default)s)")
-    parser.add_argument(
-        "--timeout", type=float, default=120.0, metavar="S", help="longest request (default: %(default)s)"
+        "--jobs", type=positive, default=64, metavar="N", help="different requests (default: %(default)s)"
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the table here, as a list")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="append what the service says")
-    parser.add_argument(
-        "--set",
-        dest="changes",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a key of the configuration",
-    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from tensorweave.cli.chaos_faults import choose_faults
-    from tensorweave.cli.chaos_service import serve_arguments
-    from tensorweave.deploy.config import load_config
+    from tensorweave.cli.trial_service import prepared_trial
 
-    config = load_config(args.config, args.changes)
-    if config.ray.address is not None:
-        raise ValueError(
-            "ray.address: chaos kills processes, so it only runs on a Ray cluster of its own; leave it out"
-        )
-    faults = choose_faults(config, args.faults)
-    with tempfile.TemporaryDirectory(prefix="tensorweave-chaos-") as directory:
-        arguments = serve_arguments(args.config, config, args.changes, Path(directory))
-        return _run_all(args, faults, arguments)
+    with prepared_trial(args.config, args.changes, args.api_key) as trial:
+        return _run_all(args, choose_faults(trial.config, args.faults), trial)
 
 
-def _run_all(args: argparse.Namespace, faults: Sequence[Any], arguments: Sequence[str]) -> int:
-    from tensorweave.cli.chaos_load import OracleFailed
+def _run_all(args: argparse.Namespace, faults: Sequence[Any], trial: Any) -> int:
     from tensorweave.cli.chaos_rounds import Experiment, Row, Settings, say
-    from tensorweave.cli.chaos_service import ProcessTree, ServiceBroken
-    from tensorweave.deploy.config import load_config
+    from tensorweave.cli.process_tree import ProcessTree
+    from tensorweave.cli.trial_load import OracleFailed
+    from tensorweave.cli.trial_service import ServiceBroken
 
-    config = load_config(arguments[1], arguments[3::2])
     rows: list[Row] = []
 
     def keep(row: Row) -> None:
@@ -97,7 +75,7 @@ def _run_all(args: argparse.Namespace, faults: Sequence[Any], arguments: Sequenc
 
     settings = Settings(args.clients, max(args.jobs, args.clients), args.seed, args.timeout)
     with ProcessTree() as tree:
-        experiment = Experiment(config, arguments, tree, settings, keep, args.log)
+        experiment = Experiment(trial, tree, settings, keep, args.log)
         try:
             asyncio.run(_until_signal(experiment.run(faults, args.rounds)))
         except (ServiceBroken, OracleFailed) as problem:
@@ -119,27 +97,18 @@ async def _until_signal(work: Any) -> None:
 
 
 def write_table(rows: Sequence[Any], path: Path | None) -> None:
-    """The JSON so far: it is written after every fault, so that an interrupted run keeps what it has."""
+    """The JSON so far: it is written after every fault, so that an interrupted run keeps what it has; never half."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([row.to_plain() for row in rows], indent=2) + "\n", encoding="utf-8")
+        draft = path.with_name(f"{path.name}.part")
+        draft.write_text(json.dumps([row.to_plain() for row in rows], indent=2) + "\n", encoding="utf-8")
+        draft.replace(path)
 
 
 def format_table(rows: Sequence[Any]) -> str:
-    table = [_COLUMNS, *(tuple(_shown(row.to_plain()[column]) for column in _COLUMNS) for row in rows)]
-    widths = [max(len(line[column]) for line in table) for column in range(len(_COLUMNS))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if number == 0 else cell.rjust(width) for number, (cell, width) in enumerate(cells))
-        for line in table
-        for cells in (list(zip(line, widths, strict=True)),)
-    )
+    lines = [[_shown(row.to_plain()[column]) for column in _COLUMNS] for row in rows]
+    return aligned([_COLUMNS, *lines], num_left=1)
 
 
 def _shown(value: Any) -> str:
     return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number

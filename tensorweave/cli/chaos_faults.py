@@ -14,14 +14,14 @@ from typing import Final, Literal
 
 import psutil
 
-from tensorweave.cli.chaos_load import Load
-from tensorweave.cli.chaos_service import ChaosService, ServiceBroken
+from tensorweave.cli.trial_load import Load
+from tensorweave.cli.trial_service import ServiceBroken, TrialService
 from tensorweave.deploy.config import ServeConfig
 
 Kind = Literal["none", "kill", "hang", "kill-router", "drain"]
 
-_SETTLE_S: Final = 0.1
-"""Between the last new request and a drain: what was sent is at the service."""
+_NUM_MIDWAY: Final = 4
+"""A fault strikes when so many requests are in the midst of their answers, or all clients' where there are fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def _unknown(name: str, possible: Sequence[str]) -> str:
     return f"this service knows no fault {name!r}{hint} It has: {', '.join(possible)}, none"
 
 
-async def prepare(fault: Fault, service: ChaosService, draws: random.Random) -> Blow:
+async def prepare(fault: Fault, service: TrialService, draws: random.Random) -> Blow:
     """Find the victim. Raises ServiceBroken where there is none, or none that is ours to kill."""
     match fault.kind:
         case "none":
@@ -131,8 +131,22 @@ def _deadly(kind: str, process: psutil.Process, gang_id: str = "") -> Blow:
     return Blow(strike, process.pid, gang_id)
 
 
-async def settle(fault: Fault, load: Load) -> None:
-    """Before a drain: no new requests."""
-    if fault.ends_service:
-        load.stop()
-        await asyncio.sleep(_SETTLE_S)
+async def settle(fault: Fault, load: Load, num_clients: int, timeout_s: float) -> None:
+    """Returns when the fault meets a service at work. Before a drain, which refuses new requests, none of them is on
+    its way any more, and at least one is in the midst of its answer. Raises ServiceBroken at the timeout."""
+    count = min(_NUM_MIDWAY, num_clients)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await load.until_midway(count)
+            while fault.ends_service:
+                load.hold()
+                await load.until_heard()
+                if load.num_midway:
+                    load.stop()
+                    return
+                load.go_on()
+                await load.until_midway(count)
+    except TimeoutError:
+        raise ServiceBroken(
+            f"{fault.name}: within {timeout_s:g} s never {count} requests at once in the midst of their answers"
+        ) from None

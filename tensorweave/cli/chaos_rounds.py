@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from tensorweave.cli.chaos_faults import Blow, Fault, prepare, settle
-from tensorweave.cli.chaos_load import Job, Load, OracleFailed, Outcome, make_jobs, record_oracle
-from tensorweave.cli.chaos_service import ChaosService, ProcessTree, ServiceBroken
-from tensorweave.deploy.config import ServeConfig
+from tensorweave.cli.process_tree import ProcessTree
+from tensorweave.cli.trial_jobs import Job, make_jobs
+from tensorweave.cli.trial_load import Load, OracleFailed, Outcome, record_oracle
+from tensorweave.cli.trial_service import ServiceBroken, Trial, TrialService
 
 _EARLIEST_S: Final = 0.3
 _LATEST_S: Final = 2.5
-"""The fault strikes at a random moment of the load between these."""
+"""The fault strikes at a random moment of the load between these, or as soon after it as the load is on its way."""
 _AFTERMATH_S: Final = 1.0
 _REASONS_SHOWN: Final = 3
 _REATTACHED: Final = "tensorweave_requests_reattached_total"
@@ -82,21 +83,19 @@ class Experiment:
 
     def __init__(
         self,
-        config: ServeConfig,
-        arguments: Sequence[str],
+        trial: Trial,
         tree: ProcessTree,
         settings: Settings,
         on_row: Callable[[Row], None],
         log: Path | None = None,
     ) -> None:
         self.problems: list[str] = []
-        self._config = config
-        self._arguments = arguments
+        self._trial = trial
         self._tree = tree
         self._settings = settings
         self._on_row = on_row
         self._log = log
-        self._service: ChaosService | None = None
+        self._service: TrialService | None = None
         self._jobs: list[Job] = []
         self._draws = random.Random(settings.seed)
         self._num_rounds = 0
@@ -122,9 +121,8 @@ class Experiment:
         service = self._service or await self._start_service()
         fault, settings = row.fault, self._settings
         self._num_rounds += 1
-        urls = [service.url(port) for port in service.ports]
         round_id = f"chaos-{settings.seed}-{self._num_rounds}"
-        load = Load(urls, settings.request_timeout_s, round_id, asks_again=fault.breaks_connections)
+        load = Load(service.doors(settings.request_timeout_s), round_id, asks_again=fault.breaks_connections)
         gangs, reattached = await service.gang_ids(), await service.counts(_REATTACHED)
         blow = await prepare(fault, service, self._draws)
         fault_s = await self._disturb(load, fault, blow)
@@ -141,7 +139,7 @@ class Experiment:
         running = asyncio.create_task(load.run(jobs, self._settings.num_clients))
         try:
             await asyncio.sleep(self._draws.uniform(_EARLIEST_S, _LATEST_S))
-            await settle(fault, load)
+            await settle(fault, load, self._settings.num_clients, self._settings.request_timeout_s)
             fault_s = time.perf_counter()
             blow.strike()
             await asyncio.sleep(_AFTERMATH_S)
@@ -154,7 +152,7 @@ class Experiment:
         finally:
             running.cancel()
 
-    async def _restore(self, service: ChaosService, fault: Fault, blow: Blow, gangs: set[str]) -> None:
+    async def _restore(self, service: TrialService, fault: Fault, blow: Blow, gangs: set[str]) -> None:
         """Whole again for the next round, or away with it, so that the next round starts a new one."""
         if fault.ends_service:
             await self._end_service()
@@ -170,17 +168,17 @@ class Experiment:
             self._note(str(problem))
             await self._end_service()
 
-    async def _start_service(self) -> ChaosService:
+    async def _start_service(self) -> TrialService:
         say("starting the service")
-        self._service = service = ChaosService(self._config, self._arguments, self._tree, self._log)
+        self._service = service = TrialService(self._trial, self._tree, self._log)
         await service.start()
         await service.await_whole((), self._settings.whole_timeout_s)
         if not self._jobs:
             settings = self._settings
-            jobs = make_jobs(self._config.model_name, settings.num_jobs, settings.seed)
-            urls = [service.url(port) for port in service.ports]
+            jobs = make_jobs(self._trial.config.model_name, settings.num_jobs, settings.seed)
             began_s, gangs = time.perf_counter(), await service.gang_ids()
-            self._jobs = await record_oracle(urls, jobs, settings.num_clients, settings.request_timeout_s)
+            doors = service.doors(settings.request_timeout_s)
+            self._jobs = await record_oracle(doors, jobs, settings.num_clients)
             if lost := gangs - await service.gang_ids():
                 raise OracleFailed(f"gang {', '.join(sorted(lost))} ended in the undisturbed run")
             say(f"{len(jobs)} answers recorded undisturbed in {time.perf_counter() - began_s:.1f} s")

@@ -14,6 +14,7 @@ from typing import Any, Final, TextIO
 
 import httpx
 
+from tensorweave.cli.arguments import add_api_key, bearer
 from tensorweave.cli.sse import error_message, event_data, event_text
 from tensorweave.cluster.errors import TensorweaveError
 
@@ -42,7 +43,7 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the service (default: %(default)s)")
     parser.add_argument("--model", help="model name (default: the first that the service lists)")
-    parser.add_argument("--api-key", default="none", help="sent as the bearer token")
+    add_api_key(parser)
     parser.add_argument("--message", help="send this one message, print the answer and leave")
     parser.add_argument("--system", help="system message")
     parser.add_argument("--max-tokens", type=int, default=512, help="longest answer (default: %(default)s)")
@@ -52,7 +53,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    headers = {"Authorization": f"Bearer {args.api_key}"}
+    headers = bearer(args.api_key)
     timeout = httpx.Timeout(args.timeout, connect=CONNECT_TIMEOUT_S)
     with httpx.Client(base_url=args.url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=timeout) as client:
         conversation = Conversation(client, args.model or first_model(client), args.system)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -19,6 +20,7 @@ import psutil
 from tensorweave.cli.version import versions
 
 _NOT_PRINTED: Final = frozenset({"benchmark", "date", "command", "settings", "machine", "runs", "rows"})
+_NO_SETTINGS: Final = frozenset({"run", "json", "traceback", "api_key"})
 _GPU_QUERY: Final = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
 
 
@@ -61,6 +63,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a command was called with, but for where its report goes and whose it is."""
+    return {name: value for name, value in vars(args).items() if name not in _NO_SETTINGS}
+
+
 def report(kind: str, settings: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
     """The whole JSON: the figures at the top level, and beside them when, where and how they were taken."""
     return {
@@ -83,6 +90,18 @@ def publish(result: Mapping[str, Any], path: Path | None) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def aligned(lines: Sequence[Sequence[str]], *, num_left: int = 0) -> str:
+    """A table: every column as wide as its widest cell, the first `num_left` of them flush left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place < num_left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
 
 
 def _shown(value: Any) -> str:

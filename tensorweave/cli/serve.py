@@ -12,15 +12,16 @@ from typing import Any, Final
 import httpx
 
 from tensorweave.cli import chat
+from tensorweave.cli.arguments import add_api_key, add_changes, bearer
 
 _DEFAULT_CONFIG: Final = "laptop.yaml"
 _ANSWER_TIMEOUT_S: Final = 120.0
 _HOW_TO: Final = """
 Serving {model} at {url}. Talk to it:
-  tensorweave chat --url {url}            (or: make chat)
-  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+  tensorweave chat --url {url}{option}
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\
     -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-  openai.OpenAI(base_url="{url}/v1", api_key="none").chat.completions.create(model="{model}", messages=[...])
+  openai.OpenAI(base_url="{url}/v1", api_key="{key}").chat.completions.create(model="{model}", messages=[...])
 Ctrl-C stops it."""
 _EXAMPLES = """\
 examples:
@@ -44,15 +45,9 @@ def add_command(commands: Any) -> None:
         "--config", type=Path, metavar="FILE", help=f"the service's YAML (default: ours, {_DEFAULT_CONFIG})"
     )
     parser.add_argument("--model", help="serve this model: a directory, a hub id, or smollm2")
-    parser.add_argument(
-        "--set",
-        dest="changes",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a key, for example a.b=c",
-    )
+    add_changes(parser, "change a key, for example a.b=c")
     parser.add_argument("--ask", metavar="TEXT", help="once it is ready, print the answer to this and how to go on")
+    add_api_key(parser, "sent with --ask: one of the service's own, where it asks for keys")
     parser.set_defaults(run=run)
 
 
@@ -62,22 +57,24 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(config_path(args.config), config_changes(args))
     from tensorweave.deploy.service import run as run_service  # ray: a second of imports that a wrong file need not pay
 
-    return run_service(config, None if args.ask is None else functools.partial(greet, question=args.ask))
+    greeting = functools.partial(greet, question=args.ask, api_key=args.api_key)
+    return run_service(config, None if args.ask is None else greeting)
 
 
-def greet(url: str, question: str) -> None:
+def greet(url: str, question: str, api_key: str | None = None) -> None:
     """Stream one answer to the terminal and say how to go on. A question that fails is told: the service stays up."""
     try:
-        with httpx.Client(
-            base_url=url, timeout=httpx.Timeout(_ANSWER_TIMEOUT_S, connect=chat.CONNECT_TIMEOUT_S)
-        ) as client:
+        timeout = httpx.Timeout(_ANSWER_TIMEOUT_S, connect=chat.CONNECT_TIMEOUT_S)
+        with httpx.Client(base_url=url, headers=bearer(api_key), timeout=timeout) as client:
             conversation = chat.Conversation(client, chat.first_model(client))
             print(f"\n> {question}", flush=True)
             chat.print_answer(conversation.ask(question, {"max_tokens": 128, "temperature": 0}), sys.stdout)
     except chat.ChatFailed as error:
         print(f"tensorweave: the question was not answered: {error}", file=sys.stderr)
         return
-    print(_HOW_TO.format(url=url, model=conversation.model), flush=True)
+    with_key = {"option": " --api-key KEY", "header": " -H 'Authorization: Bearer KEY'", "key": "KEY"}
+    without = {"option": "            (or: make chat)", "header": "", "key": "none"}
+    print(_HOW_TO.format(url=url, model=conversation.model, **(with_key if api_key else without)), flush=True)
 
 
 def config_path(given: Path | None) -> Path:

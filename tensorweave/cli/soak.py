@@ -11,12 +11,13 @@ import argparse
 import asyncio
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+
+from tensorweave.cli.arguments import add_trial
 
 _EXAMPLES = """\
 examples:
@@ -50,18 +51,12 @@ def add_command(commands: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the service's YAML")
+    add_trial(parser)
     parser.add_argument("--minutes", type=float, default=20.0, help="how long (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=12, metavar="N", help="clients (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and moments (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="longest request")
     parser.add_argument("--sample", type=float, default=5.0, metavar="S", help="between looks at the memory")
     parser.add_argument("--growth", type=float, default=16.0, metavar="MB", help="that a process may grow by")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="append what the service says")
-    parser.add_argument(
-        "--set", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="change a key of the config"
-    )
     parser.set_defaults(run=run)
 
 
@@ -98,20 +93,15 @@ class Report:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tensorweave.cli.chaos_load import OracleFailed
-    from tensorweave.cli.chaos_service import ProcessTree, ServiceBroken, serve_arguments
-    from tensorweave.deploy.config import load_config
+    from tensorweave.cli.process_tree import ProcessTree
+    from tensorweave.cli.trial_load import OracleFailed
+    from tensorweave.cli.trial_service import ServiceBroken, prepared_trial
 
     if args.minutes <= 0 or args.clients < 1:
         raise ValueError("--minutes must be above 0 and --clients at least 1")
-    config = load_config(args.config, args.changes)
-    if config.ray.address is not None:
-        raise ValueError("ray.address: soak starts a service of its own; leave it out")
-    with tempfile.TemporaryDirectory(prefix="tensorweave-soak-") as directory, ProcessTree() as tree:
-        arguments = serve_arguments(args.config, config, args.changes, Path(directory))
-        config = load_config(arguments[1], arguments[3::2])
+    with prepared_trial(args.config, args.changes, args.api_key) as trial, ProcessTree() as tree:
         try:
-            report = asyncio.run(_soak(args, config, arguments, tree))
+            report = asyncio.run(_soak(args, trial, tree))
         except (ServiceBroken, OracleFailed) as problem:
             print(f"soak: {problem}", flush=True)
             return 1
@@ -122,20 +112,21 @@ def run(args: argparse.Namespace) -> int:
     return 1 if report.problems else 0
 
 
-async def _soak(args: argparse.Namespace, config: Any, arguments: Sequence[str], tree: Any) -> Report:
-    from tensorweave.cli.chaos_load import make_jobs, record_oracle
-    from tensorweave.cli.chaos_service import ChaosService
+async def _soak(args: argparse.Namespace, trial: Any, tree: Any) -> Report:
     from tensorweave.cli.soak_load import Traffic
+    from tensorweave.cli.trial_jobs import make_jobs
+    from tensorweave.cli.trial_load import record_oracle
+    from tensorweave.cli.trial_service import TrialService
 
-    service = ChaosService(config, arguments, tree, args.log)
+    config = trial.config
+    service = TrialService(trial, tree, args.log)
     await service.start()
     try:
         await service.await_whole((), config.limits.start_timeout_s)
-        urls = [service.url(port) for port in service.ports]
-        jobs = make_jobs(config.model_name, _NUM_JOBS, args.seed)
-        jobs = await record_oracle(urls, jobs, args.clients, args.timeout)
+        doors = service.doors(args.timeout)
+        jobs = await record_oracle(doors, make_jobs(config.model_name, _NUM_JOBS, args.seed), args.clients)
         report = Report(args.minutes, gauges_before=await _idle_gauges(service))
-        traffic = Traffic(urls, jobs, config.model_name, args.timeout, args.seed)
+        traffic = Traffic(doors, jobs, config.model_name, args.seed)
         running = asyncio.create_task(traffic.run(args.clients))
         memory = await _watch(service, running, args.minutes * 60, args.sample)
         traffic.stop()

@@ -13,8 +13,10 @@ from typing import Any, Final
 
 import httpx
 
-from tensorweave.cli.chaos_load import Job, answer_of
+from tensorweave.cli.arguments import bearer
 from tensorweave.cli.http_stream import Connection, RequestFailed, Timeline
+from tensorweave.cli.trial_jobs import Job, answer_of
+from tensorweave.cli.trial_load import Doors
 
 _LEAVES: Final = 0.25
 _BAD: Final = 0.15
@@ -88,12 +90,11 @@ class Tally:
 class Traffic:
     """Clients that draw one request after the other until `stop`."""
 
-    def __init__(self, urls: Sequence[str], jobs: Sequence[Job], model: str, timeout_s: float, seed: int) -> None:
+    def __init__(self, doors: Doors, jobs: Sequence[Job], model: str, seed: int) -> None:
         self.tally = Tally()
-        self._urls = urls
+        self._doors = doors
         self._jobs = jobs
         self._bad = bad_requests(model)
-        self._timeout_s = timeout_s
         self._seed = seed
         self._is_stopping = False
         self._numbers = 0
@@ -103,14 +104,15 @@ class Traffic:
 
     async def run(self, num_clients: int) -> None:
         """Returns when the last answers have ended after `stop`."""
-        async with httpx.AsyncClient(timeout=self._timeout_s) as http, asyncio.TaskGroup() as tasks:
+        headers, timeout_s = bearer(self._doors.api_key), self._doors.timeout_s
+        async with httpx.AsyncClient(headers=headers, timeout=timeout_s) as http, asyncio.TaskGroup() as tasks:
             for number in range(num_clients):
                 tasks.create_task(self._client(number, http))
 
     async def _client(self, number: int, http: httpx.AsyncClient) -> None:
         draws = random.Random(self._seed * 1000 + number)
-        url = self._urls[number % len(self._urls)]
-        connection = Connection(url, timeout_s=self._timeout_s)
+        url = self._doors.urls[number % len(self._doors.urls)]
+        connection = self._doors.connect(url)
         try:
             while not self._is_stopping:
                 kind = draws.random()

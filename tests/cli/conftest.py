@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 
+PATIENCE_S = 60.0
+
 
 class FakeEndpoint(ThreadingHTTPServer):
-    """Answers `pieces`; `trouble` is what goes wrong: refuse, error_event, cut, gibberish, or nothing."""
+    """Answers `pieces`, and stops after the first until it `may_go_on`; `trouble` is what goes wrong: refuse,
+    error_event, cut, gibberish, or nothing. Where it has an `api_key`, it asks for that."""
 
     daemon_threads = True
 
@@ -20,8 +24,16 @@ class FakeEndpoint(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.pieces = ["The capital", " of France", " is Paris."]
         self.trouble: str | None = None
+        self.api_key: str | None = None
         self.bodies: list[dict[str, Any]] = []
         self.num_connections = 0
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone is none: whether it goes before the last write hangs on time."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
@@ -40,10 +52,14 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def do_GET(self) -> None:
+        if not self._has_key():
+            return
         self._answer(200, {"object": "list", "data": [{"id": "fake-model", "object": "model"}]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self._has_key():
+            return
         self.server.bodies.append(body)
         if self.server.trouble == "refuse":
             error = {"message": "the queue is full", "type": "rate_limit_error", "code": "overloaded", "param": None}
@@ -55,6 +71,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self._stream(is_chat=self.path.endswith("/chat/completions"))
 
+    def _has_key(self) -> bool:
+        if self.server.api_key is None or self.headers["Authorization"] == f"Bearer {self.server.api_key}":
+            return True
+        self._answer(401, {"error": {"message": "no key", "type": "invalid_request_error"}})
+        return False
+
     def _stream(self, *, is_chat: bool) -> None:
         pieces, trouble = self.server.pieces, self.server.trouble
         if is_chat:
@@ -62,6 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
                 {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
             )
         for number, piece in enumerate(pieces):
+            if number == 1:
+                assert self.server.may_go_on.wait(PATIENCE_S)
             if trouble == "cut" and number == 1:
                 self.close_connection = True
                 return
@@ -100,5 +124,6 @@ def endpoint() -> Iterator[FakeEndpoint]:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
         yield server
+        server.may_go_on.set()
         server.shutdown()
-        thread.join(5)
+        thread.join(PATIENCE_S)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +14,19 @@ import psutil
 import pytest
 
 from tensorweave.cli.chaos import format_table, write_table
-from tensorweave.cli.chaos_faults import Fault, choose_faults, possible_faults
-from tensorweave.cli.chaos_load import Answer, Job, Load, OracleFailed, Outcome, make_jobs, record_oracle
+from tensorweave.cli.chaos_faults import Fault, choose_faults, possible_faults, settle
 from tensorweave.cli.chaos_rounds import Row
-from tensorweave.cli.chaos_service import ProcessTree
 from tensorweave.cli.main import main
+from tensorweave.cli.process_tree import ProcessTree
 from tensorweave.cli.serve import config_path
+from tensorweave.cli.trial_jobs import Answer, Job, make_jobs
+from tensorweave.cli.trial_load import Doors, Load, OracleFailed, Outcome, record_oracle
+from tensorweave.cli.trial_service import ServiceBroken, TrialService, prepared_trial
+from tensorweave.deploy.api_keys import digest_of
 from tensorweave.deploy.config import load_config
 from tensorweave.deploy.tiny_model import write_tiny_model
 from tensorweave.router.tokens import Tokenizer
-from tests.cli.conftest import FakeEndpoint
+from tests.cli.conftest import PATIENCE_S, FakeEndpoint
 
 CHAOS_YAML = config_path(None).parent / "chaos.yaml"
 JOB = Job("/v1/completions", {"model": "fake-model", "prompt": "x", "temperature": 0, "stream": True})
@@ -30,7 +34,7 @@ RIGHT = Answer("The capital of France is Paris.", "stop", 7, 3)
 
 
 def ask(urls: list[str], job: Job = JOB, *, count: int = 1, asks_again: bool = False) -> list[Outcome]:
-    load = Load(urls, 5.0, "round", asks_again=asks_again)
+    load = Load(Doors(urls, PATIENCE_S), "round", asks_again=asks_again)
     return asyncio.run(load.run_once([job] * count, 1))
 
 
@@ -63,6 +67,40 @@ def test_a_mistake_is_told_before_anything_starts(line: list[str], capsys: pytes
     error = capsys.readouterr().err
     assert error.startswith("tensorweave: ")
     assert "chaos: starting" not in error
+
+
+@pytest.mark.parametrize("command", ["chaos", "soak"])
+@pytest.mark.parametrize("key", [[], ["--api-key", "another-key-2"], ["--api-key", "short"]])
+def test_a_service_that_asks_for_a_key_is_not_started_without(
+    command: str, key: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--config", str(CHAOS_YAML), "--set", "security.api_keys=[secret-key-1]", *key]) == 2
+    error = capsys.readouterr().err
+    assert "API key" in error or "--api-key" in error
+    assert not set(key[1:]) & set(error.split())
+
+
+def test_what_serve_is_called_with() -> None:
+    changes = [f"security.api_keys=['{digest_of('secret-key-1')}']"]
+    with prepared_trial(CHAOS_YAML, changes, "secret-key-1") as trial:
+        assert trial.arguments[:4] == ["--config", str(CHAOS_YAML.resolve()), "--set", changes[0]]
+        assert load_config(trial.arguments[1], trial.arguments[3::2]) == trial.config
+        model = Path(trial.config.model)
+        assert trial.config.model_name == "tiny-random"
+        assert (model / "config.json").exists()
+        doors = TrialService(trial, ProcessTree()).doors(5.0)
+        assert (len(doors.urls), doors.api_key) == (2, "secret-key-1")
+        assert "secret-key-1" not in repr((trial, doors))
+    assert not model.exists()
+
+
+def test_load_brings_its_key(endpoint: FakeEndpoint) -> None:
+    endpoint.api_key = "secret-key-1"
+    load = Load(Doors([endpoint.url], PATIENCE_S, "secret-key-1"), "round")
+    (outcome,) = asyncio.run(load.run_once([JOB], 1))
+    assert outcome.answer == RIGHT
+    (outcome,) = ask([endpoint.url])
+    assert outcome.failure == "HTTP 401: no key"
 
 
 def test_a_right_answer(endpoint: FakeEndpoint) -> None:
@@ -127,13 +165,60 @@ def test_the_longest_silence_counts_from_the_fault() -> None:
     assert Outcome(JOB, sent_s=1.0, ended_s=6.0, failure="lost").longest_silence_s(2.0) == 4.0
 
 
+def test_a_fault_strikes_a_service_at_work(endpoint: FakeEndpoint) -> None:
+    async def strike() -> None:
+        load = Load(Doors([endpoint.url], PATIENCE_S), "round")
+        running = asyncio.create_task(load.run([JOB], 3))
+        await settle(Fault("kill", "both"), load, 3, PATIENCE_S)
+        assert load.num_midway == 3
+        load.stop()
+        endpoint.may_go_on.set()
+        await running
+        assert load.num_midway == 0
+        assert all(outcome.failure is None for outcome in load.outcomes)
+
+    endpoint.may_go_on.clear()
+    asyncio.run(strike())
+
+
+def test_no_request_is_on_its_way_to_a_service_that_drains(endpoint: FakeEndpoint) -> None:
+    async def strike() -> None:
+        load = Load(Doors([endpoint.url], PATIENCE_S), "round")
+        load.hold()
+        running = asyncio.create_task(load.run([JOB], 3))
+        await load.until_heard()
+        assert load.outcomes == []
+        load.go_on()
+        await settle(Fault("drain"), load, 3, PATIENCE_S)
+        assert [outcome.is_midway for outcome in load.outcomes] == [True] * 3
+        endpoint.may_go_on.set()
+        await running
+        assert len(load.outcomes) == 3
+
+    endpoint.may_go_on.clear()
+    asyncio.run(strike())
+
+
+def test_a_fault_does_not_wait_for_ever(endpoint: FakeEndpoint) -> None:
+    async def strike() -> None:
+        load = Load(Doors([endpoint.url], PATIENCE_S), "round")
+        running = asyncio.create_task(load.run([JOB], 3))
+        with pytest.raises(ServiceBroken, match=r"kill-both-0: within 0\.2 s never 3 requests at once in the midst"):
+            await settle(Fault("kill", "both"), load, 3, 0.2)
+        load.stop()
+        await running
+
+    endpoint.trouble = "refuse"
+    asyncio.run(strike())
+
+
 def test_an_oracle_has_no_failures(endpoint: FakeEndpoint) -> None:
-    (known,) = asyncio.run(record_oracle([endpoint.url], [JOB], 1, 5.0))
+    (known,) = asyncio.run(record_oracle(Doors([endpoint.url], PATIENCE_S), [JOB], 1))
     assert known.answer == RIGHT
     assert known.body["stop"] == ["Fra"], "the first of four is to end at a piece of its own answer"
     endpoint.trouble = "refuse"
     with pytest.raises(OracleFailed, match="1 requests failed in the undisturbed run, the first: HTTP 429"):
-        asyncio.run(record_oracle([endpoint.url], [JOB], 1, 5.0))
+        asyncio.run(record_oracle(Doors([endpoint.url], PATIENCE_S), [JOB], 1))
 
 
 def test_jobs_are_of_all_kinds_and_the_same_for_a_seed() -> None:
@@ -149,6 +234,7 @@ def test_jobs_are_of_all_kinds_and_the_same_for_a_seed() -> None:
 def test_the_table_and_its_file(tmp_path: Path) -> None:
     rows = [Row(Fault("kill", "decode", 1), 2, 40, 0, 1, [0.5, 2.0]), Row(Fault("drain"), 2, 9)]
     write_table(rows, tmp_path / "deep" / "out.json")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out.json"]
     assert json.loads((tmp_path / "deep" / "out.json").read_text()) == [
         {
             "fault": "kill-decode-1",
@@ -180,6 +266,7 @@ def test_only_a_tree_of_our_own_is_killed() -> None:
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as ours:
         while not (children := psutil.Process(ours.pid).children()):
             assert ours.poll() is None
+            time.sleep(0.01)
         with ProcessTree() as tree:
             tree.note(ours.pid)
             found = tree.find(children[0].pid)

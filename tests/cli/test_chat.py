@@ -67,6 +67,14 @@ def test_trouble_is_told_plainly(
     assert "Traceback" not in error
 
 
+def test_a_key_is_sent_where_one_is_given(endpoint: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    endpoint.api_key = "secret-key-1"
+    line = ["chat", "--url", endpoint.url, "--message", "hi"]
+    assert main(line) == 1
+    assert "HTTP 401: no key" in capsys.readouterr().err
+    assert main([*line, "--api-key", "secret-key-1"]) == 0
+
+
 def test_no_server_is_told_plainly(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "--url", "http://127.0.0.1:9", "--message", "hi"]) == 1
     assert "cannot reach http://127.0.0.1:9" in capsys.readouterr().err
@@ -80,6 +88,22 @@ def test_greeting_asks_and_explains(endpoint: Any, capsys: pytest.CaptureFixture
     assert "The capital of France is Paris.\n" in out
     assert f'base_url="{endpoint.url}/v1"' in out
     assert '{"model": "fake-model"' in out
+    assert "--api-key" not in out
     endpoint.trouble = "refuse"
     greet(endpoint.url, "again")
     assert "was not answered: HTTP 429" in capsys.readouterr().err
+
+
+def test_greeting_has_the_key_of_the_service_and_does_not_show_it(
+    endpoint: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorweave.cli.serve import greet
+
+    endpoint.api_key = "secret-key-1"
+    greet(endpoint.url, "What is the capital of France?")
+    assert "was not answered: HTTP 401" in capsys.readouterr().err
+    greet(endpoint.url, "What is the capital of France?", "secret-key-1")
+    out = capsys.readouterr().out
+    assert "The capital of France is Paris.\n" in out
+    assert "secret-key-1" not in out
+    assert out.count("KEY") == 3

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+
 import pytest
 
+from tensorweave.cli import soak_load
 from tensorweave.cli.main import main
 from tensorweave.cli.soak import Memory, Report, _judge, _short, format_report
-from tensorweave.cli.soak_load import Tally
+from tensorweave.cli.soak_load import COMPLETIONS, BadRequest, Tally, Traffic
+from tensorweave.cli.trial_jobs import Job
+from tensorweave.cli.trial_load import Doors
+from tests.cli.conftest import FakeEndpoint
 
 
 def judged(tally: Tally, *memory: Memory, after: float = 0.0) -> Report:
@@ -48,6 +55,26 @@ def test_processes_have_names_that_say_something() -> None:
     assert _short(["ray::RankWorker.run"]) == "ray::RankWorker"
     assert _short(["/usr/bin/python3", "-m", "tensorweave.cli.main", "serve"]) == "python3 tensorweave.cli.main"
     assert _short([]) == ""
+
+
+def test_all_traffic_brings_the_key(endpoint: FakeEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def until(holds: Callable[[Tally], bool], doors: Doors) -> Tally:
+        traffic = Traffic(doors, [Job(COMPLETIONS, {"prompt": "x"})], "fake-model", seed=0)
+        async with asyncio.timeout(60.0), asyncio.TaskGroup() as tasks:
+            tasks.create_task(traffic.run(2))
+            while not holds(traffic.tally):
+                await asyncio.sleep(0.005)
+            traffic.stop()
+        return traffic.tally
+
+    # The endpoint takes this one for a good one, so it is answered, only not as it should be.
+    monkeypatch.setattr(soak_load, "bad_requests", lambda model: [BadRequest(COMPLETIONS, {}, 400)])
+    endpoint.api_key = "secret-key-1"
+    doors = Doors([endpoint.url], 30.0, "secret-key-1")
+    with_key = asyncio.run(until(lambda tally: bool(tally.num_answered and tally.problems), doors))
+    assert {problem.split(":")[0] for problem in with_key.problems} == {"a bad request was answered badly"}
+    without = asyncio.run(until(lambda tally: len(tally.problems) > 1, Doors([endpoint.url], 30.0)))
+    assert set(without.problems) == {"HTTP 401: no key", "401 in place of 400 for {}"}
 
 
 def test_mistakes_in_the_command_are_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The load of `tensorweave chaos`: a fixed set of streamed requests, the clients that repeat them, and the judgement.
+"""The load on a service under trial: clients that repeat a set of jobs, and what became of each request.
 
 The oracle is one undisturbed run of all jobs; an answer is right when its text, finish reason and token counts are
 the oracle's.
@@ -9,48 +9,29 @@ from __future__ import annotations
 import asyncio
 import collections
 import itertools
-import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from tensorweave.cli.http_stream import Connection, RequestFailed, Timeline
+from tensorweave.cli.trial_jobs import Answer, Job, answer_of, with_stop_string
 
-_WORDS: Final = (
-    *("the", "of", "and", "water", "light", "under", "every", "small", "river", "stone", "naïve", "été", "answer"),
-    *("because", "tomorrow", "seven", "paper", "window", "quiet", "東京", "green", "engine", "between", "morning"),
-    *("table", "😀", "bread", "letter", "without", "mountain", "never"),
-)
-_NUM_WORDS: Final = (1, 3, 8, 20, 50, 110)
-_NUM_TOKENS: Final = (48, 400, 160, 700, 300)
 _STOP_EVERY: Final = 4
 _MAX_ASKS: Final = 6
 _ASK_PAUSE_S: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What must not change."""
+class Doors:
+    """Where a service's front ends listen, and what its clients bring along."""
 
-    text: str
-    finish_reason: str
-    num_prompt: int
-    num_output: int
+    urls: Sequence[str]
+    timeout_s: float
+    api_key: str | None = field(default=None, repr=False)
 
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One request, to be asked again and again; `answer` is the oracle's. With `is_fresh` no prefix cache ever has its
-    prompt, so that it is computed, and handed over, each time."""
-
-    path: str
-    body: dict[str, Any]
-    is_fresh: bool = False
-    answer: Answer | None = None
-
-    def body_as(self, request_id: str) -> dict[str, Any]:
-        return {**self.body, "cache_salt": request_id} if self.is_fresh else self.body
+    def connect(self, url: str) -> Connection:
+        return Connection(url, self.api_key, self.timeout_s)
 
 
 @dataclass(slots=True)
@@ -69,6 +50,11 @@ class Outcome:
     def is_changed(self) -> bool:
         return self.answer is not None and self.job.answer is not None and self.answer != self.job.answer
 
+    @property
+    def is_midway(self) -> bool:
+        """Its client holds some of the answer, and not its end."""
+        return bool(self.progress_s) and self.ended_s is None
+
     def was_open(self, at_s: float) -> bool:
         return self.sent_s <= at_s and (self.ended_s is None or self.ended_s > at_s)
 
@@ -80,12 +66,13 @@ class Outcome:
 
 
 class _Transcript(Timeline):
-    """A timeline that notes when it got longer than `num_known` characters, or ended."""
+    """A timeline that notes, and tells, when it got longer than `num_known` characters, or ended."""
 
-    def __init__(self, num_known: int, progress_s: list[float]) -> None:
+    def __init__(self, num_known: int, progress_s: list[float], on_progress: Callable[[], None]) -> None:
         super().__init__(0.0)
         self._num_known = num_known
         self._progress_s = progress_s
+        self._on_progress = on_progress
 
     def add(self, event: dict[str, Any], now_s: float) -> None:
         was_finished = self.is_finished
@@ -93,53 +80,22 @@ class _Transcript(Timeline):
         if len(self.text) > self._num_known or self.is_finished != was_finished:
             self._num_known = len(self.text)
             self._progress_s.append(now_s)
-
-
-def make_jobs(model: str, count: int, seed: int) -> list[Job]:
-    """Completions and chats, greedy and seeded sampling, short and long; the same for the same seed."""
-    draws = random.Random(seed)
-    return [_job(model, number, draws) for number in range(count)]
-
-
-def _job(model: str, number: int, draws: random.Random) -> Job:
-    words = [draws.choice(_WORDS) for _ in range(_NUM_WORDS[number % len(_NUM_WORDS)])]
-    text = f"{number}: {' '.join(words)}"
-    body: dict[str, Any] = {
-        "model": model,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "max_tokens": _NUM_TOKENS[number % len(_NUM_TOKENS)],
-        "ignore_eos": number % 7 != 0,
-        "temperature": 0,
-    }
-    if number % 2:
-        body |= {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": draws.randrange(2**31)}
-    is_fresh = number % 3 != 0
-    if number % 5 == 0:
-        return Job("/v1/chat/completions", {**body, "messages": [{"role": "user", "content": text}]}, is_fresh)
-    return Job("/v1/completions", {**body, "prompt": text}, is_fresh)
-
-
-def with_stop_string(job: Job) -> Job:
-    """The same job, to be ended half-way by a stop string that is taken from its own answer, across a token's edge."""
-    assert job.answer is not None
-    text = job.answer.text
-    middle = len(text) // 2
-    stop = text[middle : middle + 3]
-    return job if len(stop) < 3 or "\ufffd" in stop else replace(job, body={**job.body, "stop": [stop]})
+            self._on_progress()
 
 
 class Load:
     """Clients on one service's doors. `round_id` begins every request id, so that none is used twice."""
 
-    def __init__(self, urls: Sequence[str], timeout_s: float, round_id: str, *, asks_again: bool = False) -> None:
+    def __init__(self, doors: Doors, round_id: str, *, asks_again: bool = False) -> None:
         self.outcomes: list[Outcome] = []
-        self._urls = urls
-        self._timeout_s = timeout_s
+        self._doors = doors
         self._round_id = round_id
         self._asks_again = asks_again
         self._is_stopping = False
         self._has_ended = asyncio.Event()
+        self._has_moved = asyncio.Event()
+        self._may_ask = asyncio.Event()
+        self._may_ask.set()
 
     async def run_once(self, jobs: Sequence[Job], num_clients: int) -> list[Outcome]:
         """Every job once."""
@@ -154,6 +110,30 @@ class Load:
     def stop(self) -> None:
         """No new requests."""
         self._is_stopping = True
+        self._may_ask.set()
+
+    def hold(self) -> None:
+        """No new requests until `go_on`."""
+        self._may_ask.clear()
+
+    def go_on(self) -> None:
+        self._may_ask.set()
+
+    @property
+    def num_midway(self) -> int:
+        return sum(outcome.is_midway for outcome in self.outcomes)
+
+    async def until_midway(self, count: int) -> None:
+        """Returns when at least `count` requests are in the midst of their answers."""
+        while self.num_midway < count:
+            self._has_moved.clear()
+            await self._has_moved.wait()
+
+    async def until_heard(self) -> None:
+        """Returns when every request sent has begun to be answered, or has ended."""
+        while any(not outcome.progress_s and outcome.ended_s is None for outcome in self.outcomes):
+            self._has_moved.clear()
+            await self._has_moved.wait()
 
     async def until_closed(self, at_s: float) -> None:
         """Returns when every request that was open at `at_s` has ended."""
@@ -167,10 +147,10 @@ class Load:
                 tasks.create_task(self._client(number, waiting, is_endless))
 
     async def _client(self, number: int, waiting: collections.deque[Job], is_endless: bool) -> None:
-        doors = [Connection(url, timeout_s=self._timeout_s) for url in self._urls]
+        doors = [self._doors.connect(url) for url in self._doors.urls]
         door = number % len(doors)
         try:
-            while waiting and not self._is_stopping:
+            while waiting and await self._is_open():
                 job = waiting.popleft()
                 if is_endless:
                     waiting.append(job)
@@ -179,6 +159,10 @@ class Load:
             for connection in doors:
                 connection.close()
 
+    async def _is_open(self) -> bool:
+        await self._may_ask.wait()
+        return not self._is_stopping
+
     async def _ask(self, job: Job, doors: Sequence[Connection], door: int) -> int:
         """One request to its end; returns the door that answered."""
         outcome = Outcome(job, time.perf_counter())
@@ -186,7 +170,7 @@ class Load:
         self.outcomes.append(outcome)
         body, num_known = job.body_as(request_id), 0
         while True:
-            transcript = _Transcript(num_known, outcome.progress_s)
+            transcript = _Transcript(num_known, outcome.progress_s, self._has_moved.set)
             outcome.num_asks += 1
             try:
                 await doors[door].stream(job.path, body, request_id=request_id, timeline=transcript)
@@ -202,36 +186,28 @@ class Load:
                 await asyncio.sleep(_ASK_PAUSE_S * (outcome.num_asks - 1))
         outcome.ended_s = time.perf_counter()
         self._has_ended.set()
+        self._has_moved.set()
         return door
-
-
-def answer_of(timeline: Timeline) -> Answer:
-    """Of a stream that has come to its end."""
-    assert timeline.finish_reason is not None
-    counts = timeline.usage
-    return Answer(timeline.text, timeline.finish_reason, int(counts["prompt_tokens"]), int(counts["completion_tokens"]))
 
 
 class OracleFailed(Exception):
     """The undisturbed run had failures: there is nothing to compare with."""
 
 
-async def record_oracle(urls: Sequence[str], jobs: Sequence[Job], num_clients: int, timeout_s: float) -> list[Job]:
+async def record_oracle(doors: Doors, jobs: Sequence[Job], num_clients: int) -> list[Job]:
     """The jobs with their fault-free answers. Every fourth gets a stop string that its own answer holds.
 
     Raises:
         OracleFailed: a request failed although nothing was disturbed.
     """
-    known = await _answered(urls, jobs, num_clients, timeout_s, "oracle")
+    known = await _answered(doors, jobs, num_clients, "oracle")
     stopping = [with_stop_string(job) for job in known[::_STOP_EVERY]]
-    known[::_STOP_EVERY] = await _answered(urls, stopping, num_clients, timeout_s, "oracle-stop")
+    known[::_STOP_EVERY] = await _answered(doors, stopping, num_clients, "oracle-stop")
     return known
 
 
-async def _answered(
-    urls: Sequence[str], jobs: Sequence[Job], num_clients: int, timeout_s: float, round_id: str
-) -> list[Job]:
-    load = Load(urls, timeout_s, round_id)
+async def _answered(doors: Doors, jobs: Sequence[Job], num_clients: int, round_id: str) -> list[Job]:
+    load = Load(doors, round_id)
     outcomes = await load.run_once(jobs, num_clients)
     if failures := [outcome.failure for outcome in outcomes if outcome.failure is not None]:
         raise OracleFailed(f"{len(failures)} requests failed in the undisturbed run, the first: {failures[0]}")

@@ -1,8 +1,4 @@
-"""The service that chaos breaks: `tensorweave serve` in processes of its own, which are all gone at the end.
-
-A signal goes only to a process that stands in this service's own process tree (psutil checks pid and start time
-together), never to a pid or a name alone.
-"""
+"""The service under trial: `tensorweave serve` in processes of its own, which are all gone at the end."""
 
 from __future__ import annotations
 
@@ -13,35 +9,66 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
 import psutil
 
-from tensorweave.deploy.config import ServeConfig
+from tensorweave.cli.arguments import bearer
+from tensorweave.cli.process_tree import ProcessTree
+from tensorweave.cli.trial_load import Doors
+from tensorweave.deploy.api_keys import digest_of
+from tensorweave.deploy.config import ServeConfig, load_config
 from tensorweave.deploy.tiny_model import TINY_MODEL, write_tiny_model
 
 _POLL_S: Final = 0.25
-_PROBE_TIMEOUT_S: Final = 5.0
+_PROBE_TIMEOUT_S: Final = 30.0
+_TELL_TIMEOUT_S: Final = 60.0
 _STOP_SLACK_S: Final = 90.0
-_LINGER_S: Final = 20.0
+_LINGER_S: Final = 60.0
 _KEPT_LINES: Final = 25
 
 
-def serve_arguments(path: Path, config: ServeConfig, changes: Sequence[str], directory: Path) -> list[str]:
-    """What `tensorweave serve` is to be called with; a tiny model that it names is made in `directory`."""
-    changes = list(changes)
-    if config.model == TINY_MODEL:
-        model = write_tiny_model(directory / TINY_MODEL)
-        changes += [f"model={json.dumps(str(model))}", f"served_model_name={json.dumps(config.model_name)}"]
-    arguments = ["--config", str(path.resolve())]
-    for change in changes:
-        arguments += ["--set", change]
-    return arguments
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A service that can be started: what `tensorweave serve` is called with, and the key that its clients send."""
+
+    config: ServeConfig
+    arguments: Sequence[str]
+    api_key: str | None = field(default=None, repr=False)
+
+
+@contextlib.contextmanager
+def prepared_trial(path: Path, changes: Sequence[str], api_key: str | None) -> Iterator[Trial]:
+    """A tiny model that the configuration names is made, and goes with the context.
+
+    Raises:
+        ValueError: the configuration is wrong, is not for a Ray cluster of its own, or asks for another key.
+    """
+    config = load_config(path, changes)
+    if config.ray.address is not None:
+        raise ValueError("ray.address: a service on trial runs on a Ray cluster of its own; leave it out")
+    _check_key(config, api_key)
+    with tempfile.TemporaryDirectory(prefix="tensorweave-trial-") as directory:
+        if config.model == TINY_MODEL:
+            model = write_tiny_model(Path(directory) / TINY_MODEL)
+            tiny = (f"model={json.dumps(str(model))}", f"served_model_name={json.dumps(config.model_name)}")
+            changes = [*changes, *tiny]
+        arguments = ["--config", str(path.resolve())]
+        for change in changes:
+            arguments += ["--set", change]
+        yield Trial(load_config(path, changes), arguments, api_key)
+
+
+def _check_key(config: ServeConfig, api_key: str | None) -> None:
+    keys = config.security.api_keys
+    if keys and (api_key is None or digest_of(api_key) not in keys):
+        raise ValueError("security.api_keys: the service asks for one of its keys; give one with --api-key")
 
 
 class ServiceBroken(Exception):
@@ -58,60 +85,13 @@ class RankProcess:
     pid: int
 
 
-class ProcessTree:
-    """All processes that a service has had. Leaving the context kills those that still live."""
-
-    def __init__(self) -> None:
-        self._seen: set[psutil.Process] = set()
-
-    def __enter__(self) -> ProcessTree:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-
-    def note(self, root_pid: int) -> None:
-        """Remember `root_pid`, which must be our own child, and all that it has started."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            root = psutil.Process(root_pid)
-            if root.ppid() == os.getpid():
-                self._seen |= {root, *root.children(recursive=True)}
-
-    def find(self, pid: int) -> psutil.Process | None:
-        """The living process with this pid, if it is one of the service's."""
-        return next((process for process in self.living() if process.pid == pid), None)
-
-    def listener(self, port: int) -> psutil.Process | None:
-        """The process of the service that listens on this port."""
-        for process in self.living():
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                for socket in process.net_connections("tcp"):
-                    if socket.status == psutil.CONN_LISTEN and socket.laddr.port == port:
-                        return process
-        return None
-
-    def living(self) -> list[psutil.Process]:
-        return [process for process in self._seen if _is_living(process)]
-
-    def kill(self) -> int:
-        """SIGKILL to all that still live; how many those were."""
-        left = self.living()
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(left, timeout=10.0)
-        return len(left)
-
-
-class ChaosService:
+class TrialService:
     """One life of the service, from `start` to `end`. Its last lines are kept; all are appended to `log`, if given."""
 
-    def __init__(
-        self, config: ServeConfig, arguments: Sequence[str], tree: ProcessTree, log: Path | None = None
-    ) -> None:
-        self.config = config
+    def __init__(self, trial: Trial, tree: ProcessTree, log: Path | None = None) -> None:
+        self.config = trial.config
         self.tree = tree
-        self._arguments = arguments
+        self._trial = trial
         self._log = log
         self._lines: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)
         self._ready = asyncio.Event()
@@ -128,6 +108,10 @@ class ChaosService:
     def url(self, port: int) -> str:
         return f"http://{self.config.router.reachable_host}:{port}"
 
+    def doors(self, timeout_s: float) -> Doors:
+        """For clients whose requests take no longer."""
+        return Doors([self.url(port) for port in self.ports], timeout_s, self._trial.api_key)
+
     @property
     def pid(self) -> int:
         assert self._process is not None
@@ -139,7 +123,7 @@ class ChaosService:
         """Returns when the service says that it is ready. Raises ServiceBroken with its last lines."""
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tensorweave.cli.main", "serve", *self._arguments),
+            *(sys.executable, "-m", "tensorweave.cli.main", "serve", *self._trial.arguments),
             env=environment,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
@@ -213,18 +197,27 @@ class ChaosService:
 
     # ---- what it says of itself
 
+    def _client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(timeout=_PROBE_TIMEOUT_S, headers=bearer(self._trial.api_key))
+
     async def pools(self) -> list[dict[str, Any]]:
-        """`/health` of the first front end that answers, else nothing."""
-        async with httpx.AsyncClient(timeout=_PROBE_TIMEOUT_S) as client:
+        """`/health` of the first front end that can tell of the pools, else nothing."""
+        async with self._client() as client:
             for port in self.ports:
                 with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
                     pools: list[dict[str, Any]] = (await client.get(f"{self.url(port)}/health")).json()["pools"]
-                    return pools
+                    if pools:
+                        return pools
         return []
 
     async def ranks(self) -> list[RankProcess]:
-        """Every rank of every ready gang."""
-        return list(_ranks(await self.pools()))
+        """Every rank of every ready gang. Raises ServiceBroken where no front end can tell."""
+        deadline_s = time.monotonic() + _TELL_TIMEOUT_S
+        while not (pools := await self.pools()):
+            if time.monotonic() > deadline_s:
+                raise ServiceBroken("no front end tells of the pools")
+            await asyncio.sleep(_POLL_S)
+        return list(_ranks(pools))
 
     async def gang_ids(self) -> set[str]:
         """The ready gangs. A gang's successor has another id."""
@@ -237,7 +230,7 @@ class ChaosService:
     async def counts(self, metric: str) -> dict[int, float]:
         """The same, by the front end's port."""
         found: dict[int, float] = {}
-        async with httpx.AsyncClient(timeout=_PROBE_TIMEOUT_S) as client:
+        async with self._client() as client:
             for port in self.ports:
                 with contextlib.suppress(httpx.HTTPError):
                     text = (await client.get(f"{self.url(port)}/metrics")).text
@@ -262,7 +255,7 @@ class ChaosService:
             await asyncio.sleep(_POLL_S)
 
     async def _all_doors_open(self) -> bool:
-        async with httpx.AsyncClient(timeout=_PROBE_TIMEOUT_S) as client:
+        async with self._client() as client:
             try:
                 answers = [await client.get(f"{self.url(port)}/ready") for port in self.ports]
             except httpx.HTTPError:
@@ -291,13 +284,6 @@ def _is_full(pool: dict[str, Any], gone: Collection[int]) -> bool:
 def _describe(pools: Sequence[dict[str, Any]]) -> str:
     states = [f"{pool['pool']}: {', '.join(_states(pool))}" for pool in pools]
     return "; ".join(states) or "no front end answers"
-
-
-def _is_living(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _name(process: psutil.Process) -> str:
