@@ -24,7 +24,7 @@ class BaseLLM:
     Args:
         model: A Hugging Face model directory, an engine directory, a hub id, or `smollm2-135m-instruct`.
         tokenizer: Directory, hub id or tokenizer instance; default: the model's own.
-        tokenizer_mode: 'auto' prefers the fast tokenizer; 'slow' forces the Python one.
+        tokenizer_mode: 'auto' prefers the fast tokenizer; 'slow' goes through transformers' Python code.
         skip_tokenizer_init: Load no tokenizer; prompts are token ids and outputs have no text.
         trust_remote_code: Allow a tokenizer's own code from its repository.
         tensor_parallel_size: Ranks that share each layer; above 1 they run on Ray, which is started or joined.

@@ -1,13 +1,15 @@
 """`CompletionOutput`: one generated sequence as a consumer sees it, and the `Update`s that it grows by.
 
-Diffs tell what the last update brought, however often they are read.
+Diffs tell what the consumer's last look brought, however often they are read: one update of a stream, or, where it
+waited for the end, all that came meanwhile.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from tensorweave.cluster.protocol import FinishReason, TokenLogprobs
 from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
@@ -78,11 +80,13 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What a request wants told besides its tokens; see SamplingParams. `arrival_s` is on the monotonic clock."""
+    """What a request wants told besides its tokens; see SamplingParams. `arrival_s` is on the monotonic clock; each
+    output begins with `num_echoed` tokens of the prompt."""
 
     logprobs: bool = False
     perf_metrics: bool = False
     vocab_size: int = 0
+    num_echoed: int = 0
     arrival_s: float = field(default_factory=time.monotonic)
 
 
@@ -101,12 +105,14 @@ class CompletionOutput:
             phase.
         stop_reason: The stop string or stop token id that ended it; None for end-of-sequence.
         disaggregated_params: After a context phase, what its generation phase needs.
+        additional_context_outputs: None: no model has other outputs yet.
+        additional_generation_outputs: The same.
         request_perf_metrics: Where asked for, once a token has come, when it came and when the request did.
         generation_logits: Where asked for, the model's logits for each output token, float32 [tokens, V].
         length: Number of token ids.
-        text_diff: Text that came with the last update.
-        token_ids_diff: Ids that came with the last update.
-        logprobs_diff: Entries of `logprobs` that came with the last update.
+        text_diff: Text that is new: of a stream's turn, or all that `result` waited for.
+        token_ids_diff: Ids that are new.
+        logprobs_diff: Entries of `logprobs` that are new.
     """
 
     index: int = 0
@@ -117,6 +123,8 @@ class CompletionOutput:
     prompt_logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    additional_context_outputs: Mapping[str, Any] | None = field(default=None, repr=False, metadata=_PROTOTYPE)
+    additional_generation_outputs: Mapping[str, Any] | None = field(default=None, repr=False, metadata=_PROTOTYPE)
     disaggregated_params: DisaggregatedParams | None = field(default=None, metadata=_PROTOTYPE)
     request_perf_metrics: RequestPerfMetrics | None = field(default=None, metadata=_PROTOTYPE)
     _wishes: Wishes = field(default_factory=Wishes, repr=False)
@@ -151,7 +159,6 @@ class CompletionOutput:
         self._last_logprob_len = len(self.logprobs)
 
     def _apply(self, update: Update) -> None:
-        self._settle()
         self.text += update.text
         self.token_ids.extend(update.token_ids)
         if update.logprobs:

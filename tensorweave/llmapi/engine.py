@@ -6,11 +6,12 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Mapping
+from contextlib import AsyncExitStack, ExitStack
 from typing import Any, Protocol
 
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.fleet import Fleet, StaticFleet, WatchedFleet
-from tensorweave.cluster.gang import GangSpec
+from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.pool import PoolSpec
 from tensorweave.cluster.protocol import KvSource, ModelInfo
@@ -77,7 +78,7 @@ class LocalEngine:
             gang_id = f"local-{secrets.token_hex(6)}"
             self.kv_source = KvSource(gang_id, (endpoint,), self.executor.kv_fingerprint, secret)
         self._link = loop.call(_open_local(self.executor, self.kv_source))
-        self.fleet: Fleet = StaticFleet([self._link])
+        self.fleet: Fleet = StaticFleet({"both": [self._link]})
 
     @property
     def info(self) -> ModelInfo:
@@ -104,11 +105,10 @@ class GangEngine:
 
     def __init__(self, args: TorchLlmArgs, loop: LoopThread) -> None:
         self._loop = loop
-        if args.kv_cache_config.event_buffer_max_size:
-            raise ValueError("kv_cache_config.event_buffer_max_size is not supported yet above tensor_parallel_size 1")
         fields = _gang_args(args)
         self._ray: RaySession = start_or_join_ray(num_cpus=args.tensor_parallel_size)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._ray.close)
             wants_gpu = args.device == "cuda" or (args.device == "auto" and self._ray.has_gpus)
             spec = GangSpec(
                 tensor_parallel_size=args.tensor_parallel_size,
@@ -117,15 +117,11 @@ class GangEngine:
                 hang_timeout_s=args.hang_timeout_s,
             )
             self._supervisor = start_supervisor([PoolSpec("llm", spec)], RankWorker)
-            try:
-                self._fleet = loop.call(_open_fleet(self._supervisor), timeout_s=_START_TIMEOUT_S)
-                [self._link] = self._fleet.links("both")
-            except BaseException:
-                stop_supervisor(self._supervisor)
-                raise
-        except BaseException:
-            self._ray.close()
-            raise
+            undo.callback(stop_supervisor, self._supervisor)
+            self._fleet = loop.call(_open_fleet(self._supervisor), timeout_s=_START_TIMEOUT_S)
+            undo.callback(lambda: loop.call(self._fleet.close()))
+            [self._link] = self._fleet.links("both")
+            undo.pop_all()
 
     @property
     def fleet(self) -> Fleet:
@@ -144,7 +140,8 @@ class GangEngine:
         return self._loop.call(_stats_of(self._fleet, timeout_s), timeout_s=timeout_s + 5.0)
 
     def kv_events(self, timeout_s: float) -> list[dict[str, Any]]:
-        return []
+        """The ranks' caches change alike, so rank 0's events are everyone's. A replaced gang's begin anew."""
+        return self._loop.call(_kv_events_of(self._fleet, timeout_s), timeout_s=timeout_s + 5.0)
 
     async def hold_logits_processors(self, processors: Mapping[str, LogitsProcessor | None]) -> None:
         try:
@@ -180,18 +177,21 @@ async def _close_local(link: LocalLink) -> None:
 
 
 async def _open_fleet(supervisor: Any) -> WatchedFleet:
-    fleet = WatchedFleet(supervisor)
-    try:
+    async with AsyncExitStack() as undo:
+        fleet = WatchedFleet(supervisor)
+        undo.push_async_callback(fleet.close)
         await fleet.wait_ready(_START_TIMEOUT_S)
-    except BaseException:
-        await fleet.close()
-        raise
+        undo.pop_all()
     return fleet
 
 
 async def _kv_source_of(fleet: WatchedFleet) -> KvSource | None:
     links = fleet.links("both")
     return links[0].kv_source if links else None
+
+
+async def _kv_events_of(fleet: WatchedFleet, timeout_s: float) -> list[dict[str, Any]]:
+    return [event for link in fleet.links("both") for event in await link.kv_events(timeout_s)]
 
 
 async def _stats_of(fleet: WatchedFleet, timeout_s: float) -> list[dict[str, Any]]:

@@ -88,9 +88,9 @@ def read_prompt(
 ) -> ReadPrompt:
     """`processors`: the names under which the executor holds this request's logits processors."""
     _check_params(params)
+    fields = to_fields(params, tokenizer, processors)
     text, token_ids = tokens_of(inputs, params, tokenizer)
     check_prompt(token_ids, info)
-    fields = to_fields(params, tokenizer, processors)
     info = dataclasses.replace(info, end_ids=end_ids(params, tokenizer, info))
     is_greedy = params.temperature is None and params.top_p is None and params.top_k is None
     sampling = resolve_sampling(
@@ -104,7 +104,7 @@ def tokens_of(
 ) -> tuple[str | None, Sequence[int]]:
     """The prompt's text, if it was given as text, and its token ids."""
     if isinstance(inputs, PreprocessedInputs):
-        return inputs.prompt, inputs.prompt_token_ids
+        return inputs.prompt, _checked_ids(inputs.prompt_token_ids, params)
     if isinstance(inputs, Mapping):
         if unknown := inputs.keys() - {"prompt", "prompt_token_ids"}:
             raise ValueError(f"unknown key {sorted(unknown)[0]!r} in a prompt; known: 'prompt', 'prompt_token_ids'")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import threading
 import time
@@ -16,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any
 
 from tensorweave.llmapi.completion_output import CompletionOutput, Logprob, Update, Wishes, as_dicts
+from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
 from tensorweave.llmapi.status import set_api_status
 from tensorweave.workers.logits import Tensor, read_logits
 
@@ -38,6 +40,9 @@ class RequestOutput:
             [tokens, V].
         finished: All sequences have ended, as far as the consumer has looked.
         cached_tokens: Prompt tokens whose KV was found in the prefix tree.
+        decoding_iter: Steps that the longest sequence has taken.
+        avg_decoded_tokens_per_iter: Its tokens a step; None before the first.
+        disaggregated_params: After a context phase, what its generation phase needs.
     """
 
     request_id: int
@@ -88,6 +93,21 @@ class RequestOutput:
     def cached_tokens(self) -> int:
         return self._num_cached_tokens
 
+    @property
+    @set_api_status("prototype")
+    def decoding_iter(self) -> int:
+        return max(0, max(output.length for output in self._sequences) - self._wishes.num_echoed)
+
+    @property
+    @set_api_status("prototype")
+    def avg_decoded_tokens_per_iter(self) -> float | None:
+        return 1.0 if self.decoding_iter else None
+
+    @property
+    @set_api_status("prototype")
+    def disaggregated_params(self) -> DisaggregatedParams | None:
+        return self._outputs[0].disaggregated_params
+
     def result(self, timeout: float | None = None) -> RequestOutput:
         """Wait for the end.
 
@@ -102,6 +122,7 @@ class RequestOutput:
             TensorweaveError: What ended the request.
         """
         give_up_s = None if timeout is None else time.monotonic() + timeout
+        self._settle()
         while not self.finished:
             left_s = None if give_up_s is None else give_up_s - time.monotonic()
             if not self._wait(left_s):
@@ -115,6 +136,7 @@ class RequestOutput:
         Returns:
             This object, finished.
         """
+        self._settle()
         while not self.finished:
             await self._await_update()
             self._take_all()
@@ -144,7 +166,7 @@ class RequestOutput:
             return
         while not self.finished:
             self._wait(None)
-            if self._take_one():
+            if self._take_turn():
                 yield self._checked()
         self._checked()
 
@@ -154,7 +176,7 @@ class RequestOutput:
             return
         while not self.finished:
             await self._await_update()
-            if self._take_one():
+            if self._take_turn():
                 yield self._checked()
         self._checked()
 
@@ -169,7 +191,7 @@ class RequestOutput:
             self._changed.notify_all()
             waiters, self._waiters = self._waiters, []
         for loop, waiter in waiters:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # that loop has been closed
                 loop.call_soon_threadsafe(_wake, waiter)
 
     def _note_cancel(self, future: concurrent.futures.Future[None]) -> None:
@@ -193,17 +215,26 @@ class RequestOutput:
             self._waiters.append((loop, waiter))
         await waiter
 
-    def _take_one(self) -> bool:
-        """Apply the oldest update; False where another consumer took it."""
+    def _settle(self) -> None:
+        """The diffs begin anew, unless there is nothing more to come."""
+        with self._changed:
+            if not self.finished:
+                for sequence in self._sequences:
+                    sequence._settle()
+
+    def _take_turn(self) -> bool:
+        """Apply the oldest update alone; False where another consumer took it."""
         with self._changed:
             if not self._updates:
                 return False
+            self._settle()
             self._apply(self._updates.popleft())
             return True
 
     def _take_all(self) -> None:
-        while self._take_one():
-            pass
+        with self._changed:
+            while self._updates:
+                self._apply(self._updates.popleft())
 
     def _apply(self, update: Update) -> None:
         if self.finished:
@@ -220,8 +251,6 @@ class RequestOutput:
                 sequence.prompt_logprobs = told
         if self._sequences[update.index].finish_reason is not None:
             return
-        for sequence in self._sequences:
-            sequence._settle()
         self._sequences[update.index]._apply(update)
         if self.finished and len(self._outputs) < len(self._sequences):
             self._outputs = _best(self._sequences, len(self._outputs))

@@ -5,9 +5,11 @@ Kept apart from the `LLM` object, so that they can be closed when that one is go
 
 from __future__ import annotations
 
+import math
 import tempfile
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,6 @@ from tensorweave.router.dispatch import Dispatcher
 from tensorweave.router.tokens import Tokenizer
 from tensorweave.workers.build import check_model
 from tensorweave.workers.model_store import resolve_model
-
-# The LLM class queues without bound what a caller hands it; deadlines are the caller's.
-_LIMITS = Limits(max_inflight=1 << 30, max_queued=1 << 30, default_deadline_s=None, ready_timeout_s=60.0)
 
 
 class Workspace:
@@ -76,14 +75,14 @@ def build_parts(llm_id: str, values: Mapping[str, Any]) -> Parts:
     model_dir = resolve_model(args.model, revision=args.revision)
     check_model(args)  # a wrong model is named before anything is loaded
     tokenizer = None if args.skip_tokenizer_init else _load_tokenizer(args, model_dir)
-    loop = LoopThread(f"{llm_id}-loop")
-    try:
+    with ExitStack() as undo:
+        loop = LoopThread(f"{llm_id}-loop")
+        undo.callback(loop.close)
         engine = open_engine(args, loop)
-    except BaseException:
-        loop.close()
-        raise
-    dispatcher = loop.call(_make_dispatcher(engine))
-    maker = RequestMaker(llm_id, args, tokenizer, engine)
+        undo.callback(engine.close)
+        dispatcher = loop.call(_make_dispatcher(engine, args.max_queued_requests))
+        maker = RequestMaker(llm_id, args, tokenizer, engine)
+        undo.pop_all()
     return Parts(args, model_dir, tokenizer, loop, engine, dispatcher, maker, Workspace(llm_id))
 
 
@@ -114,5 +113,14 @@ def _load_tokenizer(args: TorchLlmArgs, model_dir: Path) -> Tokenizer:
         raise ValueError(f"no tokenizer can be loaded from {source} ({reason}); see skip_tokenizer_init") from error
 
 
-async def _make_dispatcher(engine: Engine) -> Dispatcher:
-    return Dispatcher(engine.fleet, limits=_LIMITS)
+async def _make_dispatcher(engine: Engine, max_inflight: int) -> Dispatcher:
+    """Whatever a caller hands in waits here until the engine has room for it; deadlines are the caller's."""
+    limits = Limits(
+        max_inflight=max_inflight,
+        max_queued=1 << 30,
+        queue_timeout_s=math.inf,
+        default_deadline_s=None,
+        ready_timeout_s=60.0,
+        waits_for_room=True,
+    )
+    return Dispatcher(engine.fleet, limits=limits)

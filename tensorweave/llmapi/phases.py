@@ -43,6 +43,7 @@ def as_phase(
     """The request as this phase of it, and the tokens that it begins with."""
     if not isinstance(phase, DisaggregatedParams):
         raise ValueError(f"disaggregated_params is a {type(phase).__name__}, must be DisaggregatedParams")
+    phase = dataclasses.replace(phase)  # its fields may have been set since they were checked
     if phase.draft_tokens:
         raise ValueError("disaggregated_params.draft_tokens: draft tokens are not taken over")
     if phase.disagg_request_id is not None:
@@ -63,8 +64,6 @@ def as_phase(
 def _mismatch(request: GenerateRequest, phase: DisaggregatedParams) -> str | None:
     """What cannot be asked for in one phase."""
     sampling = request.sampling
-    if phase.is_context_only and sampling.wants_context_logits:
-        return "return_context_logits cannot be used"
     if phase.is_generation_only and sampling.needs_prompt_rows:
         return "prompt_logprobs and return_context_logits, which only computing the prompt tells, cannot be used"
     return None

@@ -76,12 +76,13 @@ class RequestMaker:
             list(prompt.token_ids),
             num_sequences=count,
             num_returned=params.n,
-            wishes=self._wishes(params),
+            wishes=self._wishes(params, prompt),
             is_streaming=is_streaming,
         )
         detokenizers = [self._detokenizer(params, prompt) for _ in range(count)]
+        end_ids = frozenset() if params.ignore_eos else frozenset(prompt.end_ids)  # else asked for by stop_token_ids
         jobs = [
-            Job(index, _nth(request, index), detokenizer, frozenset(prompt.end_ids), first_tokens=first_tokens)
+            Job(index, _nth(request, index), detokenizer, end_ids, first_tokens=first_tokens)
             for index, detokenizer in enumerate(detokenizers)
         ]
         if params.exclude_input_from_output:
@@ -97,11 +98,12 @@ class RequestMaker:
                 f"best_of {params.best_of} above n {params.n} cannot be streamed: the best are known at the end"
             )
 
-    def _wishes(self, params: SamplingParams) -> Wishes:
+    def _wishes(self, params: SamplingParams, prompt: ReadPrompt) -> Wishes:
         return Wishes(
             logprobs=params.logprobs is not None,
             perf_metrics=params.return_perf_metrics or self._args.return_perf_metrics,
             vocab_size=self._engine.info.vocab_size,
+            num_echoed=0 if params.exclude_input_from_output else len(prompt.token_ids),
         )
 
     def _detokenizer(self, params: SamplingParams, prompt: ReadPrompt) -> IncrementalDetokenizer | TokensOnly:

@@ -10,6 +10,7 @@ from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.llmapi.sampling_params import SamplingParams
 from tensorweave.router.admission import Limits
 from tensorweave.router.sampling import SamplingFields, check_stop_strings
+from tensorweave.router.sampling_checks import check_bool
 from tensorweave.router.tokens import Tokenizer
 from tensorweave.workers.logits import pack_bias
 
@@ -17,6 +18,16 @@ LogitsProcessor = Callable[..., Any]
 
 MAX_SEQUENCES: Final = Limits().max_sequences
 """Of one request: as over HTTP."""
+_FLAGS: Final = (
+    "include_stop_str_in_output",
+    "detokenize",
+    "add_special_tokens",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "exclude_input_from_output",
+    "return_perf_metrics",
+)
+"""Those that no `SamplingFields` checks."""
 _BEAM_SEARCH: Final = "it belongs to beam search; use n and best_of with a temperature"
 _REFUSED: Final = {
     "use_beam_search": "use n and best_of with a temperature",
@@ -74,6 +85,8 @@ def check_supported(params: SamplingParams) -> None:
         value = getattr(params, name)
         if value is not None and value is not False:
             raise ValueError(f"SamplingParams.{name} is not supported yet: {advice}")
+    for name in _FLAGS:
+        check_bool(name, getattr(params, name))
     for name in ("n", "best_of"):
         value = getattr(params, name)
         if name == "best_of" and value is None:
@@ -138,7 +151,10 @@ def _bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> tuple[tup
         if not isinstance(string, str) or not string:
             raise ValueError(f"bad holds {string!r}, must hold strings of at least one character")
         assert tokenizer is not None
-        words += [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (string, f" {string}")]
+        try:
+            words += [tuple(ids) for ids in tokenizer.word_ids(string)]
+        except (TypeError, UnicodeEncodeError):
+            raise ValueError("bad holds a lone surrogate, which is not valid Unicode text") from None
     return tuple(words)
 
 

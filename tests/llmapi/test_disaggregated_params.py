@@ -9,20 +9,11 @@ from typing import Any
 
 import pytest
 
-from tensorweave import LLM, CacheTransceiverConfig, DisaggregatedParams, KvCacheConfig, RequestOutput, SamplingParams
-from tests.router.small_tokenizers import byte_level
-from tests.workers.tiny_models import make_model
+from tensorweave import LLM, CacheTransceiverConfig, DisaggregatedParams, RequestOutput, SamplingParams
+from tensorweave.llmapi.engine import LocalEngine
+from tests.llmapi.small_llm import CACHE, one
 
-CACHE = KvCacheConfig(max_tokens=8192)
 LONG = "The capital of France is a city on a river, and its name is known. " * 8
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
-    make_model("llama", path, vocab_size=len(byte_level().backend), eos_token_id=None)
-    byte_level().backend.save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +37,6 @@ def pair(directory: Path) -> Iterator[tuple[LLM, LLM]]:
 def alone(directory: Path) -> Iterator[LLM]:
     with LLM(directory, dtype="float32", kv_cache_config=CACHE) as made:
         yield made
-
-
-def one(output: Any) -> RequestOutput:
-    assert isinstance(output, RequestOutput)
-    return output
 
 
 def by_hand(pair: tuple[LLM, LLM], prompt: Any, params: SamplingParams) -> RequestOutput:
@@ -119,11 +105,22 @@ def test_both_phases_sample_alike_without_a_seed(pair: tuple[LLM, LLM]) -> None:
 
 
 def test_the_kv_is_fetched_not_computed(pair: tuple[LLM, LLM]) -> None:
-    prompt = [3 + n % 50 for n in range(900)]
-    pair[1].get_stats()
-    by_hand(pair, prompt, SamplingParams(max_tokens=3, ignore_eos=True))
-    computed = sum(row["inflightBatchingStats"]["numCtxTokens"] for row in pair[1].get_stats())
+    """Unless the KV's connection was given up meanwhile, as it is on a machine that stands still for 3 s."""
+    for first in range(3, 8):
+        prompt = [first + n % 50 for n in range(900)]
+        pair[1].get_stats()
+        before = num_lost(pair[1])
+        by_hand(pair, prompt, SamplingParams(max_tokens=3, ignore_eos=True))
+        computed = sum(row["inflightBatchingStats"]["numCtxTokens"] for row in pair[1].get_stats())
+        if num_lost(pair[1]) == before:
+            break
     assert computed < 64, "the generation phase computed the prompt itself"
+
+
+def num_lost(llm: LLM) -> float:
+    engine = llm._parts.engine
+    assert isinstance(engine, LocalEngine)
+    return engine.executor.gauges()["kv_transfer_failures_peer_lost_total"]
 
 
 def test_an_llm_says_where_its_kv_is(pair: tuple[LLM, LLM], alone: LLM) -> None:
@@ -155,7 +152,6 @@ def test_a_wrong_phase_is_refused(pair: tuple[LLM, LLM], phase: DisaggregatedPar
     ("request_type", "fields", "complaint"),
     [
         ("context_only", {"n": 2, "temperature": 1.0}, "n and best_of must be 1"),
-        ("context_only", {"return_context_logits": True}, "return_context_logits"),
         ("generation_only", {"prompt_logprobs": 1}, "prompt_logprobs"),
     ],
 )

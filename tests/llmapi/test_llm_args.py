@@ -15,7 +15,7 @@ from tensorweave.cluster.llm_args import (
     SchedulerConfig,
     StrictBaseModel,
 )
-from tests.llmapi.small_llm import CACHE, one, write_small_model
+from tests.llmapi.small_llm import CACHE, one
 
 CONFIGS = {
     "kv_cache_config": KvCacheConfig,
@@ -52,11 +52,6 @@ def test_what_is_not_supported_is_refused_by_name(config: type[StrictBaseModel])
 def test_through_the_constructor(tmp_path: Path, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         LLM(tmp_path, **arguments)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_model(tmp_path_factory.mktemp("llama"))
 
 
 def test_knobs_are_honoured(directory: Path) -> None:

@@ -10,14 +10,9 @@ import pytest
 import torch
 
 from tensorweave import LLM, CompletionOutput, SamplingParams
-from tests.llmapi.small_llm import CACHE, one, write_small_model
+from tests.llmapi.small_llm import CACHE, one
 
 PROMPT = [9, 8, 7, 30, 31, 32, 9, 8, 7, 60]
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_model(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

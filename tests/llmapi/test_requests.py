@@ -15,6 +15,7 @@ import torch
 
 from tensorweave import (
     LLM,
+    CompletionOutput,
     KvCacheConfig,
     KvCacheRetentionConfig,
     LoRARequest,
@@ -23,9 +24,10 @@ from tensorweave import (
     SchedulingParams,
     TokenRangeRetentionConfig,
 )
+from tensorweave.cluster.errors import DeadlineExceeded
 from tensorweave.cluster.protocol import Retention, RetentionRange
 from tensorweave.llmapi.request_types import retention_of
-from tests.llmapi.small_llm import one, write_small_model
+from tests.llmapi.small_llm import one
 
 PROMPT = [9, 8, 7, 30, 31, 32, 9, 8, 7, 60]
 FREE = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -47,11 +49,6 @@ class BanEven:
 
 
 BAN_EVEN = BanEven()
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_model(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +170,19 @@ def test_retention_in_protocol_form() -> None:
         KvCacheRetentionConfig(decode_retention_priority=101)
 
 
-def test_a_deadline_ends_with_what_there_is(llm: LLM) -> None:
+def hurried(llm: LLM, timeouts_s: tuple[float, ...] = (1.0, 8.0, 32.0)) -> CompletionOutput:
+    """An answer whose deadline passes in its midst. On a machine that stands still until before its first token, a
+    later deadline does."""
     endless = SamplingParams(max_tokens=4000, ignore_eos=True, logits_processor=lambda *given: time.sleep(0.02))
-    hurried = SchedulingParams(timeout_s=3.0, priority=3)
-    output = one(llm.generate(PROMPT, endless, scheduling_params=hurried)).outputs[0]
+    options = SchedulingParams(timeout_s=timeouts_s[0], priority=3)
+    try:
+        return one(llm.generate(PROMPT, endless, scheduling_params=options)).outputs[0]
+    except DeadlineExceeded:
+        return hurried(llm, timeouts_s[1:])
+
+
+def test_a_deadline_ends_with_what_there_is(llm: LLM) -> None:
+    output = hurried(llm)
     assert output.finish_reason == "timeout"
     assert 0 < output.length < 4000
     for wrong in ({"timeout_s": 0}, {"priority": "high"}, {"attention_dp_rank": 0}):
@@ -198,6 +204,7 @@ def test_preprocessing_apart_from_generating(llm: LLM) -> None:
 
 
 def test_statistics_in_an_event_loop(llm: LLM) -> None:
+    tokens(llm, max_tokens=1)  # behind it, no step is for a request that was aborted before
     llm.get_stats()
     tokens(llm, max_tokens=4)
 
