@@ -21,7 +21,9 @@ class Limits:
     """What one router replica takes on. Times are in seconds.
 
     A new request waits `ready_timeout_s` for a gang, one whose gang was lost `recovery_timeout_s` for another; it is
-    tried `max_attempts` times. A request that its client named goes on for `reattach_grace_s` after its router broke.
+    tried `max_attempts` times, and given up when `max_lost_in_a_row` gangs died under it without a new token. A request
+    that its client named goes on for `reattach_grace_s` after its router broke. Where `waits_for_room`, a new request
+    that every gang is too full for waits as one that was lost does.
     """
 
     max_inflight: int = 512
@@ -32,13 +34,15 @@ class Limits:
     ready_timeout_s: float = 10.0
     recovery_timeout_s: float = 300.0
     max_attempts: int = 8
+    max_lost_in_a_row: int = 4
     reattach_grace_s: float = 10.0
     heartbeat_limit_s: float = 10.0
     max_body_bytes: int = 8 * 2**20
     max_sequences: int = 256
+    waits_for_room: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_inflight", "max_body_bytes", "max_sequences", "max_attempts"):
+        for name in ("max_inflight", "max_body_bytes", "max_sequences", "max_attempts", "max_lost_in_a_row"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.max_queued < 0:

@@ -59,7 +59,8 @@ class _App(FastAPI):
         return self.openapi_schema
 
 
-def build_app(service: RouterService) -> FastAPI:
+def build_app(service: RouterService, *, server_echoes_ids: bool = False, made_up_ids: str = "") -> FastAPI:
+    """`server_echoes_ids` and `made_up_ids`: see `asgi.RequestIds`."""
     metrics = RouterMetrics(service.model_name, service.dispatcher)
     service.created_s = service.created_s or int(time.time())
     app = _App(service)
@@ -71,7 +72,7 @@ def build_app(service: RouterService) -> FastAPI:
         app.router.routes.append(Route(path, functools.partial(answer, service), methods=["POST"]))
     if service.key_digests:
         app.add_middleware(ApiKeys, digests=service.key_digests)
-    app.add_middleware(asgi.RequestIds)
+    app.add_middleware(asgi.RequestIds, server_echoes=server_echoes_ids, made_up=made_up_ids)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(TensorweaveError, _answer_error)
     app.add_exception_handler(asgi.ClientGone, _answer_nobody)

@@ -24,6 +24,7 @@ _EVENT_STREAM: Final[Headers] = [
 ]
 _RETRY_AFTER_S: Final = 5.0
 _REQUEST_ID_KEY: Final = "tensorweave.request_id"
+_CLIENT_ID_KEY: Final = "tensorweave.client_request_id"
 _VALID_REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -40,17 +41,29 @@ class ClientGone(Exception):
 
 
 class RequestIds:
-    """ASGI middleware: every answer carries `x-request-id`, the client's own where it sent one."""
+    """ASGI middleware: every answer carries `x-request-id`, the client's own where it sent one.
 
-    def __init__(self, app: ASGIApp) -> None:
+    `server_echoes`: the server around the application answers with whatever id the request came with, so that only
+    another one, in place of what is no valid id, is left to tell. `made_up`: what ids begin with that it gave to
+    requests without one.
+    """
+
+    def __init__(self, app: ASGIApp, *, server_echoes: bool = False, made_up: str = "") -> None:
         self._app = app
+        self._server_echoes = server_echoes
+        self._made_up = made_up
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = (client_request_id(scope) or secrets.token_hex(16)).encode()
+        given = _given_request_id(scope)
+        request_id = (given or secrets.token_hex(16)).encode()
         scope[_REQUEST_ID_KEY] = request_id.decode("ascii")
+        scope[_CLIENT_ID_KEY] = None if given and self._made_up and given.startswith(self._made_up) else given
+        if self._server_echoes and request_id == header(scope, b"x-request-id"):
+            await self._app(scope, receive, send)
+            return
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -67,6 +80,11 @@ def request_id_of(scope: Scope) -> str:
 
 def client_request_id(scope: Scope) -> str | None:
     """The id that the client gave, if it gave a valid one."""
+    request_id: str | None = scope[_CLIENT_ID_KEY]
+    return request_id
+
+
+def _given_request_id(scope: Scope) -> str | None:
     given = header(scope, b"x-request-id")
     return given.decode("ascii") if given is not None and _VALID_REQUEST_ID.fullmatch(given) else None
 

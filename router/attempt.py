@@ -58,9 +58,17 @@ def decode_id(request: GenerateRequest, number: int) -> str:
     return f"{request.request_id}/d{number}"
 
 
+def prefill_id(request: GenerateRequest, number: int, ticket_id: str) -> str:
+    """Of an attempt's first half at its gang. Never the same twice: a client may use its request id again while the
+    lease of the last time is still open there."""
+    return f"{request.request_id}/p{number}-{ticket_id[:12]}"
+
+
 def run_offer(plan: Plan, request: GenerateRequest, number: int, notes: AttemptNotes) -> Chunks:
     """The prompt and its first token alone. `request.offer` names the ticket, whose lease outlives the attempt."""
-    return _run_alone(plan.decode, dataclasses.replace(request, request_id=f"{request.request_id}/p{number}"), notes)
+    assert request.offer is not None
+    name = prefill_id(request, number, request.offer)
+    return _run_alone(plan.decode, dataclasses.replace(request, request_id=name), notes)
 
 
 async def _run_alone(link: GangLink, request: GenerateRequest, notes: AttemptNotes) -> Chunks:
@@ -96,9 +104,8 @@ class _Pair:
         self._prefill = prefill
         self._notes = notes
         self._is_released = False
-        self._there = dataclasses.replace(
-            request, request_id=f"{request.request_id}/p{number}", offer=ticket.ticket_id, grace_s=0.0
-        )
+        name = prefill_id(request, number, ticket.ticket_id)
+        self._there = dataclasses.replace(request, request_id=name, offer=ticket.ticket_id, grace_s=0.0)
         here = dataclasses.replace(request, request_id=decode_id(request, number), fetch=ticket)
         self._own = _until_last(decode, decode.generate(here))
 

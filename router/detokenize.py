@@ -22,6 +22,10 @@ class StopStrings:
         self._held = ""
         self.found: str | None = None
 
+    @property
+    def are_any(self) -> bool:
+        return bool(self._stops)
+
     def push(self, text: str) -> str:
         """The text that is safe to release. After a hit, `found` is set and nothing more comes."""
         if not self._stops:
@@ -84,6 +88,10 @@ class IncrementalDetokenizer:
         self._stops = StopStrings(stop, is_included=include_stop_str_in_output)
         self._keeps_stop = include_stop_str_in_output
         self._free_tokens = min_tokens if stop else 0
+
+    @property
+    def has_stop_strings(self) -> bool:
+        return self._stops.are_any
 
     @property
     def stop_reason(self) -> str | None:

@@ -92,7 +92,7 @@ class Dispatcher:
 
         Raises:
             Overloaded: The waiting line, or every gang, is full.
-            NotReady: No gang is there to take it.
+            NotReady: No gang is there to take it, or the service is shutting down.
             DeadlineExceeded: The deadline passed before the first token.
             RequestRejected: The id is already in use, or the gang refused the request.
             WorkerLost: Gangs died under it time and again, or none came back.
@@ -119,7 +119,7 @@ class Dispatcher:
                                     if (news := story.take(chunk)) is not None:
                                         yield news
                         except RECOVERABLE as error:
-                            recovery.lose(plan, error, has_begun=bool(story.sent))
+                            recovery.lose(plan, error, num_sent=len(story.sent))
                             self._note_retry(request, error)
                 except TimeoutError:
                     yield story.timed_out()
@@ -151,7 +151,7 @@ class Dispatcher:
                     except TimeoutError:
                         return Handoff(story.timed_out(), None)
                     except RECOVERABLE as error:
-                        recovery.lose(plan, error, has_begun=False)
+                        recovery.lose(plan, error, num_sent=0)
                         self._note_retry(request, error)
 
     # ---- one attempt
@@ -221,6 +221,7 @@ class Dispatcher:
 
         Where no decode gang is open at all, prefill gangs stand in.
         """
+        await asyncio.sleep(recovery.pause_s)
         while True:
             senders, decode = self._fleet.links("prefill"), self._fleet.links("decode")
             if usable := recovery.left(decode):
@@ -254,7 +255,9 @@ class Dispatcher:
 
     @contextmanager
     def _named(self, request: GenerateRequest) -> Iterator[GenerateRequest]:
-        """Its id is taken for as long. One that may be picked up again gets another name beside its twin."""
+        """Its id is taken for as long. One that may be picked up again gets another name beside its twin. A service
+        that is shutting down begins none."""
+        self._fleet.check_open()
         if request.request_id in self._open_ids:
             if not request.grace_s:
                 raise RequestRejected(f"request id {request.request_id!r} is already in use", param="request_id")

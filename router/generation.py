@@ -15,6 +15,7 @@ from tensorweave.router.dispatch import Dispatcher
 class TokensOnly:
     """In place of a detokenizer where no text is wanted."""
 
+    has_stop_strings = False
     stop_reason = None
 
     def push(self, token_ids: Sequence[int], *, ends_with_stop_token: bool = False) -> str:
@@ -85,25 +86,43 @@ async def generate_first(dispatcher: Dispatcher, job: Job) -> tuple[TextDelta, T
 
 def _text_of(job: Job, chunk: TokenChunk) -> TextDelta:
     detokenizer = job.detokenizer
-    text = detokenizer.push(chunk.token_ids, ends_with_stop_token=chunk.stop_reason is not None)
+    text, num_tokens = _push(detokenizer, chunk)
     finish_reason = chunk.finish_reason
     stop_reason: int | str | None = None if chunk.stop_reason in job.end_ids else chunk.stop_reason
     if finish_reason is not None:
         text += detokenizer.flush()
     if detokenizer.stop_reason is not None:
         finish_reason, stop_reason = "stop", detokenizer.stop_reason
+    token_ids, logprobs, logits = chunk.token_ids, chunk.logprobs, chunk.logits
+    if num_tokens < len(token_ids):
+        logits = logits[: len(logits) // len(token_ids) * num_tokens]
+        token_ids, logprobs = token_ids[:num_tokens], logprobs[:num_tokens]
     return TextDelta(
         job.index,
         text,
-        chunk.token_ids,
+        token_ids,
         chunk.num_cached_tokens,
         finish_reason,
         stop_reason,
-        chunk.logprobs,
+        logprobs,
         chunk.prompt_logprobs,
-        chunk.logits,
+        logits,
         chunk.context_logits,
     )
+
+
+def _push(detokenizer: IncrementalDetokenizer | TokensOnly, chunk: TokenChunk) -> tuple[str, int]:
+    """The text, and how many of the tokens are the answer's: of several, one before the last may end it."""
+    token_ids, ends_with_stop_token = chunk.token_ids, chunk.stop_reason is not None
+    if len(token_ids) < 2 or not detokenizer.has_stop_strings:
+        return detokenizer.push(token_ids, ends_with_stop_token=ends_with_stop_token), len(token_ids)
+    text = ""
+    for place, token_id in enumerate(token_ids, start=1):
+        is_last = place == len(token_ids)
+        text += detokenizer.push((token_id,), ends_with_stop_token=ends_with_stop_token and is_last)
+        if detokenizer.stop_reason is not None:
+            return text, place
+    return text, len(token_ids)
 
 
 async def generate_all(dispatcher: Dispatcher, jobs: Sequence[Job]) -> AsyncGenerator[TextDelta, None]:
@@ -120,7 +139,7 @@ async def generate_all(dispatcher: Dispatcher, jobs: Sequence[Job]) -> AsyncGene
             async with aclosing(generate_text(dispatcher, job)) as deltas:
                 async for delta in deltas:
                     merged.put_nowait(delta)
-        except Exception as error:  # handed to the reader below, which raises it
+        except Exception as error:  # the end of this task: handed to the reader below, which raises it
             merged.put_nowait(error)
 
     tasks = [asyncio.create_task(pump(job)) for job in jobs]

@@ -1,13 +1,16 @@
-"""Whether the service can answer: a gang's link is open, and its step loop has gone round lately."""
+"""Whether the service can answer: the link of a gang that answers is open, and its step loop has gone round lately."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from tensorweave.cluster.errors import NotReady
 from tensorweave.cluster.fleet import Fleet
+
+# Each rank pulls heads of its own, so what befalls them is counted there and nowhere else.
+_RANKS_OWN: Final = ("kv_transfer_bytes_", "kv_transfer_blocks_", "kv_transfer_refetched_", "kv_transfer_failures_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +35,49 @@ async def check_health(fleet: Fleet, heartbeat_limit_s: float) -> HealthReport:
         return HealthReport(has_link, error.message, [])
     if not has_link:
         return HealthReport(False, _why_no_link(pools), pools)
-    ages_s = [_progress_age_s(gang) for gang in _gangs(pools)]
+    ages_s = [_progress_age_s(gang) for gang in _answering(pools)]
     if ages_s and min(ages_s) > heartbeat_limit_s:
         return HealthReport(False, f"no step loop has gone round for {min(ages_s):.1f} s", pools)
-    return HealthReport(True, "; ".join(_troubles(pools)), pools)
+    return HealthReport(True, "; ".join([*_troubles(pools), *_stuck(pools, heartbeat_limit_s)]), pools)
 
 
-def first_rank_gauges(pools: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """What each gang's leader shows of its executor, by gang."""
-    return {gang["gang_id"]: gang["ranks"][0]["gauges"] for gang in _gangs(pools) if gang.get("ranks")}
+def gang_gauges(pools: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """What each gang's leader shows of its executor, by gang; of the KV that came, and how, all ranks' counts."""
+    return {gang["gang_id"]: _of_all_ranks(gang["ranks"]) for gang in _gangs(pools) if gang.get("ranks")}
+
+
+def _of_all_ranks(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
+    leader: dict[str, float] = ranks[0]["gauges"]
+    return {
+        name: sum(rank["gauges"].get(name, 0.0) for rank in ranks) if name.startswith(_RANKS_OWN) else value
+        for name, value in leader.items()
+    }
 
 
 def _gangs(pools: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for pool in pools:
         yield from pool["gangs"]
+
+
+def _answering(pools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Gangs that requests wait for: those that decode; prefill gangs where there is no other."""
+    ready = [
+        (pool.get("role", "both"), gang)
+        for pool in pools
+        for gang in pool["gangs"]
+        if gang.get("state", "ready") == "ready"
+    ]
+    return [gang for role, gang in ready if role != "prefill"] or [gang for _, gang in ready]
+
+
+def _stuck(pools: Sequence[dict[str, Any]], limit_s: float) -> list[str]:
+    """Gangs that others must make up for."""
+    ages_s = {gang.get("gang_id", "?"): _progress_age_s(gang) for gang in _gangs(pools)}
+    return [
+        f"gang {gang_id}: its step loop has not gone round for {age_s:.1f} s"
+        for gang_id, age_s in ages_s.items()
+        if age_s > limit_s
+    ]
 
 
 def _progress_age_s(gang: dict[str, Any]) -> float:

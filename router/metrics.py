@@ -10,19 +10,19 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from tensorweave.cluster.errors import NotReady, TensorweaveError
 from tensorweave.cluster.fleet import Fleet
 from tensorweave.router.dispatch import DispatchCounts, Dispatcher
-from tensorweave.router.health import first_rank_gauges
+from tensorweave.router.health import gang_gauges
 
 _LATENCY_S: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0)
 _TOKEN_LATENCY_S: Final = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
 
 # What a gang's leader reports of its executor: the name here, and what it means.
-_GANG_GAUGES: Final = {
+_OF_GANGS: Final = {
     "kv_cache_usage_perc": ("kv_cache_usage_perc", "KV blocks in use, 1 is all."),
     "num_requests_running": ("gang_num_requests_running", "Sequences that hold KV blocks."),
     "num_requests_waiting": ("gang_num_requests_waiting", "Sequences that wait for KV blocks or a place in the batch."),
@@ -64,6 +64,26 @@ class _Dispatches(Collector):
         return family
 
 
+class _Gangs(Collector):
+    """What the gangs last said, and nothing of gangs that are no more. What is not in the table (KV transfer, say)
+    goes by its own name; what ends in `_total` only grows while its gang lives."""
+
+    def __init__(self, model: dict[str, str]) -> None:
+        self.gauges: Mapping[str, Mapping[str, float]] = {}
+        self._model = list(model.values())
+
+    def collect(self) -> Iterator[Metric]:
+        for name in dict.fromkeys(name for values in self.gauges.values() for name in values):
+            plain = name.removesuffix("_total")
+            shown, text = _OF_GANGS.get(name, (plain, f"The gang's {plain.replace('_', ' ')}, as its ranks say."))
+            kind = GaugeMetricFamily if name == plain else CounterMetricFamily
+            family = kind(f"tensorweave_{shown}", text, labels=["model_name", "gang"])
+            for gang_id, values in self.gauges.items():
+                if name in values:
+                    family.add_metric([*self._model, gang_id], values[name])
+            yield family
+
+
 class RouterMetrics:
     def __init__(self, model_name: str, dispatcher: Dispatcher) -> None:
         self.registry = CollectorRegistry()
@@ -90,8 +110,7 @@ class RouterMetrics:
         self._e2e = self._histogram(
             "e2e_request_latency_seconds", "From a request's receipt to its last token.", _LATENCY_S
         )
-        self._shown: set[tuple[str, str]] = set()
-        self._of_gangs = {name: self._gang_gauge(shown, text) for name, (shown, text) in _GANG_GAUGES.items()}
+        self._gangs = _Gangs(self._model)
         self._gauge("num_requests_running", "Sequences admitted and not ended.").set_function(
             lambda: dispatcher.num_running
         )
@@ -99,22 +118,13 @@ class RouterMetrics:
             lambda: dispatcher.num_waiting
         )
         self.registry.register(_Dispatches(self._model, dispatcher.counts))
+        self.registry.register(self._gangs)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"tensorweave_{name}", text, ["model_name", *labels], registry=self.registry)
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"tensorweave_{name}", text, ["model_name"], registry=self.registry).labels(**self._model)
-
-    def _gang_gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"tensorweave_{name}", text, ["model_name", "gang"], registry=self.registry)
-
-    def _of_gang(self, name: str) -> Gauge:
-        """Gauges that are not in the table (those of KV transfer, say) go by their own name."""
-        if name not in self._of_gangs:
-            shown = name.removesuffix("_total")
-            self._of_gangs[name] = self._gang_gauge(shown, f"The gang's {shown.replace('_', ' ')}, as its leader says.")
-        return self._of_gangs[name]
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"tensorweave_{name}", text, ["model_name"], buckets=buckets, registry=self.registry).labels(
@@ -150,14 +160,5 @@ class RouterMetrics:
     async def render(self, fleet: Fleet) -> bytes:
         """The text exposition. When the fleet cannot be asked, the gangs keep their last values."""
         with contextlib.suppress(NotReady):
-            self._show(first_rank_gauges(await fleet.describe()))
+            self._gangs.gauges = gang_gauges(await fleet.describe())
         return generate_latest(self.registry)
-
-    def _show(self, gauges: Mapping[str, Mapping[str, float]]) -> None:
-        """What each gang says, and nothing of gangs that are no more."""
-        shown = {(name, gang_id) for gang_id, values in gauges.items() for name in values}
-        for name, gang_id in self._shown - shown:
-            self._of_gang(name).remove(*self._model.values(), gang_id)
-        for name, gang_id in shown:
-            self._of_gang(name).labels(**self._model, gang=gang_id).set(gauges[gang_id][name])
-        self._shown = shown

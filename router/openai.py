@@ -41,14 +41,30 @@ class GenerateBody(ParsedRequest):
     """The fields that both bodies share."""
 
     OFF: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "allowed_token_ids": (),
+        "conversation_params": (),
+        "detokenize": (True,),
         "early_stopping": (False,),
+        "guided_choice": (),
         "guided_decoding_backend": (),
+        "guided_grammar": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "kv_transfer_params": (),
         "length_penalty": (1,),
+        "logits_processors": ([],),
         "lora_request": (),
+        "mm_processor_kwargs": ({},),
+        "prompt_ignore_length": (0,),
         "response_format": ({"type": "text"},),
+        "return_context_logits": (False,),
+        "return_tokens_as_token_ids": (False,),
         "service_tier": ("auto", "default"),
         "store": (False,),
+        "structured_outputs": (),
+        "thinking_token_budget": (),
         "use_beam_search": (False,),
+        "vllm_xargs": ({},),
     }
     HARMLESS: ClassVar[frozenset[str]] = frozenset({"metadata", "safety_identifier", "prompt_cache_retention"})
 
@@ -177,7 +193,7 @@ class GenerateBody(ParsedRequest):
 class CompletionRequest(GenerateBody):
     """POST /v1/completions."""
 
-    OFF: ClassVar[Mapping[str, tuple[Any, ...]]] = {**GenerateBody.OFF, "suffix": ("",)}
+    OFF: ClassVar[Mapping[str, tuple[Any, ...]]] = {**GenerateBody.OFF, "prompt_embeds": (), "suffix": ("",)}
 
     prompt: Prompt = Field(
         description="A string, a list of strings, a list of token ids, or a list of lists of token ids."
@@ -247,10 +263,12 @@ class ChatCompletionRequest(GenerateBody):
         "audio": (),
         "best_of": (1,),
         "chat_template": (),
+        "continue_final_message": (False,),
         "documents": ([],),
         "echo": (False,),
         "function_call": ("none",),
         "functions": ([],),
+        "include_reasoning": (True, False),
         "modalities": (["text"],),
         "moderation": (),
         "prediction": (),

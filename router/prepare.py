@@ -237,7 +237,8 @@ def _job(
         cache_salt=request.cache_salt,
         grace_s=0.0 if names.client_id is None else limits.reattach_grace_s,
     )
-    job = Job(index, generate, detokenizer, frozenset(info.end_ids), request.session)
+    end_ids = frozenset() if request.ignore_eos else frozenset(info.end_ids)  # else asked for by stop_token_ids
+    job = Job(index, generate, detokenizer, end_ids, request.session)
     phase = request.disaggregated_params
     if phase is None or not phase.is_generation_only:
         return job

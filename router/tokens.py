@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import tokenizers
+from huggingface_hub.errors import StrictDataclassError
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
@@ -42,11 +43,14 @@ def flatten_content(content: str | Sequence[Mapping[str, Any]] | None) -> str:
 
 
 class Tokenizer:
-    """A transformers tokenizer with the few verbs that serving needs. Safe to use from several threads."""
+    """A transformers tokenizer with the few verbs that serving needs. Safe to use from several threads.
 
-    def __init__(self, backend: Any) -> None:
+    `uses_rust`: go straight to the Rust tokenizer underneath, where there is one.
+    """
+
+    def __init__(self, backend: Any, *, uses_rust: bool = True) -> None:
         self.backend = backend
-        rust = getattr(backend, "backend_tokenizer", None)
+        rust = getattr(backend, "backend_tokenizer", None) if uses_rust else None
         self._rust = self._private_copy(rust) if isinstance(rust, tokenizers.Tokenizer) else None
         self.special_ids = self._find_special_ids()
         self._pieces = read_pieces(self._rust) if self._rust is not None else None
@@ -69,23 +73,28 @@ class Tokenizer:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> Tokenizer:
-        """From a directory, a hub id, a transformers tokenizer, or a `Tokenizer`, which is returned as it is."""
+        """From a directory, a hub id, a transformers tokenizer, or a `Tokenizer`, which is returned as it is. Mode
+        'slow' leaves all to transformers' own methods. Raises ValueError, OSError."""
         if isinstance(source, Tokenizer):
             return source
+        uses_rust = tokenizer_mode != "slow"
         if not isinstance(source, str | Path):
-            return cls(source)
-        return cls(
-            AutoTokenizer.from_pretrained(
-                str(source),
-                use_fast=tokenizer_mode != "slow",
-                revision=revision or "main",
-                trust_remote_code=trust_remote_code,
+            if not callable(getattr(source, "apply_chat_template", None)):
+                raise ValueError(f"a {type(source).__name__} is no tokenizer of transformers")
+            return cls(source, uses_rust=uses_rust)
+        try:
+            backend = AutoTokenizer.from_pretrained(
+                str(source), use_fast=uses_rust, revision=revision or "main", trust_remote_code=trust_remote_code
             )
-        )
+        except (KeyError, TypeError, StrictDataclassError) as error:  # it reads config.json too, and trusts it
+            raise ValueError(f"no tokenizer can be loaded from {source}: {' '.join(str(error).split())}") from error
+        return cls(backend, uses_rust=uses_rust)
 
     def _find_special_ids(self) -> frozenset[int]:
         if self._rust is None:
-            return frozenset(self.backend.all_special_ids)
+            added = self.backend.added_tokens_decoder
+            special = {token_id for token_id, token in added.items() if token.special}
+            return frozenset([*self.backend.all_special_ids, *special])
         return frozenset(token_id for token_id, token in self._rust.get_added_tokens_decoder().items() if token.special)
 
     @property
@@ -134,7 +143,7 @@ class Tokenizer:
         if not self.has_chat_template:
             raise RequestRejected("this model's tokenizer has no chat template; use /v1/completions", param="messages")
         extra = template_kwargs or {}
-        if own := self._template_arguments & extra.keys():
+        if own := (self._template_arguments | {"messages"}) & extra.keys():
             raise RequestRejected(f"chat_template_kwargs may not set {sorted(own)[0]!r}", param="chat_template_kwargs")
         flat = [{**message, "content": flatten_content(message.get("content"))} for message in messages]
         try:

@@ -10,19 +10,24 @@ import httpx
 from tensorweave.router.admission import Limits
 from tests.router.fake_fleet import FakeLink
 from tests.router.serving import client_of, make_app, model_info, script_of
+from tests.router.stepped_loop import run_stepped
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TEXT = "Grüße aus 東京 😀!"
 
 
-def post(path: str, body: Any, *links: FakeLink, limits: Limits | None = None, **kwargs: Any) -> httpx.Response:
+def post(
+    path: str, body: Any, *links: FakeLink, limits: Limits | None = None, is_stepped: bool = False, **kwargs: Any
+) -> httpx.Response:
+    """`is_stepped`: deadlines and steps take no time, and come in the order of the clock whatever the machine does."""
+
     async def call() -> httpx.Response:
         async with client_of(make_app(*links, limits=limits)) as client:
             if isinstance(body, bytes):
                 return await client.post(path, content=body, **kwargs)
             return await client.post(path, json=body, **kwargs)
 
-    return asyncio.run(call())
+    return run_stepped(call()) if is_stepped else asyncio.run(call())
 
 
 def get(path: str, *links: FakeLink, method: str = "GET", headers: dict[str, str] | None = None) -> httpx.Response:

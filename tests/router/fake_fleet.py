@@ -16,7 +16,8 @@ from tests.router.fake_logprobs import with_logprobs
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with one request, after so many tokens. `closes`: the link is gone from then on."""
+    """What goes wrong with one request, after so many tokens. `closes`: the link is gone from then on. A stall lasts
+    until the link's `goes_on` is set."""
 
     kind: Literal["error", "cancelled", "short", "wrong", "hang", "stall"]
     after: int = 0
@@ -69,6 +70,7 @@ class FakeLink:
         self.attach_fails = False
         self.num_steps = 0
         self.has_cancelled = asyncio.Event()
+        self.goes_on = asyncio.Event()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         fault = self.faults.pop(0) if self.faults else None
@@ -131,7 +133,7 @@ class FakeLink:
                 self.is_open = False
                 raise WorkerLost(f"gang {self.gang_id}: its leader was silent")
             case "stall":
-                await asyncio.sleep(3600.0)
+                await self.goes_on.wait()
                 return None
             case _:
                 return None
@@ -191,6 +193,7 @@ def hash_token(tokens: Sequence[int], seed: int, info: ModelInfo) -> int:
 class FakeFleet:
     def __init__(self, *links: FakeLink) -> None:
         self.all_links = list(links)
+        self.is_ending = False
         self.changed = asyncio.Event()
 
     def links(self, role: Role = "both") -> list[Any]:
@@ -207,6 +210,10 @@ class FakeFleet:
                     self.changed.clear()
         except TimeoutError:
             raise NotReady("no gang is open") from None
+
+    def check_open(self) -> None:
+        if self.is_ending:
+            raise NotReady("the service is shutting down")
 
     async def wait_link(self, timeout_s: float) -> None:
         await self.wait_ready(timeout_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -24,6 +24,8 @@ from tests.router.small_tokenizers import byte_level
 MODEL = "org/tiny"
 IM_END = 2
 ONE_ATTEMPT = Limits(ready_timeout_s=0.05, max_attempts=1)
+PATIENCE_S = 60.0
+"""Longest wait for what must come: nothing that is right on a slow machine takes so long."""
 
 
 def model_info(max_seq_len: int = 512) -> ModelInfo:
@@ -63,14 +65,15 @@ def make_app(*links: FakeLink, limits: Limits | None = None) -> FastAPI:
 @asynccontextmanager
 async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://router", timeout=10) as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://router", timeout=PATIENCE_S) as client:
         yield client
 
 
 @asynccontextmanager
 async def running(app: FastAPI) -> AsyncIterator[str]:
     """A real server; yields its base URL."""
-    config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none")
+    # Kept alive for long: a connection that is given up just as its client writes fails that request.
+    config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", timeout_keep_alive=600)
     server = uvicorn.Server(config)
     # By name: asyncio sets TCP_NODELAY only where the protocol is known, and Nagle's delay costs 40 ms an answer.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -81,8 +84,14 @@ async def running(app: FastAPI) -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        await asyncio.wait_for(task, 10)
+        await asyncio.wait_for(task, PATIENCE_S)
         listener.close()
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not is_so():
+            await asyncio.sleep(0.005)
 
 
 def events_of(body: str) -> list[Any]:

@@ -12,6 +12,7 @@ import pytest
 
 from tensorweave.cluster.errors import Overloaded, WorkerLost
 from tensorweave.router.admission import Limits
+from tensorweave.router.app import build_app
 from tensorweave.router.health import check_health
 from tests.router.calls import CHAT, COMPLETIONS, TEXT, check_error, get, post, scripted
 from tests.router.fake_fleet import FakeFleet, FakeLink, Fault
@@ -23,10 +24,12 @@ from tests.router.serving import (
     completion,
     events_of,
     make_app,
+    make_service,
     model_info,
     script_of,
 )
 from tests.router.small_tokenizers import byte_level
+from tests.router.stepped_loop import run_stepped
 
 # ---- answers
 
@@ -257,17 +260,18 @@ def test_internal_error_hides_its_details(caplog: pytest.LogCaptureFixture) -> N
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_deadline(stream: bool) -> None:
-    answer = post(CHAT, chat(stream=stream, timeout_s=0.05), scripted(step_s=5))
+    answer = post(CHAT, chat(stream=stream, timeout_s=0.05), scripted(step_s=5), is_stepped=True)
     error = check_error(answer, 408, None, "deadline_exceeded")
     assert error["type"] == "timeout_error"
 
 
 def test_deadline_after_some_tokens() -> None:
-    answer = post(CHAT, chat(stream=True, timeout_s=0.3), scripted("a" * 300, step_s=0.05))
+    answer = post(CHAT, chat(stream=True, timeout_s=0.3), scripted("a" * 300, step_s=0.05), is_stepped=True)
     *chunks, last = events_of(answer.text)
     assert chunks
     assert last["error"]["code"] == "deadline_exceeded"
-    check_error(post(CHAT, chat(timeout_s=0.3), scripted("a" * 300, step_s=0.05)), 408, None, "deadline_exceeded")
+    whole = post(CHAT, chat(timeout_s=0.3), scripted("a" * 300, step_s=0.05), is_stepped=True)
+    check_error(whole, 408, None, "deadline_exceeded")
 
 
 def test_the_queue_is_bounded() -> None:
@@ -276,7 +280,7 @@ def test_the_queue_is_bounded() -> None:
         async with client_of(make_app(link, limits=Limits(max_inflight=2, max_queued=1))) as client:
             return list(await asyncio.gather(*(client.post(CHAT, json=chat()) for _ in range(6))))
 
-    answers = asyncio.run(call())
+    answers = run_stepped(call())
     assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 429, 429, 429]
     for answer in answers:
         if answer.status_code == 429:
@@ -370,7 +374,7 @@ def test_metrics_of_recovery() -> None:
         f'tensorweave_request_plans_total{{kind="alone",{label}}} 2.0',
         f"tensorweave_requests_recovered_total{{{label}}} 1.0",
         f"tensorweave_requests_reattached_total{{{label}}} 0.0",
-        f'tensorweave_kv_transfer_bytes{{gang="a",{label}}} 12.0',
+        f'tensorweave_kv_transfer_bytes_total{{gang="a",{label}}} 12.0',
     ):
         assert line in text, line
 
@@ -378,6 +382,17 @@ def test_metrics_of_recovery() -> None:
 def test_request_id_is_kept_if_it_is_printable() -> None:
     assert get("/version", headers={"x-request-id": "trace-7"}).headers["x-request-id"] == "trace-7"
     assert get("/version", headers={"x-request-id": "x" * 200}).headers["x-request-id"] != "x" * 200
+
+
+@pytest.mark.parametrize(("given", "is_told"), [("trace-7", False), ("x" * 200, True), (None, True)])
+def test_a_request_id_that_the_server_echoes_is_not_told_twice(given: str | None, is_told: bool) -> None:
+    async def call() -> httpx.Response:
+        async with client_of(build_app(make_service(FakeLink(model_info())), server_echoes_ids=True)) as client:
+            return await client.get("/version", headers={} if given is None else {"x-request-id": given})
+
+    told = asyncio.run(call()).headers.get_list("x-request-id")
+    assert len(told) == is_told
+    assert given not in told
 
 
 def test_openapi_lists_the_routes() -> None:

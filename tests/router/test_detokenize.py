@@ -107,13 +107,13 @@ def test_the_fast_tables_are_used() -> None:
 def test_cost_of_a_token_does_not_grow_with_the_text() -> None:
     detokenizer = IncrementalDetokenizer(byte_level(), stop=["never to be seen"])
     ids = [3 + i % 300 for i in range(1000)]
-    times = []
-    for _ in range(20):
-        started = time.perf_counter()
+    times_s = []
+    for _ in range(100):
+        started_s = time.thread_time()  # other processes' turns do not count
         for token in ids:
             detokenizer.push([token])
-        times.append(time.perf_counter() - started)
-    assert min(times[10:]) < 3 * min(times[:10])
+        times_s.append(time.thread_time() - started_s)
+    assert min(times_s[50:]) < 3 * min(times_s[:50])
 
 
 # ---- stop strings

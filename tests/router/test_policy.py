@@ -18,6 +18,7 @@ from tensorweave.router.loads import Assumptions, Booking, Loads, SpeedLine
 from tensorweave.router.policy import Joint, Options, Plan, PolicyName, PolicySettings, build_policy
 from tests.router.fake_fleet import FakeFleet, FakeLink
 from tests.router.serving import model_info
+from tests.router.stepped_loop import run_stepped
 
 INFO = model_info()
 POLICIES: list[PolicyName] = ["joint", "least_loaded", "power_of_two", "round_robin"]
@@ -208,7 +209,7 @@ def test_gangs_of_role_both_answer_alone_and_evenly(name: PolicyName) -> None:
         assert dispatcher.counts.plans == {"alone": 30}
         return [len(link.requests) for link in links]
 
-    counts = asyncio.run(run())
+    counts = run_stepped(run())
     assert sum(counts) == 30
     assert min(counts) >= 3
 

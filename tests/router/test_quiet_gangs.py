@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec, TokenChunk
 from tensorweave.router.admission import Limits
 from tensorweave.router.dispatch import Dispatcher
 from tensorweave.router.metrics import RouterMetrics
 from tests.router.fake_fleet import FakeFleet, FakeLink
 from tests.router.serving import model_info
+from tests.router.stepped_loop import run_stepped
 
 PROMPT = [5 + n % 90 for n in range(300)]
 
@@ -36,20 +35,20 @@ def test_a_silent_gang_gets_nothing_new_until_it_speaks_again() -> None:
             await ask(dispatcher, f"r{n}")
         assert quiet.requests
 
-    asyncio.run(run())
+    run_stepped(run())
 
 
 def test_where_all_are_silent_one_of_them_is_asked() -> None:
     link = FakeLink(model_info())
     link.is_quiet = True
-    assert asyncio.run(ask(make(link), "r"))[-1].finish_reason == "length"
+    assert run_stepped(ask(make(link), "r"))[-1].finish_reason == "length"
 
 
 def test_a_silent_prefill_gang_is_done_without() -> None:
     prefill = FakeLink(model_info(), gang_id="p", role="prefill")
     decode = FakeLink(model_info(), gang_id="d", role="decode")
     prefill.is_quiet = True
-    assert asyncio.run(ask(make(prefill, decode), "r"))[-1].finish_reason == "length"
+    assert run_stepped(ask(make(prefill, decode), "r"))[-1].finish_reason == "length"
     assert not prefill.requests
 
 
@@ -65,4 +64,4 @@ def test_a_gang_that_is_gone_leaves_the_metrics() -> None:
         for name in ("stays", "new"):
             assert f'tensorweave_kv_cache_usage_perc{{gang="{name}",model_name="m"}} 0.25' in after
 
-    asyncio.run(run())
+    run_stepped(run())

@@ -91,12 +91,12 @@ def test_a_pair_says_each_token_once() -> None:
         assert times_s[0] == pytest.approx(0.01)  # the prefill gang's, not waiting for the decode gang's
         assert {chunk.num_cached_tokens for chunk in chunks} == {2}
         there, here = links[0].requests[0], links[1].requests[0]
-        assert (there.request_id, here.request_id) == ("r/p1", "r/d1")
         assert here.fetch is not None
+        assert (there.request_id, here.request_id) == (f"r/p1-{here.fetch.ticket_id[:12]}", "r/d1")
         assert there.offer == here.fetch.ticket_id
         assert here.fetch.source == links[0].kv_source
         assert there.sampling == here.sampling == request_of().sampling
-        assert links[0].released == ["r/p1"]
+        assert links[0].released == [there.request_id]
         assert dispatcher.counts.plans == {"joint": 1}
         assert not dispatcher.counts.retries
         check_nothing_left(dispatcher, links)
@@ -109,7 +109,7 @@ def test_the_decode_gang_may_be_first() -> None:
         links = [gang("p", "prefill", step_s=0.5), gang("d", "decode")]
         dispatcher = dispatcher_of(*links)
         check_answer(await collect(dispatcher, request_of()), oracle())
-        assert links[0].cancelled == ["r/p1"]
+        assert links[0].cancelled == [links[0].requests[0].request_id]
         check_nothing_left(dispatcher, links)
 
     run_stepped(run())
@@ -281,13 +281,39 @@ def test_without_a_replacement_the_loss_is_the_answer() -> None:
 def test_attempts_are_bounded() -> None:
     async def run() -> None:
         link = gang("a", fail_after=0)
-        dispatcher = dispatcher_of(link, limits=Limits(max_attempts=5))
+        dispatcher = dispatcher_of(link, limits=Limits(max_attempts=5, max_lost_in_a_row=9))
         with pytest.raises(WorkerLost):
             await collect(dispatcher, request_of())
         assert len(link.requests) == 5
         assert dispatcher.counts.retries == {"worker_lost": 4}
         assert asyncio.get_running_loop().time() > 0.5  # with pauses in between
         check_nothing_left(dispatcher, [link])
+
+    run_stepped(run())
+
+
+def test_a_request_that_kills_every_gang_is_given_up_before_all_are_gone() -> None:
+    """Four gangs, not the eight that `max_attempts` would cost."""
+
+    async def run() -> None:
+        links = [gang(name, fail_after=0) for name in "abcdef"]
+        dispatcher = dispatcher_of(*links)
+        with pytest.raises(WorkerLost, match="4 gangs in a row were lost before the next token of this request"):
+            await collect(dispatcher, request_of())
+        assert sum(len(link.requests) for link in links) == 4
+        assert asyncio.get_running_loop().time() == pytest.approx(0.5 + 1.0, abs=0.2)  # before the third and the fourth
+        check_nothing_left(dispatcher, links)
+
+    run_stepped(run())
+
+
+def test_a_request_that_goes_on_is_not_given_up() -> None:
+    async def run() -> None:
+        links = [gang(name, faults=[Fault("error", 1, WorkerLost("killed"))]) for name in "abcdef"]
+        dispatcher = dispatcher_of(*links)
+        check_answer(await collect(dispatcher, request_of()), oracle())
+        assert dispatcher.counts.retries["worker_lost"] > 4
+        check_nothing_left(dispatcher, links)
 
     run_stepped(run())
 
@@ -376,7 +402,7 @@ def test_leaving_early_ends_both_sides(num_chunks: int) -> None:
                 waiting.cancel()
                 await asyncio.wait((waiting,))
         assert links[1].cancelled == ["r/d1"]
-        assert links[0].cancelled + links[0].released == ["r/p1"]
+        assert links[0].cancelled + links[0].released == [links[0].requests[0].request_id]
         check_nothing_left(dispatcher, links)
 
     run_stepped(run())
@@ -419,7 +445,7 @@ def test_any_schedule_of_faults_gives_the_same_tokens(
             for i, (role, faults, step_s) in enumerate(plan)
         ]
         fleet = FakeFleet(*links)
-        limits = Limits(max_attempts=50)
+        limits = Limits(max_attempts=50, max_lost_in_a_row=50)
         policy_ = build_policy(policy, PolicySettings(min_prefill_tokens=1))
         dispatcher = Dispatcher(fleet, policy_, limits)
         late = gang("late")

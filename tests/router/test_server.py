@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import statistics
 import time
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import httpx
@@ -13,12 +13,14 @@ import openai
 import pytest
 
 from tensorweave.cluster.protocol import GenerateRequest
+from tensorweave.router.admission import Limits
 from tensorweave.router.app import build_app
-from tests.router.fake_fleet import FakeLink
+from tests.router.fake_fleet import FakeLink, Fault
 from tests.router.serving import (
     IM_END,
     MODEL,
     ONE_ATTEMPT,
+    PATIENCE_S,
     chat,
     client_of,
     make_app,
@@ -26,6 +28,7 @@ from tests.router.serving import (
     model_info,
     running,
     script_of,
+    until,
 )
 from tests.router.small_tokenizers import byte_level
 
@@ -33,7 +36,7 @@ TEXT = "Paris, 東京, 😀👩‍👩‍👧."
 
 
 def official(url: str) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=10)
+    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
 
 
 def test_the_official_client_streams_a_chat() -> None:
@@ -115,19 +118,19 @@ def test_the_official_client_understands_errors() -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_cancels_within_a_step(stream: bool) -> None:
+    """The step that it leaves in has no end of its own."""
+
     async def call() -> None:
-        link = FakeLink(model_info(), step_s=0.05)
+        link = FakeLink(model_info(), faults=[Fault("stall", after=3)])
         app = make_app(link)
-        async with running(app) as url, httpx.AsyncClient() as client:
+        async with running(app) as url, httpx.AsyncClient(timeout=PATIENCE_S) as client:
             if stream:
                 async with client.stream("POST", f"{url}/v1/chat/completions", json=chat(stream=True)) as answer:
                     await anext(answer.aiter_bytes())
             else:
-                with pytest.raises(httpx.ReadTimeout):
-                    await client.post(f"{url}/v1/chat/completions", json=chat(), timeout=httpx.Timeout(5.0, read=0.3))
-            left_at = link.num_steps
-            await asyncio.wait_for(link.has_cancelled.wait(), 2)
-            assert link.num_steps <= left_at + 2
+                await leave_when(lambda: link.num_steps == 4, client.post(f"{url}/v1/chat/completions", json=chat()))
+            await asyncio.wait_for(link.has_cancelled.wait(), PATIENCE_S)
+            assert link.num_steps <= 4
             assert link.num_inflight == 0
             assert (await client.get(f"{url}/version")).status_code == 200
 
@@ -136,33 +139,48 @@ def test_a_client_that_leaves_cancels_within_a_step(stream: bool) -> None:
 
 def test_a_client_that_leaves_while_it_waits_frees_its_place_in_line() -> None:
     async def call() -> None:
-        link = FakeLink(model_info(), step_s=0.3)
-        service = make_service(link)
-        async with running(build_app(service)) as url, httpx.AsyncClient() as client:
-            with pytest.raises(httpx.ReadTimeout):
-                await client.post(f"{url}/v1/chat/completions", json=chat(n=3), timeout=httpx.Timeout(5.0, read=0.1))
-            await asyncio.wait_for(link.has_cancelled.wait(), 2)
-            await asyncio.sleep(0.05)
-            assert (service.dispatcher.num_running, service.dispatcher.num_waiting, link.num_inflight) == (0, 0, 0)
+        link = FakeLink(model_info(), faults=[Fault("stall")])
+        service = make_service(link, limits=Limits(max_inflight=1))
+
+        def in_line() -> tuple[int, int, int]:
+            return service.dispatcher.num_running, service.dispatcher.num_waiting, link.num_inflight
+
+        async with running(build_app(service)) as url, httpx.AsyncClient(timeout=PATIENCE_S) as client:
+            asked = client.post(f"{url}/v1/chat/completions", json=chat(n=3))
+            await leave_when(lambda: in_line() == (1, 2, 1), asked)
+            await until(lambda: in_line() == (0, 0, 0))
+            assert len(link.requests) == 1
 
     asyncio.run(call())
 
 
+async def leave_when(is_so: Callable[[], bool], asked: Coroutine[Any, Any, httpx.Response]) -> None:
+    """Break the client's connection off."""
+    task = asyncio.create_task(asked)
+    await until(is_so)
+    task.cancel()
+    await asyncio.wait((task,))
+    assert task.cancelled()
+
+
 def test_the_first_chunk_is_sent_at_once() -> None:
     async def call() -> None:
-        link = FakeLink(model_info(), step_s=0.2, script=script_of("ab"))
-        async with running(make_app(link)) as url, httpx.AsyncClient() as client:
-            started_s = time.perf_counter()
+        link = FakeLink(model_info(), script=script_of("ab"), faults=[Fault("stall", after=1)])
+        async with running(make_app(link)) as url, httpx.AsyncClient(timeout=PATIENCE_S) as client:
             async with client.stream("POST", f"{url}/v1/chat/completions", json=chat(stream=True)) as answer:
-                times = [time.perf_counter() - started_s async for _ in answer.aiter_lines()]
-            assert times[0] < 0.35
-            assert times[-1] > 0.38
+                lines = answer.aiter_lines()
+                while '"content":"a' not in (line := await anext(lines)):
+                    assert '"finish_reason":null' in line or not line
+                link.goes_on.set()  # the second step ends only now
+                rest = [line async for line in lines]
+            assert "data: [DONE]" in rest
 
     asyncio.run(call())
 
 
 def test_before_dispatch_a_short_chat_takes_about_a_millisecond_at_most() -> None:
-    """In-process app call less the same request at the dispatcher, medians. Thrice the promise, for busy machines."""
+    """In-process app call less the same request at the dispatcher: the least of many, which no stall of the machine
+    is in. Thrice the promise, for slow ones."""
     body = json.dumps(chat("What is the capital of France?", max_tokens=1, stream=True)).encode()
 
     async def call() -> tuple[float, float]:
@@ -180,7 +198,7 @@ def test_before_dispatch_a_short_chat_takes_about_a_millisecond_at_most() -> Non
             async for _ in service.dispatcher.generate(GenerateRequest(f"r{i}", prompt, spec)):
                 pass
             direct.append(time.perf_counter() - started_s)
-        return statistics.median(over_app), statistics.median(direct)
+        return min(over_app), min(direct)
 
     over_app_s, direct_s = asyncio.run(call())
     print(f"app {over_app_s * 1e6:.0f} µs, dispatcher {direct_s * 1e6:.0f} µs")

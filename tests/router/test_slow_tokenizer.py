@@ -1,0 +1,36 @@
+"""tokenizer_mode 'slow': transformers' own methods, with the same tokens and texts; and what is no tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tensorweave.router.detokenize import IncrementalDetokenizer
+from tensorweave.router.pieces import ByteLevelPieces, WindowedPieces
+from tensorweave.router.tokens import Tokenizer
+from tests.router.small_tokenizers import byte_level
+
+TEXT = "<|im_start|>user\nGrüße aus 東京 😀!<|im_end|>"
+
+
+@pytest.mark.parametrize("skips_special", [True, False])
+def test_slow_and_fast_say_the_same(skips_special: bool, tmp_path: Path) -> None:
+    byte_level().backend.save_pretrained(tmp_path)
+    fast, slow = (Tokenizer.load(tmp_path, tokenizer_mode=mode) for mode in ("auto", "slow"))
+    pieces = [t.pieces(skip_special_tokens=True, spaces_between_special_tokens=True) for t in (fast, slow)]
+    assert [type(each) for each in pieces] == [ByteLevelPieces, WindowedPieces]
+    ids = fast.encode(TEXT)
+    assert slow.encode(TEXT) == ids
+    assert slow.special_ids == fast.special_ids
+    assert slow.decode(ids, skip_special_tokens=skips_special) == fast.decode(ids, skip_special_tokens=skips_special)
+    texts = []
+    for tokenizer in (fast, slow):
+        detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skips_special)
+        texts.append("".join([detokenizer.push([token]) for token in ids]) + detokenizer.flush())
+    assert texts[0] == texts[1] == fast.decode(ids, skip_special_tokens=skips_special)
+
+
+def test_an_object_that_is_no_tokenizer() -> None:
+    with pytest.raises(ValueError, match="a int is no tokenizer"):
+        Tokenizer.load(5)
