@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from ray.actor import ActorHandle
@@ -28,6 +28,7 @@ _POLL_S: Final = 10.0
 _POLL_GRACE_S: Final = 10.0
 _RETRY_S: Final = 0.5
 _DESCRIBE_TIMEOUT_S: Final = 5.0
+_RETRY_ELSEWHERE_S: Final = 5.0
 
 
 class Fleet(Protocol):
@@ -35,6 +36,9 @@ class Fleet(Protocol):
 
     def links(self, role: Role = "both") -> Sequence[GangLink]:
         """Open links to gangs that serve `role`; a gang of role 'both' serves any."""
+
+    def check_open(self) -> None:
+        """Raises NotReady once the service is shutting down: what runs may go on, on any gang; nothing new begins."""
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Until a gang can answer (one that decodes). Raises NotReady at the timeout, or once their pool has failed; it
@@ -51,35 +55,42 @@ class Fleet(Protocol):
 
 
 class StaticFleet:
-    """Given links, all of role 'both'. It owns them: `close` closes them."""
+    """Given links, by the role of their gangs. It owns them: `close` closes them."""
 
-    def __init__(self, links: Sequence[GangLink]) -> None:
-        self._links = tuple(links)
+    def __init__(self, links: Mapping[Role, Sequence[GangLink]]) -> None:
+        self._links = {role: tuple(gangs) for role, gangs in links.items()}
 
     def links(self, role: Role = "both") -> Sequence[GangLink]:
-        return [link for link in self._links if link.is_open]
+        return [link for own, link in self._all() if link.is_open and own in (role, "both")]
+
+    def check_open(self) -> None:
+        return None
 
     async def wait_ready(self, timeout_s: float) -> None:
-        if not self.links():
-            raise NotReady("no gang is open")
+        if not self.links("decode"):
+            raise NotReady("no gang that decodes is open")
 
     async def wait_link(self, timeout_s: float) -> None:
-        await self.wait_ready(timeout_s)
+        if not any(link.is_open for _, link in self._all()):
+            raise NotReady("no gang is open")
 
     async def describe(self) -> list[dict[str, Any]]:
-        gangs = [
-            {
-                "gang_id": link.gang_id,
-                "state": "ready" if link.is_open else "stopped",
-                "num_inflight": link.num_inflight,
-            }
-            for link in self._links
-        ]
-        return [{"pool": "static", "role": "both", "replicas": len(gangs), "gangs": gangs, "failure": None}]
+        return [_describe_static(role, links) for role, links in self._links.items()]
 
     async def close(self) -> None:
-        for link in self._links:
+        for _, link in self._all():
             link.close()
+
+    def _all(self) -> Iterator[tuple[Role, GangLink]]:
+        return ((role, link) for role, links in self._links.items() for link in links)
+
+
+def _describe_static(role: Role, links: Sequence[GangLink]) -> dict[str, Any]:
+    gangs = [
+        {"gang_id": link.gang_id, "state": "ready" if link.is_open else "stopped", "num_inflight": link.num_inflight}
+        for link in links
+    ]
+    return {"pool": "static", "role": role, "replicas": len(gangs), "gangs": gangs, "failure": None}
 
 
 class WatchedFleet:
@@ -96,6 +107,12 @@ class WatchedFleet:
 
     def links(self, role: Role = "both") -> Sequence[GangLink]:
         return [link for link in self._links.values() if link.is_open and link.address.role in (role, "both")]
+
+    def check_open(self) -> None:
+        """Gangs that decode end first: those that prefill stay a while for what runs, and take no new work."""
+        pools = [pool for pool in self._state.pools if pool.role != "prefill"]
+        if pools and all(map(_is_ending, pools)):
+            raise NotReady("the service is shutting down", retry_after_s=_RETRY_ELSEWHERE_S)
 
     async def wait_ready(self, timeout_s: float) -> None:
         await self._wait(self._is_ready, timeout_s)
@@ -137,7 +154,7 @@ class WatchedFleet:
         for pool in pools:
             if pool.failure is not None:
                 raise NotReady(f"pool {pool.name} has failed: {pool.failure}")
-            if pool.states and set(pool.states) <= _ENDING:
+            if _is_ending(pool):
                 raise NotReady("the service is shutting down")
         return False
 
@@ -216,6 +233,10 @@ class WatchedFleet:
     def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _is_ending(pool: PoolState) -> bool:
+    return bool(pool.states) and set(pool.states) <= _ENDING
 
 
 def _addresses(state: ServiceState) -> Iterator[GangAddress]:

@@ -14,7 +14,6 @@ import os
 import secrets
 import signal
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import psutil
@@ -25,8 +24,10 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tensorweave.cluster.errors import NotReady, WorkerLost
+from tensorweave.cluster.gang_spec import GangSpec
+from tensorweave.cluster.hosts import Hosts
 from tensorweave.cluster.placement import live_nodes, place
-from tensorweave.cluster.protocol import GangAddress, KvRoad, KvSource, Role
+from tensorweave.cluster.protocol import GangAddress, KvRoad, KvSource
 from tensorweave.cluster.ranks import RankOrder, RankPlace, RankReport, RankStarted
 
 logger = logging.getLogger(__name__)
@@ -39,31 +40,8 @@ STARTING_HEARTBEAT_TIMEOUT_S: Final = 30.0
 """Importing and loading may hold a rank's interpreter for seconds."""
 _STOP_TIMEOUT_S: Final = 5.0
 _MEASURE_TIMEOUT_S: Final = 20.0
-_LOOPBACK: Final = "127.0.0.1"
 _CREATED_TOLERANCE_S: Final = 0.1
-
-
-@dataclass(frozen=True)
-class GangSpec:
-    """What a gang is made of. `args` are `TorchLlmArgs` fields, `worker_options` go to the worker class."""
-
-    role: Role = "both"
-    tensor_parallel_size: int = 1
-    args: dict[str, Any] = field(default_factory=dict)
-    cpus_per_rank: float = 1.0
-    gpus_per_rank: float = 0.0
-    runtime_env: dict[str, Any] | None = None
-    worker_options: dict[str, Any] = field(default_factory=dict)
-    place_timeout_s: float = 60.0
-    start_timeout_s: float = 600.0
-    hang_timeout_s: float = 8.0
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        """One rank's resources."""
-        return {
-            name: amount for name, amount in (("CPU", self.cpus_per_rank), ("GPU", self.gpus_per_rank)) if amount > 0
-        } or {"CPU": 0.001}
+_BEAT_S: Final = 0.25
 
 
 class Gang:
@@ -108,7 +86,7 @@ class Gang:
     async def _start_ranks(self) -> GangAddress:
         self._places = await _gather([actor.prepare.remote() for actor in self._actors])
         self._node_ips = {node["NodeID"]: node["NodeManagerAddress"] for node in await asyncio.to_thread(live_nodes)}
-        hosts = self._choose_hosts()
+        hosts = Hosts.choose(self._places, self._node_ips)
         rendezvous = None
         if len(self._actors) > 1:
             rendezvous = await self._actors[0].open_rendezvous.remote(hosts.peers[0], len(self._actors))
@@ -160,17 +138,13 @@ class Gang:
         )
         return actor
 
-    def _choose_hosts(self) -> _Hosts:
-        """Nothing listens beyond loopback unless another host must reach it."""
-        is_one_host = len({place.node_id for place in self._places}) == 1
-        peers = [_LOOPBACK if is_one_host else self._ip(place) for place in self._places]
-        reached = [_LOOPBACK if len(self._node_ips) == 1 else self._ip(place) for place in self._places]
-        return _Hosts(peers, reached)
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} (pid {self._places[rank].pid} on {self._ip(self._places[rank])})"
 
     def _ip(self, place: RankPlace) -> str:
         return self._node_ips[place.node_id]
 
-    def _order(self, rank: int, rendezvous: tuple[str, int] | None, hosts: _Hosts) -> RankOrder:
+    def _order(self, rank: int, rendezvous: tuple[str, int] | None, hosts: Hosts) -> RankOrder:
         ranks_on = collections.Counter(place.node_id for place in self._places)
         return RankOrder(
             gang_id=self.gang_id,
@@ -204,20 +178,23 @@ class Gang:
                 watcher.cancel()
 
     async def _watch_rank(self, rank: int, timeout_s: float) -> str:
-        name = f"rank {rank} (pid {self._places[rank].pid} on {self._ip(self._places[rank])})"
+        """Standstill is a fault when two reports in a row say so."""
+        name = self._name(rank)
+        was_still = False
         while True:
             try:
-                async with asyncio.timeout(timeout_s):
-                    report: RankReport = await self._actors[rank].heartbeat.remote()
+                report: RankReport = await _in_time(self._actors[rank].heartbeat.remote(), timeout_s)
             except TimeoutError:
                 self._mute.add(rank)
                 return f"{name} has not answered for {timeout_s:g} s"
             except RayError as error:
                 return f"{name} died: {_first_line(error)}"
             self._reports[rank] = report
-            if fault := report.fault(self.spec.hang_timeout_s):
+            standstill = report.standstill(self.spec.hang_timeout_s)
+            if fault := report.fault or (was_still and standstill):
                 return f"{name}: {fault}"
-            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+            was_still = standstill is not None
+            await asyncio.sleep(_BEAT_S if was_still else HEARTBEAT_INTERVAL_S)
 
     async def measure_road(self, source: KvSource) -> KvRoad:
         """What the way from that gang to this one carries."""
@@ -289,17 +266,18 @@ class Gang:
         return {"gang_id": self.gang_id, "epoch": self.epoch, "ranks": ranks}
 
 
-@dataclass(frozen=True, slots=True)
-class _Hosts:
-    """Addresses by which the ranks reach each other, and by which front ends and other gangs reach each of them."""
-
-    peers: Sequence[str]
-    reached: Sequence[str]
-
-    @property
-    def listen(self) -> str:
-        """The leader's."""
-        return self.reached[0]
+async def _in_time(reference: Awaitable[T], timeout_s: float) -> T:
+    """Its result, or TimeoutError. Counts beats in vain, not seconds: if our own loop stood still, nobody else is
+    to blame."""
+    asked = asyncio.ensure_future(reference)
+    try:
+        for _ in range(round(timeout_s / _BEAT_S)):
+            done, _ = await asyncio.wait({asked}, timeout=_BEAT_S)
+            if done:
+                return asked.result()
+        raise TimeoutError
+    finally:
+        asked.cancel()
 
 
 async def _gather(references: Sequence[Awaitable[T]]) -> list[T]:

@@ -58,5 +58,8 @@ class GangLink(Protocol):
     async def stats(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """The executor's iteration stats since they were last asked for, by whomever."""
 
+    async def kv_events(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
+        """The KV events that the gang has kept since they were last asked for, by whomever."""
+
     def close(self) -> None:
         """Idempotent; open requests get `WorkerLost`."""

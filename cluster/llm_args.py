@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Final, Literal, Self, get_args, get_origin
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -18,6 +18,8 @@ from pydantic_core import PydanticUndefined
 from tensorweave.cluster.llm_args_refused import CACHE_TRANSCEIVER, KV_CACHE, LLM_ARGS, SCHEDULER, Refusal
 
 ApiStatus = Literal["prototype", "beta", "deprecated"]
+
+_NUMBERS: Final = (int, float, int | None, float | None)
 
 
 def Field(default: Any = PydanticUndefined, *, status: ApiStatus | None = None, **kwargs: Any) -> Any:
@@ -43,14 +45,27 @@ class StrictBaseModel(BaseModel):
         for key, value in data.items():
             refusal = cls.refused.get(key)
             if key in cls.model_fields:
+                if isinstance(value, bool) and cls.model_fields[key].annotation in _NUMBERS:
+                    raise ValueError(f"{key} = {value!r} is no number")
                 kept[key] = value
             elif refusal is None:
-                near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(cls.model_fields)}"
-                raise ValueError(f"unknown key {key!r} in {cls.__name__}{hint}")
+                raise ValueError(f"unknown key {key!r} in {cls.__name__}{cls._hint(str(key))}")
             elif not refusal.allows(value):
                 raise ValueError(f"{key} = {value!r} is not supported yet: {refusal.advice}")
         return kept
+
+    @classmethod
+    def _hint(cls, key: str) -> str:
+        """A group's own key that stands beside the group, else what is spelt most alike, else all there are."""
+        homes = [
+            f"{name}.{key}"
+            for name, field in cls.model_fields.items()
+            if get_origin(field.annotation) is not dict
+            for kind in (field.annotation, *get_args(field.annotation))
+            if isinstance(kind, type) and issubclass(kind, StrictBaseModel) and key in kind.model_fields
+        ]
+        near = homes or difflib.get_close_matches(key, cls.model_fields, n=1, cutoff=0.5)
+        return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(cls.model_fields)}"
 
 
 class KvCacheConfig(StrictBaseModel):
@@ -91,7 +106,7 @@ class KvCacheConfig(StrictBaseModel):
         0,
         status="prototype",
         ge=0,
-        description="Events kept for LLM.get_kv_cache_events until they are taken; 0: none. Needs one rank.",
+        description="Events kept for LLM.get_kv_cache_events until they are taken; 0: none.",
     )
 
     @model_validator(mode="after")
@@ -155,7 +170,7 @@ class TorchLlmArgs(StrictBaseModel):
     model: str | Path = Field(description="A Hugging Face model directory, a hub id, or an engine directory.")
     tokenizer: Any = Field(None, description="Directory, hub id or tokenizer instance. Default: the model's own.")
     tokenizer_mode: Literal["auto", "slow"] = Field(
-        "auto", description="'auto' prefers the fast tokenizer; 'slow' forces the Python one."
+        "auto", description="'auto' prefers the fast tokenizer; 'slow' goes through transformers' Python code."
     )
     skip_tokenizer_init: bool = Field(
         False, description="Load no tokenizer; prompts are token ids and outputs have no text."
@@ -197,7 +212,8 @@ class TorchLlmArgs(StrictBaseModel):
         1024,
         status="beta",
         ge=1,
-        description="Requests an executor holds, running and waiting; one more is answered 'overloaded'.",
+        description="Requests an executor holds, running and waiting; one more is answered 'overloaded', or waits its "
+        "turn in the LLM class.",
     )
     load_format: Literal["auto", "dummy"] = Field(
         "auto", status="prototype", description="'dummy': random weights, for speed tests."
@@ -215,7 +231,7 @@ class TorchLlmArgs(StrictBaseModel):
         8.0,
         status="beta",
         gt=0,
-        description="A step loop without progress for this long ends its gang; allow for the longest step.",
+        description="A step loop without progress for this long ends its gang; each layer of a step is progress.",
     )
     enable_iter_perf_stats: bool = Field(
         True, status="prototype", description="Keep statistics of every step for get_stats."

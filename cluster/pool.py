@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
 from tensorweave.cluster.errors import NotReady, TensorweaveError
-from tensorweave.cluster.gang import GangSpec
+from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.held_processors import HeldProcessors
 from tensorweave.cluster.protocol import GangAddress, KvRoad, KvSource, Role
 

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, get_args
 from tensorweave.cluster.errors import TensorweaveError, WireError, error_from_wire
 from tensorweave.cluster.fields import as_bytes, checked
 from tensorweave.cluster.kv_source import KvEndpoint, KvRoad, KvSource, Ticket
+from tensorweave.cluster.retention import DEFAULT_RETENTION_PRIORITY, Retention, RetentionRange
 from tensorweave.cluster.sampling_spec import (
     Logprob,
     SamplingSpec,
@@ -54,7 +55,6 @@ PROTOCOL_VERSION: Final = 2
 FinishReason = Literal["stop", "length", "timeout", "cancelled", "not_finished"]
 Role = Literal["prefill", "decode", "both"]
 _FINISH_REASONS: Final = get_args(FinishReason)
-DEFAULT_RETENTION_PRIORITY: Final = 35
 _LOGPROB_BYTES: Final = 20
 
 
@@ -73,51 +73,6 @@ def unpack_tokens(data: bytes) -> list[int]:
     if sys.byteorder == "big":
         packed.byteswap()
     return packed.tolist()
-
-
-@dataclass(frozen=True, slots=True)
-class RetentionRange:
-    """Prompt tokens [start, end) keep `priority` (0 to 100) for `duration_s`; None: for ever."""
-
-    start: int
-    end: int | None
-    priority: int
-    duration_s: float | None = None
-
-    @classmethod
-    def from_wire(cls, fields: Any) -> RetentionRange:
-        start, end, priority, duration_s = fields
-        return cls(
-            checked(start, "start", int),
-            checked(end, "end", int, type(None)),
-            checked(priority, "priority", int),
-            checked(duration_s, "duration_s", float, int, type(None)),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Retention:
-    """How long a request's KV blocks are worth keeping (`KvCacheRetentionConfig` on the wire)."""
-
-    ranges: tuple[RetentionRange, ...] = ()
-    decode_priority: int = DEFAULT_RETENTION_PRIORITY
-    decode_duration_s: float | None = None
-
-    def to_wire(self) -> list[Any]:
-        ranges = [[r.start, r.end, r.priority, r.duration_s] for r in self.ranges]
-        return [ranges, self.decode_priority, self.decode_duration_s]
-
-    @classmethod
-    def from_wire(cls, fields: Any) -> Retention:
-        try:
-            ranges, priority, duration_s = fields
-            return cls(
-                tuple(RetentionRange.from_wire(r) for r in ranges),
-                checked(priority, "priority", int),
-                checked(duration_s, "duration_s", float, int, type(None)),
-            )
-        except (TypeError, ValueError) as error:
-            raise WireError(f"malformed retention fields: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,16 +68,16 @@ class RankReport:
     num_requests: int = 0
     gauges: dict[str, float] = field(default_factory=dict)
 
-    def fault(self, hang_timeout_s: float) -> str | None:
+    @property
+    def fault(self) -> str | None:
         """Why the gang must end, if it must."""
         if self.failure is not None:
             return self.failure
-        if self.progress_age_s is None:
+        return "its step loop has ended" if self.progress_age_s is not None and not self.is_alive else None
+
+    def standstill(self, hang_timeout_s: float) -> str | None:
+        """What to say of a step loop without progress. One such report may only mean that the whole host stood still:
+        the loop has had no turn since."""
+        if self.progress_age_s is None or self.progress_age_s <= hang_timeout_s:
             return None
-        if not self.is_alive:
-            return "its step loop has ended"
-        if self.progress_age_s > hang_timeout_s:
-            return (
-                f"its step loop has stood still for {self.progress_age_s:.1f} s (hang_timeout_s is {hang_timeout_s:g})"
-            )
-        return None
+        return f"its step loop has stood still for {self.progress_age_s:.1f} s (hang_timeout_s is {hang_timeout_s:g})"

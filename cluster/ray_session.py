@@ -6,16 +6,18 @@ Called by the LLM class and by deploy. It stops only what it has started, and se
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 
 _JOB_CONFIG: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _OBJECT_STORE_BYTES: Final = 128 << 20
@@ -71,7 +73,7 @@ def start_or_join_ray(
         ray.init(address=address, **common)
         return RaySession(is_owner=True, is_private=False)
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    with _on_loopback():
+    with _on_loopback(), _out_of_our_process_group():
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),
@@ -101,6 +103,23 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def _out_of_our_process_group() -> Iterator[None]:
+    """Start Ray's processes in groups of their own.
+
+    A signal to our group (`timeout`, a terminal that closes, a supervisor of processes) would else end them under us,
+    and nothing could be drained any more. They die with this process all the same: Linux sees to that, and elsewhere,
+    where a reaper in our group does, they stay in it.
+    """
+    before = services.ConsolePopen
+    if sys.platform == "linux":
+        services.ConsolePopen = functools.partial(before, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
 
 
 def _worker_environment() -> dict[str, Any] | None:

@@ -82,14 +82,13 @@ class SocketLink:
         try:
             async with asyncio.timeout(timeout_s):
                 reader, writer = await asyncio.open_connection(address.host, address.port)
-                try:
+                with contextlib.ExitStack() as undo:
+                    undo.callback(wire.abort, writer)
                     wire.tune_socket(writer)
                     wire.send_hello(writer, address.secret)
                     frames = wire.FrameReader(reader)
                     info = await _read_greeting(frames)
-                except BaseException:
-                    wire.abort(writer)
-                    raise
+                    undo.pop_all()
         except OSError as error:  # TimeoutError is one
             raise NotReady(
                 f"gang {address.gang_id}: no answer from its leader at {address.host}:{address.port} within "
@@ -181,8 +180,19 @@ class SocketLink:
                 yield dataclasses.replace(chunk, request_id=request_id)
 
     async def stats(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = await self._ask("stats", timeout_s)
-        return rows
+        return await self._ask_rows("stats", timeout_s)
+
+    async def kv_events(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
+        return await self._ask_rows("kv_events", timeout_s)
+
+    async def _ask_rows(self, name: str, timeout_s: float) -> list[dict[str, Any]]:
+        """All that the leader has, frame by frame."""
+        rows: list[dict[str, Any]] = []
+        while True:
+            some: list[dict[str, Any]] = await self._ask(name, timeout_s)
+            rows += some
+            if len(some) < wire.MAX_ROWS:
+                return rows
 
     async def _ask(self, name: str, timeout_s: float, *fields: Any) -> Any:
         """A frame that the leader answers with one of the same number."""
@@ -240,7 +250,7 @@ class SocketLink:
                         inbox.put_nowait(chunk)
             case ["ping"]:
                 pass
-            case ["stats" | "found", number, answer]:
+            case ["stats" | "kv_events" | "found", number, answer]:
                 if (asked := self._asked.get(number)) and not asked.done():
                     asked.set_result(answer)
             case ["attached", number, stream_id, tail]:

@@ -93,12 +93,15 @@ class PoolSupervisor:
         await pools[name].scale(replicas, drain_timeout_s)
 
     async def drain(self, timeout_s: float) -> None:
-        """End all pools, open requests first; those that give KV away end after those that take it."""
+        """End all pools, open requests first; those that give KV away end after those that take it. `timeout_s` is for
+        all of it."""
         await self._ensure_started()
+        end_s = time.monotonic() + timeout_s
         takers = [pool for pool in self._pools if pool.spec.gang.role != "prefill"]
         givers = [pool for pool in self._pools if pool.spec.gang.role == "prefill"]
         for pools in (takers, givers):
-            await asyncio.gather(*(pool.drain(timeout_s) for pool in pools))
+            left_s = max(0.0, end_s - time.monotonic())
+            await asyncio.gather(*(pool.drain(left_s) for pool in pools))
         await self._remove_leftovers()
 
     async def stop(self) -> None:

@@ -21,6 +21,8 @@ from tensorweave.cluster.supervisor import PoolSupervisor, ServiceState
 from tensorweave.workers.fake_executor import FAKE_INFO, FakeExecutor, fake_output
 from tensorweave.workers.leader import LeaderServer
 
+_PATIENCE_S = 60.0
+
 
 class _Method:
     """`handle.method.remote(...)`, as Ray spells it."""
@@ -84,7 +86,7 @@ async def _watching(supervisor: _FakeSupervisor) -> AsyncIterator[WatchedFleet]:
 
 
 async def _until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(_PATIENCE_S):
         while not is_so():
             await asyncio.sleep(0.005)
 
@@ -109,12 +111,14 @@ def test_links_come_and_go_with_the_gangs_and_open_requests_end_in_peace() -> No
             with pytest.raises(NotReady, match=r"pool main: gangs starting"):
                 await fleet.wait_ready(0.1)
             supervisor.publish(one)
-            await fleet.wait_ready(5.0)
+            await fleet.wait_ready(_PATIENCE_S)
             assert _ids(fleet) == ["one"]
+            executor.hold()
             running = asyncio.create_task(_tokens(fleet, 100))
             await _until(lambda: executor.num_requests == 1)
             supervisor.publish(two)
             await _until(lambda: _ids(fleet) == ["two"])
+            executor.hold(False)
             assert await running == fake_output([1, 2], 100)
             assert await fleet.describe() == [{"pool": "main"}]
 
@@ -145,13 +149,13 @@ def test_a_gang_that_decodes_makes_the_service_ready_whatever_becomes_of_prefill
             with pytest.raises(NotReady, match="pool prefill: gangs failed"):
                 await fleet.wait_ready(0.2)
             supervisor.publish_pools(failed, PoolState("decode", 1, (decode,), ("ready",), role="decode"))
-            await fleet.wait_ready(5.0)
+            await fleet.wait_ready(_PATIENCE_S)
             assert _ids(fleet, "decode") == ["d"]
             assert _ids(fleet, "prefill") == []
             supervisor.publish_pools(failed, PoolState("decode", 1, (), ("draining",), role="decode"))
             await _until(lambda: not fleet.links("decode"))
             with pytest.raises(NotReady, match="shutting down"):
-                await fleet.wait_ready(5.0)
+                await fleet.wait_ready(_PATIENCE_S)
 
     with _gang("d", "decode") as (_, decode):
         asyncio.run(body())
@@ -179,11 +183,11 @@ def test_a_broken_link_is_opened_again_while_its_gang_is_published() -> None:
         supervisor = _FakeSupervisor()
         async with _watching(supervisor) as fleet:
             supervisor.publish(address)
-            await fleet.wait_ready(5.0)
+            await fleet.wait_ready(_PATIENCE_S)
             before = fleet.links()[0]
             before.close()
             assert fleet.links() == []
-            await fleet.wait_ready(5.0)
+            await fleet.wait_ready(_PATIENCE_S)
             assert fleet.links()[0] is not before
             assert await _tokens(fleet, 5) == fake_output([1, 2], 5)
 
@@ -196,7 +200,7 @@ def test_a_supervisor_that_is_away_costs_no_link() -> None:
         supervisor = _FakeSupervisor()
         async with _watching(supervisor) as fleet:
             supervisor.publish(one)
-            await fleet.wait_ready(5.0)
+            await fleet.wait_ready(_PATIENCE_S)
             supervisor.is_down = True
             supervisor.publish(one, two)  # the last answer before the calls fail
             await _until(lambda: len(_ids(fleet)) == 2 and supervisor.num_calls >= 3)
@@ -215,23 +219,43 @@ def test_a_pool_that_has_failed_ends_the_wait_with_its_reason() -> None:
         async with _watching(supervisor) as fleet:
             supervisor.publish(failure="no such model")
             with pytest.raises(NotReady, match="pool main has failed: no such model"):
-                await fleet.wait_ready(5.0)
+                await fleet.wait_ready(_PATIENCE_S)
 
     asyncio.run(body())
 
 
 def test_a_static_fleet_offers_its_open_links() -> None:
     async def body() -> None:
-        link = await SocketLink.connect(address)
-        fleet = StaticFleet([link])
-        await fleet.wait_ready(1.0)
+        link = await SocketLink.connect(address, _PATIENCE_S)
+        fleet = StaticFleet({"both": [link]})
+        await fleet.wait_ready(_PATIENCE_S)
         assert fleet.links("decode") == [link]
         await fleet.close()
         assert fleet.links() == []
         with pytest.raises(NotReady):
-            await fleet.wait_ready(1.0)
+            await fleet.wait_ready(_PATIENCE_S)
         with pytest.raises(WorkerLost):
             await anext(link.generate(_request(1)))
 
     with _gang("one") as (_, address):
+        asyncio.run(body())
+
+
+def test_a_static_fleet_keeps_roles_apart_and_is_ready_with_a_gang_that_decodes() -> None:
+    async def body() -> None:
+        giver, taker = [await SocketLink.connect(gang, _PATIENCE_S) for gang in (prefill, decode)]
+        fleet = StaticFleet({"prefill": [giver], "decode": [taker]})
+        await fleet.wait_ready(_PATIENCE_S)
+        assert (fleet.links("prefill"), fleet.links("decode"), fleet.links("both")) == ([giver], [taker], [])
+        roles = [(pool["role"], [gang["gang_id"] for gang in pool["gangs"]]) for pool in await fleet.describe()]
+        assert roles == [("prefill", ["p"]), ("decode", ["d"])]
+        taker.close()
+        await fleet.wait_link(_PATIENCE_S)
+        with pytest.raises(NotReady, match="decodes"):
+            await fleet.wait_ready(_PATIENCE_S)
+        await fleet.close()
+        with pytest.raises(NotReady):
+            await fleet.wait_link(_PATIENCE_S)
+
+    with _gang("p", "prefill") as (_, prefill), _gang("d", "decode") as (_, decode):
         asyncio.run(body())

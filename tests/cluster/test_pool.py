@@ -7,9 +7,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from tensorweave.cluster.errors import NotReady, TensorweaveError, WorkerLost
-from tensorweave.cluster.gang import GangSpec
+from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.pool import GangPool, PoolSpec
 from tensorweave.cluster.protocol import GangAddress, KvRoad, KvSource, ModelInfo
+from tests.router.stepped_loop import run_stepped
 
 _INFO = ModelInfo("fake", 10, 10, "float32", 2, 5)
 
@@ -78,10 +79,10 @@ class _Bench:
 
 def _run(body: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(20.0):
+        async with asyncio.timeout(300.0):
             await body()
 
-    asyncio.run(bounded())
+    run_stepped(bounded())
 
 
 def test_a_gang_that_ends_is_killed_and_replaced_with_the_next_epoch() -> None:
@@ -126,7 +127,7 @@ def test_faults_in_a_row_wait_longer_and_longer_and_then_the_pool_gives_up() -> 
         bench.errors = [WorkerLost("crash 1"), WorkerLost("crash 2"), WorkerLost("crash 3")]
         before_s = asyncio.get_running_loop().time()
         await bench.until(lambda: bench.pool.state.states == ("failed",))
-        assert 0.9 < asyncio.get_running_loop().time() - before_s < 3.0  # none after the first, 1 s after the second
+        assert asyncio.get_running_loop().time() - before_s == 1.0  # none after the first, 1 s after the second
         assert bench.pool.state.failure == "3 faults within 300 s, the last: crash 3"
         assert [gang.num_kills for gang in bench.gangs] == [1, 1, 1]
         await bench.pool.stop()
@@ -206,7 +207,7 @@ def test_stopping_does_not_wait_for_a_back_off() -> None:
         await bench.until(lambda: bench.pool.state.states == ("restarting",))
         before_s = asyncio.get_running_loop().time()
         await bench.pool.stop()
-        assert asyncio.get_running_loop().time() - before_s < 0.5
+        assert asyncio.get_running_loop().time() == before_s
 
     _run(body)
 

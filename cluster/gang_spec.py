@@ -1,0 +1,32 @@
+"""`GangSpec`: what every gang of a pool is made of. The deploy room and the LLM class write it, `cluster.gang` acts on
+it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensorweave.cluster.protocol import Role
+
+
+@dataclass(frozen=True)
+class GangSpec:
+    """What a gang is made of. `args` are `TorchLlmArgs` fields, `worker_options` go to the worker class."""
+
+    role: Role = "both"
+    tensor_parallel_size: int = 1
+    args: dict[str, Any] = field(default_factory=dict)
+    cpus_per_rank: float = 1.0
+    gpus_per_rank: float = 0.0
+    runtime_env: dict[str, Any] | None = None
+    worker_options: dict[str, Any] = field(default_factory=dict)
+    place_timeout_s: float = 60.0
+    start_timeout_s: float = 600.0
+    hang_timeout_s: float = 8.0
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """One rank's resources."""
+        return {
+            name: amount for name, amount in (("CPU", self.cpus_per_rank), ("GPU", self.gpus_per_rank)) if amount > 0
+        } or {"CPU": 0.001}
