@@ -54,6 +54,10 @@ class ServeConfig(StrictBaseModel):
     )
     ray: RayConfig = Field(default_factory=RayConfig, status="prototype", description="The Ray cluster.")
 
+    @classmethod
+    def _hint(cls, key: str) -> str:
+        return f"; did you mean 'engine.{key}'?" if key in LlmArgs.model_fields else super()._hint(key)
+
     @model_validator(mode="before")
     @classmethod
     def _give_pools_the_engine(cls, data: Any) -> Any:
@@ -198,6 +202,9 @@ def _describe(document: Document, item: ErrorDetails) -> str:
     unknown = re.match(r"unknown key '(.*)' in ", message)
     if unknown:
         path = (*path, unknown[1])
+    refused = re.match(r"(\w+) = .*?(is no number|is not supported yet: .*)", message, re.DOTALL)
+    if refused:
+        path, message = (*path, refused[1]), refused[2]
     if path[:1] == ("pools",) and len(path) > 2 and not document.holds(path) and document.holds(("engine", *path[2:])):
         path = ("engine", *path[2:])
     if item["type"] == "missing":

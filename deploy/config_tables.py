@@ -133,6 +133,12 @@ class LimitsConfig(StrictBaseModel):
     max_attempts: int = Field(
         8, status="prototype", ge=1, description="Gangs that may be lost under one request before it fails."
     )
+    max_lost_in_a_row: int = Field(
+        4,
+        status="prototype",
+        ge=1,
+        description="Gangs that may be lost in a row before the next token of one request: it may be what ends them.",
+    )
     reattach_grace_s: float = Field(
         10.0,
         status="prototype",
@@ -145,6 +151,7 @@ class LimitsConfig(StrictBaseModel):
     )
 
     def router_limits(self) -> Limits:
+        """A request of more sequences than may be inside together would be told for ever to come back later."""
         return Limits(
             max_inflight=self.max_inflight,
             max_queued=self.max_queued,
@@ -153,9 +160,10 @@ class LimitsConfig(StrictBaseModel):
             max_deadline_s=self.max_request_timeout_s,
             recovery_timeout_s=self.recovery_timeout_s,
             max_attempts=self.max_attempts,
+            max_lost_in_a_row=self.max_lost_in_a_row,
             reattach_grace_s=self.reattach_grace_s,
             max_body_bytes=self.max_body_bytes,
-            max_sequences=self.max_sequences,
+            max_sequences=min(self.max_sequences, self.max_inflight + self.max_queued),
         )
 
 

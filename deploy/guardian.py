@@ -97,11 +97,14 @@ class Guardian:
         await asyncio.shield(self._ending)
 
     async def _end(self) -> None:
-        pools = await self.describe_pools() or []
-        if any(gang["state"] == "ready" for pool in pools for gang in pool["gangs"]):
+        pools = await self.describe_pools()
+        is_unknown = pools is None  # slow to answer: requests may be running all the same
+        if is_unknown or any(gang["state"] == "ready" for pool in pools or () for gang in pool["gangs"]):
             try:
                 async with asyncio.timeout(self._drain_timeout_s + DRAIN_SLACK_S):
                     await self._pools().drain.remote(self._drain_timeout_s)
+            except NoPools:
+                pass
             except (RayError, RayServeException, TimeoutError) as error:
                 logger.warning("draining was cut short: %s: %s", type(error).__name__, error)
         async with asyncio.timeout(SERVE_SHUTDOWN_TIMEOUT_S):

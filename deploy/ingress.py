@@ -8,6 +8,7 @@ the app has a thread of its own, Serve's default), Serve's proxy 2.0 to 3.2 ms.
 from __future__ import annotations
 
 import errno
+import secrets
 import socket
 import types
 from collections.abc import Sequence
@@ -50,6 +51,17 @@ def let_replacement_rebind() -> None:
     sockets = types.ModuleType("socket")
     sockets.__dict__.update(vars(socket), socket=_RebindingSocket)
     http_util.socket = sockets
+
+
+def mark_made_up_ids() -> str:
+    """In a replica, before it listens: the request ids that Serve makes up, where a client sent none, begin with what
+    this returns, which no client knows.
+
+    They would else pass for names under which a client may ask again: every request would be looked for at all gangs.
+    """
+    mark, make_up = f"{secrets.token_hex(8)}-", http_util.generate_request_id
+    http_util.generate_request_id = lambda: mark + make_up()
+    return mark
 
 
 def taken_ports(host: str, ports: Sequence[int]) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tensorweave.cluster.gang import GangSpec
+from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.pool import PoolSpec
 from tensorweave.deploy.config import ServeConfig
 from tensorweave.deploy.config_tables import PoolConfig

@@ -21,7 +21,7 @@ from tensorweave.cluster.fleet import WatchedFleet
 from tensorweave.cluster.supervisor import start_supervisor
 from tensorweave.deploy.config import ServeConfig, load_config
 from tensorweave.deploy.guardian import HEAD_NODE, POOLS_NAME
-from tensorweave.deploy.ingress import let_replacement_rebind
+from tensorweave.deploy.ingress import let_replacement_rebind, mark_made_up_ids
 from tensorweave.deploy.pools import pool_specs
 from tensorweave.workers.model_store import resolve_model
 from tensorweave.workers.rank import RankWorker
@@ -108,7 +108,8 @@ class Router:
             accepts_phases=config.security.enable_disaggregated_params,
             key_digests=config.security.api_keys,
         )
-        return build_app(service)
+        # Serve answers with the id that a request came with, at both doors, and makes one up where there is none.
+        return build_app(service, server_echoes_ids=True, made_up_ids=mark_made_up_ids())
 
 
 def build(config: ServeConfig, replica_env: dict[str, str] | None = None) -> Application:

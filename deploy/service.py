@@ -140,9 +140,11 @@ def _guardian(config: ServeConfig) -> Iterator[ActorHandle[Any]]:
             ray.get(guardian.end.remote(), timeout=drain_timeout_s + DRAIN_SLACK_S + SERVE_SHUTDOWN_TIMEOUT_S)
         except RayError as error:
             say(f"could not be taken down cleanly: {_cause(error)}")
-        finally:
-            ray.kill(guardian)
-            del guarding
+        except KeyboardInterrupt:
+            say("not waiting any longer; on a cluster that stays, the service ends once its requests have")
+            raise  # and the guardian goes on without us
+        ray.kill(guardian)
+        del guarding
 
 
 def _check_ports(config: ServeConfig, guardian: ActorHandle[Any]) -> None:

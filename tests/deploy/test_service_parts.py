@@ -22,15 +22,19 @@ def make_config(tmp_path: Path, *overrides: str) -> ServeConfig:
     return load_config(path, overrides)
 
 
+OWN_HOST = "127.77.1.9"
+"""A loopback address where nobody else takes a port that we have just let go."""
+
+
 def test_only_ports_that_somebody_listens_on_are_taken() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server((OWN_HOST, 0)) as listener:
         port = listener.getsockname()[1]
-        assert taken_ports("127.0.0.1", [port]) == [port]
+        assert taken_ports(OWN_HOST, [port]) == [port]
         # A connection that the server ends first leaves its port in TIME_WAIT, which takes nothing from a new service.
-        with socket.create_connection(("127.0.0.1", port)) as client:
+        with socket.create_connection((OWN_HOST, port)) as client:
             listener.accept()[0].close()
             assert client.recv(1) == b""
-    assert taken_ports("127.0.0.1", [port]) == []
+    assert taken_ports(OWN_HOST, [port]) == []
 
 
 def test_a_host_that_is_not_ours_is_an_error() -> None:
@@ -63,7 +67,7 @@ def test_a_signal_ends_the_wait(number: signal.Signals) -> None:
         signal.signal(number, signal.SIG_IGN)  # as ray.init does with some
         stop.arm()
         os.kill(os.getpid(), number)
-        assert stop.wait(5)
+        assert stop.wait(60)
         assert stop.received is number
         assert signal.getsignal(number) == before, "a second signal acts as before"
     assert signal.getsignal(number) == before

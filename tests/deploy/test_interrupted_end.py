@@ -1,0 +1,85 @@
+"""The end of a service, seen from its driver: the guardian is let go of when it is done, and left to its work when the
+person at the keyboard will not wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import GetTimeoutError
+
+from tensorweave.deploy import service
+from tensorweave.deploy.config import ServeConfig, load_config
+
+
+class FakeHandle:
+    """An actor's handle, its class's options and its methods, all in one."""
+
+    def __getattr__(self, name: str) -> FakeHandle:
+        return self
+
+    def remote(self, *arguments: object) -> FakeHandle:
+        return self
+
+    def options(self, **options: object) -> FakeHandle:
+        return self
+
+
+class FakeRay:
+    """`ray`, whose `get` ends as it is told."""
+
+    def __init__(self, get: Callable[[], None]) -> None:
+        self.num_killed = 0
+        self._get = get
+
+    def remote(self, cls: type[Any]) -> FakeHandle:
+        return FakeHandle()
+
+    def get(self, reference: FakeHandle, timeout: float) -> None:
+        self._get()
+
+    def kill(self, handle: FakeHandle) -> None:
+        self.num_killed += 1
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ServeConfig:
+    path = tmp_path / "service.yaml"
+    path.write_text("model: some-model\n", encoding="utf-8")
+    return load_config(path)
+
+
+def is_done() -> None:
+    return None
+
+
+def is_late() -> None:
+    raise GetTimeoutError("too late")
+
+
+def is_interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("get", [is_done, is_late])
+def test_a_guardian_is_let_go_of_at_the_end(
+    get: Callable[[], None], config: ServeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = FakeRay(get)
+    monkeypatch.setattr(service, "ray", ray)
+    with service._guardian(config):
+        assert ray.num_killed == 0
+    assert ray.num_killed == 1
+
+
+def test_a_second_interrupt_leaves_the_service_to_the_guardian(
+    config: ServeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ray = FakeRay(is_interrupted)
+    monkeypatch.setattr(service, "ray", ray)
+    with pytest.raises(KeyboardInterrupt), service._guardian(config):
+        pass
+    assert ray.num_killed == 0, "nobody else would take the service off a cluster that stays"
+    assert "not waiting any longer" in capsys.readouterr().err

@@ -1,0 +1,43 @@
+"""An id that the server made up for a request is none of its client's: nobody can ask again by it, so nobody is asked
+for it, and it still names the request in the answer and in logs."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+from ray.serve._private import http_util
+from starlette.types import ASGIApp
+
+from tensorweave.deploy import ingress
+from tensorweave.router.app import build_app
+from tests.router.calls import CHAT
+from tests.router.fake_fleet import FakeLink
+from tests.router.serving import chat, client_of, make_service, model_info
+
+
+@pytest.mark.parametrize("door", ["front", "plain"])
+@pytest.mark.parametrize("name", ["job-7", None])
+def test_only_a_clients_own_id_is_looked_for(name: str | None, door: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_util, "generate_request_id", http_util.generate_request_id)  # what is put there afterwards
+    link = FakeLink(model_info())
+    app: ASGIApp
+    if door == "plain":
+        app = build_app(make_service(link))
+    else:
+        made_up = ingress.mark_made_up_ids()
+        app = build_app(make_service(link), server_echoes_ids=True, made_up_ids=made_up)
+        app = http_util.RequestIdMiddleware(app)  # as Serve wraps it
+
+    async def call() -> httpx.Response:
+        async with client_of(app) as client:
+            return await client.post(CHAT, json=chat(max_tokens=2), headers={"x-request-id": name} if name else {})
+
+    answer = asyncio.run(call())
+    assert answer.status_code == 200
+    [told] = answer.headers.get_list("x-request-id")
+    assert told == name or (name is None and len(told) >= 32)
+    [asked] = link.requests
+    assert (asked.grace_s > 0) == (name is not None)
+    assert asked.request_id.startswith("job-7-") == (name is not None)
