@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import os
 import queue
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,16 @@ import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.conftest import NO_MEMORY_MONITOR
 from tests.router.small_tokenizers import byte_level
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-START_TIMEOUT_S = 150.0
-ANSWER_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 200.0
+END_TIMEOUT_S = 150.0
+ANSWER_TIMEOUT_S = 120.0
+DRAIN_TIMEOUT_S = 120.0
+_PORTS = range(23000, 31000, 37)
+_turns = itertools.count(os.getpid())
 
 
 def write_model(directory: Path) -> Path:
@@ -47,8 +54,10 @@ def write_model(directory: Path) -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """`count` neighbouring ports on which nobody listens."""
-    for first in range(23000, 31000, 37):
+    """`count` neighbouring ports on which nobody listens, below those that systems give to connections. Each call looks
+    elsewhere first: a port is taken some time after it has been found free, and other test runs look for theirs."""
+    start = next(_turns) % len(_PORTS)
+    for first in (*_PORTS[start:], *_PORTS[:start]):
         sockets = [socket.socket() for _ in range(count)]
         try:
             for offset, probe in enumerate(sockets):
@@ -70,11 +79,18 @@ def write_config(directory: Path, model: Path, **limits: float) -> tuple[Path, i
         "served_model_name": "tiny",
         "engine": {"device": "cpu", "dtype": "float32", "num_threads": 1, "kv_cache_config": {"max_tokens": 8192}},
         "router": {"port": port, "proxy_port": proxy_port},
-        "limits": {"drain_timeout_s": 20, "start_timeout_s": START_TIMEOUT_S, **limits},
+        "limits": {"drain_timeout_s": DRAIN_TIMEOUT_S, "start_timeout_s": START_TIMEOUT_S, **limits},
     }
     path = directory / "service.yaml"
     path.write_text(json.dumps(settings), encoding="utf-8")
     return path, port, proxy_port
+
+
+def service_environment() -> dict[str, str]:
+    """Ours with our sources, and without what a Ray of ours has put there."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_") or key == NO_MEMORY_MONITOR}
+    paths = [str(REPOSITORY), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 class ServiceProcess:
@@ -84,12 +100,10 @@ class ServiceProcess:
         command = [sys.executable, "-m", "tensorweave.cli.main", "serve", "--config", str(config)]
         for override in overrides:
             command += ["--set", override]
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        paths = [str(REPOSITORY), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         self.process = subprocess.Popen(
             command,
             cwd=REPOSITORY,
-            env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+            env=service_environment(),
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
@@ -125,8 +139,8 @@ class ServiceProcess:
     def kill(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait(timeout=10)
-        self._reader.join(timeout=10)
+        self.process.wait(timeout=60)
+        self._reader.join(timeout=60)
 
 
 @contextmanager
@@ -140,7 +154,22 @@ def running_service(config: Path, *overrides: str) -> Iterator[ServiceProcess]:
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    return [process for process in processes if _is_alive(process)]
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def command_of(process: psutil.Process) -> str:
+    """Its command line; nothing where it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def wait_until(holds: Callable[[], bool], timeout_s: float, what: str) -> float:
@@ -158,7 +187,7 @@ def get_status(port: int, path: str) -> int | None:
     try:
         connection.request("GET", path)
         return connection.getresponse().status
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return None
     finally:
         connection.close()
@@ -167,13 +196,53 @@ def get_status(port: int, path: str) -> int | None:
 def complete(port: int, max_tokens: int = 4) -> tuple[int, dict[str, Any]]:
     """Status and body of one completion that runs to its length."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_TIMEOUT_S)
-    body = {"model": "tiny", "prompt": "The capital", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
     try:
-        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
-        response = connection.getresponse()
+        response = _post(connection, max_tokens)
         return response.status, json.loads(response.read())
     finally:
         connection.close()
+
+
+def _post(connection: http.client.HTTPConnection, max_tokens: int, **more: Any) -> http.client.HTTPResponse:
+    body = {"model": "tiny", "prompt": "The capital", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    connection.request("POST", "/v1/completions", json.dumps({**body, **more}), {"content-type": "application/json"})
+    return connection.getresponse()
+
+
+class RunningAnswer:
+    """A streamed completion of so many tokens, read on a thread of its own. Once made, its first token has come."""
+
+    def __init__(self, port: int, max_tokens: int) -> None:
+        self._has_begun = threading.Event()
+        pool = ThreadPoolExecutor(1)
+        self._reading = pool.submit(self._read, port, max_tokens)
+        pool.shutdown(wait=False)
+        assert self._has_begun.wait(ANSWER_TIMEOUT_S), "no token has come"
+
+    @property
+    def is_over(self) -> bool:
+        return self._reading.done()
+
+    def num_generated(self) -> int:
+        """When it has ended, by the server's count."""
+        return self._reading.result(timeout=ANSWER_TIMEOUT_S)
+
+    def _read(self, port: int, max_tokens: int) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_TIMEOUT_S)
+        count = 0
+        try:
+            response = _post(connection, max_tokens, stream=True, stream_options={"include_usage": True})
+            assert response.status == 200, response.read()
+            for line in response:
+                if line.startswith(b"data: {"):
+                    event = json.loads(line.removeprefix(b"data: "))
+                    assert "error" not in event, event
+                    count = (event.get("usage") or {}).get("completion_tokens", count)
+                    self._has_begun.set()
+            return count
+        finally:
+            self._has_begun.set()
+            connection.close()
 
 
 def num_generated(answer: tuple[int, dict[str, Any]]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import AutoTokenizer
 
 from tensorweave import LLM, KvCacheConfig
 from tensorweave.workers.model_store import resolve_model
-from tests.e2e.service_process import free_ports, running_service
+from tests.e2e.service_process import END_TIMEOUT_S, free_ports, running_service, wait_until
 from tests.e2e.test_smollm2 import GREEDY, GREEDY_64, IDS, chat_prompts, token_ids
 
 NUM_GPUS = torch.cuda.device_count()
@@ -63,6 +62,12 @@ def gauges_of(url: str, role: str) -> tuple[int, dict[str, float]]:
     return int(rank["pid"]), rank["gauges"]
 
 
+def num_blocks(url: str) -> float:
+    """What the decode gang has fetched, as its last heartbeat told it."""
+    _, gauges = gauges_of(url, "decode")
+    return gauges.get("kv_transfer_blocks_total", 0.0)
+
+
 @needs(2)
 @pytest.mark.parametrize("backend", ["DEFAULT", "NCCL"])
 def test_prefill_on_one_gpu_and_decode_on_another(model: Path, tmp_path: Path, backend: str) -> None:
@@ -104,11 +109,10 @@ def test_prefill_on_one_gpu_and_decode_on_another(model: Path, tmp_path: Path, b
 
         prompt = "Once upon a time there was a small robot. " * 80
         whole = "".join(chunk.choices[0].text for chunk in stream(prompt))
-        time.sleep(1.5)  # heartbeats carry the gauges
+        wait_until(lambda: num_blocks(url) > 20, END_TIMEOUT_S, "heartbeats tell that KV was moved")
         pid, gauges = gauges_of(url, "decode")
         print(backend, [line for line in service.lines if "GB/s" in line or "MB/s" in line])
         print({name: value for name, value in gauges.items() if name.startswith("kv_")})
-        assert gauges["kv_transfer_blocks_total"] > 20
         pieces = []
         for number, chunk in enumerate(stream(prompt)):
             pieces.append(chunk.choices[0].text)
@@ -116,4 +120,4 @@ def test_prefill_on_one_gpu_and_decode_on_another(model: Path, tmp_path: Path, b
                 os.kill(pid, signal.SIGKILL)
         assert "".join(pieces) == whole
         service.process.send_signal(signal.SIGTERM)
-        assert service.process.wait(timeout=60) == 0
+        assert service.process.wait(timeout=END_TIMEOUT_S) == 0

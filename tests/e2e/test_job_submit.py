@@ -6,17 +6,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from tests.e2e.service_process import (
+    END_TIMEOUT_S,
     REPOSITORY,
+    START_TIMEOUT_S,
+    RunningAnswer,
     alive,
+    command_of,
     complete,
     free_ports,
     get_status,
@@ -27,8 +30,10 @@ from tests.e2e.service_process import (
 )
 
 BIN = Path(sys.executable).parent
-TIMEOUT_S = 90.0
+TIMEOUT_S = 150.0
 OURS = ("Guardian", "Anchor", "ServeController", "ProxyActor", "ServeReplica", "PoolSupervisor", "RankWorker")
+
+pytestmark = pytest.mark.timeout(900)
 
 
 def ray(*arguments: str) -> str:
@@ -64,10 +69,7 @@ def children_of(process: psutil.Process) -> list[psutil.Process]:
 
 
 def is_ours(process: psutil.Process) -> bool:
-    try:
-        return any(name in " ".join(process.cmdline()) for name in OURS)
-    except psutil.NoSuchProcess:
-        return False
+    return any(name in command_of(process) for name in OURS)
 
 
 @pytest.fixture
@@ -78,16 +80,18 @@ def cluster() -> Iterator[tuple[str, Path]]:
     ray(
         *("start", "--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=2", "--disable-usage-stats"),
         *(f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--temp-dir={temp_dir}"),
-        *(f"--ray-client-server-port={client}", "--min-worker-port=40000", "--max-worker-port=42000"),
+        *(f"--ray-client-server-port={client}", "--min-worker-port=31100", "--max-worker-port=32700"),
     )
     try:
         yield f"http://127.0.0.1:{dashboard}", temp_dir
     finally:
         ended = processes_of(temp_dir)
         for process in ended:
-            process.terminate()
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
         for process in psutil.wait_procs(ended, timeout=10)[1]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         subprocess.run(["rm", "-rf", str(temp_dir)], check=True, timeout=30)
 
 
@@ -99,26 +103,27 @@ def test_submitted_service_serves_and_stops(cluster: tuple[str, Path], tmp_path:
         *("--", "python", "-m", "tensorweave.cli.main", "serve", "--config", str(config)),
     )
     try:
-        wait_until(lambda: get_status(port, "/ready") == 200, TIMEOUT_S, "the submitted service is ready")
+        wait_until(lambda: get_status(port, "/ready") == 200, START_TIMEOUT_S, "the submitted service is ready")
     except AssertionError as error:
         raise AssertionError(ray("job", "logs", "--address", address, "serve")) from error
     for door in (port, proxy_port):
         assert num_generated(complete(door)) == 4
     assert any(is_ours(process) for process in processes_of(temp_dir))
 
-    outcome: dict[str, Any] = {}
-    running = threading.Thread(target=lambda: outcome.update(long=complete(port, max_tokens=1500)))
-    running.start()
+    long = RunningAnswer(port, max_tokens=1500)
     ray("job", "stop", "--address", address, "serve")
-    running.join(timeout=TIMEOUT_S)
-    assert num_generated(outcome["long"]) == 1500
+    assert long.num_generated() == 1500
 
     wait_until(
         lambda: not any(is_ours(process) for process in alive(processes_of(temp_dir))),
-        TIMEOUT_S,
+        END_TIMEOUT_S,
         "nothing of ours is left",
     )
     assert get_status(port, "/ready") is None
     assert get_status(proxy_port, "/ready") is None
+    wait_until(lambda: not has_placement_groups(address), END_TIMEOUT_S, "no placement group is left")
+
+
+def has_placement_groups(address: str) -> bool:
     table = ray("list", "placement-groups", "--address", address, "--filter", "state=CREATED")
-    assert "CREATED" not in table.replace("state=CREATED", "")
+    return "CREATED" in table.replace("state=CREATED", "")
