@@ -47,10 +47,10 @@ $(STAMP): pyproject.toml
 
 serve: install ## Serve a model on 127.0.0.1:8000, ask it one question, stay up until Ctrl-C
 	@exec $(BIN)/tensorweave serve --ask '$(QUESTION)' $(if $(CONFIG),--config '$(CONFIG)') \
-	  $(if $(MODEL),--model '$(MODEL)') $(if $(PORT),--set router.port=$(PORT))
+	  $(if $(MODEL),--model '$(MODEL)') $(if $(PORT),--set router.port=$(PORT)) $(if $(API_KEY),--api-key '$(API_KEY)')
 
 chat: install ## Talk to the service that `make serve` started
-	@exec $(BIN)/tensorweave chat --url http://127.0.0.1:$(or $(PORT),8000)
+	@exec $(BIN)/tensorweave chat --url http://127.0.0.1:$(or $(PORT),8000) $(if $(API_KEY),--api-key '$(API_KEY)')
 
 test: lint lines pytest ## Everything that CI runs
 
