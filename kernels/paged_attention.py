@@ -28,10 +28,10 @@ _TILE_QUERIES = 256
 # read: 64 x 192 keys took 2.4 ms rather than 3.3 ms (EPYC, 1 thread, 2026-11). On a GPU it bounds temporary memory.
 _GATHER_BYTES_CPU = 2 << 20
 _GATHER_BYTES_GPU = 256 << 20
-# The native kernel takes the keys of a sequence in runs of this many, from its first position on (RUN in attention.h),
-# and a prompt's queries in tiles.
+# The native kernel takes the keys of a sequence in runs of this many, from its first position on (RUN in its source),
+# and a prompt's queries in tiles, which share what they read.
 _NATIVE_RUN = 256
-_NATIVE_TILE = 16
+_NATIVE_TILE = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,8 @@ class Planner:
         for span in spans:
             first_block = len(blocks)
             blocks.extend(span.blocks)
-            for first in range(0, span.length, _NATIVE_TILE):
+            # Late queries see most keys: threads that take tiles in order should end with small ones.
+            for first in reversed(range(0, span.length, _NATIVE_TILE)):
                 size, start = min(_NATIVE_TILE, span.length - first), span.start + first
                 tiles.extend((span.first_row + first, size, start, first_block, num_tasks))
                 first_key = 0 if window is None else max(0, start + 1 - window)

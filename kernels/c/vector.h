@@ -5,12 +5,8 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-#include <immintrin.h>
-#define HAS_BF16_DOT 1
-#endif
-
 #if defined(__AVX512F__)
+#include <immintrin.h>
 #define VL 16
 #define MR 14 /* rows of a tile of matrix product: 2 * MR accumulators, 2 weights and a broadcast fill the 32 registers */
 #elif defined(__AVX2__)
@@ -19,6 +15,10 @@
 #else
 #define VL 4
 #define MR 12
+#endif
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define HAS_BF16_DOT 1
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -32,6 +32,14 @@ typedef uint16_t bf16;
 INLINE vf splat(float x) { return x - (vf){0}; }
 INLINE vf select_vf(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
+INLINE vf max_vf(vf x, vf y) {
+#if VL == 16
+    return (vf)_mm512_max_ps((__m512)x, (__m512)y); /* y, if one is NaN */
+#else
+    return select_vf(x > y, x, y);
+#endif
+}
+
 INLINE vf load_f32(const float *p) {
     vf x;
     memcpy(&x, p, sizeof x);
@@ -39,11 +47,16 @@ INLINE vf load_f32(const float *p) {
 }
 INLINE void store_f32(float *p, vf x) { memcpy(p, &x, sizeof x); }
 
-INLINE vf load_bf16(const bf16 *p) {
+INLINE vu load_halves(const uint16_t *p) {
     vh x;
     memcpy(&x, p, sizeof x);
-    return (vf)(__builtin_convertvector(x, vu) << 16);
+#if VL == 16
+    return (vu)_mm512_cvtepu16_epi32((__m256i)x); /* for which GCC 12 takes two halves */
+#else
+    return __builtin_convertvector(x, vu);
+#endif
 }
+INLINE vf load_bf16(const bf16 *p) { return (vf)(load_halves(p) << 16); }
 /* Rounds to nearest, ties to even; a NaN stays one. */
 INLINE void store_bf16(bf16 *p, vf x) {
     vu bits = (vu)x;
@@ -107,3 +120,52 @@ INLINE vf exp_vf(vf x) {
     vi power = (__builtin_convertvector(n, vi) + 127) << 23;
     return select_vf(is_tiny, splat(0), p * (vf)power);
 }
+
+#if VL == 16
+#define LANES(w, x, y, z) (vi){w, x, y, z, w + 4, x + 4, y + 4, z + 4, w + 8, x + 8, y + 8, z + 8, w + 12, x + 12, y + 12, z + 12}
+#elif VL == 8
+#define LANES(w, x, y, z) (vi){w, x, y, z, w + 4, x + 4, y + 4, z + 4}
+#else
+#define LANES(w, x, y, z) (vi){w, x, y, z}
+#endif
+
+/* VL lines of VL lanes to columns, in place: four by four in each quarter, then the quarters. */
+INLINE void transpose(vf x[VL]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < VL; i += 4) {
+        vf a = __builtin_shuffle(x[i], x[i + 1], LANES(0, VL, 1, VL + 1));
+        vf b = __builtin_shuffle(x[i], x[i + 1], LANES(2, VL + 2, 3, VL + 3));
+        vf c = __builtin_shuffle(x[i + 2], x[i + 3], LANES(0, VL, 1, VL + 1));
+        vf d = __builtin_shuffle(x[i + 2], x[i + 3], LANES(2, VL + 2, 3, VL + 3));
+        x[i] = __builtin_shuffle(a, c, LANES(0, 1, VL, VL + 1));
+        x[i + 1] = __builtin_shuffle(a, c, LANES(2, 3, VL + 2, VL + 3));
+        x[i + 2] = __builtin_shuffle(b, d, LANES(0, 1, VL, VL + 1));
+        x[i + 3] = __builtin_shuffle(b, d, LANES(2, 3, VL + 2, VL + 3));
+    }
+#if VL == 16
+#define EVEN (vi){0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27}
+#define ODD (vi){4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31}
+    vf out[VL];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        vf a = __builtin_shuffle(x[i], x[i + 4], EVEN), b = __builtin_shuffle(x[i], x[i + 4], ODD);
+        vf c = __builtin_shuffle(x[i + 8], x[i + 12], EVEN), d = __builtin_shuffle(x[i + 8], x[i + 12], ODD);
+        out[i] = __builtin_shuffle(a, c, EVEN);
+        out[i + 4] = __builtin_shuffle(b, d, EVEN);
+        out[i + 8] = __builtin_shuffle(a, c, ODD);
+        out[i + 12] = __builtin_shuffle(b, d, ODD);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) x[i] = out[i];
+#undef EVEN
+#undef ODD
+#elif VL == 8
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        vf a = __builtin_shuffle(x[i], x[i + 4], (vi){0, 1, 2, 3, 8, 9, 10, 11});
+        x[i + 4] = __builtin_shuffle(x[i], x[i + 4], (vi){4, 5, 6, 7, 12, 13, 14, 15});
+        x[i] = a;
+    }
+#endif
+}
+#undef LANES
