@@ -75,9 +75,11 @@ def check(
                 f"sequences, {num_tokens} tokens, {num_told} with log-probabilities: all the same"
             )
         # Where the first token was the last, nobody needs the KV any more: a fetch on its way finds it gone, or its end
-        # without all its blocks, or its blocks come when the request has ended.
+        # without all its blocks, or its blocks come when the request has ended, or belong to another prompt by the time
+        # the socket reads them, which their digest shows.
         failures = decode.failures()
-        assert failures.keys() <= {"gone", "missing", "late"}
+        assert failures.keys() <= {"gone", "missing", "late", "digest"}
+        assert "digest" not in failures or "gone" in failures
         assert failures or decode.gauge("kv_transfer_recomputed_tokens_total") == 0
         assert decode.gauge("kv_transfer_blocks_total") > 0
 
