@@ -51,7 +51,7 @@ check guidellm guidellm env HF_HUB_OFFLINE=1 "$clients/guidellm/bin/guidellm" ru
   --profile kind=concurrent,streams=2 --constraint kind=max_requests,count=6 \
   --output "kind=json,path=$out/guidellm.json" --disable-console-interactive
 check schemathesis schemathesis "$clients/schemathesis/bin/st" run "$url/openapi.json" --max-examples 20 \
-  --request-timeout 120 --checks not_a_server_error,response_schema_conformance,content_type_conformance,status_code_conformance \
+  --request-timeout 600 --checks not_a_server_error,response_schema_conformance,content_type_conformance,status_code_conformance \
   ${OPENAI_API_KEY:+--header "Authorization: Bearer $OPENAI_API_KEY"}
 
 [ ${#failed[@]} -eq 0 ]
