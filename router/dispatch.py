@@ -221,7 +221,8 @@ class Dispatcher:
 
         Where no decode gang is open at all, prefill gangs stand in.
         """
-        await asyncio.sleep(recovery.pause_s)
+        if recovery.pause_s:
+            await asyncio.sleep(recovery.pause_s)
         while True:
             senders, decode = self._fleet.links("prefill"), self._fleet.links("decode")
             if usable := recovery.left(decode):

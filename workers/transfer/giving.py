@@ -85,8 +85,8 @@ class Offers:
         if request.offer is None:
             return False
         shelf = self._shelves.pop(request.request_id, None)
-        is_whole = shelf is not None and shelf.is_complete and request.finish_reason in _KEPT
-        if shelf is None or not is_whole or request.request_id in self._leases:
+        is_leased = request.request_id in self._leases
+        if shelf is None or is_leased or not shelf.is_complete or request.finish_reason not in _KEPT:
             if shelf is not None:
                 shelf.close()
             self._carrier.close(request.offer)
