@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+_BY_CODE: dict[str, type[TensorweaveError]] = {}
+
 
 class TensorweaveError(Exception):
     """Root of the tree. `message` is for the client: it names the cause and never carries prompt text."""
@@ -15,6 +17,12 @@ class TensorweaveError(Exception):
     http_status: ClassVar[int] = 500
     openai_type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
+
+    def __init_subclass__(cls) -> None:
+        """A code names one class, so that an error keeps its status on the way between processes."""
+        super().__init_subclass__()
+        if "code" in vars(cls):
+            _BY_CODE[cls.code] = cls
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -76,23 +84,6 @@ class DeadlineExceeded(TensorweaveError):
     """The request's own deadline passed."""
 
     http_status, openai_type, code = 408, "timeout_error", "deadline_exceeded"
-
-
-_BY_CODE: dict[str, type[TensorweaveError]] = {
-    error.code: error
-    for error in (
-        TensorweaveError,
-        RequestRejected,
-        ModelNotFound,
-        Overloaded,
-        NotReady,
-        WorkerLost,
-        TransferFailed,
-        WireError,
-        RequestCancelled,
-        DeadlineExceeded,
-    )
-}
 
 
 def error_from_wire(fields: dict[str, str | float | None]) -> TensorweaveError:

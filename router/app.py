@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import orjson
@@ -20,6 +21,7 @@ from starlette.routing import Route
 
 from tensorweave.cluster.errors import ModelNotFound, RequestCancelled, RequestRejected, TensorweaveError
 from tensorweave.router import asgi
+from tensorweave.router.body_tasks import DETOKENIZE, TOKENIZE, BodyTask
 from tensorweave.router.endpoint import GenerateEndpoint
 from tensorweave.router.health import check_health
 from tensorweave.router.keys import ApiKeys
@@ -27,7 +29,6 @@ from tensorweave.router.metrics import RouterMetrics
 from tensorweave.router.openapi import openapi_document
 from tensorweave.router.prepare import plan_chat, plan_completion
 from tensorweave.router.service import RouterService
-from tensorweave.router.tokenize import detokenize, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,12 @@ class _App(FastAPI):
 
     def __init__(self, service: RouterService) -> None:
         super().__init__(
-            title="tensorweave", version=service.version, docs_url=None, redoc_url=None, redirect_slashes=False
+            title="tensorweave",
+            version=service.version,
+            docs_url=None,
+            redoc_url=None,
+            redirect_slashes=False,
+            lifespan=_lifespan_of(service),
         )
         self._service = service
 
@@ -68,8 +74,10 @@ def build_app(service: RouterService, *, server_echoes_ids: bool = False, made_u
         app.router.routes.append(Route(path, GenerateEndpoint(path, plan, service, metrics), methods=["POST"]))
     for path, handler in _handlers(service, metrics).items():
         app.router.routes.append(Route(path, handler, methods=["GET"]))
-    for path, answer in (("/tokenize", tokenize), ("/detokenize", detokenize)):
-        app.router.routes.append(Route(path, functools.partial(answer, service), methods=["POST"]))
+    for task in (TOKENIZE, DETOKENIZE):
+        app.router.routes.append(
+            Route(f"/{task.name}", functools.partial(_answer_body, service, task), methods=["POST"])
+        )
     if service.key_digests:
         app.add_middleware(ApiKeys, digests=service.key_digests)
     app.add_middleware(asgi.RequestIds, server_echoes=server_echoes_ids, made_up=made_up_ids)
@@ -116,6 +124,24 @@ def _handlers(service: RouterService, metrics: RouterMetrics) -> dict[str, Handl
         "/version": version,
         "/metrics": prometheus,
     }
+
+
+def _lifespan_of(service: RouterService) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.bodies.warm_up()
+        try:
+            yield
+        finally:
+            await service.bodies.close()
+
+    return lifespan
+
+
+async def _answer_body(service: RouterService, task: BodyTask[bytes], request: Request) -> Response:
+    """A route whose whole answer is made of the body."""
+    body = await asgi.read_json_body(request.scope, request.receive, service.limits.max_body_bytes)
+    return Response(await service.bodies.run(task, body, await service.served()), media_type="application/json")
 
 
 def _model_card(service: RouterService) -> dict[str, Any]:

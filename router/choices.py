@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tensorweave.cluster.protocol import FinishReason, TokenLogprobs
-from tensorweave.router.generation import TextDelta
 from tensorweave.router.pieces import Pieces, TextAssembler, assemble
 from tensorweave.router.tokens import Tokenizer
+
+if TYPE_CHECKING:
+    from tensorweave.router.generation import TextDelta
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,9 @@ RequestType = Literal["context_only", "generation_only", "context_and_generation
 
 _PARAM: Final = "disaggregated_params"
 _ID_BITS: Final = 63
+_MAX_FIRST_TOKENS: Final = 1024
+_MAX_STATE_CHARS: Final = 1 << 20
+"""A ticket names every rank of its gang and every block of its prompt."""
 
 
 class DisaggregatedParams(BaseModel):
@@ -31,9 +34,13 @@ class DisaggregatedParams(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
 
     request_type: RequestType = Field(description="'context_and_generation' is a request like any other.")
-    first_gen_tokens: list[int] | None = Field(None, description="What the context phase generated.")
+    first_gen_tokens: list[int] | None = Field(
+        None, max_length=_MAX_FIRST_TOKENS, description="What the context phase generated."
+    )
     ctx_request_id: int | None = Field(None, description="Names the context phase in logs.")
-    encoded_opaque_state: str | None = Field(None, description="The claim to the prompt's KV, in base64.")
+    encoded_opaque_state: str | None = Field(
+        None, max_length=_MAX_STATE_CHARS, description="The claim to the prompt's KV, in base64."
+    )
     disagg_request_id: int | None = Field(None, description="Names both phases in logs.")
     draft_tokens: list[int] | None = Field(None, max_length=0, description="Accepted empty.")
 

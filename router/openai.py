@@ -6,7 +6,8 @@ Names are OpenAI's, vLLM's and TensorRT-LLM's; what is an extension of OpenAI's 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Final
+from hashlib import blake2b
+from typing import Annotated, Any, ClassVar, Final, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -29,6 +30,8 @@ from tensorweave.router.parsing import ParsedRequest, Strict
 from tensorweave.router.sampling import SamplingFields, check_stop_strings
 
 DEFAULT_COMPLETION_TOKENS: Final = 16
+_MAX_SESSION_CHARS: Final = 256
+_EMPTY_MESSAGE: Final = ChatMessage(role="user", content="")
 
 
 class StreamOptions(Strict):
@@ -139,6 +142,14 @@ class GenerateBody(ParsedRequest):
         """Of one prompt, those that are generated; `n` of them are told."""
         return self.n or 1
 
+    def without_bulk(self) -> Self:
+        """A copy in which what may be as large as a body is empty or short: prompts and bad words, which are known as
+        tokens by then. It is still valid, and `session` still tells sessions apart."""
+        session = self.session
+        if session is not None and len(session) > _MAX_SESSION_CHARS:
+            session = blake2b(session.encode(), digest_size=16).hexdigest()
+        return self.model_copy(update={"bad_words": None, "user": None, "prompt_cache_key": session})
+
     @field_validator("stop")
     @classmethod
     def _check_stop(cls, stop: Any) -> Any:
@@ -236,8 +247,15 @@ class CompletionRequest(GenerateBody):
         )
 
     @property
+    def prompt_param(self) -> str:
+        return "prompt"
+
+    def without_bulk(self) -> Self:
+        return super().without_bulk().model_copy(update={"prompt": [0] if isinstance(self.prompt, list) else "-"})
+
+    @property
     def given_token_ids(self) -> tuple[str, bool]:
-        return "prompt", isinstance(self.prompt, list)
+        return self.prompt_param, isinstance(self.prompt, list)
 
     @property
     def num_sequences(self) -> int:
@@ -300,6 +318,15 @@ class ChatCompletionRequest(GenerateBody):
         if self.top_logprobs and not self.logprobs:
             raise RequestRejected("top_logprobs needs logprobs: true", param="top_logprobs")
         return self
+
+    @property
+    def prompt_param(self) -> str:
+        return "messages" if self.prompt_token_ids is None else "prompt_token_ids"
+
+    def without_bulk(self) -> Self:
+        token_ids = None if self.prompt_token_ids is None else [0]
+        short = {"messages": [_EMPTY_MESSAGE], "prompt_token_ids": token_ids, "chat_template_kwargs": None}
+        return super().without_bulk().model_copy(update=short)
 
     @property
     def given_token_ids(self) -> tuple[str, bool]:

@@ -44,19 +44,26 @@ RequestT = TypeVar("RequestT", bound=ParsedRequest)
 
 def parse_request(model: type[RequestT], body: bytes) -> RequestT:
     """Raises RequestRejected that names the first wrong field."""
+    return check_fields(model, known_fields(model, body))
+
+
+def check_fields(model: type[RequestT], fields: dict[str, Any]) -> RequestT:
+    """Raises RequestRejected that names the first wrong field."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise _rejection(error) from None
+
+
+def known_fields(model: type[ParsedRequest], body: bytes) -> dict[str, Any]:
+    """The fields of a body that a model checks. Raises RequestRejected for a body that is no JSON object, and for
+    fields that are neither known nor harmless."""
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise RequestRejected(f"the body is not valid JSON: {error.msg} at byte {error.pos}") from None
     if not isinstance(fields, dict):
         raise RequestRejected("the body must be a JSON object")
-    try:
-        return model.model_validate(_known_fields(model, fields))
-    except ValidationError as error:
-        raise _rejection(error) from None
-
-
-def _known_fields(model: type[ParsedRequest], fields: dict[str, Any]) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for name, value in fields.items():
         if name in model.model_fields:

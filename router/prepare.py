@@ -1,36 +1,26 @@
-"""From a checked body to jobs: prompts become token ids, fields become a sampling spec, n becomes n sequences."""
+"""From a body to jobs: its fields become a sampling spec for each prompt, n becomes n sequences."""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
-from tensorweave.cluster.errors import ModelNotFound, RequestRejected
+from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.protocol import GenerateRequest, ModelInfo, SamplingSpec
 from tensorweave.router.answers import Answer, AnswerHead, ChatAnswer, CompletionAnswer
-from tensorweave.router.choices import ChoiceStream, Prompt
+from tensorweave.router.body_tasks import CHAT, COMPLETION
+from tensorweave.router.choices import ChoiceStream
 from tensorweave.router.detokenize import IncrementalDetokenizer
 from tensorweave.router.disaggregated import check_phase
-from tensorweave.router.field_types import MAX_LOGPROBS
 from tensorweave.router.generation import Job
-from tensorweave.router.openai import (
-    DEFAULT_COMPLETION_TOKENS,
-    ChatCompletionRequest,
-    CompletionRequest,
-)
-from tensorweave.router.parsing import parse_request
+from tensorweave.router.request_body import AnyRequest, RequestBody
 from tensorweave.router.request_names import RequestNames
-from tensorweave.router.sampling import check_prompt, nth_seed, resolve_sampling
+from tensorweave.router.sampling import nth_seed
 from tensorweave.router.service import RouterService
 from tensorweave.router.token_shapes import TokenShapes
-
-AnyRequest = CompletionRequest | ChatCompletionRequest
-
-# What `resolve_sampling` calls by another name than the bodies do.
-_FIELD_NAMES: Final = {"bad_token_ids": "bad_words"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,80 +52,28 @@ class Plan:
 
 async def plan_completion(service: RouterService, body: bytes, client_id: str | None = None) -> Plan:
     """`client_id`: the client's own name for the request; should it ask again under it, it gets the same answer."""
-    request = parse_request(CompletionRequest, body)
-    check_model(service, request.model)
-    info = await service.info()
-    _check_count(service, request, len(request.prompts))
-    prompts = [await _completion_prompt(service, request, prompt) for prompt in request.prompts]
+    read = await service.bodies.run(COMPLETION, body, await service.served())
     names = RequestNames(f"cmpl-{secrets.token_hex(16)}", client_id)
-    answer = CompletionAnswer(_head("text_completion", names, request), request.telling, TokenShapes(service.tokenizer))
-    return _plan(service, info, request, prompts, answer, names)
+    head = _head("text_completion", names, read.request)
+    return await _plan(
+        service, read, CompletionAnswer(head, read.request.telling, TokenShapes(service.tokenizer)), names
+    )
 
 
 async def plan_chat(service: RouterService, body: bytes, client_id: str | None = None) -> Plan:
-    request = parse_request(ChatCompletionRequest, body)
-    check_model(service, request.model)
-    info = await service.info()
-    _check_count(service, request, 1)
-    token_ids = request.prompt_token_ids
-    if token_ids is None:
-        token_ids = await service.tokenizer.chat_async(
-            [message.for_template() for message in request.messages],
-            add_generation_prompt=request.add_generation_prompt is not False,
-            add_special_tokens=bool(request.add_special_tokens),
-            template_kwargs=request.chat_template_kwargs,
-        )
-    prompt = Prompt(_cut(token_ids, request.truncate_prompt_tokens))
+    read = await service.bodies.run(CHAT, body, await service.served())
     names = RequestNames(f"chatcmpl-{secrets.token_hex(16)}", client_id)
-    answer = ChatAnswer(_head("chat.completion", names, request), request.telling, TokenShapes(service.tokenizer))
-    return _plan(service, info, request, [prompt], answer, names)
-
-
-async def _completion_prompt(service: RouterService, request: CompletionRequest, prompt: str | list[int]) -> Prompt:
-    """A text is echoed as it came, unless it is cut."""
-    token_ids = prompt
-    if isinstance(token_ids, str):
-        add_special = request.add_special_tokens is not False
-        token_ids = await service.tokenizer.encode_async(token_ids, add_special_tokens=add_special)
-    cut = _cut(token_ids, request.truncate_prompt_tokens)
-    if not request.echo:
-        return Prompt(cut)
-    if isinstance(prompt, str) and len(cut) == len(token_ids):
-        return Prompt(cut, prompt)
-    check_prompt(cut, await service.info())
-    return Prompt(cut, service.tokenizer.decode(cut, skip_special_tokens=request.skip_special_tokens is not False))
-
-
-def _cut(token_ids: list[int], num_kept: int | None) -> list[int]:
-    return token_ids if num_kept is None else token_ids[-num_kept:]
+    head = _head("chat.completion", names, read.request)
+    return await _plan(service, read, ChatAnswer(head, read.request.telling, TokenShapes(service.tokenizer)), names)
 
 
 def _head(kind: str, names: RequestNames, request: AnyRequest) -> AnswerHead:
     return AnswerHead(kind, names.answer_id, int(time.time()), request.model, includes_usage=request.includes_usage)
 
 
-def check_model(service: RouterService, model: str) -> None:
-    if model != service.model_name:
-        raise ModelNotFound(
-            f"the model {model[:256]!r} does not exist; this server has {service.model_name!r}", param="model"
-        )
-
-
-def _check_count(service: RouterService, request: AnyRequest, num_prompts: int) -> None:
-    wanted, limit = num_prompts * request.num_sequences, service.limits.max_sequences
-    if wanted > limit:
-        name = "prompt" if num_prompts > 1 else "n" if request.num_sequences == request.n else "best_of"
-        raise RequestRejected(f"the request asks for {wanted} sequences; the limit is {limit}", param=name)
-
-
-def _plan(
-    service: RouterService,
-    info: ModelInfo,
-    request: AnyRequest,
-    prompts: Sequence[Prompt],
-    answer: Answer,
-    names: RequestNames,
-) -> Plan:
+async def _plan(service: RouterService, read: RequestBody, answer: Answer, names: RequestNames) -> Plan:
+    """Gives way to the event loop between sequences: there may be hundreds, with a long prompt each."""
+    request, prompts, info = read.request, read.prompts, await service.info()
     phase, telling = request.disaggregated_params, request.telling
     if phase is not None:
         if not service.accepts_phases:
@@ -147,7 +85,7 @@ def _plan(
     jobs: list[Job] = []
     choices: list[ChoiceStream] = []
     for prompt in prompts:
-        spec = _sampling(service, info, request, prompt.token_ids, names)
+        spec = read.resolve_sampling(prompt, info, names.draw_seed)
         for i in range(request.num_sequences):
             own = spec if spec.is_greedy or request.num_sequences == 1 else replace(spec, seed=nth_seed(spec.seed, i))
             choices.append(
@@ -160,6 +98,7 @@ def _plan(
                 )
             )
             jobs.append(_job(service, info, request, names, len(jobs), prompt.token_ids, own))
+            await asyncio.sleep(0)
     return Plan(
         jobs=jobs,
         choices=choices,
@@ -173,38 +112,6 @@ def _plan(
         has_output=telling.has_output,
         is_context_only=phase is not None and phase.is_context_only,
     )
-
-
-def _sampling(
-    service: RouterService, info: ModelInfo, request: AnyRequest, prompt: Sequence[int], names: RequestNames
-) -> SamplingSpec:
-    telling, own_names, max_tokens = request.telling, dict(_FIELD_NAMES), request.max_tokens
-    if isinstance(request, ChatCompletionRequest):
-        param, default_max_tokens = "messages", None
-        own_names["logprobs"] = "top_logprobs"
-        if request.prompt_token_ids is not None:
-            param = "prompt_token_ids"
-        if request.max_completion_tokens is not None:
-            max_tokens, own_names["max_tokens"] = request.max_completion_tokens, "max_completion_tokens"
-    else:
-        param, default_max_tokens = "prompt", DEFAULT_COMPLETION_TOKENS
-    check_prompt(prompt, info, param=param)
-    words = [ids for word in request.bad_words or () for ids in service.tokenizer.word_ids(word)]
-    try:
-        return resolve_sampling(
-            request.sampling(telling, max_tokens=max_tokens if telling.has_output else 1, bad_token_ids=words),
-            prompt_len=len(prompt),
-            info=info,
-            default_max_tokens=default_max_tokens,
-            prompt_param=param,
-            draw_seed=names.draw_seed,
-            max_logprobs=MAX_LOGPROBS,
-        )
-    except RequestRejected as error:
-        if error.param in own_names:
-            name = own_names[error.param]
-            raise type(error)(error.message.replace(error.param, name), param=name) from None
-        raise
 
 
 def _job(

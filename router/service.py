@@ -9,7 +9,9 @@ from tensorweave.cluster.errors import NotReady
 from tensorweave.cluster.fleet import Fleet
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.router.admission import Limits
+from tensorweave.router.body_pool import BodyPool
 from tensorweave.router.dispatch import Dispatcher
+from tensorweave.router.served import Served
 from tensorweave.router.tokens import Tokenizer
 
 
@@ -31,6 +33,14 @@ class RouterService:
     accepts_phases: bool = False
     key_digests: Sequence[str] = ()
     _info: ModelInfo | None = None
+    bodies: BodyPool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bodies = BodyPool(self.tokenizer)
+
+    async def served(self) -> Served:
+        """What request bodies are checked against. Raises NotReady."""
+        return Served((self.model_name,), await self.info(), self.limits.max_sequences)
 
     @property
     def known_info(self) -> ModelInfo | None:

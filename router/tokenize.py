@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from starlette.requests import Request
-from starlette.responses import Response
 
 from tensorweave.cluster.errors import RequestRejected
-from tensorweave.router import asgi
 from tensorweave.router.messages import ChatMessage, check_messages
 from tensorweave.router.parsing import ParsedRequest, parse_request, tell_other_fields
-from tensorweave.router.prepare import check_model
-from tensorweave.router.service import RouterService
+from tensorweave.router.served import Served, check_model
+from tensorweave.router.tokens import Tokenizer
 
-_LONG_LIST: Final = 10_000  # about 1 ms of decoding
+_MAX_ANSWER_BYTES: Final = 16 << 20
 
 
 def _tell_either(schema: dict[str, Any], model: type[BaseModel]) -> None:
@@ -65,42 +61,39 @@ class DetokenizeRequest(ParsedRequest):
     tokens: list[int]
 
 
-async def tokenize(service: RouterService, request: Request) -> Response:
-    body = await asgi.read_json_body(request.scope, request.receive, service.limits.max_body_bytes)
+def tokenize(body: bytes, tokenizer: Tokenizer, served: Served) -> bytes:
+    """The answer of /tokenize. Raises RequestRejected."""
     asked = parse_request(TokenizeRequest, body)
     if asked.model is not None:
-        check_model(service, asked.model)
-    info = await service.info()
-    tokenizer = service.tokenizer
+        check_model(served, asked.model)
     if asked.messages is None:
         assert asked.prompt is not None
-        ids = await tokenizer.encode_async(asked.prompt, add_special_tokens=asked.add_special_tokens is not False)
+        ids = tokenizer.encode(asked.prompt, add_special_tokens=asked.add_special_tokens is not False)
     else:
-        ids = await tokenizer.chat_async(
+        ids = tokenizer.chat(
             [message.for_template() for message in asked.messages],
             add_generation_prompt=asked.add_generation_prompt is not False,
             add_special_tokens=bool(asked.add_special_tokens),
             template_kwargs=asked.chat_template_kwargs,
         )
     names = tokenizer.token_names(ids) if asked.return_token_strs else None
-    return _json({"count": len(ids), "max_model_len": info.max_seq_len, "tokens": ids, "token_strs": names})
+    answer = {"count": len(ids), "max_model_len": served.info.max_seq_len, "tokens": ids, "token_strs": names}
+    return _bounded(orjson.dumps(answer))
 
 
-async def detokenize(service: RouterService, request: Request) -> Response:
-    body = await asgi.read_json_body(request.scope, request.receive, service.limits.max_body_bytes)
+def detokenize(body: bytes, tokenizer: Tokenizer, served: Served) -> bytes:
+    """The answer of /detokenize. Raises RequestRejected."""
     asked = parse_request(DetokenizeRequest, body)
     if asked.model is not None:
-        check_model(service, asked.model)
-    vocab_size = (await service.info()).vocab_size
+        check_model(served, asked.model)
+    vocab_size = served.info.vocab_size
     for token_id in asked.tokens:
         if not 0 <= token_id < vocab_size:
             raise RequestRejected(f"tokens has {token_id}, outside 0 to {vocab_size - 1}", param="tokens")
-    if len(asked.tokens) < _LONG_LIST:
-        text = service.tokenizer.decode(asked.tokens, skip_special_tokens=False)
-    else:
-        text = await asyncio.to_thread(service.tokenizer.decode, asked.tokens, skip_special_tokens=False)
-    return _json({"prompt": text})
+    return _bounded(orjson.dumps({"prompt": tokenizer.decode(asked.tokens, skip_special_tokens=False)}))
 
 
-def _json(content: dict[str, Any]) -> Response:
-    return Response(orjson.dumps(content), media_type="application/json")
+def _bounded(answer: bytes) -> bytes:
+    if len(answer) > _MAX_ANSWER_BYTES:
+        raise RequestRejected(f"the answer would have {len(answer)} bytes; the limit is {_MAX_ANSWER_BYTES}")
+    return answer

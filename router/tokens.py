@@ -1,30 +1,28 @@
 """`Tokenizer`: text and chats to token ids and back, around any transformers tokenizer.
 
 Used by the HTTP router and by the LLM API. The Rust tokenizer underneath is driven directly (a short chat is rendered
-and encoded in about 50 µs); long texts are encoded in a thread, so that an event loop never waits for them.
+and encoded in about 50 µs). It can be pickled, for the worker processes that read large request bodies.
 """
 
 from __future__ import annotations
 
-import asyncio
 import copy
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import tokenizers
-from huggingface_hub.errors import StrictDataclassError
 from jinja2.exceptions import TemplateError
-from transformers import AutoTokenizer
 
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.router.pieces import Pieces, WindowedPieces, read_pieces
+from tensorweave.router.text_bound import max_chars_per_token
 
 ChatMessage = Mapping[str, Any]
-_LONG_TEXT_CHARS: Final = (
-    4096  # above about 1 ms of encoding (0.22 µs a character), a thread is cheaper than a stalled event loop
-)
+_LONG_TEXT_CHARS: Final = 4096
+"""Above about 1 ms of encoding, the interpreter's lock is given up meanwhile; below, that costs more than it gains."""
 
 
 def flatten_content(content: str | Sequence[Mapping[str, Any]] | None) -> str:
@@ -50,11 +48,15 @@ class Tokenizer:
 
     def __init__(self, backend: Any, *, uses_rust: bool = True) -> None:
         self.backend = backend
+        self._uses_rust = uses_rust
         rust = getattr(backend, "backend_tokenizer", None) if uses_rust else None
         self._rust = self._private_copy(rust) if isinstance(rust, tokenizers.Tokenizer) else None
         self.special_ids = self._find_special_ids()
         self._pieces = read_pieces(self._rust) if self._rust is not None else None
         self._template_arguments = frozenset(inspect.signature(backend.apply_chat_template).parameters)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(Tokenizer, uses_rust=self._uses_rust), (self.backend,)
 
     @staticmethod
     def _private_copy(rust: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -77,6 +79,9 @@ class Tokenizer:
         'slow' leaves all to transformers' own methods. Raises ValueError, OSError."""
         if isinstance(source, Tokenizer):
             return source
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import AutoTokenizer  # here: it takes a second and torch, and a worker process needs neither
+
         uses_rust = tokenizer_mode != "slow"
         if not isinstance(source, str | Path):
             if not callable(getattr(source, "apply_chat_template", None)):
@@ -120,17 +125,24 @@ class Tokenizer:
         """Token ids of `text`; `truncate` keeps the last so many."""
         ids: list[int]
         if self._rust is not None:
-            ids = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+            ids = self._encode(text, add_special_tokens=add_special_tokens)
         else:
             ids = list(self.backend.encode(text, add_special_tokens=add_special_tokens))
         return ids if truncate is None else ids[-truncate:]
 
-    async def encode_async(
-        self, text: str, *, add_special_tokens: bool = True, truncate: int | None = None
-    ) -> list[int]:
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The Rust tokenizer gives up the interpreter's lock for a batch only."""
+        assert self._rust is not None
         if len(text) <= _LONG_TEXT_CHARS:
-            return self.encode(text, add_special_tokens=add_special_tokens, truncate=truncate)
-        return await asyncio.to_thread(self.encode, text, add_special_tokens=add_special_tokens, truncate=truncate)
+            ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+        else:
+            ids = self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    @functools.cached_property
+    def max_chars_per_token(self) -> int | None:
+        """See `text_bound.max_chars_per_token`."""
+        return None if self._rust is None else max_chars_per_token(self._rust)
 
     def render_chat(
         self,
@@ -165,17 +177,6 @@ class Tokenizer:
         """Token ids of a conversation. The template writes the special tokens itself."""
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs)
         return self.encode(text, add_special_tokens=add_special_tokens)
-
-    async def chat_async(
-        self,
-        messages: Sequence[ChatMessage],
-        *,
-        add_generation_prompt: bool = True,
-        add_special_tokens: bool = False,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs)
-        return await self.encode_async(text, add_special_tokens=add_special_tokens)
 
     def decode(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
