@@ -44,6 +44,7 @@ _GROWTH_BYTES: Final = 128 << 20
 """A worker whose memory has grown by so much at its peak is replaced: it may not give it back."""
 _TIMEOUT_S: Final = 120.0
 """For one body, in turn: a worker that is silent for so long while its processor time lasts is stopped or starved."""
+_EXIT_TIMEOUT_S: Final = 5.0
 _MAX_TRIES: Final = 2
 
 
@@ -195,6 +196,7 @@ class _Worker:
         self._sink = process.stdin
         self._frames = FrameReader(process.stdout)
         self._growth_bytes = 0
+        self._has_closed = False
 
     @classmethod
     async def start(cls, state: bytes) -> _Worker:
@@ -218,19 +220,23 @@ class _Worker:
 
     async def ask(self, frame: bytes) -> Frame | None:
         """None where the process died."""
-        try:
+        with contextlib.suppress(ConnectionError):  # it is gone, as reading shows
             self._sink.write(frame)
             await self._sink.drain()
-        except ConnectionError:
-            return None
         answer = await anext(self._frames, None)
-        if answer is not None:
+        if answer is None:
+            self._has_closed = True
+        else:
             self._growth_bytes = answer[1]
         return answer
 
     async def end(self) -> int:
-        """Its exit status; a process that runs is killed first."""
-        self._sink.close()
+        """Its exit status. A process that has closed its output is ending by itself, for a reason that the status
+        tells; one that has not is killed."""
+        if self._has_closed:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_EXIT_TIMEOUT_S):
+                    return await self._process.wait()
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()

@@ -37,7 +37,7 @@ def main() -> None:
     (length,) = STATE_LENGTH.unpack(source.read(STATE_LENGTH.size))
     tokenizer: Tokenizer = pickle.loads(source.read(length))  # from our parent, which made us and it
     decoder, first_peak_bytes = FrameDecoder(), _peak_bytes()
-    while data := os.read(source.fileno(), READ_BYTES):
+    while data := source.read1(READ_BYTES):
         for frame in decoder.feed(data):
             _renew_cpu_limit()
             name, *fields = _answer(frame, tokenizer)
