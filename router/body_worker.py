@@ -13,7 +13,6 @@ import os
 import pickle
 import resource
 import struct
-import sys
 from typing import BinaryIO, Final
 
 from tensorweave.cluster.errors import TensorweaveError
