@@ -44,6 +44,12 @@ class ModelNotFound(RequestRejected):
     http_status, openai_type, code = 404, "invalid_request_error", "model_not_found"
 
 
+class ContextTooLong(RequestRejected):
+    """Prompt and answer do not fit in the model's context (`cluster/context_length.py`)."""
+
+    code = "context_length_exceeded"
+
+
 class Overloaded(TensorweaveError):
     """A bounded queue is full. `retry_after_s` says when to come back."""
 

@@ -57,6 +57,7 @@ class RequestBody:
                 prompt_len=len(prompt.token_ids),
                 info=info,
                 default_max_tokens=default_max_tokens,
+                caps_max_tokens=True,
                 prompt_param=request.prompt_param,
                 draw_seed=draw_seed,
                 max_logprobs=MAX_LOGPROBS,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from tensorweave.cluster.context_length import context_exceeded
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.protocol import ModelInfo, SamplingSpec
 from tensorweave.router.sampling_checks import (
@@ -28,7 +29,6 @@ from tensorweave.router.sampling_checks import (
 )
 
 __all__ = [
-    "ContextTooLong",
     "SamplingFields",
     "check_prompt",
     "check_stop_strings",
@@ -37,12 +37,6 @@ __all__ = [
 ]
 
 _SEED_BITS: Final = 63
-
-
-class ContextTooLong(RequestRejected):
-    """Prompt and answer do not fit in the model's context; the code is the one that OpenAI's clients know."""
-
-    code = "context_length_exceeded"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +75,7 @@ class SamplingFields:
     uses_batched_processor: bool = False
 
     def __post_init__(self) -> None:
-        check_int("max_tokens", self.max_tokens, low=1)
+        check_int("max_tokens", self.max_tokens, low=1, high=2**63 - 1)
         check_int("min_tokens", self.min_tokens, low=0)
         check_int("top_k", self.top_k, low=-1)
         check_int("seed", self.seed, low=-(2**63), high=2**64 - 1)
@@ -124,6 +118,7 @@ def resolve_sampling(
     info: ModelInfo,
     default_temperature: float = 1.0,
     default_max_tokens: int | None = None,
+    caps_max_tokens: bool = False,
     prompt_param: str = "prompt",
     draw_seed: Callable[[int], int] = secrets.randbits,
     max_logprobs: int | None = None,
@@ -136,6 +131,8 @@ def resolve_sampling(
         info: The model's limits and end-of-sequence ids.
         default_temperature: Where the request gives none: 1 over HTTP; the LLM API passes 0 if nothing asks to sample.
         default_max_tokens: Where the request gives none. None, or more than there is room for: all the room left.
+        caps_max_tokens: Whether more than there is room for is taken as all of that room, as over HTTP, or refused, as
+            the LLM API does.
         prompt_param: The field that an error about the prompt's length names.
         draw_seed: Random bits for a request without a seed, so that two such requests differ.
         max_logprobs: Most likeliest tokens that may be asked for with each token; None: the whole vocabulary.
@@ -145,7 +142,14 @@ def resolve_sampling(
     """
     _check_vocabulary(fields, info.vocab_size)
     _check_num_logprobs(fields, info.vocab_size if max_logprobs is None else min(max_logprobs, info.vocab_size))
-    max_tokens = _max_tokens(fields, prompt_len, info, default_max_tokens, prompt_param)
+    max_tokens = _max_tokens(
+        fields.max_tokens,
+        prompt_len,
+        info,
+        default=max(default_max_tokens or info.max_seq_len, fields.min_tokens or 0),
+        is_capped=caps_max_tokens,
+        prompt_param=prompt_param,
+    )
     temperature = default_temperature if fields.temperature is None else float(fields.temperature)
     spec = SamplingSpec(
         max_tokens=max_tokens,
@@ -190,25 +194,13 @@ def nth_seed(seed: int, index: int) -> int:
 
 
 def _max_tokens(
-    fields: SamplingFields, prompt_len: int, info: ModelInfo, default: int | None, prompt_param: str
+    asked: int | None, prompt_len: int, info: ModelInfo, *, default: int, is_capped: bool, prompt_param: str
 ) -> int:
+    """What is `asked` for, or else the default as far as there is room."""
     room = info.max_seq_len - prompt_len
-    if room < 1:
-        raise ContextTooLong(
-            f"the prompt has {prompt_len} tokens; this model's context is {info.max_seq_len} tokens, "
-            "and at least 1 must be left for the answer",
-            param=prompt_param,
-        )
-    if fields.max_tokens is None:
-        wanted = room if default is None else max(default, fields.min_tokens or 0)
-        return min(wanted, room)
-    if fields.max_tokens > room:
-        raise ContextTooLong(
-            f"this model's context is {info.max_seq_len} tokens; the prompt has {prompt_len} and max_tokens asks for "
-            f"{fields.max_tokens}, {prompt_len + fields.max_tokens} together",
-            param="max_tokens",
-        )
-    return fields.max_tokens
+    if room < 1 or (asked is not None and asked > room and not is_capped):
+        raise context_exceeded(info.max_seq_len, prompt_len, asked, prompt_param=prompt_param)
+    return min(default if asked is None else asked, room)
 
 
 def check_prompt(token_ids: Sequence[int], info: ModelInfo, *, param: str = "prompt") -> None:

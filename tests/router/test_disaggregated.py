@@ -96,6 +96,15 @@ def handed_params(**changes: Any) -> dict[str, Any]:
     return {**params, "request_type": "generation_only", **changes}
 
 
+def test_both_phases_cap_what_there_is_no_room_for() -> None:
+    body = completion([5] * 500, max_tokens=10_000, ignore_eos=True)
+    first = post(COMPLETIONS, {**body, "disaggregated_params": {"request_type": "context_only"}}, pools()).json()
+    handed = {**first["choices"][0]["disaggregated_params"], "request_type": "generation_only"}
+    answer = post(COMPLETIONS, {**body, "disaggregated_params": handed}, pools()).json()
+    assert answer["usage"]["completion_tokens"] == 12
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorweave.cluster.errors import RequestRejected
+from tensorweave.cluster.errors import ContextTooLong, RequestRejected
 from tensorweave.cluster.protocol import SamplingSpec
-from tensorweave.router.sampling import ContextTooLong, SamplingFields, check_prompt, nth_seed, resolve_sampling
+from tensorweave.router.sampling import SamplingFields, check_prompt, nth_seed, resolve_sampling
 from tests.router.serving import IM_END, model_info
 
 VOCAB = model_info().vocab_size
@@ -31,7 +31,7 @@ def resolve(prompt_len: int = 10, **fields: Any) -> SamplingSpec:
     [
         ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "1"),
         ("temperature", True), ("top_p", 1.01), ("top_p", -1), ("min_p", 2), ("top_k", -2), ("top_k", 1.0),
-        ("max_tokens", 0), ("max_tokens", 2**31),
+        ("max_tokens", 0), ("max_tokens", 2**63),
         ("min_tokens", -1), ("seed", 2**64), ("seed", "7"), ("stop", "plain string"), ("stop", [""]), ("stop", [1]),
         ("stop", ["x" * 1025]), ("stop_token_ids", ["a"]), ("stop_token_ids", [-1]), ("stop_token_ids", "12"),
         ("stop_token_ids", [1] * 1025), ("ignore_eos", 1),
@@ -176,20 +176,30 @@ def test_seeds_of_n_sequences_follow_each_other_within_63_bits() -> None:
 
 
 @given(
-    prompt_len=st.integers(0, 700), max_tokens=st.none() | st.integers(1, 700), default=st.none() | st.integers(1, 700)
+    prompt_len=st.integers(0, 700),
+    max_tokens=st.none() | st.integers(1, 700) | st.just(2**63 - 1),
+    default=st.none() | st.integers(1, 700),
+    is_capped=st.booleans(),
 )
-def test_nothing_exceeds_the_context(prompt_len: int, max_tokens: int | None, default: int | None) -> None:
+def test_nothing_exceeds_the_context(
+    prompt_len: int, max_tokens: int | None, default: int | None, is_capped: bool
+) -> None:
     fields = SamplingFields(max_tokens=max_tokens)
     resolve_it = functools.partial(
-        resolve_sampling, fields, prompt_len=prompt_len, info=model_info(), default_max_tokens=default
+        resolve_sampling,
+        fields,
+        prompt_len=prompt_len,
+        info=model_info(),
+        default_max_tokens=default,
+        caps_max_tokens=is_capped,
     )
-    if prompt_len + (max_tokens or 1) > 512:
-        with pytest.raises(ContextTooLong, match=rf"(?s){prompt_len}.*512|512.*{prompt_len}"):
+    if prompt_len > 511 or (not is_capped and prompt_len + (max_tokens or 1) > 512):
+        with pytest.raises(ContextTooLong, match=rf"is 512 tokens.* {prompt_len}|is 512 tokens.*\({prompt_len} "):
             resolve_it()
         return
     spec = resolve_it()
     assert prompt_len + spec.max_tokens <= 512
-    assert max_tokens is None or spec.max_tokens == max_tokens
+    assert max_tokens is None or spec.max_tokens == min(max_tokens, 512 - prompt_len)
 
 
 def test_prompts_are_checked_against_the_vocabulary() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tensorweave.cluster.errors import RequestRejected
+from tensorweave.cluster.errors import ContextTooLong
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.workers.dry_run import DryRun
 from tensorweave.workers.kv_cache import KVCacheManager
@@ -207,12 +207,12 @@ def test_check_names_what_can_never_run() -> None:
     scheduler = SimpleScheduler(KVCacheManager(8, 4), max_num_tokens=16)
     scheduler.check(32, 1)
     scheduler.check(1, 32)
-    with pytest.raises(RequestRejected, match="prompt of 33 tokens") as long_prompt:
+    with pytest.raises(ContextTooLong, match="33 in the prompt, 1 in the completion") as long_prompt:
         scheduler.check(33, 1)
-    with pytest.raises(RequestRejected, match="over the 33") as long_output:
+    with pytest.raises(ContextTooLong, match="maximum context length is 33 tokens") as long_output:
         scheduler.check(32, 2)
     assert (long_prompt.value.param, long_output.value.param) == ("prompt", "max_tokens")
-    with pytest.raises(RequestRejected, match="limit of 16"):
+    with pytest.raises(ContextTooLong, match="limit of 16 tokens"):
         SimpleScheduler(KVCacheManager(8, 4), max_num_tokens=16, enable_chunked_prefill=False).check(17, 1)
     with pytest.raises(ValueError, match="must be at least 1"):
         SimpleScheduler(KVCacheManager(8, 4), max_batch_size=0)
