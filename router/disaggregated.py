@@ -18,6 +18,7 @@ from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.opaque_state import OpaqueState
 from tensorweave.cluster.protocol import Ticket
 from tensorweave.router.choices import Telling
+from tensorweave.router.field_types import Integer, Integers
 
 RequestType = Literal["context_only", "generation_only", "context_and_generation"]
 
@@ -34,15 +35,15 @@ class DisaggregatedParams(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
 
     request_type: RequestType = Field(description="'context_and_generation' is a request like any other.")
-    first_gen_tokens: list[int] | None = Field(
+    first_gen_tokens: Integers | None = Field(
         None, max_length=_MAX_FIRST_TOKENS, description="What the context phase generated."
     )
-    ctx_request_id: int | None = Field(None, description="Names the context phase in logs.")
+    ctx_request_id: Integer | None = Field(None, description="Names the context phase in logs.")
     encoded_opaque_state: str | None = Field(
         None, max_length=_MAX_STATE_CHARS, description="The claim to the prompt's KV, in base64."
     )
-    disagg_request_id: int | None = Field(None, description="Names both phases in logs.")
-    draft_tokens: list[int] | None = Field(None, max_length=0, description="Accepted empty.")
+    disagg_request_id: Integer | None = Field(None, description="Names both phases in logs.")
+    draft_tokens: Integers | None = Field(None, max_length=0, description="Accepted empty.")
 
     @property
     def is_context_only(self) -> bool:

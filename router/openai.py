@@ -5,7 +5,7 @@ Names are OpenAI's, vLLM's and TensorRT-LLM's; what is an extension of OpenAI's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Annotated, Any, ClassVar, Final, Self
 
@@ -16,18 +16,30 @@ from tensorweave.router.choices import Telling
 from tensorweave.router.disaggregated import DisaggregatedParams
 from tensorweave.router.field_types import (
     TOKEN_ID,
+    AtLeast0,
+    AtLeast1,
     Bias,
+    Integer,
+    Integers,
     NumLogprobs,
+    NumSequences,
     Penalty,
     Positive,
+    Priority,
     Probability,
     Prompt,
+    Seed,
     Stop,
+    TokenIds,
     TokenKey,
+    TopK,
+    whole_items,
 )
 from tensorweave.router.messages import ChatMessage, check_messages
-from tensorweave.router.parsing import ParsedRequest, Strict
+from tensorweave.router.not_built import IN_BOTH, IN_CHATS, IN_COMPLETIONS, NotBuilt
+from tensorweave.router.parsing import Strict
 from tensorweave.router.sampling import SamplingFields, check_stop_strings
+from tensorweave.router.service_fields import NO_CHANGE, ServiceFields, ServiceName
 
 DEFAULT_COMPLETION_TOKENS: Final = 16
 _MAX_SESSION_CHARS: Final = 256
@@ -40,41 +52,17 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = Field(None, description="Accepted; chunks are never padded.")
 
 
-class GenerateBody(ParsedRequest):
+class GenerateBody(ServiceFields):
     """The fields that both bodies share."""
 
-    OFF: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "allowed_token_ids": (),
-        "conversation_params": (),
-        "detokenize": (True,),
-        "early_stopping": (False,),
-        "guided_choice": (),
-        "guided_decoding_backend": (),
-        "guided_grammar": (),
-        "guided_json": (),
-        "guided_regex": (),
-        "kv_transfer_params": (),
-        "length_penalty": (1,),
-        "logits_processors": ([],),
-        "lora_request": (),
-        "mm_processor_kwargs": ({},),
-        "prompt_ignore_length": (0,),
-        "response_format": ({"type": "text"},),
-        "return_context_logits": (False,),
-        "return_tokens_as_token_ids": (False,),
-        "service_tier": ("auto", "default"),
-        "store": (False,),
-        "structured_outputs": (),
-        "thinking_token_budget": (),
-        "use_beam_search": (False,),
-        "vllm_xargs": ({},),
-    }
-    HARMLESS: ClassVar[frozenset[str]] = frozenset({"metadata", "safety_identifier", "prompt_cache_retention"})
+    OFF: ClassVar[NotBuilt] = IN_BOTH
 
     model: str
-    max_tokens: int | None = None
-    n: int | None = Field(None, ge=1, le=128)
-    seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
+    max_tokens: Integer | None = Field(
+        None, description="At most so many tokens, and no more than the context has room for."
+    )
+    n: NumSequences | None = None
+    seed: Seed | None = None
     stop: Stop = Field(None, description="A string or a list of strings.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -86,19 +74,19 @@ class GenerateBody(ParsedRequest):
         None, max_length=1024, description="Added to the logits, by token id."
     )
 
-    top_k: int | None = Field(None, ge=-1, description="Extension. 0 or -1: off.")
+    top_k: TopK | None = Field(None, description="Extension. 0 or -1: off.")
     min_p: Probability | None = Field(None, description="Extension. Least part of the likeliest token's probability.")
     repetition_penalty: Positive | None = Field(None, description="Extension. 1: off.")
-    no_repeat_ngram_size: int | None = Field(None, ge=0, description="Extension. 0: off.")
+    no_repeat_ngram_size: AtLeast0 | None = Field(None, description="Extension. 0: off.")
     bad_words: list[Annotated[str, Field(min_length=1, max_length=1024)]] | None = Field(
         None, max_length=256, description="Extension. Never generated, at a word's beginning or within one."
     )
     top_p_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Extension. Per token.")
     top_p_min: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Extension. The least top_p.")
-    top_p_reset_ids: int | None = Field(None, ge=0, description="Extension. After this token, top_p begins anew.")
-    min_tokens: int | None = Field(None, ge=0, description="Extension. No stop before so many tokens.")
+    top_p_reset_ids: AtLeast0 | None = Field(None, description="Extension. After this token, top_p begins anew.")
+    min_tokens: AtLeast0 | None = Field(None, description="Extension. No stop before so many tokens.")
     ignore_eos: bool | None = Field(None, description="Extension. Go on past the model's end of sequence.")
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="Extension.")
+    stop_token_ids: TokenIds | None = Field(None, description="Extension.")
     include_stop_str_in_output: bool | None = Field(None, description="Extension.")
     prompt_logprobs: NumLogprobs | None = Field(
         None, description="Extension. Log-probabilities of the prompt's tokens, and of so many likeliest. Not streamed."
@@ -106,16 +94,14 @@ class GenerateBody(ParsedRequest):
     return_token_ids: bool | None = Field(None, description="Extension. Token ids of prompt and answer.")
     skip_special_tokens: bool | None = Field(None, description="Extension. Default true.")
     spaces_between_special_tokens: bool | None = Field(None, description="Extension. Default true.")
-    truncate_prompt_tokens: int | None = Field(
-        None, ge=1, description="Extension. Keep the last so many prompt tokens."
-    )
+    truncate_prompt_tokens: AtLeast1 | None = Field(None, description="Extension. Keep the last so many prompt tokens.")
     add_special_tokens: bool | None = Field(
         None, description="Extension. Default: true for completions, false for chats."
     )
     cache_salt: str | None = Field(
         None, min_length=1, max_length=256, description="Extension. Share cached prompts only under one salt."
     )
-    priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1, description="Extension. Higher goes first.")
+    priority: Priority | None = Field(None, description="Extension. Higher goes first.")
     timeout_s: Positive | None = Field(None, description="Extension. The request's deadline.")
     user: Any = Field(None, description="Requests of one user go to one gang where that costs nothing.")
     prompt_cache_key: Any = Field(None, description="As `user`, and before it.")
@@ -144,11 +130,12 @@ class GenerateBody(ParsedRequest):
 
     def without_bulk(self) -> Self:
         """A copy in which what may be as large as a body is empty or short: prompts and bad words, which are known as
-        tokens by then. It is still valid, and `session` still tells sessions apart."""
+        tokens by then, and what changes nothing. It is still valid, and `session` still tells sessions apart."""
         session = self.session
         if session is not None and len(session) > _MAX_SESSION_CHARS:
             session = blake2b(session.encode(), digest_size=16).hexdigest()
-        return self.model_copy(update={"bad_words": None, "user": None, "prompt_cache_key": session})
+        unread = dict.fromkeys((*ServiceFields.model_fields, "bad_words", "user"))
+        return self.model_copy(update={**unread, "prompt_cache_key": session})
 
     @field_validator("stop")
     @classmethod
@@ -204,13 +191,13 @@ class GenerateBody(ParsedRequest):
 class CompletionRequest(GenerateBody):
     """POST /v1/completions."""
 
-    OFF: ClassVar[Mapping[str, tuple[Any, ...]]] = {**GenerateBody.OFF, "prompt_embeds": (), "suffix": ("",)}
+    OFF: ClassVar[NotBuilt] = IN_COMPLETIONS
 
     prompt: Prompt = Field(
         description="A string, a list of strings, a list of token ids, or a list of lists of token ids."
     )
-    best_of: int | None = Field(
-        None, ge=1, le=128, description="Generate so many and tell the n of highest mean log-probability. Not streamed."
+    best_of: NumSequences | None = Field(
+        None, description="Generate so many and tell the n of highest mean log-probability. Not streamed."
     )
     echo: bool | None = Field(None, description="Begin the text, and log-probabilities, with the prompt.")
     logprobs: NumLogprobs | None = Field(None, description="Tell each token's, and those of so many likeliest.")
@@ -218,14 +205,13 @@ class CompletionRequest(GenerateBody):
     @field_validator("prompt")
     @classmethod
     def _check_prompt(cls, prompt: Any) -> Any:
-        if isinstance(prompt, str) or _is_token_list(prompt):
+        if isinstance(prompt, str) or _is_token_list(prompt := whole_items(prompt)):
             return prompt
-        if (
-            isinstance(prompt, list)
-            and prompt
-            and (all(isinstance(p, str) for p in prompt) or all(map(_is_token_list, prompt)))
-        ):
-            return prompt
+        if isinstance(prompt, list) and prompt:
+            if all(isinstance(p, str) for p in prompt):
+                return prompt
+            if all(map(_is_token_list, prompts := list(map(whole_items, prompt)))):
+                return prompts
         raise ValueError(
             "must be a string, a list of strings, a list of token ids, or a list of lists of token ids, none empty"
         )
@@ -276,37 +262,21 @@ class CompletionRequest(GenerateBody):
 class ChatCompletionRequest(GenerateBody):
     """POST /v1/chat/completions."""
 
-    OFF: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **GenerateBody.OFF,
-        "audio": (),
-        "best_of": (1,),
-        "chat_template": (),
-        "continue_final_message": (False,),
-        "documents": ([],),
-        "echo": (False,),
-        "function_call": ("none",),
-        "functions": ([],),
-        "include_reasoning": (True, False),
-        "modalities": (["text"],),
-        "moderation": (),
-        "prediction": (),
-        "reasoning_effort": ("none",),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
-        "verbosity": ("medium",),
-        "web_search_options": (),
-    }
-    HARMLESS: ClassVar[frozenset[str]] = GenerateBody.HARMLESS | {"parallel_tool_calls"}
+    OFF: ClassVar[NotBuilt] = IN_CHATS
 
     messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: AtLeast1 | None = Field(None, description="As `max_tokens`, and before it.")
     logprobs: bool | None = Field(None, description="Tell each token's log-probability.")
     top_logprobs: NumLogprobs | None = Field(None, description="And those of so many likeliest tokens.")
     add_generation_prompt: bool | None = Field(None, description="Extension. Default true.")
-    prompt_token_ids: list[int] | None = Field(
+    prompt_token_ids: Integers | None = Field(
         None, min_length=1, description="Extension. In place of what the messages would be rendered to."
     )
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Extension. Passed to the chat template.")
+    parallel_tool_calls: bool | None = Field(None, description=NO_CHANGE)
+    prediction: dict[str, Any] | None = Field(None, description=NO_CHANGE)
+    reasoning_effort: ServiceName | None = Field(None, description=NO_CHANGE)
+    verbosity: ServiceName | None = Field(None, description=NO_CHANGE)
 
     @field_validator("messages")
     @classmethod
@@ -325,7 +295,12 @@ class ChatCompletionRequest(GenerateBody):
 
     def without_bulk(self) -> Self:
         token_ids = None if self.prompt_token_ids is None else [0]
-        short = {"messages": [_EMPTY_MESSAGE], "prompt_token_ids": token_ids, "chat_template_kwargs": None}
+        short = {
+            "messages": [_EMPTY_MESSAGE],
+            "prompt_token_ids": token_ids,
+            "chat_template_kwargs": None,
+            "prediction": None,
+        }
         return super().without_bulk().model_copy(update=short)
 
     @property

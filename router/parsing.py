@@ -1,29 +1,28 @@
 """From a body's bytes to a checked request model, or to a RequestRejected that names the first wrong field.
 
 A field is honoured or refused; none is ignored in silence. `ParsedRequest` subclasses list valid fields that are not
-built: they are accepted at the values that ask for nothing, and so are fields that change nothing in an answer.
+built: they are accepted at the values that ask for nothing.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tensorweave.cluster.errors import RequestRejected
+from tensorweave.router.not_built import NotBuilt
 
 
 def tell_other_fields(schema: dict[str, Any], model: type[BaseModel]) -> None:
-    """A body's schema has the fields of `OFF` and `HARMLESS` too."""
+    """A body's schema has the fields of `OFF` too."""
     assert issubclass(model, ParsedRequest)
     for name, values in sorted(model.OFF.items()):
         told = {"description": "Not supported yet: accepted only so as to ask for nothing.", "enum": [*values, None]}
         schema["properties"][name] = told
-    for name in sorted(model.HARMLESS):
-        schema["properties"][name] = {"description": "Accepted; it changes nothing in the answer."}
 
 
 class Strict(BaseModel):
@@ -31,12 +30,11 @@ class Strict(BaseModel):
 
 
 class ParsedRequest(Strict):
-    """A body. `OFF`: fields by the values at which they are accepted, beside null. `HARMLESS`: at any value."""
+    """A body. `OFF`: fields by the values at which they are accepted, beside null."""
 
     model_config = ConfigDict(json_schema_extra=tell_other_fields)
 
-    OFF: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    HARMLESS: ClassVar[frozenset[str]] = frozenset()
+    OFF: ClassVar[NotBuilt] = {}
 
 
 RequestT = TypeVar("RequestT", bound=ParsedRequest)
@@ -56,8 +54,8 @@ def check_fields(model: type[RequestT], fields: dict[str, Any]) -> RequestT:
 
 
 def known_fields(model: type[ParsedRequest], body: bytes) -> dict[str, Any]:
-    """The fields of a body that a model checks. Raises RequestRejected for a body that is no JSON object, and for
-    fields that are neither known nor harmless."""
+    """The fields of a body that a model checks. Raises RequestRejected for a body that is no JSON object, for fields
+    that are unknown, and for those that are not built."""
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -71,7 +69,7 @@ def known_fields(model: type[ParsedRequest], body: bytes) -> dict[str, Any]:
         elif name in model.OFF:
             if value is not None and not _is_off(value, model.OFF[name]):
                 raise RequestRejected(f"{name} is not supported yet, except at its default", param=name)
-        elif name not in model.HARMLESS:
+        else:
             near = difflib.get_close_matches(name[:64], [*model.model_fields, *model.OFF], n=1, cutoff=0.6)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise RequestRejected(f"unknown field {name[:64]!r}{hint}", param=name[:64])

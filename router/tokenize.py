@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tensorweave.cluster.errors import RequestRejected
+from tensorweave.router.field_types import Integers
 from tensorweave.router.messages import ChatMessage, check_messages
+from tensorweave.router.not_built import NotBuilt
 from tensorweave.router.parsing import ParsedRequest, parse_request, tell_other_fields
 from tensorweave.router.served import Served, check_model
 from tensorweave.router.tokens import Tokenizer
@@ -28,7 +29,7 @@ class TokenizeRequest(ParsedRequest):
 
     model_config = ConfigDict(json_schema_extra=_tell_either)
 
-    OFF: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    OFF: ClassVar[NotBuilt] = {
         "chat_template": (),
         "continue_final_message": (False,),
         "tools": ([],),
@@ -58,7 +59,7 @@ class DetokenizeRequest(ParsedRequest):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Integers
 
 
 def tokenize(body: bytes, tokenizer: Tokenizer, served: Served) -> bytes:

@@ -28,6 +28,10 @@ CHAT_TEMPLATE = (
 
 @functools.cache
 def byte_level() -> Tokenizer:
+    return byte_level_with(CHAT_TEMPLATE)
+
+
+def byte_level_with(chat_template: str) -> Tokenizer:
     rust = RustTokenizer(models.BPE())
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     rust.decoder = decoders.ByteLevel()
@@ -40,7 +44,7 @@ def byte_level() -> Tokenizer:
     rust.train_from_iterator(CORPUS, trainer)
     rust.add_tokens(["<tool>", "naïve☃"])
     backend = PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    backend.chat_template = CHAT_TEMPLATE
+    backend.chat_template = chat_template
     return Tokenizer(backend)
 
 

@@ -1,0 +1,54 @@
+"""Fields of OpenAI's API and of other servers' extensions that are not built, and the values at which they ask for
+nothing: there, and at null, they are accepted, else refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+NotBuilt = Mapping[str, tuple[Any, ...]]
+
+IN_BOTH: Final[NotBuilt] = {
+    "allowed_token_ids": (),
+    "conversation_params": (),
+    "detokenize": (True,),
+    "early_stopping": (False,),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "lora_request": (),
+    "mm_processor_kwargs": ({},),
+    "prompt_ignore_length": (0,),
+    "response_format": ({"type": "text"},),
+    "return_context_logits": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "structured_outputs": (),
+    "thinking_token_budget": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+}
+
+IN_COMPLETIONS: Final[NotBuilt] = {**IN_BOTH, "prompt_embeds": (), "suffix": ("",)}
+
+IN_CHATS: Final[NotBuilt] = {
+    **IN_BOTH,
+    "audio": (),
+    "best_of": (1,),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "include_reasoning": (True, False),
+    "modalities": (["text"],),
+    "moderation": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "web_search_options": (),
+}
