@@ -22,7 +22,8 @@ class Answer(Protocol):
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> bytes: ...
 
-    def opening(self, num_choices: int, usage: Usage | None) -> bytes: ...
+    def opening(self, num_choices: int, prompt: Sequence[int], usage: Usage | None) -> bytes:
+        """What comes before all text; `usage` is that of the prompt alone."""
 
     def event(self, piece: Piece, usage: Usage | None) -> bytes: ...
 
@@ -75,7 +76,7 @@ class CompletionAnswer:
             return None
         return self._shapes.completion_logprobs([*piece.echoed, *piece.tokens], self._telling.num_logprobs)
 
-    def opening(self, num_choices: int, usage: Usage | None) -> bytes:
+    def opening(self, num_choices: int, prompt: Sequence[int], usage: Usage | None) -> bytes:
         return b""
 
     def event(self, piece: Piece, usage: Usage | None) -> bytes:
@@ -95,7 +96,8 @@ class CompletionAnswer:
 
 
 class ChatAnswer:
-    """Chunks: the role, then the text, then a chunk with the finish reason and the tokens that leave no text."""
+    """Chunks: the role, with the prompt's ids where they are asked for; then the text; then a chunk with the finish
+    reason and the tokens that leave no text."""
 
     def __init__(self, head: AnswerHead, telling: Telling, shapes: TokenShapes) -> None:
         self._head = head
@@ -121,24 +123,25 @@ class ChatAnswer:
             return None
         return self._shapes.chat_logprobs(piece.tokens, self._telling.num_logprobs)
 
-    def opening(self, num_choices: int, usage: Usage | None) -> bytes:
+    def opening(self, num_choices: int, prompt: Sequence[int], usage: Usage | None) -> bytes:
         delta = b'{"role":"assistant","content":"","refusal":null}'
         role = b'{"index":%d,"delta":' + delta + b',"logprobs":null,"finish_reason":null}'
-        return b"".join(self._head.event(role % index, usage) for index in range(num_choices))
+        ids = _rest({"prompt_token_ids": list(prompt)}) if self._telling.has_token_ids else b""
+        first, *others = [role % index for index in range(num_choices)]
+        return b"".join([self._head.event(first, usage, ids), *(self._head.event(role, usage) for role in others)])
 
     def event(self, piece: Piece, usage: Usage | None) -> bytes:
         beside = b"null" if self._telling.num_logprobs is None else orjson.dumps(self._logprobs(piece))
         ids = _rest(token_fields(piece, self._telling))
-        more = _rest(prompt_fields(piece, self._telling, self._shapes))
         text = b""
         if piece.text:
             choice = b'{"index":%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":null%b}'
-            text = self._head.event(choice % (piece.index, orjson.dumps(piece.text), beside, ids), usage, more)
-            beside, ids, more = b"null", b"", b""
+            text = self._head.event(choice % (piece.index, orjson.dumps(piece.text), beside, ids), usage)
+            beside, ids = b"null", b""
         if piece.finish_reason is None:
             return text
         choice = b'{"index":%d,"delta":{},"logprobs":%b%b%b}' % (piece.index, beside, _ending(piece), ids)
-        return text + self._head.event(choice, usage, more)
+        return text + self._head.event(choice, usage)
 
     def usage_event(self, usage: Usage) -> bytes:
         return self._head.event(b"", usage)

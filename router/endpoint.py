@@ -73,12 +73,16 @@ class Tally:
             raise RequestCancelled("the request was cancelled")
 
     def usage(self) -> Usage:
+        return self._usage(sum(self.num_tokens))
+
+    def prompt_usage(self) -> Usage:
+        """As it is before the answer's first token."""
+        return self._usage(0)
+
+    def _usage(self, num_tokens: int) -> Usage:
         """The sequences of one prompt share it: it counts once, and so does what was cached of it."""
-        return Usage.of(
-            prompt=sum(self._plan.prompt_lens),
-            completion=sum(self.num_tokens),
-            cached=sum(self._cached[:: self._plan.num_sequences]),
-        )
+        cached = sum(self._cached[:: self._plan.num_sequences])
+        return Usage.of(prompt=sum(self._plan.prompt_lens), completion=num_tokens, cached=cached)
 
 
 class GenerateEndpoint:
@@ -180,9 +184,12 @@ class GenerateEndpoint:
             piece = plan.choices[delta.index].add(delta)
             return b"" if piece is None else plan.answer.event(piece, running())
 
+        prompt = plan.jobs[0].request.prompt_token_ids
+        before = tally.prompt_usage() if plan.has_running_usage else None
+        opening = plan.answer.opening(len(plan.jobs), prompt, before)
         await asgi.start_events(send)
         try:
-            await asgi.send_event(send, plan.answer.opening(len(plan.jobs), running()) + event(first))
+            await asgi.send_event(send, opening + event(first))
             async for delta in deltas:
                 if news := event(delta):
                     async with asyncio.timeout(_MAX_STALL_S):

@@ -48,7 +48,9 @@ _EMPTY_MESSAGE: Final = ChatMessage(role="user", content="")
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = Field(None, description="Extension. Usage so far on every chunk.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="Extension. With `include_usage`: usage so far on every chunk."
+    )
     include_obfuscation: bool | None = Field(None, description="Accepted; chunks are never padded.")
 
 
@@ -121,7 +123,8 @@ class GenerateBody(ServiceFields):
 
     @property
     def has_running_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+        """As vLLM has it, only where usage is asked for at all."""
+        return self.includes_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     @property
     def num_sequences(self) -> int:

@@ -159,7 +159,7 @@ class ChatChunkChoice(Shape):
 
 
 class ChatChunk(Shape):
-    """As `CompletionChunk`."""
+    """As `CompletionChunk`. The first one has `prompt_token_ids`, where token ids are asked for."""
 
     id: str
     object: Literal["chat.completion.chunk"]

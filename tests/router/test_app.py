@@ -102,11 +102,38 @@ def test_completion_stream_has_no_usage_unless_asked() -> None:
 
 
 def test_running_usage() -> None:
+    """Nothing is generated yet where the role is told, of each sequence; at the end it is all."""
     options = {"include_usage": True, "continuous_usage_stats": True}
-    *chunks, _ = events_of(post(CHAT, chat(stream=True, stream_options=options), scripted()).text)
-    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
-    assert counts == sorted(counts)
-    assert counts[-1] == len(script_of(TEXT))
+    for n in (1, 2):
+        body = chat(stream=True, stream_options=options, n=n, seed=1)
+        *chunks, _ = events_of(post(CHAT, body, scripted(num_cached=1)).text)
+        usages = [chunk["usage"] for chunk in chunks]
+        counts = [usage["completion_tokens"] for usage in usages]
+        assert counts[: n + 1] == [0] * n + [1]
+        assert counts == sorted(counts)
+        assert counts[-1] == n * len(script_of(TEXT))
+        assert len({usage["prompt_tokens"] for usage in usages}) == 1
+        assert all(usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] for usage in usages)
+        assert usages[0]["prompt_tokens_details"]["cached_tokens"] == 1
+
+
+@pytest.mark.parametrize("include", [{}, {"include_usage": False}, {"include_usage": None}])
+@pytest.mark.parametrize(("path", "body"), [(CHAT, chat()), (COMPLETIONS, completion())])
+def test_running_usage_is_a_part_of_usage(path: str, body: dict[str, Any], include: dict[str, Any]) -> None:
+    options = {**include, "continuous_usage_stats": True}
+    *chunks, _ = events_of(post(path, body | {"stream": True, "stream_options": options}, scripted()).text)
+    assert not any("usage" in chunk for chunk in chunks)
+
+
+def test_a_chats_first_chunk_has_the_prompts_ids() -> None:
+    link = scripted()
+    *chunks, _ = events_of(post(CHAT, chat(stream=True, return_token_ids=True, n=2, seed=1), link).text)
+    assert chunks[0]["prompt_token_ids"] == list(link.requests[0].prompt_token_ids)
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert "token_ids" not in chunks[0]["choices"][0]
+    assert not any("prompt_token_ids" in chunk for chunk in chunks[1:])
+    ids = [token for chunk in chunks for c in chunk["choices"] if c["index"] == 0 for token in c.get("token_ids", ())]
+    assert ids == script_of(TEXT)
 
 
 def test_n_sequences_of_several_prompts() -> None:

@@ -199,7 +199,7 @@ def test_streamed_chat_logprobs_keep_step_with_the_text(stop: Any) -> None:
     whole = post(CHAT, chat(**fields), scripted()).json()["choices"][0]
     events = events_of(post(CHAT, chat(**fields, stream=True), scripted()).text)[:-1]
     assert all(ChatChunk.model_validate_json(json.dumps(event), strict=True) for event in events)
-    assert events[1]["prompt_token_ids"]
+    assert events[0]["prompt_token_ids"]
     choices = [event["choices"][0] for event in events]
     content = [token for choice in choices if choice["logprobs"] for token in choice["logprobs"]["content"]]
     assert content == whole["logprobs"]["content"]
