@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Self, get_args
 
-from pydantic import ValidationError, model_validator
+from pydantic import ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tensorweave.cluster.llm_args import Field, LlmArgs, StrictBaseModel
@@ -38,8 +38,11 @@ class ServeConfig(StrictBaseModel):
     model: str = Field(
         status="prototype", min_length=1, description="A Hugging Face model directory, a hub id, or a known short name."
     )
-    served_model_name: str | None = Field(
-        None, status="prototype", description="Name that clients use. Default: the last part of `model`."
+    served_model_name: str | list[str] | None = Field(
+        None,
+        status="prototype",
+        description="Name that clients use, or several: answers and metrics show the first. Default: the last part of "
+        "`model`.",
     )
     engine: dict[str, Any] = Field(
         default_factory=dict, status="prototype", description="LlmArgs that all pools share."
@@ -57,6 +60,19 @@ class ServeConfig(StrictBaseModel):
     @classmethod
     def _hint(cls, key: str) -> str:
         return f"; did you mean 'engine.{key}'?" if key in LlmArgs.model_fields else super()._hint(key)
+
+    @field_validator("served_model_name", mode="before")
+    @classmethod
+    def _check_names(cls, names: object) -> object:
+        if names is None or isinstance(names, str):
+            return names
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("must be a name or a list of names")
+        if not names or not all(names):
+            raise ValueError("a list of names has at least one, and none that is empty")
+        if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+            raise ValueError(f"{twice[0]!r} is in the list twice")
+        return names
 
     @model_validator(mode="before")
     @classmethod
@@ -114,9 +130,15 @@ class ServeConfig(StrictBaseModel):
                 )
 
     @property
+    def model_names(self) -> list[str]:
+        """What clients may call the model."""
+        names = self.served_model_name or Path(self.model).name or self.model
+        return [names] if isinstance(names, str) else list(names)
+
+    @property
     def model_name(self) -> str:
-        """What clients call the model."""
-        return self.served_model_name or Path(self.model).name or self.model
+        """What answers call the model."""
+        return self.model_names[0]
 
     @property
     def shared_args(self) -> LlmArgs:
@@ -124,9 +146,9 @@ class ServeConfig(StrictBaseModel):
         return next(iter(self.pools.values())).llm_args()
 
     def with_model(self, model: str) -> ServeConfig:
-        """The same service from the directory that `model` turned out to be; clients keep its name."""
+        """The same service from the directory that `model` turned out to be; clients keep its names."""
         pools = {name: pool.model_copy(update={"model": model}) for name, pool in self.pools.items()}
-        return self.model_copy(update={"model": model, "served_model_name": self.model_name, "pools": pools})
+        return self.model_copy(update={"model": model, "served_model_name": self.model_names, "pools": pools})
 
     def to_plain(self) -> dict[str, Any]:
         """JSON-ready data from which `from_plain` rebuilds the same configuration in another process."""

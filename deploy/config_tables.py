@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+import re
+from typing import Final, Self
 
 from pydantic import field_validator, model_validator
 
@@ -11,6 +12,8 @@ from tensorweave.cluster.protocol import Role
 from tensorweave.deploy.api_keys import digest_of, read_keys
 from tensorweave.router.admission import Limits
 from tensorweave.router.policy import PolicyName
+
+_ORIGIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@*]+")
 
 
 class PoolConfig(LlmArgs):
@@ -179,12 +182,34 @@ class SecurityConfig(StrictBaseModel):
     api_keys: list[str] = Field(
         default_factory=list,
         status="prototype",
-        description="Keys, one of which every route but /health and /ready then asks for as 'Authorization: Bearer'. "
-        "'sha256:' and the hex digest of a key stands for it; nothing else is kept.",
+        description="Keys, one of which every route but /health, /ready and /ping then asks for as 'Authorization: "
+        "Bearer'. 'sha256:' and the hex digest of a key stands for it; nothing else is kept.",
     )
     api_keys_file: str | None = Field(
         None, status="prototype", description="A file with more of them, one a line; read once, where it is named."
     )
+
+    cors_origins: list[str] = Field(
+        default_factory=list,
+        status="prototype",
+        description="Origins of web pages ('https://chat.example.org') whose scripts may call the service from a "
+        "browser; '*' for any. Default: none.",
+    )
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _take_one_origin(cls, origins: object) -> object:
+        return [origins] if isinstance(origins, str) else origins
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: list[str]) -> list[str]:
+        if "*" in origins and len(origins) > 1:
+            raise ValueError("'*' is any origin: it stands alone")
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin: scheme://host or scheme://host:port, without a path")
+        return [origin.lower() for origin in origins]
 
     @field_validator("api_keys")
     @classmethod

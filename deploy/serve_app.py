@@ -107,6 +107,8 @@ class Router:
             limits,
             accepts_phases=config.security.enable_disaggregated_params,
             key_digests=config.security.api_keys,
+            other_names=config.model_names[1:],
+            cors_origins=config.security.cors_origins,
         )
         # Serve answers with the id that a request came with, at both doors, and makes one up where there is none.
         return build_app(service, server_echoes_ids=True, made_up_ids=mark_made_up_ids())

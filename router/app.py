@@ -18,16 +18,19 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
-from tensorweave.cluster.errors import ModelNotFound, RequestCancelled, RequestRejected, TensorweaveError
+from tensorweave.cluster.errors import RequestCancelled, RequestRejected, TensorweaveError
 from tensorweave.router import asgi
 from tensorweave.router.body_tasks import DETOKENIZE, TOKENIZE, BodyTask
 from tensorweave.router.endpoint import GenerateEndpoint
+from tensorweave.router.front import with_front
 from tensorweave.router.health import check_health
 from tensorweave.router.keys import ApiKeys
 from tensorweave.router.metrics import RouterMetrics
 from tensorweave.router.openapi import openapi_document
 from tensorweave.router.prepare import plan_chat, plan_completion
+from tensorweave.router.served import check_name
 from tensorweave.router.service import RouterService
 
 logger = logging.getLogger(__name__)
@@ -44,9 +47,12 @@ class MethodNotAllowed(RequestRejected):
 
 
 class _App(FastAPI):
-    """FastAPI whose routes are bare ASGI; the document describes them all the same."""
+    """FastAPI whose routes are bare ASGI; the document describes them all the same.
 
-    def __init__(self, service: RouterService) -> None:
+    `front` goes around the outermost of its own middleware, which answers what no other code has caught.
+    """
+
+    def __init__(self, service: RouterService, front: Callable[[ASGIApp], ASGIApp]) -> None:
         super().__init__(
             title="tensorweave",
             version=service.version,
@@ -56,12 +62,16 @@ class _App(FastAPI):
             lifespan=_lifespan_of(service),
         )
         self._service = service
+        self._front = front
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return self._front(super().build_middleware_stack())
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
             has_keys = bool(self._service.key_digests)
-            name = self._service.model_name
-            self.openapi_schema = openapi_document(self.title, self.version, model_name=name, has_keys=has_keys)
+            names = self._service.names
+            self.openapi_schema = openapi_document(self.title, self.version, model_names=names, has_keys=has_keys)
         return self.openapi_schema
 
 
@@ -69,18 +79,24 @@ def build_app(service: RouterService, *, server_echoes_ids: bool = False, made_u
     """`server_echoes_ids` and `made_up_ids`: see `asgi.RequestIds`."""
     metrics = RouterMetrics(service.model_name, service.dispatcher)
     service.created_s = service.created_s or int(time.time())
-    app = _App(service)
+    front = functools.partial(
+        with_front,
+        cors_origins=service.cors_origins,
+        server_echoes_ids=server_echoes_ids,
+        made_up_ids=made_up_ids,
+    )
+    app = _App(service, front)
     for path, plan in (("/v1/completions", plan_completion), ("/v1/chat/completions", plan_chat)):
         app.router.routes.append(Route(path, GenerateEndpoint(path, plan, service, metrics), methods=["POST"]))
     for path, handler in _handlers(service, metrics).items():
-        app.router.routes.append(Route(path, handler, methods=["GET"]))
+        methods = ["GET", "POST"] if path == "/ping" else ["GET"]
+        app.router.routes.append(Route(path, handler, methods=methods))
     for task in (TOKENIZE, DETOKENIZE):
         app.router.routes.append(
             Route(f"/{task.name}", functools.partial(_answer_body, service, task), methods=["POST"])
         )
     if service.key_digests:
         app.add_middleware(ApiKeys, digests=service.key_digests)
-    app.add_middleware(asgi.RequestIds, server_echoes=server_echoes_ids, made_up=made_up_ids)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(TensorweaveError, _answer_error)
     app.add_exception_handler(asgi.ClientGone, _answer_nobody)
@@ -92,15 +108,12 @@ def _handlers(service: RouterService, metrics: RouterMetrics) -> dict[str, Handl
     """The small GET routes by path."""
 
     async def models(request: Request) -> Response:
-        return _json({"object": "list", "data": [_model_card(service)]})
+        return _json({"object": "list", "data": [_model_card(service, name) for name in service.names]})
 
     async def model(request: Request) -> Response:
         name = request.path_params["model_id"]
-        if name != service.model_name:
-            raise ModelNotFound(
-                f"the model {name[:256]!r} does not exist; this server has {service.model_name!r}", param="model"
-            )
-        return _json(_model_card(service))
+        check_name(service.names, name)
+        return _json(_model_card(service, name))
 
     async def health(request: Request) -> Response:
         report = await check_health(service.fleet, service.limits.heartbeat_limit_s)
@@ -109,6 +122,9 @@ def _handlers(service: RouterService, metrics: RouterMetrics) -> dict[str, Handl
     async def ready(request: Request) -> Response:
         await service.fleet.wait_ready(0.0)
         return _json({"status": "ready"})
+
+    async def load(request: Request) -> Response:
+        return _json({"server_load": service.dispatcher.num_running + service.dispatcher.num_waiting})
 
     async def version(request: Request) -> Response:
         return _json({"version": service.version})
@@ -120,7 +136,9 @@ def _handlers(service: RouterService, metrics: RouterMetrics) -> dict[str, Handl
         "/v1/models": models,
         "/v1/models/{model_id:path}": model,
         "/health": health,
+        "/ping": health,
         "/ready": ready,
+        "/load": load,
         "/version": version,
         "/metrics": prometheus,
     }
@@ -144,9 +162,9 @@ async def _answer_body(service: RouterService, task: BodyTask[bytes], request: R
     return Response(await service.bodies.run(task, body, await service.served()), media_type="application/json")
 
 
-def _model_card(service: RouterService) -> dict[str, Any]:
+def _model_card(service: RouterService, name: str) -> dict[str, Any]:
     card: dict[str, Any] = {
-        "id": service.model_name,
+        "id": name,
         "object": "model",
         "created": service.created_s,
         "owned_by": "tensorweave",
@@ -168,8 +186,11 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
-    """What Starlette itself refuses: an unknown route, or a known one by the wrong method."""
+    """What Starlette itself refuses: an unknown route, or a known one by the wrong method. OPTIONS asks for the right
+    ones."""
     assert isinstance(error, HTTPException)
+    if error.status_code == 405 and request.method == "OPTIONS":
+        return Response(status_code=204, headers=error.headers)
     where = f"{request.method} {request.url.path[:256]}"
     match error.status_code:
         case 404:

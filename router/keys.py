@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.router import asgi
 
-OPEN_PATHS: Final = frozenset({"/health", "/ready"})
+OPEN_PATHS: Final = frozenset({"/health", "/ready", "/ping"})
 
 
 class InvalidApiKey(RequestRejected):
@@ -31,7 +31,7 @@ class ApiKeys:
         self._digests = [bytes.fromhex(digest.removeprefix("sha256:")) for digest in digests]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._has_key(scope):
+        if scope["type"] != "http" or _is_open(scope) or self._has_key(scope):
             await self._app(scope, receive, send)
             return
         error = InvalidApiKey("this server needs an API key, as 'Authorization: Bearer KEY'; none of its own was given")
@@ -43,3 +43,8 @@ class ApiKeys:
         given = hashlib.sha256(key.strip()).digest()
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         return scheme.lower() == b"bearer" and any(matches)
+
+
+def _is_open(scope: Scope) -> bool:
+    """OPTIONS only tells a route's methods; browsers send no key with it."""
+    return scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"

@@ -14,6 +14,7 @@ from tensorweave.router.openai import ChatCompletionRequest, CompletionRequest
 from tensorweave.router.parsing import ParsedRequest
 from tensorweave.router.tokenize import DetokenizeRequest, TokenizeRequest
 
+_HEALTH: Final = "200 while a gang's step loop steps"
 _REF: Final = "#/components/schemas/{model}"
 _BEARER: Final = "ApiKey"
 _ERRORS: Final = {
@@ -29,13 +30,12 @@ _ERRORS: Final = {
     "503": "No gang can take the request now.",
 }
 _BODY_ERRORS: Final = ("400", "404", "413", "415", "500", "503")
-_EVENTS: Final = {"schema": {"type": "string", "description": "Server-sent events: one JSON chunk each, then [DONE]."}}
 _REQUESTS: Final = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
 
 Operation = dict[str, Any]
 
 
-def openapi_document(title: str, version: str, *, model_name: str, has_keys: bool) -> dict[str, Any]:
+def openapi_document(title: str, version: str, *, model_names: Sequence[str], has_keys: bool) -> dict[str, Any]:
     paths: dict[str, dict[str, Operation]] = {
         "/v1/completions": {
             "post": _post("Complete prompts", CompletionRequest, schemas.Completion, schemas.CompletionChunk)
@@ -43,12 +43,14 @@ def openapi_document(title: str, version: str, *, model_name: str, has_keys: boo
         "/v1/chat/completions": {
             "post": _post("Answer a conversation", ChatCompletionRequest, schemas.ChatCompletion, schemas.ChatChunk)
         },
-        "/v1/models": {"get": _get("The served model", schemas.ModelList)},
+        "/v1/models": {"get": _get("The served model, by each of its names", schemas.ModelList)},
         "/v1/models/{model_id}": {"get": _get("One model", schemas.ModelCard, parameter="model_id", errors=("404",))},
         "/tokenize": {"post": _post("Token ids of a prompt or a chat", TokenizeRequest, schemas.TokenizeAnswer)},
         "/detokenize": {"post": _post("The text of token ids", DetokenizeRequest, schemas.DetokenizeAnswer)},
-        "/health": {"get": _get("200 while a gang's step loop steps", schemas.Health, also=("503",))},
+        "/health": {"get": _get(_HEALTH, schemas.Health, also=("503",))},
+        "/ping": dict.fromkeys(("get", "post"), _get(_HEALTH, schemas.Health, also=("503",))),
         "/ready": {"get": _get("200 when requests can be taken", schemas.Ready, errors=("503",))},
+        "/load": {"get": _get("Sequences that run or wait in this router", schemas.Load)},
         "/version": {"get": _get("The server's version", schemas.Version)},
         "/metrics": {"get": _get("Prometheus metrics", None)},
     }
@@ -59,7 +61,7 @@ def openapi_document(title: str, version: str, *, model_name: str, has_keys: boo
         "components": {"schemas": _schemas()},
     }
     for request in _REQUESTS:
-        document["components"]["schemas"][request.__name__]["properties"]["model"]["enum"] = [model_name]
+        document["components"]["schemas"][request.__name__]["properties"]["model"]["enum"] = list(model_names)
     if has_keys:
         _require_key(document)
     return document
@@ -88,6 +90,7 @@ def _schemas() -> dict[str, Any]:
         schemas.DetokenizeAnswer,
         schemas.Health,
         schemas.Ready,
+        schemas.Load,
         schemas.Version,
         schemas.ErrorAnswer,
     )

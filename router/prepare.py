@@ -54,7 +54,7 @@ async def plan_completion(service: RouterService, body: bytes, client_id: str | 
     """`client_id`: the client's own name for the request; should it ask again under it, it gets the same answer."""
     read = await service.bodies.run(COMPLETION, body, await service.served())
     names = RequestNames(f"cmpl-{secrets.token_hex(16)}", client_id)
-    head = _head("text_completion", names, read.request)
+    head = _head("text_completion", service, names, read.request)
     return await _plan(
         service, read, CompletionAnswer(head, read.request.telling, TokenShapes(service.tokenizer)), names
     )
@@ -63,12 +63,13 @@ async def plan_completion(service: RouterService, body: bytes, client_id: str | 
 async def plan_chat(service: RouterService, body: bytes, client_id: str | None = None) -> Plan:
     read = await service.bodies.run(CHAT, body, await service.served())
     names = RequestNames(f"chatcmpl-{secrets.token_hex(16)}", client_id)
-    head = _head("chat.completion", names, read.request)
+    head = _head("chat.completion", service, names, read.request)
     return await _plan(service, read, ChatAnswer(head, read.request.telling, TokenShapes(service.tokenizer)), names)
 
 
-def _head(kind: str, names: RequestNames, request: AnyRequest) -> AnswerHead:
-    return AnswerHead(kind, names.answer_id, int(time.time()), request.model, includes_usage=request.includes_usage)
+def _head(kind: str, service: RouterService, names: RequestNames, request: AnyRequest) -> AnswerHead:
+    created_s, has_usage = int(time.time()), request.includes_usage
+    return AnswerHead(kind, names.answer_id, created_s, service.model_name, includes_usage=has_usage)
 
 
 async def _plan(service: RouterService, read: RequestBody, answer: Answer, names: RequestNames) -> Plan:

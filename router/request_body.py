@@ -20,7 +20,7 @@ from tensorweave.router.field_types import MAX_LOGPROBS
 from tensorweave.router.openai import DEFAULT_COMPLETION_TOKENS, ChatCompletionRequest, CompletionRequest
 from tensorweave.router.parsing import check_fields, parse_request
 from tensorweave.router.sampling import check_prompt, resolve_sampling
-from tensorweave.router.served import Served, check_model, check_text
+from tensorweave.router.served import Served, check_name, check_text
 from tensorweave.router.tokens import Tokenizer
 
 AnyRequest = CompletionRequest | ChatCompletionRequest
@@ -88,7 +88,7 @@ class RequestBody:
 def read_completion(body: bytes, tokenizer: Tokenizer, served: Served) -> RequestBody:
     """Raises RequestRejected."""
     request = parse_request(CompletionRequest, body)
-    check_model(served, request.model)
+    check_name(served.model_names, request.model)
     _check_count(served, request, len(request.prompts))
     prompts = [_completion_prompt(tokenizer, served, request, prompt) for prompt in request.prompts]
     return _checked(tokenizer, served, request, prompts)
@@ -97,7 +97,7 @@ def read_completion(body: bytes, tokenizer: Tokenizer, served: Served) -> Reques
 def read_chat(body: bytes, tokenizer: Tokenizer, served: Served) -> RequestBody:
     """Raises RequestRejected."""
     request = parse_request(ChatCompletionRequest, body)
-    check_model(served, request.model)
+    check_name(served.model_names, request.model)
     _check_count(served, request, 1)
     token_ids = request.prompt_token_ids
     if token_ids is None:

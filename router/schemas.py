@@ -204,6 +204,10 @@ class Ready(Shape):
     status: Literal["ready"]
 
 
+class Load(Shape):
+    server_load: int
+
+
 class Version(Shape):
     version: str
 

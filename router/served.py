@@ -29,9 +29,9 @@ class Served:
         return cls(names, ModelInfo.from_wire(info), max_sequences)
 
 
-def check_model(served: Served, name: str) -> None:
-    if name not in served.model_names:
-        known = ", ".join(map(repr, served.model_names))
+def check_name(model_names: Sequence[str], name: str) -> None:
+    if name not in model_names:
+        known = ", ".join(map(repr, model_names))
         raise ModelNotFound(f"the model {name[:256]!r} does not exist; this server has {known}", param="model")
 
 

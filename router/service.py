@@ -19,8 +19,10 @@ from tensorweave.router.tokens import Tokenizer
 class RouterService:
     """One served model. `info` is read from the gangs once and kept: it does not change while the service lives.
 
+    `model_name`: what answers call the model; `other_names`: by which clients may ask for it too.
     `accepts_phases`: clients may send a request's phases by hand, with tickets that name hosts to connect to.
     `key_digests`: of the API keys, one of which a client must have (`router/keys.py`); none: no key is asked for.
+    `cors_origins`: of web pages whose scripts may call the service (`router/front.py`); "*" for any.
     """
 
     model_name: str
@@ -32,6 +34,8 @@ class RouterService:
     created_s: int = 0
     accepts_phases: bool = False
     key_digests: Sequence[str] = ()
+    other_names: Sequence[str] = ()
+    cors_origins: Sequence[str] = ()
     _info: ModelInfo | None = None
     bodies: BodyPool = field(init=False)
 
@@ -40,7 +44,11 @@ class RouterService:
 
     async def served(self) -> Served:
         """What request bodies are checked against. Raises NotReady."""
-        return Served((self.model_name,), await self.info(), self.limits.max_sequences)
+        return Served(self.names, await self.info(), self.limits.max_sequences)
+
+    @property
+    def names(self) -> list[str]:
+        return [self.model_name, *self.other_names]
 
     @property
     def known_info(self) -> ModelInfo | None:

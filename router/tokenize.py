@@ -12,7 +12,7 @@ from tensorweave.router.field_types import Integers
 from tensorweave.router.messages import ChatMessage, check_messages
 from tensorweave.router.not_built import NotBuilt
 from tensorweave.router.parsing import ParsedRequest, parse_request, tell_other_fields
-from tensorweave.router.served import Served, check_model
+from tensorweave.router.served import Served, check_name
 from tensorweave.router.tokens import Tokenizer
 
 _MAX_ANSWER_BYTES: Final = 16 << 20
@@ -66,7 +66,7 @@ def tokenize(body: bytes, tokenizer: Tokenizer, served: Served) -> bytes:
     """The answer of /tokenize. Raises RequestRejected."""
     asked = parse_request(TokenizeRequest, body)
     if asked.model is not None:
-        check_model(served, asked.model)
+        check_name(served.model_names, asked.model)
     if asked.messages is None:
         assert asked.prompt is not None
         ids = tokenizer.encode(asked.prompt, add_special_tokens=asked.add_special_tokens is not False)
@@ -86,7 +86,7 @@ def detokenize(body: bytes, tokenizer: Tokenizer, served: Served) -> bytes:
     """The answer of /detokenize. Raises RequestRejected."""
     asked = parse_request(DetokenizeRequest, body)
     if asked.model is not None:
-        check_model(served, asked.model)
+        check_name(served.model_names, asked.model)
     vocab_size = served.info.vocab_size
     for token_id in asked.tokens:
         if not 0 <= token_id < vocab_size:

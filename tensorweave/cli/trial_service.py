@@ -57,7 +57,7 @@ def prepared_trial(path: Path, changes: Sequence[str], api_key: str | None) -> I
     with tempfile.TemporaryDirectory(prefix="tensorweave-trial-") as directory:
         if config.model == TINY_MODEL:
             model = write_tiny_model(Path(directory) / TINY_MODEL)
-            tiny = (f"model={json.dumps(str(model))}", f"served_model_name={json.dumps(config.model_name)}")
+            tiny = (f"model={json.dumps(str(model))}", f"served_model_name={json.dumps(config.model_names)}")
             changes = [*changes, *tiny]
         arguments = ["--config", str(path.resolve())]
         for change in changes:

@@ -116,9 +116,62 @@ def test_a_resolved_model_keeps_its_name(tmp_path: Path) -> None:
     assert config.shared_args.model == "/cache/long-name"
 
 
+def test_a_model_of_several_names(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: m\nserved_model_name: [first, second]")
+    config = load_config(path)
+    assert (config.model_name, config.model_names) == ("first", ["first", "second"])
+    assert config.with_model("/cache/m").model_names == ["first", "second"]
+    assert ServeConfig.from_plain(config.to_plain()) == config
+    assert load_config(path, ["served_model_name=[a, b]"]).model_names == ["a", "b"]
+    assert load_config(path, ["served_model_name=null"]).model_names == ["m"]
+
+
+@pytest.mark.parametrize(
+    ("written", "origins"),
+    [
+        ("'*'", ["*"]),
+        ("https://Chat.Example.org", ["https://chat.example.org"]),
+        ("[http://localhost:3000, 'http://[::1]:3000']", ["http://localhost:3000", "http://[::1]:3000"]),
+        ("[]", []),
+    ],
+)
+def test_origins_of_web_pages(tmp_path: Path, written: str, origins: list[str]) -> None:
+    config = load_config(write(tmp_path, f"model: m\nsecurity: {{cors_origins: {written}}}"))
+    assert config.security.cors_origins == origins
+    assert load_config(write(tmp_path, "model: m")).security.cors_origins == []
+    assert ServeConfig.from_plain(config.to_plain()) == config
+
+
 @pytest.mark.parametrize(
     ("text", "overrides", "expected"),
     [
+        (
+            "model: m\nserved_model_name: {a: 1}",
+            [],
+            "service.yaml:2: served_model_name = {'a': 1}: must be a name or a list of names",
+        ),
+        (
+            "model: m",
+            ["served_model_name=[]"],
+            "--set served_model_name=[]: served_model_name = []: a list of names has at least one, and none that is "
+            "empty",
+        ),
+        (
+            "model: m\nserved_model_name: [a, b, a]",
+            [],
+            "service.yaml:2: served_model_name = ['a', 'b', 'a']: 'a' is in the list twice",
+        ),
+        (
+            "model: m\nsecurity: {cors_origins: ['*', 'https://a']}",
+            [],
+            "service.yaml:2: security.cors_origins: '*' is any origin: it stands alone",
+        ),
+        (
+            "model: m\nsecurity: {cors_origins: 'https://a/'}",
+            [],
+            "service.yaml:2: security.cors_origins: 'https://a/' is no origin: scheme://host or scheme://host:port, "
+            "without a path",
+        ),
         (
             "model: m\nengin: {}",
             [],

@@ -4,6 +4,7 @@ and every start that must fail says why."""
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import signal
 import socket
@@ -31,6 +32,8 @@ from tests.e2e.service_process import (
 
 pytestmark = pytest.mark.timeout(600)
 
+PAGE = "https://chat.example.org"
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -40,7 +43,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def service(tmp_path: Path, model: Path) -> Iterator[tuple[ServiceProcess, int, int]]:
     config, port, proxy_port = write_config(tmp_path, model)
-    with running_service(config) as service:
+    overrides = ("served_model_name=[tiny, tiny-too]", f"security.cors_origins={PAGE}")
+    with running_service(config, *overrides) as service:
         yield service, port, proxy_port
 
 
@@ -52,12 +56,31 @@ def listener(port: int) -> int | None:
     return None
 
 
+def check_page(port: int) -> None:
+    """A script of a page of another origin may ask, and list the model's names."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    asks = {"Origin": PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    connection.request("OPTIONS", "/v1/chat/completions", headers=asks)
+    answer = connection.getresponse()
+    assert (answer.status, answer.getheader("access-control-allow-origin")) == (200, PAGE), answer.read()
+    answer.read()
+    connection.request("GET", "/v1/models/", headers={"Origin": PAGE})
+    answer = connection.getresponse()
+    assert answer.getheader("access-control-allow-origin") == PAGE
+    assert [card["id"] for card in json.loads(answer.read())["data"]] == ["tiny", "tiny-too"]
+    connection.request("HEAD", "/v1/models")
+    answer = connection.getresponse()
+    assert (answer.status, answer.read()) == (200, b"")
+    connection.close()
+
+
 def test_a_service_from_start_to_drain(service: tuple[ServiceProcess, int, int]) -> None:
     process, port, proxy_port = service
     family = process.descendants()
     for door in (port, proxy_port):
         assert num_generated(complete(door)) == 4
         assert request_ids(door, "trace-7") == ["trace-7"]
+        check_page(door)
 
     # A router that dies with a client connected comes back at the same port: its dead connections do not keep the port.
     kept = http.client.HTTPConnection("127.0.0.1", port, timeout=60)

@@ -211,11 +211,14 @@ def test_unknown_field_names_the_nearest() -> None:
         ("/v1/models/other", "GET", 404, "model_not_found"),
         (CHAT, "GET", 405, "method_not_allowed"),
         ("/health", "POST", 405, "method_not_allowed"),
-        ("/v1/chat/completions/", "POST", 404, "not_found"),
+        ("/v1/chat/completions/x", "POST", 404, "not_found"),
+        ("/v1/models/other/", "GET", 404, "model_not_found"),
+        ("/load", "POST", 405, "method_not_allowed"),
         ("/v1/chat/completions", "DELETE", 405, "method_not_allowed"),
         ("/tokenize", "GET", 405, "method_not_allowed"),
         ("/v1/embeddings", "POST", 404, "not_found"),
         ("/", "OPTIONS", 404, "not_found"),
+        ("//", "GET", 404, "not_found"),
     ],
 )
 def test_wrong_routes(path: str, method: str, status: int, code: str) -> None:

@@ -16,6 +16,7 @@ from tensorweave.router.schemas import (
     DetokenizeAnswer,
     ErrorAnswer,
     Health,
+    Load,
     ModelCard,
     ModelList,
     Ready,
@@ -74,7 +75,8 @@ def call_with_key(method: str, path: str, authorization: str | None, body: Any =
 ROUTES = [
     ("POST", COMPLETIONS, completion()), ("POST", CHAT, chat()), ("POST", "/tokenize", {"prompt": "a"}),
     ("POST", "/detokenize", {"tokens": [1]}), ("GET", "/v1/models", None), ("GET", f"/v1/models/{MODEL}", None),
-    ("GET", "/version", None), ("GET", "/metrics", None), ("GET", "/openapi.json", None), ("GET", "/nowhere", None),
+    ("GET", "/version", None), ("GET", "/load", None),
+    ("GET", "/metrics", None), ("GET", "/openapi.json", None), ("GET", "/nowhere", None),
 ]  # fmt: skip
 
 
@@ -88,7 +90,7 @@ def test_every_route_but_health_needs_a_key(method: str, path: str, body: Any) -
         assert answer.headers["www-authenticate"] == "Bearer"
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready"])
+@pytest.mark.parametrize("path", ["/health", "/health/", "/ready", "/ping"])
 def test_health_needs_none(path: str) -> None:
     assert call_with_key("GET", path, None).status_code == 200
 
@@ -128,7 +130,7 @@ def test_the_document_says_when_a_key_is_needed() -> None:
     assert document["components"]["securitySchemes"]["ApiKey"] == {"type": "http", "scheme": "bearer"}
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            is_open = path in ("/health", "/ready")
+            is_open = path in ("/health", "/ready", "/ping")
             assert ("401" in operation["responses"], operation.get("security")) == (
                 (False, []) if is_open else (True, None)
             )
@@ -139,6 +141,8 @@ def test_what_the_small_routes_answer_is_what_the_document_says() -> None:
         ("/v1/models", ModelList),
         (f"/v1/models/{MODEL}", ModelCard),
         ("/health", Health),
+        ("/ping", Health),
+        ("/load", Load),
         ("/ready", Ready),
         ("/version", Version),
     ):
