@@ -79,15 +79,18 @@ def check_errors(client: openai.OpenAI, model: str) -> None:
         ({"tools": [tool]}, openai.BadRequestError, "tools"),
         ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format"),
     ):
-        assert refusal(client, {"model": model, "messages": PARTS, **fields}, kind) == param
+        assert refusal(client, {"model": model, "messages": PARTS, **fields}, kind).param == param
+    (card,) = [card for card in client.models.list() if card.id == model]
+    long = [{"role": "user", "content": "no " * (3 * card.model_extra["max_model_len"])}]
+    error = refusal(client, {"model": model, "messages": long}, openai.BadRequestError)
+    assert (error.code, error.param) == ("context_length_exceeded", "messages")
 
 
-def refusal(client: openai.OpenAI, fields: dict[str, Any], kind: type[openai.APIStatusError]) -> str | None:
-    """The field that the error names."""
+def refusal(client: openai.OpenAI, fields: dict[str, Any], kind: type[openai.APIStatusError]) -> openai.APIStatusError:
     try:
         client.chat.completions.create(**fields)
     except kind as error:
-        return error.param
+        return error
     raise AssertionError(f"{sorted(fields)} was accepted")
 
 
@@ -96,7 +99,7 @@ def main() -> None:
     client = openai.OpenAI(
         base_url=f"{url}/v1", api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=0, timeout=120
     )
-    assert [card.id for card in client.models.list()] == [model]
+    assert model in [card.id for card in client.models.list()]
     check_completions(client, model)
     check_chats(client, model)
     check_errors(client, model)
