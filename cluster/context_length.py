@@ -10,12 +10,7 @@ from tensorweave.cluster.errors import ContextTooLong
 
 
 def context_exceeded(
-    max_seq_len: int,
-    num_prompt: int,
-    num_output: int | None = None,
-    *,
-    prompt_param: str = "prompt",
-    output_param: str = "max_tokens",
+    max_seq_len: int, num_prompt: int, num_output: int | None = None, *, prompt_param: str = "prompt"
 ) -> ContextTooLong:
     """For a prompt whose tokens were counted.
 
@@ -23,8 +18,8 @@ def context_exceeded(
         max_seq_len: Tokens of the model's context.
         num_prompt: Tokens of the prompt.
         num_output: Tokens that the request wants after it, if it says so.
-        prompt_param: The field that holds the prompt: `param` where the prompt leaves no room.
-        output_param: The field that says `num_output`: `param` where the prompt alone would do.
+        prompt_param: The field that holds the prompt. It is the error's `param` where the prompt leaves no room;
+            otherwise that is max_tokens.
     """
     if num_output is None and num_prompt > max_seq_len:
         return ContextTooLong(_resulted_in(max_seq_len, str(num_prompt), prompt_param), param=prompt_param)
@@ -33,7 +28,9 @@ def context_exceeded(
         f"{_limit(max_seq_len)} However, you requested {num_prompt + num_output} tokens ({num_prompt} in the {noun}, "
         f"{num_output} in the completion). Please reduce the length of the {noun} or completion."
     )
-    return ContextTooLong(message, param=output_param if num_prompt < max_seq_len else prompt_param)
+    if num_prompt >= max_seq_len:
+        return ContextTooLong(message, param=prompt_param)
+    return ContextTooLong(f"{message} max_tokens may be at most {max_seq_len - num_prompt}.", param="max_tokens")
 
 
 def context_exceeded_by_at_least(

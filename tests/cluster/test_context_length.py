@@ -19,9 +19,10 @@ def test_the_words_are_openais() -> None:
         "This model's maximum context length is 8192 tokens. However, your messages resulted in 9000 tokens. "
         "Please reduce the length of the messages."
     )
-    error = context_exceeded(8192, 8000, 1000, prompt_param="messages", output_param="max_completion_tokens")
-    assert error.param == "max_completion_tokens"
+    error = context_exceeded(8192, 8000, 1000, prompt_param="messages")
+    assert error.param == "max_tokens"
     assert "you requested 9000 tokens (8000 in the messages, 1000 in the completion)" in error.message
+    assert error.message.endswith("messages or completion. max_tokens may be at most 192.")
     error = context_exceeded_by_at_least(8192, 9000, prompt_param="prompt")
     assert error.param == "prompt"
     assert error.message == (

@@ -14,6 +14,7 @@ LIMIT = 512
 STARTS = f"This model's maximum context length is {LIMIT} tokens. However, "
 ASKS_FOR_100 = "you requested 700 tokens (600 in the {noun}, 100 in the completion)."
 CONTEXT_ONLY = {"disaggregated_params": {"request_type": "context_only"}}
+GENERATION_ONLY = {"disaggregated_params": {"request_type": "generation_only"}}
 TOO_LONG: list[tuple[str, dict[str, Any], str, str]] = [
     (COMPLETIONS, completion([5] * 600), "prompt", "your prompt resulted in 600 tokens."),
     (COMPLETIONS, completion([5] * 600, max_tokens=100), "prompt", ASKS_FOR_100.format(noun="prompt")),
@@ -27,6 +28,7 @@ TOO_LONG: list[tuple[str, dict[str, Any], str, str]] = [
         "you requested 513 tokens (512 in the prompt, 1 in the completion).",
     ),
     (COMPLETIONS, completion([5] * 600, **CONTEXT_ONLY), "prompt", "your prompt resulted in 600 tokens."),
+    (COMPLETIONS, completion([5] * 600, **GENERATION_ONLY), "prompt", "your prompt resulted in 600 tokens."),
     (CHAT, chat("x " * 3000), "messages", "your messages resulted in "),
     (CHAT, chat("x " * 3000, max_completion_tokens=100), "messages", "you requested "),
     (

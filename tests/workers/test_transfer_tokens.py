@@ -121,7 +121,7 @@ def test_a_replay_longer_than_a_step_without_chunking() -> None:
         assert (answer.tokens, answer.finish_reason) == (whole.tokens, "length")
         rows = gang.leader.get_latest_iteration_stats()
         assert max(row["inflightBatchingStats"]["numCtxTokens"] for row in rows) <= 64
-        with pytest.raises(RequestRejected, match="maximum context length is 64 tokens"):
+        with pytest.raises(RequestRejected, match="limit of 64 tokens"):
             gang.leader.enqueue_request(GenerateRequest("over", [*prompt, 1, 2, 3, 4, 5], sampling))
 
 
