@@ -5,27 +5,35 @@ A streamed chunk costs one JSON string and one concatenation; nothing is validat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 import orjson
 
 from tensorweave.router.choices import Piece, Telling
+from tensorweave.router.disaggregated import ContextPhase
+from tensorweave.router.pace import Pace
 from tensorweave.router.schemas import Usage
 from tensorweave.router.token_shapes import TokenShapes
+from tensorweave.router.whole_choice import LogprobsJson, WholeChoice, ending, prompt_fields
 
 DONE: Final = b"data: [DONE]\n\n"
 
 
 class Answer(Protocol):
-    """How one request is answered: as one body, from one joined piece a choice, or as events."""
+    """How one request is answered: as one body, from whole choices, or as events."""
 
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> bytes: ...
+    def choice(self) -> WholeChoice:
+        """One choice of a body, still empty."""
+
+    def whole(self, choices: Sequence[WholeChoice], usage: Usage, phase: ContextPhase | None = None) -> bytes:
+        """The body; `phase` where the request is the first phase of two, with one choice."""
 
     def opening(self, num_choices: int, prompt: Sequence[int], usage: Usage | None) -> bytes:
         """What comes before all text; `usage` is that of the prompt alone."""
 
-    def event(self, piece: Piece, usage: Usage | None) -> bytes: ...
+    async def event(self, piece: Piece, usage: Usage | None) -> bytes: ...
 
     def usage_event(self, usage: Usage) -> bytes: ...
 
@@ -34,17 +42,18 @@ class AnswerHead:
     """What all parts of one answer have in common: its fields, and the bytes around each chunk's choice."""
 
     def __init__(self, kind: str, answer_id: str, created: int, model: str, *, includes_usage: bool) -> None:
-        self._fields: dict[str, Any] = {"id": answer_id, "object": kind, "created": created, "model": model}
-        self._before = b"data: " + orjson.dumps({**self._fields, "object": chunk_kind(kind)})[:-1] + b',"choices":['
+        fields = {"id": answer_id, "object": kind, "created": created, "model": model}
+        self._before_whole = orjson.dumps(fields)[:-1] + b',"choices":['
+        self._before = b"data: " + orjson.dumps({**fields, "object": chunk_kind(kind)})[:-1] + b',"choices":['
         self._after = b',"usage":null}\n\n' if includes_usage else b"}\n\n"
 
-    def whole(self, choices: Sequence[dict[str, Any]], usage: Usage, more: dict[str, Any]) -> bytes:
-        return orjson.dumps({**self._fields, "choices": choices, "usage": usage.model_dump(), **more})
+    def whole(self, choices: Sequence[bytes], usage: Usage, more: bytes) -> bytes:
+        return b"".join([self._before_whole, b",".join(choices), b'],"usage":', _json_of(usage), more, b"}"])
 
     def event(self, choice: bytes, usage: Usage | None, more: bytes = b"") -> bytes:
         if usage is None:
             return self._before + choice + b"]" + more + self._after
-        return self._before + choice + b"]" + more + b',"usage":' + usage.model_dump_json().encode() + b"}\n\n"
+        return self._before + choice + b"]" + more + b',"usage":' + _json_of(usage) + b"}\n\n"
 
 
 def chunk_kind(kind: str) -> str:
@@ -57,38 +66,40 @@ class CompletionAnswer:
         self._telling = telling
         self._shapes = shapes
 
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> bytes:
-        return self._head.whole([self._whole_choice(piece) for piece in choices], usage, {})
+    def choice(self) -> WholeChoice:
+        return WholeChoice(self._telling, self._shapes, self._logprobs())
 
-    def _whole_choice(self, piece: Piece) -> dict[str, Any]:
-        return {
-            "index": piece.index,
-            "text": piece.text,
-            "logprobs": self._logprobs(piece),
-            "finish_reason": piece.finish_reason,
-            "stop_reason": piece.stop_reason,
-            **prompt_fields(piece, self._telling, self._shapes),
-            **token_fields(piece, self._telling),
-        }
-
-    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
-        if self._telling.num_logprobs is None:
+    def _logprobs(self) -> LogprobsJson | None:
+        if (num_top := self._telling.num_logprobs) is None:
             return None
-        return self._shapes.completion_logprobs([*piece.echoed, *piece.tokens], self._telling.num_logprobs)
+        return LogprobsJson(functools.partial(self._shapes.completion_logprobs, num_top=num_top))
+
+    def whole(self, choices: Sequence[WholeChoice], usage: Usage, phase: ContextPhase | None = None) -> bytes:
+        told = [
+            b'{"index":%d,"text":%b,"logprobs":%b%b%b%b%b}'
+            % (
+                index,
+                choice.text,
+                choice.logprobs,
+                choice.ending,
+                choice.prompt_fields,
+                choice.token_fields,
+                _phase_fields(phase),
+            )
+            for index, choice in enumerate(choices)
+        ]
+        return self._head.whole(told, usage, b"" if phase is None else _prompt_ids(phase.prompt))
 
     def opening(self, num_choices: int, prompt: Sequence[int], usage: Usage | None) -> bytes:
         return b""
 
-    def event(self, piece: Piece, usage: Usage | None) -> bytes:
-        logprobs = b"null" if self._telling.num_logprobs is None else orjson.dumps(self._logprobs(piece))
-        more = {**prompt_fields(piece, self._telling, self._shapes), **token_fields(piece, self._telling)}
-        choice = b'{"index":%d,"text":%b,"logprobs":%b%b%b}' % (
-            piece.index,
-            orjson.dumps(piece.text),
-            logprobs,
-            _ending(piece),
-            _rest(more),
-        )
+    async def event(self, piece: Piece, usage: Usage | None) -> bytes:
+        beside = await _written(self._logprobs(), piece)
+        more = _rest(token_fields(piece, self._telling))
+        if piece.prompt is not None:
+            more = await prompt_fields(piece.prompt, self._telling, self._shapes, Pace()) + more
+        text = orjson.dumps(piece.text)
+        choice = b'{"index":%d,"text":%b,"logprobs":%b%b%b}' % (piece.index, text, beside, ending(piece), more)
         return self._head.event(choice, usage)
 
     def usage_event(self, usage: Usage) -> bytes:
@@ -104,34 +115,34 @@ class ChatAnswer:
         self._telling = telling
         self._shapes = shapes
 
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> bytes:
-        about_prompt = prompt_fields(choices[0], self._telling, self._shapes)
-        return self._head.whole([self._whole_choice(piece) for piece in choices], usage, about_prompt)
+    def choice(self) -> WholeChoice:
+        return WholeChoice(self._telling, self._shapes, self._logprobs())
 
-    def _whole_choice(self, piece: Piece) -> dict[str, Any]:
-        return {
-            "index": piece.index,
-            "message": {"role": "assistant", "content": piece.text, "refusal": None},
-            "logprobs": self._logprobs(piece),
-            "finish_reason": piece.finish_reason,
-            "stop_reason": piece.stop_reason,
-            **token_fields(piece, self._telling),
-        }
-
-    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
-        if self._telling.num_logprobs is None:
+    def _logprobs(self) -> LogprobsJson | None:
+        if (num_top := self._telling.num_logprobs) is None:
             return None
-        return self._shapes.chat_logprobs(piece.tokens, self._telling.num_logprobs)
+        return LogprobsJson(functools.partial(self._shapes.chat_logprobs, num_top=num_top), b',"refusal":null')
+
+    def whole(self, choices: Sequence[WholeChoice], usage: Usage, phase: ContextPhase | None = None) -> bytes:
+        told = [
+            b'{"index":%d,"message":{"role":"assistant","content":%b,"refusal":null},"logprobs":%b%b%b%b}'
+            % (index, choice.text, choice.logprobs, choice.ending, choice.token_fields, _phase_fields(phase))
+            for index, choice in enumerate(choices)
+        ]
+        about_prompt = choices[0].prompt_fields
+        if phase is not None and not self._telling.has_token_ids:
+            about_prompt += _prompt_ids(phase.prompt)
+        return self._head.whole(told, usage, about_prompt)
 
     def opening(self, num_choices: int, prompt: Sequence[int], usage: Usage | None) -> bytes:
         delta = b'{"role":"assistant","content":"","refusal":null}'
         role = b'{"index":%d,"delta":' + delta + b',"logprobs":null,"finish_reason":null}'
-        ids = _rest({"prompt_token_ids": list(prompt)}) if self._telling.has_token_ids else b""
+        ids = _prompt_ids(prompt) if self._telling.has_token_ids else b""
         first, *others = [role % index for index in range(num_choices)]
         return b"".join([self._head.event(first, usage, ids), *(self._head.event(role, usage) for role in others)])
 
-    def event(self, piece: Piece, usage: Usage | None) -> bytes:
-        beside = b"null" if self._telling.num_logprobs is None else orjson.dumps(self._logprobs(piece))
+    async def event(self, piece: Piece, usage: Usage | None) -> bytes:
+        beside = await _written(self._logprobs(), piece)
         ids = _rest(token_fields(piece, self._telling))
         text = b""
         if piece.text:
@@ -140,31 +151,34 @@ class ChatAnswer:
             beside, ids = b"null", b""
         if piece.finish_reason is None:
             return text
-        choice = b'{"index":%d,"delta":{},"logprobs":%b%b%b}' % (piece.index, beside, _ending(piece), ids)
+        choice = b'{"index":%d,"delta":{},"logprobs":%b%b%b}' % (piece.index, beside, ending(piece), ids)
         return text + self._head.event(choice, usage)
 
     def usage_event(self, usage: Usage) -> bytes:
         return self._head.event(b"", usage)
 
 
+async def _written(logprobs: LogprobsJson | None, piece: Piece) -> bytes:
+    if logprobs is None:
+        return b"null"
+    await logprobs.add([*piece.echoed, *piece.tokens], Pace())
+    return logprobs.json()
+
+
 def token_fields(piece: Piece, telling: Telling) -> dict[str, Any]:
     return {"token_ids": [token.token_id for token in piece.tokens]} if telling.has_token_ids else {}
 
 
-def prompt_fields(piece: Piece, telling: Telling, shapes: TokenShapes) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    if piece.prompt is not None and telling.has_token_ids:
-        fields["prompt_token_ids"] = list(piece.prompt.token_ids)
-    if piece.prompt is not None and telling.num_prompt_logprobs is not None:
-        assert piece.prompt.logprobs is not None, "the first token came without the prompt's log-probabilities"
-        fields["prompt_logprobs"] = shapes.prompt_logprobs(piece.prompt.logprobs, telling.num_prompt_logprobs)
-    return fields
+def _phase_fields(phase: ContextPhase | None) -> bytes:
+    return b"" if phase is None else _rest(phase.choice_fields)
 
 
-def _ending(piece: Piece) -> bytes:
-    if piece.finish_reason is None:
-        return b',"finish_reason":null'
-    return b',"finish_reason":"%b","stop_reason":%b' % (piece.finish_reason.encode(), orjson.dumps(piece.stop_reason))
+def _prompt_ids(prompt: Sequence[int]) -> bytes:
+    return _rest({"prompt_token_ids": list(prompt)})
+
+
+def _json_of(usage: Usage) -> bytes:
+    return usage.model_dump_json().encode()
 
 
 def _rest(fields: dict[str, Any]) -> bytes:

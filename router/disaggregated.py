@@ -9,9 +9,9 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
-import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from tensorweave.cluster.errors import RequestRejected
@@ -105,22 +105,27 @@ def check_phase(request: Sequences, phase: DisaggregatedParams, num_prompts: int
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ContextPhase:
+    """What a context phase's answer carries for the generation phase: the prompt, and what it goes on with, unless the
+    request is over."""
+
+    prompt: Sequence[int]
+    params: DisaggregatedParams | None
+
+    @property
+    def choice_fields(self) -> dict[str, Any]:
+        return {_PARAM: None if self.params is None else self.params.model_dump(exclude_none=True)}
+
+
 def params_of(ticket: Ticket, first_tokens: Sequence[int], seed: int) -> DisaggregatedParams:
-    """What a context phase's answer carries."""
+    """What the generation phase must send."""
     return DisaggregatedParams(
         request_type="context_only",
         first_gen_tokens=list(first_tokens),
         ctx_request_id=int(ticket.ticket_id[:16], 16) >> (64 - _ID_BITS),
         encoded_opaque_state=base64.b64encode(OpaqueState(ticket, seed).pack()).decode(),
     )
-
-
-def with_params(answer: bytes, params: DisaggregatedParams | None, prompt: Sequence[int]) -> bytes:
-    """A whole answer of one choice, with what the generation phase must send."""
-    body: dict[str, Any] = orjson.loads(answer)
-    body["prompt_token_ids"] = list(prompt)
-    body["choices"][0]["disaggregated_params"] = None if params is None else params.model_dump(exclude_none=True)
-    return orjson.dumps(body)
 
 
 def _rejected(text: str, field: str) -> RequestRejected:

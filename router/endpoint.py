@@ -20,10 +20,10 @@ from tensorweave.cluster.errors import DeadlineExceeded, RequestCancelled, Tenso
 from tensorweave.cluster.protocol import FinishReason
 from tensorweave.router import asgi
 from tensorweave.router.answers import DONE
-from tensorweave.router.choices import Piece, join_pieces
-from tensorweave.router.disaggregated import params_of, with_params
+from tensorweave.router.disaggregated import ContextPhase, params_of
 from tensorweave.router.generation import TextDelta, generate_all, generate_first
 from tensorweave.router.metrics import RouterMetrics
+from tensorweave.router.pace import Pace
 from tensorweave.router.prepare import Plan
 from tensorweave.router.schemas import Usage
 from tensorweave.router.service import RouterService
@@ -141,12 +141,14 @@ class GenerateEndpoint:
 
     async def _deltas(self, plan: Plan, tally: Tally) -> AsyncGenerator[TextDelta, None]:
         """As they come, counted. Where only the prompt is to be told, the one token that is computed for it is not."""
+        pace = Pace()
         async with aclosing(generate_all(self._service.dispatcher, plan.jobs)) as deltas:
             async for delta in deltas:
                 if not plan.has_output:
                     delta = _without_output(delta)
                 tally.add(delta)
                 yield delta
+                await pace.give_way()
 
     async def _answer_context(self, plan: Plan, tally: Tally, send: Send) -> None:
         """The first token, and what the generation phase needs to go on from it."""
@@ -155,19 +157,20 @@ class GenerateEndpoint:
         tally.add(delta)
         piece = choice.add(delta)
         assert piece is not None, "a context phase's only delta has no finish reason"
+        whole = plan.answer.choice()
+        await whole.add(piece)
         params = None if ticket is None else params_of(ticket, delta.token_ids, job.request.sampling.seed)
-        answer = plan.answer.whole([piece], tally.usage())
-        await asgi.send_json(send, with_params(answer, params, job.request.prompt_token_ids))
+        phase = ContextPhase(job.request.prompt_token_ids, params)
+        await asgi.send_json(send, plan.answer.whole([whole], tally.usage(), phase))
 
     async def _answer_whole(
         self, plan: Plan, tally: Tally, deltas: AsyncGenerator[TextDelta, None], send: Send
     ) -> None:
-        pieces: list[list[Piece]] = [[] for _ in plan.jobs]
+        choices = [plan.answer.choice() for _ in plan.jobs]
         async for delta in deltas:
             if (piece := plan.choices[delta.index].add(delta)) is not None:
-                pieces[delta.index].append(piece)
-        told = [dataclasses.replace(join_pieces(pieces[place]), index=index) for index, place in enumerate(plan.best())]
-        await asgi.send_json(send, plan.answer.whole(told, tally.usage()))
+                await choices[delta.index].add(piece)
+        await asgi.send_json(send, plan.answer.whole([choices[place] for place in plan.best()], tally.usage()))
 
     async def _stream(
         self,
@@ -180,18 +183,18 @@ class GenerateEndpoint:
     ) -> None:
         running = tally.usage if plan.has_running_usage else lambda: None
 
-        def event(delta: TextDelta) -> bytes:
+        async def event(delta: TextDelta) -> bytes:
             piece = plan.choices[delta.index].add(delta)
-            return b"" if piece is None else plan.answer.event(piece, running())
+            return b"" if piece is None else await plan.answer.event(piece, running())
 
         prompt = plan.jobs[0].request.prompt_token_ids
         before = tally.prompt_usage() if plan.has_running_usage else None
         opening = plan.answer.opening(len(plan.jobs), prompt, before)
         await asgi.start_events(send)
         try:
-            await asgi.send_event(send, opening + event(first))
+            await asgi.send_event(send, opening + await event(first))
             async for delta in deltas:
-                if news := event(delta):
+                if news := await event(delta):
                     async with asyncio.timeout(_MAX_STALL_S):
                         await asgi.send_event(send, news)
             last = plan.answer.usage_event(tally.usage()) if plan.includes_usage else b""

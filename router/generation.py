@@ -142,8 +142,11 @@ async def generate_all(dispatcher: Dispatcher, jobs: Sequence[Job]) -> AsyncGene
         except Exception as error:  # the end of this task: handed to the reader below, which raises it
             merged.put_nowait(error)
 
-    tasks = [asyncio.create_task(pump(job)) for job in jobs]
+    tasks: list[asyncio.Task[None]] = []
     try:
+        for job in jobs:
+            tasks.append(asyncio.create_task(pump(job)))
+            await asyncio.sleep(0)  # a long prompt takes a millisecond to send, and there may be hundreds
         num_open = len(jobs)
         while num_open:
             item = await merged.get()

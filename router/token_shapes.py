@@ -20,7 +20,7 @@ class TokenShapes:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def completion_logprobs(self, tokens: Sequence[ToldToken], num_top: int) -> dict[str, Any]:
+    def completion_logprobs(self, tokens: Sequence[ToldToken], num_top: int) -> dict[str, list[Any]]:
         """The likeliest tokens are keys, so of two that read the same the likelier is told. The token itself is always
         among them."""
         return {
@@ -37,12 +37,12 @@ class TokenShapes:
             told.setdefault(self.text(logprob.token_id, "bytes:"), _number(logprob))
         return told
 
-    def chat_logprobs(self, tokens: Sequence[ToldToken], num_top: int) -> dict[str, Any]:
+    def chat_logprobs(self, tokens: Sequence[ToldToken], num_top: int) -> dict[str, list[Any]]:
         content = [
             {**self._chat_token(own), "top_logprobs": [self._chat_token(logprob) for logprob in top[:num_top]]}
             for own, *top in [token.logprobs for token in tokens]
         ]
-        return {"content": content, "refusal": None}
+        return {"content": content}
 
     def _chat_token(self, logprob: Logprob) -> dict[str, Any]:
         token_id = logprob.token_id
@@ -52,9 +52,9 @@ class TokenShapes:
             "bytes": list(self._tokenizer.token_bytes(token_id)),
         }
 
-    def prompt_logprobs(self, logprobs: Sequence[TokenLogprobs], num_top: int) -> list[dict[str, Any] | None]:
-        """One entry a prompt token: nothing for the first, then the token and so many likeliest, by id."""
-        return [None, *({str(p.token_id): self._ranked(p) for p in token[: num_top + 1]} for token in logprobs)]
+    def prompt_logprobs(self, logprobs: Sequence[TokenLogprobs], num_top: int) -> list[dict[str, Any]]:
+        """One entry a prompt token: itself and so many likeliest, by id."""
+        return [{str(p.token_id): self._ranked(p) for p in token[: num_top + 1]} for token in logprobs]
 
     def _ranked(self, logprob: Logprob) -> dict[str, Any]:
         text = self.text(logprob.token_id, "bytes:")
