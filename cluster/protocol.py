@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, get_args
 from tensorweave.cluster.errors import TensorweaveError, WireError, error_from_wire
 from tensorweave.cluster.fields import as_bytes, checked
 from tensorweave.cluster.kv_source import KvEndpoint, KvRoad, KvSource, Ticket
+from tensorweave.cluster.packed_logprobs import PackedLogprobs
 from tensorweave.cluster.retention import DEFAULT_RETENTION_PRIORITY, Retention, RetentionRange
 from tensorweave.cluster.sampling_spec import (
     Logprob,
@@ -50,7 +51,7 @@ __all__ = [
     "unpack_tokens",
 ]
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 
 FinishReason = Literal["stop", "length", "timeout", "cancelled", "not_finished"]
 Role = Literal["prefill", "decode", "both"]
@@ -176,15 +177,20 @@ class TokenChunk:
         """About the size on the wire of what is told beside the tokens."""
         if not (self.logprobs or self.prompt_logprobs or self.logits or self.context_logits):
             return 0
-        num_logprobs = sum(map(len, self.logprobs)) + sum(map(len, self.prompt_logprobs or ()))
-        return _LOGPROB_BYTES * num_logprobs + len(self.logits) + len(self.context_logits)
+        return _LOGPROB_BYTES * self.num_logprobs + len(self.logits) + len(self.context_logits)
+
+    @property
+    def num_logprobs(self) -> int:
+        prompt = self.prompt_logprobs
+        num_prompt = prompt.num_logprobs if isinstance(prompt, PackedLogprobs) else sum(map(len, prompt or ()))
+        return sum(map(len, self.logprobs)) + num_prompt
 
     def to_wire(self) -> list[Any]:
         error = None if self.error is None else self.error.to_wire()
         ends = [self.finish_reason, self.stop_reason]
         wire: list[Any] = [self.request_id, list(self.token_ids), *ends, self.num_cached_tokens, error, self.start]
         if self.logprobs or self.prompt_logprobs is not None or self.logits or self.context_logits:
-            prompt = None if self.prompt_logprobs is None else logprobs_to_wire(self.prompt_logprobs)
+            prompt = None if self.prompt_logprobs is None else PackedLogprobs.pack(self.prompt_logprobs).to_wire()
             wire += [logprobs_to_wire(self.logprobs), prompt, self.logits, self.context_logits]
         return wire
 
@@ -215,7 +221,7 @@ def _extras_from_wire(fields: Sequence[Any]) -> tuple[Any, ...]:
         raise WireError(f"malformed chunk: {problem}") from None
     return (
         logprobs_from_wire(logprobs),
-        None if prompt_logprobs is None else logprobs_from_wire(prompt_logprobs),
+        None if prompt_logprobs is None else PackedLogprobs.from_wire(prompt_logprobs),
         as_bytes(logits, "logits"),
         as_bytes(context_logits, "context_logits"),
     )

@@ -73,7 +73,7 @@ class Stream(Generic[_L]):
 
 
 def _weight(chunk: TokenChunk) -> int:
-    return len(chunk.token_ids) + sum(map(len, chunk.logprobs)) + sum(map(len, chunk.prompt_logprobs or ()))
+    return len(chunk.token_ids) + chunk.num_logprobs
 
 
 def family(request_id: str) -> str:
