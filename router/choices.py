@@ -7,12 +7,13 @@ been; those that leave no text (special tokens, the one that ended the sequence)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tensorweave.cluster.protocol import FinishReason, TokenLogprobs
-from tensorweave.router.pieces import Pieces, TextAssembler, assemble
+from tensorweave.router.echo import Echo
+from tensorweave.router.token_track import TokenTrack, ToldToken
 from tensorweave.router.tokens import Tokenizer
 
 if TYPE_CHECKING:
@@ -55,19 +56,16 @@ class Telling:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt of a request; `text` is what an echo repeats."""
+    """One prompt of a request; `echo` where it is to be repeated."""
 
     token_ids: Sequence[int]
-    text: str = ""
+    echo: Echo | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class ToldToken:
-    """`logprobs` is empty for a prompt's first token, and where none were asked for. `offset`: in the choice's text."""
-
-    token_id: int
-    logprobs: TokenLogprobs
-    offset: int
+    def left_context(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> Sequence[int]:
+        """What an answer's text goes on from: the prompt as it is told, or as it would be."""
+        if self.echo is not None:
+            return self.echo.context
+        return tokenizer.left_context(self.token_ids, skip_special_tokens=skip_special_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,21 +102,43 @@ def join_pieces(pieces: Sequence[Piece]) -> Piece:
 
 
 class ChoiceStream:
-    """Of one sequence. Feed it every delta; it answers with a piece whenever there is something to say."""
+    """Of one sequence. Feed it every delta; it answers with a piece whenever there is something to say.
+
+    Args:
+        index: The choice's place.
+        telling: What is told beside the text.
+        prompt: What the sequence follows.
+        tokenizer: Whose tokens they are.
+        context: As the sequence's detokenizer has it, and so are the rest.
+        skip_special_tokens: As above.
+        spaces_between_special_tokens: As above.
+    """
 
     def __init__(
-        self, index: int, telling: Telling, prompt: Prompt, tokenizer: Tokenizer, *, skip_special_tokens: bool = True
+        self,
+        index: int,
+        telling: Telling,
+        prompt: Prompt,
+        tokenizer: Tokenizer,
+        context: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
     ) -> None:
         self._index = index
         self._telling = telling
         self._prompt = prompt
-        self._tokenizer = tokenizer
-        self._skips_special = skip_special_tokens
+        self._echo = prompt.echo or Echo("")
         self._has_begun = False
-        self._num_chars = len(prompt.text) if telling.has_echo else 0
+        self._num_chars = len(self._echo.text)
         self._track: TokenTrack | None = None
         if telling.has_tokens:
-            self._track = TokenTrack(self._assembler(skips_special=skip_special_tokens), self._num_chars)
+            assembler = tokenizer.assembler(
+                context,
+                skip_special_tokens=skip_special_tokens,
+                spaces_between_special_tokens=spaces_between_special_tokens,
+            )
+            self._track = TokenTrack(tokenizer, assembler, self._num_chars, skip_special_tokens=skip_special_tokens)
         self._prompt_logprobs: Sequence[TokenLogprobs] | None = None
         self._sum_logprobs = 0.0
         self._num_tokens = 0
@@ -133,7 +153,7 @@ class ChoiceStream:
         if self._track is not None:
             self._track.add(delta.token_ids, delta.logprobs)
         begins = not self._has_begun
-        text = self._prompt.text + delta.text if begins and self._telling.has_echo else delta.text
+        text = self._echo.text + delta.text if begins else delta.text
         if not text and not is_last:
             return None
         self._has_begun = True
@@ -151,70 +171,9 @@ class ChoiceStream:
     def _with_prompt(self, piece: Piece) -> Piece:
         telling, ids, logprobs = self._telling, self._prompt.token_ids, self._prompt_logprobs
         echoed: Sequence[ToldToken] = ()
-        if telling.has_echo and telling.num_logprobs is not None:
+        if self._echo.offsets:
             assert logprobs is not None, "the first token came without the prompt's log-probabilities"
-            echoed = list(map(ToldToken, ids, [(), *logprobs], self._prompt_offsets()))
-        told = ToldPrompt(ids, logprobs) if telling.has_prompt else None
-        return dataclasses.replace(piece, echoed=echoed, prompt=told)
-
-    def _prompt_offsets(self) -> list[int]:
-        """Where each prompt token begins in the prompt's text. Which special tokens the text shows depends on how it
-        came to be; where neither way gives the text, the offsets are near."""
-        ids, text = self._prompt.token_ids, self._prompt.text
-        for skips_special in (self._skips_special, not self._skips_special):
-            offsets, whole = token_offsets(self._assembler(skips_special=skips_special), ids)
-            if whole == text:
-                break
-        return [min(offset, len(text)) for offset in offsets]
-
-    def _assembler(self, *, skips_special: bool) -> TextAssembler:
-        pieces: Pieces = self._tokenizer.pieces(skip_special_tokens=skips_special, spaces_between_special_tokens=True)
-        return assemble(pieces, self._tokenizer.special_ids if skips_special else frozenset())
-
-
-class TokenTrack:
-    """Where each token's text lies, and which tokens may be told."""
-
-    def __init__(self, assembler: TextAssembler, num_chars: int) -> None:
-        self._assembler = assembler
-        self._num_chars = num_chars
-        self._waiting: list[tuple[ToldToken, int | None]] = []
-        """With the end of its text; None for a token that ends within a character."""
-
-    def add(self, token_ids: Iterable[int], logprobs: Sequence[TokenLogprobs]) -> None:
-        for place, token_id in enumerate(token_ids):
-            start = self._num_chars
-            self._num_chars += len(self._assembler.add((token_id,)))
-            told = ToldToken(token_id, logprobs[place] if logprobs else (), start)
-            self._waiting.append((told, self._num_chars if self._assembler.is_whole else None))
-
-    def release(self, num_chars: int) -> list[ToldToken]:
-        """Those whose text lies within the first `num_chars` characters, each once."""
-        num_ready = 0
-        for place, (_, end) in enumerate(self._waiting, start=1):
-            if end is None:
-                continue
-            if end > num_chars:
-                break
-            num_ready = place
-        ready = [token for token, _ in self._waiting[:num_ready]]
-        del self._waiting[:num_ready]
-        return ready
-
-    def end(self, num_chars: int) -> list[ToldToken]:
-        """All that wait: no more text comes than `num_chars` characters."""
-        rest = [dataclasses.replace(token, offset=min(token.offset, num_chars)) for token, _ in self._waiting]
-        self._waiting.clear()
-        return rest
-
-
-def token_offsets(assembler: TextAssembler, token_ids: Sequence[int]) -> tuple[list[int], str]:
-    """Where each token's text begins, and the whole text."""
-    offsets: list[int] = []
-    parts: list[str] = []
-    num_chars = 0
-    for token_id in token_ids:
-        offsets.append(num_chars)
-        parts.append(assembler.add((token_id,)))
-        num_chars += len(parts[-1])
-    return offsets, "".join(parts) + assembler.finish()
+            echo = self._echo
+            echoed = list(map(ToldToken, ids, [(), *logprobs], echo.offsets, echo.owns, echo.begin_text))
+        told_prompt = ToldPrompt(ids, logprobs) if telling.has_prompt else None
+        return dataclasses.replace(piece, echoed=echoed, prompt=told_prompt)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tensorweave.router.pieces import assemble
 from tensorweave.router.tokens import Tokenizer
 
 
@@ -64,6 +63,7 @@ class IncrementalDetokenizer:
 
     Args:
         tokenizer: Whose tokens they are.
+        context: The prompt's `Tokenizer.left_context`: the text goes on from it, with its space or its character.
         skip_special_tokens: Special tokens leave no text.
         spaces_between_special_tokens: Passed to tokenizers without a Rust backend, which alone know it.
         stop: Stop strings; the first to be complete ends the text, and `stop_reason` names it.
@@ -74,6 +74,7 @@ class IncrementalDetokenizer:
     def __init__(
         self,
         tokenizer: Tokenizer,
+        context: Sequence[int] = (),
         *,
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
@@ -81,10 +82,11 @@ class IncrementalDetokenizer:
         include_stop_str_in_output: bool = False,
         min_tokens: int = 0,
     ) -> None:
-        pieces = tokenizer.pieces(
-            skip_special_tokens=skip_special_tokens, spaces_between_special_tokens=spaces_between_special_tokens
+        self._text = tokenizer.assembler(
+            context,
+            skip_special_tokens=skip_special_tokens,
+            spaces_between_special_tokens=spaces_between_special_tokens,
         )
-        self._text = assemble(pieces, tokenizer.special_ids if skip_special_tokens else frozenset())
         self._stops = StopStrings(stop, is_included=include_stop_str_in_output)
         self._keeps_stop = include_stop_str_in_output
         self._free_tokens = min_tokens if stop else 0

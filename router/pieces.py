@@ -1,34 +1,30 @@
-"""Text from token ids, a few ids at a time, without ever splitting a character.
+"""What each token of a vocabulary adds to a text, by the tokenizer's decoder; `router/assembly.py` makes text of it.
 
-Three ways, by the tokenizer's decoder: byte-level BPE (one UTF-8 byte stream), SentencePiece-like byte fallback (pieces
-of text between runs of single bytes), and, for any other, re-decoding of a short window. The first two cost O(1) a
-token.
+Three kinds: byte-level BPE (one UTF-8 byte stream), SentencePiece-like byte fallback (pieces of text between runs of
+single bytes), and any other, of which only the decode of a list of ids is known. Each kind knows its left context: the
+last few ids of a prompt, after which an answer reads as it would after the whole prompt.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Sequence, Set
+from typing import Any, Final
 
 import tokenizers
 
 REPLACEMENT: Final = "\ufffd"
-_MAX_WINDOW_HOLD: Final = 8  # tokens: a character takes at most four byte tokens, so a longer hold is a real U+FFFD
+_MAX_PENDING_BYTES: Final = 3  # of a UTF-8 character that is not complete
+_WINDOW_CONTEXT: Final = 16  # tokens: a character in parts, and enough before it for any decoder
 
 
-class TextAssembler(Protocol):
-    """`add` returns the text that the new ids complete; `finish` whatever was still incomplete."""
-
-    @property
-    def is_whole(self) -> bool:
-        """Nothing waits for more ids."""
-
-    def add(self, token_ids: Iterable[int]) -> str: ...
-
-    def finish(self) -> str: ...
+def decode_utf8(raw: bytes) -> str | None:
+    """The text of `raw`, or None where it is no whole characters."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -39,6 +35,16 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF: Final = _byte_level_alphabet()
+
+
+def _named_byte(token: str) -> int | None:
+    """The byte that byte fallback spells `<0xE4>`."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        try:
+            return int(token[3:5], 16)
+        except ValueError:
+            return None
+    return None
 
 
 class ByteLevelPieces:
@@ -58,6 +64,21 @@ class ByteLevelPieces:
                 piece = token.encode()
             self._bytes[token_id] = piece
         return piece
+
+    def token_bytes(self, token_id: int, *, begins_text: bool) -> bytes:
+        return self[token_id]
+
+    def left_context(self, token_ids: Sequence[int], hidden: Set[int]) -> Sequence[int]:
+        """The last ids, as many as a character that they leave incomplete may take."""
+        context: list[int] = []
+        num_bytes = 0
+        for token_id in reversed(token_ids):
+            if num_bytes >= _MAX_PENDING_BYTES:
+                break
+            if token_id not in hidden and (piece := self[token_id]):
+                context.append(token_id)
+                num_bytes += len(piece)
+        return context[::-1]
 
 
 class ByteFallbackPieces:
@@ -82,19 +103,102 @@ class ByteFallbackPieces:
     def _read(self, token: str | None) -> str | int | None:
         if token is None:
             return None
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            try:
-                return int(token[3:5], 16)
-            except ValueError:
-                pass
+        if (byte := _named_byte(token)) is not None:
+            return byte
         return token if self._space is None else token.replace(self._space, " ")
 
+    def token_bytes(self, token_id: int, *, begins_text: bool) -> bytes:
+        piece = self[token_id]
+        if isinstance(piece, int):
+            return bytes([piece])
+        piece = piece or ""
+        num_lost = min(self.strip_left, len(piece) - len(piece.lstrip(" "))) if begins_text else 0
+        return piece[num_lost:].encode()
 
-@dataclass(frozen=True, slots=True)
+    def left_context(self, token_ids: Sequence[int], hidden: Set[int]) -> Sequence[int]:
+        """What is left of the last run of bytes, and as much before it as settles which spaces the text loses."""
+        texts: list[int] = []
+        run: list[tuple[int, int]] = []
+        for token_id in reversed(token_ids):
+            piece = None if token_id in hidden else self[token_id]
+            if isinstance(piece, int):
+                if texts:
+                    texts.append(token_id)  # any byte will do: there is text before those spaces
+                    break
+                run.append((token_id, piece))
+            elif piece:
+                texts.append(token_id)
+                if piece.strip(" ") or len(texts) > self.strip_left:
+                    break
+        return [*texts[::-1], *_rest_of_run(run[::-1])]
+
+
+def _rest_of_run(run: Sequence[tuple[int, int]]) -> list[int]:
+    """Of a run of byte tokens, the ids that leave an assembler as the whole run does: the last character and what
+    follows it, or the first malformed bytes."""
+    raw = bytes([byte for _, byte in run])
+    try:
+        _, start = codecs.utf_8_decode(raw, "strict", False)
+        end = len(raw)
+    except UnicodeDecodeError as error:
+        return [token_id for token_id, _ in run[error.start : error.end + 1]]
+    while start > 0:
+        start -= 1
+        if raw[start] & 0xC0 != 0x80:
+            break
+    return [token_id for token_id, _ in run[start:end]]
+
+
 class WindowedPieces:
-    """Any other tokenizer: only its own decode of a list of ids is known."""
+    """Any other tokenizer: only its own decode of a list of ids is known.
 
-    decode: Callable[[Sequence[int]], str]
+    Args:
+        decode: The text of a list of ids, special tokens included.
+        knows: Whether the tokenizer has such an id at all.
+        spelling: How its vocabulary spells a token.
+        some_text: The ids of any text, to read a token behind.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        knows: Callable[[int], bool],
+        spelling: Callable[[int], str],
+        some_text: Sequence[int],
+    ) -> None:
+        self.decode = decode
+        self.knows = knows
+        self._spelling = spelling
+        self._some_text = list(some_text)
+        self._bytes: dict[tuple[int, bool], bytes] = {}
+
+    def token_bytes(self, token_id: int, *, begins_text: bool) -> bytes:
+        raw = self._bytes.get((token_id, begins_text))
+        if raw is None:
+            raw = self._bytes[token_id, begins_text] = self._read(token_id, [] if begins_text else self._some_text)
+        return raw
+
+    def _read(self, token_id: int, before: Sequence[int]) -> bytes:
+        if not self.knows(token_id):
+            return b""
+        text = self.decode([*before, token_id])[len(self.decode(before)) :]
+        if REPLACEMENT not in text:
+            return text.encode()
+        spelled = self._spelling(token_id)
+        if (byte := _named_byte(spelled)) is not None:
+            return bytes([byte])
+        if all(char in _BYTE_OF for char in spelled):
+            return bytes([_BYTE_OF[char] for char in spelled])
+        return text.encode()
+
+    def left_context(self, token_ids: Sequence[int], hidden: Set[int]) -> Sequence[int]:
+        context: list[int] = []
+        for token_id in reversed(token_ids):
+            if len(context) == _WINDOW_CONTEXT:
+                break
+            if token_id not in hidden and self.knows(token_id):
+                context.append(token_id)
+        return context[::-1]
 
 
 Pieces = ByteLevelPieces | ByteFallbackPieces | WindowedPieces
@@ -124,132 +228,3 @@ def read_pieces(backend: tokenizers.Tokenizer) -> ByteLevelPieces | ByteFallback
         case _:
             return None
     return ByteFallbackPieces(backend, space=space, strip_left=strip_left)
-
-
-class ByteLevelText:
-    """One stream of bytes; malformed parts become U+FFFD as in the Unicode standard's maximal-subpart practice."""
-
-    def __init__(self, pieces: ByteLevelPieces, skipped: frozenset[int]) -> None:
-        self._pieces = pieces
-        self._skipped = skipped
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    @property
-    def is_whole(self) -> bool:
-        return not self._utf8.getstate()[0]
-
-    def add(self, token_ids: Iterable[int]) -> str:
-        pieces, skipped = self._pieces, self._skipped
-        return self._utf8.decode(b"".join([pieces[token] for token in token_ids if token not in skipped]))
-
-    def finish(self) -> str:
-        return self._utf8.decode(b"", final=True)
-
-
-class ByteFallbackText:
-    """Text pieces between runs of bytes.
-
-    A run's characters are released as they complete; from its first malformed byte on, each byte becomes a U+FFFD.
-    """
-
-    def __init__(self, pieces: ByteFallbackPieces, skipped: frozenset[int]) -> None:
-        self._pieces = pieces
-        self._skipped = skipped
-        self._to_strip = pieces.strip_left
-        self._run = bytearray()
-        self._is_malformed = False
-
-    @property
-    def is_whole(self) -> bool:
-        return not self._run
-
-    def add(self, token_ids: Iterable[int]) -> str:
-        out: list[str] = []
-        for token in token_ids:
-            if token in self._skipped:
-                continue
-            piece = self._pieces[token]
-            if isinstance(piece, int):
-                out.append(self._add_byte(piece))
-            elif piece is not None:
-                out.append(self._end_run())
-                out.append(piece)
-        return self._strip("".join(out))
-
-    def finish(self) -> str:
-        return self._strip(self._end_run())
-
-    def _add_byte(self, byte: int) -> str:
-        if self._is_malformed:
-            return REPLACEMENT
-        self._run.append(byte)
-        try:
-            text, used = codecs.utf_8_decode(self._run, "strict", False)
-        except UnicodeDecodeError:
-            self._is_malformed = True
-            text, used = REPLACEMENT * len(self._run), len(self._run)
-        del self._run[:used]
-        return text
-
-    def _end_run(self) -> str:
-        text = REPLACEMENT * len(self._run)
-        self._run.clear()
-        self._is_malformed = False
-        return text
-
-    def _strip(self, text: str) -> str:
-        while self._to_strip and text:
-            if text[0] != " ":
-                self._to_strip = 0
-                break
-            text = text[1:]
-            self._to_strip -= 1
-        return text
-
-
-class WindowedText:
-    """Decodes the last few tokens with and without the new ones, and takes the difference.
-
-    ids: [ context | pending ]; `_context_text` is the decoded context. Text that ends in U+FFFD waits for more.
-    """
-
-    def __init__(self, pieces: WindowedPieces, skipped: frozenset[int]) -> None:
-        self._decode = pieces.decode
-        self._skipped = skipped
-        self._ids: list[int] = []
-        self._num_context = 0
-        self._context_text = ""
-
-    @property
-    def is_whole(self) -> bool:
-        return len(self._ids) == self._num_context
-
-    def add(self, token_ids: Iterable[int]) -> str:
-        self._ids.extend([token for token in token_ids if token not in self._skipped])
-        if len(self._ids) == self._num_context:
-            return ""
-        text = self._decode(self._ids)
-        is_held = text.endswith(REPLACEMENT) and len(self._ids) - self._num_context <= _MAX_WINDOW_HOLD
-        return "" if is_held else self._release(text)
-
-    def finish(self) -> str:
-        return self._release(self._decode(self._ids)) if len(self._ids) > self._num_context else ""
-
-    def _release(self, text: str) -> str:
-        new = text[len(self._context_text) :]
-        if new:
-            del self._ids[: self._num_context]
-            self._num_context = len(self._ids)
-            self._context_text = self._decode(self._ids)
-        return new
-
-
-def assemble(pieces: Pieces, skipped: frozenset[int]) -> TextAssembler:
-    """A fresh assembler for one sequence; `skipped` ids leave no text."""
-    match pieces:
-        case ByteLevelPieces():
-            return ByteLevelText(pieces, skipped)
-        case ByteFallbackPieces():
-            return ByteFallbackText(pieces, skipped)
-        case WindowedPieces():
-            return WindowedText(pieces, skipped)

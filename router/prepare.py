@@ -87,6 +87,8 @@ async def _plan(service: RouterService, read: RequestBody, answer: Answer, names
     choices: list[ChoiceStream] = []
     for prompt in prompts:
         spec = read.resolve_sampling(prompt, info, names.draw_seed)
+        skips_special = request.skip_special_tokens is not False
+        context = prompt.left_context(service.tokenizer, skip_special_tokens=skips_special)
         for i in range(request.num_sequences):
             own = spec if spec.is_greedy or request.num_sequences == 1 else replace(spec, seed=nth_seed(spec.seed, i))
             choices.append(
@@ -95,10 +97,12 @@ async def _plan(service: RouterService, read: RequestBody, answer: Answer, names
                     telling,
                     prompt,
                     service.tokenizer,
-                    skip_special_tokens=request.skip_special_tokens is not False,
+                    context,
+                    skip_special_tokens=skips_special,
+                    spaces_between_special_tokens=request.spaces_between_special_tokens is not False,
                 )
             )
-            jobs.append(_job(service, info, request, names, len(jobs), prompt.token_ids, own))
+            jobs.append(_job(service, info, request, names, len(jobs), prompt.token_ids, context, own))
             await asyncio.sleep(0)
     return Plan(
         jobs=jobs,
@@ -122,6 +126,7 @@ def _job(
     names: RequestNames,
     index: int,
     prompt: Sequence[int],
+    context: Sequence[int],
     spec: SamplingSpec,
 ) -> Job:
     limits = service.limits
@@ -130,6 +135,7 @@ def _job(
     )
     detokenizer = IncrementalDetokenizer(
         service.tokenizer,
+        context,
         skip_special_tokens=request.skip_special_tokens is not False,
         spaces_between_special_tokens=request.spaces_between_special_tokens is not False,
         stop=request.stop_strings,

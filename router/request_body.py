@@ -16,6 +16,7 @@ import orjson
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.protocol import ModelInfo, SamplingSpec
 from tensorweave.router.choices import Prompt
+from tensorweave.router.echo import Echo, EchoRequest, read_echo
 from tensorweave.router.field_types import MAX_LOGPROBS
 from tensorweave.router.openai import DEFAULT_COMPLETION_TOKENS, ChatCompletionRequest, CompletionRequest
 from tensorweave.router.parsing import check_fields, parse_request
@@ -71,7 +72,10 @@ class RequestBody:
     def pack(self) -> list[Any]:
         """As msgpack fields, without what prompts and bad words were made from: that may be the whole body."""
         fields = self.request.without_bulk().model_dump_json(exclude_unset=True).encode()
-        prompts = [[array.array(_TOKENS, prompt.token_ids).tobytes(), prompt.text] for prompt in self.prompts]
+        prompts = [
+            [array.array(_TOKENS, prompt.token_ids).tobytes(), prompt.echo and prompt.echo.pack()]
+            for prompt in self.prompts
+        ]
         return [isinstance(self.request, ChatCompletionRequest), fields, prompts, self.bad_token_ids]
 
     @classmethod
@@ -80,7 +84,10 @@ class RequestBody:
         known: dict[str, Any] = orjson.loads(fields)
         return cls(
             check_fields(ChatCompletionRequest, known) if is_chat else check_fields(CompletionRequest, known),
-            [Prompt(array.array(_TOKENS, token_ids).tolist(), text) for token_ids, text in prompts],
+            [
+                Prompt(array.array(_TOKENS, token_ids).tolist(), echo and Echo.unpack(echo))
+                for token_ids, echo in prompts
+            ],
             bad_token_ids,
         )
 
@@ -113,18 +120,21 @@ def read_chat(body: bytes, tokenizer: Tokenizer, served: Served) -> RequestBody:
 def _completion_prompt(
     tokenizer: Tokenizer, served: Served, request: CompletionRequest, prompt: str | list[int]
 ) -> Prompt:
-    """A text is echoed as it came, unless it is cut."""
-    token_ids = prompt
+    token_ids, add_special_tokens = prompt, request.add_special_tokens is not False
     if isinstance(token_ids, str):
-        add_special_tokens = request.add_special_tokens is not False
         token_ids = _encode(token_ids, tokenizer, served, request, add_special_tokens=add_special_tokens)
     cut = _cut(token_ids, request.truncate_prompt_tokens)
     if not request.echo:
         return Prompt(cut)
-    if isinstance(prompt, str) and len(cut) == len(token_ids):
-        return Prompt(cut, prompt)
     check_prompt(cut, served.info)
-    return Prompt(cut, tokenizer.decode(cut, skip_special_tokens=request.skip_special_tokens is not False))
+    echo = EchoRequest(
+        cut,
+        prompt if isinstance(prompt, str) and len(cut) == len(token_ids) else None,
+        num_added=tokenizer.num_added_tokens if add_special_tokens else (0, 0),
+        has_tokens=request.telling.num_logprobs is not None,
+        is_all=not request.telling.has_output,
+    )
+    return Prompt(cut, read_echo(tokenizer, echo))
 
 
 def _encode(

@@ -17,6 +17,7 @@ import tokenizers
 from jinja2.exceptions import TemplateError
 
 from tensorweave.cluster.errors import RequestRejected
+from tensorweave.router.assembly import TextAssembler, assemble
 from tensorweave.router.pieces import Pieces, WindowedPieces, read_pieces
 from tensorweave.router.text_bound import max_chars_per_token
 
@@ -187,7 +188,7 @@ class Tokenizer:
             text = self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         else:
             text = self.backend.decode(
-                list(token_ids),
+                [token_id for token_id in token_ids if self.knows(token_id)],
                 skip_special_tokens=skip_special_tokens,
                 spaces_between_special_tokens=spaces_between_special_tokens,
                 clean_up_tokenization_spaces=False,
@@ -198,14 +199,30 @@ class Tokenizer:
         """The text of one token alone, special tokens included."""
         return self.decode([token_id], skip_special_tokens=False)
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """What one token adds to a text; it may end within a character. Nothing for ids that the tokenizer lacks."""
-        if self._pieces is None:
-            return self.token_text(token_id).encode()
-        piece = self._pieces[token_id]
-        if isinstance(piece, int):
-            return bytes([piece])
-        return piece.encode() if isinstance(piece, str) else piece or b""
+    def token_bytes(self, token_id: int, *, begins_text: bool = False) -> bytes:
+        """What one token adds to a text, special tokens included; it may end within a character. Nothing for ids that
+        the tokenizer lacks. `begins_text`: there is no text before it, where some tokenizers leave out its space."""
+        table = self.pieces(spaces_between_special_tokens=True)
+        return table.token_bytes(token_id, begins_text=begins_text or token_id in self.special_ids)
+
+    def knows(self, token_id: int) -> bool:
+        """Whether the tokenizer has this id; a model's vocabulary may be larger."""
+        if self._rust is not None:
+            return self._rust.id_to_token(token_id) is not None
+        return token_id in self._all_ids
+
+    @functools.cached_property
+    def _all_ids(self) -> frozenset[int]:
+        return frozenset(self.backend.get_vocab().values())
+
+    @functools.cached_property
+    def num_added_tokens(self) -> tuple[int, int]:
+        """How many special tokens `encode` puts before a text, and how many behind it."""
+        bare, full = self.encode("a", add_special_tokens=False), self.encode("a")
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return start, len(full) - start - len(bare)
+        return 0, 0
 
     def token_names(self, token_ids: Sequence[int]) -> list[str]:
         """How the vocabulary spells each token."""
@@ -217,14 +234,37 @@ class Tokenizer:
         spellings = [self.encode(prefix + word, add_special_tokens=False) for prefix in ("", " ")]
         return [ids for place, ids in enumerate(spellings) if ids and ids not in spellings[:place]]
 
-    def pieces(self, *, skip_special_tokens: bool, spaces_between_special_tokens: bool) -> Pieces:
-        """What an incremental detokenizer reads: a per-token table, or a window over `decode`."""
+    def assembler(
+        self,
+        context: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> TextAssembler:
+        """Text from ids, a few at a time, behind `context`, which is a prompt's `left_context`."""
+        skipped = self.special_ids if skip_special_tokens else frozenset[int]()
+        return assemble(self.pieces(spaces_between_special_tokens=spaces_between_special_tokens), skipped, context)
+
+    def left_context(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> Sequence[int]:
+        """The last ids of a prompt, so many that an answer's text reads behind them as behind all of it."""
+        hidden = self.special_ids if skip_special_tokens else frozenset[int]()
+        return self.pieces(spaces_between_special_tokens=True).left_context(prompt, hidden)
+
+    def pieces(self, *, spaces_between_special_tokens: bool) -> Pieces:
+        """What an assembler reads: a table of the tokens, or a window over `decode`."""
         if self._pieces is not None:
             return self._pieces
-        return WindowedPieces(
-            lambda ids: self.decode(
-                ids,
-                skip_special_tokens=skip_special_tokens,
-                spaces_between_special_tokens=spaces_between_special_tokens,
+        return self._windows[spaces_between_special_tokens]
+
+    @functools.cached_property
+    def _windows(self) -> dict[bool, WindowedPieces]:
+        some_text = self.encode("a", add_special_tokens=False)
+        return {
+            spaces: WindowedPieces(
+                functools.partial(self.decode, skip_special_tokens=False, spaces_between_special_tokens=spaces),
+                self.knows,
+                lambda token_id: self.token_names([token_id])[0],
+                some_text,
             )
-        )
+            for spaces in (False, True)
+        }

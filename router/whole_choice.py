@@ -11,9 +11,10 @@ from typing import Any, Final, TypeVar
 
 import orjson
 
-from tensorweave.router.choices import Piece, Telling, ToldPrompt, ToldToken
+from tensorweave.router.choices import Piece, Telling, ToldPrompt
 from tensorweave.router.pace import Pace
 from tensorweave.router.token_shapes import TokenShapes
+from tensorweave.router.token_track import ToldToken
 
 T = TypeVar("T")
 

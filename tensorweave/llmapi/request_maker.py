@@ -79,7 +79,7 @@ class RequestMaker:
             wishes=self._wishes(params, prompt),
             is_streaming=is_streaming,
         )
-        detokenizers = [self._detokenizer(params, prompt) for _ in range(count)]
+        detokenizers = self._detokenizers(params, prompt, count)
         end_ids = frozenset() if params.ignore_eos else frozenset(prompt.end_ids)  # else asked for by stop_token_ids
         jobs = [
             Job(index, _nth(request, index), detokenizer, end_ids, first_tokens=first_tokens)
@@ -87,8 +87,7 @@ class RequestMaker:
         ]
         if params.exclude_input_from_output:
             return PreparedRequest(output, jobs, processors)
-        texts = [detokenizer.push(prompt.token_ids) for detokenizer in detokenizers]
-        return PreparedRequest(output, jobs, processors, texts[0], prompt.token_ids)
+        return PreparedRequest(output, jobs, processors, self._prompt_text(params, prompt), prompt.token_ids)
 
     def _check_engine(self, params: SamplingParams, is_streaming: bool) -> None:
         if params.apply_batched_logits_processor and self._args.batched_logits_processor is None:
@@ -106,18 +105,35 @@ class RequestMaker:
             num_echoed=0 if params.exclude_input_from_output else len(prompt.token_ids),
         )
 
-    def _detokenizer(self, params: SamplingParams, prompt: ReadPrompt) -> IncrementalDetokenizer | TokensOnly:
+    def _detokenizers(
+        self, params: SamplingParams, prompt: ReadPrompt, count: int
+    ) -> Sequence[IncrementalDetokenizer | TokensOnly]:
+        tokenizer = self._tokenizer
+        if tokenizer is None or not params.detokenize:
+            return [TokensOnly()] * count
+        context = tokenizer.left_context(prompt.token_ids, skip_special_tokens=params.skip_special_tokens)
+        return [
+            IncrementalDetokenizer(
+                tokenizer,
+                context,
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+                stop=prompt.stop,
+                include_stop_str_in_output=params.include_stop_str_in_output,
+                min_tokens=prompt.sampling.min_tokens,
+            )
+            for _ in range(count)
+        ]
+
+    def _prompt_text(self, params: SamplingParams, prompt: ReadPrompt) -> str:
+        """What an output that begins with its prompt begins with: a last character in parts comes with the answer."""
         if self._tokenizer is None or not params.detokenize:
-            return TokensOnly()
-        num_echoed = 0 if params.exclude_input_from_output else len(prompt.token_ids)
-        return IncrementalDetokenizer(
-            self._tokenizer,
+            return ""
+        assembler = self._tokenizer.assembler(
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
-            stop=prompt.stop,
-            include_stop_str_in_output=params.include_stop_str_in_output,
-            min_tokens=num_echoed + prompt.sampling.min_tokens,
         )
+        return assembler.add(prompt.token_ids)
 
 
 def _nth(request: GenerateRequest, index: int) -> GenerateRequest:

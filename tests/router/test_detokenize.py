@@ -99,9 +99,8 @@ def test_other_decoders_go_through_a_window(ids: list[int], cuts: list[int], ski
 
 
 def test_the_fast_tables_are_used() -> None:
-    flags = {"skip_special_tokens": True, "spaces_between_special_tokens": True}
-    assert isinstance(byte_level().pieces(**flags), ByteLevelPieces)
-    assert isinstance(byte_fallback().pieces(**flags), ByteFallbackPieces)
+    assert isinstance(byte_level().pieces(spaces_between_special_tokens=True), ByteLevelPieces)
+    assert isinstance(byte_fallback().pieces(spaces_between_special_tokens=True), ByteFallbackPieces)
 
 
 def test_cost_of_a_token_does_not_grow_with_the_text() -> None:
