@@ -206,8 +206,8 @@ class WindowedText:
 
     def _num_whole(self, context: Sequence[int]) -> int:
         """How many of the first ids end with a character."""
-        for num_ids in range(len(context), max(len(context) - _MAX_WINDOW_HOLD, 0), -1):
-            if not self._pieces.decode(context[:num_ids]).endswith(REPLACEMENT):
+        for num_ids in range(len(context), max(len(context) - _MAX_WINDOW_HOLD, 0) - 1, -1):
+            if not num_ids or not self._pieces.decode(context[:num_ids]).endswith(REPLACEMENT):
                 return num_ids
         return len(context)
 

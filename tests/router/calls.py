@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 
 from tensorweave.router.admission import Limits
+from tensorweave.router.tokens import Tokenizer
 from tests.router.fake_fleet import FakeLink
 from tests.router.serving import client_of, make_app, model_info, script_of
 from tests.router.stepped_loop import run_stepped
@@ -17,12 +18,18 @@ TEXT = "Grüße aus 東京 😀!"
 
 
 def post(
-    path: str, body: Any, *links: FakeLink, limits: Limits | None = None, is_stepped: bool = False, **kwargs: Any
+    path: str,
+    body: Any,
+    *links: FakeLink,
+    limits: Limits | None = None,
+    tokenizer: Tokenizer | None = None,
+    is_stepped: bool = False,
+    **kwargs: Any,
 ) -> httpx.Response:
     """`is_stepped`: deadlines and steps take no time, and come in the order of the clock whatever the machine does."""
 
     async def call() -> httpx.Response:
-        async with client_of(make_app(*links, limits=limits)) as client:
+        async with client_of(make_app(*links, limits=limits, tokenizer=tokenizer)) as client:
             if isinstance(body, bytes):
                 return await client.post(path, content=body, **kwargs)
             return await client.post(path, json=body, **kwargs)

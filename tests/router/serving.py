@@ -18,6 +18,7 @@ from tensorweave.router.admission import Limits
 from tensorweave.router.app import build_app
 from tensorweave.router.dispatch import Dispatcher
 from tensorweave.router.service import RouterService
+from tensorweave.router.tokens import Tokenizer
 from tests.router.fake_fleet import FakeFleet, FakeLink
 from tests.router.small_tokenizers import byte_level
 
@@ -28,10 +29,10 @@ PATIENCE_S = 60.0
 """Longest wait for what must come: nothing that is right on a slow machine takes so long."""
 
 
-def model_info(max_seq_len: int = 512) -> ModelInfo:
+def model_info(max_seq_len: int = 512, vocab_size: int | None = None) -> ModelInfo:
     return ModelInfo(
         model=MODEL,
-        vocab_size=byte_level().vocab_size,
+        vocab_size=vocab_size or byte_level().vocab_size,
         max_seq_len=max_seq_len,
         dtype="float32",
         tokens_per_block=32,
@@ -44,12 +45,14 @@ def script_of(text: str) -> list[int]:
     return [*byte_level().encode(text), IM_END]
 
 
-def make_service(*links: FakeLink, limits: Limits | None = None, accepts_phases: bool = True) -> RouterService:
+def make_service(
+    *links: FakeLink, limits: Limits | None = None, accepts_phases: bool = True, tokenizer: Tokenizer | None = None
+) -> RouterService:
     limits = limits or Limits(ready_timeout_s=0.05)
     fleet = FakeFleet(*links)
     return RouterService(
         model_name=MODEL,
-        tokenizer=byte_level(),
+        tokenizer=tokenizer or byte_level(),
         dispatcher=Dispatcher(fleet, limits=limits),
         fleet=fleet,
         version="1.2.3",
@@ -58,8 +61,8 @@ def make_service(*links: FakeLink, limits: Limits | None = None, accepts_phases:
     )
 
 
-def make_app(*links: FakeLink, limits: Limits | None = None) -> FastAPI:
-    return build_app(make_service(*links, limits=limits))
+def make_app(*links: FakeLink, limits: Limits | None = None, tokenizer: Tokenizer | None = None) -> FastAPI:
+    return build_app(make_service(*links, limits=limits, tokenizer=tokenizer))
 
 
 @asynccontextmanager

@@ -1,10 +1,10 @@
-"""Tokenizers built on the spot: byte-level BPE like SmolLM2's, byte-fallback BPE like Llama 2's, and Metaspace."""
+"""Tokenizers built on the spot: byte-level BPE like SmolLM2's, byte fallback like Llama 2's, Metaspace, WordPiece."""
 
 from __future__ import annotations
 
 import functools
 
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as RustTokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -48,8 +48,7 @@ def byte_level_with(chat_template: str) -> Tokenizer:
     return Tokenizer(backend)
 
 
-@functools.cache
-def byte_fallback() -> Tokenizer:
+def _byte_fallback() -> PreTrainedTokenizerFast:
     specials = ["<unk>", "<s>", "</s>"]
     vocab = {token: i for i, token in enumerate([*specials, *(f"<0x{byte:02X}>" for byte in range(256))])}
     for piece in ["▁", "▁the", "▁cap", "ital", "a", "b", "c", "é", "日", "本", "▁▁", "x▁y", "."]:
@@ -59,9 +58,45 @@ def byte_fallback() -> Tokenizer:
     strip = decoders.Strip(content=" ", left=1, right=0)
     rust.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
     rust.add_special_tokens(specials)
-    return Tokenizer(
-        PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@functools.cache
+def byte_fallback() -> Tokenizer:
+    return Tokenizer(_byte_fallback())
+
+
+@functools.cache
+def llama2() -> Tokenizer:
+    """Puts <s> before a text, as Llama 2's does, and has a special token that ends a chat's prompt."""
+    backend = _byte_fallback()
+    rust = backend.backend_tokenizer
+    rust.add_special_tokens(["<|assistant|>"])
+    rust.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.chat_template = "<s>{% for message in messages %}{{ message['content'] }}{% endfor %}<|assistant|>"
+    return Tokenizer(backend)
+
+
+@functools.cache
+def slow_llama2() -> Tokenizer:
+    """The same, known only by its decode."""
+    return Tokenizer(llama2().backend, uses_rust=False)
+
+
+@functools.cache
+def word_piece() -> Tokenizer:
+    """Lower-cases, and puts special tokens on both sides, as BERT's does."""
+    specials = ["[UNK]", "[CLS]", "[SEP]"]
+    pieces = [*specials, "the", "cap", "##ital", "##s", "of", "france", ".", "a", "##a", "b", "##b"]
+    rust = RustTokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    rust.normalizer = normalizers.BertNormalizer(lowercase=True)
+    rust.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    rust.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    rust.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
+    rust.add_special_tokens(specials)
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=rust, unk_token="[UNK]", sep_token="[SEP]"))
 
 
 @functools.cache
