@@ -82,7 +82,10 @@ class TokenTrack:
 
     def end(self, num_chars: int) -> list[ToldToken]:
         """All that wait: no more text comes than `num_chars` characters."""
-        rest = [dataclasses.replace(token, offset=min(token.offset, num_chars)) for token, _ in self._waiting]
+        rest = [
+            token if token.offset <= num_chars else dataclasses.replace(token, offset=num_chars)
+            for token, _ in self._waiting
+        ]
         self._waiting.clear()
         return rest
 

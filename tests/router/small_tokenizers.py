@@ -84,6 +84,11 @@ def slow_llama2() -> Tokenizer:
 
 
 @functools.cache
+def slow_byte_level() -> Tokenizer:
+    return Tokenizer(byte_level().backend, uses_rust=False)
+
+
+@functools.cache
 def word_piece() -> Tokenizer:
     """Lower-cases, and puts special tokens on both sides, as BERT's does."""
     specials = ["[UNK]", "[CLS]", "[SEP]"]

@@ -107,7 +107,7 @@ def test_what_a_body_was_made_from_stays_in_the_worker() -> None:
     body = sent(completion("The capital " * 500, user="u" * 10_000))
     _, fields, prompts, _ = COMPLETION.run(body, byte_level(), SERVED).pack()
     assert len(fields) < 300
-    assert [text for _, text in prompts] == [""]
+    assert [echo for _, echo in prompts] == [None]
 
 
 def test_a_worker_that_dies_is_replaced_and_its_body_read_again() -> None:

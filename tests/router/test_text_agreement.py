@@ -17,9 +17,17 @@ from tensorweave.router.tokens import Tokenizer
 from tests.router.calls import COMPLETIONS, post
 from tests.router.fake_fleet import FakeLink, Fault
 from tests.router.serving import completion, events_of, model_info
-from tests.router.small_tokenizers import byte_fallback, byte_level, llama2, metaspace, slow_llama2, word_piece
+from tests.router.small_tokenizers import (
+    byte_fallback,
+    byte_level,
+    llama2,
+    metaspace,
+    slow_byte_level,
+    slow_llama2,
+    word_piece,
+)
 
-TOKENIZERS = [byte_level, byte_fallback, llama2, slow_llama2, metaspace, word_piece]
+TOKENIZERS = [byte_level, slow_byte_level, byte_fallback, llama2, slow_llama2, metaspace, word_piece]
 NUM_UNKNOWN = 3  # ids of the model's that the tokenizer lacks
 TEXTS = ["the capital", "a b.c", "é日本", " x", "😀", "the  the", "▁a", "A b"]
 
