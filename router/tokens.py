@@ -231,8 +231,16 @@ class Tokenizer:
 
     def word_ids(self, word: str) -> list[list[int]]:
         """The token sequences that a word is written with: within a text, and behind a space."""
-        spellings = [self.encode(prefix + word, add_special_tokens=False) for prefix in ("", " ")]
+        spellings = [self._ids_within(prefix + word) for prefix in ("", " ")]
         return [ids for place, ids in enumerate(spellings) if ids and ids not in spellings[:place]]
+
+    def _ids_within(self, text: str) -> list[int]:
+        """Encoded behind a line's end, where that is told apart: some tokenizers put a space before a text."""
+        before = self.encode("\n", add_special_tokens=False)
+        ids = self.encode("\n" + text, add_special_tokens=False)
+        if before and len(ids) > len(before) and ids[: len(before)] == before:
+            return ids[len(before) :]
+        return self.encode(text, add_special_tokens=False)
 
     def assembler(
         self,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import ByT5Tokenizer
 
 from tensorweave.router.detokenize import IncrementalDetokenizer
 from tensorweave.router.pieces import ByteLevelPieces, WindowedPieces
 from tensorweave.router.tokens import Tokenizer
-from tests.router.small_tokenizers import byte_level
+from tests.router.small_tokenizers import byte_level, slow_byte_level, slow_llama2
 
 TEXT = "<|im_start|>user\nGrüße aus 東京 😀!<|im_end|>"
 
@@ -34,3 +36,25 @@ def test_slow_and_fast_say_the_same(skips_special: bool, tmp_path: Path) -> None
 def test_an_object_that_is_no_tokenizer() -> None:
     with pytest.raises(ValueError, match="a int is no tokenizer"):
         Tokenizer.load(5)
+
+
+@pytest.mark.parametrize("which", [slow_byte_level, slow_llama2])
+def test_many_tokens_at_once_that_end_within_a_character(which: Callable[[], Tokenizer]) -> None:
+    """As a sequence that was lost and begun again brings them: in one step."""
+    tokenizer = which()
+    ids = tokenizer.encode("a b a b a b a b 😺 a", add_special_tokens=False)
+    for cut in range(len(ids)):
+        detokenizer = IncrementalDetokenizer(tokenizer)
+        text = detokenizer.push(ids[:cut]) + detokenizer.push(ids[cut:]) + detokenizer.flush()
+        assert text == "a b a b a b a b 😺 a"
+
+
+def test_ids_that_only_the_model_has_are_no_error() -> None:
+    """A tokenizer of Python alone, whose decode raises for them."""
+    tokenizer = Tokenizer(ByT5Tokenizer(extra_ids=0))
+    ids = tokenizer.encode("é", add_special_tokens=False)
+    unknown = 100_000
+    assert tokenizer.decode([unknown, *ids, unknown]) == "é"
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    assert detokenizer.push([unknown, *ids, unknown]) + detokenizer.flush() == "é"
+    assert tokenizer.token_bytes(unknown) == b""

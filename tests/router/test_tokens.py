@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.router.tokens import Tokenizer
-from tests.router.small_tokenizers import byte_fallback, byte_level
+from tests.router.small_tokenizers import byte_fallback, byte_level, llama2, metaspace
 
 USER = [{"role": "user", "content": "Hi"}]
 
@@ -58,6 +58,16 @@ def test_ids_and_texts() -> None:
     assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (2, 0, len(tokenizer.backend))
     assert tokenizer.token_text(2) == "<|im_end|>"
     assert tokenizer.decode([2, *tokenizer.encode("a")]) == "a"
+
+
+def test_a_word_within_a_text_and_behind_a_space() -> None:
+    """A tokenizer that puts a space before each text does not hide the word without one."""
+    for tokenizer, within, behind in (
+        (llama2(), ["b", "c"], ["▁", "b", "c"]),
+        (byte_level(), ["b", "c"], ["Ġb", "c"]),
+    ):
+        assert [tokenizer.token_names(ids) for ids in tokenizer.word_ids("bc")] == [within, behind]
+    assert metaspace().word_ids("the") == [metaspace().encode("the", add_special_tokens=False)]
 
 
 def test_loading_from_a_directory_an_instance_and_itself(tmp_path: Path) -> None:
