@@ -55,6 +55,7 @@ GOOD: list[tuple[BodyTask[RequestBody], dict[str, Any]]] = [
     (COMPLETION, completion("The capital", echo=True, n=2, best_of=3, stop_token_ids=[4, 5])),
     (COMPLETION, completion(["one", "two"], stream=True, stream_options={"include_usage": True})),
     (COMPLETION, completion([[5, 6], [7]], echo=True, logprobs=3)),
+    (COMPLETION, completion("Grüße 😺", echo=True, logprobs=0)),
     (COMPLETION, completion([5] * 300, truncate_prompt_tokens=20, model="alias")),
 ]
 BAD: list[tuple[BodyTask[Any], dict[str, Any], type[RequestRejected], str]] = [
