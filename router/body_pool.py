@@ -69,7 +69,8 @@ class BodyPool:
         return task.unpack(await lane.run(pack_frame("run", task.name, served.to_wire(), body)))
 
     async def warm_up(self) -> None:
-        """Start the worker for bodies of a usual size, before the first one comes."""
+        """Before the first body comes: start the worker for bodies of a usual size, and look through the vocabulary."""
+        _ = self._tokenizer.max_chars_per_token
         await self._usual.warm_up()
 
     async def close(self) -> None:
