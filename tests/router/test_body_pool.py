@@ -105,10 +105,18 @@ def test_a_worker_refuses_what_the_event_loop_refuses() -> None:
 
 
 def test_what_a_body_was_made_from_stays_in_the_worker() -> None:
-    body = sent(completion("The capital " * 500, user="u" * 10_000))
+    unread = {
+        "metadata": {"run": "m" * 10_000},
+        "safety_identifier": "s" * 10_000,
+        "prompt_cache_options": {"a": "b" * 10_000},
+    }
+    body = sent(completion("The capital " * 500, user="u" * 10_000, **unread))
     _, fields, prompts, _ = COMPLETION.run(body, byte_level(), SERVED).pack()
-    assert len(fields) < 300
+    assert len(fields) < 500
     assert [echo for _, echo in prompts] == [None]
+    body = sent(chat(prediction={"type": "content", "content": "p" * 10_000}, **unread))
+    _, fields, _, _ = CHAT.run(body, byte_level(), SERVED).pack()
+    assert len(fields) < 500
 
 
 def test_a_worker_that_dies_is_replaced_and_its_body_read_again() -> None:
