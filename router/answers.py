@@ -161,7 +161,7 @@ class ChatAnswer:
 async def _written(logprobs: LogprobsJson | None, piece: Piece) -> bytes:
     if logprobs is None:
         return b"null"
-    await logprobs.add([*piece.echoed, *piece.tokens], Pace())
+    await logprobs.add(piece, Pace())
     return logprobs.json()
 
 

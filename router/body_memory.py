@@ -27,7 +27,9 @@ class BodyMemory:
     def take(self, num_bytes: int) -> None:
         """Raises Overloaded."""
         if self.num_bytes + num_bytes > self._max_bytes:
-            raise Overloaded(f"the server holds {self.num_bytes} bytes of request bodies; the limit is {self._max_bytes}")
+            raise Overloaded(
+                f"the server holds {self.num_bytes} bytes of request bodies; the limit is {self._max_bytes}"
+            )
         self.num_bytes += num_bytes
 
 

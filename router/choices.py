@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tensorweave.cluster.protocol import FinishReason, TokenLogprobs
-from tensorweave.router.echo import Echo
+from tensorweave.router.echo import Echo, EchoedTokens
 from tensorweave.router.token_track import TokenTrack, ToldToken
 from tensorweave.router.tokens import Tokenizer
 
@@ -90,17 +90,6 @@ class Piece:
     prompt: ToldPrompt | None = None
 
 
-def join_pieces(pieces: Sequence[Piece]) -> Piece:
-    last = pieces[-1]
-    return dataclasses.replace(
-        last,
-        text="".join([piece.text for piece in pieces]),
-        tokens=[token for piece in pieces for token in piece.tokens],
-        echoed=pieces[0].echoed,
-        prompt=pieces[0].prompt,
-    )
-
-
 class ChoiceStream:
     """Of one sequence. Feed it every delta; it answers with a piece whenever there is something to say.
 
@@ -173,7 +162,6 @@ class ChoiceStream:
         echoed: Sequence[ToldToken] = ()
         if self._echo.offsets:
             assert logprobs is not None, "the first token came without the prompt's log-probabilities"
-            echo = self._echo
-            echoed = list(map(ToldToken, ids, [(), *logprobs], echo.offsets, echo.owns, echo.begin_text))
+            echoed = EchoedTokens(self._echo, ids, logprobs)
         told_prompt = ToldPrompt(ids, logprobs) if telling.has_prompt else None
         return dataclasses.replace(piece, echoed=echoed, prompt=told_prompt)

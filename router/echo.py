@@ -9,8 +9,9 @@ from __future__ import annotations
 import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, overload
 
+from tensorweave.cluster.protocol import TokenLogprobs
 from tensorweave.router.token_track import TokenTrack, ToldToken
 from tensorweave.router.tokens import Tokenizer
 
@@ -50,6 +51,34 @@ class Echo:
         text, context, offsets, owns, begin_text = packed
         columns = (array.array(_OFFSETS, offsets), owns, map(bool, begin_text))
         return cls(text, tuple(context), *map(tuple, columns))
+
+
+class EchoedTokens(Sequence[ToldToken]):
+    """The tokens of an echo with their log-probabilities, made a slice at a time: a prompt may have 100,000."""
+
+    def __init__(self, echo: Echo, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
+        self._echo = echo
+        self._token_ids = token_ids
+        self._logprobs = logprobs
+        """Of all but the first."""
+
+    def __len__(self) -> int:
+        return len(self._token_ids)
+
+    @overload
+    def __getitem__(self, place: int) -> ToldToken: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[ToldToken]: ...
+
+    def __getitem__(self, place: int | slice) -> ToldToken | Sequence[ToldToken]:
+        if isinstance(place, slice):
+            return [self[index] for index in range(*place.indices(len(self)))]
+        index, echo = range(len(self))[place], self._echo
+        logprobs = self._logprobs[index - 1] if index else ()
+        return ToldToken(
+            self._token_ids[index], logprobs, echo.offsets[index], echo.owns[index], echo.begin_text[index]
+        )
 
 
 @dataclass(frozen=True, slots=True)

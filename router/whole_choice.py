@@ -6,6 +6,7 @@ loop for seconds; written piece by piece, it costs each step what a stream costs
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
@@ -46,8 +47,8 @@ class LogprobsJson:
         self._more = more
         self._lists = {name: JsonList() for name in columns(())}
 
-    async def add(self, tokens: Sequence[ToldToken], pace: Pace) -> None:
-        for rows in slices(tokens):
+    async def add(self, piece: Piece, pace: Pace) -> None:
+        for rows in itertools.chain(slices(piece.echoed), slices(piece.tokens)):
             for name, values in self._columns(rows).items():
                 self._lists[name].extend(values)
             await pace.give_way()
@@ -77,7 +78,7 @@ class WholeChoice:
         if self._telling.has_token_ids:
             self._token_ids.extend([token.token_id for token in piece.tokens])
         if self._logprobs is not None:
-            await self._logprobs.add([*piece.echoed, *piece.tokens], self._pace)
+            await self._logprobs.add(piece, self._pace)
         if piece.prompt is not None:
             self.prompt_fields = await prompt_fields(piece.prompt, self._telling, self._shapes, self._pace)
 
