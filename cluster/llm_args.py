@@ -215,6 +215,13 @@ class TorchLlmArgs(StrictBaseModel):
         description="Requests an executor holds, running and waiting; one more is answered 'overloaded', or waits its "
         "turn in the LLM class.",
     )
+    generation_config: Literal["auto", "none", "trtllm"] = Field(
+        "none",
+        status="prototype",
+        description="'auto': sampling fields that a request leaves out are those of the model's "
+        "generation_config.json. 'none', which TensorRT-LLM calls 'trtllm': they are not. A service's default is "
+        "'auto'.",
+    )
     load_format: Literal["auto", "dummy"] = Field(
         "auto", status="prototype", description="'dummy': random weights, for speed tests."
     )

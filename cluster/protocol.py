@@ -19,6 +19,7 @@ from tensorweave.cluster.fields import as_bytes, checked
 from tensorweave.cluster.kv_source import KvEndpoint, KvRoad, KvSource, Ticket
 from tensorweave.cluster.packed_logprobs import PackedLogprobs
 from tensorweave.cluster.retention import DEFAULT_RETENTION_PRIORITY, Retention, RetentionRange
+from tensorweave.cluster.sampling_defaults import SamplingDefaults
 from tensorweave.cluster.sampling_spec import (
     Logprob,
     SamplingSpec,
@@ -41,6 +42,7 @@ __all__ = [
     "Retention",
     "RetentionRange",
     "Role",
+    "SamplingDefaults",
     "SamplingSpec",
     "Ticket",
     "TokenChunk",
@@ -230,7 +232,9 @@ def _extras_from_wire(fields: Sequence[Any]) -> tuple[Any, ...]:
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What a front end must know of the model behind a gang. `max_seq_len` counts prompt and generated tokens;
-    `kv_bytes_per_token` is over all layers and ranks, 0 where it is not known."""
+    `kv_bytes_per_token` is over all layers and ranks, 0 where it is not known. `end_ids` are those that the model's
+    files name; whoever has the tokenizer adds its own. `sampling_defaults` hold for the fields that a request leaves
+    out."""
 
     model: str
     vocab_size: int
@@ -240,16 +244,24 @@ class ModelInfo:
     num_blocks: int
     end_ids: tuple[int, ...] = ()
     kv_bytes_per_token: int = 0
+    sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
 
     def to_wire(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "sampling_defaults": self.sampling_defaults.to_wire()}
 
     @classmethod
     def from_wire(cls, fields: Any) -> ModelInfo:
         try:
-            return cls(**{**fields, "end_ids": tuple(fields["end_ids"])})
+            defaults = SamplingDefaults.from_wire(fields["sampling_defaults"])
+            return cls(**{**fields, "end_ids": tuple(fields["end_ids"]), "sampling_defaults": defaults})
         except (TypeError, KeyError) as error:
             raise WireError(f"malformed model info: {error}") from None
+
+    def with_end_id(self, end_id: int | None) -> ModelInfo:
+        """With the tokenizer's end of sequence among `end_ids`; one outside the vocabulary never comes."""
+        if end_id is None or end_id in self.end_ids or not 0 <= end_id < self.vocab_size:
+            return self
+        return dataclasses.replace(self, end_ids=(*self.end_ids, end_id))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,8 @@ from tensorweave.cluster.protocol import Role
 from tensorweave.deploy.config_file import ConfigError, Document, KeyPath, read_document
 from tensorweave.deploy.config_tables import LimitsConfig, PoolConfig, RayConfig, RouterConfig, SecurityConfig
 
-# The front end tokenizes for every pool, so these are said once: the model on top, the others under `engine`.
+# The front end tokenizes, and fills in sampling fields, for every pool, so these are said once: the model on top, the
+# others under `engine`.
 _SHARED_KEYS: Final = (
     "tokenizer",
     "tokenizer_mode",
@@ -29,6 +30,7 @@ _SHARED_KEYS: Final = (
     "trust_remote_code",
     "revision",
     "tokenizer_revision",
+    "generation_config",
 )
 
 

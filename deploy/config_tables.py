@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 from pydantic import field_validator, model_validator
 
@@ -30,6 +30,12 @@ class PoolConfig(LlmArgs):
         status="prototype",
         ge=1,
         description="A gang with so many faults within fault_window_s is not started again.",
+    )
+    generation_config: Literal["auto", "none", "trtllm"] = Field(
+        "auto",
+        status="prototype",
+        description="'auto', here the default: sampling fields that a request leaves out are those of the model's "
+        "generation_config.json. 'none' or 'trtllm': they are not.",
     )
     fault_window_s: float = Field(
         300.0, status="prototype", gt=0, description="The time within which a gang's faults are counted."

@@ -14,7 +14,7 @@ from typing import Final
 
 from tensorweave.cluster.context_length import context_exceeded
 from tensorweave.cluster.errors import RequestRejected
-from tensorweave.cluster.protocol import ModelInfo, SamplingSpec
+from tensorweave.cluster.protocol import ModelInfo, SamplingDefaults, SamplingSpec
 from tensorweave.router.sampling_checks import (
     MAX_STOP_TOKEN_IDS,
     check_bad_words,
@@ -34,6 +34,7 @@ __all__ = [
     "check_stop_strings",
     "nth_seed",
     "resolve_sampling",
+    "with_defaults",
 ]
 
 _SEED_BITS: Final = 63
@@ -128,9 +129,11 @@ def resolve_sampling(
     Args:
         fields: What the request said.
         prompt_len: Tokens of the prompt.
-        info: The model's limits and end-of-sequence ids.
-        default_temperature: Where the request gives none: 1 over HTTP; the LLM API passes 0 if nothing asks to sample.
-        default_max_tokens: Where the request gives none. None, or more than there is room for: all the room left.
+        info: The model's limits and end-of-sequence ids, and the sampling fields of its generation_config.json, which
+            hold one by one where the request gives none.
+        default_temperature: Where neither gives one: 1 over HTTP; the LLM API passes 0 if nothing asks to sample.
+        default_max_tokens: Where the request gives none: this, or what generation_config.json says if that is less.
+            None, or more than there is room for: all the room left.
         caps_max_tokens: Whether more than there is room for is taken as all of that room, as over HTTP, or refused, as
             the LLM API does.
         prompt_param: The field that an error about the prompt's length names.
@@ -142,14 +145,16 @@ def resolve_sampling(
     """
     _check_vocabulary(fields, info.vocab_size)
     _check_num_logprobs(fields, info.vocab_size if max_logprobs is None else min(max_logprobs, info.vocab_size))
+    bounds = [bound for bound in (default_max_tokens, info.sampling_defaults.max_tokens) if bound is not None]
     max_tokens = _max_tokens(
         fields.max_tokens,
         prompt_len,
         info,
-        default=max(default_max_tokens or info.max_seq_len, fields.min_tokens or 0),
+        default=max(min(bounds, default=info.max_seq_len), fields.min_tokens or 0),
         is_capped=caps_max_tokens,
         prompt_param=prompt_param,
     )
+    fields = with_defaults(fields, info.sampling_defaults)
     temperature = default_temperature if fields.temperature is None else float(fields.temperature)
     spec = SamplingSpec(
         max_tokens=max_tokens,
@@ -182,6 +187,13 @@ def resolve_sampling(
         top_p_reset_id=-1 if fields.top_p_reset_id is None else fields.top_p_reset_id,
         seed=nth_seed(draw_seed(_SEED_BITS) if fields.seed is None else fields.seed, 0),
     )
+
+
+def with_defaults(fields: SamplingFields, defaults: SamplingDefaults) -> SamplingFields:
+    """The request's fields, and the model's own where it says nothing; `max_tokens` is for `resolve_sampling`."""
+    own = {name: value for name, value in defaults.said().items() if name != "max_tokens"}
+    missing = {name: value for name, value in own.items() if getattr(fields, name) is None}
+    return dataclasses.replace(fields, **missing) if missing else fields
 
 
 def _or(value: float | None, default: float) -> float:

@@ -17,7 +17,8 @@ from tensorweave.router.tokens import Tokenizer
 
 @dataclass(slots=True)
 class RouterService:
-    """One served model. `info` is read from the gangs once and kept: it does not change while the service lives.
+    """One served model. `info` is read from the gangs once and kept: it does not change while the service lives. The
+    tokenizer's end of sequence is an end beside those that the gangs name.
 
     `model_name`: what answers call the model; `other_names`: by which clients may ask for it too.
     `accepts_phases`: clients may send a request's phases by hand, with tickets that name hosts to connect to.
@@ -53,7 +54,7 @@ class RouterService:
     @property
     def known_info(self) -> ModelInfo | None:
         if self._info is None and (links := [*self.fleet.links("decode"), *self.fleet.links("prefill")]):
-            self._info = links[0].info
+            self._info = links[0].info.with_end_id(self.tokenizer.eos_id)
         return self._info
 
     async def info(self) -> ModelInfo:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensorweave.cluster.llm_args import CacheTransceiverConfig, TorchLlmArgs
 from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.workers.checkpoint import refuse_adapters
 from tensorweave.workers.comm import Comm
 from tensorweave.workers.decoder import SamplingDecoder
 from tensorweave.workers.engine import PyTorchModelEngine
@@ -22,6 +23,7 @@ from tensorweave.workers.kv_cache import KVCacheManager
 from tensorweave.workers.kv_pool import KVPool
 from tensorweave.workers.model_store import resolve_model
 from tensorweave.workers.models.config import load_model_config
+from tensorweave.workers.models.generation_config import load_sampling_defaults
 from tensorweave.workers.resources import KVCache, ResourceManager
 from tensorweave.workers.scheduler import SimpleScheduler
 from tensorweave.workers.transfer.fingerprint import fingerprint, model_digest
@@ -144,6 +146,8 @@ def build_transfers(
 def check_model(args: TorchLlmArgs) -> None:
     """Raises ValueError for a model that will not run, as far as its configuration tells; nothing large is read."""
     path = resolve_model(args.model, revision=args.revision)
+    load_sampling_defaults(path, args.generation_config)
+    refuse_adapters(path)
     if args.backend == "_autodeploy":
         from tensorweave.workers.autodeploy.causal_lm import read_causal_lm_config
 

@@ -20,6 +20,9 @@ from torch import Tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 _MOST_NAMED = 8
+_INDEX = "model.safetensors.index.json"
+_PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+_ADAPTER = "adapter_config.json"
 
 
 class WeightSource(Protocol):
@@ -38,15 +41,11 @@ class SafetensorsDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.shapes: Shapes = {}
         self._files = ExitStack()
         self._file_of: dict[str, Any] = {}
         try:
-            for file in self._shard_files():
-                handle = self._files.enter_context(safe_open(str(file), framework="pt"))
-                self._file_of.update(dict.fromkeys(handle.keys(), handle))
-            self.shapes: Shapes = {
-                name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._file_of.items()
-            }
+            self._open()
         except SafetensorError as error:
             self.close()
             raise ValueError(f"{self.path} holds a broken safetensors file: {error}") from None
@@ -59,20 +58,41 @@ class SafetensorsDirectory:
         tensor: Tensor = part[index] if index else part[:]
         return tensor
 
-    def _shard_files(self) -> list[Path]:
-        index = self.path / "model.safetensors.index.json"
+    def _open(self) -> None:
+        weight_map = self._weight_map()
+        found: dict[str, str] = {}
+        for file in sorted(set(weight_map.values())) or ["model.safetensors"]:
+            handle = self._files.enter_context(safe_open(str(self.path / file), framework="pt"))
+            for name in handle.keys():  # noqa: SIM118
+                if name in found:
+                    raise ValueError(f"{self.path}: tensor {name} is in {found[name]} and in {file}; keep one of them")
+                found[name], self._file_of[name] = file, handle
+        if moved := [name for name, file in weight_map.items() if found.get(name) != file]:
+            what = "lists tensors that are not in the file it names"
+            raise ValueError(f"{self.path / _INDEX} {what}: {', '.join(moved[:_MOST_NAMED])}")
+        slices = {name: handle.get_slice(name) for name, handle in self._file_of.items()}
+        if other := [name for name, part in slices.items() if part.get_dtype() not in _PLAIN_DTYPES]:
+            kinds = ", ".join(f"{name} {slices[name].get_dtype()}" for name in other[:_MOST_NAMED])
+            raise ValueError(f"{self.path} has tensors that are no plain numbers: {kinds}; quantized ones are not read")
+        self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+
+    def _weight_map(self) -> dict[str, str]:
+        """The file of each tensor, as the index says; empty for a single file."""
+        index, single = self.path / _INDEX, self.path / "model.safetensors"
         if not index.is_file():
-            single = self.path / "model.safetensors"
             if not single.is_file():
-                raise ValueError(f"{self.path} has neither model.safetensors nor model.safetensors.index.json")
-            return [single]
+                raise ValueError(f"{self.path} has neither model.safetensors nor {_INDEX}")
+            return {}
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
+            names = sorted(set(files.values()))
+            absent = [name for name in names if not (self.path / name).is_file()]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{index} has no usable weight_map: {error!r}") from None
-        files = [self.path / name for name in names]
-        if absent := [file.name for file in files if not file.is_file()]:
-            raise ValueError(f"{index} lists files that are not there: {', '.join(absent)}")
+        if absent or not names:
+            raise ValueError(f"{index} lists files that are not there: {', '.join(absent) or 'none at all'}")
+        if single.is_file() and single.name not in names:
+            raise ValueError(f"{self.path} has {single.name} and an index of other files; keep one of them")
         return files
 
     def close(self) -> None:
@@ -102,6 +122,14 @@ class RandomWeights:
             return torch.ones(shape)[index]
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), self._seed))
         return torch.empty(shape).normal_(0.0, self._spread, generator=generator)[index]
+
+
+def refuse_adapters(path: Path) -> None:
+    """Raises ValueError where an adapter lies beside the weights: transformers would apply it."""
+    if (path / _ADAPTER).is_file():
+        raise ValueError(
+            f"{path} has {_ADAPTER}: adapters are not applied here; merge it into the weights, or take it away"
+        )
 
 
 def check_tensors(source: WeightSource, expected: Shapes, ignored: Collection[str] = ()) -> None:

@@ -18,13 +18,20 @@ from typing import Final
 
 import torch
 
-from tensorweave.workers.checkpoint import SafetensorsDirectory, check_tensors
+from tensorweave.workers.checkpoint import SafetensorsDirectory, check_tensors, refuse_adapters
 from tensorweave.workers.comm import SoloComm
 from tensorweave.workers.device import pick_device, pick_dtype
 from tensorweave.workers.engine_manifest import EngineManifest, rank_file, record_files
 from tensorweave.workers.engine_rank_file import RankFile, RankRecorder
 from tensorweave.workers.models.config import ModelConfig, load_model_config
-from tensorweave.workers.models.loader import HEAD, IGNORED_SUFFIXES, RankWeights, WeightLoader, tensor_shapes
+from tensorweave.workers.models.loader import (
+    HEAD,
+    IGNORED_SUFFIXES,
+    RankWeights,
+    WeightLoader,
+    check_determined,
+    tensor_shapes,
+)
 from tensorweave.workers.models.shards import shard_model
 from tensorweave.workers.models.transformer import build_transformer
 from tensorweave.workers.transfer.fingerprint import model_digest
@@ -94,10 +101,13 @@ def open_weights(
     if EngineManifest.read(path) is not None:
         with RankFile(rank_file(path, rank), shapes, dtype, device, num_threads) as file:
             yield file
+            file.check_all_read()
         return
+    refuse_adapters(path)
     with SafetensorsDirectory(path) as source:
         tied = (HEAD,) if config.has_tied_embeddings else ()
         check_tensors(source, shapes, ignored=(*IGNORED_SUFFIXES, *tied))
+        check_determined(source, config)
         yield WeightLoader(source, dtype, device)
 
 

@@ -8,7 +8,7 @@ import os
 import torch
 
 from tensorweave.cluster.llm_args import TorchLlmArgs
-from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.cluster.protocol import ModelInfo, SamplingDefaults
 from tensorweave.kernels.native import load_native, use_threads
 from tensorweave.kernels.paged_attention import Planner
 from tensorweave.workers.checkpoint import RandomWeights
@@ -19,6 +19,7 @@ from tensorweave.workers.engine_dir import check_engine_dir, open_weights
 from tensorweave.workers.kv_pool import KVPool, block_bytes
 from tensorweave.workers.model_store import resolve_model
 from tensorweave.workers.models.config import ModelConfig, load_model_config
+from tensorweave.workers.models.generation_config import load_sampling_defaults
 from tensorweave.workers.models.loader import WeightLoader, tensor_shapes
 from tensorweave.workers.models.rotary import rotary_table
 from tensorweave.workers.models.shards import RankShard, shard_model
@@ -39,6 +40,7 @@ def load_engine(args: TorchLlmArgs, comm: Comm) -> PyTorchModelEngine:
     path = resolve_model(args.model, revision=args.revision)
     saved = None if args.load_format == "dummy" else check_engine_dir(path, comm.size, args.dtype, comm.rank)
     config = load_model_config(path)
+    defaults = load_sampling_defaults(path, args.generation_config)
     shard = shard_model(config, comm.rank, comm.size)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype if saved is None else saved.dtype, config.checkpoint_dtype, device)
@@ -54,7 +56,7 @@ def load_engine(args: TorchLlmArgs, comm: Comm) -> PyTorchModelEngine:
     kv = args.kv_cache_config
     size = block_bytes(config.num_layers, len(shard.heads.kv), kv.tokens_per_block, config.head_dim, dtype)
     num_blocks = comm.agree_min(count_blocks(kv, size, device, _activation_bytes(args, config, shard, dtype)))
-    return assemble_engine(model, config, shard, num_blocks, args, dtype, device)
+    return assemble_engine(model, config, shard, num_blocks, args, dtype, device, defaults)
 
 
 def assemble_engine(
@@ -65,6 +67,7 @@ def assemble_engine(
     args: TorchLlmArgs,
     dtype: torch.dtype,
     device: torch.device,
+    defaults: SamplingDefaults,
 ) -> PyTorchModelEngine:
     """Put KV pool, planner and tables around a model."""
     P, K = args.kv_cache_config.tokens_per_block, len(shard.heads.kv)
@@ -81,6 +84,7 @@ def assemble_engine(
         num_blocks=num_blocks,
         end_ids=config.end_ids,
         kv_bytes_per_token=block_bytes(config.num_layers, config.num_kv_heads, 1, config.head_dim, dtype),
+        sampling_defaults=defaults,
     )
     return PyTorchModelEngine(
         model=model,

@@ -95,11 +95,19 @@ class RankFile:
         self._first = len(length) + len(header)
         self._places: dict[str, dict[str, Any]] = json.loads(header)
         self._digests: dict[str, str] = self._places.pop("__metadata__")
+        self._unread = set(self._places)
 
     def check(self) -> None:
         """Reads every tensor and keeps none."""
         for name in self._places:
             self._read(name)
+
+    def check_all_read(self) -> None:
+        """Once a model is built of it: nothing that was saved may be left out."""
+        if self._unread:
+            raise ValueError(
+                f"{self._path} has tensors that this model does not use: {', '.join(sorted(self._unread))}"
+            )
 
     def vector(self, name: str) -> Tensor:
         return self._rows(name, self._shapes[name])
@@ -143,6 +151,7 @@ class RankFile:
         tensor = make(tuple(shape), dtype=_DTYPES[place["dtype"]])
         if read_bytes(self._file.fileno(), self._first + start, bytes_of(tensor), self._pool) != self._digests[name]:
             raise ValueError(f"{self._path} is damaged, the bytes of {name} have changed since saving")
+        self._unread.discard(name)
         return tensor
 
     def _place(self, name: str) -> dict[str, Any]:

@@ -40,6 +40,33 @@ _CONVERTIBLE: Final = {
     "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "smollm",
 }
+# Metadata with these beginnings describe the file, or are read; of all other keys a model may depend on each.
+_DESCRIPTIVE: Final = ("GGUF.", "general.", "quantize.")
+_READ: Final = frozenset(
+    {
+        "llama.attention.head_count",
+        "llama.attention.head_count_kv",
+        "llama.attention.layer_norm_rms_epsilon",
+        "llama.block_count",
+        "llama.context_length",
+        "llama.embedding_length",
+        "llama.feed_forward_length",
+        "llama.rope.freq_base",
+        "llama.vocab_size",
+        "tokenizer.chat_template",
+        "tokenizer.ggml.bos_token_id",
+        "tokenizer.ggml.eos_token_id",
+        "tokenizer.ggml.eot_token_id",
+        "tokenizer.ggml.eom_token_id",
+        "tokenizer.ggml.merges",
+        "tokenizer.ggml.padding_token_id",
+        "tokenizer.ggml.token_type",
+        "tokenizer.ggml.tokens",
+        "tokenizer.ggml.unknown_token_id",
+        *_CONVERTIBLE,
+    }
+)
+_END_IDS: Final = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 _CONTROL_TOKEN: Final = 3  # llama.cpp's token types: 1 normal, 3 control, 4 user-defined
 _USER_TOKEN: Final = 4
 
@@ -54,7 +81,8 @@ def convert_gguf(source: Path, target: Path) -> None:
     config = _model_config(fields, has_output_head="output.weight" in tensors)
     _write_json(target / "config.json", config)
     special_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(target / "generation_config.json", special_ids)
+    ends = list(dict.fromkeys(fields[key] for key in _END_IDS if key in fields))
+    _write_json(target / "generation_config.json", special_ids | ({"eos_token_id": ends} if len(ends) > 1 else {}))
     tokens = _Vocabulary.of(fields)
     (target / "tokenizer.json").write_text(json.dumps(tokens.tokenizer(), ensure_ascii=False), encoding="utf-8")
     _write_json(target / "tokenizer_config.json", tokens.tokenizer_config())
@@ -68,7 +96,27 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
     for key, known in _CONVERTIBLE.items():
         if fields.get(key) != known:
             raise ValueError(f"{source.name}: {key} is {fields.get(key)!r}; only {known!r} can be converted")
+    _refuse_what_is_not_read(fields, source.name)
     return fields, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _refuse_what_is_not_read(fields: dict[str, Any], name: str) -> None:
+    """What llama.cpp would heed and this conversion leaves out."""
+    head_dim = fields["llama.embedding_length"] // fields["llama.attention.head_count"]
+    neutral = {
+        "llama.rope.dimension_count": head_dim,
+        "llama.attention.key_length": head_dim,
+        "llama.attention.value_length": head_dim,
+        "llama.rope.scaling.type": "none",
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    for key, value in fields.items():
+        if key in _READ or key.startswith(_DESCRIPTIVE) or (key in neutral and value == neutral[key]):
+            continue
+        only = f"; only {neutral[key]!r} can be converted" if key in neutral else ", which cannot be converted"
+        raise ValueError(f"{name}: {key} is {str(value)[:64]!r}{only}")
 
 
 def _model_config(fields: dict[str, Any], *, has_output_head: bool) -> dict[str, Any]:

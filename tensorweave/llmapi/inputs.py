@@ -13,7 +13,7 @@ from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
 from tensorweave.llmapi.sampling_fields import end_ids, to_fields
 from tensorweave.llmapi.sampling_params import SamplingParams
 from tensorweave.llmapi.status import set_api_status
-from tensorweave.router.sampling import check_prompt, resolve_sampling
+from tensorweave.router.sampling import check_prompt, resolve_sampling, with_defaults
 from tensorweave.router.tokens import Tokenizer
 
 PromptInputs = str | Sequence[int] | Mapping[str, Any]
@@ -92,7 +92,8 @@ def read_prompt(
     text, token_ids = tokens_of(inputs, params, tokenizer)
     check_prompt(token_ids, info)
     info = dataclasses.replace(info, end_ids=end_ids(params, tokenizer, info))
-    is_greedy = params.temperature is None and params.top_p is None and params.top_k is None
+    asked = with_defaults(fields, info.sampling_defaults)
+    is_greedy = asked.temperature is None and asked.top_p is None and asked.top_k is None
     sampling = resolve_sampling(
         fields, prompt_len=len(token_ids), info=info, default_temperature=0.0 if is_greedy else 1.0
     )

@@ -129,7 +129,8 @@ def stop_strings(params: SamplingParams, tokenizer: Tokenizer | None) -> tuple[s
 
 
 def end_ids(params: SamplingParams, tokenizer: Tokenizer | None, info: ModelInfo) -> tuple[int, ...]:
-    """The ids that end a sequence without being its stop reason."""
+    """The ids that end a sequence without being its stop reason: those of the model's files and the tokenizer's, or
+    `end_id` in place of them all."""
     for name, value in (("end_id", params.end_id), ("pad_id", params.pad_id)):
         if value is None:
             continue
@@ -137,9 +138,7 @@ def end_ids(params: SamplingParams, tokenizer: Tokenizer | None, info: ModelInfo
             raise ValueError(f"{name} is {value!r}, must be an integer between 0 and {info.vocab_size - 1}")
     if params.end_id is not None:
         return (params.end_id,)
-    if not info.end_ids and tokenizer is not None and tokenizer.eos_id is not None:
-        return (tokenizer.eos_id,)
-    return info.end_ids
+    return info.with_end_id(None if tokenizer is None else tokenizer.eos_id).end_ids
 
 
 def _bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:

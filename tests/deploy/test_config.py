@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tensorweave.cluster.llm_args import LlmArgs
 from tensorweave.deploy.config import ServeConfig, load_config
 from tensorweave.deploy.config_file import ConfigError, parse_document, read_document
 from tensorweave.deploy.pools import pool_specs
@@ -54,6 +55,17 @@ def test_pools_take_their_role_from_their_name_and_exchange_kv(tmp_path: Path) -
     assert specs["decode"].gang.role == "decode"
     assert specs["prefill"].gang.args["cache_transceiver_config"]["backend"] == "DEFAULT"
     assert ServeConfig.from_plain(config.to_plain()) == config
+
+
+@pytest.mark.parametrize(("text", "expected"), [("", "auto"), ("engine: {generation_config: none}\n", "none")])
+def test_a_service_takes_the_models_sampling_fields_unless_told_not_to(
+    text: str, expected: str, tmp_path: Path
+) -> None:
+    """An `LLM` does not unless told to, as TensorRT-LLM's."""
+    config = load_config(write(tmp_path, f"model: m\n{text}"))
+    [spec] = pool_specs(config, has_gpus=False)
+    assert spec.gang.args["generation_config"] == config.shared_args.generation_config == expected
+    assert LlmArgs(model="m").generation_config == "none"
 
 
 def test_a_role_may_have_another_name_and_an_aggregated_pool_exchanges_nothing(tmp_path: Path) -> None:

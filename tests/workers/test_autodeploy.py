@@ -143,6 +143,18 @@ def test_an_executor_runs_on_it(tmp_path: Path) -> None:
 # ---- what is refused
 
 
+def test_two_rotations_are_refused(tmp_path: Path) -> None:
+    """transformers takes `rope_scaling` and drops the other without a word."""
+    make("olmo2", tmp_path)
+    linear = {"type": "linear", "factor": 2.0}
+    rewrite_config(tmp_path, lambda fields: fields.update(rope_scaling=linear))
+    with pytest.raises(ValueError, match=r"rope_scaling is .*linear.* beside rope_parameters .*default.*keep one"):
+        check_model(args_for(tmp_path))
+    same = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    rewrite_config(tmp_path, lambda fields: fields.update(rope_parameters=same))
+    check_model(args_for(tmp_path))
+
+
 def _config(path: Path, family: str, **fields: Any) -> None:
     getattr(transformers, f"{family}Config")(**fields).save_pretrained(path)
 

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tensorweave.workers import model_store
 from tensorweave.workers.gguf import convert_gguf, round_to_bfloat16, unpermute_rotary
 from tensorweave.workers.model_store import SMOLLM2, ModelUnavailable, WheelModel, damage, fetch, resolve_model
+from tensorweave.workers.models.config import load_model_config
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, FEED_FORWARD = 32, 2, 4, 2, 64
 TOKENS = [
@@ -33,9 +35,12 @@ TOKENS = [
 ]
 
 
-def write_tiny_gguf(path: Path, *, pre_tokenizer: str = "smollm") -> dict[str, np.ndarray]:
+def write_tiny_gguf(
+    path: Path, *, pre_tokenizer: str = "smollm", add: Callable[[gguf.GGUFWriter], None] = lambda writer: None
+) -> dict[str, np.ndarray]:
     """A random two-layer llama in GGUF form; returns its float32 tensors in llama.cpp's layout."""
     writer = gguf.GGUFWriter(path, "llama")
+    add(writer)
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
@@ -121,6 +126,36 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     write_tiny_gguf(tmp_path / "other.gguf", pre_tokenizer="llama-bpe")
     with pytest.raises(ValueError, match=r"tokenizer\.ggml\.pre is 'llama-bpe'"):
         convert_gguf(tmp_path / "other.gguf", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("add", "message"),
+    [
+        (
+            lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR),
+            r"llama\.rope\.scaling\.type is 'linear'; only",
+        ),
+        (lambda w: w.add_rope_dimension_count(4), r"llama\.rope\.dimension_count is '4'; only"),
+        (lambda w: w.add_sliding_window(32), r"llama\.attention\.sliding_window is '32', which cannot be converted"),
+        (lambda w: w.add_expert_count(8), r"llama\.expert_count is '8', which cannot be converted"),
+        (lambda w: w.add_logit_scale(0.5), r"llama\.logit_scale is '0\.5', which cannot be converted"),
+        (lambda w: w.add_add_bos_token(True), r"tokenizer\.ggml\.add_bos_token is 'True'; only False"),
+        (lambda w: w.add_tensor("rope_freqs.weight", np.ones(4, np.float32)), r"unknown tensor 'rope_freqs\.weight'"),
+        (lambda w: w.add_tensor("blk.0.attn_q.bias", np.ones(4, np.float32)), r"unknown tensor 'blk\.0\.attn_q\.bias'"),
+    ],
+)
+def test_what_a_gguf_says_and_the_conversion_leaves_out_is_refused(
+    add: Callable[[gguf.GGUFWriter], None], message: str, tmp_path: Path
+) -> None:
+    write_tiny_gguf(tmp_path / "other.gguf", add=add)
+    with pytest.raises(ValueError, match=message):
+        convert_gguf(tmp_path / "other.gguf", tmp_path)
+
+
+def test_all_ends_of_a_gguf_are_kept(tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf", add=lambda writer: writer.add_eot_token_id(0))
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path)
+    assert load_model_config(tmp_path).end_ids == (0, 2)
 
 
 def test_a_cached_conversion_is_used_again(tiny_wheel: tuple[WheelModel, Path], tmp_path: Path) -> None:

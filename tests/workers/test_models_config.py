@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from tensorweave.workers.models.config import ModelConfig, load_model_config
 from tensorweave.workers.models.rope_config import RopeConfig
@@ -130,11 +131,95 @@ def test_windows() -> None:
         ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype is 'float8_e4m3fn'; supported: float32, bfloat16, float16"),
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; supported: a token id or a list"),
         ({"sliding_window": 16}, "sliding_window is 16; supported: null for Llama"),
+        ({"layer_types": ["sliding_attention"] * 4}, "layer_types is .*; supported: full_attention in every layer"),
+        ({"model_type": "gemma"}, "model_type is 'gemma'; supported: 'llama' for this architecture"),
+        ({"dtype": "bfloat16", "torch_dtype": "float16"}, r"torch_dtype is 'float16'; supported: the same as dtype"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "default"}}, "rope_scaling has rope_type 'default' and type"),
+        (
+            {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}},
+            "rope_parameters.rope_theta is 10000 and rope_theta on top of the file 500000; keep one",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling is .*linear.* beside rope_parameters .*, which means another rotation; keep one of them",
+        ),
+        (
+            {"auto_map": {"AutoModelForCausalLM": "own.Model"}},
+            "auto_map names the repository's own code for AutoModelFor",
+        ),
+        ({"qk_norm": True}, "qk_norm is True, a key that may change what the model computes and that is not supported"),
+        ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping is 30.0, a key"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0, a key"),
+        ({"attention_multiplier": 0.0078125}, "attention_multiplier is 0.0078125, a key"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier is 12.0, a key"),
+        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers is 1, a key"),
+        ({"no_rope_layers": [1, 1, 0, 1]}, "no_rope_layers is .*, a key"),
+        ({"dual_chunk_attention_config": {"chunk_size": 9}}, "dual_chunk_attention_config is .*, a key"),
+        ({"rope_interleaved": True}, "rope_interleaved is True, a key"),
+        ({"layer_norm_eps": 1e-5}, "layer_norm_eps is 1e-05, a key"),
+        ({"num_local_experts": 8}, "num_local_experts is 8, a key"),
     ],
 )
 def test_refusals_name_file_key_value_and_what_is_supported(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"some/config.json: {message}"):
         read(**fields)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "message"),
+    [
+        ("MistralForCausalLM", {"attention_bias": True}, "attention_bias is True; supported: false, which mistral"),
+        ("Qwen2ForCausalLM", {"attention_bias": False}, "attention_bias is False; supported: true, which qwen2"),
+        ("Qwen3ForCausalLM", {"mlp_bias": True}, "mlp_bias is True; supported: false for qwen3"),
+        (
+            "MistralForCausalLM",
+            {"use_sliding_window": False, "sliding_window": 64},
+            "use_sliding_window is False; supported: true where sliding_window is given",
+        ),
+    ],
+)
+def test_keys_that_a_family_does_not_read_must_say_what_is_so(
+    architecture: str, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"some/config.json: {message}"):
+        read(architecture, **fields)
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
+def test_all_that_transformers_own_class_writes_is_known(config_class: type[PreTrainedConfig]) -> None:
+    name = f"{config_class.__name__.removesuffix('Config')}ForCausalLM"
+    sizes = {key: value for key, value in SIZES.items() if key != "num_hidden_layers"}
+    fields = json.loads(config_class(**sizes, architectures=[name]).to_json_string(use_diff=False))
+    assert ModelConfig.from_hf(fields).architecture == name
+
+
+REAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "SmolLM2": (
+        "LlamaForCausalLM",
+        {"rope_interleaved": False, "is_llama_config": True, "transformers.js_config": {"dtype": "q4"}},
+    ),
+    "Llama 1": ("LlamaForCausalLM", {"max_sequence_length": 2048, "pad_token_id": -1, "pretraining_tp": 2}),
+    "Qwen2.5": ("Qwen2ForCausalLM", {"use_mrope": False, "sliding_window": 131072, "use_sliding_window": False}),
+    "a trainer's": (
+        "MistralForCausalLM",
+        {"unsloth_fixed": True, "_attn_implementation_autoset": True, "residual_dropout": 0.1, "use_flash_attn": True},
+    ),
+    "with sampling fields": ("LlamaForCausalLM", {"temperature": 0.6, "do_sample": True, "max_length": 4096}),
+    "with a tokenizer's own code": ("LlamaForCausalLM", {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}),
+    "with features that are off": ("Qwen3ForCausalLM", {"qk_layernorm": False, "clip_qkv": None, "num_experts": 0}),
+    "with neutral factors": ("LlamaForCausalLM", {"logits_scaling": 1.0, "residual_multiplier": 1}),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_what_real_checkpoints_carry_changes_nothing(name: str) -> None:
+    architecture, fields = REAL[name]
+    assert read(architecture, **fields) == read(architecture)
+
+
+def test_both_spellings_of_rope_may_stand_together_when_they_agree() -> None:
+    both = read(rope_theta=5e5, rope_scaling=LLAMA3, rope_parameters={**LLAMA3, "rope_theta": 5e5})
+    assert both == read(rope_theta=5e5, rope_scaling=LLAMA3)
 
 
 def test_layer_types_must_agree_with_the_family() -> None:
@@ -148,6 +233,10 @@ def test_layer_types_must_agree_with_the_family() -> None:
 
 def test_model_type_stands_in_for_architectures() -> None:
     assert read(architectures=None, model_type="mistral").architecture == "MistralForCausalLM"
+
+
+def test_an_end_id_outside_the_vocabulary_ends_nothing() -> None:
+    assert read(eos_token_id=[5, 100]).end_ids == (5,)
 
 
 def test_end_ids_of_both_files(tmp_path: Path) -> None:

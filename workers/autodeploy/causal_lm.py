@@ -11,7 +11,10 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from tensorweave.workers.autodeploy.attention import IMPLEMENTATION, register
+from tensorweave.workers.checkpoint import refuse_adapters
 from tensorweave.workers.engine_manifest import EngineManifest
+from tensorweave.workers.models.generation_config import read_json
+from tensorweave.workers.models.rope_config import refuse_two_rotations
 
 _PAGED_LAYERS: Final = frozenset({"full_attention", "sliding_attention"})
 _DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -46,8 +49,11 @@ class CausalLmConfig:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        ids = self.text.eos_token_id
-        return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (ids,)
+        """Of the whole and of the text part, which may differ."""
+        found: list[int] = []
+        for ids in (self.whole.eos_token_id, self.text.eos_token_id):
+            found += ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]
+        return tuple(dict.fromkeys(found))
 
     def _rotations(self) -> Iterator[dict[str, Any]]:
         rope = getattr(self.text, "rope_parameters", None) or {}
@@ -58,6 +64,11 @@ def read_causal_lm_config(path: Path) -> CausalLmConfig:
     """Raises ValueError, naming the architecture, where it can be seen from config.json that it does not run."""
     if EngineManifest.read(path) is not None:
         raise ValueError(f"{path} is an engine directory; backend '_autodeploy' needs a checkpoint")
+    refuse_adapters(path)
+    if (file := path / "config.json").is_file():
+        raw = read_json(file)
+        for part in (raw, raw.get("text_config")):
+            refuse_two_rotations(part if isinstance(part, dict) else {}, str(file))
     try:
         whole = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

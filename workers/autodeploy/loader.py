@@ -19,6 +19,11 @@ from tensorweave.workers.comm import Comm
 from tensorweave.workers.device import pick_device, pick_dtype
 from tensorweave.workers.kv_pool import KVPool, block_bytes
 from tensorweave.workers.model_store import resolve_model
+from tensorweave.workers.models.generation_config import (
+    load_generation_config,
+    load_sampling_defaults,
+    unite_end_ids,
+)
 from tensorweave.workers.packing import PackedBatch
 from tensorweave.workers.pool_size import count_blocks
 
@@ -53,7 +58,8 @@ def load_autodeploy(args: TorchLlmArgs, comm: Comm) -> AutodeployEngine:
         dtype=str(dtype).removeprefix("torch."),
         tokens_per_block=P,
         num_blocks=pool.num_blocks,
-        end_ids=_end_ids(config, model),
+        end_ids=unite_end_ids(vocab_size, config.end_ids, load_generation_config(path).end_ids),
+        sampling_defaults=load_sampling_defaults(path, args.generation_config),
     )
     _try_out(model, config, layers, info, dtype, device)
     return AutodeployEngine(model, layers, pool, info)
@@ -85,12 +91,6 @@ def _make_pool(
     size = block_bytes(len(layers), K, kv.tokens_per_block, H, dtype)
     num_blocks = count_blocks(kv, size, device, activations)
     return KVPool(len(layers), num_blocks, K, kv.tokens_per_block, H, dtype, device)
-
-
-def _end_ids(config: CausalLmConfig, model: Any) -> tuple[int, ...]:
-    given = model.generation_config.eos_token_id
-    more = given if isinstance(given, list) else [] if given is None else [given]
-    return tuple(sorted({*config.end_ids, *more}))
 
 
 def _try_out(

@@ -6,12 +6,18 @@ message names the file, the key, its value and what is supported.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tensorweave.workers.models.config_keys import refuse_unknown_keys
+from tensorweave.workers.models.generation_config import (
+    GenerationConfig,
+    load_generation_config,
+    read_json,
+    unite_end_ids,
+)
 from tensorweave.workers.models.rope_config import RopeConfig
 
 
@@ -75,11 +81,11 @@ class ModelConfig:
         kv_heads = fields.kv_heads(heads, family)
         max_len = fields.count("max_position_embeddings")
         rope = RopeConfig.from_hf(raw, max_len, source)
-        layers = fields.count("num_hidden_layers")
+        layers, vocab_size = fields.count("num_hidden_layers"), fields.count("vocab_size")
         attention_bias = family.has_attention_bias_key and fields.flag("attention_bias")
         return cls(
             architecture=architecture,
-            vocab_size=fields.count("vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=hidden,
             intermediate_size=fields.count("intermediate_size"),
             num_layers=layers,
@@ -96,7 +102,7 @@ class ModelConfig:
             has_qk_norm=family.has_qk_norm,
             has_tied_embeddings=fields.flag("tie_word_embeddings"),
             checkpoint_dtype=fields.dtype(),
-            end_ids=fields.end_ids(),
+            end_ids=unite_end_ids(vocab_size, GenerationConfig(raw, source).end_ids),
         )
 
 
@@ -105,22 +111,10 @@ def load_model_config(path: str | Path) -> ModelConfig:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise ValueError(f"{path} is not a Hugging Face model directory: it has no config.json")
-    raw = _read_json(file)
-    generation_file = Path(path) / "generation_config.json"
-    ids = _Fields(raw, str(file)).end_ids()
-    if generation_file.is_file():
-        ids += _Fields(_read_json(generation_file), str(generation_file)).end_ids()
-    return ModelConfig.from_hf({**raw, "eos_token_id": sorted(set(ids))}, str(file))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{file} holds a {type(raw).__name__}, must be an object")
-    return raw
+    config = ModelConfig.from_hf(read_json(file), str(file))
+    return replace(
+        config, end_ids=unite_end_ids(config.vocab_size, config.end_ids, load_generation_config(path).end_ids)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +139,33 @@ class _Fields:
         return names[0], _FAMILIES[names[0]]
 
     def refuse_what_we_do_not_run(self, family: _Family) -> None:
+        refuse_unknown_keys(self.raw, self.source)
         if self.raw.get("hidden_act", "silu") not in ("silu", "swish"):
             raise self.wrong("hidden_act", "silu")
         for key in ("quantization_config", "compression_config"):
             if self.raw.get(key):
                 raise self.wrong(key, "checkpoints that are not quantized (float32, bfloat16, float16)")
+        self._refuse_keys_of_other_families(family)
+
+    def _refuse_keys_of_other_families(self, family: _Family) -> None:
+        """Keys that transformers' class for this family does not read, with a value that is not so anyway."""
+        model_type, name = self.raw.get("model_type"), family.model_type
+        if model_type is not None and model_type != name:
+            raise self.wrong("model_type", f"{name!r} for this architecture")
         window = self.raw.get("sliding_window")
-        if family.model_type == "llama" and window and window < self.count("max_position_embeddings"):
-            raise self.wrong("sliding_window", "null for Llama")
+        if name == "llama":
+            if window and window < self.count("max_position_embeddings"):
+                raise self.wrong("sliding_window", "null for Llama")
+            if set(self.raw.get("layer_types") or ()) - {"full_attention"}:
+                raise self.wrong("layer_types", "full_attention in every layer for Llama")
+        if family.every_layer_slides and window and self.raw.get("use_sliding_window") is False:
+            raise self.wrong("use_sliding_window", "true where sliding_window is given, for Mistral")
+        if not family.has_attention_bias_key:
+            bias = family.qkv_bias is True
+            if self.raw.get("attention_bias") not in (None, bias):
+                raise self.wrong("attention_bias", f"{str(bias).lower()}, which {name} models have without saying")
+        if not family.has_mlp_bias_key and self.flag("mlp_bias"):
+            raise self.wrong("mlp_bias", f"false for {name}")
 
     def count(self, key: str) -> int:
         value = self.raw.get(key)
@@ -228,11 +241,6 @@ class _Fields:
         value = self.raw.get(key) or "float32"
         if value not in _DTYPES:
             raise self.wrong(key, ", ".join(_DTYPES))
+        if self.raw.get("torch_dtype") not in (None, value):
+            raise self.wrong("torch_dtype", f"the same as dtype ({value})")
         return str(value)
-
-    def end_ids(self) -> tuple[int, ...]:
-        value = self.raw.get("eos_token_id")
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise self.wrong("eos_token_id", "a token id or a list of them")
-        return tuple(ids)

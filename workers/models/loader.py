@@ -15,12 +15,16 @@ from torch import Tensor
 from tensorweave.kernels.packed_weight import PackedWeight
 from tensorweave.workers.checkpoint import Shapes, WeightSource
 from tensorweave.workers.models.config import ModelConfig
+from tensorweave.workers.models.rope_config import RopeConfig
+from tensorweave.workers.models.rotary import inverse_frequencies
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
 # Buffers that old checkpoints carry and that the config determines.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+_BF16_RTOL, _F16_ATOL = 2**-7, 1e-7
+_COMPARED_ELEMENTS = 1 << 24
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
@@ -50,6 +54,41 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
                 shapes[f"{prefix}.{name}.bias"] = (rows,)
         shapes |= {f"{prefix}.{name}.weight": (size,) for name, size in norms.items()}
     return shapes
+
+
+def check_determined(source: WeightSource, config: ModelConfig) -> None:
+    """What a checkpoint need not have, for the config determines it, must be what the config says where it is there.
+
+    Of a tied model's own head, transformers 5 takes the head where it differs, transformers 4 and vLLM the embedding;
+    so neither is taken in silence.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    if config.has_tied_embeddings and HEAD in source.shapes and not _are_equal(source, EMBEDDING, HEAD):
+        raise ValueError(
+            f"the checkpoint's {HEAD} differs from {EMBEDDING}, and config.json says tie_word_embeddings true: set it "
+            f"to false to use the head, or take the head out of the checkpoint"
+        )
+    rope = config.rope
+    allowed = [inverse_frequencies(each, config.head_dim) for each in (rope, RopeConfig(theta=rope.theta))]
+    for name in source.shapes:
+        if name.endswith(IGNORED_SUFFIXES):
+            stored = source.read(name).float()
+            if not any(
+                stored.shape == each.shape and torch.allclose(stored, each, rtol=_BF16_RTOL, atol=_F16_ATOL)
+                for each in allowed
+            ):
+                raise ValueError(f"the checkpoint's {name} is not the rotation that config.json describes")
+
+
+def _are_equal(source: WeightSource, one: str, other: str) -> bool:
+    if source.shapes[one] != source.shapes[other]:
+        return False
+    num_rows, width = source.shapes[one]
+    step = max(1, _COMPARED_ELEMENTS // width)
+    pieces = (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+    return all(torch.equal(source.read(one, piece), source.read(other, piece)) for piece in pieces)
 
 
 class RankWeights(Protocol):

@@ -51,11 +51,24 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], max_len: int, source: str) -> RopeConfig:
-        key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+        """Where both spellings are there, they must mean the same: transformers 5 takes `rope_scaling` and drops the
+        other, transformers 4 the other way round."""
+        new, old = (cls._from_key(raw, key, max_len, source) for key in ("rope_parameters", "rope_scaling"))
+        if raw.get("rope_parameters") and raw.get("rope_scaling") and new != old:
+            raise ValueError(
+                f"{source}: rope_scaling is {raw['rope_scaling']!r} beside rope_parameters {raw['rope_parameters']!r}, "
+                f"which means another rotation; keep one of them"
+            )
+        return new if raw.get("rope_parameters") else old
+
+    @classmethod
+    def _from_key(cls, raw: Mapping[str, Any], key: str, max_len: int, source: str) -> RopeConfig:
         fields: Mapping[str, Any] = raw.get(key) or {}
         if not isinstance(fields, Mapping):
             raise ValueError(f"{source}: {key} is {fields!r}, must be an object")
         kind = fields.get("rope_type", fields.get("type", "default"))
+        if fields.get("type", kind) != kind:
+            raise ValueError(f"{source}: {key} has rope_type {kind!r} and type {fields['type']!r}, must be the same")
         if kind not in _KEYS:
             raise ValueError(f"{source}: {key} has rope_type {kind!r}; supported: {', '.join(_KEYS)}")
         reader = _Fields(fields, f"{source}: {key}")
@@ -65,7 +78,7 @@ class RopeConfig:
                 raise ValueError(
                     f"{source}: partial_rotary_factor is {where['partial_rotary_factor']!r}; supported: 1.0"
                 )
-        theta = reader.number("rope_theta", _Fields(raw, source).number("rope_theta", DEFAULT_THETA))
+        theta = _theta(reader, _Fields(raw, source))
         match kind:
             case "linear":
                 return cls("linear", theta, reader.required("factor"))
@@ -90,6 +103,27 @@ class RopeConfig:
         if self.kind == "yarn":
             return max(max_position_embeddings, int(self.original_max_len * self.factor))
         return max_position_embeddings
+
+
+def refuse_two_rotations(raw: Mapping[str, Any], source: str) -> None:
+    """For models whose rotations others read: two spellings that do not say the same. Raises ValueError."""
+    old, new = raw.get("rope_scaling"), raw.get("rope_parameters")
+    if not old or not new or not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return
+    one, other = ({"rope_type" if key == "type" else key: part[key] for key in part} for part in (old, new))
+    if "rope_theta" not in one:
+        other.pop("rope_theta", None)
+    if one != other:
+        raise ValueError(f"{source}: rope_scaling is {old!r} beside rope_parameters {new!r}; keep one of them")
+
+
+def _theta(reader: _Fields, top: _Fields) -> float:
+    """Said inside, on top of the file, or on both places alike."""
+    base = top.number("rope_theta", DEFAULT_THETA)
+    theta = reader.number("rope_theta", base)
+    if top.fields.get("rope_theta") is not None and theta != base:
+        raise ValueError(f"{reader.where}.rope_theta is {theta:g} and rope_theta on top of the file {base:g}; keep one")
+    return theta
 
 
 def _yarn(reader: _Fields, theta: float, max_len: int) -> RopeConfig:
