@@ -74,6 +74,16 @@ class TransferFailed(TensorweaveError):
     http_status, openai_type, code = 502, "server_error", "transfer_failed"
 
 
+class LogitsNotFinite(TensorweaveError):
+    """The model's numbers for this request's next token are NaN or infinite: there is no answer to give."""
+
+    code = "logits_not_finite"
+
+    @classmethod
+    def of_model(cls) -> LogitsNotFinite:
+        return cls("the model's logits for the next token are not finite (NaN or infinity); the request ends here")
+
+
 class WireError(TensorweaveError):
     """A peer sent something that is not of our protocol."""
 

@@ -187,7 +187,8 @@ class Planner:
             first_keys.append(first_key - skipped * P)
             last_keys.append(span.stop - skipped * P)
         width = max(map(len, tables))
-        table_RB = torch.tensor([[*table, *[0] * (width - len(table))] for table in tables], device=self.device)
+        # Filled up with blocks of its own: what another sequence has left, NaN perhaps, must not meet a weight of 0.
+        table_RB = torch.tensor([[*table, *[table[0]] * (width - len(table))] for table in tables], device=self.device)
         bounds = torch.tensor([first_keys, last_keys], device=self.device).view(2, -1, 1)
         keys_L = torch.arange(width * P, device=self.device)
         hidden_RL = (keys_L < bounds[0]) | (keys_L >= bounds[1])

@@ -15,7 +15,14 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final
 
-from tensorweave.cluster.errors import NotReady, Overloaded, RequestRejected, TensorweaveError, WorkerLost
+from tensorweave.cluster.errors import (
+    LogitsNotFinite,
+    NotReady,
+    Overloaded,
+    RequestRejected,
+    TensorweaveError,
+    WorkerLost,
+)
 from tensorweave.cluster.link import GangLink
 from tensorweave.cluster.protocol import GenerateRequest, Ticket, TokenChunk
 from tensorweave.router.loads import Booking
@@ -32,7 +39,7 @@ TWIN_WAIT_S: Final = 0.05
 
 
 class PrefillRefused(TensorweaveError):
-    """The prefill gang did not take the request, so that there is no KV to wait for."""
+    """The prefill gang did not take the request, or its logits were not finite: there is no KV to wait for."""
 
     code = "prefill_refused"
 
@@ -162,7 +169,7 @@ class _Pair:
                     if chunk.token_ids:
                         return dataclasses.replace(chunk, finish_reason=None)
                     break
-        except (RequestRejected, Overloaded, NotReady) as error:
+        except (RequestRejected, Overloaded, NotReady, LogitsNotFinite) as error:
             raise PrefillRefused(f"gang {self._prefill.gang_id}: {error.message}") from error
         except TensorweaveError as error:
             self._notes.count(f"prefill_{error.code}")

@@ -29,6 +29,10 @@ _OF_GANGS: Final = {
     "num_preemptions_total": ("gang_preemptions", "Sequences paused for want of KV blocks, since the gang began."),
     "computed_prompt_tokens_total": ("gang_computed_prompt_tokens", "Prompt tokens computed since the gang began."),
     "generation_tokens_total": ("gang_generation_tokens", "Tokens generated since the gang began."),
+    "requests_not_finite_total": (
+        "gang_requests_not_finite",
+        "Sequences that ended because the model's logits were NaN or infinite, since the gang began.",
+    ),
     "iterations_total": ("gang_iterations", "Steps since the gang began."),
     "step_seconds_total": ("gang_step_seconds", "Time in steps since the gang began."),
     "forward_seconds_total": ("gang_forward_seconds", "Time in forward passes since the gang began."),

@@ -4,6 +4,9 @@ Order: users' processors, biases, bans, penalties, temperature, min-p, top-k, to
 random number of a token is a hash of the request's seed and the token's position in its sequence, so the same request
 gives the same tokens on any gang, in any batch, and after a recovery. Sampling inverts the cumulative distribution in
 vocabulary order, so rounding differences of the logits move a token only where the number falls on a boundary.
+
+A row of the model's that is not finite gives no token: choosing finds NaN and infinity on its way, without a pass of
+its own over the logits; only where some are edited, all are looked at before.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ from typing import Final, Protocol
 
 import torch
 
-from tensorweave.cluster.errors import RequestRejected
-from tensorweave.kernels.argmax import argmax
+from tensorweave.cluster.errors import LogitsNotFinite, RequestRejected, TensorweaveError
+from tensorweave.kernels.argmax import NO_PLACE, argmax
 from tensorweave.workers.logit_edits import edit_logits, follow
 from tensorweave.workers.logits_processors import LogitsProcessors
 from tensorweave.workers.logprobs import CopiedRows
@@ -24,16 +27,18 @@ from tensorweave.workers.request import LlmRequest, TokenExtras
 
 # R rows of logits, V vocabulary
 
-NO_TOKEN: Final = -1
+NO_TOKEN: Final = NO_PLACE
 _MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """One token a row. `extras` are those of the rows that are told more than it, or have failed: with NO_TOKEN."""
+    """One token a row; NO_TOKEN in a row of `failures`. `extras` are those of rows that are told more than their
+    token."""
 
     tokens: list[int]
     extras: Mapping[int, TokenExtras] = field(default_factory=dict)
+    failures: Mapping[int, TensorweaveError] = field(default_factory=dict)
 
 
 class Decoder(Protocol):
@@ -56,36 +61,62 @@ class SamplingDecoder:
             return Decoded([])
         special = [(row, request) for row, request in enumerate(requests) if not request.is_plain]
         if not special:
-            return Decoded(_choose(logits_RV, requests))
+            return _decoded(_choose(logits_RV, requests), None, {})
         told = CopiedRows(logits_RV, [item for item in special if item[1].sampling.wants_extras])
-        failures = self._edit(logits_RV, special)
-        tokens = _choose(logits_RV, requests)
-        extras = told.extras(tokens)
-        for row, failure in failures.items():
-            tokens[row], extras[row] = NO_TOKEN, TokenExtras(error=failure)
-        return Decoded(tokens, extras)
+        failures = self._edit(logits_RV, [item for item in special if item[1].sampling.edits_logits])
+        return _decoded(_choose(logits_RV, requests), told, failures)
 
-    def _edit(self, logits_RV: torch.Tensor, special: Sequence[tuple[int, LlmRequest]]) -> dict[int, RequestRejected]:
-        """Returns the failures, by row."""
-        edited = [item for item in special if item[1].sampling.edits_logits]
+    def _edit(self, logits_RV: torch.Tensor, edited: Sequence[tuple[int, LlmRequest]]) -> dict[int, TensorweaveError]:
+        """Returns the failures, by row. What the model gave is looked at before anybody else may be to blame."""
         if not edited:
             return {}
-        failures = self.processors.run(logits_RV, edited)
-        edit_logits(logits_RV, edited)
-        best_R = logits_RV[[row for row, _ in edited]].amax(dim=-1).tolist()
-        for (row, _), best in zip(edited, best_R, strict=True):
-            if best == torch.inf:
-                logits_RV[row].clamp_(max=torch.finfo(logits_RV.dtype).max)
-            elif best == -torch.inf and row not in failures:
-                failures[row] = RequestRejected("bans and biases leave no token to go on with", param="bad_token_ids")
-            elif best != best and row not in failures:
-                failures[row] = RequestRejected("a logits processor has left NaN", param="logits_processor")
+        best = _to_list(argmax(logits_RV))
+        failures: dict[int, TensorweaveError] = {
+            row: LogitsNotFinite.of_model() for row, _ in edited if best[row] == NO_PLACE
+        }
+        edited = [item for item in edited if item[0] not in failures]
+        if edited:
+            failures |= self.processors.run(logits_RV, edited)
+            edit_logits(logits_RV, edited)
+            failures = _check_edited(logits_RV, edited) | failures
         for row in failures:
             logits_RV[row] = 0.0
         return failures
 
 
+def _check_edited(logits_RV: torch.Tensor, edited: Sequence[tuple[int, LlmRequest]]) -> dict[int, TensorweaveError]:
+    """Plus infinity is certainty, and is made a number; what leaves no token to choose is the request's own doing."""
+    failures: dict[int, TensorweaveError] = {}
+    best_E = logits_RV[[row for row, _ in edited]].amax(dim=-1).tolist()
+    for (row, request), best in zip(edited, best_E, strict=True):
+        if best == torch.inf:
+            logits_RV[row].clamp_(max=torch.finfo(logits_RV.dtype).max)
+        elif best == -torch.inf:
+            failures[row] = RequestRejected("bans and biases leave no token to go on with", param="bad_token_ids")
+        elif best != best:
+            spec = request.sampling
+            has_processor = spec.uses_batched_processor or spec.logits_processors
+            failures[row] = (
+                RequestRejected("a logits processor has left NaN", param="logits_processor")
+                if has_processor
+                else RequestRejected("the penalties leave no numbers to choose by", param="repetition_penalty")
+            )
+    return failures
+
+
+def _decoded(tokens: list[int], told: CopiedRows | None, failures: dict[int, TensorweaveError]) -> Decoded:
+    if NO_TOKEN in tokens:
+        failures |= {row: LogitsNotFinite.of_model() for row, token in enumerate(tokens) if token == NO_TOKEN}
+    if told is None and not failures:
+        return Decoded(tokens)
+    extras = {} if told is None else told.extras([max(token, 0) for token in tokens])
+    for row in failures:
+        tokens[row] = NO_TOKEN
+    return Decoded(tokens, extras, failures)
+
+
 def _choose(logits_RV: torch.Tensor, requests: Sequence[LlmRequest]) -> list[int]:
+    """NO_TOKEN in a row that is not finite."""
     rows = [row for row, request in enumerate(requests) if not request.is_greedy]
     if not rows:
         return _to_list(argmax(logits_RV))
@@ -138,7 +169,8 @@ def _sample(logits_RV: torch.Tensor, requests: Sequence[LlmRequest]) -> torch.Te
     # The first token whose cumulative probability passes the threshold; it has probability above 0 by construction.
     tokens_R: torch.Tensor = (cumulative_RV <= threshold_R1).sum(dim=-1)
     last_R = vocab_size - 1 - (probs_RV > 0).flip(-1).int().argmax(dim=-1)
-    return torch.minimum(tokens_R, last_R)
+    tokens_R = torch.minimum(tokens_R, last_R)
+    return torch.where(cumulative_RV[:, -1].isfinite(), tokens_R, NO_TOKEN)  # the sum of a row with NaN is NaN
 
 
 def _top_p(request: LlmRequest) -> float:

@@ -6,7 +6,7 @@ decides anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, Protocol
 
 import torch
@@ -43,6 +43,10 @@ class ModelEngine(Protocol):
     def prompt_logits(self, batch: ScheduledBatch) -> Iterator[tuple[PromptRead, Tensor]]:
         """Of the batch that `forward` has just computed: logits [N, V] float32 at the prompt tokens of
         `batch.prompt_reads`, in pieces that fit in memory; every rank takes all of them."""
+        ...
+
+    def wipe_blocks(self, block_ids: Sequence[int]) -> None:
+        """Nobody uses these KV blocks, and what was computed there may be NaN: leave none of it."""
         ...
 
 
@@ -104,6 +108,10 @@ class PyTorchModelEngine:
                     logits_NV = self._model.logits(hidden_TD[piece.row : piece.row + piece.stop - piece.start])
                 self._num_pieces += 1
                 yield piece, logits_NV
+
+    def wipe_blocks(self, block_ids: Sequence[int]) -> None:
+        with torch.inference_mode():
+            self.pool.wipe_blocks(block_ids)
 
     def _inputs(self, packed: PackedBatch) -> ForwardInputs:
         ids_T, positions_T, slots_T = torch.tensor(

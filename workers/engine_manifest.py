@@ -19,6 +19,7 @@ MANIFEST_NAME: Final = "engine_manifest.json"
 FORMAT_VERSION: Final = 1
 """Raise it when rank files are laid out otherwise than before."""
 _DIGEST_BYTES: Final = 16
+_CHECKED_SUFFIXES: Final = (".json", ".safetensors")
 _DTYPES: Final = ("float32", "bfloat16", "float16")
 _KEYS: Final = frozenset(
     {"format_version", "tensorweave_version", "tensor_parallel_size", "dtype", "model_digest", "files", "digest"}
@@ -69,8 +70,13 @@ class EngineManifest:
     def check_files(self, directory: Path, names: Collection[str]) -> None:
         """All files must be there in their right size; those in `names` must have the right bytes.
 
-        Of rank files this is the header; `RankFile` checks each tensor when it reads it.
+        Of rank files this is the header; `RankFile` checks each tensor when it reads it. Configurations and weights
+        that came later would be read, or left out, unchecked: they are refused.
         """
+        listed = {*self.files, MANIFEST_NAME}
+        later = sorted(f.name for f in directory.iterdir() if f.suffix in _CHECKED_SUFFIXES and f.name not in listed)
+        if later:
+            raise ValueError(f"engine directory {directory}: {', '.join(later)} came after saving; save it again")
         for name, record in self.files.items():
             file = directory / name
             if not file.is_file():

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from tensorweave.cluster.errors import NotReady, TensorweaveError, WorkerLost
+from tensorweave.cluster.errors import LogitsNotFinite, NotReady, TensorweaveError, WorkerLost
 from tensorweave.cluster.protocol import (
     FinishReason,
     GenerateRequest,
@@ -31,6 +31,7 @@ from tensorweave.workers.engine import ModelEngine
 from tensorweave.workers.inbox import FollowerInbox, Inbox, News
 from tensorweave.workers.iteration_stats import IterationStats, StepTimer
 from tensorweave.workers.logits_processors import BatchedLogitsProcessor, LogitsProcessor
+from tensorweave.workers.logits_watch import LogitsWatch
 from tensorweave.workers.logprobs import read_prompt
 from tensorweave.workers.outbox import FollowerOutbox, Outbox
 from tensorweave.workers.plan import ContextChunk, ScheduledBatch
@@ -84,6 +85,7 @@ class PyExecutor:
         self._is_stuck = False
         self._token_check = 0
         self._answers: list[TokenChunk] = []
+        self._watch = LogitsWatch(info, comm.rank)
         self._stats = IterationStats(max_stats, stats_limits or {})
         self._progress_s = time.monotonic()
         self._engine_progress = engine_progress
@@ -197,6 +199,7 @@ class PyExecutor:
             "num_requests_waiting": waiting,
             "kv_cache_usage_perc": 1.0 - kv.available / total,
             **self._stats.totals(),
+            "requests_not_finite_total": self._watch.num_failed,
             **self._transfers.gauges(),
         }
 
@@ -269,6 +272,10 @@ class PyExecutor:
 
     def _admit(self, news: News) -> None:
         self._resources.kv_cache.now_s = news.now_s
+        for probe in self._watch.start_probes(self._num_arrived, news.now_s):
+            self._num_arrived += 1
+            self._by_id[probe.request_id] = probe
+            self._active.append(probe)
         for arrival in news.arrivals:
             self._num_arrived += 1
             request = LlmRequest.of(arrival, self._num_arrived, news.now_s, can_fetch=self._transfers.can_fetch)
@@ -325,12 +332,15 @@ class PyExecutor:
         sampled = batch.sampled
         for row, extras in decoded.extras.items():
             sampled[row].extras = extras
+        for row, failure in decoded.failures.items():
+            sampled[row].failure = failure
         finished = []
         for request, token in zip(sampled, decoded.tokens, strict=True):
             request.append(token)
             self._answers.append(request.news())
             if request.finish_reason is not None:
                 finished.append(request)
+        self._watch.note(len(sampled), finished)
         self._token_check = zlib.crc32(repr(decoded.tokens).encode(), self._token_check)
         return finished
 
@@ -342,7 +352,10 @@ class PyExecutor:
 
     def _forget(self, request: LlmRequest) -> None:
         if not self._transfers.keeps(request):
-            self._resources.free_resources(request)
+            if isinstance(request.failure, LogitsNotFinite):
+                self._engine.wipe_blocks(self._resources.discard_resources(request))
+            else:
+                self._resources.free_resources(request)
         request.state = RequestState.DONE
         del self._by_id[request.request_id]
         self._inbox.forget(request.request_id)
@@ -364,7 +377,7 @@ class PyExecutor:
 
     def _answer(self) -> None:
         if self._answers:
-            self._outbox.put(self._answers)
+            self._outbox.put(self._watch.without_probes(self._answers))
             self._answers = []
 
     def _fail(self, error: Exception) -> None:

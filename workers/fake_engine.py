@@ -66,6 +66,9 @@ class HashEngine:
                 logits_NV[i, hash_token(context[: position + 1], self.info.vocab_size)] = _SURE
             yield read, logits_NV
 
+    def wipe_blocks(self, block_ids: Sequence[int]) -> None:
+        self._cache_BP[list(block_ids)] = _UNWRITTEN
+
 
 class EmptyEngine:
     """Zero logits over a tiny vocabulary."""
@@ -82,3 +85,6 @@ class EmptyEngine:
     def prompt_logits(self, batch: ScheduledBatch) -> Iterator[tuple[PromptRead, Tensor]]:
         for read in batch.prompt_reads:
             yield read, torch.zeros(read.stop - read.start, self.info.vocab_size)
+
+    def wipe_blocks(self, block_ids: Sequence[int]) -> None:
+        return None

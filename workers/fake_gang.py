@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tensorweave.workers.rank import RankWorker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -71,3 +71,6 @@ class _Paced:
 
     def prompt_logits(self, batch: ScheduledBatch) -> Iterator[tuple[PromptRead, Tensor]]:
         return self._engine.prompt_logits(batch)
+
+    def wipe_blocks(self, block_ids: Sequence[int]) -> None:
+        self._engine.wipe_blocks(block_ids)

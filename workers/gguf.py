@@ -42,6 +42,7 @@ _CONVERTIBLE: Final = {
 }
 # Metadata with these beginnings describe the file, or are read; of all other keys a model may depend on each.
 _DESCRIPTIVE: Final = ("GGUF.", "general.", "quantize.")
+_END_IDS: Final = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 _READ: Final = frozenset(
     {
         "llama.attention.head_count",
@@ -55,18 +56,15 @@ _READ: Final = frozenset(
         "llama.vocab_size",
         "tokenizer.chat_template",
         "tokenizer.ggml.bos_token_id",
-        "tokenizer.ggml.eos_token_id",
-        "tokenizer.ggml.eot_token_id",
-        "tokenizer.ggml.eom_token_id",
         "tokenizer.ggml.merges",
         "tokenizer.ggml.padding_token_id",
         "tokenizer.ggml.token_type",
         "tokenizer.ggml.tokens",
         "tokenizer.ggml.unknown_token_id",
         *_CONVERTIBLE,
+        *_END_IDS,
     }
 )
-_END_IDS: Final = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 _CONTROL_TOKEN: Final = 3  # llama.cpp's token types: 1 normal, 3 control, 4 user-defined
 _USER_TOKEN: Final = 4
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from tensorweave.cluster.protocol import DEFAULT_RETENTION_PRIORITY
@@ -173,6 +174,23 @@ class KVCacheManager(BaseResourceManager):
         while node is not None and node.parent is not None:
             self._tree.release(node, self.now_s)
             node = node.parent
+
+    def discard_resources(self, request: LlmRequest) -> Sequence[int]:
+        """No request finds what this one has found or computed, from the first block on that it alone uses."""
+        table = self._tables.get(request.order)
+        if table is None:
+            return ()
+        lost = table.blocks[table.num_nodes :]
+        first, node = None, table.node
+        while node is not None and node.parent is not None and node.refs == 1:
+            first, node = node, node.parent
+        if first is not None:
+            for each in self._tree.below(first):
+                lost.append(each.block)
+                self._events.removed(each)
+            self._tree.forget(first)
+        self.free_resources(request)
+        return lost
 
     def audit(self) -> list[str]:
         holders: collections.Counter[Node] = collections.Counter(self._copy_sources)

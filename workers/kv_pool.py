@@ -58,6 +58,10 @@ class KVPool:
         for copy in copies:
             self.cache[:, copy.target, :, : copy.num_tokens] = self.cache[:, copy.source, :, : copy.num_tokens]
 
+    def wipe_blocks(self, block_ids: Sequence[int]) -> None:
+        """What was computed there may be NaN, which must not be left in memory (see `_zeros`)."""
+        self.cache[:, list(block_ids)] = 0
+
 
 def block_bytes(num_layers: int, num_kv_heads: int, tokens_per_block: int, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers."""

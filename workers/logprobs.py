@@ -11,7 +11,9 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
+from tensorweave.cluster.errors import LogitsNotFinite
 from tensorweave.cluster.protocol import Logprob, TokenChunk, TokenLogprobs
+from tensorweave.kernels.argmax import NO_PLACE, argmax
 from tensorweave.workers.plan import PromptRead, ScheduledBatch
 from tensorweave.workers.request import LlmRequest, TokenExtras
 
@@ -83,10 +85,16 @@ class PromptLogits(Protocol):
 
 
 def read_prompt(batch: ScheduledBatch, engine: PromptLogits) -> list[TokenChunk]:
-    """Take in what is told of prompts: log-probabilities are kept for the first token's chunk, logits go at once."""
+    """Take in what is told of prompts: log-probabilities are kept for the first token's chunk, logits go at once. A
+    prompt whose logits are not finite fails, which its request tells in place of the first token."""
     chunks: list[TokenChunk] = []
     for read, logits_NV in engine.prompt_logits(batch):
         request, spec = read.request, read.request.sampling
+        request.num_rows_read = read.stop
+        if request.failure is None and NO_PLACE in argmax(logits_NV).tolist():
+            request.failure = LogitsNotFinite("the model's logits at the prompt are not finite (NaN or infinity)")
+        if request.failure is not None:
+            continue
         next_tokens = request.tokens[read.start + 1 : min(read.stop + 1, request.prompt_len)]
         if request.prompt_logprobs is not None and spec.num_prompt_logprobs is not None and next_tokens:
             rows_NV = logits_NV[: len(next_tokens)]
@@ -96,5 +104,4 @@ def read_prompt(batch: ScheduledBatch, engine: PromptLogits) -> list[TokenChunk]
             for at in range(0, len(logits_NV), step):
                 packed = pack_logits(logits_NV[at : at + step])
                 chunks.append(TokenChunk(request.request_id, start=request.num_output, context_logits=packed))
-        request.num_rows_read = read.stop
     return chunks

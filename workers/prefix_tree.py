@@ -59,6 +59,7 @@ class PrefixTree:
         self._roots: dict[str | None, Node] = {}
         self._uses = 0
         self._pushes = 0
+        self._num_forgotten = 0
         # Heaps with stale entries, recognised when popped: (priority, last_used, push, node) of idle leaves,
         # (expires_s, push, node).
         self._leaves: list[tuple[int, int, int, Node]] = []
@@ -146,13 +147,33 @@ class PrefixTree:
             self._roots = {salt: root for salt, root in self._roots.items() if root is not parent}
         return node
 
+    def forget(self, node: Node) -> None:
+        """No match finds this node, or one below it, again. It keeps its place, under tokens that no prompt has, so
+        that those that use it go on and eviction takes it in its turn."""
+        parent = node.parent
+        assert parent is not None
+        self._num_forgotten += 1
+        del parent.children[node.tokens]
+        del parent.keys[bisect.bisect_left(parent.keys, node.tokens)]
+        node.tokens = (-self._num_forgotten,) * self._tokens_per_block
+        parent.children[node.tokens] = node
+        bisect.insort(parent.keys, node.tokens)
+        for each in self.below(node):
+            assert each.parent is not None
+            each.digest = next_hash(each.parent.digest, each.tokens)
+
     def nodes(self) -> Iterator[Node]:
         """All nodes, parents first."""
-        stack = list(self._roots.values())
+        for root in self._roots.values():
+            for child in root.children.values():
+                yield from self.below(child)
+
+    def below(self, node: Node) -> Iterator[Node]:
+        """The node and all under it, parents first."""
+        stack = [node]
         while stack:
             node = stack.pop()
-            if node.parent is not None:
-                yield node
+            yield node
             stack.extend(node.children.values())
 
     def audit(self, holders: Mapping[Node, int]) -> list[str]:

@@ -41,12 +41,10 @@ class RequestState(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenExtras:
-    """What is told with a token beside its id, where it was asked for. With `error` there is no token: the request
-    ends with it."""
+    """What is told with a token beside its id, where it was asked for."""
 
     logprobs: TokenLogprobs | None = None
     logits: bytes = field(default=b"", repr=False)
-    error: TensorweaveError | None = None
 
     def to_wire(self) -> list[Any]:
         return [None if self.logprobs is None else logprobs_to_wire([self.logprobs])[0], self.logits]
@@ -70,7 +68,8 @@ class LlmRequest:
 
     A request that `is_plain` is sampled from the model's logits as they are, and told its token ids alone. Of others,
     `history` is what their sampling remembers of the tokens, and `extras` what is told with the newest token. Logits at
-    the first `num_prompt_rows` tokens are told; those of `num_rows_read` have been read.
+    the first `num_prompt_rows` tokens are told; those of `num_rows_read` have been read. With a `failure` the newest
+    token is none, and the request ends.
     """
 
     request_id: str
@@ -95,6 +94,7 @@ class LlmRequest:
     is_plain: bool = field(init=False)
     history: SamplingHistory | None = None
     extras: TokenExtras | None = None
+    failure: TensorweaveError | None = None
     num_prompt_rows: int = field(init=False)
     num_rows_read: int = 0
     prompt_logprobs: list[TokenLogprobs] | None = None
@@ -161,16 +161,16 @@ class LlmRequest:
     def news(self) -> TokenChunk:
         """What to tell once a token was appended."""
         start = len(self.tokens) - self.prompt_len - 1
+        if self.failure is not None:
+            self.finish_reason, self.stop_reason = "cancelled", None
+            return TokenChunk(
+                self.request_id, num_cached_tokens=self.num_cached_tokens, error=self.failure, start=start
+            )
         token_ids = (self.tokens[-1],)
         ends = (self.finish_reason, self.stop_reason, self.num_cached_tokens, None, start)
         if self.is_plain:
             return TokenChunk(self.request_id, token_ids, *ends)
         extras = self.extras or TokenExtras()
-        if extras.error is not None:
-            self.finish_reason = "cancelled"
-            return TokenChunk(
-                self.request_id, num_cached_tokens=self.num_cached_tokens, error=extras.error, start=start
-            )
         prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
         logprobs = () if extras.logprobs is None else (extras.logprobs,)
         return TokenChunk(self.request_id, token_ids, *ends, logprobs, prompt_logprobs, extras.logits)

@@ -43,6 +43,12 @@ class BaseResourceManager:
     def free_resources(self, request: LlmRequest) -> None:
         """Give back all that the request holds."""
 
+    def discard_resources(self, request: LlmRequest) -> Sequence[int]:
+        """The same where what the request computed may be NaN: nothing of it may be used again. Return the KV blocks
+        that nobody uses now, for the engine to wipe."""
+        self.free_resources(request)
+        return ()
+
     def shutdown(self) -> None:
         """The step loop has ended."""
 
@@ -151,6 +157,9 @@ class ResourceManager(BaseResourceManager):
     def free_resources(self, request: LlmRequest) -> None:
         for manager in self.managers:
             manager.free_resources(request)
+
+    def discard_resources(self, request: LlmRequest) -> Sequence[int]:
+        return [block for manager in self.managers for block in manager.discard_resources(request)]
 
     def shutdown(self) -> None:
         for manager in self.managers:

@@ -129,25 +129,55 @@ typedef struct {
     long V;
 } choice;
 
+#define CHOICE_CHUNK 2048 /* numbers whose largest is known before the next ones are looked at: the search for its place is short */
+
+/* The largest of x[n]; NaN are passed over, and spoil *zero, as infinities do. */
+INLINE float largest_of(const float *x, long n, float *zero) {
+    vf most[4], zeros[4];
+    float largest = -INFINITY;
+    long v = 0;
+    for (int i = 0; i < 4; i++) most[i] = splat(-INFINITY), zeros[i] = splat(0);
+    for (; v + 4 * VL <= n; v += 4 * VL)
+        for (int i = 0; i < 4; i++) {
+            vf x4 = load_f32(x + v + i * VL);
+            most[i] = max_vf(x4, most[i]);
+            zeros[i] += x4 * 0.0f;
+        }
+    for (; v < n; v++) {
+        largest = x[v] > largest ? x[v] : largest;
+        *zero += x[v] * 0.0f;
+    }
+    vf all = max_vf(max_vf(most[0], most[1]), max_vf(most[2], most[3]));
+    vf none = (zeros[0] + zeros[1]) + (zeros[2] + zeros[3]);
+    for (int i = 0; i < VL; i++) {
+        largest = all[i] > largest ? all[i] : largest;
+        *zero += none[i];
+    }
+    return largest;
+}
+
+static int has_nan(const float *x, long n) {
+    for (long v = 0; v < n; v++)
+        if (x[v] != x[v]) return 1;
+    return 0;
+}
+
 static void choose_rows(void *context, long first, long last) {
     const choice *c = context;
     for (long r = first; r < last; r++) {
         const float *row = c->x + r * c->V;
-        vf most = splat(-INFINITY);
-        float largest = -INFINITY;
-        long v = 0, best = 0;
-        for (; v + VL <= c->V; v += VL) {
-            vf x = load_f32(row + v);
-            most = select_vf(x > most, x, most);
+        float largest = -INFINITY, zero = 0;
+        long start = 0;
+        for (long v = 0; v < c->V; v += CHOICE_CHUNK) {
+            float x = largest_of(row + v, c->V - v < CHOICE_CHUNK ? c->V - v : CHOICE_CHUNK, &zero);
+            if (x > largest) largest = x, start = v;
         }
-        for (; v < c->V; v++) largest = row[v] > largest ? row[v] : largest;
-        for (int i = 0; i < VL; i++) largest = most[i] > largest ? most[i] : largest;
-        while (best < c->V && row[best] != largest) best++;
-        c->out[r] = best < c->V ? best : 0;
+        while (start < c->V && row[start] != largest) start++;
+        c->out[r] = isinf(largest) || (zero != zero && has_nan(row, c->V)) ? -1 : start;
     }
 }
 
-/* The first place of the largest number of each row of x[R, V]; NaN are passed over. */
+/* The first place of the largest number of each row of x[R, V]; -1 where a row holds NaN, or its largest number is infinite. */
 void argmax_f32(const float *x, int64_t *out, long R, long V) {
     choice c = {x, out, V};
     run_loop(choose_rows, &c, R, PARTS_FOR(R * V));

@@ -88,6 +88,23 @@ def test_paged_attention(
     torch.testing.assert_close(paged_attention(q, cache, plan, 0.4), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("head_dim", [4, 64])  # torch's path; the native kernel, where there is one
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("mix", MIXES)
+def test_nan_in_the_blocks_of_others_changes_nothing(mix: str, window: int | None, head_dim: int) -> None:
+    torch.manual_seed(0)
+    P, num_blocks = 8, 110
+    spans = make_spans(MIXES[mix], P, num_blocks)
+    cache = torch.randn(num_blocks, 4, P, head_dim)
+    own = {block for span in spans for block in span.blocks[: -(-span.stop // P)]}
+    cache[[block for block in range(num_blocks) if block not in own]] = torch.nan
+    q = torch.randn(sum(span.length for span in spans), 2, head_dim)
+    plan = Planner(2, (0, 1), P, head_dim, CPU, torch.float32).plan(spans, window)
+    expected = paged_attention_reference(q, cache, spans, [0, 1], window, 0.1)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(paged_attention(q, cache, plan, 0.1), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_paged_attention_in_half_precision(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

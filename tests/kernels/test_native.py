@@ -129,14 +129,20 @@ def test_silu_mul_at_both_ends(dtype: torch.dtype) -> None:
 def test_argmax_is_the_first_of_the_largest(V: int) -> None:
     torch.manual_seed(0)
     x = torch.randint(-5, 5, (9, V)).float()
-    x[2], x[3], x[4, -1], x[5, 0] = -torch.inf, -0.0, torch.inf, -torch.inf
-    x[6, V // 2] = float("nan")
-    chosen = argmax(x)
-    rows = [row for row in range(9) if row != 6]
-    assert torch.equal(chosen[rows], x.argmax(-1)[rows])
-    assert 0 <= chosen[6] < V
+    x[3], x[4, :-1], x[5, 0] = -0.0, -torch.inf, -1e30
+    x[6, -1] = 7.0
+    assert torch.equal(argmax(x), x.argmax(-1))
     assert torch.equal(argmax(x[:0]), torch.empty(0, dtype=torch.int64))
-    assert torch.equal(argmax(x.double()[rows]), x.argmax(-1)[rows])
+    assert torch.equal(argmax(x.double()), x.argmax(-1))
+
+
+@pytest.mark.parametrize("V", [1, 15, 64, 100, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # with the native kernel where there is one; without
+def test_argmax_has_no_place_in_a_row_that_is_not_finite(V: int, dtype: torch.dtype) -> None:
+    x = torch.randn(6, V, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0], x[1, V // 2], x[2, -1], x[3, 0] = torch.nan, torch.nan, torch.nan, torch.inf
+    x[4] = -torch.inf
+    assert argmax(x).tolist() == [-1, -1, -1, -1, -1, x[5].argmax()]
 
 
 def test_a_nan_stays_one() -> None:

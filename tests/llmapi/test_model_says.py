@@ -1,4 +1,4 @@
-"""What the model's own files and its tokenizer say of every request of an `LLM`: ends of sequence, sampling fields."""
+"""What the model says of every request of an `LLM`: ends of sequence, sampling fields, numbers that are none."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tensorweave import LLM, SamplingParams
+from tensorweave.cluster.errors import LogitsNotFinite
 from tests.llmapi.small_llm import CACHE, one
 from tests.router.small_tokenizers import byte_level
 from tests.workers.tiny_models import make_model
@@ -74,3 +77,16 @@ def test_an_llm_samples_as_the_model_says_only_if_told_to(directory: Path) -> No
         assert ids_of(told, seed=1, top_k=0) == ids_of(plain, seed=1, temperature=1.7, no_repeat_ngram_size=1)
     with pytest.raises(ValueError, match=r"generation_config: Input should be 'auto', 'none' or 'trtllm'"):
         LLM(directory, generation_config="vllm", **knobs)
+
+
+def test_logits_that_are_not_finite_are_raised_and_the_llm_works_on(tmp_path: Path) -> None:
+    make_model("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][13] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with LLM(tmp_path, dtype="float32", skip_tokenizer_init=True, kv_cache_config=CACHE) as llm:
+        for params in (FREE, SamplingParams(max_tokens=3, repetition_penalty=1.2, logprobs=1, temperature=0.5)):
+            good, bad = llm.generate_async([4, 7, 3], params), llm.generate_async([4, 13, 3], params)
+            with pytest.raises(LogitsNotFinite, match="logits for the next token are not finite"):
+                bad.result(timeout=60)
+            assert good.result(timeout=60).outputs[0].finish_reason == "length"

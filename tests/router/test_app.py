@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tensorweave.cluster.errors import Overloaded, WorkerLost
+from tensorweave.cluster.errors import LogitsNotFinite, Overloaded, WorkerLost
 from tensorweave.router.admission import Limits
 from tensorweave.router.app import build_app
 from tensorweave.router.health import check_health
@@ -434,3 +434,16 @@ def test_prompts_are_never_logged(caplog: pytest.LogCaptureFixture) -> None:
     post(CHAT, chat("top secret words", temperature=9), scripted())
     post(CHAT, chat("top secret words"), scripted(fail_after=0, error=RuntimeError("x")))  # type: ignore[arg-type]
     assert "secret words" not in caplog.text
+
+
+def test_logits_that_are_not_finite_are_the_requests_own_error() -> None:
+    """It is not tried at another gang, for it may be its own prompt that gives them; the gang stays in service."""
+    error = LogitsNotFinite.of_model()
+    links = [scripted(gang_id=name, fail_after=0, error=error) for name in ("a", "b")]
+    found = check_error(post(CHAT, chat(), *links), 500, None, "logits_not_finite")
+    assert (found["type"], found["message"]) == ("server_error", error.message)
+    assert sum(len(link.requests) for link in links) == 1
+    assert all(link.is_open for link in links)
+    streamed = post(COMPLETIONS, completion(stream=True), scripted(fail_after=2, error=error))
+    assert streamed.status_code == 200
+    assert events_of(streamed.text)[-1]["error"]["code"] == "logits_not_finite"

@@ -41,6 +41,7 @@ def test_gangs_are_shown_as_they_are_and_gone_when_they_are_gone() -> None:
     leader = {
         "num_requests_running": 3.0,
         "num_preemptions_total": 2.0,
+        "requests_not_finite_total": 7.0,
         "kv_transfer_failures_digest_total": 0.0,
         "kv_transfer_bytes_total": 10.0,
         "kv_transfer_fetches_total": 4.0,
@@ -51,6 +52,7 @@ def test_gangs_are_shown_as_they_are_and_gone_when_they_are_gone() -> None:
     assert shown == {
         ("gauge", "gang_num_requests_running", "d-0"): 3.0,
         ("counter", "gang_preemptions_total", "d-0"): 2.0,
+        ("counter", "gang_requests_not_finite_total", "d-0"): 7.0,
         ("counter", "kv_transfer_failures_digest_total", "d-0"): 5.0,
         ("counter", "kv_transfer_bytes_total", "d-0"): 20.0,
         ("counter", "kv_transfer_fetches_total", "d-0"): 4.0,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tensorweave.cluster.errors import (
     DeadlineExceeded,
+    LogitsNotFinite,
     NotReady,
     Overloaded,
     RequestRejected,
@@ -180,7 +181,13 @@ def test_kv_of_a_lost_request_is_not_waited_for_long() -> None:
 
 
 @pytest.mark.parametrize(
-    "refusal", [Overloaded("full"), RequestRejected("too long", param="prompt"), NotReady("stopping")]
+    "refusal",
+    [
+        Overloaded("full"),
+        RequestRejected("too long", param="prompt"),
+        NotReady("stopping"),
+        LogitsNotFinite.of_model(),
+    ],
 )
 def test_a_prefill_gang_that_refuses_is_not_waited_for(refusal: Exception) -> None:
     async def run() -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from tensorweave.cluster.errors import LogitsNotFinite
 from tensorweave.cluster.protocol import SamplingSpec
-from tensorweave.workers.decoder import SamplingDecoder, uniform
+from tensorweave.workers.decoder import NO_TOKEN, SamplingDecoder, uniform
 from tensorweave.workers.plan import ScheduledBatch
 from tensorweave.workers.request import LlmRequest, RequestState
 from tests.workers.plain_sampling import chosen
@@ -88,3 +89,63 @@ def test_extreme_temperatures_stay_finite() -> None:
     for temperature in (1e-30, 1e-3, 1e30):
         token = decode(logits, [SamplingSpec(8, temperature=temperature, seed=1)])[0]
         assert 0 <= token < 4
+
+
+# ---- logits that are not finite
+
+PENALISED = SamplingSpec(8, repetition_penalty=1.3)
+TOLD = SamplingSpec(8, temperature=0.8, seed=4, num_logprobs=2, wants_generation_logits=True)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("others", [SPECS[:1], SPECS[1:3], [PENALISED], [TOLD], [*SPECS, PENALISED, TOLD]], ids=len)
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[9], PENALISED, TOLD], ids=str)
+def test_a_row_that_is_not_finite_gives_no_token_and_harms_no_other(
+    spec: SamplingSpec, others: list[SamplingSpec], wrong: float
+) -> None:
+    logits = torch.randn(len(others) + 1, VOCAB, generator=torch.Generator().manual_seed(5))
+    expected = decode(logits[1:], others)
+    logits[0] = wrong
+    specs = [spec, *others]
+    batch = ScheduledBatch(generation=tuple(request(each, 5, i) for i, each in enumerate(specs)))
+    decoded = SamplingDecoder().decode(logits, batch)
+    assert decoded.tokens == [NO_TOKEN, *expected]
+    assert decoded.failures.keys() == {0}
+    assert isinstance(decoded.failures[0], LogitsNotFinite)
+
+
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], PENALISED, TOLD], ids=str)
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_one_number_that_is_not_finite_is_enough(spec: SamplingSpec, wrong: float) -> None:
+    for place in (0, 7, VOCAB - 1):
+        logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(5))
+        logits[0, place] = wrong
+        assert decode(logits, [spec]) == [NO_TOKEN]
+
+
+def test_tokens_that_the_model_itself_rules_out_are_no_fault() -> None:
+    logits = torch.zeros(2, VOCAB)
+    logits[:, 1:] = -torch.inf
+    assert decode(logits, [SPECS[0], SPECS[1]]) == [0, 0]
+    assert decode(logits, [PENALISED, TOLD]) == [0, 0]
+
+
+def test_nobody_is_blamed_for_what_others_have_done() -> None:
+    """A processor is not even asked where the model gave NaN; a penalty that leaves NaN is not a processor's fault."""
+    calls: list[int] = []
+
+    def mask(req_id: int, logits: torch.Tensor, token_ids: list[list[int]], stream: object, client: object) -> None:
+        calls.append(req_id)
+        logits[...] = torch.nan
+
+    decoder = SamplingDecoder()
+    decoder.processors.set("mask", mask)
+    tiny = SamplingSpec(8, repetition_penalty=1e-50, min_tokens=8, stop_token_ids=(1,))  # minus infinity times 0
+    specs = [SamplingSpec(8, logits_processors=("mask",))] * 2 + [tiny]
+    logits = torch.zeros(3, VOCAB)
+    logits[0] = torch.nan
+    batch = ScheduledBatch(generation=tuple(request(spec, 5, i) for i, spec in enumerate(specs)))
+    failures = decoder.decode(logits, batch).failures
+    assert calls == [1]
+    assert isinstance(failures[0], LogitsNotFinite)
+    assert [failures[row].param for row in (1, 2)] == ["logits_processor", "repetition_penalty"]

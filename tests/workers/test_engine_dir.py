@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -25,10 +26,10 @@ from tensorweave.workers.device import pick_dtype
 from tensorweave.workers.engine_digest import digest_file, digest_tensor
 from tensorweave.workers.engine_dir import save_engine_dir
 from tensorweave.workers.engine_loader import load_engine
-from tensorweave.workers.engine_manifest import MANIFEST_NAME, EngineManifest, rank_file
+from tensorweave.workers.engine_manifest import MANIFEST_NAME, EngineManifest, rank_file, record_files
 from tensorweave.workers.transfer.fingerprint import model_digest
 from tests.workers.engine_drive import engine_args, generate_on_ranks, random_prompts
-from tests.workers.tiny_models import make_model, their_greedy
+from tests.workers.tiny_models import make_model, rewrite_config, their_greedy
 from tests.workers.transfer_drive import model_gang, run_disaggregated
 
 PROMPTS = [*random_prompts(3, 60), [7]]
@@ -240,6 +241,25 @@ def test_a_missing_file(name: str, saved: Path) -> None:
     (saved / name).unlink()
     with pytest.raises(ValueError, match=f"{name} is missing"):
         load(saved)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "rank2.safetensors"])
+def test_a_file_that_came_later(name: str, saved: Path) -> None:
+    (saved / name).write_bytes((saved / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=f"{name} came after saving; save it again"):
+        load(saved)
+
+
+def test_a_tensor_that_nothing_reads(tmp_path: Path) -> None:
+    """A directory whose files agree with its manifest, but whose weights are another model's."""
+    make_model("llama_biases", tmp_path / "model")
+    save_engine_dir(tmp_path / "model", tmp_path / "engine", tensor_parallel_size=1, dtype="float32")
+    rewrite_config(tmp_path / "engine", lambda fields: fields.update(mlp_bias=False))
+    saved = EngineManifest.read(tmp_path / "engine")
+    assert saved is not None
+    dataclasses.replace(saved, files=record_files(tmp_path / "engine")).write(tmp_path / "engine")
+    with pytest.raises(ValueError, match=r"has tensors that this model does not use: .*mlp\.down_proj\.bias"):
+        load(tmp_path / "engine", size=1)
 
 
 def test_a_wrong_size(saved: Path) -> None:

@@ -200,8 +200,8 @@ def test_bans_that_leave_nothing_end_their_own_request() -> None:
         np.zeros((2, VOCAB), dtype=np.float32), [request(everything, [1], [2]), request(SamplingSpec(9), [1], [2])]
     )
     assert decoded.tokens == [NO_TOKEN, 0]
-    assert isinstance(decoded.extras[0].error, RequestRejected)
-    assert 1 not in decoded.extras
+    assert isinstance(decoded.failures[0], RequestRejected)
+    assert 1 not in decoded.failures
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -285,10 +285,10 @@ def test_a_processor_that_fails_ends_its_own_requests_alone(how: str) -> None:
     other = request(SamplingSpec(99, repetition_penalty=2.0), [1], [2], 1)
     decoded = decode(logits, [request(spec, [1], [2]), other], decoder)
     assert decoded.tokens == [NO_TOKEN, defined(logits[1], other.sampling, [1], [2])]
-    error = decoded.extras[0].error
+    error = decoded.failures[0]
     assert isinstance(error, RequestRejected)
     assert error.param == ("apply_batched_logits_processor" if how == "batched" else "logits_processor")
-    assert list(decoded.extras) == [0]
+    assert list(decoded.failures) == [0]
 
 
 def test_what_is_not_there_is_refused_before_it_enters() -> None:

@@ -50,6 +50,9 @@ class AutodeployEngine:
         prompt_logits, self._prompt_logits = self._prompt_logits, []
         yield from zip(batch.prompt_reads, prompt_logits, strict=True)
 
+    def wipe_blocks(self, block_ids: Sequence[int]) -> None:
+        self.pool.wipe_blocks(block_ids)
+
     def compute(self, packed: PackedBatch, rows: Sequence[int]) -> Tensor:
         """Logits [R, V] float32 at these tokens of the batch."""
         ids_T, positions_T, slots_T = torch.tensor(
