@@ -169,8 +169,8 @@ def _sample(logits_RV: torch.Tensor, requests: Sequence[LlmRequest]) -> torch.Te
     # The first token whose cumulative probability passes the threshold; it has probability above 0 by construction.
     tokens_R: torch.Tensor = (cumulative_RV <= threshold_R1).sum(dim=-1)
     last_R = vocab_size - 1 - (probs_RV > 0).flip(-1).int().argmax(dim=-1)
-    tokens_R = torch.minimum(tokens_R, last_R)
-    return torch.where(cumulative_RV[:, -1].isfinite(), tokens_R, NO_TOKEN)  # the sum of a row with NaN is NaN
+    # The sum of a row with NaN, or with an infinity for softmax to divide by, is NaN.
+    return torch.minimum(tokens_R, last_R).masked_fill_(cumulative_RV[:, -1].isnan(), NO_TOKEN)
 
 
 def _top_p(request: LlmRequest) -> float:
