@@ -4,10 +4,19 @@ executor in this process. Links live on one event loop and are not thread-safe."
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tensorweave.cluster.kv_mirror import KvMirror
 from tensorweave.cluster.protocol import GenerateRequest, KvRoad, KvSource, ModelInfo, TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class FoundAttempt:
+    """An attempt whose router was lost: its name at the gang, and the seed that it samples with."""
+
+    request_id: str
+    seed: int
 
 
 class GangLink(Protocol):
@@ -47,13 +56,13 @@ class GangLink(Protocol):
     def cancel(self, request_id: str) -> None:
         """End this request at the gang if it runs there, and the lease on its KV if it has ended on offer."""
 
-    async def find(self, request_id: str, timeout_s: float = 5.0) -> bool:
-        """Whether an attempt of this request (its id, or id/anything) that was given a `grace_s` runs or has ended
-        there, and can be attached to. Raises WorkerLost."""
+    async def find(self, request_id: str, timeout_s: float = 5.0) -> FoundAttempt | None:
+        """An attempt of this request (its id, or id/anything) that was given a `grace_s`, runs or has ended there, and
+        that no connection hears any more. Raises WorkerLost."""
 
     def attach(self, request_id: str) -> AsyncGenerator[TokenChunk, None]:
-        """All of such an attempt's answer so far, what it took over from an earlier one first, then the rest, as from
-        `generate`. NotReady: it is gone."""
+        """All of the answer of a found attempt so far, what it took over from an earlier one first, then the rest, as
+        from `generate`. NotReady: it is gone, or another router has attached to it."""
 
     async def stats(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """The executor's iteration stats since they were last asked for, by whomever."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
 import logging
 from collections.abc import AsyncGenerator, Mapping
@@ -25,6 +24,7 @@ from tensorweave.cluster.errors import (
     error_from_wire,
 )
 from tensorweave.cluster.kv_mirror import KvMirror
+from tensorweave.cluster.link import FoundAttempt
 from tensorweave.cluster.protocol import (
     PROTOCOL_VERSION,
     GangAddress,
@@ -130,12 +130,16 @@ class SocketLink:
             raise RequestRejected(f"the request does not fit the protocol: {error}", param="prompt") from error
         inbox = self._inboxes[request.request_id] = asyncio.Queue()
         self._writer.write(frame)
-        async with contextlib.aclosing(self._read(request.request_id, inbox)) as chunks:
+        reading = self._read(request.request_id, inbox, is_kept=request.grace_s > 0)
+        async with contextlib.aclosing(reading) as chunks:
             async for chunk in chunks:
                 yield chunk
 
-    async def _read(self, request_id: str, inbox: asyncio.Queue[TokenChunk]) -> AsyncGenerator[TokenChunk, None]:
-        """An open request's chunks; leaving early cancels it."""
+    async def _read(
+        self, request_id: str, inbox: asyncio.Queue[TokenChunk], *, is_kept: bool
+    ) -> AsyncGenerator[TokenChunk, None]:
+        """An open request's chunks; leaving early cancels it. Where the gang keeps the answer for the case that we are
+        lost, it hears at the end that the answer was taken."""
         is_over = False
         try:
             while not is_over:
@@ -145,7 +149,7 @@ class SocketLink:
                     raise chunk.error
                 yield chunk
         finally:
-            self._leave(request_id, needs_cancel=not is_over)
+            self._leave(request_id, needs_cancel=is_kept or not is_over)
 
     def _leave(self, request_id: str, *, needs_cancel: bool = True) -> None:
         self._inboxes.pop(request_id, None)
@@ -158,8 +162,9 @@ class SocketLink:
         if self.is_open:
             self._writer.write(wire.pack_frame("cancel", request_id))
 
-    async def find(self, request_id: str, timeout_s: float = 5.0) -> bool:
-        return bool(await self._ask("find", timeout_s, request_id))
+    async def find(self, request_id: str, timeout_s: float = 5.0) -> FoundAttempt | None:
+        found = await self._ask("find", timeout_s, request_id)
+        return None if found is None else FoundAttempt(*found)
 
     async def attach(self, request_id: str) -> AsyncGenerator[TokenChunk, None]:
         if self._error is not None:
@@ -175,9 +180,9 @@ class SocketLink:
             raise
         finally:
             self._attaching.pop(number, None)
-        async with contextlib.aclosing(self._read(stream_id, attaching.inbox)) as chunks:
+        async with contextlib.aclosing(self._read(stream_id, attaching.inbox, is_kept=True)) as chunks:
             async for chunk in chunks:
-                yield dataclasses.replace(chunk, request_id=request_id)
+                yield chunk
 
     async def stats(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         return await self._ask_rows("stats", timeout_s)

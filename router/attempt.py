@@ -23,7 +23,7 @@ from tensorweave.cluster.errors import (
     TensorweaveError,
     WorkerLost,
 )
-from tensorweave.cluster.link import GangLink
+from tensorweave.cluster.link import FoundAttempt, GangLink
 from tensorweave.cluster.protocol import GenerateRequest, Ticket, TokenChunk
 from tensorweave.router.loads import Booking
 from tensorweave.router.policy import Plan
@@ -61,8 +61,10 @@ def run_attempt(plan: Plan, request: GenerateRequest, number: int, notes: Attemp
 
 
 def decode_id(request: GenerateRequest, number: int) -> str:
-    """An attempt's id at the gang that answers; `GangLink.find` knows it by what stands before the slash."""
-    return f"{request.request_id}/d{number}"
+    """An attempt's id at the gang that answers; `GangLink.find` knows it by what stands before the slash. A client may
+    give several requests one name, at this router and at others: their attempts differ all the same."""
+    name = f"{request.request_id}/d{number}"
+    return f"{name}-{secrets.token_hex(8)}" if request.grace_s else name
 
 
 def prefill_id(request: GenerateRequest, number: int, ticket_id: str) -> str:
@@ -88,9 +90,14 @@ async def _run_alone(link: GangLink, request: GenerateRequest, notes: AttemptNot
             yield chunk
 
 
-def run_attached(link: GangLink, request: GenerateRequest) -> Chunks:
-    """An attempt that another router began."""
-    return _until_last(link, link.attach(request.request_id))
+async def run_attached(link: GangLink, found: FoundAttempt) -> Chunks:
+    """An attempt that a lost router began. It ends at the deadline that its first request had, which may be before the
+    one of the request that goes on with it."""
+    async with aclosing(_until_last(link, link.attach(found.request_id))) as chunks:
+        async for chunk in chunks:
+            if chunk.finish_reason == "timeout":
+                raise WorkerLost(f"gang {link.gang_id}: the deadline of the request's first time has passed")
+            yield chunk
 
 
 async def _until_last(link: GangLink, stream: Chunks) -> Chunks:

@@ -18,7 +18,7 @@ from typing import Final
 
 from tensorweave.cluster.errors import NotReady, RequestRejected, TensorweaveError
 from tensorweave.cluster.fleet import Fleet
-from tensorweave.cluster.link import GangLink
+from tensorweave.cluster.link import FoundAttempt, GangLink
 from tensorweave.cluster.protocol import GenerateRequest, Ticket, TokenChunk
 from tensorweave.router.admission import Admission, Limits
 from tensorweave.router.attempt import AttemptNotes, Chunks, run_attached, run_attempt, run_offer
@@ -82,7 +82,8 @@ class Dispatcher:
         """Chunks until the last one. A gang that is lost on the way costs time and no token.
 
         A deadline that passes after the first token ends the stream with finish_reason "timeout". With `grace_s` the
-        request is first looked for at the gangs: another router may have begun it.
+        request is first looked for at the gangs: a router that was lost may have begun it. Several such requests may
+        have one id: each has an answer of its own.
 
         Args:
             request: `fetch` is used by the first attempt only.
@@ -97,7 +98,7 @@ class Dispatcher:
             RequestRejected: The id is already in use, or the gang refused the request.
             WorkerLost: Gangs died under it time and again, or none came back.
         """
-        with self._named(request) as request:
+        with self._named(request):
             deadline_s = self._deadline_s(request)
             async with self._admission.place(deadline_s - self._now_s()):
                 story, recovery = Transcript(request), Recovery(self.limits)
@@ -129,7 +130,7 @@ class Dispatcher:
     async def prefill(self, request: GenerateRequest) -> Handoff:
         """The first phase alone, for whoever sends the second himself. The gang keeps the prompt's KV for the ticket's
         holder until its lease runs out. Raises as `generate` does."""
-        with self._named(request) as request:
+        with self._named(request):
             deadline_s = self._deadline_s(request)
             async with self._admission.place(deadline_s - self._now_s()):
                 story, recovery = Transcript(request), Recovery(self.limits)
@@ -161,10 +162,11 @@ class Dispatcher:
     ) -> tuple[Plan | None, Chunks]:
         """An attempt that has been planned and booked, not yet asked for."""
         recovery.num_attempts += 1
-        if recovery.num_attempts == 1 and request.grace_s and (link := await self._find(request)) is not None:
+        if recovery.num_attempts == 1 and request.grace_s and (found := await self._find(request)) is not None:
+            link, attempt = found
             self.counts.num_reattached += 1
-            story.begin(None)
-            return Plan(None, link), run_attached(link, request)
+            story.begin_found(attempt.seed)
+            return Plan(None, link), run_attached(link, attempt)
         senders, decode = await self._gangs(recovery, has_begun=bool(story.sent))
         asked = story.begin(self._left_s(deadline_s))
         prompt = PromptView(asked)
@@ -234,8 +236,8 @@ class Dispatcher:
             else:
                 await self._fleet.wait_link(recovery.ready_timeout_s)
 
-    async def _find(self, request: GenerateRequest) -> GangLink | None:
-        """The gang where another router began this request, if there is one."""
+    async def _find(self, request: GenerateRequest) -> tuple[GangLink, FoundAttempt] | None:
+        """Where a router that was lost began this request, if one did."""
         asked = {
             asyncio.create_task(link.find(request.request_id, _FIND_TIMEOUT_S)): link
             for link in _awake(self._fleet.links("decode"))
@@ -244,9 +246,9 @@ class Dispatcher:
         try:
             while waiting:
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                found = [asked[task] for task in done if task.exception() is None and task.result()]
-                if found:
-                    return found[0]
+                for task in done:
+                    if task.exception() is None and (attempt := task.result()) is not None:
+                        return asked[task], attempt
             return None
         finally:
             for task in waiting:
@@ -255,18 +257,18 @@ class Dispatcher:
     # ---- small parts
 
     @contextmanager
-    def _named(self, request: GenerateRequest) -> Iterator[GenerateRequest]:
-        """Its id is taken for as long. One that may be picked up again gets another name beside its twin. A service
-        that is shutting down begins none."""
+    def _named(self, request: GenerateRequest) -> Iterator[None]:
+        """Its id is taken for as long, unless it is its client's: that may give it to many. A service that is shutting
+        down begins none."""
         self._fleet.check_open()
+        if request.grace_s:
+            yield
+            return
         if request.request_id in self._open_ids:
-            if not request.grace_s:
-                raise RequestRejected(f"request id {request.request_id!r} is already in use", param="request_id")
-            name = f"{request.request_id}-{secrets.token_hex(4)}"
-            request = dataclasses.replace(request, request_id=name, grace_s=0.0)
+            raise RequestRejected(f"request id {request.request_id!r} is already in use", param="request_id")
         self._open_ids.add(request.request_id)
         try:
-            yield request
+            yield
         finally:
             self._open_ids.discard(request.request_id)
 

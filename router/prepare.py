@@ -51,9 +51,10 @@ class Plan:
 
 
 async def plan_completion(service: RouterService, body: bytes, client_id: str | None = None) -> Plan:
-    """`client_id`: the client's own name for the request; should it ask again under it, it gets the same answer."""
+    """`client_id`: the client's own name for the request; should it ask again under it after its router was lost, it
+    gets the answer that was begun for it."""
     read = await service.bodies.run(COMPLETION, body, await service.served())
-    names = RequestNames(f"cmpl-{secrets.token_hex(16)}", client_id)
+    names = _names("cmpl", read.request, client_id)
     head = _head("text_completion", service, names, read.request)
     return await _plan(
         service, read, CompletionAnswer(head, read.request.telling, TokenShapes(service.tokenizer)), names
@@ -62,9 +63,16 @@ async def plan_completion(service: RouterService, body: bytes, client_id: str | 
 
 async def plan_chat(service: RouterService, body: bytes, client_id: str | None = None) -> Plan:
     read = await service.bodies.run(CHAT, body, await service.served())
-    names = RequestNames(f"chatcmpl-{secrets.token_hex(16)}", client_id)
+    names = _names("chatcmpl", read.request, client_id)
     head = _head("chat.completion", service, names, read.request)
     return await _plan(service, read, ChatAnswer(head, read.request.telling, TokenShapes(service.tokenizer)), names)
+
+
+def _names(kind: str, request: AnyRequest, client_id: str | None) -> RequestNames:
+    """Of one phase alone there is nothing to find again: its ticket is used once."""
+    phase = request.disaggregated_params
+    is_one_phase = phase is not None and (phase.is_context_only or phase.is_generation_only)
+    return RequestNames(f"{kind}-{secrets.token_hex(16)}", None if is_one_phase else client_id)
 
 
 def _head(kind: str, service: RouterService, names: RequestNames, request: AnyRequest) -> AnswerHead:
@@ -86,7 +94,7 @@ async def _plan(service: RouterService, read: RequestBody, answer: Answer, names
     jobs: list[Job] = []
     choices: list[ChoiceStream] = []
     for prompt in prompts:
-        spec = read.resolve_sampling(prompt, info, names.draw_seed)
+        spec = read.resolve_sampling(prompt, info, secrets.randbits)
         skips_special = request.skip_special_tokens is not False
         context = prompt.left_context(service.tokenizer, skip_special_tokens=skips_special)
         for i in range(request.num_sequences):
@@ -143,7 +151,7 @@ def _job(
         min_tokens=spec.min_tokens,
     )
     generate = GenerateRequest(
-        names.of(index, prompt, spec, request.cache_salt),
+        names.of(index, prompt, spec, request.seed, request.cache_salt),
         prompt,
         spec,
         deadline_s=deadline_s,
@@ -157,5 +165,5 @@ def _job(
     if phase is None or not phase.is_generation_only:
         return job
     state, first_tokens = phase.handed_over(info.vocab_size)
-    generate = replace(generate, sampling=replace(spec, seed=state.seed), fetch=state.ticket, grace_s=0.0)
+    generate = replace(generate, sampling=replace(spec, seed=state.seed), fetch=state.ticket)
     return replace(job, request=generate, first_tokens=first_tokens)

@@ -1,8 +1,8 @@
-"""How a request's sequences are called at the gangs, and the seed of those that the client gave none."""
+"""How a request's sequences are called at the gangs."""
 
 from __future__ import annotations
 
-import secrets
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -12,20 +12,17 @@ from tensorweave.cluster.protocol import SamplingSpec
 
 @dataclass(frozen=True, slots=True)
 class RequestNames:
-    """Where the client has named the request, both follow from its name, and the name at the gang from prompt and
-    sampling too: only the same request finds its answer again."""
+    """Where the client has named the request, its sequences' names follow from that, prompt and sampling: only the same
+    request finds its answer again. Many requests may have one name: each attempt adds its own (`router.attempt`)."""
 
     answer_id: str
     client_id: str | None
 
-    def of(self, index: int, prompt: Sequence[int], spec: SamplingSpec, salt: str | None) -> str:
+    def of(self, index: int, prompt: Sequence[int], spec: SamplingSpec, seed: int | None, salt: str | None) -> str:
+        """`seed`: the client's. One that was drawn, as `spec` may hold it, is not part of the name: whoever asks again
+        draws another one."""
         if self.client_id is None:
             return f"{self.answer_id}-{index}"
-        content = repr((self.client_id, list(prompt), spec, salt)).encode()
+        content = repr((self.client_id, list(prompt), dataclasses.replace(spec, seed=0), seed, salt)).encode()
         digest = blake2b(content, digest_size=12).hexdigest()
         return f"{self.client_id.replace('/', '_')}-{digest}-{index}"
-
-    def draw_seed(self, num_bits: int) -> int:
-        if self.client_id is None:
-            return secrets.randbits(num_bits)
-        return int.from_bytes(blake2b(self.client_id.encode(), digest_size=8).digest()) >> (64 - num_bits)

@@ -26,25 +26,36 @@ class Transcript:
         self.num_cached = 0
         self.is_over = False
         self._request = request
+        self._seed = request.sampling.seed
+        """Of the attempt that has been begun."""
         self._num_attempts = 0
         self._has_prompt_logprobs = False
         self._num_context_bytes = 0
         self._num_context_seen = 0
 
     def begin(self, left_s: float | None) -> GenerateRequest:
-        """The next attempt's request. The first asks for all; later ones take what was sent as output to go on from."""
+        """The next attempt's request. The first asks for all; later ones take what was sent as output to go on from,
+        with the seed that it was sampled with."""
         self._num_attempts += 1
         self._num_context_seen = 0
         if self._num_attempts == 1:
             return dataclasses.replace(self._request, deadline_s=left_s)
         request = self._request
+        if not self.sent:
+            self._seed = request.sampling.seed
         return dataclasses.replace(
             request,
             prompt_token_ids=[*request.prompt_token_ids, *self.sent],
             num_replayed=request.num_replayed + len(self.sent),
             deadline_s=left_s,
             fetch=None,
+            sampling=dataclasses.replace(request.sampling, seed=self._seed),
         )
+
+    def begin_found(self, seed: int) -> None:
+        """An attempt that a lost router began, with a seed that it may have drawn."""
+        self._num_attempts += 1
+        self._seed = seed
 
     def tell(self, token_ids: Sequence[int]) -> TokenChunk:
         """Tokens that are known before any attempt."""

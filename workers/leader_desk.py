@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 MAX_UNSENT_BYTES: Final = 8 << 20
 """A client that lets this much pile up, beside logits and log-probabilities that it asked for, is cut off."""
+LOSS_WAIT_S: Final = 0.02
+"""Who asks for a request of a router that was killed may be heard just before that router's connections break."""
 MAX_STEP_BYTES: Final = 4 << 20
 """Of logits and log-probabilities in one frame, but for the last chunk's."""
 
@@ -120,7 +122,7 @@ class LeaderDesk:
                 if not self.streams.cancel(request_id, client):
                     self._executor.cancel_request(request_id)  # it has ended; what it still offers goes
             case ["find", int(number), str(request_id)]:
-                client.send("found", number, self.streams.find(request_id) is not None)
+                self._find(client, number, request_id)
             case ["attach", int(number), str(request_id)]:
                 self._attach(client, number, request_id)
             case ["stats", int(number)]:
@@ -153,6 +155,16 @@ class LeaderDesk:
         except (ValueError, TypeError, OverflowError) as problem:
             self._deliver([TokenChunk(request_id, error=RequestRejected(str(problem)))])
 
+    def _find(self, client: Client, number: int, request_id: str) -> None:
+        if self.streams.find(request_id) is None and self.streams.is_heard(request_id):
+            asyncio.get_running_loop().call_later(LOSS_WAIT_S, self._tell_found, client, number, request_id)
+        else:
+            self._tell_found(client, number, request_id)
+
+    def _tell_found(self, client: Client, number: int, request_id: str) -> None:
+        stream = self.streams.find(request_id)
+        client.send("found", number, None if stream is None else [stream.request_id, stream.request.sampling.seed])
+
     def _attach(self, client: Client, number: int, request_id: str) -> None:
         """All that the answer has so far, then what comes. An attempt that began where another one broke off was given
         the answer's beginning with its prompt."""
@@ -178,7 +190,7 @@ class LeaderDesk:
         """One frame a client. A request whose clients have gone is forgotten once its last chunk came."""
         by_client: dict[Client, list[TokenChunk]] = {}
         for chunk in chunks:
-            for client in self.streams.note(chunk):
+            if (client := self.streams.note(chunk)) is not None:
                 by_client.setdefault(client, []).append(chunk)
         for client, mine in by_client.items():
             client.answer(mine)

@@ -13,6 +13,7 @@ from typing import Any
 
 from tensorweave.cluster.errors import NotReady, TensorweaveError, WorkerLost
 from tensorweave.cluster.kv_mirror import KvMirror
+from tensorweave.cluster.link import FoundAttempt
 from tensorweave.cluster.protocol import GenerateRequest, KvRoad, KvSource, ModelInfo, TokenChunk
 from tensorweave.workers.executor import PyExecutor
 
@@ -82,8 +83,8 @@ class LocalLink:
     def cancel(self, request_id: str) -> None:
         self._executor.cancel_request(request_id)
 
-    async def find(self, request_id: str, timeout_s: float = 5.0) -> bool:
-        return False
+    async def find(self, request_id: str, timeout_s: float = 5.0) -> FoundAttempt | None:
+        return None
 
     async def attach(self, request_id: str) -> AsyncGenerator[TokenChunk, None]:
         raise NotReady("there is nothing to attach to in one's own process")

@@ -1,18 +1,21 @@
 """`Streams`: a leader's requests, who hears each, and what those that may be asked for again have said so far.
 
-    running, heard ──last listener cancels──▶ ending ──last chunk──▶ gone
-        │    │ ──its last connection breaks──▶ running, unheard ──grace_s pass──▶ ending
-        │    └◀──────────── attach ─────────────────┘
-        └─last chunk─▶ over, kept for grace_s (with grace_s 0: gone)
+    running, heard ──its listener cancels──▶ ending ──last chunk──▶ gone
+        │    │ ──its connection breaks──▶ running, unheard ──grace_s pass──▶ ending
+        │    └◀────────── attach ──────────────┘ │
+        │                                        └─last chunk─▶ over, unheard ──grace_s pass──▶ gone
+        └─last chunk─▶ over, heard ──its connection breaks──────────▶┘ (with grace_s 0: gone)
+                            └──its listener cancels: it has taken the answer──▶ gone
 
-Belongs to the leader's loop thread.
+Only what nobody hears can be found and attached to, so that an answer never goes to two clients, whatever names they
+give their requests. Belongs to the leader's loop thread.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
@@ -28,14 +31,15 @@ _L = TypeVar("_L")
 
 @dataclass(eq=False, slots=True)
 class Stream(Generic[_L]):
-    """One request. `chunks` are those so far, where it may be asked for again; `is_ending`: it has been cancelled.
+    """One request. `listener` is who hears it: None once its connection broke. `chunks` are those so far, where it may
+    be asked for again; `is_ending`: it has been cancelled.
 
     `is_kept`: all of the answer can be told again. Logits are not kept; and of a beginning that another attempt
     generated only the ids are known here: where more was asked for, whoever asks again gets it generated anew.
     """
 
     request: GenerateRequest
-    listeners: set[_L] = field(default_factory=set)
+    listener: _L | None
     chunks: list[TokenChunk] = field(default_factory=list)
     is_ending: bool = False
     is_over: bool = False
@@ -63,8 +67,13 @@ class Stream(Generic[_L]):
         return list(request.prompt_token_ids[len(request.prompt_token_ids) - request.num_replayed :])
 
     @property
-    def can_be_found(self) -> bool:
+    def is_wanted(self) -> bool:
+        """All of it may be asked for again."""
         return self.is_kept and not self.is_ending
+
+    @property
+    def can_be_found(self) -> bool:
+        return self.is_wanted and self.listener is None
 
     @property
     def weight(self) -> int:
@@ -109,51 +118,58 @@ class Streams(Generic[_L]):
     def open(self, request: GenerateRequest, listener: _L) -> None:
         assert request.request_id not in self._running
         self._drop_kept(request.request_id)
-        self._running[request.request_id] = Stream(request, {listener})
+        self._running[request.request_id] = Stream(request, listener)
 
-    def note(self, chunk: TokenChunk) -> Sequence[_L]:
+    def note(self, chunk: TokenChunk) -> _L | None:
         """A chunk has come: who hears it."""
         stream = self._running.get(chunk.request_id)
         if stream is None:
-            return ()
-        listeners = tuple(stream.listeners)
-        if stream.can_be_found:
+            return None
+        if stream.is_wanted:
             stream.chunks.append(chunk)
         if chunk.is_last:
             self._end(stream, chunk)
-        return listeners
+        return stream.listener
 
     def cancel(self, request_id: str, listener: _L) -> bool:
-        """This listener wants no more; the request ends with its last one. False where it does not run."""
+        """Its listener wants no more, or has taken all. False where it does not run."""
+        if (kept := self._kept.get(request_id)) is not None and kept.listener == listener:
+            self._drop_kept(request_id)
         stream = self._running.get(request_id)
         if stream is None:
-            self._drop_kept(request_id)
             return False
-        stream.listeners.discard(listener)
-        if not stream.listeners:
+        if stream.listener == listener:
+            stream.listener = None
             self._stop(stream)
         return True
 
     def lose(self, listener: _L) -> None:
-        """Its connection broke: what it alone heard ends, at once or after its grace."""
-        for stream in list(self._running.values()):
-            if listener in stream.listeners:
-                stream.listeners.remove(listener)
-                if not stream.listeners:
+        """Its connection broke: what it heard ends, at once or after its grace."""
+        for stream in (*self._running.values(), *self._kept.values()):
+            if stream.listener == listener:
+                stream.listener = None
+                if not stream.is_over:
                     self._leave_alone(stream)
 
     def find(self, request_id: str) -> Stream[_L] | None:
-        """The newest attempt of this request that runs or is kept."""
+        """The newest attempt of this request that runs or is kept, and that nobody hears."""
+        return next((stream for stream in self._attempts(request_id) if stream.can_be_found), None)
+
+    def is_heard(self, request_id: str) -> bool:
+        """An attempt of this request could be found, were its connection to break."""
+        return any(stream.is_wanted and stream.listener is not None for stream in self._attempts(request_id))
+
+    def _attempts(self, request_id: str) -> Iterator[Stream[_L]]:
         for streams in (self._running, self._kept):
             for stream in reversed(streams.values()):
-                if stream.can_be_found and request_id in (stream.request_id, family(stream.request_id)):
-                    return stream
-        return None
+                if request_id in (stream.request_id, family(stream.request_id)):
+                    yield stream
 
     def attach(self, stream: Stream[_L], listener: _L) -> None:
         """It hears what comes; what came is in `stream.chunks`."""
+        assert stream.listener is None
+        stream.listener = listener
         if not stream.is_over:
-            stream.listeners.add(listener)
             self._stop_timer(stream)
 
     def close(self) -> None:
@@ -177,8 +193,7 @@ class Streams(Generic[_L]):
         del self._running[stream.request_id]
         self._stop_timer(stream)
         stream.is_over = True
-        stream.listeners.clear()
-        if stream.can_be_found and last.finish_reason in ("stop", "length"):
+        if stream.is_wanted and last.finish_reason in ("stop", "length"):
             self._kept[stream.request_id] = stream
             self._num_kept_tokens += stream.weight
             loop = asyncio.get_running_loop()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from tensorweave.cluster.errors import NotReady, TensorweaveError, WorkerLost, error_from_wire
 from tensorweave.cluster.kv_mirror import KvMirror
+from tensorweave.cluster.link import FoundAttempt
 from tensorweave.cluster.protocol import GenerateRequest, KvRoad, KvSource, ModelInfo, Role, TokenChunk
 from tests.router.fake_logprobs import with_logprobs
 
@@ -66,6 +67,7 @@ class FakeLink:
         self.released: list[str] = []
         self.held: dict[str, GenerateRequest] = {}
         self.begun: dict[str, list[TokenChunk]] = {}
+        self.begun_seed = 0
         self.attached: list[str] = []
         self.attach_fails = False
         self.num_steps = 0
@@ -142,8 +144,8 @@ class FakeLink:
         self.released.append(request_id)
         self.held.pop(request_id, None)
 
-    async def find(self, request_id: str, timeout_s: float = 5.0) -> bool:
-        return request_id in self.begun
+    async def find(self, request_id: str, timeout_s: float = 5.0) -> FoundAttempt | None:
+        return FoundAttempt(request_id, self.begun_seed) if request_id in self.begun else None
 
     async def attach(self, request_id: str) -> AsyncGenerator[TokenChunk, None]:
         """All of `begun`'s chunks, at the pace of a step each."""

@@ -267,6 +267,7 @@ def test_a_gang_lost_while_it_was_picked_up_is_replayed() -> None:
     async def run() -> None:
         links = [gang("a"), gang("b")]
         links[1].begun["r"] = [TokenChunk("r", oracle()[:4])]  # and then its stream just ends
+        links[1].begun_seed = named().sampling.seed
         dispatcher = Dispatcher(FakeFleet(*links))
         check_answer(await collect(dispatcher, named()), oracle())
         assert list(links[0].requests[0].prompt_token_ids) == [5, 6, 7, *oracle()[:4]]
@@ -274,16 +275,78 @@ def test_a_gang_lost_while_it_was_picked_up_is_replayed() -> None:
     run_stepped(run())
 
 
-def test_a_twin_beside_the_first_runs_under_another_name() -> None:
+@pytest.mark.parametrize(("num_told", "seed"), [(4, 77), (0, 3)])
+def test_what_goes_on_elsewhere_keeps_the_seed_of_what_was_told(num_told: int, seed: int) -> None:
+    """The seed that the lost router drew, once a token of its attempt has been told; else the request's own."""
+
     async def run() -> None:
-        link = gang("a")
-        dispatcher = Dispatcher(FakeFleet(link))
-        one, two = await asyncio.gather(collect(dispatcher, named()), collect(dispatcher, named()))
-        for chunks in (one, two):
-            assert [token for chunk in chunks for token in chunk.token_ids] == oracle()
-        assert len({request.request_id for request in link.requests}) == 2
+        links = [gang("a"), gang("b")]
+        links[1].begun["r"] = [TokenChunk("r", oracle()[:num_told])] if num_told else []
+        links[1].begun_seed = 77
+        dispatcher = Dispatcher(FakeFleet(*links))
+        await collect(dispatcher, named())
+        [went_on] = links[0].requests
+        assert (went_on.sampling.seed, went_on.num_replayed) == (seed, num_told)
+        assert named().sampling.seed == 3
 
     run_stepped(run())
+
+
+def test_a_deadline_of_the_first_time_does_not_end_the_second() -> None:
+    async def run() -> None:
+        links = [gang("a"), gang("b")]
+        links[1].begun["r"] = [TokenChunk("r", oracle()[:4]), TokenChunk("r", finish_reason="timeout", start=4)]
+        links[1].begun_seed = named().sampling.seed
+        dispatcher = Dispatcher(FakeFleet(*links))
+        check_answer(await collect(dispatcher, named()), oracle())
+        assert not links[1].requests
+
+    run_stepped(run())
+
+
+def test_requests_of_one_name_at_one_time_run_beside_each_other() -> None:
+    """As from a proxy that gives its trace id to all: at one router, and at two."""
+
+    async def run() -> None:
+        link = gang("a", step_s=0.01)
+        fleet = FakeFleet(link)
+        one, other = Dispatcher(fleet), Dispatcher(fleet)
+        seeded = [
+            dataclasses.replace(named(), sampling=dataclasses.replace(named().sampling, seed=n)) for n in range(4)
+        ]
+        asked = [collect(by, request) for by, request in zip((one, one, other, other), seeded, strict=True)]
+        answers = await asyncio.gather(*asked)
+        for request, chunks in zip(seeded, answers, strict=True):
+            context = [*request.prompt_token_ids]
+            for chunk in chunks:
+                assert list(chunk.token_ids) == [hash_token(context, request.sampling.seed, INFO)]
+                context += chunk.token_ids
+        names = {request.request_id for request in link.requests}
+        assert len(names) == 4
+        assert {name.rpartition("/")[0] for name in names} == {"r"}
+        check_nothing_left(one, [link])
+
+    run_stepped(run())
+
+
+def name_of(request: GenerateRequest) -> str:
+    """What another router looks for it by."""
+    return request.request_id.rpartition("/")[0]
+
+
+def test_sequences_of_one_request_have_names_and_seeds_of_their_own() -> None:
+    def ask(body: dict[str, Any]) -> list[GenerateRequest]:
+        link = FakeLink(model_info())
+        assert post(COMPLETIONS, body, [link], headers={"x-request-id": "trace"}).status_code == 200
+        return sorted(link.requests, key=lambda request: request.request_id)
+
+    body = completion(["Hi", "Hi"], temperature=1.0, n=2)
+    first, again = ask(body), ask(body)
+    assert [name_of(request) for request in first] == [name_of(request) for request in again]
+    assert len({name_of(request) for request in first}) == 4
+    assert len({request.sampling.seed for request in [*first, *again]}) == 8
+    seeded = ask({**body, "seed": 11})
+    assert sorted(request.sampling.seed for request in seeded) == [11, 11, 12, 12]
 
 
 def test_the_clients_own_id_names_the_same_request_and_no_other() -> None:
@@ -295,11 +358,16 @@ def test_the_clients_own_id_names_the_same_request_and_no_other() -> None:
 
     body = completion("Hi", temperature=1.0)
     first, again = ask(body, "job/7"), ask(body, "job/7")
-    assert first == again
     assert first.grace_s == Limits().reattach_grace_s
     assert first.request_id.count("/") == 1  # before the attempt's own name
-    others = [ask(completion("Ho", temperature=1.0), "job/7"), ask({**body, "seed": 5}, "job/7"), ask(body, "job/8")]
-    assert len({request.request_id for request in [first, *others]}) == 4
+    assert name_of(first) == name_of(again)
+    assert first.request_id != again.request_id
+    assert first.sampling.seed != again.sampling.seed, "it was asked for without a seed"
+    others = [completion("Ho", temperature=1.0), {**body, "seed": 5}, {**body, "seed": 0}, {**body, "top_p": 0.5}]
+    others += [{**body, "cache_salt": "s"}]
+    names = [name_of(ask(each, "job/7")) for each in others]
+    assert len({name_of(first), *names, name_of(ask(body, "job/8"))}) == 7
+    assert names[1] == name_of(ask(others[1], "job/7"))
     unnamed = [ask(body, None), ask(body, None)]
     assert len({request.request_id for request in unnamed}) == len({r.sampling.seed for r in unnamed}) == 2
     assert {request.grace_s for request in unnamed} == {0.0}

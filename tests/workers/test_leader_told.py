@@ -83,18 +83,22 @@ def test_logits_that_were_asked_for_may_pile_up_and_fit_no_single_frame() -> Non
 
 def test_who_asks_again_hears_the_log_probabilities_too() -> None:
     async def body(one: SocketLink, two: SocketLink) -> None:
+        told = await collect(one, TOLD)
         executor.hold()
         first = asyncio.create_task(collect(one, TOLD))
         while not executor.num_requests:
             await asyncio.sleep(0.005)
         executor.allow(10)
+        one.close()
+        await asyncio.gather(first, return_exceptions=True)
+        while await two.find("r") is None:
+            await asyncio.sleep(0.005)
         attaching = asyncio.create_task(hear_again(two))
         while not two.num_inflight:
             await asyncio.sleep(0.005)
         executor.hold(False)
         again = await attaching
         assert tokens_of(again) == fake_output(PROMPT, 40)
-        told = await first
         assert [p for chunk in again for p in chunk.logprobs] == [p for chunk in told for p in chunk.logprobs]
         assert sum(len(chunk.logprobs) for chunk in again) == 40
 
@@ -109,15 +113,19 @@ def test_an_answer_whose_beginning_cannot_be_told_again_is_not_found() -> None:
 
     def is_found(request: GenerateRequest) -> bool:
         streams.open(request, 0)
+        streams.lose(0)
         found = streams.find("r") is not None
         streams.note(TokenChunk(request.request_id, finish_reason="cancelled"))
         return found
 
-    assert is_found(TOLD)
-    assert is_found(plain)
-    assert not is_found(replace(plain, sampling=TOLD.sampling))
-    assert not is_found(replace(plain, sampling=SamplingSpec(40, num_prompt_logprobs=0)))
-    assert not is_found(replace(TOLD, sampling=SamplingSpec(40, wants_generation_logits=True)))
+    async def check() -> None:
+        assert is_found(TOLD)
+        assert is_found(plain)
+        assert not is_found(replace(plain, sampling=TOLD.sampling))
+        assert not is_found(replace(plain, sampling=SamplingSpec(40, num_prompt_logprobs=0)))
+        assert not is_found(replace(TOLD, sampling=SamplingSpec(40, wants_generation_logits=True)))
+
+    asyncio.run(check())
 
 
 def test_kept_log_probabilities_weigh_what_they_take() -> None:
