@@ -102,6 +102,12 @@ class DeadlineExceeded(TensorweaveError):
     http_status, openai_type, code = 408, "timeout_error", "deadline_exceeded"
 
 
+def raised_by_user(error: BaseException) -> RequestRejected:
+    """SystemExit, KeyboardInterrupt or GeneratorExit that a user's own code (a tokenizer, a logits processor) raised
+    within a request: it would end the thread that it runs on, and everybody's requests with it."""
+    return RequestRejected(f"code of the user's own raised {type(error).__name__}: {error}")
+
+
 def error_from_wire(fields: dict[str, str | float | None]) -> TensorweaveError:
     """Rebuild an error from `to_wire` fields; an unknown code becomes the root."""
     cls = _BY_CODE.get(str(fields.get("code")), TensorweaveError)

@@ -114,7 +114,10 @@ class GenerateEndpoint:
             status = error.http_status
             self._metrics.count_error(error)
             await asgi.send_error(send, error)
-        except Exception:  # the request's boundary: nothing of what went wrong may reach another, or this one's client
+        except (
+            Exception,
+            SystemExit,
+        ):  # the request's boundary: what went wrong reaches no other, nor this one's client
             logger.exception("request %s: internal error", asgi.request_id_of(scope))
             status = 500
             await asgi.send_error(send, TensorweaveError(_INTERNAL))
@@ -204,7 +207,7 @@ class GenerateEndpoint:
             await asgi.end_events(send, b"data: " + asgi.error_body(error) + b"\n\n")
         except TimeoutError:
             raise asgi.ClientGone from None
-        except Exception:  # the request's boundary, where its answer has begun
+        except (Exception, SystemExit):  # the request's boundary, where its answer has begun
             logger.exception("request %s: internal error in a stream", asgi.request_id_of(scope))
             await asgi.end_events(send, b"data: " + asgi.error_body(TensorweaveError(_INTERNAL)) + b"\n\n")
 

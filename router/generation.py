@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from tensorweave.cluster.errors import raised_by_user
 from tensorweave.cluster.protocol import FinishReason, GenerateRequest, Ticket, TokenChunk, TokenLogprobs
 from tensorweave.router.detokenize import IncrementalDetokenizer
 from tensorweave.router.dispatch import Dispatcher
@@ -70,7 +71,7 @@ async def generate_text(dispatcher: Dispatcher, job: Job) -> AsyncGenerator[Text
     stream = dispatcher.generate(job.request, session=job.session, first_tokens=job.first_tokens)
     async with aclosing(stream) as chunks:
         async for chunk in chunks:
-            delta = _text_of(job, chunk)
+            delta = _text_safely_of(job, chunk)
             yield delta
             if delta.finish_reason is not None:
                 return
@@ -80,8 +81,15 @@ async def generate_first(dispatcher: Dispatcher, job: Job) -> tuple[TextDelta, T
     """A context phase: the first token's text, and the ticket that a generation phase goes on with, unless it is
     over."""
     handoff = await dispatcher.prefill(job.request)
-    delta = _text_of(job, handoff.chunk)
+    delta = _text_safely_of(job, handoff.chunk)
     return delta, handoff.ticket if delta.finish_reason == "not_finished" else None
+
+
+def _text_safely_of(job: Job, chunk: TokenChunk) -> TextDelta:
+    try:
+        return _text_of(job, chunk)
+    except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:  # a tokenizer's own code
+        raise raised_by_user(error) from error
 
 
 def _text_of(job: Job, chunk: TokenChunk) -> TextDelta:

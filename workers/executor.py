@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from tensorweave.cluster.errors import LogitsNotFinite, NotReady, TensorweaveError, WorkerLost
+from tensorweave.cluster.errors import LogitsNotFinite, NotReady, RequestRejected, TensorweaveError, WorkerLost
 from tensorweave.cluster.protocol import (
     FinishReason,
     GenerateRequest,
@@ -83,6 +83,7 @@ class PyExecutor:
         self._num_arrived = 0
         self._has_priorities = False
         self._is_stuck = False
+        self._broken_by: BaseException | None = None
         self._token_check = 0
         self._answers: list[TokenChunk] = []
         self._watch = LogitsWatch(info, comm.rank)
@@ -143,13 +144,22 @@ class PyExecutor:
         try:
             check_fits(request, self.info)
             self._decoder.processors.check(request.sampling)
-            self._scheduler.check(len(request.prompt_token_ids) - request.num_replayed, request.sampling.max_tokens)
+            self._check_schedulable(request)
             inbox.put(request)
         except TensorweaveError:
             if request.offer is not None:
                 self._transfers.decline(request.offer)
             raise
         return request.request_id
+
+    def _check_schedulable(self, request: GenerateRequest) -> None:
+        """A user's scheduler may raise what it likes: of one request, and on the thread that serves them all."""
+        try:
+            self._scheduler.check(len(request.prompt_token_ids) - request.num_replayed, request.sampling.max_tokens)
+        except TensorweaveError:
+            raise
+        except BaseException as error:  # the request's boundary
+            raise RequestRejected(f"the scheduler's check raised {type(error).__name__}: {error}") from error
 
     def enqueue_requests(self, requests: Sequence[GenerateRequest]) -> list[str]:
         """All of them, or, where one is refused, its error and those before it enqueued."""
@@ -181,7 +191,11 @@ class PyExecutor:
 
     def get_latest_kv_cache_events(self) -> list[dict[str, Any]]:
         """KV events since the last call; empty unless the KV manager keeps them."""
-        return self._resources.kv_cache.take_events()
+        try:
+            return self._resources.kv_cache.take_events()
+        except BaseException as error:  # a user's KV manager ends the step loop, not the thread that asks for all
+            self._broken_by = error
+            return []
 
     @property
     def num_requests(self) -> int:
@@ -224,13 +238,15 @@ class PyExecutor:
             self._answer()
             self._transfers.shutdown()
             self._resources.shutdown()
-        except Exception as error:  # the loop's boundary: whatever happened, everyone who waits must hear of it
+        except BaseException as error:  # the loop's boundary: whatever happened, everyone who waits must hear of it
             self._fail(error)
         finally:
             self._outbox.close()
 
     def _step(self) -> bool:
         """One iteration; False when the ranks have agreed to end."""
+        if self._broken_by is not None:
+            raise WorkerLost(f"the KV cache manager failed: {self._broken_by!r}") from self._broken_by
         timer = StepTimer()
         news = self._agree()
         self._admit(news)
@@ -380,7 +396,7 @@ class PyExecutor:
             self._outbox.put(self._watch.without_probes(self._answers))
             self._answers = []
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         if not isinstance(error, TensorweaveError):
             logger.exception("rank %d: the step loop failed", self.comm.rank)
             error = WorkerLost(f"the step loop failed: {type(error).__name__}: {error}")

@@ -1,6 +1,7 @@
 """Users' own callables that edit logits in place: by name for single requests, and one for all that ask for it.
 
-Every rank calls them with the same logits. One that raises ends the requests it was called for, and no other.
+Every rank calls them with the same logits. One that raises, whatever it is, ends the requests it was called for, and no
+other.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class LogitsProcessors:
             return RequestRejected(f"the logits processor {name!r} was taken away", param=_ONE)
         try:
             processor(request.order, logits, [list(request.tokens)], _stream_of(logits), None)
-        except Exception as error:  # the request's boundary: a user's code harms its own request alone
+        except BaseException as error:  # the request's boundary: a user's code harms its own request alone
             return _failure(f"the logits processor {name!r}", error, _ONE)
         return None
 
@@ -95,12 +96,12 @@ class LogitsProcessors:
         clients: list[int | None] = [None] * len(together)
         try:
             processor(orders, rows, tokens, _stream_of(logits_RV), clients)
-        except Exception as error:  # the request's boundary, as above
+        except BaseException as error:  # the request's boundary, as above
             return _failure("the batched logits processor", error, _BATCHED)
         return None
 
 
-def _failure(what: str, error: Exception, param: str) -> RequestRejected:
+def _failure(what: str, error: BaseException, param: str) -> RequestRejected:
     return RequestRejected(f"{what} raised {type(error).__name__}: {error}", param=param)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import threading
 import uuid
 import weakref
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from tensorweave.llmapi.iteration_result import IterationResult
+from tensorweave.llmapi.own_process import OwnProcess
 from tensorweave.llmapi.parts import Parts, build_parts
 from tensorweave.llmapi.status import set_api_status
 
@@ -19,7 +21,8 @@ class BaseLLM:
     """A large language model, ready to generate.
 
     Works from threads and from event loops, and after an error of one request. Close it with `shutdown` or as a context
-    manager.
+    manager; one that is no longer referenced closes itself. It belongs to the process that made it: in a forked child
+    every method raises RuntimeError.
 
     Args:
         model: A Hugging Face model directory, an engine directory, a hub id, or `smollm2-135m-instruct`.
@@ -74,9 +77,10 @@ class BaseLLM:
             "backend": backend,
         }
         self._llm_id = f"llm-{uuid.uuid4().hex[:12]}"
+        self._process = OwnProcess(f"LLM {self._llm_id}")
         self._parts: Parts = build_parts(self._llm_id, named | kwargs)
         self._running: set[concurrent.futures.Future[None]] = set()
-        self._finalizer = weakref.finalize(self, _close, self._parts, self._running)
+        self._finalizer = weakref.finalize(self, _close_unreferenced, self._process, self._parts, self._running)
 
     @property
     def tokenizer(self) -> Any:
@@ -86,6 +90,7 @@ class BaseLLM:
     @property
     @set_api_status("prototype")
     def workspace(self) -> Path | None:
+        self._process.check()
         return self._parts.workspace.path if self._finalizer.alive else None
 
     @property
@@ -95,6 +100,7 @@ class BaseLLM:
     @property
     @set_api_status("prototype")
     def disaggregated_params(self) -> dict[str, Any]:
+        self._process.check()
         source = self._parts.engine.kv_source
         transceiver = self._parts.args.cache_transceiver_config
         if source is None or transceiver is None:
@@ -128,8 +134,8 @@ class BaseLLM:
         Returns:
             For `async for`: one dict a step; it ends with the newest.
         """
-        engine = self._live_parts().engine
-        return IterationResult(lambda: engine.stats(timeout))
+        self._live_parts()
+        return IterationResult(lambda: self._live_parts().engine.stats(timeout))
 
     @set_api_status("beta")
     def get_kv_cache_events(self, timeout: float = 2.0) -> list[dict[str, Any]]:
@@ -154,13 +160,15 @@ class BaseLLM:
         Returns:
             For `async for`: one dict an event; it ends with the newest.
         """
-        engine = self._live_parts().engine
-        return IterationResult(lambda: engine.kv_events(timeout))
+        self._live_parts()
+        return IterationResult(lambda: self._live_parts().engine.kv_events(timeout))
 
     @set_api_status("beta")
     def shutdown(self) -> None:
         """End running requests, free the model and stop what this object started. Calling it again does nothing."""
-        self._finalizer()
+        self._process.check()
+        if self._finalizer.detach() is not None:
+            _close(self._parts, self._running)
 
     def __enter__(self) -> Self:
         return self
@@ -168,15 +176,28 @@ class BaseLLM:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.shutdown()
+        if self._process.is_this:  # a forked child that ends inside the block leaves its parent's LLM alone
+            self.shutdown()
 
     def __getstate__(self) -> object:
         raise RuntimeError("an LLM object cannot be pickled; create it where it runs")
 
     def _live_parts(self) -> Parts:
+        self._process.check()
         if not self._finalizer.alive:
             raise RuntimeError("this LLM has been shut down")
         return self._parts
+
+
+def _close_unreferenced(process: OwnProcess, parts: Parts, running: set[concurrent.futures.Future[None]]) -> None:
+    """The garbage collector works on any thread, also on those that closing waits for. The main thread is none of them,
+    and at the interpreter's end it is the only one that there may be."""
+    if not process.is_this:
+        return
+    if threading.current_thread() is threading.main_thread():
+        _close(parts, running)
+    else:
+        threading.Thread(target=_close, args=(parts, running), name="llm-closer").start()
 
 
 def _close(parts: Parts, running: set[concurrent.futures.Future[None]]) -> None:

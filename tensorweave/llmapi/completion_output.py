@@ -127,11 +127,11 @@ class CompletionOutput:
     additional_generation_outputs: Mapping[str, Any] | None = field(default=None, repr=False, metadata=_PROTOTYPE)
     disaggregated_params: DisaggregatedParams | None = field(default=None, metadata=_PROTOTYPE)
     request_perf_metrics: RequestPerfMetrics | None = field(default=None, metadata=_PROTOTYPE)
-    _wishes: Wishes = field(default_factory=Wishes, repr=False)
+    _wishes: Wishes = field(default_factory=Wishes, repr=False, compare=False)
     _logits: list[bytes] = field(default_factory=list, repr=False)
-    _last_text_len: int = field(default=0, repr=False)
-    _last_token_len: int = field(default=0, repr=False)
-    _last_logprob_len: int = field(default=0, repr=False)
+    _last_text_len: int = field(default=0, repr=False, compare=False)
+    _last_token_len: int = field(default=0, repr=False, compare=False)
+    _last_logprob_len: int = field(default=0, repr=False, compare=False)
 
     @property
     def generation_logits(self) -> Tensor | None:

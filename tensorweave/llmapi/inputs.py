@@ -4,8 +4,9 @@ mistake is a ValueError that names it."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, cast
 
 from tensorweave.cluster.protocol import ModelInfo, SamplingSpec
@@ -48,25 +49,45 @@ class ReadPrompt:
     end_ids: tuple[int, ...]
 
 
-def as_batch(inputs: PromptInputs | Sequence[PromptInputs]) -> tuple[list[PromptInputs], bool]:
-    """The prompts as a list, and whether a single one was given."""
-    if isinstance(inputs, str | Mapping):
+def as_batch(inputs: PromptInputs | Sequence[PromptInputs]) -> tuple[list[PromptInputs | PreprocessedInputs], bool]:
+    """The prompts as a list, and whether a single one was given. An empty list is one of no prompts."""
+    if isinstance(inputs, str | Mapping | PreprocessedInputs):
         return [inputs], True
-    if isinstance(inputs, bytes) or not isinstance(inputs, Sequence):
-        raise ValueError(f"inputs must be text, token ids, a dict or a list of these, not {type(inputs).__name__}")
-    if not inputs:
-        raise ValueError("inputs is empty: neither a prompt's token ids nor a list of prompts")
-    if all(isinstance(item, int) for item in inputs):
+    if isinstance(inputs, bytes | bytearray) or not isinstance(inputs, Sequence):
+        advice = _how_to_list(inputs)
+        raise ValueError(
+            f"inputs must be text, token ids, a dict or a list of these, not {type(inputs).__name__}{advice}"
+        )
+    numbers_given = [isinstance(item, Integral) for item in inputs]
+    if inputs and all(numbers_given):
         return [cast(PromptInputs, inputs)], True
+    if any(numbers_given):
+        other = inputs[numbers_given.index(False)]
+        raise ValueError(f"inputs holds numbers, as token ids of one prompt, beside a {type(other).__name__}")
     return list(cast(Sequence[PromptInputs], inputs)), False
 
 
+def _how_to_list(inputs: object) -> str:
+    if hasattr(inputs, "tolist"):
+        return ": pass its tolist()"
+    return ": make a list of it" if isinstance(inputs, Iterable) and not isinstance(inputs, bytes | bytearray) else ""
+
+
+def phases_of(batch: Sequence[PromptInputs | PreprocessedInputs]) -> list[DisaggregatedParams | None] | None:
+    """What `preprocess` was given; None where it was given nothing."""
+    phases = [item.disaggregated_params if isinstance(item, PreprocessedInputs) else None for item in batch]
+    return phases if any(phase is not None for phase in phases) else None
+
+
 def resolve_params(
-    sampling_params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    batch: Sequence[PromptInputs | PreprocessedInputs],
 ) -> list[SamplingParams]:
     """One for each prompt."""
+    num_prompts = len(batch)
     if sampling_params is None:
-        return [SamplingParams()] * num_prompts
+        own = [item.sampling_params if isinstance(item, PreprocessedInputs) else None for item in batch]
+        return [params or SamplingParams() for params in own]
     if isinstance(sampling_params, SamplingParams):
         return [sampling_params] * num_prompts
     if not isinstance(sampling_params, Sequence):
@@ -135,12 +156,13 @@ def _check_params(params: object) -> None:
 
 
 def _checked_ids(token_ids: Any, params: SamplingParams) -> list[int]:
-    if isinstance(token_ids, str | bytes) or not isinstance(token_ids, Sequence):
-        raise ValueError(f"token ids must be a list of integers, not {type(token_ids).__name__}")
-    ids = list(token_ids)
-    for token in ids:
-        if not isinstance(token, int) or isinstance(token, bool):
+    if isinstance(token_ids, str | bytes | bytearray) or not isinstance(token_ids, Sequence):
+        advice = _how_to_list(token_ids)
+        raise ValueError(f"token ids must be a list of integers, not {type(token_ids).__name__}{advice}")
+    for token in token_ids:
+        if not isinstance(token, Integral) or isinstance(token, bool):
             raise ValueError(f"token ids must be integers, {token!r} is not")
+    ids = [int(token) for token in token_ids]  # numpy's integers too
     keep = _truncation(params.truncate_prompt_tokens)
     return ids if keep is None else ids[-keep:]
 

@@ -11,12 +11,19 @@ from typing import Any, Self
 class IterationResult:
     """What has come since the last call, oldest first; ends where there is no more.
 
-    Rows are fetched when the iteration begins, and again each time those are used up, in a thread.
+    Rows are fetched when the iteration begins, and again each time those are used up, in a thread. A pickled or copied
+    one holds the rows that had been fetched until then, and ends with them.
     """
 
     def __init__(self, fetch: Callable[[], list[dict[str, Any]]]) -> None:
         self._fetch = fetch
         self._rows: collections.deque[dict[str, Any]] = collections.deque()
+
+    def __getstate__(self) -> list[dict[str, Any]]:
+        return list(self._rows)
+
+    def __setstate__(self, rows: list[dict[str, Any]]) -> None:
+        self._fetch, self._rows = list, collections.deque(rows)
 
     def __aiter__(self) -> Self:
         return self

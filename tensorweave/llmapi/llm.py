@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from tensorweave.llmapi.base_llm import BaseLLM
 from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
-from tensorweave.llmapi.inputs import PreprocessedInputs, PromptInputs, as_batch, read_prompt, resolve_params
+from tensorweave.llmapi.inputs import PreprocessedInputs, PromptInputs, as_batch, phases_of, read_prompt, resolve_params
 from tensorweave.llmapi.options import refuse_adapters, spread_options
 from tensorweave.llmapi.outputs import RequestOutput
 from tensorweave.llmapi.request_maker import PreparedRequest
@@ -24,6 +24,7 @@ from tensorweave.llmapi.request_types import (
     PromptAdapterRequest,
     SchedulingParams,
 )
+from tensorweave.llmapi.sampling_fields import plain
 from tensorweave.llmapi.sampling_params import SamplingParams
 from tensorweave.workers.engine_dir import save_engine_dir
 
@@ -58,18 +59,18 @@ class _TorchLLM(BaseLLM):
             cache_salt: KV is reused only among requests of the same salt: one for all, or one for each.
 
         Returns:
-            A finished RequestOutput for one prompt, a list of them in the prompts' order for a list.
+            A finished RequestOutput for one prompt; for a list of prompts a list of them, in the same order.
 
         Raises:
             ValueError: A prompt or a parameter is wrong; nothing has been started.
         """
         refuse_adapters(lora_request, prompt_adapter_request)
         batch, is_single = as_batch(inputs)
-        params = resolve_params(sampling_params, len(batch))
+        params = resolve_params(sampling_params, batch)
         options = spread_options(
             len(batch),
             kv_cache_retention_config=kv_cache_retention_config,
-            disaggregated_params=disaggregated_params,
+            disaggregated_params=phases_of(batch) if disaggregated_params is None else disaggregated_params,
             scheduling_params=scheduling_params,
             cache_salt=cache_salt,
         )
@@ -78,7 +79,8 @@ class _TorchLLM(BaseLLM):
             self._start(each) for each in [maker.make(*each) for each in zip(batch, params, options, strict=True)]
         ]
         try:
-            for output in tqdm(outputs, desc="Processed requests", disable=not use_tqdm or is_single, leave=True):
+            is_silent = not use_tqdm or is_single or not outputs
+            for output in tqdm(outputs, desc="Processed requests", disable=is_silent, leave=True):
                 output.result()
         finally:
             for output in outputs:
@@ -153,6 +155,7 @@ class _TorchLLM(BaseLLM):
         """
         parts = self._live_parts()
         params = SamplingParams() if sampling_params is None else sampling_params
+        params = plain(params) if isinstance(params, SamplingParams) else params
         prompt = read_prompt(inputs, params, parts.tokenizer, parts.engine.info)
         return PreprocessedInputs(prompt.text, prompt.token_ids, sampling_params, disaggregated_params)
 

@@ -40,7 +40,7 @@ def spread_options(
     num_prompts: int,
     *,
     kv_cache_retention_config: KvCacheRetentionConfig | Sequence[KvCacheRetentionConfig] | None = None,
-    disaggregated_params: DisaggregatedParams | Sequence[DisaggregatedParams] | None = None,
+    disaggregated_params: DisaggregatedParams | Sequence[DisaggregatedParams | None] | None = None,
     scheduling_params: SchedulingParams | Sequence[SchedulingParams] | None = None,
     cache_salt: str | Sequence[str] | None = None,
 ) -> list[RequestOptions]:

@@ -6,22 +6,24 @@ looks. So the diffs always tell what changed since the consumer's last look, how
 
 from __future__ import annotations
 
-import asyncio
-import collections
 import concurrent.futures
-import contextlib
-import dataclasses
-import threading
+import copy
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from typing import Any
+import uuid
+from collections.abc import Callable, Generator
+from typing import Any, Final
 
-from tensorweave.llmapi.completion_output import CompletionOutput, Logprob, Update, Wishes, as_dicts
+from tensorweave.llmapi.completion_output import CompletionOutput, Logprob, Update, Wishes
 from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
+from tensorweave.llmapi.progress import Progress
 from tensorweave.llmapi.status import set_api_status
+from tensorweave.llmapi.turns import Turns
+from tensorweave.llmapi.update_queue import UpdateQueue
 from tensorweave.workers.logits import Tensor, read_logits
 
 __all__ = ["CompletionOutput", "Logprob", "RequestOutput", "Update", "Wishes"]
+
+_OF_THE_ORIGINAL: Final = ("_cancel", "_num_consumers", "_updates")
 
 
 class RequestOutput:
@@ -29,6 +31,14 @@ class RequestOutput:
 
     Wait with `result(timeout)` or `await`; with streaming, iterate (`for` or `async for`): each turn gives this same
     object with its next tokens. An error of the request is raised by whichever of these the consumer uses.
+
+    Who leaves an iteration before its end, or has its `await` cancelled, cancels the request, unless somebody else
+    iterates, awaits or is in `result` at that time. Keep the iterator (`turns = iter(output)`) to stop and go on later.
+    A `result(timeout)` that runs out of time cancels nothing.
+
+    It can be pickled and copied. The copy has what had come until then; of one that was not finished it says so, and
+    waiting for more raises RuntimeError. Two are equal if they are of the same request and tell the same. In a forked
+    child of the LLM's process only finished ones can be used.
 
     Attributes:
         request_id: Its number in this LLM.
@@ -59,44 +69,42 @@ class RequestOutput:
         num_returned: int | None = None,
         wishes: Wishes | None = None,
         is_streaming: bool = True,
+        unique_id: str | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
         self._wishes = wishes or Wishes()
-        self._sequences = [CompletionOutput(index, _wishes=self._wishes) for index in range(num_sequences)]
-        self._outputs = self._sequences[:num_returned]
-        self._context_logits: list[bytes] = []
-        self._num_cached_tokens = 0
+        self._progress = Progress.begin(num_sequences, num_returned, self._wishes)
         self._is_streaming = is_streaming
-        self._cancel: Callable[[], object] = lambda: None
+        self._unique_id = unique_id or uuid.uuid4().hex
+        self._cancel: Callable[[], object] = _cancel_nothing
         self._is_aborted = False
-        self._changed = threading.Condition()
-        self._updates: collections.deque[Update] = collections.deque()
-        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
-        self._error: Exception | None = None
+        self._updates = UpdateQueue(self._name)
+        self._num_consumers = 0
 
     @property
     def outputs(self) -> list[CompletionOutput]:
-        return self._outputs
+        return self._progress.outputs
 
     @property
     def context_logits(self) -> Tensor | None:
-        return read_logits(b"".join(self._context_logits), self._wishes.vocab_size) if self._context_logits else None
+        rows = self._progress.context_logits
+        return read_logits(b"".join(rows), self._wishes.vocab_size) if rows else None
 
     @property
     def finished(self) -> bool:
-        return self._error is not None or all(output.finish_reason is not None for output in self._sequences)
+        return self._progress.is_finished
 
     @property
     @set_api_status("beta")
     def cached_tokens(self) -> int:
-        return self._num_cached_tokens
+        return self._progress.num_cached_tokens
 
     @property
     @set_api_status("prototype")
     def decoding_iter(self) -> int:
-        return max(0, max(output.length for output in self._sequences) - self._wishes.num_echoed)
+        return max(0, max(output.length for output in self._progress.sequences) - self._wishes.num_echoed)
 
     @property
     @set_api_status("prototype")
@@ -106,7 +114,7 @@ class RequestOutput:
     @property
     @set_api_status("prototype")
     def disaggregated_params(self) -> DisaggregatedParams | None:
-        return self._outputs[0].disaggregated_params
+        return self.outputs[0].disaggregated_params
 
     def result(self, timeout: float | None = None) -> RequestOutput:
         """Wait for the end.
@@ -119,15 +127,22 @@ class RequestOutput:
 
         Raises:
             TimeoutError: It is not finished yet.
+            RuntimeError: It cannot become finished here: a copy, or in a forked child.
             TensorweaveError: What ended the request.
         """
+        if self.finished:
+            return self._checked()
         give_up_s = None if timeout is None else time.monotonic() + timeout
-        self._settle()
-        while not self.finished:
-            left_s = None if give_up_s is None else give_up_s - time.monotonic()
-            if not self._wait(left_s):
-                raise TimeoutError(f"request {self.request_id} is not finished after {timeout} s")
-            self._take_all()
+        self._enter()
+        try:
+            self._settle()
+            while not self.finished:
+                left_s = None if give_up_s is None else give_up_s - time.monotonic()
+                if not self._updates.wait(left_s):
+                    raise TimeoutError(f"{self._name} is not finished after {timeout} s")
+                self._take_all()
+        finally:
+            self._leave(cancels=False)
         return self._checked()
 
     async def aresult(self) -> RequestOutput:
@@ -136,21 +151,28 @@ class RequestOutput:
         Returns:
             This object, finished.
         """
-        self._settle()
-        while not self.finished:
-            await self._await_update()
-            self._take_all()
+        if self.finished:
+            return self._checked()
+        self._enter()
+        try:
+            self._settle()
+            while not self.finished:
+                await self._updates.wait_async()
+                self._take_all()
+        finally:
+            self._leave()
         return self._checked()
 
     @set_api_status("beta")
     def abort(self) -> None:
         """Cancel the request; its sequences end with finish_reason 'cancelled'. No effect once finished."""
+        self._updates.process.check()
         self._is_aborted = True
         self._cancel()
 
     @set_api_status("beta")
     def aborted(self) -> bool:
-        """Tell whether `abort` was called.
+        """Tell whether `abort` was called, by the consumer or for it when it left early.
 
         Returns:
             True from the first call of `abort` on.
@@ -160,116 +182,117 @@ class RequestOutput:
     def __await__(self) -> Generator[Any, None, RequestOutput]:
         return self.aresult().__await__()
 
-    def __iter__(self) -> Iterator[RequestOutput]:
-        if not self._is_streaming:
-            yield self.result()
-            return
-        while not self.finished:
-            self._wait(None)
-            if self._take_turn():
-                yield self._checked()
-        self._checked()
+    def __iter__(self) -> Turns:
+        return Turns(self)
 
-    async def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        if not self._is_streaming:
-            yield await self.aresult()
-            return
-        while not self.finished:
-            await self._await_update()
-            if self._take_turn():
-                yield self._checked()
-        self._checked()
+    def __aiter__(self) -> Turns:
+        return Turns(self)
 
     def __repr__(self) -> str:
         return f"RequestOutput(request_id={self.request_id!r}, finished={self.finished}, outputs={self.outputs!r})"
 
+    # ---- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of this moment, with what the consumer has not looked at yet."""
+        with self._updates.lock:
+            state = {name: value for name, value in vars(self).items() if name not in _OF_THE_ORIGINAL}
+            return state | {"_progress": copy.deepcopy(self._progress), "_updates": self._updates.all()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._updates = UpdateQueue(self._name, state["_updates"], is_live=False)
+        self._cancel = _cancel_nothing
+        self._num_consumers = 0
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RequestOutput):
+            return NotImplemented
+        return self is other or self._values == other._values
+
+    def __hash__(self) -> int:
+        return hash(self._unique_id)
+
+    @property
+    def _values(self) -> tuple[object, ...]:
+        asked = (self._unique_id, self.request_id, self.prompt, self.prompt_token_ids)
+        return (*asked, *self._progress.values, self._is_aborted)
+
     # ---- the producer's side
 
     def _push(self, update: Update) -> None:
-        with self._changed:
-            self._updates.append(update)
-            self._changed.notify_all()
-            waiters, self._waiters = self._waiters, []
-        for loop, waiter in waiters:
-            with contextlib.suppress(RuntimeError):  # that loop has been closed
-                loop.call_soon_threadsafe(_wake, waiter)
+        self._updates.put(update)
 
     def _note_cancel(self, future: concurrent.futures.Future[None]) -> None:
         """The request's task was cancelled, perhaps before it began to run; what it may still push comes too late."""
         if future.cancelled():
-            for index in range(len(self._sequences)):
+            for index in range(len(self._progress.sequences)):
                 self._push(Update(index=index, finish_reason="cancelled"))
 
     # ---- the consumer's side
 
-    def _wait(self, timeout_s: float | None) -> bool:
-        with self._changed:
-            return self._changed.wait_for(lambda: bool(self._updates), timeout_s)
+    @property
+    def _name(self) -> str:
+        return f"request {self.request_id}"
 
-    async def _await_update(self) -> None:
-        loop = asyncio.get_running_loop()
-        with self._changed:
-            if self._updates:
-                return
-            waiter: asyncio.Future[None] = loop.create_future()
-            self._waiters.append((loop, waiter))
-        await waiter
+    def _enter(self) -> None:
+        """A consumer that waits for what comes."""
+        self._updates.process.check()
+        with self._updates.lock:
+            self._num_consumers += 1
+
+    def _leave(self, *, cancels: bool = True) -> None:
+        """It does so no more. Where it was the only one, nobody wants what is still to come."""
+        if not self._updates.process.is_this:
+            return
+        with self._updates.lock:
+            self._num_consumers -= 1
+            is_left_alone = self._num_consumers == 0 and self._updates.is_live and not self.finished
+        if cancels and is_left_alone:
+            self.abort()
+
+    def _next_turn(self) -> bool:
+        """Wait for a stream's next turn and take it; False where the last one was taken."""
+        while not self.finished:
+            self._updates.wait(None)
+            if self._take_turn():
+                self._checked()
+                return True
+        self._checked()
+        return False
+
+    async def _next_turn_async(self) -> bool:
+        while not self.finished:
+            await self._updates.wait_async()
+            if self._take_turn():
+                self._checked()
+                return True
+        self._checked()
+        return False
 
     def _settle(self) -> None:
-        """The diffs begin anew, unless there is nothing more to come."""
-        with self._changed:
-            if not self.finished:
-                for sequence in self._sequences:
-                    sequence._settle()
+        with self._updates.lock:
+            self._progress.settle()
 
     def _take_turn(self) -> bool:
         """Apply the oldest update alone; False where another consumer took it."""
-        with self._changed:
-            if not self._updates:
+        with self._updates.lock:
+            if (update := self._updates.take()) is None:
                 return False
-            self._settle()
-            self._apply(self._updates.popleft())
+            self._progress.settle()
+            self._progress.apply(update)
             return True
 
     def _take_all(self) -> None:
-        with self._changed:
-            while self._updates:
-                self._apply(self._updates.popleft())
-
-    def _apply(self, update: Update) -> None:
-        if self.finished:
-            return
-        if update.error is not None:
-            self._error = update.error
-            return
-        self._num_cached_tokens = max(self._num_cached_tokens, update.num_cached_tokens)
-        if update.context_logits:
-            self._context_logits.append(update.context_logits)
-        if update.prompt_logprobs is not None:
-            told = as_dicts(update.prompt_logprobs)
-            for sequence in self._sequences:
-                sequence.prompt_logprobs = told
-        if self._sequences[update.index].finish_reason is not None:
-            return
-        self._sequences[update.index]._apply(update)
-        if self.finished and len(self._outputs) < len(self._sequences):
-            self._outputs = _best(self._sequences, len(self._outputs))
+        with self._updates.lock:
+            while (update := self._updates.take()) is not None:
+                self._progress.apply(update)
 
     def _checked(self) -> RequestOutput:
-        if self._error is not None:
-            raise self._error
+        if self._progress.error is not None:
+            raise self._progress.error
         return self
 
 
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
-
-
-def _best(sequences: list[CompletionOutput], num_returned: int) -> list[CompletionOutput]:
-    """By cumulative log-probability; one that has none, for it was cancelled before its first token, comes last."""
-    ordered = sorted(
-        sequences,
-        key=lambda s: (s.cumulative_logprob is None, -(s.cumulative_logprob or 0.0)),
-    )
-    return [dataclasses.replace(sequence, index=index) for index, sequence in enumerate(ordered[:num_returned])]
+def _cancel_nothing() -> None:
+    """For an output that no request runs for."""

@@ -6,6 +6,7 @@ Kept apart from the `LLM` object, so that they can be closed when that one is go
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -28,24 +29,25 @@ from tensorweave.workers.model_store import resolve_model
 
 
 class Workspace:
-    """A temporary directory that is made when first asked for."""
+    """A temporary directory that is made when first asked for. It stays until `remove`: a `TemporaryDirectory` would
+    take it away when a forked child ends."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._lock = threading.Lock()
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._directory: Path | None = None
 
     @property
     def path(self) -> Path:
         with self._lock:
             if self._directory is None:
-                self._directory = tempfile.TemporaryDirectory(prefix=f"tensorweave-{self._name}-")
-            return Path(self._directory.name)
+                self._directory = Path(tempfile.mkdtemp(prefix=f"tensorweave-{self._name}-"))
+            return self._directory
 
     def remove(self) -> None:
         with self._lock:
             if self._directory is not None:
-                self._directory.cleanup()
+                shutil.rmtree(self._directory, ignore_errors=True)
                 self._directory = None
 
 

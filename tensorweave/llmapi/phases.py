@@ -20,7 +20,7 @@ _ID_BITS: Final = 63
 
 
 def resolve_phases(
-    given: DisaggregatedParams | Sequence[DisaggregatedParams] | None, num_prompts: int
+    given: DisaggregatedParams | Sequence[DisaggregatedParams | None] | None, num_prompts: int
 ) -> list[DisaggregatedParams | None]:
     """One for each prompt."""
     if given is None:

@@ -18,7 +18,13 @@ from tensorweave.llmapi.inputs import PreprocessedInputs, PromptInputs, ReadProm
 from tensorweave.llmapi.options import RequestOptions
 from tensorweave.llmapi.outputs import RequestOutput
 from tensorweave.llmapi.phases import as_phase
-from tensorweave.llmapi.sampling_fields import LogitsProcessor, logits_processors, num_sequences, ranks_sequences
+from tensorweave.llmapi.sampling_fields import (
+    LogitsProcessor,
+    logits_processors,
+    num_sequences,
+    plain,
+    ranks_sequences,
+)
 from tensorweave.llmapi.sampling_params import SamplingParams
 from tensorweave.router.detokenize import IncrementalDetokenizer
 from tensorweave.router.generation import Job, TokensOnly
@@ -56,6 +62,7 @@ class RequestMaker:
         *,
         is_streaming: bool = False,
     ) -> PreparedRequest:
+        params = plain(params) if isinstance(params, SamplingParams) else params
         number = next(self._numbers)
         request_id = f"{self._llm_id}-{number}"
         callables = logits_processors(params) if isinstance(params, SamplingParams) else []
@@ -78,6 +85,7 @@ class RequestMaker:
             num_returned=params.n,
             wishes=self._wishes(params, prompt),
             is_streaming=is_streaming,
+            unique_id=request.request_id,
         )
         detokenizers = self._detokenizers(params, prompt, count)
         end_ids = frozenset() if params.ignore_eos else frozenset(prompt.end_ids)  # else asked for by stop_token_ids

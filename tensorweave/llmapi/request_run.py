@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from contextlib import aclosing
 
+from tensorweave.cluster.errors import raised_by_user
 from tensorweave.llmapi.completion_output import Update
 from tensorweave.llmapi.engine import Engine
 from tensorweave.llmapi.phases import run_context_phase
@@ -22,8 +24,10 @@ async def run_request(dispatcher: Dispatcher, engine: Engine, prepared: Prepared
         finally:
             if prepared.processors:
                 await engine.hold_logits_processors(dict.fromkeys(prepared.processors))
-    except Exception as error:  # the request's boundary: whoever waits for the output must hear of it
-        prepared.output._push(Update(error=error))
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:  # the request's boundary: whoever waits for the output must hear of it
+        prepared.output._push(Update(error=error if isinstance(error, Exception) else raised_by_user(error)))
 
 
 async def _run(dispatcher: Dispatcher, prepared: PreparedRequest) -> None:

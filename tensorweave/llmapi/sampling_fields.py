@@ -3,7 +3,9 @@ supported refused by name."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any, Final
 
 from tensorweave.cluster.protocol import ModelInfo
@@ -78,6 +80,24 @@ def to_fields(params: SamplingParams, tokenizer: Tokenizer | None, processors: S
         logits_processors=tuple(processors),
         uses_batched_processor=params.apply_batched_logits_processor,
     )
+
+
+def plain(params: SamplingParams) -> SamplingParams:
+    """Numpy's numbers, which are no `int` and no `float`, as Python's."""
+    values = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
+    changed = {name: _plain(value) for name, value in values.items() if _plain(value) is not value}
+    return dataclasses.replace(params, **changed) if changed else params
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, int | float | str | bytes):
+        return value
+    if isinstance(value, list | tuple):
+        items = [_plain(item) for item in value]
+        return value if all(new is old for new, old in zip(items, value, strict=True)) else items
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def check_supported(params: SamplingParams) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,3 +121,15 @@ class SamplingParams:
     return_encoder_output: bool = False
     return_perf_metrics: bool = field(default=False, metadata=_PROTOTYPE)
     additional_model_outputs: Sequence[str] | None = field(default=None, metadata=_PROTOTYPE)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SamplingParams):
+            return NotImplemented
+        return all(_are_equal(getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    """Tensors and arrays compare element by element, and have no truth value as a whole."""
+    if hasattr(one, "tolist") and hasattr(other, "tolist"):
+        one, other = one.tolist(), other.tolist()
+    return one is other or bool(one == other)

@@ -61,6 +61,6 @@ def test_the_rest_of_a_stream_is_new_to_who_then_waits() -> None:
 
 def test_a_late_cancel_of_what_has_ended_is_no_news() -> None:
     output = generated(2)
-    output._updates.insert(2, Update(index=1, finish_reason="cancelled"))
+    output._updates._updates.insert(2, Update(index=1, finish_reason="cancelled"))
     assert "".join(turn.outputs[1].text_diff for turn in output) == "z"
     assert output.outputs[1].finish_reason == "stop"

@@ -81,7 +81,8 @@ def test_processors_reach_every_rank_and_a_replaced_gang(tmp_path: Path) -> None
         hurry = tmp_path / "hurry"
         slow = SamplingParams(max_tokens=200, ignore_eos=True, logits_processor=counting_up(hurry))
         running = llm.generate_async(PROMPT, slow, streaming=True)
-        next(iter(running))
+        turns = iter(running)  # kept: who lets go of it early cancels the request
+        next(turns)
         os.kill(pids_of(llm)[1], signal.SIGKILL)
         hurry.touch()
         assert running.result(600).outputs[0].token_ids == list(range(23, 223))

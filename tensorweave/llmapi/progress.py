@@ -1,0 +1,70 @@
+"""`Progress`: how far a request's consumer has been told of it. `RequestOutput` shows it and applies updates to it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+from tensorweave.llmapi.completion_output import CompletionOutput, Update, Wishes, as_dicts
+
+
+@dataclass(slots=True)
+class Progress:
+    """`outputs` are those of the `sequences` that are returned: the best, once all have ended."""
+
+    sequences: list[CompletionOutput]
+    outputs: list[CompletionOutput]
+    context_logits: list[bytes] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    error: Exception | None = None
+
+    @classmethod
+    def begin(cls, num_sequences: int, num_returned: int | None, wishes: Wishes) -> Self:
+        sequences = [CompletionOutput(index, _wishes=wishes) for index in range(num_sequences)]
+        return cls(sequences, sequences[:num_returned])
+
+    @property
+    def is_finished(self) -> bool:
+        return self.error is not None or all(output.finish_reason is not None for output in self.sequences)
+
+    @property
+    def values(self) -> tuple[object, ...]:
+        """What two requests that tell the same have alike."""
+        error = None if self.error is None else (type(self.error), str(self.error))
+        return (self.outputs, self.num_cached_tokens, b"".join(self.context_logits), error)
+
+    def settle(self) -> None:
+        """The diffs begin anew, unless there is nothing more to come."""
+        if not self.is_finished:
+            for sequence in self.sequences:
+                sequence._settle()
+
+    def apply(self, update: Update) -> None:
+        if self.is_finished:
+            return
+        if update.error is not None:
+            self.error = update.error
+            return
+        self.num_cached_tokens = max(self.num_cached_tokens, update.num_cached_tokens)
+        if update.context_logits:
+            self.context_logits.append(update.context_logits)
+        if update.prompt_logprobs is not None:
+            told = as_dicts(update.prompt_logprobs)
+            for sequence in self.sequences:
+                sequence.prompt_logprobs = told
+        if self.sequences[update.index].finish_reason is not None:
+            return
+        self.sequences[update.index]._apply(update)
+        if self.is_finished and len(self.outputs) < len(self.sequences):
+            self.outputs = _best(self.sequences, len(self.outputs))
+
+
+def _best(sequences: Sequence[CompletionOutput], num_returned: int) -> list[CompletionOutput]:
+    """By cumulative log-probability; one that has none, for it was cancelled before its first token, comes last."""
+    ordered = sorted(
+        sequences,
+        key=lambda s: (s.cumulative_logprob is None, -(s.cumulative_logprob or 0.0)),
+    )
+    return [dataclasses.replace(sequence, index=index) for index, sequence in enumerate(ordered[:num_returned])]
