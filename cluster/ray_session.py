@@ -19,6 +19,8 @@ from typing import Any, Final, Self
 import ray
 from ray._private import ray_constants, services
 
+from tensorweave.cluster.ray_forks import spare_ray_in_forks
+
 _JOB_CONFIG: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _OBJECT_STORE_BYTES: Final = 128 << 20
 """No prompt, token or tensor of ours is a Ray object: the store may be small."""
@@ -63,6 +65,7 @@ def start_or_join_ray(
     if ray.is_initialized():
         return RaySession(is_owner=False, is_private=False)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    spare_ray_in_forks()
     address = address or os.environ.get("RAY_ADDRESS")
     common: dict[str, Any] = {
         "namespace": namespace,

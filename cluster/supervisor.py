@@ -1,7 +1,8 @@
 """The Ray actor that owns a service's gangs: it runs its pools and tells front ends, by long poll, where the gangs are.
 
 Gangs are owned by this actor, so Ray ends them when it dies. Ray restarts it; it then removes what its earlier life
-reserved and starts new gangs. No prompt and no token passes through here.
+reserved and starts new gangs. With a lifeline it ends with the process that started it, whatever becomes of that. No
+prompt and no token passes through here.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ray.actor import ActorHandle
 
 from tensorweave.cluster.errors import NotReady
 from tensorweave.cluster.gang import Gang
+from tensorweave.cluster.lifeline import OwnLifeline, end_with
 from tensorweave.cluster.placement import remove_groups
 from tensorweave.cluster.pool import GangPool, PoolSpec, PoolState
 from tensorweave.cluster.protocol import KvRoad
@@ -44,7 +46,9 @@ class ServiceState:
 class PoolSupervisor:
     """Make it an actor with `start_supervisor`. Starts its pools at the first call of any method."""
 
-    def __init__(self, pools: Sequence[PoolSpec], worker_class: type[Any]) -> None:
+    def __init__(self, pools: Sequence[PoolSpec], worker_class: type[Any], lifeline: str | None = None) -> None:
+        if lifeline is not None:
+            end_with(lifeline)
         names = [pool.name for pool in pools]
         if len(set(names)) != len(names):
             raise ValueError(f"pool names must differ: {', '.join(names)}")
@@ -143,9 +147,14 @@ class PoolSupervisor:
 
 
 def start_supervisor(
-    pools: Sequence[PoolSpec], worker_class: type[Any], *, name: str | None = None, is_detached: bool = False
+    pools: Sequence[PoolSpec],
+    worker_class: type[Any],
+    *,
+    name: str | None = None,
+    lifeline: OwnLifeline | None = None,
 ) -> ActorHandle[PoolSupervisor]:
-    """Start the actor; it dies with its creator's job unless `is_detached`. Ray must be up."""
+    """Start the actor. It and all that it places end with `lifeline`; without one it ends with its creator, and the
+    places are free again when the job ends. Ray must be up."""
     actor: ActorHandle[PoolSupervisor] = (
         ray.remote(PoolSupervisor)
         .options(
@@ -154,9 +163,9 @@ def start_supervisor(
             max_task_retries=0,
             max_concurrency=_MAX_WATCHERS,
             name=name,
-            lifetime="detached" if is_detached else None,
+            lifetime=None if lifeline is None else "detached",
         )
-        .remote(tuple(pools), worker_class)
+        .remote(tuple(pools), worker_class, None if lifeline is None else lifeline.name)
     )
     return actor
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.fleet import Fleet, StaticFleet, WatchedFleet
 from tensorweave.cluster.gang_spec import GangSpec
+from tensorweave.cluster.lifeline import OwnLifeline
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.pool import PoolSpec
 from tensorweave.cluster.protocol import KvSource, ModelInfo
@@ -116,7 +117,9 @@ class GangEngine:
                 gpus_per_rank=1.0 if wants_gpu else 0.0,
                 hang_timeout_s=args.hang_timeout_s,
             )
-            self._supervisor = start_supervisor([PoolSpec("llm", spec)], RankWorker)
+            self._lifeline = OwnLifeline()
+            undo.callback(self._lifeline.end)
+            self._supervisor = start_supervisor([PoolSpec("llm", spec)], RankWorker, lifeline=self._lifeline)
             undo.callback(stop_supervisor, self._supervisor)
             self._fleet = loop.call(_open_fleet(self._supervisor), timeout_s=_START_TIMEOUT_S)
             undo.callback(lambda: loop.call(self._fleet.close()))
@@ -156,6 +159,7 @@ class GangEngine:
             self._loop.call(self._fleet.close())
             stop_supervisor(self._supervisor)
         finally:
+            self._lifeline.end()
             self._ray.close()
 
 

@@ -1,4 +1,4 @@
-"""Who leaves an output early: by `break`, an error, a cancelled task. Its request is cancelled, unless others wait too."""
+"""Who leaves an output early, by `break`, an error, a cancelled task: its request is cancelled, unless others wait."""
 
 from __future__ import annotations
 
