@@ -53,7 +53,7 @@ __all__ = [
     "unpack_tokens",
 ]
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 
 FinishReason = Literal["stop", "length", "timeout", "cancelled", "not_finished"]
 Role = Literal["prefill", "decode", "both"]
