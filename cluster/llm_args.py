@@ -1,4 +1,4 @@
-"""`TorchLlmArgs`: the one place for engine knobs, and the strict pydantic base that every configuration model shares.
+"""`TorchLlmArgs`: the one place for engine knobs.
 
 The LLM class, YAML files and the command line all end here, and ranks receive exactly this. Unknown keys are refused
 with the nearest known name; there are no environment variables behind any knob.
@@ -6,66 +6,14 @@ with the nearest known name; there are no environment variables behind any knob.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, Self, get_args, get_origin
+from typing import Any, ClassVar, Literal, Self
 
-import pydantic
-from pydantic import BaseModel, ConfigDict, model_validator
-from pydantic_core import PydanticUndefined
+from pydantic import model_validator
 
 from tensorweave.cluster.llm_args_refused import CACHE_TRANSCEIVER, KV_CACHE, LLM_ARGS, SCHEDULER, Refusal
-
-ApiStatus = Literal["prototype", "beta", "deprecated"]
-
-_NUMBERS: Final = (int, float, int | None, float | None)
-
-
-def Field(default: Any = PydanticUndefined, *, status: ApiStatus | None = None, **kwargs: Any) -> Any:
-    """pydantic's Field with an API status, kept in `json_schema_extra["status"]`; no status means committed."""
-    if status is not None:
-        kwargs["json_schema_extra"] = {**kwargs.get("json_schema_extra", {}), "status": status}
-    return pydantic.Field(default, **kwargs)
-
-
-class StrictBaseModel(BaseModel):
-    """Refuses unknown keys, and says which known one is nearest; `refused` ones may have a value that asks for
-    nothing."""
-
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
-    refused: ClassVar[Mapping[str, Refusal]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown_keys(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        kept = {}
-        for key, value in data.items():
-            refusal = cls.refused.get(key)
-            if key in cls.model_fields:
-                if isinstance(value, bool) and cls.model_fields[key].annotation in _NUMBERS:
-                    raise ValueError(f"{key} = {value!r} is no number")
-                kept[key] = value
-            elif refusal is None:
-                raise ValueError(f"unknown key {key!r} in {cls.__name__}{cls._hint(str(key))}")
-            elif not refusal.allows(value):
-                raise ValueError(f"{key} = {value!r} is not supported yet: {refusal.advice}")
-        return kept
-
-    @classmethod
-    def _hint(cls, key: str) -> str:
-        """A group's own key that stands beside the group, else what is spelt most alike, else all there are."""
-        homes = [
-            f"{name}.{key}"
-            for name, field in cls.model_fields.items()
-            if get_origin(field.annotation) is not dict
-            for kind in (field.annotation, *get_args(field.annotation))
-            if isinstance(kind, type) and issubclass(kind, StrictBaseModel) and key in kind.model_fields
-        ]
-        near = homes or difflib.get_close_matches(key, cls.model_fields, n=1, cutoff=0.5)
-        return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(cls.model_fields)}"
+from tensorweave.cluster.strict_model import Field, StrictBaseModel
 
 
 class KvCacheConfig(StrictBaseModel):

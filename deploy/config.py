@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Self, get_args
 
 from pydantic import ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from tensorweave.cluster.llm_args import Field, LlmArgs, StrictBaseModel
+from tensorweave.cluster.llm_args import LlmArgs
 from tensorweave.cluster.protocol import Role
+from tensorweave.cluster.strict_model import Field, StrictBaseModel, mistake
 from tensorweave.deploy.config_file import ConfigError, Document, KeyPath, read_document
 from tensorweave.deploy.config_tables import LimitsConfig, PoolConfig, RayConfig, RouterConfig, SecurityConfig
 
@@ -32,6 +33,8 @@ _SHARED_KEYS: Final = (
     "tokenizer_revision",
     "generation_config",
 )
+_NOT_IN_ENGINE: Final = ("model", "role", "replicas")
+_NOT_IN_POOL: Final = ("model", *_SHARED_KEYS)
 
 
 class ServeConfig(StrictBaseModel):
@@ -76,60 +79,61 @@ class ServeConfig(StrictBaseModel):
             raise ValueError(f"{twice[0]!r} is in the list twice")
         return names
 
-    @model_validator(mode="before")
     @classmethod
-    def _give_pools_the_engine(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        engine, pools = data.get("engine") or {}, data.get("pools") or {"main": {}}
-        if not isinstance(engine, dict):
-            return {**data, "pools": {"main": {"model": "?"}}}
+    def _sift(cls, data: dict[str, Any]) -> tuple[dict[str, Any], list[InitErrorDetails]]:
+        """Each pool gets what `engine` says, and the model."""
+        kept, mistakes = super()._sift(data)
+        engine, pools = kept.get("engine") or {}, kept.get("pools") or {"main": {}}
         if not isinstance(pools, dict):
-            return data
-        _refuse_misplaced(("engine",), engine, ("model", "role", "replicas"))
+            return kept, mistakes
+        shared, misplaced = _sort_out(("engine",), engine if isinstance(engine, dict) else {}, _NOT_IN_ENGINE)
+        mistakes += misplaced
         merged = {}
         for name, pool in pools.items():
             if isinstance(pool, PoolConfig):
                 pool = pool.model_dump()
             elif isinstance(pool, dict) or pool is None:
-                _refuse_misplaced(("pools", str(name)), pool or {}, ("model", *_SHARED_KEYS))
-                pool = {**_merge(engine, pool or {}), "model": data.get("model", "?")}
+                own, misplaced = _sort_out(("pools", str(name)), pool or {}, _NOT_IN_POOL)
+                mistakes += misplaced
+                pool = {**_merge(shared, own), "model": kept.get("model", "?")}
                 _assign_role(str(name), pool)
             merged[name] = pool
-        return {**data, "engine": engine, "pools": merged}
+        return {**kept, "engine": engine, "pools": merged}, mistakes
 
     @model_validator(mode="after")
     def _check_pools(self) -> Self:
+        if mistakes := [*self._wrong_roles(), *self._wrong_exchange()]:
+            raise ValidationError.from_exception_data(type(self).__name__, mistakes)
+        return self
+
+    def _wrong_roles(self) -> Iterator[InitErrorDetails]:
         by_role = {role: [name for name, pool in self.pools.items() if pool.role == role] for role in get_args(Role)}
         if by_role["both"] and len(self.pools) > 1:
             name = by_role["both"][0]
-            _refuse_pool(
+            yield _wrong_pool(
                 (name, "role"), f"pool {name!r} of role 'both' must be the only pool; for more of it, 'replicas'"
             )
+            return
         for role, other in (("prefill", "decode"), ("decode", "prefill")):
             if by_role[role] and not by_role[other]:
                 name = by_role[role][0]
-                _refuse_pool((name,), f"a pool of role {role!r} needs one of role {other!r} (or make it 'both')")
-        if not by_role["both"]:
-            self._check_exchange()
-        return self
+                yield _wrong_pool((name,), f"a pool of role {role!r} needs one of role {other!r} (or make it 'both')")
 
-    def _check_exchange(self) -> None:
+    def _wrong_exchange(self) -> Iterator[InitErrorDetails]:
         """Gangs that exchange KV keep it alike."""
-        first, *others = self.pools.items()
+        exchanging = {name: pool for name, pool in self.pools.items() if pool.role != "both"}
+        first = next(iter(exchanging), "")
         for key in (("dtype",), ("kv_cache_config", "tokens_per_block")):
-            for name, pool in others:
-                mine, theirs = _knob(first[1], key), _knob(pool, key)
+            for name, pool in exchanging.items():
+                mine, theirs = _knob(exchanging[first], key), _knob(pool, key)
                 if mine != theirs:
                     wanted = f"pools that exchange KV need the same {'.'.join(key)}"
-                    found = f"that of pool {first[0]!r} is {mine!r}, here it is {theirs!r}"
-                    _refuse_pool((name, *key), f"{wanted}; {found}")
-        for name, pool in self.pools.items():
+                    found = f"that of pool {first!r} is {mine!r}, here it is {theirs!r}"
+                    yield _wrong_pool((name, *key), f"{wanted}; {found}")
+        for name, pool in exchanging.items():
             if pool.cache_transceiver_config is None or pool.cache_transceiver_config.backend is None:
-                _refuse_pool(
-                    (name, "cache_transceiver_config", "backend"),
-                    f"a {pool.role} pool needs a backend, 'DEFAULT' for one",
-                )
+                path = (name, "cache_transceiver_config", "backend")
+                yield _wrong_pool(path, f"a {pool.role} pool needs a backend, 'DEFAULT' for one")
 
     @property
     def model_names(self) -> list[str]:
@@ -170,10 +174,12 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ServeConfig:
     """
     document = read_document(path, overrides)
     try:
-        return ServeConfig.model_validate(document.data)
+        config = ServeConfig.model_validate(document.data)
     except ValidationError as error:
-        lines = dict.fromkeys(_describe(document, item) for item in error.errors(include_url=False))
-        raise ConfigError("\n".join(lines)) from None
+        lines = [_describe(document, item) for item in error.errors(include_url=False)]
+        raise ConfigError("\n".join(dict.fromkeys([*document.mistakes, *lines]))) from None
+    document.checked()
+    return config
 
 
 def _assign_role(name: str, pool: dict[str, Any]) -> None:
@@ -185,8 +191,8 @@ def _assign_role(name: str, pool: dict[str, Any]) -> None:
             pool["cache_transceiver_config"] = {"backend": "DEFAULT", **transceiver}
 
 
-def _refuse_pool(path: KeyPath, message: str) -> None:
-    raise PydanticCustomError("pools", "{message}", {"message": message, "path": ("pools", *path)})
+def _wrong_pool(path: KeyPath, message: str) -> InitErrorDetails:
+    return mistake(PydanticCustomError("pools", "{message}", {"message": message, "path": ("pools", *path)}), None)
 
 
 def _knob(pool: PoolConfig, key: KeyPath) -> Any:
@@ -196,18 +202,19 @@ def _knob(pool: PoolConfig, key: KeyPath) -> Any:
     return value
 
 
-def _refuse_misplaced(table: KeyPath, keys: Mapping[str, Any], misplaced: Iterable[str]) -> None:
-    for key in misplaced:
-        if key in keys:
-            home = (
-                "at the top of the file"
-                if key == "model"
-                else "under 'engine'"
-                if key in _SHARED_KEYS
-                else "under a pool"
-            )
-            path = (*table, key)
-            raise PydanticCustomError("misplaced", "'{key}' belongs {home}", {"key": key, "home": home, "path": path})
+def _sort_out(
+    table: KeyPath, keys: Mapping[str, Any], misplaced: Collection[str]
+) -> tuple[dict[str, Any], list[InitErrorDetails]]:
+    """The keys that may stand in this table, and a mistake for each other one."""
+    mistakes = [_misplaced((*table, key), value) for key, value in keys.items() if key in misplaced]
+    return {key: value for key, value in keys.items() if key not in misplaced}, mistakes
+
+
+def _misplaced(path: KeyPath, value: Any) -> InitErrorDetails:
+    key = path[-1]
+    home = "at the top of the file" if key == "model" else "under 'engine'" if key in _SHARED_KEYS else "under a pool"
+    context = {"key": key, "home": home, "path": path}
+    return mistake(PydanticCustomError("misplaced", "'{key}' belongs {home}", context), value)
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

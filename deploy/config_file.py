@@ -1,7 +1,8 @@
 """A YAML document with the line of every key, and `--set a.b=c` changes on top of it.
 
 `deploy/config.py` reads a service's file through this. Refused: duplicate keys, keys that are not words, aliases that
-build cycles, documents that are not a mapping, and overrides that do not parse; each with the file and the line.
+build cycles, documents that are not a mapping, and overrides that do not parse; each with the file and the line, and
+all that can be found in one reading together.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Plain data, and where each key path came from ("file.yaml:7" or "--set a.b=c")."""
+    """Plain data, and where each key path came from ("file.yaml:7" or "--set a.b=c"). `mistakes`: a line for each part
+    that was left out of `data` because it makes no sense."""
 
     source: str
     data: dict[str, Any]
     places: dict[KeyPath, str] = field(default_factory=dict)
+    mistakes: list[str] = field(default_factory=list)
 
     def place(self, path: KeyPath) -> str:
         """The place of the nearest key that somebody wrote, at or above `path`."""
@@ -38,12 +41,20 @@ class Document:
     def holds(self, path: KeyPath) -> bool:
         return path in self.places
 
+    def checked(self) -> Document:
+        """Itself. Raises ConfigError where it has mistakes."""
+        if self.mistakes:
+            raise ConfigError("\n".join(self.mistakes))
+        return self
+
 
 def read_document(path: str | Path, overrides: Iterable[str] = ()) -> Document:
     """Read the YAML file at `path` and apply `overrides` ("a.b=c", values typed as YAML types them).
 
+    Duplicate keys, keys that are not words and malformed overrides are among the `mistakes` of what is returned.
+
     Raises:
-        ConfigError: no such file, not YAML, a duplicate key, or a malformed override.
+        ConfigError: no such file, or not YAML.
     """
     source = str(path)
     try:
@@ -53,12 +64,15 @@ def read_document(path: str | Path, overrides: Iterable[str] = ()) -> Document:
         raise ConfigError(f"{source}: cannot be read: {reason}") from None
     document = parse_document(text, source)
     for override in overrides:
-        _apply_override(document, override)
+        try:
+            _apply_override(document, override)
+        except ConfigError as error:
+            document.mistakes.append(str(error))
     return document
 
 
 def parse_document(text: str, source: str) -> Document:
-    """Raises ConfigError for whatever is not one mapping of words to plain values."""
+    """Raises ConfigError for what is not one YAML mapping; single keys that are wrong are `mistakes`."""
     document = Document(source, {})
     try:
         loader = yaml.SafeLoader(text)
@@ -72,7 +86,8 @@ def parse_document(text: str, source: str) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = "" if mark is None else f":{mark.line + 1}"
-        raise ConfigError(f"{source}{line}: not valid YAML: {error.problem or error.context}") from None
+        document.mistakes.append(f"{source}{line}: not valid YAML: {error.problem or error.context}")
+        document.checked()
     except yaml.reader.ReaderError as error:
         raise ConfigError(f"{source}: not valid YAML: it holds the character {chr(error.character)!r}") from None
     except RecursionError:
@@ -101,14 +116,15 @@ def _walk(node: yaml.Node, path: KeyPath, document: Document, parents: tuple[yam
         if key_node.tag == "tag:yaml.org,2002:merge":
             continue
         if key_node.tag != "tag:yaml.org,2002:str":
-            raise ConfigError(f"{document.source}:{line}: key {key_node.value!r} is not a word")
+            document.mistakes.append(f"{document.source}:{line}: key {key_node.value!r} is not a word")
+            continue
         key = key_node.value
         key_path = (*path, key)
         if key in seen:
-            raise ConfigError(
+            document.mistakes.append(
                 f"{document.source}:{line}: {'.'.join(key_path)} is given twice, first on line {seen[key]}"
             )
-        seen[key] = line
+        seen.setdefault(key, line)
         document.places[key_path] = f"{document.source}:{line}"
         _walk(value_node, key_path, document, parents)
 
@@ -119,7 +135,7 @@ def _apply_override(document: Document, override: str) -> None:
     path = tuple(dotted.strip().split("."))
     if not equals or not all(path):
         raise ConfigError(f"{place}: write it as key.key=value, for example --set router.port=9000")
-    value = parse_document(f"value: {text}", place).data["value"]
+    value = parse_document(f"value: {text}", place).checked().data["value"]
     table: Any = document.data
     for depth, key in enumerate(path[:-1], start=1):
         if table.get(key) is None:
@@ -136,9 +152,10 @@ def _apply_override(document: Document, override: str) -> None:
 
 
 def _unshared(value: Any) -> Any:
-    """A copy in which YAML aliases are values of their own, so that an override changes one place only."""
+    """A copy in which YAML aliases are values of their own, so that an override changes one place only, without the
+    keys that are not words."""
     if isinstance(value, dict):
-        return {key: _unshared(item) for key, item in value.items()}
+        return {key: _unshared(item) for key, item in value.items() if isinstance(key, str)}
     return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 

@@ -7,8 +7,9 @@ from typing import Final, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from tensorweave.cluster.llm_args import Field, LlmArgs, StrictBaseModel
+from tensorweave.cluster.llm_args import LlmArgs
 from tensorweave.cluster.protocol import Role
+from tensorweave.cluster.strict_model import Field, StrictBaseModel
 from tensorweave.deploy.api_keys import digest_of, read_keys
 from tensorweave.router.admission import Limits
 from tensorweave.router.policy import PolicyName
@@ -56,9 +57,11 @@ class PoolConfig(LlmArgs):
             "return_perf_metrics": self.return_perf_metrics,
             "kv_cache_config.event_buffer_max_size": events > 0,
         }
-        for name, is_given in given.items():
-            if is_given:
-                raise ValueError(f"{name} is for the LLM class; a service has no place that would show what it does")
+        if names := [name for name, is_given in given.items() if is_given]:
+            are = "is" if len(names) == 1 else "are"
+            raise ValueError(
+                f"{', '.join(names)} {are} for the LLM class; a service has no place that would show what it does"
+            )
         return self
 
     def llm_args(self) -> LlmArgs:

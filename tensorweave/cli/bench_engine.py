@@ -85,7 +85,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     from tensorweave.deploy.config_file import read_document
 
     named = {"dtype": args.dtype, "tensor_parallel_size": args.tensor_parallel_size}
-    return named | read_document(os.devnull, args.changes).data
+    return named | read_document(os.devnull, args.changes).checked().data
 
 
 def _run_figures(elapsed_s: float, num_output: int, num_prompt: int) -> dict[str, float]:

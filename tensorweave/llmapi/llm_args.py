@@ -3,13 +3,12 @@ receive them too."""
 
 from tensorweave.cluster.llm_args import (
     CacheTransceiverConfig,
-    Field,
     KvCacheConfig,
     LlmArgs,
     SchedulerConfig,
-    StrictBaseModel,
     TorchLlmArgs,
 )
+from tensorweave.cluster.strict_model import Field, StrictBaseModel
 
 __all__ = [
     "CacheTransceiverConfig",

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import TypeVar, get_args
 
-from tensorweave.cluster.llm_args import ApiStatus
+from tensorweave.cluster.strict_model import ApiStatus
 
 _F = TypeVar("_F", bound=Callable[..., object])
 

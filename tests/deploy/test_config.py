@@ -291,6 +291,57 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "overrides", "places"),
+    [
+        (  # in one table, unknown keys and wrong values
+            "model: m\nrouter:\n  prot: 1\n  hots: h\n  replicas: 0\n",
+            [],
+            ["s.yaml:3: router.prot", "s.yaml:4: router.hots", "s.yaml:5: router.replicas"],
+        ),
+        (  # at the top and inside
+            "model: m\nlimit: {}\nrouters: {}\nrouter: {port: x}\n",
+            [],
+            ["s.yaml:2: limit", "s.yaml:3: routers", "s.yaml:4: router.port"],
+        ),
+        (  # a key that is refused, one that stands elsewhere, one that is no number, one of a group
+            "model: m\nengine:\n  cuda_graph_config: {}\n  role: both\n  max_seq_len: true\n"
+            "  kv_cache_config:\n    dtype: fp8\n    max_token: 1\npools:\n  main:\n    revision: r\n",
+            [],
+            [
+                "s.yaml:3: engine.cuda_graph_config",
+                "s.yaml:4: engine.role",
+                "s.yaml:5: engine.max_seq_len",
+                "s.yaml:7: engine.kv_cache_config.dtype",
+                "s.yaml:8: engine.kv_cache_config.max_token",
+                "s.yaml:11: pools.main.revision",
+            ],
+        ),
+        (  # of the file itself, of --set and of the values
+            "model: m\nmodel: n\n1: 2\nrouter: {port: 0}\n",
+            ["router.proxy_port", "model.a=1"],
+            [
+                "s.yaml:2: model is given twice, first on line 1",
+                "s.yaml:3: key '1' is not a word",
+                "--set router.proxy_port: write it as key.key",
+                "--set model.a=1: model is 'n', which holds no keys",
+                "s.yaml:4: router.port",
+            ],
+        ),
+        (  # between pools
+            "model: m\npools:\n  prefill: {dtype: float32}\n  decode:\n    dtype: bfloat16\n"
+            "    cache_transceiver_config: {backend: null}\n",
+            [],
+            ["s.yaml:5: pools.decode.dtype", "s.yaml:6: pools.decode.cache_transceiver_config.backend"],
+        ),
+    ],
+)
+def test_the_second_mistake_is_told_too(tmp_path: Path, text: str, overrides: list[str], places: list[str]) -> None:
+    told = [line.replace("service.yaml", "s.yaml") for line in mistakes(tmp_path, text, *overrides)]
+    assert [place for place in places if not any(line.startswith(place) for line in told)] == []
+    assert len(told) == len(places)
+
+
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(ConfigError, match=r"^nowhere\.yaml: cannot be read: No such file or directory$"):
         load_config("nowhere.yaml")

@@ -24,7 +24,7 @@ from tensorweave import (
     TokenRangeRetentionConfig,
     TorchLlmArgs,
 )
-from tensorweave.cluster.llm_args import Field
+from tensorweave.cluster.strict_model import Field
 from tensorweave.llmapi.llm import _TorchLLM
 from tensorweave.llmapi.reference import render
 from tensorweave.llmapi.status import set_api_status

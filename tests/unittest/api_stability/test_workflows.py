@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tensorweave import LLM, TorchLlmArgs
-from tensorweave.cluster.llm_args import Field
+from tensorweave.cluster.strict_model import Field
 from tensorweave.llmapi.status import set_api_status
 from tests.unittest.api_stability.api_stability_core import (
     copy_of_schemas,
