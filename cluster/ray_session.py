@@ -17,13 +17,22 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import ray
+from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants, services
 
+from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.ray_forks import spare_ray_in_forks
+from tensorweave.cluster.sentences import sentence_of
 
 _JOB_CONFIG: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _OBJECT_STORE_BYTES: Final = 128 << 20
 """No prompt, token or tensor of ours is a Ray object: the store may be small."""
+
+
+class RayFailed(TensorweaveError):
+    """Ray does not start, or cannot be joined."""
+
+    code = "ray_failed"
 
 
 class RaySession:
@@ -61,6 +70,7 @@ def start_or_join_ray(
 
     Raises:
         ConnectionError: there is no cluster at the address.
+        RayFailed: Ray does not start or cannot be joined, for another reason.
     """
     if ray.is_initialized():
         return RaySession(is_owner=False, is_private=False)
@@ -73,10 +83,11 @@ def start_or_join_ray(
         "logging_level": logging.WARNING,
     }
     if address is not None and address != "local":
-        ray.init(address=address, **common)
+        with _naming_failures(f"Ray at {address} cannot be joined"):
+            ray.init(address=address, **common)
         return RaySession(is_owner=True, is_private=False)
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    with _on_loopback(), _out_of_our_process_group():
+    with _naming_failures("Ray cannot be started"), _on_loopback(), _out_of_our_process_group():
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),
@@ -91,6 +102,18 @@ def start_or_join_ray(
 def import_root() -> str:
     """The folder that holds the `tensorweave` package, as this process found it."""
     return str(Path(__file__).absolute().parents[2])
+
+
+@contextlib.contextmanager
+def _naming_failures(what: str) -> Iterator[None]:
+    """Ray says little, in bare exceptions: say what it was about, and where its own logs are."""
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # what Ray raises has no common class
+        logs = Path(get_default_ray_temp_dir()) / "session_latest" / "logs"
+        raise RayFailed(f"{what}: {sentence_of(error)} (Ray's own logs, on its hosts: {logs})") from error
 
 
 @contextlib.contextmanager

@@ -19,10 +19,13 @@ import ray
 from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
 
 from tensorweave.cluster.errors import TensorweaveError
+from tensorweave.cluster.ray_noise import without_noise
 from tensorweave.cluster.ray_session import start_or_join_ray
 from tensorweave.cluster.roads import SLOW_BYTES_PER_S
+from tensorweave.cluster.sentences import essence, sentence_of
 from tensorweave.deploy.config import ServeConfig
 from tensorweave.deploy.guardian import (
     APP_NAME,
@@ -67,8 +70,8 @@ def run(config: ServeConfig, on_ready: Callable[[str], None] | None = None) -> i
         try:
             config = config.with_model(str(resolve_model(config.model, revision=config.shared_args.revision)))
             url = _start(config, stop, ending)
-        except (StartFailed, TensorweaveError, ValueError, OSError, RayError) as error:
-            say(f"cannot start: {_cause(error)}")
+        except (StartFailed, TensorweaveError, ValueError, OSError, RayError, RayServeException) as error:
+            say(f"cannot start: {_sentence(error)}")
             return 1
         except StoppedEarly:
             say("stopped before it was ready")
@@ -107,7 +110,8 @@ def _ray(config: ServeConfig) -> Iterator[None]:
     """A Ray cluster that can hold the pools and carries no Serve of somebody else's."""
     say("joining Ray" if config.ray.address or os.environ.get("RAY_ADDRESS") else "starting Ray")
     need = needed_resources(pool_specs(config, has_gpus=False))
-    with start_or_join_ray(config.ray.address, num_cpus=need.get("CPU", 1.0), namespace=NAMESPACE):
+    num_cpus = need.get("CPU", 1.0)
+    with without_noise(), start_or_join_ray(config.ray.address, num_cpus=num_cpus, namespace=NAMESPACE):
         total = ray.cluster_resources()
         if shortage := explain_shortage(pool_specs(config, has_gpus=total.get("GPU", 0) > 0), total):
             raise StartFailed(shortage)
@@ -139,7 +143,7 @@ def _guardian(config: ServeConfig) -> Iterator[ActorHandle[Any]]:
         try:
             ray.get(guardian.end.remote(), timeout=drain_timeout_s + DRAIN_SLACK_S + SERVE_SHUTDOWN_TIMEOUT_S)
         except RayError as error:
-            say(f"could not be taken down cleanly: {_cause(error)}")
+            say(f"could not be taken down cleanly: {_sentence(error)}")
         except KeyboardInterrupt:
             say("not waiting any longer; on a cluster that stays, the service ends once its requests have")
             raise  # and the guardian goes on without us
@@ -153,7 +157,7 @@ def _check_ports(config: ServeConfig, guardian: ActorHandle[Any]) -> None:
     try:
         taken = ray.get(guardian.taken_ports.remote(router.host, ports), timeout=_CONTROL_TIMEOUT_S)
     except OSError as error:
-        raise StartFailed(f"router.host {router.host!r} cannot be listened on: {_cause(error)}") from None
+        raise StartFailed(f"router.host {router.host!r} cannot be listened on: {_sentence(error)}") from None
     if taken:
         numbers = ", ".join(map(str, taken))
         raise StartFailed(f"port {numbers} of {router.host} is taken; choose router.port and router.proxy_port anew")
@@ -202,7 +206,7 @@ def _raise_failures() -> None:
     app = serve.status().applications.get(APP_NAME)
     if app is not None and app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
         messages = [app.message, *(deployment.message for deployment in app.deployments.values())]
-        raise StartFailed(" ".join(dict.fromkeys(filter(None, messages))))
+        raise StartFailed(" ".join(dict.fromkeys(essence(message) for message in messages if message)))
 
 
 def _is_coming_up(pool: dict[str, Any]) -> bool:
@@ -227,6 +231,8 @@ def _pool_line(pool: dict[str, Any]) -> str:
     return f"pool {pool['pool']}: {gangs}" + (f" ({pool['trouble']})" if pool["trouble"] else "")
 
 
-def _cause(error: Exception) -> Exception:
-    """What went wrong in an actor, without Ray's copy of its stack."""
-    return error.cause if isinstance(error, RayTaskError) else error
+def _sentence(error: Exception) -> str:
+    """What went wrong, here or in an actor, without a copy of its stack."""
+    if isinstance(error, StartFailed):
+        return str(error)
+    return sentence_of(error.cause if isinstance(error, RayTaskError) else error)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from tensorweave.cli import bench, chaos, chat, models, serve, soak, version
-from tensorweave.cluster.errors import RequestRejected, TensorweaveError
+from tensorweave.cli.boundary import report
 
 _EXAMPLES = """\
 examples:
@@ -49,11 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `tensorweave … | head`
         sys.stderr.close()
         return 1
-    except (ValueError, TensorweaveError) as error:
+    except Exception as error:  # the command line's boundary
         if args.traceback:
             raise
-        print(f"tensorweave: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, RequestRejected)) else 1
+        return report(error)
 
 
 if __name__ == "__main__":

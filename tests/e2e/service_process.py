@@ -10,6 +10,7 @@ import queue
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -100,18 +101,28 @@ class ServiceProcess:
         command = [sys.executable, "-m", "tensorweave.cli.main", "serve", "--config", str(config)]
         for override in overrides:
             command += ["--set", override]
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  kill closes it
         self.process = subprocess.Popen(
             command,
             cwd=REPOSITORY,
             env=service_environment(),
             stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=self._output,
             text=True,
         )
         self.lines: list[str] = []
         self._arriving: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def output(self) -> str:
+        """All of its standard output so far, which is Ray's: the service itself speaks on standard error."""
+        return os.pread(self._output.fileno(), 1 << 20, 0).decode()
+
+    def remaining_lines(self) -> list[str]:
+        """Those after the last one waited for, once the service has ended."""
+        self._reader.join(timeout=END_TIMEOUT_S)
+        return [line for line in iter(self._arriving.get_nowait, None) if line is not None]
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -141,6 +152,7 @@ class ServiceProcess:
             self.process.kill()
         self.process.wait(timeout=60)
         self._reader.join(timeout=60)
+        self._output.close()
 
 
 @contextmanager

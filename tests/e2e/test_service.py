@@ -97,6 +97,7 @@ def test_a_service_from_start_to_drain(service: tuple[ServiceProcess, int, int])
 
     # Drain: the running request ends, a new one is refused, then everything is gone.
     long = RunningAnswer(port, max_tokens=1500)
+    told_before = process.output()
     process.process.send_signal(signal.SIGTERM)
     process.wait_line("SIGTERM", timeout_s=END_TIMEOUT_S)
     wait_until(lambda: get_status(port, "/ready") == 503 or long.is_over, END_TIMEOUT_S, "new work is refused")
@@ -104,6 +105,8 @@ def test_a_service_from_start_to_drain(service: tuple[ServiceProcess, int, int])
         wait_until(lambda: long.is_over, END_TIMEOUT_S, "the door is shut only after the last answer")
     assert long.num_generated() == 1500
     assert process.process.wait(timeout=END_TIMEOUT_S) == 0
+    assert process.remaining_lines() == ["tensorweave: stopped"]
+    assert process.output() == told_before, "a clean stop is silent"
     wait_until(lambda: not alive(family), END_TIMEOUT_S, "no process is left")
     assert listener(port) is None
     assert listener(proxy_port) is None
