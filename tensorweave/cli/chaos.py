@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from tensorweave.cli.arguments import add_trial, positive
 from tensorweave.cli.figures import aligned
+from tensorweave.workers.disk import writing_into
 
 _EXAMPLES = """\
 examples:
@@ -101,7 +102,8 @@ def write_table(rows: Sequence[Any], path: Path | None) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}.part")
-        draft.write_text(json.dumps([row.to_plain() for row in rows], indent=2) + "\n", encoding="utf-8")
+        with writing_into(draft.parent):
+            draft.write_text(json.dumps([row.to_plain() for row in rows], indent=2) + "\n", encoding="utf-8")
         draft.replace(path)
 
 

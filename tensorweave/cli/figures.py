@@ -18,6 +18,7 @@ from typing import Any, Final
 import psutil
 
 from tensorweave.cli.version import versions
+from tensorweave.workers.disk import writing_into
 
 _NOT_PRINTED: Final = frozenset({"benchmark", "date", "command", "settings", "machine", "runs", "rows"})
 _NO_SETTINGS: Final = frozenset({"run", "json", "traceback", "api_key"})
@@ -89,7 +90,8 @@ def publish(result: Mapping[str, Any], path: Path | None) -> None:
         print("  ".join(f"{name} {_shown(number)}" for name, number in row.items()))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
+        with writing_into(path.parent):
+            path.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def aligned(lines: Sequence[Sequence[str]], *, num_left: int = 0) -> str:

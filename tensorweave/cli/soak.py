@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tensorweave.cli.arguments import add_trial
+from tensorweave.workers.disk import writing_into
 
 _EXAMPLES = """\
 examples:
@@ -107,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
             return 1
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report.to_plain(), indent=2) + "\n", encoding="utf-8")
+        with writing_into(args.json.parent):
+            args.json.write_text(json.dumps(report.to_plain(), indent=2) + "\n", encoding="utf-8")
     print(format_report(report), flush=True)
     return 1 if report.problems else 0
 
