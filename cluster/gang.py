@@ -91,9 +91,7 @@ class Gang:
         if len(self._actors) > 1:
             rendezvous = await self._actors[0].open_rendezvous.remote(hosts.peers[0], len(self._actors))
         starting = asyncio.ensure_future(
-            _gather(
-                [actor.start.remote(self._order(rank, rendezvous, hosts)) for rank, actor in enumerate(self._actors)]
-            )
+            _gather([self._start_rank(rank, self._order(rank, rendezvous, hosts)) for rank in range(len(self._actors))])
         )
         watching = asyncio.ensure_future(self._watch(STARTING_HEARTBEAT_TIMEOUT_S))
         try:
@@ -110,6 +108,17 @@ class Gang:
             self.gang_id, self.epoch, self.spec.role, hosts.listen, leader.port, self._secret, leader.info
         )
         return dataclasses.replace(address, kv_source=self._kv_source(started))
+
+    async def _start_rank(self, rank: int, order: RankOrder) -> RankStarted:
+        """Where there are several hosts, an error names the one that it comes from."""
+        try:
+            started: RankStarted = await self._actors[rank].start.remote(order)
+            return started
+        except RayActorError:
+            raise
+        except RayError as error:
+            where = f"{self._name(rank)}: " if len(self._node_ips) > 1 else ""
+            raise _start_error(self.gang_id, error, where) from error
 
     def _kv_source(self, started: Sequence[RankStarted]) -> KvSource | None:
         """Where other gangs pull this one's KV, if it gives any away."""
@@ -158,6 +167,7 @@ class Gang:
             num_ranks_here=ranks_on[self._places[rank].node_id],
             has_gpu=self.spec.gpus_per_rank > 0,
             start_timeout_s=self.spec.start_timeout_s,
+            model_digest=self.spec.model_digest,
             secret=self._secret,
             kv_secret=self._kv_secret,
         )
@@ -284,14 +294,15 @@ async def _gather(references: Sequence[Awaitable[T]]) -> list[T]:
     return list(await asyncio.gather(*references))
 
 
-def _start_error(gang_id: str, error: RayError) -> Exception:
+def _start_error(gang_id: str, error: RayError, where: str = "") -> Exception:
     """A ValueError on a rank is the user's, whatever Ray wrapped it in; everything else is the world's."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, NotReady | WorkerLost):
         return cause
     if isinstance(cause, ValueError):
-        return ValueError(str(cause))
-    return WorkerLost(f"gang {gang_id} failed to start: {type(cause or error).__name__}: {_first_line(cause or error)}")
+        return ValueError(f"{where}{cause}")
+    why = f"{type(cause or error).__name__}: {_first_line(cause or error)}"
+    return WorkerLost(f"gang {gang_id} failed to start: {where}{why}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,7 +11,8 @@ from tensorweave.cluster.protocol import Role
 
 @dataclass(frozen=True)
 class GangSpec:
-    """What a gang is made of. `args` are `TorchLlmArgs` fields, `worker_options` go to the worker class."""
+    """What a gang is made of. `args` are `TorchLlmArgs` fields, `worker_options` go to the worker class. `model_digest`
+    is that of the model which each rank must find on its host."""
 
     role: Role = "both"
     tensor_parallel_size: int = 1
@@ -23,6 +24,7 @@ class GangSpec:
     place_timeout_s: float = 60.0
     start_timeout_s: float = 600.0
     hang_timeout_s: float = 8.0
+    model_digest: str | None = None
 
     @property
     def bundle(self) -> dict[str, float]:

@@ -37,6 +37,7 @@ class RankOrder:
     num_ranks_here: int
     has_gpu: bool
     start_timeout_s: float
+    model_digest: str | None
     secret: str = field(repr=False)
     kv_secret: str = field(repr=False)
 

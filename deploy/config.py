@@ -33,6 +33,7 @@ _SHARED_KEYS: Final = (
     "tokenizer_revision",
     "generation_config",
 )
+_FIRST_REVISION: Final = "main"
 _NOT_IN_ENGINE: Final = ("model", "role", "replicas")
 _NOT_IN_POOL: Final = ("model", *_SHARED_KEYS)
 
@@ -151,9 +152,13 @@ class ServeConfig(StrictBaseModel):
         """The engine arguments that the front end reads: model and tokenizer are the same in every pool."""
         return next(iter(self.pools.values())).llm_args()
 
-    def with_model(self, model: str) -> ServeConfig:
-        """The same service from the directory that `model` turned out to be; clients keep its names."""
-        pools = {name: pool.model_copy(update={"model": model}) for name, pool in self.pools.items()}
+    def with_model(self, model: str, revision: str | None = None) -> ServeConfig:
+        """The same service with `model` and its `revision` as every host must look for them; clients keep its names. A
+        tokenizer of another source keeps its own revision."""
+        changes: dict[str, Any] = {"model": model, "revision": revision}
+        if self.shared_args.tokenizer is not None and self.shared_args.tokenizer_revision is None:
+            changes["tokenizer_revision"] = self.shared_args.revision or _FIRST_REVISION
+        pools = {name: pool.model_copy(update=changes) for name, pool in self.pools.items()}
         return self.model_copy(update={"model": model, "served_model_name": self.model_names, "pools": pools})
 
     def to_plain(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.pool import PoolSpec
@@ -10,12 +11,14 @@ from tensorweave.deploy.config import ServeConfig
 from tensorweave.deploy.config_tables import PoolConfig
 
 
-def pool_specs(config: ServeConfig, *, has_gpus: bool) -> list[PoolSpec]:
-    """`has_gpus`: the Ray cluster has some, which is what `device: auto` asks."""
+def pool_specs(
+    config: ServeConfig, *, has_gpus: bool, digests: Mapping[str, str] = MappingProxyType({})
+) -> list[PoolSpec]:
+    """`has_gpus`: the Ray cluster has some, which is what `device: auto` asks. `digests`: by pool, of its model."""
     return [
         PoolSpec(
             name,
-            _gang_spec(pool, config.limits.start_timeout_s, has_gpus),
+            _gang_spec(pool, config.limits.start_timeout_s, has_gpus, digests.get(name)),
             pool.replicas,
             max_faults=pool.max_faults,
             fault_window_s=pool.fault_window_s,
@@ -24,7 +27,7 @@ def pool_specs(config: ServeConfig, *, has_gpus: bool) -> list[PoolSpec]:
     ]
 
 
-def _gang_spec(pool: PoolConfig, start_timeout_s: float, has_gpus: bool) -> GangSpec:
+def _gang_spec(pool: PoolConfig, start_timeout_s: float, has_gpus: bool, digest: str | None) -> GangSpec:
     wants_gpu = pool.device == "cuda" or (pool.device == "auto" and has_gpus)
     return GangSpec(
         role=pool.role,
@@ -33,6 +36,7 @@ def _gang_spec(pool: PoolConfig, start_timeout_s: float, has_gpus: bool) -> Gang
         gpus_per_rank=1.0 if wants_gpu else 0.0,
         start_timeout_s=start_timeout_s,
         hang_timeout_s=pool.hang_timeout_s,
+        model_digest=digest,
     )
 
 

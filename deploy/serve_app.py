@@ -23,6 +23,7 @@ from tensorweave.deploy.config import ServeConfig, load_config
 from tensorweave.deploy.guardian import HEAD_NODE, POOLS_NAME
 from tensorweave.deploy.ingress import let_replacement_rebind, mark_made_up_ids
 from tensorweave.deploy.pools import pool_specs
+from tensorweave.deploy.served_model import ServedModel
 from tensorweave.workers.model_store import resolve_model
 from tensorweave.workers.rank import RankWorker
 
@@ -37,10 +38,10 @@ _SERVE_SLACK: Final = 1024
 class Pools:
     """Owns the supervisor of the gangs. When this replica dies, so do they, and Serve makes new ones."""
 
-    def __init__(self, plain: dict[str, Any]) -> None:
+    def __init__(self, plain: dict[str, Any], digests: dict[str, str]) -> None:
         config = ServeConfig.from_plain(plain)
         self._drain_timeout_s = config.limits.drain_timeout_s
-        specs = pool_specs(config, has_gpus=ray.cluster_resources().get("GPU", 0) > 0)
+        specs = pool_specs(config, has_gpus=ray.cluster_resources().get("GPU", 0) > 0, digests=digests)
         self._supervisor: ActorHandle[Any] = start_supervisor(specs, RankWorker)
 
     def supervisor(self) -> ActorHandle[Any]:
@@ -85,9 +86,10 @@ class Router:
 
         let_replacement_rebind()
         config, args = self._config, self._config.shared_args
+        model = await asyncio.to_thread(resolve_model, config.model, revision=args.revision)
         tokenizer = await asyncio.to_thread(
             Tokenizer.load,
-            args.tokenizer or config.model,
+            args.tokenizer or model,
             tokenizer_mode=args.tokenizer_mode,
             revision=args.tokenizer_revision or args.revision,
             trust_remote_code=args.trust_remote_code,
@@ -114,12 +116,12 @@ class Router:
         return build_app(service, server_echoes_ids=True, made_up_ids=mark_made_up_ids())
 
 
-def build(config: ServeConfig, replica_env: dict[str, str] | None = None) -> Application:
-    """The application for a configuration whose model every node finds under the same path.
+def build(served: ServedModel, replica_env: dict[str, str] | None = None) -> Application:
+    """The application for a configuration whose model every host finds by its name, or under the same path.
 
     `replica_env` goes to the router replicas; Serve's controller must have been started with it too.
     """
-    plain = config.to_plain()
+    config, plain = served.config, served.config.to_plain()
     router_options: dict[str, Any] = {"num_cpus": 0, "resources": HEAD_NODE}
     if replica_env:
         router_options["runtime_env"] = {"env_vars": replica_env}
@@ -145,7 +147,7 @@ def build(config: ServeConfig, replica_env: dict[str, str] | None = None) -> App
         ray_actor_options=router_options,
         logging_config={"enable_access_log": False},
     )
-    return router.bind(plain, pools.bind(plain))
+    return router.bind(plain, pools.bind(plain, served.digests))
 
 
 def build_app(args: dict[str, str]) -> Application:
@@ -154,4 +156,4 @@ def build_app(args: dict[str, str]) -> Application:
     if path is None:
         raise ValueError("say which service to build: config=FILE.yaml")
     config = load_config(path, [f"{key}={value}" for key, value in args.items() if key != "config"])
-    return build(config.with_model(str(resolve_model(config.model, revision=config.shared_args.revision))))
+    return build(ServedModel.find(config))

@@ -41,8 +41,8 @@ from tensorweave.deploy.guardian import (
 from tensorweave.deploy.ingress import ingress_env
 from tensorweave.deploy.pools import explain_shortage, needed_resources, pool_specs
 from tensorweave.deploy.serve_app import build
+from tensorweave.deploy.served_model import ServedModel
 from tensorweave.deploy.stop_signal import StopSignal
-from tensorweave.workers.model_store import resolve_model
 
 _CONTROL_TIMEOUT_S: Final = 60.0
 _PROGRESS_INTERVAL_S: Final = 0.25
@@ -68,8 +68,9 @@ def run(config: ServeConfig, on_ready: Callable[[str], None] | None = None) -> i
     """
     with StopSignal() as stop, ExitStack() as ending:
         try:
-            config = config.with_model(str(resolve_model(config.model, revision=config.shared_args.revision)))
-            url = _start(config, stop, ending)
+            served = ServedModel.find(config)
+            config = served.config
+            url = _start(served, stop, ending)
         except (StartFailed, TensorweaveError, ValueError, OSError, RayError, RayServeException) as error:
             say(f"cannot start: {_sentence(error)}")
             return 1
@@ -86,8 +87,9 @@ def run(config: ServeConfig, on_ready: Callable[[str], None] | None = None) -> i
     return 0
 
 
-def _start(config: ServeConfig, stop: StopSignal, ending: ExitStack) -> str:
+def _start(served: ServedModel, stop: StopSignal, ending: ExitStack) -> str:
     """Everything up to readiness; what must be undone goes on `ending`. Returns the URL."""
+    config = served.config
     deadline_s = time.monotonic() + config.limits.start_timeout_s
     ending.enter_context(_ray(config))
     stop.arm()
@@ -98,7 +100,7 @@ def _start(config: ServeConfig, stop: StopSignal, ending: ExitStack) -> str:
     env = ingress_env(config.router)
     http_options = {"host": config.router.host, "port": config.router.proxy_port}
     serve.start(http_options=http_options, controller_options={"runtime_env": {"env_vars": env}})
-    target = serve.RunTarget(build(config, replica_env=env), name=APP_NAME, route_prefix="/")
+    target = serve.RunTarget(build(served, replica_env=env), name=APP_NAME, route_prefix="/")
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     _await_ready(config, guardian, stop, deadline_s)
     _say_roads(_await_roads(guardian, stop))

@@ -21,12 +21,13 @@ from tensorweave.workers.executor import PyExecutor
 from tensorweave.workers.iteration_stats import step_limits
 from tensorweave.workers.kv_cache import KVCacheManager
 from tensorweave.workers.kv_pool import KVPool
+from tensorweave.workers.model_digest import model_digest
 from tensorweave.workers.model_store import resolve_model
 from tensorweave.workers.models.config import load_model_config
 from tensorweave.workers.models.generation_config import load_sampling_defaults
 from tensorweave.workers.resources import KVCache, ResourceManager
 from tensorweave.workers.scheduler import SimpleScheduler
-from tensorweave.workers.transfer.fingerprint import fingerprint, model_digest
+from tensorweave.workers.transfer.fingerprint import fingerprint
 from tensorweave.workers.transfer.lanes import make_lanes
 from tensorweave.workers.transfer.tcp import TcpCarrier
 from tensorweave.workers.transfer.transfers import KvTransfers

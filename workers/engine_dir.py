@@ -24,6 +24,7 @@ from tensorweave.workers.device import pick_device, pick_dtype
 from tensorweave.workers.disk import writing_into
 from tensorweave.workers.engine_manifest import EngineManifest, rank_file, record_files
 from tensorweave.workers.engine_rank_file import RankFile, RankRecorder
+from tensorweave.workers.model_digest import model_digest
 from tensorweave.workers.models.config import ModelConfig, load_model_config
 from tensorweave.workers.models.loader import (
     HEAD,
@@ -35,7 +36,6 @@ from tensorweave.workers.models.loader import (
 )
 from tensorweave.workers.models.shards import shard_model
 from tensorweave.workers.models.transformer import build_transformer
-from tensorweave.workers.transfer.fingerprint import model_digest
 
 _COPIED: Final = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 _LEFT: Final = frozenset({"model.safetensors.index.json", "conversion.json"})

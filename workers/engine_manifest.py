@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from tensorweave.workers.engine_digest import digest_file, digest_header
+from tensorweave.workers.model_digest import MANIFEST_NAME
 
-MANIFEST_NAME: Final = "engine_manifest.json"
 FORMAT_VERSION: Final = 1
 """Raise it when rank files are laid out otherwise than before."""
 _DIGEST_BYTES: Final = 16

@@ -37,6 +37,8 @@ _MANIFEST: Final = "conversion.json"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES: Final = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 
+_HUB_SNAPSHOTS: Final = "snapshots"
+
 Progress = Callable[[str], None]
 
 
@@ -93,6 +95,28 @@ def resolve_model(name_or_path: str | Path, *, revision: str | None = None, cach
         known = ", ".join(model.name for model in FETCHABLE)
         raise ValueError(f"no model directory {str(name_or_path)!r}; give a directory, a hub id, or one of: {known}")
     return _hub_snapshot(name_or_path, revision)
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedModel:
+    """A model as every host must be asked for it: `name` and `revision` lead to the same files everywhere, or to an
+    error; `path` is where they are on this host."""
+
+    name: str
+    revision: str | None
+    path: Path
+
+
+def pin_model(name_or_path: str | Path, *, revision: str | None = None) -> PinnedModel:
+    """Find a model here, for others to find on theirs: a directory by its path, a fetchable model by its name, a hub's
+    by its id and the commit that `revision` means now. Raises what `resolve_model` raises."""
+    path = resolve_model(name_or_path, revision=revision)
+    if Path(name_or_path).expanduser().is_dir():
+        return PinnedModel(str(path), revision, path)
+    if (known := find_fetchable(str(name_or_path))) is not None:
+        return PinnedModel(known.name, revision, path)
+    commit = path.name if path.parent.name == _HUB_SNAPSHOTS else revision
+    return PinnedModel(str(name_or_path), commit, path)
 
 
 def find_fetchable(name: str) -> WheelModel | None:

@@ -139,9 +139,14 @@ class RankWorker:
     def _start(self, order: RankOrder) -> RankStarted:
         from tensorweave.cluster.llm_args import TorchLlmArgs
         from tensorweave.workers.leader import LeaderServer
+        from tensorweave.workers.model_digest import check_model_digest
+        from tensorweave.workers.model_store import resolve_model
 
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         args = _fit_args(TorchLlmArgs(**order.args), order)
+        if order.model_digest is not None:
+            path = resolve_model(args.model, revision=args.revision)
+            check_model_digest(path, args.load_format, order.model_digest)
         comm = self._join(order, args)
         self._executor = executor = self._build_executor(args, comm, order)
         executor.start()

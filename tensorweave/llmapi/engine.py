@@ -24,7 +24,8 @@ from tensorweave.workers.build import build_executor
 from tensorweave.workers.comm import SoloComm
 from tensorweave.workers.executor import PyExecutor
 from tensorweave.workers.local import LocalLink
-from tensorweave.workers.model_store import resolve_model
+from tensorweave.workers.model_digest import model_digest
+from tensorweave.workers.model_store import PinnedModel, pin_model
 from tensorweave.workers.rank import RankWorker
 
 logger = logging.getLogger(__name__)
@@ -106,16 +107,17 @@ class GangEngine:
 
     def __init__(self, args: TorchLlmArgs, loop: LoopThread) -> None:
         self._loop = loop
-        fields = _gang_args(args)
+        pinned = pin_model(args.model, revision=args.revision)
         self._ray: RaySession = start_or_join_ray(num_cpus=args.tensor_parallel_size)
         with ExitStack() as undo:
             undo.callback(self._ray.close)
             wants_gpu = args.device == "cuda" or (args.device == "auto" and self._ray.has_gpus)
             spec = GangSpec(
                 tensor_parallel_size=args.tensor_parallel_size,
-                args=fields,
+                args=_gang_args(args, pinned),
                 gpus_per_rank=1.0 if wants_gpu else 0.0,
                 hang_timeout_s=args.hang_timeout_s,
+                model_digest=model_digest(pinned.path, args.load_format),
             )
             self._lifeline = OwnLifeline()
             undo.callback(self._lifeline.end)
@@ -163,13 +165,12 @@ class GangEngine:
             self._ray.close()
 
 
-def _gang_args(args: TorchLlmArgs) -> dict[str, Any]:
-    """Plain fields for the ranks: no tokenizer object, and a path in place of a name that only this host may
-    resolve."""
+def _gang_args(args: TorchLlmArgs, pinned: PinnedModel) -> dict[str, Any]:
+    """Plain fields for the ranks: no tokenizer object, and a model that each finds on its own host."""
     fields = args.model_dump(exclude={"tokenizer", "batched_logits_processor"}, exclude_unset=True)
     if args.batched_logits_processor is not None:
         fields["batched_logits_processor"] = args.batched_logits_processor
-    return {**fields, "model": str(resolve_model(args.model, revision=args.revision))}
+    return {**fields, "model": pinned.name, "revision": pinned.revision}
 
 
 async def _open_local(executor: PyExecutor, kv_source: KvSource | None) -> LocalLink:

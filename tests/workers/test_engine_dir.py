@@ -27,7 +27,7 @@ from tensorweave.workers.engine_digest import digest_file, digest_tensor
 from tensorweave.workers.engine_dir import save_engine_dir
 from tensorweave.workers.engine_loader import load_engine
 from tensorweave.workers.engine_manifest import MANIFEST_NAME, EngineManifest, rank_file, record_files
-from tensorweave.workers.transfer.fingerprint import model_digest
+from tensorweave.workers.model_digest import model_digest
 from tests.workers.engine_drive import engine_args, generate_on_ranks, random_prompts
 from tests.workers.tiny_models import make_model, rewrite_config, their_greedy
 from tests.workers.transfer_drive import model_gang, run_disaggregated

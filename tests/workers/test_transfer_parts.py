@@ -14,8 +14,8 @@ from tensorweave.workers.build import build_executor
 from tensorweave.workers.comm import Comm, SoloComm
 from tensorweave.workers.executor import PyExecutor
 from tensorweave.workers.kv_pool import KVPool
+from tensorweave.workers.model_digest import model_digest
 from tensorweave.workers.transfer.desk import fingerprint_difference
-from tensorweave.workers.transfer.fingerprint import model_digest
 from tensorweave.workers.transfer.intake import Intake, Landing
 from tensorweave.workers.transfer.landings import GRACE_S, Landings, Report
 from tensorweave.workers.transfer.loader import HOST_PARCEL_BYTES, PoolLoader

@@ -1,0 +1,66 @@
+"""By what two hosts know that they have the same model: a digest that is cheap to take, however large the weights.
+
+Taken where a service starts and again by every rank, on its own host, before it loads; and part of what gangs that
+exchange KV must have alike. No torch here: drivers take it too.
+"""
+
+from __future__ import annotations
+
+import json
+from hashlib import blake2b
+from pathlib import Path
+from typing import Final
+
+MANIFEST_NAME: Final = "engine_manifest.json"
+_NUM_SAMPLES: Final = 16
+_SAMPLE_BYTES: Final = 4 << 10
+
+
+def model_digest(path: Path, load_format: str = "auto") -> str:
+    """Of a model directory: its configuration, and the sizes and samples of its weight files.
+
+    A few hundred KiB are read, however large the model. An engine directory has the digest of what it was made from:
+    its weights are the same in the dtype that both must have alike anyway.
+
+    Raises:
+        ValueError: the directory is no model's.
+    """
+    if load_format != "dummy" and (manifest := path / MANIFEST_NAME).is_file():
+        return _read_saved(manifest)
+    digest = blake2b(load_format.encode(), digest_size=16)
+    try:
+        digest.update((path / "config.json").read_bytes())
+        for file in sorted(path.glob("*.safetensors")) if load_format != "dummy" else ():
+            digest.update(_sample(file))
+    except OSError as error:
+        raise ValueError(f"{error.filename or path} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def check_model_digest(path: Path, load_format: str, expected: str) -> None:
+    """Raises ValueError where the directory is not the model that `expected` was taken of."""
+    found = model_digest(path, load_format)
+    if found != expected:
+        raise ValueError(
+            f"the model in {path} differs from the one where the service was started (digests {found[:12]} and "
+            f"{expected[:12]}): every host must have the same files"
+        )
+
+
+def _sample(file: Path) -> bytes:
+    size = file.stat().st_size
+    parts = [f"\n{file.name} {size}\n".encode()]
+    with file.open("rb") as weights:
+        for i in range(_NUM_SAMPLES):
+            weights.seek(i * max(0, size - _SAMPLE_BYTES) // max(1, _NUM_SAMPLES - 1))
+            parts.append(weights.read(_SAMPLE_BYTES))
+    return b"".join(parts)
+
+
+def _read_saved(manifest: Path) -> str:
+    """What the manifest says; whoever loads the directory checks the manifest itself."""
+    try:
+        saved = json.loads(manifest.read_bytes())["model_digest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{manifest} is damaged: {type(error).__name__}: {error}") from None
+    return str(saved)
