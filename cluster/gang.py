@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from tensorweave.cluster.errors import NotReady, WorkerLost
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.hosts import Hosts
+from tensorweave.cluster.memory_kills import kills_anywhere, kills_here, says_memory
 from tensorweave.cluster.placement import live_nodes, place
 from tensorweave.cluster.protocol import GangAddress, KvRoad, KvSource
 from tensorweave.cluster.ranks import RankOrder, RankPlace, RankReport, RankStarted
@@ -79,7 +80,8 @@ class Gang:
         except TimeoutError:
             raise WorkerLost(f"gang {self.gang_id} did not start within {spec.start_timeout_s:g} s") from None
         except RayActorError as error:
-            raise WorkerLost(f"gang {self.gang_id}: a rank died while starting ({_first_line(error)})") from error
+            why = _why_dead(error) + await kills_anywhere(self._places)
+            raise WorkerLost(f"gang {self.gang_id}: a rank died while starting ({why})") from error
         except RayError as error:
             raise _start_error(self.gang_id, error) from error
 
@@ -97,7 +99,8 @@ class Gang:
         try:
             await asyncio.wait({starting, watching}, return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
-                raise WorkerLost(f"gang {self.gang_id} while starting: {watching.result()}")
+                why = watching.result() + await kills_anywhere(self._places)
+                raise WorkerLost(f"gang {self.gang_id} while starting: {why}")
             started: list[RankStarted] = starting.result()
         finally:
             starting.cancel()
@@ -176,7 +179,7 @@ class Gang:
 
     async def watch(self) -> str:
         """Returns when the gang must end, and says why: at most about 5 s, or the hang timeout, after the fault."""
-        return await self._watch(HEARTBEAT_TIMEOUT_S)
+        return await self._watch(HEARTBEAT_TIMEOUT_S) + kills_here(self._places)
 
     async def _watch(self, timeout_s: float) -> str:
         watchers = [asyncio.create_task(self._watch_rank(rank, timeout_s)) for rank in range(len(self._actors))]
@@ -198,7 +201,7 @@ class Gang:
                 self._mute.add(rank)
                 return f"{name} has not answered for {timeout_s:g} s"
             except RayError as error:
-                return f"{name} died: {_first_line(error)}"
+                return f"{name} died: {_why_dead(error)}"
             self._reports[rank] = report
             standstill = report.standstill(self.spec.hang_timeout_s)
             if fault := report.fault or (was_still and standstill):
@@ -303,6 +306,10 @@ def _start_error(gang_id: str, error: RayError, where: str = "") -> Exception:
         return ValueError(f"{where}{cause}")
     why = f"{type(cause or error).__name__}: {_first_line(cause or error)}"
     return WorkerLost(f"gang {gang_id} failed to start: {where}{why}")
+
+
+def _why_dead(error: RayError) -> str:
+    return "its host ran out of memory, and Ray killed it" if says_memory(error) else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

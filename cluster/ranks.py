@@ -13,11 +13,13 @@ from tensorweave.cluster.protocol import KvEndpoint, ModelInfo
 
 @dataclass(frozen=True, slots=True)
 class RankPlace:
-    """Where Ray has put a rank. `created_s` is the process's start time: with the pid it names one process for ever."""
+    """Where Ray has put a rank. `created_s` is the process's start time: with the pid it names one process for ever.
+    `oom_kills` is how often the kernel of its host had killed for want of memory by then."""
 
     node_id: str
     pid: int
     created_s: float
+    oom_kills: int = 0
 
 
 @dataclass(frozen=True, slots=True)

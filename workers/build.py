@@ -45,6 +45,7 @@ def build_executor(
     *,
     transfer_host: str = "127.0.0.1",
     transfer_secret: str = "",
+    num_ranks_here: int = 1,
     event_buffer_size: int = 0,
 ) -> PyExecutor:
     """Load this rank's share of the model and put the executor around it; not started.
@@ -52,6 +53,7 @@ def build_executor(
     Args:
         transfer_host: the address of this rank's host where other gangs pull KV from it, if `args` asks for transfer.
         transfer_secret: opens this gang's KV endpoints; the same on all its ranks.
+        num_ranks_here: ranks of this gang that share this host's memory.
         event_buffer_size: KV events that are kept until somebody takes them.
 
     With `args.cache_transceiver_config` set, `executor.kv_endpoint` says where this rank gives its KV away and
@@ -60,7 +62,7 @@ def build_executor(
     Raises:
         ValueError: the arguments or the model's files are wrong; the message names what.
     """
-    engine = _load_engine(args, comm)
+    engine = _load_engine(args, comm, num_ranks_here)
     kv_cache = _make_kv_cache(args, engine.info, event_buffer_size)
     scheduler = _make_scheduler(args, kv_cache)
     transfers: Transfers = NoTransfers()
@@ -160,12 +162,12 @@ def check_model(args: TorchLlmArgs) -> None:
         check_fit(saved, path, args.tensor_parallel_size, args.dtype)
 
 
-def _load_engine(args: TorchLlmArgs, comm: Comm) -> PyTorchModelEngine | AutodeployEngine:
+def _load_engine(args: TorchLlmArgs, comm: Comm, num_ranks_here: int) -> PyTorchModelEngine | AutodeployEngine:
     if args.backend == "_autodeploy":
         from tensorweave.workers.autodeploy.loader import load_autodeploy  # imports transformers: seconds
 
         return load_autodeploy(args, comm)
-    return load_engine(args, comm)
+    return load_engine(args, comm, num_ranks_here)
 
 
 def _kv_identity(args: TorchLlmArgs, path: Path, engine: PyTorchModelEngine | AutodeployEngine) -> tuple[str, int]:

@@ -17,6 +17,7 @@ from tensorweave.workers.device import pick_device, pick_dtype
 from tensorweave.workers.engine import PyTorchModelEngine
 from tensorweave.workers.engine_dir import check_engine_dir, open_weights
 from tensorweave.workers.kv_pool import KVPool, block_bytes
+from tensorweave.workers.memory_need import MemoryNeed, check_memory, kv_bytes, rank_weight_bytes
 from tensorweave.workers.model_store import resolve_model
 from tensorweave.workers.models.config import ModelConfig, load_model_config
 from tensorweave.workers.models.generation_config import load_sampling_defaults
@@ -31,11 +32,13 @@ logger = logging.getLogger(__name__)
 _MOST_READERS = 4
 
 
-def load_engine(args: TorchLlmArgs, comm: Comm) -> PyTorchModelEngine:
+def load_engine(args: TorchLlmArgs, comm: Comm, num_ranks_here: int = 1) -> PyTorchModelEngine:
     """Load this rank's share of `args.model`. Every rank of a gang calls it; they agree on the number of KV blocks.
+    `num_ranks_here` of them do it on this host.
 
     Raises:
-        ValueError: the model's files or the arguments are wrong, or the KV cache does not fit; the message names which.
+        ValueError: the model's files or the arguments are wrong, or the model or its KV cache does not fit; the message
+            names which.
     """
     path = resolve_model(args.model, revision=args.revision)
     saved = None if args.load_format == "dummy" else check_engine_dir(path, comm.size, args.dtype, comm.rank)
@@ -44,6 +47,12 @@ def load_engine(args: TorchLlmArgs, comm: Comm) -> PyTorchModelEngine:
     shard = shard_model(config, comm.rank, comm.size)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype if saved is None else saved.dtype, config.checkpoint_dtype, device)
+    kv = args.kv_cache_config
+    size = block_bytes(config.num_layers, len(shard.heads.kv), kv.tokens_per_block, config.head_dim, dtype)
+    activations = _activation_bytes(args, config, shard, dtype)
+    weights_bytes = rank_weight_bytes(config, shard, tensor_shapes(config), dtype)
+    on_gpu = activations if device.type == "cuda" else 0  # as `count_blocks` does
+    check_memory(MemoryNeed(weights_bytes, kv_bytes(kv, size), on_gpu, kv.max_tokens), device, num_ranks_here)
     num_threads = args.num_threads or max(1, len(os.sched_getaffinity(0)) // comm.size)
     if device.type == "cpu":
         _set_threads(num_threads, dtype)
@@ -53,9 +62,7 @@ def load_engine(args: TorchLlmArgs, comm: Comm) -> PyTorchModelEngine:
     else:
         with open_weights(path, config, dtype, device, comm.rank, min(num_threads, _MOST_READERS)) as loaded:
             model = build_transformer(config, shard, loaded, comm)
-    kv = args.kv_cache_config
-    size = block_bytes(config.num_layers, len(shard.heads.kv), kv.tokens_per_block, config.head_dim, dtype)
-    num_blocks = comm.agree_min(count_blocks(kv, size, device, _activation_bytes(args, config, shard, dtype)))
+    num_blocks = comm.agree_min(count_blocks(kv, size, device, activations))
     return assemble_engine(model, config, shard, num_blocks, args, dtype, device, defaults)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
 import torch
 
+from tensorweave.cluster.host_memory import host_memory
 from tensorweave.cluster.llm_args import KvCacheConfig
 
 _GIB = 1 << 30
@@ -49,7 +49,7 @@ class _Memory:
 
 def _free_memory(kv: KvCacheConfig, device: torch.device, activation_bytes: int) -> _Memory:
     if device.type == "cpu":
-        available = psutil.virtual_memory().available
+        available = host_memory().available
         return _Memory(int(available * kv.cpu_memory_fraction), available)
     free = max(0, torch.cuda.mem_get_info(device)[0] - activation_bytes)
     return _Memory(int(free * kv.free_gpu_memory_fraction), free)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import psutil
 import ray
 
+from tensorweave.cluster.host_memory import oom_kills
 from tensorweave.cluster.protocol import KvRoad, KvSource
 from tensorweave.cluster.ranks import LeaderPlace, RankOrder, RankPlace, RankReport, RankStarted
 
@@ -64,6 +65,7 @@ class RankWorker:
             node_id=ray.get_runtime_context().get_node_id(),
             pid=os.getpid(),
             created_s=psutil.Process().create_time(),
+            oom_kills=oom_kills(),
         )
 
     async def open_rendezvous(self, host: str, size: int) -> tuple[str, int]:
@@ -120,6 +122,7 @@ class RankWorker:
             comm,
             transfer_host=order.transfer_host,
             transfer_secret=order.kv_secret,
+            num_ranks_here=order.num_ranks_here,
             event_buffer_size=_EVENT_BUFFER_SIZE if order.rank == 0 else 0,
         )
 

@@ -4,6 +4,7 @@ transformers' own attention before it answers anybody."""
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -15,9 +16,11 @@ from tensorweave.kernels.paged_attention import Span
 from tensorweave.workers.autodeploy.attention import IMPLEMENTATION, Layer, Survey, attending
 from tensorweave.workers.autodeploy.causal_lm import CausalLmConfig, load_causal_lm, read_causal_lm_config
 from tensorweave.workers.autodeploy.engine import AutodeployEngine
+from tensorweave.workers.checkpoint import SafetensorsDirectory
 from tensorweave.workers.comm import Comm
 from tensorweave.workers.device import pick_device, pick_dtype
 from tensorweave.workers.kv_pool import KVPool, block_bytes
+from tensorweave.workers.memory_need import MemoryNeed, check_memory, checkpoint_bytes
 from tensorweave.workers.model_store import resolve_model
 from tensorweave.workers.models.generation_config import (
     load_generation_config,
@@ -47,6 +50,7 @@ def load_autodeploy(args: TorchLlmArgs, comm: Comm) -> AutodeployEngine:
     dtype = pick_dtype(args.dtype, config.checkpoint_dtype, device)
     if device.type == "cpu":
         torch.set_num_threads(args.num_threads or len(os.sched_getaffinity(0)))
+    _check_weights(path, args, dtype, device)
     model = load_causal_lm(path, config, args.load_format, dtype, device)
     layers, vocab_size = _survey(model, config, device)
     pool = _make_pool(args, layers, vocab_size, dtype, device)
@@ -63,6 +67,15 @@ def load_autodeploy(args: TorchLlmArgs, comm: Comm) -> AutodeployEngine:
     )
     _try_out(model, config, layers, info, dtype, device)
     return AutodeployEngine(model, layers, pool, info)
+
+
+def _check_weights(path: Path, args: TorchLlmArgs, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ValueError where there is no memory for them. Of a model without safetensors nothing is known before."""
+    if args.load_format == "dummy" or not any(path.glob("*.safetensors")):
+        return
+    with SafetensorsDirectory(path) as source:
+        weights_bytes = checkpoint_bytes(source.shapes, dtype)
+    check_memory(MemoryNeed(weights_bytes, 0), device, num_ranks_here=1)
 
 
 def _survey(model: Any, config: CausalLmConfig, device: torch.device) -> tuple[tuple[Layer, ...], int]:
