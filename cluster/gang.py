@@ -24,6 +24,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tensorweave.cluster.errors import NotReady, WorkerLost
+from tensorweave.cluster.gang_link import GangLink
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.hosts import Hosts
 from tensorweave.cluster.memory_kills import kills_anywhere, kills_here, says_memory
@@ -62,6 +63,7 @@ class Gang:
         self._node_ips: dict[str, str] = {}
         self._reports: dict[int, RankReport] = {}
         self._mute: set[int] = set()
+        self._link: GangLink | None = None
 
     async def start(self) -> GangAddress:
         """Place, start and join all ranks.
@@ -105,6 +107,8 @@ class Gang:
         finally:
             starting.cancel()
             watching.cancel()
+        if started[0].link is not None:
+            self._link = GangLink(self.gang_id, started[0].link)
         leader = started[0].leader
         assert leader is not None, "rank 0 is the leader"
         address = GangAddress(
@@ -203,6 +207,8 @@ class Gang:
             except RayError as error:
                 return f"{name} died: {_why_dead(error)}"
             self._reports[rank] = report
+            if rank == 0 and self._link is not None and report.traffic is not None:
+                self._link.note(report.traffic)
             standstill = report.standstill(self.spec.hang_timeout_s)
             if fault := report.fault or (was_still and standstill):
                 return f"{name}: {fault}"
@@ -276,7 +282,8 @@ class Gang:
             for rank, place in enumerate(self._places)
             for report in (self._reports.get(rank, RankReport()),)
         ]
-        return {"gang_id": self.gang_id, "epoch": self.epoch, "ranks": ranks}
+        link = {} if self._link is None else {"link": self._link.describe()}
+        return {"gang_id": self.gang_id, "epoch": self.epoch, "ranks": ranks, **link}
 
 
 async def _in_time(reference: Awaitable[T], timeout_s: float) -> T:
@@ -309,7 +316,7 @@ def _start_error(gang_id: str, error: RayError, where: str = "") -> Exception:
 
 
 def _why_dead(error: RayError) -> str:
-    return "its host ran out of memory, and Ray killed it" if says_memory(error) else _first_line(error)
+    return "its host ran out of memory, and Ray killed it" if says_memory(error) else _first_line(error).rstrip(".")
 
 
 def _first_line(error: BaseException) -> str:

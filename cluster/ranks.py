@@ -53,12 +53,35 @@ class LeaderPlace:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkRate:
+    """What the ranks of a gang reach among themselves: a small collective's time, and a large one's rate on each
+    link."""
+
+    latency_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """All collectives over a model's tensors so far, as one rank has seen them; `seconds` count waiting."""
+
+    seconds: float = 0.0
+    calls: int = 0
+    num_bytes: int = 0
+
+    def since(self, before: Traffic) -> Traffic:
+        return Traffic(self.seconds - before.seconds, self.calls - before.calls, self.num_bytes - before.num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class RankStarted:
-    """A rank's answer to its order; `leader` is rank 0's. A rank that gives no KV away has no endpoint."""
+    """A rank's answer to its order; `leader` is rank 0's. A rank that gives no KV away has no endpoint, a gang of one
+    no link."""
 
     kv_endpoint: KvEndpoint | None
     kv_fingerprint: dict[str, str]
     leader: LeaderPlace | None
+    link: LinkRate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +93,7 @@ class RankReport:
     failure: str | None = None
     num_requests: int = 0
     gauges: dict[str, float] = field(default_factory=dict)
+    traffic: Traffic | None = None
 
     @property
     def fault(self) -> str | None:

@@ -38,7 +38,7 @@ async def check_health(fleet: Fleet, heartbeat_limit_s: float) -> HealthReport:
     ages_s = [_progress_age_s(gang) for gang in _answering(pools)]
     if ages_s and min(ages_s) > heartbeat_limit_s:
         return HealthReport(False, f"no step loop has gone round for {min(ages_s):.1f} s", pools)
-    return HealthReport(True, "; ".join([*_troubles(pools), *_stuck(pools, heartbeat_limit_s)]), pools)
+    return HealthReport(True, "; ".join([*_troubles(pools), *_stuck(pools, heartbeat_limit_s), *_slow(pools)]), pools)
 
 
 def gang_gauges(pools: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -78,6 +78,12 @@ def _stuck(pools: Sequence[dict[str, Any]], limit_s: float) -> list[str]:
         for gang_id, age_s in ages_s.items()
         if age_s > limit_s
     ]
+
+
+def _slow(pools: Sequence[dict[str, Any]]) -> list[str]:
+    """Gangs whose ranks wait for the link between them."""
+    links = {gang.get("gang_id", "?"): gang.get("link", {}) for gang in _gangs(pools)}
+    return [f"gang {gang_id}: {link['slow']}" for gang_id, link in links.items() if link.get("slow")]
 
 
 def _progress_age_s(gang: dict[str, Any]) -> float:

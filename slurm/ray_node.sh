@@ -1,5 +1,6 @@
 #!/bin/bash
-# One node's Ray, run by srun once a node from serve.sbatch: the head on the job's first node, a worker on each other.
+# One node's Ray, run by srun from serve.sbatch: the head on the job's first node, a worker on each other. TENSORWEAVE_NODE numbers
+# the nodes of all components, TENSORWEAVE_CPUS is what this one has for ranks.
 # Not `ray symmetric-run`: it ends with `ray stop`, which kills the Ray of other jobs on a shared node, and it ignores SIGTERM.
 set -euo pipefail
 umask 077
@@ -7,9 +8,10 @@ umask 077
 source "$TENSORWEAVE_HOME/slurm/ray_env.sh"
 
 # Short, for Ray keeps sockets in it; the node's own, and gone with the job.
-directory=/tmp/tw-$UID-$SLURM_JOB_ID
-options=(--block --object-store-memory=$((128 << 20)) --num-cpus="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" --disable-usage-stats)
-if [ "$SLURM_NODEID" -eq 0 ]; then
+directory=/tmp/tw-$UID-$SLURM_JOB_ID-$TENSORWEAVE_NODE
+rm -rf "$directory" # of this job before it was queued anew
+options=(--block --object-store-memory=$((128 << 20)) --num-cpus="$TENSORWEAVE_CPUS" --disable-usage-stats)
+if [ "$TENSORWEAVE_NODE" -eq 0 ]; then
   options+=(--head --node-ip-address="$TENSORWEAVE_HEAD" --port="$TENSORWEAVE_GCS_PORT" --temp-dir="$directory"
     --include-dashboard=false --ray-client-server-port=$((TENSORWEAVE_GCS_PORT + 10000)))
 else
@@ -36,5 +38,5 @@ stopping=
 trap 'stopping=1; kill -TERM "$ray" 2>/dev/null || true' TERM INT
 trap 'rm -rf "$directory"' EXIT
 while kill -0 "$ray" 2>/dev/null; do wait "$ray" || true; done
-# Asked to stop is a good end; Ray ending by itself is not, and ends the job.
+# Asked to stop is a good end; Ray ending by itself is not, and ends the job where it was the head's.
 [ -n "$stopping" ]

@@ -8,6 +8,7 @@ stays silent surfaces as `WorkerLost`.
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tensorweave.cluster.errors import WorkerLost
+from tensorweave.cluster.ranks import Traffic
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -81,6 +83,8 @@ class GroupComm:
         self._tensors = tensors
         self._control = control
         self._inline = torch.zeros(_INLINE_BYTES, dtype=torch.uint8)
+        self.traffic = Traffic()
+        """Of `all_reduce` and `gather_columns`; any thread may look."""
 
     def agree(self, news: bytes | None) -> bytes:
         return self._send(news) if self.rank == 0 else self._receive()
@@ -120,13 +124,16 @@ class GroupComm:
         return int(tensor.item())
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        started_s = time.perf_counter()
         try:
             dist.all_reduce(tensor, group=self._tensors)
         except RuntimeError as error:
             raise WorkerLost(f"rank {self.rank} of {self.size}: all-reduce failed ({_first_line(error)})") from error
+        self._count(started_s, tensor)
         return tensor
 
     def gather_columns(self, tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        started_s = time.perf_counter()
         width = max(sizes)
         rows = tensor.shape[0]
         mine = tensor.new_zeros(rows, width)
@@ -136,7 +143,13 @@ class GroupComm:
             dist.all_gather(pieces, mine, group=self._tensors)
         except RuntimeError as error:
             raise WorkerLost(f"rank {self.rank} of {self.size}: all-gather failed ({_first_line(error)})") from error
+        self._count(started_s, mine)
         return torch.cat([piece[:, :size] for piece, size in zip(pieces, sizes, strict=True)], dim=1)
+
+    def _count(self, started_s: float, tensor: torch.Tensor) -> None:
+        had, num_bytes = self.traffic, tensor.numel() * tensor.element_size()
+        seconds = had.seconds + time.perf_counter() - started_s
+        self.traffic = Traffic(seconds, had.calls + 1, had.num_bytes + num_bytes)
 
     def close(self) -> None:
         dist.destroy_process_group()

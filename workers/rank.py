@@ -24,13 +24,13 @@ import ray
 
 from tensorweave.cluster.host_memory import oom_kills
 from tensorweave.cluster.protocol import KvRoad, KvSource
-from tensorweave.cluster.ranks import LeaderPlace, RankOrder, RankPlace, RankReport, RankStarted
+from tensorweave.cluster.ranks import LeaderPlace, LinkRate, RankOrder, RankPlace, RankReport, RankStarted, Traffic
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     from tensorweave.cluster.llm_args import TorchLlmArgs
-    from tensorweave.workers.comm import Comm
+    from tensorweave.workers.comm import Comm, GroupComm
     from tensorweave.workers.executor import PyExecutor
     from tensorweave.workers.leader import LeaderServer
     from tensorweave.workers.logits_processors import LogitsProcessor
@@ -54,6 +54,8 @@ class RankWorker:
         self._executor: PyExecutor | None = None
         self._leader: LeaderServer | None = None
         self._store: TCPStore | None = None
+        self._group: GroupComm | None = None
+        self._measured = Traffic()
         self._stopping = threading.Event()
         self._parent = os.getppid()
 
@@ -86,6 +88,7 @@ class RankWorker:
             failure=None if executor.failure is None else executor.failure.message,
             num_requests=executor.num_requests,
             gauges=executor.gauges(),
+            traffic=None if self._group is None else self._group.traffic.since(self._measured),
         )
 
     async def measure_road(self, source: KvSource) -> KvRoad:
@@ -151,6 +154,7 @@ class RankWorker:
             path = resolve_model(args.model, revision=args.revision)
             check_model_digest(path, args.load_format, order.model_digest)
         comm = self._join(order, args)
+        link = self._measure_link(comm, args)
         self._executor = executor = self._build_executor(args, comm, order)
         executor.start()
         leader = None
@@ -162,7 +166,18 @@ class RankWorker:
                 max_kv_events=args.kv_cache_config.event_buffer_max_size,
             )
             leader = LeaderPlace(self._leader.start(), executor.info)
-        return RankStarted(executor.kv_endpoint, executor.kv_fingerprint, leader)
+        return RankStarted(executor.kv_endpoint, executor.kv_fingerprint, leader, link)
+
+    def _measure_link(self, comm: Comm, args: TorchLlmArgs) -> LinkRate | None:
+        from tensorweave.workers.comm import GroupComm
+        from tensorweave.workers.device import pick_device
+        from tensorweave.workers.link_rate import measure_link
+
+        if not isinstance(comm, GroupComm):
+            return None
+        link = measure_link(comm, pick_device(args.device))
+        self._group, self._measured = comm, comm.traffic
+        return link
 
     def _join(self, order: RankOrder, args: TorchLlmArgs) -> Comm:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]

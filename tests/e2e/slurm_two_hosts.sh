@@ -4,7 +4,9 @@
 #   sudo tests/e2e/slurm_two_hosts.sh MODEL_DIRECTORY        (Debian: apt install slurm-wlm munge iproute2 curl)
 #
 # It submits a service with a gang of two ranks, one a host, asks it a question, drains it while a request runs, submits another and
-# cancels that one plainly, and checks each time that nothing is left. Everything that it started is gone when it ends.
+# cancels that one plainly, and checks each time that nothing is left. A service of two gangs then loses a host and goes on, is queued
+# anew, loses its first host and is queued anew by Slurm; a heterogeneous job serves over both of its components. Everything that it
+# started is gone when it ends.
 set -euo pipefail
 
 model=$(realpath "$1")
@@ -14,6 +16,7 @@ net=10.78.0 bridge=twbr0 port=18080
 root=$(mktemp -d /var/tmp/twslurm.XXXXXX) # not under /tmp, which every host has of its own
 export SLURM_CONF=$root/slurm.conf
 daemons=()
+declare -A host_pid=()
 
 say() { echo "slurm_two_hosts: $*"; }
 die() {
@@ -87,7 +90,7 @@ SlurmctldHost=$(hostname -s)($net.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$root/munge/socket
+AuthInfo=socket=$root/munge/socket,cred_expire=5
 CredType=cred/munge
 SlurmctldPort=16917
 SlurmdPort=16918
@@ -106,6 +109,8 @@ SelectTypeParameters=CR_Core
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 ReturnToService=2
+SchedulerParameters=bf_interval=1
+SlurmdTimeout=15
 KillWait=5
 SlurmdParameters=config_overrides
 NodeName=twh1 NodeHostname=twh1 NodeAddr=$net.11 CPUs=2 RealMemory=4000 State=UNKNOWN
@@ -115,11 +120,23 @@ CONF
   until_true 10 "munged" test -S "$root/munge/socket"
   slurmctld -D -i 2>/dev/null &
   daemons+=($!)
-  for host in 1 2; do
-    (on_host "$host" slurmd -D -N "twh$host") 2>/dev/null &
-    daemons+=($!)
-  done
+  for host in 1 2; do raise_host "$host"; done
   until_true 60 "two idle nodes" bash -c 'sinfo -h -t idle -o %D | grep -qx 2'
+}
+
+# The host's slurmd, and with it all that will run there: `lose_host` ends both like a power cut.
+raise_host() {
+  (on_host "$1" slurmd -D -N "twh$1") 2>/dev/null &
+  host_pid[$1]=$!
+  daemons+=($!)
+}
+
+lose_host() {
+  disown "${host_pid[$1]}"
+  kill -9 "${host_pid[$1]}"
+  rm -rf "$root/h$1/tmp" # it would lie there still after a power cut; what is looked at below is what others leave
+  mkdir -p "$root/h$1/tmp"
+  chmod 1777 "$root/h$1/tmp"
 }
 
 write_config() {
@@ -134,10 +151,19 @@ limits: {drain_timeout_s: 20, start_timeout_s: 150}
 YAML
 }
 
+nodes=(--nodes=2 --cpus-per-task=1) changes=()
+
 submit() {
-  (cd "$repository" && sbatch --parsable --nodes=2 --cpus-per-task=1 --output="$root/log/job-%j.log" \
-    --export="ALL,TENSORWEAVE_STATE=$root" slurm/serve.sbatch --config "$root/service.yaml")
+  (cd "$repository" && sbatch --parsable --output="$root/log/job-%j.log" --export="ALL,TENSORWEAVE_STATE=$root" \
+    "${nodes[@]}" slurm/serve.sbatch --config "$root/service.yaml" "${changes[@]}")
 }
+
+num_hosts() { curl -sf --max-time 10 "http://$net.11:$port/health" | grep -oE '"node_ip":"[0-9.]+"' | sort -u | wc -l; }
+serves_on() { [ "$(num_hosts)" = "$1" ]; }
+has_said() { [ "$(grep -c "$2" "$root/log/job-$1.log")" -ge "$3" ]; }
+has_state() { squeue -h -o %T -j "$1" | grep -qx "$2"; }
+is_down() { sinfo -h -n "$1" -o %T | grep -q '^down'; }
+answers() { [[ $(complete 4) == *'"completion_tokens":4'* ]]; }
 
 # complete TOKENS: one completion over HTTP from outside the hosts, to its full length.
 complete() {
@@ -180,12 +206,9 @@ run_until_ready() {
   grep 'ready: ' "$root/log/job-$job.log" || die "job $job did not start"
   local token=$root/.tensorweave-job-$job/token
   [ "$(stat -c %a "$token")" = 600 ] || die "the token file has mode $(stat -c %a "$token")"
-  local answer hosts
-  answer=$(complete 4) || die "no answer"
-  [[ $answer == *'"completion_tokens":4'* ]] || die "the answer is $answer"
-  hosts=$(curl -sf --max-time 10 "http://$net.11:$port/health" | grep -oE '"node_ip":"[0-9.]+"' | sort -u | wc -l)
-  [ "$hosts" = 2 ] || die "the gang's ranks sit on $hosts host(s)"
-  say "job $job answers, with a gang of two ranks on two hosts"
+  answers || die "no answer"
+  until_true 60 "ranks on both hosts" serves_on 2
+  say "job $job answers, with ranks on two hosts"
 }
 
 raise_hosts
@@ -207,5 +230,37 @@ check_left
 run_until_ready
 scancel "$job"
 until_true 60 "job $job ends after scancel" has_ended "$job"
+check_left
+
+changes=(--set pools.main.tensor_parallel_size=1 --set pools.main.replicas=2)
+run_until_ready
+lose_host 2
+until_true 60 "an answer after the loss of a host" answers
+until_true 90 "Slurm has noticed" is_down twh2
+has_state "$job" RUNNING || die "job $job is $(squeue -h -o %T -j "$job") after the loss of a host"
+until_true 60 "the job names the host" has_said "$job" "node twh2 has left" 1
+answers || die "no answer with one host"
+say "job $job serves on without its second host"
+raise_host 2
+until_true 60 "two nodes up" bash -c '! sinfo -h -o %T | grep -q down'
+scontrol requeue "$job"
+until_true 180 "job $job, queued anew, is ready" has_said "$job" 'ready: ' 2
+until_true 60 "ranks on both hosts" serves_on 2
+say "job $job was queued anew and serves on two hosts"
+lose_host 1
+until_true 120 "Slurm has noticed" is_down twh1
+raise_host 1
+until_true 240 "job $job, whose first host was lost, is ready" has_said "$job" 'ready: ' 3
+answers || die "no answer"
+say "job $job was queued anew by Slurm, without its first host, and serves"
+scancel --batch --signal=TERM "$job"
+until_true 60 "job $job ends after its drain" has_ended "$job"
+check_left
+
+nodes=(--nodes=1 --cpus-per-task=1 : --nodes=1 --cpus-per-task=1 --output="$root/log/job-%j.log" --export="ALL,TENSORWEAVE_STATE=$root")
+run_until_ready
+say "job $job is heterogeneous and serves over both components"
+scancel --batch --signal=TERM "$job"
+until_true 60 "job $job ends after its drain" has_ended "$job"
 check_left
 say "PASSED"

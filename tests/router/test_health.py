@@ -69,3 +69,10 @@ def test_a_stuck_gang_that_others_make_up_for_is_told(pools: list[dict[str, Any]
 def test_a_sound_service_has_nothing_to_tell() -> None:
     report = report_of(pool("prefill", gang("p", 0.1)), pool("decode", gang("d", 0.2), gang("e", 9.9)))
     assert (report.is_healthy, report.reason) == (True, "")
+
+
+def test_a_gang_whose_link_is_slow_serves_and_says_so() -> None:
+    slow = {**gang("d", 0.1), "link": {"slow": "the link between its ranks carries 1.2 MB/s"}}
+    report = report_of(pool("both", slow, {**gang("e", 0.1), "link": {"slow": None}}, gang("f", 0.1)))
+    assert report.is_healthy
+    assert report.reason == "gang d: the link between its ranks carries 1.2 MB/s"
