@@ -1,12 +1,12 @@
 #!/bin/bash
 # slurm/serve.sbatch on a real Slurm of two hosts, all on this machine: network namespaces with their own hostnames, PIDs and /tmp.
 #
-#   sudo tests/e2e/slurm_two_hosts.sh MODEL_DIRECTORY        (Debian: apt install slurm-wlm munge iproute2 curl)
+#   sudo tests/e2e/slurm_two_hosts.sh MODEL_DIRECTORY [PART...]     (Debian: apt install slurm-wlm munge iproute2 curl)
 #
 # It submits a service with a gang of two ranks, one a host, asks it a question, drains it while a request runs, submits another and
 # cancels that one plainly, and checks each time that nothing is left. A service of two gangs then loses a host and goes on, is queued
 # anew, loses its first host and is queued anew by Slurm; a heterogeneous job serves over both of its components. Everything that it
-# started is gone when it ends.
+# started is gone when it ends. PART: one of the functions under "what is tried".
 set -euo pipefail
 
 model=$(realpath "$1")
@@ -211,56 +211,69 @@ run_until_ready() {
   say "job $job answers, with ranks on two hosts"
 }
 
+# ---- what is tried
+
+drains_and_ends() {
+  run_until_ready
+  complete 300 > "$root/long.json" &
+  local long=$!
+  sleep 1
+  scancel --batch --signal=TERM "$job"
+  wait "$long" || die "the running request did not survive the drain"
+  grep -q '"completion_tokens":300' "$root/long.json" || die "the running request was cut short: $(cat "$root/long.json")"
+  say "the running request ended whole while the service drained"
+  until_true 60 "job $job ends after its drain" has_ended "$job"
+  grep -q 'tensorweave: stopped' "$root/log/job-$job.log" || die "the service did not stop by itself"
+  check_left
+
+  run_until_ready
+  scancel "$job"
+  until_true 60 "job $job ends after scancel" has_ended "$job"
+  check_left
+}
+
+survives_lost_hosts() {
+  changes=(--set pools.main.tensor_parallel_size=1 --set pools.main.replicas=2)
+  run_until_ready
+  lose_host 2
+  until_true 90 "an answer after the loss of a host" answers
+  until_true 90 "Slurm has noticed" is_down twh2
+  has_state "$job" RUNNING || die "job $job is $(squeue -h -o %T -j "$job") after the loss of a host"
+  until_true 60 "the job names the host" has_said "$job" "node twh2 has left" 1
+  answers || die "no answer with one host: $(curl -s --max-time 10 "http://$net.11:$port/health")"
+  say "job $job serves on without its second host"
+
+  raise_host 2
+  until_true 60 "two nodes up" bash -c '! sinfo -h -o %T | grep -q down'
+  scontrol requeue "$job"
+  until_true 180 "job $job, queued anew, is ready" has_said "$job" 'ready: ' 2
+  until_true 60 "ranks on both hosts" serves_on 2
+  say "job $job was queued anew and serves on two hosts"
+
+  lose_host 1
+  until_true 120 "Slurm has noticed" is_down twh1
+  raise_host 1
+  until_true 240 "job $job, whose first host was lost, is ready" has_said "$job" 'ready: ' 3
+  answers || die "no answer"
+  say "job $job was queued anew by Slurm, without its first host, and serves"
+  scancel --batch --signal=TERM "$job"
+  until_true 60 "job $job ends after its drain" has_ended "$job"
+  check_left
+}
+
+serves_heterogeneous() {
+  nodes=(--nodes=1 --cpus-per-task=1 : --nodes=1 --cpus-per-task=1)
+  run_until_ready
+  say "job $job is heterogeneous and serves over both components"
+  scancel --batch --signal=TERM "$job"
+  until_true 60 "job $job ends after its drain" has_ended "$job"
+  check_left
+}
+
+parts=("${@:2}")
+[ "${#parts[@]}" -gt 0 ] || parts=(drains_and_ends survives_lost_hosts serves_heterogeneous)
 raise_hosts
 raise_slurm
 write_config
-
-run_until_ready
-complete 300 > "$root/long.json" &
-long=$!
-sleep 1
-scancel --batch --signal=TERM "$job"
-wait "$long" || die "the running request did not survive the drain"
-grep -q '"completion_tokens":300' "$root/long.json" || die "the running request was cut short: $(cat "$root/long.json")"
-say "the running request ended whole while the service drained"
-until_true 60 "job $job ends after its drain" has_ended "$job"
-grep -q 'tensorweave: stopped' "$root/log/job-$job.log" || die "the service did not stop by itself"
-check_left
-
-run_until_ready
-scancel "$job"
-until_true 60 "job $job ends after scancel" has_ended "$job"
-check_left
-
-changes=(--set pools.main.tensor_parallel_size=1 --set pools.main.replicas=2)
-run_until_ready
-lose_host 2
-until_true 60 "an answer after the loss of a host" answers
-until_true 90 "Slurm has noticed" is_down twh2
-has_state "$job" RUNNING || die "job $job is $(squeue -h -o %T -j "$job") after the loss of a host"
-until_true 60 "the job names the host" has_said "$job" "node twh2 has left" 1
-answers || die "no answer with one host"
-say "job $job serves on without its second host"
-raise_host 2
-until_true 60 "two nodes up" bash -c '! sinfo -h -o %T | grep -q down'
-scontrol requeue "$job"
-until_true 180 "job $job, queued anew, is ready" has_said "$job" 'ready: ' 2
-until_true 60 "ranks on both hosts" serves_on 2
-say "job $job was queued anew and serves on two hosts"
-lose_host 1
-until_true 120 "Slurm has noticed" is_down twh1
-raise_host 1
-until_true 240 "job $job, whose first host was lost, is ready" has_said "$job" 'ready: ' 3
-answers || die "no answer"
-say "job $job was queued anew by Slurm, without its first host, and serves"
-scancel --batch --signal=TERM "$job"
-until_true 60 "job $job ends after its drain" has_ended "$job"
-check_left
-
-nodes=(--nodes=1 --cpus-per-task=1 : --nodes=1 --cpus-per-task=1 --output="$root/log/job-%j.log" --export="ALL,TENSORWEAVE_STATE=$root")
-run_until_ready
-say "job $job is heterogeneous and serves over both components"
-scancel --batch --signal=TERM "$job"
-until_true 60 "job $job ends after its drain" has_ended "$job"
-check_left
+for part in "${parts[@]}"; do "$part"; done
 say "PASSED"
