@@ -121,6 +121,7 @@ def test_a_ray_that_does_not_start_is_a_sentence(
 
     file = tmp_path / "service.yaml"
     file.write_text(f"model: {tmp_path}\n")
+    (tmp_path / "config.json").write_text("{}")
     assert run_service(load_config(file)) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "tensorweave: starting Ray"
