@@ -11,7 +11,7 @@ from tensorweave.router.tokens import Tokenizer
 from tests.router.calls import CHAT, COMPLETIONS, post
 from tests.router.fake_fleet import FakeLink, Fault
 from tests.router.serving import chat, completion, events_of, model_info
-from tests.router.small_tokenizers import byte_level, llama2, metaspace, slow_llama2, word_piece
+from tests.router.small_tokenizers import byte_level, llama2, metaspace, slow_byte_level, slow_llama2, word_piece
 
 BOTH = pytest.mark.parametrize("which", [llama2, slow_llama2])
 THE_CAPITAL = ["▁the", "▁cap", "ital"]
@@ -115,14 +115,22 @@ def test_other_decoders_that_know_a_first_token() -> None:
         assert choice["logprobs"]["text_offset"] == [0, len(choice["logprobs"]["tokens"][0])]
 
 
-def test_a_character_that_the_prompt_begins_is_told_with_the_answer() -> None:
-    first, *rest = byte_level().encode("😺")
-    for echo in (False, True):
-        gang = FakeLink(model_info(), script=rest)
-        [choice] = choices_of(byte_level(), completion([first], echo=echo, logprobs=0, max_tokens=len(rest)), gang)
-        assert choice["text"] == "😺"
-        assert choice["logprobs"]["text_offset"] == [0] * (len(rest) + echo)
-    [choice] = choices_of(byte_level(), completion([first], echo=True, max_tokens=0), FakeLink(model_info()))
+@pytest.mark.parametrize("which", [byte_level, slow_byte_level, llama2, slow_llama2])
+def test_a_character_that_the_prompt_begins_is_told_with_the_answer(which: Callable[[], Tokenizer]) -> None:
+    tokenizer = which()
+    before = tokenizer.encode("b", add_special_tokens=False)
+    parts = tokenizer.encode("b😺", add_special_tokens=False)[len(before) :]
+    assert len(parts) > 1
+    info = model_info(vocab_size=tokenizer.vocab_size)
+    for cut in range(1, len(parts)):
+        prompt, script = [*before, *parts[:cut]], parts[cut:]
+        for echo in (False, True):
+            body = completion(prompt, echo=echo, logprobs=0, max_tokens=len(script))
+            [choice] = choices_of(tokenizer, body, FakeLink(info, script=script))
+            assert choice["text"] == ("b😺" if echo else "😺")
+            told = len(parts) if echo else len(script)
+            assert choice["logprobs"]["text_offset"][-told:] == [len(choice["text"]) - 1] * told
+    [choice] = choices_of(tokenizer, completion(parts[:1], echo=True, max_tokens=0), FakeLink(info))
     assert choice["text"] == "\ufffd"
 
 

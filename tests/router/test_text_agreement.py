@@ -91,6 +91,10 @@ def cases(draw: st.DrawFn) -> Case:
         st.one_of(ids_of(tokenizer), st.lists(st.sampled_from(TEXTS), min_size=1, max_size=3).map(" ".join))
     )
     answer = draw(ids_of(tokenizer))
+    if isinstance(prompt, list) and draw(st.booleans()):  # cut anywhere, within a character too
+        ids = [*prompt, *answer]
+        cut = draw(st.integers(1, len(ids) - 1))
+        prompt, answer = ids[:cut], ids[cut:]
     fields: dict[str, Any] = {
         "echo": draw(st.booleans()),
         "skip_special_tokens": draw(st.booleans()),
