@@ -155,7 +155,8 @@ class ByteFallbackText:
 class WindowedText:
     """Decodes the last few tokens with and without the new ones, and takes the difference.
 
-    ids: [ context | pending ]; `_context_text` is the decoded context. Text that ends in U+FFFD waits for more.
+    ids: [ context | pending ]; the text of the context and the first `_num_told` characters have been returned. U+FFFD
+    at the end, `_held`, waits for more.
     """
 
     def __init__(self, pieces: WindowedPieces, skipped: frozenset[int], context: Sequence[int]) -> None:
@@ -163,8 +164,10 @@ class WindowedText:
         self._skipped = skipped
         self._ids = list(context)
         self._num_context = self._num_whole(self._ids)
-        self._context_text = pieces.decode(self._ids[: self._num_context]) if context else ""
-        self._held = pieces.decode(self._ids)[len(self._context_text) :] if context else ""
+        self._num_told = len(pieces.decode(self._ids[: self._num_context])) if context else 0
+        self._held = ""
+        if not self.is_whole:
+            self._hold(pieces.decode(self._ids)[self._num_told :])
 
     @property
     def is_whole(self) -> bool:
@@ -182,12 +185,11 @@ class WindowedText:
         if token_id in self._skipped or not self._pieces.knows(token_id):
             return Step("", len(held))
         self._ids.append(token_id)
-        text = self._pieces.decode(self._ids)[len(self._context_text) :]
+        text = self._pieces.decode(self._ids)[self._num_told :]
         begin = _num_common(held, text)
         num_pending = len(self._ids) - self._num_context
         if text.endswith(REPLACEMENT) and num_pending <= _MAX_WINDOW_HOLD:
-            self._held = text
-            return Step("", begin, is_part=True)
+            return Step(self._hold(text), begin, is_part=True)
         if text:
             self._move_context()
         elif num_pending > _MAX_WINDOW_HOLD:
@@ -195,14 +197,21 @@ class WindowedText:
         return Step(text, begin, is_part=begin < len(held))
 
     def finish(self) -> str:
-        text = self._pieces.decode(self._ids)[len(self._context_text) :] if not self.is_whole else ""
+        text = self._pieces.decode(self._ids)[self._num_told :] if not self.is_whole else ""
         self._move_context()
         return text
+
+    def _hold(self, text: str) -> str:
+        """The text that is whole."""
+        whole = text.rstrip(REPLACEMENT)
+        self._num_told += len(whole)
+        self._held = text[len(whole) :]
+        return whole
 
     def _move_context(self) -> None:
         del self._ids[: self._num_context]
         self._num_context, self._held = len(self._ids), ""
-        self._context_text = self._pieces.decode(self._ids)
+        self._num_told = len(self._pieces.decode(self._ids))
 
     def _num_whole(self, context: Sequence[int]) -> int:
         """How many of the first ids end with a character."""
