@@ -58,3 +58,15 @@ def test_ids_that_only_the_model_has_are_no_error() -> None:
     detokenizer = IncrementalDetokenizer(tokenizer)
     assert detokenizer.push([unknown, *ids, unknown]) + detokenizer.flush() == "é"
     assert tokenizer.token_bytes(unknown) == b""
+
+
+@pytest.mark.parametrize("which", [byte_level, slow_byte_level])
+def test_a_prompt_that_ends_within_a_character_behind_another(which: Callable[[], Tokenizer]) -> None:
+    """One token has the end of 日 and the beginning of 本: only 本 is the answer's."""
+    tokenizer = which()
+    ids = tokenizer.encode("é日本", add_special_tokens=False)
+    places = [place for place, token_id in enumerate(ids) if tokenizer.token_bytes(token_id) == b"\x97\xa5\xe6"]
+    assert places
+    cut = places[0] + 1
+    detokenizer = IncrementalDetokenizer(tokenizer, tokenizer.left_context(ids[:cut]))
+    assert detokenizer.push(ids[cut:]) + detokenizer.flush() == "本"
