@@ -26,7 +26,7 @@ _RESTART_WAIT_S: Final = 1.0
 
 
 class Lifeline:
-    """An actor, which its owner's `start_lifeline` makes and whose handle it keeps."""
+    """The actor; `OwnLifeline` starts it and keeps its handle."""
 
     async def hold(self) -> None:
         """Never returns."""

@@ -135,7 +135,7 @@ def test_prompt_truncation_and_no_detokenizing(llm: LLM) -> None:
     ("inputs", "params", "words"),
     [
         ("", {}, "no tokens"),
-        ([], {}, "empty"),
+        ([[]], {}, "no tokens"),
         ([1, 10**6], {}, "outside"),
         ([-1], {}, "outside"),
         ({"promt": "x"}, {}, "promt"),
