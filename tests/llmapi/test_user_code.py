@@ -36,13 +36,14 @@ class Trap:
 
 
 TRAP = Trap()
+DECODER_TRAP = Trap()
 
 
 class TrappedTokenizer(Tokenizer):
     """One that decodes with code of its own."""
 
     def decode(self, *given: Any, **named: Any) -> str:
-        TRAP.spring()
+        DECODER_TRAP.spring()
         return super().decode(*given, **named)
 
 
@@ -67,7 +68,7 @@ class TrappedKVCache(KVCacheManager):
 @pytest.fixture(autouse=True)
 def disarmed() -> Iterator[None]:
     yield
-    TRAP.kind = None
+    TRAP.kind = DECODER_TRAP.kind = None
 
 
 def batched(*given: Any) -> None:
@@ -91,7 +92,7 @@ def check_goes_on(llm: LLM, fails: Callable[[], Any], words: str) -> None:
     with pytest.raises(RequestRejected, match=words):
         fails()
     assert beside.result(PATIENCE_S).outputs[0].length == 20
-    TRAP.kind = None
+    TRAP.kind = DECODER_TRAP.kind = None
     assert one(llm.generate("more", SamplingParams(max_tokens=3, ignore_eos=True))).outputs[0].length == 3
 
 
@@ -125,7 +126,7 @@ def test_in_a_schedulers_check(llm: LLM, kind: type[BaseException]) -> None:
 def test_in_a_tokenizer(llm: LLM, kind: type[BaseException], n: int) -> None:
     def fail() -> None:
         future = llm.generate_async("text", SamplingParams(max_tokens=3000, n=n, ignore_eos=True))
-        TRAP.kind = kind
+        DECODER_TRAP.kind = kind
         future.result(PATIENCE_S)
 
     check_goes_on(llm, fail, f"code of the user's own raised {kind.__name__}: enough")
