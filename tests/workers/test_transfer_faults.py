@@ -292,7 +292,7 @@ def test_a_prefill_that_was_refused_keeps_nobody_waiting() -> None:
     with hash_gang(name="P", max_seq_len=64) as prefill, hash_gang(2, name="D") as decode:
         for_prefill, for_decode = one_request("r", prefill.source)
         decode.leader.enqueue_request(for_decode)
-        with pytest.raises(ValueError, match="max_seq_len"):
+        with pytest.raises(ValueError, match="maximum context length is 64"):
             prefill.leader.enqueue_request(for_prefill)
         check_local(decode, for_decode, "gone")
 
