@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,13 +116,15 @@ def rewrite_config(path: Path, change: Callable[[dict[str, Any]], None]) -> None
 
 @torch.no_grad()
 def their_greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
-    """Greedy tokens of transformers' own model, one prompt at a time, never stopping. Without its cache, whose argument
-    goes by another name from 5.24 on."""
+    """Greedy tokens of transformers' own model and cache, one prompt at a time, never stopping."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
     answers = []
     for prompt in prompts:
-        tokens = list(prompt)
+        ids, cache, answer = torch.tensor([list(prompt)]), None, []
         for _ in range(num_tokens):
-            logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits
-            tokens.append(int(logits[0, -1].argmax()))
-        answers.append(tokens[len(prompt) :])
+            out = model(input_ids=ids, use_cache=True, **{name: cache})
+            cache = out[name]
+            answer.append(int(out.logits[0, -1].argmax()))
+            ids = torch.tensor([[answer[-1]]])
+        answers.append(answer)
     return answers
