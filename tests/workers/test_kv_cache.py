@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from tensorweave.cluster.block_hash import block_hashes
 from tensorweave.cluster.protocol import Retention, RetentionRange, SamplingSpec
 from tensorweave.workers.kv_cache import BlockCopy, KVCacheManager
 from tensorweave.workers.plan import ContextChunk, ScheduledBatch
@@ -304,6 +305,42 @@ def test_events_tell_what_is_cached() -> None:
     _prefill(kv, _request([4, 4, 4], 1))
     assert [event["data"]["type"] for event in kv.take_events()] == ["removed", "stored"]
     assert kv.take_events() == []
+
+
+def test_what_is_discarded_is_found_no_more_and_harms_nobody_who_shares_it() -> None:
+    kv = KVCacheManager(12, 2, event_buffer_max_size=100)
+    old, other, bad = _request([1, 2, 3, 4, 5, 6, 7]), _request([1, 2, 9, 9]), _request([1, 2, 3, 4, 8])
+    _prefill(kv, old)
+    kv.free_resources(old)  # idle below what the bad one uses: it was computed from that
+    _prefill(kv, other)
+    _prefill(kv, bad)
+    shared, own, last = kv.block_ids(bad)
+    below = kv.block_ids(old_again := _prefilled(kv, [1, 2, 3, 4, 5, 6, 7]))[2]
+    kv.free_resources(old_again)
+    kv.take_events()
+    lost = kv.discard_resources(bad)
+    assert sorted(lost) == sorted([own, last, below])
+    assert kv.audit() == []
+    removed = [name for event in kv.take_events() for name in event["data"]["block_hashes"]]
+    assert removed == [block.hex() for block in block_hashes([1, 2, 3, 4, 5, 6], 2, None)[1:]]
+    assert _chunk(kv, _request([1, 2, 3, 4, 5, 6, 7])).start == 2  # `other` uses the first block
+    _step(kv, [], [other])
+    assert kv.block_ids(other)[0] == shared
+    kv.free_resources(other)
+    again = _prefilled(kv, [1, 2, 3, 4, 5, 6, 7])
+    assert again.num_cached_tokens == 2
+    kv.free_resources(again)
+    assert _prefilled(kv, [1, 2, 3, 4, 5, 6, 7]).num_cached_tokens == 6
+    big = _prefilled(kv, list(range(20, 36)))  # takes every block that nobody uses, forgotten ones too
+    assert (kv.available, kv.audit()) == (0, [])
+    assert len(kv.block_ids(big)) == 8
+    assert kv.discard_resources(_request([1])) == ()
+
+
+def _prefilled(kv: KVCacheManager, tokens: list[int]) -> LlmRequest:
+    request = _request(tokens)
+    _prefill(kv, request)
+    return request
 
 
 def test_events_are_bounded_and_off_by_default() -> None:
