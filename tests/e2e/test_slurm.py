@@ -27,17 +27,18 @@ WHY_NOT = (
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
-def test_a_job_serves_drains_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["drains_and_ends", "survives_lost_hosts", "serves_heterogeneous"])
+def test_a_job_on_two_hosts(tmp_path: Path, part: str) -> None:
     activate = Path(sys.executable).parent / "activate"
     done = subprocess.run(
-        [str(SCRIPT), str(write_model(tmp_path / "model"))],
+        [str(SCRIPT), str(write_model(tmp_path / "model")), part],
         env={**os.environ, "TENSORWEAVE_ACTIVATE": str(activate)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=560,
+        timeout=860,
     )
     assert done.returncode == 0, done.stdout
     assert done.stdout.rstrip().endswith("PASSED")
