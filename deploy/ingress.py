@@ -12,10 +12,12 @@ import secrets
 import socket
 import types
 from collections.abc import Sequence
+from typing import Any
 
 from ray.serve._private import http_util
 
 from tensorweave.deploy.config_tables import RouterConfig
+from tensorweave.router.connections import bound_connections
 
 
 def ingress_env(router: RouterConfig) -> dict[str, str]:
@@ -33,7 +35,14 @@ def ingress_env(router: RouterConfig) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}.{bound_proxy.__name__}",
     }
+
+
+def bound_proxy() -> list[Any]:
+    """Serve's proxy calls this before it listens; it would take middleware."""
+    bound_connections()
+    return []
 
 
 class _RebindingSocket(socket.socket):

@@ -38,6 +38,7 @@ class Limits:
     reattach_grace_s: float = 10.0
     heartbeat_limit_s: float = 10.0
     max_body_bytes: int = 8 * 2**20
+    body_timeout_s: float = 60.0
     max_sequences: int = 256
     waits_for_room: bool = False
 

@@ -20,13 +20,13 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from tensorweave.cluster.errors import RequestCancelled, RequestRejected, TensorweaveError
+from tensorweave.cluster.errors import NotReady, RequestCancelled, RequestRejected, TensorweaveError
 from tensorweave.router import asgi
 from tensorweave.router.body_tasks import DETOKENIZE, TOKENIZE, BodyTask
 from tensorweave.router.endpoint import GenerateEndpoint
 from tensorweave.router.front import with_front
 from tensorweave.router.health import check_health
-from tensorweave.router.keys import ApiKeys
+from tensorweave.router.keys import ApiKeys, may_see_operations
 from tensorweave.router.metrics import RouterMetrics
 from tensorweave.router.openapi import openapi_document
 from tensorweave.router.prepare import plan_chat, plan_completion
@@ -117,10 +117,16 @@ def _handlers(service: RouterService, metrics: RouterMetrics) -> dict[str, Handl
 
     async def health(request: Request) -> Response:
         report = await check_health(service.fleet, service.limits.heartbeat_limit_s)
-        return _json(report.body(), status=200 if report.is_healthy else 503)
+        body = report.body() if may_see_operations(request.scope) else report.public_body()
+        return _json(body, status=200 if report.is_healthy else 503)
 
     async def ready(request: Request) -> Response:
-        await service.fleet.wait_ready(0.0)
+        try:
+            await service.fleet.wait_ready(0.0)
+        except NotReady:
+            if may_see_operations(request.scope):
+                raise
+            raise NotReady("the service is not ready") from None
         return _json({"status": "ready"})
 
     async def load(request: Request) -> Response:
@@ -158,7 +164,8 @@ def _lifespan_of(service: RouterService) -> Callable[[FastAPI], AbstractAsyncCon
 
 async def _answer_body(service: RouterService, task: BodyTask[bytes], request: Request) -> Response:
     """A route whose whole answer is made of the body."""
-    body = await asgi.read_json_body(request.scope, request.receive, service.limits.max_body_bytes)
+    limits = service.limits
+    body = await asgi.read_json_body(request.scope, request.receive, limits.max_body_bytes, limits.body_timeout_s)
     return Response(await service.bodies.run(task, body, await service.served()), media_type="application/json")
 
 

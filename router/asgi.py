@@ -22,6 +22,7 @@ _EVENT_STREAM: Final[Headers] = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+CLOSE: Final = (b"connection", b"close")
 _RETRY_AFTER_S: Final = 5.0
 _REQUEST_ID_KEY: Final = "tensorweave.request_id"
 _CLIENT_ID_KEY: Final = "tensorweave.client_request_id"
@@ -34,6 +35,10 @@ class BodyTooLarge(RequestRejected):
 
 class UnsupportedMediaType(RequestRejected):
     http_status, code = 415, "unsupported_media_type"
+
+
+class BodyTimeout(RequestRejected):
+    http_status, openai_type, code = 408, "timeout_error", "body_timeout"
 
 
 class ClientGone(Exception):
@@ -97,14 +102,23 @@ def header(scope: Scope, name: bytes) -> bytes | None:
     return None
 
 
-async def read_json_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
-    """The body, checked for size while it comes. Raises BodyTooLarge, UnsupportedMediaType or ClientGone."""
+async def read_json_body(scope: Scope, receive: Receive, max_bytes: int, timeout_s: float) -> bytes:
+    """The body, checked for size while it comes; all of it must come within `timeout_s`. Raises BodyTooLarge,
+    BodyTimeout, UnsupportedMediaType or ClientGone."""
     media_type = (header(scope, b"content-type") or b"application/json").split(b";")[0].strip().lower()
     if media_type != b"application/json" and not media_type.endswith(b"+json"):
         raise UnsupportedMediaType("the content type must be application/json")
     announced = header(scope, b"content-length")
     if announced is not None and announced.isdigit() and int(announced) > max_bytes:
         raise BodyTooLarge(f"the body has {int(announced)} bytes; the limit is {max_bytes}")
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _read_body(receive, max_bytes)
+    except TimeoutError:
+        raise BodyTimeout(f"the whole body has not come within {timeout_s:g} s") from None
+
+
+async def _read_body(receive: Receive, max_bytes: int) -> bytes:
     parts: list[bytes] = []
     num_bytes = 0
     while True:
@@ -157,11 +171,12 @@ def error_body(error: TensorweaveError) -> bytes:
 
 
 def error_headers(error: TensorweaveError) -> Headers:
-    """Whoever is told to come back later is told when."""
+    """Whoever is told to come back later is told when. What still comes of a late body is not waited for."""
     retry_after_s = error.retry_after_s
     if retry_after_s is None and error.http_status in (429, 503):
         retry_after_s = _RETRY_AFTER_S
-    return [] if retry_after_s is None else [(b"retry-after", str(math.ceil(retry_after_s)).encode())]
+    headers = [] if retry_after_s is None else [(b"retry-after", str(math.ceil(retry_after_s)).encode())]
+    return [*headers, CLOSE] if isinstance(error, BodyTimeout) else headers
 
 
 async def send_json(send: Send, body: bytes, *, status: int = 200, headers: Headers | None = None) -> None:

@@ -101,9 +101,9 @@ class GenerateEndpoint:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started_s = time.perf_counter()
+        started_s, limits = time.perf_counter(), self._service.limits
         try:
-            body = await asgi.read_json_body(scope, receive, self._service.limits.max_body_bytes)
+            body = await asgi.read_json_body(scope, receive, limits.max_body_bytes, limits.body_timeout_s)
             async with asgi.cancelled_on_disconnect(receive):
                 plan = await self._plan(self._service, body, asgi.client_request_id(scope))
                 await self._answer(plan, Tally(plan, self._metrics, started_s), scope, send)

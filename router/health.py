@@ -23,7 +23,11 @@ class HealthReport:
     pools: Sequence[dict[str, Any]]
 
     def body(self) -> dict[str, Any]:
-        return {"status": "ok" if self.is_healthy else "unavailable", "reason": self.reason, "pools": self.pools}
+        return {**self.public_body(), "reason": self.reason, "pools": self.pools}
+
+    def public_body(self) -> dict[str, Any]:
+        """For strangers: no hosts, processes or paths."""
+        return {"status": "ok" if self.is_healthy else "unavailable"}
 
 
 async def check_health(fleet: Fleet, heartbeat_limit_s: float) -> HealthReport:

@@ -21,7 +21,7 @@ _ERRORS: Final = {
     "400": "The request is wrong; `param` names the field.",
     "401": "No valid API key.",
     "404": "There is no such model.",
-    "408": "The request's deadline passed, or its client went away.",
+    "408": "The request's deadline passed, or its body did not come in time, or its client went away.",
     "413": "The body is larger than the server's limit.",
     "415": "The content type is not application/json.",
     "429": "The queue is full; `retry-after` says when to come back.",
@@ -29,7 +29,7 @@ _ERRORS: Final = {
     "502": "The prompt's KV did not arrive.",
     "503": "No gang can take the request now.",
 }
-_BODY_ERRORS: Final = ("400", "404", "413", "415", "500", "503")
+_BODY_ERRORS: Final = ("400", "404", "408", "413", "415", "500", "503")
 _REQUESTS: Final = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
 
 Operation = dict[str, Any]
@@ -119,7 +119,7 @@ def _post(
     errors = set(_BODY_ERRORS)
     if chunk is not None:
         content["text/event-stream"] = {"itemSchema": _event(chunk)}
-        errors |= {"408", "429", "502"}
+        errors |= {"429", "502"}
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": {"schema": _reference(request)}}},

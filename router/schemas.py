@@ -195,9 +195,11 @@ class ModelList(Shape):
 
 
 class Health(Shape):
+    """Strangers are told `status` alone."""
+
     status: Literal["ok", "unavailable"]
-    reason: str = Field(description="Why it is unavailable, or what it must do without.")
-    pools: list[dict[str, Any]]
+    reason: str | SkipJsonSchema[None] = Field(None, description="Why it is unavailable, or what it must do without.")
+    pools: list[dict[str, Any]] | SkipJsonSchema[None] = None
 
 
 class Ready(Shape):

@@ -73,10 +73,10 @@ async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @asynccontextmanager
-async def running(app: FastAPI) -> AsyncIterator[str]:
-    """A real server; yields its base URL."""
+async def running(app: FastAPI, http: Any = "auto") -> AsyncIterator[str]:
+    """A real server, with uvicorn's own protocol or another one; yields its base URL."""
     # Kept alive for long: a connection that is given up just as its client writes fails that request.
-    config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", timeout_keep_alive=600)
+    config = uvicorn.Config(app, http=http, log_level="warning", lifespan="off", ws="none", timeout_keep_alive=600)
     server = uvicorn.Server(config)
     # By name: asyncio sets TCP_NODELAY only where the protocol is known, and Nagle's delay costs 40 ms an answer.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tensorweave.cluster.errors import NotReady
 from tensorweave.router.app import build_app
 from tensorweave.router.openai import ChatCompletionRequest, CompletionRequest
 from tensorweave.router.schemas import (
@@ -24,6 +25,7 @@ from tensorweave.router.schemas import (
     Version,
 )
 from tests.router.calls import CHAT, COMPLETIONS, TEXT, check_error, get, post, scripted
+from tests.router.fake_fleet import FakeFleet
 from tests.router.serving import MODEL, chat, client_of, completion, make_service
 from tests.router.small_tokenizers import byte_level
 
@@ -93,6 +95,64 @@ def test_every_route_but_health_needs_a_key(method: str, path: str, body: Any) -
 @pytest.mark.parametrize("path", ["/health", "/health/", "/ready", "/ping"])
 def test_health_needs_none(path: str) -> None:
     assert call_with_key("GET", path, None).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_a_stranger_is_told_whether_and_nothing_else(path: str) -> None:
+    with_key, without = (call_with_key("GET", path, key) for key in (f"Bearer {KEYS[0]}", None))
+    assert set(without.json()) == {"status"}
+    assert without.json()["status"] == with_key.json()["status"]
+    assert ("pools" in with_key.json()) == (path == "/health")
+
+
+def test_why_it_is_not_ready_is_told_to_none_but_operators() -> None:
+    service = make_service()
+    service.fleet = SecretiveFleet()
+    for client, is_told in ((("127.0.0.1", 5), True), (("10.0.0.9", 5), False)):
+        transport = httpx.ASGITransport(app=build_app(service), client=client)
+        answer = asyncio.run(get_over(transport, "/ready"))
+        check_error(answer, 503, None, "not_ready")
+        assert (SecretiveFleet.WHY in answer.text) == is_told
+
+
+class SecretiveFleet(FakeFleet):
+    WHY = "rank 0 (pid 12 on 10.77.0.11) died"
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        raise NotReady(self.WHY)
+
+
+@pytest.mark.parametrize(
+    ("client", "header", "is_told"),
+    [
+        ("127.0.0.1", None, True),
+        ("::1", None, True),
+        ("10.0.0.9", None, False),
+        ("127.0.0.1", "x-forwarded-for", False),
+        ("127.0.0.1", "forwarded", False),
+        ("testclient", None, False),
+    ],
+)
+def test_without_keys_only_this_host_hears_of_hosts_and_processes(
+    client: str, header: str | None, is_told: bool
+) -> None:
+    transport = httpx.ASGITransport(app=build_app(make_service(scripted())), client=(client, 5))
+    answer = asyncio.run(get_over(transport, "/health", {} if header is None else {header: "for=10.0.0.9"}))
+    assert answer.json()["status"] == "ok"
+    assert ("pools" in answer.json()) == ("reason" in answer.json()) == is_told
+
+
+async def get_over(
+    transport: httpx.AsyncBaseTransport, path: str, headers: dict[str, str] | None = None
+) -> httpx.Response:
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        return await client.get(path, headers=headers)
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/version", CHAT])
+def test_who_shows_no_key_keeps_no_connection(path: str) -> None:
+    assert call_with_key("GET", path, None).headers["connection"] == "close"
+    assert "connection" not in call_with_key("GET", path, f"Bearer {KEYS[0]}").headers
 
 
 def test_keys_are_never_logged(caplog: pytest.LogCaptureFixture) -> None:
