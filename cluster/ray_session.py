@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants, services
 
 from tensorweave.cluster.errors import TensorweaveError
+from tensorweave.cluster.ray_auth import OPEN_RAY, asks_for_token, forget_token, token_mode
 from tensorweave.cluster.ray_forks import spare_ray_in_forks
 from tensorweave.cluster.sentences import sentence_of
 
@@ -47,9 +49,16 @@ class RaySession:
         """Some node of the cluster offers GPUs."""
         return bool(ray.cluster_resources().get("GPU", 0))
 
+    def warn_if_open(self) -> None:
+        """Warn where the cluster is somebody else's and asks nobody for a token."""
+        if not self.is_private and not asks_for_token(ray.get_runtime_context().gcs_address):
+            warnings.warn(OPEN_RAY, RuntimeWarning, stacklevel=2)
+
     def close(self) -> None:
         if self._is_owner and ray.is_initialized():
             ray.shutdown()
+            if self.is_private:
+                forget_token()
         self._is_owner = False
 
     def __enter__(self) -> Self:
@@ -66,7 +75,8 @@ def start_or_join_ray(
 ) -> RaySession:
     """Join the cluster at `address` (or `RAY_ADDRESS`), else start a private one that has at least `num_cpus`.
 
-    CPUs are Ray's count of slots, not cores: a private cluster has enough for its gangs even on a small machine.
+    CPUs are Ray's count of slots, not cores: a private cluster has enough for its gangs even on a small machine. It has
+    a token of its own (`cluster.ray_auth`).
 
     Raises:
         ConnectionError: there is no cluster at the address.
@@ -86,8 +96,7 @@ def start_or_join_ray(
         with _naming_failures(f"Ray at {address} cannot be joined"):
             ray.init(address=address, **common)
         return RaySession(is_owner=True, is_private=False)
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    with _naming_failures("Ray cannot be started"), _on_loopback(), _out_of_our_process_group():
+    with _naming_failures("Ray cannot be started"), token_mode(), _on_loopback(), _out_of_our_process_group():
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),

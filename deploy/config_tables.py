@@ -133,6 +133,9 @@ class LimitsConfig(StrictBaseModel):
     max_body_bytes: int = Field(
         8 * 2**20, status="prototype", ge=1, description="Largest request body; above it the answer is 413."
     )
+    body_timeout_s: float = Field(
+        60.0, status="prototype", gt=0, description="Longest time for a request's whole body; then the answer is 408."
+    )
     max_sequences: int = Field(
         256, status="prototype", ge=1, description="Most sequences of one request, prompts times n."
     )
@@ -175,6 +178,7 @@ class LimitsConfig(StrictBaseModel):
             max_lost_in_a_row=self.max_lost_in_a_row,
             reattach_grace_s=self.reattach_grace_s,
             max_body_bytes=self.max_body_bytes,
+            body_timeout_s=self.body_timeout_s,
             max_sequences=min(self.max_sequences, self.max_inflight + self.max_queued),
         )
 
@@ -196,6 +200,13 @@ class SecurityConfig(StrictBaseModel):
     )
     api_keys_file: str | None = Field(
         None, status="prototype", description="A file with more of them, one a line; read once, where it is named."
+    )
+
+    allow_unauthenticated_ray: bool = Field(
+        False,
+        status="prototype",
+        description="Serve on a Ray cluster that asks for no token. Whoever reaches such a cluster's ports can run "
+        "code on it, API keys or not: switch this on only where no stranger reaches the network.",
     )
 
     cors_origins: list[str] = Field(

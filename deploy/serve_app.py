@@ -18,11 +18,13 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from tensorweave.cluster.fleet import WatchedFleet
+from tensorweave.cluster.ray_auth import refuse_open_ray
 from tensorweave.cluster.supervisor import start_supervisor
 from tensorweave.deploy.config import ServeConfig, load_config
 from tensorweave.deploy.guardian import HEAD_NODE, POOLS_NAME
 from tensorweave.deploy.ingress import let_replacement_rebind, mark_made_up_ids
 from tensorweave.deploy.pools import pool_specs
+from tensorweave.deploy.serve_logging import log_through_serve
 from tensorweave.deploy.served_model import ServedModel
 from tensorweave.workers.model_store import resolve_model
 from tensorweave.workers.rank import RankWorker
@@ -39,7 +41,9 @@ class Pools:
     """Owns the supervisor of the gangs. When this replica dies, so do they, and Serve makes new ones."""
 
     def __init__(self, plain: dict[str, Any], digests: dict[str, str]) -> None:
+        log_through_serve()
         config = ServeConfig.from_plain(plain)
+        refuse_open_ray(is_allowed=config.security.allow_unauthenticated_ray)
         self._drain_timeout_s = config.limits.drain_timeout_s
         specs = pool_specs(config, has_gpus=ray.cluster_resources().get("GPU", 0) > 0, digests=digests)
         self._supervisor: ActorHandle[Any] = start_supervisor(specs, RankWorker)
@@ -79,12 +83,15 @@ class Router:
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once, before it listens. Imports here: launching this class takes no fastapi."""
         from tensorweave.router.app import build_app
+        from tensorweave.router.connections import bound_connections
         from tensorweave.router.dispatch import Dispatcher
         from tensorweave.router.policy import PolicySettings, build_policy
         from tensorweave.router.service import RouterService
         from tensorweave.router.tokens import Tokenizer
 
+        log_through_serve()
         let_replacement_rebind()
+        bound_connections()
         config, args = self._config, self._config.shared_args
         model = await asyncio.to_thread(resolve_model, config.model, revision=args.revision)
         tokenizer = await asyncio.to_thread(

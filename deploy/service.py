@@ -22,6 +22,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from tensorweave.cluster.errors import TensorweaveError
+from tensorweave.cluster.ray_auth import refuse_open_ray
 from tensorweave.cluster.ray_noise import without_noise
 from tensorweave.cluster.ray_session import start_or_join_ray
 from tensorweave.cluster.roads import SLOW_BYTES_PER_S
@@ -114,6 +115,7 @@ def _ray(config: ServeConfig) -> Iterator[None]:
     need = needed_resources(pool_specs(config, has_gpus=False))
     num_cpus = need.get("CPU", 1.0)
     with without_noise(), start_or_join_ray(config.ray.address, num_cpus=num_cpus, namespace=NAMESPACE):
+        refuse_open_ray(is_allowed=config.security.allow_unauthenticated_ray)
         total = ray.cluster_resources()
         if shortage := explain_shortage(pool_specs(config, has_gpus=total.get("GPU", 0) > 0), total):
             raise StartFailed(shortage)

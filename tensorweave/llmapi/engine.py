@@ -111,6 +111,7 @@ class GangEngine:
         self._ray: RaySession = start_or_join_ray(num_cpus=args.tensor_parallel_size)
         with ExitStack() as undo:
             undo.callback(self._ray.close)
+            self._ray.warn_if_open()
             wants_gpu = args.device == "cuda" or (args.device == "auto" and self._ray.has_gpus)
             spec = GangSpec(
                 tensor_parallel_size=args.tensor_parallel_size,

@@ -102,7 +102,7 @@ def order(model: Path, digest: str) -> RankOrder:
         rank=0,
         size=1,
         args={"model": str(model), "device": "cpu"},
-        rendezvous=None,
+        leader=None,
         interface_ip="127.0.0.1",
         listen_host="127.0.0.1",
         transfer_host="127.0.0.1",

@@ -4,6 +4,7 @@ which kills the driver after 3 s, lets a running request finish and leaves nothi
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from tests.e2e.service_process import (
 
 BIN = Path(sys.executable).parent
 TIMEOUT_S = 150.0
+TOKEN = secrets.token_hex(32)
 OURS = ("Guardian", "Anchor", "ServeController", "ProxyActor", "ServeReplica", "PoolSupervisor", "RankWorker")
 
 pytestmark = pytest.mark.timeout(900)
@@ -38,7 +40,12 @@ pytestmark = pytest.mark.timeout(900)
 
 def ray(*arguments: str) -> str:
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RAY_ADDRESS")}
-    environment |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [str(BIN / "ray"), *arguments],
         cwd=REPOSITORY,

@@ -6,13 +6,17 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import pickle
 import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import grpc
 import psutil
 import pytest
+from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
 from tests.e2e.service_process import (
     END_TIMEOUT_S,
@@ -74,9 +78,10 @@ def check_page(port: int) -> None:
     connection.close()
 
 
-def test_a_service_from_start_to_drain(service: tuple[ServiceProcess, int, int]) -> None:
+def test_a_service_from_start_to_drain(service: tuple[ServiceProcess, int, int], tmp_path: Path) -> None:
     process, port, proxy_port = service
     family = process.descendants()
+    refuses_pickles(family, tmp_path / "mark")
     for door in (port, proxy_port):
         assert num_generated(complete(door)) == 4
         assert request_ids(door, "trace-7") == ["trace-7"]
@@ -110,6 +115,37 @@ def test_a_service_from_start_to_drain(service: tuple[ServiceProcess, int, int])
     wait_until(lambda: not alive(family), END_TIMEOUT_S, "no process is left")
     assert listener(port) is None
     assert listener(proxy_port) is None
+
+
+class Code:
+    """Unpickled, it runs: the mark is there."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._mark,)
+
+
+def refuses_pickles(family: list[psutil.Process], mark: Path) -> None:
+    """A stranger's pickle is unpickled by no replica's internal port, all of which other hosts may reach."""
+    replicas = [process for process in family if "ServeReplica" in command_of(process)]
+    assert len(replicas) == 2
+    for replica in replicas:
+        ports = [port.laddr.port for port in replica.net_connections("tcp") if port.status == psutil.CONN_LISTEN]
+        assert grpc.StatusCode.UNAUTHENTICATED in [send_pickle(port, Code(mark)) for port in ports]
+    assert not mark.exists()
+
+
+def send_pickle(port: int, value: object) -> grpc.StatusCode | None:
+    """What the server at `port` says of a call in Serve's own protocol."""
+    request = serve_pb2.ASGIRequest(pickled_request_metadata=pickle.dumps(value), request_args=b"")
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            serve_pb2_grpc.ASGIServiceStub(channel).HandleRequest(request, timeout=60)
+        except grpc.RpcError as error:
+            return error.code()
+    return None
 
 
 def request_ids(port: int, given: str) -> list[str] | None:
