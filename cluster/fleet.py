@@ -103,6 +103,7 @@ class WatchedFleet:
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._retired: set[SocketLink] = set()
+        self._refusals: dict[str, str] = {}
         self._follower = asyncio.create_task(self._follow(), name="fleet")
 
     def links(self, role: Role = "both") -> Sequence[GangLink]:
@@ -132,9 +133,12 @@ class WatchedFleet:
         try:
             async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
                 pools: list[dict[str, Any]] = await self._supervisor.describe.remote()
-                return pools
         except (TimeoutError, RayError) as error:
             raise NotReady(f"the supervisor does not answer: {type(error).__name__}") from error
+        for gang in (gang for pool in pools for gang in pool.get("gangs", ())):
+            if refusal := self._refusals.get(gang.get("gang_id", "")):
+                gang["reason"] = refusal
+        return pools
 
     async def close(self) -> None:
         self._follower.cancel()
@@ -168,7 +172,7 @@ class WatchedFleet:
             for pool in self._state.pools
             if not self._has_link(pool)
         ]
-        return "; ".join(waiting) or "the supervisor has not answered"
+        return "; ".join([*waiting, *self._refusals.values()]) or "the supervisor has not answered"
 
     # ---- following the supervisor
 
@@ -191,6 +195,7 @@ class WatchedFleet:
         published = {address.gang_id: address for address in _addresses(state)}
         for gang_id in self._keepers.keys() - published.keys():
             self._keepers.pop(gang_id).cancel()
+            self._refusals.pop(gang_id, None)
         for gang_id, address in published.items():
             if gang_id not in self._keepers:
                 self._keepers[gang_id] = asyncio.create_task(self._keep(address), name=f"keep-{gang_id}")
@@ -202,9 +207,10 @@ class WatchedFleet:
             try:
                 link = await SocketLink.connect(address)
             except TensorweaveError as error:
-                logger.warning("%s", error.message)
+                self._note_refusal(address.gang_id, error.message)
                 await asyncio.sleep(_RETRY_S)
                 continue
+            self._refusals.pop(address.gang_id, None)
             self._links[address.gang_id] = link
             self._show_roads(link)
             self._notify()
@@ -217,6 +223,12 @@ class WatchedFleet:
                 del self._links[address.gang_id]
                 self._notify()
             await asyncio.sleep(_RETRY_S)
+
+    def _note_refusal(self, gang_id: str, why: str) -> None:
+        """Logged once, not at every try; told in `describe` and by `wait_ready` until a link is open."""
+        if self._refusals.get(gang_id) != why:
+            self._refusals[gang_id] = why
+            logger.warning("gang %s: %s", gang_id, why)
 
     def _show_roads(self, link: SocketLink) -> None:
         link.kv_roads = {

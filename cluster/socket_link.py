@@ -73,8 +73,8 @@ class SocketLink:
         self._closed = asyncio.Event()
         self._closes_when_idle = False
         self._num_silent_beats = 0
-        self._writer.write(wire.pack_frame("kv_subscribe"))
         self._task = asyncio.create_task(self._run(frames), name=f"link-{address.gang_id}")
+        self._send(wire.pack_frame("kv_subscribe"))
 
     @classmethod
     async def connect(cls, address: GangAddress, timeout_s: float = 5.0) -> SocketLink:
@@ -89,7 +89,7 @@ class SocketLink:
                     frames = wire.FrameReader(reader)
                     info = await _read_greeting(frames)
                     undo.pop_all()
-        except OSError as error:  # TimeoutError is one
+        except (OSError, RuntimeError) as error:  # TimeoutError, and what a transport raises that has closed meanwhile
             raise NotReady(
                 f"gang {address.gang_id}: no answer from its leader at {address.host}:{address.port} within "
                 f"{timeout_s} s ({type(error).__name__})"
@@ -129,7 +129,7 @@ class SocketLink:
         except (OverflowError, TypeError) as error:
             raise RequestRejected(f"the request does not fit the protocol: {error}", param="prompt") from error
         inbox = self._inboxes[request.request_id] = asyncio.Queue()
-        self._writer.write(frame)
+        self._send(frame)
         reading = self._read(request.request_id, inbox, is_kept=request.grace_s > 0)
         async with contextlib.aclosing(reading) as chunks:
             async for chunk in chunks:
@@ -160,7 +160,7 @@ class SocketLink:
 
     def cancel(self, request_id: str) -> None:
         if self.is_open:
-            self._writer.write(wire.pack_frame("cancel", request_id))
+            self._send(wire.pack_frame("cancel", request_id))
 
     async def find(self, request_id: str, timeout_s: float = 5.0) -> FoundAttempt | None:
         found = await self._ask("find", timeout_s, request_id)
@@ -171,7 +171,7 @@ class SocketLink:
             raise _copy(self._error)
         number = next(self._numbers)
         attaching = self._attaching[number] = _Attaching(asyncio.get_running_loop().create_future())
-        self._writer.write(wire.pack_frame("attach", number, request_id))
+        self._send(wire.pack_frame("attach", number, request_id))
         try:
             stream_id = await attaching.opened
         except asyncio.CancelledError:
@@ -206,7 +206,7 @@ class SocketLink:
         number = next(self._numbers)
         answer = self._asked[number] = asyncio.get_running_loop().create_future()
         try:
-            self._writer.write(wire.pack_frame(name, number, *fields))
+            self._send(wire.pack_frame(name, number, *fields))
             async with asyncio.timeout(timeout_s):
                 return await answer
         except TimeoutError:
@@ -262,7 +262,7 @@ class SocketLink:
                 self._begin_attached(number, stream_id, tail)
             case ["kv" | "kv_snapshot", *_]:
                 if self.kv.apply(frame):
-                    self._writer.write(wire.pack_frame("kv_snapshot"))
+                    self._send(wire.pack_frame("kv_snapshot"))
             case ["error", fields]:
                 self._end(error_from_wire(fields))
             case _:
@@ -288,6 +288,13 @@ class SocketLink:
             await asyncio.sleep(_BEAT_S)
             self._num_silent_beats += 1
         self._end(WorkerLost(f"gang {self.gang_id}: its leader was silent for {SILENCE_LIMIT_S:g} s"))
+
+    def _send(self, frame: bytes) -> None:
+        """A transport that has closed under us raises, before its reader hears of it: the gang is lost either way."""
+        try:
+            self._writer.write(frame)
+        except (RuntimeError, OSError) as error:
+            self._end(WorkerLost(f"gang {self.gang_id}: the connection to its leader broke ({error})"))
 
     def _end(self, error: TensorweaveError) -> None:
         """The first end counts: every open request gets it, and the socket goes."""

@@ -1,0 +1,25 @@
+"""Strangers cannot fill the log."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from tensorweave.cluster.limited_log import INTERVAL_S, LimitedLog
+
+
+def test_one_line_an_interval_says_how_many_were_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    now_s = [1000.0]
+    log = LimitedLog(logging.getLogger("door"), logging.WARNING, clock=lambda: now_s[0])
+    for number in range(2838):
+        log.tell(f"noise {number}")
+    now_s[0] += INTERVAL_S
+    log.tell("noise again")
+    now_s[0] += INTERVAL_S
+    log.tell("and again")
+    assert [record.getMessage() for record in caplog.records] == [
+        "noise 0",
+        "noise again (2837 more since the last such line)",
+        "and again",
+    ]
