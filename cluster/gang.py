@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 import psutil
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -31,6 +31,7 @@ from tensorweave.cluster.memory_kills import kills_anywhere, kills_here, says_me
 from tensorweave.cluster.placement import live_nodes, place
 from tensorweave.cluster.protocol import GangAddress, KvRoad, KvSource
 from tensorweave.cluster.ranks import RankOrder, RankPlace, RankReport, RankStarted
+from tensorweave.cluster.versions import Versions, explain_mix
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +91,10 @@ class Gang:
     async def _start_ranks(self) -> GangAddress:
         self._places = await _gather([actor.prepare.remote() for actor in self._actors])
         self._node_ips = {node["NodeID"]: node["NodeManagerAddress"] for node in await asyncio.to_thread(live_nodes)}
+        await self._check_versions()
         hosts = Hosts.choose(self._places, self._node_ips)
-        rendezvous = None
-        if len(self._actors) > 1:
-            rendezvous = await self._actors[0].open_rendezvous.remote(hosts.peers[0], len(self._actors))
         starting = asyncio.ensure_future(
-            _gather([self._start_rank(rank, self._order(rank, rendezvous, hosts)) for rank in range(len(self._actors))])
+            _gather([self._start_rank(rank, self._order(rank, hosts)) for rank in range(len(self._actors))])
         )
         watching = asyncio.ensure_future(self._watch(STARTING_HEARTBEAT_TIMEOUT_S))
         try:
@@ -115,6 +114,17 @@ class Gang:
             self.gang_id, self.epoch, self.spec.role, hosts.listen, leader.port, self._secret, leader.info
         )
         return dataclasses.replace(address, kv_source=self._kv_source(started))
+
+    async def _check_versions(self) -> None:
+        """Raises ValueError where a rank's host has another version of us: another try would fare no better."""
+        versions: dict[str, Versions | None] = {}
+        for rank, actor in enumerate(self._actors):
+            try:
+                versions[self._name(rank)] = Versions.from_wire(await actor.versions.remote())
+            except RayTaskError:  # it knows no such method
+                versions[self._name(rank)] = None
+        if mix := explain_mix(Versions.here(), versions):
+            raise ValueError(mix)
 
     async def _start_rank(self, rank: int, order: RankOrder) -> RankStarted:
         """Where there are several hosts, an error names the one that it comes from."""
@@ -160,14 +170,14 @@ class Gang:
     def _ip(self, place: RankPlace) -> str:
         return self._node_ips[place.node_id]
 
-    def _order(self, rank: int, rendezvous: tuple[str, int] | None, hosts: Hosts) -> RankOrder:
+    def _order(self, rank: int, hosts: Hosts) -> RankOrder:
         ranks_on = collections.Counter(place.node_id for place in self._places)
         return RankOrder(
             gang_id=self.gang_id,
             rank=rank,
             size=len(self._actors),
             args=self.spec.args,
-            rendezvous=rendezvous,
+            leader=self._actors[0] if rank else None,
             interface_ip=hosts.peers[rank],
             listen_host=hosts.listen,
             transfer_host=hosts.reached[rank],
@@ -277,6 +287,7 @@ class Gang:
                 "pid": place.pid,
                 "progress_age_s": report.progress_age_s,
                 "num_requests": report.num_requests,
+                "num_open_files": report.num_open_files,
                 "gauges": report.gauges,
             }
             for rank, place in enumerate(self._places)

@@ -6,9 +6,12 @@ Control only, a few hundred bytes a second; prompts and tokens go over the leade
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from tensorweave.cluster.protocol import KvEndpoint, ModelInfo
+
+_FULL: Final = 0.9
+"""A rank that has so much of its descriptors open is replaced before it can open nothing more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,8 @@ class RankPlace:
 
 @dataclass(frozen=True, slots=True)
 class RankOrder:
-    """Everything a rank needs to start. `interface_ip` is the address of this rank's node that peers reach it by,
+    """Everything a rank needs to start. `leader` is rank 0's actor, through which a gang of several finds together.
+    `interface_ip` is the address of this rank's node that peers reach it by,
     `transfer_host` the one that other gangs pull KV from. `secret` opens the leader's socket, `kv_secret` the KV
     endpoints: tickets carry it to users."""
 
@@ -32,7 +36,7 @@ class RankOrder:
     rank: int
     size: int
     args: dict[str, Any]
-    rendezvous: tuple[str, int] | None
+    leader: Any
     interface_ip: str
     listen_host: str
     transfer_host: str
@@ -86,7 +90,8 @@ class RankStarted:
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """One heartbeat. `progress_age_s` is how long ago the step loop last went round; None before it runs."""
+    """One heartbeat. `progress_age_s` is how long ago the step loop last went round; None before it runs.
+    `num_open_files` of `max_open_files`: the process's descriptors, which strangers' connections use up too."""
 
     progress_age_s: float | None = None
     is_alive: bool = False
@@ -94,12 +99,16 @@ class RankReport:
     num_requests: int = 0
     gauges: dict[str, float] = field(default_factory=dict)
     traffic: Traffic | None = None
+    num_open_files: int = 0
+    max_open_files: int = 0
 
     @property
     def fault(self) -> str | None:
         """Why the gang must end, if it must."""
         if self.failure is not None:
             return self.failure
+        if self.max_open_files and self.num_open_files > _FULL * self.max_open_files:
+            return f"it has {self.num_open_files} files and sockets open; {self.max_open_files} are its limit"
         return "its step loop has ended" if self.progress_age_s is not None and not self.is_alive else None
 
     def standstill(self, hang_timeout_s: float) -> str | None:

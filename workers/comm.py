@@ -10,16 +10,15 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from tensorweave.cluster.errors import WorkerLost
 from tensorweave.cluster.ranks import Traffic
-
-if TYPE_CHECKING:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from tensorweave.workers.gloo_listeners import shut_afterwards
+from tensorweave.workers.rendezvous import RankStore
 
 _INLINE_BYTES = 4096
 _LENGTH_BYTES = 8
@@ -77,9 +76,12 @@ class GroupComm:
     second one.
     """
 
-    def __init__(self, rank: int, size: int, tensors: dist.ProcessGroup, control: dist.ProcessGroup) -> None:
+    def __init__(
+        self, rank: int, size: int, tensors: dist.ProcessGroup, control: dist.ProcessGroup, store: RankStore
+    ) -> None:
         self.rank = rank
         self.size = size
+        self._store = store  # torch holds what is in C++ of it, and calls what is in Python
         self._tensors = tensors
         self._control = control
         self._inline = torch.zeros(_INLINE_BYTES, dtype=torch.uint8)
@@ -155,11 +157,12 @@ class GroupComm:
         dist.destroy_process_group()
 
 
-def start_comm(rank: int, size: int, store: TCPStore | None, device: torch.device, timeout_s: float) -> Comm:
+def start_comm(rank: int, size: int, store: RankStore | None, device: torch.device, timeout_s: float) -> Comm:
     """Join the gang's group through its rendezvous store; every rank calls this, within `timeout_s` of each other.
+    Nothing listens for peers any more when it returns, but what NCCL does.
 
     Args:
-        store: the gang's TCPStore; may be None for a gang of one.
+        store: the gang's; may be None for a gang of one.
         timeout_s: longest silence of a peer in any collective, in seconds.
     """
     if size == 1:
@@ -168,12 +171,14 @@ def start_comm(rank: int, size: int, store: TCPStore | None, device: torch.devic
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
-    control = dist.new_group(backend="gloo", timeout=timeout)
+    with shut_afterwards():
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
+        control = dist.new_group(backend="gloo", timeout=timeout)
+    store.seal()
     world = dist.group.WORLD
     assert world is not None
     assert control is not None
-    return GroupComm(rank, size, world, control)
+    return GroupComm(rank, size, world, control, store)
 
 
 def _first_line(error: Exception) -> str:

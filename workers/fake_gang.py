@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tensorweave.workers.rank import RankWorker
 
@@ -23,11 +23,17 @@ if TYPE_CHECKING:
 
 
 class HashRankWorker(RankWorker):
-    """Each step takes at least `step_s`. The oracle of its tokens is `workers.fake_engine.hash_token`."""
+    """Each step takes at least `step_s`; `package_version` is what it says it is of. The oracle of its tokens is
+    `workers.fake_engine.hash_token`."""
 
-    def __init__(self, step_s: float = 0.0) -> None:
+    def __init__(self, step_s: float = 0.0, package_version: str | None = None) -> None:
         super().__init__()
         self._step_s = step_s
+        self._package_version = package_version
+
+    async def versions(self) -> list[Any]:
+        package, protocol = await super().versions()
+        return [self._package_version or package, protocol]
 
     def _build_executor(self, args: TorchLlmArgs, comm: Comm, order: RankOrder) -> PyExecutor:
         from tensorweave.workers.decoder import SamplingDecoder

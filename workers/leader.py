@@ -17,6 +17,7 @@ from typing import Final
 
 from tensorweave.cluster import wire
 from tensorweave.cluster.errors import TensorweaveError, WireError, WorkerLost
+from tensorweave.cluster.limited_log import LimitedLog
 from tensorweave.cluster.protocol import PROTOCOL_VERSION
 from tensorweave.workers.leader_desk import MAX_UNSENT_BYTES, Client, LeaderDesk, ServedExecutor
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _PUMP_WAIT_S: Final = 0.25
 _START_TIMEOUT_S: Final = 10.0
+_MAX_STRANGERS: Final = 256
 
 
 class LeaderServer:
@@ -43,6 +45,8 @@ class LeaderServer:
         self._secret = secret
         self._max_unsent_bytes = max_unsent_bytes
         self._desk = LeaderDesk(executor, max_kv_events)
+        self._strangers: dict[Client, None] = {}
+        self._log = LimitedLog(logger, logging.WARNING)
         self._stopping = threading.Event()
         self._is_up = threading.Event()
         self._start_error: OSError | None = None
@@ -156,7 +160,7 @@ class LeaderServer:
             async for frame in frames:
                 self._desk.receive(client, frame)
         except WireError as error:
-            logger.warning("closing a client's connection: %s", error.message)
+            self._log.tell(f"closing a client's connection: {error.message}")
             client.send("error", error.to_wire())
         except Exception:  # the request boundary: one client's nonsense must not reach another
             logger.exception("closing a client's connection")
@@ -165,11 +169,19 @@ class LeaderServer:
             writer.close()
 
     async def _greet(self, client: Client, frames: wire.FrameReader) -> bool:
+        """Those who have not said hello yet are few, and the oldest of them make room."""
+        self._strangers[client] = None
+        if len(self._strangers) > _MAX_STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            wire.abort(oldest.writer)
         try:
             async with asyncio.timeout(wire.HELLO_TIMEOUT_S):
                 first = await anext(frames, None)
         except TimeoutError:
             raise WireError("no hello in time") from None
+        finally:
+            self._strangers.pop(client, None)
         if first is None:
             return False
         wire.check_hello(first, self._secret)

@@ -8,15 +8,15 @@ start: the supervisor, which needs this class only to launch it, then carries no
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
+import resource
 import signal
-import socket
 import sys
 import threading
 import time
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import psutil
@@ -25,19 +25,20 @@ import ray
 from tensorweave.cluster.host_memory import oom_kills
 from tensorweave.cluster.protocol import KvRoad, KvSource
 from tensorweave.cluster.ranks import LeaderPlace, LinkRate, RankOrder, RankPlace, RankReport, RankStarted, Traffic
+from tensorweave.cluster.versions import Versions
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
     from tensorweave.cluster.llm_args import TorchLlmArgs
     from tensorweave.workers.comm import Comm, GroupComm
     from tensorweave.workers.executor import PyExecutor
     from tensorweave.workers.leader import LeaderServer
     from tensorweave.workers.logits_processors import LogitsProcessor
+    from tensorweave.workers.rendezvous import Ask, Board
 
 logger = logging.getLogger(__name__)
 
 _GUARD_INTERVAL_S: Final = 1.0
+_ASK_SLACK_S: Final = 10.0
 _LAST_WORDS_S: Final = 3.0
 """A rank whose executor failed stays this long: its heartbeat says why, its leader tells its clients."""
 _EVENT_BUFFER_SIZE: Final = 1 << 16
@@ -53,7 +54,8 @@ class RankWorker:
     def __init__(self) -> None:
         self._executor: PyExecutor | None = None
         self._leader: LeaderServer | None = None
-        self._store: TCPStore | None = None
+        self._its_board: Board | None = None
+        self._making = threading.Lock()
         self._group: GroupComm | None = None
         self._measured = Traffic()
         self._stopping = threading.Event()
@@ -62,6 +64,8 @@ class RankWorker:
     async def prepare(self) -> RankPlace:
         """Where this rank is; from here on it dies with its node's Ray."""
         _die_with_parent()
+        raise_file_limit()
+        self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._guard, name="rank-guard", daemon=True).start()
         return RankPlace(
             node_id=ray.get_runtime_context().get_node_id(),
@@ -70,9 +74,13 @@ class RankWorker:
             oom_kills=oom_kills(),
         )
 
-    async def open_rendezvous(self, host: str, size: int) -> tuple[str, int]:
-        """Rank 0 only: the store that the others join through, on `host` alone and a port of the system's choice."""
-        return await asyncio.to_thread(self._open_store, host, size)
+    async def versions(self) -> list[Any]:
+        """`Versions` of this process, in plain types: the caller may be of another one."""
+        return Versions.here().to_wire()
+
+    async def rendezvous(self, verb: str, *arguments: Any) -> Any:
+        """Rank 0 only: what the ranks tell each other while their group forms; see `Board.answer`."""
+        return await self._board().answer(verb, *arguments)
 
     async def start(self, order: RankOrder) -> RankStarted:
         """Load and run; returns when requests can come. Raises ValueError for wrong arguments or model files."""
@@ -80,14 +88,17 @@ class RankWorker:
 
     async def heartbeat(self) -> RankReport:
         executor = self._executor
+        num_open, max_open = count_open_files()
         if executor is None:
-            return RankReport()
+            return RankReport(num_open_files=num_open, max_open_files=max_open)
         return RankReport(
             progress_age_s=executor.heartbeat(),
             is_alive=executor.is_alive,
             failure=None if executor.failure is None else executor.failure.message,
             num_requests=executor.num_requests,
             gauges=executor.gauges(),
+            num_open_files=num_open,
+            max_open_files=max_open,
             traffic=None if self._group is None else self._group.traffic.since(self._measured),
         )
 
@@ -131,17 +142,6 @@ class RankWorker:
 
     # ---- on threads
 
-    def _open_store(self, host: str, size: int) -> tuple[str, int]:
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, 0), family=family)
-        port = int(listener.getsockname()[1])
-        self._store = TCPStore(
-            host, port, world_size=size, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
-        return host, port
-
     def _start(self, order: RankOrder) -> RankStarted:
         from tensorweave.cluster.llm_args import TorchLlmArgs
         from tensorweave.workers.leader import LeaderServer
@@ -180,22 +180,39 @@ class RankWorker:
         return link
 
     def _join(self, order: RankOrder, args: TorchLlmArgs) -> Comm:
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
         from tensorweave.workers.comm import start_comm
         from tensorweave.workers.device import pick_device
+        from tensorweave.workers.rendezvous import RankStore
 
-        store = self._store
-        if order.rendezvous is not None:
+        store = None
+        if order.size > 1:
             interface = interface_of(order.interface_ip)
             os.environ["GLOO_SOCKET_IFNAME"] = interface
             if interface != "lo":
                 os.environ["NCCL_SOCKET_IFNAME"] = f"={interface}"
-            if store is None:
-                host, port = order.rendezvous
-                timeout = timedelta(seconds=order.start_timeout_s)
-                store = TCPStore(host, port, world_size=order.size, is_master=False, timeout=timeout)
+            store = RankStore(self._way_to_board(order), order.start_timeout_s)
         return start_comm(order.rank, order.size, store, pick_device(args.device), order.start_timeout_s)
+
+    def _way_to_board(self, order: RankOrder) -> Ask:
+        from tensorweave.workers.rendezvous import ask_on_loop
+
+        if order.rank == 0:
+            return ask_on_loop(self._board(), self._loop, order.start_timeout_s)
+        leader = order.leader
+        assert leader is not None, "every rank but 0 has a leader"
+
+        def ask(verb: str, *arguments: Any) -> Any:
+            return ray.get(leader.rendezvous.remote(verb, *arguments), timeout=order.start_timeout_s + _ASK_SLACK_S)
+
+        return ask
+
+    def _board(self) -> Board:
+        from tensorweave.workers.rendezvous import Board
+
+        with self._making:
+            if self._its_board is None:
+                self._its_board = Board()
+        return self._its_board
 
     def _guard(self) -> None:
         """Ends this process when its parent has gone or its executor has failed, whatever its other threads do."""
@@ -213,6 +230,19 @@ def interface_of(ip: str) -> str:
         if any(address.address.partition("%")[0] == ip for address in addresses):
             return str(name)
     raise ValueError(f"no network interface of this node carries {ip}")
+
+
+def raise_file_limit() -> None:
+    """As many descriptors as the system lets this process have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # "infinity" may be more than the kernel takes
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def count_open_files() -> tuple[int, int]:
+    """Descriptors of this process, and its limit; 0 where there is none."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return psutil.Process().num_fds(), 0 if limit == resource.RLIM_INFINITY else limit
 
 
 def _fit_args(args: TorchLlmArgs, order: RankOrder) -> TorchLlmArgs:

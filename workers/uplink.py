@@ -6,7 +6,6 @@ to rank 0's handler on a reader thread; rank 0's own messages go there directly,
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import logging
 import secrets
@@ -18,8 +17,10 @@ from typing import Any, Final, Protocol, TypeAlias
 import msgpack
 
 from tensorweave.cluster.errors import WireError, WorkerLost
+from tensorweave.cluster.limited_log import LimitedLog
 from tensorweave.cluster.wire import MAX_HELLO_BYTES, FrameDecoder, pack_frame
 from tensorweave.workers.comm import Comm
+from tensorweave.workers.door import Door, hang_up
 
 logger = logging.getLogger(__name__)
 
@@ -56,56 +57,64 @@ class LeaderUplink(SoloUplink):
     """Rank 0: followers that show the secret are read, each on a thread."""
 
     def __init__(self, host: str, secret: str) -> None:
-        self._secret = secret
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family)
-        self.address = (host, int(self._listener.getsockname()[1]))
+        self._secret = secret.encode()
+        self._door = Door(host, "uplink-accept", self._admit)
+        self.address = self._door.address
+        self._log = LimitedLog(logger, logging.WARNING)
         self._lock = threading.Lock()
-        self._socks: list[socket.socket] = []
+        self._socks: set[socket.socket] = set()
         self._is_closing = False
 
     def start(self, handle: Handler) -> None:
         super().start(handle)
-        threading.Thread(target=self._accept, name="uplink-accept", daemon=True).start()
+        self._door.open()
 
     def close(self) -> None:
         with self._lock:
             self._is_closing = True
-            socks = [self._listener, *self._socks]
+            socks = list(self._socks)
         for sock in socks:
-            _hang_up(sock)
+            hang_up(sock)
+        self._door.close(SEND_TIMEOUT_S)
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            with self._lock:
-                self._socks.append(sock)
-                if self._is_closing:
-                    _hang_up(sock)
-            threading.Thread(target=self._read, args=(sock,), name="uplink-reader", daemon=True).start()
+    def _admit(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._socks.add(sock)
+            if self._is_closing:
+                hang_up(sock)
+        threading.Thread(target=self._read, args=(sock,), name="uplink-reader", daemon=True).start()
 
     def _read(self, sock: socket.socket) -> None:
         decoder = FrameDecoder(MAX_HELLO_BYTES)
         is_known = False
         try:
-            sock.settimeout(SEND_TIMEOUT_S)
             while data := sock.recv(_READ_BYTES):
                 for name, message in decoder.feed(data):
                     if is_known:
                         self._handle(message)
-                    elif name == "hello" and hmac.compare_digest(str(message), self._secret):
-                        is_known = True
-                        sock.settimeout(None)
-                    else:
-                        raise WireError("wrong secret")
+                        continue
+                    self._check(name, message)
+                    is_known = True
+                    self._door.know(sock)
         except (OSError, ValueError, WireError) as error:
-            if not self._is_closing:
-                logger.warning("a rank's uplink ends: %s", error)
+            self._tell(f"a rank's uplink ends: {error}", is_known)
         finally:
-            _hang_up(sock)
+            self._door.know(sock)
+            with self._lock:
+                self._socks.discard(sock)
+            hang_up(sock)
+
+    def _check(self, name: str, offered: Any) -> None:
+        if name != "hello" or not hmac.compare_digest(str(offered).encode(), self._secret):
+            raise WireError("wrong secret")
+
+    def _tell(self, message: str, is_known: bool) -> None:
+        if self._is_closing:
+            return
+        if is_known:
+            logger.warning("%s", message)
+        else:
+            self._log.tell(message)
 
 
 class FollowerUplink:
@@ -131,7 +140,7 @@ class FollowerUplink:
             raise WorkerLost(f"rank 0's uplink broke: {error}") from error
 
     def close(self) -> None:
-        _hang_up(self._sock)
+        hang_up(self._sock)
 
 
 def join_uplink(comm: Comm, host: str) -> Uplink:
@@ -145,9 +154,3 @@ def join_uplink(comm: Comm, host: str) -> Uplink:
         return leader
     leader_host, port, secret = msgpack.unpackb(comm.agree(None))
     return FollowerUplink((leader_host, port), secret)
-
-
-def _hang_up(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
-    sock.close()

@@ -35,6 +35,12 @@ def test_a_rank_is_not_blamed_for_our_own_standstill() -> None:
     asyncio.run(wait())
 
 
+@pytest.mark.parametrize(("num_open", "limit", "is_full"), [(900, 1000, False), (901, 1000, True), (901, 0, False)])
+def test_a_rank_that_is_running_out_of_descriptors_is_replaced(num_open: int, limit: int, is_full: bool) -> None:
+    report = RankReport(0.1, is_alive=True, num_open_files=num_open, max_open_files=limit)
+    assert report.fault == ("it has 901 files and sockets open; 1000 are its limit" if is_full else None)
+
+
 class ReportingActor:
     """Its `heartbeat.remote()` gives one report after the other, the last for ever."""
 

@@ -234,16 +234,26 @@ def _children_named(parent: psutil.Process | None, name: str) -> list[psutil.Pro
     return [child for child in parent.children() if name in command_of(child)]
 
 
-def test_wrong_arguments_fail_the_pool_at_once_with_the_reason() -> None:
+@pytest.mark.parametrize(
+    ("gang", "reason"),
+    [
+        ({"args": {"model": "refused"}}, "model 'refused' is refused"),
+        (
+            {"worker_options": {"package_version": "0.0.9"}},
+            r"rank 0 .* has tensorweave 0\.0\.9 .*; rank 1 .*; the supervisor has .* same version on every host",
+        ),
+    ],
+)
+def test_what_no_other_try_would_mend_fails_the_pool_at_once_with_the_reason(gang: dict[str, Any], reason: str) -> None:
     async def body() -> None:
         fleet = WatchedFleet(supervisor)
         began_s = time.monotonic()
-        with pytest.raises(NotReady, match="model 'refused' is refused"):
+        with pytest.raises(NotReady, match=reason):
             await fleet.wait_ready(READY_TIMEOUT_S)
         assert time.monotonic() - began_s < READY_TIMEOUT_S, "the pool failed, and nobody waited in vain"
         await fleet.close()
 
-    with _pool(args={"model": "refused"}) as supervisor:
+    with _pool(**gang) as supervisor:
         _run(body)
     _wait_all_free()
 

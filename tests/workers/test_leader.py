@@ -19,6 +19,7 @@ from tensorweave.cluster.errors import NotReady, Overloaded, RequestRejected, Te
 from tensorweave.cluster.link import FoundAttempt
 from tensorweave.cluster.protocol import PROTOCOL_VERSION, GangAddress, GenerateRequest, SamplingSpec, TokenChunk
 from tensorweave.cluster.socket_link import SILENCE_LIMIT_S, SocketLink
+from tensorweave.workers import leader as leader_module
 from tensorweave.workers.fake_executor import FAKE_INFO, FakeExecutor, fake_output
 from tensorweave.workers.leader import LeaderServer
 from tests.workers.waiting import WAIT_S
@@ -272,6 +273,23 @@ def test_strangers_and_nonsense_are_shown_the_door(first_bytes: bytes, complaint
     with _serving(executor) as (_, address):
         _run(body)
         assert executor.num_requests == 0
+
+
+def test_of_many_who_never_say_hello_the_oldest_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leader_module, "_MAX_STRANGERS", 3)
+
+    async def body() -> None:
+        async with _linked(address) as link:
+            idle = [await asyncio.open_connection(HOST, address.port) for _ in range(10)]
+            for reader, _ in idle[:7]:
+                with contextlib.suppress(ConnectionResetError):
+                    assert await reader.read() == b""
+            assert await _tokens(link, _request("good")) == fake_output(PROMPT, 4)
+            for _, writer in idle:
+                writer.close()
+
+    with _serving(FakeExecutor()) as (_, address):
+        _run(body)
 
 
 def test_connecting_to_nobody_or_with_a_wrong_secret_is_an_error_in_time() -> None:

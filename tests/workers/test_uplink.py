@@ -46,13 +46,19 @@ def test_all_ranks_reach_rank_0_in_order() -> None:
     run_ranks(3, work)
 
 
-def test_a_stranger_is_hung_up_on() -> None:
+def test_a_stranger_is_hung_up_on(caplog: pytest.LogCaptureFixture) -> None:
     got: list[Any] = []
     leader = LeaderUplink("127.0.0.1", "secret")
     leader.start(got.append)
-    for noise in (pack_frame("report", [1]), pack_frame("hello", "guess"), b"GET / HTTP/1.0\r\n\r\n" * 1000):
+    for noise in (
+        pack_frame("report", [1]),
+        pack_frame("hello", "guess"),
+        pack_frame("hello", "geheimnü"),
+        b"GET / HTTP/1.0\r\n\r\n" * 1000,
+    ):
         assert is_hung_up_after(noise, leader.address)
     assert got == []
+    assert len([record for record in caplog.records if "uplink" in record.getMessage()]) == 1, "the others are counted"
     leader.close()
 
 

@@ -14,20 +14,24 @@ not of this protocol, ends the connection and fails the claims on it.
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import socket
 import threading
 from collections.abc import Sequence
 from typing import Final
 
+from tensorweave.cluster.limited_log import LimitedLog
 from tensorweave.cluster.protocol import KvEndpoint
+from tensorweave.workers.door import Door, hang_up
 from tensorweave.workers.transfer.carrier import Claim, Event, EventQueue, Sink
 from tensorweave.workers.transfer.desk import Desk
 from tensorweave.workers.transfer.lane import HostLane, LaneKind
 from tensorweave.workers.transfer.shelf import Shelf
-from tensorweave.workers.transfer.tcp_giver import Visitor
+from tensorweave.workers.transfer.tcp_giver import Entry, Visitor
 from tensorweave.workers.transfer.tcp_taker import Road
 from tensorweave.workers.transfer.window import PoolWindow
+
+logger = logging.getLogger(__name__)
 
 _JOIN_TIMEOUT_S: Final = 5.0
 
@@ -55,11 +59,10 @@ class TcpCarrier:
         self._roads: dict[tuple[str, int, str], Road] = {}
         self._visitors: list[Visitor] = []
         self._is_closing = False
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family)
-        self.address = (host, int(self._listener.getsockname()[1]))
-        self._thread = threading.Thread(target=self._accept, name="kv-accept", daemon=True)
-        self._thread.start()
+        self._log = LimitedLog(logger, logging.INFO)
+        self._door = Door(host, "kv-accept", self._admit)
+        self.address = self._door.address
+        self._door.open()
 
     def offer(self, ticket_id: str, shelf: Shelf) -> None:
         self._desk.offer(ticket_id, shelf)
@@ -82,14 +85,11 @@ class TcpCarrier:
         with self._lock:
             self._is_closing = True
             visitors, roads = list(self._visitors), list(self._roads.values())
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
         for visitor in visitors:
             visitor.close()
         for road in roads:
             road.close()
-        self._thread.join(_JOIN_TIMEOUT_S)
+        self._door.close(_JOIN_TIMEOUT_S)
         for visitor in visitors:
             visitor.join(_JOIN_TIMEOUT_S)
         for road in roads:
@@ -107,15 +107,11 @@ class TcpCarrier:
                     road.close()
             return road
 
-    def _accept(self) -> None:
-        while not self._is_closing:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
+    def _admit(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._visitors = [visitor for visitor in self._visitors if not visitor.is_gone]
+            if self._is_closing:
+                hang_up(sock)
                 return
-            with self._lock:
-                self._visitors = [visitor for visitor in self._visitors if not visitor.is_gone]
-                if self._is_closing:
-                    sock.close()
-                    return
-                self._visitors.append(Visitor(sock, self._secret, self._desk, self._events, self._lanes))
+            entry = Entry(sock, self._door, self._secret, self._log)
+            self._visitors.append(Visitor(entry, self._desk, self._events, self._lanes))

@@ -9,11 +9,14 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from tensorweave.cluster.errors import TransferFailed, WireError
+from tensorweave.cluster.limited_log import LimitedLog
 from tensorweave.cluster.protocol import PROTOCOL_VERSION
 from tensorweave.cluster.wire import Frame
+from tensorweave.workers.door import Door
 from tensorweave.workers.transfer.carrier import Claim, EventQueue, TicketOver
 from tensorweave.workers.transfer.desk import Blocks, Desk, End, Parcel, Serving
 from tensorweave.workers.transfer.lane import GivingLane, LaneKind
@@ -24,13 +27,27 @@ logger = logging.getLogger(__name__)
 MAX_PROBE_BYTES: Final = 64 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A connection that has come through the door, and what its peer must show."""
+
+    sock: socket.socket
+    door: Door
+    secret: str
+    log: LimitedLog
+
+    def check(self, offered: str) -> bool:
+        return hmac.compare_digest(offered.encode(), self.secret.encode())
+
+    def is_known(self) -> None:
+        self.door.know(self.sock)
+
+
 class Visitor:
-    def __init__(
-        self, sock: socket.socket, secret: str, desk: Desk, events: EventQueue, kinds: Sequence[LaneKind]
-    ) -> None:
+    def __init__(self, entry: Entry, desk: Desk, events: EventQueue, kinds: Sequence[LaneKind]) -> None:
         self.is_gone = False
-        self._stream = Stream(sock)
-        self._secret = secret
+        self._entry = entry
+        self._stream = Stream(entry.sock)
         self._desk = desk
         self._events = events
         self._servings: dict[int, Serving] = {}
@@ -61,9 +78,12 @@ class Visitor:
             while True:
                 self._take(*self._stream.receive())
         except (TransferFailed, WireError) as error:
-            if not self.is_gone:
+            if self._lane is None:
+                self._entry.log.tell(f"a connection to the KV endpoint ends before it is greeted: {error}")
+            elif not self.is_gone:
                 logger.info("a KV taker's connection ends: %s", error)
         finally:
+            self._entry.is_known()
             self.close()
             for serving in self._servings.values():
                 self._leave(serving)
@@ -78,12 +98,13 @@ class Visitor:
         refusal = ""
         if version != PROTOCOL_VERSION:
             refusal = f"protocol version {version}, here it is {PROTOCOL_VERSION}"
-        elif not hmac.compare_digest(secret.encode(), self._secret.encode()):
+        elif not self._entry.check(secret):
             refusal = "wrong secret"
         greetings = {} if refusal else {name: lane.greeting() for name, lane in self._lanes.items()}
         self._stream.send("hello", PROTOCOL_VERSION, refusal, greetings)
         if refusal:
             raise WireError(refusal)
+        self._entry.is_known()
         self._stream.trust(max_body_bytes=0)
         frame, _ = self._stream.receive()
         match frame:
