@@ -22,6 +22,7 @@ from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants, services
 
 from tensorweave.cluster.errors import TensorweaveError
+from tensorweave.cluster.ray_address import check_ray_address
 from tensorweave.cluster.ray_auth import OPEN_RAY, asks_for_token, forget_token, token_mode
 from tensorweave.cluster.ray_forks import spare_ray_in_forks
 from tensorweave.cluster.sentences import sentence_of
@@ -79,7 +80,7 @@ def start_or_join_ray(
     a token of its own (`cluster.ray_auth`).
 
     Raises:
-        ConnectionError: there is no cluster at the address.
+        ConnectionError: there is no cluster at the address, or it does not let us in.
         RayFailed: Ray does not start or cannot be joined, for another reason.
     """
     if ray.is_initialized():
@@ -94,6 +95,7 @@ def start_or_join_ray(
     }
     if address is not None and address != "local":
         with _naming_failures(f"Ray at {address} cannot be joined"):
+            check_ray_address(address)
             ray.init(address=address, **common)
         return RaySession(is_owner=True, is_private=False)
     with _naming_failures("Ray cannot be started"), token_mode(), _on_loopback(), _out_of_our_process_group():
