@@ -26,8 +26,9 @@ examples:
   tensorweave chaos --config deploy/examples/chaos.yaml --rounds 20 --faults kill,hang --json out.json
   tensorweave chaos --config deploy/examples/chaos.yaml --faults kill-both-0,drain
 
-faults: kill-ROLE-RANK (SIGKILL), hang-ROLE-RANK (SIGSTOP), kill-router (with two front ends), drain (SIGTERM), none (a
-control); a kind alone stands for all of it. Only processes that the command has started itself are killed.
+faults: kill-ROLE-RANK (SIGKILL), hang-ROLE-RANK (SIGSTOP), kill-router (with two front ends), kill-supervisor, drain
+(SIGTERM), none (a control); a kind alone stands for all of it. Only processes that the command itself has started are
+killed.
 """
 _COLUMNS: Final = ("fault", "injected", "requests", "failed", "changed", "recover_s_median", "recover_s_max")
 _INTERRUPTED: Final = 130

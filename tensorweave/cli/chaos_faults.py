@@ -18,7 +18,7 @@ from tensorweave.cli.trial_load import Load
 from tensorweave.cli.trial_service import ServiceBroken, TrialService
 from tensorweave.deploy.config import ServeConfig
 
-Kind = Literal["none", "kill", "hang", "kill-router", "drain"]
+Kind = Literal["none", "kill", "hang", "kill-router", "kill-supervisor", "drain"]
 
 _NUM_MIDWAY: Final = 4
 """A fault strikes when so many requests are in the midst of their answers, or all clients' where there are fewer."""
@@ -66,7 +66,7 @@ def possible_faults(config: ServeConfig) -> list[Fault]:
             faults += [Fault(kind, pool.role, rank) for rank in range(pool.tensor_parallel_size)]
     if config.router.replicas > 1:
         faults.append(Fault("kill-router"))
-    return [*dict.fromkeys(faults), Fault("drain")]
+    return [*dict.fromkeys(faults), Fault("kill-supervisor"), Fault("drain")]
 
 
 def choose_faults(config: ServeConfig, names: str | None) -> list[Fault]:
@@ -105,6 +105,9 @@ async def prepare(fault: Fault, service: TrialService, draws: random.Random) -> 
         case "kill-router":
             port = draws.choice(service.ports)
             return _deadly("kill", _ours(await asyncio.to_thread(service.tree.listener, port), f"door {port}"))
+        case "kill-supervisor":
+            service.tree.note(service.pid)
+            return _deadly("kill", _ours(service.tree.named("ray::PoolSupervisor"), "the supervisor"))
         case "kill" | "hang":
             victims = [rank for rank in await service.ranks() if (rank.role, rank.rank) == (fault.role, fault.rank)]
             if not victims:

@@ -35,6 +35,14 @@ class ProcessTree:
         """The living process with this pid, if it is one of the service's."""
         return next((process for process in self.living() if process.pid == pid), None)
 
+    def named(self, prefix: str) -> psutil.Process | None:
+        """A process of the service whose command line begins so: Ray names an actor's after its class."""
+        for process in self.living():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if " ".join(process.cmdline()).startswith(prefix):
+                    return process
+        return None
+
     def listener(self, port: int) -> psutil.Process | None:
         """The process of the service that listens on this port."""
         for process in self.living():

@@ -61,21 +61,31 @@ def chaos(out: Path, *arguments: str, changes: list[str]) -> Iterator[subprocess
 
 def test_nobody_notices(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    arguments = ("--rounds", "1", "--faults", "kill,kill-router,drain", "--clients", "16", "--jobs", "24")
+    arguments = (
+        "--rounds",
+        "1",
+        "--faults",
+        "kill,kill-router,kill-supervisor,drain",
+        "--clients",
+        "16",
+        "--jobs",
+        "24",
+    )
     with chaos(out, *arguments, changes=AGGREGATED) as process:
         table, told = process.communicate(timeout=RUN_TIMEOUT_S)
         told = all_told(told, out)
     assert process.returncode == 0, told
     rows = json.loads(out.read_text())
-    assert [list(row) for row in rows] == [KEYS] * 3
-    assert [row["fault"] for row in rows] == ["kill-both-0", "kill-router", "drain"]
+    assert [list(row) for row in rows] == [KEYS] * 4
+    faults = ["kill-both-0", "kill-router", "kill-supervisor", "drain"]
+    assert [row["fault"] for row in rows] == faults
     for row in rows:
         assert row["injected"] == 1
         assert row["requests"] >= 16, told
         assert (row["failed"], row["changed"]) == (0, 0), told
         assert row["recover_s_max"] is not None, told
         assert row["recover_s_max"] < 60, told
-    assert [line.split()[0] for line in table.splitlines()] == ["fault", "kill-both-0", "kill-router", "drain"]
+    assert [line.split()[0] for line in table.splitlines()] == ["fault", *faults]
 
 
 def test_what_fails_is_told_and_a_signal_ends_all(tmp_path: Path) -> None:

@@ -40,7 +40,15 @@ def ask(urls: list[str], job: Job = JOB, *, count: int = 1, asks_again: bool = F
 
 def test_faults_follow_the_configuration() -> None:
     one_rank = [fault.name for fault in possible_faults(load_config(CHAOS_YAML))]
-    assert one_rank == ["kill-prefill-0", "kill-decode-0", "hang-prefill-0", "hang-decode-0", "kill-router", "drain"]
+    assert one_rank == [
+        "kill-prefill-0",
+        "kill-decode-0",
+        "hang-prefill-0",
+        "hang-decode-0",
+        "kill-router",
+        "kill-supervisor",
+        "drain",
+    ]
     changes = ["pools.prefill.tensor_parallel_size=2", "router.replicas=1"]
     more = [fault.name for fault in possible_faults(load_config(CHAOS_YAML, changes))]
     assert more[:3] == ["kill-prefill-0", "kill-prefill-1", "kill-decode-0"]
