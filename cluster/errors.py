@@ -62,6 +62,10 @@ class NotReady(TensorweaveError):
     http_status, openai_type, code = 503, "server_error", "not_ready"
 
 
+class NoRoom(NotReady):
+    """The Ray cluster cannot hold a gang now."""
+
+
 class WorkerLost(TensorweaveError):
     """The gang that ran the request died or hung."""
 

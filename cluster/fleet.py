@@ -94,10 +94,19 @@ def _describe_static(role: Role, links: Sequence[GangLink]) -> dict[str, Any]:
 
 
 class WatchedFleet:
-    """Follows a `PoolSupervisor`. Construct it inside the event loop that will use it, then `wait_ready`."""
+    """Follows a `PoolSupervisor`. Construct it inside the event loop that will use it, then `wait_ready`.
 
-    def __init__(self, supervisor: ActorHandle[PoolSupervisor]) -> None:
+    `find` looks a supervisor's successor up where there may be one: it blocks, and raises ValueError where there is
+    none yet.
+    """
+
+    def __init__(
+        self,
+        supervisor: ActorHandle[PoolSupervisor],
+        find: Callable[[], ActorHandle[PoolSupervisor]] | None = None,
+    ) -> None:
         self._supervisor = supervisor
+        self._find = find
         self._state = ServiceState(0, ())
         self._links: dict[str, SocketLink] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
@@ -184,11 +193,20 @@ class WatchedFleet:
             except (TimeoutError, RayError) as error:
                 logger.warning("the supervisor does not answer (%s); trying again", type(error).__name__)
                 await asyncio.sleep(_RETRY_S)
+                await self._look_again()
                 continue
             self._state = state
             self._match(state)
             for link in self._links.values():
                 self._show_roads(link)
+
+    async def _look_again(self) -> None:
+        if self._find is None:
+            return
+        try:
+            self._supervisor = await asyncio.to_thread(self._find)
+        except (ValueError, RayError) as error:
+            logger.warning("there is no supervisor yet: %s", str(error).partition("\n")[0])
 
     def _match(self, state: ServiceState) -> None:
         """Keep a link to each published gang, and to no other."""

@@ -13,8 +13,9 @@ import logging
 import os
 import secrets
 import signal
+import time
 from collections.abc import Awaitable, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import psutil
 import ray
@@ -25,78 +26,115 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tensorweave.cluster.errors import NotReady, WorkerLost
 from tensorweave.cluster.gang_link import GangLink
+from tensorweave.cluster.gang_record import GangRecord
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.hosts import Hosts
-from tensorweave.cluster.memory_kills import kills_anywhere, kills_here, says_memory
-from tensorweave.cluster.placement import live_nodes, place
+from tensorweave.cluster.memory_kills import kills_anywhere, kills_here
+from tensorweave.cluster.placement import NamedGroup, live_nodes, place
 from tensorweave.cluster.protocol import GangAddress, KvRoad, KvSource
-from tensorweave.cluster.ranks import RankOrder, RankPlace, RankReport, RankStarted
+from tensorweave.cluster.rank_watch import STARTING_HEARTBEAT_TIMEOUT_S, RankWatch, first_line, why_dead
+from tensorweave.cluster.ranks import RankOrder, RankPlace, RankReport, RankStarted, describe_phases
 from tensorweave.cluster.versions import Versions, explain_mix
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-HEARTBEAT_INTERVAL_S: Final = 1.0
-HEARTBEAT_TIMEOUT_S: Final = 4.0
-STARTING_HEARTBEAT_TIMEOUT_S: Final = 30.0
-"""Importing and loading may hold a rank's interpreter for seconds."""
 _STOP_TIMEOUT_S: Final = 5.0
 _MEASURE_TIMEOUT_S: Final = 20.0
 _CREATED_TOLERANCE_S: Final = 0.1
-_BEAT_S: Final = 0.25
+_LONG_START_S: Final = 15.0
+_LEASE_S: Final = 120.0
+"""How long a detached rank serves on without a heartbeat: time for Ray to start its supervisor again."""
 
 
 class Gang:
-    """One incarnation. Call `start`, then `watch` until it returns, and `kill` in any case."""
+    """One incarnation. Call `start`, then `watch` until it returns, and `kill` in any case.
 
-    def __init__(self, spec: GangSpec, worker_class: type[Any], gang_id: str, epoch: int, group_name: str = "") -> None:
+    With a `namespace` the ranks outlive the process that started them, for `_LEASE_S`: within it, a successor finds
+    them by name and goes on with `resume`. Without, they die with it.
+    """
+
+    def __init__(
+        self,
+        spec: GangSpec,
+        worker_class: type[Any],
+        gang_id: str,
+        epoch: int,
+        group_name: str = "",
+        *,
+        pool: str = "",
+        slot: int = 0,
+        namespace: str | None = None,
+    ) -> None:
         self.gang_id = gang_id
         self.epoch = epoch
         self.spec = spec
         self._worker_class = worker_class
         self._group_name = group_name or gang_id
+        self._pool = pool
+        self._slot = slot
+        self._namespace = namespace
         self._secret = secrets.token_hex(16)
         self._kv_secret = secrets.token_hex(16)
         self._group: PlacementGroup | None = None
         self._actors: list[ActorHandle[Any]] = []
-        self._places: list[RankPlace] = []
-        self._node_ips: dict[str, str] = {}
-        self._reports: dict[int, RankReport] = {}
-        self._mute: set[int] = set()
+        self._places: Sequence[RankPlace] = ()
+        self._node_ips: Mapping[str, str] = {}
+        self._watch = RankWatch((), self._name, spec.hang_timeout_s)
         self._link: GangLink | None = None
+        self._start_began_s: float | None = None
+
+    @classmethod
+    def resume(cls, record: GangRecord, worker_class: type[Any], group: NamedGroup, namespace: str) -> Self:
+        """A gang that runs already. Raises ValueError where one of its ranks has gone. Blocks."""
+        address, spec = record.address, record.spec
+        gang = cls(spec, worker_class, address.gang_id, address.epoch, group.name, namespace=namespace)
+        gang._group = group.group
+        gang._actors = [ray.get_actor(rank_name(group.name, rank), namespace) for rank in range(len(record.places))]
+        gang._places, gang._node_ips = record.places, record.node_ips
+        gang._link = None if record.link is None else GangLink(gang.gang_id, record.link)
+        gang._watch = RankWatch(gang._actors, gang._name, spec.hang_timeout_s, gang._note_report)
+        return gang
 
     async def start(self) -> GangAddress:
         """Place, start and join all ranks.
 
         Raises:
-            NotReady: no room in time. WorkerLost: a rank died, or was not up within `start_timeout_s`.
+            NoRoom: no room in time. WorkerLost: a rank died, or was not up within `start_timeout_s`.
             ValueError: the ranks refuse their arguments; starting again is no use.
         """
         spec = self.spec
         size = spec.tensor_parallel_size
-        self._group = await place(spec.bundle, size, spec.place_timeout_s, self._group_name)
+        is_detached = self._namespace is not None
+        self._group = await place(spec.bundle, size, spec.place_timeout_s, self._group_name, is_detached=is_detached)
         self._actors = [self._create_actor(rank) for rank in range(size)]
+        self._start_began_s = time.monotonic()
         try:
             async with asyncio.timeout(spec.start_timeout_s):
                 return await self._start_ranks()
         except TimeoutError:
-            raise WorkerLost(f"gang {self.gang_id} did not start within {spec.start_timeout_s:g} s") from None
+            at = self._describe_start()
+            raise WorkerLost(f"gang {self.gang_id} did not start within {spec.start_timeout_s:g} s: {at}") from None
         except RayActorError as error:
-            why = _why_dead(error) + await kills_anywhere(self._places)
+            why = why_dead(error) + await kills_anywhere(self._places)
             raise WorkerLost(f"gang {self.gang_id}: a rank died while starting ({why})") from error
         except RayError as error:
             raise _start_error(self.gang_id, error) from error
+        finally:
+            self._start_began_s = None
 
     async def _start_ranks(self) -> GangAddress:
-        self._places = await _gather([actor.prepare.remote() for actor in self._actors])
+        lease_s = None if self._namespace is None else _LEASE_S
+        self._places = await _gather([actor.prepare.remote(lease_s) for actor in self._actors])
         self._node_ips = {node["NodeID"]: node["NodeManagerAddress"] for node in await asyncio.to_thread(live_nodes)}
         await self._check_versions()
         hosts = Hosts.choose(self._places, self._node_ips)
         starting = asyncio.ensure_future(
             _gather([self._start_rank(rank, self._order(rank, hosts)) for rank in range(len(self._actors))])
         )
-        watching = asyncio.ensure_future(self._watch(STARTING_HEARTBEAT_TIMEOUT_S))
+        self._watch = RankWatch(self._actors, self._name, self.spec.hang_timeout_s, self._note_report)
+        watching = asyncio.ensure_future(self._watch.until_fault(STARTING_HEARTBEAT_TIMEOUT_S))
         try:
             await asyncio.wait({starting, watching}, return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
@@ -113,7 +151,13 @@ class Gang:
         address = GangAddress(
             self.gang_id, self.epoch, self.spec.role, hosts.listen, leader.port, self._secret, leader.info
         )
-        return dataclasses.replace(address, kv_source=self._kv_source(started))
+        address = dataclasses.replace(address, kv_source=self._kv_source(started))
+        if self._namespace is not None:
+            places = tuple(self._places)
+            link = started[0].link
+            record = GangRecord(self._pool, self._slot, self.spec, address, places, self._node_ips, link)
+            await self._actors[0].keep_record.remote(record)
+        return address
 
     async def _check_versions(self) -> None:
         """Raises ValueError where a rank's host has another version of us: another try would fare no better."""
@@ -159,10 +203,16 @@ class Gang:
                 max_task_retries=0,
                 scheduling_strategy=strategy,
                 runtime_env=self.spec.runtime_env,
+                **self._lifetime(rank),
             )
             .remote(**self.spec.worker_options)
         )
         return actor
+
+    def _lifetime(self, rank: int) -> dict[str, str]:
+        if self._namespace is None:
+            return {}
+        return {"lifetime": "detached", "name": rank_name(self._group_name, rank), "namespace": self._namespace}
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} (pid {self._places[rank].pid} on {self._ip(self._places[rank])})"
@@ -193,37 +243,11 @@ class Gang:
 
     async def watch(self) -> str:
         """Returns when the gang must end, and says why: at most about 5 s, or the hang timeout, after the fault."""
-        return await self._watch(HEARTBEAT_TIMEOUT_S) + kills_here(self._places)
+        return await self._watch.until_fault() + kills_here(self._places)
 
-    async def _watch(self, timeout_s: float) -> str:
-        watchers = [asyncio.create_task(self._watch_rank(rank, timeout_s)) for rank in range(len(self._actors))]
-        try:
-            done, _ = await asyncio.wait(watchers, return_when=asyncio.FIRST_COMPLETED)
-            return "; ".join(watcher.result() for watcher in done)
-        finally:
-            for watcher in watchers:
-                watcher.cancel()
-
-    async def _watch_rank(self, rank: int, timeout_s: float) -> str:
-        """Standstill is a fault when two reports in a row say so."""
-        name = self._name(rank)
-        was_still = False
-        while True:
-            try:
-                report: RankReport = await _in_time(self._actors[rank].heartbeat.remote(), timeout_s)
-            except TimeoutError:
-                self._mute.add(rank)
-                return f"{name} has not answered for {timeout_s:g} s"
-            except RayError as error:
-                return f"{name} died: {_why_dead(error)}"
-            self._reports[rank] = report
-            if rank == 0 and self._link is not None and report.traffic is not None:
-                self._link.note(report.traffic)
-            standstill = report.standstill(self.spec.hang_timeout_s)
-            if fault := report.fault or (was_still and standstill):
-                return f"{name}: {fault}"
-            was_still = standstill is not None
-            await asyncio.sleep(_BEAT_S if was_still else HEARTBEAT_INTERVAL_S)
+    def _note_report(self, rank: int, report: RankReport) -> None:
+        if rank == 0 and self._link is not None and report.traffic is not None:
+            self._link.note(report.traffic)
 
     async def measure_road(self, source: KvSource) -> KvRoad:
         """What the way from that gang to this one carries."""
@@ -232,7 +256,7 @@ class Gang:
                 road: KvRoad = await self._actors[0].measure_road.remote(source)
                 return road
         except (TimeoutError, RayError) as error:
-            return KvRoad(0.0, 0.0, f"{type(error).__name__}: {_first_line(error)}")
+            return KvRoad(0.0, 0.0, f"{type(error).__name__}: {first_line(error)}")
 
     async def set_logits_processors(self, processors: Mapping[str, Any]) -> None:
         """References to callables, by name, which Ray hands to every rank; None takes one away. Raises WorkerLost, and
@@ -241,10 +265,10 @@ class Gang:
             for name, reference in processors.items():
                 await _gather([actor.set_logits_processor.remote(name, reference) for actor in self._actors])
         except RayActorError as error:
-            raise WorkerLost(f"gang {self.gang_id}: a rank died ({_first_line(error)})") from error
+            raise WorkerLost(f"gang {self.gang_id}: a rank died ({first_line(error)})") from error
         except RayError as error:
             cause = getattr(error, "cause", None) or error
-            raise ValueError(f"a logits processor cannot be loaded by the ranks: {_first_line(cause)}") from error
+            raise ValueError(f"a logits processor cannot be loaded by the ranks: {first_line(cause)}") from error
 
     async def drain(self, timeout_s: float) -> None:
         """Let open requests end, refuse new ones; then the ranks stop. Gives up at the timeout: `kill` follows."""
@@ -255,13 +279,13 @@ class Gang:
                 async with asyncio.timeout(_STOP_TIMEOUT_S):
                     await _gather([actor.stop.remote() for actor in self._actors])
         except (TimeoutError, RayError) as error:
-            logger.warning("gang %s: drain cut short: %s", self.gang_id, _first_line(error))
+            logger.warning("gang %s: drain cut short: %s", self.gang_id, first_line(error))
 
     async def kill(self) -> None:
         """SIGKILL to all ranks, and the placement group goes. Idempotent."""
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
-        for rank in self._mute:
+        for rank in self._watch.mute:
             self._kill_here(self._places[rank])
         group, self._group = self._group, None
         if group is not None:
@@ -291,24 +315,24 @@ class Gang:
                 "gauges": report.gauges,
             }
             for rank, place in enumerate(self._places)
-            for report in (self._reports.get(rank, RankReport()),)
+            for report in (self._watch.report(rank),)
         ]
         link = {} if self._link is None else {"link": self._link.describe()}
-        return {"gang_id": self.gang_id, "epoch": self.epoch, "ranks": ranks, **link}
+        start = self._describe_start()
+        return {"gang_id": self.gang_id, "epoch": self.epoch, "ranks": ranks, "starting": start, **link}
+
+    def _describe_start(self) -> str:
+        """What its ranks are at, once a start takes longer than most."""
+        began_s = self._start_began_s
+        if began_s is None or time.monotonic() - began_s < _LONG_START_S:
+            return ""
+        phases = [(self._ip(place), self._watch.report(rank).phase) for rank, place in enumerate(self._places)]
+        return describe_phases(phases)
 
 
-async def _in_time(reference: Awaitable[T], timeout_s: float) -> T:
-    """Its result, or TimeoutError. Counts beats in vain, not seconds: if our own loop stood still, nobody else is
-    to blame."""
-    asked = asyncio.ensure_future(reference)
-    try:
-        for _ in range(round(timeout_s / _BEAT_S)):
-            done, _ = await asyncio.wait({asked}, timeout=_BEAT_S)
-            if done:
-                return asked.result()
-        raise TimeoutError
-    finally:
-        asked.cancel()
+def rank_name(group_name: str, rank: int) -> str:
+    """Of a detached rank's actor."""
+    return f"{group_name}-{rank}"
 
 
 async def _gather(references: Sequence[Awaitable[T]]) -> list[T]:
@@ -322,14 +346,5 @@ def _start_error(gang_id: str, error: RayError, where: str = "") -> Exception:
         return cause
     if isinstance(cause, ValueError):
         return ValueError(f"{where}{cause}")
-    why = f"{type(cause or error).__name__}: {_first_line(cause or error)}"
+    why = f"{type(cause or error).__name__}: {first_line(cause or error)}"
     return WorkerLost(f"gang {gang_id} failed to start: {where}{why}")
-
-
-def _why_dead(error: RayError) -> str:
-    return "its host ran out of memory, and Ray killed it" if says_memory(error) else _first_line(error).rstrip(".")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

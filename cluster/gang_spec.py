@@ -12,7 +12,8 @@ from tensorweave.cluster.protocol import Role
 @dataclass(frozen=True)
 class GangSpec:
     """What a gang is made of. `args` are `TorchLlmArgs` fields, `worker_options` go to the worker class. `model_digest`
-    is that of the model which each rank must find on its host."""
+    is that of the model which each rank must find on its host. Without a `place_timeout_s`, `cluster.placement` chooses
+    one."""
 
     role: Role = "both"
     tensor_parallel_size: int = 1
@@ -21,7 +22,7 @@ class GangSpec:
     gpus_per_rank: float = 0.0
     runtime_env: dict[str, Any] | None = None
     worker_options: dict[str, Any] = field(default_factory=dict)
-    place_timeout_s: float = 60.0
+    place_timeout_s: float | None = None
     start_timeout_s: float = 600.0
     hang_timeout_s: float = 8.0
     model_digest: str | None = None

@@ -16,7 +16,7 @@ from typing import Final
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 logger = logging.getLogger(__name__)
@@ -58,20 +58,20 @@ def end_with(name: str) -> None:
     myself = ray.get_runtime_context().current_actor
 
     def wait() -> None:
-        _wait_for_end(name)
+        wait_for_end(name)
         logger.info("the process that started this actor is gone: ending")
         ray.kill(myself, no_restart=True)
 
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
 
 
-def _wait_for_end(name: str) -> None:
+def wait_for_end(name: str) -> None:
     """As long as the owner lives. A lifeline whose own process failed is restarted, and asked again."""
     while True:
         try:
             lifeline: ActorHandle[Lifeline] = ray.get_actor(name, namespace=_NAMESPACE)
             lifeline.hold.remote().future().result()
-        except ActorUnavailableError:
-            threading.Event().wait(_RESTART_WAIT_S)
-        except (RayError, ValueError):  # ValueError: there is no such actor any more
+        except (ActorDiedError, ValueError):  # ValueError: there is no such actor any more
             return
+        except RayError:
+            threading.Event().wait(_RESTART_WAIT_S)

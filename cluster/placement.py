@@ -3,38 +3,48 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import ray
+from ray._raylet import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from tensorweave.cluster.errors import NotReady
+from tensorweave.cluster.errors import NoRoom
+from tensorweave.cluster.room import can_grow, read_room
 
 _ONE_NODE_WAIT_S: Final = 10.0
 """How long a gang waits for room on one node before it takes several."""
+_PLACE_TIMEOUT_S: Final = 20.0
+_GROWING_TIMEOUT_S: Final = 600.0
 
 
-async def place(bundle: Mapping[str, float], num_bundles: int, timeout_s: float, name: str) -> PlacementGroup:
-    """Reserve the bundles. Raises NotReady, naming what is missing, when they cannot be had in time."""
+async def place(
+    bundle: Mapping[str, float], num_bundles: int, timeout_s: float | None, name: str, *, is_detached: bool = False
+) -> PlacementGroup:
+    """Reserve the bundles; they go with their creator unless `is_detached`. Raises NoRoom, naming what is missing, when
+    they cannot be had in time: without a `timeout_s`, 20 s, or 600 s where the cluster knows of an autoscaler."""
+    if timeout_s is None:
+        timeout_s = _GROWING_TIMEOUT_S if await asyncio.to_thread(can_grow) else _PLACE_TIMEOUT_S
     wanted = [dict(bundle) for _ in range(num_bundles)]
     need = {resource: amount * num_bundles for resource, amount in bundle.items()}
     left_s = timeout_s
     if num_bundles > 1 and await asyncio.to_thread(_fits_one_node, need):
         wait_s = min(_ONE_NODE_WAIT_S, timeout_s / 2)
         left_s -= wait_s
-        if group := await _reserve(wanted, "STRICT_PACK", wait_s, name):
+        if group := await _reserve(wanted, "STRICT_PACK", wait_s, name, is_detached):
             return group
-    if group := await _reserve(wanted, "PACK", left_s, name):
+    if group := await _reserve(wanted, "PACK", left_s, name, is_detached):
         return group
-    raise NotReady(await asyncio.to_thread(_explain, bundle, num_bundles, need, timeout_s))
+    raise NoRoom((await asyncio.to_thread(read_room)).explain(bundle, num_bundles, timeout_s))
 
 
 async def _reserve(
-    bundles: Sequence[dict[str, float]], strategy: str, timeout_s: float, name: str
+    bundles: Sequence[dict[str, float]], strategy: str, timeout_s: float, name: str, is_detached: bool
 ) -> PlacementGroup | None:
-    group = await asyncio.to_thread(placement_group, list(bundles), strategy, name)
+    lifetime = "detached" if is_detached else None
+    group = await asyncio.to_thread(placement_group, list(bundles), strategy, name, lifetime)
     is_placed = False
     try:
         is_placed = await asyncio.to_thread(group.wait, max(1.0, timeout_s))
@@ -56,24 +66,31 @@ def live_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def remove_groups(prefix: str) -> None:
-    """Remove the groups whose names start so: whatever one supervisor has left, in this life or an earlier one."""
-    for row in ray.util.placement_group_table().values():
-        if row["name"].startswith(prefix) and row["state"] != "REMOVED":
-            with contextlib.suppress(ValueError):  # gone in between
-                remove_placement_group(ray.util.get_placement_group(row["name"]))
+@dataclass(frozen=True, slots=True)
+class NamedGroup:
+    """A placement group that is there, whoever made it."""
+
+    name: str
+    group: PlacementGroup
+    is_placed: bool
 
 
-def _explain(bundle: Mapping[str, float], num_bundles: int, need: Mapping[str, float], timeout_s: float) -> str:
-    total, free = ray.cluster_resources(), ray.available_resources()
-    nodes = live_nodes()
-    has = ", ".join(f"{free.get(name, 0.0):g} of {total.get(name, 0.0):g} {name} free" for name in need)
-    short = [
-        f"{amount - free.get(name, 0.0):g} {name}" for name, amount in need.items() if free.get(name, 0.0) < amount
+def find_groups(prefix: str) -> list[NamedGroup]:
+    """Those whose names start so: whatever one supervisor has left, in this life or an earlier one. Blocks."""
+    return [
+        NamedGroup(
+            row["name"], PlacementGroup(PlacementGroupID.from_hex(row["placement_group_id"])), row["state"] == "CREATED"
+        )
+        for row in ray.util.placement_group_table().values()
+        if row["name"].startswith(prefix) and row["state"] != "REMOVED"
     ]
-    missing = f"missing: {', '.join(short)}" if short else "enough in sum, but no node has room for a whole rank"
-    each = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
-    return (
-        f"cannot place a gang of {num_bundles} rank(s) with {each} each within {timeout_s:g} s: "
-        f"the Ray cluster has {has} on {len(nodes)} node(s); {missing}"
-    )
+
+
+def _group_of(hex_id: str) -> PlacementGroup:
+    return PlacementGroup(PlacementGroupID.from_hex(hex_id))
+
+
+def remove_groups(prefix: str) -> None:
+    """Remove the groups whose names start so, and with them the actors in them. Blocks."""
+    for found in find_groups(prefix):
+        remove_placement_group(found.group)

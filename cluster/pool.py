@@ -1,39 +1,40 @@
 """A pool keeps `replicas` gangs of one spec alive; it publishes where they are and replaces those that end.
 
-    STARTING ──▶ READY ──fault──▶ RESTARTING (back-off) ──▶ STARTING          faults again and again: FAILED
+    STARTING ──▶ READY ──fault──▶ RESTARTING (pause) ──▶ STARTING      faults again and again: FAILED (long pause)
                    └──drain──▶ DRAINING ──▶ STOPPED
 
-`GangPool` is plain asyncio and knows gangs by `PoolGang` only; `cluster.supervisor` runs pools in a Ray actor.
+No slot is given up for ever: a failed one is tried again after pauses that grow (`cluster.fault_record`). `GangPool` is
+plain asyncio and knows gangs by `PoolGang` only; `cluster.supervisor` runs pools in a Ray actor.
 """
 
 from __future__ import annotations
 
 import asyncio
-import collections
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
-from tensorweave.cluster.errors import NotReady, TensorweaveError
+from tensorweave.cluster.errors import NoRoom, NotReady, TensorweaveError
+from tensorweave.cluster.fault_record import FaultRecord
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.held_processors import HeldProcessors
-from tensorweave.cluster.protocol import GangAddress, KvRoad, KvSource, Role
+from tensorweave.cluster.pool_gang import PoolGang
+from tensorweave.cluster.protocol import GangAddress, Role
 
 logger = logging.getLogger(__name__)
 
 GangState = Literal["starting", "ready", "restarting", "draining", "stopped", "failed"]
 
-_FIRST_BACKOFF_S: Final = 1.0
-_MAX_BACKOFF_S: Final = 30.0
 _KILL_TIMEOUT_S: Final = 15.0
+_HOPELESS_PAUSE_S: Final = 5.0
 
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """A gang that had `max_faults` faults within `fault_window_s` is taken out of service; want of room is no fault.
-    With its last gang the pool has failed."""
+    """A gang that had `max_faults` faults within `fault_window_s` has failed: it is tried again, but after long pauses.
+    Want of room is no fault."""
 
     name: str
     gang: GangSpec
@@ -42,29 +43,10 @@ class PoolSpec:
     fault_window_s: float = 300.0
 
 
-class PoolGang(Protocol):
-    """What a pool needs of a gang: `cluster.gang.Gang`, or a fake."""
-
-    gang_id: str
-
-    async def start(self) -> GangAddress: ...
-
-    async def watch(self) -> str: ...
-
-    async def measure_road(self, source: KvSource) -> KvRoad: ...
-
-    async def set_logits_processors(self, processors: Mapping[str, Any]) -> None: ...
-
-    async def drain(self, timeout_s: float) -> None: ...
-
-    async def kill(self) -> None: ...
-
-    def describe(self) -> dict[str, Any]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """What a pool tells the front ends. `failure`: why it has given up, if so; `trouble`: what last went wrong."""
+    """What a pool tells the front ends. `failure`: why none of its gangs will be ready soon, if so; `trouble`: what
+    last went wrong."""
 
     name: str
     replicas: int
@@ -77,9 +59,10 @@ class PoolState:
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """One gang's place. `failure`: why it is out of service; `trouble`: what last went wrong."""
+    """One gang's place. `failure`: why it will not soon be ready; `trouble`: what last went wrong."""
 
     number: int
+    record: FaultRecord
     epoch: int = 0
     state: GangState = "starting"
     gang: PoolGang | None = None
@@ -88,8 +71,10 @@ class _Slot:
     is_ending: bool = False
     failure: str | None = None
     trouble: str | None = None
-    faults_s: collections.deque[float] = field(default_factory=collections.deque)
-    num_faults_running: int = 0
+
+    @property
+    def pause_s(self) -> float:
+        return max(self.record.pause_s, 0.0 if self.failure is None else _HOPELESS_PAUSE_S)
 
 
 class GangPool:
@@ -108,19 +93,24 @@ class GangPool:
         self._clock = clock
         self._slots: list[_Slot] = []
         self._num_slots = 0
-        self._failure: str | None = None
+        self._has_served = False
         self._trouble: str | None = None
         self._processors = HeldProcessors()
         self._is_ending = asyncio.Event()
 
-    def start(self) -> None:
-        self._grow(self.spec.replicas)
+    def start(self, running: Mapping[int, tuple[PoolGang, GangAddress]] | None = None) -> None:
+        """`running`: gangs that an earlier supervisor has left, by slot; the pool goes on with them."""
+        self._grow(self.spec.replicas, running or {})
 
-    def _grow(self, replicas: int) -> None:
+    def _grow(self, replicas: int, running: Mapping[int, tuple[PoolGang, GangAddress]]) -> None:
         while len(self._slots) < replicas:
-            slot = _Slot(self._num_slots)
+            slot = _Slot(self._num_slots, FaultRecord(self.spec.max_faults, self.spec.fault_window_s, self._clock))
             self._num_slots += 1
             self._slots.append(slot)
+            if slot.number in running:
+                slot.gang, slot.address = running[slot.number]
+                slot.epoch = slot.address.epoch
+                self._note_ready(slot, slot.gang)
             slot.task = asyncio.create_task(self._keep(slot), name=f"pool-{self.spec.name}-{slot.number}")
 
     @property
@@ -137,13 +127,19 @@ class GangPool:
         ]
 
     @property
+    def failure(self) -> str | None:
+        """The pool has failed when every slot has."""
+        failures = [slot.failure for slot in self._slots if not slot.is_ending]
+        return failures[-1] if failures and None not in failures else None
+
+    @property
     def state(self) -> PoolState:
         return PoolState(
             self.spec.name,
             self.replicas,
             tuple(address for _, address in self.ready),
             tuple(slot.state for slot in self._slots),
-            self._failure,
+            self.failure,
             self._trouble,
             self.spec.gang.role,
         )
@@ -163,7 +159,7 @@ class GangPool:
             "role": self.spec.gang.role,
             "replicas": self.replicas,
             "gangs": gangs,
-            "failure": self._failure,
+            "failure": self.failure,
             "trouble": self._trouble,
         }
 
@@ -179,8 +175,7 @@ class GangPool:
         staying = [slot for slot in self._slots if not slot.is_ending]
         staying.sort(key=lambda slot: (slot.state != "ready", slot.number))
         if replicas > len(staying):
-            self._failure = None
-            self._grow(len(self._slots) + replicas - len(staying))
+            self._grow(len(self._slots) + replicas - len(staying), {})
         going = staying[replicas:]
         for slot in going:
             slot.is_ending = True
@@ -219,31 +214,32 @@ class GangPool:
         try:
             while True:
                 await self._live(slot)
-                if self._is_ending.is_set() or slot.is_ending or slot.failure is not None:
+                if self._is_ending.is_set() or slot.is_ending:
                     return
-                self._set(slot, "restarting")
-                await self._pause(slot)
+                self._set(slot, "restarting" if slot.failure is None else "failed")
+                await self._pause(slot.pause_s)
         finally:
-            self._set(slot, "stopped" if slot.failure is None else "failed")
+            self._set(slot, "stopped")
 
     async def _live(self, slot: _Slot) -> None:
-        """One gang from launch to kill."""
-        slot.epoch += 1
-        slot.gang = gang = self._launch(slot.number, slot.epoch)
-        self._set(slot, "starting")
+        """One gang from launch, or from where an earlier supervisor left it, to kill."""
+        is_new = slot.state != "ready"
+        gang = self._next_gang(slot) if slot.gang is None or is_new else slot.gang
         try:
-            slot.address = await gang.start()
-            await self._processors.equip(gang)
-            slot.num_faults_running = 0
-            logger.info("gang %s is ready", gang.gang_id)
-            self._set(slot, "ready")
+            if is_new:
+                slot.address = await gang.start()
+                await self._processors.equip(gang)
+                self._note_ready(slot, gang)
             reason = await gang.watch()
             self._note_fault(slot, f"gang {gang.gang_id} ended: {reason}")
+        except NoRoom as error:
+            slot.record.note_trouble()
+            self._note(slot, error.message, is_hopeless=not self._has_served)
         except NotReady as error:
-            self._note_trouble(slot, error.message)
-        except ValueError as error:  # another try, or another gang of this spec, would fare no better
-            for other in self._slots:
-                self._give_up(other, f"gang {gang.gang_id} cannot start: {error}")
+            slot.record.note_trouble()
+            self._note(slot, error.message)
+        except ValueError as error:  # a host without the model, or a mistake in the arguments
+            self._note_fault(slot, f"gang {gang.gang_id} cannot start: {error}", is_hopeless=not self._has_served)
         except TensorweaveError as error:
             self._note_fault(slot, error.message)
         except Exception as error:  # the supervisor's boundary: an unforeseen error is a fault like any other
@@ -254,42 +250,41 @@ class GangPool:
             self._on_change()
             await gang.kill()
 
-    async def _pause(self, slot: _Slot) -> None:
-        """No pause after a first fault, then 1, 2, 4 … 30 s; ends early when the pool ends."""
-        if slot.num_faults_running <= 1:
-            return
-        delay_s = min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2.0 ** (slot.num_faults_running - 2))
+    def _next_gang(self, slot: _Slot) -> PoolGang:
+        slot.epoch += 1
+        slot.gang = self._launch(slot.number, slot.epoch)
+        self._set(slot, "starting")
+        return slot.gang
+
+    async def _pause(self, delay_s: float) -> None:
+        """Ends early when the pool ends."""
         try:
             async with asyncio.timeout(delay_s):
                 await self._is_ending.wait()
         except TimeoutError:
             return
 
-    def _note_trouble(self, slot: _Slot, reason: str) -> None:
-        slot.num_faults_running += 1
+    def _note_ready(self, slot: _Slot, gang: PoolGang) -> None:
+        logger.info("gang %s is ready", gang.gang_id)
+        self._has_served = True
+        slot.record.note_ready()
+        slot.failure = None
+        self._set(slot, "ready")
+
+    def _note_fault(self, slot: _Slot, reason: str, *, is_hopeless: bool = False) -> None:
+        slot.record.note_fault()
+        if slot.record.is_exhausted:
+            reason, is_hopeless = f"{slot.record.summary}, the last: {reason}", True
+        self._note(slot, reason, is_hopeless=is_hopeless)
+
+    def _note(self, slot: _Slot, reason: str, *, is_hopeless: bool = False) -> None:
+        """A slot without hope has failed. What befalls a gang that has not room, or refuses its arguments, counts as
+        hopeless until the pool has served: later, hosts and files that went may come back."""
         slot.trouble = self._trouble = reason
+        if is_hopeless:
+            slot.failure = reason
         if not (self._is_ending.is_set() or slot.is_ending):
-            logger.warning("pool %s: %s", self.spec.name, reason)
-
-    def _note_fault(self, slot: _Slot, reason: str) -> None:
-        self._note_trouble(slot, reason)
-        now_s = self._clock()
-        slot.faults_s.append(now_s)
-        while slot.faults_s[0] < now_s - self.spec.fault_window_s:
-            slot.faults_s.popleft()
-        if len(slot.faults_s) >= self.spec.max_faults:
-            self._give_up(
-                slot, f"{len(slot.faults_s)} faults within {self.spec.fault_window_s:g} s, the last: {reason}"
-            )
-
-    def _give_up(self, slot: _Slot, reason: str) -> None:
-        """This slot gets no other gang; with the last slot the pool has failed."""
-        if self._is_ending.is_set() or slot.is_ending or slot.failure is not None:
-            return
-        logger.error("pool %s: a gang is taken out of service: %s", self.spec.name, reason)
-        slot.failure = self._trouble = reason
-        if all(other.failure is not None for other in self._slots):
-            self._failure = reason
+            logger.warning("pool %s: %s; next try in %g s", self.spec.name, reason, slot.pause_s)
 
     def _set(self, slot: _Slot, state: GangState) -> None:
         slot.state = state

@@ -5,6 +5,7 @@ Control only, a few hundred bytes a second; prompts and tokens go over the leade
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -90,8 +91,9 @@ class RankStarted:
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """One heartbeat. `progress_age_s` is how long ago the step loop last went round; None before it runs.
-    `num_open_files` of `max_open_files`: the process's descriptors, which strangers' connections use up too."""
+    """One heartbeat. `progress_age_s` is how long ago the step loop last went round; None before it runs, when `phase`
+    says what the rank is at. `num_open_files` of `max_open_files`: the process's descriptors, which strangers'
+    connections use up too."""
 
     progress_age_s: float | None = None
     is_alive: bool = False
@@ -101,6 +103,7 @@ class RankReport:
     traffic: Traffic | None = None
     num_open_files: int = 0
     max_open_files: int = 0
+    phase: str = ""
 
     @property
     def fault(self) -> str | None:
@@ -117,3 +120,11 @@ class RankReport:
         if self.progress_age_s is None or self.progress_age_s <= hang_timeout_s:
             return None
         return f"its step loop has stood still for {self.progress_age_s:.1f} s (hang_timeout_s is {hang_timeout_s:g})"
+
+
+def describe_phases(ranks: Sequence[tuple[str, str]]) -> str:
+    """Who is at what while a gang starts: hosts and phases, by rank. Ranks at the same are told together."""
+    by_phase: dict[str, list[str]] = {}
+    for rank, (host, phase) in enumerate(ranks):
+        by_phase.setdefault(phase or "importing", []).append(f"{rank} ({host})")
+    return "; ".join(f"rank {', '.join(names)}: {phase}" for phase, names in by_phase.items())

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
-from tensorweave.cluster.pool import PoolGang
+from tensorweave.cluster.pool_gang import PoolGang
 from tensorweave.cluster.protocol import GangAddress, KvRoad
 
 logger = logging.getLogger(__name__)

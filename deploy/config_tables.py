@@ -30,7 +30,8 @@ class PoolConfig(LlmArgs):
         5,
         status="prototype",
         ge=1,
-        description="A gang with so many faults within fault_window_s is not started again.",
+        description="After so many faults within fault_window_s, a gang is started again only after pauses of 30 s to "
+        "10 minutes, until one has served for fault_window_s.",
     )
     generation_config: Literal["auto", "none", "trtllm"] = Field(
         "auto",
@@ -141,6 +142,20 @@ class LimitsConfig(StrictBaseModel):
     )
     start_timeout_s: float = Field(
         900.0, status="prototype", gt=0, description="A service that is not ready by then gives up."
+    )
+    place_timeout_s: float | None = Field(
+        None,
+        status="prototype",
+        gt=0,
+        description="How long a gang waits for room on the Ray cluster before it counts as not to be placed. Default: "
+        "20 s, and pools that the cluster could not hold even when idle are refused at once; 600 s where the cluster "
+        "knows of an autoscaler. Give it where nodes come later: what fits then serves, and the rest follows.",
+    )
+    outage_timeout_s: float = Field(
+        300.0,
+        status="prototype",
+        gt=0,
+        description="A service whose gangs all fail again and again for so long ends, with exit code 1.",
     )
     recovery_timeout_s: float = Field(
         300.0, status="prototype", gt=0, description="How long a request whose gang was lost waits for another one."

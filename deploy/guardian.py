@@ -2,10 +2,11 @@
 driver is gone.
 
 Serve outlives the process that deployed it, so a driver that is killed (`ray job stop` does so after 3 s) would leave
-it running. The guardian also is the mark that a cluster carries a service: there is at most one.
+it running. The guardian also is the mark that a cluster carries a service: there is at most one. Ray starts it again
+when it dies, and it looks for the driver anew: whichever of the two goes first, nothing stays.
 
     driver ──end()──────▶ guardian ──▶ gangs finish their requests, take no new ones ──▶ serve.shutdown()
-       └─its Anchor dies──▶┘
+       └─its Lifeline ends──▶┘
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -21,41 +23,33 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
 
+from tensorweave.cluster.lifeline import wait_for_end
+from tensorweave.cluster.supervisor import find_supervisor
+from tensorweave.deploy.home import APP_NAME, GUARDIAN_NAME, NAMESPACE, supervisor_home
 from tensorweave.deploy.ingress import taken_ports
 
 logger = logging.getLogger(__name__)
 
-APP_NAME: Final = "tensorweave"
-POOLS_NAME: Final = "Pools"
-GUARDIAN_NAME: Final = "tensorweave-guardian"
-NAMESPACE: Final = "tensorweave"
-HEAD_NODE: Final = {"node:__internal_head__": 0.001}
 DRAIN_SLACK_S: Final = 15.0
 SERVE_SHUTDOWN_TIMEOUT_S: Final = 60.0
 _PROBE_TIMEOUT_S: Final = 3.0
-
-
-class NoPools(Exception):
-    """There is nothing to ask or to drain yet."""
-
-
-class Anchor:
-    """An actor that lives exactly as long as the driver that made it."""
-
-    async def hold(self) -> None:
-        await asyncio.Event().wait()
+_STOP_TIMEOUT_S: Final = 30.0
+_NUM_END_TRIES: Final = 3
 
 
 class Guardian:
-    """An actor on the head node, beside the routers. `drain_timeout_s` is what running requests get to finish."""
+    """An actor on the head node, beside the routers. `drain_timeout_s` is what running requests get to finish.
 
-    def __init__(self, drain_timeout_s: float) -> None:
+    It follows the driver's `lifeline` on a thread of its own, for nobody calls it when Ray has started it again.
+    """
+
+    def __init__(self, drain_timeout_s: float, lifeline: str) -> None:
         self._drain_timeout_s = drain_timeout_s
-        self._handle: DeploymentHandle | None = None
+        self._home = supervisor_home(APP_NAME)
         self._ending: asyncio.Task[None] | None = None
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        threading.Thread(target=_outlive_driver, args=(lifeline,), name="outlive-driver", daemon=True).start()
 
     def taken_ports(self, host: str, ports: Sequence[int]) -> list[int]:
         return taken_ports(host, ports)
@@ -68,26 +62,21 @@ class Guardian:
         """What the supervisor tells of its pools; None while there is none."""
         try:
             async with asyncio.timeout(_PROBE_TIMEOUT_S):
-                pools: list[dict[str, Any]] = await self._pools().describe.remote()
-        except (NoPools, RayError, RayServeException, TimeoutError):
+                supervisor = await asyncio.to_thread(find_supervisor, self._home)
+                pools: list[dict[str, Any]] = await supervisor.describe.remote()
+        except (ValueError, RayError, TimeoutError):
             return None
         return pools
 
-    def _pools(self) -> DeploymentHandle:
-        if self._handle is None:
+    async def leave(self) -> None:
+        """Take the service down, whatever it takes; this actor's work is done then."""
+        for _ in range(_NUM_END_TRIES):
             try:
-                self._handle = serve.get_deployment_handle(POOLS_NAME, APP_NAME)
-            except (RayServeException, KeyError):
-                raise NoPools("Serve has not deployed the pools") from None
-        return self._handle
-
-    async def guard(self, driver_life: Sequence[Any]) -> None:
-        """`driver_life` holds one reference that ends with the driver (bare, Ray would wait for it before the call)."""
-        try:
-            await driver_life[0]
-        except RayError as error:
-            logger.warning("the driver is gone (%s): taking the service down", type(error).__name__)
-        await self.end()
+                await self.end()
+                break
+            except (RayError, RayServeException, TimeoutError) as error:
+                logger.error("the service could not be taken down: %s: %s", type(error).__name__, error)
+                self._ending = None
         ray.actor.exit_actor()
 
     async def end(self) -> None:
@@ -100,15 +89,43 @@ class Guardian:
         pools = await self.describe_pools()
         is_unknown = pools is None  # slow to answer: requests may be running all the same
         if is_unknown or any(gang["state"] == "ready" for pool in pools or () for gang in pool["gangs"]):
-            try:
-                async with asyncio.timeout(self._drain_timeout_s + DRAIN_SLACK_S):
-                    await self._pools().drain.remote(self._drain_timeout_s)
-            except NoPools:
-                pass
-            except (RayError, RayServeException, TimeoutError) as error:
-                logger.warning("draining was cut short: %s: %s", type(error).__name__, error)
-        async with asyncio.timeout(SERVE_SHUTDOWN_TIMEOUT_S):
-            await serve.shutdown_async()
+            await self._drain()
+        try:
+            async with asyncio.timeout(SERVE_SHUTDOWN_TIMEOUT_S):
+                await serve.shutdown_async()
+        finally:
+            await self._end_supervisor()
+
+    async def _drain(self) -> None:
+        try:
+            async with asyncio.timeout(self._drain_timeout_s + DRAIN_SLACK_S):
+                supervisor = await asyncio.to_thread(find_supervisor, self._home)
+                await supervisor.drain.remote(self._drain_timeout_s)
+        except ValueError:
+            return
+        except (RayError, TimeoutError) as error:
+            logger.warning("draining was cut short: %s: %s", type(error).__name__, error)
+
+    async def _end_supervisor(self) -> None:
+        """After Serve, whose health check would start another one."""
+        try:
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
+                supervisor = await asyncio.to_thread(find_supervisor, self._home)
+                await supervisor.stop.remote()
+        except ValueError:
+            return
+        except (RayError, TimeoutError) as error:
+            logger.warning("the supervisor did not stop cleanly: %s: %s", type(error).__name__, error)
+        ray.kill(supervisor)
+
+
+def _outlive_driver(lifeline: str) -> None:
+    """Returns when the driver is gone, having asked this process's guardian to end the service."""
+    wait_for_end(lifeline)
+    logger.warning("the driver is gone: taking the service down")
+    guardian = find_guardian()
+    if guardian is not None:
+        guardian.leave.remote()
 
 
 def _get_status(host: str, port: int, path: str) -> int | None:

@@ -7,8 +7,9 @@ from types import MappingProxyType
 
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.pool import PoolSpec
+from tensorweave.cluster.room import Room
 from tensorweave.deploy.config import ServeConfig
-from tensorweave.deploy.config_tables import PoolConfig
+from tensorweave.deploy.config_tables import LimitsConfig, PoolConfig
 
 
 def pool_specs(
@@ -18,7 +19,7 @@ def pool_specs(
     return [
         PoolSpec(
             name,
-            _gang_spec(pool, config.limits.start_timeout_s, has_gpus, digests.get(name)),
+            _gang_spec(pool, config.limits, has_gpus, digests.get(name)),
             pool.replicas,
             max_faults=pool.max_faults,
             fault_window_s=pool.fault_window_s,
@@ -27,14 +28,15 @@ def pool_specs(
     ]
 
 
-def _gang_spec(pool: PoolConfig, start_timeout_s: float, has_gpus: bool, digest: str | None) -> GangSpec:
+def _gang_spec(pool: PoolConfig, limits: LimitsConfig, has_gpus: bool, digest: str | None) -> GangSpec:
     wants_gpu = pool.device == "cuda" or (pool.device == "auto" and has_gpus)
     return GangSpec(
         role=pool.role,
         tensor_parallel_size=pool.tensor_parallel_size,
         args=pool.llm_args().model_dump(mode="json", exclude={"tokenizer"}, exclude_unset=True),
         gpus_per_rank=1.0 if wants_gpu else 0.0,
-        start_timeout_s=start_timeout_s,
+        place_timeout_s=limits.place_timeout_s,
+        start_timeout_s=limits.start_timeout_s,
         hang_timeout_s=pool.hang_timeout_s,
         model_digest=digest,
     )
@@ -49,14 +51,23 @@ def needed_resources(specs: Sequence[PoolSpec]) -> dict[str, float]:
     return need
 
 
-def explain_shortage(specs: Sequence[PoolSpec], total: Mapping[str, float]) -> str | None:
-    """Why the cluster cannot hold the pools even when idle; None when it can."""
+def explain_shortage(specs: Sequence[PoolSpec], room: Room) -> str | None:
+    """Why the cluster cannot hold the pools even when idle; None when it may."""
+    needs = needed_resources(specs)
     short = [
-        f"{amount:g} {resource}s, and the Ray cluster has {total.get(resource, 0.0):g}"
-        for resource, amount in needed_resources(specs).items()
-        if total.get(resource, 0.0) < amount
+        f"{amount:g} {resource}s, and the Ray cluster has {room.total(resource):g}"
+        for resource, amount in needs.items()
+        if room.total(resource) < amount
     ]
-    if not short:
-        return None
     pools = ", ".join(f"{spec.name}: {spec.replicas} x {spec.gang.tensor_parallel_size} rank(s)" for spec in specs)
-    return f"the pools ({pools}) need {' and '.join(short)}"
+    if short:
+        return f"the pools ({pools}) need {' and '.join(short)}; {room.describe_nodes(needs)}"
+    for spec in specs:
+        num_ranks = spec.replicas * spec.gang.tensor_parallel_size
+        if (most := room.num_bundles(spec.gang.bundle)) < num_ranks:
+            each = ", ".join(f"{amount:g} {name}" for name, amount in spec.gang.bundle.items())
+            return (
+                f"pool {spec.name} has {num_ranks} rank(s) with {each} each, every one on one node, and the nodes of "
+                f"the Ray cluster hold {most} such; {room.describe_nodes(needs)}"
+            )
+    return None

@@ -1,14 +1,17 @@
-"""The Ray Serve application: `Pools`, which owns the gangs, and `Router` replicas, which listen for clients.
+"""The Ray Serve application: `Pools`, which keeps a supervisor of the gangs, and `Router` replicas, which listen for
+clients.
 
 `build` makes it for `deploy/service.py`; `build_app` for Serve's own commands:
 `serve run tensorweave.deploy.serve_app:build_app config=service.yaml limits.max_queued=10`.
-Gangs are children of the `Pools` replica, so they end with the application, whoever takes it down.
+The supervisor ends its gangs and itself a minute after the application has gone, whoever took it down.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import sys
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 import ray
@@ -19,9 +22,10 @@ from ray.serve.handle import DeploymentHandle
 
 from tensorweave.cluster.fleet import WatchedFleet
 from tensorweave.cluster.ray_auth import refuse_open_ray
-from tensorweave.cluster.supervisor import start_supervisor
+from tensorweave.cluster.supervisor import find_or_start_supervisor, find_supervisor
 from tensorweave.deploy.config import ServeConfig, load_config
-from tensorweave.deploy.guardian import HEAD_NODE, POOLS_NAME
+from tensorweave.deploy.config_source import ConfigSource
+from tensorweave.deploy.home import HEAD_NODE, supervisor_home
 from tensorweave.deploy.ingress import let_replacement_rebind, mark_made_up_ids
 from tensorweave.deploy.pools import pool_specs
 from tensorweave.deploy.serve_logging import log_through_serve
@@ -38,35 +42,34 @@ _SERVE_SLACK: Final = 1024
 
 
 class Pools:
-    """Owns the supervisor of the gangs. When this replica dies, so do they, and Serve makes new ones."""
+    """Sees to it that the application has a supervisor of its gangs, with the pools of this configuration.
 
-    def __init__(self, plain: dict[str, Any], digests: dict[str, str]) -> None:
+    The supervisor outlives this replica: Serve may replace it, and no request notices. `generation`: of two replicas,
+    which comes from the later deployment.
+    """
+
+    def __init__(
+        self, plain: dict[str, Any], digests: dict[str, str], generation: int, source: ConfigSource | None = None
+    ) -> None:
         log_through_serve()
         config = ServeConfig.from_plain(plain)
         refuse_open_ray(is_allowed=config.security.allow_unauthenticated_ray)
         self._drain_timeout_s = config.limits.drain_timeout_s
-        specs = pool_specs(config, has_gpus=ray.cluster_resources().get("GPU", 0) > 0, digests=digests)
-        self._supervisor: ActorHandle[Any] = start_supervisor(specs, RankWorker)
+        self._generation = generation
+        self._source = source
+        self._specs = pool_specs(config, has_gpus=ray.cluster_resources().get("GPU", 0) > 0, digests=digests)
+        self._home = supervisor_home(serve.get_replica_context().app_name)
 
     def supervisor(self) -> ActorHandle[Any]:
-        return self._supervisor
-
-    async def describe(self) -> list[dict[str, Any]]:
-        pools: list[dict[str, Any]] = await self._supervisor.describe.remote()
-        return pools
-
-    async def drain(self, timeout_s: float) -> None:
-        """No new requests; those that run get `timeout_s` to finish; then the gangs end."""
-        await self._supervisor.drain.remote(timeout_s)
-
-    async def scale(self, pool: str, replicas: int) -> None:
-        """That many gangs in this pool; those that go finish their requests first, within limits.drain_timeout_s."""
-        await self._supervisor.scale.remote(pool, replicas, self._drain_timeout_s)
+        return find_or_start_supervisor(self._home, self._specs, RankWorker)
 
     async def check_health(self) -> None:
-        """A supervisor that Ray has given up on raises here, and Serve replaces this replica."""
+        """What must be so is made so again: a supervisor that has ended is replaced, one of an earlier configuration
+        learns ours."""
         async with asyncio.timeout(_CONTROL_TIMEOUT_S):
-            await self._supervisor.describe.remote()
+            supervisor = await asyncio.to_thread(self.supervisor)
+            notice = None if self._source is None else await asyncio.to_thread(self._source.notice)
+            await supervisor.apply.remote(self._specs, self._generation, self._drain_timeout_s, notice)
 
 
 class Router:
@@ -103,7 +106,9 @@ class Router:
         )
         async with asyncio.timeout(_CONTROL_TIMEOUT_S):
             supervisor = await self._pools.supervisor.remote()
-        fleet, limits = WatchedFleet(supervisor), config.limits.router_limits()
+        home = supervisor_home(serve.get_replica_context().app_name)
+        fleet = WatchedFleet(supervisor, functools.partial(find_supervisor, home))
+        limits = config.limits.router_limits()
         policy = build_policy(config.router.policy, PolicySettings(min_prefill_tokens=config.router.min_prefill_tokens))
         dispatcher = Dispatcher(fleet, policy, limits)
         version: str = sys.modules["tensorweave"].__version__  # the front door itself is not ours to import
@@ -123,7 +128,9 @@ class Router:
         return build_app(service, server_echoes_ids=True, made_up_ids=mark_made_up_ids())
 
 
-def build(served: ServedModel, replica_env: dict[str, str] | None = None) -> Application:
+def build(
+    served: ServedModel, replica_env: dict[str, str] | None = None, source: ConfigSource | None = None
+) -> Application:
     """The application for a configuration whose model every host finds by its name, or under the same path.
 
     `replica_env` goes to the router replicas; Serve's controller must have been started with it too.
@@ -134,7 +141,7 @@ def build(served: ServedModel, replica_env: dict[str, str] | None = None) -> App
         router_options["runtime_env"] = {"env_vars": replica_env}
     pools = serve.deployment(
         Pools,
-        name=POOLS_NAME,
+        name="Pools",
         max_ongoing_requests=1000,
         graceful_shutdown_timeout_s=5.0,
         graceful_shutdown_wait_loop_s=0.1,
@@ -154,13 +161,18 @@ def build(served: ServedModel, replica_env: dict[str, str] | None = None) -> App
         ray_actor_options=router_options,
         logging_config={"enable_access_log": False},
     )
-    return router.bind(plain, pools.bind(plain, served.digests))
+    return router.bind(plain, pools.bind(plain, served.digests, time.time_ns(), source))
 
 
-def build_app(args: dict[str, str]) -> Application:
-    """Serve's builder: `config` names the YAML file, every other argument is an override (`limits.max_queued=10`)."""
+def build_app(args: dict[str, Any]) -> Application:
+    """Serve's builder: `config` names the YAML file, every other argument is an override (`limits.max_queued=10`).
+
+    `serve deploy` builds anew, and so applies a changed file, only where its arguments have changed: `revision`, which
+    may be anything, is there for that.
+    """
     path = args.get("config")
     if path is None:
         raise ValueError("say which service to build: config=FILE.yaml")
-    config = load_config(path, [f"{key}={value}" for key, value in args.items() if key != "config"])
-    return build(ServedModel.find(config))
+    config = load_config(path, [f"{key}={value}" for key, value in args.items() if key not in ("config", "revision")])
+    source = ConfigSource.read(path)
+    return build(ServedModel.find(config), source=source)

@@ -22,28 +22,22 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from tensorweave.cluster.errors import TensorweaveError
+from tensorweave.cluster.lifeline import OwnLifeline
 from tensorweave.cluster.ray_auth import refuse_open_ray
 from tensorweave.cluster.ray_noise import without_noise
 from tensorweave.cluster.ray_session import start_or_join_ray
 from tensorweave.cluster.roads import SLOW_BYTES_PER_S
+from tensorweave.cluster.room import can_grow, read_room
 from tensorweave.cluster.sentences import essence, sentence_of
 from tensorweave.deploy.config import ServeConfig
-from tensorweave.deploy.guardian import (
-    APP_NAME,
-    DRAIN_SLACK_S,
-    GUARDIAN_NAME,
-    HEAD_NODE,
-    NAMESPACE,
-    SERVE_SHUTDOWN_TIMEOUT_S,
-    Anchor,
-    Guardian,
-    find_guardian,
-)
+from tensorweave.deploy.guardian import DRAIN_SLACK_S, SERVE_SHUTDOWN_TIMEOUT_S, Guardian, find_guardian
+from tensorweave.deploy.home import APP_NAME, GUARDIAN_NAME, HEAD_NODE, NAMESPACE
 from tensorweave.deploy.ingress import ingress_env
 from tensorweave.deploy.pools import explain_shortage, needed_resources, pool_specs
 from tensorweave.deploy.serve_app import build
 from tensorweave.deploy.served_model import ServedModel
 from tensorweave.deploy.stop_signal import StopSignal
+from tensorweave.deploy.watch import RayCluster, RayLost, ServiceFailed, abandon_ray, watch
 
 _CONTROL_TIMEOUT_S: Final = 60.0
 _PROGRESS_INTERVAL_S: Final = 0.25
@@ -71,7 +65,7 @@ def run(config: ServeConfig, on_ready: Callable[[str], None] | None = None) -> i
         try:
             served = ServedModel.find(config)
             config = served.config
-            url = _start(served, stop, ending)
+            url, guardian = _start(served, stop, ending)
         except (StartFailed, TensorweaveError, ValueError, OSError, RayError, RayServeException) as error:
             say(f"cannot start: {_sentence(error)}")
             return 1
@@ -81,15 +75,44 @@ def run(config: ServeConfig, on_ready: Callable[[str], None] | None = None) -> i
         say(f"ready: {config.model_name} at {url}/v1 (Serve's proxy at port {config.router.proxy_port})")
         if on_ready is not None:
             on_ready(url)
-        stop.wait()
-        name = "asked to stop" if stop.received is None else stop.received.name
-        say(f"{name}: finishing running requests (up to {config.limits.drain_timeout_s:g} s), then stopping")
+        code = _keep_up(config, guardian, stop, ending)
     say("stopped")
+    return code
+
+
+def _keep_up(config: ServeConfig, guardian: ActorHandle[Any], stop: StopSignal, ending: ExitStack) -> int:
+    """Until the service is asked to stop, or cannot go on; returns the exit code."""
+    try:
+        watch(RayCluster(guardian), stop, config.limits.outage_timeout_s, _PoolTeller())
+    except ServiceFailed as failure:
+        say(f"giving up: {failure}")
+        return 1
+    except RayLost as loss:
+        say(f"giving up: {loss}")
+        ending.pop_all()  # nobody is left to ask for an end in order
+        if not abandon_ray():
+            os._exit(1)
+        return 1
+    name = "asked to stop" if stop.received is None else stop.received.name
+    say(f"{name}: finishing running requests (up to {config.limits.drain_timeout_s:g} s), then stopping")
     return 0
 
 
-def _start(served: ServedModel, stop: StopSignal, ending: ExitStack) -> str:
-    """Everything up to readiness; what must be undone goes on `ending`. Returns the URL."""
+class _PoolTeller:
+    """Says how the pools are, whenever that changes."""
+
+    def __init__(self) -> None:
+        self.told = ""
+
+    def __call__(self, pools: Sequence[dict[str, Any]]) -> None:
+        line = "; ".join(_pool_line(pool) for pool in pools)
+        if line and line != self.told:
+            say(line)
+            self.told = line
+
+
+def _start(served: ServedModel, stop: StopSignal, ending: ExitStack) -> tuple[str, ActorHandle[Any]]:
+    """Everything up to readiness; what must be undone goes on `ending`. Returns the URL and the guardian."""
     config = served.config
     deadline_s = time.monotonic() + config.limits.start_timeout_s
     ending.enter_context(_ray(config))
@@ -105,7 +128,7 @@ def _start(served: ServedModel, stop: StopSignal, ending: ExitStack) -> str:
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     _await_ready(config, guardian, stop, deadline_s)
     _say_roads(_await_roads(guardian, stop))
-    return f"http://{config.router.reachable_host}:{config.router.port}"
+    return f"http://{config.router.reachable_host}:{config.router.port}", guardian
 
 
 @contextmanager
@@ -114,11 +137,10 @@ def _ray(config: ServeConfig) -> Iterator[None]:
     say("joining Ray" if config.ray.address or os.environ.get("RAY_ADDRESS") else "starting Ray")
     need = needed_resources(pool_specs(config, has_gpus=False))
     num_cpus = need.get("CPU", 1.0)
-    with without_noise(), start_or_join_ray(config.ray.address, num_cpus=num_cpus, namespace=NAMESPACE):
+    with without_noise(), start_or_join_ray(config.ray.address, num_cpus=num_cpus, namespace=NAMESPACE) as session:
         refuse_open_ray(is_allowed=config.security.allow_unauthenticated_ray)
-        total = ray.cluster_resources()
-        if shortage := explain_shortage(pool_specs(config, has_gpus=total.get("GPU", 0) > 0), total):
-            raise StartFailed(shortage)
+        if session.is_private or (config.limits.place_timeout_s is None and not can_grow()):
+            _check_room(config)
         if find_guardian() is not None:
             raise StartFailed("this Ray cluster already carries a tensorweave service; stop that one first")
         if serve.status().proxies:
@@ -130,17 +152,31 @@ def _ray(config: ServeConfig) -> Iterator[None]:
         yield
 
 
+def _check_room(config: ServeConfig) -> None:
+    """No node will come: what an idle cluster could not hold, this one never will."""
+    room = read_room()
+    if shortage := explain_shortage(pool_specs(config, has_gpus=room.total("GPU") > 0), room):
+        raise StartFailed(shortage)
+
+
 @contextmanager
 def _guardian(config: ServeConfig) -> Iterator[ActorHandle[Any]]:
     """The guardian, from its post to the end of the service, which it brings about."""
     drain_timeout_s = config.limits.drain_timeout_s
+    lifeline = OwnLifeline()
     guardian: ActorHandle[Any] = (
         ray.remote(Guardian)
-        .options(name=GUARDIAN_NAME, lifetime="detached", num_cpus=0, max_restarts=0, resources=HEAD_NODE)
-        .remote(drain_timeout_s)
+        .options(
+            name=GUARDIAN_NAME,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+            resources=HEAD_NODE,
+        )
+        .remote(drain_timeout_s, lifeline.name)
     )
-    anchor: ActorHandle[Any] = ray.remote(Anchor).options(num_cpus=0).remote()
-    guarding = guardian.guard.remote([anchor.hold.remote()])
     try:
         yield guardian
     finally:
@@ -152,7 +188,7 @@ def _guardian(config: ServeConfig) -> Iterator[ActorHandle[Any]]:
             say("not waiting any longer; on a cluster that stays, the service ends once its requests have")
             raise  # and the guardian goes on without us
         ray.kill(guardian)
-        del guarding
+        lifeline.end()
 
 
 def _check_ports(config: ServeConfig, guardian: ActorHandle[Any]) -> None:
@@ -170,17 +206,14 @@ def _check_ports(config: ServeConfig, guardian: ActorHandle[Any]) -> None:
 def _await_ready(config: ServeConfig, guardian: ActorHandle[Any], stop: StopSignal, deadline_s: float) -> None:
     """Until both doors say that the service is ready, and every pool has a gang or is in trouble. Tells each change of
     the pools."""
-    told, router = "", config.router
+    tell, router = _PoolTeller(), config.router
     while True:
         _raise_failures()
         pools = ray.get(guardian.describe_pools.remote(), timeout=_CONTROL_TIMEOUT_S) or []
         for pool in pools:
             if pool["failure"]:
                 raise StartFailed(f"pool {pool['pool']}: {pool['failure']}")
-        line = "; ".join(_pool_line(pool) for pool in pools)
-        if line and line != told:
-            say(line)
-            told = line
+        tell(pools)
         doors = [
             guardian.probe.remote(router.reachable_host, port, "/ready") for port in (router.port, router.proxy_port)
         ]
@@ -188,7 +221,9 @@ def _await_ready(config: ServeConfig, guardian: ActorHandle[Any], stop: StopSign
         if are_open and not any(_is_coming_up(pool) for pool in pools):
             return
         if time.monotonic() > deadline_s:
-            raise StartFailed(f"not ready within {config.limits.start_timeout_s:g} s (limits.start_timeout_s): {line}")
+            raise StartFailed(
+                f"not ready within {config.limits.start_timeout_s:g} s (limits.start_timeout_s): {tell.told}"
+            )
         if stop.wait(_PROGRESS_INTERVAL_S):
             raise StoppedEarly
 
@@ -214,8 +249,10 @@ def _raise_failures() -> None:
 
 
 def _is_coming_up(pool: dict[str, Any]) -> bool:
-    """Its first gang is being started, and nothing has gone wrong yet: the service can do without, but not for long."""
-    return not pool["trouble"] and all(gang["state"] == "starting" for gang in pool["gangs"])
+    """A first gang is being started, and nothing has gone wrong with it yet: the service can do without the pool, but
+    not for long. Of a pool that has a gang the others may follow."""
+    states = [gang["state"] for gang in pool["gangs"]]
+    return "ready" not in states and any(gang["state"] == "starting" and not gang["reason"] for gang in pool["gangs"])
 
 
 def _say_roads(pools: Sequence[dict[str, Any]]) -> None:
@@ -231,8 +268,14 @@ def _say_roads(pools: Sequence[dict[str, Any]]) -> None:
 
 
 def _pool_line(pool: dict[str, Any]) -> str:
-    gangs = ", ".join(f"{gang.get('gang_id', 'gang')} {gang['state']}" for gang in pool["gangs"])
-    return f"pool {pool['pool']}: {gangs}" + (f" ({pool['trouble']})" if pool["trouble"] else "")
+    gangs = ", ".join(map(_gang_line, pool["gangs"]))
+    is_whole = all(gang["state"] == "ready" for gang in pool["gangs"])
+    return f"pool {pool['pool']}: {gangs}" + (f" ({pool['trouble']})" if pool["trouble"] and not is_whole else "")
+
+
+def _gang_line(gang: dict[str, Any]) -> str:
+    line = f"{gang.get('gang_id', 'gang')} {gang['state']}"
+    return f"{line} [{gang['starting']}]" if gang.get("starting") else line
 
 
 def _sentence(error: Exception) -> str:

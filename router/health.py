@@ -42,7 +42,9 @@ async def check_health(fleet: Fleet, heartbeat_limit_s: float) -> HealthReport:
     ages_s = [_progress_age_s(gang) for gang in _answering(pools)]
     if ages_s and min(ages_s) > heartbeat_limit_s:
         return HealthReport(False, f"no step loop has gone round for {min(ages_s):.1f} s", pools)
-    return HealthReport(True, "; ".join([*_troubles(pools), *_stuck(pools, heartbeat_limit_s), *_slow(pools)]), pools)
+    notices = dict.fromkeys(pool["notice"] for pool in pools if pool.get("notice"))
+    remarks = [*_troubles(pools), *_stuck(pools, heartbeat_limit_s), *_slow(pools), *notices]
+    return HealthReport(True, "; ".join(remarks), pools)
 
 
 def gang_gauges(pools: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -103,9 +105,13 @@ def _why_no_link(pools: Sequence[dict[str, Any]]) -> str:
 
 
 def _troubles(pools: Sequence[dict[str, Any]]) -> list[str]:
-    """Pools that have no gang ready, while others carry on: what ails them."""
-    return [
-        f"pool {pool['pool']}: {pool.get('failure') or pool.get('trouble') or 'no gang is ready'}"
-        for pool in pools
-        if not any(gang.get("state", "ready") == "ready" for gang in pool["gangs"])
-    ]
+    """Pools that lack gangs, while others carry on: what ails them."""
+    return [trouble for pool in pools if (trouble := _trouble(pool))]
+
+
+def _trouble(pool: dict[str, Any]) -> str | None:
+    num_ready = sum(gang.get("state", "ready") == "ready" for gang in pool["gangs"])
+    if not num_ready:
+        return f"pool {pool['pool']}: {pool.get('failure') or pool.get('trouble') or 'no gang is ready'}"
+    reasons = dict.fromkeys(gang["reason"] for gang in pool["gangs"] if gang.get("reason"))
+    return f"pool {pool['pool']}: {num_ready} of {len(pool['gangs'])} gangs: {'; '.join(reasons)}" if reasons else None

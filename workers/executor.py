@@ -97,6 +97,7 @@ class PyExecutor:
 
     def start(self) -> None:
         self._transfers.start(self._inbox)
+        self._progress_s = time.monotonic()
         self._thread.start()
 
     @property

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 import ray
+from ray.exceptions import RayError
 
 from tensorweave.cluster.host_memory import oom_kills
 from tensorweave.cluster.protocol import KvRoad, KvSource
@@ -28,6 +29,7 @@ from tensorweave.cluster.ranks import LeaderPlace, LinkRate, RankOrder, RankPlac
 from tensorweave.cluster.versions import Versions
 
 if TYPE_CHECKING:
+    from tensorweave.cluster.gang_record import GangRecord
     from tensorweave.cluster.llm_args import TorchLlmArgs
     from tensorweave.workers.comm import Comm, GroupComm
     from tensorweave.workers.executor import PyExecutor
@@ -39,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 _GUARD_INTERVAL_S: Final = 1.0
 _ASK_SLACK_S: Final = 10.0
+_REACHED_KEY: Final = "where rank 0 listens"
+_REACH_TIMEOUT_S: Final = 20.0
+"""Rank 0 listens before any other rank is told where."""
 _LAST_WORDS_S: Final = 3.0
 """A rank whose executor failed stays this long: its heartbeat says why, its leader tells its clients."""
 _EVENT_BUFFER_SIZE: Final = 1 << 16
@@ -58,12 +63,18 @@ class RankWorker:
         self._making = threading.Lock()
         self._group: GroupComm | None = None
         self._measured = Traffic()
+        self._phase = ""
+        self._record: GangRecord | None = None
+        self._lease_s: float | None = None
+        self._num_silent = 0
         self._stopping = threading.Event()
         self._parent = os.getppid()
 
-    async def prepare(self) -> RankPlace:
-        """Where this rank is; from here on it dies with its node's Ray."""
+    async def prepare(self, lease_s: float | None = None) -> RankPlace:
+        """Where this rank is; from here on it dies with its node's Ray, and, given a lease, so long after the last
+        heartbeat."""
         _die_with_parent()
+        self._lease_s = lease_s
         raise_file_limit()
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._guard, name="rank-guard", daemon=True).start()
@@ -86,11 +97,20 @@ class RankWorker:
         """Load and run; returns when requests can come. Raises ValueError for wrong arguments or model files."""
         return await asyncio.to_thread(self._start, order)
 
+    async def keep_record(self, record: GangRecord) -> None:
+        """Rank 0 only: what whoever takes the gang over must know."""
+        self._record = record
+
+    async def record(self) -> GangRecord | None:
+        """None before the gang is ready."""
+        return self._record
+
     async def heartbeat(self) -> RankReport:
+        self._num_silent = 0
         executor = self._executor
         num_open, max_open = count_open_files()
         if executor is None:
-            return RankReport(num_open_files=num_open, max_open_files=max_open)
+            return RankReport(phase=self._phase, num_open_files=num_open, max_open_files=max_open)
         return RankReport(
             progress_age_s=executor.heartbeat(),
             is_alive=executor.is_alive,
@@ -155,8 +175,10 @@ class RankWorker:
             check_model_digest(path, args.load_format, order.model_digest)
         comm = self._join(order, args)
         link = self._measure_link(comm, args)
-        self._executor = executor = self._build_executor(args, comm, order)
+        self._phase = "loading the model"
+        executor = self._build_executor(args, comm, order)
         executor.start()
+        self._executor = executor  # from here on heartbeats tell of its loop, which must run by then
         leader = None
         if order.rank == 0:
             self._leader = LeaderServer(
@@ -182,16 +204,29 @@ class RankWorker:
     def _join(self, order: RankOrder, args: TorchLlmArgs) -> Comm:
         from tensorweave.workers.comm import start_comm
         from tensorweave.workers.device import pick_device
+        from tensorweave.workers.reach import await_reachable, listening
         from tensorweave.workers.rendezvous import RankStore
 
-        store = None
-        if order.size > 1:
-            interface = interface_of(order.interface_ip)
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
-            if interface != "lo":
-                os.environ["NCCL_SOCKET_IFNAME"] = f"={interface}"
-            store = RankStore(self._way_to_board(order), order.start_timeout_s)
-        return start_comm(order.rank, order.size, store, pick_device(args.device), order.start_timeout_s)
+        device = pick_device(args.device)
+        if order.size == 1:
+            return start_comm(order.rank, order.size, None, device, order.start_timeout_s)
+        interface = interface_of(order.interface_ip)
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+        if interface != "lo":
+            os.environ["NCCL_SOCKET_IFNAME"] = f"={interface}"
+        store = RankStore(self._way_to_board(order), order.start_timeout_s)
+        with contextlib.ExitStack() as joining:
+            if order.rank == 0:
+                host, port = joining.enter_context(listening(order.interface_ip, order.size))
+                store.set(_REACHED_KEY, f"{port} {host}".encode())
+            else:
+                self._phase = "asking rank 0 where it listens"
+                port_text, host = store.get(_REACHED_KEY).decode().split(" ", 1)
+                self._phase = f"connecting to rank 0 at {host}:{port_text}"
+                who = f"rank {order.rank} on {order.interface_ip}"
+                await_reachable(host, int(port_text), _REACH_TIMEOUT_S, who=who, whom="rank 0")
+            self._phase = f"waiting for all {order.size} ranks to join"
+            return start_comm(order.rank, order.size, store, device, order.start_timeout_s)
 
     def _way_to_board(self, order: RankOrder) -> Ask:
         from tensorweave.workers.rendezvous import ask_on_loop
@@ -215,13 +250,28 @@ class RankWorker:
         return self._its_board
 
     def _guard(self) -> None:
-        """Ends this process when its parent has gone or its executor has failed, whatever its other threads do."""
+        """Ends this process when its parent has gone, nobody supervises it any more or its executor has failed,
+        whatever its other threads do. Silence is counted in turns, not in seconds: a host may have stood still."""
         while not self._stopping.wait(_GUARD_INTERVAL_S):
             if os.getppid() != self._parent:
+                os._exit(1)
+            self._num_silent += 1
+            if self._lease_s is not None and self._num_silent * _GUARD_INTERVAL_S > self._lease_s:
+                logger.error("no supervisor has asked for %g s: this rank ends", self._lease_s)
+                _give_back_room()
                 os._exit(1)
             if self._executor is not None and self._executor.failure is not None:
                 self._stopping.wait(_LAST_WORDS_S)
                 os._exit(1)
+
+
+def _give_back_room() -> None:
+    """Nobody else is left to remove the gang's placement group. The other ranks, which are in it, end as well."""
+    try:
+        if (group := ray.util.get_current_placement_group()) is not None:
+            ray.util.remove_placement_group(group)
+    except RayError as error:
+        logger.warning("the placement group stays: %s", error)
 
 
 def interface_of(ip: str) -> str:

@@ -213,6 +213,34 @@ def test_a_supervisor_that_is_away_costs_no_link() -> None:
         asyncio.run(body())
 
 
+def test_a_supervisor_that_has_ended_is_looked_for_under_its_name() -> None:
+    async def body() -> None:
+        supervisor, successor = _FakeSupervisor(), _FakeSupervisor()
+        searches = iter([ValueError("none yet"), successor])
+
+        def find() -> ActorHandle[PoolSupervisor]:
+            found = next(searches)
+            if isinstance(found, ValueError):
+                raise found
+            return cast(ActorHandle[PoolSupervisor], found)
+
+        fleet = WatchedFleet(cast(ActorHandle[PoolSupervisor], supervisor), find)
+        supervisor.publish(one)
+        await fleet.wait_ready(_PATIENCE_S)
+        link = fleet.links()[0]
+        successor.publish(one)
+        supervisor.is_down = True
+        supervisor.publish(one)  # the last answer before the calls fail
+        await _until(lambda: successor.num_calls > 1)
+        assert fleet.links() == [link], "a gang that serves on keeps its link"
+        successor.publish(two)
+        await _until(lambda: _ids(fleet) == ["two"])
+        await fleet.close()
+
+    with _gang("one") as (_, one), _gang("two") as (_, two):
+        asyncio.run(body())
+
+
 def test_a_pool_that_has_failed_ends_the_wait_with_its_reason() -> None:
     async def body() -> None:
         supervisor = _FakeSupervisor()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any, cast
 
 import pytest
+from ray.actor import ActorHandle
 
-from tensorweave.cluster.gang import Gang, _in_time
-from tensorweave.cluster.gang_spec import GangSpec
+from tensorweave.cluster.rank_watch import RankWatch, in_time
 from tensorweave.cluster.ranks import RankReport
 
 
@@ -16,7 +17,7 @@ def test_silence_is_told() -> None:
     async def wait() -> None:
         never = asyncio.get_running_loop().create_future()
         with pytest.raises(TimeoutError):
-            await _in_time(never, 0.5)
+            await in_time(never, 0.5)
         assert never.cancelled()
 
     asyncio.run(wait())
@@ -26,7 +27,7 @@ def test_a_rank_is_not_blamed_for_our_own_standstill() -> None:
     async def wait() -> None:
         loop = asyncio.get_running_loop()
         heartbeat = loop.create_future()
-        waiting = asyncio.create_task(_in_time(heartbeat, 1.5))
+        waiting = asyncio.create_task(in_time(heartbeat, 1.5))
         await asyncio.sleep(0)
         time.sleep(2.0)
         loop.call_later(0.1, heartbeat.set_result, "alive")
@@ -54,18 +55,15 @@ class ReportingActor:
         return RankReport(self._ages_s[min(self.num_asked, len(self._ages_s)) - 1], is_alive=True)
 
 
-def watched(actor: ReportingActor, monkeypatch: pytest.MonkeyPatch) -> Gang:
-    gang = Gang(GangSpec(hang_timeout_s=8.0), object, "g", 0)
-    monkeypatch.setattr(gang, "_actors", [actor])
-    monkeypatch.setattr(gang, "_name", lambda rank: f"rank {rank}")
-    monkeypatch.setattr("tensorweave.cluster.gang.HEARTBEAT_INTERVAL_S", 0.01)
-    monkeypatch.setattr("tensorweave.cluster.gang._BEAT_S", 0.01)
-    return gang
+def watched(actor: ReportingActor, monkeypatch: pytest.MonkeyPatch) -> RankWatch:
+    monkeypatch.setattr("tensorweave.cluster.rank_watch.HEARTBEAT_INTERVAL_S", 0.01)
+    monkeypatch.setattr("tensorweave.cluster.rank_watch._BEAT_S", 0.01)
+    return RankWatch([cast(ActorHandle[Any], actor)], lambda rank: f"rank {rank}", 8.0)
 
 
 def test_a_loop_that_stands_still_in_two_reports_has_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     actor = ReportingActor(0.1, 8.5, 9.0)
-    told = asyncio.run(asyncio.wait_for(watched(actor, monkeypatch).watch(), 30.0))
+    told = asyncio.run(asyncio.wait_for(watched(actor, monkeypatch).until_fault(), 30.0))
     assert told == "rank 0: its step loop has stood still for 9.0 s (hang_timeout_s is 8)"
     assert actor.num_asked == 3
 
@@ -75,7 +73,7 @@ def test_a_host_that_stood_still_costs_no_gang(monkeypatch: pytest.MonkeyPatch) 
     actor = ReportingActor(0.1, 20.0, 0.1, 20.0, 0.1)
 
     async def watch() -> None:
-        watching = asyncio.create_task(watched(actor, monkeypatch).watch())
+        watching = asyncio.create_task(watched(actor, monkeypatch).until_fault())
         async with asyncio.timeout(30.0):
             while actor.num_asked < 8:
                 await asyncio.sleep(0.01)

@@ -80,7 +80,7 @@ def test_pools_that_end_one_after_another_share_the_time(monkeypatch: pytest.Mon
         supervisor = PoolSupervisor([], SimpleNamespace)
         supervisor._pools = cast(Any, [SlowPool(role, order, clock) for role in ("prefill", "decode")])
         supervisor._starting = asyncio.create_task(asyncio.sleep(0))
-        supervisor._prefix = "none-"
+        monkeypatch.setattr(PoolSupervisor, "_prefix", "none-")
         monkeypatch.setattr("tensorweave.cluster.supervisor.remove_groups", lambda prefix: None)
         await supervisor.drain(5.0)
         return order

@@ -27,6 +27,13 @@ class FakeHandle:
         return self
 
 
+class FakeLifeline:
+    name = "lifeline"
+
+    def end(self) -> None:
+        return None
+
+
 class FakeRay:
     """`ray`, whose `get` ends as it is told."""
 
@@ -69,6 +76,7 @@ def test_a_guardian_is_let_go_of_at_the_end(
 ) -> None:
     ray = FakeRay(get)
     monkeypatch.setattr(service, "ray", ray)
+    monkeypatch.setattr(service, "OwnLifeline", FakeLifeline)
     with service._guardian(config):
         assert ray.num_killed == 0
     assert ray.num_killed == 1
@@ -79,6 +87,7 @@ def test_a_second_interrupt_leaves_the_service_to_the_guardian(
 ) -> None:
     ray = FakeRay(is_interrupted)
     monkeypatch.setattr(service, "ray", ray)
+    monkeypatch.setattr(service, "OwnLifeline", FakeLifeline)
     with pytest.raises(KeyboardInterrupt), service._guardian(config):
         pass
     assert ray.num_killed == 0, "nobody else would take the service off a cluster that stays"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from ray.serve._private import http_util
 
+from tensorweave.cluster.room import NodeRoom, Room
 from tensorweave.deploy.config import ServeConfig, load_config
 from tensorweave.deploy.ingress import ingress_env, let_replacement_rebind, taken_ports
 from tensorweave.deploy.pools import explain_shortage, needed_resources, pool_specs
@@ -77,10 +78,24 @@ def test_what_the_pools_need_is_counted(tmp_path: Path) -> None:
     config = make_config(tmp_path, "pools.main.replicas=2", "pools.main.tensor_parallel_size=3", "engine.device=cuda")
     specs = pool_specs(config, has_gpus=False)
     assert needed_resources(specs) == {"CPU": 6.0, "GPU": 6.0}
-    assert explain_shortage(specs, {"CPU": 6.0, "GPU": 6.0}) is None
-    assert explain_shortage(specs, {"CPU": 8.0}) == (
-        "the pools (main: 2 x 3 rank(s)) need 6 GPUs, and the Ray cluster has 0"
+    assert explain_shortage(specs, one_node({"CPU": 6.0, "GPU": 6.0})) is None
+    assert explain_shortage(specs, one_node({"CPU": 8.0})) == (
+        "the pools (main: 2 x 3 rank(s)) need 6 GPUs, and the Ray cluster has 0; "
+        "by node: h: 8 of 8 CPU free, 0 of 0 GPU free"
     )
+
+
+def test_a_sum_that_suffices_is_refused_where_no_node_has_a_rank(tmp_path: Path) -> None:
+    specs = pool_specs(make_config(tmp_path, "pools.main.tensor_parallel_size=2", "engine.device=cuda"), has_gpus=True)
+    nodes = [NodeRoom(name, total, total) for name, total in (("cpus", {"CPU": 8.0}), ("gpus", {"GPU": 8.0}))]
+    assert explain_shortage(specs, Room(nodes)) == (
+        "pool main has 2 rank(s) with 1 CPU, 1 GPU each, every one on one node, and the nodes of the Ray cluster "
+        "hold 0 such; by node: cpus: 8 of 8 CPU free, 0 of 0 GPU free; gpus: 0 of 0 CPU free, 8 of 8 GPU free"
+    )
+
+
+def one_node(total: dict[str, float]) -> Room:
+    return Room([NodeRoom("h", total, total)])
 
 
 def test_device_auto_takes_gpus_where_there_are_some(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -25,7 +26,14 @@ from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.pool import PoolSpec
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
 from tensorweave.cluster.ray_session import import_root, start_or_join_ray
-from tensorweave.cluster.supervisor import PoolSupervisor, start_supervisor, stop_supervisor
+from tensorweave.cluster.supervisor import (
+    Home,
+    PoolSupervisor,
+    find_or_start_supervisor,
+    find_supervisor,
+    start_supervisor,
+    stop_supervisor,
+)
 from tensorweave.workers.fake_engine import hash_token
 from tensorweave.workers.fake_gang import HashRankWorker
 from tests.e2e.service_process import alive, command_of, wait_until
@@ -224,6 +232,47 @@ def test_a_supervisor_that_is_killed_comes_back_with_new_gangs() -> None:
 
     with _pool() as supervisor:
         _run(body)
+    _wait_gone(seen)
+    _wait_all_free()
+
+
+def test_gangs_of_a_service_serve_on_without_their_supervisor_and_are_replaced_where_their_pool_changes() -> None:
+    home = Home("test", "tests")
+    spec = PoolSpec("main", GangSpec(tensor_parallel_size=2, args={"model": "hash"}, worker_options={"step_s": 0.05}))
+    seen: list[int] = []
+
+    async def body() -> None:
+        supervisor = find_or_start_supervisor(home, [spec], HashRankWorker)
+        async with _fleet(supervisor) as fleet:
+            old = await _rank_pids(fleet)
+            seen.extend(old)
+            [link] = fleet.links()
+            running = await _begin(fleet, "through", 200)
+            [process] = _children_named(psutil.Process(old[0]).parent(), "PoolSupervisor")
+            process.kill()
+            await asyncio.to_thread(_wait_gone, [process.pid])
+            assert await _rank_pids(fleet) == old
+            assert await running == _oracle(PROMPT, 200)
+            assert fleet.links() == [link]
+            again = find_or_start_supervisor(home, [spec], HashRankWorker)
+            assert again == supervisor
+            # What stays the same is left alone, what differs is drained and started anew; a late caller is not heard.
+            faster = replace(spec, gang=replace(spec.gang, worker_options={}))
+            await again.apply.remote([spec], 1, 60.0)
+            assert await _rank_pids(fleet) == old
+            last = await _begin(fleet, "last", 20)
+            await again.apply.remote([faster], 2, 60.0)
+            await again.apply.remote([spec], 1, 60.0)
+            assert await last == _oracle(PROMPT, 20)
+            await _wait_successor(fleet, link.gang_id)
+            assert await _generate(fleet, "next", 20) == _oracle(PROMPT, 20)
+            seen.extend(await _rank_pids(fleet))
+            assert not set(old) & set(seen[len(old) :])
+
+    try:
+        _run(body)
+    finally:
+        stop_supervisor(find_supervisor(home))
     _wait_gone(seen)
     _wait_all_free()
 

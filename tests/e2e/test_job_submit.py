@@ -33,7 +33,7 @@ from tests.e2e.service_process import (
 BIN = Path(sys.executable).parent
 TIMEOUT_S = 150.0
 TOKEN = secrets.token_hex(32)
-OURS = ("Guardian", "Anchor", "ServeController", "ProxyActor", "ServeReplica", "PoolSupervisor", "RankWorker")
+OURS = ("Guardian", "Lifeline", "ServeController", "ProxyActor", "ServeReplica", "PoolSupervisor", "RankWorker")
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -118,6 +118,9 @@ def test_submitted_service_serves_and_stops(cluster: tuple[str, Path], tmp_path:
     assert any(is_ours(process) for process in processes_of(temp_dir))
 
     long = RunningAnswer(port, max_tokens=1500)
+    # Whoever would take the service down dies as well: Ray starts it again, and it looks for the driver anew.
+    [guardian] = [process for process in processes_of(temp_dir) if command_of(process).startswith("ray::Guardian")]
+    guardian.kill()
     ray("job", "stop", "--address", address, "serve")
     assert long.num_generated() == 1500
 

@@ -98,6 +98,23 @@ def test_a_service_from_start_to_drain(service: tuple[ServiceProcess, int, int],
     wait_until(lambda: get_status(port, "/ready") == 200, END_TIMEOUT_S, "a new router listens at the port")
     assert listener(port) not in (None, router)
     kept.close()
+
+    # What keeps the service up may die: the gang serves on, and everything is replaced.
+    ranks = named(process, "RankWorker")
+    through_it_all = RunningAnswer(port, max_tokens=1500)
+    for keeper in ("PoolSupervisor", "ServeReplica:tensorweave:Pools", "Lifeline", "Guardian"):
+        [victim] = named(process, keeper)
+        victim.kill()
+        wait_until(
+            lambda keeper=keeper, victim=victim: named(process, keeper) not in ([], [victim]),
+            END_TIMEOUT_S,
+            f"a new {keeper}",
+        )
+    assert through_it_all.num_generated() == 1500
+    wait_until(lambda: health_pools(port) != [], END_TIMEOUT_S, "the new supervisor tells of its pools")
+    [gang] = health_pools(port)[0]["gangs"]
+    assert (gang["state"], [rank["pid"] for rank in gang["ranks"]]) == ("ready", [rank.pid for rank in ranks])
+    assert num_generated(complete(port)) == 4
     family += process.descendants()
 
     # Drain: the running request ends, a new one is refused, then everything is gone.
@@ -146,6 +163,21 @@ def send_pickle(port: int, value: object) -> grpc.StatusCode | None:
         except grpc.RpcError as error:
             return error.code()
     return None
+
+
+def named(process: ServiceProcess, name: str) -> list[psutil.Process]:
+    """The actors of this class: Ray names processes after them."""
+    return [child for child in process.descendants() if command_of(child).startswith(f"ray::{name}")]
+
+
+def health_pools(port: int) -> list[dict[str, Any]]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("GET", "/health")
+        pools: list[dict[str, Any]] = json.loads(connection.getresponse().read())["pools"]
+        return pools
+    finally:
+        connection.close()
 
 
 def request_ids(port: int, given: str) -> list[str] | None:

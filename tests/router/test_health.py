@@ -76,3 +76,9 @@ def test_a_gang_whose_link_is_slow_serves_and_says_so() -> None:
     report = report_of(pool("both", slow, {**gang("e", 0.1), "link": {"slow": None}}, gang("f", 0.1)))
     assert report.is_healthy
     assert report.reason == "gang d: the link between its ranks carries 1.2 MB/s"
+
+
+def test_a_pool_that_serves_with_fewer_gangs_says_what_the_others_lack() -> None:
+    waiting = {**gang("c", None, state="failed"), "reason": "no room for c"}
+    report = report_of(pool("both", gang("b", 0.1), waiting))
+    assert (report.is_healthy, report.reason) == (True, "pool both: 1 of 2 gangs: no room for c")

@@ -1,0 +1,23 @@
+"""`GangRecord`: what the successor of a supervisor must know to go on with a gang that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tensorweave.cluster.gang_spec import GangSpec
+from tensorweave.cluster.protocol import GangAddress
+from tensorweave.cluster.ranks import LinkRate, RankPlace
+
+
+@dataclass(frozen=True, slots=True)
+class GangRecord:
+    """Kept by the gang's rank 0, from the moment when it is ready. It holds the gang's secrets."""
+
+    pool: str
+    slot: int
+    spec: GangSpec
+    address: GangAddress
+    places: tuple[RankPlace, ...]
+    node_ips: Mapping[str, str]
+    link: LinkRate | None

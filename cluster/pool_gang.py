@@ -1,0 +1,28 @@
+"""`PoolGang`: what a pool needs of a gang."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from tensorweave.cluster.protocol import GangAddress, KvRoad, KvSource
+
+
+class PoolGang(Protocol):
+    """`cluster.gang.Gang`, or a fake."""
+
+    gang_id: str
+
+    async def start(self) -> GangAddress: ...
+
+    async def watch(self) -> str: ...
+
+    async def measure_road(self, source: KvSource) -> KvRoad: ...
+
+    async def set_logits_processors(self, processors: Mapping[str, Any]) -> None: ...
+
+    async def drain(self, timeout_s: float) -> None: ...
+
+    async def kill(self) -> None: ...
+
+    def describe(self) -> dict[str, Any]: ...

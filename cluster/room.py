@@ -1,0 +1,131 @@
+"""What a Ray cluster has and who holds it, and what to say when it cannot hold a gang."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import ray
+from ray._private import state as ray_state
+
+_TOLERANCE: Final = 1e-6
+_MOST_LISTED: Final = 8
+
+Amounts = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRoom:
+    """A live node: what it has in all, and what is free of it."""
+
+    address: str
+    total: Amounts
+    free: Amounts
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a placement group has reserved."""
+
+    name: str
+    amounts: Amounts
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A cluster at one moment."""
+
+    nodes: Sequence[NodeRoom]
+    holdings: Sequence[Holding] = ()
+
+    def total(self, resource: str) -> float:
+        return sum(node.total.get(resource, 0.0) for node in self.nodes)
+
+    def free(self, resource: str) -> float:
+        return sum(node.free.get(resource, 0.0) for node in self.nodes)
+
+    def num_bundles(self, bundle: Amounts) -> int:
+        """How many of them the cluster holds when idle: a bundle lies on one node."""
+        return sum(_num_in(node.total, bundle) for node in self.nodes)
+
+    def explain(self, bundle: Amounts, num_bundles: int, timeout_s: float) -> str:
+        """Why that many bundles could not be placed: what was asked, what there is, who has it, where."""
+        need = {name: amount * num_bundles for name, amount in bundle.items()}
+        has = ", ".join(f"{self.free(name):g} of {self.total(name):g} {name} free" for name in need)
+        return (
+            f"cannot place a gang of {num_bundles} rank(s) with {_list(bundle)} each within {timeout_s:g} s: "
+            f"the Ray cluster has {has} on {len(self.nodes)} node(s); {self._verdict(bundle, need, num_bundles)}; "
+            f"{self.describe_nodes(bundle)}{self._describe_holdings(bundle)}"
+        )
+
+    def _verdict(self, bundle: Amounts, need: Amounts, num_bundles: int) -> str:
+        missing = {name: amount - self.free(name) for name, amount in need.items() if self.free(name) < amount}
+        what = f"missing: {_list(missing)}" if missing else "enough in sum, but no node has room for a whole rank"
+        if any(self.total(name) < amount for name, amount in need.items()):
+            return f"{what}; the cluster is too small for it even when idle"
+        if (most := self.num_bundles(bundle)) < num_bundles:
+            return f"{what}; its nodes hold {most} such rank(s) even when idle, for each must lie on one node"
+        return f"{what}; others hold it"
+
+    def describe_nodes(self, resources: Iterable[str]) -> str:
+        names = list(resources)
+        each = [
+            f"{node.address}: "
+            + ", ".join(f"{node.free.get(name, 0.0):g} of {node.total.get(name, 0.0):g} {name} free" for name in names)
+            for node in self.nodes
+        ]
+        return "by node: " + _shorten(each)
+
+    def _describe_holdings(self, bundle: Amounts) -> str:
+        held = [
+            (group, {name: group.amounts[name] for name in bundle if name in group.amounts}) for group in self.holdings
+        ]
+        each = [f"{group.name} ({_list(amounts)})" for group, amounts in held if amounts]
+        rest = {
+            name: self.total(name) - self.free(name) - sum(amounts.get(name, 0.0) for _, amounts in held)
+            for name in bundle
+        }
+        others = {name: amount for name, amount in rest.items() if amount > _TOLERANCE}
+        text = f"; held by placement groups: {_shorten(each)}" if each else ""
+        return text + (f"; held by actors and tasks outside of groups: {_list(others)}" if others else "")
+
+
+def read_room() -> Room:
+    """Of the cluster that this process is connected to. Blocks."""
+    free = ray_state.available_resources_per_node()
+    nodes = [
+        NodeRoom(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {}))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    groups = [_read_holding(row) for row in ray.util.placement_group_table().values() if row["state"] == "CREATED"]
+    return Room(nodes, groups)
+
+
+def can_grow() -> bool:
+    """An autoscaler has told the cluster's GCS of node groups. One that has not cannot be known of. Blocks."""
+    config = ray_state.state.get_cluster_config()
+    return config is not None and bool(config.node_group_configs)
+
+
+def _read_holding(row: Mapping[str, Any]) -> Holding:
+    amounts: dict[str, float] = {}
+    for bundle in row["bundles"].values():
+        for name, amount in bundle.items():
+            amounts[name] = amounts.get(name, 0.0) + amount
+    return Holding(row["name"] or row["placement_group_id"], amounts)
+
+
+def _num_in(total: Amounts, bundle: Amounts) -> int:
+    return min(math.floor(total.get(name, 0.0) / amount + _TOLERANCE) for name, amount in bundle.items())
+
+
+def _list(amounts: Amounts) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items())
+
+
+def _shorten(parts: Sequence[str]) -> str:
+    more = f"; and {len(parts) - _MOST_LISTED} more" if len(parts) > _MOST_LISTED else ""
+    return "; ".join(parts[:_MOST_LISTED]) + more

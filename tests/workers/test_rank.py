@@ -1,0 +1,106 @@
+"""A rank's start: when its heartbeats begin to tell of a step loop, and what it says of hosts that it cannot reach."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import cast
+
+import pytest
+
+from tensorweave.cluster.errors import WorkerLost
+from tensorweave.cluster.llm_args import TorchLlmArgs
+from tensorweave.cluster.ranks import RankOrder, RankReport, describe_phases
+from tensorweave.workers.comm import Comm
+from tensorweave.workers.executor import PyExecutor
+from tensorweave.workers.fake_executor import FakeExecutor
+from tensorweave.workers.rank import RankWorker
+from tensorweave.workers.reach import await_reachable
+
+ORDER = RankOrder(
+    gang_id="g",
+    rank=0,
+    size=1,
+    args={"model": "m", "device": "cpu"},
+    leader=None,
+    interface_ip="127.0.0.1",
+    listen_host="127.0.0.1",
+    transfer_host="127.0.0.1",
+    num_ranks_here=1,
+    has_gpu=False,
+    start_timeout_s=60.0,
+    model_digest=None,
+    secret="s",
+    kv_secret="k",
+)
+
+
+class AskedExecutor(FakeExecutor):
+    """One whose rank is asked how it fares between the executor's making and its start."""
+
+    kv_endpoint = None
+    kv_fingerprint: dict[str, str] = {}
+
+    def __init__(self, worker: RankWorker) -> None:
+        super().__init__()
+        self._worker = worker
+        self.report: RankReport | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        return self.report is not None and super().is_alive
+
+    def start(self) -> None:
+        self.report = asyncio.run(self._worker.heartbeat())
+
+    def heartbeat(self) -> float:
+        return 0.0
+
+    def gauges(self) -> dict[str, float]:
+        return {}
+
+
+class AskedWorker(RankWorker):
+    def __init__(self) -> None:
+        super().__init__()
+        self.executor = AskedExecutor(self)
+
+    def _build_executor(self, args: TorchLlmArgs, comm: Comm, order: RankOrder) -> PyExecutor:
+        return cast(PyExecutor, self.executor)
+
+
+def test_a_heartbeat_before_the_loop_starts_is_no_fault() -> None:
+    async def body() -> None:
+        worker = AskedWorker()
+        await worker.start(ORDER)
+        report = worker.executor.report
+        assert report is not None
+        assert report.fault is None
+        assert report.phase == "loading the model"
+        after = await worker.heartbeat()
+        assert (after.is_alive, after.fault) == (True, None)
+        await worker.stop()
+
+    asyncio.run(body())
+
+
+def test_a_host_that_cannot_be_reached_is_named_with_who_waits_for_it() -> None:
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))  # nobody listens there
+        port = unheard.getsockname()[1]
+        with pytest.raises(WorkerLost, match=rf"rank 1 on h2 cannot reach rank 0 at 127.0.0.1:{port} \(.*refused.*\)"):
+            await_reachable("127.0.0.1", port, 0.2, who="rank 1 on h2", whom="rank 0")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        await_reachable("127.0.0.1", server.getsockname()[1], 60.0, who="rank 1", whom="rank 0")
+
+
+def test_ranks_at_the_same_are_told_together() -> None:
+    phases = [
+        ("h1", "loading the model"),
+        ("h2", "connecting to rank 0 at h1:1"),
+        ("h1", "loading the model"),
+        ("h3", ""),
+    ]
+    assert describe_phases(phases) == (
+        "rank 0 (h1), 2 (h1): loading the model; rank 1 (h2): connecting to rank 0 at h1:1; rank 3 (h3): importing"
+    )
