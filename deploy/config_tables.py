@@ -134,6 +134,12 @@ class LimitsConfig(StrictBaseModel):
     max_body_bytes: int = Field(
         8 * 2**20, status="prototype", ge=1, description="Largest request body; above it the answer is 413."
     )
+    max_held_body_bytes: int = Field(
+        256 * 2**20,
+        status="prototype",
+        ge=1,
+        description="Most bytes of request bodies that a router replica holds at a time; beyond it the answer is 429.",
+    )
     body_timeout_s: float = Field(
         60.0, status="prototype", gt=0, description="Longest time for a request's whole body; then the answer is 408."
     )
@@ -180,6 +186,14 @@ class LimitsConfig(StrictBaseModel):
         30.0, status="prototype", ge=0, description="What running requests get to finish at shutdown."
     )
 
+    @model_validator(mode="after")
+    def _check_bodies(self) -> Self:
+        if self.max_held_body_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_held_body_bytes is {self.max_held_body_bytes}, less than max_body_bytes ({self.max_body_bytes})"
+            )
+        return self
+
     def router_limits(self) -> Limits:
         """A request of more sequences than may be inside together would be told for ever to come back later."""
         return Limits(
@@ -193,6 +207,7 @@ class LimitsConfig(StrictBaseModel):
             max_lost_in_a_row=self.max_lost_in_a_row,
             reattach_grace_s=self.reattach_grace_s,
             max_body_bytes=self.max_body_bytes,
+            max_held_body_bytes=self.max_held_body_bytes,
             body_timeout_s=self.body_timeout_s,
             max_sequences=min(self.max_sequences, self.max_inflight + self.max_queued),
         )

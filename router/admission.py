@@ -23,7 +23,8 @@ class Limits:
     A new request waits `ready_timeout_s` for a gang, one whose gang was lost `recovery_timeout_s` for another; it is
     tried `max_attempts` times, and given up when `max_lost_in_a_row` gangs died under it without a new token. A request
     that its client named goes on for `reattach_grace_s` after its router broke. Where `waits_for_room`, a new request
-    that every gang is too full for waits as one that was lost does.
+    that every gang is too full for waits as one that was lost does. `max_held_body_bytes` is for the bodies of all
+    requests that are being received and read.
     """
 
     max_inflight: int = 512
@@ -38,6 +39,7 @@ class Limits:
     reattach_grace_s: float = 10.0
     heartbeat_limit_s: float = 10.0
     max_body_bytes: int = 8 * 2**20
+    max_held_body_bytes: int = 256 * 2**20
     body_timeout_s: float = 60.0
     max_sequences: int = 256
     waits_for_room: bool = False
@@ -46,6 +48,10 @@ class Limits:
         for name in ("max_inflight", "max_body_bytes", "max_sequences", "max_attempts", "max_lost_in_a_row"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if self.max_held_body_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_held_body_bytes is {self.max_held_body_bytes}, less than max_body_bytes, {self.max_body_bytes}"
+            )
         if self.max_queued < 0:
             raise ValueError(f"max_queued is {self.max_queued}, must be at least 0")
 

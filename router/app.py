@@ -165,8 +165,11 @@ def _lifespan_of(service: RouterService) -> Callable[[FastAPI], AbstractAsyncCon
 async def _answer_body(service: RouterService, task: BodyTask[bytes], request: Request) -> Response:
     """A route whose whole answer is made of the body."""
     limits = service.limits
-    body = await asgi.read_json_body(request.scope, request.receive, limits.max_body_bytes, limits.body_timeout_s)
-    return Response(await service.bodies.run(task, body, await service.served()), media_type="application/json")
+    with service.body_memory.share() as share:
+        body = await asgi.read_json_body(
+            request.scope, request.receive, share, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s
+        )
+        return Response(await service.bodies.run(task, body, await service.served()), media_type="application/json")
 
 
 def _model_card(service: RouterService, name: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tensorweave.cluster.errors import RequestRejected, TensorweaveError
+from tensorweave.router.body_memory import BodyShare
 
 Headers = list[tuple[bytes, bytes]]
 _JSON: Final = (b"content-type", b"application/json")
@@ -102,9 +103,11 @@ def header(scope: Scope, name: bytes) -> bytes | None:
     return None
 
 
-async def read_json_body(scope: Scope, receive: Receive, max_bytes: int, timeout_s: float) -> bytes:
-    """The body, checked for size while it comes; all of it must come within `timeout_s`. Raises BodyTooLarge,
-    BodyTimeout, UnsupportedMediaType or ClientGone."""
+async def read_json_body(
+    scope: Scope, receive: Receive, share: BodyShare, *, max_bytes: int, timeout_s: float
+) -> bytes:
+    """The body, checked for size while it comes and counted in `share`; all of it must come within `timeout_s`. Raises
+    BodyTooLarge, BodyTimeout, Overloaded, UnsupportedMediaType or ClientGone."""
     media_type = (header(scope, b"content-type") or b"application/json").split(b";")[0].strip().lower()
     if media_type != b"application/json" and not media_type.endswith(b"+json"):
         raise UnsupportedMediaType("the content type must be application/json")
@@ -113,12 +116,12 @@ async def read_json_body(scope: Scope, receive: Receive, max_bytes: int, timeout
         raise BodyTooLarge(f"the body has {int(announced)} bytes; the limit is {max_bytes}")
     try:
         async with asyncio.timeout(timeout_s):
-            return await _read_body(receive, max_bytes)
+            return await _read_body(receive, share, max_bytes)
     except TimeoutError:
         raise BodyTimeout(f"the whole body has not come within {timeout_s:g} s") from None
 
 
-async def _read_body(receive: Receive, max_bytes: int) -> bytes:
+async def _read_body(receive: Receive, share: BodyShare, max_bytes: int) -> bytes:
     parts: list[bytes] = []
     num_bytes = 0
     while True:
@@ -126,6 +129,7 @@ async def _read_body(receive: Receive, max_bytes: int) -> bytes:
         if message["type"] == "http.disconnect":
             raise ClientGone
         part: bytes = message.get("body", b"")
+        share.take(len(part))
         num_bytes += len(part)
         if num_bytes > max_bytes:
             raise BodyTooLarge(f"the body has more than {max_bytes} bytes, which is the limit")

@@ -17,12 +17,12 @@ class BodyMemory:
 
     @contextmanager
     def share(self) -> Iterator[BodyShare]:
-        """One request's part, given back at the end."""
+        """One request's part, given back at the end at the latest."""
         share = BodyShare(self)
         try:
             yield share
         finally:
-            self.num_bytes -= share.num_bytes
+            share.give_back()
 
     def take(self, num_bytes: int) -> None:
         """Raises Overloaded."""
@@ -42,3 +42,7 @@ class BodyShare:
         """Raises Overloaded where all requests together would hold too much."""
         self._memory.take(num_bytes)
         self.num_bytes += num_bytes
+
+    def give_back(self) -> None:
+        self._memory.num_bytes -= self.num_bytes
+        self.num_bytes = 0

@@ -101,12 +101,9 @@ class GenerateEndpoint:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started_s, limits = time.perf_counter(), self._service.limits
+        started_s = time.perf_counter()
         try:
-            body = await asgi.read_json_body(scope, receive, limits.max_body_bytes, limits.body_timeout_s)
-            async with asgi.cancelled_on_disconnect(receive):
-                plan = await self._plan(self._service, body, asgi.client_request_id(scope))
-                await self._answer(plan, Tally(plan, self._metrics, started_s), scope, send)
+            await self._serve(scope, receive, send, started_s)
             status = 200
         except asgi.ClientGone:
             status = RequestCancelled.http_status
@@ -114,10 +111,7 @@ class GenerateEndpoint:
             status = error.http_status
             self._metrics.count_error(error)
             await asgi.send_error(send, error)
-        except (
-            Exception,
-            SystemExit,
-        ):  # the request's boundary: what went wrong reaches no other, nor this one's client
+        except (Exception, SystemExit):  # the request's boundary: what went wrong reaches nobody else
             logger.exception("request %s: internal error", asgi.request_id_of(scope))
             status = 500
             await asgi.send_error(send, TensorweaveError(_INTERNAL))
@@ -129,6 +123,18 @@ class GenerateEndpoint:
             status,
             time.perf_counter() - started_s,
         )
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, started_s: float) -> None:
+        limits = self._service.limits
+        with self._service.body_memory.share() as share:
+            body = await asgi.read_json_body(
+                scope, receive, share, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s
+            )
+            async with asgi.cancelled_on_disconnect(receive):
+                plan = await self._plan(self._service, body, asgi.client_request_id(scope))
+                del body
+                share.give_back()
+                await self._answer(plan, Tally(plan, self._metrics, started_s), scope, send)
 
     async def _answer(self, plan: Plan, tally: Tally, scope: Scope, send: Send) -> None:
         self._metrics.count_prompt(sum(plan.prompt_lens))

@@ -9,6 +9,7 @@ from tensorweave.cluster.errors import NotReady
 from tensorweave.cluster.fleet import Fleet
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.router.admission import Limits
+from tensorweave.router.body_memory import BodyMemory
 from tensorweave.router.body_pool import BodyPool
 from tensorweave.router.dispatch import Dispatcher
 from tensorweave.router.served import Served
@@ -39,9 +40,11 @@ class RouterService:
     cors_origins: Sequence[str] = ()
     _info: ModelInfo | None = None
     bodies: BodyPool = field(init=False)
+    body_memory: BodyMemory = field(init=False)
 
     def __post_init__(self) -> None:
         self.bodies = BodyPool(self.tokenizer)
+        self.body_memory = BodyMemory(self.limits.max_held_body_bytes)
 
     async def served(self) -> Served:
         """What request bodies are checked against. Raises NotReady."""
