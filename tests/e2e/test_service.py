@@ -99,22 +99,6 @@ def test_a_service_from_start_to_drain(service: tuple[ServiceProcess, int, int],
     assert listener(port) not in (None, router)
     kept.close()
 
-    # What keeps the service up may die: the gang serves on, and everything is replaced.
-    ranks = named(process, "RankWorker")
-    through_it_all = RunningAnswer(port, max_tokens=1500)
-    for keeper in ("PoolSupervisor", "ServeReplica:tensorweave:Pools", "Lifeline", "Guardian"):
-        [victim] = named(process, keeper)
-        victim.kill()
-        wait_until(
-            lambda keeper=keeper, victim=victim: named(process, keeper) not in ([], [victim]),
-            END_TIMEOUT_S,
-            f"a new {keeper}",
-        )
-    assert through_it_all.num_generated() == 1500
-    wait_until(lambda: health_pools(port) != [], END_TIMEOUT_S, "the new supervisor tells of its pools")
-    [gang] = health_pools(port)[0]["gangs"]
-    assert (gang["state"], [rank["pid"] for rank in gang["ranks"]]) == ("ready", [rank.pid for rank in ranks])
-    assert num_generated(complete(port)) == 4
     family += process.descendants()
 
     # Drain: the running request ends, a new one is refused, then everything is gone.
@@ -200,8 +184,27 @@ def is_turned_away(port: int) -> bool:
     return True
 
 
-def test_a_killed_driver_leaves_nothing(service: tuple[ServiceProcess, int, int]) -> None:
+def test_a_service_outlives_what_keeps_it_up_and_a_killed_driver_leaves_nothing(
+    service: tuple[ServiceProcess, int, int],
+) -> None:
     process, port, proxy_port = service
+    # What keeps the service up may die: the gang serves on, and everything is replaced.
+    ranks = named(process, "RankWorker")
+    through_it_all = RunningAnswer(port, max_tokens=1500)
+    for keeper in ("PoolSupervisor", "ServeReplica:tensorweave:Pools", "Lifeline", "Guardian"):
+        [victim] = named(process, keeper)
+        victim.kill()
+        wait_until(
+            lambda keeper=keeper, victim=victim: named(process, keeper) not in ([], [victim]),
+            END_TIMEOUT_S,
+            f"a new {keeper}",
+        )
+    assert through_it_all.num_generated() == 1500
+    wait_until(lambda: health_pools(port) != [], END_TIMEOUT_S, "the new supervisor tells of its pools")
+    [gang] = health_pools(port)[0]["gangs"]
+    assert (gang["state"], [rank["pid"] for rank in gang["ranks"]]) == ("ready", [rank.pid for rank in ranks])
+    assert num_generated(complete(port)) == 4
+
     # Ray's own two agents look for the dead head for a minute before they end.
     agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
     family = [child for child in process.descendants() if not command_of(child).startswith(agents)]
