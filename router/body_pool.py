@@ -38,6 +38,8 @@ ResultT = TypeVar("ResultT")
 
 INLINE_BYTES: Final = 8 << 10
 """At most about 10 ms of reading, for the slowest text that we know (emoji, 1.1 µs a byte)."""
+_SLOW_INLINE_BYTES: Final = 1 << 10
+"""Where transformers' own Python does the reading."""
 USUAL_BYTES: Final = 256 << 10
 _MAX_WAITING: Final = {"usual": 1024, "large": 16}
 _GROWTH_BYTES: Final = 128 << 20
@@ -63,7 +65,7 @@ class BodyPool:
 
     async def run(self, task: BodyTask[ResultT], body: bytes, served: Served) -> ResultT:
         """Raises RequestRejected, Overloaded where too many bodies wait, and DeadlineExceeded."""
-        if len(body) <= INLINE_BYTES:
+        if len(body) <= (INLINE_BYTES if self._tokenizer.is_rust else _SLOW_INLINE_BYTES):
             return task.run(body, self._tokenizer, served)
         lane = self._usual if len(body) <= USUAL_BYTES else self._large
         return task.unpack(await lane.run(pack_frame("run", task.name, served.to_wire(), body)))
