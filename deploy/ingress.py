@@ -26,6 +26,9 @@ def ingress_env(router: RouterConfig) -> dict[str, str]:
 
     The port range holds as many ports as replicas, so that a replica never settles elsewhere, and a freed port is free
     at once: by default Serve keeps it back for minutes and a replaced replica would stay away as long.
+
+    A proxy has 60 s to start, as long as `serve.start` waits for it. By default Serve kills it after three times 5 s,
+    which a busy machine exceeds (its imports alone take seconds), and `serve.start` fails with an ActorDiedError.
     """
     return {
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
@@ -35,6 +38,7 @@ def ingress_env(router: RouterConfig) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}.{bound_proxy.__name__}",
     }
 

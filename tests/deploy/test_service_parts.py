@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import socket
 from pathlib import Path
 
 import pytest
-from ray.serve._private import http_util
+from ray.serve._private import constants, http_util
 
 from tensorweave.cluster.room import NodeRoom, Room
 from tensorweave.deploy.config import ServeConfig, load_config
@@ -58,6 +59,18 @@ def test_as_many_ingress_ports_as_replicas(tmp_path: Path) -> None:
     env = ingress_env(make_config(tmp_path, "router.port=9000", "router.replicas=3").router)
     first, end = (int(env[f"RAY_SERVE_DIRECT_INGRESS_{edge}_HTTP_PORT"]) for edge in ("MIN", "MAX"))
     assert list(range(first, end)) == [9000, 9001, 9002]
+
+
+def test_serve_does_not_kill_a_proxy_that_the_start_still_waits_for(tmp_path: Path) -> None:
+    env = ingress_env(make_config(tmp_path).router)
+    tries, patience_s = constants.PROXY_HEALTH_CHECK_UNHEALTHY_THRESHOLD, constants.HTTP_PROXY_TIMEOUT
+    assert float(env["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) * tries >= patience_s
+
+
+def test_serve_knows_what_it_is_told(tmp_path: Path) -> None:
+    known = inspect.getsource(constants)
+    env = ingress_env(make_config(tmp_path).router)
+    assert [name for name in env if f'"{name}"' not in known] == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
