@@ -29,6 +29,9 @@ def ingress_env(router: RouterConfig) -> dict[str, str]:
 
     A proxy has 60 s to start, as long as `serve.start` waits for it. By default Serve kills it after three times 5 s,
     which a busy machine exceeds (its imports alone take seconds), and `serve.start` fails with an ActorDiedError.
+
+    Without its support for forks gRPC does not tell the driver of each worker process that uvloop forks for request
+    bodies; the child runs another program at once, and uses none of gRPC.
     """
     return {
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
@@ -39,6 +42,7 @@ def ingress_env(router: RouterConfig) -> dict[str, str]:
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",
+        "GRPC_ENABLE_FORK_SUPPORT": "0",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}.{bound_proxy.__name__}",
     }
 

@@ -24,6 +24,7 @@ _EVENT_STREAM: Final[Headers] = [
     (b"x-accel-buffering", b"no"),
 ]
 CLOSE: Final = (b"connection", b"close")
+REQUEST_ID_HEADER: Final = b"x-request-id"
 _RETRY_AFTER_S: Final = 5.0
 _REQUEST_ID_KEY: Final = "tensorweave.request_id"
 _CLIENT_ID_KEY: Final = "tensorweave.client_request_id"
@@ -67,13 +68,13 @@ class RequestIds:
         request_id = (given or secrets.token_hex(16)).encode()
         scope[_REQUEST_ID_KEY] = request_id.decode("ascii")
         scope[_CLIENT_ID_KEY] = None if given and self._made_up and given.startswith(self._made_up) else given
-        if self._server_echoes and request_id == header(scope, b"x-request-id"):
+        if self._server_echoes and request_id == header(scope, REQUEST_ID_HEADER):
             await self._app(scope, receive, send)
             return
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                message["headers"] = [*message.get("headers", ()), (REQUEST_ID_HEADER, request_id)]
             await send(message)
 
         await self._app(scope, receive, send_with_id)
@@ -90,9 +91,14 @@ def client_request_id(scope: Scope) -> str | None:
     return request_id
 
 
+def is_request_id(value: bytes) -> bool:
+    """Whether a client may name its request so."""
+    return _VALID_REQUEST_ID.fullmatch(value) is not None
+
+
 def _given_request_id(scope: Scope) -> str | None:
-    given = header(scope, b"x-request-id")
-    return given.decode("ascii") if given is not None and _VALID_REQUEST_ID.fullmatch(given) else None
+    given = header(scope, REQUEST_ID_HEADER)
+    return given.decode("ascii") if given is not None and is_request_id(given) else None
 
 
 def header(scope: Scope, name: bytes) -> bytes | None:

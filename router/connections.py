@@ -16,6 +16,8 @@ from typing import Any, Final
 import uvicorn.config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from tensorweave.router.asgi import REQUEST_ID_HEADER, is_request_id
+
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
@@ -84,6 +86,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._is_in_head, self._num_head_bytes = True, 0
         self._expect_within(self._limits.head_timeout_s)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """What is no valid request id is as good as none. Serve would send it back as it came, beside our own."""
+        if name.lower() != REQUEST_ID_HEADER or is_request_id(value):
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False

@@ -12,9 +12,10 @@ from starlette.types import ASGIApp
 
 from tensorweave.deploy import ingress
 from tensorweave.router.app import build_app
+from tensorweave.router.connections import ConnectionLimits, bounded_protocol
 from tests.router.calls import CHAT
 from tests.router.fake_fleet import FakeLink
-from tests.router.serving import chat, client_of, make_service, model_info
+from tests.router.serving import chat, client_of, make_service, model_info, running
 
 
 @pytest.mark.parametrize("door", ["front", "plain"])
@@ -41,3 +42,19 @@ def test_only_a_clients_own_id_is_looked_for(name: str | None, door: str, monkey
     [asked] = link.requests
     assert (asked.grace_s > 0) == (name is not None)
     assert asked.request_id.startswith("job-7-") == (name is not None)
+
+
+@pytest.mark.parametrize("given", ["ü".encode("latin-1"), b"two words", b"", b"x" * 129])
+def test_what_is_no_valid_id_is_not_sent_back(given: bytes) -> None:
+    app: ASGIApp = build_app(make_service(FakeLink(model_info())), server_echoes_ids=True)
+    app = http_util.RequestIdMiddleware(app)  # as Serve wraps it
+
+    async def call() -> httpx.Response:
+        async with running(app, bounded_protocol(ConnectionLimits())) as url, httpx.AsyncClient() as client:
+            return await client.get(f"{url}/version", headers={b"x-request-id": given})
+
+    answer = asyncio.run(call())
+    assert answer.status_code == 200
+    [told] = answer.headers.get_list("x-request-id")
+    assert len(told) >= 32
+    assert told != given.decode("latin-1")

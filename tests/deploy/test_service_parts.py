@@ -70,7 +70,11 @@ def test_serve_does_not_kill_a_proxy_that_the_start_still_waits_for(tmp_path: Pa
 def test_serve_knows_what_it_is_told(tmp_path: Path) -> None:
     known = inspect.getsource(constants)
     env = ingress_env(make_config(tmp_path).router)
-    assert [name for name in env if f'"{name}"' not in known] == []
+    assert [name for name in env if name.startswith("RAY_SERVE_") and f'"{name}"' not in known] == []
+
+
+def test_grpc_does_not_tell_of_a_routers_worker_processes(tmp_path: Path) -> None:
+    assert ingress_env(make_config(tmp_path).router)["GRPC_ENABLE_FORK_SUPPORT"] == "0"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

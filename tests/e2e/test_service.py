@@ -85,6 +85,8 @@ def test_a_service_from_start_to_drain(service: tuple[ServiceProcess, int, int],
     for door in (port, proxy_port):
         assert num_generated(complete(door)) == 4
         assert request_ids(door, "trace-7") == ["trace-7"]
+        [made_up] = request_ids(door, "no id") or []
+        assert made_up != "no id"
         check_page(door)
 
     # A router that dies with a client connected comes back at the same port: its dead connections do not keep the port.

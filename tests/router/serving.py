@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.router.admission import Limits
@@ -73,7 +74,7 @@ async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @asynccontextmanager
-async def running(app: FastAPI, http: Any = "auto") -> AsyncIterator[str]:
+async def running(app: ASGIApp, http: Any = "auto") -> AsyncIterator[str]:
     """A real server, with uvicorn's own protocol or another one; yields its base URL."""
     # Kept alive for long: a connection that is given up just as its client writes fails that request.
     config = uvicorn.Config(app, http=http, log_level="warning", lifespan="off", ws="none", timeout_keep_alive=600)
