@@ -8,7 +8,7 @@ const messages = [{ role: "user", content: [{ type: "text", text: "Say hello in 
 
 const ids = [];
 for await (const card of client.models.list()) ids.push(card.id);
-assert.deepEqual(ids, [model]);
+assert.ok(ids.includes(model), `${ids}`); // a service may have several names
 
 const fields = { model, messages, max_completion_tokens: 24, temperature: 0, logprobs: true, top_logprobs: 2 };
 const whole = await client.chat.completions.create(fields);
