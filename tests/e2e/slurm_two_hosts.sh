@@ -158,7 +158,9 @@ submit() {
     "${nodes[@]}" slurm/serve.sbatch --config "$root/service.yaml" "${changes[@]}")
 }
 
-num_hosts() { curl -sf --max-time 10 "http://$net.11:$port/health" | grep -oE '"node_ip":"[0-9.]+"' | sort -u | wc -l; }
+# From the first host itself: others hear only whether the service is up.
+health() { nsenter --net=/run/netns/twh1 curl -sf --max-time 10 "http://$net.11:$port/health"; }
+num_hosts() { health | grep -oE '"node_ip":"[0-9.]+"' | sort -u | wc -l; }
 serves_on() { [ "$(num_hosts)" = "$1" ]; }
 has_said() { [ "$(grep -c "$2" "$root/log/job-$1.log")" -ge "$3" ]; }
 has_state() { squeue -h -o %T -j "$1" | grep -qx "$2"; }
@@ -240,7 +242,7 @@ survives_lost_hosts() {
   until_true 90 "Slurm has noticed" is_down twh2
   has_state "$job" RUNNING || die "job $job is $(squeue -h -o %T -j "$job") after the loss of a host"
   until_true 60 "the job names the host" has_said "$job" "node twh2 has left" 1
-  answers || die "no answer with one host: $(curl -s --max-time 10 "http://$net.11:$port/health")"
+  answers || die "no answer with one host: $(health)"
   say "job $job serves on without its second host"
 
   raise_host 2
