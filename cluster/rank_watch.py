@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
 
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from tensorweave.cluster.memory_kills import says_memory
 from tensorweave.cluster.ranks import RankReport
@@ -92,5 +92,7 @@ def why_dead(error: RayError) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """Of what an actor raised, its own words: Ray's text for it begins with the call and ends with a traceback."""
+    text = str(error.cause if isinstance(error, RayTaskError) else error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

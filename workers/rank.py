@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 
+from tensorweave.cluster.errors import WorkerLost
 from tensorweave.cluster.host_memory import oom_kills
 from tensorweave.cluster.protocol import KvRoad, KvSource
+from tensorweave.cluster.rank_watch import first_line
 from tensorweave.cluster.ranks import LeaderPlace, LinkRate, RankOrder, RankPlace, RankReport, RankStarted, Traffic
 from tensorweave.cluster.versions import Versions
 
@@ -237,7 +239,14 @@ class RankWorker:
         assert leader is not None, "every rank but 0 has a leader"
 
         def ask(verb: str, *arguments: Any) -> Any:
-            return ray.get(leader.rendezvous.remote(verb, *arguments), timeout=order.start_timeout_s + _ASK_SLACK_S)
+            asked = leader.rendezvous.remote(verb, *arguments).future()  # `ray.get` warns in any thread of this actor
+            try:
+                return asked.result(order.start_timeout_s + _ASK_SLACK_S)
+            except ActorUnavailableError as error:
+                who = f"rank {order.rank} on {order.interface_ip}"
+                raise WorkerLost(
+                    f"{who} cannot ask rank 0 ({first_line(error)}): can their hosts connect to each other?"
+                ) from error
 
         return ask
 

@@ -8,8 +8,9 @@ from typing import Any, cast
 
 import pytest
 from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
 
-from tensorweave.cluster.rank_watch import RankWatch, in_time
+from tensorweave.cluster.rank_watch import RankWatch, in_time, why_dead
 from tensorweave.cluster.ranks import RankReport
 
 
@@ -81,3 +82,12 @@ def test_a_host_that_stood_still_costs_no_gang(monkeypatch: pytest.MonkeyPatch) 
         watching.cancel()
 
     asyncio.run(watch())
+
+
+def test_what_an_actor_raised_is_told_in_its_own_words() -> None:
+    cause = RuntimeError("no space for the cache\nmore")
+    raised = RayTaskError(
+        "start", 'Traceback (most recent call last):\n  File "rank.py", line 1', cause, pid=7, ip="::1"
+    )
+    assert "pid=7" in str(raised).splitlines()[0], "as Ray tells it"
+    assert why_dead(raised.as_instanceof_cause()) == "no space for the cache"

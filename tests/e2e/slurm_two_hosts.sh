@@ -22,6 +22,9 @@ say() { echo "slurm_two_hosts: $*"; }
 die() {
   say "FAILED: $*"
   tail -n 40 "$root"/log/job-*.log 2>/dev/null || true
+  sinfo -N -o '%N %T %E' || true
+  squeue || true
+  tail -n 20 "$root/log/slurmctld.log" 2>/dev/null || true
   exit 1
 }
 

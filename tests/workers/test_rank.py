@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import socket
-from typing import cast
+from concurrent.futures import Future
+from typing import Any, cast
 
 import pytest
+from ray.exceptions import ActorUnavailableError
 
 from tensorweave.cluster.errors import WorkerLost
 from tensorweave.cluster.llm_args import TorchLlmArgs
@@ -92,6 +95,31 @@ def test_a_host_that_cannot_be_reached_is_named_with_who_waits_for_it() -> None:
             await_reachable("127.0.0.1", port, 0.2, who="rank 1 on h2", whom="rank 0")
     with socket.create_server(("127.0.0.1", 0)) as server:
         await_reachable("127.0.0.1", server.getsockname()[1], 60.0, who="rank 1", whom="rank 0")
+
+
+class UnreachableLeader:
+    """Rank 0's handle where Ray cannot connect to its host: `rendezvous.remote(...)` gives a reference whose future
+    has the error."""
+
+    @property
+    def rendezvous(self) -> UnreachableLeader:
+        return self
+
+    def remote(self, *arguments: Any) -> UnreachableLeader:
+        return self
+
+    def future(self) -> Future[Any]:
+        failed: Future[Any] = Future()
+        failed.set_exception(ActorUnavailableError("RPC error: failed to connect to ipv4:10.0.0.2:1234", None))
+        return failed
+
+
+def test_a_rank_0_that_ray_cannot_reach_is_told_with_who_asked() -> None:
+    order = dataclasses.replace(ORDER, rank=1, size=2, leader=cast(Any, UnreachableLeader()))
+    with pytest.raises(
+        WorkerLost, match=r"rank 1 on 127\.0\.0\.1 cannot ask rank 0 \(.*10\.0\.0\.2:1234.*\): can their"
+    ):
+        asyncio.run(RankWorker().start(order))
 
 
 def test_ranks_at_the_same_are_told_together() -> None:
