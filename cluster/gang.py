@@ -30,8 +30,9 @@ from tensorweave.cluster.gang_record import GangRecord
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.hosts import Hosts
 from tensorweave.cluster.memory_kills import kills_anywhere, kills_here
-from tensorweave.cluster.placement import NamedGroup, live_nodes, place
+from tensorweave.cluster.placement import NamedGroup, live_node_ids, live_nodes, place, placed_on
 from tensorweave.cluster.protocol import GangAddress, KvRoad, KvSource
+from tensorweave.cluster.rank_processes import RankProcesses
 from tensorweave.cluster.rank_watch import STARTING_HEARTBEAT_TIMEOUT_S, RankWatch, first_line, why_dead
 from tensorweave.cluster.ranks import RankOrder, RankPlace, RankReport, RankStarted, describe_phases
 from tensorweave.cluster.versions import Versions, explain_mix
@@ -79,6 +80,7 @@ class Gang:
         self._kv_secret = secrets.token_hex(16)
         self._group: PlacementGroup | None = None
         self._actors: list[ActorHandle[Any]] = []
+        self._processes = RankProcesses((), live_node_ids)
         self._places: Sequence[RankPlace] = ()
         self._node_ips: Mapping[str, str] = {}
         self._watch = RankWatch((), self._name, spec.hang_timeout_s)
@@ -108,6 +110,7 @@ class Gang:
         size = spec.tensor_parallel_size
         is_detached = self._namespace is not None
         self._group = await place(spec.bundle, size, spec.place_timeout_s, self._group_name, is_detached=is_detached)
+        self._processes = RankProcesses(await asyncio.to_thread(placed_on, self._group), live_node_ids)
         self._actors = [self._create_actor(rank) for rank in range(size)]
         self._start_began_s = time.monotonic()
         try:
@@ -126,7 +129,7 @@ class Gang:
 
     async def _start_ranks(self) -> GangAddress:
         lease_s = None if self._namespace is None else _LEASE_S
-        self._places = await _gather([actor.prepare.remote(lease_s) for actor in self._actors])
+        self._places = await self._processes.until_up([actor.prepare.remote(lease_s) for actor in self._actors])
         self._node_ips = {node["NodeID"]: node["NodeManagerAddress"] for node in await asyncio.to_thread(live_nodes)}
         await self._check_versions()
         hosts = Hosts.choose(self._places, self._node_ips)
@@ -327,7 +330,7 @@ class Gang:
         if began_s is None or time.monotonic() - began_s < _LONG_START_S:
             return ""
         phases = [(self._ip(place), self._watch.report(rank).phase) for rank, place in enumerate(self._places)]
-        return describe_phases(phases)
+        return describe_phases(phases or self._processes.phases())
 
 
 def rank_name(group_name: str, rank: int) -> str:

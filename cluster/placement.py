@@ -66,6 +66,17 @@ def live_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
+def live_node_ids() -> set[str]:
+    return {node["NodeID"] for node in live_nodes()}
+
+
+def placed_on(group: PlacementGroup) -> list[tuple[str, str]]:
+    """The nodes of a group's bundles: Ray's ids and the addresses. Blocks."""
+    node_ids: dict[int, str] = ray.util.placement_group_table(group)["bundles_to_node_id"]
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    return [(node_id, addresses.get(node_id, node_id)) for _, node_id in sorted(node_ids.items())]
+
+
 @dataclass(frozen=True, slots=True)
 class NamedGroup:
     """A placement group that is there, whoever made it."""

@@ -1,0 +1,60 @@
+"""`RankProcesses`: the ranks of a gang that has its room, while Ray starts their processes there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Final
+
+from tensorweave.cluster.errors import WorkerLost
+from tensorweave.cluster.ranks import RankPlace
+
+_LOOK_INTERVAL_S: Final = 2.0
+
+
+class RankProcesses:
+    """Used once. `nodes` are where the ranks were given room, by rank: Ray's node ids and addresses. `live_nodes` asks
+    for the ids of the nodes that are alive, and may block."""
+
+    def __init__(self, nodes: Sequence[tuple[str, str]], live_nodes: Callable[[], Collection[str]]) -> None:
+        self._nodes = nodes
+        self._live_nodes = live_nodes
+        self._up: set[int] = set()
+
+    async def until_up(
+        self, answers: Sequence[Awaitable[RankPlace]], look_interval_s: float = _LOOK_INTERVAL_S
+    ) -> list[RankPlace]:
+        """The first answer of every rank. Raises WorkerLost where a node of theirs is lost before: whoever waits for an
+        actor that has not started hears nothing of that, for Ray looks for another node."""
+        answering = asyncio.ensure_future(asyncio.gather(*(self._note(*each) for each in enumerate(answers))))
+        losing = asyncio.ensure_future(self._until_lost(look_interval_s))
+        try:
+            await asyncio.wait({answering, losing}, return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
+                raise WorkerLost(losing.result())
+            return answering.result()
+        finally:
+            answering.cancel()
+            losing.cancel()
+
+    def phases(self) -> list[tuple[str, str]]:
+        """Hosts, and what each rank is at."""
+        return [
+            (host, "waiting for the others" if rank in self._up else "its process is being started by Ray")
+            for rank, (_, host) in enumerate(self._nodes)
+        ]
+
+    async def _note(self, rank: int, answer: Awaitable[RankPlace]) -> RankPlace:
+        place = await answer
+        self._up.add(rank)
+        return place
+
+    async def _until_lost(self, look_interval_s: float) -> str:
+        while True:
+            await asyncio.sleep(look_interval_s)
+            alive = await asyncio.to_thread(self._live_nodes)
+            lost = [
+                f"rank {rank} on {host}" for rank, (node_id, host) in enumerate(self._nodes) if node_id not in alive
+            ]
+            if lost:
+                return f"Ray has lost the host of {', '.join(lost)} before the process had started"
