@@ -26,8 +26,8 @@ class RankProcesses:
     ) -> list[RankPlace]:
         """The first answer of every rank. Raises WorkerLost where a node of theirs is lost before: whoever waits for an
         actor that has not started hears nothing of that, for Ray looks for another node."""
-        answering = asyncio.ensure_future(asyncio.gather(*(self._note(*each) for each in enumerate(answers))))
-        losing = asyncio.ensure_future(self._until_lost(look_interval_s))
+        answering = asyncio.create_task(self._all(answers))
+        losing = asyncio.create_task(self._until_lost(look_interval_s))
         try:
             await asyncio.wait({answering, losing}, return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
@@ -43,6 +43,9 @@ class RankProcesses:
             (host, "waiting for the others" if rank in self._up else "its process is being started by Ray")
             for rank, (_, host) in enumerate(self._nodes)
         ]
+
+    async def _all(self, answers: Sequence[Awaitable[RankPlace]]) -> list[RankPlace]:
+        return list(await asyncio.gather(*(self._note(*each) for each in enumerate(answers))))
 
     async def _note(self, rank: int, answer: Awaitable[RankPlace]) -> RankPlace:
         place = await answer

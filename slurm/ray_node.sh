@@ -39,4 +39,6 @@ trap 'stopping=1; kill -TERM "$ray" 2>/dev/null || true' TERM INT
 trap 'rm -rf "$directory"' EXIT
 while kill -0 "$ray" 2>/dev/null; do wait "$ray" || true; done
 # Asked to stop is a good end; Ray ending by itself is not, and ends the job where it was the head's.
-[ -n "$stopping" ]
+[ -z "$stopping" ] || exit 0
+[ "$TENSORWEAVE_NODE" -eq 0 ] || python "$TENSORWEAVE_HOME/slurm/requeue_orphan.py" || true
+exit 1

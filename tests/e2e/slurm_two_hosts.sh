@@ -155,6 +155,7 @@ YAML
 }
 
 nodes=(--nodes=2 --cpus-per-task=1) changes=()
+two_gangs=(--set pools.main.tensor_parallel_size=1 --set pools.main.replicas=2)
 
 submit() {
   (cd "$repository" && sbatch --parsable --output="$root/log/job-%j.log" --export="ALL,TENSORWEAVE_STATE=$root" \
@@ -237,8 +238,8 @@ drains_and_ends() {
   check_left
 }
 
-survives_lost_hosts() {
-  changes=(--set pools.main.tensor_parallel_size=1 --set pools.main.replicas=2)
+survives_a_lost_host() {
+  changes=("${two_gangs[@]}")
   run_until_ready
   lose_host 2
   until_true 90 "an answer after the loss of a host" answers
@@ -254,13 +255,21 @@ survives_lost_hosts() {
   until_true 180 "job $job, queued anew, is ready" has_said "$job" 'ready: ' 2
   until_true 60 "ranks on both hosts" serves_on 2
   say "job $job was queued anew and serves on two hosts"
+  scancel --batch --signal=TERM "$job"
+  until_true 60 "job $job ends after its drain" has_ended "$job"
+  check_left
+}
 
+is_queued_anew_without_its_first_host() {
+  changes=("${two_gangs[@]}")
+  run_until_ready
   lose_host 1
   until_true 120 "Slurm has noticed" is_down twh1
+  until_true 150 "job $job is queued anew" has_said "$job" 'is queued anew' 1
   raise_host 1
-  until_true 240 "job $job, whose first host was lost, is ready" has_said "$job" 'ready: ' 3
+  until_true 240 "job $job, whose first host was lost, is ready" has_said "$job" 'ready: ' 2
   answers || die "no answer"
-  say "job $job was queued anew by Slurm, without its first host, and serves"
+  say "job $job lost its first host, was queued anew, and serves"
   scancel --batch --signal=TERM "$job"
   until_true 60 "job $job ends after its drain" has_ended "$job"
   check_left
@@ -276,7 +285,7 @@ serves_heterogeneous() {
 }
 
 parts=("${@:2}")
-[ "${#parts[@]}" -gt 0 ] || parts=(drains_and_ends survives_lost_hosts serves_heterogeneous)
+[ "${#parts[@]}" -gt 0 ] || parts=(drains_and_ends survives_a_lost_host is_queued_anew_without_its_first_host serves_heterogeneous)
 raise_hosts
 raise_slurm
 write_config

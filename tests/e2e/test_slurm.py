@@ -29,7 +29,10 @@ WHY_NOT = (
 @pytest.mark.slurm
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
-@pytest.mark.parametrize("part", ["drains_and_ends", "survives_lost_hosts", "serves_heterogeneous"])
+@pytest.mark.parametrize(
+    "part",
+    ["drains_and_ends", "survives_a_lost_host", "is_queued_anew_without_its_first_host", "serves_heterogeneous"],
+)
 def test_a_job_on_two_hosts(tmp_path: Path, part: str) -> None:
     activate = Path(sys.executable).parent / "activate"
     done = subprocess.run(
