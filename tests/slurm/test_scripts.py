@@ -15,8 +15,9 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60.0
-# What stays: it ends with 0 when it is asked to.
-STAY = "trap 'kill $!; exit 0' TERM; sleep 600 & wait"
+# What stays: it ends with 0 when it is asked to, from before it has written down that it is there.
+END_WELL = "trap 'kill $! 2> /dev/null; exit 0' TERM; "
+STAY = "sleep 600 & wait"
 FAKES = {
     # Named by the node, so that a test can lose it; the node's script gets the signal, as from Slurm.
     "srun": """
@@ -30,14 +31,16 @@ FAKES = {
     "scancel": """
         echo "$*" >> "$RECORDS/scancel"
         for node in "$RECORDS"/node-*; do read -r srun _ < "$node"; kill "$srun"; done""",
-    "ray": 'echo "$TENSORWEAVE_NODE $*" >> "$RECORDS/ray"; ' + STAY,
+    "ray": END_WELL + 'echo "$TENSORWEAVE_NODE $*" >> "$RECORDS/ray"; ' + STAY,
     "python": """
         case "$*" in
           -c*) exec python3 "$@" ;;
           *await_nodes.py*)
             echo "$2" > "$RECORDS/awaited"
             until [ "$(wc -l < "$RECORDS/ray")" = "$2" ]; do sleep 0.1; done ;;
-          *serve*) cp "$RAY_AUTH_TOKEN_PATH" "$RECORDS/token"; echo "$*" > "$RECORDS/serve"; """
+          *serve*) """
+    + END_WELL
+    + """cp "$RAY_AUTH_TOKEN_PATH" "$RECORDS/token"; echo "$*" > "$RECORDS/serve"; """
     + STAY
     + """ ;;
         esac""",
