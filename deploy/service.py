@@ -11,8 +11,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, Final
 
 import ray
@@ -89,7 +89,7 @@ def _keep_up(config: ServeConfig, guardian: ActorHandle[Any], stop: StopSignal, 
         return 1
     except RayLost as loss:
         say(f"giving up: {loss}")
-        ending.pop_all()  # nobody is left to ask for an end in order
+        ending.pop_all()  # nobody is left to ask for an end in order; what it held must not end when it is collected
         if not abandon_ray():
             os._exit(1)
         return 1
@@ -115,9 +115,9 @@ def _start(served: ServedModel, stop: StopSignal, ending: ExitStack) -> tuple[st
     """Everything up to readiness; what must be undone goes on `ending`. Returns the URL and the guardian."""
     config = served.config
     deadline_s = time.monotonic() + config.limits.start_timeout_s
-    ending.enter_context(_ray(config))
+    _join_ray(config, ending)
     stop.arm()
-    guardian = ending.enter_context(_guardian(config))
+    guardian = _post_guardian(config, ending)
     _check_ports(config, guardian)
     say(f"loading {config.shared_args.model}")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -131,25 +131,24 @@ def _start(served: ServedModel, stop: StopSignal, ending: ExitStack) -> tuple[st
     return f"http://{config.router.reachable_host}:{config.router.port}", guardian
 
 
-@contextmanager
-def _ray(config: ServeConfig) -> Iterator[None]:
+def _join_ray(config: ServeConfig, ending: ExitStack) -> None:
     """A Ray cluster that can hold the pools and carries no Serve of somebody else's."""
     say("joining Ray" if config.ray.address or os.environ.get("RAY_ADDRESS") else "starting Ray")
     need = needed_resources(pool_specs(config, has_gpus=False))
     num_cpus = need.get("CPU", 1.0)
-    with without_noise(), start_or_join_ray(config.ray.address, num_cpus=num_cpus, namespace=NAMESPACE) as session:
-        refuse_open_ray(is_allowed=config.security.allow_unauthenticated_ray)
-        if session.is_private or (config.limits.place_timeout_s is None and not can_grow()):
-            _check_room(config)
-        if find_guardian() is not None:
-            raise StartFailed("this Ray cluster already carries a tensorweave service; stop that one first")
-        if serve.status().proxies:
-            raise StartFailed(
-                "Ray Serve already runs on this cluster, so the front door's port cannot be set; "
-                "use another cluster, end it with `serve shutdown`, or deploy beside it with "
-                "`serve run tensorweave.deploy.serve_app:build_app config=FILE.yaml`"
-            )
-        yield
+    ending.enter_context(without_noise())
+    session = ending.enter_context(start_or_join_ray(config.ray.address, num_cpus=num_cpus, namespace=NAMESPACE))
+    refuse_open_ray(is_allowed=config.security.allow_unauthenticated_ray)
+    if session.is_private or (config.limits.place_timeout_s is None and not can_grow()):
+        _check_room(config)
+    if find_guardian() is not None:
+        raise StartFailed("this Ray cluster already carries a tensorweave service; stop that one first")
+    if serve.status().proxies:
+        raise StartFailed(
+            "Ray Serve already runs on this cluster, so the front door's port cannot be set; "
+            "use another cluster, end it with `serve shutdown`, or deploy beside it with "
+            "`serve run tensorweave.deploy.serve_app:build_app config=FILE.yaml`"
+        )
 
 
 def _check_room(config: ServeConfig) -> None:
@@ -159,9 +158,8 @@ def _check_room(config: ServeConfig) -> None:
         raise StartFailed(shortage)
 
 
-@contextmanager
-def _guardian(config: ServeConfig) -> Iterator[ActorHandle[Any]]:
-    """The guardian, from its post to the end of the service, which it brings about."""
+def _post_guardian(config: ServeConfig, ending: ExitStack) -> ActorHandle[Any]:
+    """The guardian, at its post until the end of the service, which it brings about."""
     drain_timeout_s = config.limits.drain_timeout_s
     lifeline = OwnLifeline()
     guardian: ActorHandle[Any] = (
@@ -177,18 +175,20 @@ def _guardian(config: ServeConfig) -> Iterator[ActorHandle[Any]]:
         )
         .remote(drain_timeout_s, lifeline.name)
     )
+    ending.callback(_end_service, guardian, lifeline, drain_timeout_s)
+    return guardian
+
+
+def _end_service(guardian: ActorHandle[Any], lifeline: OwnLifeline, drain_timeout_s: float) -> None:
     try:
-        yield guardian
-    finally:
-        try:
-            ray.get(guardian.end.remote(), timeout=drain_timeout_s + DRAIN_SLACK_S + SERVE_SHUTDOWN_TIMEOUT_S)
-        except RayError as error:
-            say(f"could not be taken down cleanly: {_sentence(error)}")
-        except KeyboardInterrupt:
-            say("not waiting any longer; on a cluster that stays, the service ends once its requests have")
-            raise  # and the guardian goes on without us
-        ray.kill(guardian)
-        lifeline.end()
+        ray.get(guardian.end.remote(), timeout=drain_timeout_s + DRAIN_SLACK_S + SERVE_SHUTDOWN_TIMEOUT_S)
+    except RayError as error:
+        say(f"could not be taken down cleanly: {_sentence(error)}")
+    except KeyboardInterrupt:
+        say("not waiting any longer; on a cluster that stays, the service ends once its requests have")
+        raise  # and the guardian goes on without us
+    ray.kill(guardian)
+    lifeline.end()
 
 
 def _check_ports(config: ServeConfig, guardian: ActorHandle[Any]) -> None:

@@ -4,6 +4,7 @@ person at the keyboard will not wait for it."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from ray.exceptions import GetTimeoutError
 
 from tensorweave.deploy import service
 from tensorweave.deploy.config import ServeConfig, load_config
+from tensorweave.deploy.stop_signal import StopSignal
+from tensorweave.deploy.watch import RayLost
 
 
 class FakeHandle:
@@ -77,7 +80,8 @@ def test_a_guardian_is_let_go_of_at_the_end(
     ray = FakeRay(get)
     monkeypatch.setattr(service, "ray", ray)
     monkeypatch.setattr(service, "OwnLifeline", FakeLifeline)
-    with service._guardian(config):
+    with ExitStack() as ending:
+        service._post_guardian(config, ending)
         assert ray.num_killed == 0
     assert ray.num_killed == 1
 
@@ -88,7 +92,27 @@ def test_a_second_interrupt_leaves_the_service_to_the_guardian(
     ray = FakeRay(is_interrupted)
     monkeypatch.setattr(service, "ray", ray)
     monkeypatch.setattr(service, "OwnLifeline", FakeLifeline)
-    with pytest.raises(KeyboardInterrupt), service._guardian(config):
-        pass
+    with pytest.raises(KeyboardInterrupt), ExitStack() as ending:
+        service._post_guardian(config, ending)
     assert ray.num_killed == 0, "nobody else would take the service off a cluster that stays"
     assert "not waiting any longer" in capsys.readouterr().err
+
+
+def test_nothing_is_asked_of_a_ray_that_is_lost(
+    config: ServeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def is_lost(*arguments: object) -> None:
+        raise RayLost("its raylet has ended")
+
+    monkeypatch.setattr(service, "ray", FakeRay(lambda: asked.append("the guardian")))
+    monkeypatch.setattr(service, "OwnLifeline", FakeLifeline)
+    monkeypatch.setattr(service, "RayCluster", lambda guardian: None)
+    monkeypatch.setattr(service, "watch", is_lost)
+    monkeypatch.setattr(service, "abandon_ray", lambda: True)
+    with ExitStack() as ending:
+        guardian = service._post_guardian(config, ending)
+        assert service._keep_up(config, guardian, StopSignal(), ending) == 1
+    assert asked == []
+    assert "giving up: its raylet has ended" in capsys.readouterr().err
