@@ -112,6 +112,7 @@ def test_a_ray_that_does_not_start_is_a_sentence(
         raise Exception("The current node timed out during startup.\nThis could happen because …")
 
     monkeypatch.setattr(ray_session.ray, "init", fail)
+    monkeypatch.setattr(ray_session, "check_ray_address", lambda address: None)  # a head answers there
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(RayFailed, match=r"Ray cannot be started: The current node timed out during startup\. \(Ray's"):
