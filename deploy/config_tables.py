@@ -11,8 +11,8 @@ from tensorweave.cluster.llm_args import LlmArgs
 from tensorweave.cluster.protocol import Role
 from tensorweave.cluster.strict_model import Field, StrictBaseModel
 from tensorweave.deploy.api_keys import digest_of, read_keys
-from tensorweave.router.admission import Limits
-from tensorweave.router.policy import PolicyName
+from tensorweave.router.dispatch.admission import Limits
+from tensorweave.router.dispatch.policy import PolicyName
 
 _ORIGIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@*]+")
 

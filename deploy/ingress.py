@@ -17,7 +17,7 @@ from typing import Any
 from ray.serve._private import http_util
 
 from tensorweave.deploy.config_tables import RouterConfig
-from tensorweave.router.connections import bound_connections
+from tensorweave.router.http.connections import bound_connections
 
 
 def ingress_env(router: RouterConfig) -> dict[str, str]:

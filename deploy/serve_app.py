@@ -31,8 +31,8 @@ from tensorweave.deploy.ingress import let_replacement_rebind, mark_made_up_ids
 from tensorweave.deploy.pools import pool_specs
 from tensorweave.deploy.serve_logging import log_through_serve
 from tensorweave.deploy.served_model import ServedModel
-from tensorweave.workers.model_store import resolve_model
 from tensorweave.workers.rank import RankWorker
+from tensorweave.workers.store.model_store import resolve_model
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -86,12 +86,12 @@ class Router:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once, before it listens. Imports here: launching this class takes no fastapi."""
-        from tensorweave.router.app import build_app
-        from tensorweave.router.connections import bound_connections
-        from tensorweave.router.dispatch import Dispatcher
-        from tensorweave.router.policy import PolicySettings, build_policy
+        from tensorweave.router.dispatch.dispatch import Dispatcher
+        from tensorweave.router.dispatch.policy import PolicySettings, build_policy
+        from tensorweave.router.http.app import build_app
+        from tensorweave.router.http.connections import bound_connections
         from tensorweave.router.service import RouterService
-        from tensorweave.router.tokens import Tokenizer
+        from tensorweave.router.text.tokens import Tokenizer
 
         log_through_serve()
         let_replacement_rebind()

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from tensorweave.deploy.config import ServeConfig
-from tensorweave.workers.model_digest import model_digest
-from tensorweave.workers.model_store import pin_model
+from tensorweave.workers.engine_dir.model_digest import model_digest
+from tensorweave.workers.store.model_store import pin_model
 
 
 @dataclass(frozen=True, slots=True)

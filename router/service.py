@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from tensorweave.cluster.errors import NotReady
 from tensorweave.cluster.fleet import Fleet
 from tensorweave.cluster.protocol import ModelInfo
-from tensorweave.router.admission import Limits
-from tensorweave.router.body_memory import BodyMemory
-from tensorweave.router.body_pool import BodyPool
-from tensorweave.router.dispatch import Dispatcher
-from tensorweave.router.served import Served
-from tensorweave.router.tokens import Tokenizer
+from tensorweave.router.bodies.pool import BodyPool
+from tensorweave.router.bodies.served import Served
+from tensorweave.router.dispatch.admission import Limits
+from tensorweave.router.dispatch.dispatch import Dispatcher
+from tensorweave.router.http.body_memory import BodyMemory
+from tensorweave.router.text.tokens import Tokenizer
 
 
 @dataclass(slots=True)
@@ -23,8 +23,8 @@ class RouterService:
 
     `model_name`: what answers call the model; `other_names`: by which clients may ask for it too.
     `accepts_phases`: clients may send a request's phases by hand, with tickets that name hosts to connect to.
-    `key_digests`: of the API keys, one of which a client must have (`router/keys.py`); none: no key is asked for.
-    `cors_origins`: of web pages whose scripts may call the service (`router/front.py`); "*" for any.
+    `key_digests`: of the API keys, one of which a client must have (`router/http/keys.py`); none: no key is asked for.
+    `cors_origins`: of web pages whose scripts may call the service (`router/http/front.py`); "*" for any.
     """
 
     model_name: str

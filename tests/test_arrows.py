@@ -29,7 +29,7 @@ ARROWS: dict[str, frozenset[str]] = {
 TORCH_PLACES = frozenset({"workers", "kernels"})
 RAY_PLACES = frozenset({"cluster", "router", "deploy"})
 RAY_FILES = frozenset({"workers/rank.py"})
-PARENT_AND_CHILD = frozenset({"router/body_pool.py", "router/body_worker.py"})
+PARENT_AND_CHILD = frozenset({"router/bodies/pool.py", "router/bodies/worker.py"})
 """A child reads what its own parent pickled, from a pipe that nobody else can write to; never the other way round."""
 UNPICKLERS = frozenset({"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"})
 
@@ -118,25 +118,25 @@ def test_rooms_are_linked_into_the_package() -> None:
 @pytest.mark.parametrize(
     ("path", "source", "complaint"),
     [
-        ("cluster/gang.py", "from tensorweave.workers.plan import ContextChunk", "cluster may not import workers"),
+        ("cluster/gang.py", "from tensorweave.workers.step.plan import ContextChunk", "cluster may not import workers"),
         ("kernels/norm.py", "from tensorweave.cluster import errors", "kernels may not import cluster"),
-        ("router/app.py", "import tensorweave.deploy.config", "router may not import deploy"),
-        ("router/app.py", "from tensorweave import workers", "router may not import workers"),
-        ("workers/engine.py", "from tensorweave import LLM", "workers may not import tensorweave"),
+        ("router/http/app.py", "import tensorweave.deploy.config", "router may not import deploy"),
+        ("router/http/app.py", "from tensorweave import workers", "router may not import workers"),
+        ("workers/engine/engine.py", "from tensorweave import LLM", "workers may not import tensorweave"),
         ("workers/models/llama.py", "from tensorweave.router import app", "workers may not import router"),
         ("deploy/service.py", "from tensorweave.llmapi.llm import LLM", "deploy may not import llmapi"),
         ("deploy/service.py", "from tensorweave.kernels.norm import rms", "deploy may not import kernels"),
-        ("router/app.py", "def f():\n    import torch.nn", "torch in router"),
+        ("router/http/app.py", "def f():\n    import torch.nn", "torch in router"),
         ("tensorweave/llmapi/llm.py", "if TYPE_CHECKING:\n    from torch import Tensor", "torch in llmapi"),
         ("tensorweave/llmapi/llm.py", "import ray", "ray in llmapi"),
-        ("workers/executor.py", "from ray import remote", "ray in workers"),
+        ("workers/executor/executor.py", "from ray import remote", "ray in workers"),
         ("deploy/a.py", "import importlib\nimportlib.import_module('tensorweave.llmapi.llm')", "deploy may not import"),
         ("deploy/a.py", "from workers.plan import ContextChunk", "bare room workers.plan"),
         ("tests/test_a.py", "import cluster", "bare room cluster"),
-        ("workers/engine.py", "from .plan import ContextChunk", "relative import"),
+        ("workers/engine/engine.py", "from .plan import ContextChunk", "relative import"),
         ("cluster/wire.py", "import pickle", "nothing is pickled"),
         ("cluster/wire.py", "from ray import cloudpickle", "nothing is pickled"),
-        ("router/app.py", "import pickle", "nothing is pickled"),
+        ("router/http/app.py", "import pickle", "nothing is pickled"),
         ("workers/weights.py", "import torch\nweights = torch.load('w.bin')", "torch.load unpickles"),
     ],
 )
@@ -153,7 +153,7 @@ def test_a_broken_rule_is_caught(path: str, source: str, complaint: str) -> None
         ("tensorweave/cli/main.py", "from tensorweave import LLM\nfrom tensorweave.deploy import config"),
         ("tensorweave/llmapi/llm.py", "from tensorweave.llmapi.outputs import RequestOutput"),
         ("cluster/gang.py", "import ray.util\nfrom tensorweave.cluster.errors import WorkerLost"),
-        ("tests/test_a.py", "import torch, ray, pickle\nfrom tensorweave.workers.plan import ContextChunk"),
+        ("tests/test_a.py", "import torch, ray, pickle\nfrom tensorweave.workers.step.plan import ContextChunk"),
     ],
 )
 def test_what_the_rules_allow(path: str, source: str) -> None:

@@ -10,30 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 from tensorweave.cluster.llm_args import CacheTransceiverConfig, TorchLlmArgs
 from tensorweave.cluster.protocol import ModelInfo
-from tensorweave.workers.checkpoint import refuse_adapters
-from tensorweave.workers.comm import Comm
-from tensorweave.workers.decoder import SamplingDecoder
-from tensorweave.workers.engine import PyTorchModelEngine
-from tensorweave.workers.engine_dir import check_fit
-from tensorweave.workers.engine_loader import load_engine
-from tensorweave.workers.engine_manifest import EngineManifest
-from tensorweave.workers.executor import PyExecutor
-from tensorweave.workers.iteration_stats import step_limits
-from tensorweave.workers.kv_cache import KVCacheManager
-from tensorweave.workers.kv_pool import KVPool
-from tensorweave.workers.model_digest import model_digest
-from tensorweave.workers.model_store import resolve_model
+from tensorweave.workers.engine.engine import PyTorchModelEngine
+from tensorweave.workers.engine.kv_pool import KVPool
+from tensorweave.workers.engine.load import load_engine
+from tensorweave.workers.engine_dir.directory import check_fit
+from tensorweave.workers.engine_dir.manifest import EngineManifest
+from tensorweave.workers.engine_dir.model_digest import model_digest
+from tensorweave.workers.executor.executor import PyExecutor
+from tensorweave.workers.executor.iteration_stats import step_limits
+from tensorweave.workers.executor.scheduler import SimpleScheduler
+from tensorweave.workers.gang.comm import Comm
+from tensorweave.workers.gang.uplink import join_uplink
+from tensorweave.workers.kv.manager import KVCacheManager
+from tensorweave.workers.models.checkpoint import refuse_adapters
 from tensorweave.workers.models.config import load_model_config
 from tensorweave.workers.models.generation_config import load_sampling_defaults
-from tensorweave.workers.resources import KVCache, ResourceManager
-from tensorweave.workers.scheduler import SimpleScheduler
+from tensorweave.workers.sampling.decoder import SamplingDecoder
+from tensorweave.workers.step.kv_exchange import NoTransfers, Transfers
+from tensorweave.workers.step.resources import KVCache, ResourceManager
+from tensorweave.workers.store.model_store import resolve_model
+from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
 from tensorweave.workers.transfer.fingerprint import fingerprint
-from tensorweave.workers.transfer.lanes import make_lanes
-from tensorweave.workers.transfer.tcp import TcpCarrier
+from tensorweave.workers.transfer.lanes.lanes import make_lanes
 from tensorweave.workers.transfer.transfers import KvTransfers
 from tensorweave.workers.transfer.window import PoolWindow
-from tensorweave.workers.transfers import NoTransfers, Transfers
-from tensorweave.workers.uplink import join_uplink
 
 if TYPE_CHECKING:
     from tensorweave.workers.autodeploy.engine import AutodeployEngine

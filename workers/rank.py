@@ -33,11 +33,11 @@ from tensorweave.cluster.versions import Versions
 if TYPE_CHECKING:
     from tensorweave.cluster.gang_record import GangRecord
     from tensorweave.cluster.llm_args import TorchLlmArgs
-    from tensorweave.workers.comm import Comm, GroupComm
-    from tensorweave.workers.executor import PyExecutor
-    from tensorweave.workers.leader import LeaderServer
-    from tensorweave.workers.logits_processors import LogitsProcessor
-    from tensorweave.workers.rendezvous import Ask, Board
+    from tensorweave.workers.executor.executor import PyExecutor
+    from tensorweave.workers.gang.comm import Comm, GroupComm
+    from tensorweave.workers.gang.rendezvous import Ask, Board
+    from tensorweave.workers.leader.server import LeaderServer
+    from tensorweave.workers.sampling.logits_processors import LogitsProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -166,9 +166,9 @@ class RankWorker:
 
     def _start(self, order: RankOrder) -> RankStarted:
         from tensorweave.cluster.llm_args import TorchLlmArgs
-        from tensorweave.workers.leader import LeaderServer
-        from tensorweave.workers.model_digest import check_model_digest
-        from tensorweave.workers.model_store import resolve_model
+        from tensorweave.workers.engine_dir.model_digest import check_model_digest
+        from tensorweave.workers.leader.server import LeaderServer
+        from tensorweave.workers.store.model_store import resolve_model
 
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         args = _fit_args(TorchLlmArgs(**order.args), order)
@@ -193,9 +193,9 @@ class RankWorker:
         return RankStarted(executor.kv_endpoint, executor.kv_fingerprint, leader, link)
 
     def _measure_link(self, comm: Comm, args: TorchLlmArgs) -> LinkRate | None:
-        from tensorweave.workers.comm import GroupComm
-        from tensorweave.workers.device import pick_device
-        from tensorweave.workers.link_rate import measure_link
+        from tensorweave.workers.gang.comm import GroupComm
+        from tensorweave.workers.gang.device import pick_device
+        from tensorweave.workers.gang.link_rate import measure_link
 
         if not isinstance(comm, GroupComm):
             return None
@@ -204,10 +204,10 @@ class RankWorker:
         return link
 
     def _join(self, order: RankOrder, args: TorchLlmArgs) -> Comm:
-        from tensorweave.workers.comm import start_comm
-        from tensorweave.workers.device import pick_device
-        from tensorweave.workers.reach import await_reachable, listening
-        from tensorweave.workers.rendezvous import RankStore
+        from tensorweave.workers.gang.comm import start_comm
+        from tensorweave.workers.gang.device import pick_device
+        from tensorweave.workers.gang.reach import await_reachable, listening
+        from tensorweave.workers.gang.rendezvous import RankStore
 
         device = pick_device(args.device)
         if order.size == 1:
@@ -231,7 +231,7 @@ class RankWorker:
             return start_comm(order.rank, order.size, store, device, order.start_timeout_s)
 
     def _way_to_board(self, order: RankOrder) -> Ask:
-        from tensorweave.workers.rendezvous import ask_on_loop
+        from tensorweave.workers.gang.rendezvous import ask_on_loop
 
         if order.rank == 0:
             return ask_on_loop(self._board(), self._loop, order.start_timeout_s)
@@ -251,7 +251,7 @@ class RankWorker:
         return ask
 
     def _board(self) -> Board:
-        from tensorweave.workers.rendezvous import Board
+        from tensorweave.workers.gang.rendezvous import Board
 
         with self._making:
             if self._its_board is None:

@@ -12,7 +12,7 @@ from typing import Any
 from tensorweave.cli.figures import distribution, publish, report, settings_of
 from tensorweave.cli.http_stream import Timeline
 from tensorweave.cli.prompts import random_prompts, vocab_size_of
-from tensorweave.workers.model_store import resolve_model
+from tensorweave.workers.store.model_store import resolve_model
 
 _WARMUP_TOKENS = 8
 

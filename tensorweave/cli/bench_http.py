@@ -18,7 +18,7 @@ from tensorweave.cli.chat import first_model
 from tensorweave.cli.figures import distribution, publish, report, settings_of
 from tensorweave.cli.http_stream import Connection, RequestFailed, Timeline
 from tensorweave.cli.prompts import random_prompts, vocab_size_of
-from tensorweave.workers.model_store import resolve_model
+from tensorweave.workers.store.model_store import resolve_model
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ _WORDS = ("stone", "river", "cloud", "seven", "paper", "garden", "window", "silv
 def run_road(args: argparse.Namespace) -> int:
     from tensorweave import LLM
     from tensorweave.deploy.config import load_config
-    from tensorweave.workers.model_store import resolve_model
+    from tensorweave.workers.store.model_store import resolve_model
 
     config = load_config(config_path(args.config), config_changes(args))
     options = config.shared_args.model_dump(mode="json", exclude_unset=True)

@@ -28,13 +28,13 @@ def measure(batch_size: int, input_len: int, num_steps: int, seed: int) -> dict[
 
     `wall_ms` is the whole loop from step to step, the thread that takes the answers included.
     """
-    from tensorweave.workers.comm import SoloComm
-    from tensorweave.workers.decoder import SamplingDecoder
-    from tensorweave.workers.executor import PyExecutor
-    from tensorweave.workers.fake_engine import EmptyEngine
-    from tensorweave.workers.kv_cache import KVCacheManager
-    from tensorweave.workers.resources import ResourceManager
-    from tensorweave.workers.scheduler import SimpleScheduler
+    from tensorweave.workers.executor.executor import PyExecutor
+    from tensorweave.workers.executor.scheduler import SimpleScheduler
+    from tensorweave.workers.fakes.fake_engine import EmptyEngine
+    from tensorweave.workers.gang.comm import SoloComm
+    from tensorweave.workers.kv.manager import KVCacheManager
+    from tensorweave.workers.sampling.decoder import SamplingDecoder
+    from tensorweave.workers.step.resources import ResourceManager
 
     max_len = input_len + num_steps + 1
     num_blocks = batch_size * (-(-max_len // TOKENS_PER_BLOCK) + 1)

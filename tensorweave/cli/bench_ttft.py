@@ -24,15 +24,15 @@ from tensorweave.cli.prompts import random_prompts, vocab_size_of
 from tensorweave.cluster.fleet import StaticFleet
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.protocol import GenerateRequest, KvSource, SamplingSpec
-from tensorweave.router.dispatch import Dispatcher
-from tensorweave.router.kv_view import PromptView
-from tensorweave.router.loads import Loads
-from tensorweave.router.policy import Joint, Options, Plan
+from tensorweave.router.dispatch.dispatch import Dispatcher
+from tensorweave.router.dispatch.kv_view import PromptView
+from tensorweave.router.dispatch.loads import Loads
+from tensorweave.router.dispatch.policy import Joint, Options, Plan
 from tensorweave.workers.build import build_executor
-from tensorweave.workers.comm import SoloComm
-from tensorweave.workers.executor import PyExecutor
-from tensorweave.workers.local import LocalLink
-from tensorweave.workers.model_store import resolve_model
+from tensorweave.workers.executor.executor import PyExecutor
+from tensorweave.workers.executor.local import LocalLink
+from tensorweave.workers.gang.comm import SoloComm
+from tensorweave.workers.store.model_store import resolve_model
 
 NUM_DECODING: Final = (0, 1, 4, 16)
 _SECRET: Final = "a bench"

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from tensorweave.cli.arguments import add_trial, positive
 from tensorweave.cli.figures import aligned
-from tensorweave.workers.disk import writing_into
+from tensorweave.workers.store.disk import writing_into
 
 _EXAMPLES = """\
 examples:

@@ -18,7 +18,7 @@ from typing import Any, Final
 import psutil
 
 from tensorweave.cli.version import versions
-from tensorweave.workers.disk import writing_into
+from tensorweave.workers.store.disk import writing_into
 
 _NOT_PRINTED: Final = frozenset({"benchmark", "date", "command", "settings", "machine", "runs", "rows"})
 _NO_SETTINGS: Final = frozenset({"run", "json", "traceback", "api_key"})

@@ -7,7 +7,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tensorweave.workers.model_store import FETCHABLE, damage, default_cache_dir, fetch, find_fetchable, resolve_model
+from tensorweave.workers.store.model_store import (
+    FETCHABLE,
+    damage,
+    default_cache_dir,
+    fetch,
+    find_fetchable,
+    resolve_model,
+)
 
 _EXAMPLES = """\
 examples:
@@ -66,7 +73,7 @@ def run_path(args: argparse.Namespace) -> int:
 
 
 def run_save(args: argparse.Namespace) -> int:
-    from tensorweave.workers.engine_dir import save_engine_dir  # imports torch: seconds
+    from tensorweave.workers.engine_dir.directory import save_engine_dir  # imports torch: seconds
 
     size = args.tensor_parallel_size
     save_engine_dir(resolve_model(args.name), args.out, tensor_parallel_size=size, dtype=args.dtype)

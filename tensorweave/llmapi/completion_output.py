@@ -13,8 +13,8 @@ from typing import Any
 
 from tensorweave.cluster.protocol import FinishReason, TokenLogprobs
 from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
-from tensorweave.router.generation import TextDelta
-from tensorweave.workers.logits import Tensor, read_logits
+from tensorweave.router.text.generation import TextDelta
+from tensorweave.workers.sampling.logits import Tensor, read_logits
 
 _PROTOTYPE = {"status": "prototype"}
 

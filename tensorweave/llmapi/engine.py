@@ -21,12 +21,12 @@ from tensorweave.cluster.supervisor import give_logits_processors, start_supervi
 from tensorweave.llmapi.loop_thread import LoopThread
 from tensorweave.llmapi.sampling_fields import LogitsProcessor
 from tensorweave.workers.build import build_executor
-from tensorweave.workers.comm import SoloComm
-from tensorweave.workers.executor import PyExecutor
-from tensorweave.workers.local import LocalLink
-from tensorweave.workers.model_digest import model_digest
-from tensorweave.workers.model_store import PinnedModel, pin_model
+from tensorweave.workers.engine_dir.model_digest import model_digest
+from tensorweave.workers.executor.executor import PyExecutor
+from tensorweave.workers.executor.local import LocalLink
+from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.rank import RankWorker
+from tensorweave.workers.store.model_store import PinnedModel, pin_model
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from tensorweave.llmapi.request_types import (
 )
 from tensorweave.llmapi.sampling_fields import plain
 from tensorweave.llmapi.sampling_params import SamplingParams
-from tensorweave.workers.engine_dir import save_engine_dir
+from tensorweave.workers.engine_dir.directory import save_engine_dir
 
 
 class _TorchLLM(BaseLLM):

@@ -19,7 +19,7 @@ from tensorweave.llmapi.progress import Progress
 from tensorweave.llmapi.status import set_api_status
 from tensorweave.llmapi.turns import Turns
 from tensorweave.llmapi.update_queue import UpdateQueue
-from tensorweave.workers.logits import Tensor, read_logits
+from tensorweave.workers.sampling.logits import Tensor, read_logits
 
 __all__ = ["CompletionOutput", "Logprob", "RequestOutput", "Update", "Wishes"]
 

@@ -21,11 +21,11 @@ from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.llmapi.engine import Engine, open_engine
 from tensorweave.llmapi.loop_thread import LoopThread
 from tensorweave.llmapi.request_maker import RequestMaker
-from tensorweave.router.admission import Limits
-from tensorweave.router.dispatch import Dispatcher
-from tensorweave.router.tokens import Tokenizer
+from tensorweave.router.dispatch.admission import Limits
+from tensorweave.router.dispatch.dispatch import Dispatcher
+from tensorweave.router.text.tokens import Tokenizer
 from tensorweave.workers.build import check_model
-from tensorweave.workers.model_store import resolve_model
+from tensorweave.workers.store.model_store import resolve_model
 
 
 class Workspace:

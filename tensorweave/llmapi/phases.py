@@ -11,8 +11,8 @@ from tensorweave.cluster.opaque_state import OpaqueState
 from tensorweave.cluster.protocol import GenerateRequest, ModelInfo
 from tensorweave.llmapi.completion_output import Update, as_dicts
 from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
-from tensorweave.router.dispatch import Dispatcher
-from tensorweave.router.generation import Job, generate_first
+from tensorweave.router.dispatch.dispatch import Dispatcher
+from tensorweave.router.text.generation import Job, generate_first
 
 _CONTEXT_TOKENS: Final = 2
 """A context phase samples one token; were it allowed no other, it would end there by its length."""

@@ -26,10 +26,10 @@ from tensorweave.llmapi.sampling_fields import (
     ranks_sequences,
 )
 from tensorweave.llmapi.sampling_params import SamplingParams
-from tensorweave.router.detokenize import IncrementalDetokenizer
-from tensorweave.router.generation import Job, TokensOnly
-from tensorweave.router.sampling import nth_seed
-from tensorweave.router.tokens import Tokenizer
+from tensorweave.router.sampling.sampling import nth_seed
+from tensorweave.router.text.detokenize import IncrementalDetokenizer
+from tensorweave.router.text.generation import Job, TokensOnly
+from tensorweave.router.text.tokens import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

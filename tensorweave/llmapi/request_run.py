@@ -11,8 +11,8 @@ from tensorweave.llmapi.completion_output import Update
 from tensorweave.llmapi.engine import Engine
 from tensorweave.llmapi.phases import run_context_phase
 from tensorweave.llmapi.request_maker import PreparedRequest
-from tensorweave.router.dispatch import Dispatcher
-from tensorweave.router.generation import generate_all
+from tensorweave.router.dispatch.dispatch import Dispatcher
+from tensorweave.router.text.generation import generate_all
 
 
 async def run_request(dispatcher: Dispatcher, engine: Engine, prepared: PreparedRequest) -> None:

@@ -10,11 +10,11 @@ from typing import Any, Final
 
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.llmapi.sampling_params import SamplingParams
-from tensorweave.router.admission import Limits
-from tensorweave.router.sampling import SamplingFields, check_stop_strings
-from tensorweave.router.sampling_checks import check_bool
-from tensorweave.router.tokens import Tokenizer
-from tensorweave.workers.logits import pack_bias
+from tensorweave.router.dispatch.admission import Limits
+from tensorweave.router.sampling.checks import check_bool
+from tensorweave.router.sampling.sampling import SamplingFields, check_stop_strings
+from tensorweave.router.text.tokens import Tokenizer
+from tensorweave.workers.sampling.logits import pack_bias
 
 LogitsProcessor = Callable[..., Any]
 

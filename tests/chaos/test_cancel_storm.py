@@ -16,11 +16,11 @@ import pytest
 from torch import Tensor
 
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
-from tensorweave.workers.fake_engine import hash_token
-from tensorweave.workers.plan import ScheduledBatch
-from tensorweave.workers.request import LlmRequest, RequestState
-from tensorweave.workers.resources import ResourceManager
-from tensorweave.workers.transfer.loop import Exchange
+from tensorweave.workers.fakes.fake_engine import hash_token
+from tensorweave.workers.step.plan import ScheduledBatch
+from tensorweave.workers.step.request import LlmRequest, RequestState
+from tensorweave.workers.step.resources import ResourceManager
+from tensorweave.workers.transfer.carriers.loop import Exchange
 from tests.workers.stepped_engine import SteppedEngine
 from tests.workers.transfer_drive import Client, Gang, loop_carriers, request_pair, run_disaggregated, tcp_carriers
 from tests.workers.waiting import WAIT_S

@@ -25,7 +25,7 @@ from tensorweave.cli.trial_service import ServiceBroken, TrialService, prepared_
 from tensorweave.deploy.api_keys import digest_of
 from tensorweave.deploy.config import load_config
 from tensorweave.deploy.tiny_model import write_tiny_model
-from tensorweave.router.tokens import Tokenizer
+from tensorweave.router.text.tokens import Tokenizer
 from tests.cli.conftest import PATIENCE_S, FakeEndpoint
 
 CHAOS_YAML = config_path(None).parent / "chaos.yaml"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tensorweave.cli.main import main
-from tensorweave.workers.engine_manifest import EngineManifest
+from tensorweave.workers.engine_dir.manifest import EngineManifest
 from tests.workers.tiny_models import make_model
 
 

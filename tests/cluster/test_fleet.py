@@ -18,8 +18,8 @@ from tensorweave.cluster.protocol import GangAddress, GenerateRequest, KvRoad, R
 from tensorweave.cluster.roads import Pair
 from tensorweave.cluster.socket_link import SocketLink
 from tensorweave.cluster.supervisor import PoolSupervisor, ServiceState
-from tensorweave.workers.fake_executor import FAKE_INFO, FakeExecutor, fake_output
-from tensorweave.workers.leader import LeaderServer
+from tensorweave.workers.fakes.fake_executor import FAKE_INFO, FakeExecutor, fake_output
+from tensorweave.workers.leader.server import LeaderServer
 
 _PATIENCE_S = 60.0
 

@@ -11,8 +11,8 @@ from ray.serve._private import http_util
 from starlette.types import ASGIApp
 
 from tensorweave.deploy import ingress
-from tensorweave.router.app import build_app
-from tensorweave.router.connections import ConnectionLimits, bounded_protocol
+from tensorweave.router.http.app import build_app
+from tensorweave.router.http.connections import ConnectionLimits, bounded_protocol
 from tests.router.calls import CHAT
 from tests.router.fake_fleet import FakeLink
 from tests.router.serving import chat, client_of, make_service, model_info, running

@@ -34,7 +34,7 @@ def test_an_error_is_an_error_and_its_traceback_readable(log: io.StringIO) -> No
     try:
         raise RuntimeError("broken")
     except RuntimeError:
-        logging.getLogger("tensorweave.router.endpoint").exception("request 7: internal error")
+        logging.getLogger("tensorweave.router.http.endpoint").exception("request 7: internal error")
     lines = log.getvalue().splitlines()
     assert lines[:2] == ["ERROR request 7: internal error", "Traceback (most recent call last):"]
     assert lines[-1] == "RuntimeError: broken"

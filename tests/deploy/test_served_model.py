@@ -16,9 +16,9 @@ from tensorweave.cluster.ranks import RankOrder, RankPlace
 from tensorweave.deploy.config import ServeConfig
 from tensorweave.deploy.pools import pool_specs
 from tensorweave.deploy.served_model import ServedModel
-from tensorweave.workers import model_store
-from tensorweave.workers.model_digest import check_model_digest, model_digest
+from tensorweave.workers.engine_dir.model_digest import check_model_digest, model_digest
 from tensorweave.workers.rank import RankWorker
+from tensorweave.workers.store import model_store
 
 COMMIT = "8f3b2c1d" * 5
 

@@ -12,15 +12,15 @@ from unittest.mock import patch
 
 from tensorweave.cluster.fleet import StaticFleet
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec, TokenLogprobs
-from tensorweave.router import attempt
-from tensorweave.router.admission import Limits
-from tensorweave.router.detokenize import IncrementalDetokenizer
-from tensorweave.router.dispatch import Dispatcher
-from tensorweave.router.generation import Job, generate_text
-from tensorweave.router.policy import Options, Plan
-from tensorweave.router.sampling import nth_seed
-from tensorweave.router.tokens import Tokenizer
-from tensorweave.workers.local import LocalLink
+from tensorweave.router.dispatch import attempt
+from tensorweave.router.dispatch.admission import Limits
+from tensorweave.router.dispatch.dispatch import Dispatcher
+from tensorweave.router.dispatch.policy import Options, Plan
+from tensorweave.router.sampling.sampling import nth_seed
+from tensorweave.router.text.detokenize import IncrementalDetokenizer
+from tensorweave.router.text.generation import Job, generate_text
+from tensorweave.router.text.tokens import Tokenizer
+from tensorweave.workers.executor.local import LocalLink
 from tests.workers.transfer_drive import Gang
 
 _AT_ONCE = 8

@@ -23,10 +23,10 @@ from tensorweave.cluster.pool import PoolSpec
 from tensorweave.cluster.protocol import GenerateRequest, Role, SamplingSpec
 from tensorweave.cluster.ray_session import start_or_join_ray
 from tensorweave.cluster.supervisor import PoolSupervisor, start_supervisor, stop_supervisor
-from tensorweave.router.dispatch import Dispatcher
-from tensorweave.router.policy import build_policy
+from tensorweave.router.dispatch.dispatch import Dispatcher
+from tensorweave.router.dispatch.policy import build_policy
 from tensorweave.workers.build import build_executor
-from tensorweave.workers.comm import SoloComm
+from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.rank import RankWorker
 from tests.workers.tiny_models import VOCAB, make_model
 

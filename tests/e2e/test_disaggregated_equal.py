@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tensorweave.router.tokens import Tokenizer
-from tensorweave.workers.model_store import resolve_model
+from tensorweave.router.text.tokens import Tokenizer
+from tensorweave.workers.store.model_store import resolve_model
 from tests.e2e.equality_drive import TOLERANCE, Ask, Told, differences, make_asks, run
 from tests.router.small_tokenizers import byte_level
 from tests.workers.tiny_models import VOCAB, make_model

@@ -34,8 +34,8 @@ from tensorweave.cluster.supervisor import (
     start_supervisor,
     stop_supervisor,
 )
-from tensorweave.workers.fake_engine import hash_token
-from tensorweave.workers.fake_gang import HashRankWorker
+from tensorweave.workers.fakes.fake_engine import hash_token
+from tensorweave.workers.fakes.fake_gang import HashRankWorker
 from tests.e2e.service_process import alive, command_of, wait_until
 
 VOCAB_SIZE = 1000
@@ -331,7 +331,7 @@ from tensorweave.cluster.pool import PoolSpec
 from tensorweave.cluster.fleet import WatchedFleet
 from tensorweave.cluster.ray_session import start_or_join_ray
 from tensorweave.cluster.supervisor import start_supervisor
-from tensorweave.workers.fake_gang import HashRankWorker
+from tensorweave.workers.fakes.fake_gang import HashRankWorker
 import asyncio
 
 start_or_join_ray(num_cpus=2)

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tensorweave import LLM, KvCacheConfig
-from tensorweave.workers.model_store import resolve_model
+from tensorweave.workers.store.model_store import resolve_model
 from tests.e2e.service_process import END_TIMEOUT_S, free_ports, running_service, wait_until
 from tests.e2e.test_smollm2 import GREEDY, GREEDY_64, IDS, chat_prompts, token_ids
 

@@ -11,7 +11,7 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
-from tensorweave.workers.model_store import resolve_model
+from tensorweave.workers.store.model_store import resolve_model
 from tests.e2e.service_process import (
     END_TIMEOUT_S,
     REPOSITORY,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tensorweave import LLM, KvCacheConfig, RequestOutput, SamplingParams, SchedulerConfig
-from tensorweave.workers.model_store import resolve_model
+from tensorweave.workers.store.model_store import resolve_model
 
 pytestmark = pytest.mark.model
 

@@ -8,9 +8,9 @@ import pytest
 
 from tensorweave import LLM, KvCacheConfig, SamplingParams
 from tensorweave.cluster.errors import Overloaded
-from tensorweave.router.admission import Limits
-from tensorweave.router.policy import Plan
-from tensorweave.router.recovery import Recovery
+from tensorweave.router.dispatch.admission import Limits
+from tensorweave.router.dispatch.policy import Plan
+from tensorweave.router.dispatch.recovery import Recovery
 from tests.llmapi.small_llm import write_small_model
 from tests.router.fake_fleet import FakeLink
 from tests.router.serving import model_info

@@ -10,7 +10,7 @@ import torch
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
 from tensorweave import LLM, SamplingParams
-from tensorweave.workers.engine_dir import save_engine_dir
+from tensorweave.workers.engine_dir.directory import save_engine_dir
 from tests.workers.engine_drive import random_prompts
 from tests.workers.tiny_models import SHAPE, make_model, their_greedy
 

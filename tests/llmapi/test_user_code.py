@@ -12,9 +12,9 @@ import pytest
 
 from tensorweave import LLM, SamplingParams
 from tensorweave.cluster.errors import RequestRejected, TensorweaveError, WorkerLost
-from tensorweave.router.tokens import Tokenizer
-from tensorweave.workers.kv_cache import KVCacheManager
-from tensorweave.workers.scheduler import SimpleScheduler
+from tensorweave.router.text.tokens import Tokenizer
+from tensorweave.workers.executor.scheduler import SimpleScheduler
+from tensorweave.workers.kv.manager import KVCacheManager
 from tests.llmapi.small_llm import CACHE, one
 from tests.router.small_tokenizers import byte_level
 

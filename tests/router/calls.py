@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 
-from tensorweave.router.admission import Limits
-from tensorweave.router.tokens import Tokenizer
+from tensorweave.router.dispatch.admission import Limits
+from tensorweave.router.text.tokens import Tokenizer
 from tests.router.fake_fleet import FakeLink
 from tests.router.serving import client_of, make_app, model_info, script_of
 from tests.router.stepped_loop import run_stepped

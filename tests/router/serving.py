@@ -15,11 +15,11 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from tensorweave.cluster.protocol import ModelInfo
-from tensorweave.router.admission import Limits
-from tensorweave.router.app import build_app
-from tensorweave.router.dispatch import Dispatcher
+from tensorweave.router.dispatch.admission import Limits
+from tensorweave.router.dispatch.dispatch import Dispatcher
+from tensorweave.router.http.app import build_app
 from tensorweave.router.service import RouterService
-from tensorweave.router.tokens import Tokenizer
+from tensorweave.router.text.tokens import Tokenizer
 from tests.router.fake_fleet import FakeFleet, FakeLink
 from tests.router.small_tokenizers import byte_level
 

@@ -10,8 +10,8 @@ import torch
 
 from tensorweave.cluster import socket_link, wire
 from tensorweave.kernels.native import load_native
-from tensorweave.workers.transfer import tcp_giver, tcp_taker
-from tensorweave.workers.transfer.stream import Stream
+from tensorweave.workers.transfer.carriers import tcp_giver, tcp_taker
+from tensorweave.workers.transfer.carriers.stream import Stream
 from tests.workers.waiting import WAIT_S
 
 

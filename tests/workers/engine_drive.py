@@ -14,12 +14,12 @@ from torch import Tensor
 
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.protocol import SamplingSpec
-from tensorweave.workers.comm import Comm, SoloComm
-from tensorweave.workers.engine import ModelEngine
-from tensorweave.workers.engine_loader import load_engine
-from tensorweave.workers.plan import ContextChunk, ScheduledBatch
-from tensorweave.workers.request import LlmRequest
-from tensorweave.workers.resources import BlockCopy
+from tensorweave.workers.engine.engine import ModelEngine
+from tensorweave.workers.engine.load import load_engine
+from tensorweave.workers.gang.comm import Comm, SoloComm
+from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.step.request import LlmRequest
+from tensorweave.workers.step.resources import BlockCopy
 
 VOCAB = 211
 PEER_TIMEOUT_S = 120.0

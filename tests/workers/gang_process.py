@@ -14,10 +14,10 @@ from typing import Any, Self
 import pytest
 
 from tensorweave.cluster.protocol import GenerateRequest, KvRoad, KvSource, SamplingSpec
-from tensorweave.workers.engine_loader import load_engine
-from tensorweave.workers.transfer.carrier import Carrier
-from tensorweave.workers.transfer.lanes import make_lanes
-from tensorweave.workers.transfer.tcp import TcpCarrier
+from tensorweave.workers.engine.load import load_engine
+from tensorweave.workers.transfer.carriers.carrier import Carrier
+from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
+from tensorweave.workers.transfer.lanes.lanes import make_lanes
 from tensorweave.workers.transfer.window import PoolWindow
 from tests.workers.engine_drive import engine_args
 from tests.workers.transfer_drive import SECRET, Client, Gang, request_pair

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tensorweave.workers.fake_engine import HashEngine
-from tensorweave.workers.plan import ScheduledBatch
-from tensorweave.workers.resources import ResourceManager
+from tensorweave.workers.fakes.fake_engine import HashEngine
+from tensorweave.workers.step.plan import ScheduledBatch
+from tensorweave.workers.step.resources import ResourceManager
 from tests.workers.waiting import WAIT_S
 
 

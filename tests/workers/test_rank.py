@@ -14,11 +14,11 @@ from ray.exceptions import ActorUnavailableError
 from tensorweave.cluster.errors import WorkerLost
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.ranks import RankOrder, RankReport, describe_phases
-from tensorweave.workers.comm import Comm
-from tensorweave.workers.executor import PyExecutor
-from tensorweave.workers.fake_executor import FakeExecutor
+from tensorweave.workers.executor.executor import PyExecutor
+from tensorweave.workers.fakes.fake_executor import FakeExecutor
+from tensorweave.workers.gang.comm import Comm
+from tensorweave.workers.gang.reach import await_reachable
 from tensorweave.workers.rank import RankWorker
-from tensorweave.workers.reach import await_reachable
 
 ORDER = RankOrder(
     gang_id="g",

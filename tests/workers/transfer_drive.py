@@ -14,20 +14,20 @@ from typing import Any, Self
 import torch
 
 from tensorweave.cluster.protocol import GenerateRequest, KvSource, SamplingSpec, Ticket, TokenChunk, TokenLogprobs
-from tensorweave.workers.comm import Comm, SoloComm
-from tensorweave.workers.decoder import SamplingDecoder
-from tensorweave.workers.engine_loader import load_engine
-from tensorweave.workers.executor import PyExecutor
-from tensorweave.workers.fake_engine import HashEngine
-from tensorweave.workers.kv_cache import KVCacheManager
-from tensorweave.workers.resources import ResourceManager
-from tensorweave.workers.scheduler import SimpleScheduler
-from tensorweave.workers.transfer.carrier import Carrier
-from tensorweave.workers.transfer.loop import Exchange, LoopCarrier
-from tensorweave.workers.transfer.tcp import TcpCarrier
+from tensorweave.workers.engine.load import load_engine
+from tensorweave.workers.executor.executor import PyExecutor
+from tensorweave.workers.executor.scheduler import SimpleScheduler
+from tensorweave.workers.fakes.fake_engine import HashEngine
+from tensorweave.workers.gang.comm import Comm, SoloComm
+from tensorweave.workers.gang.uplink import join_uplink
+from tensorweave.workers.kv.manager import KVCacheManager
+from tensorweave.workers.sampling.decoder import SamplingDecoder
+from tensorweave.workers.step.resources import ResourceManager
+from tensorweave.workers.transfer.carriers.carrier import Carrier
+from tensorweave.workers.transfer.carriers.loop import Exchange, LoopCarrier
+from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
 from tensorweave.workers.transfer.transfers import KvTransfers
 from tensorweave.workers.transfer.window import PoolWindow
-from tensorweave.workers.uplink import join_uplink
 from tests.workers.engine_drive import ThreadComm, engine_args
 from tests.workers.stepped_engine import SteppedEngine
 from tests.workers.waiting import WAIT_S

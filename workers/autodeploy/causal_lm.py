@@ -11,8 +11,8 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from tensorweave.workers.autodeploy.attention import IMPLEMENTATION, register
-from tensorweave.workers.checkpoint import refuse_adapters
-from tensorweave.workers.engine_manifest import EngineManifest
+from tensorweave.workers.engine_dir.manifest import EngineManifest
+from tensorweave.workers.models.checkpoint import refuse_adapters
 from tensorweave.workers.models.generation_config import read_json
 from tensorweave.workers.models.rope_config import refuse_two_rotations
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.kernels.paged_attention import Planner
 from tensorweave.workers.autodeploy.attention import Layer, PagedStep, attending
-from tensorweave.workers.kv_pool import KVPool
-from tensorweave.workers.packing import PackedBatch, pack
-from tensorweave.workers.plan import PromptRead, ScheduledBatch
-from tensorweave.workers.resources import ResourceManager
+from tensorweave.workers.engine.kv_pool import KVPool
+from tensorweave.workers.engine.packing import PackedBatch, pack
+from tensorweave.workers.step.plan import PromptRead, ScheduledBatch
+from tensorweave.workers.step.resources import ResourceManager
 
 # T tokens, R and N rows of logits, V vocabulary
 

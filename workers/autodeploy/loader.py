@@ -16,19 +16,19 @@ from tensorweave.kernels.paged_attention import Span
 from tensorweave.workers.autodeploy.attention import IMPLEMENTATION, Layer, Survey, attending
 from tensorweave.workers.autodeploy.causal_lm import CausalLmConfig, load_causal_lm, read_causal_lm_config
 from tensorweave.workers.autodeploy.engine import AutodeployEngine
-from tensorweave.workers.checkpoint import SafetensorsDirectory
-from tensorweave.workers.comm import Comm
-from tensorweave.workers.device import pick_device, pick_dtype
-from tensorweave.workers.kv_pool import KVPool, block_bytes
-from tensorweave.workers.memory_need import MemoryNeed, check_memory, checkpoint_bytes
-from tensorweave.workers.model_store import resolve_model
+from tensorweave.workers.engine.kv_pool import KVPool, block_bytes
+from tensorweave.workers.engine.memory_need import MemoryNeed, check_memory, checkpoint_bytes
+from tensorweave.workers.engine.packing import PackedBatch
+from tensorweave.workers.engine.pool_size import count_blocks
+from tensorweave.workers.gang.comm import Comm
+from tensorweave.workers.gang.device import pick_device, pick_dtype
+from tensorweave.workers.models.checkpoint import SafetensorsDirectory
 from tensorweave.workers.models.generation_config import (
     load_generation_config,
     load_sampling_defaults,
     unite_end_ids,
 )
-from tensorweave.workers.packing import PackedBatch
-from tensorweave.workers.pool_size import count_blocks
+from tensorweave.workers.store.model_store import resolve_model
 
 _TRIAL_TOKENS: Final = (41, 7)
 _TRIAL_BLOCK: Final = 8

@@ -15,7 +15,7 @@ from tensorweave.kernels.linear import Linear
 from tensorweave.kernels.rms_norm import add_rms_norm
 
 if TYPE_CHECKING:
-    from tensorweave.workers.comm import Comm
+    from tensorweave.workers.gang.comm import Comm
 
 # T tokens, D hidden size, R rows of logits, V vocabulary, O outputs of this rank, J inputs of this rank
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tensorweave.kernels.packed_weight import PackedWeight
-from tensorweave.workers.checkpoint import Shapes, WeightSource
+from tensorweave.workers.models.checkpoint import Shapes, WeightSource
 from tensorweave.workers.models.config import ModelConfig
 from tensorweave.workers.models.rope_config import RopeConfig
 from tensorweave.workers.models.rotary import inverse_frequencies

@@ -17,7 +17,7 @@ from tensorweave.kernels.native_layers import LayerWeights, NativeLayers, native
 from tensorweave.kernels.paged_attention import AttentionPlan, paged_attention
 from tensorweave.kernels.place_heads import HeadNorms, WriteSlots, place_heads
 from tensorweave.kernels.silu_mul import silu_mul
-from tensorweave.workers.comm import Comm
+from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.models.config import ModelConfig
 from tensorweave.workers.models.layers import ColumnLinear, OutputHead, RmsNorm, RowLinear, VocabEmbedding
 from tensorweave.workers.models.loader import EMBEDDING, FINAL_NORM, HEAD, RankWeights

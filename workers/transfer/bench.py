@@ -23,16 +23,16 @@ from torch import Tensor
 
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import KvEndpoint
-from tensorweave.workers.kv_pool import KVPool
-from tensorweave.workers.transfer.carrier import Claim, Failed, Sink, TicketOver
-from tensorweave.workers.transfer.intake import Intake, Landing
-from tensorweave.workers.transfer.lane import HostLane, LaneKind
-from tensorweave.workers.transfer.nccl import Communicator, new_unique_id
-from tensorweave.workers.transfer.nccl_lane import PARCEL_BYTES, NcclLane
-from tensorweave.workers.transfer.same_node import SameNodeLane
-from tensorweave.workers.transfer.shelf import BlockTags, Row, Shelf
+from tensorweave.workers.engine.kv_pool import KVPool
+from tensorweave.workers.transfer.carriers.carrier import Claim, Failed, Sink, TicketOver
+from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
+from tensorweave.workers.transfer.giving.shelf import BlockTags, Row, Shelf
+from tensorweave.workers.transfer.lanes.lane import HostLane, LaneKind
+from tensorweave.workers.transfer.lanes.nccl import Communicator, new_unique_id
+from tensorweave.workers.transfer.lanes.nccl_lane import PARCEL_BYTES, NcclLane
+from tensorweave.workers.transfer.lanes.same_node import SameNodeLane
+from tensorweave.workers.transfer.taking.intake import Intake, Landing
 from tensorweave.workers.transfer.tally import Tally
-from tensorweave.workers.transfer.tcp import TcpCarrier
 from tensorweave.workers.transfer.window import PoolWindow
 
 _SECRET: Final = "a bench"

@@ -21,12 +21,12 @@ import torch
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import KvEndpoint
 from tensorweave.workers.transfer.bench import Shape, Unchecked
-from tensorweave.workers.transfer.carrier import Claim, Ended
-from tensorweave.workers.transfer.intake import Intake, Landing
-from tensorweave.workers.transfer.lane import HostLane
-from tensorweave.workers.transfer.shelf import BlockTags, Shelf
+from tensorweave.workers.transfer.carriers.carrier import Claim, Ended
+from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
+from tensorweave.workers.transfer.giving.shelf import BlockTags, Shelf
+from tensorweave.workers.transfer.lanes.lane import HostLane
+from tensorweave.workers.transfer.taking.intake import Intake, Landing
 from tensorweave.workers.transfer.tally import Tally
-from tensorweave.workers.transfer.tcp import TcpCarrier
 from tensorweave.workers.transfer.window import PoolWindow
 
 TOTAL_BYTES: Final = 256 << 20

@@ -13,18 +13,18 @@ from typing import Any, Final
 
 from tensorweave.cluster.errors import TransferFailed, WorkerLost
 from tensorweave.cluster.protocol import KvEndpoint, KvRoad, KvSource
-from tensorweave.workers.plan import ContextChunk, ScheduledBatch
-from tensorweave.workers.request import LlmRequest
-from tensorweave.workers.resources import KVCache
-from tensorweave.workers.transfer.carrier import Carrier, Event, TicketOver
-from tensorweave.workers.transfer.desk import fingerprint_difference
-from tensorweave.workers.transfer.giving import Offers
-from tensorweave.workers.transfer.landings import Landings, Report
-from tensorweave.workers.transfer.taking import Fetches
+from tensorweave.workers.gang.uplink import Uplink
+from tensorweave.workers.step.kv_exchange import TransferInbox
+from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.step.request import LlmRequest
+from tensorweave.workers.step.resources import KVCache
+from tensorweave.workers.transfer.carriers.carrier import Carrier, Event, TicketOver
+from tensorweave.workers.transfer.giving.desk import fingerprint_difference
+from tensorweave.workers.transfer.giving.giving import Offers
+from tensorweave.workers.transfer.taking.landings import Landings, Report
+from tensorweave.workers.transfer.taking.taking import Fetches
 from tensorweave.workers.transfer.tally import Tally
 from tensorweave.workers.transfer.window import PoolWindow
-from tensorweave.workers.transfers import TransferInbox
-from tensorweave.workers.uplink import Uplink
 
 logger = logging.getLogger(__name__)
 

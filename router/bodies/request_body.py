@@ -1,0 +1,170 @@
+"""From a body's bytes to checked fields and prompts as token ids.
+
+Everything is computed from the bytes, the tokenizer and `Served`, and may take seconds for a body that was made to.
+`router/bodies/pool.py` therefore runs it in a worker process, except for small bodies.
+"""
+
+from __future__ import annotations
+
+import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from tensorweave.cluster.errors import RequestRejected
+from tensorweave.cluster.protocol import ModelInfo, SamplingSpec
+from tensorweave.router.bodies.served import Served, check_name, check_text
+from tensorweave.router.openai.field_types import MAX_LOGPROBS
+from tensorweave.router.openai.parsing import check_fields, parse_request
+from tensorweave.router.openai.requests import DEFAULT_COMPLETION_TOKENS, ChatCompletionRequest, CompletionRequest
+from tensorweave.router.sampling.sampling import check_prompt, resolve_sampling
+from tensorweave.router.text.choices import Prompt
+from tensorweave.router.text.echo import Echo, EchoRequest, read_echo
+from tensorweave.router.text.tokens import Tokenizer
+
+AnyRequest = CompletionRequest | ChatCompletionRequest
+
+# What `resolve_sampling` calls by another name than the bodies do.
+_FIELD_NAMES: Final = {"bad_token_ids": "bad_words"}
+_MAX_BAD_WORD_TOKENS: Final = 16_384
+"""Of all bad words of a request together, in each of their spellings."""
+_TOKENS: Final = "i"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBody:
+    """A checked body: its fields, its prompts, and its bad words as tokens."""
+
+    request: AnyRequest
+    prompts: Sequence[Prompt]
+    bad_token_ids: Sequence[Sequence[int]]
+
+    def resolve_sampling(self, prompt: Prompt, info: ModelInfo, draw_seed: Callable[[int], int]) -> SamplingSpec:
+        """The spec that an executor runs for one of the prompts. Raises RequestRejected."""
+        request, telling, own_names = self.request, self.request.telling, dict(_FIELD_NAMES)
+        max_tokens = request.max_tokens
+        default_max_tokens: int | None = DEFAULT_COMPLETION_TOKENS
+        if isinstance(request, ChatCompletionRequest):
+            default_max_tokens = None
+            own_names["logprobs"] = "top_logprobs"
+            if request.max_completion_tokens is not None:
+                max_tokens, own_names["max_tokens"] = request.max_completion_tokens, "max_completion_tokens"
+        max_tokens = max_tokens if telling.has_output else 1
+        try:
+            return resolve_sampling(
+                request.sampling(telling, max_tokens=max_tokens, bad_token_ids=self.bad_token_ids),
+                prompt_len=len(prompt.token_ids),
+                info=info,
+                default_max_tokens=default_max_tokens,
+                caps_max_tokens=True,
+                prompt_param=request.prompt_param,
+                draw_seed=draw_seed,
+                max_logprobs=MAX_LOGPROBS,
+            )
+        except RequestRejected as error:
+            if error.param in own_names:
+                name = own_names[error.param]
+                raise type(error)(error.message.replace(error.param, name), param=name) from None
+            raise
+
+    def pack(self) -> list[Any]:
+        """As msgpack fields, without what prompts and bad words were made from: that may be the whole body."""
+        fields = self.request.without_bulk().model_dump_json(exclude_unset=True).encode()
+        prompts = [
+            [array.array(_TOKENS, prompt.token_ids).tobytes(), prompt.echo and prompt.echo.pack()]
+            for prompt in self.prompts
+        ]
+        return [isinstance(self.request, ChatCompletionRequest), fields, prompts, self.bad_token_ids]
+
+    @classmethod
+    def unpack(cls, packed: Sequence[Any]) -> RequestBody:
+        is_chat, fields, prompts, bad_token_ids = packed
+        known: dict[str, Any] = orjson.loads(fields)
+        return cls(
+            check_fields(ChatCompletionRequest, known) if is_chat else check_fields(CompletionRequest, known),
+            [
+                Prompt(array.array(_TOKENS, token_ids).tolist(), echo and Echo.unpack(echo))
+                for token_ids, echo in prompts
+            ],
+            bad_token_ids,
+        )
+
+
+def read_completion(body: bytes, tokenizer: Tokenizer, served: Served) -> RequestBody:
+    """Raises RequestRejected."""
+    request = parse_request(CompletionRequest, body)
+    check_name(served.model_names, request.model)
+    _check_count(served, request, len(request.prompts))
+    prompts = [_completion_prompt(tokenizer, served, request, prompt) for prompt in request.prompts]
+    return _checked(tokenizer, served, request, prompts)
+
+
+def read_chat(body: bytes, tokenizer: Tokenizer, served: Served) -> RequestBody:
+    """Raises RequestRejected."""
+    request = parse_request(ChatCompletionRequest, body)
+    check_name(served.model_names, request.model)
+    _check_count(served, request, 1)
+    token_ids = request.prompt_token_ids
+    if token_ids is None:
+        text = tokenizer.render_chat(
+            [message.for_template() for message in request.messages],
+            add_generation_prompt=request.add_generation_prompt is not False,
+            template_kwargs=request.chat_template_kwargs,
+        )
+        token_ids = _encode(text, tokenizer, served, request, add_special_tokens=bool(request.add_special_tokens))
+    return _checked(tokenizer, served, request, [Prompt(_cut(token_ids, request.truncate_prompt_tokens))])
+
+
+def _completion_prompt(
+    tokenizer: Tokenizer, served: Served, request: CompletionRequest, prompt: str | list[int]
+) -> Prompt:
+    token_ids, add_special_tokens = prompt, request.add_special_tokens is not False
+    if isinstance(token_ids, str):
+        token_ids = _encode(token_ids, tokenizer, served, request, add_special_tokens=add_special_tokens)
+    cut = _cut(token_ids, request.truncate_prompt_tokens)
+    if not request.echo:
+        return Prompt(cut)
+    check_prompt(cut, served.info)
+    echo = EchoRequest(
+        cut,
+        prompt if isinstance(prompt, str) and len(cut) == len(token_ids) else None,
+        num_added=tokenizer.num_added_tokens if add_special_tokens else (0, 0),
+        has_tokens=request.telling.num_logprobs is not None,
+        is_all=not request.telling.has_output,
+    )
+    return Prompt(cut, read_echo(tokenizer, echo))
+
+
+def _encode(
+    text: str, tokenizer: Tokenizer, served: Served, request: AnyRequest, *, add_special_tokens: bool
+) -> list[int]:
+    if request.truncate_prompt_tokens is None:
+        check_text(text, tokenizer, served, param=request.prompt_param)
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+def _cut(token_ids: list[int], num_kept: int | None) -> list[int]:
+    return token_ids if num_kept is None else token_ids[-num_kept:]
+
+
+def _checked(tokenizer: Tokenizer, served: Served, request: AnyRequest, prompts: Sequence[Prompt]) -> RequestBody:
+    """Everything that planning refuses is refused here: what comes through is no longer than the model's context."""
+    words = [ids for word in request.bad_words or () for ids in tokenizer.word_ids(word)]
+    if (num_tokens := sum(map(len, words))) > _MAX_BAD_WORD_TOKENS:
+        raise RequestRejected(
+            f"bad_words have {num_tokens} tokens in all; the limit is {_MAX_BAD_WORD_TOKENS}", param="bad_words"
+        )
+    body = RequestBody(request, prompts, words)
+    for prompt in prompts:
+        check_prompt(prompt.token_ids, served.info, param=request.prompt_param)
+        body.resolve_sampling(prompt, served.info, draw_seed=lambda num_bits: 0)
+    return body
+
+
+def _check_count(served: Served, request: AnyRequest, num_prompts: int) -> None:
+    wanted, limit = num_prompts * request.num_sequences, served.max_sequences
+    if wanted > limit:
+        name = "prompt" if num_prompts > 1 else "n" if request.num_sequences == request.n else "best_of"
+        raise RequestRejected(f"the request asks for {wanted} sequences; the limit is {limit}", param=name)

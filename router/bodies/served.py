@@ -1,0 +1,43 @@
+"""`Served`: what the body of a request is checked against, and the first checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tensorweave.cluster.context_length import context_exceeded_by_at_least
+from tensorweave.cluster.errors import ModelNotFound
+from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.router.text.tokens import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model by its names, and the most sequences that one request may ask for."""
+
+    model_names: Sequence[str]
+    info: ModelInfo
+    max_sequences: int
+
+    def to_wire(self) -> list[Any]:
+        return [list(self.model_names), self.info.to_wire(), self.max_sequences]
+
+    @classmethod
+    def from_wire(cls, fields: Sequence[Any]) -> Served:
+        names, info, max_sequences = fields
+        return cls(names, ModelInfo.from_wire(info), max_sequences)
+
+
+def check_name(model_names: Sequence[str], name: str) -> None:
+    if name not in model_names:
+        known = ", ".join(map(repr, model_names))
+        raise ModelNotFound(f"the model {name[:256]!r} does not exist; this server has {known}", param="model")
+
+
+def check_text(text: str, tokenizer: Tokenizer, served: Served, *, param: str) -> None:
+    """Refuse a text of which it is certain, before it is tokenized, that it has more tokens than the context."""
+    per_token, max_len = tokenizer.max_chars_per_token, served.info.max_seq_len
+    if per_token is not None and len(text) > per_token * max_len:
+        least = -(-len(text) // per_token)
+        raise context_exceeded_by_at_least(max_len, least, prompt_param=param)

@@ -1,0 +1,36 @@
+"""What is done with the body of a POST, by name: the same in the event loop and in a worker process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+
+from tensorweave.router.bodies.request_body import RequestBody, read_chat, read_completion
+from tensorweave.router.bodies.served import Served
+from tensorweave.router.bodies.tokenize import detokenize, tokenize
+from tensorweave.router.text.tokens import Tokenizer
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, slots=True)
+class BodyTask(Generic[ResultT]):
+    """`run` raises RequestRejected. `pack` makes msgpack fields of its result, and `unpack` the result again."""
+
+    name: str
+    run: Callable[[bytes, Tokenizer, Served], ResultT]
+    pack: Callable[[ResultT], Sequence[Any]]
+    unpack: Callable[[Sequence[Any]], ResultT]
+
+
+def _answering(name: str, run: Callable[[bytes, Tokenizer, Served], bytes]) -> BodyTask[bytes]:
+    return BodyTask(name, run, lambda answer: [answer], lambda packed: bytes(packed[0]))
+
+
+COMPLETION: Final = BodyTask("completion", read_completion, RequestBody.pack, RequestBody.unpack)
+CHAT: Final = BodyTask("chat", read_chat, RequestBody.pack, RequestBody.unpack)
+TOKENIZE: Final = _answering("tokenize", tokenize)
+DETOKENIZE: Final = _answering("detokenize", detokenize)
+
+BY_NAME: Final[dict[str, BodyTask[Any]]] = {task.name: task for task in (COMPLETION, CHAT, TOKENIZE, DETOKENIZE)}

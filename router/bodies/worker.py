@@ -1,0 +1,78 @@
+"""The process that reads large bodies for a router (`router/bodies/pool.py`, which starts it and is trusted).
+
+On its standard input: the length of a pickled tokenizer, the tokenizer, then frames `run`; on its standard output one
+frame for each, `done` or `failed`. It ends with its input. A body that takes more than `CPU_LIMIT_S` of processor time
+ends it, by the kernel's signal, and so does one that takes more memory than `MEMORY_LIMIT_BYTES`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import pickle
+import resource
+import struct
+from typing import BinaryIO, Final
+
+from tensorweave.cluster.errors import TensorweaveError
+from tensorweave.cluster.wire import READ_BYTES, Frame, FrameDecoder, pack_frame
+from tensorweave.router.bodies.served import Served
+from tensorweave.router.bodies.tasks import BY_NAME
+from tensorweave.router.text.tokens import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+CPU_LIMIT_S: Final = 10
+"""For one body. Processor time, so that a machine with other work refuses nothing for it."""
+MEMORY_LIMIT_BYTES: Final = 4 << 30
+STATE_LENGTH: Final = struct.Struct("<Q")
+
+
+def main() -> None:
+    source, sink = open(0, "rb", closefd=False), _take_stdout()  # noqa: SIM115 (ours until the end)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    (length,) = STATE_LENGTH.unpack(source.read(STATE_LENGTH.size))
+    tokenizer: Tokenizer = pickle.loads(source.read(length))  # from our parent, which made us and it
+    decoder, first_peak_bytes = FrameDecoder(), _peak_bytes()
+    while data := source.read1(READ_BYTES):
+        for frame in decoder.feed(data):
+            _renew_cpu_limit()
+            name, *fields = _answer(frame, tokenizer)
+            sink.write(pack_frame(name, _peak_bytes() - first_peak_bytes, *fields))
+            sink.flush()
+
+
+def _take_stdout() -> BinaryIO:
+    """Our own copy of it, for frames; whatever a library prints goes to standard error."""
+    sink = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return sink
+
+
+def _renew_cpu_limit() -> None:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    limit_s = math.ceil(usage.ru_utime + usage.ru_stime) + CPU_LIMIT_S
+    resource.setrlimit(resource.RLIMIT_CPU, (limit_s, resource.RLIM_INFINITY))
+
+
+def _answer(frame: Frame, tokenizer: Tokenizer) -> Frame:
+    name, task_name, served, body = frame
+    assert name == "run", name
+    task = BY_NAME[task_name]
+    try:
+        return ["done", *task.pack(task.run(body, tokenizer, Served.from_wire(served)))]
+    except TensorweaveError as error:
+        return ["failed", error.to_wire()]
+    except Exception:  # a request's boundary: what went wrong with one body may not end the worker of the others
+        logger.exception("a request body could not be read")
+        return ["failed", TensorweaveError("internal error; the server's log has it").to_wire()]
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Which gangs take a request: a prefill and a decode gang together, or one gang alone.
+
+The dispatcher asks once an attempt. `Joint` estimates the seconds that every choice would cost and takes the least;
+`RoundRobin`, `PowerOfTwo` and `LeastLoaded` look at no more than turns and numbers. All are deterministic, given the
+random generator that is passed in.
+"""
+
+from __future__ import annotations
+
+import collections
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, Protocol
+
+from tensorweave.cluster.link import GangLink
+from tensorweave.cluster.protocol import GenerateRequest
+from tensorweave.router.dispatch.kv_view import PromptView
+from tensorweave.router.dispatch.loads import Loads
+
+PolicyName = Literal["joint", "least_loaded", "power_of_two", "round_robin"]
+
+_SHORTLIST: Final = 8
+_MAX_SESSIONS: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySettings:
+    """`min_prefill_tokens`: with fewer to compute, a prompt is not worth a hand-over.
+
+    `stall_weight`: what a second of prefill costs each sequence that decodes in the same gang, in seconds; one that may
+    come is always reckoned with. `decode_s`: what one more sequence costs those it decodes with. `reserve_tokens`: KV
+    room to leave for an answer. Choices within `tie_s` of the cheapest are equal: there the session's own gang is
+    taken, else the next in turn.
+    """
+
+    min_prefill_tokens: int = 64
+    stall_weight: float = 0.5
+    decode_s: float = 0.002
+    reserve_tokens: int = 128
+    tie_s: float = 0.0005
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`decode` answers the request; with `prefill`, that gang computes the prompt and hands it over."""
+
+    prefill: GangLink | None
+    decode: GangLink
+
+    @property
+    def kind(self) -> Literal["joint", "alone"]:
+        return "alone" if self.prefill is None else "joint"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What there is to choose from, in a stable order. `decode` is never empty; a gang of role 'both' is in both."""
+
+    prefill: Sequence[GangLink]
+    decode: Sequence[GangLink]
+    prompt: PromptView
+    loads: Loads
+    session: str | None = None
+
+
+class RoutingPolicy(Protocol):
+    def plan(self, request: GenerateRequest, options: Options) -> Plan:
+        """The gangs that shall take the request."""
+
+
+def fits(prefill: GangLink, decode: GangLink) -> bool:
+    """Whether KV of the one is of use to the other; what must be alike says each gang's fingerprint."""
+    source, own = prefill.kv_source, decode.kv_source
+    if source is None or prefill.gang_id == decode.gang_id:
+        return False
+    return own is None or own.fingerprint == source.fingerprint
+
+
+class Joint:
+    """The choice of least cost in seconds:
+
+    a gang alone   (queued + uncached) / prefill rate + stall + decode load
+    a pair         (queued + uncached) / prefill rate + stall at P + bytes to move / bandwidth + decode load at D
+
+    A decode gang without KV room for the request is taken only where all lack it.
+    """
+
+    def __init__(self, settings: PolicySettings | None = None) -> None:
+        self.settings = settings or PolicySettings()
+        self._sessions: collections.OrderedDict[str, str] = collections.OrderedDict()
+        self._turn = 0
+
+    def plan(self, request: GenerateRequest, options: Options) -> Plan:
+        self._turn += 1
+        decode = self._with_room(_rotated(options.decode, self._turn), options)
+        costs = [(self.alone_s(link, options), Plan(None, link)) for link in decode]
+        costs += [(self.pair_s(plan, options), plan) for plan in self._pairs(decode, options)]
+        least_s = min(cost_s for cost_s, _ in costs)
+        best = [plan for cost_s, plan in costs if cost_s <= least_s + self.settings.tie_s]
+        return self._by_session(best, options.session)
+
+    def alone_s(self, link: GangLink, options: Options) -> float:
+        return self._prefill_s(link, options, decodes=True) + self._decode_s(link, options)
+
+    def pair_s(self, plan: Plan, options: Options) -> float:
+        assert plan.prefill is not None
+        decodes = any(link.gang_id == plan.prefill.gang_id for link in options.decode)
+        prefill_s = self._prefill_s(plan.prefill, options, decodes=decodes)
+        num_moved = options.prompt.uncached_tokens(plan.decode)
+        move_s = options.loads.handover(plan.prefill, plan.decode).seconds(num_moved)
+        return prefill_s + move_s + self._decode_s(plan.decode, options)
+
+    def _prefill_s(self, link: GangLink, options: Options, *, decodes: bool) -> float:
+        load = options.loads.of(link.gang_id)
+        num_uncached = options.prompt.uncached_tokens(link)
+        stalled = self.settings.stall_weight * (1 + load.num_decoding) if decodes else 0.0
+        stall_s = stalled * load.prefill.per_token_s * num_uncached
+        return load.prefill.seconds(load.queued_tokens + num_uncached) + stall_s
+
+    def _decode_s(self, link: GangLink, options: Options) -> float:
+        return options.loads.of(link.gang_id).num_decoding * self.settings.decode_s
+
+    def _with_room(self, links: Sequence[GangLink], options: Options) -> Sequence[GangLink]:
+        need = options.prompt.num_tokens + self.settings.reserve_tokens
+        roomy = [
+            link
+            for link in links
+            if options.loads.of(link.gang_id).kv_tokens + need <= link.info.num_blocks * link.info.tokens_per_block
+        ]
+        return roomy or links
+
+    def _pairs(self, decode: Sequence[GangLink], options: Options) -> list[Plan]:
+        """Pairs worth looking at; of many gangs, only the best on either side."""
+        senders = [link for link in _rotated(options.prefill, self._turn) if link.kv_source is not None]
+        if len(senders) > _SHORTLIST:
+            senders = sorted(senders, key=lambda link: self._prefill_s(link, options, decodes=False))[:_SHORTLIST]
+        needy = [link for link in decode if _is_worth_a_pair(link, options, self.settings)]
+        if len(needy) > _SHORTLIST:
+            needy = sorted(needy, key=lambda link: self._decode_s(link, options))[:_SHORTLIST]
+        return [Plan(sender, link) for link in needy for sender in senders if fits(sender, link)]
+
+    def _by_session(self, best: Sequence[Plan], session: str | None) -> Plan:
+        if session is None:
+            return best[0]
+        home = self._sessions.get(session)
+        plan = next((plan for plan in best if plan.decode.gang_id == home), best[0])
+        self._sessions[session] = plan.decode.gang_id
+        self._sessions.move_to_end(session)
+        if len(self._sessions) > _MAX_SESSIONS:
+            self._sessions.popitem(last=False)
+        return plan
+
+
+class Picker(Protocol):
+    def pick(self, links: Sequence[GangLink]) -> GangLink:
+        """One of `links`, which is never empty."""
+
+
+class Separate:
+    """A simple rule, twice: for the decode gangs, then, unless the prompt is short, for those that only prefill."""
+
+    def __init__(self, decode: Picker, prefill: Picker, settings: PolicySettings | None = None) -> None:
+        self._decode, self._prefill = decode, prefill
+        self._settings = settings or PolicySettings()
+
+    def plan(self, request: GenerateRequest, options: Options) -> Plan:
+        link = self._decode.pick(options.decode)
+        answering = {other.gang_id for other in options.decode}
+        senders = [other for other in options.prefill if other.gang_id not in answering and fits(other, link)]
+        if not senders or not _is_worth_a_pair(link, options, self._settings):
+            return Plan(None, link)
+        return Plan(self._prefill.pick(senders), link)
+
+
+class RoundRobin:
+    def __init__(self) -> None:
+        self._turn = 0
+
+    def pick(self, links: Sequence[GangLink]) -> GangLink:
+        self._turn += 1
+        return links[self._turn % len(links)]
+
+
+class PowerOfTwo:
+    """The less loaded of two drawn at random: near the best where many routers share the gangs (Mitzenmacher 2001)."""
+
+    def __init__(self, draw: random.Random | None = None) -> None:
+        self._draw = draw or random.Random()
+
+    def pick(self, links: Sequence[GangLink]) -> GangLink:
+        if len(links) == 1:
+            return links[0]
+        first, second = self._draw.sample(range(len(links)), 2)
+        return min(links[first], links[second], key=lambda link: link.num_inflight)
+
+
+class LeastLoaded:
+    """Ties go to the next in turn, so that an idle fleet is used evenly."""
+
+    def __init__(self) -> None:
+        self._turn = 0
+
+    def pick(self, links: Sequence[GangLink]) -> GangLink:
+        self._turn += 1
+        return min(_rotated(links, self._turn), key=lambda link: link.num_inflight)
+
+
+def build_policy(
+    name: PolicyName, settings: PolicySettings | None = None, draw: random.Random | None = None
+) -> RoutingPolicy:
+    match name:
+        case "joint":
+            return Joint(settings)
+        case "least_loaded":
+            return Separate(LeastLoaded(), LeastLoaded(), settings)
+        case "power_of_two":
+            return Separate(PowerOfTwo(draw), PowerOfTwo(draw), settings)
+        case "round_robin":
+            return Separate(RoundRobin(), RoundRobin(), settings)
+
+
+def _is_worth_a_pair(decode: GangLink, options: Options, settings: PolicySettings) -> bool:
+    return options.prompt.uncached_tokens(decode) >= settings.min_prefill_tokens
+
+
+def _rotated(links: Sequence[GangLink], turn: int) -> Sequence[GangLink]:
+    start = turn % len(links) if links else 0
+    return [*links[start:], *links[:start]]

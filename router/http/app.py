@@ -1,0 +1,221 @@
+"""`build_app`: the HTTP front end as one ASGI application, over a `RouterService`.
+
+Runs under uvicorn and inside Ray Serve alike. Every path, wrong ones included, answers errors in OpenAI's shape and
+carries `x-request-id`. Prompt text is never logged.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from tensorweave.cluster.errors import NotReady, RequestCancelled, RequestRejected, TensorweaveError
+from tensorweave.router.bodies.served import check_name
+from tensorweave.router.bodies.tasks import DETOKENIZE, TOKENIZE, BodyTask
+from tensorweave.router.http import asgi
+from tensorweave.router.http.endpoint import GenerateEndpoint
+from tensorweave.router.http.front import with_front
+from tensorweave.router.http.health import check_health
+from tensorweave.router.http.keys import ApiKeys, may_see_operations
+from tensorweave.router.http.metrics import RouterMetrics
+from tensorweave.router.http.openapi import openapi_document
+from tensorweave.router.openai.prepare import plan_chat, plan_completion
+from tensorweave.router.service import RouterService
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class UnknownRoute(RequestRejected):
+    http_status, code = 404, "not_found"
+
+
+class MethodNotAllowed(RequestRejected):
+    http_status, code = 405, "method_not_allowed"
+
+
+class _App(FastAPI):
+    """FastAPI whose routes are bare ASGI; the document describes them all the same.
+
+    `front` goes around the outermost of its own middleware, which answers what no other code has caught.
+    """
+
+    def __init__(self, service: RouterService, front: Callable[[ASGIApp], ASGIApp]) -> None:
+        super().__init__(
+            title="tensorweave",
+            version=service.version,
+            docs_url=None,
+            redoc_url=None,
+            redirect_slashes=False,
+            lifespan=_lifespan_of(service),
+        )
+        self._service = service
+        self._front = front
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return self._front(super().build_middleware_stack())
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            has_keys = bool(self._service.key_digests)
+            names = self._service.names
+            self.openapi_schema = openapi_document(self.title, self.version, model_names=names, has_keys=has_keys)
+        return self.openapi_schema
+
+
+def build_app(service: RouterService, *, server_echoes_ids: bool = False, made_up_ids: str = "") -> FastAPI:
+    """`server_echoes_ids` and `made_up_ids`: see `asgi.RequestIds`."""
+    metrics = RouterMetrics(service.model_name, service.dispatcher)
+    service.created_s = service.created_s or int(time.time())
+    front = functools.partial(
+        with_front,
+        cors_origins=service.cors_origins,
+        server_echoes_ids=server_echoes_ids,
+        made_up_ids=made_up_ids,
+    )
+    app = _App(service, front)
+    for path, plan in (("/v1/completions", plan_completion), ("/v1/chat/completions", plan_chat)):
+        app.router.routes.append(Route(path, GenerateEndpoint(path, plan, service, metrics), methods=["POST"]))
+    for path, handler in _handlers(service, metrics).items():
+        methods = ["GET", "POST"] if path == "/ping" else ["GET"]
+        app.router.routes.append(Route(path, handler, methods=methods))
+    for task in (TOKENIZE, DETOKENIZE):
+        app.router.routes.append(
+            Route(f"/{task.name}", functools.partial(_answer_body, service, task), methods=["POST"])
+        )
+    if service.key_digests:
+        app.add_middleware(ApiKeys, digests=service.key_digests)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(TensorweaveError, _answer_error)
+    app.add_exception_handler(asgi.ClientGone, _answer_nobody)
+    app.add_exception_handler(Exception, _answer_internal_error)
+    return app
+
+
+def _handlers(service: RouterService, metrics: RouterMetrics) -> dict[str, Handler]:
+    """The small GET routes by path."""
+
+    async def models(request: Request) -> Response:
+        return _json({"object": "list", "data": [_model_card(service, name) for name in service.names]})
+
+    async def model(request: Request) -> Response:
+        name = request.path_params["model_id"]
+        check_name(service.names, name)
+        return _json(_model_card(service, name))
+
+    async def health(request: Request) -> Response:
+        report = await check_health(service.fleet, service.limits.heartbeat_limit_s)
+        body = report.body() if may_see_operations(request.scope) else report.public_body()
+        return _json(body, status=200 if report.is_healthy else 503)
+
+    async def ready(request: Request) -> Response:
+        try:
+            await service.fleet.wait_ready(0.0)
+        except NotReady:
+            if may_see_operations(request.scope):
+                raise
+            raise NotReady("the service is not ready") from None
+        return _json({"status": "ready"})
+
+    async def load(request: Request) -> Response:
+        return _json({"server_load": service.dispatcher.num_running + service.dispatcher.num_waiting})
+
+    async def version(request: Request) -> Response:
+        return _json({"version": service.version})
+
+    async def prometheus(request: Request) -> Response:
+        return Response(await metrics.render(service.fleet), media_type=CONTENT_TYPE_LATEST)
+
+    return {
+        "/v1/models": models,
+        "/v1/models/{model_id:path}": model,
+        "/health": health,
+        "/ping": health,
+        "/ready": ready,
+        "/load": load,
+        "/version": version,
+        "/metrics": prometheus,
+    }
+
+
+def _lifespan_of(service: RouterService) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.bodies.warm_up()
+        try:
+            yield
+        finally:
+            await service.bodies.close()
+
+    return lifespan
+
+
+async def _answer_body(service: RouterService, task: BodyTask[bytes], request: Request) -> Response:
+    """A route whose whole answer is made of the body."""
+    limits = service.limits
+    with service.body_memory.share() as share:
+        body = await asgi.read_json_body(
+            request.scope, request.receive, share, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s
+        )
+        return Response(await service.bodies.run(task, body, await service.served()), media_type="application/json")
+
+
+def _model_card(service: RouterService, name: str) -> dict[str, Any]:
+    card: dict[str, Any] = {
+        "id": name,
+        "object": "model",
+        "created": service.created_s,
+        "owned_by": "tensorweave",
+    }
+    info = service.known_info
+    return card if info is None else {**card, "max_model_len": info.max_seq_len}
+
+
+def _json(content: dict[str, Any], *, status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status_code=status, media_type="application/json")
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, TensorweaveError)
+    response = Response(asgi.error_body(error), status_code=error.http_status, media_type="application/json")
+    for name, value in asgi.error_headers(error):
+        response.headers[name.decode()] = value.decode()
+    return response
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    """What Starlette itself refuses: an unknown route, or a known one by the wrong method. OPTIONS asks for the right
+    ones."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405 and request.method == "OPTIONS":
+        return Response(status_code=204, headers=error.headers)
+    where = f"{request.method} {request.url.path[:256]}"
+    match error.status_code:
+        case 404:
+            response = await _answer_error(request, UnknownRoute(f"no route: {where}"))
+        case 405:
+            response = await _answer_error(request, MethodNotAllowed(f"method not allowed: {where}"))
+        case _:
+            response = await _answer_error(request, RequestRejected(str(error.detail)))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=RequestCancelled.http_status)
+
+
+async def _answer_internal_error(request: Request, error: Exception) -> Response:
+    return await _answer_error(request, TensorweaveError("internal error; the server's log has it"))

@@ -1,0 +1,211 @@
+"""The router's bare ASGI verbs: read a body within a limit, answer, report an error, notice that the client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import orjson
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tensorweave.cluster.errors import RequestRejected, TensorweaveError
+from tensorweave.router.http.body_memory import BodyShare
+
+Headers = list[tuple[bytes, bytes]]
+_JSON: Final = (b"content-type", b"application/json")
+_EVENT_STREAM: Final[Headers] = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+CLOSE: Final = (b"connection", b"close")
+REQUEST_ID_HEADER: Final = b"x-request-id"
+_RETRY_AFTER_S: Final = 5.0
+_REQUEST_ID_KEY: Final = "tensorweave.request_id"
+_CLIENT_ID_KEY: Final = "tensorweave.client_request_id"
+_VALID_REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class BodyTooLarge(RequestRejected):
+    http_status, code = 413, "body_too_large"
+
+
+class UnsupportedMediaType(RequestRejected):
+    http_status, code = 415, "unsupported_media_type"
+
+
+class BodyTimeout(RequestRejected):
+    http_status, openai_type, code = 408, "timeout_error", "body_timeout"
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class RequestIds:
+    """ASGI middleware: every answer carries `x-request-id`, the client's own where it sent one.
+
+    `server_echoes`: the server around the application answers with whatever id the request came with, so that only
+    another one, in place of what is no valid id, is left to tell. `made_up`: what ids begin with that it gave to
+    requests without one.
+    """
+
+    def __init__(self, app: ASGIApp, *, server_echoes: bool = False, made_up: str = "") -> None:
+        self._app = app
+        self._server_echoes = server_echoes
+        self._made_up = made_up
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = _given_request_id(scope)
+        request_id = (given or secrets.token_hex(16)).encode()
+        scope[_REQUEST_ID_KEY] = request_id.decode("ascii")
+        scope[_CLIENT_ID_KEY] = None if given and self._made_up and given.startswith(self._made_up) else given
+        if self._server_echoes and request_id == header(scope, REQUEST_ID_HEADER):
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (REQUEST_ID_HEADER, request_id)]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+def request_id_of(scope: Scope) -> str:
+    request_id: str = scope[_REQUEST_ID_KEY]
+    return request_id
+
+
+def client_request_id(scope: Scope) -> str | None:
+    """The id that the client gave, if it gave a valid one."""
+    request_id: str | None = scope[_CLIENT_ID_KEY]
+    return request_id
+
+
+def is_request_id(value: bytes) -> bool:
+    """Whether a client may name its request so."""
+    return _VALID_REQUEST_ID.fullmatch(value) is not None
+
+
+def _given_request_id(scope: Scope) -> str | None:
+    given = header(scope, REQUEST_ID_HEADER)
+    return given.decode("ascii") if given is not None and is_request_id(given) else None
+
+
+def header(scope: Scope, name: bytes) -> bytes | None:
+    for key, value in scope["headers"]:
+        if key == name:
+            found: bytes = value
+            return found
+    return None
+
+
+async def read_json_body(
+    scope: Scope, receive: Receive, share: BodyShare, *, max_bytes: int, timeout_s: float
+) -> bytes:
+    """The body, checked for size while it comes and counted in `share`; all of it must come within `timeout_s`. Raises
+    BodyTooLarge, BodyTimeout, Overloaded, UnsupportedMediaType or ClientGone."""
+    media_type = (header(scope, b"content-type") or b"application/json").split(b";")[0].strip().lower()
+    if media_type != b"application/json" and not media_type.endswith(b"+json"):
+        raise UnsupportedMediaType("the content type must be application/json")
+    announced = header(scope, b"content-length")
+    if announced is not None and announced.isdigit() and int(announced) > max_bytes:
+        raise BodyTooLarge(f"the body has {int(announced)} bytes; the limit is {max_bytes}")
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _read_body(receive, share, max_bytes)
+    except TimeoutError:
+        raise BodyTimeout(f"the whole body has not come within {timeout_s:g} s") from None
+
+
+async def _read_body(receive: Receive, share: BodyShare, max_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    num_bytes = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        part: bytes = message.get("body", b"")
+        share.take(len(part))
+        num_bytes += len(part)
+        if num_bytes > max_bytes:
+            raise BodyTooLarge(f"the body has more than {max_bytes} bytes, which is the limit")
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+@asynccontextmanager
+async def cancelled_on_disconnect(receive: Receive) -> AsyncIterator[None]:
+    """Cancels the block when the client goes away, and raises ClientGone in its place."""
+    task = asyncio.current_task()
+    assert task is not None
+    is_gone = False
+
+    async def watch() -> None:
+        nonlocal is_gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        is_gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not is_gone:
+            raise
+        task.uncancel()
+        raise ClientGone from None
+    finally:
+        watcher.cancel()
+
+
+def error_body(error: TensorweaveError) -> bytes:
+    fields: dict[str, Any] = {
+        "message": error.message,
+        "type": error.openai_type,
+        "param": error.param,
+        "code": error.code,
+    }
+    return orjson.dumps({"error": fields})
+
+
+def error_headers(error: TensorweaveError) -> Headers:
+    """Whoever is told to come back later is told when. What still comes of a late body is not waited for."""
+    retry_after_s = error.retry_after_s
+    if retry_after_s is None and error.http_status in (429, 503):
+        retry_after_s = _RETRY_AFTER_S
+    headers = [] if retry_after_s is None else [(b"retry-after", str(math.ceil(retry_after_s)).encode())]
+    return [*headers, CLOSE] if isinstance(error, BodyTimeout) else headers
+
+
+async def send_json(send: Send, body: bytes, *, status: int = 200, headers: Headers | None = None) -> None:
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [_JSON, length, *(headers or ())]})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_error(send: Send, error: TensorweaveError) -> None:
+    await send_json(send, error_body(error), status=error.http_status, headers=error_headers(error))
+
+
+async def start_events(send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": list(_EVENT_STREAM)})
+
+
+async def send_event(send: Send, events: bytes) -> None:
+    await send({"type": "http.response.body", "body": events, "more_body": True})
+
+
+async def end_events(send: Send, events: bytes) -> None:
+    await send({"type": "http.response.body", "body": events, "more_body": False})

@@ -1,0 +1,223 @@
+"""`GenerateEndpoint`: one POST route, from the body to the last byte of its answer, streamed or whole.
+
+The request boundary: whatever goes wrong is answered with OpenAI's error object, or, once a stream has begun, with an
+error event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Final
+
+from starlette.types import Receive, Scope, Send
+
+from tensorweave.cluster.errors import DeadlineExceeded, RequestCancelled, TensorweaveError
+from tensorweave.cluster.protocol import FinishReason
+from tensorweave.router.http import asgi
+from tensorweave.router.http.metrics import RouterMetrics
+from tensorweave.router.openai.answers import DONE
+from tensorweave.router.openai.disaggregated import ContextPhase, params_of
+from tensorweave.router.openai.prepare import Plan
+from tensorweave.router.openai.schemas import Usage
+from tensorweave.router.pace import Pace
+from tensorweave.router.service import RouterService
+from tensorweave.router.text.generation import TextDelta, generate_all, generate_first
+
+logger = logging.getLogger(__name__)
+
+_INTERNAL: Final = "internal error; the server's log has it under this request's id"
+_MAX_STALL_S: Final = 60.0  # a client that reads nothing for so long is given up
+
+
+class Tally:
+    """What one HTTP request has produced so far: tokens, cached tokens, times."""
+
+    def __init__(self, plan: Plan, metrics: RouterMetrics, started_s: float) -> None:
+        self._plan = plan
+        self._metrics = metrics
+        self._started_s = started_s
+        self._first_s: list[float] = [0.0] * len(plan.jobs)
+        self._latest_s: list[float] = [0.0] * len(plan.jobs)
+        self._cached = [0] * len(plan.jobs)
+        self.num_tokens = [0] * len(plan.jobs)
+
+    def add(self, delta: TextDelta) -> None:
+        """Raises when the sequence ended without a proper answer."""
+        index, now_s = delta.index, time.perf_counter()
+        if delta.num_tokens:
+            if not self.num_tokens[index]:
+                self._first_s[index] = now_s
+                self._metrics.observe_first_token(now_s - self._started_s, delta.num_tokens)
+            else:
+                self._metrics.observe_step(now_s - self._latest_s[index], delta.num_tokens)
+            self._latest_s[index] = now_s
+            self.num_tokens[index] += delta.num_tokens
+        if delta.num_cached_tokens > self._cached[index]:  # a decode gang may know of more than its prefill gang
+            self._metrics.count_cached(delta.num_cached_tokens - self._cached[index])
+            self._cached[index] = delta.num_cached_tokens
+        if delta.finish_reason is not None:
+            self._metrics.observe_end(
+                delta.finish_reason,
+                total_s=now_s - self._started_s,
+                after_first_s=self._latest_s[index] - self._first_s[index],
+                num_tokens=self.num_tokens[index],
+            )
+        if delta.finish_reason == "timeout":
+            raise DeadlineExceeded(f"the request's deadline passed after {sum(self.num_tokens)} tokens")
+        if delta.finish_reason == "cancelled":
+            raise RequestCancelled("the request was cancelled")
+
+    def usage(self) -> Usage:
+        return self._usage(sum(self.num_tokens))
+
+    def prompt_usage(self) -> Usage:
+        """As it is before the answer's first token."""
+        return self._usage(0)
+
+    def _usage(self, num_tokens: int) -> Usage:
+        """The sequences of one prompt share it: it counts once, and so does what was cached of it."""
+        cached = sum(self._cached[:: self._plan.num_sequences])
+        return Usage.of(prompt=sum(self._plan.prompt_lens), completion=num_tokens, cached=cached)
+
+
+class GenerateEndpoint:
+    """An ASGI application for one path. `plan` turns a body into what is to be run."""
+
+    def __init__(
+        self,
+        path: str,
+        plan: Callable[[RouterService, bytes, str | None], Awaitable[Plan]],
+        service: RouterService,
+        metrics: RouterMetrics,
+    ) -> None:
+        self._path = path
+        self._plan = plan
+        self._service = service
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started_s = time.perf_counter()
+        try:
+            await self._serve(scope, receive, send, started_s)
+            status = 200
+        except asgi.ClientGone:
+            status = RequestCancelled.http_status
+        except TensorweaveError as error:
+            status = error.http_status
+            self._metrics.count_error(error)
+            await asgi.send_error(send, error)
+        except (Exception, SystemExit):  # the request's boundary: what went wrong reaches nobody else
+            logger.exception("request %s: internal error", asgi.request_id_of(scope))
+            status = 500
+            await asgi.send_error(send, TensorweaveError(_INTERNAL))
+        self._metrics.count_answer(self._path, status)
+        logger.info(
+            "request %s: %s %d in %.3f s",
+            asgi.request_id_of(scope),
+            self._path,
+            status,
+            time.perf_counter() - started_s,
+        )
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, started_s: float) -> None:
+        limits = self._service.limits
+        with self._service.body_memory.share() as share:
+            body = await asgi.read_json_body(
+                scope, receive, share, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s
+            )
+            async with asgi.cancelled_on_disconnect(receive):
+                plan = await self._plan(self._service, body, asgi.client_request_id(scope))
+                del body
+                share.give_back()
+                await self._answer(plan, Tally(plan, self._metrics, started_s), scope, send)
+
+    async def _answer(self, plan: Plan, tally: Tally, scope: Scope, send: Send) -> None:
+        self._metrics.count_prompt(sum(plan.prompt_lens))
+        if plan.is_context_only:
+            await self._answer_context(plan, tally, send)
+            return
+        async with aclosing(self._deltas(plan, tally)) as deltas:
+            if plan.is_streamed:
+                first = await anext(deltas)  # until here, an error still has its own HTTP status
+                await self._stream(plan, tally, first, deltas, scope, send)
+            else:
+                await self._answer_whole(plan, tally, deltas, send)
+
+    async def _deltas(self, plan: Plan, tally: Tally) -> AsyncGenerator[TextDelta, None]:
+        """As they come, counted. Where only the prompt is to be told, the one token that is computed for it is not."""
+        pace = Pace()
+        async with aclosing(generate_all(self._service.dispatcher, plan.jobs)) as deltas:
+            async for delta in deltas:
+                if not plan.has_output:
+                    delta = _without_output(delta)
+                tally.add(delta)
+                yield delta
+                await pace.give_way()
+
+    async def _answer_context(self, plan: Plan, tally: Tally, send: Send) -> None:
+        """The first token, and what the generation phase needs to go on from it."""
+        [job], [choice] = plan.jobs, plan.choices
+        delta, ticket = await generate_first(self._service.dispatcher, job)
+        tally.add(delta)
+        piece = choice.add(delta)
+        assert piece is not None, "a context phase's only delta has no finish reason"
+        whole = plan.answer.choice()
+        await whole.add(piece)
+        params = None if ticket is None else params_of(ticket, delta.token_ids, job.request.sampling.seed)
+        phase = ContextPhase(job.request.prompt_token_ids, params)
+        await asgi.send_json(send, plan.answer.whole([whole], tally.usage(), phase))
+
+    async def _answer_whole(
+        self, plan: Plan, tally: Tally, deltas: AsyncGenerator[TextDelta, None], send: Send
+    ) -> None:
+        choices = [plan.answer.choice() for _ in plan.jobs]
+        async for delta in deltas:
+            if (piece := plan.choices[delta.index].add(delta)) is not None:
+                await choices[delta.index].add(piece)
+        await asgi.send_json(send, plan.answer.whole([choices[place] for place in plan.best()], tally.usage()))
+
+    async def _stream(
+        self,
+        plan: Plan,
+        tally: Tally,
+        first: TextDelta,
+        deltas: AsyncGenerator[TextDelta, None],
+        scope: Scope,
+        send: Send,
+    ) -> None:
+        running = tally.usage if plan.has_running_usage else lambda: None
+
+        async def event(delta: TextDelta) -> bytes:
+            piece = plan.choices[delta.index].add(delta)
+            return b"" if piece is None else await plan.answer.event(piece, running())
+
+        prompt = plan.jobs[0].request.prompt_token_ids
+        before = tally.prompt_usage() if plan.has_running_usage else None
+        opening = plan.answer.opening(len(plan.jobs), prompt, before)
+        await asgi.start_events(send)
+        try:
+            await asgi.send_event(send, opening + await event(first))
+            async for delta in deltas:
+                if news := await event(delta):
+                    async with asyncio.timeout(_MAX_STALL_S):
+                        await asgi.send_event(send, news)
+            last = plan.answer.usage_event(tally.usage()) if plan.includes_usage else b""
+            await asgi.end_events(send, last + DONE)
+        except TensorweaveError as error:
+            self._metrics.count_error(error)
+            await asgi.end_events(send, b"data: " + asgi.error_body(error) + b"\n\n")
+        except TimeoutError:
+            raise asgi.ClientGone from None
+        except (Exception, SystemExit):  # the request's boundary, where its answer has begun
+            logger.exception("request %s: internal error in a stream", asgi.request_id_of(scope))
+            await asgi.end_events(send, b"data: " + asgi.error_body(TensorweaveError(_INTERNAL)) + b"\n\n")
+
+
+def _without_output(delta: TextDelta) -> TextDelta:
+    reason: FinishReason | None = "length" if delta.finish_reason == "stop" else delta.finish_reason
+    return dataclasses.replace(delta, text="", token_ids=(), logprobs=(), finish_reason=reason, stop_reason=None)

@@ -1,0 +1,92 @@
+"""API keys: `ApiKeys` lets a request through if its `Authorization: Bearer` is one of the service's.
+
+A request that shows none is answered and its connection closed: a stranger keeps nothing open. `may_see_operations`
+says whether a request may be told of hosts, processes and paths.
+
+Keys are known by their SHA-256 digests alone (`sha256:` and 64 hex digits). All are compared, in constant time, and
+nothing of what a client sent is logged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Iterable
+from typing import Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tensorweave.cluster.errors import RequestRejected
+from tensorweave.router.http import asgi
+
+OPEN_PATHS: Final = frozenset({"/health", "/ready", "/ping"})
+_HAS_KEY: Final = "tensorweave.has_key"
+_FORWARDED: Final = (b"forwarded", b"x-forwarded-for", b"x-real-ip")
+
+
+class InvalidApiKey(RequestRejected):
+    http_status, code = 401, "invalid_api_key"
+
+
+class ApiKeys:
+    """ASGI middleware."""
+
+    def __init__(self, app: ASGIApp, digests: Iterable[str]) -> None:
+        self._app = app
+        self._digests = [bytes.fromhex(digest.removeprefix("sha256:")) for digest in digests]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope[_HAS_KEY] = self._has_key(scope)
+        if scope[_HAS_KEY]:
+            await self._app(scope, receive, send)
+        elif _is_open(scope):
+            await self._app(scope, receive, _closing(send))
+        else:
+            error = InvalidApiKey(
+                "this server needs an API key, as 'Authorization: Bearer KEY'; none of its own was given"
+            )
+            headers = [(b"www-authenticate", b"Bearer"), asgi.CLOSE]
+            await asgi.send_json(send, asgi.error_body(error), status=error.http_status, headers=headers)
+
+    def _has_key(self, scope: Scope) -> bool:
+        scheme, _, key = (asgi.header(scope, b"authorization") or b"").partition(b" ")
+        given = hashlib.sha256(key.strip()).digest()
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return scheme.lower() == b"bearer" and any(matches)
+
+
+def _is_open(scope: Scope) -> bool:
+    """OPTIONS only tells a route's methods; browsers send no key with it."""
+    return scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
+
+
+def may_see_operations(scope: Scope) -> bool:
+    """It shows a key; or, where the service has none, it comes from this host and was not forwarded for another."""
+    has_key: bool | None = scope.get(_HAS_KEY)
+    return _is_from_here(scope) if has_key is None else has_key
+
+
+def _is_from_here(scope: Scope) -> bool:
+    client, server = scope.get("client"), scope.get("server")
+    if client is None or any(asgi.header(scope, name) is not None for name in _FORWARDED):
+        return False
+    host: str = client[0]
+    if server is not None and host == server[0]:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _closing(send: Send) -> Send:
+    async def send_and_close(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), asgi.CLOSE]
+        await send(message)
+
+    return send_and_close

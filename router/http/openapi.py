@@ -1,0 +1,159 @@
+"""The OpenAPI document of the router's routes, from the pydantic models that check requests and describe answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from tensorweave.router.bodies.tokenize import DetokenizeRequest, TokenizeRequest
+from tensorweave.router.http.keys import OPEN_PATHS
+from tensorweave.router.openai import schemas
+from tensorweave.router.openai.parsing import ParsedRequest
+from tensorweave.router.openai.requests import ChatCompletionRequest, CompletionRequest
+
+_HEALTH: Final = "200 while a gang's step loop steps"
+_REF: Final = "#/components/schemas/{model}"
+_BEARER: Final = "ApiKey"
+_ERRORS: Final = {
+    "400": "The request is wrong; `param` names the field.",
+    "401": "No valid API key.",
+    "404": "There is no such model.",
+    "408": "The request's deadline passed, or its body did not come in time, or its client went away.",
+    "413": "The body is larger than the server's limit.",
+    "415": "The content type is not application/json.",
+    "429": "The queue is full; `retry-after` says when to come back.",
+    "500": "An internal error.",
+    "502": "The prompt's KV did not arrive.",
+    "503": "No gang can take the request now.",
+}
+_BODY_ERRORS: Final = ("400", "404", "408", "413", "415", "500", "503")
+_REQUESTS: Final = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
+
+Operation = dict[str, Any]
+
+
+def openapi_document(title: str, version: str, *, model_names: Sequence[str], has_keys: bool) -> dict[str, Any]:
+    paths: dict[str, dict[str, Operation]] = {
+        "/v1/completions": {
+            "post": _post("Complete prompts", CompletionRequest, schemas.Completion, schemas.CompletionChunk)
+        },
+        "/v1/chat/completions": {
+            "post": _post("Answer a conversation", ChatCompletionRequest, schemas.ChatCompletion, schemas.ChatChunk)
+        },
+        "/v1/models": {"get": _get("The served model, by each of its names", schemas.ModelList)},
+        "/v1/models/{model_id}": {"get": _get("One model", schemas.ModelCard, parameter="model_id", errors=("404",))},
+        "/tokenize": {"post": _post("Token ids of a prompt or a chat", TokenizeRequest, schemas.TokenizeAnswer)},
+        "/detokenize": {"post": _post("The text of token ids", DetokenizeRequest, schemas.DetokenizeAnswer)},
+        "/health": {"get": _get(_HEALTH, schemas.Health, also=("503",))},
+        "/ping": dict.fromkeys(("get", "post"), _get(_HEALTH, schemas.Health, also=("503",))),
+        "/ready": {"get": _get("200 when requests can be taken", schemas.Ready, errors=("503",))},
+        "/load": {"get": _get("Sequences that run or wait in this router", schemas.Load)},
+        "/version": {"get": _get("The server's version", schemas.Version)},
+        "/metrics": {"get": _get("Prometheus metrics", None)},
+    }
+    document: dict[str, Any] = {
+        "openapi": "3.2.0",
+        "info": {"title": title, "version": version},
+        "paths": paths,
+        "components": {"schemas": _schemas()},
+    }
+    for request in _REQUESTS:
+        document["components"]["schemas"][request.__name__]["properties"]["model"]["enum"] = list(model_names)
+    if has_keys:
+        _require_key(document)
+    return document
+
+
+def _require_key(document: dict[str, Any]) -> None:
+    document["components"]["securitySchemes"] = {_BEARER: {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{_BEARER: []}]
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if path in OPEN_PATHS:
+                operation["security"] = []
+            else:
+                operation["responses"] |= _errors(("401",))
+
+
+def _schemas() -> dict[str, Any]:
+    answers: Sequence[type[BaseModel]] = (
+        schemas.Completion,
+        schemas.CompletionChunk,
+        schemas.ChatCompletion,
+        schemas.ChatChunk,
+        schemas.ModelList,
+        schemas.ModelCard,
+        schemas.TokenizeAnswer,
+        schemas.DetokenizeAnswer,
+        schemas.Health,
+        schemas.Ready,
+        schemas.Load,
+        schemas.Version,
+        schemas.ErrorAnswer,
+    )
+    _, document = models_json_schema(
+        [*((model, "validation") for model in _REQUESTS), *((model, "serialization") for model in answers)],
+        ref_template=_REF,
+    )
+    defined: dict[str, Any] = document["$defs"]
+    return defined
+
+
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": _REF.format(model=model.__name__)}
+
+
+def _errors(statuses: Sequence[str]) -> dict[str, Any]:
+    content = {"application/json": {"schema": _reference(schemas.ErrorAnswer)}}
+    return {status: {"description": _ERRORS[status], "content": content} for status in statuses}
+
+
+def _post(
+    summary: str, request: type[ParsedRequest], answer: type[BaseModel], chunk: type[BaseModel] | None = None
+) -> Operation:
+    """With `chunk`, the answer may be streamed."""
+    content: dict[str, Any] = {"application/json": {"schema": _reference(answer)}}
+    errors = set(_BODY_ERRORS)
+    if chunk is not None:
+        content["text/event-stream"] = {"itemSchema": _event(chunk)}
+        errors |= {"429", "502"}
+    return {
+        "summary": summary,
+        "requestBody": {"required": True, "content": {"application/json": {"schema": _reference(request)}}},
+        "responses": {"200": {"description": "The answer", "content": content}, **_errors(sorted(errors))},
+    }
+
+
+def _event(chunk: type[BaseModel]) -> dict[str, Any]:
+    """Server-sent events: chunks, then '[DONE]'; or an error, which ends the stream."""
+    told = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_reference(chunk), _reference(schemas.ErrorAnswer)]},
+    }
+    return {"type": "object", "properties": {"data": {"anyOf": [{"const": "[DONE]"}, told]}}, "required": ["data"]}
+
+
+def _get(
+    summary: str,
+    answer: type[BaseModel] | None,
+    *,
+    parameter: str | None = None,
+    also: tuple[str, ...] = (),
+    errors: tuple[str, ...] = (),
+) -> Operation:
+    """`also`: other statuses with the same answer. Without `answer`, plain text."""
+    content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+    if answer is not None:
+        content = {"application/json": {"schema": _reference(answer)}}
+    told = {"description": summary, "content": content}
+    operation: Operation = {
+        "summary": summary,
+        "responses": dict.fromkeys(("200", *also), told) | _errors((*errors, "500")),
+    }
+    if parameter is not None:
+        operation["parameters"] = [{"name": parameter, "in": "path", "required": True, "schema": {"type": "string"}}]
+    return operation

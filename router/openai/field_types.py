@@ -1,0 +1,69 @@
+"""Types of request fields: what pydantic checks of them, and, where a validator does more, what the document says."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Final
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from tensorweave.router.sampling.checks import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
+
+MAX_LOGPROBS: Final = 20
+SEED_MIN: Final = -(2**63)
+SEED_MAX: Final = 2**64 - 1
+TOKEN_ID: Final = re.compile(r"[0-9]{1,10}")
+
+
+def whole(value: Any) -> Any:
+    """To JSON 3.0 and 1e2 are integers, as 3 is. An integer of more than 64 bits comes as such a number, too."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def whole_items(value: Any) -> Any:
+    """A list whose items must be integers. It may be long, so it is looked through at C's speed."""
+    return [whole(item) for item in value] if isinstance(value, list) and float in set(map(type, value)) else value
+
+
+def _check_seed(value: Any) -> Any:
+    if type(value) is int and not SEED_MIN <= value <= SEED_MAX:
+        raise ValueError(f"must be between {SEED_MIN} and {SEED_MAX}")
+    return value
+
+
+# A bound stands before the validator: behind it, the document would not tell it.
+Integer = Annotated[int, BeforeValidator(whole)]
+AtLeast0 = Annotated[int, Field(ge=0), BeforeValidator(whole)]
+AtLeast1 = Annotated[int, Field(ge=1), BeforeValidator(whole)]
+NumSequences = Annotated[int, Field(ge=1, le=128), BeforeValidator(whole)]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), BeforeValidator(whole)]
+TopK = Annotated[int, Field(ge=-1), BeforeValidator(whole)]
+Priority = Annotated[int, Field(ge=-(2**31), le=2**31 - 1), BeforeValidator(whole)]
+Seed = Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX), BeforeValidator(_check_seed), BeforeValidator(whole)]
+Integers = Annotated[list[int], BeforeValidator(whole_items)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(whole_items)]
+
+Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+
+_STRINGS: Final = {"type": "array", "items": {"type": "string"}}
+_STOP: Final = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_STRING_CHARS}
+_TOKENS: Final = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_STOPS: Final = {"type": "array", "items": _STOP, "maxItems": MAX_STOP_STRINGS}
+Stop = Annotated[Any, WithJsonSchema({"anyOf": [_STOP, _STOPS, {"type": "null"}]})]
+TokenKey = Annotated[str, WithJsonSchema({"type": "string", "pattern": f"^{TOKEN_ID.pattern}$"})]
+Prompt = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {**_STRINGS, "minItems": 1},
+                _TOKENS,
+                {"type": "array", "items": _TOKENS, "minItems": 1},
+            ]
+        }
+    ),
+]

@@ -1,0 +1,92 @@
+"""From a body's bytes to a checked request model, or to a RequestRejected that names the first wrong field.
+
+A field is honoured or refused; none is ignored in silence. `ParsedRequest` subclasses list valid fields that are not
+built: they are accepted at the values that ask for nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tensorweave.cluster.errors import RequestRejected
+from tensorweave.router.openai.not_built import NotBuilt
+
+
+def tell_other_fields(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    """A body's schema has the fields of `OFF` too."""
+    assert issubclass(model, ParsedRequest)
+    for name, values in sorted(model.OFF.items()):
+        told = {"description": "Not supported yet: accepted only so as to ask for nothing.", "enum": [*values, None]}
+        schema["properties"][name] = told
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
+
+
+class ParsedRequest(Strict):
+    """A body. `OFF`: fields by the values at which they are accepted, beside null."""
+
+    model_config = ConfigDict(json_schema_extra=tell_other_fields)
+
+    OFF: ClassVar[NotBuilt] = {}
+
+
+RequestT = TypeVar("RequestT", bound=ParsedRequest)
+
+
+def parse_request(model: type[RequestT], body: bytes) -> RequestT:
+    """Raises RequestRejected that names the first wrong field."""
+    return check_fields(model, known_fields(model, body))
+
+
+def check_fields(model: type[RequestT], fields: dict[str, Any]) -> RequestT:
+    """Raises RequestRejected that names the first wrong field."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise _rejection(error) from None
+
+
+def known_fields(model: type[ParsedRequest], body: bytes) -> dict[str, Any]:
+    """The fields of a body that a model checks. Raises RequestRejected for a body that is no JSON object, for fields
+    that are unknown, and for those that are not built."""
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise RequestRejected(f"the body is not valid JSON: {error.msg} at byte {error.pos}") from None
+    if not isinstance(fields, dict):
+        raise RequestRejected("the body must be a JSON object")
+    known: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name in model.model_fields:
+            known[name] = value
+        elif name in model.OFF:
+            if value is not None and not _is_off(value, model.OFF[name]):
+                raise RequestRejected(f"{name} is not supported yet, except at its default", param=name)
+        else:
+            near = difflib.get_close_matches(name[:64], [*model.model_fields, *model.OFF], n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise RequestRejected(f"unknown field {name[:64]!r}{hint}", param=name[:64])
+    return known
+
+
+def _is_off(value: Any, accepted: Sequence[Any]) -> bool:
+    """JSON equality: false is not 0."""
+    return any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in accepted)
+
+
+def _rejection(error: ValidationError) -> RequestRejected:
+    first = error.errors(include_url=False, include_input=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, RequestRejected):
+        return cause
+    path = [part for part in first["loc"] if part != "[key]"]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{str(part)[:64]}" for part in path).lstrip(".")
+    message = str(cause) if cause is not None else first["msg"][0].lower() + first["msg"][1:]
+    return RequestRejected(f"{param}: {message}" if param else message, param=param or None)

@@ -1,0 +1,127 @@
+"""`WholeChoice`: one choice of an answer that is sent in one piece, written to JSON as its tokens come.
+
+What an answer tells beside its text may be hundreds of times as long. Written at the end, it would hold up the event
+loop for seconds; written piece by piece, it costs each step what a stream costs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, TypeVar
+
+import orjson
+
+from tensorweave.router.openai.token_shapes import TokenShapes
+from tensorweave.router.pace import Pace
+from tensorweave.router.text.choices import Piece, Telling, ToldPrompt
+from tensorweave.router.text.token_track import ToldToken
+
+T = TypeVar("T")
+
+_ROWS: Final = 64
+"""Tokens that are written in one go: with 20 likeliest each, about 2 ms."""
+
+Columns = Callable[[Sequence[ToldToken]], dict[str, list[Any]]]
+
+
+class JsonList:
+    """A list that is written part by part."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def extend(self, values: Sequence[Any]) -> None:
+        if values:
+            self._parts.append(orjson.dumps(values)[1:-1])
+
+    def json(self) -> bytes:
+        return b"[%b]" % b",".join(self._parts)
+
+
+class LogprobsJson:
+    """The `logprobs` of a choice. `columns` gives the lists that it has for some tokens, `more` its other fields."""
+
+    def __init__(self, columns: Columns, more: bytes = b"") -> None:
+        self._columns = columns
+        self._more = more
+        self._lists = {name: JsonList() for name in columns(())}
+
+    async def add(self, piece: Piece, pace: Pace) -> None:
+        for rows in itertools.chain(slices(piece.echoed), slices(piece.tokens)):
+            for name, values in self._columns(rows).items():
+                self._lists[name].extend(values)
+            await pace.give_way()
+
+    def json(self) -> bytes:
+        fields = [b'"%b":%b' % (name.encode(), values.json()) for name, values in self._lists.items()]
+        return b"{%b%b}" % (b",".join(fields), self._more)
+
+
+class WholeChoice:
+    """Feed it every piece of its choice, then take its parts."""
+
+    def __init__(self, telling: Telling, shapes: TokenShapes, logprobs: LogprobsJson | None) -> None:
+        self._telling = telling
+        self._shapes = shapes
+        self._logprobs = logprobs
+        self._pace = Pace()
+        self._texts: list[str] = []
+        self._token_ids = JsonList()
+        self._last: Piece | None = None
+        self.prompt_fields = b""
+        """What is told of the prompt, as JSON fields, each behind a comma."""
+
+    async def add(self, piece: Piece) -> None:
+        self._last = piece
+        self._texts.append(piece.text)
+        if self._telling.has_token_ids:
+            self._token_ids.extend([token.token_id for token in piece.tokens])
+        if self._logprobs is not None:
+            await self._logprobs.add(piece, self._pace)
+        if piece.prompt is not None:
+            self.prompt_fields = await prompt_fields(piece.prompt, self._telling, self._shapes, self._pace)
+
+    @property
+    def text(self) -> bytes:
+        return orjson.dumps("".join(self._texts))
+
+    @property
+    def logprobs(self) -> bytes:
+        return b"null" if self._logprobs is None else self._logprobs.json()
+
+    @property
+    def ending(self) -> bytes:
+        """The reasons for its end, as fields behind a comma each."""
+        assert self._last is not None, "no choice is without a piece"
+        return ending(self._last)
+
+    @property
+    def token_fields(self) -> bytes:
+        return b',"token_ids":' + self._token_ids.json() if self._telling.has_token_ids else b""
+
+
+async def prompt_fields(prompt: ToldPrompt, telling: Telling, shapes: TokenShapes, pace: Pace) -> bytes:
+    """What is told of a prompt, as JSON fields, each behind a comma."""
+    fields = b""
+    if telling.has_token_ids:
+        fields += b',"prompt_token_ids":' + orjson.dumps(list(prompt.token_ids))
+    if telling.num_prompt_logprobs is not None:
+        assert prompt.logprobs is not None, "the first token came without the prompt's log-probabilities"
+        told = JsonList()
+        told.extend([None])  # of the first token
+        for rows in slices(prompt.logprobs):
+            told.extend(shapes.prompt_logprobs(rows, telling.num_prompt_logprobs))
+            await pace.give_way()
+        fields += b',"prompt_logprobs":' + told.json()
+    return fields
+
+
+def ending(piece: Piece) -> bytes:
+    if piece.finish_reason is None:
+        return b',"finish_reason":null'
+    return b',"finish_reason":"%b","stop_reason":%b' % (piece.finish_reason.encode(), orjson.dumps(piece.stop_reason))
+
+
+def slices(rows: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS))

@@ -1,0 +1,247 @@
+"""From a request's sampling fields to a fully resolved `SamplingSpec`, with every check in one place.
+
+The HTTP router and the LLM API both end here; each passes its own defaults. A wrong field raises `RequestRejected` (a
+ValueError) that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from tensorweave.cluster.context_length import context_exceeded
+from tensorweave.cluster.errors import RequestRejected
+from tensorweave.cluster.protocol import ModelInfo, SamplingDefaults, SamplingSpec
+from tensorweave.router.sampling.checks import (
+    MAX_STOP_TOKEN_IDS,
+    check_bad_words,
+    check_bool,
+    check_embedding_bias,
+    check_ids,
+    check_int,
+    check_logit_bias,
+    check_number,
+    check_processors,
+    check_stop_strings,
+)
+
+__all__ = [
+    "SamplingFields",
+    "check_prompt",
+    "check_stop_strings",
+    "nth_seed",
+    "resolve_sampling",
+    "with_defaults",
+]
+
+_SEED_BITS: Final = 63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingFields:
+    """What a request says about sampling; None is "not said". Checked on construction, so far as no model is needed.
+
+    Greedy is asked for by temperature 0, top_p 0, top_k 1 or min_p 1. `top_k` 0 or -1 is off. `embedding_bias` is
+    packed little-endian float32, one number for each token of the vocabulary. Names and meanings are `SamplingSpec`'s.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    bad_token_ids: Sequence[Sequence[int]] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    embedding_bias: bytes = field(default=b"", repr=False)
+    top_p_decay: float | None = None
+    top_p_min: float | None = None
+    top_p_reset_id: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    wants_context_logits: bool = False
+    wants_generation_logits: bool = False
+    logits_processors: Sequence[str] = ()
+    uses_batched_processor: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("max_tokens", self.max_tokens, low=1, high=2**63 - 1)
+        check_int("min_tokens", self.min_tokens, low=0)
+        check_int("top_k", self.top_k, low=-1)
+        check_int("seed", self.seed, low=-(2**63), high=2**64 - 1)
+        check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, low=0)
+        check_int("logprobs", self.logprobs, low=0)
+        check_int("prompt_logprobs", self.prompt_logprobs, low=0)
+        check_int("top_p_reset_ids", self.top_p_reset_id, low=0)
+        check_number("temperature", self.temperature)
+        check_number("top_p", self.top_p, high=1.0)
+        check_number("min_p", self.min_p, high=1.0)
+        check_number("top_p_decay", self.top_p_decay, high=1.0, is_low_open=True)
+        check_number("top_p_min", self.top_p_min, high=1.0, is_low_open=True)
+        check_number("repetition_penalty", self.repetition_penalty, is_low_open=True)
+        check_number("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
+        check_number("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
+        check_bool("ignore_eos", self.ignore_eos)
+        check_bool("return_context_logits", self.wants_context_logits)
+        check_bool("return_generation_logits", self.wants_generation_logits)
+        check_bool("apply_batched_logits_processor", self.uses_batched_processor)
+        check_stop_strings(self.stop)
+        check_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        check_bad_words(self.bad_token_ids)
+        check_logit_bias(self.logit_bias)
+        check_embedding_bias(self.embedding_bias)
+        check_processors(self.logits_processors)
+        if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
+            raise RequestRejected(
+                f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}", param="min_tokens"
+            )
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0 or self.top_p == 0 or self.top_k == 1 or self.min_p == 1
+
+
+def resolve_sampling(
+    fields: SamplingFields,
+    *,
+    prompt_len: int,
+    info: ModelInfo,
+    default_temperature: float = 1.0,
+    default_max_tokens: int | None = None,
+    caps_max_tokens: bool = False,
+    prompt_param: str = "prompt",
+    draw_seed: Callable[[int], int] = secrets.randbits,
+    max_logprobs: int | None = None,
+) -> SamplingSpec:
+    """The spec that an executor runs.
+
+    Args:
+        fields: What the request said.
+        prompt_len: Tokens of the prompt.
+        info: The model's limits and end-of-sequence ids, and the sampling fields of its generation_config.json, which
+            hold one by one where the request gives none.
+        default_temperature: Where neither gives one: 1 over HTTP; the LLM API passes 0 if nothing asks to sample.
+        default_max_tokens: Where the request gives none: this, or what generation_config.json says if that is less.
+            None, or more than there is room for: all the room left.
+        caps_max_tokens: Whether more than there is room for is taken as all of that room, as over HTTP, or refused, as
+            the LLM API does.
+        prompt_param: The field that an error about the prompt's length names.
+        draw_seed: Random bits for a request without a seed, so that two such requests differ.
+        max_logprobs: Most likeliest tokens that may be asked for with each token; None: the whole vocabulary.
+
+    Raises:
+        RequestRejected: The prompt leaves no room, or a field does not fit the model.
+    """
+    _check_vocabulary(fields, info.vocab_size)
+    _check_num_logprobs(fields, info.vocab_size if max_logprobs is None else min(max_logprobs, info.vocab_size))
+    bounds = [bound for bound in (default_max_tokens, info.sampling_defaults.max_tokens) if bound is not None]
+    max_tokens = _max_tokens(
+        fields.max_tokens,
+        prompt_len,
+        info,
+        default=max(min(bounds, default=info.max_seq_len), fields.min_tokens or 0),
+        is_capped=caps_max_tokens,
+        prompt_param=prompt_param,
+    )
+    fields = with_defaults(fields, info.sampling_defaults)
+    temperature = default_temperature if fields.temperature is None else float(fields.temperature)
+    spec = SamplingSpec(
+        max_tokens=max_tokens,
+        min_tokens=min(fields.min_tokens or 0, max_tokens),
+        stop_token_ids=tuple(dict.fromkeys([*fields.stop_token_ids, *(() if fields.ignore_eos else info.end_ids)])),
+        repetition_penalty=_or(fields.repetition_penalty, 1.0),
+        presence_penalty=_or(fields.presence_penalty, 0.0),
+        frequency_penalty=_or(fields.frequency_penalty, 0.0),
+        no_repeat_ngram_size=fields.no_repeat_ngram_size or 0,
+        bad_words=tuple(tuple(word) for word in fields.bad_token_ids),
+        logit_bias=tuple((token_id, float(bias)) for token_id, bias in fields.logit_bias.items()),
+        embedding_bias=bytes(fields.embedding_bias),
+        num_logprobs=fields.logprobs,
+        num_prompt_logprobs=fields.prompt_logprobs,
+        wants_context_logits=fields.wants_context_logits,
+        wants_generation_logits=fields.wants_generation_logits,
+        logits_processors=tuple(fields.logits_processors),
+        uses_batched_processor=fields.uses_batched_processor,
+    )
+    if fields.is_greedy or temperature == 0:
+        return spec
+    return dataclasses.replace(
+        spec,
+        temperature=temperature,
+        top_k=min(max(fields.top_k or 0, 0), info.vocab_size),
+        top_p=_or(fields.top_p, 1.0),
+        min_p=_or(fields.min_p, 0.0),
+        top_p_decay=_or(fields.top_p_decay, 1.0),
+        top_p_min=_or(fields.top_p_min, 0.0),
+        top_p_reset_id=-1 if fields.top_p_reset_id is None else fields.top_p_reset_id,
+        seed=nth_seed(draw_seed(_SEED_BITS) if fields.seed is None else fields.seed, 0),
+    )
+
+
+def with_defaults(fields: SamplingFields, defaults: SamplingDefaults) -> SamplingFields:
+    """The request's fields, and the model's own where it says nothing; `max_tokens` is for `resolve_sampling`."""
+    own = {name: value for name, value in defaults.said().items() if name != "max_tokens"}
+    missing = {name: value for name, value in own.items() if getattr(fields, name) is None}
+    return dataclasses.replace(fields, **missing) if missing else fields
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else float(value)
+
+
+def nth_seed(seed: int, index: int) -> int:
+    """The seed of the `index`-th of n sequences of one request."""
+    return (seed + index) % (1 << _SEED_BITS)
+
+
+def _max_tokens(
+    asked: int | None, prompt_len: int, info: ModelInfo, *, default: int, is_capped: bool, prompt_param: str
+) -> int:
+    """What is `asked` for, or else the default as far as there is room."""
+    room = info.max_seq_len - prompt_len
+    if room < 1 or (asked is not None and asked > room and not is_capped):
+        raise context_exceeded(info.max_seq_len, prompt_len, asked, prompt_param=prompt_param)
+    return min(default if asked is None else asked, room)
+
+
+def check_prompt(token_ids: Sequence[int], info: ModelInfo, *, param: str = "prompt") -> None:
+    """Refuse an empty prompt and ids outside the model's vocabulary."""
+    if not token_ids:
+        raise RequestRejected(f"{param} has no tokens", param=param)
+    low, high = min(token_ids), max(token_ids)
+    if low < 0 or high >= info.vocab_size:
+        wrong = low if low < 0 else high
+        raise RequestRejected(f"{param} has the token id {wrong}, outside 0 to {info.vocab_size - 1}", param=param)
+
+
+def _check_vocabulary(fields: SamplingFields, vocab_size: int) -> None:
+    """Every token id that a field names must be one."""
+    ids = [("stop_token_ids", fields.stop_token_ids), ("logit_bias", fields.logit_bias)]
+    ids += [("bad_token_ids", word) for word in fields.bad_token_ids]
+    if fields.top_p_reset_id is not None:
+        ids.append(("top_p_reset_ids", (fields.top_p_reset_id,)))
+    for name, tokens in ids:
+        for token_id in tokens:
+            if token_id >= vocab_size:
+                raise RequestRejected(f"{name} has {token_id}, the vocabulary ends at {vocab_size - 1}", param=name)
+    if fields.embedding_bias and len(fields.embedding_bias) != 4 * vocab_size:
+        raise RequestRejected(
+            f"embedding_bias has {len(fields.embedding_bias) // 4} numbers, the vocabulary {vocab_size} tokens",
+            param="embedding_bias",
+        )
+
+
+def _check_num_logprobs(fields: SamplingFields, limit: int) -> None:
+    for name, number in (("logprobs", fields.logprobs), ("prompt_logprobs", fields.prompt_logprobs)):
+        check_int(name, number, low=0, high=limit)

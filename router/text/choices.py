@@ -1,0 +1,167 @@
+"""`ChoiceStream`: what one sequence of an answer says at each step, text and tokens in step with each other.
+
+Text is held back while a character or a stop string may be incomplete. A token is told, once, when all of its text has
+been; those that leave no text (special tokens, the one that ended the sequence) are told by the end at the latest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tensorweave.cluster.protocol import FinishReason, TokenLogprobs
+from tensorweave.router.text.echo import Echo, EchoedTokens
+from tensorweave.router.text.token_track import TokenTrack, ToldToken
+from tensorweave.router.text.tokens import Tokenizer
+
+if TYPE_CHECKING:
+    from tensorweave.router.text.generation import TextDelta
+
+
+@dataclass(frozen=True, slots=True)
+class Telling:
+    """What an answer says beside its text.
+
+    `num_logprobs`: so many likeliest tokens with each token, or None; with an echo, with the prompt's tokens too.
+    `num_prompt_logprobs`: those of the prompt, apart. `has_output`: False where only the echo is wanted. `is_ranked`:
+    more sequences are generated than are told.
+    """
+
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    has_token_ids: bool = False
+    has_echo: bool = False
+    has_output: bool = True
+    is_ranked: bool = False
+
+    @property
+    def has_tokens(self) -> bool:
+        return self.num_logprobs is not None or self.has_token_ids
+
+    @property
+    def has_prompt(self) -> bool:
+        return self.has_token_ids or self.num_prompt_logprobs is not None
+
+    @property
+    def num_output_logprobs(self) -> int | None:
+        return 0 if self.num_logprobs is None and self.is_ranked else self.num_logprobs
+
+    @property
+    def num_computed_prompt_logprobs(self) -> int | None:
+        wanted = [self.num_prompt_logprobs, self.num_logprobs if self.has_echo else None]
+        return max((number for number in wanted if number is not None), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt of a request; `echo` where it is to be repeated."""
+
+    token_ids: Sequence[int]
+    echo: Echo | None = None
+
+    def left_context(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> Sequence[int]:
+        """What an answer's text goes on from: the prompt as it is told, or as it would be."""
+        if self.echo is not None:
+            return self.echo.context
+        return tokenizer.left_context(self.token_ids, skip_special_tokens=skip_special_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class ToldPrompt:
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprobs] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a choice says now; one with a finish reason is its last. All of them joined are the choice.
+
+    `echoed` (the prompt's tokens) and `prompt` come with the first one, where they were asked for.
+    """
+
+    index: int
+    text: str
+    tokens: Sequence[ToldToken] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    echoed: Sequence[ToldToken] = ()
+    prompt: ToldPrompt | None = None
+
+
+class ChoiceStream:
+    """Of one sequence. Feed it every delta; it answers with a piece whenever there is something to say.
+
+    Args:
+        index: The choice's place.
+        telling: What is told beside the text.
+        prompt: What the sequence follows.
+        tokenizer: Whose tokens they are.
+        context: As the sequence's detokenizer has it, and so are the rest.
+        skip_special_tokens: As above.
+        spaces_between_special_tokens: As above.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        telling: Telling,
+        prompt: Prompt,
+        tokenizer: Tokenizer,
+        context: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> None:
+        self._index = index
+        self._telling = telling
+        self._prompt = prompt
+        self._echo = prompt.echo or Echo("")
+        self._has_begun = False
+        self._num_chars = len(self._echo.text)
+        self._track: TokenTrack | None = None
+        if telling.has_tokens:
+            assembler = tokenizer.assembler(
+                context,
+                skip_special_tokens=skip_special_tokens,
+                spaces_between_special_tokens=spaces_between_special_tokens,
+            )
+            self._track = TokenTrack(tokenizer, assembler, self._num_chars, skip_special_tokens=skip_special_tokens)
+        self._prompt_logprobs: Sequence[TokenLogprobs] | None = None
+        self._sum_logprobs = 0.0
+        self._num_tokens = 0
+
+    def add(self, delta: TextDelta) -> Piece | None:
+        self._num_tokens += len(delta.token_ids)
+        self._sum_logprobs += sum([own.logprob for own, *_ in delta.logprobs])
+        self._num_chars += len(delta.text)
+        is_last = delta.finish_reason is not None
+        if delta.prompt_logprobs is not None:
+            self._prompt_logprobs = delta.prompt_logprobs
+        if self._track is not None:
+            self._track.add(delta.token_ids, delta.logprobs)
+        begins = not self._has_begun
+        text = self._echo.text + delta.text if begins else delta.text
+        if not text and not is_last:
+            return None
+        self._has_begun = True
+        tokens: Sequence[ToldToken] = ()
+        if self._track is not None:
+            tokens = self._track.end(self._num_chars) if is_last else self._track.release(self._num_chars)
+        piece = Piece(self._index, text, tokens, delta.finish_reason, delta.stop_reason)
+        return self._with_prompt(piece) if begins else piece
+
+    @property
+    def mean_logprob(self) -> float:
+        """By which the best of several are chosen."""
+        return self._sum_logprobs / max(self._num_tokens, 1)
+
+    def _with_prompt(self, piece: Piece) -> Piece:
+        telling, ids, logprobs = self._telling, self._prompt.token_ids, self._prompt_logprobs
+        echoed: Sequence[ToldToken] = ()
+        if self._echo.offsets:
+            assert logprobs is not None, "the first token came without the prompt's log-probabilities"
+            echoed = EchoedTokens(self._echo, ids, logprobs)
+        told_prompt = ToldPrompt(ids, logprobs) if telling.has_prompt else None
+        return dataclasses.replace(piece, echoed=echoed, prompt=told_prompt)

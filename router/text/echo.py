@@ -1,0 +1,128 @@
+"""`Echo`: a prompt's text as an answer repeats it, and where its tokens lie in that text.
+
+A prompt given as text is repeated as it came; the tokens that the tokenizer put around it have no part in it. A prompt
+given as token ids, or cut, is repeated as the text of its tokens, special tokens included.
+"""
+
+from __future__ import annotations
+
+import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, overload
+
+from tensorweave.cluster.protocol import TokenLogprobs
+from tensorweave.router.text.token_track import TokenTrack, ToldToken
+from tensorweave.router.text.tokens import Tokenizer
+
+_OFFSETS: Final = "q"
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """What an answer repeats of its prompt.
+
+    Attributes:
+        text: The prompt's text.
+        context: The last ids of it, from which the answer's text goes on.
+        offsets: Where the tokens are told too, where each begins in the text.
+        owns: As `ToldToken.own`, of each.
+        begin_text: As `ToldToken.begins_text`, of each.
+    """
+
+    text: str
+    context: Sequence[int] = ()
+    offsets: Sequence[int] = ()
+    owns: Sequence[str | bytes | None] = ()
+    begin_text: Sequence[bool] = ()
+
+    @classmethod
+    def of(cls, text: str, context: Sequence[int], tokens: Sequence[ToldToken]) -> Echo:
+        columns = zip(*[(token.offset, token.own, token.begins_text) for token in tokens], strict=True)
+        return cls(text, context, *columns)
+
+    def pack(self) -> list[Any]:
+        """As msgpack fields: a large body is read in another process."""
+        offsets = array.array(_OFFSETS, self.offsets).tobytes()
+        return [self.text, list(self.context), offsets, list(self.owns), bytes(self.begin_text)]
+
+    @classmethod
+    def unpack(cls, packed: Sequence[Any]) -> Echo:
+        text, context, offsets, owns, begin_text = packed
+        columns = (array.array(_OFFSETS, offsets), owns, map(bool, begin_text))
+        return cls(text, tuple(context), *map(tuple, columns))
+
+
+class EchoedTokens(Sequence[ToldToken]):
+    """The tokens of an echo with their log-probabilities, made a slice at a time: a prompt may have 100,000."""
+
+    def __init__(self, echo: Echo, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
+        self._echo = echo
+        self._token_ids = token_ids
+        self._logprobs = logprobs
+        """Of all but the first."""
+
+    def __len__(self) -> int:
+        return len(self._token_ids)
+
+    @overload
+    def __getitem__(self, place: int) -> ToldToken: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[ToldToken]: ...
+
+    def __getitem__(self, place: int | slice) -> ToldToken | Sequence[ToldToken]:
+        if isinstance(place, slice):
+            return [self[index] for index in range(*place.indices(len(self)))]
+        index, echo = range(len(self))[place], self._echo
+        logprobs = self._logprobs[index - 1] if index else ()
+        return ToldToken(
+            self._token_ids[index], logprobs, echo.offsets[index], echo.owns[index], echo.begin_text[index]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EchoRequest:
+    """What is to be repeated.
+
+    Attributes:
+        token_ids: The prompt, checked against the model's vocabulary.
+        given: Its text, where it was given as text and is not cut.
+        num_added: How many of the first and of the last ids the tokenizer put around that text.
+        has_tokens: The tokens are told too.
+        is_all: No answer follows, so that a character in parts is not to be completed.
+    """
+
+    token_ids: Sequence[int]
+    given: str | None
+    num_added: tuple[int, int]
+    has_tokens: bool
+    is_all: bool
+
+
+def read_echo(tokenizer: Tokenizer, asked: EchoRequest) -> Echo:
+    """The given text is repeated unless its tokens are told and read as another text (a tokenizer that normalizes)."""
+    first, last = _shown(tokenizer, asked)
+    context = tuple(tokenizer.left_context(asked.token_ids[first:last], skip_special_tokens=False))
+    if asked.given is not None and not asked.has_tokens:
+        return Echo(asked.given, context)
+    track = TokenTrack(tokenizer, tokenizer.assembler(skip_special_tokens=False), 0, skip_special_tokens=False)
+    text = track.add(asked.token_ids[first:last])
+    if asked.is_all:
+        text += track.finish()
+    if not asked.has_tokens:
+        return Echo(text, context)
+    before = [ToldToken(token_id, (), 0) for token_id in asked.token_ids[:first]]
+    behind = [ToldToken(token_id, (), len(text)) for token_id in asked.token_ids[last:]]
+    return Echo.of(text, context, [*before, *track.end(len(text)), *behind])
+
+
+def _shown(tokenizer: Tokenizer, asked: EchoRequest) -> tuple[int, int]:
+    """The ids from the first to before the last have a part in the text."""
+    num_ids = len(asked.token_ids)
+    if asked.given is None:
+        return 0, num_ids
+    first, num_behind = asked.num_added
+    last = num_ids - num_behind
+    added = [*asked.token_ids[:first], *asked.token_ids[last:]]
+    return (first, last) if all(token_id in tokenizer.special_ids for token_id in added) else (0, num_ids)

@@ -1,0 +1,168 @@
+"""From a sequence's tokens to its text: dispatch and detokenization joined; several merged into one stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from tensorweave.cluster.errors import raised_by_user
+from tensorweave.cluster.protocol import FinishReason, GenerateRequest, Ticket, TokenChunk, TokenLogprobs
+from tensorweave.router.dispatch.dispatch import Dispatcher
+from tensorweave.router.text.detokenize import IncrementalDetokenizer
+
+
+class TokensOnly:
+    """In place of a detokenizer where no text is wanted."""
+
+    has_stop_strings = False
+    stop_reason = None
+
+    def push(self, token_ids: Sequence[int], *, ends_with_stop_token: bool = False) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One sequence of a request, ready to run. `index` is its place among the answer's choices.
+
+    `first_tokens` are a context phase's: the answer begins with them, and the request's `fetch` goes on from there.
+    """
+
+    index: int
+    request: GenerateRequest
+    detokenizer: IncrementalDetokenizer | TokensOnly
+    end_ids: frozenset[int]
+    session: str | None = None
+    first_tokens: Sequence[int] = ()
+
+
+@dataclass(slots=True)
+class TextDelta:
+    """What one step added to one sequence. `text` may be empty: a character or a possible stop string is not complete.
+    Not frozen, as `TokenChunk`: there is one for each token.
+
+    `stop_reason` is the stop string or the asked-for stop token that ended it; None for the model's own end. What was
+    asked for beside the tokens is as in `TokenChunk`: log-probabilities of these `token_ids`, and so on.
+    """
+
+    index: int
+    text: str
+    token_ids: Sequence[int]
+    num_cached_tokens: int
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    logprobs: Sequence[TokenLogprobs] = ()
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None
+    logits: bytes = field(default=b"", repr=False)
+    context_logits: bytes = field(default=b"", repr=False)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+async def generate_text(dispatcher: Dispatcher, job: Job) -> AsyncGenerator[TextDelta, None]:
+    """Deltas until the one with a finish reason. A stop string ends the sequence here and cancels it at the gang."""
+    stream = dispatcher.generate(job.request, session=job.session, first_tokens=job.first_tokens)
+    async with aclosing(stream) as chunks:
+        async for chunk in chunks:
+            delta = _text_safely_of(job, chunk)
+            yield delta
+            if delta.finish_reason is not None:
+                return
+
+
+async def generate_first(dispatcher: Dispatcher, job: Job) -> tuple[TextDelta, Ticket | None]:
+    """A context phase: the first token's text, and the ticket that a generation phase goes on with, unless it is
+    over."""
+    handoff = await dispatcher.prefill(job.request)
+    delta = _text_safely_of(job, handoff.chunk)
+    return delta, handoff.ticket if delta.finish_reason == "not_finished" else None
+
+
+def _text_safely_of(job: Job, chunk: TokenChunk) -> TextDelta:
+    try:
+        return _text_of(job, chunk)
+    except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:  # a tokenizer's own code
+        raise raised_by_user(error) from error
+
+
+def _text_of(job: Job, chunk: TokenChunk) -> TextDelta:
+    detokenizer = job.detokenizer
+    text, num_tokens = _push(detokenizer, chunk)
+    finish_reason = chunk.finish_reason
+    stop_reason: int | str | None = None if chunk.stop_reason in job.end_ids else chunk.stop_reason
+    if finish_reason is not None:
+        text += detokenizer.flush()
+    if detokenizer.stop_reason is not None:
+        finish_reason, stop_reason = "stop", detokenizer.stop_reason
+    token_ids, logprobs, logits = chunk.token_ids, chunk.logprobs, chunk.logits
+    if num_tokens < len(token_ids):
+        logits = logits[: len(logits) // len(token_ids) * num_tokens]
+        token_ids, logprobs = token_ids[:num_tokens], logprobs[:num_tokens]
+    return TextDelta(
+        job.index,
+        text,
+        token_ids,
+        chunk.num_cached_tokens,
+        finish_reason,
+        stop_reason,
+        logprobs,
+        chunk.prompt_logprobs,
+        logits,
+        chunk.context_logits,
+    )
+
+
+def _push(detokenizer: IncrementalDetokenizer | TokensOnly, chunk: TokenChunk) -> tuple[str, int]:
+    """The text, and how many of the tokens are the answer's: of several, one before the last may end it."""
+    token_ids, ends_with_stop_token = chunk.token_ids, chunk.stop_reason is not None
+    if len(token_ids) < 2 or not detokenizer.has_stop_strings:
+        return detokenizer.push(token_ids, ends_with_stop_token=ends_with_stop_token), len(token_ids)
+    text = ""
+    for place, token_id in enumerate(token_ids, start=1):
+        is_last = place == len(token_ids)
+        text += detokenizer.push((token_id,), ends_with_stop_token=ends_with_stop_token and is_last)
+        if detokenizer.stop_reason is not None:
+            return text, place
+    return text, len(token_ids)
+
+
+async def generate_all(dispatcher: Dispatcher, jobs: Sequence[Job]) -> AsyncGenerator[TextDelta, None]:
+    """The deltas of all jobs as they come. The first error, or leaving early, cancels the rest."""
+    if len(jobs) == 1:
+        async with aclosing(generate_text(dispatcher, jobs[0])) as deltas:
+            async for delta in deltas:
+                yield delta
+        return
+    merged: asyncio.Queue[TextDelta | Exception] = asyncio.Queue()
+
+    async def pump(job: Job) -> None:
+        try:
+            async with aclosing(generate_text(dispatcher, job)) as deltas:
+                async for delta in deltas:
+                    merged.put_nowait(delta)
+        except Exception as error:  # the end of this task: handed to the reader below, which raises it
+            merged.put_nowait(error)
+
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        for job in jobs:
+            tasks.append(asyncio.create_task(pump(job)))
+            await asyncio.sleep(0)  # a long prompt takes a millisecond to send, and there may be hundreds
+        num_open = len(jobs)
+        while num_open:
+            item = await merged.get()
+            if isinstance(item, Exception):
+                raise item
+            num_open -= item.finish_reason is not None
+            yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

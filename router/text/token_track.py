@@ -1,0 +1,107 @@
+"""`TokenTrack`: where each token of a text lies in it, told once the token's text has been."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tensorweave.cluster.protocol import TokenLogprobs
+from tensorweave.router.text.assembly import Step, TextAssembler
+from tensorweave.router.text.pieces import REPLACEMENT
+from tensorweave.router.text.tokens import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ToldToken:
+    """A token of a choice.
+
+    Attributes:
+        token_id: Its id.
+        logprobs: Empty for a prompt's first token, and where none were asked for.
+        offset: Where it begins in the choice's text.
+        own: Its part of that text; bytes where these are no whole characters there; None where it has no part in the
+            text (a special token that is skipped, or one that the tokenizer put around a prompt given as text).
+        begins_text: No text is before it.
+    """
+
+    token_id: int
+    logprobs: TokenLogprobs
+    offset: int
+    own: str | bytes | None = None
+    begins_text: bool = False
+
+
+class TokenTrack:
+    """Fed with the tokens that an `IncrementalDetokenizer` is fed with, over an assembler like its own."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, assembler: TextAssembler, num_chars: int, *, skip_special_tokens: bool
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._assembler = assembler
+        self._num_chars = num_chars
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._waiting: list[tuple[ToldToken, int | None]] = []
+        """With the end of its text; None for a token that ends within a character."""
+
+    def add(self, token_ids: Iterable[int], logprobs: Sequence[TokenLogprobs] = ()) -> str:
+        """The text that these ids complete."""
+        texts: list[str] = []
+        for place, token_id in enumerate(token_ids):
+            begins_text = self._assembler.is_at_start
+            step = self._assembler.add_one(token_id)
+            start = self._num_chars + step.begin
+            self._num_chars += len(step.text)
+            self._move_back(start)
+            told = ToldToken(
+                token_id, logprobs[place] if logprobs else (), start, self._own(token_id, step), begins_text
+            )
+            self._waiting.append((told, self._num_chars if self._assembler.is_whole else None))
+            texts.append(step.text)
+        return "".join(texts)
+
+    def finish(self) -> str:
+        """The text of what is incomplete, where no more ids come."""
+        text = self._assembler.finish()
+        self._num_chars += len(text)
+        return text
+
+    def release(self, num_chars: int) -> list[ToldToken]:
+        """Those whose text lies within the first `num_chars` characters, each once."""
+        num_ready = 0
+        for place, (_, end) in enumerate(self._waiting, start=1):
+            if end is None:
+                continue
+            if end > num_chars:
+                break
+            num_ready = place
+        ready = [token for token, _ in self._waiting[:num_ready]]
+        del self._waiting[:num_ready]
+        return ready
+
+    def end(self, num_chars: int) -> list[ToldToken]:
+        """All that wait: no more text comes than `num_chars` characters."""
+        rest = [
+            token if token.offset <= num_chars else dataclasses.replace(token, offset=num_chars)
+            for token, _ in self._waiting
+        ]
+        self._waiting.clear()
+        return rest
+
+    def _move_back(self, start: int) -> None:
+        """Tokens that seemed to begin a character begin where the character that they are part of does."""
+        for place in range(len(self._waiting) - 1, -1, -1):
+            token, end = self._waiting[place]
+            if end is not None or token.offset <= start:
+                return
+            self._waiting[place] = (dataclasses.replace(token, offset=start), end)
+
+    def _own(self, token_id: int, step: Step) -> str | bytes | None:
+        if token_id in self._skipped:
+            return None
+        text = step.text[step.begin :]
+        if not step.is_part and REPLACEMENT not in text:
+            return text
+        raw = self._tokenizer.token_bytes(token_id)
+        return text if not step.is_part and raw == text.encode() else raw

@@ -1,0 +1,283 @@
+"""`Tokenizer`: text and chats to token ids and back, around any transformers tokenizer.
+
+Used by the HTTP router and by the LLM API. The Rust tokenizer underneath is driven directly (a short chat is rendered
+and encoded in about 50 µs). It can be pickled, for the worker processes that read large request bodies.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import tokenizers
+from jinja2.exceptions import TemplateError
+
+from tensorweave.cluster.errors import RequestRejected
+from tensorweave.router.text.assembly import TextAssembler, assemble
+from tensorweave.router.text.pieces import Pieces, WindowedPieces, read_pieces
+from tensorweave.router.text.text_bound import max_chars_per_token
+
+ChatMessage = Mapping[str, Any]
+_LONG_TEXT_CHARS: Final = 4096
+"""Above about 1 ms of encoding, the interpreter's lock is given up meanwhile; below, that costs more than it gains."""
+
+
+def flatten_content(content: str | Sequence[Mapping[str, Any]] | None) -> str:
+    """A message's content as one string: text parts are joined; other parts are refused."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    texts: list[str] = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise RequestRejected("only parts of type 'text' are supported in a message's content", param="messages")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+class Tokenizer:
+    """A transformers tokenizer with the few verbs that serving needs. Safe to use from several threads.
+
+    `uses_rust`: go straight to the Rust tokenizer underneath, where there is one.
+    """
+
+    def __init__(self, backend: Any, *, uses_rust: bool = True) -> None:
+        self.backend = backend
+        self._uses_rust = uses_rust
+        rust = getattr(backend, "backend_tokenizer", None) if uses_rust else None
+        self._rust = self._private_copy(rust) if isinstance(rust, tokenizers.Tokenizer) else None
+        self.special_ids = self._find_special_ids()
+        self._pieces = read_pieces(self._rust) if self._rust is not None else None
+        self._template_arguments = frozenset(inspect.signature(backend.apply_chat_template).parameters)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(Tokenizer, uses_rust=self._uses_rust), (self.backend,)
+
+    @staticmethod
+    def _private_copy(rust: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+        """transformers sets truncation and padding on its own object at each call, in any thread; ours stays."""
+        private: tokenizers.Tokenizer = copy.deepcopy(rust)
+        private.no_truncation()
+        private.no_padding()
+        return private
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path | Any,
+        *,
+        tokenizer_mode: Literal["auto", "slow"] = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Tokenizer:
+        """From a directory, a hub id, a transformers tokenizer, or a `Tokenizer`, which is returned as it is. Mode
+        'slow' leaves all to transformers' own methods. Raises ValueError, OSError."""
+        if isinstance(source, Tokenizer):
+            return source
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import AutoTokenizer  # here: it takes a second and torch, and a worker process needs neither
+
+        uses_rust = tokenizer_mode != "slow"
+        if not isinstance(source, str | Path):
+            if not callable(getattr(source, "apply_chat_template", None)):
+                raise ValueError(f"a {type(source).__name__} is no tokenizer of transformers")
+            return cls(source, uses_rust=uses_rust)
+        try:
+            backend = AutoTokenizer.from_pretrained(
+                str(source), use_fast=uses_rust, revision=revision or "main", trust_remote_code=trust_remote_code
+            )
+        except (KeyError, TypeError, StrictDataclassError) as error:  # it reads config.json too, and trusts it
+            raise ValueError(f"no tokenizer can be loaded from {source}: {' '.join(str(error).split())}") from error
+        return cls(backend, uses_rust=uses_rust)
+
+    def _find_special_ids(self) -> frozenset[int]:
+        if self._rust is None:
+            added = self.backend.added_tokens_decoder
+            special = {token_id for token_id, token in added.items() if token.special}
+            return frozenset([*self.backend.all_special_ids, *special])
+        return frozenset(token_id for token_id, token in self._rust.get_added_tokens_decoder().items() if token.special)
+
+    @property
+    def is_rust(self) -> bool:
+        """The Rust tokenizer does the work, about ten times as fast as Python."""
+        return self._rust is not None
+
+    @property
+    def eos_id(self) -> int | None:
+        token_id: int | None = self.backend.eos_token_id
+        return token_id
+
+    @property
+    def pad_id(self) -> int | None:
+        token_id: int | None = self.backend.pad_token_id
+        return token_id
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the tokenizer knows, added tokens included. The model's own vocabulary may be padded beyond it."""
+        return len(self.backend)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.backend.chat_template)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, truncate: int | None = None) -> list[int]:
+        """Token ids of `text`; `truncate` keeps the last so many."""
+        ids: list[int]
+        if self._rust is not None:
+            ids = self._encode(text, add_special_tokens=add_special_tokens)
+        else:
+            ids = list(self.backend.encode(text, add_special_tokens=add_special_tokens))
+        return ids if truncate is None else ids[-truncate:]
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The Rust tokenizer gives up the interpreter's lock for a batch only."""
+        assert self._rust is not None
+        if len(text) <= _LONG_TEXT_CHARS:
+            ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+        else:
+            ids = self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    @functools.cached_property
+    def max_chars_per_token(self) -> int | None:
+        """See `text_bound.max_chars_per_token`."""
+        return None if self._rust is None else max_chars_per_token(self._rust)
+
+    def render_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The chat template's text. Raises RequestRejected (param 'messages') when the template refuses."""
+        if not self.has_chat_template:
+            raise RequestRejected("this model's tokenizer has no chat template; use /v1/completions", param="messages")
+        extra = template_kwargs or {}
+        if own := (self._template_arguments | {"messages"}) & extra.keys():
+            raise RequestRejected(f"chat_template_kwargs may not set {sorted(own)[0]!r}", param="chat_template_kwargs")
+        flat = [{**message, "content": flatten_content(message.get("content"))} for message in messages]
+        try:
+            text: str = self.backend.apply_chat_template(
+                flat, tokenize=False, add_generation_prompt=add_generation_prompt, **extra
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise RequestRejected(f"the chat template refused the messages: {error}", param="messages") from error
+        return text
+
+    def chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation. The template writes the special tokens itself."""
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs)
+        return self.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+    ) -> str:
+        """The text of all ids at once; ids that the tokenizer does not know leave nothing."""
+        text: str
+        if self._rust is not None:
+            text = self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        else:
+            text = self.backend.decode(
+                [token_id for token_id in token_ids if self.knows(token_id)],
+                skip_special_tokens=skip_special_tokens,
+                spaces_between_special_tokens=spaces_between_special_tokens,
+                clean_up_tokenization_spaces=False,
+            )
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token alone, special tokens included."""
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int, *, begins_text: bool = False) -> bytes:
+        """What one token adds to a text, special tokens included; it may end within a character. Nothing for ids that
+        the tokenizer lacks. `begins_text`: there is no text before it, where some tokenizers leave out its space."""
+        table = self.pieces(spaces_between_special_tokens=True)
+        return table.token_bytes(token_id, begins_text=begins_text or token_id in self.special_ids)
+
+    def knows(self, token_id: int) -> bool:
+        """Whether the tokenizer has this id; a model's vocabulary may be larger."""
+        if self._rust is not None:
+            return self._rust.id_to_token(token_id) is not None
+        return token_id in self._all_ids
+
+    @functools.cached_property
+    def _all_ids(self) -> frozenset[int]:
+        return frozenset(self.backend.get_vocab().values())
+
+    @functools.cached_property
+    def num_added_tokens(self) -> tuple[int, int]:
+        """How many special tokens `encode` puts before a text, and how many behind it."""
+        bare, full = self.encode("a", add_special_tokens=False), self.encode("a")
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return start, len(full) - start - len(bare)
+        return 0, 0
+
+    def token_names(self, token_ids: Sequence[int]) -> list[str]:
+        """How the vocabulary spells each token."""
+        names: list[str | None] = self.backend.convert_ids_to_tokens(list(token_ids))
+        return [name or "" for name in names]
+
+    def word_ids(self, word: str) -> list[list[int]]:
+        """The token sequences that a word is written with: within a text, and behind a space."""
+        spellings = [self._ids_within(prefix + word) for prefix in ("", " ")]
+        return [ids for place, ids in enumerate(spellings) if ids and ids not in spellings[:place]]
+
+    def _ids_within(self, text: str) -> list[int]:
+        """Encoded behind a line's end, where that is told apart: some tokenizers put a space before a text."""
+        before = self.encode("\n", add_special_tokens=False)
+        ids = self.encode("\n" + text, add_special_tokens=False)
+        if before and len(ids) > len(before) and ids[: len(before)] == before:
+            return ids[len(before) :]
+        return self.encode(text, add_special_tokens=False)
+
+    def assembler(
+        self,
+        context: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> TextAssembler:
+        """Text from ids, a few at a time, behind `context`, which is a prompt's `left_context`."""
+        skipped = self.special_ids if skip_special_tokens else frozenset[int]()
+        return assemble(self.pieces(spaces_between_special_tokens=spaces_between_special_tokens), skipped, context)
+
+    def left_context(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> Sequence[int]:
+        """The last ids of a prompt, so many that an answer's text reads behind them as behind all of it."""
+        hidden = self.special_ids if skip_special_tokens else frozenset[int]()
+        return self.pieces(spaces_between_special_tokens=True).left_context(prompt, hidden)
+
+    def pieces(self, *, spaces_between_special_tokens: bool) -> Pieces:
+        """What an assembler reads: a table of the tokens, or a window over `decode`."""
+        if self._pieces is not None:
+            return self._pieces
+        return self._windows[spaces_between_special_tokens]
+
+    @functools.cached_property
+    def _windows(self) -> dict[bool, WindowedPieces]:
+        some_text = self.encode("a", add_special_tokens=False)
+        return {
+            spaces: WindowedPieces(
+                functools.partial(self.decode, skip_special_tokens=False, spaces_between_special_tokens=spaces),
+                self.knows,
+                lambda token_id: self.token_names([token_id])[0],
+                some_text,
+            )
+            for spaces in (False, True)
+        }

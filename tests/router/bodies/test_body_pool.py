@@ -1,0 +1,214 @@
+"""Bodies of every size are read alike; what a body does to its worker process harms no other body."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import orjson
+import pytest
+
+from tensorweave.cluster.errors import ModelNotFound, NotReady, Overloaded, RequestRejected
+from tensorweave.router.bodies import pool as body_pool
+from tensorweave.router.bodies.pool import INLINE_BYTES, USUAL_BYTES, BodyPool, BodyTooCostly
+from tensorweave.router.bodies.request_body import RequestBody
+from tensorweave.router.bodies.served import Served
+from tensorweave.router.bodies.tasks import CHAT, COMPLETION, TOKENIZE, BodyTask
+from tests.router.serving import MODEL, PATIENCE_S, chat, completion, model_info, until
+from tests.router.small_tokenizers import byte_level
+
+SERVED = Served((MODEL, "alias"), model_info(max_seq_len=2048), max_sequences=8)
+PADDING = INLINE_BYTES + 1
+
+
+@asynccontextmanager
+async def pool() -> AsyncIterator[BodyPool]:
+    bodies = BodyPool(byte_level())
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            yield bodies
+    finally:
+        await bodies.close()
+
+
+def with_pool(use: Callable[[BodyPool], Awaitable[Any]]) -> Any:
+    async def run() -> Any:
+        async with pool() as bodies:
+            return await use(bodies)
+
+    return asyncio.run(run())
+
+
+def sent(fields: dict[str, Any], num_bytes: int = 0) -> bytes:
+    """A body of at least so many bytes."""
+    return orjson.dumps(fields).ljust(num_bytes)
+
+
+GOOD: list[tuple[BodyTask[RequestBody], dict[str, Any]]] = [
+    (CHAT, chat("Grüße", temperature=0.5, seed=2**64 - 1, stop=["a", "é"], logit_bias={"5": 1.5})),
+    (CHAT, chat("Hi", prompt_token_ids=[5, 6, 7], user="u" * 1000, bad_words=["capital", "é"])),
+    (CHAT, chat("Hi", chat_template_kwargs={"x": [1]}, max_completion_tokens=3, prompt_cache_key="k")),
+    (COMPLETION, completion("The capital", echo=True, n=2, best_of=3, stop_token_ids=[4, 5])),
+    (COMPLETION, completion(["one", "two"], stream=True, stream_options={"include_usage": True})),
+    (COMPLETION, completion([[5, 6], [7]], echo=True, logprobs=3)),
+    (COMPLETION, completion("Grüße 😺", echo=True, logprobs=0)),
+    (COMPLETION, completion([5] * 300, truncate_prompt_tokens=20, model="alias")),
+]
+BAD: list[tuple[BodyTask[Any], dict[str, Any], type[RequestRejected], str]] = [
+    (CHAT, chat(temperature=-1), RequestRejected, "temperature"),
+    (CHAT, chat("x " * 5000), RequestRejected, "messages"),
+    (CHAT, chat(model="other"), ModelNotFound, "model"),
+    (COMPLETION, completion([99999]), RequestRejected, "prompt"),
+    (COMPLETION, completion(n=9), RequestRejected, "n"),
+    (COMPLETION, completion(stop_token_ids=[5] * 2000), RequestRejected, "stop_token_ids"),
+    (COMPLETION, completion(bad_words=["日本語" * 100] * 50), RequestRejected, "bad_words"),
+    (TOKENIZE, {"prompt": 5}, RequestRejected, "prompt"),
+]
+
+
+def test_a_worker_reads_what_the_event_loop_reads() -> None:
+    async def use(bodies: BodyPool) -> None:
+        for task, fields in GOOD:
+            inline, outside = [await bodies.run(task, sent(fields, size), SERVED) for size in (0, PADDING)]
+            check_same(inline, outside)
+
+    with_pool(use)
+
+
+def check_same(inline: RequestBody, outside: RequestBody) -> None:
+    assert outside.prompts == inline.prompts
+    assert outside.bad_token_ids == [list(word) for word in inline.bad_token_ids]
+    assert outside.request.telling == inline.request.telling
+    assert outside.request.given_token_ids == inline.request.given_token_ids
+    assert (outside.request.session is None) == (inline.request.session is None)
+    assert outside.request.without_bulk() == inline.request.without_bulk()
+    spec, other = (body.resolve_sampling(body.prompts[0], SERVED.info, lambda bits: 1) for body in (inline, outside))
+    assert spec == other
+
+
+def test_a_worker_refuses_what_the_event_loop_refuses() -> None:
+    async def use(bodies: BodyPool) -> None:
+        for task, fields, error, param in BAD:
+            told: set[tuple[Any, ...]] = set()
+            for size in (0, PADDING, USUAL_BYTES + 1):
+                with pytest.raises(error) as caught:
+                    await bodies.run(task, sent(fields, size), SERVED)
+                told.add((type(caught.value), caught.value.param, caught.value.message))
+            assert len(told) == 1, fields
+            assert told.pop()[1] == param
+
+    with_pool(use)
+
+
+def test_what_a_body_was_made_from_stays_in_the_worker() -> None:
+    unread = {
+        "metadata": {"run": "m" * 10_000},
+        "safety_identifier": "s" * 10_000,
+        "prompt_cache_options": {"a": "b" * 10_000},
+    }
+    body = sent(completion("The capital " * 500, user="u" * 10_000, **unread))
+    _, fields, prompts, _ = COMPLETION.run(body, byte_level(), SERVED).pack()
+    assert len(fields) < 500
+    assert [echo for _, echo in prompts] == [None]
+    body = sent(chat(prediction={"type": "content", "content": "p" * 10_000}, **unread))
+    _, fields, _, _ = CHAT.run(body, byte_level(), SERVED).pack()
+    assert len(fields) < 500
+
+
+def test_a_worker_that_dies_is_replaced_and_its_body_read_again() -> None:
+    async def use(bodies: BodyPool) -> None:
+        await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)
+        worker = bodies._usual._worker
+        assert worker is not None
+        os.kill(worker._process.pid, signal.SIGKILL)
+        assert (await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)).prompts
+
+    with_pool(use)
+
+
+def test_a_body_that_takes_too_much_processor_time_is_refused() -> None:
+    """The kernel's signal for it is sent by hand, while the worker has the body."""
+
+    async def use(bodies: BodyPool) -> None:
+        await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)
+        worker = bodies._usual._worker
+        assert worker is not None
+        os.kill(worker._process.pid, signal.SIGSTOP)
+        refused = asyncio.create_task(bodies.run(COMPLETION, sent(completion(), PADDING), SERVED))
+        await asyncio.sleep(0)
+        os.kill(worker._process.pid, signal.SIGXCPU)
+        os.kill(worker._process.pid, signal.SIGCONT)
+        with pytest.raises(BodyTooCostly, match="processor time"):
+            await refused
+        assert (await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)).prompts
+
+    with_pool(use)
+
+
+def test_a_worker_that_has_grown_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_pool, "_GROWTH_BYTES", -1)
+
+    async def use(bodies: BodyPool) -> None:
+        for _ in range(2):
+            assert (await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)).prompts
+            assert bodies._usual._worker is None
+
+    with_pool(use)
+
+
+def test_usual_bodies_do_not_wait_behind_a_large_one() -> None:
+    async def use(bodies: BodyPool) -> None:
+        await bodies.run(COMPLETION, sent(completion(), USUAL_BYTES + 1), SERVED)
+        worker = bodies._large._worker
+        assert worker is not None
+        os.kill(worker._process.pid, signal.SIGSTOP)
+        large = asyncio.create_task(bodies.run(COMPLETION, sent(completion(), USUAL_BYTES + 1), SERVED))
+        assert (await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)).prompts
+        assert not large.done()
+        os.kill(worker._process.pid, signal.SIGCONT)
+        assert (await large).prompts
+
+    with_pool(use)
+
+
+def test_one_more_than_may_wait_is_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(bodies: BodyPool) -> None:
+        monkeypatch.setattr(bodies._usual, "_max_waiting", 2)
+        await bodies.warm_up()
+        worker = bodies._usual._worker
+        assert worker is not None
+        os.kill(worker._process.pid, signal.SIGSTOP)
+        asked = [asyncio.create_task(bodies.run(TOKENIZE, sent_text(), SERVED))]
+        await asyncio.sleep(0)
+        await until(bodies._usual._waiting.empty)  # the worker has the first
+        asked += [asyncio.create_task(bodies.run(TOKENIZE, sent_text(), SERVED)) for _ in range(2)]
+        await until(lambda: bodies._usual._waiting.qsize() == 2)
+        with pytest.raises(Overloaded):
+            await bodies.run(TOKENIZE, sent_text(), SERVED)
+        asked[1].cancel()
+        os.kill(worker._process.pid, signal.SIGCONT)
+        assert await asked[0] == await asked[2]
+
+    with_pool(use)
+
+
+def test_what_waits_when_the_service_ends_is_told() -> None:
+    async def use(bodies: BodyPool) -> None:
+        await bodies.warm_up()
+        worker = bodies._usual._worker
+        assert worker is not None
+        os.kill(worker._process.pid, signal.SIGSTOP)
+        asked = [asyncio.create_task(bodies.run(TOKENIZE, sent_text(), SERVED)) for _ in range(2)]
+        await until(lambda: bodies._usual._waiting.qsize() == 1)
+        await bodies.close()
+        assert [type(error) for error in await asyncio.gather(*asked, return_exceptions=True)] == [NotReady] * 2
+
+    with_pool(use)
+
+
+def sent_text() -> bytes:
+    return orjson.dumps({"prompt": "a " * INLINE_BYTES})

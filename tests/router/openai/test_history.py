@@ -1,0 +1,108 @@
+"""Messages that are answers come back as history, with all that other servers and clients put into them."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from typing import Any
+
+import pytest
+
+from tensorweave.router.http.app import build_app
+from tests.router.calls import CHAT, check_error, post
+from tests.router.fake_fleet import FakeLink
+from tests.router.serving import MODEL, client_of, make_service, model_info
+from tests.router.small_tokenizers import byte_level_with
+
+KEYS = [
+    "annotations", "audio", "function_call", "images", "name", "provider_specific_fields", "reasoning",
+    "reasoning_content", "reasoning_details", "refusal", "thinking_blocks", "tool_calls",
+]  # fmt: skip
+DEEP: Any = {}
+for _ in range(900):  # as deep as the parser lets it be
+    DEEP = {"a": DEEP}
+NOTHING: list[Any] = [None, "", [], {}, {"refusal": None}, {"a": {"b": "", "c": []}}, DEEP]
+SOMETHING: list[Any] = ["x", [{}], [None], {"a": 0}, {"a": {"b": False}}, 0, False, 1.5]
+TEXTS = ("name", "reasoning", "reasoning_content")
+
+
+def with_history(**keys: Any) -> dict[str, Any]:
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", **keys},
+        {"role": "user", "content": "c"},
+    ]
+    return {"model": MODEL, "messages": turns}
+
+
+def prompt_of(body: dict[str, Any], path: str = CHAT) -> list[int]:
+    link = FakeLink(model_info())
+    answer = post(path, body, link)
+    assert answer.status_code == 200, answer.text
+    return list(link.requests[0].prompt_token_ids)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_what_says_nothing_changes_nothing(key: str) -> None:
+    plain = prompt_of(with_history())
+    for value in NOTHING if key not in TEXTS else (None, ""):
+        assert prompt_of(with_history(**{key: value})) == plain
+
+
+@pytest.mark.parametrize("key", sorted({*KEYS, "unheard_of"} - {*TEXTS}))
+def test_what_says_something_is_refused_by_name(key: str) -> None:
+    for value in SOMETHING:
+        answer = post(CHAT, with_history(**{key: value}), FakeLink(model_info()))
+        check_error(answer, 400, f"messages[1].{key}")
+
+
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content"])
+def test_reasoning_is_for_the_template_to_read(key: str) -> None:
+    """One that does not read it leaves it out, as it does everywhere."""
+    assert prompt_of(with_history(**{key: "hm"})) == prompt_of(with_history())
+    tokenizer = byte_level_with(
+        "{% for m in messages %}{{ m.reasoning_content | default('-') }}|{{ m.content }};{% endfor %}"
+    )
+    service = dataclasses.replace(make_service(link := FakeLink(model_info())), tokenizer=tokenizer)
+    run(service, with_history(**{key: "hm"}))
+    assert tokenizer.decode(link.requests[0].prompt_token_ids) == "-|a;hm|b;-|c;"
+    check_error(post(CHAT, with_history(**{key: 5}), FakeLink(model_info())), 400, f"messages[1].{key}")
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "a", key: "hm"}]}
+    check_error(post(CHAT, body, FakeLink(model_info())), 400, f"messages[0].{key}")
+
+
+def run(service: Any, body: dict[str, Any]) -> None:
+    async def call() -> None:
+        async with client_of(build_app(service)) as client:
+            assert (await client.post(CHAT, json=body)).status_code == 200
+
+    asyncio.run(call())
+
+
+# ---- parts
+
+
+def with_part(**keys: Any) -> dict[str, Any]:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", **keys}]
+    return {"model": MODEL, "messages": [{"role": "user", "content": parts}]}
+
+
+def test_marks_for_caches_change_nothing() -> None:
+    plain = prompt_of(with_part())
+    for keys in (
+        {"cache_control": {"type": "ephemeral"}},
+        {"prompt_cache_breakpoint": {"mode": "explicit"}},
+        {"x": None},
+    ):
+        assert prompt_of(with_part(**keys)) == plain
+
+
+@pytest.mark.parametrize("path", [CHAT, "/tokenize"])
+@pytest.mark.parametrize(("key", "value"), [("txt", "x"), ("image_url", {"url": "x"}), ("cache_control", "ephemeral")])
+def test_an_unknown_key_in_a_part_is_refused_by_name(path: str, key: str, value: Any) -> None:
+    check_error(post(path, with_part(**{key: value}), FakeLink(model_info())), 400, f"messages[0].content[1].{key}")
+
+
+def test_an_unknown_key_in_a_message_is_refused_at_tokenize_too() -> None:
+    answer = post("/tokenize", with_history(tool_calls=[{"id": "1"}]), FakeLink(model_info()))
+    check_error(answer, 400, "messages[1].tool_calls")

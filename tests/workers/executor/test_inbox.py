@@ -1,0 +1,64 @@
+"""Rank 0's inbox: what belongs to one request must not befall another that has its id later."""
+
+from __future__ import annotations
+
+import pytest
+
+from tensorweave.cluster.errors import Overloaded
+from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
+from tensorweave.workers.executor.inbox import Inbox
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def request(deadline_s: float | None) -> GenerateRequest:
+    return GenerateRequest("job-7/d1", (1, 2, 3), SamplingSpec(max_tokens=4), deadline_s=deadline_s)
+
+
+def expired(inbox: Inbox) -> list[str]:
+    return list(inbox.gather(0, 0.0).expired)
+
+
+def test_a_deadline_comes_once() -> None:
+    clock = Clock()
+    inbox = Inbox(4, clock)
+    inbox.put(request(10.0))
+    clock.now_s = 9.9
+    assert expired(inbox) == []
+    clock.now_s = 10.0
+    assert expired(inbox) == ["job-7/d1"]
+    assert expired(inbox) == []
+
+
+@pytest.mark.parametrize("second_s", [600.0, None])
+def test_the_deadline_of_a_request_that_has_ended_is_not_its_successors(second_s: float | None) -> None:
+    """A client that names its requests asks again: the first answer's deadline passes under the second."""
+    clock = Clock()
+    inbox = Inbox(4, clock)
+    inbox.put(request(60.0))
+    inbox.gather(0, 0.0)
+    inbox.forget("job-7/d1")
+    clock.now_s = 59.0
+    inbox.put(request(second_s))
+    clock.now_s = 61.0
+    assert expired(inbox) == []
+    clock.now_s = 59.0 + 600.0
+    assert expired(inbox) == (["job-7/d1"] if second_s else [])
+
+
+def test_the_deadline_of_one_that_was_refused_is_nobodys() -> None:
+    clock = Clock()
+    inbox = Inbox(1, clock)
+    inbox.put(request(None))
+    with pytest.raises(Overloaded):
+        inbox.put(GenerateRequest("other", (1,), SamplingSpec(max_tokens=1), deadline_s=5.0))
+    with pytest.raises(ValueError, match="in use"):
+        inbox.put(request(5.0))
+    clock.now_s = 6.0
+    assert expired(inbox) == []

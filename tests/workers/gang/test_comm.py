@@ -1,0 +1,220 @@
+"""Agreement and collectives over real gloo groups: ranks are processes, as in a gang."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import multiprocessing as mp
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch.distributed import distributed_c10d
+
+from tensorweave.cluster.errors import WorkerLost
+from tensorweave.workers.gang.comm import Comm, GroupComm, SoloComm, start_comm
+from tensorweave.workers.gang.rendezvous import Ask, Board, RankStore, ask_on_loop
+from tests.workers.waiting import WAIT_S
+
+SILENCE_S = 3.0
+
+
+@pytest.fixture
+def gang() -> Iterator[Gang]:
+    """The parent process is the ranks' board."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    gang = Gang(ask_on_loop(Board(), loop, timeout_s=2 * WAIT_S))
+    yield gang
+    gang.close()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(WAIT_S)
+    loop.close()
+
+
+class Gang:
+    """Ranks as processes, each with a pipe to the board."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self._context = mp.get_context("spawn")
+        self.results = self._context.Queue()
+        self.ranks: list[Any] = []
+
+    def start(self, target: Callable[..., None], *arguments: Any) -> None:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=target, args=(len(self.ranks), theirs, *arguments, self.results))
+        process.start()
+        theirs.close()
+        self.ranks.append(process)
+        threading.Thread(target=self._serve, args=(ours,), daemon=True).start()
+
+    def _serve(self, pipe: Connection) -> None:
+        with contextlib.suppress(EOFError, OSError), pipe:
+            while True:
+                verb, arguments = pipe.recv()
+                try:
+                    pipe.send(self._ask(verb, *arguments))
+                except TimeoutError as error:
+                    pipe.send(error)
+
+    def close(self) -> None:
+        for process in self.ranks:
+            process.kill()
+            process.join(WAIT_S)
+
+
+def _ask_through(pipe: Connection) -> Ask:
+    lock = threading.Lock()
+
+    def ask(verb: str, *arguments: Any) -> Any:
+        with lock:
+            pipe.send((verb, arguments))
+            answer = pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return ask
+
+
+def _join(rank: int, size: int, pipe: Connection) -> Comm:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = RankStore(_ask_through(pipe), timeout_s=2 * WAIT_S)
+    return start_comm(rank, size, store, torch.device("cpu"), timeout_s=2 * WAIT_S)
+
+
+def _num_listening() -> int:
+    """Ports of this process that a stranger could connect to."""
+    return sum(port.status == psutil.CONN_LISTEN for port in psutil.Process().net_connections("tcp"))
+
+
+def _exercise(rank: int, pipe: Connection, size: int, results: Any) -> None:
+    comm = _join(rank, size, pipe)
+    num_listening = _num_listening()
+    news = [b"", b"x", bytes(range(256)) * 15, bytes(4088), bytes(range(256)) * 400]
+    heard = [comm.agree(item if rank == 0 else None) == item for item in news]
+    total = comm.all_reduce(torch.full((3,), float(rank + 1)))
+    sizes = [3, 2, 1][:size]
+    columns = comm.gather_columns(torch.full((2, sizes[rank]), float(rank)), sizes)
+    results.put((rank, all(heard), comm.agree_min(10 - rank), total.tolist(), columns.tolist(), num_listening))
+    comm.close()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_agree_sum_and_gather_and_no_port_stays_open(size: int, gang: Gang) -> None:
+    for _ in range(size):
+        gang.start(_exercise, size)
+    got = sorted(gang.results.get(timeout=2 * WAIT_S) for _ in gang.ranks)
+    for process in gang.ranks:
+        process.join(timeout=WAIT_S)
+    row = [float(rank) for rank, width in enumerate([3, 2, 1][:size]) for _ in range(width)]
+    sums = [float(sum(range(1, size + 1)))] * 3
+    num_listening = 0 if sys.platform == "linux" else got[0][-1]
+    assert got == [(rank, True, 11 - size, sums, [row, row], num_listening) for rank in range(size)]
+    assert [process.exitcode for process in gang.ranks] == [0] * size, "gloo ends well without its ports"
+
+
+def _beat(rank: int, pipe: Connection, results: Any) -> None:
+    """Rank 1 survives and tells: a stopped process may hold the queue's lock."""
+    comm = _join(rank, 2, pipe)
+    comm.agree(b"go" if rank == 0 else None)
+    if rank == 0:
+        comm.agree(str(os.getpid()).encode())
+    else:
+        results.put(int(comm.agree(None)))
+        assert isinstance(comm, GroupComm)
+        distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=SILENCE_S), comm._control)
+    deadline_s = time.monotonic() + 2 * WAIT_S
+    outcome = ("no error", "")
+    while outcome[0] == "no error" and time.monotonic() < deadline_s:
+        try:
+            comm.agree(b"beat" if rank == 0 else None)
+        except WorkerLost as error:
+            outcome = ("lost", str(error))
+        time.sleep(0.05)
+    if rank == 1:
+        results.put(outcome)
+        results.close()
+        results.join_thread()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_or_silent_peer_is_a_lost_worker(fault: signal.Signals, gang: Gang) -> None:
+    for _ in range(2):
+        gang.start(_beat)
+    pid = gang.results.get(timeout=2 * WAIT_S)
+    os.kill(pid, fault)
+    word, detail = gang.results.get(timeout=WAIT_S)
+    os.kill(pid, signal.SIGKILL)
+    for process in gang.ranks:
+        process.join(timeout=WAIT_S)
+    assert word == "lost"
+    assert "rank 1 of 2" in detail
+
+
+def test_a_rank_that_never_comes_is_named_in_time(gang: Gang) -> None:
+    gang.start(_wait_for_a_peer)
+    assert "no rank has told" in gang.results.get(timeout=2 * WAIT_S)
+
+
+def _wait_for_a_peer(rank: int, pipe: Connection, results: Any) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = RankStore(_ask_through(pipe), timeout_s=0.2)
+    try:
+        start_comm(rank, 2, store, torch.device("cpu"), timeout_s=0.2)
+    except Exception as error:  # whatever torch makes of it
+        results.put(str(error))
+        results.close()
+        results.join_thread()
+    os._exit(0)
+
+
+def test_a_sealed_store_asks_nobody() -> None:
+    asked: list[str] = []
+    store = RankStore(lambda verb, *arguments: asked.append(verb) or True, timeout_s=1.0)
+    assert store.check(["dump"])
+    store.seal()
+    assert not store.check(["dump"])
+    store.set("dump", b"1")
+    assert asked == ["has"]
+
+
+def test_a_board_keeps_and_counts() -> None:
+    async def run() -> None:
+        board = Board()
+        waiting = asyncio.create_task(board.answer("get", "late", WAIT_S))
+        await board.answer("set", "early", b"1")
+        await board.answer("set", "late", b"2")
+        assert await waiting == b"2"
+        await board.answer("wait", ["early", "late"], WAIT_S)
+        assert [await board.answer("add", "count", amount) for amount in (2, 3)] == [2, 5]
+        assert await board.answer("has", ["early", "count"])
+        assert not await board.answer("has", ["early", "never"])
+        assert await board.answer("delete", "early")
+        assert not await board.answer("delete", "early")
+        with pytest.raises(TimeoutError, match=r"no rank has told early, never within 0\.01 s"):
+            await board.answer("wait", ["early", "never", "late"], 0.01)
+
+    asyncio.run(run())
+
+
+def test_alone_everything_is_as_given() -> None:
+    comm = SoloComm()
+    tensor = torch.ones(2, 3)
+    assert comm.agree(b"n") == b"n"
+    assert comm.agree_min(4) == 4
+    assert comm.all_reduce(tensor) is tensor
+    assert comm.gather_columns(tensor, [3]) is tensor

@@ -1,0 +1,183 @@
+"""KV between GPUs: prefill in a process on one, decode in a process on the other, by each lane; and with kills."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tensorweave.cluster.errors import TransferFailed
+from tensorweave.cluster.protocol import SamplingSpec
+from tensorweave.kernels.block_pack import (
+    as_blocks,
+    digest_blocks,
+    digest_blocks_reference,
+    pack_blocks,
+    pack_blocks_reference,
+    unpack_blocks,
+    unpack_blocks_reference,
+)
+from tensorweave.workers.store.model_store import resolve_model
+from tensorweave.workers.transfer.bench import SHAPES, Shape, fetch, giver, make_carrier
+from tests.workers.engine_drive import random_prompts
+from tests.workers.gang_process import GangProcess, Tokens, run_alone, run_pair, start_pair
+from tests.workers.tiny_models import make_model
+
+NUM_GPUS = torch.cuda.device_count()
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NUM_GPUS < 2, reason=f"needs 2 CUDA GPUs, there are {NUM_GPUS}")]
+
+BACKENDS = ["IPC", "NCCL", "TCP", "DEFAULT"]
+KNOBS = {"reuse": False, "max_num_tokens": 512, "kv_cache_config": {"max_tokens": 65536}}
+Requests = tuple[list[list[int]], list[SamplingSpec]]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    make_model("llama_tied_9_over_3", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def requests() -> Requests:
+    rng = random.Random(7)
+    prompts = [*random_prompts(12, 300), [5], [7, 8], *random_prompts(6, 2500, seed=1)]
+    samplings = [
+        SamplingSpec(max_tokens=rng.randint(1, 24), temperature=rng.choice([0.0, 0.9]), top_k=20, seed=i)
+        for i in range(len(prompts))
+    ]
+    return prompts, samplings
+
+
+@contextlib.contextmanager
+def pair_of(path: Path, backend: str) -> Iterator[tuple[GangProcess, GangProcess]]:
+    with (
+        GangProcess(path, backend, 0, "P", **KNOBS) as prefill,
+        GangProcess(path, backend, 1, "D", **KNOBS) as decode,
+    ):
+        yield prefill, decode
+
+
+def check_same(prefill: GangProcess, decode: GangProcess, requests: Requests, want: list[Tokens]) -> None:
+    before = decode.gauges()
+    for name in ("one", "two"):
+        assert run_pair(prefill, decode, *requests, name=f"{name}-{prefill.source.endpoints[0].port}-") == want
+        prefill.wait_idle()
+        decode.wait_idle()
+    rise = {name: count - before[name] for name, count in decode.gauges().items() if name.startswith("kv_transfer")}
+    assert rise["kv_transfer_blocks_total"] >= 2 * sum(len(prompt) // 16 for prompt in requests[0])
+    assert rise["kv_transfer_recomputed_tokens_total"] == 0
+    assert [name for name in rise if "failures" in name and rise[name]] == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_and_kills(tiny: Path, requests: Requests, backend: str) -> None:
+    """The tokens of one gang; those also when the prefill gang is killed amid; then another one serves as well."""
+    with pair_of(tiny, backend) as (prefill, decode):
+        want = run_alone(decode, *requests)
+        check_same(prefill, decode, requests, want)
+        road = decode.measure_road(prefill.source)
+        assert road.error is None
+        print(f"\n{backend}: {road.bytes_per_s / 1e9:.1f} GB/s, {road.latency_s * 1e6:.0f} us")
+
+        many = [part * 4 for part in requests]
+        ids = start_pair(prefill, decode, many[0], many[1], "amid")  # type: ignore[arg-type]
+        decode.wait(ids[:2])
+        prefill.kill()
+        assert decode.wait(ids) == want * 4
+        decode.wait_idle()
+        print({name: count for name, count in decode.gauges().items() if "failures" in name and count})
+
+        with GangProcess(tiny, backend, 0, "P2", **KNOBS) as another:
+            check_same(another, decode, requests, want)
+            ids = start_pair(another, decode, many[0], many[1], "bereft")  # type: ignore[arg-type]
+            decode.wait(ids[:2])
+            decode.kill()
+            assert run_alone(another, *requests) == want
+
+
+def test_no_lane_in_common(tiny: Path, requests: Requests) -> None:
+    with GangProcess(tiny, "IPC", 0, "P", **KNOBS) as prefill, GangProcess(tiny, "NCCL", 1, "D", **KNOBS) as decode:
+        want = run_alone(decode, *requests)
+        assert run_pair(prefill, decode, *requests, name="x") == want
+        assert decode.gauges()["kv_transfer_blocks_total"] == 0
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("backend", ["IPC", "NCCL"])
+def test_real_model(backend: str) -> None:
+    rng = random.Random(3)
+    prompts = [[rng.randrange(49000) for _ in range(n)] for n in (1, 15, 16, 17, 100, 700, 1500, 3000)]
+    samplings = [SamplingSpec(max_tokens=32, temperature=0.0 if i % 2 else 0.8, seed=i) for i in range(len(prompts))]
+    with pair_of(resolve_model("smollm2"), backend) as (prefill, decode):
+        check_same(prefill, decode, (prompts, samplings), run_alone(decode, prompts, samplings))
+
+
+@pytest.mark.parametrize(
+    ("lane", "devices"), [("ipc", "01"), ("ipc", "00"), ("nccl", "10"), ("tcp", "01"), ("tcp", "00")]
+)
+def test_half_of_the_heads(lane: str, devices: str) -> None:
+    giving, taking = Shape("giver", 4, 8, 128), Shape("taker", 4, 4, 128, first_head=4)
+    window = taking.make_window(100 << 20, torch.device(f"cuda:{devices[1]}"))
+    carrier = make_carrier(window, lane)
+    with giver(giving, lane, f"cuda:{devices[0]}", 200 << 20) as given:
+        for num_blocks in (1, window.num_blocks):
+            fetch(carrier, window, given.endpoint, num_blocks, is_checked=True)
+    carrier.shutdown()
+
+
+@pytest.mark.parametrize("lane", ["ipc", "nccl"])
+def test_a_kill_amid_a_read(lane: str) -> None:
+    """The giver is killed while a gigabyte is on the way, a little later each time, until a kill has come in time; the
+    taker's GPU works on."""
+    shape, size = SHAPES["llama-8b"], 1 << 30
+    window = shape.make_window(size, torch.device("cuda:1"))
+    carrier = make_carrier(window, lane)
+    failures = num_rounds = 0
+    while num_rounds < 4 or (not failures and num_rounds < 16):
+        with giver(shape, lane, "cuda:0", size) as given:
+            fetch(carrier, window, given.endpoint, window.num_blocks, is_checked=True)
+            killer = threading.Timer(0.002 * (num_rounds % 4 + 1), given.process.kill)
+            killer.start()
+            began_s = time.monotonic()
+            try:
+                fetch(carrier, window, given.endpoint, window.num_blocks, is_checked=True)
+            except TransferFailed:
+                failures += 1
+            print(f"\n{lane}: over after {time.monotonic() - began_s:.3f} s, {failures} failures so far")
+            assert time.monotonic() - began_s < 30.0, "a fetch's own deadline is twice as long"
+            killer.join()
+        num_rounds += 1
+    carrier.shutdown()
+    assert failures > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("layers", "num_heads", "P", "H"), [(3, 3, 16, 64), (2, 8, 32, 128), (2, 1, 4, 6)])
+def test_pack_and_digest(layers: int, num_heads: int, P: int, H: int, dtype: torch.dtype) -> None:
+    pool = torch.randn((layers, 40, 2, num_heads, P, H)).to(dtype).to("cuda:1")
+    block_ids = random.sample(range(40), 17)
+    num_tokens = [random.randint(0, P) for _ in block_ids]
+    for heads in (range(num_heads), range(num_heads - 1, num_heads)):
+        out, right = (
+            torch.full((17 * layers * 2 * len(heads) * P * H * dtype.itemsize,), 7, dtype=torch.uint8) for _ in "ab"
+        )
+        out = out.to("cuda:1")
+        pack_blocks(pool, block_ids, heads, out)
+        pack_blocks_reference(pool.cpu(), block_ids, heads, right)
+        assert torch.equal(out.cpu(), right)
+        target, target_right = torch.zeros_like(pool), torch.zeros_like(pool.cpu())
+        unpack_blocks(target, block_ids, heads, out)
+        unpack_blocks_reference(target_right, block_ids, heads, right)
+        assert torch.equal(target.cpu(), target_right)
+        found = digest_blocks(as_blocks(out, pool, len(heads)).transpose(0, 1), range(17), num_tokens)
+        digests = digest_blocks_reference(pool.cpu(), block_ids, num_tokens)
+        assert torch.equal(found.cpu(), digests[:, :, heads.start : heads.stop])
+        assert torch.equal(digest_blocks(pool, block_ids, num_tokens).cpu(), digests)

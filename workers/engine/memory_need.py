@@ -1,0 +1,110 @@
+"""What a rank will need of memory, told from the model's configuration before any weight is read; is it there?
+
+A lower bound: what is refused here would have been killed while it loads. `workers/engine/pool_size.py` counts exactly,
+once the weights are there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Final
+
+import torch
+
+from tensorweave.cluster.host_memory import HostMemory, host_memory
+from tensorweave.cluster.llm_args import KvCacheConfig
+from tensorweave.workers.models.checkpoint import Shapes
+from tensorweave.workers.models.config import ModelConfig
+from tensorweave.workers.models.loader import EMBEDDING, HEAD
+from tensorweave.workers.models.shards import RankShard
+
+_GIB: Final = 1 << 30
+_NARROWED: Final = 2
+"""Bytes of a number that came from bfloat16 and is kept so by the native kernels, although it computes in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeed:
+    """Bytes of one rank; `kv_tokens` is what the cache was asked to hold, if anything."""
+
+    weights: int
+    kv_cache: int
+    activations: int = 0
+    kv_tokens: int | None = None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.activations
+
+    def check(self, memory: HostMemory, num_ranks: int, where: str) -> None:
+        """`num_ranks` of them load at a time from `memory`, which is that of `where`. Raises ValueError where they
+        cannot."""
+        if self.total * num_ranks <= memory.available:
+            return
+        limit = "" if memory.limited_by is None else f" ({memory.limited_by})"
+        have = f"{_gib(memory.available)} are free {where}{limit}"
+        ranks = "a rank" if num_ranks == 1 else f"a rank, {_gib(self.total * num_ranks)} for the {num_ranks} ranks here"
+        left = memory.available // num_ranks - self.weights - self.activations
+        if self.kv_tokens is not None and left >= 0:
+            raise ValueError(
+                f"not enough memory: kv_cache_config.max_tokens is {self.kv_tokens}, which takes {_gib(self.kv_cache)} "
+                f"beside weights of {_gib(self.weights)} {ranks}; {have}, enough for "
+                f"{left * self.kv_tokens // self.kv_cache} tokens"
+            )
+        raise ValueError(
+            f"not enough memory: the model needs at least {_gib(self.total)} (weights {_gib(self.weights)}, KV cache "
+            f"{_gib(self.kv_cache)}) {ranks}; {have}. Take a smaller model or dtype, or more ranks on other hosts or "
+            f"GPUs (tensor_parallel_size)"
+        )
+
+
+def check_memory(need: MemoryNeed, device: torch.device, num_ranks_here: int) -> None:
+    """On a GPU, which a rank has for itself, what is free there; else what the host has left for all its ranks."""
+    if device.type == "cuda":
+        need.check(HostMemory(torch.cuda.mem_get_info(device)[0]), 1, f"on GPU {device.index or 0}")
+    else:
+        need.check(host_memory(), num_ranks_here, "on this host")
+
+
+def kv_bytes(kv: KvCacheConfig, block_bytes: int) -> int:
+    """Of the cache that is asked for; of one block where it takes what is left."""
+    return block_bytes * (1 if kv.max_tokens is None else -(-kv.max_tokens // kv.tokens_per_block))
+
+
+def rank_weight_bytes(config: ModelConfig, shard: RankShard, shapes: Shapes, dtype: torch.dtype) -> int:
+    """Bytes of the weights that one rank keeps; norms, biases and a tied head are left out."""
+    narrow = dtype == torch.float32 and config.checkpoint_dtype == "bfloat16"
+    matrix_bytes = _NARROWED if narrow else dtype.itemsize
+    query, kv = len(shard.heads.query) * config.head_dim, len(shard.heads.kv) * config.head_dim
+    kept = {
+        "q_proj": query,
+        "k_proj": kv,
+        "v_proj": kv,
+        "gate_proj": len(shard.intermediate),
+        "up_proj": len(shard.intermediate),
+    }
+    total = 0
+    for name, shape in shapes.items():
+        if len(shape) < 2:
+            continue
+        *_, part, _ = name.split(".")
+        if name == EMBEDDING:
+            total += len(shard.vocab) * shape[1] * dtype.itemsize
+        elif name == HEAD:
+            total += len(shard.vocab) * shape[1] * matrix_bytes
+        elif part in kept:
+            total += kept[part] * shape[1] * matrix_bytes
+        else:
+            columns = query if part == "o_proj" else len(shard.intermediate)
+            total += shape[0] * columns * matrix_bytes
+    return total
+
+
+def checkpoint_bytes(shapes: Shapes, dtype: torch.dtype) -> int:
+    """Of all tensors, in that dtype: for a model that one rank holds whole."""
+    return sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.2f} GiB"

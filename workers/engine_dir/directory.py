@@ -1,0 +1,168 @@
+"""Engine directories: a model made ready to run, split for the ranks of one tensor-parallel size, in one dtype.
+
+`save_engine_dir` makes one from a checkpoint; `load_engine` finds one by its manifest, and each rank reads its own file
+alone, into the place and order where the kernels want it. Nothing is converted; everything that is read is checked
+against the manifest first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from tensorweave.workers.engine_dir.manifest import EngineManifest, rank_file, record_files
+from tensorweave.workers.engine_dir.model_digest import model_digest
+from tensorweave.workers.engine_dir.rank_file import RankFile, RankRecorder
+from tensorweave.workers.gang.comm import SoloComm
+from tensorweave.workers.gang.device import pick_device, pick_dtype
+from tensorweave.workers.models.checkpoint import SafetensorsDirectory, check_tensors, refuse_adapters
+from tensorweave.workers.models.config import ModelConfig, load_model_config
+from tensorweave.workers.models.loader import (
+    HEAD,
+    IGNORED_SUFFIXES,
+    RankWeights,
+    WeightLoader,
+    check_determined,
+    tensor_shapes,
+)
+from tensorweave.workers.models.shards import shard_model
+from tensorweave.workers.models.transformer import build_transformer
+from tensorweave.workers.store.disk import writing_into
+
+_COPIED: Final = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+_LEFT: Final = frozenset({"model.safetensors.index.json", "conversion.json"})
+
+
+def save_engine_dir(source: Path, out: Path, *, tensor_parallel_size: int, dtype: str) -> None:
+    """Make the engine directory `out` from the model directory `source`, rank after rank, in a rank's share of memory.
+
+    It appears whole or not at all. A source that is an engine directory itself is copied if it fits.
+
+    Args:
+        tensor_parallel_size: the one size with which it can be loaded.
+        dtype: the one type in which it can be loaded; 'auto' is what loading `source` on this machine would take.
+
+    Raises:
+        ValueError: `out` is there already and not empty, or `source` cannot be loaded so.
+    """
+    if tensor_parallel_size < 1:
+        raise ValueError(f"tensor_parallel_size is {tensor_parallel_size}, must be at least 1")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already; give a new or an empty directory")
+    manifest = EngineManifest.read(source)
+    with _published(out) as made:
+        if manifest is None:
+            _convert(source, made, tensor_parallel_size, dtype)
+        else:
+            check_fit(manifest, source, tensor_parallel_size, dtype)
+            _copy(manifest, source, made)
+
+
+def check_engine_dir(directory: Path, tensor_parallel_size: int, dtype: str, rank: int) -> EngineManifest | None:
+    """None: not an engine directory.
+
+    Raises:
+        ValueError: it does not fit what is asked, or what `rank` reads of it is damaged; the message names which.
+    """
+    manifest = EngineManifest.read(directory)
+    if manifest is not None:
+        check_fit(manifest, directory, tensor_parallel_size, dtype)
+        manifest.check_files(directory, manifest.names_for(rank))
+    return manifest
+
+
+def check_fit(manifest: EngineManifest, directory: Path, tensor_parallel_size: int, dtype: str) -> None:
+    """Raises ValueError where the directory was saved for something else than what is asked."""
+    if tensor_parallel_size != manifest.tensor_parallel_size:
+        raise ValueError(
+            f"engine directory {directory} was saved for tensor_parallel_size {manifest.tensor_parallel_size}, "
+            f"asked for {tensor_parallel_size}; save it again from the checkpoint"
+        )
+    if dtype not in ("auto", manifest.dtype):
+        raise ValueError(
+            f"engine directory {directory} was saved in {manifest.dtype}, asked for {dtype}; "
+            f"save it again from the checkpoint"
+        )
+
+
+@contextlib.contextmanager
+def open_weights(
+    path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, rank: int, num_threads: int = 1
+) -> Iterator[RankWeights]:
+    """The weights of `rank`: its own file of an engine directory, or its part of a checkpoint."""
+    shapes = tensor_shapes(config)
+    if EngineManifest.read(path) is not None:
+        with RankFile(rank_file(path, rank), shapes, dtype, device, num_threads) as file:
+            yield file
+            file.check_all_read()
+        return
+    refuse_adapters(path)
+    with SafetensorsDirectory(path) as source:
+        tied = (HEAD,) if config.has_tied_embeddings else ()
+        check_tensors(source, shapes, ignored=(*IGNORED_SUFFIXES, *tied))
+        check_determined(source, config)
+        yield WeightLoader(source, dtype, device)
+
+
+def _copy(manifest: EngineManifest, source: Path, made: Path) -> None:
+    for name in manifest.files:
+        shutil.copyfile(source / name, made / name)
+    manifest.write(made)
+    manifest.check_files(made, manifest.files)
+    for rank in range(manifest.tensor_parallel_size):
+        with RankFile(rank_file(made, rank), {}, torch.float32, torch.device("cpu")) as file:
+            file.check()
+
+
+def _convert(source: Path, made: Path, size: int, wanted: str) -> None:
+    config = load_model_config(source)
+    dtype = pick_dtype(wanted, config.checkpoint_dtype, pick_device("auto"))
+    for rank in range(size):
+        shard = shard_model(config, rank, size)
+        with open_weights(source, config, dtype, torch.device("cpu"), rank) as weights:
+            recorder = RankRecorder(weights)
+            build_transformer(config, shard, recorder, _Part(rank, size))
+            recorder.save(rank_file(made, rank))
+    for pattern in _COPIED:
+        for file in source.glob(pattern):
+            if file.is_file() and file.name not in _LEFT:
+                shutil.copyfile(file, made / file.name)
+    EngineManifest(
+        tensorweave_version=sys.modules["tensorweave"].__version__,
+        tensor_parallel_size=size,
+        dtype=str(dtype).removeprefix("torch."),
+        model_digest=model_digest(source),
+        files=record_files(made),
+    ).write(made)
+
+
+class _Part(SoloComm):
+    """A rank whose weights are read and never run."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
+@contextlib.contextmanager
+def _published(out: Path) -> Iterator[Path]:
+    """An empty directory beside `out` that takes its place at the end, or goes."""
+    out = out.absolute()
+    with writing_into(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out.name}."
+    with writing_into(out.parent), tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent) as scratch:
+        made = Path(scratch) / "made"
+        made.mkdir()
+        yield made
+        try:
+            os.replace(made, out)
+        except OSError as error:
+            raise ValueError(f"{out} cannot be written: {error.strerror}") from None

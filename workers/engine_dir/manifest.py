@@ -1,0 +1,155 @@
+"""`EngineManifest`: what an engine directory says of itself, and the digests that its files must have.
+
+Read and checked before anything else of the directory; every problem is a ValueError that names the file and what is
+wrong with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Final, Self
+
+from tensorweave.workers.engine_dir.digest import digest_file, digest_header
+from tensorweave.workers.engine_dir.model_digest import MANIFEST_NAME
+
+FORMAT_VERSION: Final = 1
+"""Raise it when rank files are laid out otherwise than before."""
+_DIGEST_BYTES: Final = 16
+_CHECKED_SUFFIXES: Final = (".json", ".safetensors")
+_DTYPES: Final = ("float32", "bfloat16", "float16")
+_KEYS: Final = frozenset(
+    {"format_version", "tensorweave_version", "tensor_parallel_size", "dtype", "model_digest", "files", "digest"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """`digest` is of the whole file; of a rank's file, of its header, which has the digests of its tensors."""
+
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineManifest:
+    """`model_digest` is the source checkpoint's, by which gangs that exchange KV know each other's weights."""
+
+    tensorweave_version: str
+    tensor_parallel_size: int
+    dtype: str
+    model_digest: str
+    files: Mapping[str, FileRecord]
+
+    def write(self, directory: Path) -> None:
+        fields = {"format_version": FORMAT_VERSION, **asdict(self)}
+        text = json.dumps({**fields, "digest": _digest_fields(fields)}, indent=2)
+        (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> Self | None:
+        """None: not an engine directory.
+
+        Raises:
+            ValueError: the manifest is not one that this version wrote and left untouched.
+        """
+        file = directory / MANIFEST_NAME
+        if not file.is_file():
+            if rank_file(directory, 0).is_file():
+                raise ValueError(f"{directory} has files of an engine directory, but no {MANIFEST_NAME}")
+            return None
+        try:
+            fields = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: it is not JSON ({error})") from None
+        return cls(**_checked(fields, str(file)))
+
+    def check_files(self, directory: Path, names: Collection[str]) -> None:
+        """All files must be there in their right size; those in `names` must have the right bytes.
+
+        Of rank files this is the header; `RankFile` checks each tensor when it reads it. Configurations and weights
+        that came later would be read, or left out, unchecked: they are refused.
+        """
+        listed = {*self.files, MANIFEST_NAME}
+        later = sorted(f.name for f in directory.iterdir() if f.suffix in _CHECKED_SUFFIXES and f.name not in listed)
+        if later:
+            raise ValueError(f"engine directory {directory}: {', '.join(later)} came after saving; save it again")
+        for name, record in self.files.items():
+            file = directory / name
+            if not file.is_file():
+                raise ValueError(f"engine directory {directory}: {name} is missing")
+            if (size := file.stat().st_size) != record.size:
+                raise ValueError(f"engine directory {directory}: {name} has {size} bytes, was saved with {record.size}")
+        for name in names:
+            if _digest(directory / name) != self.files[name].digest:
+                raise ValueError(
+                    f"engine directory {directory}: {name} is damaged, its bytes have changed since saving"
+                )
+
+    def names_for(self, rank: int) -> list[str]:
+        """The files that this rank reads: its weights, and what all share."""
+        others = {rank_name(other) for other in range(self.tensor_parallel_size) if other != rank}
+        return [name for name in self.files if name not in others]
+
+
+def rank_name(rank: int) -> str:
+    return f"rank{rank}.safetensors"
+
+
+def rank_file(directory: Path, rank: int) -> Path:
+    return directory / rank_name(rank)
+
+
+def record_files(directory: Path) -> dict[str, FileRecord]:
+    return {
+        file.name: FileRecord(file.stat().st_size, _digest(file))
+        for file in sorted(directory.iterdir())
+        if file.name != MANIFEST_NAME
+    }
+
+
+def _digest(file: Path) -> str:
+    return digest_header(file) if file.name.startswith("rank") else digest_file(file)
+
+
+def _digest_fields(fields: Mapping[str, Any]) -> str:
+    return blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def _checked(fields: Any, source: str) -> dict[str, Any]:
+    """Arguments of `EngineManifest`."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{source} is damaged: it holds a {type(fields).__name__}, must be an object")
+    version = fields.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{source} has format_version {version!r}; this version of tensorweave reads {FORMAT_VERSION}")
+    if unknown := sorted(set(fields) - _KEYS):
+        raise ValueError(f"{source} has unknown keys: {', '.join(unknown)}")
+    if absent := sorted(_KEYS - set(fields)):
+        raise ValueError(f"{source} lacks keys: {', '.join(absent)}")
+    body = {key: value for key, value in fields.items() if key != "digest"}
+    if fields["digest"] != _digest_fields(body):
+        raise ValueError(f"{source} is damaged: its fields have changed since saving")
+    size, dtype, files = body["tensor_parallel_size"], body["dtype"], body["files"]
+    if type(size) is not int or size < 1 or dtype not in _DTYPES or not isinstance(files, dict):
+        raise ValueError(f"{source} is damaged: tensor_parallel_size {size!r}, dtype {dtype!r}")
+    return {
+        **{key: value for key, value in body.items() if key not in ("format_version", "files")},
+        "files": {_plain(name, source): _record(name, record, source) for name, record in files.items()},
+    }
+
+
+def _plain(name: str, source: str) -> str:
+    if name != Path(name).name or name in ("", ".", ".."):
+        raise ValueError(f"{source} lists {name!r}, which is not a file of its directory")
+    return name
+
+
+def _record(name: str, record: Any, source: str) -> FileRecord:
+    match record:
+        case {"size": int(size), "digest": str(digest)} if len(record) == 2:
+            return FileRecord(size, digest)
+    raise ValueError(f"{source} says of {name} {record!r}, must be a size and a digest")

@@ -1,0 +1,178 @@
+"""The weights of one rank in an engine directory: `RankRecorder` notes what a model is built of, `RankFile` gives it
+back.
+
+A rank file is safetensors. Its names are those of the checkpoint, joined by '+' where one matrix is made of several;
+two dimensions are rows, four are a `PackedWeight`; float32 that came from bfloat16 is kept as that. Its metadata has
+every tensor's digest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tensorweave.kernels.packed_weight import PackedWeight, huge_pages, narrowed, pack_weight
+from tensorweave.workers.engine_dir.digest import LENGTH_BYTES, bytes_of, digest_tensor, read_bytes
+from tensorweave.workers.models.checkpoint import Shapes
+from tensorweave.workers.models.loader import HEAD, RankWeights
+
+Parts = Sequence[tuple[str, range]]
+_PACKED_DIMS: Final = 4
+_DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class RankRecorder:
+    """Passes on what `weights` gives, matrices packed where this machine would pack them, and notes it."""
+
+    def __init__(self, weights: RankWeights) -> None:
+        self._weights = weights
+        self._tensors: dict[str, Tensor] = {}
+
+    def vector(self, name: str) -> Tensor:
+        return self._note(name, self._weights.vector(name))
+
+    def rows(self, parts: Parts) -> Tensor:
+        return self._note(_joined(parts), self._weights.rows(parts))
+
+    def matrix_rows(self, parts: Parts) -> Tensor | PackedWeight:
+        return self._pack(_joined(parts), self._weights.matrix_rows(parts))
+
+    def matrix_columns(self, name: str, columns: range) -> Tensor | PackedWeight:
+        return self._pack(name, self._weights.matrix_columns(name, columns))
+
+    def tied_head(self, embedding_VD: Tensor) -> Tensor | PackedWeight:
+        """Kept beside the embedding: reading it takes less than packing it again."""
+        packed = pack_weight(embedding_VD)
+        if packed is None:
+            return embedding_VD
+        self._tensors[HEAD] = packed.values
+        return packed
+
+    def save(self, file: Path) -> None:
+        save_file(self._tensors, file, {name: digest_tensor(tensor) for name, tensor in self._tensors.items()})
+
+    def _pack(self, name: str, weight: Tensor | PackedWeight) -> Tensor | PackedWeight:
+        packed = weight if isinstance(weight, PackedWeight) else pack_weight(weight)
+        if packed is None:
+            assert isinstance(weight, Tensor)
+            return self._note(name, weight)
+        self._tensors[name] = packed.values
+        return packed
+
+    def _note(self, name: str, tensor: Tensor) -> Tensor:
+        narrow = narrowed(tensor)
+        self._tensors[name] = tensor if narrow is None else narrow
+        return tensor
+
+
+class RankFile:
+    """Reads tensors straight into their final place, and checks each on the way.
+
+    Raises:
+        ValueError: from every method: a tensor is damaged, absent, or not what this model needs.
+    """
+
+    def __init__(
+        self, path: Path, shapes: Shapes, dtype: torch.dtype, device: torch.device, num_threads: int = 1
+    ) -> None:
+        self._path = path
+        self._shapes = shapes
+        self._dtype = dtype
+        self._device = device
+        self._file = FileIO(path)
+        self._pool = ThreadPoolExecutor(num_threads, "engine-dir") if num_threads > 1 else None
+        length = self._file.read(LENGTH_BYTES)
+        header = self._file.read(int.from_bytes(length, "little"))
+        self._first = len(length) + len(header)
+        self._places: dict[str, dict[str, Any]] = json.loads(header)
+        self._digests: dict[str, str] = self._places.pop("__metadata__")
+        self._unread = set(self._places)
+
+    def check(self) -> None:
+        """Reads every tensor and keeps none."""
+        for name in self._places:
+            self._read(name)
+
+    def check_all_read(self) -> None:
+        """Once a model is built of it: nothing that was saved may be left out."""
+        if self._unread:
+            raise ValueError(
+                f"{self._path} has tensors that this model does not use: {', '.join(sorted(self._unread))}"
+            )
+
+    def vector(self, name: str) -> Tensor:
+        return self._rows(name, self._shapes[name])
+
+    def rows(self, parts: Parts) -> Tensor:
+        return self._rows(_joined(parts), self._shape(parts))
+
+    def matrix_rows(self, parts: Parts) -> Tensor | PackedWeight:
+        return self._matrix(_joined(parts), self._shape(parts))
+
+    def matrix_columns(self, name: str, columns: range) -> Tensor | PackedWeight:
+        return self._matrix(name, (self._shapes[name][0], len(columns)))
+
+    def tied_head(self, embedding_VD: Tensor) -> Tensor | PackedWeight:
+        head = self._matrix(HEAD, tuple(embedding_VD.shape)) if HEAD in self._places else embedding_VD
+        return head if isinstance(head, PackedWeight) else embedding_VD
+
+    def _shape(self, parts: Parts) -> tuple[int, ...]:
+        return (sum(len(rows) for _, rows in parts), *self._shapes[parts[0][0]][1:])
+
+    def _rows(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        self._check_shape(name, self._place(name)["shape"], shape)
+        return self._read(name).to(self._device, self._dtype)
+
+    def _matrix(self, name: str, shape: tuple[int, ...]) -> Tensor | PackedWeight:
+        stored = self._place(name)["shape"]
+        if len(stored) != _PACKED_DIMS:
+            return self._rows(name, shape)
+        num_outputs, num_inputs = shape
+        panels, steps, panel, step = stored
+        self._check_shape(name, (panels, steps * step), (-(-num_outputs // panel), num_inputs))
+        packed = PackedWeight(self._read(name), num_outputs, self._dtype)
+        if self._device.type == "cpu" and packed.suits():
+            return packed
+        return PackedWeight(packed.values.to(self._device), num_outputs, self._dtype).rows().to(self._dtype)
+
+    def _read(self, name: str) -> Tensor:
+        place = self._place(name)
+        shape, start = place["shape"], place["data_offsets"][0]
+        make = huge_pages if len(shape) == _PACKED_DIMS else torch.empty
+        tensor = make(tuple(shape), dtype=_DTYPES[place["dtype"]])
+        if read_bytes(self._file.fileno(), self._first + start, bytes_of(tensor), self._pool) != self._digests[name]:
+            raise ValueError(f"{self._path} is damaged, the bytes of {name} have changed since saving")
+        self._unread.discard(name)
+        return tensor
+
+    def _place(self, name: str) -> dict[str, Any]:
+        if name not in self._places:
+            raise ValueError(f"{self._path} lacks {name}")
+        return self._places[name]
+
+    def _check_shape(self, name: str, shape: Sequence[int], expected: Sequence[int]) -> None:
+        if tuple(shape) != tuple(expected):
+            raise ValueError(f"{self._path}: {name} is {list(shape)}, this model needs {list(expected)}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._file.close()
+
+
+def _joined(parts: Parts) -> str:
+    return "+".join(name for name, _ in parts)

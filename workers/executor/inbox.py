@@ -1,0 +1,185 @@
+"""What reaches the step loop from outside: arrivals, cancels, deadlines, transfers, handed over once a step.
+
+`Inbox` belongs to rank 0: any thread may put, only the step loop gathers. `FollowerInbox` is the other ranks' Null
+object: their news comes through the agreement. `News` is what all ranks agree on, packed with msgpack.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import msgpack
+
+from tensorweave.cluster.errors import NotReady, Overloaded
+from tensorweave.cluster.protocol import GenerateRequest
+from tensorweave.workers.step.kv_exchange import Landed
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """One step's agreement. `token_check` is rank 0's checksum of all tokens sampled so far: a rank that differs has
+    diverged."""
+
+    now_s: float
+    token_check: int
+    arrivals: Sequence[GenerateRequest] = ()
+    cancelled: Sequence[str] = ()
+    expired: Sequence[str] = ()
+    landed: Sequence[Landed] = ()
+    released: Sequence[str] = ()
+    is_shutdown: bool = False
+
+    def pack(self) -> bytes:
+        arrivals = [request.to_wire() for request in self.arrivals]
+        landed = [item.to_wire() for item in self.landed]
+        ends = [self.cancelled, self.expired, landed, self.released, self.is_shutdown]
+        fields = [self.now_s, self.token_check, arrivals, *ends]
+        packed: bytes = msgpack.packb(fields)
+        return packed
+
+    @classmethod
+    def unpack(cls, data: bytes) -> News:
+        now_s, token_check, arrivals, cancelled, expired, landed, released, is_shutdown = msgpack.unpackb(data)
+        requests = [GenerateRequest.from_wire(fields) for fields in arrivals]
+        landings = [Landed.from_wire(fields) for fields in landed]
+        return cls(now_s, token_check, requests, cancelled, expired, landings, released, is_shutdown)
+
+
+class Inbox:
+    """Rank 0's inbox. At most `max_requests` are inside the executor at once, waiting or running; one more is
+    `Overloaded`."""
+
+    def __init__(self, max_requests: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._changed = threading.Condition()
+        self._clock = clock
+        self._max_requests = max_requests
+        self._inside: set[str] = set()
+        self._arrivals: list[GenerateRequest] = []
+        self._cancelled: list[str] = []
+        self._landed: list[Landed] = []
+        self._released: list[str] = []
+        self._deadlines: list[tuple[float, str]] = []
+        self._deadline_of: dict[str, float] = {}
+        """Of those inside: an id may come again before the deadline of the request that had it first."""
+        self._is_shutdown = False
+        self._closed_by: Exception | None = None
+
+    @property
+    def num_inside(self) -> int:
+        return len(self._inside)
+
+    @property
+    def has_room(self) -> bool:
+        return len(self._inside) < self._max_requests and not self._is_shutdown and self._closed_by is None
+
+    def put(self, request: GenerateRequest) -> None:
+        """Raises Overloaded when full, NotReady when shutting down, ValueError for an id that is inside already."""
+        with self._changed:
+            if self._closed_by is not None:
+                raise self._closed_by
+            if self._is_shutdown:
+                raise NotReady("the executor is shutting down")
+            if request.request_id in self._inside:
+                raise ValueError(f"request id {request.request_id!r} is in use")
+            if len(self._inside) >= self._max_requests:
+                raise Overloaded(f"{self._max_requests} requests are waiting or running", retry_after_s=1.0)
+            self._inside.add(request.request_id)
+            self._arrivals.append(request)
+            if request.deadline_s is not None:
+                deadline_s = self._deadline_of[request.request_id] = self._clock() + request.deadline_s
+                heapq.heappush(self._deadlines, (deadline_s, request.request_id))
+            self._changed.notify()
+
+    def cancel(self, request_id: str) -> bool:
+        """False where there is no such request: it has ended, or never was."""
+        with self._changed:
+            if request_id not in self._inside:
+                return False
+            self._cancelled.append(request_id)
+            self._changed.notify()
+            return True
+
+    def put_landed(self, landed: Landed) -> None:
+        with self._changed:
+            self._landed.append(landed)
+            self._changed.notify()
+
+    def put_released(self, request_id: str) -> None:
+        with self._changed:
+            self._released.append(request_id)
+            self._changed.notify()
+
+    def forget(self, request_id: str) -> None:
+        """The step loop has ended this request."""
+        with self._changed:
+            self._inside.discard(request_id)
+            self._deadline_of.pop(request_id, None)
+
+    def shut_down(self) -> None:
+        with self._changed:
+            self._is_shutdown = True
+            self._changed.notify()
+
+    def close(self, error: Exception) -> list[str]:
+        """The step loop failed: refuse all that comes. Returns the ids of the requests inside."""
+        with self._changed:
+            self._closed_by = error
+            orphans = sorted(self._inside)
+            self._inside.clear()
+            self._deadline_of.clear()
+            return orphans
+
+    def gather(self, token_check: int, idle_wait_s: float) -> News:
+        """Everything new; with `idle_wait_s` above 0, waits that long for something to come."""
+        with self._changed:
+            if idle_wait_s > 0 and not self._has_news():
+                self._changed.wait(self._until_deadline(idle_wait_s))
+            now_s = self._clock()
+            arrivals, self._arrivals = self._arrivals, []
+            cancelled, self._cancelled = self._cancelled, []
+            landed, self._landed = self._landed, []
+            released, self._released = self._released, []
+            expired = list(self._pop_expired(now_s))
+        return News(now_s, token_check, arrivals, cancelled, expired, landed, released, self._is_shutdown)
+
+    def _has_news(self) -> bool:
+        return bool(self._arrivals or self._cancelled or self._landed or self._released or self._is_shutdown)
+
+    def _until_deadline(self, limit_s: float) -> float:
+        if not self._deadlines:
+            return limit_s
+        return min(limit_s, max(0.0, self._deadlines[0][0] - self._clock()))
+
+    def _pop_expired(self, now_s: float) -> Iterator[str]:
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            deadline_s, request_id = heapq.heappop(self._deadlines)
+            if self._deadline_of.get(request_id) == deadline_s:
+                yield request_id
+
+
+class FollowerInbox:
+    """Ranks other than 0 gather nothing: they are told."""
+
+    num_inside = 0
+
+    def gather(self, token_check: int, idle_wait_s: float) -> None:
+        return None
+
+    def put_landed(self, landed: Landed) -> None:
+        return None
+
+    def put_released(self, request_id: str) -> None:
+        return None
+
+    def forget(self, request_id: str) -> None:
+        return None
+
+    def close(self, error: Exception) -> list[str]:
+        return []
+
+    def shut_down(self) -> None:
+        return None

@@ -1,0 +1,189 @@
+"""Statistics of the step loop: a bounded history of steps, and running totals for metrics.
+
+Recorded by the executor each step as numbers only; the dicts of `get_stats` are made when somebody asks. Keys are those
+of TensorRT-LLM's iteration statistics; memory is in MB.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.step.request import LlmRequest
+from tensorweave.workers.step.resources import KVCache
+
+_MB = 1 << 20
+
+
+class StepTimer:
+    """Wall-clock marks of one step, in seconds: the schedule's end, the forward's begin and end."""
+
+    __slots__ = ("began_s", "forward_began_s", "forward_s")
+
+    def __init__(self) -> None:
+        self.began_s = self.forward_began_s = time.perf_counter()
+        self.forward_s = 0.0
+
+    def begin_forward(self) -> None:
+        self.forward_began_s = time.perf_counter()
+
+    def end_forward(self) -> None:
+        self.forward_s = time.perf_counter() - self.forward_began_s
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    timestamp_s: float
+    iteration: int
+    step_s: float
+    forward_s: float
+    num_context: int
+    num_generation: int
+    num_context_tokens: int
+    num_paused: int
+    num_new: int
+    new_waited_s: float
+    num_active: int
+    num_inside: int
+    num_completed: int
+    free_blocks: int
+    used_blocks: int
+
+
+class IterationStats:
+    """At most `max_records` steps are kept for `take`; totals never forget."""
+
+    def __init__(self, max_records: int, limits: Mapping[str, int]) -> None:
+        """`limits`: fields that are the same in every row."""
+        self._limits = limits
+        self._records: collections.deque[StepRecord] = collections.deque(maxlen=max_records)
+        self._lock = threading.Lock()
+        self._iteration = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_preemptions = 0
+        self._step_s = 0.0
+        self._forward_s = 0.0
+        self._kv: KVCache | None = None
+
+    def add(
+        self,
+        timer: StepTimer,
+        batch: ScheduledBatch,
+        active: Sequence[LlmRequest],
+        kv: KVCache,
+        num_inside: int,
+        num_completed: int,
+    ) -> None:
+        """Steps that compute nothing are not recorded."""
+        if batch.is_empty:
+            return
+        self._kv = kv
+        self._iteration += 1
+        num_context_tokens = sum(chunk.length for chunk in batch.context)
+        new = [chunk.request for chunk in batch.context if _is_first(chunk)]
+        step_s = time.perf_counter() - timer.began_s
+        self._num_prompt_tokens += num_context_tokens
+        self._num_generated_tokens += len(batch.sampled)
+        self._num_preemptions += len(batch.paused)
+        self._step_s += step_s
+        self._forward_s += timer.forward_s
+        record = StepRecord(
+            timestamp_s=time.time(),
+            iteration=self._iteration,
+            step_s=step_s,
+            forward_s=timer.forward_s,
+            num_context=len(batch.context),
+            num_generation=len(batch.generation),
+            num_context_tokens=num_context_tokens,
+            num_paused=len(batch.paused),
+            num_new=len(new),
+            new_waited_s=sum(kv.now_s - request.arrival_s for request in new),
+            num_active=len(active),
+            num_inside=num_inside,
+            num_completed=num_completed,
+            free_blocks=kv.available,
+            used_blocks=kv.num_blocks - kv.available,
+        )
+        with self._lock:
+            self._records.append(record)
+
+    def take(self) -> list[dict[str, Any]]:
+        with self._lock:
+            records = list(self._records)
+            self._records.clear()
+        if not records or self._kv is None:
+            return []
+        shared = {**self._limits, **_memory_mb()}
+        kv_stats = self._kv.stats()
+        return [_as_dict(record, shared, kv_stats) for record in records]
+
+    def totals(self) -> dict[str, float]:
+        return {
+            "iterations_total": self._iteration,
+            "step_seconds_total": self._step_s,
+            "forward_seconds_total": self._forward_s,
+            "computed_prompt_tokens_total": self._num_prompt_tokens,
+            "generation_tokens_total": self._num_generated_tokens,
+            "num_preemptions_total": self._num_preemptions,
+        }
+
+
+def step_limits(max_requests: int, max_batch_size: int, max_num_tokens: int) -> dict[str, int]:
+    """As the rows tell them. Nothing tunes them while it runs."""
+    return {
+        "maxNumActiveRequests": max_requests,
+        "maxBatchSizeStatic": max_batch_size,
+        "maxBatchSizeTunerRecommended": 0,
+        "maxBatchSizeRuntime": max_batch_size,
+        "maxNumTokensStatic": max_num_tokens,
+        "maxNumTokensTunerRecommended": 0,
+        "maxNumTokensRuntime": max_num_tokens,
+    }
+
+
+def _is_first(chunk: ContextChunk) -> bool:
+    """Its request runs for the first time."""
+    return chunk.start == chunk.request.num_cached_tokens and not chunk.request.num_preemptions
+
+
+def _memory_mb() -> dict[str, float]:
+    gpu_bytes = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    rss_bytes = psutil.Process().memory_info().rss
+    return {"gpuMemUsage": gpu_bytes / _MB, "cpuMemUsage": rss_bytes / _MB, "pinnedMemUsage": 0.0}
+
+
+def _as_dict(record: StepRecord, shared: Mapping[str, float], kv_stats: dict[str, float]) -> dict[str, Any]:
+    num_scheduled = record.num_context + record.num_generation
+    return {
+        "timestamp": time.strftime("%m-%d-%Y %H:%M:%S", time.localtime(record.timestamp_s)),
+        "iter": record.iteration,
+        "iterLatencyMS": record.step_s * 1e3,
+        "forwardLatencyMS": record.forward_s * 1e3,
+        "newActiveRequestsQueueLatencyMS": record.new_waited_s * 1e3,
+        "numNewActiveRequests": record.num_new,
+        "numActiveRequests": record.num_active,
+        "numQueuedRequests": max(0, record.num_inside + record.num_completed - num_scheduled),
+        "numCompletedRequests": record.num_completed,
+        **shared,
+        "kvCacheStats": {**kv_stats, "freeNumBlocks": record.free_blocks, "usedNumBlocks": record.used_blocks},
+        "inflightBatchingStats": {
+            "numScheduledRequests": num_scheduled,
+            "numContextRequests": record.num_context,
+            "numGenRequests": record.num_generation,
+            "numPausedRequests": record.num_paused,
+            "numCtxTokens": record.num_context_tokens,
+            "microBatchId": 0,
+            "avgNumDecodedTokensPerIter": 1.0 if record.num_generation else 0.0,
+        },
+        "staticBatchingStats": None,
+        "specDecodingStats": None,
+    }

@@ -1,0 +1,251 @@
+"""Which requests run in a step: `CapacityScheduler` (do their KV blocks fit?), then `MicroBatchScheduler` (token and
+batch budgets).
+
+Called by the executor once a step on every rank with the same requests; returns a frozen plan and changes nothing. A
+pure function of the requests and the KV cache: no clocks, no order of a set. docs/scheduler.md shows how to put a
+scheduler of your own in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from tensorweave.cluster.context_length import context_exceeded, prompt_limit_exceeded
+from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.step.request import LlmRequest, RequestState
+from tensorweave.workers.step.resources import BlockBudget, KVCache
+
+CapacityPolicy = Literal["GUARANTEED_NO_EVICT", "MAX_UTILIZATION", "STATIC_BATCH"]
+ChunkingPolicy = Literal["FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS"]
+
+# A request and the token at which its next chunk begins.
+PendingContext = tuple[LlmRequest, int]
+
+
+class RequestScheduler(Protocol):
+    def schedule_request(self, active: Sequence[LlmRequest]) -> ScheduledBatch:
+        """What the next step computes. `active` are all unfinished requests, the most urgent first."""
+
+    def check(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        """Refuse what could never run. Called from other threads than the step loop's.
+
+        Raises:
+            RequestRejected: `param` names the field; of what is too long, ContextTooLong.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class CapacityPlan:
+    """`fitting` may run, in the order of `active`; `starts` says where the contexts of new ones begin, by `order`."""
+
+    fitting: tuple[LlmRequest, ...]
+    starts: Mapping[int, int] = field(default_factory=dict)
+    paused: tuple[LlmRequest, ...] = ()
+
+
+class CapacityScheduler:
+    """Lets requests in while their KV blocks fit; in order, and nobody passes one that must wait.
+
+    - GUARANTEED_NO_EVICT reserves blocks to each request's last token; what is in stays in.
+    - MAX_UTILIZATION counts what the next step needs (of a context all of it, and a block to go on); where that does
+      not fit, the last started requests pause.
+    - STATIC_BATCH is GUARANTEED_NO_EVICT, but lets requests in only when none runs.
+    """
+
+    def __init__(self, kv_cache: KVCache, policy: CapacityPolicy, max_requests: int) -> None:
+        self._kv_cache = kv_cache
+        self._policy = policy
+        self._max_requests = max_requests
+
+    def schedule_request(self, active: Sequence[LlmRequest]) -> CapacityPlan:
+        started = [request for request in active if request.state is not RequestState.WAITING]
+        if self._policy == "MAX_UTILIZATION":
+            return self._fill(active, started)
+        has_room = len(started) < min(len(active), self._max_requests)
+        if not has_room or (started and self._policy == "STATIC_BATCH"):
+            return CapacityPlan(tuple(started))
+        budget = self._kv_cache.budget()
+        for request in started:
+            budget.reserve(budget.missing(request, request.max_len - 1))
+        return self._admit(active, started, budget, headroom=None)
+
+    def _fill(self, active: Sequence[LlmRequest], started: list[LlmRequest]) -> CapacityPlan:
+        budget = self._kv_cache.budget()
+        num_kept, end = 0, len(started)
+        while num_kept < end:
+            request = started[num_kept]
+            is_decoding = request.state is RequestState.GENERATION
+            num_missing = budget.missing(request, len(request.tokens) if is_decoding else request.context_len)
+            while num_missing > budget.num_left and end > num_kept:
+                end -= 1
+                budget.release(started[end])
+            if end > num_kept:
+                budget.reserve(num_missing)
+                num_kept += 1
+        if end < len(started):
+            return CapacityPlan(tuple(started[:end]), paused=tuple(started[end:]))
+        if len(started) == len(active):
+            return CapacityPlan(tuple(started))
+        return self._admit(active, started, budget, headroom=self._kv_cache.tokens_per_block)
+
+    def _admit(
+        self, active: Sequence[LlmRequest], started: list[LlmRequest], budget: BlockBudget, headroom: int | None
+    ) -> CapacityPlan:
+        """Let waiting requests in, up to the first that does not fit: context and `headroom` tokens, or all of it."""
+        starts: dict[int, int] = {}
+        num_left = self._max_requests - len(started)
+        for request in active if num_left > 0 else ():
+            if request.state is not RequestState.WAITING:
+                continue
+            num_tokens = request.max_len - 1
+            if headroom is not None:
+                num_tokens = min(num_tokens, request.context_len + headroom)
+            quote = budget.quote(request, num_tokens)
+            if quote.num_blocks > budget.num_left:
+                break
+            budget.take(quote)
+            starts[request.order] = quote.start
+            if len(starts) == num_left:
+                break
+        if not starts:
+            return CapacityPlan(tuple(started))
+        waiting = RequestState.WAITING
+        return CapacityPlan(tuple(r for r in active if r.order in starts or r.state is not waiting), starts)
+
+
+class MicroBatchScheduler:
+    """Shares a step's budgets: one token for each generation request first, then context chunks, in order.
+
+    A chunk that does not end its context ends on a block boundary, unless not even one block fits in a step's budget.
+    Without chunking a context waits until it fits whole; only one that is longer than any step (after a pause) is
+    split.
+    """
+
+    def __init__(
+        self,
+        max_batch_size: int,
+        max_num_tokens: int,
+        tokens_per_block: int,
+        enable_chunked_prefill: bool = True,
+        chunking_policy: ChunkingPolicy = "FIRST_COME_FIRST_SERVED",
+    ) -> None:
+        self._max_batch_size = max_batch_size
+        self._max_num_tokens = max_num_tokens
+        self._unit = tokens_per_block
+        self._is_chunked = enable_chunked_prefill
+        self._is_equal = chunking_policy == "EQUAL_PROGRESS"
+
+    def schedule(
+        self, fitting: Sequence[LlmRequest], starts: Mapping[int, int]
+    ) -> tuple[tuple[ContextChunk, ...], tuple[LlmRequest, ...]]:
+        decoding = RequestState.GENERATION
+        generation = [request for request in fitting if request.state is decoding]
+        del generation[min(self._max_batch_size, self._max_num_tokens) :]
+        num_left = self._max_batch_size - len(generation)
+        pending = [(r, starts.get(r.order, r.num_computed)) for r in fitting if r.state is not decoding][:num_left]
+        if not pending:
+            return (), tuple(generation)
+        return tuple(self._chunks(pending, self._max_num_tokens - len(generation))), tuple(generation)
+
+    def _chunks(self, pending: Sequence[PendingContext], num_tokens: int) -> list[ContextChunk]:
+        if not self._is_chunked:
+            return self._whole(pending, num_tokens)
+        if self._is_equal and sum(request.context_len - start for request, start in pending) > num_tokens:
+            return self._equal(pending, num_tokens) or self._first_come(pending, num_tokens)
+        return self._first_come(pending, num_tokens)
+
+    def _whole(self, pending: Sequence[PendingContext], num_tokens: int) -> list[ContextChunk]:
+        chunks: list[ContextChunk] = []
+        for request, start in pending:
+            length = request.context_len - start
+            if length > self._max_num_tokens:
+                return chunks or self._first_come([(request, start)], num_tokens)
+            if length > num_tokens:
+                break
+            chunks.append(ContextChunk(request, start, length))
+            num_tokens -= length
+        return chunks
+
+    def _first_come(self, pending: Sequence[PendingContext], num_tokens: int) -> list[ContextChunk]:
+        chunks: list[ContextChunk] = []
+        for request, start in pending:
+            length = request.context_len - start
+            if length > num_tokens:
+                length = (start + num_tokens) // self._unit * self._unit - start
+                if length <= 0 and not chunks:
+                    length = num_tokens
+                if length > 0:
+                    chunks.append(ContextChunk(request, start, length))
+                break
+            chunks.append(ContextChunk(request, start, length))
+            num_tokens -= length
+        return chunks
+
+    def _equal(self, pending: Sequence[PendingContext], num_tokens: int) -> list[ContextChunk]:
+        """Round after round, each context moves on to its next block boundary, or to its end, while that fits."""
+        ends = [start for _, start in pending]
+        has_moved = True
+        while has_moved and num_tokens:
+            has_moved = False
+            for i, (request, _) in enumerate(pending):
+                step = min(ends[i] - ends[i] % self._unit + self._unit, request.context_len) - ends[i]
+                if 0 < step <= num_tokens:
+                    ends[i] += step
+                    num_tokens -= step
+                    has_moved = True
+        return [
+            ContextChunk(r, start, end - start) for (r, start), end in zip(pending, ends, strict=True) if end > start
+        ]
+
+
+class SimpleScheduler:
+    """Capacity, then micro-batch. At most `max_batch_size` requests hold blocks, so that each can run in every step."""
+
+    def __init__(
+        self,
+        kv_cache: KVCache,
+        *,
+        policy: CapacityPolicy = "GUARANTEED_NO_EVICT",
+        max_batch_size: int = 256,
+        max_num_tokens: int = 2048,
+        enable_chunked_prefill: bool = True,
+        chunking_policy: ChunkingPolicy = "FIRST_COME_FIRST_SERVED",
+    ) -> None:
+        if max_batch_size < 1 or max_num_tokens < 1:
+            raise ValueError(f"max_batch_size {max_batch_size} and max_num_tokens {max_num_tokens} must be at least 1")
+        self.capacity = CapacityScheduler(kv_cache, policy, min(max_batch_size, max_num_tokens))
+        self.micro_batch = MicroBatchScheduler(
+            max_batch_size, max_num_tokens, kv_cache.tokens_per_block, enable_chunked_prefill, chunking_policy
+        )
+        self._tokens_per_block = kv_cache.tokens_per_block
+        self.max_request_tokens = kv_cache.max_request_tokens
+        self.max_prompt_tokens = self.max_request_tokens - 1 if enable_chunked_prefill else max_num_tokens
+
+    def schedule_request(self, active: Sequence[LlmRequest]) -> ScheduledBatch:
+        plan = self.capacity.schedule_request(active)
+        fetching = tuple(fetch for request in plan.fitting if (fetch := self._fetch_of(request, plan.starts)))
+        away = {chunk.request.order for chunk in fetching}
+        here = [r for r in plan.fitting if r.state is not RequestState.FETCHING and r.order not in away]
+        context, generation = self.micro_batch.schedule(here, plan.starts)
+        return ScheduledBatch(context, generation, plan.paused, fetching)
+
+    def _fetch_of(self, request: LlmRequest, starts: Mapping[int, int]) -> ContextChunk | None:
+        """What a new request with a ticket lacks, in whole blocks; None where all but the last token is here, or where
+        the prompt must be computed here to be told of."""
+        if request.fetch is None or request.sampling.needs_prompt_rows:
+            return None
+        if request.state is not RequestState.WAITING or request.order not in starts:
+            return None
+        if starts[request.order] >= request.context_len - 1:
+            return None
+        start = starts[request.order] // self._tokens_per_block * self._tokens_per_block
+        return ContextChunk(request, start, request.context_len - start)
+
+    def check(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        """Refuse what needs more KV than there is, or has a prompt over the token budget that must not be split."""
+        if num_prompt_tokens + max_tokens > self.max_request_tokens:
+            raise context_exceeded(self.max_request_tokens, num_prompt_tokens, max_tokens)
+        if num_prompt_tokens > self.max_prompt_tokens:
+            raise prompt_limit_exceeded(self.max_prompt_tokens, num_prompt_tokens)

@@ -1,0 +1,216 @@
+"""The leader's socket: front ends connect to rank 0 of a gang, hand in requests and get one frame of tokens a step.
+
+An asyncio loop on a thread of its own serves the sockets; a pump thread blocks on the executor's answers and wakes it.
+What the frames mean is `workers.leader_desk`'s.
+
+    executor ──await_responses──▶ pump thread ──call_soon_threadsafe──▶ loop thread ──one "step" frame a client──▶
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from tensorweave.cluster import wire
+from tensorweave.cluster.errors import TensorweaveError, WireError, WorkerLost
+from tensorweave.cluster.limited_log import LimitedLog
+from tensorweave.cluster.protocol import PROTOCOL_VERSION
+from tensorweave.workers.leader.desk import MAX_UNSENT_BYTES, Client, LeaderDesk, ServedExecutor
+
+logger = logging.getLogger(__name__)
+
+_PUMP_WAIT_S: Final = 0.25
+_START_TIMEOUT_S: Final = 10.0
+_MAX_STRANGERS: Final = 256
+
+
+class LeaderServer:
+    """Serves an executor on `host`; `start` returns the port. For `max_kv_events` see `LeaderDesk`."""
+
+    def __init__(
+        self,
+        executor: ServedExecutor,
+        host: str,
+        secret: str,
+        *,
+        max_unsent_bytes: int = MAX_UNSENT_BYTES,
+        max_kv_events: int = 0,
+    ) -> None:
+        self._executor = executor
+        self._host = host
+        self._secret = secret
+        self._max_unsent_bytes = max_unsent_bytes
+        self._desk = LeaderDesk(executor, max_kv_events)
+        self._strangers: dict[Client, None] = {}
+        self._log = LimitedLog(logger, logging.WARNING)
+        self._stopping = threading.Event()
+        self._is_up = threading.Event()
+        self._start_error: OSError | None = None
+        self._port = 0
+        self._loop: asyncio.AbstractEventLoop
+        self._end: asyncio.Event
+        self._loop_thread = threading.Thread(target=self._run_loop, name="leader-loop", daemon=True)
+        self._pump_thread = threading.Thread(target=self._pump, name="leader-pump", daemon=True)
+
+    # ---- called from any thread
+
+    def start(self) -> int:
+        """Listen; returns the port. Raises OSError when the address cannot be bound."""
+        self._loop_thread.start()
+        if not self._is_up.wait(_START_TIMEOUT_S):
+            raise TimeoutError(f"the leader's loop did not start within {_START_TIMEOUT_S} s")
+        if self._start_error is not None:
+            raise self._start_error
+        self._pump_thread.start()
+        return self._port
+
+    @property
+    def num_open(self) -> int:
+        return len(self._desk.streams)
+
+    @property
+    def num_kept(self) -> int:
+        """Answers that are over and may be asked for again."""
+        return self._desk.streams.num_kept
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for the open ones; True when none is left."""
+        self._desk.is_draining = True
+        return self._desk.is_idle.wait(timeout_s)
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Open requests get `WorkerLost`, connections close, both threads end."""
+        self._stopping.set()
+        if self._loop_thread.ident is None:
+            return
+        self._call(lambda: self._fail(WorkerLost("the gang is shutting down")))
+        self._loop_thread.join(timeout_s)
+        if self._pump_thread.ident is not None:
+            self._pump_thread.join(timeout_s)
+
+    def _call(self, function: Callable[[], None]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function)
+        except RuntimeError:
+            assert self._loop.is_closed()
+
+    # ---- the pump thread
+
+    def _pump(self) -> None:
+        executor = self._executor
+        while not self._stopping.is_set():
+            chunks = executor.await_responses(timeout_s=_PUMP_WAIT_S)
+            events = executor.get_latest_kv_cache_events()
+            if chunks or events:
+                self._call(functools.partial(self._desk.pass_on, chunks, events))
+            if executor.failure is not None or not (chunks or executor.is_alive):
+                self._call(self._fail_as_executor)
+                return
+
+    # ---- the loop thread
+
+    def _run_loop(self) -> None:
+        with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+            self._loop = runner.get_loop()
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        self._end = asyncio.Event()
+        try:
+            server = await asyncio.start_server(self._serve_client, self._host, 0)
+        except OSError as error:
+            self._start_error = error
+            self._is_up.set()
+            return
+        self._port = server.sockets[0].getsockname()[1]
+        pings = asyncio.create_task(self._ping())
+        self._is_up.set()
+        await self._end.wait()
+        pings.cancel()
+        self._desk.streams.close()
+        server.close()
+        await self._close_clients()
+
+    async def _close_clients(self) -> None:
+        """Let the last frames out, for a second at most."""
+        for client in self._desk.clients:
+            client.writer.close()
+        waits = [asyncio.create_task(_wait_closed(client.writer)) for client in self._desk.clients]
+        if waits:
+            await asyncio.wait(waits, timeout=1.0)
+
+    async def _ping(self) -> None:
+        """A silent leader is a hung one, so an idle one speaks."""
+        while True:
+            await asyncio.sleep(wire.PING_INTERVAL_S)
+            self._desk.ping()
+
+    async def _serve_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        wire.tune_socket(writer)
+        frames = wire.FrameReader(reader, wire.MAX_HELLO_BYTES)
+        client = Client(writer, self._max_unsent_bytes)
+        try:
+            if not await self._greet(client, frames):
+                return
+            self._desk.clients.add(client)
+            async for frame in frames:
+                self._desk.receive(client, frame)
+        except WireError as error:
+            self._log.tell(f"closing a client's connection: {error.message}")
+            client.send("error", error.to_wire())
+        except Exception:  # the request boundary: one client's nonsense must not reach another
+            logger.exception("closing a client's connection")
+        finally:
+            self._desk.lose(client)
+            writer.close()
+
+    async def _greet(self, client: Client, frames: wire.FrameReader) -> bool:
+        """Those who have not said hello yet are few, and the oldest of them make room."""
+        self._strangers[client] = None
+        if len(self._strangers) > _MAX_STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            wire.abort(oldest.writer)
+        try:
+            async with asyncio.timeout(wire.HELLO_TIMEOUT_S):
+                first = await anext(frames, None)
+        except TimeoutError:
+            raise WireError("no hello in time") from None
+        finally:
+            self._strangers.pop(client, None)
+        if first is None:
+            return False
+        wire.check_hello(first, self._secret)
+        frames.decoder.max_frame_bytes = wire.MAX_FRAME_BYTES
+        client.send("hello", PROTOCOL_VERSION, self._executor.info.to_wire())
+        return True
+
+    def _fail_as_executor(self) -> None:
+        self._fail(self._executor.failure or WorkerLost("the gang is shutting down"))
+
+    def _fail(self, error: TensorweaveError) -> None:
+        """Everyone hears why, then the connections close."""
+        if not self._end.is_set():
+            self._desk.fail(error)
+            self._end.set()
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop where it is installed: about a third of the time per wake-up."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+async def _wait_closed(writer: asyncio.StreamWriter) -> None:
+    try:
+        await writer.wait_closed()
+    except OSError as error:
+        logger.debug("a connection broke while closing: %s", error)

@@ -1,0 +1,194 @@
+"""From logits to tokens: greedy, or sampled with temperature, min-p, top-k and top-p, after what edits the logits.
+
+Order: users' processors, biases, bans, penalties, temperature, min-p, top-k, top-p. Randomness is counter-based: the
+random number of a token is a hash of the request's seed and the token's position in its sequence, so the same request
+gives the same tokens on any gang, in any batch, and after a recovery. Sampling inverts the cumulative distribution in
+vocabulary order, so rounding differences of the logits move a token only where the number falls on a boundary.
+
+A row of the model's that is not finite gives no token: choosing finds NaN and infinity on its way, without a pass of
+its own over the logits; only where some are edited, all are looked at before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import torch
+
+from tensorweave.cluster.errors import LogitsNotFinite, RequestRejected, TensorweaveError
+from tensorweave.kernels.argmax import NO_PLACE, argmax
+from tensorweave.workers.sampling.logit_edits import edit_logits, follow
+from tensorweave.workers.sampling.logits_processors import LogitsProcessors
+from tensorweave.workers.sampling.logprobs import CopiedRows
+from tensorweave.workers.step.plan import ScheduledBatch
+from tensorweave.workers.step.request import LlmRequest, TokenExtras
+
+# R rows of logits, V vocabulary
+
+NO_TOKEN: Final = NO_PLACE
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """One token a row; NO_TOKEN in a row of `failures`. `extras` are those of rows that are told more than their
+    token."""
+
+    tokens: list[int]
+    extras: Mapping[int, TokenExtras] = field(default_factory=dict)
+    failures: Mapping[int, TensorweaveError] = field(default_factory=dict)
+
+
+class Decoder(Protocol):
+    """Turns logits [R, V] float32, one row a request of `batch.sampled`, into one token id each."""
+
+    processors: LogitsProcessors
+
+    def decode(self, logits_RV: torch.Tensor, batch: ScheduledBatch) -> Decoded: ...
+
+
+class SamplingDecoder:
+    """Greedy and sampled rows together; every rank decodes the same logits to the same tokens."""
+
+    def __init__(self) -> None:
+        self.processors = LogitsProcessors()
+
+    def decode(self, logits_RV: torch.Tensor, batch: ScheduledBatch) -> Decoded:
+        requests = batch.sampled
+        if not requests:
+            return Decoded([])
+        special = [(row, request) for row, request in enumerate(requests) if not request.is_plain]
+        if not special:
+            return _decoded(_choose(logits_RV, requests), None, {})
+        told = CopiedRows(logits_RV, [item for item in special if item[1].sampling.wants_extras])
+        failures = self._edit(logits_RV, [item for item in special if item[1].sampling.edits_logits])
+        return _decoded(_choose(logits_RV, requests), told, failures)
+
+    def _edit(self, logits_RV: torch.Tensor, edited: Sequence[tuple[int, LlmRequest]]) -> dict[int, TensorweaveError]:
+        """Returns the failures, by row. What the model gave is looked at before anybody else may be to blame."""
+        if not edited:
+            return {}
+        best = _to_list(argmax(logits_RV))
+        failures: dict[int, TensorweaveError] = {
+            row: LogitsNotFinite.of_model() for row, _ in edited if best[row] == NO_PLACE
+        }
+        edited = [item for item in edited if item[0] not in failures]
+        if edited:
+            failures |= self.processors.run(logits_RV, edited)
+            edit_logits(logits_RV, edited)
+            failures = _check_edited(logits_RV, edited) | failures
+        for row in failures:
+            logits_RV[row] = 0.0
+        return failures
+
+
+def _check_edited(logits_RV: torch.Tensor, edited: Sequence[tuple[int, LlmRequest]]) -> dict[int, TensorweaveError]:
+    """Plus infinity is certainty, and is made a number; what leaves no token to choose is the request's own doing."""
+    failures: dict[int, TensorweaveError] = {}
+    best_E = logits_RV[[row for row, _ in edited]].amax(dim=-1).tolist()
+    for (row, request), best in zip(edited, best_E, strict=True):
+        if best == torch.inf:
+            logits_RV[row].clamp_(max=torch.finfo(logits_RV.dtype).max)
+        elif best == -torch.inf:
+            failures[row] = RequestRejected("bans and biases leave no token to go on with", param="bad_token_ids")
+        elif best != best:
+            spec = request.sampling
+            has_processor = spec.uses_batched_processor or spec.logits_processors
+            failures[row] = (
+                RequestRejected("a logits processor has left NaN", param="logits_processor")
+                if has_processor
+                else RequestRejected("the penalties leave no numbers to choose by", param="repetition_penalty")
+            )
+    return failures
+
+
+def _decoded(tokens: list[int], told: CopiedRows | None, failures: dict[int, TensorweaveError]) -> Decoded:
+    if NO_TOKEN in tokens:
+        failures |= {row: LogitsNotFinite.of_model() for row, token in enumerate(tokens) if token == NO_TOKEN}
+    if told is None and not failures:
+        return Decoded(tokens)
+    extras = {} if told is None else told.extras([max(token, 0) for token in tokens])
+    for row in failures:
+        tokens[row] = NO_TOKEN
+    return Decoded(tokens, extras, failures)
+
+
+def _choose(logits_RV: torch.Tensor, requests: Sequence[LlmRequest]) -> list[int]:
+    """NO_TOKEN in a row that is not finite."""
+    rows = [row for row, request in enumerate(requests) if not request.is_greedy]
+    if not rows:
+        return _to_list(argmax(logits_RV))
+    if len(rows) == len(requests):
+        return _to_list(_sample(logits_RV, requests))
+    tokens = argmax(logits_RV)
+    index = torch.tensor(rows, device=logits_RV.device)
+    tokens[index] = _sample(logits_RV[index], [requests[row] for row in rows])
+    return _to_list(tokens)
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) from (seed, position): two rounds of splitmix64's finaliser (Steele, Lea, Flood 2014)."""
+    mixed = _mix((seed * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) & _MASK)
+    mixed = _mix((mixed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK)
+    return float(mixed >> 11) * 2.0**-53
+
+
+def _mix(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def _to_list(tokens_R: torch.Tensor) -> list[int]:
+    ids: list[int] = tokens_R.tolist()
+    return ids
+
+
+def _sample(logits_RV: torch.Tensor, requests: Sequence[LlmRequest]) -> torch.Tensor:
+    device, vocab_size = logits_RV.device, logits_RV.shape[1]
+    specs = [request.sampling for request in requests]
+    # Float64 so that a huge or tiny temperature neither overflows nor divides by zero.
+    temperature_R1 = torch.tensor([[spec.temperature] for spec in specs], dtype=torch.float64, device=device)
+    probs_RV = torch.softmax(logits_RV.double() / temperature_R1.clamp_min(1e-6), dim=-1)
+    if any(spec.min_p > 0 for spec in specs):
+        min_p_R1 = torch.tensor([[spec.min_p] for spec in specs], dtype=torch.float64, device=device)
+        probs_RV = probs_RV.masked_fill(probs_RV < min_p_R1 * probs_RV.amax(dim=-1, keepdim=True), 0.0)
+    if any(0 < spec.top_k < vocab_size or spec.top_p < 1 or spec.top_p_decay < 1 for spec in specs):
+        probs_RV = _keep_top(
+            probs_RV, [spec.top_k or vocab_size for spec in specs], [_top_p(request) for request in requests]
+        )
+    cumulative_RV = probs_RV.cumsum(dim=-1)
+    numbers_R1 = torch.tensor(
+        [[uniform(request.sampling.seed, len(request.tokens))] for request in requests],
+        dtype=torch.float64,
+        device=device,
+    )
+    threshold_R1 = numbers_R1 * cumulative_RV[:, -1:]
+    # The first token whose cumulative probability passes the threshold; it has probability above 0 by construction.
+    tokens_R: torch.Tensor = (cumulative_RV <= threshold_R1).sum(dim=-1)
+    last_R = vocab_size - 1 - (probs_RV > 0).flip(-1).int().argmax(dim=-1)
+    # The sum of a row with NaN, or with an infinity for softmax to divide by, is NaN.
+    return torch.minimum(tokens_R, last_R).masked_fill_(cumulative_RV[:, -1].isnan(), NO_TOKEN)
+
+
+def _top_p(request: LlmRequest) -> float:
+    decays = request.sampling.top_p_decay != 1.0
+    return follow(request).top_p if decays else request.sampling.top_p
+
+
+def _keep_top(probs_RV: torch.Tensor, top_k: list[int], top_p: list[float]) -> torch.Tensor:
+    """Zero all but the k likeliest, and of those (renormalised) all but the smallest set that reaches top_p."""
+    device = probs_RV.device
+    sorted_RV, order_RV = probs_RV.sort(dim=-1, descending=True, stable=True)
+    rank_V = torch.arange(probs_RV.shape[1], device=device)
+    sorted_RV = sorted_RV.masked_fill(rank_V >= torch.tensor(top_k, device=device).unsqueeze(1), 0.0)
+    share_RV = sorted_RV / sorted_RV.sum(dim=-1, keepdim=True)
+    before_RV = share_RV.cumsum(dim=-1) - share_RV
+    limit_R1 = torch.tensor(top_p, dtype=torch.float64, device=device).unsqueeze(1)
+    drop_RV = before_RV >= limit_R1
+    drop_RV[:, 0] = False  # the likeliest token always stays
+    drop_RV &= limit_R1 < 1
+    sorted_RV = sorted_RV.masked_fill(drop_RV, 0.0)
+    return torch.zeros_like(probs_RV).scatter_(1, order_RV, sorted_RV)

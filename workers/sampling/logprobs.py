@@ -1,0 +1,107 @@
+"""Log-probabilities as they are told: of the model's own logits, the token's own and the likeliest ones, with ranks.
+
+`CopiedRows` keeps the rows that are told of before anything edits them; `read_prompt` tells of the prompt's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+from tensorweave.cluster.errors import LogitsNotFinite
+from tensorweave.cluster.protocol import Logprob, TokenChunk, TokenLogprobs
+from tensorweave.kernels.argmax import NO_PLACE, argmax
+from tensorweave.workers.step.plan import PromptRead, ScheduledBatch
+from tensorweave.workers.step.request import LlmRequest, TokenExtras
+
+# N rows that are told of, V vocabulary, k likeliest tokens
+
+MAX_CHUNK_BYTES: Final = 4 << 20
+"""Of logits in one chunk; one row at least."""
+
+
+def logprobs_of(logits_NV: Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    """For each row: `tokens`' own natural log-probability, then the `num_top` likeliest. Equal logits have the rank of
+    the first of them."""
+    logits_NV = logits_NV.double()
+    norm_N1 = logits_NV.logsumexp(dim=-1, keepdim=True)
+    tokens_N1 = torch.tensor(tokens, dtype=torch.int64, device=logits_NV.device).unsqueeze(1)
+    own_N1 = logits_NV.gather(1, tokens_N1)
+    ranks = ((logits_NV > own_N1).sum(dim=-1) + 1).tolist()
+    own = (own_N1 - norm_N1).squeeze(1).tolist()
+    top_Nk, ids_Nk = logits_NV.topk(min(num_top, logits_NV.shape[1]), dim=-1)
+    places = range(1, top_Nk.shape[1] + 1)
+    tops = [
+        [*map(Logprob, ids, logprobs, places)]
+        for ids, logprobs in zip(ids_Nk.tolist(), (top_Nk - norm_N1).tolist(), strict=True)
+    ]
+    return [(Logprob(*first), *top) for *first, top in zip(tokens, own, ranks, tops, strict=True)]
+
+
+def pack_logits(logits_NV: Tensor) -> bytes:
+    """Little-endian float32, row after row."""
+    packed: bytes = logits_NV.to(torch.float32).cpu().contiguous().numpy().astype("<f4", copy=False).tobytes()
+    return packed
+
+
+class CopiedRows:
+    """The logits, as the model gave them, of requests that want more told than their tokens."""
+
+    def __init__(self, logits_RV: Tensor, told: Sequence[tuple[int, LlmRequest]]) -> None:
+        self._told = told
+        self._logits_NV = logits_RV[[row for row, _ in told]] if told else logits_RV[:0]
+
+    def extras(self, tokens: Sequence[int]) -> dict[int, TokenExtras]:
+        """By row, once the tokens of all rows are known."""
+        logprobs = self._logprobs(tokens)
+        return {
+            row: TokenExtras(
+                logprobs.get(place),
+                pack_logits(self._logits_NV[place]) if request.sampling.wants_generation_logits else b"",
+            )
+            for place, (row, request) in enumerate(self._told)
+        }
+
+    def _logprobs(self, tokens: Sequence[int]) -> dict[int, TokenLogprobs]:
+        """Requests that want equally many together: which of equal logits is told must not depend on the others."""
+        wanted: dict[int, list[int]] = {}
+        for place, (_, request) in enumerate(self._told):
+            if request.sampling.num_logprobs is not None:
+                wanted.setdefault(request.sampling.num_logprobs, []).append(place)
+        found: dict[int, TokenLogprobs] = {}
+        for num_top, places in wanted.items():
+            own = [tokens[self._told[place][0]] for place in places]
+            found |= zip(places, logprobs_of(self._logits_NV[places], own, num_top), strict=True)
+        return found
+
+
+class PromptLogits(Protocol):
+    """What a `ModelEngine` gives of the prompts of its last forward."""
+
+    def prompt_logits(self, batch: ScheduledBatch) -> Iterator[tuple[PromptRead, Tensor]]: ...
+
+
+def read_prompt(batch: ScheduledBatch, engine: PromptLogits) -> list[TokenChunk]:
+    """Take in what is told of prompts: log-probabilities are kept for the first token's chunk, logits go at once. A
+    prompt whose logits are not finite fails, which its request tells in place of the first token."""
+    chunks: list[TokenChunk] = []
+    for read, logits_NV in engine.prompt_logits(batch):
+        request, spec = read.request, read.request.sampling
+        request.num_rows_read = read.stop
+        if request.failure is None and NO_PLACE in argmax(logits_NV).tolist():
+            request.failure = LogitsNotFinite("the model's logits at the prompt are not finite (NaN or infinity)")
+        if request.failure is not None:
+            continue
+        next_tokens = request.tokens[read.start + 1 : min(read.stop + 1, request.prompt_len)]
+        if request.prompt_logprobs is not None and spec.num_prompt_logprobs is not None and next_tokens:
+            rows_NV = logits_NV[: len(next_tokens)]
+            request.prompt_logprobs += logprobs_of(rows_NV, next_tokens, spec.num_prompt_logprobs)
+        if spec.wants_context_logits:
+            step = max(1, MAX_CHUNK_BYTES // (4 * logits_NV.shape[1]))
+            for at in range(0, len(logits_NV), step):
+                packed = pack_logits(logits_NV[at : at + step])
+                chunks.append(TokenChunk(request.request_id, start=request.num_output, context_logits=packed))
+    return chunks

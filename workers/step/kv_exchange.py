@@ -1,0 +1,150 @@
+"""What the step loop knows of KV transfer: `Transfers`, and its Null object `NoTransfers` for gangs that exchange none.
+
+The loop calls each verb once a step on every rank; bytes move on other threads. What those threads learn (a fetch has
+landed, a lease has ended) reaches the loop as news through rank 0's inbox, so that all ranks act on it in the same
+step. `workers.transfer` has the real one and its carriers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tensorweave.cluster.errors import WireError
+from tensorweave.cluster.protocol import KvEndpoint, KvRoad, KvSource
+from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.step.request import LlmRequest, TokenExtras
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """A fetch is over on all ranks: KV of the request's first `num_tokens` tokens is verified and in place on each.
+
+    `first_token` is what the prefill gang sampled after the prompt; None where it was lost on the way, and the prompt's
+    last token must be computed here. `extras` is what is told with it.
+    """
+
+    request_id: str
+    num_tokens: int
+    first_token: int | None
+    extras: TokenExtras | None = None
+
+    def to_wire(self) -> list[Any]:
+        extras = None if self.extras is None else self.extras.to_wire()
+        return [self.request_id, self.num_tokens, self.first_token, extras]
+
+    @classmethod
+    def from_wire(cls, fields: Any) -> Landed:
+        match fields:
+            case [str(request_id), int(num_tokens), int() | None as first_token, extras]:
+                return cls(
+                    request_id, num_tokens, first_token, None if extras is None else TokenExtras.from_wire(extras)
+                )
+            case _:
+                raise WireError("malformed landing")
+
+
+class TransferInbox(Protocol):
+    """Where transfer threads leave news for the step loop: rank 0's `Inbox`."""
+
+    def put_landed(self, landed: Landed) -> None: ...
+
+    def put_released(self, request_id: str) -> None: ...
+
+
+class Transfers(Protocol):
+    """One rank's side of KV transfer. Except where noted, only the step loop calls, on every rank alike.
+
+    `can_fetch`: whether a request's ticket is of any use here. `endpoint` is where this rank gives KV away, and
+    `fingerprint` what a taker must have alike.
+    """
+
+    can_fetch: bool
+    endpoint: KvEndpoint | None
+    fingerprint: dict[str, str]
+
+    def start(self, inbox: TransferInbox) -> None:
+        """Before the first step. `inbox` is used by rank 0 alone."""
+
+    def fetch(self, chunks: Sequence[ContextChunk]) -> None:
+        """Begin to pull these requests' KV into the blocks they now hold; returns at once."""
+
+    def offer(self, batch: ScheduledBatch) -> None:
+        """Give away what this step has computed for requests that are on offer (after `update_resources`)."""
+
+    def keeps(self, request: LlmRequest) -> bool:
+        """Asked when a request ends: True if its blocks must stay until its lease ends (a release comes as news). Where
+        it is False, nothing reads or writes the request's blocks any more, and its fetch or offer is closed."""
+
+    def release(self, request_id: str) -> LlmRequest | None:
+        """The lease has ended, by news: nobody reads the blocks any more, and the caller frees them."""
+
+    def drop(self, request: LlmRequest) -> None:
+        """This request no longer waits for its fetch (landed, paused), and what it has offered so far is taken back:
+        after this nothing writes or reads its blocks."""
+
+    def give_up(self, request_id: str) -> bool:
+        """From any thread of rank 0: end a lease early. False where there is none."""
+
+    def decline(self, ticket_id: str) -> None:
+        """From any thread of rank 0: the request that would have offered under this ticket was refused; whoever waits
+        for it need not."""
+
+    def wait_released(self, timeout_s: float) -> bool:
+        """From any thread: wait until no lease is open; whether that is so."""
+
+    def measure_road(self, source: KvSource, timeout_s: float) -> KvRoad:
+        """From any thread: what the way from a giving gang's rank 0 to this rank carries; waits, raises nothing."""
+
+    def gauges(self) -> dict[str, float]:
+        """From any thread: counters for metrics."""
+
+    def shutdown(self) -> None:
+        """From any thread: close all; nothing touches the cache afterwards."""
+
+
+class NoTransfers:
+    """A gang that exchanges no KV: a ticket is ignored and the prompt is computed here."""
+
+    can_fetch = False
+
+    def __init__(self) -> None:
+        self.endpoint: KvEndpoint | None = None
+        self.fingerprint: dict[str, str] = {}
+
+    def start(self, inbox: TransferInbox) -> None:
+        return None
+
+    def fetch(self, chunks: Sequence[ContextChunk]) -> None:
+        assert not chunks, "a fetch was scheduled where no KV is exchanged"
+
+    def offer(self, batch: ScheduledBatch) -> None:
+        return None
+
+    def keeps(self, request: LlmRequest) -> bool:
+        return False
+
+    def release(self, request_id: str) -> LlmRequest | None:
+        return None
+
+    def drop(self, request: LlmRequest) -> None:
+        return None
+
+    def give_up(self, request_id: str) -> bool:
+        return False
+
+    def decline(self, ticket_id: str) -> None:
+        return None
+
+    def wait_released(self, timeout_s: float) -> bool:
+        return True
+
+    def measure_road(self, source: KvSource, timeout_s: float) -> KvRoad:
+        return KvRoad(0.0, 0.0, "this gang exchanges no KV")
+
+    def gauges(self) -> dict[str, float]:
+        return {}
+
+    def shutdown(self) -> None:
+        return None

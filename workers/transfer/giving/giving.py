@@ -1,0 +1,161 @@
+"""`Offers`: the giving side of one rank: shelves that the step loop fills, and leases on them.
+
+A lease keeps the blocks of a finished prompt until whoever holds the ticket is done, the ticket is given up, or its
+time is over; rank 0 decides, the end reaches every rank's step loop as news, and only then are the blocks freed.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Final
+
+from tensorweave.cluster.protocol import pack_tokens
+from tensorweave.workers.step.kv_exchange import TransferInbox
+from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.step.request import LlmRequest
+from tensorweave.workers.step.resources import KVCache
+from tensorweave.workers.transfer.carriers.carrier import Carrier
+from tensorweave.workers.transfer.giving.shelf import BlockTags, Shelf
+from tensorweave.workers.transfer.window import PoolWindow
+
+_KEPT: Final = ("stop", "length", "not_finished")
+_REMEMBERED_TICKETS: Final = 65_536
+
+
+def prompt_digest(request: LlmRequest, num_tokens: int) -> str:
+    return blake2b(pack_tokens(request.tokens[:num_tokens]), digest_size=16).hexdigest()
+
+
+@dataclass(slots=True)
+class _Lease:
+    request: LlmRequest
+    ticket_id: str
+    shelf: Shelf
+    deadline_s: float
+    is_ending: bool = False
+
+
+class Offers:
+    def __init__(
+        self, carrier: Carrier, window: PoolWindow, kv_cache: KVCache, lease_s: float, clock: Callable[[], float]
+    ) -> None:
+        self._carrier = carrier
+        self._window = window
+        self._kv_cache = kv_cache
+        self._lease_s = lease_s
+        self._clock = clock
+        self._tags = BlockTags()
+        self._shelves: dict[str, Shelf] = {}
+        self._lock = threading.Condition()
+        self._leases: dict[str, _Lease] = {}
+        self._early: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self._inbox: TransferInbox | None = None
+
+    def start(self, inbox: TransferInbox) -> None:
+        self._inbox = inbox
+
+    # ---- the step loop
+
+    def offer(self, batch: ScheduledBatch) -> None:
+        for chunk in batch.context:
+            if chunk.request.offer is not None:
+                self._publish(chunk.request.offer, chunk)
+
+    def _publish(self, ticket_id: str, chunk: ContextChunk) -> None:
+        """The blocks that this chunk has filled, and with the last chunk the one that it has begun."""
+        request, P = chunk.request, self._window.tokens_per_block
+        shelf = self._shelves.get(request.request_id)
+        if shelf is None:
+            shelf = Shelf(self._window, self._tags, prompt_digest(request, request.context_len))
+            self._shelves[request.request_id] = shelf
+        num_blocks = -(-request.num_computed // P) if chunk.is_last else request.num_computed // P
+        places = range(len(shelf), num_blocks)
+        block_ids = self._kv_cache.block_ids(request)[len(shelf) : num_blocks]
+        shelf.add(block_ids, [min(P, request.num_computed - at * P) for at in places])
+        if chunk.is_last and request.finish_reason in _KEPT:
+            shelf.complete(request.tokens[request.context_len], request.extras)
+        self._carrier.offer(ticket_id, shelf)
+
+    def keeps(self, request: LlmRequest) -> bool:
+        """Leases go by the request's id, so a second request of the same id gets none while the first's is open."""
+        if request.offer is None:
+            return False
+        shelf = self._shelves.pop(request.request_id, None)
+        is_leased = request.request_id in self._leases
+        if shelf is None or is_leased or not shelf.is_complete or request.finish_reason not in _KEPT:
+            if shelf is not None:
+                shelf.close()
+            self._carrier.close(request.offer)
+            return False
+        with self._lock:
+            lease = _Lease(request, request.offer, shelf, self._clock() + self._lease_s)
+            self._leases[request.request_id] = lease
+            if request.offer in self._early:
+                self._end(lease)
+        return True
+
+    def drop(self, request: LlmRequest) -> None:
+        """Its blocks are about to go; they will be computed again, and offered again under the same ticket."""
+        shelf = self._shelves.get(request.request_id)
+        if shelf is not None:
+            shelf.retract()
+
+    def release(self, request_id: str) -> LlmRequest | None:
+        with self._lock:
+            lease = self._leases.pop(request_id, None)
+            self._lock.notify_all()
+        if lease is None:
+            return None
+        lease.shelf.close()
+        self._carrier.close(lease.ticket_id)
+        return lease.request
+
+    # ---- other threads
+
+    def give_up(self, request_id: str) -> bool:
+        with self._lock:
+            lease = self._leases.get(request_id)
+            if lease is not None:
+                self._end(lease)
+            return lease is not None
+
+    def over(self, ticket_id: str) -> None:
+        """Whoever held the ticket is done; where the prompt is still being computed, its lease ends as it begins."""
+        with self._lock:
+            lease = next((lease for lease in self._leases.values() if lease.ticket_id == ticket_id), None)
+            if lease is not None:
+                self._end(lease)
+                return
+            self._early[ticket_id] = None
+            if len(self._early) > _REMEMBERED_TICKETS:
+                self._early.popitem(last=False)
+
+    def wait_released(self, timeout_s: float) -> bool:
+        """Until there is no lease, or the time is over; whether there is none."""
+        with self._lock:
+            return self._lock.wait_for(lambda: not self._leases, timeout_s)
+
+    def tick(self, now_s: float) -> None:
+        with self._lock:
+            for lease in self._leases.values():
+                if now_s >= lease.deadline_s:
+                    self._end(lease)
+
+    @property
+    def num_leases(self) -> int:
+        return len(self._leases)
+
+    @property
+    def num_held_blocks(self) -> int:
+        """Pool blocks on any shelf."""
+        return self._tags.num_held
+
+    def _end(self, lease: _Lease) -> None:
+        assert self._inbox is not None
+        if not lease.is_ending:
+            lease.is_ending = True
+            self._inbox.put_released(lease.request.request_id)
