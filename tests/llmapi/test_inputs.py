@@ -50,7 +50,6 @@ def test_no_prompts_have_no_outputs(llm: LLM, inputs: Any, params: Any, capfd: p
         PreprocessedInputs(None, IDS),
         PreprocessedInputs(None, list(numpy.array(IDS))),
     ],
-    ids=str,
 )
 def test_token_ids_come_in_many_forms(llm: LLM, prompt: Any) -> None:
     expected = one(llm.generate(IDS, PARAMS)).outputs[0].token_ids
@@ -101,7 +100,6 @@ def test_a_dict_tells_its_text_too(llm: LLM) -> None:
         (bytearray(b"abc"), "not bytearray"),
         ([bytearray(b"abc")], "not bytearray"),
     ],
-    ids=str,
 )
 def test_other_inputs_are_refused_with_advice(llm: LLM, inputs: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
