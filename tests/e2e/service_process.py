@@ -31,7 +31,9 @@ START_TIMEOUT_S = 200.0
 END_TIMEOUT_S = 150.0
 ANSWER_TIMEOUT_S = 120.0
 DRAIN_TIMEOUT_S = 120.0
-_PORTS = range(23000, 31000, 37)
+# Each of pytest's processes has ports of its own: between the search and the start of a service, another one may look.
+_PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = range(23000, 31000, 37)[_PROCESS :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
 _turns = itertools.count(os.getpid())
 
 
