@@ -113,7 +113,7 @@ class Streams:
 
 
 def turn(args: argparse.Namespace, num_hostile: int) -> dict[str, Any]:
-    until_s, told = time.time() + args.seconds, multiprocessing.Queue[Any]()
+    until_s, told = time.time() + args.seconds, multiprocessing.Queue()
     clients = [
         multiprocessing.Process(target=attack, args=(args.url, args.served_name, place, until_s, told))
         for place in range(num_hostile)
