@@ -97,10 +97,6 @@ def find_groups(prefix: str) -> list[NamedGroup]:
     ]
 
 
-def _group_of(hex_id: str) -> PlacementGroup:
-    return PlacementGroup(PlacementGroupID.from_hex(hex_id))
-
-
 def remove_groups(prefix: str) -> None:
     """Remove the groups whose names start so, and with them the actors in them. Blocks."""
     for found in find_groups(prefix):
