@@ -198,7 +198,7 @@ class WatchedFleet:
             self._state = state
             self._match(state)
             for link in self._links.values():
-                self._show_roads(link)
+                self._show_links(link)
 
     async def _look_again(self) -> None:
         if self._find is None:
@@ -230,7 +230,7 @@ class WatchedFleet:
                 continue
             self._refusals.pop(address.gang_id, None)
             self._links[address.gang_id] = link
-            self._show_roads(link)
+            self._show_links(link)
             self._notify()
             try:
                 await link.wait_closed()
@@ -248,11 +248,11 @@ class WatchedFleet:
             self._refusals[gang_id] = why
             logger.warning("gang %s: %s", gang_id, why)
 
-    def _show_roads(self, link: SocketLink) -> None:
-        link.kv_roads = {
-            prefill: road
-            for (decode, prefill), road in self._state.roads.items()
-            if decode == link.gang_id and road.error is None
+    def _show_links(self, link: SocketLink) -> None:
+        link.kv_links = {
+            prefill: measurement
+            for (decode, prefill), measurement in self._state.links.items()
+            if decode == link.gang_id and measurement.error is None
         }
 
     def _retire(self, link: SocketLink) -> None:

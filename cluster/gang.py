@@ -31,7 +31,7 @@ from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.hosts import Hosts
 from tensorweave.cluster.memory_kills import kills_anywhere, kills_here
 from tensorweave.cluster.placement import NamedGroup, live_node_ids, live_nodes, place, placed_on
-from tensorweave.cluster.protocol import GangAddress, KvRoad, KvSource
+from tensorweave.cluster.protocol import GangAddress, KvSource, LinkMeasurement
 from tensorweave.cluster.rank_processes import RankProcesses
 from tensorweave.cluster.rank_watch import STARTING_HEARTBEAT_TIMEOUT_S, RankWatch, first_line, why_dead
 from tensorweave.cluster.ranks import RankOrder, RankPlace, RankReport, RankStarted, describe_phases
@@ -252,14 +252,14 @@ class Gang:
         if rank == 0 and self._link is not None and report.traffic is not None:
             self._link.note(report.traffic)
 
-    async def measure_road(self, source: KvSource) -> KvRoad:
+    async def measure_link(self, source: KvSource) -> LinkMeasurement:
         """What the way from that gang to this one carries."""
         try:
             async with asyncio.timeout(_MEASURE_TIMEOUT_S):
-                road: KvRoad = await self._actors[0].measure_road.remote(source)
-                return road
+                link: LinkMeasurement = await self._actors[0].measure_link.remote(source)
+                return link
         except (TimeoutError, RayError) as error:
-            return KvRoad(0.0, 0.0, f"{type(error).__name__}: {first_line(error)}")
+            return LinkMeasurement(0.0, 0.0, f"{type(error).__name__}: {first_line(error)}")
 
     async def set_logits_processors(self, processors: Mapping[str, Any]) -> None:
         """References to callables, by name, which Ray hands to every rank; None takes one away. Raises WorkerLost, and

@@ -82,7 +82,7 @@ class Ticket:
 
 
 @dataclass(frozen=True, slots=True)
-class KvRoad:
+class LinkMeasurement:
     """What the way from a prefill gang to a decode gang carries, as measured when the later of them came up; `error`
     says why it carries nothing."""
 

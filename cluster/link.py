@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tensorweave.cluster.kv_mirror import KvMirror
-from tensorweave.cluster.protocol import GenerateRequest, KvRoad, KvSource, ModelInfo, TokenChunk
+from tensorweave.cluster.protocol import GenerateRequest, KvSource, LinkMeasurement, ModelInfo, TokenChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ class GangLink(Protocol):
         """Where other gangs get its KV; None where it gives none away."""
 
     @property
-    def kv_roads(self) -> Mapping[str, KvRoad]:
-        """What the road from each prefill gang was measured to carry, by its id; not in: those that carry nothing."""
+    def kv_links(self) -> Mapping[str, LinkMeasurement]:
+        """What the link from each prefill gang was measured to carry, by its id; not in: those that carry nothing."""
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """Chunks until the last one; raises the tree's errors. Leaving early cancels the request at the gang."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from tensorweave.cluster.protocol import GangAddress, KvRoad, KvSource
+from tensorweave.cluster.protocol import GangAddress, KvSource, LinkMeasurement
 
 
 class PoolGang(Protocol):
@@ -17,7 +17,7 @@ class PoolGang(Protocol):
 
     async def watch(self) -> str: ...
 
-    async def measure_road(self, source: KvSource) -> KvRoad: ...
+    async def measure_link(self, source: KvSource) -> LinkMeasurement: ...
 
     async def set_logits_processors(self, processors: Mapping[str, Any]) -> None: ...
 

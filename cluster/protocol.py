@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, get_args
 
 from tensorweave.cluster.errors import TensorweaveError, WireError, error_from_wire
 from tensorweave.cluster.fields import as_bytes, checked
-from tensorweave.cluster.kv_source import KvEndpoint, KvRoad, KvSource, Ticket
+from tensorweave.cluster.kv_source import KvEndpoint, KvSource, LinkMeasurement, Ticket
 from tensorweave.cluster.packed_logprobs import PackedLogprobs
 from tensorweave.cluster.retention import DEFAULT_RETENTION_PRIORITY, Retention, RetentionRange
 from tensorweave.cluster.sampling_defaults import SamplingDefaults
@@ -35,8 +35,8 @@ __all__ = [
     "GangAddress",
     "GenerateRequest",
     "KvEndpoint",
-    "KvRoad",
     "KvSource",
+    "LinkMeasurement",
     "Logprob",
     "ModelInfo",
     "Retention",

@@ -29,8 +29,8 @@ from tensorweave.cluster.protocol import (
     PROTOCOL_VERSION,
     GangAddress,
     GenerateRequest,
-    KvRoad,
     KvSource,
+    LinkMeasurement,
     ModelInfo,
     TokenChunk,
 )
@@ -68,7 +68,7 @@ class SocketLink:
         self._attaching: dict[int, _Attaching] = {}
         self._numbers = itertools.count()
         self.kv = KvMirror(info.tokens_per_block, info.num_blocks)
-        self.kv_roads: Mapping[str, KvRoad] = {}
+        self.kv_links: Mapping[str, LinkMeasurement] = {}
         self._error: TensorweaveError | None = None
         self._closed = asyncio.Event()
         self._closes_when_idle = False

@@ -21,11 +21,11 @@ from ray.actor import ActorHandle
 
 from tensorweave.cluster.errors import NotReady
 from tensorweave.cluster.gang import Gang
+from tensorweave.cluster.kv_links import LinkTable, Pair, ReadyGang
 from tensorweave.cluster.lifeline import OwnLifeline, end_with
 from tensorweave.cluster.placement import remove_groups
 from tensorweave.cluster.pool import GangPool, PoolSpec, PoolState
-from tensorweave.cluster.protocol import KvRoad
-from tensorweave.cluster.roads import Pair, ReadyGang, Roads
+from tensorweave.cluster.protocol import LinkMeasurement
 from tensorweave.cluster.takeover import find_running
 
 logger = logging.getLogger(__name__)
@@ -49,12 +49,12 @@ class Home:
 
 @dataclass(frozen=True, slots=True)
 class ServiceState:
-    """All pools at one moment. `version` differs from that of every other moment, also of an earlier life. `roads`: by
+    """All pools at one moment. `version` differs from that of every other moment, also of an earlier life. `links`: by
     the ids of a decode gang and a prefill gang, what the way between them carries."""
 
     version: int
     pools: tuple[PoolState, ...]
-    roads: Mapping[Pair, KvRoad] = field(default_factory=dict)
+    links: Mapping[Pair, LinkMeasurement] = field(default_factory=dict)
 
 
 class PoolSupervisor:
@@ -79,7 +79,7 @@ class PoolSupervisor:
         self._generation = 0
         self._notice: str | None = None
         self._pools: list[GangPool] = []
-        self._roads = Roads(self._publish)
+        self._links = LinkTable(self._publish)
         self._version = time.time_ns()
         self._num_silent = 0
         self._changed = asyncio.Event()
@@ -98,7 +98,7 @@ class PoolSupervisor:
                     await self._changed.wait()
         except TimeoutError:
             pass
-        return ServiceState(self._version, tuple(pool.state for pool in self._pools), self._roads.all)
+        return ServiceState(self._version, tuple(pool.state for pool in self._pools), self._links.all)
 
     async def describe(self) -> list[dict[str, Any]]:
         """Every pool, gang and rank, for health pages and metrics."""
@@ -107,8 +107,8 @@ class PoolSupervisor:
         for pool in pools:
             pool["notice"] = self._notice
         for gang in (gang for pool in pools for gang in pool["gangs"]):
-            if roads := self._roads.describe(gang.get("gang_id", "")):
-                gang["kv_roads"] = roads
+            if links := self._links.describe(gang.get("gang_id", "")):
+                gang["kv_links"] = links
         return pools
 
     async def set_logits_processors(self, processors: Mapping[str, Any]) -> None:
@@ -236,7 +236,7 @@ class PoolSupervisor:
 
     def _publish(self) -> None:
         """Wake everyone who waits; the event is replaced, so that nobody misses or repeats a change."""
-        self._roads.update([gang for pool in self._pools for gang in pool.ready])
+        self._links.update([gang for pool in self._pools for gang in pool.ready])
         self._version += 1
         self._changed.set()
         self._changed = asyncio.Event()

@@ -89,7 +89,7 @@ class RouterConfig(StrictBaseModel):
         "joint",
         status="prototype",
         description=(
-            "Which gangs take a request. 'joint' weighs queues, what is cached where, the road between gangs and the "
+            "Which gangs take a request. 'joint' weighs queues, what is cached where, the link between gangs and the "
             "load on them; the others look at turns or numbers only."
         ),
     )

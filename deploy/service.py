@@ -22,11 +22,11 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from tensorweave.cluster.errors import TensorweaveError
+from tensorweave.cluster.kv_links import SLOW_BYTES_PER_S
 from tensorweave.cluster.lifeline import OwnLifeline
 from tensorweave.cluster.ray_auth import refuse_open_ray
 from tensorweave.cluster.ray_noise import without_noise
 from tensorweave.cluster.ray_session import start_or_join_ray
-from tensorweave.cluster.roads import SLOW_BYTES_PER_S
 from tensorweave.cluster.room import can_grow, read_room
 from tensorweave.cluster.sentences import essence, sentence_of
 from tensorweave.deploy.config import ServeConfig
@@ -41,7 +41,7 @@ from tensorweave.deploy.watch import RayCluster, RayLost, ServiceFailed, abandon
 
 _CONTROL_TIMEOUT_S: Final = 60.0
 _PROGRESS_INTERVAL_S: Final = 0.25
-_ROADS_TIMEOUT_S: Final = 5.0
+_LINKS_TIMEOUT_S: Final = 5.0
 
 
 class StartFailed(Exception):
@@ -127,7 +127,7 @@ def _start(served: ServedModel, stop: StopSignal, ending: ExitStack) -> tuple[st
     target = serve.RunTarget(build(served, replica_env=env), name=APP_NAME, route_prefix="/")
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     _await_ready(config, guardian, stop, deadline_s)
-    _say_roads(_await_roads(guardian, stop))
+    _say_links(_await_links(guardian, stop))
     return f"http://{config.router.reachable_host}:{config.router.port}", guardian
 
 
@@ -228,14 +228,14 @@ def _await_ready(config: ServeConfig, guardian: ActorHandle[Any], stop: StopSign
             raise StoppedEarly
 
 
-def _await_roads(guardian: ActorHandle[Any], stop: StopSignal) -> list[dict[str, Any]]:
+def _await_links(guardian: ActorHandle[Any], stop: StopSignal) -> list[dict[str, Any]]:
     """The pools with every pair measured, or as they are after a few seconds: nothing waits for a measurement."""
-    give_up_s = time.monotonic() + _ROADS_TIMEOUT_S
+    give_up_s = time.monotonic() + _LINKS_TIMEOUT_S
     while True:
         pools: list[dict[str, Any]] = ray.get(guardian.describe_pools.remote(), timeout=_CONTROL_TIMEOUT_S) or []
         ready = [(pool["role"], gang) for pool in pools for gang in pool["gangs"] if gang["state"] == "ready"]
         num_prefill = sum(role == "prefill" for role, _ in ready)
-        if all(len(gang.get("kv_roads", {})) >= num_prefill for role, gang in ready if role == "decode"):
+        if all(len(gang.get("kv_links", {})) >= num_prefill for role, gang in ready if role == "decode"):
             return pools
         if time.monotonic() > give_up_s or stop.wait(_PROGRESS_INTERVAL_S):
             return pools
@@ -255,16 +255,16 @@ def _is_coming_up(pool: dict[str, Any]) -> bool:
     return "ready" not in states and any(gang["state"] == "starting" and not gang["reason"] for gang in pool["gangs"])
 
 
-def _say_roads(pools: Sequence[dict[str, Any]]) -> None:
+def _say_links(pools: Sequence[dict[str, Any]]) -> None:
     """What the self-test found of the ways from prefill to decode gangs."""
     for gang in (gang for pool in pools for gang in pool["gangs"]):
-        for source, road in gang.get("kv_roads", {}).items():
-            if road["error"]:
-                say(f"no KV comes from {source} to {gang['gang_id']}, prompts are computed there: {road['error']}")
+        for source, link in gang.get("kv_links", {}).items():
+            if link["error"]:
+                say(f"no KV comes from {source} to {gang['gang_id']}, prompts are computed there: {link['error']}")
             else:
-                pace = f"{road['megabytes_per_s']:.0f} MB/s, {road['latency_ms']:.2f} ms"
-                is_slow = road["megabytes_per_s"] * 1e6 < SLOW_BYTES_PER_S
-                say(f"KV from {source} to {gang['gang_id']}: {pace}" + (", a slow road" if is_slow else ""))
+                pace = f"{link['megabytes_per_s']:.0f} MB/s, {link['latency_ms']:.2f} ms"
+                is_slow = link["megabytes_per_s"] * 1e6 < SLOW_BYTES_PER_S
+                say(f"KV from {source} to {gang['gang_id']}: {pace}" + (", a slow link" if is_slow else ""))
 
 
 def _pool_line(pool: dict[str, Any]) -> str:

@@ -31,8 +31,8 @@ from tensorweave.workers.step.resources import KVCache, ResourceManager
 from tensorweave.workers.store.model_store import resolve_model
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
 from tensorweave.workers.transfer.fingerprint import fingerprint
-from tensorweave.workers.transfer.lanes.lanes import make_lanes
 from tensorweave.workers.transfer.transfers import KvTransfers
+from tensorweave.workers.transfer.transports.selection import make_transports
 from tensorweave.workers.transfer.window import PoolWindow
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def build_transfers(
     window = PoolWindow(pool)
     alike = fingerprint(window, model, num_heads)
     return KvTransfers(
-        carrier=TcpCarrier(window, alike, host, secret, make_lanes(config.backend or "DEFAULT", window)),
+        carrier=TcpCarrier(window, alike, host, secret, make_transports(config.backend or "DEFAULT", window)),
         window=window,
         kv_cache=kv_cache,
         uplink=join_uplink(comm, host),

@@ -25,7 +25,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 
 from tensorweave.cluster.errors import WorkerLost
 from tensorweave.cluster.host_memory import oom_kills
-from tensorweave.cluster.protocol import KvRoad, KvSource
+from tensorweave.cluster.protocol import KvSource, LinkMeasurement
 from tensorweave.cluster.rank_watch import first_line
 from tensorweave.cluster.ranks import LeaderPlace, LinkRate, RankOrder, RankPlace, RankReport, RankStarted, Traffic
 from tensorweave.cluster.versions import Versions
@@ -124,10 +124,10 @@ class RankWorker:
             traffic=None if self._group is None else self._group.traffic.since(self._measured),
         )
 
-    async def measure_road(self, source: KvSource) -> KvRoad:
+    async def measure_link(self, source: KvSource) -> LinkMeasurement:
         """Rank 0 of a gang that takes KV: what comes from the gang that gives it."""
-        assert self._executor is not None, "a road leads to a rank that has started"
-        return await asyncio.to_thread(self._executor.measure_road, source)
+        assert self._executor is not None, "a link leads to a rank that has started"
+        return await asyncio.to_thread(self._executor.measure_link, source)
 
     async def set_logits_processor(self, name: str, processor: LogitsProcessor | None) -> None:
         """What requests that name it have their logits edited by; None takes it away."""

@@ -101,31 +101,31 @@ class Dispatcher:
         with self._named(request):
             deadline_s = self._deadline_s(request)
             async with self._admission.place(deadline_s - self._now_s()):
-                story, recovery = Transcript(request), Recovery(self.limits)
+                transcript, recovery = Transcript(request), Recovery(self.limits)
                 if first_tokens and not request.sampling.wants_extras:
-                    yield story.tell(first_tokens)
+                    yield transcript.tell(first_tokens)
                 try:
-                    while not story.is_over:
-                        if (end := story.ended()) is not None:
+                    while not transcript.is_over:
+                        if (end := transcript.ended()) is not None:
                             yield end
                             return
                         plan: Plan | None = None
                         try:
                             async with asyncio.timeout_at(deadline_s):
-                                plan, chunks = await self._begin(request, story, recovery, session, deadline_s)
+                                plan, chunks = await self._begin(request, transcript, recovery, session, deadline_s)
                             async with aclosing(chunks):
-                                while not story.is_over:
+                                while not transcript.is_over:
                                     async with asyncio.timeout_at(deadline_s):
                                         chunk = await anext(chunks)
-                                    if (news := story.take(chunk)) is not None:
+                                    if (news := transcript.take(chunk)) is not None:
                                         yield news
                         except RECOVERABLE as error:
-                            recovery.lose(plan, error, num_sent=len(story.sent))
+                            recovery.lose(plan, error, num_sent=len(transcript.sent))
                             self._note_retry(request, error)
                 except TimeoutError:
-                    yield story.timed_out()
+                    yield transcript.timed_out()
                 finally:
-                    self.counts.num_recovered += recovery.error is not None and story.is_over
+                    self.counts.num_recovered += recovery.error is not None and transcript.is_over
 
     async def prefill(self, request: GenerateRequest) -> Handoff:
         """The first phase alone, for whoever sends the second himself. The gang keeps the prompt's KV for the ticket's
@@ -133,24 +133,24 @@ class Dispatcher:
         with self._named(request):
             deadline_s = self._deadline_s(request)
             async with self._admission.place(deadline_s - self._now_s()):
-                story, recovery = Transcript(request), Recovery(self.limits)
+                transcript, recovery = Transcript(request), Recovery(self.limits)
                 context_logits: list[bytes] = []
                 while True:
                     plan: Plan | None = None
                     try:
                         async with asyncio.timeout_at(deadline_s):
-                            plan, ticket, chunks = await self._begin_offer(request, story, recovery, deadline_s)
+                            plan, ticket, chunks = await self._begin_offer(request, transcript, recovery, deadline_s)
                             async with aclosing(chunks):
                                 async for chunk in chunks:
-                                    if (news := story.take(chunk)) is None:
+                                    if (news := transcript.take(chunk)) is None:
                                         continue
                                     context_logits.append(news.context_logits)
-                                    if story.is_over:
+                                    if transcript.is_over:
                                         is_open = news.finish_reason == "not_finished"
                                         news = dataclasses.replace(news, context_logits=b"".join(context_logits))
                                         return Handoff(news, ticket if is_open else None)
                     except TimeoutError:
-                        return Handoff(story.timed_out(), None)
+                        return Handoff(transcript.timed_out(), None)
                     except RECOVERABLE as error:
                         recovery.lose(plan, error, num_sent=0)
                         self._note_retry(request, error)
@@ -158,17 +158,22 @@ class Dispatcher:
     # ---- one attempt
 
     async def _begin(
-        self, request: GenerateRequest, story: Transcript, recovery: Recovery, session: str | None, deadline_s: float
+        self,
+        request: GenerateRequest,
+        transcript: Transcript,
+        recovery: Recovery,
+        session: str | None,
+        deadline_s: float,
     ) -> tuple[Plan | None, Chunks]:
         """An attempt that has been planned and booked, not yet asked for."""
         recovery.num_attempts += 1
         if recovery.num_attempts == 1 and request.grace_s and (found := await self._find(request)) is not None:
             link, attempt = found
             self.counts.num_reattached += 1
-            story.begin_found(attempt.seed)
+            transcript.begin_found(attempt.seed)
             return Plan(None, link), run_attached(link, attempt)
-        senders, decode = await self._gangs(recovery, has_begun=bool(story.sent))
-        asked = story.begin(self._left_s(deadline_s))
+        senders, decode = await self._gangs(recovery, has_begun=bool(transcript.sent))
+        asked = transcript.begin(self._left_s(deadline_s))
         prompt = PromptView(asked)
         is_alone = asked.fetch is not None or asked.sampling.needs_prompt_rows
         options = Options([] if is_alone else senders, decode, prompt, self.loads, session)
@@ -177,7 +182,7 @@ class Dispatcher:
         return plan, self._booked(plan, prompt, asked, recovery.num_attempts)
 
     async def _begin_offer(
-        self, request: GenerateRequest, story: Transcript, recovery: Recovery, deadline_s: float
+        self, request: GenerateRequest, transcript: Transcript, recovery: Recovery, deadline_s: float
     ) -> tuple[Plan, Ticket, Chunks]:
         recovery.num_attempts += 1
         await self._gangs(recovery, has_begun=False)
@@ -188,7 +193,7 @@ class Dispatcher:
         if not senders:
             raise NotReady("no prefill gang is ready to take requests", retry_after_s=_NOT_READY_RETRY_S)
         ticket_id = secrets.token_hex(16)
-        asked = dataclasses.replace(story.begin(self._left_s(deadline_s)), offer=ticket_id, grace_s=0.0)
+        asked = dataclasses.replace(transcript.begin(self._left_s(deadline_s)), offer=ticket_id, grace_s=0.0)
         prompt = PromptView(asked)
         senders = recovery.left(senders) or senders
         plan = self._policy.plan(asked, Options([], _awake(senders) or senders, prompt, self.loads))

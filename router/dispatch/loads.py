@@ -89,14 +89,14 @@ class Loads:
 
     def handover(self, prefill: GangLink, decode: GangLink) -> SpeedLine:
         """From the prefill gang's first token to the decode gang's own, by tokens moved. Until it was seen, what the
-        measured road would take for their bytes."""
+        measured link would take for their bytes."""
         lines = self.of(decode.gang_id).handovers
         line = lines.get(prefill.gang_id)
         if line is None:
             fixed_s, per_token_s = self._assumed.handover_fixed_s, self._assumed.handover_per_token_s
-            road, num_bytes = decode.kv_roads.get(prefill.gang_id), decode.info.kv_bytes_per_token
-            if road is not None and num_bytes:
-                fixed_s, per_token_s = fixed_s + road.latency_s, num_bytes / road.bytes_per_s
+            link, num_bytes = decode.kv_links.get(prefill.gang_id), decode.info.kv_bytes_per_token
+            if link is not None and num_bytes:
+                fixed_s, per_token_s = fixed_s + link.latency_s, num_bytes / link.bytes_per_s
             line = lines[prefill.gang_id] = SpeedLine(fixed_s, per_token_s)
         return line
 

@@ -59,7 +59,7 @@ class Transcript:
 
     def tell(self, token_ids: Sequence[int]) -> TokenChunk:
         """Tokens that are known before any attempt."""
-        return self._news(TokenChunk(self._request.request_id, token_ids))
+        return self._chunk(TokenChunk(self._request.request_id, token_ids))
 
     def take(self, chunk: TokenChunk) -> TokenChunk | None:
         """What of it is new to the client; None where nothing is. Raises Diverged."""
@@ -78,7 +78,7 @@ class Transcript:
         context_logits = self._new_context(chunk.context_logits)
         if len(known) == len(chunk.token_ids) and not (self.is_over or context_logits):
             return None
-        return self._news(_behind(chunk, len(known)), context_logits)
+        return self._chunk(_behind(chunk, len(known)), context_logits)
 
     def ended(self) -> TokenChunk | None:
         """The last chunk, where the tokens sent are all there can be and only their end was lost."""
@@ -86,16 +86,16 @@ class Transcript:
         is_stopped = count > 0 and self.sent[-1] in sampling.stop_token_ids and count >= sampling.min_tokens
         self.is_over = is_stopped or count >= sampling.max_tokens
         if is_stopped:
-            return self._news(TokenChunk(self._request.request_id, (), "stop", self.sent[-1]))
-        return self._news(TokenChunk(self._request.request_id, (), "length")) if self.is_over else None
+            return self._chunk(TokenChunk(self._request.request_id, (), "stop", self.sent[-1]))
+        return self._chunk(TokenChunk(self._request.request_id, (), "length")) if self.is_over else None
 
     def timed_out(self) -> TokenChunk:
         """The last chunk of a request whose deadline has passed. Raises DeadlineExceeded before the first token."""
         if not self.sent:
             raise DeadlineExceeded("the request's deadline passed before its first token")
-        return self._news(TokenChunk(self._request.request_id, (), "timeout"))
+        return self._chunk(TokenChunk(self._request.request_id, (), "timeout"))
 
-    def _news(self, chunk: TokenChunk, context_logits: bytes = b"") -> TokenChunk:
+    def _chunk(self, chunk: TokenChunk, context_logits: bytes = b"") -> TokenChunk:
         start = len(self.sent)
         self.sent += chunk.token_ids
         prompt_logprobs = None if self._has_prompt_logprobs else chunk.prompt_logprobs

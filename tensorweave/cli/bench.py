@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tensorweave.cli import bench_engine, bench_http, bench_road, bench_steps, bench_transfer
+from tensorweave.cli import bench_engine, bench_http, bench_link, bench_steps, bench_transfer
 from tensorweave.cli.arguments import add_api_key, add_changes, count, positive, rate
 
 _EXAMPLES = """\
@@ -14,9 +14,9 @@ examples:
   tensorweave bench throughput --model smollm2 --input-len 128 --output-len 64 --dtype float32 --json out.json
   tensorweave bench latency --model smollm2 --batch-size 1
   tensorweave bench serve --url http://127.0.0.1:8000 --num-prompts 64 --concurrency 8     any OpenAI endpoint
-  tensorweave bench road --url http://127.0.0.1:8000     HTTP's share of the time to first token
+  tensorweave bench link --url http://127.0.0.1:8000     HTTP's share of the time to first token
   tensorweave bench overhead                             the step loop with an empty model
-  tensorweave bench transfer                             KV between two ranks, by lane and size
+  tensorweave bench transfer                             KV between two ranks, by transport and size
   tensorweave bench ttft --model smollm2                 what handing a prompt over costs, by its length
 """
 
@@ -33,7 +33,7 @@ def add_command(commands: Any) -> None:
     _add_throughput(kinds)
     _add_latency(kinds)
     _add_serve(kinds)
-    _add_road(kinds)
+    _add_link(kinds)
     _add_overhead(kinds)
     _add_transfer(kinds)
     _add_ttft(kinds)
@@ -79,8 +79,8 @@ def _add_serve(kinds: Any) -> None:
     parser.set_defaults(run=bench_http.run_serve)
 
 
-def _add_road(kinds: Any) -> None:
-    parser = kinds.add_parser("road", help="time to first token over HTTP less the same in process")
+def _add_link(kinds: Any) -> None:
+    parser = kinds.add_parser("link", help="time to first token over HTTP less the same in process")
     _http_arguments(parser)
     parser.add_argument("--config", type=Path, metavar="FILE", help="the configuration that the service runs with")
     parser.add_argument("--model", help="short for --set model=…")
@@ -91,7 +91,7 @@ def _add_road(kinds: Any) -> None:
     parser.add_argument("--num-warmups", type=count, default=5, help="prompts before those (default: %(default)s)")
     parser.add_argument("--num-words", type=positive, default=32, help="length of a prompt (default: %(default)s)")
     parser.add_argument("--output-len", type=positive, default=2, help="tokens to generate (default: %(default)s)")
-    parser.set_defaults(run=bench_road.run_road)
+    parser.set_defaults(run=bench_link.run_link)
 
 
 def _add_overhead(kinds: Any) -> None:
@@ -111,11 +111,11 @@ def _add_transfer(kinds: Any) -> None:
         "--shapes", nargs="+", choices=("smollm2-135m", "llama-8b"), help="KV of these models (default: all)"
     )
     parser.add_argument(
-        "--lanes", nargs="+", choices=("ipc", "nccl", "tcp"), help="(default: all that the machine has)"
+        "--transports", nargs="+", choices=("ipc", "nccl", "tcp"), help="(default: all that the machine has)"
     )
     parser.add_argument("--sizes", nargs="+", type=positive, default=[4, 64], help="MiB of a fetch (default: 4 64)")
     parser.add_argument(
-        "--parcels", nargs="+", type=positive, default=[64], help="MiB packed together between GPUs (default: 64)"
+        "--messages", nargs="+", type=positive, default=[64], help="MiB packed together between GPUs (default: 64)"
     )
     parser.add_argument("--num-runs", type=positive, default=5, help="the median run counts (default: %(default)s)")
     _json_argument(parser)

@@ -1,4 +1,4 @@
-"""`tensorweave bench transfer`: what moving KV between two ranks costs on this machine, by lane and by size."""
+"""`tensorweave bench transfer`: what moving KV between two ranks costs on this machine, by transport and by size."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ def run_transfer(args: argparse.Namespace) -> int:
 
     gpus = gpu_names()
     devices = (gpus[0], gpus[-1]) if gpus else ("cpu", "cpu")
-    lanes = args.lanes or (["ipc", "nccl", "tcp"] if len(gpus) > 1 else ["tcp"])
+    transports = args.transports or (["ipc", "nccl", "tcp"] if len(gpus) > 1 else ["tcp"])
     sizes = [size << 20 for size in args.sizes]
-    parcels = [size << 20 for size in args.parcels]
+    messages = [size << 20 for size in args.messages]
     figures: dict[str, Any] = {"kernels": [], "fetches": []}
     for name in args.shapes or list(SHAPES):
         shape = SHAPES[name]
         figures["kernels"] += [bench_kernels(shape, devices[1], size, args.num_runs) for size in sizes]
-        for lane in lanes:
-            for parcel in parcels if lane != "tcp" else parcels[:1]:
-                figures["fetches"] += bench_fetches(shape, lane, devices, sizes, parcel, args.num_runs)
-    if "nccl" in lanes:
+        for transport in transports:
+            for message in messages if transport != "tcp" else messages[:1]:
+                figures["fetches"] += bench_fetches(shape, transport, devices, sizes, message, args.num_runs)
+    if "nccl" in transports:
         figures["wire"] = bench_wire(sizes, args.num_runs)
-    if "tcp" in lanes and not args.shapes:
+    if "tcp" in transports and not args.shapes:
         figures["bare"] = _against_bare_sockets(args)
     for title in ("kernels", "wire", "fetches", "bare"):
         _print_table(title, figures.get(title, []))
-    settings = {"lanes": lanes, "sizes_mib": args.sizes, "parcels_mib": args.parcels, "devices": devices}
+    settings = {"transports": transports, "sizes_mib": args.sizes, "messages_mib": args.messages, "devices": devices}
     publish(report("transfer", settings, {"runs": figures}), args.json)
     return 0
 

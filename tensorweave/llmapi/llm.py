@@ -1,7 +1,7 @@
 """`LLM`: text or token ids in, generations out. One object for a script, a notebook, threads and event loops alike.
 
 At one rank the executor runs in this process; a larger tensor-parallel size places a gang of ranks on Ray. Either way
-requests take the road of the HTTP service: tokenizer, dispatcher, link, executor, detokenizer.
+requests take the link of the HTTP service: tokenizer, dispatcher, link, executor, detokenizer.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ def test_transfer(pair: Pair, decode_first: bool) -> None:
         for _ in range(4):
             pair.prefill.engine.step()
         until(lambda: pair.decode.gauges()["num_requests_running"] == WAVE, "the decode gang has taken all")
-        until(lambda: bool(pair.decode.those(lambda r: r.state is RequestState.GENERATION)), "some have landed")
+        until(lambda: bool(pair.decode.those(lambda r: r.state is RequestState.GENERATION)), "some have arrived")
         num_cancelled += len(pair.decode.those(lambda request: request.state is RequestState.FETCHING))
         prefills, decodes = ([request.request_id for request in side] for side in zip(*requests, strict=True))
         storm = [(pair.prefill, prefills), (pair.decode, decodes)]

@@ -18,7 +18,7 @@ COMMANDS = [
     ["bench", "throughput"],
     ["bench", "latency"],
     ["bench", "serve"],
-    ["bench", "road"],
+    ["bench", "link"],
     ["bench", "overhead"],
     ["chaos"],
     ["models", "fetch"],

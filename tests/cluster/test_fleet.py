@@ -13,9 +13,9 @@ from ray.exceptions import ActorUnavailableError
 
 from tensorweave.cluster.errors import NotReady, WorkerLost
 from tensorweave.cluster.fleet import StaticFleet, WatchedFleet
+from tensorweave.cluster.kv_links import Pair
 from tensorweave.cluster.pool import PoolState
-from tensorweave.cluster.protocol import GangAddress, GenerateRequest, KvRoad, Role, SamplingSpec
-from tensorweave.cluster.roads import Pair
+from tensorweave.cluster.protocol import GangAddress, GenerateRequest, LinkMeasurement, Role, SamplingSpec
 from tensorweave.cluster.socket_link import SocketLink
 from tensorweave.cluster.supervisor import PoolSupervisor, ServiceState
 from tensorweave.workers.fakes.fake_executor import FAKE_INFO, FakeExecutor, fake_output
@@ -37,7 +37,7 @@ class _FakeSupervisor:
     def __init__(self) -> None:
         self.is_down = False
         self.num_calls = 0
-        self.roads: dict[Pair, KvRoad] = {}
+        self.links: dict[Pair, LinkMeasurement] = {}
         self._state = ServiceState(1, (PoolState("main", 1, (), ("starting",)),))
         self._changed = asyncio.Event()
         self.watch = _Method(self._watch)
@@ -48,7 +48,7 @@ class _FakeSupervisor:
         self.publish_pools(PoolState("main", 1, addresses, states, failure, failure or "still loading"))
 
     def publish_pools(self, *pools: PoolState) -> None:
-        self._state = ServiceState(self._state.version + 1, pools, self.roads)
+        self._state = ServiceState(self._state.version + 1, pools, self.links)
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -161,18 +161,18 @@ def test_a_gang_that_decodes_makes_the_service_ready_whatever_becomes_of_prefill
         asyncio.run(body())
 
 
-def test_links_know_the_roads_that_were_measured() -> None:
+def test_links_know_the_links_that_were_measured() -> None:
     async def body() -> None:
         supervisor = _FakeSupervisor()
         async with _watching(supervisor) as fleet:
             supervisor.publish(one, two)
             await _until(lambda: len(_ids(fleet)) == 2)
-            road = KvRoad(2e9, 0.001)
-            supervisor.roads = {("one", "p"): road, ("two", "p"): KvRoad(0.0, 0.0, "refused")}
+            link = LinkMeasurement(2e9, 0.001)
+            supervisor.links = {("one", "p"): link, ("two", "p"): LinkMeasurement(0.0, 0.0, "refused")}
             supervisor.publish(one, two)
             links = {link.gang_id: link for link in fleet.links()}
-            await _until(lambda: links["one"].kv_roads == {"p": road})
-            assert links["two"].kv_roads == {}
+            await _until(lambda: links["one"].kv_links == {"p": link})
+            assert links["two"].kv_links == {}
 
     with _gang("one") as (_, one), _gang("two") as (_, two):
         asyncio.run(body())

@@ -9,7 +9,7 @@ from typing import Any
 from tensorweave.cluster.errors import NoRoom, TensorweaveError, WorkerLost
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.pool import GangPool, PoolSpec
-from tensorweave.cluster.protocol import GangAddress, KvRoad, KvSource, ModelInfo
+from tensorweave.cluster.protocol import GangAddress, KvSource, LinkMeasurement, ModelInfo
 from tests.router.stepped_loop import run_stepped
 
 _INFO = ModelInfo("fake", 10, 10, "float32", 2, 5)
@@ -38,7 +38,7 @@ class _FakeGang:
     def end(self, reason: str) -> None:
         self._end.set_result(reason)
 
-    async def measure_road(self, source: KvSource) -> KvRoad:
+    async def measure_link(self, source: KvSource) -> LinkMeasurement:
         raise AssertionError("no KV is exchanged here")
 
     async def drain(self, timeout_s: float) -> None:

@@ -99,13 +99,13 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
 
 @contextlib.asynccontextmanager
 async def routed(setup: Setup) -> AsyncIterator[tuple[WatchedFleet, Dispatcher]]:
-    """A router: its fleet with a gang of each role and the road between them, and its dispatcher, which hands prompts
+    """A router: its fleet with a gang of each role and the link between them, and its dispatcher, which hands prompts
     over whatever speeds it has seen."""
     fleet = WatchedFleet(setup.supervisor)
     try:
         await fleet.wait_ready(START_TIMEOUT_S)
         await until(lambda: bool(fleet.links("prefill")), START_TIMEOUT_S)
-        await until(lambda: all(link.kv_roads for link in fleet.links("decode")), WAIT_S)
+        await until(lambda: all(link.kv_links for link in fleet.links("decode")), WAIT_S)
         yield fleet, Dispatcher(fleet, build_policy("round_robin"))
     finally:
         await fleet.close()
@@ -216,9 +216,9 @@ def test_pairs_answer_as_one_engine(setup: Setup) -> None:
                 assert answers == expected
             assert dispatcher.counts.plans["joint"] > 0
             assert not dispatcher.counts.retries
-            [road] = fleet.links("decode")[0].kv_roads.values()
-            assert road.bytes_per_s > 0
-            assert road.latency_s > 0
+            [link] = fleet.links("decode")[0].kv_links.values()
+            assert link.bytes_per_s > 0
+            assert link.latency_s > 0
             give_up_s = asyncio.get_running_loop().time() + WAIT_S
             while not are_leases_over(await gauges_of(fleet, "prefill"), sum(n for n in lengths if n >= 64)):
                 assert asyncio.get_running_loop().time() < give_up_s, "leases end"

@@ -44,9 +44,9 @@ def test_one_prompt_and_several(llm: LLM) -> None:
 
 def test_a_stream_adds_up(llm: LLM) -> None:
     params = SamplingParams(max_tokens=12)
-    future = llm.generate_async("Write a short story", sampling_params=params, streaming=True)
+    future = llm.generate_async("Write a short transcript", sampling_params=params, streaming=True)
     text = "".join(partial.outputs[0].text_diff for partial in future)
-    assert text == llm.generate("Write a short story", params).outputs[0].text  # type: ignore[union-attr]
+    assert text == llm.generate("Write a short transcript", params).outputs[0].text  # type: ignore[union-attr]
 
 
 def test_preprocessing_first(llm: LLM) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from tensorweave.cluster.errors import NotReady, TensorweaveError, WorkerLost, error_from_wire
 from tensorweave.cluster.kv_mirror import KvMirror
 from tensorweave.cluster.link import FoundAttempt
-from tensorweave.cluster.protocol import GenerateRequest, KvRoad, KvSource, ModelInfo, Role, TokenChunk
+from tensorweave.cluster.protocol import GenerateRequest, KvSource, LinkMeasurement, ModelInfo, Role, TokenChunk
 from tests.router.fake_logprobs import with_logprobs
 
 
@@ -55,7 +55,7 @@ class FakeLink:
         self.num_cached = num_cached
         self.faults = list(faults)
         self.kv = KvMirror(info.tokens_per_block, info.num_blocks)
-        self.kv_roads: dict[str, KvRoad] = {}
+        self.kv_links: dict[str, LinkMeasurement] = {}
         gives_kv = role == "prefill" if gives_kv is None else gives_kv
         self.kv_source = KvSource(gang_id, (), {"model": "m"}, "secret") if gives_kv else None
         self.num_inflight = 0

@@ -10,7 +10,7 @@ import torch
 
 from tensorweave.cluster import socket_link, wire
 from tensorweave.kernels.native import load_native
-from tensorweave.workers.transfer.carriers import tcp_giver, tcp_taker
+from tensorweave.workers.transfer.carriers import tcp_client, tcp_server
 from tensorweave.workers.transfer.carriers.stream import Stream
 from tests.workers.waiting import WAIT_S
 
@@ -23,7 +23,7 @@ def _compiled_kernels() -> None:
 
 @pytest.fixture(autouse=True)
 def _patient_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (tcp_giver, tcp_taker):
+    for module in (tcp_server, tcp_client):
         monkeypatch.setattr(module, "Stream", functools.partial(Stream, silence_s=WAIT_S))
 
 

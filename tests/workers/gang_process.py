@@ -13,11 +13,11 @@ from typing import Any, Self
 
 import pytest
 
-from tensorweave.cluster.protocol import GenerateRequest, KvRoad, KvSource, SamplingSpec
+from tensorweave.cluster.protocol import GenerateRequest, KvSource, LinkMeasurement, SamplingSpec
 from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.transfer.carriers.carrier import Carrier
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
-from tensorweave.workers.transfer.lanes.lanes import make_lanes
+from tensorweave.workers.transfer.transports.selection import make_transports
 from tensorweave.workers.transfer.window import PoolWindow
 from tests.workers.engine_drive import engine_args
 from tests.workers.transfer_drive import SECRET, Client, Gang, request_pair
@@ -63,9 +63,9 @@ class GangProcess:
         gauges: dict[str, float] = self._ask("gauges")
         return gauges
 
-    def measure_road(self, source: KvSource) -> KvRoad:
-        road: KvRoad = self._ask("measure_road", source)
-        return road
+    def measure_link(self, source: KvSource) -> LinkMeasurement:
+        link: LinkMeasurement = self._ask("measure_link", source)
+        return link
 
     def kill(self) -> None:
         self.process.kill()
@@ -129,7 +129,7 @@ def run_alone(gang: GangProcess, prompts: Sequence[list[int]], samplings: Sequen
 
 def _serve(pipe: Connection, path: Path, backend: str, name: str, knobs: dict[str, Any]) -> None:
     def make_carrier(window: PoolWindow, alike: dict[str, str]) -> Carrier:
-        return TcpCarrier(window, alike, "127.0.0.1", SECRET, make_lanes(backend, window))
+        return TcpCarrier(window, alike, "127.0.0.1", SECRET, make_transports(backend, window))
 
     logging.basicConfig(level=logging.INFO, format=f"%(relativeCreated)d {name} %(name)s: %(message)s")
     args = engine_args(path, device=knobs.pop("device"), kv_cache_config=knobs.pop("kv_cache_config", {}))
@@ -162,6 +162,6 @@ def _obey(gang: Gang, client: Client, verb: str, arguments: list[Any]) -> Any:
             return gang.wait_idle()
         case "gauges", []:
             return gang.leader.gauges()
-        case "measure_road", [source]:
-            return gang.transfers[0].measure_road(source, timeout_s=30.0)
+        case "measure_link", [source]:
+            return gang.transfers[0].measure_link(source, timeout_s=30.0)
     raise AssertionError(f"no verb {verb!r}")

@@ -135,7 +135,7 @@ class Gang:
     def failures(self) -> dict[str, int]:
         total: dict[str, int] = {}
         for transfers in self.transfers:
-            for kind, count in transfers.tally.failures().items():
+            for kind, count in transfers.stats.failures().items():
                 total[kind] = total.get(kind, 0) + count
         return total
 

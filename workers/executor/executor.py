@@ -19,14 +19,14 @@ from tensorweave.cluster.protocol import (
     FinishReason,
     GenerateRequest,
     KvEndpoint,
-    KvRoad,
     KvSource,
+    LinkMeasurement,
     ModelInfo,
     TokenChunk,
 )
 from tensorweave.workers.engine.engine import ModelEngine
 from tensorweave.workers.executor.admission import check_fits
-from tensorweave.workers.executor.inbox import FollowerInbox, Inbox, News
+from tensorweave.workers.executor.inbox import FollowerInbox, Inbox, StepInput
 from tensorweave.workers.executor.iteration_stats import IterationStats, StepTimer
 from tensorweave.workers.executor.logits_watch import LogitsWatch
 from tensorweave.workers.executor.outbox import FollowerOutbox, Outbox
@@ -35,7 +35,7 @@ from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.sampling.decoder import Decoded, Decoder
 from tensorweave.workers.sampling.logits_processors import BatchedLogitsProcessor, LogitsProcessor
 from tensorweave.workers.sampling.logprobs import read_prompt
-from tensorweave.workers.step.kv_exchange import Landed, NoTransfers, Transfers
+from tensorweave.workers.step.kv_exchange import KvArrived, NoTransfers, Transfers
 from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
 from tensorweave.workers.step.request import LlmRequest, RequestState
 from tensorweave.workers.step.resources import ResourceManager
@@ -115,9 +115,9 @@ class PyExecutor:
         """What another gang must have alike to take KV from here, or to give it."""
         return self._transfers.fingerprint
 
-    def measure_road(self, source: KvSource, timeout_s: float = 10.0) -> KvRoad:
+    def measure_link(self, source: KvSource, timeout_s: float = 10.0) -> LinkMeasurement:
         """What the way from a giving gang to this rank carries."""
-        return self._transfers.measure_road(source, timeout_s)
+        return self._transfers.measure_link(source, timeout_s)
 
     def wait_released(self, timeout_s: float) -> bool:
         """Until nobody holds a claim on KV of requests that have ended here; whether that is so in time."""
@@ -277,17 +277,17 @@ class PyExecutor:
         timer.end_forward()
         return self._decoder.decode(logits, batch)
 
-    def _agree(self) -> News:
+    def _agree(self) -> StepInput:
         wait_s = 0.0 if self._active and not self._is_stuck else IDLE_BEAT_S
         mine = self._inbox.gather(self._token_check, wait_s)
         if mine is not None and self.comm.size == 1:
             return mine
-        news = News.unpack(self.comm.agree(None if mine is None else mine.pack()))
+        news = StepInput.unpack(self.comm.agree(None if mine is None else mine.pack()))
         if news.token_check != self._token_check:
             raise WorkerLost(f"rank {self.comm.rank} has sampled other tokens than rank 0: the gang has diverged")
         return news
 
-    def _admit(self, news: News) -> None:
+    def _admit(self, news: StepInput) -> None:
         self._resources.kv_cache.now_s = news.now_s
         for probe in self._watch.start_probes(self._num_arrived, news.now_s):
             self._num_arrived += 1
@@ -305,20 +305,20 @@ class PyExecutor:
             self._end_early(request_id, "cancelled")
         for request_id in news.expired:
             self._end_early(request_id, "timeout")
-        for landed in news.landed:
-            self._land(landed)
+        for arrived in news.arrived:
+            self._land(arrived)
         for request_id in news.released:
             self._release(request_id)
 
-    def _land(self, landed: Landed) -> None:
+    def _land(self, arrived: KvArrived) -> None:
         """A request's KV has come from elsewhere: go on as if it had been computed here, up to where it is right."""
-        request = self._by_id.get(landed.request_id)
+        request = self._by_id.get(arrived.request_id)
         if request is None or request.state is not RequestState.FETCHING:
             return
         self._transfers.drop(request)
-        has_token = request.land(landed.num_tokens, landed.first_token, landed.extras)
-        arrived = ContextChunk(request, 0, request.num_computed)
-        self._resources.update_resources(ScheduledBatch(context=(arrived,)))
+        has_token = request.land(arrived.num_tokens, arrived.first_token, arrived.extras)
+        chunk = ContextChunk(request, 0, request.num_computed)
+        self._resources.update_resources(ScheduledBatch(context=(chunk,)))
         if has_token:
             self._answers.append(request.news())
             self._free([request] if request.finish_reason is not None else [])

@@ -1,7 +1,7 @@
 """What reaches the step loop from outside: arrivals, cancels, deadlines, transfers, handed over once a step.
 
 `Inbox` belongs to rank 0: any thread may put, only the step loop gathers. `FollowerInbox` is the other ranks' Null
-object: their news comes through the agreement. `News` is what all ranks agree on, packed with msgpack.
+object: their news comes through the agreement. `StepInput` is what all ranks agree on, packed with msgpack.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import msgpack
 
 from tensorweave.cluster.errors import NotReady, Overloaded
 from tensorweave.cluster.protocol import GenerateRequest
-from tensorweave.workers.step.kv_exchange import Landed
+from tensorweave.workers.step.kv_exchange import KvArrived
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class StepInput:
     """One step's agreement. `token_check` is rank 0's checksum of all tokens sampled so far: a rank that differs has
     diverged."""
 
@@ -29,24 +29,24 @@ class News:
     arrivals: Sequence[GenerateRequest] = ()
     cancelled: Sequence[str] = ()
     expired: Sequence[str] = ()
-    landed: Sequence[Landed] = ()
+    arrived: Sequence[KvArrived] = ()
     released: Sequence[str] = ()
     is_shutdown: bool = False
 
     def pack(self) -> bytes:
         arrivals = [request.to_wire() for request in self.arrivals]
-        landed = [item.to_wire() for item in self.landed]
-        ends = [self.cancelled, self.expired, landed, self.released, self.is_shutdown]
+        arrived = [item.to_wire() for item in self.arrived]
+        ends = [self.cancelled, self.expired, arrived, self.released, self.is_shutdown]
         fields = [self.now_s, self.token_check, arrivals, *ends]
         packed: bytes = msgpack.packb(fields)
         return packed
 
     @classmethod
-    def unpack(cls, data: bytes) -> News:
-        now_s, token_check, arrivals, cancelled, expired, landed, released, is_shutdown = msgpack.unpackb(data)
+    def unpack(cls, data: bytes) -> StepInput:
+        now_s, token_check, arrivals, cancelled, expired, arrived, released, is_shutdown = msgpack.unpackb(data)
         requests = [GenerateRequest.from_wire(fields) for fields in arrivals]
-        landings = [Landed.from_wire(fields) for fields in landed]
-        return cls(now_s, token_check, requests, cancelled, expired, landings, released, is_shutdown)
+        arrivals = [KvArrived.from_wire(fields) for fields in arrived]
+        return cls(now_s, token_check, requests, cancelled, expired, arrivals, released, is_shutdown)
 
 
 class Inbox:
@@ -60,7 +60,7 @@ class Inbox:
         self._inside: set[str] = set()
         self._arrivals: list[GenerateRequest] = []
         self._cancelled: list[str] = []
-        self._landed: list[Landed] = []
+        self._arrived: list[KvArrived] = []
         self._released: list[str] = []
         self._deadlines: list[tuple[float, str]] = []
         self._deadline_of: dict[str, float] = {}
@@ -103,9 +103,9 @@ class Inbox:
             self._changed.notify()
             return True
 
-    def put_landed(self, landed: Landed) -> None:
+    def put_arrived(self, arrived: KvArrived) -> None:
         with self._changed:
-            self._landed.append(landed)
+            self._arrived.append(arrived)
             self._changed.notify()
 
     def put_released(self, request_id: str) -> None:
@@ -133,21 +133,21 @@ class Inbox:
             self._deadline_of.clear()
             return orphans
 
-    def gather(self, token_check: int, idle_wait_s: float) -> News:
+    def gather(self, token_check: int, idle_wait_s: float) -> StepInput:
         """Everything new; with `idle_wait_s` above 0, waits that long for something to come."""
         with self._changed:
-            if idle_wait_s > 0 and not self._has_news():
+            if idle_wait_s > 0 and not self._has_input():
                 self._changed.wait(self._until_deadline(idle_wait_s))
             now_s = self._clock()
             arrivals, self._arrivals = self._arrivals, []
             cancelled, self._cancelled = self._cancelled, []
-            landed, self._landed = self._landed, []
+            arrived, self._arrived = self._arrived, []
             released, self._released = self._released, []
             expired = list(self._pop_expired(now_s))
-        return News(now_s, token_check, arrivals, cancelled, expired, landed, released, self._is_shutdown)
+        return StepInput(now_s, token_check, arrivals, cancelled, expired, arrived, released, self._is_shutdown)
 
-    def _has_news(self) -> bool:
-        return bool(self._arrivals or self._cancelled or self._landed or self._released or self._is_shutdown)
+    def _has_input(self) -> bool:
+        return bool(self._arrivals or self._cancelled or self._arrived or self._released or self._is_shutdown)
 
     def _until_deadline(self, limit_s: float) -> float:
         if not self._deadlines:
@@ -169,7 +169,7 @@ class FollowerInbox:
     def gather(self, token_check: int, idle_wait_s: float) -> None:
         return None
 
-    def put_landed(self, landed: Landed) -> None:
+    def put_arrived(self, arrived: KvArrived) -> None:
         return None
 
     def put_released(self, request_id: str) -> None:

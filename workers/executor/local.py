@@ -14,7 +14,7 @@ from typing import Any
 from tensorweave.cluster.errors import NotReady, TensorweaveError, WorkerLost
 from tensorweave.cluster.kv_mirror import KvMirror
 from tensorweave.cluster.link import FoundAttempt
-from tensorweave.cluster.protocol import GenerateRequest, KvRoad, KvSource, ModelInfo, TokenChunk
+from tensorweave.cluster.protocol import GenerateRequest, KvSource, LinkMeasurement, ModelInfo, TokenChunk
 from tensorweave.workers.executor.executor import PyExecutor
 
 _PUMP_WAIT_S = 1.0
@@ -28,7 +28,7 @@ class LocalLink:
     """
 
     gang_id = "local"
-    kv_roads: Mapping[str, KvRoad] = {}
+    kv_links: Mapping[str, LinkMeasurement] = {}
 
     def __init__(self, executor: PyExecutor, kv_source: KvSource | None = None) -> None:
         self.kv_source = kv_source

@@ -1,7 +1,7 @@
 """The leader's socket: front ends connect to rank 0 of a gang, hand in requests and get one frame of tokens a step.
 
 An asyncio loop on a thread of its own serves the sockets; a pump thread blocks on the executor's answers and wakes it.
-What the frames mean is `workers.leader_desk`'s.
+What the frames mean is `workers.client_table`'s.
 
     executor ──await_responses──▶ pump thread ──call_soon_threadsafe──▶ loop thread ──one "step" frame a client──▶
 """
@@ -19,7 +19,7 @@ from tensorweave.cluster import wire
 from tensorweave.cluster.errors import TensorweaveError, WireError, WorkerLost
 from tensorweave.cluster.limited_log import LimitedLog
 from tensorweave.cluster.protocol import PROTOCOL_VERSION
-from tensorweave.workers.leader.desk import MAX_UNSENT_BYTES, Client, LeaderDesk, ServedExecutor
+from tensorweave.workers.leader.clients import MAX_UNSENT_BYTES, Client, ClientTable, ServedExecutor
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ _MAX_STRANGERS: Final = 256
 
 
 class LeaderServer:
-    """Serves an executor on `host`; `start` returns the port. For `max_kv_events` see `LeaderDesk`."""
+    """Serves an executor on `host`; `start` returns the port. For `max_kv_events` see `ClientTable`."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class LeaderServer:
         self._host = host
         self._secret = secret
         self._max_unsent_bytes = max_unsent_bytes
-        self._desk = LeaderDesk(executor, max_kv_events)
+        self._table = ClientTable(executor, max_kv_events)
         self._strangers: dict[Client, None] = {}
         self._log = LimitedLog(logger, logging.WARNING)
         self._stopping = threading.Event()
@@ -70,17 +70,17 @@ class LeaderServer:
 
     @property
     def num_open(self) -> int:
-        return len(self._desk.streams)
+        return len(self._table.streams)
 
     @property
     def num_kept(self) -> int:
         """Answers that are over and may be asked for again."""
-        return self._desk.streams.num_kept
+        return self._table.streams.num_kept
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the open ones; True when none is left."""
-        self._desk.is_draining = True
-        return self._desk.is_idle.wait(timeout_s)
+        self._table.is_draining = True
+        return self._table.is_idle.wait(timeout_s)
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """Open requests get `WorkerLost`, connections close, both threads end."""
@@ -106,7 +106,7 @@ class LeaderServer:
             chunks = executor.await_responses(timeout_s=_PUMP_WAIT_S)
             events = executor.get_latest_kv_cache_events()
             if chunks or events:
-                self._call(functools.partial(self._desk.pass_on, chunks, events))
+                self._call(functools.partial(self._table.pass_on, chunks, events))
             if executor.failure is not None or not (chunks or executor.is_alive):
                 self._call(self._fail_as_executor)
                 return
@@ -131,15 +131,15 @@ class LeaderServer:
         self._is_up.set()
         await self._end.wait()
         pings.cancel()
-        self._desk.streams.close()
+        self._table.streams.close()
         server.close()
         await self._close_clients()
 
     async def _close_clients(self) -> None:
         """Let the last frames out, for a second at most."""
-        for client in self._desk.clients:
+        for client in self._table.clients:
             client.writer.close()
-        waits = [asyncio.create_task(_wait_closed(client.writer)) for client in self._desk.clients]
+        waits = [asyncio.create_task(_wait_closed(client.writer)) for client in self._table.clients]
         if waits:
             await asyncio.wait(waits, timeout=1.0)
 
@@ -147,7 +147,7 @@ class LeaderServer:
         """A silent leader is a hung one, so an idle one speaks."""
         while True:
             await asyncio.sleep(wire.PING_INTERVAL_S)
-            self._desk.ping()
+            self._table.ping()
 
     async def _serve_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         wire.tune_socket(writer)
@@ -156,16 +156,16 @@ class LeaderServer:
         try:
             if not await self._greet(client, frames):
                 return
-            self._desk.clients.add(client)
+            self._table.clients.add(client)
             async for frame in frames:
-                self._desk.receive(client, frame)
+                self._table.receive(client, frame)
         except WireError as error:
             self._log.tell(f"closing a client's connection: {error.message}")
             client.send("error", error.to_wire())
         except Exception:  # the request boundary: one client's nonsense must not reach another
             logger.exception("closing a client's connection")
         finally:
-            self._desk.lose(client)
+            self._table.lose(client)
             writer.close()
 
     async def _greet(self, client: Client, frames: wire.FrameReader) -> bool:
@@ -195,7 +195,7 @@ class LeaderServer:
     def _fail(self, error: TensorweaveError) -> None:
         """Everyone hears why, then the connections close."""
         if not self._end.is_set():
-            self._desk.fail(error)
+            self._table.fail(error)
             self._end.set()
 
 

@@ -1,7 +1,7 @@
 """What the step loop knows of KV transfer: `Transfers`, and its Null object `NoTransfers` for gangs that exchange none.
 
 The loop calls each verb once a step on every rank; bytes move on other threads. What those threads learn (a fetch has
-landed, a lease has ended) reaches the loop as news through rank 0's inbox, so that all ranks act on it in the same
+arrived, a lease has ended) reaches the loop as news through rank 0's inbox, so that all ranks act on it in the same
 step. `workers.transfer` has the real one and its carriers.
 """
 
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tensorweave.cluster.errors import WireError
-from tensorweave.cluster.protocol import KvEndpoint, KvRoad, KvSource
+from tensorweave.cluster.protocol import KvEndpoint, KvSource, LinkMeasurement
 from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
 from tensorweave.workers.step.request import LlmRequest, TokenExtras
 
 
 @dataclass(frozen=True, slots=True)
-class Landed:
+class KvArrived:
     """A fetch is over on all ranks: KV of the request's first `num_tokens` tokens is verified and in place on each.
 
     `first_token` is what the prefill gang sampled after the prompt; None where it was lost on the way, and the prompt's
@@ -35,20 +35,20 @@ class Landed:
         return [self.request_id, self.num_tokens, self.first_token, extras]
 
     @classmethod
-    def from_wire(cls, fields: Any) -> Landed:
+    def from_wire(cls, fields: Any) -> KvArrived:
         match fields:
             case [str(request_id), int(num_tokens), int() | None as first_token, extras]:
                 return cls(
                     request_id, num_tokens, first_token, None if extras is None else TokenExtras.from_wire(extras)
                 )
             case _:
-                raise WireError("malformed landing")
+                raise WireError("malformed arrival")
 
 
 class TransferInbox(Protocol):
     """Where transfer threads leave news for the step loop: rank 0's `Inbox`."""
 
-    def put_landed(self, landed: Landed) -> None: ...
+    def put_arrived(self, arrived: KvArrived) -> None: ...
 
     def put_released(self, request_id: str) -> None: ...
 
@@ -81,7 +81,7 @@ class Transfers(Protocol):
         """The lease has ended, by news: nobody reads the blocks any more, and the caller frees them."""
 
     def drop(self, request: LlmRequest) -> None:
-        """This request no longer waits for its fetch (landed, paused), and what it has offered so far is taken back:
+        """This request no longer waits for its fetch (arrived, paused), and what it has offered so far is taken back:
         after this nothing writes or reads its blocks."""
 
     def give_up(self, request_id: str) -> bool:
@@ -94,7 +94,7 @@ class Transfers(Protocol):
     def wait_released(self, timeout_s: float) -> bool:
         """From any thread: wait until no lease is open; whether that is so."""
 
-    def measure_road(self, source: KvSource, timeout_s: float) -> KvRoad:
+    def measure_link(self, source: KvSource, timeout_s: float) -> LinkMeasurement:
         """From any thread: what the way from a giving gang's rank 0 to this rank carries; waits, raises nothing."""
 
     def gauges(self) -> dict[str, float]:
@@ -140,8 +140,8 @@ class NoTransfers:
     def wait_released(self, timeout_s: float) -> bool:
         return True
 
-    def measure_road(self, source: KvSource, timeout_s: float) -> KvRoad:
-        return KvRoad(0.0, 0.0, "this gang exchanges no KV")
+    def measure_link(self, source: KvSource, timeout_s: float) -> LinkMeasurement:
+        return LinkMeasurement(0.0, 0.0, "this gang exchanges no KV")
 
     def gauges(self) -> dict[str, float]:
         return {}

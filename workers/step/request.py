@@ -4,7 +4,7 @@ Built by the executor from a `GenerateRequest`, read by schedulers, changed only
 
     WAITING ──admitted──▶ CONTEXT ──last chunk──▶ GENERATION ──stop, length──▶ DONE
       ▲ │                  ▲  │                      ▲ │
-      │ └─has a ticket─▶ FETCHING ──all landed───────┘ │       cancel, deadline: any ──▶ DONE
+      │ └─has a ticket─▶ FETCHING ──all arrived───────┘ │       cancel, deadline: any ──▶ DONE
       └────────paused (KV freed, recomputed later)─────┘
 """
 

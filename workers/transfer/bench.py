@@ -1,4 +1,4 @@
-"""What moving KV blocks costs: the kernels alone, NCCL alone, and whole fetches by each lane between two processes.
+"""What moving KV blocks costs: the kernels alone, NCCL alone, and fetches by each transport between two processes.
 
 The giver is a child process that holds a pool of random blocks, the taker is this one; on a machine with two GPUs they
 sit on different ones. Times are medians; rates count each moved byte once.
@@ -26,13 +26,13 @@ from tensorweave.cluster.protocol import KvEndpoint
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.transfer.carriers.carrier import Claim, Failed, Sink, TicketOver
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
-from tensorweave.workers.transfer.giving.shelf import BlockTags, Row, Shelf
-from tensorweave.workers.transfer.lanes.lane import HostLane, LaneKind
-from tensorweave.workers.transfer.lanes.nccl import Communicator, new_unique_id
-from tensorweave.workers.transfer.lanes.nccl_lane import PARCEL_BYTES, NcclLane
-from tensorweave.workers.transfer.lanes.same_node import SameNodeLane
-from tensorweave.workers.transfer.taking.intake import Intake, Landing
-from tensorweave.workers.transfer.tally import Tally
+from tensorweave.workers.transfer.giving.offered_blocks import BlockTags, OfferedBlocks, Row
+from tensorweave.workers.transfer.taking.intake import Intake, TargetBlocks
+from tensorweave.workers.transfer.transfer_stats import TransferStats
+from tensorweave.workers.transfer.transports.nccl import Communicator, new_unique_id
+from tensorweave.workers.transfer.transports.nccl_transport import MESSAGE_BYTES, NcclTransport
+from tensorweave.workers.transfer.transports.same_node import SameNodeTransport
+from tensorweave.workers.transfer.transports.transport import HostTransport, TransportKind
 from tensorweave.workers.transfer.window import PoolWindow
 
 _SECRET: Final = "a bench"
@@ -70,17 +70,22 @@ SHAPES: Final = {shape.name: shape for shape in (Shape("smollm2-135m", 30, 3, 64
 
 
 def bench_fetches(
-    shape: Shape, lane: str, devices: tuple[str, str], sizes: Sequence[int], parcel_bytes: int, num_runs: int
+    shape: Shape, transport: str, devices: tuple[str, str], sizes: Sequence[int], message_bytes: int, num_runs: int
 ) -> list[Figures]:
     """Whole fetches of `sizes` bytes, from the claim to the last block in the pool, digests checked and not."""
-    with giver(shape, lane, devices[0], max(sizes), parcel_bytes) as given:
+    with giver(shape, transport, devices[0], max(sizes), message_bytes) as given:
         window = shape.make_window(max(sizes), torch.device(devices[1]))
-        carrier = make_carrier(window, lane, parcel_bytes)
+        carrier = make_carrier(window, transport, message_bytes)
         rows = []
         for size in sizes:
             num_blocks = max(1, size // window.block_bytes(len(window.heads)))
             num_bytes = num_blocks * window.block_bytes(len(window.heads))
-            row = {"shape": shape.name, "lane": lane, "parcel_mib": parcel_bytes / 2**20, "mib": num_bytes / 2**20}
+            row = {
+                "shape": shape.name,
+                "transport": transport,
+                "message_mib": message_bytes / 2**20,
+                "mib": num_bytes / 2**20,
+            }
             for name, is_checked in (("unchecked", False), ("checked", True)):
                 times = [fetch(carrier, window, given.endpoint, num_blocks, is_checked) for _ in range(num_runs + 1)][
                     1:
@@ -170,23 +175,23 @@ def gpu_names() -> list[str]:
 class Unchecked:
     """A `Sink` that believes everything: what is left is the way and the copies."""
 
-    def __init__(self, landing: Landing, heads: range) -> None:
-        self._landing = landing
+    def __init__(self, arrival: TargetBlocks, heads: range) -> None:
+        self._arrival = arrival
         self._heads = heads
 
     def announce(self, rows: Sequence[Row], digests: bytes) -> None:
         return None
 
     def put(self, blocks: Sequence[tuple[int, int]], payload: Tensor) -> None:
-        self._landing.window.unpack([index for index, _ in blocks], self._heads, payload)
+        self._arrival.window.unpack([index for index, _ in blocks], self._heads, payload)
 
 
 def fetch(carrier: TcpCarrier, window: PoolWindow, endpoint: KvEndpoint, num_blocks: int, is_checked: bool) -> float:
     heads, first = range(len(window.heads)), window.num_blocks - num_blocks
-    landing = Landing(window, 0, range(window.num_blocks))
+    arrival = TargetBlocks(window, 0, range(window.num_blocks))
     wanted = dict.fromkeys(range(first, window.num_blocks), window.tokens_per_block)
-    intake = Intake(landing, heads, wanted, Tally())
-    sink: Sink = intake if is_checked else Unchecked(landing, heads)
+    intake = Intake(arrival, heads, wanted, TransferStats())
+    sink: Sink = intake if is_checked else Unchecked(arrival, heads)
     start_s = time.perf_counter()
     claim_id = uuid.uuid4().hex
     carrier.fetch(endpoint, _SECRET, Claim(claim_id, "t", {}, _PROMPT, window.heads.start, len(heads), first), sink)
@@ -202,22 +207,22 @@ def fetch(carrier: TcpCarrier, window: PoolWindow, endpoint: KvEndpoint, num_blo
             return took_s
 
 
-def make_carrier(window: PoolWindow, lane: str, parcel_bytes: int = PARCEL_BYTES) -> TcpCarrier:
-    return TcpCarrier(window, {}, _HOST, _SECRET, [_make_lane(lane, window, parcel_bytes)])
+def make_carrier(window: PoolWindow, transport: str, message_bytes: int = MESSAGE_BYTES) -> TcpCarrier:
+    return TcpCarrier(window, {}, _HOST, _SECRET, [_make_transport(transport, window, message_bytes)])
 
 
-def _make_lane(name: str, window: PoolWindow, parcel_bytes: int) -> LaneKind:
+def _make_transport(name: str, window: PoolWindow, message_bytes: int) -> TransportKind:
     if window.device.type == "cuda":
         torch.cuda.set_device(window.device)
         window.warm()
     match name:
         case "ipc":
-            return SameNodeLane(window, parcel_bytes)
+            return SameNodeTransport(window, message_bytes)
         case "nccl":
-            return NcclLane(window, parcel_bytes)
+            return NcclTransport(window, message_bytes)
         case "tcp":
-            return HostLane(window)
-    raise ValueError(f"no lane {name!r}")
+            return HostTransport(window)
+    raise ValueError(f"no transport {name!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,11 +233,15 @@ class Giver:
 
 
 @contextmanager
-def giver(shape: Shape, lane: str, device: str, num_bytes: int, parcel_bytes: int = PARCEL_BYTES) -> Iterator[Giver]:
+def giver(
+    shape: Shape, transport: str, device: str, num_bytes: int, message_bytes: int = MESSAGE_BYTES
+) -> Iterator[Giver]:
     """Another process that offers a pool's blocks."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    process = context.Process(target=_give, args=(theirs, shape, lane, device, num_bytes, parcel_bytes), daemon=True)
+    process = context.Process(
+        target=_give, args=(theirs, shape, transport, device, num_bytes, message_bytes), daemon=True
+    )
     process.start()
     theirs.close()
     try:
@@ -246,17 +255,17 @@ def giver(shape: Shape, lane: str, device: str, num_bytes: int, parcel_bytes: in
         process.kill()
 
 
-def _give(pipe: Connection, shape: Shape, lane: str, device: str, num_bytes: int, parcel_bytes: int) -> None:
+def _give(pipe: Connection, shape: Shape, transport: str, device: str, num_bytes: int, message_bytes: int) -> None:
     window = shape.make_window(num_bytes, torch.device(device))
-    carrier = make_carrier(window, lane, parcel_bytes)
-    shelf = Shelf(window, BlockTags(), _PROMPT)
+    carrier = make_carrier(window, transport, message_bytes)
+    offered = OfferedBlocks(window, BlockTags(), _PROMPT)
     order = torch.randperm(window.num_blocks).tolist()
     start_s = time.perf_counter()
-    shelf.add(order, [window.tokens_per_block] * len(order))
+    offered.add(order, [window.tokens_per_block] * len(order))
     pool_bytes = len(order) * window.block_bytes(len(window.heads))
     rate = pool_bytes / (time.perf_counter() - start_s) / 1e9
-    shelf.complete(0)
-    carrier.offer("t", shelf)
+    offered.complete(0)
+    carrier.offer("t", offered)
     pipe.send((KvEndpoint(*carrier.address, window.heads.start, len(window.heads)), rate))
     pipe.poll(None)  # until the other end closes
     carrier.shutdown()

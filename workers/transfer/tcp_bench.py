@@ -23,10 +23,10 @@ from tensorweave.cluster.protocol import KvEndpoint
 from tensorweave.workers.transfer.bench import Shape, Unchecked
 from tensorweave.workers.transfer.carriers.carrier import Claim, Ended
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
-from tensorweave.workers.transfer.giving.shelf import BlockTags, Shelf
-from tensorweave.workers.transfer.lanes.lane import HostLane
-from tensorweave.workers.transfer.taking.intake import Intake, Landing
-from tensorweave.workers.transfer.tally import Tally
+from tensorweave.workers.transfer.giving.offered_blocks import BlockTags, OfferedBlocks
+from tensorweave.workers.transfer.taking.intake import Intake, TargetBlocks
+from tensorweave.workers.transfer.transfer_stats import TransferStats
+from tensorweave.workers.transfer.transports.transport import HostTransport
 from tensorweave.workers.transfer.window import PoolWindow
 
 TOTAL_BYTES: Final = 256 << 20
@@ -46,10 +46,10 @@ WAYS: Final = ("bare", "bare_one_buffer", "unchecked", "carrier")
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Rates in bytes a second; `parcel_bytes` is the message size of all. `carrier` checks digests."""
+    """Rates in bytes a second; `message_bytes` is the message size of all. `carrier` checks digests."""
 
     shape: Shape
-    parcel_bytes: int
+    message_bytes: int
     bare: float
     bare_one_buffer: float
     unchecked: float
@@ -64,7 +64,7 @@ class Figures:
         rates = {f"{way}_gb_per_s": getattr(self, way) / 1e9 for way in (*WAYS, "giver_digests")}
         return {
             "blocks": self.shape.name,
-            "message_mb": self.parcel_bytes / 1e6,
+            "message_mb": self.message_bytes / 1e6,
             **rates,
             "share_of_bare": self.share,
             "share_of_one_buffer": self.carrier / self.bare_one_buffer,
@@ -86,9 +86,9 @@ def _claim(name: str, window: PoolWindow) -> Claim:
     return Claim(name, name, {}, "", 0, len(window.heads), 0)
 
 
-def _parcel_bytes(window: PoolWindow) -> int:
+def _message_bytes(window: PoolWindow) -> int:
     num_heads = len(window.heads)
-    return HostLane(window).giving().loader.parcel_blocks(num_heads) * window.block_bytes(num_heads)
+    return HostTransport(window).giving().loader.message_blocks(num_heads) * window.block_bytes(num_heads)
 
 
 def _give(pipe: Connection, shape: Shape, total_bytes: int, num_rounds: int) -> None:
@@ -97,20 +97,20 @@ def _give(pipe: Connection, shape: Shape, total_bytes: int, num_rounds: int) -> 
     window = shape.make_window(total_bytes, torch.device("cpu"))
     num_blocks = window.num_blocks
     carrier = TcpCarrier(window, {}, "127.0.0.1", _SECRET)
-    shelf, start_s = Shelf(window, BlockTags(), ""), time.perf_counter()
-    shelf.add(range(num_blocks), [shape.tokens_per_block] * num_blocks)
+    offered, start_s = OfferedBlocks(window, BlockTags(), ""), time.perf_counter()
+    offered.add(range(num_blocks), [shape.tokens_per_block] * num_blocks)
     digest_rate = num_blocks * window.block_bytes(len(window.heads)) / (time.perf_counter() - start_s)
-    shelf.complete(0)
+    offered.complete(0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         pipe.send((carrier.address, listener.getsockname(), digest_rate))
         bare, _ = listener.accept()
-    memory, size = window.memory, _parcel_bytes(window)
+    memory, size = window.memory, _message_bytes(window)
     assert memory is not None
     for _ in range((num_rounds + 1) * len(WAYS)):
         way, ticket = pipe.recv()
         pipe.send("ready")
         if way in ("unchecked", "carrier"):
-            carrier.offer(ticket, shelf)
+            carrier.offer(ticket, offered)
             continue
         pipe.recv()
         for at in range(0, len(memory) // size * size, size):
@@ -144,14 +144,14 @@ def _take(pipe: Connection, shape: Shape, total_bytes: int, num_rounds: int) -> 
     pipe.send("enough")
     carrier.shutdown()
     bare.close()
-    size, total = _parcel_bytes(window), num_blocks * window.block_bytes(len(window.heads))
+    size, total = _message_bytes(window), num_blocks * window.block_bytes(len(window.heads))
     moved = {way: total // size * size if way.startswith("bare") else total for way in WAYS}
     rates = {way: moved[way] / statistics.median(times[way][1:]) for way in WAYS}
     return Figures(shape, size, **rates, giver_digests=digest_rate)
 
 
 def _receive_bare(sock: socket.socket, window: PoolWindow, is_one_buffer: bool) -> float:
-    memory, size = window.memory, _parcel_bytes(window)
+    memory, size = window.memory, _message_bytes(window)
     assert memory is not None
     start_s = time.perf_counter()
     for at in range(0, len(memory) // size * size, size):
@@ -165,10 +165,10 @@ def _fetch(
     carrier: TcpCarrier, endpoint: KvEndpoint, claim: Claim, window: PoolWindow, num_blocks: int, is_checked: bool
 ) -> float:
     """Seconds until every block is in the pool."""
-    heads, landing = range(len(window.heads)), Landing(window, 0, range(num_blocks))
-    intake = Intake(landing, heads, dict.fromkeys(range(num_blocks), window.tokens_per_block), Tally())
+    heads, arrival = range(len(window.heads)), TargetBlocks(window, 0, range(num_blocks))
+    intake = Intake(arrival, heads, dict.fromkeys(range(num_blocks), window.tokens_per_block), TransferStats())
     start_s = time.perf_counter()
-    carrier.fetch(endpoint, _SECRET, claim, intake if is_checked else Unchecked(landing, heads))
+    carrier.fetch(endpoint, _SECRET, claim, intake if is_checked else Unchecked(arrival, heads))
     events = carrier.poll(_TIMEOUT_S)
     took_s = time.perf_counter() - start_s
     is_whole = not is_checked or intake.num_verified() == num_blocks

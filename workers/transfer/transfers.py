@@ -12,18 +12,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from tensorweave.cluster.errors import TransferFailed, WorkerLost
-from tensorweave.cluster.protocol import KvEndpoint, KvRoad, KvSource
+from tensorweave.cluster.protocol import KvEndpoint, KvSource, LinkMeasurement
 from tensorweave.workers.gang.uplink import Uplink
 from tensorweave.workers.step.kv_exchange import TransferInbox
 from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import KVCache
 from tensorweave.workers.transfer.carriers.carrier import Carrier, Event, TicketOver
-from tensorweave.workers.transfer.giving.desk import fingerprint_difference
 from tensorweave.workers.transfer.giving.giving import Offers
-from tensorweave.workers.transfer.taking.landings import Landings, Report
+from tensorweave.workers.transfer.giving.ticket_table import fingerprint_difference
+from tensorweave.workers.transfer.taking.arrivals import Arrivals, Report
 from tensorweave.workers.transfer.taking.taking import Fetches
-from tensorweave.workers.transfer.tally import Tally
+from tensorweave.workers.transfer.transfer_stats import TransferStats
 from tensorweave.workers.transfer.window import PoolWindow
 
 logger = logging.getLogger(__name__)
@@ -60,16 +60,16 @@ class KvTransfers:
         host, port = carrier.address
         self.endpoint: KvEndpoint | None = KvEndpoint(host, port, window.heads.start, len(window.heads))
         self.fingerprint = fingerprint
-        self.tally = Tally()
+        self.stats = TransferStats()
         self._carrier = carrier
         self._uplink = uplink
         self._rank = rank
         self._timeout_s = timeout_s
         self._clock = clock
         self._offers = Offers(carrier, window, kv_cache, lease_s, clock)
-        self._landings = Landings(size, self.tally, clock)
+        self._arrivals = Arrivals(size, self.stats, clock)
         self._fetches = Fetches(
-            carrier, window, kv_cache, fingerprint, rank, timeout_s, self.tally, self._send_report, clock
+            carrier, window, kv_cache, fingerprint, rank, timeout_s, self.stats, self._send_report, clock
         )
         self._is_closing = threading.Event()
         self._failure: Exception | None = None
@@ -77,7 +77,7 @@ class KvTransfers:
 
     def start(self, inbox: TransferInbox) -> None:
         self._offers.start(inbox)
-        self._landings.start(inbox)
+        self._arrivals.start(inbox)
         self._uplink.start(self._take_report)
         self._thread.start()
 
@@ -89,7 +89,7 @@ class KvTransfers:
         for chunk in chunks:
             if self._rank == 0:
                 request = chunk.request
-                self._landings.expect(request.request_id, chunk.start, request.context_len, self._timeout_s)
+                self._arrivals.expect(request.request_id, chunk.start, request.context_len, self._timeout_s)
             self._fetches.begin(chunk)
 
     def offer(self, batch: ScheduledBatch) -> None:
@@ -111,7 +111,7 @@ class KvTransfers:
 
     def _close_fetch(self, request: LlmRequest) -> None:
         if self._fetches.drop(request):
-            self._landings.forget(request.request_id)
+            self._arrivals.forget(request.request_id)
 
     # ---- any thread
 
@@ -124,10 +124,10 @@ class KvTransfers:
     def wait_released(self, timeout_s: float) -> bool:
         return self._offers.wait_released(timeout_s)
 
-    def measure_road(self, source: KvSource, timeout_s: float) -> KvRoad:
+    def measure_link(self, source: KvSource, timeout_s: float) -> LinkMeasurement:
         reason = fingerprint_difference(source.fingerprint, self.fingerprint)
         if reason is not None:
-            return KvRoad(0.0, 0.0, reason)
+            return LinkMeasurement(0.0, 0.0, reason)
         end_s = time.monotonic() + timeout_s
         try:
             latency_s, took_s = (
@@ -135,15 +135,15 @@ class KvTransfers:
                 for num_bytes in (0, _PROBE_BYTES)
             )
         except TransferFailed as error:
-            return KvRoad(0.0, 0.0, error.message)
-        return KvRoad(_PROBE_BYTES / took_s, latency_s)
+            return LinkMeasurement(0.0, 0.0, error.message)
+        return LinkMeasurement(_PROBE_BYTES / took_s, latency_s)
 
     def _probe(self, source: KvSource, num_bytes: int, end_s: float) -> float:
         return self._carrier.probe(source.endpoints[0], source.secret, num_bytes, end_s - time.monotonic())
 
     def gauges(self) -> dict[str, float]:
         return {
-            **self.tally.gauges(),
+            **self.stats.gauges(),
             "kv_transfer_open_fetches": self._fetches.num_open,
             "kv_transfer_open_leases": self._offers.num_leases,
             "kv_transfer_held_blocks": self._offers.num_held_blocks,
@@ -166,7 +166,7 @@ class KvTransfers:
                 now_s = self._clock()
                 self._offers.tick(now_s)
                 self._fetches.tick(now_s)
-                self._landings.tick(now_s)
+                self._arrivals.tick(now_s)
         except Exception as error:  # the loop's boundary: the step loop must hear of it
             logger.exception("the transfer thread failed")
             self._failure = error
@@ -181,4 +181,4 @@ class KvTransfers:
         self._uplink.send(report.to_wire())
 
     def _take_report(self, message: Any) -> None:
-        self._landings.report(Report.from_wire(message))
+        self._arrivals.report(Report.from_wire(message))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensorweave.cluster.block_hash import block_hashes, root_hash
-from tensorweave.cluster.protocol import GenerateRequest, KvRoad, KvSource, Role, SamplingSpec
+from tensorweave.cluster.protocol import GenerateRequest, KvSource, LinkMeasurement, Role, SamplingSpec
 from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.dispatch.kv_view import PromptView
 from tensorweave.router.dispatch.loads import Assumptions, Booking, Loads, SpeedLine
@@ -88,10 +88,10 @@ def test_the_cost_of_a_pair() -> None:
     assert policy.pair_s(plan, options) == pytest.approx(0.146 + 0.020 + 0.004 + 0.008)
 
 
-def test_a_measured_road_says_what_bytes_cost() -> None:
+def test_a_measured_link_says_what_bytes_cost() -> None:
     sender, link, loads = gang("p", "prefill"), gang("d", "decode"), Loads(LOADS)
     link.info = dataclasses.replace(INFO, kv_bytes_per_token=50_000)
-    link.kv_roads = {"p": KvRoad(bytes_per_s=1e9, latency_s=0.001)}
+    link.kv_links = {"p": LinkMeasurement(bytes_per_s=1e9, latency_s=0.001)}
     # 200 tokens are 10 MB, at 1 GB/s 10 ms; 21 ms besides.
     assert loads.handover(sender, link).seconds(200) == pytest.approx(0.021 + 0.010)
 

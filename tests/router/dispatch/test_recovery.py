@@ -145,7 +145,7 @@ def test_a_first_token_that_ends_the_request(sampling: dict[str, int], reason: s
 
 PREFILL_FAULTS = [
     CLOSES,
-    Fault("error", error=TransferFailed("no road")),
+    Fault("error", error=TransferFailed("no link")),
     Fault("cancelled"),
     Fault("short"),
     Fault("hang"),

@@ -48,50 +48,50 @@ def chunk(start: int, tokens: Sequence[int], finish: str | None = None) -> Token
 
 
 def test_what_is_told_is_told_once_and_with_its_token() -> None:
-    story = Transcript(REQUEST)
-    assert story.begin(None).num_replayed == 0
-    first = story.take(chunk(0, [10]))
+    transcript = Transcript(REQUEST)
+    assert transcript.begin(None).num_replayed == 0
+    first = transcript.take(chunk(0, [10]))
     assert first is not None
     assert (first.prompt_logprobs, first.logprobs, first.logits) == ([logprob(6), logprob(7)], [logprob(10)], row(10))
-    assert story.take(chunk(0, [10])) is None, "the other gang of a pair says it too"
-    more = story.take(chunk(0, [10, 11, 12]))
+    assert transcript.take(chunk(0, [10])) is None, "the other gang of a pair says it too"
+    more = transcript.take(chunk(0, [10, 11, 12]))
     assert more is not None
     assert (more.start, more.token_ids, more.prompt_logprobs) == (1, [11, 12], None)
     assert (more.logprobs, more.logits) == ([logprob(11), logprob(12)], row(11) + row(12))
 
 
 def test_a_replay_says_what_was_generated_and_changes_no_setting() -> None:
-    story = Transcript(REQUEST)
-    story.begin(None)
-    story.take(chunk(0, [10, 11]))
-    again = story.begin(2.0)
+    transcript = Transcript(REQUEST)
+    transcript.begin(None)
+    transcript.take(chunk(0, [10, 11]))
+    again = transcript.begin(2.0)
     assert (again.prompt_token_ids, again.num_replayed, again.fetch) == ([*PROMPT, 10, 11], 2, None)
     assert again.sampling == TOLD
-    rest = story.take(chunk(2, [12], "stop"))
+    rest = transcript.take(chunk(2, [12], "stop"))
     assert rest is not None
     assert (rest.start, rest.token_ids, rest.logprobs, rest.prompt_logprobs) == (2, [12], [logprob(12)], None)
-    assert story.is_over
+    assert transcript.is_over
 
 
 @pytest.mark.parametrize(
     "wrong", [chunk(3, [12]), chunk(1, [10]), chunk(0, [10], "length")], ids=["gap", "other", "short"]
 )
 def test_an_attempt_that_does_not_fit_is_noticed(wrong: TokenChunk) -> None:
-    story = Transcript(REQUEST)
-    story.begin(None)
-    story.take(chunk(0, [10, 11]))
+    transcript = Transcript(REQUEST)
+    transcript.begin(None)
+    transcript.take(chunk(0, [10, 11]))
     with pytest.raises(Diverged):
-        story.take(wrong)
+        transcript.take(wrong)
 
 
 def test_each_attempt_tells_the_prompts_logits_from_the_start_and_the_client_hears_them_once() -> None:
     rows = b"".join(map(row, range(6)))
-    story = Transcript(REQUEST)
+    transcript = Transcript(REQUEST)
     told = b""
     for cuts in ((0, 8, 24), (0, 16, 32), (0, 40, 48)):
-        story.begin(None)
+        transcript.begin(None)
         for start, stop in itertools.pairwise(cuts):
-            news = story.take(TokenChunk("r/d1", start=0, context_logits=rows[start:stop]))
+            news = transcript.take(TokenChunk("r/d1", start=0, context_logits=rows[start:stop]))
             told += b"" if news is None else news.context_logits
     assert told == rows
 

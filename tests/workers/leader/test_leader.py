@@ -212,7 +212,7 @@ def test_a_draining_leader_finishes_what_it_has_and_takes_no_more() -> None:
             stream = asyncio.create_task(_tokens(link, _request("a", 40)))
             await _until(lambda: executor.num_requests == 1)
             drained = asyncio.create_task(asyncio.to_thread(leader.drain, WAIT_S))
-            await _until(lambda: leader._desk.is_draining)
+            await _until(lambda: leader._table.is_draining)
             with pytest.raises(NotReady, match="draining"):
                 await _tokens(link, _request("b"))
             assert not drained.done()
@@ -557,7 +557,7 @@ def test_an_attach_that_is_given_up_leaves_nothing() -> None:
             await _until(lambda: executor.num_requests == 1)
             lost.close()
             await asyncio.gather(stream, return_exceptions=True)
-            await _until(lambda: len(leader._desk.clients) == 1)  # else the lost one is still taken for a listener
+            await _until(lambda: len(leader._table.clients) == 1)  # else the lost one is still taken for a listener
             attaching = asyncio.create_task(_attached(link, "a"))
             await asyncio.sleep(0)
             attaching.cancel()

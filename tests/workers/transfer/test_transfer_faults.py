@@ -18,13 +18,13 @@ import pytest
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import PROTOCOL_VERSION, GenerateRequest, KvEndpoint, KvSource, SamplingSpec, Ticket
 from tensorweave.workers.fakes.fake_engine import hash_token
-from tensorweave.workers.transfer.carriers import tcp_taker
+from tensorweave.workers.transfer.carriers import tcp_client
 from tensorweave.workers.transfer.carriers.carrier import Carrier
 from tensorweave.workers.transfer.carriers.faulty import FAULTS, Fault, FaultyCarrier
 from tensorweave.workers.transfer.carriers.loop import Exchange
 from tensorweave.workers.transfer.carriers.stream import SILENCE_S, Stream
-from tensorweave.workers.transfer.lanes.lane import HostLane
 from tensorweave.workers.transfer.transfers import TICK_S
+from tensorweave.workers.transfer.transports.transport import HostTransport
 from tests.workers.stepped_engine import SteppedEngine
 from tests.workers.transfer_drive import (
     Client,
@@ -181,7 +181,7 @@ def silent_giver(listener: socket.socket) -> None:
     stream = Stream(sock, silence_s=WAIT_S)
     stream.receive()
     stream.trust(0)
-    stream.send("hello", PROTOCOL_VERSION, "", {HostLane.name: {}})
+    stream.send("hello", PROTOCOL_VERSION, "", {HostTransport.name: {}})
     with contextlib.suppress(TransferFailed):
         while True:
             stream.receive()
@@ -190,7 +190,7 @@ def silent_giver(listener: socket.socket) -> None:
 def test_a_giver_that_hangs_is_lost_after_three_seconds(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tcp_taker, "Stream", Stream)
+    monkeypatch.setattr(tcp_client, "Stream", Stream)
     with socket.create_server(("127.0.0.1", 0)) as listener, hash_gang(name="D") as decode:
         threading.Thread(target=silent_giver, args=(listener,), daemon=True).start()
         source = KvSource("P", (KvEndpoint(*listener.getsockname(), 0, 1),), decode.fingerprint, "secret")

@@ -1,4 +1,4 @@
-"""KV between GPUs: prefill in a process on one, decode in a process on the other, by each lane; and with kills."""
+"""KV between GPUs: prefill in a process on one, decode in a process on the other, by each transport; and with kills."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def test_tokens_and_kills(tiny: Path, requests: Requests, backend: str) -> None:
     with pair_of(tiny, backend) as (prefill, decode):
         want = run_alone(decode, *requests)
         check_same(prefill, decode, requests, want)
-        road = decode.measure_road(prefill.source)
-        assert road.error is None
-        print(f"\n{backend}: {road.bytes_per_s / 1e9:.1f} GB/s, {road.latency_s * 1e6:.0f} us")
+        link = decode.measure_link(prefill.source)
+        assert link.error is None
+        print(f"\n{backend}: {link.bytes_per_s / 1e9:.1f} GB/s, {link.latency_s * 1e6:.0f} us")
 
         many = [part * 4 for part in requests]
         ids = start_pair(prefill, decode, many[0], many[1], "amid")  # type: ignore[arg-type]
@@ -103,7 +103,7 @@ def test_tokens_and_kills(tiny: Path, requests: Requests, backend: str) -> None:
             assert run_alone(another, *requests) == want
 
 
-def test_no_lane_in_common(tiny: Path, requests: Requests) -> None:
+def test_no_transport_in_common(tiny: Path, requests: Requests) -> None:
     with GangProcess(tiny, "IPC", 0, "P", **KNOBS) as prefill, GangProcess(tiny, "NCCL", 1, "D", **KNOBS) as decode:
         want = run_alone(decode, *requests)
         assert run_pair(prefill, decode, *requests, name="x") == want
@@ -121,28 +121,28 @@ def test_real_model(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lane", "devices"), [("ipc", "01"), ("ipc", "00"), ("nccl", "10"), ("tcp", "01"), ("tcp", "00")]
+    ("transport", "devices"), [("ipc", "01"), ("ipc", "00"), ("nccl", "10"), ("tcp", "01"), ("tcp", "00")]
 )
-def test_half_of_the_heads(lane: str, devices: str) -> None:
+def test_half_of_the_heads(transport: str, devices: str) -> None:
     giving, taking = Shape("giver", 4, 8, 128), Shape("taker", 4, 4, 128, first_head=4)
     window = taking.make_window(100 << 20, torch.device(f"cuda:{devices[1]}"))
-    carrier = make_carrier(window, lane)
-    with giver(giving, lane, f"cuda:{devices[0]}", 200 << 20) as given:
+    carrier = make_carrier(window, transport)
+    with giver(giving, transport, f"cuda:{devices[0]}", 200 << 20) as given:
         for num_blocks in (1, window.num_blocks):
             fetch(carrier, window, given.endpoint, num_blocks, is_checked=True)
     carrier.shutdown()
 
 
-@pytest.mark.parametrize("lane", ["ipc", "nccl"])
-def test_a_kill_amid_a_read(lane: str) -> None:
+@pytest.mark.parametrize("transport", ["ipc", "nccl"])
+def test_a_kill_amid_a_read(transport: str) -> None:
     """The giver is killed while a gigabyte is on the way, a little later each time, until a kill has come in time; the
     taker's GPU works on."""
     shape, size = SHAPES["llama-8b"], 1 << 30
     window = shape.make_window(size, torch.device("cuda:1"))
-    carrier = make_carrier(window, lane)
+    carrier = make_carrier(window, transport)
     failures = num_rounds = 0
     while num_rounds < 4 or (not failures and num_rounds < 16):
-        with giver(shape, lane, "cuda:0", size) as given:
+        with giver(shape, transport, "cuda:0", size) as given:
             fetch(carrier, window, given.endpoint, window.num_blocks, is_checked=True)
             killer = threading.Timer(0.002 * (num_rounds % 4 + 1), given.process.kill)
             killer.start()
@@ -151,7 +151,7 @@ def test_a_kill_amid_a_read(lane: str) -> None:
                 fetch(carrier, window, given.endpoint, window.num_blocks, is_checked=True)
             except TransferFailed:
                 failures += 1
-            print(f"\n{lane}: over after {time.monotonic() - began_s:.3f} s, {failures} failures so far")
+            print(f"\n{transport}: over after {time.monotonic() - began_s:.3f} s, {failures} failures so far")
             assert time.monotonic() - began_s < 30.0, "a fetch's own deadline is twice as long"
             killer.join()
         num_rounds += 1

@@ -1,4 +1,4 @@
-"""The parts of transfer one by one: windows, shelves, heads shared out, intakes, landings, fingerprints, building."""
+"""The parts of transfer one by one: windows, offers, heads shared out, intakes, arrivals, fingerprints, building."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine_dir.model_digest import model_digest
 from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.gang.comm import Comm, SoloComm
-from tensorweave.workers.step.kv_exchange import Landed
-from tensorweave.workers.transfer.giving.desk import fingerprint_difference
-from tensorweave.workers.transfer.giving.shelf import BlockTags, Row, Shelf
-from tensorweave.workers.transfer.lanes.loader import HOST_PARCEL_BYTES, PoolLoader
-from tensorweave.workers.transfer.taking.intake import Intake, Landing
-from tensorweave.workers.transfer.taking.landings import GRACE_S, Landings, Report
+from tensorweave.workers.step.kv_exchange import KvArrived
+from tensorweave.workers.transfer.giving.offered_blocks import BlockTags, OfferedBlocks, Row
+from tensorweave.workers.transfer.giving.ticket_table import fingerprint_difference
+from tensorweave.workers.transfer.taking.arrivals import GRACE_S, Arrivals, Report
+from tensorweave.workers.transfer.taking.intake import Intake, TargetBlocks
 from tensorweave.workers.transfer.taking.taking import share_heads
-from tensorweave.workers.transfer.tally import Tally
+from tensorweave.workers.transfer.transfer_stats import TransferStats
+from tensorweave.workers.transfer.transports.loader import HOST_MESSAGE_BYTES, PoolLoader
 from tensorweave.workers.transfer.window import PoolWindow
 from tests.workers.engine_drive import engine_args, run_ranks
 from tests.workers.tiny_models import make_model, rewrite_config
@@ -53,38 +53,38 @@ def test_blocks_go_from_one_pool_to_another_head_by_head() -> None:
     assert torch.equal(found[2], source.digest(5, 1)[:, 1:])
 
 
-# ---- shelves
+# ---- offers
 
 
-def read(shelf: Shelf, rows: list[Row]) -> bytes | None:
-    loader = PoolLoader(shelf.window, HOST_PARCEL_BYTES)
-    return shelf.read(rows, range(3), shelf.window.new_staging(len(rows) * loader.block_bytes(3)), loader)
+def read(offered: OfferedBlocks, rows: list[Row]) -> bytes | None:
+    loader = PoolLoader(offered.window, HOST_MESSAGE_BYTES)
+    return offered.read(rows, range(3), offered.window.new_staging(len(rows) * loader.block_bytes(3)), loader)
 
 
-def test_a_shelf_grows_is_taken_back_and_closes() -> None:
+def test_a_offered_grows_is_taken_back_and_closes() -> None:
     window, tags = random_window(), BlockTags()
-    shelf = Shelf(window, tags, "prompt")
-    assert shelf.rows([0, 1]) == []
-    shelf.add([3, 6], [4, 4])
-    shelf.add([1], [2])
-    rows = shelf.rows([0, 1, 2, 3])
+    offered = OfferedBlocks(window, tags, "prompt")
+    assert offered.rows([0, 1]) == []
+    offered.add([3, 6], [4, 4])
+    offered.add([1], [2])
+    rows = offered.rows([0, 1, 2, 3])
     assert [(row.index, row.num_tokens) for row in rows] == [(0, 4), (1, 4), (2, 2)]
-    assert read(shelf, rows) is not None
-    shelf.retract()
-    assert read(shelf, rows) is None
-    shelf.add([3, 6], [4, 4])
-    again = shelf.rows([0, 1])
+    assert read(offered, rows) is not None
+    offered.retract()
+    assert read(offered, rows) is None
+    offered.add([3, 6], [4, 4])
+    again = offered.rows([0, 1])
     assert [row.tag for row in again] == [row.tag + 1 for row in rows[:2]]
-    assert read(shelf, rows[:1]) is None
-    assert read(shelf, again) is not None
-    shelf.close()
-    assert read(shelf, again) is None
+    assert read(offered, rows[:1]) is None
+    assert read(offered, again) is not None
+    offered.close()
+    assert read(offered, again) is None
     assert tags.num_held == 0
 
 
-def test_a_block_on_two_shelves_keeps_its_tag_until_both_are_closed() -> None:
+def test_a_block_on_two_offers_keeps_its_tag_until_both_are_closed() -> None:
     window, tags = random_window(), BlockTags()
-    one, other = Shelf(window, tags, "a"), Shelf(window, tags, "b")
+    one, other = OfferedBlocks(window, tags, "a"), OfferedBlocks(window, tags, "b")
     one.add([4], [4])
     other.add([4, 5], [4, 4])
     one.close()
@@ -126,26 +126,26 @@ def test_a_head_that_nobody_holds_is_named() -> None:
 # ---- intakes
 
 
-class Arrival:
+class WantedBlocks:
     """Blocks 1 and 2 of a prompt, wanted by blocks 6 and 7 of another pool."""
 
     def __init__(self) -> None:
         self.source, self.target = random_window(), random_window()
         self.source.unpack([3], range(3), packed(self.source, [0], range(3)) ^ 1)
         self.before = packed(self.target, [6, 7], range(3))
-        self.tally = Tally()
-        self.landing = Landing(self.target, 1, [6, 7])
-        self.intake = Intake(self.landing, range(3), {1: 4, 2: 3}, self.tally)
+        self.stats = TransferStats()
+        self.arrival = TargetBlocks(self.target, 1, [6, 7])
+        self.intake = Intake(self.arrival, range(3), {1: 4, 2: 3}, self.stats)
         self.payload = packed(self.source, [3, 4], range(3))
         digests = torch.stack([self.source.digest(3, 4), self.source.digest(4, 3)]).numpy().tobytes()
         self.intake.announce([Row(1, 10, 4), Row(2, 20, 3)], digests)
 
     def put(self, blocks: list[tuple[int, int]], payload: torch.Tensor | None = None) -> dict[Any, int]:
         self.intake.put(blocks, self.payload if payload is None else payload)
-        return self.tally.failures()
+        return self.stats.failures()
 
     @property
-    def landed(self) -> torch.Tensor:
+    def arrived(self) -> torch.Tensor:
         return packed(self.target, [6, 7], range(3))
 
 
@@ -153,22 +153,22 @@ RIGHT = [(1, 10), (2, 20)]
 
 
 def test_right_blocks_land() -> None:
-    arrival = Arrival()
+    arrival = WantedBlocks()
     assert arrival.put(RIGHT) == {}
-    assert torch.equal(arrival.landed, arrival.payload)
+    assert torch.equal(arrival.arrived, arrival.payload)
     assert arrival.intake.num_verified() == 2
     assert arrival.intake.missing() == []
 
 
-def test_only_the_right_ones_of_a_parcel_land() -> None:
-    arrival = Arrival()
+def test_only_the_right_ones_of_a_message_land() -> None:
+    arrival = WantedBlocks()
     arrival.payload[3] ^= 4
     assert arrival.put(RIGHT) == {"digest": 1}
     half = len(arrival.payload) // 2
-    assert torch.equal(arrival.landed[half:], arrival.payload[half:])
-    assert torch.equal(arrival.landed[:half], arrival.before[:half])
+    assert torch.equal(arrival.arrived[half:], arrival.payload[half:])
+    assert torch.equal(arrival.arrived[:half], arrival.before[:half])
     assert (arrival.intake.num_verified(), arrival.intake.missing()) == (0, [1])
-    assert arrival.tally.failures() == {"digest": 1}
+    assert arrival.stats.failures() == {"digest": 1}
 
 
 @pytest.mark.parametrize(
@@ -182,14 +182,14 @@ def test_only_the_right_ones_of_a_parcel_land() -> None:
     ],
 )
 def test_wrong_blocks_never_land(blocks: list[tuple[int, int]], counted: dict[str, int]) -> None:
-    arrival = Arrival()
+    arrival = WantedBlocks()
     assert arrival.put(blocks) == counted
-    assert torch.equal(arrival.landed, arrival.before)
+    assert torch.equal(arrival.arrived, arrival.before)
     assert arrival.intake.num_verified() == 0
 
 
 def test_digests_of_another_length_are_of_no_use() -> None:
-    arrival = Arrival()
+    arrival = WantedBlocks()
     for digests in (b"", bytes(8), bytes(8 * 2 * 2 * 3 + 8)):
         arrival.intake.announce([Row(1, 11, 4), Row(2, 21, 3)], digests)
     assert arrival.put(RIGHT) == {"truncated": 6}
@@ -197,77 +197,77 @@ def test_digests_of_another_length_are_of_no_use() -> None:
 
 
 def test_what_comes_twice_is_not_written_again() -> None:
-    arrival = Arrival()
+    arrival = WantedBlocks()
     arrival.put(RIGHT)
     assert arrival.put(RIGHT, arrival.payload ^ 255) == {"duplicate": 2}
-    assert torch.equal(arrival.landed, arrival.payload)
+    assert torch.equal(arrival.arrived, arrival.payload)
 
 
 def test_what_comes_late_is_not_written() -> None:
-    arrival = Arrival()
-    arrival.landing.close()
+    arrival = WantedBlocks()
+    arrival.arrival.close()
     assert arrival.put(RIGHT) == {"late": 2}
-    assert torch.equal(arrival.landed, arrival.before)
+    assert torch.equal(arrival.arrived, arrival.before)
 
 
 # ---- rank 0's account
 
 
-class News:
+class StepInput:
     def __init__(self) -> None:
-        self.landed: list[Landed] = []
+        self.arrived: list[KvArrived] = []
 
-    def put_landed(self, landed: Landed) -> None:
-        self.landed.append(landed)
+    def put_arrived(self, arrived: KvArrived) -> None:
+        self.arrived.append(arrived)
 
     def put_released(self, request_id: str) -> None:
         raise AssertionError("no lease here")
 
 
-def account(num_ranks: int) -> tuple[Landings, News, list[float]]:
-    news, now = News(), [100.0]
-    landings = Landings(num_ranks, Tally(), lambda: now[0])
-    landings.start(news)
-    return landings, news, now
+def account(num_ranks: int) -> tuple[Arrivals, StepInput, list[float]]:
+    news, now = StepInput(), [100.0]
+    arrivals = Arrivals(num_ranks, TransferStats(), lambda: now[0])
+    arrivals.start(news)
+    return arrivals, news, now
 
 
 def test_a_fetch_has_landed_when_it_has_on_all_ranks() -> None:
-    landings, news, _ = account(3)
-    landings.report(Report("r", 2, 100, True))  # a rank may be ahead of this one's step loop
-    landings.expect("r", 32, 100, 60.0)
-    landings.report(Report("r", 0, 100, True, first_token=7))
-    assert news.landed == []
-    landings.report(Report("r", 1, 64, False))
-    assert news.landed == [Landed("r", 64, 7)]
+    arrivals, news, _ = account(3)
+    arrivals.report(Report("r", 2, 100, True))  # a rank may be ahead of this one's step loop
+    arrivals.expect("r", 32, 100, 60.0)
+    arrivals.report(Report("r", 0, 100, True, first_token=7))
+    assert news.arrived == []
+    arrivals.report(Report("r", 1, 64, False))
+    assert news.arrived == [KvArrived("r", 64, 7)]
 
 
 def test_a_rank_with_nothing_ends_it_at_once() -> None:
-    landings, news, _ = account(3)
-    landings.expect("r", 32, 100, 60.0)
-    landings.report(Report("r", 1, 32, False))
-    assert news.landed == [Landed("r", 32, None)]
-    landings.report(Report("r", 0, 100, True, first_token=7))
-    assert len(news.landed) == 1
+    arrivals, news, _ = account(3)
+    arrivals.expect("r", 32, 100, 60.0)
+    arrivals.report(Report("r", 1, 32, False))
+    assert news.arrived == [KvArrived("r", 32, None)]
+    arrivals.report(Report("r", 0, 100, True, first_token=7))
+    assert len(news.arrived) == 1
 
 
 def test_silent_ranks_are_waited_for_until_the_deadline() -> None:
-    landings, news, now = account(2)
-    landings.expect("r", 0, 100, 60.0)
-    landings.report(Report("r", 0, 100, True, first_token=7))
-    landings.tick(now[0] + 60.0)
-    assert news.landed == []
-    landings.tick(now[0] + 60.0 + GRACE_S)
-    assert news.landed == [Landed("r", 0, 7)]
+    arrivals, news, now = account(2)
+    arrivals.expect("r", 0, 100, 60.0)
+    arrivals.report(Report("r", 0, 100, True, first_token=7))
+    arrivals.tick(now[0] + 60.0)
+    assert news.arrived == []
+    arrivals.tick(now[0] + 60.0 + GRACE_S)
+    assert news.arrived == [KvArrived("r", 0, 7)]
 
 
 def test_after_a_failure_the_others_have_a_moment() -> None:
-    landings, news, now = account(2)
-    landings.expect("r", 0, 100, 60.0)
-    landings.report(Report("r", 0, 64, False))
-    landings.tick(now[0] + GRACE_S / 2)
-    assert news.landed == []
-    landings.tick(now[0] + GRACE_S)
-    assert news.landed == [Landed("r", 0, None)]
+    arrivals, news, now = account(2)
+    arrivals.expect("r", 0, 100, 60.0)
+    arrivals.report(Report("r", 0, 64, False))
+    arrivals.tick(now[0] + GRACE_S / 2)
+    assert news.arrived == []
+    arrivals.tick(now[0] + GRACE_S)
+    assert news.arrived == [KvArrived("r", 0, None)]
 
 
 # ---- what must be alike, and building
@@ -307,13 +307,13 @@ def test_an_executor_is_built_with_transfer(tmp_path: Path) -> None:
     assert alone.kv_fingerprint == ranks[0].kv_fingerprint == ranks[2].kv_fingerprint
     assert alone.kv_fingerprint["layout"] == "3 layers, 2 KV heads of 8"
     source = KvSource("g", tuple(rank.kv_endpoint for rank in ranks if rank.kv_endpoint), ranks[0].kv_fingerprint, "s")
-    road = alone.measure_road(source, WAIT_S)
-    assert road.error is None
-    assert road.bytes_per_s > 1e5
-    assert 0 < road.latency_s < WAIT_S
-    closed = alone.measure_road(KvSource("g", source.endpoints, source.fingerprint, "guessed"), WAIT_S)
+    link = alone.measure_link(source, WAIT_S)
+    assert link.error is None
+    assert link.bytes_per_s > 1e5
+    assert 0 < link.latency_s < WAIT_S
+    closed = alone.measure_link(KvSource("g", source.endpoints, source.fingerprint, "guessed"), WAIT_S)
     assert "wrong secret" in str(closed.error)
-    misfit = alone.measure_road(KvSource("g", source.endpoints, {**source.fingerprint, "dtype": "bfloat16"}, "s"))
+    misfit = alone.measure_link(KvSource("g", source.endpoints, {**source.fingerprint, "dtype": "bfloat16"}, "s"))
     assert str(misfit.error).startswith("dtype: ")
     for rank in (*ranks, alone):
         rank._transfers.shutdown()

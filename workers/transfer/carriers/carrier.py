@@ -1,12 +1,12 @@
 """The transfer seam: `Carrier`, four verbs that move KV blocks between ranks of two gangs, whatever carries the bytes.
 
-A carrier moves and never judges: what arrives is announced and put into a `Sink`, which checks it. What is on offer
-stands on a `Shelf`. Everything else (tickets, leases, deadlines, digests, what to do when something fails) is the
+A carrier moves and never judges: what arrives is announced and put into a `Sink`, which checks it. What a prompt
+offers is an `OfferedBlocks`. The rest (tickets, leases, deadlines, digests, what to do when something fails) is the
 caller's, `workers.transfer.transfers`.
 
     taking rank                                              giving rank
-      fetch(claim) ── claim: ticket, heads, first block ────▶  waits for the ticket's shelf
-         sink.announce ◀── rows: index, tag, tokens, digests ─┐  offer(shelf), again when it has grown
+      fetch(claim) ── claim: ticket, heads, first block ────▶  waits for the ticket's offered
+         sink.announce ◀── rows: index, tag, tokens, digests ─┐  offer(offered), again when it has grown
          sink.put      ◀── blocks: packed bytes ──────────────┤  … each block once, as soon as it is computed
       poll → Ended     ◀── end: first token ──────────────────┘
       close(ticket)  ── close ──────────────────────────────▶  poll → TicketOver (for a claim that ends the lease)
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tensorweave.cluster.protocol import KvEndpoint
 from tensorweave.workers.step.request import TokenExtras
-from tensorweave.workers.transfer.giving.shelf import Row, Shelf
+from tensorweave.workers.transfer.giving.offered_blocks import OfferedBlocks, Row
 
 FailureKind = Literal[
     "digest",
@@ -35,7 +35,7 @@ FailureKind = Literal[
     "late",
     "timeout",
     "peer_lost",
-    "no_lane",
+    "no_transport",
     "refused",
     "gone",
 ]
@@ -130,8 +130,8 @@ class Carrier(Protocol):
 
     address: tuple[str, int]
 
-    def offer(self, ticket_id: str, shelf: Shelf) -> None:
-        """Give what is on the shelf, now and when called again, to claims under the ticket, earlier and later ones."""
+    def offer(self, ticket_id: str, offered: OfferedBlocks) -> None:
+        """Give these blocks to claims under the ticket, earlier and later ones; again when there are more."""
 
     def fetch(self, endpoint: KvEndpoint, secret: str, claim: Claim, sink: Sink) -> None:
         """Begin to fill the sink; ends with `Ended` or `Failed` from `poll`, unless the ticket is closed before."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tensorweave.cluster.protocol import KvEndpoint
 from tensorweave.workers.transfer.carriers.carrier import Carrier, Claim, Event, EventQueue, Failed, Sink, TicketOver
-from tensorweave.workers.transfer.giving.shelf import Row, Shelf
+from tensorweave.workers.transfer.giving.offered_blocks import OfferedBlocks, Row
 
 Fault = Literal["flip", "stale", "late", "truncate", "duplicate", "drop", "delay", "die"]
 FAULTS: tuple[Fault, ...] = get_args(Fault)
@@ -47,8 +47,8 @@ class FaultyCarrier:
         self._held: dict[str, list[_HeldPut]] = {}
         self._closed: set[str] = set()
 
-    def offer(self, ticket_id: str, shelf: Shelf) -> None:
-        self._inner.offer(ticket_id, shelf)
+    def offer(self, ticket_id: str, offered: OfferedBlocks) -> None:
+        self._inner.offer(ticket_id, offered)
 
     def fetch(self, endpoint: KvEndpoint, secret: str, claim: Claim, sink: Sink) -> None:
         self._inner.fetch(endpoint, secret, claim, _FaultySink(self, claim, sink))

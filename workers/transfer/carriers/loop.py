@@ -12,9 +12,9 @@ import time
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import KvEndpoint
 from tensorweave.workers.transfer.carriers.carrier import Claim, Ended, Event, EventQueue, Failed, Sink, TicketOver
-from tensorweave.workers.transfer.giving.desk import Blocks, Desk, End, Parcel, Serving
-from tensorweave.workers.transfer.giving.shelf import Shelf
-from tensorweave.workers.transfer.lanes.loader import HOST_PARCEL_BYTES, PoolLoader
+from tensorweave.workers.transfer.giving.offered_blocks import OfferedBlocks
+from tensorweave.workers.transfer.giving.ticket_table import Blocks, End, Message, Serving, TicketTable
+from tensorweave.workers.transfer.transports.loader import HOST_MESSAGE_BYTES, PoolLoader
 from tensorweave.workers.transfer.window import PoolWindow
 
 _IDLE_WAIT_S = 1.0
@@ -43,7 +43,7 @@ class Exchange:
         return self._carriers.get(number)
 
 
-class _Visit:
+class _ServedConnection:
     """A claim of another carrier, being served here."""
 
     def __init__(self, serving: Serving, sink: Sink, taker: LoopCarrier) -> None:
@@ -56,20 +56,20 @@ class LoopCarrier:
     """Satisfies `Carrier`."""
 
     def __init__(self, window: PoolWindow, fingerprint: dict[str, str], secret: str, exchange: Exchange) -> None:
-        self._desk = Desk(window, fingerprint)
+        self._table = TicketTable(window, fingerprint)
         self._secret = secret
         self._exchange = exchange
         self._events = EventQueue()
         self._lock = threading.Lock()
-        self._visits: list[_Visit] = []
+        self._connections: list[_ServedConnection] = []
         self._hosts: dict[str, list[LoopCarrier]] = {}
         self._is_closing = False
         self.address = ("loop", exchange.join(self))
         self._thread = threading.Thread(target=self._serve, name="loop-carrier", daemon=True)
         self._thread.start()
 
-    def offer(self, ticket_id: str, shelf: Shelf) -> None:
-        self._desk.offer(ticket_id, shelf)
+    def offer(self, ticket_id: str, offered: OfferedBlocks) -> None:
+        self._table.offer(ticket_id, offered)
 
     def fetch(self, endpoint: KvEndpoint, secret: str, claim: Claim, sink: Sink) -> None:
         host = self._exchange.find(endpoint.port)
@@ -82,7 +82,7 @@ class LoopCarrier:
         return self._events.take(timeout_s)
 
     def close(self, ticket_id: str) -> None:
-        self._desk.close(ticket_id)
+        self._table.close(ticket_id)
         for host in self._hosts.pop(ticket_id, []):
             host.dismiss(ticket_id, self)
 
@@ -97,10 +97,10 @@ class LoopCarrier:
         self._exchange.leave(self.address[1])
         with self._lock:
             self._is_closing = True
-            visits, self._visits = self._visits, []
-        self._desk.poke()
-        for visit in visits:
-            visit.taker.tell(Failed(visit.serving.claim.claim_id, "peer_lost", "the carrier was shut down"))
+            connections, self._connections = self._connections, []
+        self._table.poke()
+        for connection in connections:
+            connection.taker.tell(Failed(connection.serving.claim.claim_id, "peer_lost", "the carrier was shut down"))
         for ticket_id in list(self._hosts):
             self.close(ticket_id)
         self._thread.join(_JOIN_TIMEOUT_S)
@@ -111,17 +111,19 @@ class LoopCarrier:
         with self._lock:
             if self._is_closing or secret != self._secret:
                 return False
-            self._visits.append(
-                _Visit(Serving(self._desk, claim, PoolLoader(self._desk.window, HOST_PARCEL_BYTES)), sink, taker)
+            self._connections.append(
+                _ServedConnection(
+                    Serving(self._table, claim, PoolLoader(self._table.window, HOST_MESSAGE_BYTES)), sink, taker
+                )
             )
-        self._desk.poke()
+        self._table.poke()
         return True
 
     def dismiss(self, ticket_id: str, taker: LoopCarrier) -> None:
         with self._lock:
-            leaving = [v for v in self._visits if v.taker is taker and v.serving.claim.ticket_id == ticket_id]
-            self._visits = [visit for visit in self._visits if visit not in leaving]
-        if any(visit.serving.claim.ends_lease for visit in leaving):
+            leaving = [v for v in self._connections if v.taker is taker and v.serving.claim.ticket_id == ticket_id]
+            self._connections = [connection for connection in self._connections if connection not in leaving]
+        if any(connection.serving.claim.ends_lease for connection in leaving):
             self.tell(TicketOver(ticket_id))
 
     def tell(self, event: Event) -> None:
@@ -131,28 +133,30 @@ class LoopCarrier:
 
     def _serve(self) -> None:
         while not self._is_closing:
-            version = self._desk.version
-            num_sent = sum(self._serve_one(visit) for visit in list(self._visits))
+            version = self._table.version
+            num_sent = sum(self._serve_one(connection) for connection in list(self._connections))
             if not num_sent:
-                self._desk.wait(version, _IDLE_WAIT_S)
+                self._table.wait(version, _IDLE_WAIT_S)
 
-    def _serve_one(self, visit: _Visit) -> bool:
+    def _serve_one(self, connection: _ServedConnection) -> bool:
         """Whether there was something to send."""
-        if visit.serving.is_over:
+        if connection.serving.is_over:
             return False
-        parcel: Parcel | None = visit.serving.next(self._desk.window.new_staging(visit.serving.parcel_bytes))
-        if parcel is None:
+        message: Message | None = connection.serving.next(
+            self._table.window.new_staging(connection.serving.message_bytes)
+        )
+        if message is None:
             return False
-        _deliver(visit, parcel)
+        _deliver(connection, message)
         return True
 
 
-def _deliver(visit: _Visit, parcel: Parcel) -> None:
-    claim_id = visit.serving.claim.claim_id
-    if isinstance(parcel, Blocks):
-        visit.sink.announce(parcel.rows, parcel.digests)
-        visit.sink.put([(row.index, row.tag) for row in parcel.rows], parcel.payload)
-    elif isinstance(parcel, End):
-        visit.taker.tell(Ended(claim_id, parcel.first_token, parcel.extras))
+def _deliver(connection: _ServedConnection, message: Message) -> None:
+    claim_id = connection.serving.claim.claim_id
+    if isinstance(message, Blocks):
+        connection.sink.announce(message.rows, message.digests)
+        connection.sink.put([(row.index, row.tag) for row in message.rows], message.payload)
+    elif isinstance(message, End):
+        connection.taker.tell(Ended(claim_id, message.first_token, message.extras))
     else:
-        visit.taker.tell(Failed(claim_id, parcel.kind, parcel.reason))
+        connection.taker.tell(Failed(claim_id, message.kind, message.reason))

@@ -1,4 +1,4 @@
-"""`Offers`: the giving side of one rank: shelves that the step loop fills, and leases on them.
+"""`Offers`: the giving side of one rank: offers that the step loop fills, and leases on them.
 
 A lease keeps the blocks of a finished prompt until whoever holds the ticket is done, the ticket is given up, or its
 time is over; rank 0 decides, the end reaches every rank's step loop as news, and only then are the blocks freed.
@@ -19,7 +19,7 @@ from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import KVCache
 from tensorweave.workers.transfer.carriers.carrier import Carrier
-from tensorweave.workers.transfer.giving.shelf import BlockTags, Shelf
+from tensorweave.workers.transfer.giving.offered_blocks import BlockTags, OfferedBlocks
 from tensorweave.workers.transfer.window import PoolWindow
 
 _KEPT: Final = ("stop", "length", "not_finished")
@@ -34,7 +34,7 @@ def prompt_digest(request: LlmRequest, num_tokens: int) -> str:
 class _Lease:
     request: LlmRequest
     ticket_id: str
-    shelf: Shelf
+    offered: OfferedBlocks
     deadline_s: float
     is_ending: bool = False
 
@@ -49,7 +49,7 @@ class Offers:
         self._lease_s = lease_s
         self._clock = clock
         self._tags = BlockTags()
-        self._shelves: dict[str, Shelf] = {}
+        self._offers: dict[str, OfferedBlocks] = {}
         self._lock = threading.Condition()
         self._leases: dict[str, _Lease] = {}
         self._early: collections.OrderedDict[str, None] = collections.OrderedDict()
@@ -68,31 +68,31 @@ class Offers:
     def _publish(self, ticket_id: str, chunk: ContextChunk) -> None:
         """The blocks that this chunk has filled, and with the last chunk the one that it has begun."""
         request, P = chunk.request, self._window.tokens_per_block
-        shelf = self._shelves.get(request.request_id)
-        if shelf is None:
-            shelf = Shelf(self._window, self._tags, prompt_digest(request, request.context_len))
-            self._shelves[request.request_id] = shelf
+        offered = self._offers.get(request.request_id)
+        if offered is None:
+            offered = OfferedBlocks(self._window, self._tags, prompt_digest(request, request.context_len))
+            self._offers[request.request_id] = offered
         num_blocks = -(-request.num_computed // P) if chunk.is_last else request.num_computed // P
-        places = range(len(shelf), num_blocks)
-        block_ids = self._kv_cache.block_ids(request)[len(shelf) : num_blocks]
-        shelf.add(block_ids, [min(P, request.num_computed - at * P) for at in places])
+        places = range(len(offered), num_blocks)
+        block_ids = self._kv_cache.block_ids(request)[len(offered) : num_blocks]
+        offered.add(block_ids, [min(P, request.num_computed - at * P) for at in places])
         if chunk.is_last and request.finish_reason in _KEPT:
-            shelf.complete(request.tokens[request.context_len], request.extras)
-        self._carrier.offer(ticket_id, shelf)
+            offered.complete(request.tokens[request.context_len], request.extras)
+        self._carrier.offer(ticket_id, offered)
 
     def keeps(self, request: LlmRequest) -> bool:
         """Leases go by the request's id, so a second request of the same id gets none while the first's is open."""
         if request.offer is None:
             return False
-        shelf = self._shelves.pop(request.request_id, None)
+        offered = self._offers.pop(request.request_id, None)
         is_leased = request.request_id in self._leases
-        if shelf is None or is_leased or not shelf.is_complete or request.finish_reason not in _KEPT:
-            if shelf is not None:
-                shelf.close()
+        if offered is None or is_leased or not offered.is_complete or request.finish_reason not in _KEPT:
+            if offered is not None:
+                offered.close()
             self._carrier.close(request.offer)
             return False
         with self._lock:
-            lease = _Lease(request, request.offer, shelf, self._clock() + self._lease_s)
+            lease = _Lease(request, request.offer, offered, self._clock() + self._lease_s)
             self._leases[request.request_id] = lease
             if request.offer in self._early:
                 self._end(lease)
@@ -100,9 +100,9 @@ class Offers:
 
     def drop(self, request: LlmRequest) -> None:
         """Its blocks are about to go; they will be computed again, and offered again under the same ticket."""
-        shelf = self._shelves.get(request.request_id)
-        if shelf is not None:
-            shelf.retract()
+        offered = self._offers.get(request.request_id)
+        if offered is not None:
+            offered.retract()
 
     def release(self, request_id: str) -> LlmRequest | None:
         with self._lock:
@@ -110,7 +110,7 @@ class Offers:
             self._lock.notify_all()
         if lease is None:
             return None
-        lease.shelf.close()
+        lease.offered.close()
         self._carrier.close(lease.ticket_id)
         return lease.request
 
@@ -151,7 +151,7 @@ class Offers:
 
     @property
     def num_held_blocks(self) -> int:
-        """Pool blocks on any shelf."""
+        """Pool blocks on any offered."""
         return self._tags.num_held
 
     def _end(self, lease: _Lease) -> None:

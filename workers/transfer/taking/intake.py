@@ -1,8 +1,8 @@
-"""What lands at a taking rank: `Intake` checks the blocks of one claim, `Landing` is the only road into the pool.
+"""What lands at a taking rank: `Intake` checks the blocks of one claim, `TargetBlocks` is the only link into the pool.
 
 Bytes are checked where they have arrived, before they are copied into the request's blocks (on a CPU layer by layer,
-while they are in the cache): what is wrong never gets there. Once `Landing.close` has returned, nothing writes into the
-blocks, and they may be freed.
+while they are in the cache): what is wrong never gets there. Once `TargetBlocks.close` has returned, nothing writes
+into the blocks, and they may be freed.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from tensorweave.workers.transfer.giving.shelf import Digests, Row
-from tensorweave.workers.transfer.tally import Tally
+from tensorweave.workers.transfer.giving.offered_blocks import Digests, Row
+from tensorweave.workers.transfer.transfer_stats import TransferStats
 from tensorweave.workers.transfer.window import PoolWindow
 
 
-class Landing:
+class TargetBlocks:
     """The blocks of one request that is being fetched: `block_ids` of the pool, from the prompt's block
     `first_block`."""
 
@@ -46,28 +46,28 @@ class Landing:
 class Intake:
     """A `Sink`. `wanted` gives, for each block that is to come, how many of its tokens are the prompt's."""
 
-    def __init__(self, landing: Landing, heads: range, wanted: Mapping[int, int], tally: Tally) -> None:
+    def __init__(self, arrival: TargetBlocks, heads: range, wanted: Mapping[int, int], stats: TransferStats) -> None:
         self.verified: set[int] = set()
         self.heads = heads
-        self._landing = landing
+        self._arrival = arrival
         self._wanted = wanted
-        self._tally = tally
+        self._stats = stats
         self._announced: dict[int, tuple[Row, Digests]] = {}
         self._faulted: set[int] = set()
-        self._block_bytes = landing.window.block_bytes(len(heads))
+        self._block_bytes = arrival.window.block_bytes(len(heads))
 
     def announce(self, rows: Sequence[Row], digests: bytes) -> None:
-        if len(digests) != 8 * len(rows) * self._landing.window.num_layers * len(self.heads):
-            self._tally.fail("truncated", len(rows))
+        if len(digests) != 8 * len(rows) * self._arrival.window.num_layers * len(self.heads):
+            self._stats.fail("truncated", len(rows))
             return
         table = np.frombuffer(digests, dtype="<i8").astype(np.int64)
-        shape = (len(rows), self._landing.window.num_layers, len(self.heads))
+        shape = (len(rows), self._arrival.window.num_layers, len(self.heads))
         for row, digest in zip(rows, table.reshape(shape), strict=True):
             self._announced[row.index] = (row, digest)
 
     def put(self, blocks: Sequence[tuple[int, int]], payload: Tensor) -> None:
         if len(payload) != len(blocks) * self._block_bytes:
-            self._tally.fail("truncated", len(blocks))
+            self._stats.fail("truncated", len(blocks))
             self._faulted.update(index for index, _ in blocks)
             return
         due = [at for at, (index, tag) in enumerate(blocks) if self._is_due(index, tag)]
@@ -77,22 +77,22 @@ class Intake:
         if len(due) < len(blocks):
             payload = payload.view(len(blocks), -1)[due].flatten()
         rows = [row for row, _ in announced]
-        is_right = self._landing.write(rows, self.heads, payload, np.stack([digests for _, digests in announced]))
+        is_right = self._arrival.write(rows, self.heads, payload, np.stack([digests for _, digests in announced]))
         if is_right is None:
-            self._tally.fail("late", len(rows))
+            self._stats.fail("late", len(rows))
             return
         right = [row.index for row, flag in zip(rows, is_right, strict=True) if flag]
         wrong = [row.index for row, flag in zip(rows, is_right, strict=True) if not flag]
         self.verified.update(right)
         self._faulted.update(wrong)
-        self._tally.fail("digest", len(wrong))
-        self._tally.land(len(right), len(right) * self._block_bytes)
+        self._stats.fail("digest", len(wrong))
+        self._stats.land(len(right), len(right) * self._block_bytes)
 
     def missing(self) -> list[int]:
         """Blocks still to come, in order; those of which nothing was seen, right or wrong, are counted."""
         lacking = sorted(self._wanted.keys() - self.verified)
         unseen = [index for index in lacking if index not in self._faulted]
-        self._tally.fail("missing", len(unseen))
+        self._stats.fail("missing", len(unseen))
         self._faulted.clear()
         return lacking
 
@@ -103,11 +103,11 @@ class Intake:
     def _is_due(self, index: int, tag: int) -> bool:
         """Whether this block is wanted, still, and is the one that was announced."""
         if index in self.verified:
-            self._tally.fail("duplicate")
+            self._stats.fail("duplicate")
             return False
         row = self._announced[index][0] if index in self._announced else None
         if row is None or row.tag != tag or row.num_tokens != self._wanted.get(index):
-            self._tally.fail("stale")
+            self._stats.fail("stale")
             self._faulted.add(index)
             return False
         return True

@@ -17,11 +17,11 @@ from tensorweave.workers.step.plan import ContextChunk
 from tensorweave.workers.step.request import LlmRequest, TokenExtras
 from tensorweave.workers.step.resources import KVCache
 from tensorweave.workers.transfer.carriers.carrier import Carrier, Claim, Ended, Failed
-from tensorweave.workers.transfer.giving.desk import fingerprint_difference
 from tensorweave.workers.transfer.giving.giving import prompt_digest
-from tensorweave.workers.transfer.taking.intake import Intake, Landing
-from tensorweave.workers.transfer.taking.landings import Report
-from tensorweave.workers.transfer.tally import Tally
+from tensorweave.workers.transfer.giving.ticket_table import fingerprint_difference
+from tensorweave.workers.transfer.taking.arrivals import Report
+from tensorweave.workers.transfer.taking.intake import Intake, TargetBlocks
+from tensorweave.workers.transfer.transfer_stats import TransferStats
 from tensorweave.workers.transfer.window import PoolWindow
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class _Fetch:
     ticket: Ticket
     start: int
     context_len: int
-    landing: Landing
+    arrival: TargetBlocks
     began_s: float
     deadline_s: float
     parts: dict[str, _Part] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Fetches:
         fingerprint: dict[str, str],
         rank: int,
         timeout_s: float,
-        tally: Tally,
+        stats: TransferStats,
         report: Callable[[Report], None],
         clock: Callable[[], float],
     ) -> None:
@@ -71,7 +71,7 @@ class Fetches:
         self._fingerprint = fingerprint
         self._rank = rank
         self._timeout_s = timeout_s
-        self._tally = tally
+        self._stats = stats
         self._report_to_leader = report
         self._clock = clock
         self._lock = threading.RLock()
@@ -92,16 +92,16 @@ class Fetches:
         assert ticket is not None
         P = self._window.tokens_per_block
         first_block, end_block = chunk.start // P, -(-request.context_len // P)
-        landing = Landing(self._window, first_block, self._kv_cache.block_ids(request)[first_block:end_block])
+        arrival = TargetBlocks(self._window, first_block, self._kv_cache.block_ids(request)[first_block:end_block])
         now_s = self._clock()
         fetch = _Fetch(
-            request.request_id, ticket, chunk.start, request.context_len, landing, now_s, now_s + self._timeout_s
+            request.request_id, ticket, chunk.start, request.context_len, arrival, now_s, now_s + self._timeout_s
         )
         wanted = {at: min(P, request.context_len - at * P) for at in range(first_block, end_block)}
         with self._lock:
             self._used.add(request.request_id)
             self._fetches[request.request_id] = fetch
-            self._tally.add("fetches", 1)
+            self._stats.add("fetches", 1)
             reason = fingerprint_difference(ticket.source.fingerprint, self._fingerprint)
             shares = share_heads(ticket.source.endpoints, self._window.heads, self._rank)
             if reason is None and isinstance(shares, str):
@@ -113,7 +113,7 @@ class Fetches:
             for endpoint, heads in shares:
                 claim = self._claim(request, ticket, heads, first_block, endpoint is ticket.source.endpoints[0])
                 local = range(heads.start - self._window.heads.start, heads.stop - self._window.heads.start)
-                self._open(fetch, _Part(endpoint, claim, Intake(landing, local, wanted if heads else {}, self._tally)))
+                self._open(fetch, _Part(endpoint, claim, Intake(arrival, local, wanted if heads else {}, self._stats)))
 
     def drop(self, request: LlmRequest) -> bool:
         """Close its fetch: nothing writes into its blocks any more. False where it has none."""
@@ -123,7 +123,7 @@ class Fetches:
                 return False
             for claim_id in fetch.parts:
                 self._of_claim.pop(claim_id, None)
-        fetch.landing.close()
+        fetch.arrival.close()
         self._carrier.close(fetch.ticket.ticket_id)
         return True
 
@@ -165,7 +165,7 @@ class Fetches:
             return
         with self._lock:
             claim = self._claim(request, ticket, range(0), 0, is_lead=True)
-        nothing = Intake(Landing(self._window, 0, ()), range(0), {}, self._tally)
+        nothing = Intake(TargetBlocks(self._window, 0, ()), range(0), {}, self._stats)
         self._carrier.fetch(ticket.source.endpoints[0], ticket.source.secret, claim, nothing)
         self._carrier.close(ticket.ticket_id)
 
@@ -194,7 +194,7 @@ class Fetches:
         missing = part.intake.missing()
         if missing and not part.claim.only:
             self._num_claims += 1
-            self._tally.add("refetched_blocks", len(missing))
+            self._stats.add("refetched_blocks", len(missing))
             changes: dict[str, Any] = {"only": tuple(missing), "ends_lease": False}
             again = replace(part.claim, claim_id=f"{part.claim.claim_id}/{self._num_claims}", **changes)
             self._open(fetch, _Part(part.endpoint, again, part.intake))
@@ -202,13 +202,13 @@ class Fetches:
             self._report(fetch)
 
     def _fail(self, fetch: _Fetch, failure: Failed) -> None:
-        self._tally.fail(failure.kind)
+        self._stats.fail(failure.kind)
         logger.warning("request %s: KV transfer: %s: %s", fetch.request_id, failure.kind, failure.reason)
         self._report(fetch)
 
     def _report(self, fetch: _Fetch) -> None:
         fetch.is_reported = True
-        self._tally.add("seconds", self._clock() - fetch.began_s)
+        self._stats.add("seconds", self._clock() - fetch.began_s)
         filled = [part.intake.num_verified() for part in fetch.parts.values() if part.intake.heads]
         num_tokens = fetch.start + min(filled, default=0) * self._window.tokens_per_block
         is_whole = num_tokens >= fetch.context_len

@@ -1,4 +1,4 @@
-"""The giving side that carriers share: `Desk` knows the shelves by ticket, `Serving` says what one claim gets next."""
+"""The giving side that carriers share: `TicketTable` finds offers by ticket, `Serving` says what a claim gets next."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tensorweave.workers.step.request import TokenExtras
 from tensorweave.workers.transfer.carriers.carrier import Claim, FailureKind
-from tensorweave.workers.transfer.giving.shelf import Row, Shelf
-from tensorweave.workers.transfer.lanes.loader import Loader
+from tensorweave.workers.transfer.giving.offered_blocks import OfferedBlocks, Row
+from tensorweave.workers.transfer.transports.loader import Loader
 from tensorweave.workers.transfer.window import PoolWindow
 
 _REMEMBERED_TICKETS: Final = 65_536
@@ -37,10 +37,10 @@ class Refusal:
     reason: str
 
 
-Parcel: TypeAlias = Blocks | End | Refusal
+Message: TypeAlias = Blocks | End | Refusal
 
 
-class Desk:
+class TicketTable:
     """Tickets on offer at this rank. `version` counts whatever may give a serving something new to send."""
 
     def __init__(self, window: PoolWindow, fingerprint: dict[str, str]) -> None:
@@ -48,19 +48,19 @@ class Desk:
         self.fingerprint = fingerprint
         self.version = 0
         self._changed = threading.Condition()
-        self._shelves: dict[str, Shelf] = {}
+        self._offers: dict[str, OfferedBlocks] = {}
         self._closed: collections.OrderedDict[str, None] = collections.OrderedDict()
 
-    def offer(self, ticket_id: str, shelf: Shelf) -> None:
+    def offer(self, ticket_id: str, offered: OfferedBlocks) -> None:
         with self._changed:
             if ticket_id not in self._closed:
-                self._shelves[ticket_id] = shelf
+                self._offers[ticket_id] = offered
         self.poke()
 
     def close(self, ticket_id: str) -> None:
         """The ticket is remembered: a claim that comes later is refused at once, and does not wait for an offer."""
         with self._changed:
-            self._shelves.pop(ticket_id, None)
+            self._offers.pop(ticket_id, None)
             self._closed[ticket_id] = None
             if len(self._closed) > _REMEMBERED_TICKETS:
                 self._closed.popitem(last=False)
@@ -77,49 +77,49 @@ class Desk:
         with self._changed:
             self._changed.wait_for(lambda: self.version != seen_version, timeout_s)
 
-    def find(self, ticket_id: str) -> Shelf | Refusal | None:
+    def find(self, ticket_id: str) -> OfferedBlocks | Refusal | None:
         """None: not on offer yet."""
         if ticket_id in self._closed:
             return Refusal("gone", "the ticket has been closed")
-        return self._shelves.get(ticket_id)
+        return self._offers.get(ticket_id)
 
 
 class Serving:
     """One claim being served."""
 
-    def __init__(self, desk: Desk, claim: Claim, loader: Loader) -> None:
+    def __init__(self, table: TicketTable, claim: Claim, loader: Loader) -> None:
         self.claim = claim
         self.is_over = False
-        self._desk = desk
+        self._table = table
         self._loader = loader
         self._num_sent = 0
-        first = claim.first_head - desk.window.heads.start
+        first = claim.first_head - table.window.heads.start
         self._heads = range(first, first + claim.num_heads) if claim.num_heads else range(0)
-        self._limit = loader.parcel_blocks(claim.num_heads)
+        self._limit = loader.message_blocks(claim.num_heads)
 
     @property
-    def parcel_bytes(self) -> int:
+    def message_bytes(self) -> int:
         """Staging that `next` needs."""
         return self._limit * self._loader.block_bytes(self.claim.num_heads)
 
-    def next(self, staging: Tensor) -> Parcel | None:
+    def next(self, staging: Tensor) -> Message | None:
         """What to send now, its payload in `staging`; None where the next blocks are not computed yet."""
-        parcel = self._next(staging)
-        self.is_over = isinstance(parcel, End | Refusal)
-        return parcel
+        message = self._next(staging)
+        self.is_over = isinstance(message, End | Refusal)
+        return message
 
-    def _next(self, staging: Tensor) -> Parcel | None:
-        shelf = self._misfit() or self._desk.find(self.claim.ticket_id)
-        if not isinstance(shelf, Shelf):
-            return shelf
-        if shelf.prompt != self.claim.prompt:
+    def _next(self, staging: Tensor) -> Message | None:
+        offered = self._misfit() or self._table.find(self.claim.ticket_id)
+        if not isinstance(offered, OfferedBlocks):
+            return offered
+        if offered.prompt != self.claim.prompt:
             return Refusal("refused", "prompt: the ticket is for other tokens")
-        is_complete, end = shelf.is_complete, End(shelf.first_token, shelf.extras)
-        rows = shelf.rows(self._upcoming(len(shelf))) if self._heads else []
+        is_complete, end = offered.is_complete, End(offered.first_token, offered.extras)
+        rows = offered.rows(self._upcoming(len(offered))) if self._heads else []
         if not rows:
             return end if is_complete else None
         payload = staging[: len(rows) * self._loader.block_bytes(len(self._heads))]
-        digests = shelf.read(rows, self._heads, payload, self._loader)
+        digests = offered.read(rows, self._heads, payload, self._loader)
         if digests is None:
             return None
         self._num_sent += len(rows)
@@ -132,10 +132,10 @@ class Serving:
         return list(range(start, min(num_blocks, start + self._limit)))
 
     def _misfit(self) -> Refusal | None:
-        difference = fingerprint_difference(self._desk.fingerprint, self.claim.fingerprint)
+        difference = fingerprint_difference(self._table.fingerprint, self.claim.fingerprint)
         if difference is not None:
             return Refusal("refused", difference)
-        held = self._desk.window.heads
+        held = self._table.window.heads
         if self._heads and not (held.start <= self.claim.first_head and self._heads.stop <= len(held)):
             return Refusal("refused", f"heads: this rank holds {held.start} to {held.stop - 1}")
         return None

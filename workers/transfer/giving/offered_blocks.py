@@ -1,6 +1,6 @@
-"""`Shelf`: the blocks of one prompt on offer at one rank, with their digests; what carriers read them through.
+"""`OfferedBlocks`: the blocks of one prompt on offer at one rank, with their digests; what carriers read them through.
 
-Filled by the step loop, read by carriers' threads. A read copies bytes out of the pool under the shelf's lock, so that
+Filled by the step loop, read by carriers' threads. A read copies bytes out of the pool under their lock, so that
 once `close` or `retract` has returned, nobody reads the blocks any more and they may be freed. `BlockTags` counts each
 pool block's generations: a block that lost its last holder has another tag, and is never given as what it was.
 """
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from tensorweave.workers.step.request import TokenExtras
-from tensorweave.workers.transfer.lanes.loader import Loader
+from tensorweave.workers.transfer.transports.loader import Loader
 from tensorweave.workers.transfer.window import PoolWindow
 
 Digests = npt.NDArray[np.int64]
@@ -33,7 +33,7 @@ class Row:
 
 
 class BlockTags:
-    """A generation number for each pool block, counted up when the last shelf that holds the block lets it go."""
+    """A generation number for each pool block, counted up when the last offered that holds the block lets it go."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -61,7 +61,7 @@ class BlockTags:
                     self._tags[block_id] += 1
 
 
-class Shelf:
+class OfferedBlocks:
     """One ticket's blocks: grows chunk by chunk, complete once the first token is known, then read until closed."""
 
     def __init__(self, window: PoolWindow, tags: BlockTags, prompt: str) -> None:

@@ -1,4 +1,4 @@
-"""`Landings`: rank 0's account of fetches: when each rank's part has come, the step loop gets one `Landed`.
+"""`Arrivals`: rank 0's account of fetches: when each rank's part has come, the step loop gets one `KvArrived`.
 
 Ranks report through the uplink, in any order, also before this rank's own step loop has begun the fetch.
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tensorweave.cluster.errors import WireError
-from tensorweave.workers.step.kv_exchange import Landed, TransferInbox
+from tensorweave.workers.step.kv_exchange import KvArrived, TransferInbox
 from tensorweave.workers.step.request import TokenExtras
-from tensorweave.workers.transfer.tally import Tally
+from tensorweave.workers.transfer.transfer_stats import TransferStats
 
 GRACE_S: Final = 1.0
 """How long the other ranks may still take once one has failed, or the fetch's time is over."""
@@ -54,10 +54,10 @@ class _Account:
     reports: dict[int, Report] = field(default_factory=dict)
 
 
-class Landings:
-    def __init__(self, num_ranks: int, tally: Tally, clock: Callable[[], float]) -> None:
+class Arrivals:
+    def __init__(self, num_ranks: int, stats: TransferStats, clock: Callable[[], float]) -> None:
         self._num_ranks = num_ranks
-        self._tally = tally
+        self._stats = stats
         self._clock = clock
         self._lock = threading.Lock()
         self._accounts: dict[str, _Account] = {}
@@ -113,5 +113,5 @@ class Landings:
         first = next((r for r in reports if r.first_token is not None), None)
         first_token, extras = (None, None) if first is None else (first.first_token, first.extras)
         account.is_settled = True
-        self._tally.add("recomputed_tokens", account.context_len - num_tokens)
-        self._inbox.put_landed(Landed(request_id, max(num_tokens, account.start), first_token, extras))
+        self._stats.add("recomputed_tokens", account.context_len - num_tokens)
+        self._inbox.put_arrived(KvArrived(request_id, max(num_tokens, account.start), first_token, extras))

@@ -1,4 +1,4 @@
-"""`Visitor`: the giving side of one connection of `TcpCarrier`: a thread reads claims, a thread sends blocks."""
+"""`TcpServerConnection`: the giving end of a connection of `TcpCarrier`; one thread reads claims, one sends blocks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tensorweave.cluster.wire import Frame
 from tensorweave.workers.gang.door import Door
 from tensorweave.workers.transfer.carriers.carrier import Claim, EventQueue, TicketOver
 from tensorweave.workers.transfer.carriers.stream import ALIVE_INTERVAL_S, Stream
-from tensorweave.workers.transfer.giving.desk import Blocks, Desk, End, Parcel, Serving
-from tensorweave.workers.transfer.lanes.lane import GivingLane, LaneKind
+from tensorweave.workers.transfer.giving.ticket_table import Blocks, End, Message, Serving, TicketTable
+from tensorweave.workers.transfer.transports.transport import GivingTransport, TransportKind
 
 logger = logging.getLogger(__name__)
 
@@ -43,25 +43,25 @@ class Entry:
         self.door.know(self.sock)
 
 
-class Visitor:
-    def __init__(self, entry: Entry, desk: Desk, events: EventQueue, kinds: Sequence[LaneKind]) -> None:
+class TcpServerConnection:
+    def __init__(self, entry: Entry, table: TicketTable, events: EventQueue, kinds: Sequence[TransportKind]) -> None:
         self.is_gone = False
         self._entry = entry
         self._stream = Stream(entry.sock)
-        self._desk = desk
+        self._table = table
         self._events = events
         self._servings: dict[int, Serving] = {}
-        self._lanes = {kind.name: kind.giving() for kind in kinds}
-        self._lane: GivingLane | None = None
+        self._transports = {kind.name: kind.giving() for kind in kinds}
+        self._transport: GivingTransport | None = None
         self._probes: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._read, name="kv-visitor-reader", daemon=True)
-        self._writer = threading.Thread(target=self._write, name="kv-visitor-writer", daemon=True)
+        self._reader = threading.Thread(target=self._read, name="kv-connection-reader", daemon=True)
+        self._writer = threading.Thread(target=self._write, name="kv-connection-writer", daemon=True)
         self._reader.start()
 
     def close(self) -> None:
         self.is_gone = True
         self._stream.close()
-        self._desk.poke()
+        self._table.poke()
 
     def join(self, timeout_s: float) -> None:
         for thread in (self._reader, self._writer):
@@ -72,13 +72,13 @@ class Visitor:
 
     def _read(self) -> None:
         try:
-            self._desk.window.use_own_stream()
-            self._lane = self._greet()
+            self._table.window.use_own_stream()
+            self._transport = self._greet()
             self._writer.start()
             while True:
                 self._take(*self._stream.receive())
         except (TransferFailed, WireError) as error:
-            if self._lane is None:
+            if self._transport is None:
                 self._entry.log.tell(f"a connection to the KV endpoint ends before it is greeted: {error}")
             elif not self.is_gone:
                 logger.info("a KV taker's connection ends: %s", error)
@@ -88,7 +88,7 @@ class Visitor:
             for serving in self._servings.values():
                 self._leave(serving)
 
-    def _greet(self) -> GivingLane:
+    def _greet(self) -> GivingTransport:
         frame, body_bytes = self._stream.receive()
         match frame:
             case ["hello", int(version), str(secret)] if not body_bytes:
@@ -100,7 +100,7 @@ class Visitor:
             refusal = f"protocol version {version}, here it is {PROTOCOL_VERSION}"
         elif not self._entry.check(secret):
             refusal = "wrong secret"
-        greetings = {} if refusal else {name: lane.greeting() for name, lane in self._lanes.items()}
+        greetings = {} if refusal else {name: transport.greeting() for name, transport in self._transports.items()}
         self._stream.send("hello", PROTOCOL_VERSION, refusal, greetings)
         if refusal:
             raise WireError(refusal)
@@ -108,17 +108,17 @@ class Visitor:
         self._stream.trust(max_body_bytes=0)
         frame, _ = self._stream.receive()
         match frame:
-            case ["lane", str(name)] if name in self._lanes:
-                return self._lanes[name]
-        raise WireError("the second frame must name a lane")
+            case ["transport", str(name)] if name in self._transports:
+                return self._transports[name]
+        raise WireError("the second frame must name a transport")
 
     def _take(self, frame: Frame, body_bytes: int) -> None:
         match frame:
             case ["claim", int(number), *fields]:
-                assert self._lane is not None
-                serving = Serving(self._desk, claim_from_wire(fields), self._lane.loader)
+                assert self._transport is not None
+                serving = Serving(self._table, claim_from_wire(fields), self._transport.loader)
                 self._servings = {**self._servings, number: serving}
-                self._desk.poke()
+                self._table.poke()
             case ["close", int(number)]:
                 servings = dict(self._servings)
                 closed = servings.pop(number, None)
@@ -127,7 +127,7 @@ class Visitor:
                     self._leave(closed)
             case ["probe", int(num_bytes)] if 0 <= num_bytes <= MAX_PROBE_BYTES:
                 self._probes.put(num_bytes)
-                self._desk.poke()
+                self._table.poke()
             case ["alive"]:
                 pass
             case _:
@@ -140,20 +140,20 @@ class Visitor:
     # ---- what it gets
 
     def _write(self) -> None:
-        lane = self._lane
-        assert lane is not None
+        transport = self._transport
+        assert transport is not None
         try:
-            self._desk.window.use_own_stream()
-            lane.open(self._stream)
+            self._table.window.use_own_stream()
+            transport.open(self._stream)
             sent_s = time.monotonic()
             while not self.is_gone:
-                version = self._desk.version
+                version = self._table.version
                 while not self._probes.empty():
-                    lane.probe(self._probes.get())
-                if sum(self._serve(lane, number, serving) for number, serving in self._servings.items()):
+                    transport.probe(self._probes.get())
+                if sum(self._serve(transport, number, serving) for number, serving in self._servings.items()):
                     sent_s = time.monotonic()
                     continue
-                self._desk.wait(version, sent_s + ALIVE_INTERVAL_S - time.monotonic())
+                self._table.wait(version, sent_s + ALIVE_INTERVAL_S - time.monotonic())
                 if time.monotonic() >= sent_s + ALIVE_INTERVAL_S:
                     self._stream.send("alive")
                     sent_s = time.monotonic()
@@ -161,28 +161,28 @@ class Visitor:
             logger.info("a KV giver's connection ends: %s", error)  # the reader hears of it too
         finally:
             self._stream.close()
-            lane.close()
+            transport.close()
 
-    def _serve(self, lane: GivingLane, number: int, serving: Serving) -> bool:
+    def _serve(self, transport: GivingTransport, number: int, serving: Serving) -> bool:
         """Whether there was something to send."""
         if serving.is_over:
             return False
-        parcel = serving.next(lane.staging(serving.parcel_bytes))
-        if parcel is None:
+        message = serving.next(transport.staging(serving.message_bytes))
+        if message is None:
             return False
-        self._send(lane, number, parcel)
+        self._send(transport, number, message)
         return True
 
-    def _send(self, lane: GivingLane, number: int, parcel: Parcel) -> None:
-        if isinstance(parcel, Blocks):
-            rows = [[row.index, row.tag, row.num_tokens] for row in parcel.rows]
-            self._stream.send("rows", number, rows, body=parcel.digests, is_held=True)
-            lane.ship(parcel.payload, "blocks", number, [[row.index, row.tag] for row in parcel.rows])
-        elif isinstance(parcel, End):
-            extras = None if parcel.extras is None else parcel.extras.to_wire()
-            self._stream.send("end", number, parcel.first_token, extras)
+    def _send(self, transport: GivingTransport, number: int, message: Message) -> None:
+        if isinstance(message, Blocks):
+            rows = [[row.index, row.tag, row.num_tokens] for row in message.rows]
+            self._stream.send("rows", number, rows, body=message.digests, is_held=True)
+            transport.ship(message.payload, "blocks", number, [[row.index, row.tag] for row in message.rows])
+        elif isinstance(message, End):
+            extras = None if message.extras is None else message.extras.to_wire()
+            self._stream.send("end", number, message.first_token, extras)
         else:
-            self._stream.send("fail", number, parcel.kind, parcel.reason)
+            self._stream.send("fail", number, message.kind, message.reason)
 
 
 def claim_to_wire(claim: Claim) -> list[Any]:

@@ -1,4 +1,4 @@
-"""`Road`: the taking side of one connection of `TcpCarrier`, from before it is open until it breaks.
+"""`TcpClientConnection`: the taking side of one connection of `TcpCarrier`, from before it is open until it breaks.
 
 A thread connects and reads what comes into sinks, a thread sends claims.
 """
@@ -28,18 +28,18 @@ from tensorweave.workers.transfer.carriers.carrier import (
     Sink,
 )
 from tensorweave.workers.transfer.carriers.stream import ALIVE_INTERVAL_S, SILENCE_S, Stream, tensor_bytes
-from tensorweave.workers.transfer.carriers.tcp_giver import MAX_PROBE_BYTES, claim_to_wire
-from tensorweave.workers.transfer.giving.shelf import Row
-from tensorweave.workers.transfer.lanes.lane import LaneKind, TakingLane
-from tensorweave.workers.transfer.lanes.loader import HOST_PARCEL_BYTES
+from tensorweave.workers.transfer.carriers.tcp_server import MAX_PROBE_BYTES, claim_to_wire
+from tensorweave.workers.transfer.giving.offered_blocks import Row
+from tensorweave.workers.transfer.transports.loader import HOST_MESSAGE_BYTES
+from tensorweave.workers.transfer.transports.transport import TakingTransport, TransportKind
 from tensorweave.workers.transfer.window import PoolWindow
 
 logger = logging.getLogger(__name__)
 
-_CLOSE: Final = ("close-the-road",)
+_CLOSE: Final = ("close-the-link",)
 
 
-class Road:
+class TcpClientConnection:
     """`is_lost`: it takes no more claims; those it had have failed."""
 
     def __init__(
@@ -48,7 +48,7 @@ class Road:
         secret: str,
         window: PoolWindow,
         events: EventQueue,
-        kinds: Sequence[LaneKind],
+        kinds: Sequence[TransportKind],
     ) -> None:
         self.is_lost = False
         self._kind: FailureKind = "peer_lost"
@@ -57,7 +57,7 @@ class Road:
         self._secret = secret
         self._kinds = kinds
         self._events = events
-        self._max_body_bytes = max(HOST_PARCEL_BYTES, window.block_bytes(len(window.heads)), MAX_PROBE_BYTES)
+        self._max_body_bytes = max(HOST_MESSAGE_BYTES, window.block_bytes(len(window.heads)), MAX_PROBE_BYTES)
         self._window = window
         self._staging = window.new_staging(0)
         self._staging_bytes = tensor_bytes(self._staging)
@@ -68,8 +68,8 @@ class Road:
         self._probes: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._probing = threading.Lock()
         self._stream: Stream | None = None
-        self._reader = threading.Thread(target=self._read, name="kv-road-reader", daemon=True)
-        self._writer = threading.Thread(target=self._write, name="kv-road-writer", daemon=True)
+        self._reader = threading.Thread(target=self._read, name="kv-link-reader", daemon=True)
+        self._writer = threading.Thread(target=self._write, name="kv-link-writer", daemon=True)
         self._reader.start()
 
     def add(self, claim: Claim, sink: Sink) -> None:
@@ -116,22 +116,22 @@ class Road:
     # ---- reading
 
     def _read(self) -> None:
-        reason, lane = "its reader has ended", None
+        reason, transport = "its reader has ended", None
         try:
             self._window.use_own_stream()
-            stream, lane = self._open()
+            stream, transport = self._open()
             self._writer.start()
-            lane.open(stream)
+            transport.open(stream)
             while True:
-                self._take(stream, lane, *stream.receive())
+                self._take(stream, transport, *stream.receive())
         except (TransferFailed, WireError) as error:
             reason = error.message
         finally:
             self._lose(reason)
-            if lane is not None:
-                lane.close()
+            if transport is not None:
+                transport.close()
 
-    def _open(self) -> tuple[Stream, TakingLane]:
+    def _open(self) -> tuple[Stream, TakingTransport]:
         try:
             sock = socket.create_connection(self._place, timeout=SILENCE_S)
         except OSError as error:
@@ -146,25 +146,25 @@ class Road:
         match frame:
             case ["hello", int(), "", dict(greetings)]:
                 stream.trust(self._max_body_bytes)
-                return stream, self._pick_lane(stream, greetings)
+                return stream, self._pick_transport(stream, greetings)
             case ["hello", int(), str(refusal), *_]:
                 raise TransferFailed(f"refused: {refusal}")
             case _:
                 raise WireError("the answer to hello must be hello")
 
-    def _pick_lane(self, stream: Stream, greetings: dict[str, Any]) -> TakingLane:
+    def _pick_transport(self, stream: Stream, greetings: dict[str, Any]) -> TakingTransport:
         """The first of ours that can lead there."""
         for kind in self._kinds:
-            lane, greeting = kind.taking(), greetings.get(kind.name)
-            if isinstance(greeting, dict) and lane.fits(greeting):
-                logger.info("%s takes the %s lane", self._name(), kind.name)
-                stream.send("lane", kind.name)
-                return lane
-        self._kind = "no_lane"
+            transport, greeting = kind.taking(), greetings.get(kind.name)
+            if isinstance(greeting, dict) and transport.fits(greeting):
+                logger.info("%s takes the %s transport", self._name(), kind.name)
+                stream.send("transport", kind.name)
+                return transport
+        self._kind = "no_transport"
         ours = ", ".join(kind.name for kind in self._kinds)
-        raise TransferFailed(f"no lane leads there: {', '.join(greetings)} are there, {ours} here")
+        raise TransferFailed(f"no transport leads there: {', '.join(greetings)} are there, {ours} here")
 
-    def _take(self, stream: Stream, lane: TakingLane, frame: Frame, body_bytes: int) -> None:
+    def _take(self, stream: Stream, transport: TakingTransport, frame: Frame, body_bytes: int) -> None:
         if body_bytes > len(self._staging):
             self._staging = self._window.new_staging(body_bytes)
             self._staging_bytes = tensor_bytes(self._staging)
@@ -176,7 +176,7 @@ class Road:
                 if sink is not None:
                     sink.announce([_row(row) for row in fields], self._staging_bytes[:body_bytes].tobytes())
             case ["blocks", int(number), list(fields)]:
-                payload = lane.land(body, self._claim(number))
+                payload = transport.land(body, self._claim(number))
                 sink = self._sink(number)
                 if sink is not None:
                     sink.put([_block(block) for block in fields], payload)
@@ -190,7 +190,7 @@ class Road:
                 if claim is not None:
                     self._events.put(Failed(claim.claim_id, _kind(kind), reason))
             case ["probe"]:
-                lane.land(body, None)
+                transport.land(body, None)
                 self._probes.put(True)
             case ["alive"]:
                 pass

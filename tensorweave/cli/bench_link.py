@@ -1,4 +1,4 @@
-"""`tensorweave bench road`: what HTTP adds to the engine's time to first token, at one client.
+"""`tensorweave bench link`: what HTTP adds to the engine's time to first token, at one client.
 
 Each prompt goes over HTTP to a running service and through an `LLM` in this process, in turns; both engines have the
 same configuration. The figure is the median over HTTP less the median in process.
@@ -20,7 +20,7 @@ from tensorweave.cli.serve import config_changes, config_path
 _WORDS = ("stone", "river", "cloud", "seven", "paper", "garden", "window", "silver", "train", "letter", "bridge")
 
 
-def run_road(args: argparse.Namespace) -> int:
+def run_link(args: argparse.Namespace) -> int:
     from tensorweave import LLM
     from tensorweave.deploy.config import load_config
     from tensorweave.workers.store.model_store import resolve_model
@@ -34,14 +34,14 @@ def run_road(args: argparse.Namespace) -> int:
     pairs = [over - inside for over, inside in zip(http_s, local_s, strict=True)]
     http_ms, local_ms = distribution(http_s, 1e3), distribution(local_s, 1e3)
     figures = {
-        "road_ms": http_ms["median"] - local_ms["median"],
+        "link_ms": http_ms["median"] - local_ms["median"],
         "http_ttft_ms": http_ms,
         "local_ttft_ms": local_ms,
         "paired_difference_ms": distribution(pairs, 1e3),
         "runs": [{"http_ms": a * 1e3, "local_ms": b * 1e3} for a, b in zip(http_s, local_s, strict=True)],
     }
     settings = {"url": args.url, "num_prompts": args.num_prompts, "num_words": args.num_words, "options": options}
-    publish(report("road", settings, figures), args.json)
+    publish(report("link", settings, figures), args.json)
     return 0
 
 

@@ -1,8 +1,8 @@
-"""Lanes: the way that payloads take beside the control connection of two ranks, and `HostLane`, the connection itself.
+"""Transports move payloads between two ranks, beside their control connection; `HostTransport` is that connection.
 
-A giver says which lanes it has, the taker picks one, both open it; from then on every payload takes it, in the order
-of the frames that announce them. A lane moves bytes and nothing else: claims, digests and silence are the connection's.
-`workers.transfer.nccl_lane` and `workers.transfer.same_node` have the lanes of GPUs.
+A giver says which transports it has, the taker picks one, both open it; from then on every payload takes it, in the
+order of the frames that announce them. A transport moves bytes only: claims, digests and silence are the connection's.
+`workers.transfer.nccl_transport` and `workers.transfer.same_node` have the transports of GPUs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tensorweave.workers.transfer.carriers.carrier import Claim
 from tensorweave.workers.transfer.carriers.stream import Stream, tensor_bytes
-from tensorweave.workers.transfer.lanes.loader import HOST_PARCEL_BYTES, Loader, PoolLoader
+from tensorweave.workers.transfer.transports.loader import HOST_MESSAGE_BYTES, Loader, PoolLoader
 from tensorweave.workers.transfer.window import PoolWindow
 
 _PLACE: Final = struct.Struct("<qqq")
@@ -25,7 +25,7 @@ _MIN_PIECE_BYTES: Final = 2 << 10
 _MAX_PIECES: Final = 960  # a call takes 1024 pieces, some of them are the frames
 
 
-class GivingLane(Protocol):
+class GivingTransport(Protocol):
     """The giver's end. All but `greeting` on one thread."""
 
     loader: Loader
@@ -48,11 +48,11 @@ class GivingLane(Protocol):
     def close(self) -> None: ...
 
 
-class TakingLane(Protocol):
+class TakingTransport(Protocol):
     """The taker's end. All on one thread."""
 
     def fits(self, greeting: dict[str, Any]) -> bool:
-        """Whether this lane can lead to the giver with this greeting."""
+        """Whether this transport can lead to the giver with this greeting."""
 
     def open(self, stream: Stream) -> None:
         """Raises TransferFailed."""
@@ -64,28 +64,28 @@ class TakingLane(Protocol):
     def close(self) -> None: ...
 
 
-class LaneKind(Protocol):
+class TransportKind(Protocol):
     name: str
 
-    def giving(self) -> GivingLane: ...
+    def giving(self) -> GivingTransport: ...
 
-    def taking(self) -> TakingLane: ...
+    def taking(self) -> TakingTransport: ...
 
 
-class HostLane:
-    """Payloads in host memory, as bodies of frames. A `LaneKind`, and the maker of both ends."""
+class HostTransport:
+    """Payloads in host memory, as bodies of frames. A `TransportKind`, and the maker of both ends."""
 
     name = "tcp"
 
     def __init__(self, window: PoolWindow) -> None:
         self._window = window
 
-    def giving(self) -> GivingLane:
+    def giving(self) -> GivingTransport:
         """Straight from the pool where the socket can read it and the pieces are worth their place in a call."""
         is_whole = self._window.memory is not None and self._window.plane_bytes >= _MIN_PIECE_BYTES
         return _PlaceGiving(self._window) if is_whole else _HostGiving(self._window)
 
-    def taking(self) -> TakingLane:
+    def taking(self) -> TakingTransport:
         return _HostTaking(self._window)
 
 
@@ -98,9 +98,9 @@ class PlaceLoader:
     def block_bytes(self, num_heads: int) -> int:
         return _PLACE.size
 
-    def parcel_blocks(self, num_heads: int) -> int:
+    def message_blocks(self, num_heads: int) -> int:
         block_bytes = self._window.block_bytes(num_heads)
-        return max(1, min(HOST_PARCEL_BYTES // max(1, block_bytes), _MAX_PIECES // (2 * self._window.num_layers)))
+        return max(1, min(HOST_MESSAGE_BYTES // max(1, block_bytes), _MAX_PIECES // (2 * self._window.num_layers)))
 
     def pack(self, block_ids: Sequence[int], heads: range, out: Tensor) -> None:
         out.numpy()[:] = np.frombuffer(b"".join(_PLACE.pack(i, heads.start, heads.stop) for i in block_ids), np.uint8)
@@ -142,7 +142,7 @@ class _PlaceGiving:
 
 class _HostGiving:
     def __init__(self, window: PoolWindow) -> None:
-        self.loader: Loader = PoolLoader(window, HOST_PARCEL_BYTES)
+        self.loader: Loader = PoolLoader(window, HOST_MESSAGE_BYTES)
         self._window = window
         self._staging = window.new_staging(0)
         self._stream: Stream | None = None

@@ -1,4 +1,4 @@
-"""`Tally`: what a rank's transfers have done, counted on any thread, shown as gauges."""
+"""`TransferStats`: what a rank's transfers have done, counted on any thread, shown as gauges."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 from tensorweave.workers.transfer.carriers.carrier import FAILURE_KINDS, FailureKind
 
 
-class Tally:
+class TransferStats:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._failures: collections.Counter[FailureKind] = collections.Counter()

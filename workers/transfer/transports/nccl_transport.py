@@ -1,6 +1,6 @@
-"""`NcclLane`: payloads packed on one GPU, sent over NCCL to the other, and scattered there.
+"""`NcclTransport`: payloads packed on one GPU, sent over NCCL to the other, and scattered there.
 
-Each connection has a communicator of its own. The giver makes its id and sends it, both ends join when the lane is
+Each connection has a communicator of its own. The giver makes its id and sends it, both ends join when the transport is
 opened, and it goes with the connection: a dead peer costs this pair its connection, the next claim makes another.
 """
 
@@ -15,12 +15,12 @@ from torch import Tensor
 from tensorweave.cluster.errors import TransferFailed, WireError
 from tensorweave.workers.transfer.carriers.carrier import Claim
 from tensorweave.workers.transfer.carriers.stream import SILENCE_S, Stream
-from tensorweave.workers.transfer.lanes.lane import GivingLane, TakingLane
-from tensorweave.workers.transfer.lanes.loader import Loader, PoolLoader
-from tensorweave.workers.transfer.lanes.nccl import Communicator, load_library, new_unique_id
+from tensorweave.workers.transfer.transports.loader import Loader, PoolLoader
+from tensorweave.workers.transfer.transports.nccl import Communicator, load_library, new_unique_id
+from tensorweave.workers.transfer.transports.transport import GivingTransport, TakingTransport
 from tensorweave.workers.transfer.window import PoolWindow
 
-PARCEL_BYTES: Final = 64 << 20
+MESSAGE_BYTES: Final = 64 << 20
 OPEN_TIMEOUT_S: Final = 20.0
 MAX_PAYLOAD_BYTES: Final = 1 << 30
 _GIVER, _TAKER = 0, 1
@@ -28,29 +28,29 @@ _NUM_STAGINGS: Final = 2
 _SIZE: Final = struct.Struct("<Q")
 
 
-class NcclLane:
-    """Satisfies `LaneKind`, for pools on GPUs. OSError where the library is not there."""
+class NcclTransport:
+    """Satisfies `TransportKind`, for pools on GPUs. OSError where the library is not there."""
 
     name = "nccl"
 
-    def __init__(self, window: PoolWindow, parcel_bytes: int = PARCEL_BYTES) -> None:
+    def __init__(self, window: PoolWindow, message_bytes: int = MESSAGE_BYTES) -> None:
         assert window.device.type == "cuda"
         load_library()
         self._window = window
-        self._parcel_bytes = parcel_bytes
+        self._message_bytes = message_bytes
 
-    def giving(self) -> GivingLane:
-        return _NcclGiving(self._window, self._parcel_bytes)
+    def giving(self) -> GivingTransport:
+        return _NcclGiving(self._window, self._message_bytes)
 
-    def taking(self) -> TakingLane:
+    def taking(self) -> TakingTransport:
         return _NcclTaking(self._window)
 
 
 class _NcclGiving:
     """While one staging is being sent, the next is packed."""
 
-    def __init__(self, window: PoolWindow, parcel_bytes: int) -> None:
-        self.loader: Loader = PoolLoader(window, parcel_bytes)
+    def __init__(self, window: PoolWindow, message_bytes: int) -> None:
+        self.loader: Loader = PoolLoader(window, message_bytes)
         self._device = window.device
         self._stagings: list[Tensor] = []
         self._sent = [torch.cuda.Event() for _ in range(_NUM_STAGINGS)]  # type: ignore[no-untyped-call]
@@ -97,7 +97,7 @@ class _NcclTaking:
     def __init__(self, window: PoolWindow) -> None:
         self._device = window.device
         self._staging = torch.empty(0, dtype=torch.uint8, device=self._device)
-        self._landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._communicator: Communicator | None = None
 
     def fits(self, greeting: dict[str, Any]) -> bool:
@@ -119,8 +119,8 @@ class _NcclTaking:
         payload = self._staging[:num_bytes]
         if num_bytes:
             self._communicator.receive(payload, SILENCE_S)
-            self._landed.record()
-            self._communicator.wait(self._landed, SILENCE_S)
+            self._arrived.record()
+            self._communicator.wait(self._arrived, SILENCE_S)
         return payload
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Which way payloads take: the lanes of two ranks, the choice between them, and a lane whose payloads are names."""
+"""Which transport payloads take: those of two ranks, the choice between them, and one whose payloads are names."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tensorweave.workers.transfer.bench import Shape, bench_fetches, bench_kerne
 from tensorweave.workers.transfer.carriers.carrier import Carrier, Claim
 from tensorweave.workers.transfer.carriers.stream import Stream, _call, tensor_bytes
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
-from tensorweave.workers.transfer.lanes.lane import HostLane, LaneKind
-from tensorweave.workers.transfer.lanes.lanes import make_lanes
-from tensorweave.workers.transfer.lanes.same_node import NameLoader
+from tensorweave.workers.transfer.transports.same_node import NameLoader
+from tensorweave.workers.transfer.transports.selection import make_transports
+from tensorweave.workers.transfer.transports.transport import HostTransport, TransportKind
 from tensorweave.workers.transfer.window import PoolWindow
 from tests.workers.engine_drive import random_prompts
 from tests.workers.transfer_drive import DEADLINE_S, SECRET, MakeCarrier, hash_gang, run_aggregated, run_disaggregated
@@ -32,15 +32,15 @@ SAMPLINGS = [SamplingSpec(max_tokens=5) for _ in PROMPTS]
 
 
 class Board:
-    """Where ranks of one process find each other's pools, as GPUs of one node do. `num_landed` counts payloads."""
+    """Where ranks of one process find each other's pools, as GPUs of one node do. `num_arrived` counts payloads."""
 
     def __init__(self) -> None:
         self.windows: list[PoolWindow] = []
-        self.num_landed = 0
+        self.num_arrived = 0
 
 
-class BoardLane:
-    """A `LaneKind` for ranks of one process: the giver names blocks, the taker reads them where they are."""
+class BoardTransport:
+    """A `TransportKind` for ranks of one process: the giver names blocks, the taker reads them where they are."""
 
     name = "board"
 
@@ -58,7 +58,7 @@ class BoardLane:
 
 
 class BoardEnd:
-    """Satisfies `GivingLane` and `TakingLane`."""
+    """Satisfies `GivingTransport` and `TakingTransport`."""
 
     def __init__(self, window: PoolWindow, board: Board, process: int, place: int = -1) -> None:
         self.loader = NameLoader(window, 1 << 10)
@@ -91,7 +91,7 @@ class BoardEnd:
     def land(self, body: Tensor, claim: Claim | None) -> Tensor:
         if claim is None:
             return body
-        self._board.num_landed += 1
+        self._board.num_arrived += 1
         theirs = self._board.windows[self._place]
         first = claim.first_head - theirs.heads.start
         block_ids = body.numpy().view("<i8").tolist()
@@ -105,7 +105,10 @@ class BoardEnd:
 
 def carriers(board: Board, *names: str, process: int = 1) -> MakeCarrier:
     def make(window: PoolWindow, alike: dict[str, str]) -> Carrier:
-        kinds: dict[str, LaneKind] = {"board": BoardLane(window, board, process), "tcp": HostLane(window)}
+        kinds: dict[str, TransportKind] = {
+            "board": BoardTransport(window, board, process),
+            "tcp": HostTransport(window),
+        }
         return TcpCarrier(window, alike, "127.0.0.1", SECRET, [kinds[name] for name in names])
 
     return make
@@ -122,7 +125,7 @@ def run_over(theirs: MakeCarrier, ours: MakeCarrier, lease_s: float = DEADLINE_S
         assert [answer.tokens for answer in run_disaggregated(prefill, decode, PROMPTS, SAMPLINGS)] == want
         prefill.wait_idle()
         decode.wait_idle()
-        assert decode.transfers[0].measure_road(prefill.source, WAIT_S).error is None or decode.failures()
+        assert decode.transfers[0].measure_link(prefill.source, WAIT_S).error is None or decode.failures()
         return decode.leader.gauges()
 
 
@@ -130,33 +133,33 @@ def run_over(theirs: MakeCarrier, ours: MakeCarrier, lease_s: float = DEADLINE_S
 def test_the_taker_picks_its_first(theirs: Sequence[str]) -> None:
     board = Board()
     gauges = run_over(carriers(board, *theirs), carriers(board, "board", "tcp"))
-    assert board.num_landed > 0
+    assert board.num_arrived > 0
     assert gauges["kv_transfer_blocks_total"] > 0
     assert gauges["kv_transfer_recomputed_tokens_total"] == 0
 
 
-def test_a_lane_that_does_not_lead_there_is_passed_over() -> None:
+def test_a_transport_that_does_not_lead_there_is_passed_over() -> None:
     board = Board()
     gauges = run_over(carriers(board, "board", "tcp", process=1), carriers(board, "board", "tcp", process=2))
-    assert board.num_landed == 0
+    assert board.num_arrived == 0
     assert gauges["kv_transfer_blocks_total"] > 0
 
 
-def test_without_a_common_lane_the_prompt_is_computed() -> None:
+def test_without_a_common_transport_the_prompt_is_computed() -> None:
     board = Board()
     gauges = run_over(carriers(board, "tcp"), carriers(board, "board"), lease_s=0.5)
     assert gauges["kv_transfer_blocks_total"] == 0
-    assert gauges["kv_transfer_failures_no_lane_total"] == len(PROMPTS)
+    assert gauges["kv_transfer_failures_no_transport_total"] == len(PROMPTS)
     assert gauges["kv_transfer_failures_peer_lost_total"] == 0
 
 
-def test_lanes_of_a_cpu() -> None:
+def test_transports_of_a_cpu() -> None:
     window = PoolWindow(KVPool(2, 4, 1, 4, 8, torch.float32, torch.device("cpu")))
-    assert [lane.name for lane in make_lanes("DEFAULT", window)] == ["tcp"]
-    assert [lane.name for lane in make_lanes("TCP", window)] == ["tcp"]
+    assert [transport.name for transport in make_transports("DEFAULT", window)] == ["tcp"]
+    assert [transport.name for transport in make_transports("TCP", window)] == ["tcp"]
     for backend in ("NCCL", "IPC"):
         with pytest.raises(ValueError, match="KV cache is on a CPU"):
-            make_lanes(backend, window)
+            make_transports(backend, window)
 
 
 def test_a_connection_says_when_it_is_broken() -> None:

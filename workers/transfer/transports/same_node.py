@@ -1,4 +1,4 @@
-"""`SameNodeLane`: the taker reads the giver's KV pool itself, over NVLink or PCIe, by CUDA IPC.
+"""`SameNodeTransport`: the taker reads the giver's KV pool itself, over NVLink or PCIe, by CUDA IPC.
 
 The giver sends block numbers; the taker, which has the giver's pool mapped, gathers those blocks into its own GPU's
 memory in one kernel. Nobody writes into another's memory. The giver does not know when a read is over, so a block may
@@ -20,54 +20,54 @@ from tensorweave.cluster.errors import WireError
 from tensorweave.kernels.block_pack import pack_blocks
 from tensorweave.workers.transfer.carriers.carrier import Claim
 from tensorweave.workers.transfer.carriers.stream import Stream, tensor_bytes
-from tensorweave.workers.transfer.lanes.lane import GivingLane, TakingLane
-from tensorweave.workers.transfer.lanes.loader import Loader
+from tensorweave.workers.transfer.transports.loader import Loader
+from tensorweave.workers.transfer.transports.transport import GivingTransport, TakingTransport
 from tensorweave.workers.transfer.window import PoolWindow
 
-PARCEL_BYTES: Final = 64 << 20
+MESSAGE_BYTES: Final = 64 << 20
 _NAME_BYTES: Final = 8
 
 
-class SameNodeLane:
-    """Satisfies `LaneKind`, for pools on GPUs."""
+class SameNodeTransport:
+    """Satisfies `TransportKind`, for pools on GPUs."""
 
     name = "ipc"
 
-    def __init__(self, window: PoolWindow, parcel_bytes: int = PARCEL_BYTES) -> None:
+    def __init__(self, window: PoolWindow, message_bytes: int = MESSAGE_BYTES) -> None:
         assert window.device.type == "cuda"
         self._window = window
-        self._parcel_bytes = parcel_bytes
+        self._message_bytes = message_bytes
         self._greeting: dict[str, Any] | None = None
 
-    def giving(self) -> GivingLane:
+    def giving(self) -> GivingTransport:
         if self._greeting is None:
             self._greeting = _share(self._window)
-        return _SameNodeGiving(self._window, self._greeting, self._parcel_bytes)
+        return _SameNodeGiving(self._window, self._greeting, self._message_bytes)
 
-    def taking(self) -> TakingLane:
+    def taking(self) -> TakingTransport:
         return _SameNodeTaking(self._window)
 
 
 class NameLoader:
     """Payloads are the numbers of the blocks, in host memory."""
 
-    def __init__(self, window: PoolWindow, parcel_bytes: int) -> None:
+    def __init__(self, window: PoolWindow, message_bytes: int) -> None:
         self._window = window
-        self._parcel_bytes = parcel_bytes
+        self._message_bytes = message_bytes
 
     def block_bytes(self, num_heads: int) -> int:
         return _NAME_BYTES
 
-    def parcel_blocks(self, num_heads: int) -> int:
-        return max(1, self._parcel_bytes // max(1, self._window.block_bytes(num_heads)))
+    def message_blocks(self, num_heads: int) -> int:
+        return max(1, self._message_bytes // max(1, self._window.block_bytes(num_heads)))
 
     def pack(self, block_ids: Sequence[int], heads: range, out: Tensor) -> None:
         out.numpy().view("<i8")[:] = block_ids
 
 
 class _SameNodeGiving:
-    def __init__(self, window: PoolWindow, greeting: dict[str, Any], parcel_bytes: int) -> None:
-        self.loader: Loader = NameLoader(window, parcel_bytes)
+    def __init__(self, window: PoolWindow, greeting: dict[str, Any], message_bytes: int) -> None:
+        self.loader: Loader = NameLoader(window, message_bytes)
         self._window = window
         self._greeting = greeting
         self._stream: Stream | None = None
@@ -102,7 +102,7 @@ class _SameNodeTaking:
         self._pool_LB2KPH: Tensor | None = None
         self._first_head = 0
         self._staging = torch.empty(0, dtype=torch.uint8, device=self._device)
-        self._landed = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
     def fits(self, greeting: dict[str, Any]) -> bool:
         if greeting.get("boot") != _boot_id():
@@ -111,7 +111,7 @@ class _SameNodeTaking:
             self._pool_LB2KPH = _open(greeting, self._device)
             self._first_head = int(greeting["first_head"])
             probe = self._gather([0], range(1))
-            self._landed.synchronize()
+            self._arrived.synchronize()
         except (RuntimeError, KeyError, TypeError, ValueError):  # no peer access, this very process, another namespace
             self._pool_LB2KPH = None
             return False
@@ -132,7 +132,7 @@ class _SameNodeTaking:
         if any(not 0 <= block_id < pool.shape[1] for block_id in block_ids):
             raise WireError("these blocks are not the giver's")
         payload = self._gather(block_ids, heads)
-        self._landed.synchronize()
+        self._arrived.synchronize()
         return payload
 
     def close(self) -> None:
@@ -147,7 +147,7 @@ class _SameNodeTaking:
             self._staging = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         payload = self._staging[:num_bytes]
         pack_blocks(pool, block_ids, heads, payload)
-        self._landed.record()
+        self._arrived.record()
         return payload
 
 

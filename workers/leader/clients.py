@@ -1,4 +1,4 @@
-"""What front ends say to a gang's leader, and what they are told: `LeaderDesk`, and `Client`, one of them.
+"""What front ends say to a gang's leader, and what they are told: `ClientTable`, and `Client`, one of them.
 
 All of it is the loop thread's; `workers.leader` has the sockets and the threads. A client that ends has its requests
 cancelled (after their grace, if they have one); one that does not read is cut off; neither harms the others. Clients
@@ -87,7 +87,7 @@ class Client:
             self.send("step", frame)
 
 
-class LeaderDesk:
+class ClientTable:
     """`is_draining` may be set, and `is_idle` be waited for, on any thread.
 
     `max_kv_events` of the executor's KV events are kept for whoever asks for them; the oldest go first.

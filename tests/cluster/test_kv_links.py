@@ -8,28 +8,28 @@ from typing import Any
 
 import pytest
 
-from tensorweave.cluster.protocol import GangAddress, KvEndpoint, KvRoad, KvSource, ModelInfo, Role
-from tensorweave.cluster.roads import ReadyGang, Roads
+from tensorweave.cluster.kv_links import LinkTable, ReadyGang
+from tensorweave.cluster.protocol import GangAddress, KvEndpoint, KvSource, LinkMeasurement, ModelInfo, Role
 
 _INFO = ModelInfo("fake", 10, 10, "float32", 2, 5)
 
 
 class _Measuring:
-    """A gang whose roads are what the test says."""
+    """A gang whose links are what the test says."""
 
-    def __init__(self, gang_id: str, road: KvRoad) -> None:
+    def __init__(self, gang_id: str, link: LinkMeasurement) -> None:
         self.gang_id = gang_id
-        self.road = road
+        self.link = link
         self.sources: list[str] = []
         self.num_now = 0
 
-    async def measure_road(self, source: KvSource) -> KvRoad:
+    async def measure_link(self, source: KvSource) -> LinkMeasurement:
         assert self.num_now == 0
         self.num_now += 1
         await asyncio.sleep(0)
         self.sources.append(source.gang_id)
         self.num_now -= 1
-        return self.road
+        return self.link
 
     async def start(self) -> GangAddress:
         raise AssertionError
@@ -47,10 +47,10 @@ class _Measuring:
         raise AssertionError
 
 
-def _gang(gang_id: str, role: Role, road: KvRoad | None = None) -> ReadyGang:
+def _gang(gang_id: str, role: Role, link: LinkMeasurement | None = None) -> ReadyGang:
     source = KvSource(gang_id, (KvEndpoint("127.0.0.1", 1, 0, 2),), {}, "s")
     address = GangAddress(gang_id, 1, role, "127.0.0.1", 1, "s", _INFO, source)
-    return _Measuring(gang_id, road or KvRoad(1e9, 0.001)), address
+    return _Measuring(gang_id, link or LinkMeasurement(1e9, 0.001)), address
 
 
 async def _settled() -> None:
@@ -61,38 +61,41 @@ async def _settled() -> None:
 def test_new_pairs_are_measured_once_and_lost_ones_forgotten() -> None:
     async def body() -> None:
         changes: list[int] = []
-        roads = Roads(lambda: changes.append(len(roads.all)))
+        links = LinkTable(lambda: changes.append(len(links.all)))
         one, two = _gang("d1", "decode"), _gang("d2", "decode")
         first, second, whole = _gang("p1", "prefill"), _gang("p2", "prefill"), _gang("b", "both")
-        roads.update([one, first, whole])
-        roads.update([one, first, whole])
+        links.update([one, first, whole])
+        links.update([one, first, whole])
         await _settled()
-        assert set(roads.all) == {("d1", "p1")}
-        roads.update([one, two, first, second])
+        assert set(links.all) == {("d1", "p1")}
+        links.update([one, two, first, second])
         await _settled()
-        assert set(roads.all) == {(d, p) for d in ("d1", "d2") for p in ("p1", "p2")}
+        assert set(links.all) == {(d, p) for d in ("d1", "d2") for p in ("p1", "p2")}
         taker = one[0]
         assert isinstance(taker, _Measuring)
         assert sorted(taker.sources) == ["p1", "p2"], "each once"
         assert changes == [1, 2, 3, 4]
-        roads.update([two, second])
-        assert set(roads.all) == {("d2", "p2")}
-        assert roads.describe("d2") == {"p2": {"megabytes_per_s": 1000.0, "latency_ms": 1.0, "error": None}}
-        roads.close()
+        links.update([two, second])
+        assert set(links.all) == {("d2", "p2")}
+        assert links.describe("d2") == {"p2": {"megabytes_per_s": 1000.0, "latency_ms": 1.0, "error": None}}
+        links.close()
 
     asyncio.run(body())
 
 
-def test_slow_and_broken_roads_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_slow_and_broken_links_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     async def body() -> None:
-        roads = Roads(lambda: None)
-        slow, broken = _gang("slow", "decode", KvRoad(5e6, 0.2)), _gang("broken", "decode", KvRoad(0, 0, "refused"))
-        roads.update([slow, broken, _gang("fine", "decode"), _gang("p", "prefill")])
+        links = LinkTable(lambda: None)
+        slow, broken = (
+            _gang("slow", "decode", LinkMeasurement(5e6, 0.2)),
+            _gang("broken", "decode", LinkMeasurement(0, 0, "refused")),
+        )
+        links.update([slow, broken, _gang("fine", "decode"), _gang("p", "prefill")])
         await _settled()
-        assert len(roads.all) == 3
-        assert roads.describe("broken")["p"]["error"] == "refused"
+        assert len(links.all) == 3
+        assert links.describe("broken")["p"]["error"] == "refused"
 
-    with caplog.at_level(logging.WARNING, "tensorweave.cluster.roads"):
+    with caplog.at_level(logging.WARNING, "tensorweave.cluster.kv_links"):
         asyncio.run(body())
     assert [record.getMessage().split(" (slow")[0] for record in caplog.records] == [
         "KV from gang p to gang slow: 5 MB/s, 200.00 ms",

@@ -1,0 +1,32 @@
+"""Which transports a rank has, from `CacheTransceiverConfig.backend` and where its pool is."""
+
+from __future__ import annotations
+
+import logging
+
+from tensorweave.workers.transfer.transports.nccl_transport import NcclTransport
+from tensorweave.workers.transfer.transports.same_node import SameNodeTransport
+from tensorweave.workers.transfer.transports.transport import HostTransport, TransportKind
+from tensorweave.workers.transfer.window import PoolWindow
+
+logger = logging.getLogger(__name__)
+
+
+def make_transports(backend: str, window: PoolWindow) -> list[TransportKind]:
+    """Best first: a taker takes the first of its own that leads to a giver. 'DEFAULT' is all there are: same-node
+    copies, then NCCL, then TCP. Raises ValueError where a transport was asked for that cannot be had."""
+    if backend == "TCP" or (backend == "DEFAULT" and window.device.type != "cuda"):
+        return [HostTransport(window)]
+    if window.device.type != "cuda":
+        raise ValueError(f"cache_transceiver_config.backend is {backend!r}, but the KV cache is on a CPU")
+    window.warm()
+    if backend == "IPC":
+        return [SameNodeTransport(window)]
+    try:
+        nccl = NcclTransport(window)
+    except OSError as error:
+        if backend == "NCCL":
+            raise ValueError(f"cache_transceiver_config.backend is 'NCCL', but: {error}") from None
+        logger.warning("KV is not sent over NCCL: %s", error)
+        return [SameNodeTransport(window), HostTransport(window)]
+    return [nccl] if backend == "NCCL" else [SameNodeTransport(window), nccl, HostTransport(window)]
