@@ -22,7 +22,6 @@ import ray
 from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 
 from tensorweave.cluster.lifeline import wait_for_end
 from tensorweave.cluster.supervisor import find_supervisor
@@ -68,20 +67,10 @@ class Guardian:
             return None
         return pools
 
-    async def leave(self) -> None:
-        """Take the service down, whatever it takes; this actor's work is done then."""
-        for _ in range(_NUM_END_TRIES):
-            try:
-                await self.end()
-                break
-            except (RayError, RayServeException, TimeoutError) as error:
-                logger.error("the service could not be taken down: %s: %s", type(error).__name__, error)
-                self._ending = None
-        ray.actor.exit_actor()
-
     async def end(self) -> None:
-        """Drain, then take Serve and with it the gangs down. Calling it again waits for the same end."""
-        if self._ending is None:
+        """Drain, then take Serve and with it the gangs down. Calling it again waits for the same end, or tries again
+        where that has failed."""
+        if self._ending is None or _has_failed(self._ending):
             self._ending = asyncio.create_task(self._end())
         await asyncio.shield(self._ending)
 
@@ -119,13 +108,26 @@ class Guardian:
         ray.kill(supervisor)
 
 
+def _has_failed(task: asyncio.Task[None]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
+
+
 def _outlive_driver(lifeline: str) -> None:
-    """Returns when the driver is gone, having asked this process's guardian to end the service."""
+    """When the driver is gone: end the service, whatever it takes, and then this actor.
+
+    This runs outside the actor's tasks: Ray lets an actor exit only when the tasks that it has called are over, so a
+    task that the actor calls on itself cannot exit it.
+    """
     wait_for_end(lifeline)
     logger.warning("the driver is gone: taking the service down")
-    guardian = find_guardian()
-    if guardian is not None:
-        guardian.leave.remote()
+    guardian = ray.get_runtime_context().current_actor
+    for _ in range(_NUM_END_TRIES):
+        try:
+            guardian.end.remote().future().result()
+            break
+        except RayError as error:
+            logger.error("the service could not be taken down: %s", error)
+    ray.kill(guardian, no_restart=True)
 
 
 def _get_status(host: str, port: int, path: str) -> int | None:

@@ -33,6 +33,7 @@ from tests.e2e.service_process import (
 BIN = Path(sys.executable).parent
 TIMEOUT_S = 150.0
 TOKEN = secrets.token_hex(32)
+DRIVER = "python -m tensorweave.cli.main serve"
 OURS = ("Guardian", "Lifeline", "ServeController", "ProxyActor", "ServeReplica", "PoolSupervisor", "RankWorker")
 
 pytestmark = pytest.mark.timeout(900)
@@ -107,7 +108,7 @@ def test_submitted_service_serves_and_stops(cluster: tuple[str, Path], tmp_path:
     config, port, proxy_port = write_config(tmp_path, write_model(tmp_path / "model"))
     ray(
         *("job", "submit", "--no-wait", "--submission-id", "serve", "--address", address, "--working-dir", "."),
-        *("--", "python", "-m", "tensorweave.cli.main", "serve", "--config", str(config)),
+        *("--", *DRIVER.split(), "--config", str(config)),
     )
     try:
         wait_until(lambda: get_status(port, "/ready") == 200, START_TIMEOUT_S, "the submitted service is ready")
@@ -118,8 +119,10 @@ def test_submitted_service_serves_and_stops(cluster: tuple[str, Path], tmp_path:
     assert any(is_ours(process) for process in processes_of(temp_dir))
 
     long = RunningAnswer(port, max_tokens=1500)
-    # Whoever would take the service down dies as well: Ray starts it again, and it looks for the driver anew.
+    # A driver that handles no signal is killed while Ray restarts the killed guardian, which must find that out itself.
     [guardian] = [process for process in processes_of(temp_dir) if command_of(process).startswith("ray::Guardian")]
+    [driver] = [process for process in processes_of(temp_dir) if command_of(process).startswith(DRIVER)]
+    driver.suspend()
     guardian.kill()
     ray("job", "stop", "--address", address, "serve")
     assert long.num_generated() == 1500
