@@ -64,7 +64,7 @@ lines: install
 	@$(BIN)/python .ci/line_table.py
 
 pytest: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 bench: install ## Throughput, latency and step overhead of the small model, as JSON in build/bench
 	$(BIN)/tensorweave bench overhead --json build/bench/overhead.json
