@@ -1,17 +1,20 @@
-"""Who may import whom: the rooms' arrows, where torch and ray may appear, and no unpickling anywhere.
+"""Who may import whom, between rooms and between a room's folders; where torch and ray may be imported; no unpickling.
 
 Every Python file is parsed, never imported. The self-tests at the end show that each rule catches what it is for.
+`test_import_circles.py` looks at single modules.
 """
 
 from __future__ import annotations
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+TABLE = "tests/test_arrows.py"
 ROOMS = ("cluster", "workers", "router", "kernels", "deploy")
 FRONT = "tensorweave"  # the public names of tensorweave/__init__.py
 
@@ -26,6 +29,65 @@ ARROWS: dict[str, frozenset[str]] = {
     "cluster": frozenset(),
     "kernels": frozenset(),
 }
+# Inside a room: each folder to the other folders that it may import from. A file that lies on another level than the
+# rest of its folder has a line of its own. Lower levels stand first. Renamed or moved: edit the names here.
+INNER_ARROWS: dict[str, dict[str, str]] = {
+    "router": {
+        "pace.py": "",
+        "http/body_memory.py": "",
+        "dispatch": "",
+        "sampling": "",
+        "text": "dispatch",
+        "openai": "pace.py sampling text",
+        "bodies": "openai sampling text",
+        "service.py": "bodies dispatch http/body_memory.py text",
+        "openai/prepare.py": "bodies openai sampling service.py text",
+        "http": "bodies dispatch http/body_memory.py openai openai/prepare.py pace.py service.py text",
+    },
+    "workers": {
+        "gang": "",
+        "store": "",
+        "leader": "",
+        "step": "",
+        "sampling": "step",
+        "kv": "step",
+        "models": "gang",
+        "engine_dir": "gang models store",
+        "engine": "engine_dir gang models step store",
+        "autodeploy": "engine engine_dir gang models step store",
+        "transfer": "engine gang step",
+        "executor": "engine gang sampling step",
+        "build.py": "autodeploy engine engine_dir executor gang kv models sampling step store transfer",
+        "rank.py": "build.py engine_dir executor gang leader sampling step store transfer",
+        "fakes": "engine executor gang kv rank.py sampling step",
+    },
+    "workers/transfer": {
+        "carriers/stream.py": "",
+        "window.py": "carriers/stream.py",
+        "fingerprint.py": "window.py",
+        "transports/loader.py": "window.py",
+        "giving/offered_blocks.py": "transports/loader.py window.py",
+        "carriers/carrier.py": "giving/offered_blocks.py",
+        "transfer_stats.py": "carriers/carrier.py",
+        "transports": "carriers/carrier.py carriers/stream.py transports/loader.py window.py",
+        "giving": "carriers/carrier.py giving/offered_blocks.py transports/loader.py window.py",
+        "carriers": "carriers/carrier.py carriers/stream.py giving giving/offered_blocks.py transports"
+        " transports/loader.py window.py",
+        "taking": "carriers/carrier.py giving giving/offered_blocks.py transfer_stats.py window.py",
+        "transfers.py": "carriers/carrier.py giving taking transfer_stats.py window.py",
+        "bench.py": "carriers carriers/carrier.py giving/offered_blocks.py taking transfer_stats.py transports"
+        " window.py",
+        "tcp_bench.py": "bench.py carriers carriers/carrier.py giving/offered_blocks.py taking transfer_stats.py"
+        " transports window.py",
+    },
+}
+CIRCLES = frozenset(
+    {
+        ("workers/step/request.py", "tensorweave.workers.sampling.logit_edits.SamplingHistory"),
+        ("tensorweave/llmapi/turns.py", "tensorweave.llmapi.outputs.RequestOutput"),
+    }
+)
+"""(File, import) pairs that close a circle, for a type only. The first is to go; an iterator may know its owner."""
 TORCH_PLACES = frozenset({"workers", "kernels"})
 RAY_PLACES = frozenset({"cluster", "router", "deploy"})
 RAY_FILES = frozenset({"workers/rank.py"})
@@ -86,6 +148,32 @@ def _import_problem(path: str, place: str | None, name: str) -> str | None:
         target = rest[0] if rest and (rest[0] in ROOMS or rest[0] in ARROWS) else FRONT
         if target != place and target not in ARROWS[place]:
             return f"{place} may not import {target} ({name})"
+        return _inner_problem(path, name)
+    return None
+
+
+def _inner_problem(path: str, name: str) -> str | None:
+    """What `INNER_ARROWS` says of an import within a room."""
+    imported = "/".join(name.split(".")[1:])
+    for top, arrows in INNER_ARROWS.items():
+        if (path, name) in CIRCLES or not (path.startswith(f"{top}/") and imported.startswith(f"{top}/")):
+            continue
+        place, target = inner_place(path.removesuffix(".py"), top), inner_place(imported, top)
+        if place is None or target is None:
+            return f"{imported if place else path}: add a line for it to INNER_ARROWS[{top!r}] in {TABLE}"
+        if target != place and target not in arrows[place].split():
+            return (
+                f"{top}/{place} may not import {top}/{target} ({name}). If it should, add {target!r} to the line of "
+                f"{place!r} in INNER_ARROWS[{top!r}] in {TABLE}; the table must stay free of circles"
+            )
+    return None
+
+
+def inner_place(path: str, top: str) -> str | None:
+    """The key of `INNER_ARROWS[top]` that `path` belongs to: the longest that fits."""
+    for key in sorted(INNER_ARROWS[top], key=len, reverse=True):
+        if f"{path}/".startswith(f"{top}/{key.removesuffix('.py')}/"):
+            return key
     return None
 
 
@@ -103,6 +191,22 @@ def test_every_import_follows_the_arrows() -> None:
     assert {place_of(path) for path in files} >= set(ARROWS) - {"kernels"}, "a room has no Python file: wrong root?"
     problems = [problem for path in files for problem in broken_rules(path, (ROOT / path).read_text(encoding="utf-8"))]
     assert not problems, "\n" + "\n".join(problems)
+
+
+def test_the_inner_arrows_name_what_exists() -> None:
+    gone = [f"{top}/{key}" for top, keys in INNER_ARROWS.items() for key in keys if not (ROOT / top / key).exists()]
+    assert not gone, f"renamed or moved? Edit INNER_ARROWS in {TABLE}: {', '.join(gone)}"
+    for top, arrows in INNER_ARROWS.items():
+        unknown = {name for names in arrows.values() for name in names.split()} - set(arrows)
+        assert not unknown, f"these have no line of their own in INNER_ARROWS[{top!r}]: {unknown}"
+        missing = [f for f in python_files() if f.startswith(f"{top}/") and not inner_place(f.removesuffix(".py"), top)]
+        assert not missing, f"add a line to INNER_ARROWS[{top!r}] in {TABLE} for {missing}"
+
+
+@pytest.mark.parametrize("top", INNER_ARROWS)
+def test_the_inner_arrows_have_no_circle(top: str) -> None:
+    arrows = {place: names.split() for place, names in INNER_ARROWS[top].items()}
+    graphlib.TopologicalSorter(arrows).prepare()  # a CycleError names the circle: take one of its arrows out
 
 
 def test_no_room_is_a_regular_package() -> None:
@@ -137,6 +241,19 @@ def test_rooms_are_linked_into_the_package() -> None:
         ("cluster/wire.py", "import pickle", "nothing is pickled"),
         ("cluster/wire.py", "from ray import cloudpickle", "nothing is pickled"),
         ("router/http/app.py", "import pickle", "nothing is pickled"),
+        ("router/dispatch/loads.py", "from tensorweave.router.text import tokens", "router/dispatch may not import"),
+        (
+            "router/openai/requests.py",
+            "from tensorweave.router.openai.prepare import Job",
+            "add 'openai/prepare.py' to",
+        ),
+        (
+            "workers/step/plan.py",
+            "from tensorweave.workers.kv.manager import KVCacheManager",
+            "add 'kv' to the line of",
+        ),
+        ("workers/new/a.py", "from tensorweave.workers.step.plan import Plan", "workers/new/a.py: add a line for it"),
+        ("workers/kv/a.py", "from tensorweave.workers.new.a import Plan", "workers/new/a/Plan: add a line for it"),
         ("workers/weights.py", "import torch\nweights = torch.load('w.bin')", "torch.load unpickles"),
     ],
 )
@@ -153,6 +270,11 @@ def test_a_broken_rule_is_caught(path: str, source: str, complaint: str) -> None
         ("tensorweave/cli/main.py", "from tensorweave import LLM\nfrom tensorweave.deploy import config"),
         ("tensorweave/llmapi/llm.py", "from tensorweave.llmapi.outputs import RequestOutput"),
         ("cluster/gang.py", "import ray.util\nfrom tensorweave.cluster.errors import WorkerLost"),
+        ("router/openai/prepare.py", "from tensorweave.router.openai.requests import ChatRequest"),
+        (
+            "workers/kv/manager.py",
+            "from tensorweave.workers.kv.events import Journal\nimport tensorweave.workers.step.plan",
+        ),
         ("tests/test_a.py", "import torch, ray, pickle\nfrom tensorweave.workers.step.plan import ContextChunk"),
     ],
 )
