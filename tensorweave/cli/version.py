@@ -7,7 +7,9 @@ import importlib.metadata
 import platform
 from typing import Any
 
-PARTS = ("tensorweave", "ray", "torch", "transformers")
+import tensorweave
+
+PARTS = ("ray", "torch", "transformers")
 
 
 def add_command(commands: Any) -> None:
@@ -22,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def versions() -> dict[str, str]:
-    return {**{part: _version(part) for part in PARTS}, "python": platform.python_version()}
+    parts = {part: _version(part) for part in PARTS}
+    return {"tensorweave": tensorweave.__version__, **parts, "python": platform.python_version()}
 
 
 def _version(package: str) -> str:
