@@ -25,13 +25,13 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tensorweave.cluster.errors import NotReady, WorkerLost
-from tensorweave.cluster.gang_link import GangLink
 from tensorweave.cluster.gang_record import GangRecord
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.hosts import Hosts
 from tensorweave.cluster.memory_kills import kills_anywhere, kills_here
 from tensorweave.cluster.placement import NamedGroup, live_node_ids, live_nodes, place, placed_on
 from tensorweave.cluster.protocol import GangAddress, KvSource, LinkMeasurement
+from tensorweave.cluster.rank_link import GangLink
 from tensorweave.cluster.rank_processes import RankProcesses
 from tensorweave.cluster.rank_watch import STARTING_HEARTBEAT_TIMEOUT_S, RankWatch, first_line, why_dead
 from tensorweave.cluster.ranks import RankOrder, RankPlace, RankReport, RankStarted, describe_phases

@@ -11,8 +11,8 @@ import ray
 from ray._raylet import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from tensorweave.cluster.cluster_resources import can_grow, read_room
 from tensorweave.cluster.errors import NoRoom
-from tensorweave.cluster.room import can_grow, read_room
 
 _ONE_NODE_WAIT_S: Final = 10.0
 """How long a gang waits for room on one node before it takes several."""

@@ -19,8 +19,8 @@ from typing import Any, Final, Literal
 from tensorweave.cluster.errors import NoRoom, NotReady, TensorweaveError
 from tensorweave.cluster.fault_record import FaultRecord
 from tensorweave.cluster.gang_spec import GangSpec
-from tensorweave.cluster.held_processors import HeldProcessors
 from tensorweave.cluster.pool_gang import PoolGang
+from tensorweave.cluster.pool_logits_processors import HeldProcessors
 from tensorweave.cluster.protocol import GangAddress, Role
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from ray.actor import ActorHandle
 from tensorweave.cluster.errors import NotReady
 from tensorweave.cluster.gang import Gang
 from tensorweave.cluster.kv_links import LinkTable, Pair, ReadyGang
-from tensorweave.cluster.lifeline import OwnLifeline, end_with
+from tensorweave.cluster.owner_liveness import OwnLifeline, end_with
 from tensorweave.cluster.placement import remove_groups
 from tensorweave.cluster.pool import GangPool, PoolSpec, PoolState
 from tensorweave.cluster.protocol import LinkMeasurement

@@ -23,7 +23,7 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from tensorweave.cluster.lifeline import wait_for_end
+from tensorweave.cluster.owner_liveness import wait_for_end
 from tensorweave.cluster.supervisor import find_supervisor
 from tensorweave.deploy.home import APP_NAME, GUARDIAN_NAME, NAMESPACE, supervisor_home
 from tensorweave.deploy.ingress import taken_ports

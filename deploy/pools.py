@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from tensorweave.cluster.cluster_resources import Room
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.pool import PoolSpec
-from tensorweave.cluster.room import Room
 from tensorweave.deploy.config import ServeConfig
 from tensorweave.deploy.config_tables import LimitsConfig, PoolConfig
 

@@ -21,13 +21,13 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
+from tensorweave.cluster.cluster_resources import can_grow, read_room
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.kv_links import SLOW_BYTES_PER_S
-from tensorweave.cluster.lifeline import OwnLifeline
+from tensorweave.cluster.owner_liveness import OwnLifeline
 from tensorweave.cluster.ray_auth import refuse_open_ray
 from tensorweave.cluster.ray_noise import without_noise
 from tensorweave.cluster.ray_session import start_or_join_ray
-from tensorweave.cluster.room import can_grow, read_room
 from tensorweave.cluster.sentences import essence, sentence_of
 from tensorweave.deploy.config import ServeConfig
 from tensorweave.deploy.guardian import DRAIN_SLACK_S, SERVE_SHUTDOWN_TIMEOUT_S, Guardian, find_guardian

@@ -89,6 +89,8 @@ CIRCLES = frozenset(
 )
 """(File, import) pairs that close a circle, for a type only. The first is to go; an iterator may know its owner."""
 TORCH_PLACES = frozenset({"workers", "kernels"})
+TORCH_FILES = frozenset({"tensorweave/cli/bench_transfer_fetches.py", "tensorweave/cli/bench_transfer_sockets.py"})
+"""Benchmarks that act as two ranks; the command line imports them only when they run."""
 RAY_PLACES = frozenset({"cluster", "router", "deploy"})
 RAY_FILES = frozenset({"workers/rank.py"})
 PARENT_AND_CHILD = frozenset({"router/bodies/pool.py", "router/bodies/worker.py"})
@@ -140,7 +142,7 @@ def _import_problem(path: str, place: str | None, name: str) -> str | None:
         return None
     if UNPICKLERS & {top, *rest} and path not in PARENT_AND_CHILD:
         return f"{name}: nothing is pickled or unpickled by hand"
-    if top == "torch" and place not in TORCH_PLACES:
+    if top == "torch" and place not in TORCH_PLACES and path not in TORCH_FILES:
         return f"torch in {place}"
     if top == "ray" and place not in RAY_PLACES and path not in RAY_FILES:
         return f"ray in {place}"

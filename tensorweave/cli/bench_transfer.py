@@ -9,7 +9,7 @@ from tensorweave.cli.figures import aligned, publish, report
 
 
 def run_transfer(args: argparse.Namespace) -> int:
-    from tensorweave.workers.transfer.bench import SHAPES, bench_fetches, bench_kernels, bench_wire, gpu_names
+    from tensorweave.cli.bench_transfer_fetches import SHAPES, bench_fetches, bench_kernels, bench_wire, gpu_names
 
     gpus = gpu_names()
     devices = (gpus[0], gpus[-1]) if gpus else ("cpu", "cpu")
@@ -35,7 +35,7 @@ def run_transfer(args: argparse.Namespace) -> int:
 
 
 def _against_bare_sockets(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from tensorweave.workers.transfer.tcp_bench import SHAPES, measure
+    from tensorweave.cli.bench_transfer_sockets import SHAPES, measure
 
     return [measure(shape, max(args.sizes) << 20, args.num_runs).row() for shape in SHAPES]
 

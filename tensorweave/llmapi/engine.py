@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.fleet import Fleet, StaticFleet, WatchedFleet
 from tensorweave.cluster.gang_spec import GangSpec
-from tensorweave.cluster.lifeline import OwnLifeline
 from tensorweave.cluster.llm_args import TorchLlmArgs
+from tensorweave.cluster.owner_liveness import OwnLifeline
 from tensorweave.cluster.pool import PoolSpec
 from tensorweave.cluster.protocol import KvSource, ModelInfo
 from tensorweave.cluster.ray_session import RaySession, start_or_join_ray

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ray.serve._private import constants, http_util
 
-from tensorweave.cluster.room import NodeRoom, Room
+from tensorweave.cluster.cluster_resources import NodeRoom, Room
 from tensorweave.deploy.config import ServeConfig, load_config
 from tensorweave.deploy.ingress import ingress_env, let_replacement_rebind, taken_ports
 from tensorweave.deploy.pools import explain_shortage, needed_resources, pool_specs

@@ -15,7 +15,7 @@ import pytest
 
 from tensorweave.cluster.protocol import GenerateRequest, KvSource, LinkMeasurement, SamplingSpec
 from tensorweave.workers.engine.load import load_engine
-from tensorweave.workers.transfer.carriers.carrier import Carrier
+from tensorweave.workers.transfer.carrier import Carrier
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
 from tensorweave.workers.transfer.transports.selection import make_transports
 from tensorweave.workers.transfer.window import PoolWindow

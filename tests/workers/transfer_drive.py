@@ -23,7 +23,7 @@ from tensorweave.workers.gang.uplink import join_uplink
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.sampling.decoder import SamplingDecoder
 from tensorweave.workers.step.resources import ResourceManager
-from tensorweave.workers.transfer.carriers.carrier import Carrier
+from tensorweave.workers.transfer.carrier import Carrier
 from tensorweave.workers.transfer.carriers.loop import Exchange, LoopCarrier
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
 from tensorweave.workers.transfer.transfers import KvTransfers

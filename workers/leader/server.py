@@ -19,7 +19,7 @@ from tensorweave.cluster import wire
 from tensorweave.cluster.errors import TensorweaveError, WireError, WorkerLost
 from tensorweave.cluster.limited_log import LimitedLog
 from tensorweave.cluster.protocol import PROTOCOL_VERSION
-from tensorweave.workers.leader.clients import MAX_UNSENT_BYTES, Client, ClientTable, ServedExecutor
+from tensorweave.workers.leader.client_table import MAX_UNSENT_BYTES, Client, ClientTable, ServedExecutor
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import threading
 
-from tensorweave.workers.transfer.carriers.carrier import FAILURE_KINDS, FailureKind
+from tensorweave.workers.transfer.carrier import FAILURE_KINDS, FailureKind
 
 
 class TransferStats:

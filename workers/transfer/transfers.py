@@ -18,11 +18,11 @@ from tensorweave.workers.step.kv_exchange import TransferInbox
 from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import KVCache
-from tensorweave.workers.transfer.carriers.carrier import Carrier, Event, TicketOver
-from tensorweave.workers.transfer.giving.giving import Offers
-from tensorweave.workers.transfer.giving.ticket_table import fingerprint_difference
-from tensorweave.workers.transfer.taking.arrivals import Arrivals, Report
-from tensorweave.workers.transfer.taking.taking import Fetches
+from tensorweave.workers.transfer.carrier import Carrier, Event, TicketOver
+from tensorweave.workers.transfer.receiving.arrivals import Arrivals, Report
+from tensorweave.workers.transfer.receiving.fetches import Fetches
+from tensorweave.workers.transfer.sending.offers import Offers
+from tensorweave.workers.transfer.sending.ticket_table import fingerprint_difference
 from tensorweave.workers.transfer.transfer_stats import TransferStats
 from tensorweave.workers.transfer.window import PoolWindow
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tensorweave.kernels.block_pack import as_blocks, digest_blocks, land_blocks, pack_blocks, unpack_blocks
 from tensorweave.workers.engine.kv_pool import KVPool
-from tensorweave.workers.transfer.carriers.stream import tensor_bytes
+from tensorweave.workers.transfer.transports.frame_connection import tensor_bytes
 
 # L layers, B blocks, K KV heads of this rank, P block size in tokens, H head dim
 

@@ -13,8 +13,8 @@ from tensorweave.cluster import wire
 from tensorweave.cluster.protocol import GangAddress, GenerateRequest, SamplingSpec, TokenChunk
 from tensorweave.cluster.socket_link import SocketLink
 from tensorweave.workers.fakes.fake_executor import FAKE_INFO, FakeExecutor, fake_output
+from tensorweave.workers.leader.request_table import Streams
 from tensorweave.workers.leader.server import LeaderServer
-from tensorweave.workers.leader.streams import Streams
 from tests.workers.waiting import WAIT_S
 
 HOST, SECRET = "127.0.0.1", "s3cret"

@@ -18,12 +18,12 @@ import pytest
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import PROTOCOL_VERSION, GenerateRequest, KvEndpoint, KvSource, SamplingSpec, Ticket
 from tensorweave.workers.fakes.fake_engine import hash_token
+from tensorweave.workers.transfer.carrier import Carrier
 from tensorweave.workers.transfer.carriers import tcp_client
-from tensorweave.workers.transfer.carriers.carrier import Carrier
 from tensorweave.workers.transfer.carriers.faulty import FAULTS, Fault, FaultyCarrier
 from tensorweave.workers.transfer.carriers.loop import Exchange
-from tensorweave.workers.transfer.carriers.stream import SILENCE_S, Stream
 from tensorweave.workers.transfer.transfers import TICK_S
+from tensorweave.workers.transfer.transports.frame_connection import SILENCE_S, Stream
 from tensorweave.workers.transfer.transports.transport import HostTransport
 from tests.workers.stepped_engine import SteppedEngine
 from tests.workers.transfer_drive import (

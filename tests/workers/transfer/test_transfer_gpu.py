@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tensorweave.cli.bench_transfer_fetches import SHAPES, Shape, fetch, giver, make_carrier
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.kernels.block_pack import (
@@ -24,7 +25,6 @@ from tensorweave.kernels.block_pack import (
     unpack_blocks_reference,
 )
 from tensorweave.workers.store.model_store import resolve_model
-from tensorweave.workers.transfer.bench import SHAPES, Shape, fetch, giver, make_carrier
 from tests.workers.engine_drive import random_prompts
 from tests.workers.gang_process import GangProcess, Tokens, run_alone, run_pair, start_pair
 from tests.workers.tiny_models import make_model

@@ -16,11 +16,11 @@ from tensorweave.workers.engine_dir.model_digest import model_digest
 from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.gang.comm import Comm, SoloComm
 from tensorweave.workers.step.kv_exchange import KvArrived
-from tensorweave.workers.transfer.giving.offered_blocks import BlockTags, OfferedBlocks, Row
-from tensorweave.workers.transfer.giving.ticket_table import fingerprint_difference
-from tensorweave.workers.transfer.taking.arrivals import GRACE_S, Arrivals, Report
-from tensorweave.workers.transfer.taking.intake import Intake, TargetBlocks
-from tensorweave.workers.transfer.taking.taking import share_heads
+from tensorweave.workers.transfer.receiving.arrivals import GRACE_S, Arrivals, Report
+from tensorweave.workers.transfer.receiving.block_receiver import Intake, TargetBlocks
+from tensorweave.workers.transfer.receiving.fetches import share_heads
+from tensorweave.workers.transfer.sending.offered_blocks import BlockTags, OfferedBlocks, Row
+from tensorweave.workers.transfer.sending.ticket_table import fingerprint_difference
 from tensorweave.workers.transfer.transfer_stats import TransferStats
 from tensorweave.workers.transfer.transports.loader import HOST_MESSAGE_BYTES, PoolLoader
 from tensorweave.workers.transfer.window import PoolWindow

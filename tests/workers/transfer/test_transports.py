@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from tensorweave.cli import bench_transfer_sockets
+from tensorweave.cli.bench_transfer_fetches import Shape, bench_fetches, bench_kernels
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.kernels.block_pack import pack_blocks
 from tensorweave.workers.engine.kv_pool import KVPool
-from tensorweave.workers.transfer import tcp_bench
-from tensorweave.workers.transfer.bench import Shape, bench_fetches, bench_kernels
-from tensorweave.workers.transfer.carriers.carrier import Carrier, Claim
-from tensorweave.workers.transfer.carriers.stream import Stream, _call, tensor_bytes
+from tensorweave.workers.transfer.carrier import Carrier, Claim
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
+from tensorweave.workers.transfer.transports.frame_connection import Stream, _call, tensor_bytes
 from tensorweave.workers.transfer.transports.same_node import NameLoader
 from tensorweave.workers.transfer.transports.selection import make_transports
 from tensorweave.workers.transfer.transports.transport import HostTransport, TransportKind
@@ -200,6 +200,6 @@ def test_the_bench_on_a_cpu() -> None:
 
 
 def test_the_bench_against_bare_sockets() -> None:
-    row = tcp_bench.measure(Shape("small", 2, 2, 16, "float32", 16), 6 << 20, num_rounds=1).row()
+    row = bench_transfer_sockets.measure(Shape("small", 2, 2, 16, "float32", 16), 6 << 20, num_rounds=1).row()
     assert 1 < row["message_mb"] < 3
     assert all(rate > 0 for name, rate in row.items() if name.endswith(("gb_per_s", "bare", "buffer")))

@@ -19,8 +19,8 @@ from typing import Literal, TypeAlias, get_args
 from torch import Tensor
 
 from tensorweave.cluster.protocol import KvEndpoint
-from tensorweave.workers.transfer.carriers.carrier import Carrier, Claim, Event, EventQueue, Failed, Sink, TicketOver
-from tensorweave.workers.transfer.giving.offered_blocks import OfferedBlocks, Row
+from tensorweave.workers.transfer.carrier import Carrier, Claim, Event, EventQueue, Failed, Sink, TicketOver
+from tensorweave.workers.transfer.sending.offered_blocks import OfferedBlocks, Row
 
 Fault = Literal["flip", "stale", "late", "truncate", "duplicate", "drop", "delay", "die"]
 FAULTS: tuple[Fault, ...] = get_args(Fault)

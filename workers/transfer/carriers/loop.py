@@ -11,9 +11,9 @@ import time
 
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import KvEndpoint
-from tensorweave.workers.transfer.carriers.carrier import Claim, Ended, Event, EventQueue, Failed, Sink, TicketOver
-from tensorweave.workers.transfer.giving.offered_blocks import OfferedBlocks
-from tensorweave.workers.transfer.giving.ticket_table import Blocks, End, Message, Serving, TicketTable
+from tensorweave.workers.transfer.carrier import Claim, Ended, Event, EventQueue, Failed, Sink, TicketOver
+from tensorweave.workers.transfer.sending.offered_blocks import OfferedBlocks
+from tensorweave.workers.transfer.sending.ticket_table import Blocks, End, Message, Serving, TicketTable
 from tensorweave.workers.transfer.transports.loader import HOST_MESSAGE_BYTES, PoolLoader
 from tensorweave.workers.transfer.window import PoolWindow
 

@@ -23,11 +23,11 @@ from typing import Final
 from tensorweave.cluster.limited_log import LimitedLog
 from tensorweave.cluster.protocol import KvEndpoint
 from tensorweave.workers.gang.door import Door, hang_up
-from tensorweave.workers.transfer.carriers.carrier import Claim, Event, EventQueue, Sink
+from tensorweave.workers.transfer.carrier import Claim, Event, EventQueue, Sink
 from tensorweave.workers.transfer.carriers.tcp_client import TcpClientConnection
 from tensorweave.workers.transfer.carriers.tcp_server import Entry, TcpServerConnection
-from tensorweave.workers.transfer.giving.offered_blocks import OfferedBlocks
-from tensorweave.workers.transfer.giving.ticket_table import TicketTable
+from tensorweave.workers.transfer.sending.offered_blocks import OfferedBlocks
+from tensorweave.workers.transfer.sending.ticket_table import TicketTable
 from tensorweave.workers.transfer.transports.transport import HostTransport, TransportKind
 from tensorweave.workers.transfer.window import PoolWindow
 

@@ -18,7 +18,7 @@ from tensorweave.cluster.errors import TransferFailed, WireError
 from tensorweave.cluster.protocol import PROTOCOL_VERSION
 from tensorweave.cluster.wire import Frame
 from tensorweave.workers.step.request import TokenExtras
-from tensorweave.workers.transfer.carriers.carrier import (
+from tensorweave.workers.transfer.carrier import (
     FAILURE_KINDS,
     Claim,
     Ended,
@@ -27,9 +27,9 @@ from tensorweave.workers.transfer.carriers.carrier import (
     FailureKind,
     Sink,
 )
-from tensorweave.workers.transfer.carriers.stream import ALIVE_INTERVAL_S, SILENCE_S, Stream, tensor_bytes
 from tensorweave.workers.transfer.carriers.tcp_server import MAX_PROBE_BYTES, claim_to_wire
-from tensorweave.workers.transfer.giving.offered_blocks import Row
+from tensorweave.workers.transfer.sending.offered_blocks import Row
+from tensorweave.workers.transfer.transports.frame_connection import ALIVE_INTERVAL_S, SILENCE_S, Stream, tensor_bytes
 from tensorweave.workers.transfer.transports.loader import HOST_MESSAGE_BYTES
 from tensorweave.workers.transfer.transports.transport import TakingTransport, TransportKind
 from tensorweave.workers.transfer.window import PoolWindow

@@ -17,9 +17,9 @@ from tensorweave.cluster.limited_log import LimitedLog
 from tensorweave.cluster.protocol import PROTOCOL_VERSION
 from tensorweave.cluster.wire import Frame
 from tensorweave.workers.gang.door import Door
-from tensorweave.workers.transfer.carriers.carrier import Claim, EventQueue, TicketOver
-from tensorweave.workers.transfer.carriers.stream import ALIVE_INTERVAL_S, Stream
-from tensorweave.workers.transfer.giving.ticket_table import Blocks, End, Message, Serving, TicketTable
+from tensorweave.workers.transfer.carrier import Claim, EventQueue, TicketOver
+from tensorweave.workers.transfer.sending.ticket_table import Blocks, End, Message, Serving, TicketTable
+from tensorweave.workers.transfer.transports.frame_connection import ALIVE_INTERVAL_S, Stream
 from tensorweave.workers.transfer.transports.transport import GivingTransport, TransportKind
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tensorweave.cluster.errors import TransferFailed, WireError
-from tensorweave.workers.transfer.carriers.carrier import Claim
-from tensorweave.workers.transfer.carriers.stream import SILENCE_S, Stream
+from tensorweave.workers.transfer.carrier import Claim
+from tensorweave.workers.transfer.transports.frame_connection import SILENCE_S, Stream
 from tensorweave.workers.transfer.transports.loader import Loader, PoolLoader
 from tensorweave.workers.transfer.transports.nccl import Communicator, load_library, new_unique_id
 from tensorweave.workers.transfer.transports.transport import GivingTransport, TakingTransport

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tensorweave.cluster.errors import WireError
 from tensorweave.kernels.block_pack import pack_blocks
-from tensorweave.workers.transfer.carriers.carrier import Claim
-from tensorweave.workers.transfer.carriers.stream import Stream, tensor_bytes
+from tensorweave.workers.transfer.carrier import Claim
+from tensorweave.workers.transfer.transports.frame_connection import Stream, tensor_bytes
 from tensorweave.workers.transfer.transports.loader import Loader
 from tensorweave.workers.transfer.transports.transport import GivingTransport, TakingTransport
 from tensorweave.workers.transfer.window import PoolWindow

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensorweave.workers.transfer.carriers.carrier import Claim
-from tensorweave.workers.transfer.carriers.stream import Stream, tensor_bytes
+from tensorweave.workers.transfer.carrier import Claim
+from tensorweave.workers.transfer.transports.frame_connection import Stream, tensor_bytes
 from tensorweave.workers.transfer.transports.loader import HOST_MESSAGE_BYTES, Loader, PoolLoader
 from tensorweave.workers.transfer.window import PoolWindow
 

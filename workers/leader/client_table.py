@@ -18,7 +18,7 @@ from tensorweave.cluster import wire
 from tensorweave.cluster.errors import NotReady, RequestRejected, TensorweaveError, WireError
 from tensorweave.cluster.protocol import GenerateRequest, ModelInfo, TokenChunk
 from tensorweave.workers.leader.kv_journal import KvJournal
-from tensorweave.workers.leader.streams import Streams
+from tensorweave.workers.leader.request_table import Streams
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Final, TypeAlias
 from torch import Tensor
 
 from tensorweave.workers.step.request import TokenExtras
-from tensorweave.workers.transfer.carriers.carrier import Claim, FailureKind
-from tensorweave.workers.transfer.giving.offered_blocks import OfferedBlocks, Row
+from tensorweave.workers.transfer.carrier import Claim, FailureKind
+from tensorweave.workers.transfer.sending.offered_blocks import OfferedBlocks, Row
 from tensorweave.workers.transfer.transports.loader import Loader
 from tensorweave.workers.transfer.window import PoolWindow
 

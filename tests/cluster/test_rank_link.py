@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from tensorweave.cluster.gang_link import GangLink
+from tensorweave.cluster.rank_link import GangLink
 from tensorweave.cluster.ranks import LinkRate, Traffic
 
 GOOD = LinkRate(latency_s=1e-4, bytes_per_s=1e9)

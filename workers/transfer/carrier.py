@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tensorweave.cluster.protocol import KvEndpoint
 from tensorweave.workers.step.request import TokenExtras
-from tensorweave.workers.transfer.giving.offered_blocks import OfferedBlocks, Row
+from tensorweave.workers.transfer.sending.offered_blocks import OfferedBlocks, Row
 
 FailureKind = Literal[
     "digest",

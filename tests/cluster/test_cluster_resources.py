@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tensorweave.cluster.room import Holding, NodeRoom, Room
+from tensorweave.cluster.cluster_resources import Holding, NodeRoom, Room
 
 RANK = {"CPU": 1.0, "GPU": 1.0}
 

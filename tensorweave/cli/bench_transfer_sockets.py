@@ -18,13 +18,13 @@ from typing import Any, Final
 
 import torch
 
+from tensorweave.cli.bench_transfer_fetches import Shape, Unchecked
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import KvEndpoint
-from tensorweave.workers.transfer.bench import Shape, Unchecked
-from tensorweave.workers.transfer.carriers.carrier import Claim, Ended
+from tensorweave.workers.transfer.carrier import Claim, Ended
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
-from tensorweave.workers.transfer.giving.offered_blocks import BlockTags, OfferedBlocks
-from tensorweave.workers.transfer.taking.intake import Intake, TargetBlocks
+from tensorweave.workers.transfer.receiving.block_receiver import Intake, TargetBlocks
+from tensorweave.workers.transfer.sending.offered_blocks import BlockTags, OfferedBlocks
 from tensorweave.workers.transfer.transfer_stats import TransferStats
 from tensorweave.workers.transfer.transports.transport import HostTransport
 from tensorweave.workers.transfer.window import PoolWindow

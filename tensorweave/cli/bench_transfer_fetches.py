@@ -24,10 +24,10 @@ from torch import Tensor
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import KvEndpoint
 from tensorweave.workers.engine.kv_pool import KVPool
-from tensorweave.workers.transfer.carriers.carrier import Claim, Failed, Sink, TicketOver
+from tensorweave.workers.transfer.carrier import Claim, Failed, Sink, TicketOver
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
-from tensorweave.workers.transfer.giving.offered_blocks import BlockTags, OfferedBlocks, Row
-from tensorweave.workers.transfer.taking.intake import Intake, TargetBlocks
+from tensorweave.workers.transfer.receiving.block_receiver import Intake, TargetBlocks
+from tensorweave.workers.transfer.sending.offered_blocks import BlockTags, OfferedBlocks, Row
 from tensorweave.workers.transfer.transfer_stats import TransferStats
 from tensorweave.workers.transfer.transports.nccl import Communicator, new_unique_id
 from tensorweave.workers.transfer.transports.nccl_transport import MESSAGE_BYTES, NcclTransport

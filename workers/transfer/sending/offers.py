@@ -18,8 +18,8 @@ from tensorweave.workers.step.kv_exchange import TransferInbox
 from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import KVCache
-from tensorweave.workers.transfer.carriers.carrier import Carrier
-from tensorweave.workers.transfer.giving.offered_blocks import BlockTags, OfferedBlocks
+from tensorweave.workers.transfer.carrier import Carrier
+from tensorweave.workers.transfer.sending.offered_blocks import BlockTags, OfferedBlocks
 from tensorweave.workers.transfer.window import PoolWindow
 
 _KEPT: Final = ("stop", "length", "not_finished")

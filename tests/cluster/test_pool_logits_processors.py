@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tensorweave.cluster.errors import WorkerLost
-from tensorweave.cluster.held_processors import HeldProcessors
+from tensorweave.cluster.pool_logits_processors import HeldProcessors
 
 
 class FakeGang:

@@ -16,11 +16,11 @@ from tensorweave.cluster.protocol import KvEndpoint, Ticket
 from tensorweave.workers.step.plan import ContextChunk
 from tensorweave.workers.step.request import LlmRequest, TokenExtras
 from tensorweave.workers.step.resources import KVCache
-from tensorweave.workers.transfer.carriers.carrier import Carrier, Claim, Ended, Failed
-from tensorweave.workers.transfer.giving.giving import prompt_digest
-from tensorweave.workers.transfer.giving.ticket_table import fingerprint_difference
-from tensorweave.workers.transfer.taking.arrivals import Report
-from tensorweave.workers.transfer.taking.intake import Intake, TargetBlocks
+from tensorweave.workers.transfer.carrier import Carrier, Claim, Ended, Failed
+from tensorweave.workers.transfer.receiving.arrivals import Report
+from tensorweave.workers.transfer.receiving.block_receiver import Intake, TargetBlocks
+from tensorweave.workers.transfer.sending.offers import prompt_digest
+from tensorweave.workers.transfer.sending.ticket_table import fingerprint_difference
 from tensorweave.workers.transfer.transfer_stats import TransferStats
 from tensorweave.workers.transfer.window import PoolWindow
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from tensorweave.workers.transfer.giving.offered_blocks import Digests, Row
+from tensorweave.workers.transfer.sending.offered_blocks import Digests, Row
 from tensorweave.workers.transfer.transfer_stats import TransferStats
 from tensorweave.workers.transfer.window import PoolWindow
 
