@@ -1,0 +1,38 @@
+"""How ranks are numbered along the axes of a mesh."""
+
+from __future__ import annotations
+
+import pytest
+
+from tensorweave.cluster.mesh import Mesh, MeshRank
+
+
+def test_one_rank_alone() -> None:
+    place = MeshRank()
+    assert (place.mesh.size, place.tensor, place.pipeline, place.expert, place.data) == (1, 0, 0, 0, 0)
+
+
+def test_the_tensor_axis_varies_fastest() -> None:
+    places = Mesh(tensor=2, pipeline=2, data=2).ranks()
+    assert [(place.data, place.pipeline, place.tensor) for place in places] == [
+        (data, pipeline, tensor) for data in range(2) for pipeline in range(2) for tensor in range(2)
+    ]
+
+
+def test_experts_divide_the_tensor_axis() -> None:
+    mesh = Mesh(tensor=4, expert=2)
+    assert mesh.size == 4
+    assert [place.expert for place in mesh.ranks()] == [0, 1, 0, 1]
+    with pytest.raises(ValueError, match="expert must divide tensor"):
+        Mesh(tensor=4, expert=3)
+
+
+def test_only_the_tensor_axis() -> None:
+    assert Mesh(tensor=8).is_tensor_only
+    assert not any(mesh.is_tensor_only for mesh in (Mesh(pipeline=2), Mesh(tensor=2, expert=2), Mesh(data=2)))
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline", "expert", "data"])
+def test_an_axis_without_ranks_is_refused(axis: str) -> None:
+    with pytest.raises(ValueError, match=f"{axis}=0.*at least one rank"):
+        Mesh(**{axis: 0})
