@@ -1,4 +1,4 @@
-/* KV blocks as bytes: their digests (kernels/block_digest.py says what these are), and moving them between a pool and packed memory.
+/* KV blocks as bytes: their digests (kernels/blocks/digest.py says what these are), and moving them between a pool and packed memory.
    A pool has, for each layer and block, two sides (keys, values) of planes, one for each head; strides are in bytes. */
 #pragma once
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tensorweave.kernels import native
+from tensorweave.kernels.native import library as native
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tensorweave.kernels.block_digest import digest_block, digest_block_numpy, digest_block_reference
-from tensorweave.kernels.block_pack import (
+from tensorweave.kernels.blocks.digest import digest_block, digest_block_numpy, digest_block_reference
+from tensorweave.kernels.blocks.pack import (
     digest_blocks,
     pack_blocks,
     pack_blocks_reference,

@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
-from tensorweave.kernels.paged_attention import Planner, Span, paged_attention, paged_attention_reference
-from tensorweave.kernels.place_heads import write_kv
-from tensorweave.kernels.rms_norm import rms_norm, rms_norm_reference
-from tensorweave.kernels.rope import rope
-from tensorweave.kernels.silu_mul import silu_mul
+from tensorweave.kernels.activation.reference import silu_mul
+from tensorweave.kernels.attention.torch_backend import Planner, Span, paged_attention, paged_attention_reference
+from tensorweave.kernels.heads.reference import write_kv
+from tensorweave.kernels.heads.rope import rope
+from tensorweave.kernels.norm.reference import rms_norm, rms_norm_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 DTYPES = list(TOLERANCE)

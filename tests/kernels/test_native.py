@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tensorweave.kernels import native
-from tensorweave.kernels.argmax import argmax
-from tensorweave.kernels.linear import PackedLinear, TorchLinear, make_linear
-from tensorweave.kernels.native import load_native, native_for, use_threads
-from tensorweave.kernels.paged_attention import Planner, Span, paged_attention, paged_attention_reference
-from tensorweave.kernels.place_heads import HeadNorms, place_heads
-from tensorweave.kernels.rms_norm import add_rms_norm
-from tensorweave.kernels.silu_mul import silu_mul
+from tensorweave.kernels.activation.reference import silu_mul
+from tensorweave.kernels.argmax.reference import argmax
+from tensorweave.kernels.attention.torch_backend import Planner, Span, paged_attention, paged_attention_reference
+from tensorweave.kernels.heads.reference import HeadNorms, place_heads
+from tensorweave.kernels.linear.reference import PackedLinear, TorchLinear, make_linear
+from tensorweave.kernels.native import library as native
+from tensorweave.kernels.native.library import load_native, native_for, use_threads
+from tensorweave.kernels.norm.reference import add_rms_norm
 from tests.kernels.test_kernels import MIXES, make_spans
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -172,8 +172,8 @@ def test_place_heads_equals_its_torch_form(
         return place_heads(heads.clone(), arguments[0], into, *arguments[1:]), into
 
     ours = run()
-    monkeypatch.setattr("tensorweave.kernels.place_heads.native_for", lambda _: None)
-    monkeypatch.setattr("tensorweave.kernels.rms_norm.native_for", lambda _: None)
+    monkeypatch.setattr("tensorweave.kernels.heads.reference.native_for", lambda _: None)
+    monkeypatch.setattr("tensorweave.kernels.norm.reference.native_for", lambda _: None)
     for mine, theirs in zip(ours, run(), strict=True):
         torch.testing.assert_close(mine, theirs, atol=3 * TOLERANCE[dtype], rtol=3 * TOLERANCE[dtype])
 

@@ -7,13 +7,13 @@ import random
 import pytest
 import torch
 
-from tensorweave.kernels.linear import make_linear
-from tensorweave.kernels.native import load_native
-from tensorweave.kernels.native_layers import LayerWeights, NativeLayers, native_layers
-from tensorweave.kernels.paged_attention import Planner, Span, paged_attention
-from tensorweave.kernels.place_heads import HeadNorms, place_heads
-from tensorweave.kernels.rms_norm import add_rms_norm
-from tensorweave.kernels.silu_mul import silu_mul
+from tensorweave.kernels.activation.reference import silu_mul
+from tensorweave.kernels.attention.torch_backend import Planner, Span, paged_attention
+from tensorweave.kernels.heads.reference import HeadNorms, place_heads
+from tensorweave.kernels.linear.reference import make_linear
+from tensorweave.kernels.native.layers import LayerWeights, NativeLayers, native_layers
+from tensorweave.kernels.native.library import load_native
+from tensorweave.kernels.norm.reference import add_rms_norm
 
 D, WIDTH, H, KV_HEADS, GROUP, P, NUM_BLOCKS = 48, 40, 32, 2, 3, 8, 120
 EPSILON = 1e-5

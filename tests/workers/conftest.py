@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tensorweave.cluster import socket_link, wire
-from tensorweave.kernels.native import load_native
+from tensorweave.kernels.native.library import load_native
 from tensorweave.workers.transfer.carriers import tcp_client, tcp_server
 from tensorweave.workers.transfer.transports.frame_connection import Stream
 from tests.workers.waiting import WAIT_S

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from tensorweave.kernels.paged_attention import AttentionPlan, paged_attention
-from tensorweave.kernels.place_heads import WriteSlots, write_kv
+from tensorweave.kernels.attention.torch_backend import AttentionPlan, paged_attention
+from tensorweave.kernels.heads.reference import WriteSlots, write_kv
 
 # T tokens, N query heads, K KV heads, H head dim, C = 2 K planes of a block, B blocks, P tokens a block
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tensorweave.cluster.protocol import ModelInfo
-from tensorweave.kernels.paged_attention import Planner
+from tensorweave.kernels.attention.torch_backend import Planner
 from tensorweave.workers.autodeploy.attention import Layer, PagedStep, attending
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine.packing import PackedBatch, pack

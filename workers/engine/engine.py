@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tensorweave.cluster.protocol import ModelInfo
-from tensorweave.kernels.paged_attention import Planner
+from tensorweave.kernels.attention.torch_backend import Planner
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine.packing import PackedBatch, pack
 from tensorweave.workers.models.transformer import ForwardInputs, Transformer

@@ -9,8 +9,8 @@ import torch
 
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.protocol import ModelInfo, SamplingDefaults
-from tensorweave.kernels.native import load_native, use_threads
-from tensorweave.kernels.paged_attention import Planner
+from tensorweave.kernels.attention.torch_backend import Planner
+from tensorweave.kernels.native.library import load_native, use_threads
 from tensorweave.workers.engine.engine import PyTorchModelEngine
 from tensorweave.workers.engine.kv_pool import KVPool, block_bytes
 from tensorweave.workers.engine.memory_need import MemoryNeed, check_memory, kv_bytes, rank_weight_bytes

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.block_digest import digest_block_numpy, digest_blocks_native
+from tensorweave.kernels.blocks.digest import digest_block_numpy, digest_blocks_native
 
 Bytes = npt.NDArray[np.uint8]
 LENGTH_BYTES: Final = 8

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tensorweave.kernels.packed_weight import PackedWeight, huge_pages, narrowed, pack_weight
+from tensorweave.kernels.weights import PackedWeight, huge_pages, narrowed, pack_weight
 from tensorweave.workers.engine_dir.digest import LENGTH_BYTES, bytes_of, digest_tensor, read_bytes
 from tensorweave.workers.models.checkpoint import Shapes
 from tensorweave.workers.models.loader import HEAD, RankWeights

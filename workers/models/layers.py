@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorweave.kernels.linear import Linear
-from tensorweave.kernels.rms_norm import add_rms_norm
+from tensorweave.kernels.linear.reference import Linear
+from tensorweave.kernels.norm.reference import add_rms_norm
 
 if TYPE_CHECKING:
     from tensorweave.workers.gang.comm import Comm

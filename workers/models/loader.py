@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.packed_weight import PackedWeight
+from tensorweave.kernels.weights import PackedWeight
 from tensorweave.workers.models.checkpoint import Shapes, WeightSource
 from tensorweave.workers.models.config import ModelConfig
 from tensorweave.workers.models.rope_config import RopeConfig

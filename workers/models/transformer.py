@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from tensorweave.kernels.linear import make_linear
-from tensorweave.kernels.native_layers import LayerWeights, NativeLayers, native_layers
-from tensorweave.kernels.paged_attention import AttentionPlan, paged_attention
-from tensorweave.kernels.place_heads import HeadNorms, WriteSlots, place_heads
-from tensorweave.kernels.silu_mul import silu_mul
+from tensorweave.kernels.activation.reference import silu_mul
+from tensorweave.kernels.attention.torch_backend import AttentionPlan, paged_attention
+from tensorweave.kernels.heads.reference import HeadNorms, WriteSlots, place_heads
+from tensorweave.kernels.linear.reference import make_linear
+from tensorweave.kernels.native.layers import LayerWeights, NativeLayers, native_layers
 from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.models.config import ModelConfig
 from tensorweave.workers.models.layers import ColumnLinear, OutputHead, RmsNorm, RowLinear, VocabEmbedding

@@ -18,7 +18,7 @@ from typing import Final, Protocol
 import torch
 
 from tensorweave.cluster.errors import LogitsNotFinite, RequestRejected, TensorweaveError
-from tensorweave.kernels.argmax import NO_PLACE, argmax
+from tensorweave.kernels.argmax.reference import NO_PLACE, argmax
 from tensorweave.workers.sampling.logit_edits import edit_logits, follow
 from tensorweave.workers.sampling.logits_processors import LogitsProcessors
 from tensorweave.workers.sampling.logprobs import CopiedRows

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.block_pack import as_blocks, digest_blocks, land_blocks, pack_blocks, unpack_blocks
+from tensorweave.kernels.blocks.pack import as_blocks, digest_blocks, land_blocks, pack_blocks, unpack_blocks
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.transfer.transports.frame_connection import tensor_bytes
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tensorweave.cluster.host_memory import HostMemory
-from tensorweave.kernels.packed_weight import PackedWeight
+from tensorweave.kernels.weights import PackedWeight
 from tensorweave.workers.autodeploy.loader import load_autodeploy
 from tensorweave.workers.engine import memory_need
 from tensorweave.workers.engine.load import load_engine

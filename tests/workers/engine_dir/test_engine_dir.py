@@ -17,9 +17,9 @@ import torch
 from safetensors import safe_open
 
 from tensorweave.cluster.protocol import SamplingSpec
-from tensorweave.kernels import packed_weight
-from tensorweave.kernels.native import load_native
-from tensorweave.kernels.packed_weight import PackedWeight, native_layout, pack_weight
+from tensorweave.kernels import weights
+from tensorweave.kernels.native.library import load_native
+from tensorweave.kernels.weights import PackedWeight, native_layout, pack_weight
 from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.engine_dir import digest as engine_digest
 from tensorweave.workers.engine_dir.digest import digest_file, digest_tensor
@@ -113,7 +113,7 @@ def test_weights_saved_without_a_compiler_are_rows(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(packed_weight, "native_for", lambda tensor: None)
+        patch.setattr(weights, "native_for", lambda tensor: None)
         save_engine_dir(checkpoint, tmp_path / "engine", tensor_parallel_size=1, dtype="float32")
     with safe_open(str(rank_file(tmp_path / "engine", 0)), framework="pt") as file:
         assert max(file.get_tensor(name).dim() for name in file.keys()) == 2  # noqa: SIM118
@@ -353,7 +353,7 @@ _LOAD_AND_MEASURE = """
 import sys
 import torch
 from pathlib import Path
-from tensorweave.kernels.native import load_native
+from tensorweave.kernels.native.library import load_native
 from tensorweave.workers.engine_dir.digest import digest_file, digest_tensor
 from tensorweave.workers.engine_dir.directory import open_weights, check_engine_dir
 from tensorweave.workers.models.config import load_model_config

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
-from tensorweave.kernels.native import load_native
+from tensorweave.kernels.native.library import load_native
 from tensorweave.workers.build import build_executor
 from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.executor.scheduler import SimpleScheduler

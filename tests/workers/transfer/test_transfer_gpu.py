@@ -15,7 +15,7 @@ import torch
 from tensorweave.cli.bench_transfer_fetches import SHAPES, Shape, fetch, giver, make_carrier
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import SamplingSpec
-from tensorweave.kernels.block_pack import (
+from tensorweave.kernels.blocks.pack import (
     as_blocks,
     digest_blocks,
     digest_blocks_reference,

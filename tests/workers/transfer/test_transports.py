@@ -14,7 +14,7 @@ from tensorweave.cli import bench_transfer_sockets
 from tensorweave.cli.bench_transfer_fetches import Shape, bench_fetches, bench_kernels
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import SamplingSpec
-from tensorweave.kernels.block_pack import pack_blocks
+from tensorweave.kernels.blocks.pack import pack_blocks
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.transfer.carrier import Carrier, Claim
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tensorweave.cluster.errors import WireError
-from tensorweave.kernels.block_pack import pack_blocks
+from tensorweave.kernels.blocks.pack import pack_blocks
 from tensorweave.workers.transfer.carrier import Claim
 from tensorweave.workers.transfer.transports.frame_connection import Stream, tensor_bytes
 from tensorweave.workers.transfer.transports.loader import Loader

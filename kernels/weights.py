@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.native import load_native, native_for
+from tensorweave.kernels.native.library import load_native, native_for
 
 # N outputs, K inputs
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.linear import Linear, PackedLinear
-from tensorweave.kernels.native import NativeKernels, native_for
-from tensorweave.kernels.packed_weight import huge_pages
-from tensorweave.kernels.paged_attention import AttentionPlan
-from tensorweave.kernels.place_heads import HeadNorms, WriteSlots
+from tensorweave.kernels.attention.torch_backend import AttentionPlan
+from tensorweave.kernels.heads.reference import HeadNorms, WriteSlots
+from tensorweave.kernels.linear.reference import Linear, PackedLinear
+from tensorweave.kernels.native.library import NativeKernels, native_for
+from tensorweave.kernels.weights import huge_pages
 
 # T tokens, D hidden size, H head dim, I intermediate width; B blocks, P tokens a block, C = 2 K planes of a KV block
 

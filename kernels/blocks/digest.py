@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.native import as_longs, byte_kernel
+from tensorweave.kernels.native.library import as_longs, byte_kernel
 
 # L layers, B blocks, K KV heads, P block size in tokens, H head dim, W 64-bit words of a plane, N blocks chosen
 

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.native import native_for
+from tensorweave.kernels.native.library import native_for
 
 # R rows, V vocabulary
 

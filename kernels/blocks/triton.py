@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tensorweave.kernels.block_digest import FOLD, plane_constants
+from tensorweave.kernels.blocks.digest import FOLD, plane_constants
 
 # L layers, B blocks of the pool, K KV heads of this rank, P block size in tokens, H head dim, N blocks chosen
 # A run is the keys, or the values, of the chosen heads of one layer of one block: words next to each other.

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tensorweave.kernels.native import native_for
-from tensorweave.kernels.rms_norm import rms_norm
-from tensorweave.kernels.rope import rope
+from tensorweave.kernels.heads.rope import rope
+from tensorweave.kernels.native.library import native_for
+from tensorweave.kernels.norm.reference import rms_norm
 
 # T tokens, N query heads, K KV heads, X = N + 2 K, H head dim, B blocks, P tokens a block, C = 2 K planes of a block
 

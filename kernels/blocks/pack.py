@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.block_digest import digest_block, digest_blocks_native, plane_constants
-from tensorweave.kernels.native import as_longs, byte_kernel
+from tensorweave.kernels.blocks.digest import digest_block, digest_blocks_native, plane_constants
+from tensorweave.kernels.native.library import as_longs, byte_kernel
 
 # L layers, B blocks of the pool, K KV heads of this rank, P block size in tokens, H head dim, N blocks chosen
 
@@ -24,7 +24,7 @@ _WORD_BYTES = 8
 def pack_blocks(pool_LB2KPH: Tensor, block_ids: Sequence[int], heads: range, out: Tensor) -> None:
     """Fill `out`, uint8 on the pool's device, with the heads of these blocks, in this order."""
     if pool_LB2KPH.is_cuda and _is_worded(pool_LB2KPH):
-        from tensorweave.kernels.block_pack_triton import copy_runs
+        from tensorweave.kernels.blocks.triton import copy_runs
 
         copy_runs(pool_LB2KPH, _ids(block_ids, pool_LB2KPH), heads, out, is_unpacking=False)
     elif not _move_natively(pool_LB2KPH, block_ids, heads, out, is_unpacking=False):
@@ -34,7 +34,7 @@ def pack_blocks(pool_LB2KPH: Tensor, block_ids: Sequence[int], heads: range, out
 def unpack_blocks(pool_LB2KPH: Tensor, block_ids: Sequence[int], heads: range, packed: Tensor) -> None:
     """The way back. `block_ids` differ from each other: they are written at the same time."""
     if pool_LB2KPH.is_cuda and _is_worded(pool_LB2KPH):
-        from tensorweave.kernels.block_pack_triton import copy_runs
+        from tensorweave.kernels.blocks.triton import copy_runs
 
         copy_runs(pool_LB2KPH, _ids(block_ids, pool_LB2KPH), heads, packed, is_unpacking=True)
     elif not _move_natively(pool_LB2KPH, block_ids, heads, packed, is_unpacking=True):
@@ -97,7 +97,7 @@ def digest_blocks(pool_LB2KPH: Tensor, block_ids: Sequence[int], num_tokens: Seq
     assert len(block_ids) == len(num_tokens)
     H = pool_LB2KPH.shape[-1]
     if pool_LB2KPH.is_cuda and H * pool_LB2KPH.itemsize % _WORD_BYTES == 0:
-        from tensorweave.kernels.block_pack_triton import digest_runs
+        from tensorweave.kernels.blocks.triton import digest_runs
 
         return digest_runs(pool_LB2KPH, _ids(block_ids, pool_LB2KPH), _ids(num_tokens, pool_LB2KPH))
     digests_NLK = digest_blocks_native(pool_LB2KPH, block_ids, num_tokens)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorweave.kernels.native import load_native
-from tensorweave.kernels.packed_weight import PackedWeight, pack_weight
+from tensorweave.kernels.native.library import load_native
+from tensorweave.kernels.weights import PackedWeight, pack_weight
 
 # M rows, N outputs, K inputs
 

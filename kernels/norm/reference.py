@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorweave.kernels.native import native_for
+from tensorweave.kernels.native.library import native_for
 
 # T tokens, D width
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = Path(__file__).resolve().parent / "c"
+_SOURCES = Path(__file__).resolve().parent.parent / "c"
 _COMPILER = "gcc"
 # Contraction into fused multiply-adds is allowed, reordering is not: sums keep the order that the source gives them.
 _FLAGS = ("-std=gnu11", "-O2", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-pthread")

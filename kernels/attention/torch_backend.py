@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorweave.kernels.native import NativeKernels, load_native
-from tensorweave.kernels.place_heads import WriteSlots
+from tensorweave.kernels.heads.reference import WriteSlots
+from tensorweave.kernels.native.library import NativeKernels, load_native
 
 # T tokens of the batch, R sequences of a group, N query heads, K KV heads, G query heads a KV head, H head dim
 # B blocks, P tokens a block, L keys, Q queries of a tile
