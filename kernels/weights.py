@@ -1,7 +1,6 @@
-"""`PackedWeight`: a weight matrix in the order in which the native product streams it.
+"""`Weight`: the forms in which a matrix of weights is kept. What multiplies by them is in `kernels.linear`.
 
-Made at load by `pack_weight`, or read as it is from an engine directory, which may come from a CPU whose kernels want
-another order: `suits` says whether these can read it, `rows` undoes it.
+A loader returns a `Weight`; `Operations.make_linear` takes it, in whichever form it comes.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import functools
 import mmap
 from dataclasses import dataclass
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,11 +17,17 @@ from tensorweave.kernels.native.library import load_native, native_for
 
 # N outputs, K inputs
 
+_FP8: Final = torch.float8_e4m3fn
+
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """`values` is [panels, K / step, outputs of a panel, step], one panel after the other; outputs past N are zeros.
+    """A matrix in the order in which the native product streams it: made at load, or read from an engine directory.
 
+    A directory may come from a CPU whose kernels use another order: `suits` reports whether these kernels can read this
+    one, and `rows` restores the matrix.
+
+    `values` is [panels, K / step, outputs of a panel, step], one panel after the other; outputs past N are zeros.
     `dtype` is that of the rows it multiplies. Float32 weights that came from bfloat16 are kept so: the results have the
     same bits, from half the memory.
     """
@@ -44,6 +50,38 @@ class PackedWeight:
     def rows(self) -> Tensor:
         """[N, K], row by row, in the dtype of `values`."""
         return self.values.transpose(1, 2).reshape(-1, self.num_inputs)[: self.num_outputs].contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """A matrix in 8-bit floats (e4m3) with a float32 scale for each output: weight = values * scales.
+
+    `dtype` is that of the rows it multiplies.
+    """
+
+    values_NK: Tensor
+    scales_N: Tensor
+    dtype: torch.dtype
+
+    def rows(self) -> Tensor:
+        """[N, K] in `dtype`."""
+        return (self.values_NK.float() * self.scales_N.unsqueeze(1)).to(self.dtype)
+
+
+Weight: TypeAlias = Tensor | PackedWeight | QuantizedWeight
+"""A plain matrix [N, K], a packed one, or a quantized one."""
+
+
+def quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in e4m3, and float32 scales [M] by which the largest element of each row becomes e4m3's largest number."""
+    wide_MK = x_MK.float()
+    scales_M = (wide_MK.abs().amax(dim=-1) / torch.finfo(_FP8).max).clamp_min(torch.finfo(torch.float32).tiny)
+    return (wide_MK / scales_M.unsqueeze(-1)).to(_FP8), scales_M
+
+
+def quantize_weight(weight_NK: Tensor) -> QuantizedWeight:
+    values_NK, scales_N = quantize_rows(weight_NK)
+    return QuantizedWeight(values_NK, scales_N, weight_NK.dtype)
 
 
 def pack_weight(weight_NK: Tensor) -> PackedWeight | None:
