@@ -71,14 +71,6 @@ class SamplingSpec:
         return self.temperature == 0.0
 
     @property
-    def edits_logits(self) -> bool:
-        """Tokens are not chosen by the model's logits as they are."""
-        has_penalty = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-        has_ban = self.no_repeat_ngram_size > 0 or bool(self.bad_words or (self.min_tokens and self.stop_token_ids))
-        has_processor = self.uses_batched_processor or bool(self.logits_processors)
-        return has_penalty or has_ban or has_processor or bool(self.logit_bias or self.embedding_bias)
-
-    @property
     def wants_extras(self) -> bool:
         """More than its id is told with each output token."""
         return self.num_logprobs is not None or self.wants_generation_logits

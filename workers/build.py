@@ -74,11 +74,12 @@ def build_executor(
             exchange, engine.pool, kv_cache, comm, digest, num_heads, host=transfer_host, secret=transfer_secret
         )
     gc.set_threshold(args.garbage_collection_gen0_threshold, *gc.get_threshold()[1:])
+    decoder = SamplingDecoder()
     executor = PyExecutor(
         engine=engine,
         scheduler=scheduler,
-        resources=ResourceManager([kv_cache]),
-        decoder=SamplingDecoder(),
+        resources=ResourceManager([decoder.states, kv_cache]),
+        decoder=decoder,
         comm=comm,
         info=engine.info,
         transfers=transfers,

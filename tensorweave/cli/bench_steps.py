@@ -40,11 +40,12 @@ def measure(batch_size: int, input_len: int, num_steps: int, seed: int) -> dict[
     num_blocks = batch_size * (-(-max_len // TOKENS_PER_BLOCK) + 1)
     engine = EmptyEngine(num_blocks, TOKENS_PER_BLOCK, max_len, VOCAB_SIZE)
     kv_cache = KVCacheManager(num_blocks=num_blocks, tokens_per_block=TOKENS_PER_BLOCK)
+    decoder = SamplingDecoder()
     executor = PyExecutor(
         engine=engine,
         scheduler=SimpleScheduler(kv_cache, max_batch_size=batch_size, max_num_tokens=batch_size * input_len),
-        resources=ResourceManager([kv_cache]),
-        decoder=SamplingDecoder(),
+        resources=ResourceManager([decoder.states, kv_cache]),
+        decoder=decoder,
         comm=SoloComm(),
         info=engine.info,
         max_requests=batch_size,

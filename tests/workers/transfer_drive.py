@@ -96,11 +96,12 @@ class Gang:
                 max_num_tokens=max_num_tokens,
                 enable_chunked_prefill=chunked,
             )
+            decoder = SamplingDecoder()
             executor = PyExecutor(
                 engine=engine,
                 scheduler=scheduler,
-                resources=ResourceManager([kv_cache]),
-                decoder=SamplingDecoder(),
+                resources=ResourceManager([decoder.states, kv_cache]),
+                decoder=decoder,
                 comm=comm,
                 info=info,
                 transfers=transfers,

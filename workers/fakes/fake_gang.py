@@ -50,11 +50,12 @@ class HashRankWorker(RankWorker):
         engine = _Paced(HashEngine(), self._step_s)
         info = engine.info
         kv_cache = KVCacheManager(num_blocks=info.num_blocks, tokens_per_block=info.tokens_per_block)
+        decoder = SamplingDecoder()
         return PyExecutor(
             engine=engine,
             scheduler=SimpleScheduler(kv_cache),
-            resources=ResourceManager([kv_cache]),
-            decoder=SamplingDecoder(),
+            resources=ResourceManager([decoder.states, kv_cache]),
+            decoder=decoder,
             comm=comm,
             info=info,
         )

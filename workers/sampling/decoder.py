@@ -19,9 +19,12 @@ import torch
 
 from tensorweave.cluster.errors import LogitsNotFinite, RequestRejected, TensorweaveError
 from tensorweave.kernels.argmax.reference import NO_PLACE, argmax
-from tensorweave.workers.sampling.logit_edits import edit_logits, follow
+from tensorweave.workers.sampling.logit_edits import LogitEdits
 from tensorweave.workers.sampling.logits_processors import LogitsProcessors
 from tensorweave.workers.sampling.logprobs import CopiedRows
+from tensorweave.workers.sampling.rules import make_rules
+from tensorweave.workers.sampling.state import MakeRules, SamplingState
+from tensorweave.workers.sampling.states import SamplingStates
 from tensorweave.workers.step.plan import ScheduledBatch
 from tensorweave.workers.step.request import LlmRequest, TokenExtras
 
@@ -49,39 +52,69 @@ class Decoder(Protocol):
     def decode(self, logits_RV: torch.Tensor, batch: ScheduledBatch) -> Decoded: ...
 
 
-class SamplingDecoder:
-    """Greedy and sampled rows together; every rank decodes the same logits to the same tokens."""
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of a batch by what is done with their logits. They stay as they are while the same requests decode."""
 
-    def __init__(self) -> None:
+    requests: tuple[LlmRequest, ...] = ()
+    told: Sequence[tuple[int, LlmRequest]] = ()
+    edited: Sequence[tuple[int, LlmRequest, SamplingState]] = ()
+    random: Sequence[int] = ()
+
+
+class SamplingDecoder:
+    """Greedy and sampled rows together; every rank decodes the same logits to the same tokens.
+
+    Args:
+        make_rules: Makes the rules that a request's tokens follow.
+    """
+
+    def __init__(self, make_rules: MakeRules = make_rules) -> None:
         self.processors = LogitsProcessors()
+        self.states = SamplingStates(make_rules)
+        self._rows = _Rows()
 
     def decode(self, logits_RV: torch.Tensor, batch: ScheduledBatch) -> Decoded:
         requests = batch.sampled
         if not requests:
             return Decoded([])
-        special = [(row, request) for row, request in enumerate(requests) if not request.is_plain]
-        if not special:
-            return _decoded(_choose(logits_RV, requests), None, {})
-        told = CopiedRows(logits_RV, [item for item in special if item[1].sampling.wants_extras])
-        failures = self._edit(logits_RV, [item for item in special if item[1].sampling.edits_logits])
-        return _decoded(_choose(logits_RV, requests), told, failures)
+        if requests != self._rows.requests:
+            self._rows = self._sort(requests)
+        rows = self._rows
+        told = CopiedRows(logits_RV, rows.told) if rows.told else None
+        edits, failures = self._edit(logits_RV, rows.edited) if rows.edited else (LogitEdits(), {})
+        return _decoded(_choose(logits_RV, rows, edits), told, failures)
 
-    def _edit(self, logits_RV: torch.Tensor, edited: Sequence[tuple[int, LlmRequest]]) -> dict[int, TensorweaveError]:
-        """Returns the failures, by row. What the model gave is looked at before anybody else may be to blame."""
-        if not edited:
-            return {}
+    def _sort(self, requests: tuple[LlmRequest, ...]) -> _Rows:
+        states = [self.states.state_of(request) for request in requests]
+        return _Rows(
+            requests,
+            told=[(row, request) for row, request in enumerate(requests) if request.sampling.wants_extras],
+            edited=[(row, requests[row], state) for row, state in enumerate(states) if state.edits_logits],
+            random=[row for row, request in enumerate(requests) if not request.sampling.is_greedy],
+        )
+
+    def _edit(
+        self, logits_RV: torch.Tensor, edited: Sequence[tuple[int, LlmRequest, SamplingState]]
+    ) -> tuple[LogitEdits, dict[int, TensorweaveError]]:
+        """What the model gave is looked at before anybody else may be to blame. Return the failures by row."""
         best = _to_list(argmax(logits_RV))
         failures: dict[int, TensorweaveError] = {
-            row: LogitsNotFinite.of_model() for row, _ in edited if best[row] == NO_PLACE
+            row: LogitsNotFinite.of_model() for row, _, _ in edited if best[row] == NO_PLACE
         }
-        edited = [item for item in edited if item[0] not in failures]
-        if edited:
-            failures |= self.processors.run(logits_RV, edited)
-            edit_logits(logits_RV, edited)
-            failures = _check_edited(logits_RV, edited) | failures
+        edits, rows = LogitEdits(), []
+        for row, request, state in edited:
+            if row not in failures:
+                state.follow(request.tokens)
+                state.edit(row, edits)
+                rows.append((row, request))
+        if rows:
+            failures |= self.processors.run(logits_RV, rows)
+            edits.apply(logits_RV)
+            failures = _check_edited(logits_RV, rows) | failures
         for row in failures:
             logits_RV[row] = 0.0
-        return failures
+        return edits, failures
 
 
 def _check_edited(logits_RV: torch.Tensor, edited: Sequence[tuple[int, LlmRequest]]) -> dict[int, TensorweaveError]:
@@ -115,16 +148,17 @@ def _decoded(tokens: list[int], told: CopiedRows | None, failures: dict[int, Ten
     return Decoded(tokens, extras, failures)
 
 
-def _choose(logits_RV: torch.Tensor, requests: Sequence[LlmRequest]) -> list[int]:
+def _choose(logits_RV: torch.Tensor, rows: _Rows, edits: LogitEdits) -> list[int]:
     """NO_TOKEN in a row that is not finite."""
-    rows = [row for row, request in enumerate(requests) if not request.is_greedy]
-    if not rows:
+    if not rows.random:
         return _to_list(argmax(logits_RV))
-    if len(rows) == len(requests):
-        return _to_list(_sample(logits_RV, requests))
+    requests = [rows.requests[row] for row in rows.random]
+    top_p = [edits.top_p.get(row, request.sampling.top_p) for row, request in zip(rows.random, requests, strict=True)]
+    if len(requests) == len(rows.requests):
+        return _to_list(_sample(logits_RV, requests, top_p))
     tokens = argmax(logits_RV)
-    index = torch.tensor(rows, device=logits_RV.device)
-    tokens[index] = _sample(logits_RV[index], [requests[row] for row in rows])
+    index = torch.tensor(rows.random, device=logits_RV.device)
+    tokens[index] = _sample(logits_RV[index], requests, top_p)
     return _to_list(tokens)
 
 
@@ -146,7 +180,7 @@ def _to_list(tokens_R: torch.Tensor) -> list[int]:
     return ids
 
 
-def _sample(logits_RV: torch.Tensor, requests: Sequence[LlmRequest]) -> torch.Tensor:
+def _sample(logits_RV: torch.Tensor, requests: Sequence[LlmRequest], top_p: list[float]) -> torch.Tensor:
     device, vocab_size = logits_RV.device, logits_RV.shape[1]
     specs = [request.sampling for request in requests]
     # Float64 so that a huge or tiny temperature neither overflows nor divides by zero.
@@ -155,10 +189,8 @@ def _sample(logits_RV: torch.Tensor, requests: Sequence[LlmRequest]) -> torch.Te
     if any(spec.min_p > 0 for spec in specs):
         min_p_R1 = torch.tensor([[spec.min_p] for spec in specs], dtype=torch.float64, device=device)
         probs_RV = probs_RV.masked_fill(probs_RV < min_p_R1 * probs_RV.amax(dim=-1, keepdim=True), 0.0)
-    if any(0 < spec.top_k < vocab_size or spec.top_p < 1 or spec.top_p_decay < 1 for spec in specs):
-        probs_RV = _keep_top(
-            probs_RV, [spec.top_k or vocab_size for spec in specs], [_top_p(request) for request in requests]
-        )
+    if min(top_p) < 1 or any(0 < spec.top_k < vocab_size for spec in specs):
+        probs_RV = _keep_top(probs_RV, [spec.top_k or vocab_size for spec in specs], top_p)
     cumulative_RV = probs_RV.cumsum(dim=-1)
     numbers_R1 = torch.tensor(
         [[uniform(request.sampling.seed, len(request.tokens))] for request in requests],
@@ -171,11 +203,6 @@ def _sample(logits_RV: torch.Tensor, requests: Sequence[LlmRequest]) -> torch.Te
     last_R = vocab_size - 1 - (probs_RV > 0).flip(-1).int().argmax(dim=-1)
     # The sum of a row with NaN, or with an infinity for softmax to divide by, is NaN.
     return torch.minimum(tokens_R, last_R).masked_fill_(cumulative_RV[:, -1].isnan(), NO_TOKEN)
-
-
-def _top_p(request: LlmRequest) -> float:
-    decays = request.sampling.top_p_decay != 1.0
-    return follow(request).top_p if decays else request.sampling.top_p
 
 
 def _keep_top(probs_RV: torch.Tensor, top_k: list[int], top_p: list[float]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tensorweave.cluster.errors import TensorweaveError, WireError
 from tensorweave.cluster.protocol import (
@@ -26,9 +26,6 @@ from tensorweave.cluster.protocol import (
     logprobs_from_wire,
     logprobs_to_wire,
 )
-
-if TYPE_CHECKING:
-    from tensorweave.workers.sampling.logit_edits import SamplingHistory
 
 
 class RequestState(enum.IntEnum):
@@ -66,10 +63,9 @@ class LlmRequest:
     what was generated since too after a preemption. `order` is the arrival order, unique in a gang and equal on all
     ranks.
 
-    A request that `is_plain` is sampled from the model's logits as they are, and told its token ids alone. Of others,
-    `history` is what their sampling remembers of the tokens, and `extras` what is told with the newest token. Logits at
-    the first `num_prompt_rows` tokens are told; those of `num_rows_read` have been read. With a `failure` the newest
-    token is none, and the request ends.
+    `extras` is what is told with the newest token beside its id. Logits at the first `num_prompt_rows` tokens are told;
+    those of `num_rows_read` have been read. With a `failure` the newest token is none, and the request ends. What the
+    sampling remembers of the tokens is the decoder's.
     """
 
     request_id: str
@@ -90,9 +86,6 @@ class LlmRequest:
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     arrival_s: float = field(default=0.0)
-    is_greedy: bool = field(init=False)
-    is_plain: bool = field(init=False)
-    history: SamplingHistory | None = None
     extras: TokenExtras | None = None
     failure: TensorweaveError | None = None
     num_prompt_rows: int = field(init=False)
@@ -102,13 +95,6 @@ class LlmRequest:
     def __post_init__(self) -> None:
         self.context_len = self.context_len or len(self.tokens)
         sampling = self.sampling
-        self.is_greedy = sampling.is_greedy
-        self.is_plain = not (
-            sampling.edits_logits
-            or sampling.wants_extras
-            or sampling.needs_prompt_rows
-            or (sampling.top_p_decay != 1.0 and not sampling.is_greedy)
-        )
         self.num_prompt_rows = 0
         if sampling.num_prompt_logprobs is not None:
             self.num_prompt_rows, self.prompt_logprobs = self.prompt_len - 1, []
@@ -168,7 +154,7 @@ class LlmRequest:
             )
         token_ids = (self.tokens[-1],)
         ends = (self.finish_reason, self.stop_reason, self.num_cached_tokens, None, start)
-        if self.is_plain:
+        if self.extras is None and self.prompt_logprobs is None:
             return TokenChunk(self.request_id, token_ids, *ends)
         extras = self.extras or TokenExtras()
         prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
@@ -185,7 +171,7 @@ class LlmRequest:
             return False
         self.num_computed = self.context_len
         self.state = RequestState.GENERATION
-        self.extras = extras
+        self.extras = extras if self.sampling.wants_extras else None
         self.append(first_token)
         return True
 

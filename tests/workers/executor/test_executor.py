@@ -29,11 +29,12 @@ VOCAB = 997
 def make(num_blocks: int = 64, engine: Any = None, max_requests: int = 1024, **scheduling: Any) -> PyExecutor:
     engine = engine or HashEngine(VOCAB, num_blocks, tokens_per_block=4)
     kv_cache = KVCacheManager(num_blocks, 4)
+    decoder = SamplingDecoder()
     return PyExecutor(
         engine=engine,
         scheduler=SimpleScheduler(kv_cache, **scheduling),
-        resources=ResourceManager([kv_cache]),
-        decoder=SamplingDecoder(),
+        resources=ResourceManager([decoder.states, kv_cache]),
+        decoder=decoder,
         comm=SoloComm(),
         info=engine.info,
         max_requests=max_requests,

@@ -46,11 +46,12 @@ class _Held(HashEngine):
 
 def executor_of(engine: _Held) -> PyExecutor:
     kv_cache = KVCacheManager(num_blocks=engine.info.num_blocks, tokens_per_block=engine.info.tokens_per_block)
+    decoder = SamplingDecoder()
     return PyExecutor(
         engine=engine,
         scheduler=SimpleScheduler(kv_cache),
-        resources=ResourceManager([kv_cache]),
-        decoder=SamplingDecoder(),
+        resources=ResourceManager([decoder.states, kv_cache]),
+        decoder=decoder,
         comm=SoloComm(),
         info=engine.info,
         engine_progress=lambda: engine.progress,

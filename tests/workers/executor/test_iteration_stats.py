@@ -35,11 +35,12 @@ def rows_of(requests: list[GenerateRequest], *, max_batch_size: int, max_num_tok
     """All requests are there before the first step."""
     engine = HashEngine()
     kv_cache = KVCacheManager(num_blocks=engine.info.num_blocks, tokens_per_block=engine.info.tokens_per_block)
+    decoder = SamplingDecoder()
     executor = PyExecutor(
         engine=engine,
         scheduler=SimpleScheduler(kv_cache, max_batch_size=max_batch_size, max_num_tokens=max_num_tokens),
-        resources=ResourceManager([kv_cache]),
-        decoder=SamplingDecoder(),
+        resources=ResourceManager([decoder.states, kv_cache]),
+        decoder=decoder,
         comm=SoloComm(),
         info=engine.info,
         stats_limits=step_limits(7, max_batch_size, max_num_tokens),

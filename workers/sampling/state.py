@@ -1,0 +1,80 @@
+"""`SamplingState`: what the sampling of one request remembers of its tokens and asks of its next row of logits.
+
+It is made of `SamplingRule`s, one for each thing that the request asks for. All of it follows from the spec and the
+tokens, so a replay, a pause or a change of gangs makes no difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from tensorweave.cluster.protocol import SamplingSpec
+from tensorweave.workers.sampling.logit_edits import LogitEdits
+
+
+@dataclass(slots=True)
+class TokenHistory:
+    """Prompt and output of one request, as far as its sampling has followed them. Rules only read it."""
+
+    tokens: list[int]
+    prompt_len: int
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+
+class SamplingRule:
+    """One condition on a request's tokens: a bias, a ban, a penalty, a grammar. As it stands it asks for nothing;
+    override what applies.
+
+    It is made when `history` holds the prompt alone, and is told of the output as that grows and, where tokens turn out
+    not to be accepted, shrinks.
+    """
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Take in new output, which is already at the end of the history."""
+
+    def roll_back(self, num_tokens: int) -> None:
+        """Undo the newest tokens, which are still at the end of the history."""
+
+    def edit(self, row: int, edits: LogitEdits) -> None:
+        """Ask for what the choice of the next token needs, in this row of the batch. The state does not change."""
+
+
+MakeRules: TypeAlias = Callable[[SamplingSpec, TokenHistory], Iterable[SamplingRule]]
+
+
+class SamplingState:
+    """`edits_logits`: the token is not chosen by the model's logits alone, and the tokens before it must be known."""
+
+    def __init__(self, spec: SamplingSpec, prompt: Sequence[int], make_rules: MakeRules) -> None:
+        self.spec = spec
+        self.history = TokenHistory(list(prompt), len(prompt))
+        self.rules = tuple(make_rules(spec, self.history))
+        self.edits_logits = bool(self.rules or spec.logits_processors or spec.uses_batched_processor)
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Advance to the end of `tokens`, prompt and output, or roll back to it."""
+        seen = len(self.history.tokens)
+        if seen < len(tokens):
+            self.advance(tokens[seen:])
+        elif seen > len(tokens):
+            self.roll_back(seen - len(tokens))
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        self.history.tokens += tokens
+        for rule in self.rules:
+            rule.advance(tokens)
+
+    def roll_back(self, num_tokens: int) -> None:
+        assert num_tokens <= self.history.num_output, "a prompt is never rolled back"
+        for rule in self.rules:
+            rule.roll_back(num_tokens)
+        del self.history.tokens[len(self.history.tokens) - num_tokens :]
+
+    def edit(self, row: int, edits: LogitEdits) -> None:
+        for rule in self.rules:
+            rule.edit(row, edits)
