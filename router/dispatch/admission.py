@@ -1,4 +1,4 @@
-"""Bounded admission: so many requests run, so many wait in order, and one more is told when to come back."""
+"""Bounded admission: a limited number of requests runs, a limited number waits in order, others get Overloaded."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SMOOTHING: Final = 0.1  # weight of the newest request in the mean service time
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one router replica takes on. Times are in seconds.
+    """Limits of one router replica.
 
-    A new request waits `ready_timeout_s` for a gang, one whose gang was lost `recovery_timeout_s` for another; it is
-    tried `max_attempts` times, and given up when `max_lost_in_a_row` gangs died under it without a new token. A request
-    that its client named goes on for `reattach_grace_s` after its router broke. Where `waits_for_room`, a new request
-    that every gang is too full for waits as one that was lost does. `max_held_body_bytes` is for the bodies of all
-    requests that are being received and read.
+    A new request waits `ready_timeout_s` for a gang, one whose gang was lost `recovery_timeout_s` for another. It is
+    tried `max_attempts` times, and fails when `max_lost_in_a_row` gangs died while running it without a new token. A
+    request with a client-given id keeps running for `reattach_grace_s` after its router is lost. If `waits_for_room`, a
+    new request waits when every gang is full, as a request that is being recovered does. `max_held_body_bytes` covers
+    the bodies of all requests that are being received and parsed.
     """
 
     max_inflight: int = 512
@@ -57,7 +57,7 @@ class Limits:
 
 
 class Admission:
-    """A first-come-first-served gate of `max_inflight` places with a waiting line of `max_queued`."""
+    """A first-come-first-served semaphore of `max_inflight` places with a queue of `max_queued`."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits
@@ -69,7 +69,8 @@ class Admission:
 
     @asynccontextmanager
     async def place(self, timeout_s: float) -> AsyncIterator[None]:
-        """Raises Overloaded when the line is full or too slow, DeadlineExceeded when `timeout_s` passes first."""
+        """Hold a place for the duration of the block. Raises Overloaded if the queue is full or too slow, and
+        DeadlineExceeded if `timeout_s` passes first."""
         await self._enter(timeout_s)
         started_s = self._clock()
         self.num_running += 1
@@ -104,6 +105,6 @@ class Admission:
             self.num_waiting -= 1
 
     def retry_after_s(self) -> float:
-        """About when the line will have moved by its present length."""
+        """Estimate when the queue will have advanced by its present length."""
         estimate_s = self._mean_service_s * (self.num_waiting + 1) / self._limits.max_inflight
         return min(max(estimate_s, _MIN_RETRY_S), _MAX_RETRY_S)

@@ -1,14 +1,15 @@
-"""One attempt at a request: a gang alone, or a prefill and a decode gang together. `Dispatcher` calls; it replays.
+"""One attempt at a request: one gang alone, or a prefill and a decode gang together. `Dispatcher` calls; it replays.
 
-A pair is asked at the same time. Whichever says the first token first is heard; from then on the decode gang's stream
-counts. Loss of the prefill gang is no loss of the attempt: the decode gang computes the prompt itself. Leaving early
-ends both sides, and the lease on the prompt's KV ends with the attempt at the latest.
+The two gangs of a pair are asked at the same time, and whichever has the first token first is used; after that the
+decode gang's stream counts. Losing the prefill gang does not end the attempt: the decode gang computes the prompt
+itself. Closing the generator ends both sides, and the lease on the prompt's KV ends with the attempt at the latest.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import enum
 import secrets
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -26,16 +27,14 @@ from tensorweave.cluster.errors import (
 from tensorweave.cluster.link import FoundAttempt, GangLink
 from tensorweave.cluster.protocol import GenerateRequest, Ticket, TokenChunk
 from tensorweave.router.dispatch.loads import Booking
-from tensorweave.router.dispatch.policy import Plan
+from tensorweave.router.dispatch.policy import Route
 
 Chunks = AsyncGenerator[TokenChunk, None]
 
-# Longer than a decode gang takes to notice that its prefill gang has died (3 s), and to compute a usual prompt itself.
 ORPHAN_WAIT_S: Final = 10.0
-
-
-# The two gangs of a pair have the first token within a step or two of each other.
+"""Longer than a decode gang takes to notice that its prefill gang has died (3 s), and to compute a usual prompt."""
 TWIN_WAIT_S: Final = 0.05
+"""The two gangs of a pair have the first token within a step or two of each other."""
 
 
 class PrefillRefused(TensorweaveError):
@@ -45,131 +44,150 @@ class PrefillRefused(TensorweaveError):
 
 
 @dataclass(frozen=True, slots=True)
-class AttemptNotes:
-    """Whom an attempt tells what it sees. `count` takes the reason of a fault that costs no replay."""
+class AttemptObserver:
+    """What an attempt reports to. `count_fault` takes the reason of a fault that causes no replay."""
 
     booking: Booking
     now_s: Callable[[], float]
-    count: Callable[[str], None]
+    count_fault: Callable[[str], None]
 
 
-def run_attempt(plan: Plan, request: GenerateRequest, number: int, notes: AttemptNotes) -> Chunks:
-    """Chunks until the last, from the first token on that the request does not hold yet."""
-    if plan.prefill is None:
-        return _run_alone(plan.decode, dataclasses.replace(request, request_id=decode_id(request, number)), notes)
-    return _Pair(plan.prefill, plan.decode, request, number, notes).run()
+def run_attempt(route: Route, request: GenerateRequest, number: int, observer: AttemptObserver) -> Chunks:
+    """Chunks until the last, starting with the first token that the request does not hold yet."""
+    if route.prefill is not None:
+        return _Pair(route.prefill, route.decode, request, number, observer).run()
+    return _run_alone(route.decode, dataclasses.replace(request, request_id=decode_id(request, number)), observer)
+
+
+def run_offer(link: GangLink, request: GenerateRequest, number: int, observer: AttemptObserver) -> Chunks:
+    """The prompt and its first token alone. `request.offer` is the ticket's id; its lease outlives the attempt."""
+    assert request.offer is not None
+    name = prefill_id(request, number, request.offer)
+    return _run_alone(link, dataclasses.replace(request, request_id=name), observer)
 
 
 def decode_id(request: GenerateRequest, number: int) -> str:
-    """An attempt's id at the gang that answers; `GangLink.find` knows it by what stands before the slash. A client may
-    give several requests one name, at this router and at others: their attempts differ all the same."""
+    """An attempt's id at the gang that answers. `GangLink.find` matches the part before the slash. Several requests may
+    have the same client-given id, at this router and at others: their attempts have different ids all the same."""
     name = f"{request.request_id}/d{number}"
     return f"{name}-{secrets.token_hex(8)}" if request.grace_s else name
 
 
 def prefill_id(request: GenerateRequest, number: int, ticket_id: str) -> str:
-    """Of an attempt's first half at its gang. Never the same twice: a client may use its request id again while the
-    lease of the last time is still open there."""
+    """An attempt's id at the prefill gang. It is never reused: a client may use its request id again while the lease of
+    the earlier request is still open there."""
     return f"{request.request_id}/p{number}-{ticket_id[:12]}"
 
 
-def run_offer(plan: Plan, request: GenerateRequest, number: int, notes: AttemptNotes) -> Chunks:
-    """The prompt and its first token alone. `request.offer` names the ticket, whose lease outlives the attempt."""
-    assert request.offer is not None
-    name = prefill_id(request, number, request.offer)
-    return _run_alone(plan.decode, dataclasses.replace(request, request_id=name), notes)
+def ended_early(link: GangLink) -> WorkerLost:
+    """What to raise when a gang's stream ends without a last chunk."""
+    return WorkerLost(f"gang {link.gang_id}: its answer ended before the last token")
 
 
-async def _run_alone(link: GangLink, request: GenerateRequest, notes: AttemptNotes) -> Chunks:
+async def _run_alone(link: GangLink, request: GenerateRequest, observer: AttemptObserver) -> Chunks:
     is_first = True
-    async with aclosing(_until_last(link, link.generate(request))) as chunks:
+    async with aclosing(link.generate(request)) as chunks:
         async for chunk in chunks:
             if is_first and chunk.token_ids:
                 is_first = False
-                notes.booking.prefilled(chunk.num_cached_tokens, notes.now_s())
+                observer.booking.prefilled(chunk.num_cached_tokens, observer.now_s())
             yield chunk
 
 
 async def run_attached(link: GangLink, found: FoundAttempt) -> Chunks:
-    """An attempt that a lost router began. It ends at the deadline that its first request had, which may be before the
-    one of the request that goes on with it."""
-    async with aclosing(_until_last(link, link.attach(found.request_id))) as chunks:
+    """Continue an attempt that a lost router started. It ends at the deadline of the first request, which may be before
+    the deadline of the request that continues it."""
+    async with aclosing(link.attach(found.request_id)) as chunks:
         async for chunk in chunks:
             if chunk.finish_reason == "timeout":
                 raise WorkerLost(f"gang {link.gang_id}: the deadline of the request's first time has passed")
             yield chunk
 
 
-async def _until_last(link: GangLink, stream: Chunks) -> Chunks:
-    async with aclosing(stream) as chunks:
-        async for chunk in chunks:
-            yield chunk
-            if chunk.is_last:
-                return
-    raise WorkerLost(f"gang {link.gang_id}: its answer ended before the last token")
+class _Start(enum.Enum):
+    """How a pair's attempt starts: which gang answered first, and how."""
+
+    PREFILL_FIRST = enum.auto()
+    DECODE_FIRST = enum.auto()
+    PREFILL_LOST = enum.auto()
+    PREFILL_REFUSED = enum.auto()
 
 
 class _Pair:
     def __init__(
-        self, prefill: GangLink, decode: GangLink, request: GenerateRequest, number: int, notes: AttemptNotes
+        self, prefill: GangLink, decode: GangLink, request: GenerateRequest, number: int, observer: AttemptObserver
     ) -> None:
         assert prefill.kv_source is not None, "a gang that gives no KV away was asked to"
         ticket = Ticket(secrets.token_hex(16), prefill.kv_source)
         self._prefill = prefill
-        self._notes = notes
+        self._decode = decode
+        self._observer = observer
         self._is_released = False
         name = prefill_id(request, number, ticket.ticket_id)
-        self._there = dataclasses.replace(request, request_id=name, offer=ticket.ticket_id, grace_s=0.0)
-        here = dataclasses.replace(request, request_id=decode_id(request, number), fetch=ticket)
-        self._own = _until_last(decode, decode.generate(here))
+        self._offer = dataclasses.replace(request, request_id=name, offer=ticket.ticket_id, grace_s=0.0)
+        fetch = dataclasses.replace(request, request_id=decode_id(request, number), fetch=ticket)
+        self._stream = decode.generate(fetch)
 
     async def run(self) -> Chunks:
-        own_first = asyncio.create_task(_next(self._own))
-        handed = asyncio.create_task(self._prefill_side())
+        booking, now_s = self._observer.booking, self._observer.now_s
+        decoding = asyncio.create_task(self._next())
+        prefilling = asyncio.create_task(self._run_prefill())
         try:
-            await asyncio.wait((own_first, handed), return_when=asyncio.FIRST_COMPLETED)
-            is_refusal_late = own_first.done() and handed.done() and handed.exception() is not None
-            first = handed.result() if handed.done() and not is_refusal_late else None
-            if first is not None:
-                self._notes.booking.prefilled(first.num_cached_tokens, self._notes.now_s())
-                yield first
-                if first.is_last:
-                    return
-            chunk = await self._own_first(own_first, is_orphan=handed.done() and not is_refusal_late and first is None)
-            if first is None:
-                chunk = await self._with_cached(chunk, handed)
-            self._notes.booking.handed_over(self._notes.now_s())
-            await self._release(handed)
+            await asyncio.wait((decoding, prefilling), return_when=asyncio.FIRST_COMPLETED)
+            match _start_of(decoding, prefilling):
+                case _Start.PREFILL_FIRST:
+                    first = prefilling.result()
+                    assert first is not None
+                    booking.prefilled(first.num_cached_tokens, now_s())
+                    yield first
+                    if first.is_last:
+                        return
+                    chunk = await decoding
+                case _Start.DECODE_FIRST:
+                    chunk = await self._with_cached(await decoding, prefilling)
+                case _Start.PREFILL_LOST:
+                    chunk = await self._orphan_first(decoding)
+                case _Start.PREFILL_REFUSED:
+                    refusal = prefilling.exception()
+                    assert refusal is not None
+                    raise refusal
+            booking.handed_over(now_s())
+            await self._release(prefilling)
             yield chunk
-            async for chunk in self._own:
+            async for chunk in self._stream:
                 yield chunk
         finally:
-            await _end(own_first)
-            await self._release(handed)
-            await self._own.aclose()
+            await _end(decoding)
+            await self._release(prefilling)
+            await self._stream.aclose()
 
-    async def _own_first(self, own_first: asyncio.Task[TokenChunk], *, is_orphan: bool) -> TokenChunk:
-        """The decode gang's first chunk. An orphan's prefill gang is out of our reach: it may live on without the
-        request, and the decode gang wait in vain for KV that nobody computes; so the wait is short."""
-        if is_orphan:
-            await asyncio.wait((own_first,), timeout=ORPHAN_WAIT_S)
-            if not own_first.done():
-                raise WorkerLost(f"gang {self._prefill.gang_id} was lost, and no KV came of the request it had")
-        return await own_first
+    async def _next(self) -> TokenChunk:
+        chunk = await anext(self._stream, None)
+        if chunk is None:
+            raise ended_early(self._decode)
+        return chunk
 
-    async def _with_cached(self, chunk: TokenChunk, handed: asyncio.Task[TokenChunk | None]) -> TokenChunk:
-        """The decode gang was heard first. What the prefill gang found in its cache counts too, and it says so at about
-        the same time, if it says anything."""
-        await asyncio.wait((handed,), timeout=TWIN_WAIT_S)
-        twin = handed.result() if handed.done() and handed.exception() is None else None
+    async def _orphan_first(self, decoding: asyncio.Task[TokenChunk]) -> TokenChunk:
+        """The decode gang's first chunk after the prefill gang was lost. That gang may live on without the request, and
+        the decode gang then waits for KV that nothing computes; so this wait is short."""
+        await asyncio.wait((decoding,), timeout=ORPHAN_WAIT_S)
+        if not decoding.done():
+            raise WorkerLost(f"gang {self._prefill.gang_id} was lost, and no KV came of the request it had")
+        return await decoding
+
+    async def _with_cached(self, chunk: TokenChunk, prefilling: asyncio.Task[TokenChunk | None]) -> TokenChunk:
+        """The decode gang's first chunk, with the prefill gang's number of cached tokens if that is larger. The prefill
+        gang reports it at about the same time, if at all."""
+        await asyncio.wait((prefilling,), timeout=TWIN_WAIT_S)
+        twin = prefilling.result() if prefilling.done() and prefilling.exception() is None else None
         if twin is None or twin.num_cached_tokens <= chunk.num_cached_tokens:
             return chunk
         return dataclasses.replace(chunk, num_cached_tokens=twin.num_cached_tokens)
 
-    async def _prefill_side(self) -> TokenChunk | None:
-        """The first token, with a finish reason only where it ends the request; None where the gang was lost."""
+    async def _run_prefill(self) -> TokenChunk | None:
+        """The first token, with a finish reason only if it ends the request; None if the gang was lost."""
         try:
-            async with aclosing(self._prefill.generate(self._there)) as chunks:
+            async with aclosing(self._prefill.generate(self._offer)) as chunks:
                 async for chunk in chunks:
                     if chunk.finish_reason in ("stop", "length"):
                         return chunk
@@ -179,28 +197,33 @@ class _Pair:
         except (RequestRejected, Overloaded, NotReady, LogitsNotFinite) as error:
             raise PrefillRefused(f"gang {self._prefill.gang_id}: {error.message}") from error
         except TensorweaveError as error:
-            self._notes.count(f"prefill_{error.code}")
+            self._observer.count_fault(f"prefill_{error.code}")
             return None
-        self._notes.count("prefill_ended")
+        self._observer.count_fault("prefill_ended")
         return None
 
-    async def _release(self, handed: asyncio.Task[TokenChunk | None]) -> None:
-        """End what the prefill gang still does (closing its stream does), or else the lease on what it has done."""
+    async def _release(self, prefilling: asyncio.Task[TokenChunk | None]) -> None:
+        """End what the prefill gang is still computing (closing its stream does that), or the lease on its KV."""
         if self._is_released:
             return
         self._is_released = True
-        if not handed.done():
-            await _end(handed)
-        elif handed.exception() is None:
-            self._prefill.cancel(self._there.request_id)
+        if not prefilling.done():
+            await _end(prefilling)
+        elif prefilling.exception() is None:
+            self._prefill.cancel(self._offer.request_id)
 
 
-async def _next(chunks: Chunks) -> TokenChunk:
-    return await anext(chunks)
+def _start_of(decoding: asyncio.Task[TokenChunk], prefilling: asyncio.Task[TokenChunk | None]) -> _Start:
+    """At least one of the two is done. A refusal that comes with the decode gang's answer is too late to matter."""
+    if not prefilling.done():
+        return _Start.DECODE_FIRST
+    if prefilling.exception() is not None:
+        return _Start.DECODE_FIRST if decoding.done() else _Start.PREFILL_REFUSED
+    return _Start.PREFILL_LOST if prefilling.result() is None else _Start.PREFILL_FIRST
 
 
 async def _end(task: asyncio.Task[TokenChunk] | asyncio.Task[TokenChunk | None]) -> None:
-    """Cancel a task and wait for it; what it had to say is heard no more."""
+    """Cancel a task and wait for it; its result or error is dropped."""
     task.cancel()
     await asyncio.wait((task,))
     if not task.cancelled():

@@ -1,6 +1,7 @@
-"""`PromptView`: how much of one prompt each gang already holds, from the links' exact KV mirrors.
+"""`PromptView`: how much of one prompt each gang already holds, from the links' KV mirrors.
 
-Made once a request and asked by the policies; block names are computed as far as some gang holds them, and no further.
+The dispatcher makes one per attempt and the policies read it. Block hashes are computed only as far as some gang holds
+the blocks.
 """
 
 from __future__ import annotations
@@ -16,28 +17,28 @@ class PromptView:
     def __init__(self, request: GenerateRequest) -> None:
         self._tokens = request.prompt_token_ids
         self._salt = request.cache_salt
-        self._names: dict[int, _BlockNames] = {}
+        self._hashes: dict[int, _BlockHashes] = {}
 
     @property
     def num_tokens(self) -> int:
         return len(self._tokens)
 
     def cached_tokens(self, link: GangLink) -> int:
-        """Leading prompt tokens whose KV the gang has; never all, since the last one must be computed to go on."""
+        """Leading prompt tokens whose KV the gang has; never all of them, since the last one is always computed."""
         if not len(link.kv):
             return 0
         size = link.info.tokens_per_block
-        names = self._names.get(size)
-        if names is None:
-            names = self._names[size] = _BlockNames(self._tokens, size, self._salt)
-        return min(link.kv.cached_tokens(names), len(self._tokens) - 1)
+        hashes = self._hashes.get(size)
+        if hashes is None:
+            hashes = self._hashes[size] = _BlockHashes(self._tokens, size, self._salt)
+        return min(link.kv.cached_tokens(hashes), len(self._tokens) - 1)
 
     def uncached_tokens(self, link: GangLink) -> int:
         return len(self._tokens) - self.cached_tokens(link)
 
 
-class _BlockNames:
-    """The chained names of a prompt's full blocks, each computed when first asked for."""
+class _BlockHashes:
+    """The chained hashes of a prompt's full blocks, each computed when first read."""
 
     def __init__(self, tokens: Sequence[int], tokens_per_block: int, salt: str | None) -> None:
         self._tokens = tokens

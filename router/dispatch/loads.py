@@ -1,24 +1,24 @@
-"""`Loads`: what this router has given each gang to do, and how fast gangs turned out to be.
+"""`Loads`: what this router has sent each gang, and how fast each gang has turned out to be.
 
-The dispatcher opens a `Booking` for every attempt and tells it when tokens come; policies read the estimates. Speeds
-are straight lines (a fixed cost and a cost per token) fitted to what was observed, with older samples fading.
+The dispatcher opens a `Booking` per attempt and reports tokens to it; policies read the estimates. Speeds are straight
+lines (a fixed cost and a cost per token) fitted to observations, with older samples fading.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Self
 
 from tensorweave.cluster.link import GangLink
 
-_FADE: Final = 0.95  # weight of a sample after one more: about the last 20 count
+_FADE: Final = 0.95  # factor on all weights per new sample: about the last 20 count
 _PRIOR_AT_TOKENS: Final = 1024.0
 _MAX_GANGS: Final = 4096
 
 
 class SpeedLine:
-    """seconds = fixed + per_token x tokens: least squares over fading samples, drawn to what was assumed at first."""
+    """seconds = fixed + per_token x tokens: least squares over fading samples and two assumed ones."""
 
     def __init__(self, fixed_s: float, per_token_s: float) -> None:
         self.fixed_s, self.per_token_s = fixed_s, per_token_s
@@ -49,7 +49,7 @@ def _summed(older: Sums, newer: Sums, weight: float) -> Sums:
 
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """Speeds until they are known: a small GPU's prefill, and a network's hand-over."""
+    """Speeds until some are observed: the prefill of a small GPU, and a hand-over through a network."""
 
     prefill_fixed_s: float = 0.005
     prefill_per_token_s: float = 1e-4
@@ -59,7 +59,7 @@ class Assumptions:
 
 @dataclass(slots=True)
 class GangLoad:
-    """`queued_tokens` are to be prefilled, `num_decoding` sequences end here, which hold `kv_tokens`."""
+    """`queued_tokens` are to be prefilled here; `num_decoding` sequences decode here and hold `kv_tokens`."""
 
     prefill: SpeedLine
     queued_tokens: int = 0
@@ -88,8 +88,8 @@ class Loads:
         return load
 
     def handover(self, prefill: GangLink, decode: GangLink) -> SpeedLine:
-        """From the prefill gang's first token to the decode gang's own, by tokens moved. Until it was seen, what the
-        measured link would take for their bytes."""
+        """Time from the prefill gang's first token to the decode gang's first, by tokens moved. Until one is observed,
+        the time that the measured link takes for their bytes."""
         lines = self.of(decode.gang_id).handovers
         line = lines.get(prefill.gang_id)
         if line is None:
@@ -101,7 +101,7 @@ class Loads:
         return line
 
     def keep_only(self, gang_ids: Collection[str]) -> None:
-        """Forget gangs that are gone. Those that still have something booked stay."""
+        """Forget the other gangs, except those that still have a booking."""
         self._gangs = {
             gang_id: load for gang_id, load in self._gangs.items() if gang_id in gang_ids or not load.is_idle
         }
@@ -110,7 +110,7 @@ class Loads:
 
 
 class Booking:
-    """One attempt's share of the loads, from its start to `close`. Times are on the caller's clock."""
+    """One attempt's share of the loads, from construction to `close`. Times are on the caller's clock."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class Booking:
         self._decoder.kv_tokens += self._kv_tokens
 
     def prefilled(self, num_cached: int, now_s: float) -> None:
-        """The first token has come from where the prompt was computed."""
+        """Record the first token from the gang that computed the prompt."""
         if self._first_s is None:
             self._first_s = now_s
             if self._num_queued:
@@ -148,10 +148,16 @@ class Booking:
         self._unqueue()
 
     def handed_over(self, now_s: float) -> None:
-        """The decode gang has said its own first token."""
+        """Record the decode gang's own first token."""
         if self._handover is not None and self._first_s is not None:
             self._handover.add(self._num_moved, now_s - self._first_s)
         self._unqueue()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.close()
 
     def close(self) -> None:
         self._unqueue()

@@ -1,8 +1,8 @@
 """Which gangs take a request: a prefill and a decode gang together, or one gang alone.
 
-The dispatcher asks once an attempt. `Joint` estimates the seconds that every choice would cost and takes the least;
-`RoundRobin`, `PowerOfTwo` and `LeastLoaded` look at no more than turns and numbers. All are deterministic, given the
-random generator that is passed in.
+The dispatcher asks once per attempt. `Joint` estimates the cost of every choice in seconds and takes the least;
+`RoundRobin`, `PowerOfTwo` and `LeastLoaded` only rotate or compare numbers of requests. All are deterministic, given
+the random generator that is passed in.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
 from tensorweave.cluster.link import GangLink
-from tensorweave.cluster.protocol import GenerateRequest
 from tensorweave.router.dispatch.kv_view import PromptView
 from tensorweave.router.dispatch.loads import Loads
 
@@ -26,12 +25,15 @@ _MAX_SESSIONS: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class PolicySettings:
-    """`min_prefill_tokens`: with fewer to compute, a prompt is not worth a hand-over.
+    """Weights of the joint policy.
 
-    `stall_weight`: what a second of prefill costs each sequence that decodes in the same gang, in seconds; one that may
-    come is always reckoned with. `decode_s`: what one more sequence costs those it decodes with. `reserve_tokens`: KV
-    room to leave for an answer. Choices within `tie_s` of the cheapest are equal: there the session's own gang is
-    taken, else the next in turn.
+    Attributes:
+        min_prefill_tokens: A prompt with fewer tokens to compute is not handed over.
+        stall_weight: What a second of prefill costs each sequence that decodes in the same gang, in seconds. One more
+            sequence than there are is counted, since one may arrive.
+        decode_s: What one more sequence costs those that decode beside it.
+        reserve_tokens: KV space to leave for an answer.
+        tie_s: Choices within this of the cheapest are equal: the session's own gang is taken, else they rotate.
     """
 
     min_prefill_tokens: int = 64
@@ -42,8 +44,8 @@ class PolicySettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """`decode` answers the request; with `prefill`, that gang computes the prompt and hands it over."""
+class Route:
+    """The gangs of one attempt. `decode` answers the request; `prefill`, if any, computes the prompt for it."""
 
     prefill: GangLink | None
     decode: GangLink
@@ -55,7 +57,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What there is to choose from, in a stable order. `decode` is never empty; a gang of role 'both' is in both."""
+    """The gangs to choose from, in a stable order, and the prompt. `decode` is never empty; a gang of role 'both' is in
+    both lists."""
 
     prefill: Sequence[GangLink]
     decode: Sequence[GangLink]
@@ -65,12 +68,12 @@ class Options:
 
 
 class RoutingPolicy(Protocol):
-    def plan(self, request: GenerateRequest, options: Options) -> Plan:
-        """The gangs that shall take the request."""
+    def route(self, options: Options) -> Route:
+        """The gangs to send the request to."""
 
 
 def fits(prefill: GangLink, decode: GangLink) -> bool:
-    """Whether KV of the one is of use to the other; what must be alike says each gang's fingerprint."""
+    """Whether the decode gang can use the prefill gang's KV: their fingerprints say what must be equal."""
     source, own = prefill.kv_source, decode.kv_source
     if source is None or prefill.gang_id == decode.gang_id:
         return False
@@ -78,38 +81,38 @@ def fits(prefill: GangLink, decode: GangLink) -> bool:
 
 
 class Joint:
-    """The choice of least cost in seconds:
+    """The choice with the least cost in seconds:
 
     a gang alone   (queued + uncached) / prefill rate + stall + decode load
     a pair         (queued + uncached) / prefill rate + stall at P + bytes to move / bandwidth + decode load at D
 
-    A decode gang without KV room for the request is taken only where all lack it.
+    A decode gang without KV space for the request is taken only if no gang has it.
     """
 
     def __init__(self, settings: PolicySettings | None = None) -> None:
         self.settings = settings or PolicySettings()
         self._sessions: collections.OrderedDict[str, str] = collections.OrderedDict()
-        self._turn = 0
+        self._rotation = 0
 
-    def plan(self, request: GenerateRequest, options: Options) -> Plan:
-        self._turn += 1
-        decode = self._with_room(_rotated(options.decode, self._turn), options)
-        costs = [(self.alone_s(link, options), Plan(None, link)) for link in decode]
-        costs += [(self.pair_s(plan, options), plan) for plan in self._pairs(decode, options)]
+    def route(self, options: Options) -> Route:
+        self._rotation += 1
+        decode = self._with_room(_rotated(options.decode, self._rotation), options)
+        costs = [(self.alone_s(link, options), Route(None, link)) for link in decode]
+        costs += [(self.pair_s(route, options), route) for route in self._pairs(decode, options)]
         least_s = min(cost_s for cost_s, _ in costs)
-        best = [plan for cost_s, plan in costs if cost_s <= least_s + self.settings.tie_s]
+        best = [route for cost_s, route in costs if cost_s <= least_s + self.settings.tie_s]
         return self._by_session(best, options.session)
 
     def alone_s(self, link: GangLink, options: Options) -> float:
         return self._prefill_s(link, options, decodes=True) + self._decode_s(link, options)
 
-    def pair_s(self, plan: Plan, options: Options) -> float:
-        assert plan.prefill is not None
-        decodes = any(link.gang_id == plan.prefill.gang_id for link in options.decode)
-        prefill_s = self._prefill_s(plan.prefill, options, decodes=decodes)
-        num_moved = options.prompt.uncached_tokens(plan.decode)
-        move_s = options.loads.handover(plan.prefill, plan.decode).seconds(num_moved)
-        return prefill_s + move_s + self._decode_s(plan.decode, options)
+    def pair_s(self, route: Route, options: Options) -> float:
+        assert route.prefill is not None
+        decodes = any(link.gang_id == route.prefill.gang_id for link in options.decode)
+        prefill_s = self._prefill_s(route.prefill, options, decodes=decodes)
+        num_moved = options.prompt.uncached_tokens(route.decode)
+        move_s = options.loads.handover(route.prefill, route.decode).seconds(num_moved)
+        return prefill_s + move_s + self._decode_s(route.decode, options)
 
     def _prefill_s(self, link: GangLink, options: Options, *, decodes: bool) -> float:
         load = options.loads.of(link.gang_id)
@@ -123,33 +126,33 @@ class Joint:
 
     def _with_room(self, links: Sequence[GangLink], options: Options) -> Sequence[GangLink]:
         need = options.prompt.num_tokens + self.settings.reserve_tokens
-        roomy = [
+        with_space = [
             link
             for link in links
             if options.loads.of(link.gang_id).kv_tokens + need <= link.info.num_blocks * link.info.tokens_per_block
         ]
-        return roomy or links
+        return with_space or links
 
-    def _pairs(self, decode: Sequence[GangLink], options: Options) -> list[Plan]:
-        """Pairs worth looking at; of many gangs, only the best on either side."""
-        senders = [link for link in _rotated(options.prefill, self._turn) if link.kv_source is not None]
+    def _pairs(self, decode: Sequence[GangLink], options: Options) -> list[Route]:
+        """Pairs to consider: with many gangs, only the best of each role."""
+        senders = [link for link in _rotated(options.prefill, self._rotation) if link.kv_source is not None]
         if len(senders) > _SHORTLIST:
             senders = sorted(senders, key=lambda link: self._prefill_s(link, options, decodes=False))[:_SHORTLIST]
-        needy = [link for link in decode if _is_worth_a_pair(link, options, self.settings)]
-        if len(needy) > _SHORTLIST:
-            needy = sorted(needy, key=lambda link: self._decode_s(link, options))[:_SHORTLIST]
-        return [Plan(sender, link) for link in needy for sender in senders if fits(sender, link)]
+        candidates = [link for link in decode if _is_worth_a_pair(link, options, self.settings)]
+        if len(candidates) > _SHORTLIST:
+            candidates = sorted(candidates, key=lambda link: self._decode_s(link, options))[:_SHORTLIST]
+        return [Route(sender, link) for link in candidates for sender in senders if fits(sender, link)]
 
-    def _by_session(self, best: Sequence[Plan], session: str | None) -> Plan:
+    def _by_session(self, best: Sequence[Route], session: str | None) -> Route:
         if session is None:
             return best[0]
-        home = self._sessions.get(session)
-        plan = next((plan for plan in best if plan.decode.gang_id == home), best[0])
-        self._sessions[session] = plan.decode.gang_id
+        last = self._sessions.get(session)
+        route = next((route for route in best if route.decode.gang_id == last), best[0])
+        self._sessions[session] = route.decode.gang_id
         self._sessions.move_to_end(session)
         if len(self._sessions) > _MAX_SESSIONS:
             self._sessions.popitem(last=False)
-        return plan
+        return route
 
 
 class Picker(Protocol):
@@ -158,32 +161,32 @@ class Picker(Protocol):
 
 
 class Separate:
-    """A simple rule, twice: for the decode gangs, then, unless the prompt is short, for those that only prefill."""
+    """One picker chooses the decode gang; another, unless the prompt is short, chooses among prefill gangs."""
 
     def __init__(self, decode: Picker, prefill: Picker, settings: PolicySettings | None = None) -> None:
         self._decode, self._prefill = decode, prefill
         self._settings = settings or PolicySettings()
 
-    def plan(self, request: GenerateRequest, options: Options) -> Plan:
+    def route(self, options: Options) -> Route:
         link = self._decode.pick(options.decode)
         answering = {other.gang_id for other in options.decode}
         senders = [other for other in options.prefill if other.gang_id not in answering and fits(other, link)]
         if not senders or not _is_worth_a_pair(link, options, self._settings):
-            return Plan(None, link)
-        return Plan(self._prefill.pick(senders), link)
+            return Route(None, link)
+        return Route(self._prefill.pick(senders), link)
 
 
 class RoundRobin:
     def __init__(self) -> None:
-        self._turn = 0
+        self._rotation = 0
 
     def pick(self, links: Sequence[GangLink]) -> GangLink:
-        self._turn += 1
-        return links[self._turn % len(links)]
+        self._rotation += 1
+        return links[self._rotation % len(links)]
 
 
 class PowerOfTwo:
-    """The less loaded of two drawn at random: near the best where many routers share the gangs (Mitzenmacher 2001)."""
+    """The less loaded of two drawn at random: near the optimum if many routers share the gangs (Mitzenmacher 2001)."""
 
     def __init__(self, draw: random.Random | None = None) -> None:
         self._draw = draw or random.Random()
@@ -196,14 +199,14 @@ class PowerOfTwo:
 
 
 class LeastLoaded:
-    """Ties go to the next in turn, so that an idle fleet is used evenly."""
+    """Ties rotate, so that an idle fleet is used evenly."""
 
     def __init__(self) -> None:
-        self._turn = 0
+        self._rotation = 0
 
     def pick(self, links: Sequence[GangLink]) -> GangLink:
-        self._turn += 1
-        return min(_rotated(links, self._turn), key=lambda link: link.num_inflight)
+        self._rotation += 1
+        return min(_rotated(links, self._rotation), key=lambda link: link.num_inflight)
 
 
 def build_policy(
@@ -224,6 +227,6 @@ def _is_worth_a_pair(decode: GangLink, options: Options, settings: PolicySetting
     return options.prompt.uncached_tokens(decode) >= settings.min_prefill_tokens
 
 
-def _rotated(links: Sequence[GangLink], turn: int) -> Sequence[GangLink]:
-    start = turn % len(links) if links else 0
+def _rotated(links: Sequence[GangLink], rotation: int) -> Sequence[GangLink]:
+    start = rotation % len(links) if links else 0
     return [*links[start:], *links[:start]]

@@ -1,8 +1,8 @@
-"""`Transcript`: what a request's client has been told so far, and what an attempt must go on from.
+"""`Transcript`: the tokens that a request's client has received, from which the next attempt continues.
 
-Attempts overlap: a prefill and a decode gang both say the first token, and a replay starts behind what was sent. Tokens
-are matched by position, so that each goes out once, with what is told beside it; one that differs from what was sent
-ends the attempt.
+Attempts overlap: a prefill and a decode gang both return the first token, and a replay starts after what was sent.
+Tokens are matched by position, so that each is sent once, with its log-probabilities and logits. A token that differs
+from the one sent at its position ends the attempt.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tensorweave.cluster.protocol import GenerateRequest, TokenChunk
 
 
 class Diverged(WorkerLost):
-    """An attempt said another token than the one already sent at that place, or left one out."""
+    """An attempt returned another token than the one already sent at that position, or left one out."""
 
     code = "diverged"
 
@@ -27,15 +27,15 @@ class Transcript:
         self.is_over = False
         self._request = request
         self._seed = request.sampling.seed
-        """Of the attempt that has been begun."""
+        """Of the current attempt."""
         self._num_attempts = 0
         self._has_prompt_logprobs = False
         self._num_context_bytes = 0
         self._num_context_seen = 0
 
     def begin(self, left_s: float | None) -> GenerateRequest:
-        """The next attempt's request. The first asks for all; later ones take what was sent as output to go on from,
-        with the seed that it was sampled with."""
+        """Start the next attempt and return its request. The first asks for everything; later ones continue after the
+        tokens already sent, with the seed that these were sampled with."""
         self._num_attempts += 1
         self._num_context_seen = 0
         if self._num_attempts == 1:
@@ -53,16 +53,16 @@ class Transcript:
         )
 
     def begin_found(self, seed: int) -> None:
-        """An attempt that a lost router began, with a seed that it may have drawn."""
+        """Start with an attempt that a lost router began; that router may have drawn its seed."""
         self._num_attempts += 1
         self._seed = seed
 
-    def tell(self, token_ids: Sequence[int]) -> TokenChunk:
-        """Tokens that are known before any attempt."""
+    def add_known(self, token_ids: Sequence[int]) -> TokenChunk:
+        """Add tokens that are known before any attempt, and return them as a chunk."""
         return self._chunk(TokenChunk(self._request.request_id, token_ids))
 
     def take(self, chunk: TokenChunk) -> TokenChunk | None:
-        """What of it is new to the client; None where nothing is. Raises Diverged."""
+        """Add a chunk and return the part that is new to the client, or None. Raises Diverged."""
         if chunk.finish_reason == "cancelled":
             raise WorkerLost("the gang ended the request early")
         if self._num_attempts == 1:
@@ -73,15 +73,15 @@ class Transcript:
         is_end = chunk.finish_reason in ("stop", "length", "not_finished")
         is_beside = not 0 <= at <= len(self.sent) and (chunk.token_ids or is_end)
         if is_beside or known != list(chunk.token_ids[: len(known)]) or (is_end and end < len(self.sent)):
-            raise Diverged(f"position {at}: an attempt does not go on from what was sent")
+            raise Diverged(f"position {at}: an attempt does not continue the tokens already sent")
         self.is_over = chunk.finish_reason is not None
         context_logits = self._new_context(chunk.context_logits)
         if len(known) == len(chunk.token_ids) and not (self.is_over or context_logits):
             return None
-        return self._chunk(_behind(chunk, len(known)), context_logits)
+        return self._chunk(_without_first(chunk, len(known)), context_logits)
 
     def ended(self) -> TokenChunk | None:
-        """The last chunk, where the tokens sent are all there can be and only their end was lost."""
+        """The last chunk, if every token was sent already and only the finish reason was lost."""
         sampling, count = self._request.sampling, len(self.sent)
         is_stopped = count > 0 and self.sent[-1] in sampling.stop_token_ids and count >= sampling.min_tokens
         self.is_over = is_stopped or count >= sampling.max_tokens
@@ -90,7 +90,7 @@ class Transcript:
         return self._chunk(TokenChunk(self._request.request_id, (), "length")) if self.is_over else None
 
     def timed_out(self) -> TokenChunk:
-        """The last chunk of a request whose deadline has passed. Raises DeadlineExceeded before the first token."""
+        """The last chunk of a request after its deadline. Raises DeadlineExceeded if no token was sent."""
         if not self.sent:
             raise DeadlineExceeded("the request's deadline passed before its first token")
         return self._chunk(TokenChunk(self._request.request_id, (), "timeout"))
@@ -115,17 +115,17 @@ class Transcript:
         )
 
     def _new_context(self, rows: bytes) -> bytes:
-        """Each attempt tells the prompt's logits from its first token on."""
+        """The rows that were not sent yet: each attempt returns the prompt's logits from the first token on."""
         if not rows:
             return rows
-        num_told = min(len(rows), max(0, self._num_context_bytes - self._num_context_seen))
+        num_sent_before = min(len(rows), max(0, self._num_context_bytes - self._num_context_seen))
         self._num_context_seen += len(rows)
         self._num_context_bytes = max(self._num_context_bytes, self._num_context_seen)
-        return rows[num_told:]
+        return rows[num_sent_before:]
 
 
-def _behind(chunk: TokenChunk, num_known: int) -> TokenChunk:
-    """The chunk without its first tokens, and without what is told of them."""
+def _without_first(chunk: TokenChunk, num_known: int) -> TokenChunk:
+    """The chunk without its first tokens, their log-probabilities and their logits."""
     if not num_known:
         return chunk
     row_bytes = len(chunk.logits) // len(chunk.token_ids)

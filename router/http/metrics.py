@@ -52,7 +52,7 @@ class _Dispatches(Collector):
             "request_retries", "Attempts that were lost and replayed, by what was lost.", "reason", counts.retries
         )
         yield self._by("request_faults", "What went wrong without costing a replay.", "reason", counts.faults)
-        yield self._by("request_plans", "Attempts, by a pair of gangs (joint) or one (alone).", "kind", counts.plans)
+        yield self._by("request_plans", "Attempts, by a pair of gangs (joint) or one (alone).", "kind", counts.routes)
         yield self._one("requests_recovered", "Sequences that ended well after a replay.", counts.num_recovered)
         yield self._one("requests_reattached", "Sequences taken over from a lost router.", counts.num_reattached)
 

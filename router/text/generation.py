@@ -133,35 +133,34 @@ def _push(detokenizer: IncrementalDetokenizer | TokensOnly, chunk: TokenChunk) -
     return text, len(token_ids)
 
 
-async def generate_all(dispatcher: Dispatcher, jobs: Sequence[Job]) -> AsyncGenerator[TextDelta, None]:
-    """The deltas of all jobs as they come. The first error, or leaving early, cancels the rest."""
-    if len(jobs) == 1:
-        async with aclosing(generate_text(dispatcher, jobs[0])) as deltas:
-            async for delta in deltas:
-                yield delta
-        return
-    merged: asyncio.Queue[TextDelta | Exception] = asyncio.Queue()
+def generate_all(dispatcher: Dispatcher, jobs: Sequence[Job]) -> AsyncGenerator[TextDelta, None]:
+    """The deltas of all jobs as they come. The first error, or closing the generator, cancels the rest."""
+    return generate_text(dispatcher, jobs[0]) if len(jobs) == 1 else _generate_merged(dispatcher, jobs)
+
+
+async def _generate_merged(dispatcher: Dispatcher, jobs: Sequence[Job]) -> AsyncGenerator[TextDelta, None]:
+    merged: asyncio.Queue[TextDelta | asyncio.Task[None]] = asyncio.Queue()
 
     async def pump(job: Job) -> None:
-        try:
-            async with aclosing(generate_text(dispatcher, job)) as deltas:
-                async for delta in deltas:
-                    merged.put_nowait(delta)
-        except Exception as error:  # the end of this task: handed to the reader below, which raises it
-            merged.put_nowait(error)
+        async with aclosing(generate_text(dispatcher, job)) as deltas:
+            async for delta in deltas:
+                merged.put_nowait(delta)
 
     tasks: list[asyncio.Task[None]] = []
     try:
         for job in jobs:
-            tasks.append(asyncio.create_task(pump(job)))
-            await asyncio.sleep(0)  # a long prompt takes a millisecond to send, and there may be hundreds
+            task = asyncio.create_task(pump(job))
+            task.add_done_callback(merged.put_nowait)
+            tasks.append(task)
+            await asyncio.sleep(0)  # sending a long prompt takes a millisecond, and there may be hundreds
         num_open = len(jobs)
         while num_open:
             item = await merged.get()
-            if isinstance(item, Exception):
-                raise item
-            num_open -= item.finish_reason is not None
-            yield item
+            if isinstance(item, TextDelta):
+                yield item
+            else:
+                num_open -= 1
+                item.result()  # raises the task's error
     finally:
         for task in tasks:
             task.cancel()

@@ -27,7 +27,7 @@ from tensorweave.cluster.protocol import GenerateRequest, KvSource, SamplingSpec
 from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.dispatch.kv_view import PromptView
 from tensorweave.router.dispatch.loads import Loads
-from tensorweave.router.dispatch.policy import Joint, Options, Plan
+from tensorweave.router.dispatch.policy import Joint, Options, Route
 from tensorweave.workers.build import build_executor
 from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.executor.local import LocalLink
@@ -67,8 +67,8 @@ class _AsTold:
 
     is_joint = False
 
-    def plan(self, request: GenerateRequest, options: Options) -> Plan:
-        return Plan(options.prefill[0] if self.is_joint else None, options.decode[0])
+    def route(self, options: Options) -> Route:
+        return Route(options.prefill[0] if self.is_joint else None, options.decode[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +133,8 @@ def _choice(loads: Loads, sender: LocalLink, taker: LocalLink, length: int, voca
     for num_decoding in NUM_DECODING:
         load.num_decoding = num_decoding
         options = Options([sender], [taker], PromptView(request), loads)
-        alone_s, pair_s = policy.alone_s(taker, options), policy.pair_s(Plan(sender, taker), options)
-        way = "two" if policy.plan(request, options).prefill is not None else "one"
+        alone_s, pair_s = policy.alone_s(taker, options), policy.pair_s(Route(sender, taker), options)
+        way = "two" if policy.route(options).prefill is not None else "one"
         row[f"{num_decoding} decoding"] = f"{way} ({alone_s * 1e3:.1f} : {pair_s * 1e3:.1f} ms)"
     load.num_decoding = before
     return row

@@ -15,7 +15,7 @@ from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec, TokenLog
 from tensorweave.router.dispatch import attempt
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.dispatch import Dispatcher
-from tensorweave.router.dispatch.policy import Options, Plan
+from tensorweave.router.dispatch.policy import Options, Route
 from tensorweave.router.sampling.sampling import nth_seed
 from tensorweave.router.text.detokenize import IncrementalDetokenizer
 from tensorweave.router.text.generation import Job, generate_text
@@ -85,8 +85,8 @@ class _Port(LocalLink):
 class _AlwaysTogether:
     """Every prompt is handed over, however short."""
 
-    def plan(self, request: GenerateRequest, options: Options) -> Plan:
-        return Plan(options.prefill[0] if options.prefill else None, options.decode[0])
+    def route(self, options: Options) -> Route:
+        return Route(options.prefill[0] if options.prefill else None, options.decode[0])
 
 
 def run(asks: Sequence[Ask], tokenizer: Tokenizer, decode: Gang, prefill: Gang | None = None) -> dict[str, Told]:

@@ -214,7 +214,7 @@ def test_pairs_answer_as_one_engine(setup: Setup) -> None:
             for _ in range(2):  # prefix caches cold, then warm
                 answers = await asyncio.gather(*(tokens_of(dispatcher, request) for request in requests))
                 assert answers == expected
-            assert dispatcher.counts.plans["joint"] > 0
+            assert dispatcher.counts.routes["joint"] > 0
             assert not dispatcher.counts.retries
             [link] = fleet.links("decode")[0].kv_links.values()
             assert link.bytes_per_s > 0

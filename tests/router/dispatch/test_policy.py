@@ -15,7 +15,7 @@ from tensorweave.cluster.protocol import GenerateRequest, KvSource, LinkMeasurem
 from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.dispatch.kv_view import PromptView
 from tensorweave.router.dispatch.loads import Assumptions, Booking, Loads, SpeedLine
-from tensorweave.router.dispatch.policy import Joint, Options, Plan, PolicyName, PolicySettings, build_policy
+from tensorweave.router.dispatch.policy import Joint, Options, PolicyName, PolicySettings, Route, build_policy
 from tests.router.fake_fleet import FakeFleet, FakeLink
 from tests.router.serving import model_info
 from tests.router.stepped_loop import run_stepped
@@ -56,8 +56,8 @@ def hold(link: FakeLink, request: GenerateRequest, num_tokens: int) -> None:
     link.kv.apply(["kv", 0, 0, [["stored", root_hash(request.cache_salt), *names]]])
 
 
-def ids(plan: Plan) -> tuple[str | None, str]:
-    return (plan.prefill.gang_id if plan.prefill is not None else None, plan.decode.gang_id)
+def ids(route: Route) -> tuple[str | None, str]:
+    return (route.prefill.gang_id if route.prefill is not None else None, route.decode.gang_id)
 
 
 # ---- costs
@@ -78,14 +78,14 @@ def test_the_cost_of_a_gang_alone() -> None:
 
 def test_the_cost_of_a_pair() -> None:
     sender, link, loads = gang("p", "prefill"), gang("d", "decode"), Loads(LOADS)
-    policy, plan = Joint(SETTINGS), Plan(sender, link)
+    policy, route = Joint(SETTINGS), Route(sender, link)
     options = options_of(sender, link, loads=loads)
     # 10 + 200 ms to compute, which stalls nobody; 20 + 20 ms to move.
-    assert policy.pair_s(plan, options) == pytest.approx(0.210 + 0.040)
+    assert policy.pair_s(route, options) == pytest.approx(0.210 + 0.040)
     hold(link, request_of(), 160)
     hold(sender, request_of(), 64)
     loads.of("d").num_decoding = 2
-    assert policy.pair_s(plan, options) == pytest.approx(0.146 + 0.020 + 0.004 + 0.008)
+    assert policy.pair_s(route, options) == pytest.approx(0.146 + 0.020 + 0.004 + 0.008)
 
 
 def test_a_measured_link_says_what_bytes_cost() -> None:
@@ -113,7 +113,7 @@ def test_short_and_cached_prompts_skip_the_prefill_pool(
     hold(link, request, cached)
     # Alone n tokens cost 10 + 1.5 n ms, together 40 + 1.1 n: equal at 75.
     loads = Loads(dataclasses.replace(LOADS, handover_fixed_s=0.030))
-    assert ids(Joint(SETTINGS).plan(request, options_of(sender, link, request=request, loads=loads))) == expected
+    assert ids(Joint(SETTINGS).route(options_of(sender, link, request=request, loads=loads))) == expected
 
 
 def test_a_long_queue_is_gone_round() -> None:
@@ -122,20 +122,20 @@ def test_a_long_queue_is_gone_round() -> None:
     loads.of("p").queued_tokens = 50
     loads.of("d").num_decoding = 5
     for _ in range(4):
-        assert ids(Joint(SETTINGS).plan(request_of(), options_of(*links, loads=loads))) == ("q", "e")
+        assert ids(Joint(SETTINGS).route(options_of(*links, loads=loads))) == ("q", "e")
     loads.of("q").queued_tokens = 2000
     loads.of("p").queued_tokens = 2000
-    assert ids(Joint(SETTINGS).plan(request_of(), options_of(*links, loads=loads))) == (None, "e")
+    assert ids(Joint(SETTINGS).route(options_of(*links, loads=loads))) == (None, "e")
 
 
 def test_cached_tokens_draw_a_request() -> None:
     links = [gang(name) for name in "abc"]
     hold(links[2], request_of(), 96)
     policy = Joint(SETTINGS)
-    assert {ids(policy.plan(request_of(), options_of(*links))) for _ in range(6)} == {(None, "c")}
+    assert {ids(policy.route(options_of(*links))) for _ in range(6)} == {(None, "c")}
     salted = request_of(salt="other")
-    plans = {ids(policy.plan(salted, options_of(*links, request=salted))) for _ in range(6)}
-    assert plans == {(None, "a"), (None, "b"), (None, "c")}
+    routes = {ids(policy.route(options_of(*links, request=salted))) for _ in range(6)}
+    assert routes == {(None, "a"), (None, "b"), (None, "c")}
 
 
 def test_a_gang_without_room_is_the_last_resort() -> None:
@@ -144,41 +144,41 @@ def test_a_gang_without_room_is_the_last_resort() -> None:
     loads.of("a").kv_tokens = room - 200 - SETTINGS.reserve_tokens + 1
     loads.of("b").num_decoding = 50
     policy = Joint(SETTINGS)
-    assert ids(policy.plan(request_of(), options_of(*links, loads=loads))) == (None, "b")
+    assert ids(policy.route(options_of(*links, loads=loads))) == (None, "b")
     loads.of("b").kv_tokens = room
-    assert ids(policy.plan(request_of(), options_of(*links, loads=loads))) == (None, "a")
+    assert ids(policy.route(options_of(*links, loads=loads))) == (None, "a")
 
 
 def test_a_session_stays_where_that_costs_nothing() -> None:
     links, loads, policy = [gang(name) for name in "abcd"], Loads(LOADS), Joint(SETTINGS)
-    first = ids(policy.plan(request_of(), options_of(*links, loads=loads, session="s")))
+    first = ids(policy.route(options_of(*links, loads=loads, session="s")))
     for _ in range(5):
-        assert ids(policy.plan(request_of(), options_of(*links, loads=loads))) is not None
-        assert ids(policy.plan(request_of(), options_of(*links, loads=loads, session="s"))) == first
+        assert ids(policy.route(options_of(*links, loads=loads))) is not None
+        assert ids(policy.route(options_of(*links, loads=loads, session="s"))) == first
     loads.of(first[1]).queued_tokens = 100
-    moved = ids(policy.plan(request_of(), options_of(*links, loads=loads, session="s")))
+    moved = ids(policy.route(options_of(*links, loads=loads, session="s")))
     assert moved != first
     loads.of(first[1]).queued_tokens = 0
-    assert ids(policy.plan(request_of(), options_of(*links, loads=loads, session="s"))) == moved
+    assert ids(policy.route(options_of(*links, loads=loads, session="s"))) == moved
 
 
 def test_kv_that_does_not_fit_is_not_handed_over() -> None:
     sender, link = gang("p", "prefill"), gang("d", "decode")
     link.kv_source = KvSource("d", (), {"model": "m"}, "s")
-    assert ids(Joint(SETTINGS).plan(request_of(), options_of(sender, link))) == ("p", "d")
+    assert ids(Joint(SETTINGS).route(options_of(sender, link))) == ("p", "d")
     link.kv_source = KvSource("d", (), {"model": "another"}, "s")
     sender.kv_source = KvSource("p", (), {"model": "m"}, "s")
     for name in POLICIES:
-        assert ids(build_policy(name, SETTINGS).plan(request_of(), options_of(sender, link))) == (None, "d")
+        assert ids(build_policy(name, SETTINGS).route(options_of(sender, link))) == (None, "d")
 
 
-def test_many_gangs_are_planned_from_a_short_list() -> None:
+def test_many_gangs_are_routed_from_a_short_list() -> None:
     loads = Loads(LOADS)
     links = [gang(f"p{i}", "prefill") for i in range(40)] + [gang(f"d{i}", "decode") for i in range(40)]
     for i in range(40):
         loads.of(f"p{i}").queued_tokens = 1000 - 10 * i
         loads.of(f"d{i}").num_decoding = 100 - i
-    assert ids(Joint(SETTINGS).plan(request_of(), options_of(*links, loads=loads))) == ("p39", "d39")
+    assert ids(Joint(SETTINGS).route(options_of(*links, loads=loads))) == ("p39", "d39")
 
 
 # ---- simple rules
@@ -188,11 +188,11 @@ def test_many_gangs_are_planned_from_a_short_list() -> None:
 def test_every_policy_pairs_long_prompts_and_not_short_ones(name: PolicyName) -> None:
     links = [gang("p", "prefill"), gang("q", "prefill"), gang("d", "decode"), gang("e", "decode")]
     policy = build_policy(name, SETTINGS, random.Random(1))
-    plans = {ids(policy.plan(request_of(), options_of(*links))) for _ in range(64)}
-    assert {p for p, _ in plans} == {"p", "q"}
-    assert {d for _, d in plans} == {"d", "e"}
+    routes = {ids(policy.route(options_of(*links))) for _ in range(64)}
+    assert {p for p, _ in routes} == {"p", "q"}
+    assert {d for _, d in routes} == {"d", "e"}
     short = request_of(20)
-    assert {ids(policy.plan(short, options_of(*links, request=short)))[0] for _ in range(8)} == {None}
+    assert {ids(policy.route(options_of(*links, request=short)))[0] for _ in range(8)} == {None}
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -206,7 +206,7 @@ def test_gangs_of_role_both_answer_alone_and_evenly(name: PolicyName) -> None:
                 assert chunk.error is None
 
         await asyncio.gather(*(ask(i) for i in range(30)))
-        assert dispatcher.counts.plans == {"alone": 30}
+        assert dispatcher.counts.routes == {"alone": 30}
         return [len(link.requests) for link in links]
 
     counts = run_stepped(run())
@@ -216,23 +216,23 @@ def test_gangs_of_role_both_answer_alone_and_evenly(name: PolicyName) -> None:
 
 def test_round_robin_takes_turns() -> None:
     policy, links = build_policy("round_robin"), [gang("a"), gang("b", load=9), gang("c")]
-    chosen = [ids(policy.plan(request_of(), options_of(*links)))[1] for _ in range(6)]
+    chosen = [ids(policy.route(options_of(*links)))[1] for _ in range(6)]
     assert sorted(chosen[:3]) == sorted(chosen[3:]) == ["a", "b", "c"]
 
 
 def test_least_loaded_spreads_ties() -> None:
     policy = build_policy("least_loaded")
     uneven = [gang("a", load=3), gang("b", load=1), gang("c", load=2)]
-    assert ids(policy.plan(request_of(), options_of(*uneven))) == (None, "b")
+    assert ids(policy.route(options_of(*uneven))) == (None, "b")
     even = [gang(name) for name in "abc"]
-    assert {ids(policy.plan(request_of(), options_of(*even)))[1] for _ in range(3)} == {"a", "b", "c"}
+    assert {ids(policy.route(options_of(*even)))[1] for _ in range(3)} == {"a", "b", "c"}
 
 
 def test_power_of_two_never_takes_the_worst() -> None:
     policy = build_policy("power_of_two", draw=random.Random(5))
     links = [gang("a", load=5), gang("b", load=1), gang("c", load=3)]
-    assert {ids(policy.plan(request_of(), options_of(*links)))[1] for _ in range(100)} == {"b", "c"}
-    assert ids(policy.plan(request_of(), options_of(links[0]))) == (None, "a")
+    assert {ids(policy.route(options_of(*links)))[1] for _ in range(100)} == {"b", "c"}
+    assert ids(policy.route(options_of(links[0]))) == (None, "a")
 
 
 # ---- speeds and bookings

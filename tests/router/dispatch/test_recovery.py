@@ -98,7 +98,7 @@ def test_a_pair_says_each_token_once() -> None:
         assert here.fetch.source == links[0].kv_source
         assert there.sampling == here.sampling == request_of().sampling
         assert links[0].released == [there.request_id]
-        assert dispatcher.counts.plans == {"joint": 1}
+        assert dispatcher.counts.routes == {"joint": 1}
         assert not dispatcher.counts.retries
         check_nothing_left(dispatcher, links)
 
@@ -245,7 +245,7 @@ def test_a_replay_uses_a_pair_with_a_new_ticket() -> None:
         dispatcher = dispatcher_of(*links)
         check_answer(await collect(dispatcher, request_of()), oracle())
         tickets = [request.offer for request in links[0].requests]
-        assert len(set(tickets)) == len(tickets) == dispatcher.counts.plans["joint"] > 1
+        assert len(set(tickets)) == len(tickets) == dispatcher.counts.routes["joint"] > 1
         check_nothing_left(dispatcher, links)
 
     run_stepped(run())
