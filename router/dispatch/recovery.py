@@ -75,7 +75,7 @@ class Recovery:
             if not decode and (usable := self.left(senders)):
                 return [], responsive(usable) or usable
             if decode or senders:
-                await asyncio.sleep(self._start_over(has_begun=has_begun))
+                await asyncio.sleep(self.start_over(has_begun=has_begun))
             else:
                 await fleet.wait_link(self._ready_timeout_s)
 
@@ -94,7 +94,7 @@ class Recovery:
         another token arrives, this request may be what kills them, or a whole host is gone: wait for more to show."""
         return 0.0 if self._num_lost_in_a_row < 2 else _PAUSE_S * 2.0 ** (self._num_lost_in_a_row - 2)
 
-    def _start_over(self, *, has_begun: bool) -> float:
+    def start_over(self, *, has_begun: bool) -> float:
         """All gangs have failed this request: allow them all again and return how long to wait before. Raises the
         refusal of a request of which the client has no token yet."""
         if isinstance(self.error, Overloaded) and not (has_begun or self._limits.waits_for_room):

@@ -166,7 +166,7 @@ class GenerateEndpoint:
         tally.add(delta)
         piece = choice.add(delta)
         assert piece is not None, "a context phase's only delta has no finish reason"
-        whole = plan.answer.choice()
+        whole = plan.answer.new_choice()
         await whole.add(piece)
         params = None if ticket is None else params_of(ticket, delta.token_ids, job.request.sampling.seed)
         phase = ContextPhase(job.request.prompt_token_ids, params)
@@ -175,7 +175,7 @@ class GenerateEndpoint:
     async def _answer_whole(
         self, plan: Plan, tally: Tally, deltas: AsyncGenerator[TextDelta, None], send: Send
     ) -> None:
-        choices = [plan.answer.choice() for _ in plan.jobs]
+        choices = [plan.answer.new_choice() for _ in plan.jobs]
         async for delta in deltas:
             if (piece := plan.choices[delta.index].add(delta)) is not None:
                 await choices[delta.index].add(piece)

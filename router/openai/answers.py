@@ -1,13 +1,15 @@
-"""The OpenAI answers, whole and streamed, as bytes. `router/openai/schemas.py` describes them for the OpenAPI document.
+"""`Answer`: one request's answer, whole or streamed, as bytes. `router/openai/schemas.py` describes it for clients.
 
-A streamed chunk costs one JSON string and one concatenation; nothing is validated on the way out.
+A completion and a chat differ in `AnswerShape`, which is data. A streamed chunk costs one JSON string and one
+concatenation; nothing is validated on the way out.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 import orjson
 
@@ -17,170 +19,171 @@ from tensorweave.router.openai.token_shapes import TokenShapes
 from tensorweave.router.openai.whole_choice import LogprobsJson, WholeChoice, ending, prompt_fields
 from tensorweave.router.pace import Pace
 from tensorweave.router.text.choices import Piece, Telling
+from tensorweave.router.text.token_track import ToldToken
 
 DONE: Final = b"data: [DONE]\n\n"
 
-
-class Answer(Protocol):
-    """How one request is answered: as one body, from whole choices, or as events."""
-
-    def choice(self) -> WholeChoice:
-        """One choice of a body, still empty."""
-
-    def whole(self, choices: Sequence[WholeChoice], usage: Usage, phase: ContextPhase | None = None) -> bytes:
-        """The body; `phase` where the request is the first phase of two, with one choice."""
-
-    def opening(self, num_choices: int, prompt: Sequence[int], usage: Usage | None) -> bytes:
-        """What comes before all text; `usage` is that of the prompt alone."""
-
-    async def event(self, piece: Piece, usage: Usage | None) -> bytes: ...
-
-    def usage_event(self, usage: Usage) -> bytes: ...
+LogprobColumns = Callable[[TokenShapes, Sequence[ToldToken], int], dict[str, list[Any]]]
 
 
-class AnswerHead:
-    """What all parts of one answer have in common: its fields, and the bytes around each chunk's choice."""
+@dataclass(frozen=True, slots=True)
+class AnswerShape:
+    """How a completion or a chat is written. `%b` in a template stands for the text as JSON.
 
-    def __init__(self, kind: str, answer_id: str, created: int, model: str, *, includes_usage: bool) -> None:
-        fields = {"id": answer_id, "object": kind, "created": created, "model": model}
+    Attributes:
+        id_prefix: Start of the answer's id.
+        kind: `object` of a whole answer.
+        chunk_kind: `object` of a streamed chunk.
+        whole: A whole choice's text.
+        delta: A streamed chunk's text.
+        first_delta: What each choice's stream starts with, in a chunk of its own; empty: there is none.
+        last_delta: What a chunk with the finish reason has for text; empty: the reason is beside the last text.
+        logprobs: The lists of a choice's `logprobs`.
+        logprobs_end: Its other fields.
+        has_prompt_in_choice: The prompt's fields are in each choice, else in the answer.
+    """
+
+    id_prefix: str
+    kind: str
+    chunk_kind: str
+    whole: bytes
+    delta: bytes
+    first_delta: bytes
+    last_delta: bytes
+    logprobs: LogprobColumns
+    logprobs_end: bytes
+    has_prompt_in_choice: bool
+
+
+COMPLETION_SHAPE: Final = AnswerShape(
+    id_prefix="cmpl",
+    kind="text_completion",
+    chunk_kind="text_completion",
+    whole=b'"text":%b',
+    delta=b'"text":%b',
+    first_delta=b"",
+    last_delta=b"",
+    logprobs=TokenShapes.completion_logprobs,
+    logprobs_end=b"",
+    has_prompt_in_choice=True,
+)
+CHAT_SHAPE: Final = AnswerShape(
+    id_prefix="chatcmpl",
+    kind="chat.completion",
+    chunk_kind="chat.completion.chunk",
+    whole=b'"message":{"role":"assistant","content":%b,"refusal":null}',
+    delta=b'"delta":{"content":%b}',
+    first_delta=b'"delta":{"role":"assistant","content":"","refusal":null}',
+    last_delta=b'"delta":{}',
+    logprobs=TokenShapes.chat_logprobs,
+    logprobs_end=b',"refusal":null',
+    has_prompt_in_choice=False,
+)
+
+
+class Answer:
+    """Used by one request. `includes_usage`: every chunk of a stream has `usage`, which may be null."""
+
+    def __init__(
+        self,
+        shape: AnswerShape,
+        telling: Telling,
+        tokens: TokenShapes,
+        *,
+        answer_id: str,
+        created_s: int,
+        model_name: str,
+        includes_usage: bool,
+    ) -> None:
+        self._shape = shape
+        self._telling = telling
+        self._tokens = tokens
+        fields = {"id": answer_id, "object": shape.kind, "created": created_s, "model": model_name}
         self._before_whole = orjson.dumps(fields)[:-1] + b',"choices":['
-        self._before = b"data: " + orjson.dumps({**fields, "object": chunk_kind(kind)})[:-1] + b',"choices":['
+        self._before = b"data: " + orjson.dumps({**fields, "object": shape.chunk_kind})[:-1] + b',"choices":['
         self._after = b',"usage":null}\n\n' if includes_usage else b"}\n\n"
 
-    def whole(self, choices: Sequence[bytes], usage: Usage, more: bytes) -> bytes:
-        return b"".join([self._before_whole, b",".join(choices), b'],"usage":', _json_of(usage), more, b"}"])
+    def new_choice(self) -> WholeChoice:
+        """One choice of a whole answer, still empty."""
+        return WholeChoice(self._telling, self._tokens, self._new_logprobs())
 
-    def event(self, choice: bytes, usage: Usage | None, more: bytes = b"") -> bytes:
+    def whole(self, choices: Sequence[WholeChoice], usage: Usage, phase: ContextPhase | None = None) -> bytes:
+        """The whole answer; with `phase`, that of a context phase, which has one choice."""
+        is_in_choice = self._shape.has_prompt_in_choice
+        phase_fields = b"" if phase is None else _rest(phase.choice_fields)
+        written = []
+        for index, choice in enumerate(choices):
+            fields = (choice.prompt_fields if is_in_choice else b"") + choice.token_fields + phase_fields
+            text = self._shape.whole % choice.text
+            written.append(_choice(index, text, choice.logprobs, choice.ending + fields))
+        about_prompt = b"" if is_in_choice else choices[0].prompt_fields
+        if phase is not None and (is_in_choice or not self._telling.has_token_ids):
+            about_prompt += _prompt_ids(phase.prompt)
+        usage_json = usage.model_dump_json().encode()
+        return b"".join([self._before_whole, b",".join(written), b'],"usage":', usage_json, about_prompt, b"}"])
+
+    def opening(self, num_choices: int, prompt: Sequence[int], usage: Usage | None) -> bytes:
+        """The chunks before all text; `usage` is the prompt's alone."""
+        if not (delta := self._shape.first_delta):
+            return b""
+        ids = _prompt_ids(prompt) if self._telling.has_token_ids else b""
+        chunks = []
+        for index in range(num_choices):
+            choice = _choice(index, delta, b"null", ending(None))
+            chunks.append(self._chunk(choice, usage, b"" if index else ids))
+        return b"".join(chunks)
+
+    async def event(self, piece: Piece, usage: Usage | None) -> bytes:
+        """The chunks for one piece: one, or its text and its finish reason apart."""
+        shape = self._shape
+        logprobs, fields = await self._written_logprobs(piece), self._token_fields(piece)
+        if piece.prompt is not None and shape.has_prompt_in_choice:
+            fields = await prompt_fields(piece.prompt, self._telling, self._tokens, Pace()) + fields
+        text = shape.delta % orjson.dumps(piece.text)
+        if not shape.last_delta:
+            return self._chunk(_choice(piece.index, text, logprobs, ending(piece) + fields), usage)
+        chunks = b""
+        if piece.text:
+            chunks = self._chunk(_choice(piece.index, text, logprobs, ending(None) + fields), usage)
+            logprobs, fields = b"null", b""
+        if piece.finish_reason is None:
+            return chunks
+        return chunks + self._chunk(_choice(piece.index, shape.last_delta, logprobs, ending(piece) + fields), usage)
+
+    def usage_event(self, usage: Usage) -> bytes:
+        return self._chunk(b"", usage)
+
+    def _chunk(self, choice: bytes, usage: Usage | None, more: bytes = b"") -> bytes:
         if usage is None:
             return self._before + choice + b"]" + more + self._after
-        return self._before + choice + b"]" + more + b',"usage":' + _json_of(usage) + b"}\n\n"
+        return self._before + choice + b"]" + more + b',"usage":' + usage.model_dump_json().encode() + b"}\n\n"
 
-
-def chunk_kind(kind: str) -> str:
-    return "chat.completion.chunk" if kind == "chat.completion" else kind
-
-
-class CompletionAnswer:
-    def __init__(self, head: AnswerHead, telling: Telling, shapes: TokenShapes) -> None:
-        self._head = head
-        self._telling = telling
-        self._shapes = shapes
-
-    def choice(self) -> WholeChoice:
-        return WholeChoice(self._telling, self._shapes, self._logprobs())
-
-    def _logprobs(self) -> LogprobsJson | None:
+    def _new_logprobs(self) -> LogprobsJson | None:
         if (num_top := self._telling.num_logprobs) is None:
             return None
-        return LogprobsJson(functools.partial(self._shapes.completion_logprobs, num_top=num_top))
+        columns = functools.partial(self._shape.logprobs, self._tokens, num_top=num_top)
+        return LogprobsJson(columns, self._shape.logprobs_end)
 
-    def whole(self, choices: Sequence[WholeChoice], usage: Usage, phase: ContextPhase | None = None) -> bytes:
-        told = [
-            b'{"index":%d,"text":%b,"logprobs":%b%b%b%b%b}'
-            % (
-                index,
-                choice.text,
-                choice.logprobs,
-                choice.ending,
-                choice.prompt_fields,
-                choice.token_fields,
-                _phase_fields(phase),
-            )
-            for index, choice in enumerate(choices)
-        ]
-        return self._head.whole(told, usage, b"" if phase is None else _prompt_ids(phase.prompt))
+    async def _written_logprobs(self, piece: Piece) -> bytes:
+        if (logprobs := self._new_logprobs()) is None:
+            return b"null"
+        await logprobs.add(piece, Pace())
+        return logprobs.json()
 
-    def opening(self, num_choices: int, prompt: Sequence[int], usage: Usage | None) -> bytes:
-        return b""
-
-    async def event(self, piece: Piece, usage: Usage | None) -> bytes:
-        beside = await _written(self._logprobs(), piece)
-        more = _rest(token_fields(piece, self._telling))
-        if piece.prompt is not None:
-            more = await prompt_fields(piece.prompt, self._telling, self._shapes, Pace()) + more
-        text = orjson.dumps(piece.text)
-        choice = b'{"index":%d,"text":%b,"logprobs":%b%b%b}' % (piece.index, text, beside, ending(piece), more)
-        return self._head.event(choice, usage)
-
-    def usage_event(self, usage: Usage) -> bytes:
-        return self._head.event(b"", usage)
+    def _token_fields(self, piece: Piece) -> bytes:
+        if not self._telling.has_token_ids:
+            return b""
+        return _rest({"token_ids": [token.token_id for token in piece.tokens]})
 
 
-class ChatAnswer:
-    """Chunks: the role, with the prompt's ids where they are asked for; then the text; then a chunk with the finish
-    reason and the tokens that leave no text."""
-
-    def __init__(self, head: AnswerHead, telling: Telling, shapes: TokenShapes) -> None:
-        self._head = head
-        self._telling = telling
-        self._shapes = shapes
-
-    def choice(self) -> WholeChoice:
-        return WholeChoice(self._telling, self._shapes, self._logprobs())
-
-    def _logprobs(self) -> LogprobsJson | None:
-        if (num_top := self._telling.num_logprobs) is None:
-            return None
-        return LogprobsJson(functools.partial(self._shapes.chat_logprobs, num_top=num_top), b',"refusal":null')
-
-    def whole(self, choices: Sequence[WholeChoice], usage: Usage, phase: ContextPhase | None = None) -> bytes:
-        told = [
-            b'{"index":%d,"message":{"role":"assistant","content":%b,"refusal":null},"logprobs":%b%b%b%b}'
-            % (index, choice.text, choice.logprobs, choice.ending, choice.token_fields, _phase_fields(phase))
-            for index, choice in enumerate(choices)
-        ]
-        about_prompt = choices[0].prompt_fields
-        if phase is not None and not self._telling.has_token_ids:
-            about_prompt += _prompt_ids(phase.prompt)
-        return self._head.whole(told, usage, about_prompt)
-
-    def opening(self, num_choices: int, prompt: Sequence[int], usage: Usage | None) -> bytes:
-        delta = b'{"role":"assistant","content":"","refusal":null}'
-        role = b'{"index":%d,"delta":' + delta + b',"logprobs":null,"finish_reason":null}'
-        ids = _prompt_ids(prompt) if self._telling.has_token_ids else b""
-        first, *others = [role % index for index in range(num_choices)]
-        return b"".join([self._head.event(first, usage, ids), *(self._head.event(role, usage) for role in others)])
-
-    async def event(self, piece: Piece, usage: Usage | None) -> bytes:
-        beside = await _written(self._logprobs(), piece)
-        ids = _rest(token_fields(piece, self._telling))
-        text = b""
-        if piece.text:
-            choice = b'{"index":%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":null%b}'
-            text = self._head.event(choice % (piece.index, orjson.dumps(piece.text), beside, ids), usage)
-            beside, ids = b"null", b""
-        if piece.finish_reason is None:
-            return text
-        choice = b'{"index":%d,"delta":{},"logprobs":%b%b%b}' % (piece.index, beside, ending(piece), ids)
-        return text + self._head.event(choice, usage)
-
-    def usage_event(self, usage: Usage) -> bytes:
-        return self._head.event(b"", usage)
-
-
-async def _written(logprobs: LogprobsJson | None, piece: Piece) -> bytes:
-    if logprobs is None:
-        return b"null"
-    await logprobs.add(piece, Pace())
-    return logprobs.json()
-
-
-def token_fields(piece: Piece, telling: Telling) -> dict[str, Any]:
-    return {"token_ids": [token.token_id for token in piece.tokens]} if telling.has_token_ids else {}
-
-
-def _phase_fields(phase: ContextPhase | None) -> bytes:
-    return b"" if phase is None else _rest(phase.choice_fields)
+def _choice(index: int, text: bytes, logprobs: bytes, fields: bytes) -> bytes:
+    return b'{"index":%d,%b,"logprobs":%b%b}' % (index, text, logprobs, fields)
 
 
 def _prompt_ids(prompt: Sequence[int]) -> bytes:
     return _rest({"prompt_token_ids": list(prompt)})
 
 
-def _json_of(usage: Usage) -> bytes:
-    return usage.model_dump_json().encode()
-
-
 def _rest(fields: dict[str, Any]) -> bytes:
-    """To be put behind other fields."""
-    return b"," + orjson.dumps(fields)[1:-1] if fields else b""
+    """As JSON, to follow other fields."""
+    return b"," + orjson.dumps(fields)[1:-1]

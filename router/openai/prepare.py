@@ -12,7 +12,7 @@ from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.protocol import GenerateRequest, ModelInfo, SamplingSpec
 from tensorweave.router.bodies.request_body import AnyRequest, RequestBody
 from tensorweave.router.bodies.tasks import CHAT, COMPLETION
-from tensorweave.router.openai.answers import Answer, AnswerHead, ChatAnswer, CompletionAnswer
+from tensorweave.router.openai.answers import CHAT_SHAPE, COMPLETION_SHAPE, Answer, AnswerShape
 from tensorweave.router.openai.disaggregated import check_phase
 from tensorweave.router.openai.request_names import RequestNames
 from tensorweave.router.openai.token_shapes import TokenShapes
@@ -54,18 +54,12 @@ async def plan_completion(service: RouterService, body: bytes, client_id: str | 
     """`client_id`: the client's own name for the request; should it ask again under it after its router was lost, it
     gets the answer that was begun for it."""
     read = await service.bodies.run(COMPLETION, body, await service.served())
-    names = _names("cmpl", read.request, client_id)
-    head = _head("text_completion", service, names, read.request)
-    return await _plan(
-        service, read, CompletionAnswer(head, read.request.telling, TokenShapes(service.tokenizer)), names
-    )
+    return await _plan(service, read, COMPLETION_SHAPE, client_id)
 
 
 async def plan_chat(service: RouterService, body: bytes, client_id: str | None = None) -> Plan:
     read = await service.bodies.run(CHAT, body, await service.served())
-    names = _names("chatcmpl", read.request, client_id)
-    head = _head("chat.completion", service, names, read.request)
-    return await _plan(service, read, ChatAnswer(head, read.request.telling, TokenShapes(service.tokenizer)), names)
+    return await _plan(service, read, CHAT_SHAPE, client_id)
 
 
 def _names(kind: str, request: AnyRequest, client_id: str | None) -> RequestNames:
@@ -75,15 +69,22 @@ def _names(kind: str, request: AnyRequest, client_id: str | None) -> RequestName
     return RequestNames(f"{kind}-{secrets.token_hex(16)}", None if is_one_phase else client_id)
 
 
-def _head(kind: str, service: RouterService, names: RequestNames, request: AnyRequest) -> AnswerHead:
-    created_s, has_usage = int(time.time()), request.includes_usage
-    return AnswerHead(kind, names.answer_id, created_s, service.model_name, includes_usage=has_usage)
+def _answer(service: RouterService, shape: AnswerShape, names: RequestNames, request: AnyRequest) -> Answer:
+    return Answer(
+        shape,
+        request.telling,
+        TokenShapes(service.tokenizer),
+        answer_id=names.answer_id,
+        created_s=int(time.time()),
+        model_name=service.model_name,
+        includes_usage=request.includes_usage,
+    )
 
 
-async def _plan(service: RouterService, read: RequestBody, answer: Answer, names: RequestNames) -> Plan:
+async def _plan(service: RouterService, read: RequestBody, shape: AnswerShape, client_id: str | None) -> Plan:
     """Gives way to the event loop between sequences: there may be hundreds, with a long prompt each."""
     request, prompts, info = read.request, read.prompts, await service.info()
-    phase, telling = request.disaggregated_params, request.telling
+    phase, telling, names = request.disaggregated_params, request.telling, _names(shape.id_prefix, request, client_id)
     if phase is not None:
         if not service.accepts_phases:
             raise RequestRejected(
@@ -115,7 +116,7 @@ async def _plan(service: RouterService, read: RequestBody, answer: Answer, names
     return Plan(
         jobs=jobs,
         choices=choices,
-        answer=answer,
+        answer=_answer(service, shape, names, request),
         prompt_lens=[len(prompt.token_ids) for prompt in prompts],
         n=request.n or 1,
         num_sequences=request.num_sequences,

@@ -117,8 +117,9 @@ async def prompt_fields(prompt: ToldPrompt, telling: Telling, shapes: TokenShape
     return fields
 
 
-def ending(piece: Piece) -> bytes:
-    if piece.finish_reason is None:
+def ending(piece: Piece | None) -> bytes:
+    """The reasons for a choice's end, as fields, each after a comma; None: it has not ended."""
+    if piece is None or piece.finish_reason is None:
         return b',"finish_reason":null'
     return b',"finish_reason":"%b","stop_reason":%b' % (piece.finish_reason.encode(), orjson.dumps(piece.stop_reason))
 

@@ -9,7 +9,7 @@ import pytest
 from tensorweave import LLM, KvCacheConfig, SamplingParams
 from tensorweave.cluster.errors import Overloaded
 from tensorweave.router.dispatch.admission import Limits
-from tensorweave.router.dispatch.policy import Plan
+from tensorweave.router.dispatch.policy import Route
 from tensorweave.router.dispatch.recovery import Recovery
 from tests.llmapi.small_llm import write_small_model
 from tests.router.fake_fleet import FakeLink
@@ -52,11 +52,11 @@ def test_a_full_gang_is_waited_for_where_that_is_wanted() -> None:
     link = FakeLink(model_info())
     full = Overloaded("16 requests are waiting or running", retry_after_s=1.0)
     patient = Recovery(Limits(waits_for_room=True))
-    patient.lose(Plan(None, link), full, num_sent=0)
+    patient.lose(Route(None, link), full, num_sent=0)
     assert patient.left([link]) == []
-    assert 0 < patient.backoff_s(has_begun=False) < 1
+    assert 0 < patient.start_over(has_begun=False) < 1
     assert patient.left([link]) == [link]
     hasty = Recovery(Limits())
-    hasty.lose(Plan(None, link), full, num_sent=0)
+    hasty.lose(Route(None, link), full, num_sent=0)
     with pytest.raises(Overloaded):
-        hasty.backoff_s(has_begun=False)
+        hasty.start_over(has_begun=False)
