@@ -62,23 +62,19 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
         "fakes": "engine executor gang kv rank.py sampling step",
     },
     "workers/transfer": {
-        "carriers/stream.py": "",
-        "window.py": "carriers/stream.py",
+        "transports/frame_connection.py": "",
+        "window.py": "transports/frame_connection.py",
         "fingerprint.py": "window.py",
         "transports/loader.py": "window.py",
-        "giving/offered_blocks.py": "transports/loader.py window.py",
-        "carriers/carrier.py": "giving/offered_blocks.py",
-        "transfer_stats.py": "carriers/carrier.py",
-        "transports": "carriers/carrier.py carriers/stream.py transports/loader.py window.py",
-        "giving": "carriers/carrier.py giving/offered_blocks.py transports/loader.py window.py",
-        "carriers": "carriers/carrier.py carriers/stream.py giving giving/offered_blocks.py transports"
+        "sending/offered_blocks.py": "transports/loader.py window.py",
+        "carrier.py": "sending/offered_blocks.py",
+        "transfer_stats.py": "carrier.py",
+        "transports": "carrier.py transports/frame_connection.py transports/loader.py window.py",
+        "sending": "carrier.py sending/offered_blocks.py transports/loader.py window.py",
+        "carriers": "carrier.py transports/frame_connection.py sending sending/offered_blocks.py transports"
         " transports/loader.py window.py",
-        "taking": "carriers/carrier.py giving giving/offered_blocks.py transfer_stats.py window.py",
-        "transfers.py": "carriers/carrier.py giving taking transfer_stats.py window.py",
-        "bench.py": "carriers carriers/carrier.py giving/offered_blocks.py taking transfer_stats.py transports"
-        " window.py",
-        "tcp_bench.py": "bench.py carriers carriers/carrier.py giving/offered_blocks.py taking transfer_stats.py"
-        " transports window.py",
+        "receiving": "carrier.py sending sending/offered_blocks.py transfer_stats.py window.py",
+        "transfers.py": "carrier.py sending receiving transfer_stats.py window.py",
     },
 }
 CIRCLES = frozenset(

@@ -6,7 +6,6 @@ concatenation; nothing is validated on the way out.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -161,8 +160,8 @@ class Answer:
     def _new_logprobs(self) -> LogprobsJson | None:
         if (num_top := self._telling.num_logprobs) is None:
             return None
-        columns = functools.partial(self._shape.logprobs, self._tokens, num_top=num_top)
-        return LogprobsJson(columns, self._shape.logprobs_end)
+        shape = self._shape
+        return LogprobsJson(lambda tokens: shape.logprobs(self._tokens, tokens, num_top), shape.logprobs_end)
 
     async def _written_logprobs(self, piece: Piece) -> bytes:
         if (logprobs := self._new_logprobs()) is None:
