@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from tensorweave.cluster.errors import WireError
 from tensorweave.cluster.fields import as_bytes, checked
-from tensorweave.cluster.sampling_spec import Logprob, TokenLogprobs
+from tensorweave.cluster.logprobs import Logprob, TokenLogprobs
 
 _INT: Final[np.dtype[Any]] = np.dtype("<i4")
 _COLUMNS: Final[tuple[np.dtype[Any], ...]] = (_INT, _INT, np.dtype("<f8"), _INT)

@@ -17,16 +17,11 @@ from typing import Any, Final, Literal, get_args
 from tensorweave.cluster.errors import TensorweaveError, WireError, error_from_wire
 from tensorweave.cluster.fields import as_bytes, checked
 from tensorweave.cluster.kv_source import KvEndpoint, KvSource, LinkMeasurement, Ticket
+from tensorweave.cluster.logprobs import Logprob, TokenLogprobs, logprobs_from_wire, logprobs_to_wire
 from tensorweave.cluster.packed_logprobs import PackedLogprobs
 from tensorweave.cluster.retention import DEFAULT_RETENTION_PRIORITY, Retention, RetentionRange
 from tensorweave.cluster.sampling_defaults import SamplingDefaults
-from tensorweave.cluster.sampling_spec import (
-    Logprob,
-    SamplingSpec,
-    TokenLogprobs,
-    logprobs_from_wire,
-    logprobs_to_wire,
-)
+from tensorweave.cluster.sampling_spec import SamplingSpec
 
 __all__ = [
     "DEFAULT_RETENTION_PRIORITY",
@@ -53,7 +48,7 @@ __all__ = [
     "unpack_tokens",
 ]
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 
 FinishReason = Literal["stop", "length", "timeout", "cancelled", "not_finished"]
 Role = Literal["prefill", "decode", "both"]

@@ -1,12 +1,15 @@
-"""Types of request fields: what pydantic checks of them, and, where a validator does more, what the document says."""
+"""Types of request fields: what pydantic checks of them, and, where a validator does more, what the OpenAPI document
+says."""
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Final
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from tensorweave.cluster.sampling_spec import KNOBS, Knob
 from tensorweave.router.sampling.checks import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
 
 MAX_LOGPROBS: Final = 20
@@ -33,18 +36,14 @@ def _check_seed(value: Any) -> Any:
 
 # A bound stands before the validator: behind it, the document would not tell it.
 Integer = Annotated[int, BeforeValidator(whole)]
-AtLeast0 = Annotated[int, Field(ge=0), BeforeValidator(whole)]
 AtLeast1 = Annotated[int, Field(ge=1), BeforeValidator(whole)]
 NumSequences = Annotated[int, Field(ge=1, le=128), BeforeValidator(whole)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), BeforeValidator(whole)]
-TopK = Annotated[int, Field(ge=-1), BeforeValidator(whole)]
 Priority = Annotated[int, Field(ge=-(2**31), le=2**31 - 1), BeforeValidator(whole)]
 Seed = Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX), BeforeValidator(_check_seed), BeforeValidator(whole)]
 Integers = Annotated[list[int], BeforeValidator(whole_items)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(whole_items)]
 
-Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
@@ -67,3 +66,22 @@ Prompt = Annotated[
         }
     ),
 ]
+
+
+def knob_fields() -> dict[str, Any]:
+    """The knobs as fields of a body."""
+    return {name: (_knob_type(knob) | None, Field(None, description=_describe(knob))) for name, knob in KNOBS.items()}
+
+
+def _knob_type(knob: Knob) -> Any:
+    high = knob.high if knob.http_high is None else knob.http_high
+    bounds: dict[str, Any] = {"gt" if knob.is_low_open else "ge": knob.asked_low}
+    if math.isfinite(high):
+        bounds["le"] = high
+    if knob.is_integer:
+        return Annotated[int, Field(**bounds), BeforeValidator(whole)]
+    return Annotated[float, Field(**bounds, allow_inf_nan=False)]
+
+
+def _describe(knob: Knob) -> str:
+    return f"Extension. {knob.doc}" if knob.is_extension else knob.doc

@@ -1,194 +1,21 @@
-"""The OpenAI request bodies of /v1/completions and /v1/chat/completions, and what their fields ask for.
-
-Names are OpenAI's, vLLM's and TensorRT-LLM's; what is an extension of OpenAI's API says so.
-"""
+"""The OpenAI request bodies of /v1/completions and /v1/chat/completions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from hashlib import blake2b
-from typing import Annotated, Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from tensorweave.cluster.errors import RequestRejected
-from tensorweave.router.openai.disaggregated import DisaggregatedParams
-from tensorweave.router.openai.field_types import (
-    TOKEN_ID,
-    AtLeast0,
-    AtLeast1,
-    Bias,
-    Integer,
-    Integers,
-    NumLogprobs,
-    NumSequences,
-    Penalty,
-    Positive,
-    Priority,
-    Probability,
-    Prompt,
-    Seed,
-    Stop,
-    TokenIds,
-    TokenKey,
-    TopK,
-    whole_items,
-)
+from tensorweave.router.openai.field_types import AtLeast1, Integers, NumLogprobs, NumSequences, Prompt, whole_items
+from tensorweave.router.openai.generate_body import GenerateBody
 from tensorweave.router.openai.messages import ChatMessage, check_messages
-from tensorweave.router.openai.not_built import IN_BOTH, IN_CHATS, IN_COMPLETIONS, NotBuilt
-from tensorweave.router.openai.parsing import Strict
-from tensorweave.router.openai.service_fields import NO_CHANGE, ServiceFields, ServiceName
-from tensorweave.router.sampling.sampling import SamplingFields, check_stop_strings
+from tensorweave.router.openai.not_built import IN_CHATS, IN_COMPLETIONS, NotBuilt
+from tensorweave.router.openai.service_fields import NO_CHANGE, ServiceName
 from tensorweave.router.text.choices import Telling
 
 DEFAULT_COMPLETION_TOKENS: Final = 16
-_MAX_SESSION_CHARS: Final = 256
 _EMPTY_MESSAGE: Final = ChatMessage(role="user", content="")
-
-
-class StreamOptions(Strict):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = Field(
-        None, description="Extension. With `include_usage`: usage so far on every chunk."
-    )
-    include_obfuscation: bool | None = Field(None, description="Accepted; chunks are never padded.")
-
-
-class GenerateBody(ServiceFields):
-    """The fields that both bodies share."""
-
-    OFF: ClassVar[NotBuilt] = IN_BOTH
-
-    model: str
-    max_tokens: Integer | None = Field(
-        None, description="At most so many tokens, and no more than the context has room for."
-    )
-    n: NumSequences | None = None
-    seed: Seed | None = None
-    stop: Stop = Field(None, description="A string or a list of strings.")
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Probability | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    logit_bias: dict[TokenKey, Bias] | None = Field(
-        None, max_length=1024, description="Added to the logits, by token id."
-    )
-
-    top_k: TopK | None = Field(None, description="Extension. 0 or -1: off.")
-    min_p: Probability | None = Field(None, description="Extension. Least part of the likeliest token's probability.")
-    repetition_penalty: Positive | None = Field(None, description="Extension. 1: off.")
-    no_repeat_ngram_size: AtLeast0 | None = Field(None, description="Extension. 0: off.")
-    bad_words: list[Annotated[str, Field(min_length=1, max_length=1024)]] | None = Field(
-        None, max_length=256, description="Extension. Never generated, at a word's beginning or within one."
-    )
-    top_p_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Extension. Per token.")
-    top_p_min: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Extension. The least top_p.")
-    top_p_reset_ids: AtLeast0 | None = Field(None, description="Extension. After this token, top_p begins anew.")
-    min_tokens: AtLeast0 | None = Field(None, description="Extension. No stop before so many tokens.")
-    ignore_eos: bool | None = Field(None, description="Extension. Go on past the model's end of sequence.")
-    stop_token_ids: TokenIds | None = Field(None, description="Extension.")
-    include_stop_str_in_output: bool | None = Field(None, description="Extension.")
-    prompt_logprobs: NumLogprobs | None = Field(
-        None, description="Extension. Log-probabilities of the prompt's tokens, and of so many likeliest. Not streamed."
-    )
-    return_token_ids: bool | None = Field(None, description="Extension. Token ids of prompt and answer.")
-    skip_special_tokens: bool | None = Field(None, description="Extension. Default true.")
-    spaces_between_special_tokens: bool | None = Field(None, description="Extension. Default true.")
-    truncate_prompt_tokens: AtLeast1 | None = Field(None, description="Extension. Keep the last so many prompt tokens.")
-    add_special_tokens: bool | None = Field(
-        None, description="Extension. Default: true for completions, false for chats."
-    )
-    cache_salt: str | None = Field(
-        None, min_length=1, max_length=256, description="Extension. Share cached prompts only under one salt."
-    )
-    priority: Priority | None = Field(None, description="Extension. Higher goes first.")
-    timeout_s: Positive | None = Field(None, description="Extension. The request's deadline.")
-    user: Any = Field(None, description="Requests of one user go to one gang where that costs nothing.")
-    prompt_cache_key: Any = Field(None, description="As `user`, and before it.")
-    disaggregated_params: DisaggregatedParams | None = Field(None, description="Extension. One phase sent by hand.")
-
-    @property
-    def session(self) -> str | None:
-        return next((key for key in (self.prompt_cache_key, self.user) if isinstance(key, str) and key), None)
-
-    @property
-    def stop_strings(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-
-    @property
-    def includes_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    @property
-    def has_running_usage(self) -> bool:
-        """As vLLM has it, only where usage is asked for at all."""
-        return self.includes_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
-
-    @property
-    def num_sequences(self) -> int:
-        """Of one prompt, those that are generated; `n` of them are told."""
-        return self.n or 1
-
-    def without_bulk(self) -> Self:
-        """A copy in which what may be as large as a body is empty or short: prompts and bad words, which are known as
-        tokens by then, and what changes nothing. It is still valid, and `session` still tells sessions apart."""
-        session = self.session
-        if session is not None and len(session) > _MAX_SESSION_CHARS:
-            session = blake2b(session.encode(), digest_size=16).hexdigest()
-        unread = dict.fromkeys((*ServiceFields.model_fields, "bad_words", "user"))
-        return self.model_copy(update={**unread, "prompt_cache_key": session})
-
-    @field_validator("stop")
-    @classmethod
-    def _check_stop(cls, stop: Any) -> Any:
-        if stop is not None:
-            check_stop_strings([stop] if isinstance(stop, str) else stop)
-        return stop
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _check_logit_bias(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
-        for key in bias or ():
-            if not TOKEN_ID.fullmatch(key):
-                raise RequestRejected(f"logit_bias has {key[:32]!r}, which is no token id", param="logit_bias")
-        return bias
-
-    @model_validator(mode="after")
-    def _check_stream(self) -> GenerateBody:
-        if self.stream_options is not None and not self.stream:
-            raise RequestRejected("stream_options is only allowed with stream: true", param="stream_options")
-        if self.prompt_logprobs is not None and self.stream:
-            raise RequestRejected("prompt_logprobs are not streamed", param="prompt_logprobs")
-        return self
-
-    def sampling(
-        self, telling: Telling, *, max_tokens: int | None, bad_token_ids: Sequence[Sequence[int]]
-    ) -> SamplingFields:
-        return SamplingFields(
-            max_tokens=max_tokens,
-            min_tokens=self.min_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            seed=self.seed,
-            stop=self.stop_strings,
-            stop_token_ids=self.stop_token_ids or (),
-            ignore_eos=bool(self.ignore_eos),
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            no_repeat_ngram_size=self.no_repeat_ngram_size,
-            bad_token_ids=bad_token_ids,
-            logit_bias={int(key): value for key, value in (self.logit_bias or {}).items()},
-            top_p_decay=self.top_p_decay,
-            top_p_min=self.top_p_min,
-            top_p_reset_id=self.top_p_reset_ids,
-            logprobs=telling.num_output_logprobs,
-            prompt_logprobs=telling.num_computed_prompt_logprobs,
-        )
 
 
 class CompletionRequest(GenerateBody):

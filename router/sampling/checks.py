@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from tensorweave.cluster.errors import RequestRejected
+from tensorweave.cluster.sampling_spec import MAX_INT, Knob
 
 MAX_STOP_STRINGS: Final = 64
 MAX_STOP_STRING_CHARS: Final = 1024
@@ -81,12 +82,19 @@ def check_processors(names: object) -> None:
         raise RequestRejected(f"{param} has more than {MAX_LOGITS_PROCESSORS} entries", param=param)
 
 
+def check_knob(name: str, knob: Knob, value: object) -> None:
+    if knob.is_integer:
+        check_int(name, value, low=knob.asked_low, high=knob.high)
+    else:
+        check_number(name, value, low=knob.asked_low, high=knob.high, is_low_open=knob.is_low_open)
+
+
 def check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise RequestRejected(f"{name} must be a boolean", param=name)
 
 
-def check_int(name: str, value: object, *, low: int, high: int = 2**31 - 1, is_needed: bool = False) -> None:
+def check_int(name: str, value: object, *, low: float, high: float = MAX_INT, is_needed: bool = False) -> None:
     if value is None and not is_needed:
         return
     if not isinstance(value, int) or isinstance(value, bool):

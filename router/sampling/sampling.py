@@ -10,11 +10,12 @@ import dataclasses
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from tensorweave.cluster.context_length import context_exceeded
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.protocol import ModelInfo, SamplingDefaults, SamplingSpec
+from tensorweave.cluster.sampling_spec import KNOBS, SamplingKnobs
 from tensorweave.router.sampling.checks import (
     MAX_STOP_TOKEN_IDS,
     check_bad_words,
@@ -22,52 +23,30 @@ from tensorweave.router.sampling.checks import (
     check_embedding_bias,
     check_ids,
     check_int,
+    check_knob,
     check_logit_bias,
-    check_number,
     check_processors,
     check_stop_strings,
 )
 
-__all__ = [
-    "SamplingFields",
-    "check_prompt",
-    "check_stop_strings",
-    "nth_seed",
-    "resolve_sampling",
-    "with_defaults",
-]
-
-_SEED_BITS: Final = 63
+SEED_BITS: Final = 63
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingFields:
+@dataclass(kw_only=True, slots=True)
+class SamplingFields(SamplingKnobs):
     """What a request says about sampling; None is "not said". Checked on construction, so far as no model is needed.
 
-    Greedy is asked for by temperature 0, top_p 0, top_k 1 or min_p 1. `top_k` 0 or -1 is off. `embedding_bias` is
-    packed little-endian float32, one number for each token of the vocabulary. Names and meanings are `SamplingSpec`'s.
+    Greedy is asked for by temperature 0, top_p 0, top_k 1 or min_p 1. `embedding_bias` is packed little-endian float32,
+    one number for each token of the vocabulary. Names and meanings are those of `SamplingSpec`.
     """
 
     max_tokens: int | None = None
-    min_tokens: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    seed: int | None = None
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    no_repeat_ngram_size: int | None = None
     bad_token_ids: Sequence[Sequence[int]] = ()
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     embedding_bias: bytes = field(default=b"", repr=False)
-    top_p_decay: float | None = None
-    top_p_min: float | None = None
-    top_p_reset_id: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     wants_context_logits: bool = False
@@ -76,22 +55,11 @@ class SamplingFields:
     uses_batched_processor: bool = False
 
     def __post_init__(self) -> None:
+        for name, knob in KNOBS.items():
+            check_knob(name, knob, getattr(self, name))
         check_int("max_tokens", self.max_tokens, low=1, high=2**63 - 1)
-        check_int("min_tokens", self.min_tokens, low=0)
-        check_int("top_k", self.top_k, low=-1)
-        check_int("seed", self.seed, low=-(2**63), high=2**64 - 1)
-        check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, low=0)
         check_int("logprobs", self.logprobs, low=0)
         check_int("prompt_logprobs", self.prompt_logprobs, low=0)
-        check_int("top_p_reset_ids", self.top_p_reset_id, low=0)
-        check_number("temperature", self.temperature)
-        check_number("top_p", self.top_p, high=1.0)
-        check_number("min_p", self.min_p, high=1.0)
-        check_number("top_p_decay", self.top_p_decay, high=1.0, is_low_open=True)
-        check_number("top_p_min", self.top_p_min, high=1.0, is_low_open=True)
-        check_number("repetition_penalty", self.repetition_penalty, is_low_open=True)
-        check_number("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
-        check_number("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
         check_bool("ignore_eos", self.ignore_eos)
         check_bool("return_context_logits", self.wants_context_logits)
         check_bool("return_generation_logits", self.wants_generation_logits)
@@ -129,8 +97,8 @@ def resolve_sampling(
     Args:
         fields: What the request said.
         prompt_len: Tokens of the prompt.
-        info: The model's limits and end-of-sequence ids, and the sampling fields of its generation_config.json, which
-            hold one by one where the request gives none.
+        info: The model's limits, end-of-sequence ids, and the sampling fields of its generation_config.json, each of
+            which applies where the request gives none.
         default_temperature: Where neither gives one: 1 over HTTP; the LLM API passes 0 if nothing asks to sample.
         default_max_tokens: Where the request gives none: this, or what generation_config.json says if that is less.
             None, or more than there is room for: all the room left.
@@ -154,16 +122,11 @@ def resolve_sampling(
         is_capped=caps_max_tokens,
         prompt_param=prompt_param,
     )
-    fields = with_defaults(fields, info.sampling_defaults)
-    temperature = default_temperature if fields.temperature is None else float(fields.temperature)
-    spec = SamplingSpec(
+    fields = with_defaults(fields, info.sampling_defaults, temperature=default_temperature)
+    knobs = _resolve_knobs(fields, draw_seed)
+    return SamplingSpec(
         max_tokens=max_tokens,
-        min_tokens=min(fields.min_tokens or 0, max_tokens),
         stop_token_ids=tuple(dict.fromkeys([*fields.stop_token_ids, *(() if fields.ignore_eos else info.end_ids)])),
-        repetition_penalty=_or(fields.repetition_penalty, 1.0),
-        presence_penalty=_or(fields.presence_penalty, 0.0),
-        frequency_penalty=_or(fields.frequency_penalty, 0.0),
-        no_repeat_ngram_size=fields.no_repeat_ngram_size or 0,
         bad_words=tuple(tuple(word) for word in fields.bad_token_ids),
         logit_bias=tuple((token_id, float(bias)) for token_id, bias in fields.logit_bias.items()),
         embedding_bias=bytes(fields.embedding_bias),
@@ -173,36 +136,34 @@ def resolve_sampling(
         wants_generation_logits=fields.wants_generation_logits,
         logits_processors=tuple(fields.logits_processors),
         uses_batched_processor=fields.uses_batched_processor,
-    )
-    if fields.is_greedy or temperature == 0:
-        return spec
-    return dataclasses.replace(
-        spec,
-        temperature=temperature,
-        top_k=min(max(fields.top_k or 0, 0), info.vocab_size),
-        top_p=_or(fields.top_p, 1.0),
-        min_p=_or(fields.min_p, 0.0),
-        top_p_decay=_or(fields.top_p_decay, 1.0),
-        top_p_min=_or(fields.top_p_min, 0.0),
-        top_p_reset_id=-1 if fields.top_p_reset_id is None else fields.top_p_reset_id,
-        seed=nth_seed(draw_seed(_SEED_BITS) if fields.seed is None else fields.seed, 0),
+        **{**knobs, "min_tokens": min(fields.min_tokens or 0, max_tokens)},
     )
 
 
-def with_defaults(fields: SamplingFields, defaults: SamplingDefaults) -> SamplingFields:
-    """The request's fields, and the model's own where it says nothing; `max_tokens` is for `resolve_sampling`."""
-    own = {name: value for name, value in defaults.said().items() if name != "max_tokens"}
-    missing = {name: value for name, value in own.items() if getattr(fields, name) is None}
+def with_defaults(
+    fields: SamplingFields, defaults: SamplingDefaults, *, temperature: float | None = None
+) -> SamplingFields:
+    """The request's knobs, and the model's own where it says nothing. `temperature` applies where neither has one."""
+    known = {**defaults.to_wire()} if temperature is None else {"temperature": temperature, **defaults.to_wire()}
+    missing = {name: value for name, value in known.items() if name in KNOBS and getattr(fields, name) is None}
     return dataclasses.replace(fields, **missing) if missing else fields
 
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else float(value)
+def _resolve_knobs(fields: SamplingFields, draw_seed: Callable[[int], int]) -> dict[str, Any]:
+    """Those that are not off. Of a greedy request, none that says how tokens are drawn."""
+    values: dict[str, Any] = {}
+    for name, knob in KNOBS.items():
+        value = getattr(fields, name)
+        if value is not None and value != knob.off_alias and not (knob.is_random and fields.is_greedy):
+            values[name] = value if knob.is_integer else float(value)
+    if not fields.is_greedy:
+        values["seed"] = nth_seed(draw_seed(SEED_BITS) if fields.seed is None else fields.seed, 0)
+    return values
 
 
 def nth_seed(seed: int, index: int) -> int:
     """The seed of the `index`-th of n sequences of one request."""
-    return (seed + index) % (1 << _SEED_BITS)
+    return (seed + index) % (1 << SEED_BITS)
 
 
 def _max_tokens(
@@ -229,8 +190,8 @@ def _check_vocabulary(fields: SamplingFields, vocab_size: int) -> None:
     """Every token id that a field names must be one."""
     ids = [("stop_token_ids", fields.stop_token_ids), ("logit_bias", fields.logit_bias)]
     ids += [("bad_token_ids", word) for word in fields.bad_token_ids]
-    if fields.top_p_reset_id is not None:
-        ids.append(("top_p_reset_ids", (fields.top_p_reset_id,)))
+    if fields.top_p_reset_ids is not None:
+        ids.append(("top_p_reset_ids", (fields.top_p_reset_ids,)))
     for name, tokens in ids:
         for token_id in tokens:
             if token_id >= vocab_size:

@@ -9,10 +9,11 @@ from numbers import Integral, Real
 from typing import Any, Final
 
 from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.cluster.sampling_spec import KNOBS
 from tensorweave.llmapi.sampling_params import SamplingParams
 from tensorweave.router.dispatch.admission import Limits
-from tensorweave.router.sampling.checks import check_bool
-from tensorweave.router.sampling.sampling import SamplingFields, check_stop_strings
+from tensorweave.router.sampling.checks import check_bool, check_stop_strings
+from tensorweave.router.sampling.sampling import SamplingFields
 from tensorweave.router.text.tokens import Tokenizer
 from tensorweave.workers.sampling.logits import pack_bias
 
@@ -54,25 +55,13 @@ def to_fields(params: SamplingParams, tokenizer: Tokenizer | None, processors: S
     """
     check_supported(params)
     return SamplingFields(
+        **{name: getattr(params, name) for name in KNOBS},
         max_tokens=params.max_tokens,
-        min_tokens=params.min_tokens,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        seed=params.seed,
         stop=stop_strings(params, tokenizer),
         stop_token_ids=() if params.stop_token_ids is None else _sequence("stop_token_ids", params.stop_token_ids),
         ignore_eos=params.ignore_eos,
-        repetition_penalty=params.repetition_penalty,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        no_repeat_ngram_size=params.no_repeat_ngram_size,
         bad_token_ids=_bad_words(params, tokenizer),
         embedding_bias=b"" if params.embedding_bias is None else pack_bias(params.embedding_bias),
-        top_p_decay=params.top_p_decay,
-        top_p_min=params.top_p_min,
-        top_p_reset_id=params.top_p_reset_ids,
         logprobs=0 if params.logprobs is None and ranks_sequences(params) else params.logprobs,
         prompt_logprobs=params.prompt_logprobs,
         wants_context_logits=params.return_context_logits,

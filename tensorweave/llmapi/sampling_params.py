@@ -1,18 +1,30 @@
-"""`SamplingParams`: how a person asks for tokens. `llmapi.sampling_fields` checks it and resolves it to the wire's
-`SamplingSpec`."""
+"""`SamplingParams`: how a user asks for tokens. `llmapi.sampling_fields` checks it and resolves it to the wire's
+`SamplingSpec`. Its knobs are defined in `cluster.sampling_spec`."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from tensorweave.cluster.sampling_spec import KNOBS, SamplingKnobs
+
+_T = TypeVar("_T")
 _PROTOTYPE = {"status": "prototype"}
 
 
+def _describe_knobs(cls: type[_T]) -> type[_T]:
+    """Add what the inherited knobs mean to the arguments that the class's docstring describes."""
+    knobs = [f"    {name}: {knob.doc}" for name, knob in KNOBS.items()]
+    cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), *knobs])
+    return cls
+
+
+@_describe_knobs
 @dataclass(kw_only=True, slots=True)
-class SamplingParams:
+class SamplingParams(SamplingKnobs):
     """Greedy when temperature, top_p and top_k are all unset, or with temperature 0, top_p 0, top_k 1 or min_p 1.
 
     Order of the transforms: logits processors, biases and banned words, penalties, temperature, min_p, top_k, top_p.
@@ -23,7 +35,6 @@ class SamplingParams:
         end_id: End-of-sequence id in place of the tokenizer's and the model's.
         pad_id: A token id. Batches are packed here, never padded, so no output holds it.
         max_tokens: Most tokens to generate.
-        min_tokens: No end-of-sequence and no stop token before this many are out.
         n: Sequences to return. The i-th (from 0) has the seed `seed + i`.
         best_of: Sequences to generate; the `n` with the highest cumulative log-probability are returned, best first.
             Default: `n`.
@@ -32,18 +43,6 @@ class SamplingParams:
         early_stopping: Not supported yet: beam search only.
         beam_width_array: Not supported yet: beam search only.
         length_penalty: Not supported yet: beam search only.
-        seed: Decides the random numbers; None: drawn anew for each request.
-        temperature: Divides the logits; above 1 flatter, below 1 sharper.
-        top_k: Sample among the k likeliest tokens; 0 or None: all.
-        top_p: Sample among the likeliest tokens that together reach this probability.
-        top_p_decay: Multiplies top_p after every token.
-        top_p_min: Where the decay of top_p ends.
-        top_p_reset_ids: The token id after which top_p starts anew.
-        min_p: Drop tokens less likely than this share of the likeliest one's probability.
-        repetition_penalty: Divides positive and multiplies negative logits of tokens in prompt or output.
-        presence_penalty: Taken once from the logit of each token in the output.
-        frequency_penalty: Taken from a token's logit as many times as it is in the output.
-        no_repeat_ngram_size: No sequence of so many tokens comes twice in prompt and output.
         stop: Strings that end the text where they first appear.
         stop_token_ids: Token ids that end the sequence.
         include_stop_str_in_output: Keep the stop string, or the text of the stop token, at the end of the text.
@@ -77,7 +76,6 @@ class SamplingParams:
     end_id: int | None = None
     pad_id: int | None = None
     max_tokens: int = 32
-    min_tokens: int | None = None
     n: int = 1
     best_of: int | None = None
     use_beam_search: bool = False
@@ -85,18 +83,6 @@ class SamplingParams:
     early_stopping: int | None = None
     beam_width_array: Sequence[int] | None = field(default=None, metadata=_PROTOTYPE)
     length_penalty: float | None = None
-    seed: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    top_p_decay: float | None = None
-    top_p_min: float | None = None
-    top_p_reset_ids: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    no_repeat_ngram_size: int | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tensorweave.cluster.sampling_spec import Logprob as Told
+from tensorweave.cluster.logprobs import Logprob as Told
 from tensorweave.llmapi.outputs import RequestOutput, Update, Wishes
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 from tensorweave.cluster.context_length import context_exceeded
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.protocol import GenerateRequest, ModelInfo, SamplingSpec
+from tensorweave.cluster.sampling_spec import KNOBS, SPEC_OFF
 
 MAX_LOGITS_BYTES: Final = 256 << 20
 """Of one request's logits in all: they are held, sent and held again."""
@@ -36,20 +36,12 @@ def check_fits(request: GenerateRequest, info: ModelInfo) -> None:
 
 def _check_sampling(sampling: SamplingSpec, vocab_size: int) -> None:
     """What a step cannot compute with must not get there; what makes sense is for the caller to say."""
-    limits = [
-        ("temperature", sampling.temperature, math.inf),
-        ("top_p", sampling.top_p, 1.0),
-        ("min_p", sampling.min_p, 1.0),
-        ("top_k", sampling.top_k, math.inf),
-        ("top_p_decay", sampling.top_p_decay, 1.0),
-        ("repetition_penalty", sampling.repetition_penalty, math.inf),
-        ("no_repeat_ngram_size", sampling.no_repeat_ngram_size, math.inf),
-        ("logprobs", sampling.num_logprobs or 0, vocab_size),
-        ("prompt_logprobs", sampling.num_prompt_logprobs or 0, vocab_size),
-    ]
-    for param, value, high in limits:
-        if not 0 <= value <= high:
-            raise RequestRejected(f"{param} is {value}, must be between 0 and {high:g}", param=param)
+    for name, knob in KNOBS.items():
+        value = getattr(sampling, name)
+        if value != SPEC_OFF[name]:
+            _check_between(name, value, knob.low, knob.high)
+    _check_between("logprobs", sampling.num_logprobs or 0, 0, vocab_size)
+    _check_between("prompt_logprobs", sampling.num_prompt_logprobs or 0, 0, vocab_size)
     ids = [
         ("stop_token_ids", sampling.stop_token_ids if sampling.min_tokens else ()),
         ("logit_bias", tuple(token for token, _ in sampling.logit_bias)),
@@ -60,6 +52,11 @@ def _check_sampling(sampling: SamplingSpec, vocab_size: int) -> None:
             raise RequestRejected(f"{param} has an id outside the vocabulary of {vocab_size}, or none", param=param)
     if len(sampling.embedding_bias) not in (0, 4 * vocab_size):
         raise RequestRejected(f"embedding_bias is not for a vocabulary of {vocab_size}", param="embedding_bias")
+
+
+def _check_between(param: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise RequestRejected(f"{param} is {value}, must be between {low:g} and {high:g}", param=param)
 
 
 def _check_what_is_told(sampling: SamplingSpec, num_prompt: int, vocab_size: int) -> None:

@@ -163,7 +163,7 @@ class TopPDecay(SamplingRule):
 
     def advance(self, tokens: Sequence[int]) -> None:
         for token in tokens:
-            self._num_since_reset = 0 if token == self._spec.top_p_reset_id else self._num_since_reset + 1
+            self._num_since_reset = 0 if token == self._spec.top_p_reset_ids else self._num_since_reset + 1
 
     def roll_back(self, num_tokens: int) -> None:
         history = self._history

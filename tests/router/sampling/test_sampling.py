@@ -56,7 +56,7 @@ def test_wrong_fields_are_named(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        ("top_p_reset_id", -1, "top_p_reset_ids"),
+        ("top_p_reset_ids", -1, "top_p_reset_ids"),
         ("wants_context_logits", 1, "return_context_logits"),
         ("wants_generation_logits", "yes", "return_generation_logits"),
         ("logits_processors", "name", "logits_processor"),
@@ -76,7 +76,7 @@ def test_fields_are_named_as_people_know_them(field: str, value: Any, named: str
         ("stop_token_ids", [VOCAB], "stop_token_ids"),
         ("logit_bias", {VOCAB: 1.0}, "logit_bias"),
         ("bad_token_ids", [[1], [2, VOCAB]], "bad_token_ids"),
-        ("top_p_reset_id", VOCAB, "top_p_reset_ids"),
+        ("top_p_reset_ids", VOCAB, "top_p_reset_ids"),
         ("embedding_bias", bytes(4 * VOCAB - 4), "embedding_bias"),
         ("logprobs", VOCAB + 1, "logprobs"),
         ("prompt_logprobs", VOCAB + 1, "prompt_logprobs"),
@@ -135,8 +135,8 @@ def test_penalties_and_biases_hold_for_greedy_too(temperature: float) -> None:
 
 
 def test_top_p_decays_where_it_samples() -> None:
-    spec = resolve(top_p=0.9, top_p_decay=0.5, top_p_min=0.2, top_p_reset_id=3)
-    assert (spec.top_p, spec.top_p_decay, spec.top_p_min, spec.top_p_reset_id) == (0.9, 0.5, 0.2, 3)
+    spec = resolve(top_p=0.9, top_p_decay=0.5, top_p_min=0.2, top_p_reset_ids=3)
+    assert (spec.top_p, spec.top_p_decay, spec.top_p_min, spec.top_p_reset_ids) == (0.9, 0.5, 0.2, 3)
 
 
 def test_defaults_over_http_are_openais() -> None:

@@ -73,7 +73,7 @@ def top_p_now(spec: SamplingSpec, output: Sequence[int]) -> float:
     top_p = spec.top_p
     for token in output:
         decayed = max(top_p * spec.top_p_decay, min(spec.top_p, spec.top_p_min))
-        top_p = spec.top_p if token == spec.top_p_reset_id else decayed
+        top_p = spec.top_p if token == spec.top_p_reset_ids else decayed
     return top_p
 
 
@@ -101,8 +101,8 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
     "min_tokens": [{"min_tokens": 4, "stop_token_ids": (1, 9, 20)}],
     "decay": [
         {"temperature": 1.0, "top_p": 0.9, "top_p_decay": 0.7, "top_p_min": 0.2},
-        {"temperature": 1.0, "top_p": 0.9, "top_p_decay": 0.5, "top_p_reset_id": 3},
-        {"temperature": 1.0, "top_p": 1.0, "top_p_decay": 0.8, "top_p_min": 0.3, "top_p_reset_id": 4},
+        {"temperature": 1.0, "top_p": 0.9, "top_p_decay": 0.5, "top_p_reset_ids": 3},
+        {"temperature": 1.0, "top_p": 1.0, "top_p_decay": 0.8, "top_p_min": 0.3, "top_p_reset_ids": 4},
     ],
     "temperature": [{"temperature": t} for t in (0.4, 1.0, 2.5)],
     "top_k": [{"temperature": 1.2, "top_k": k} for k in (1, 3, VOCAB + 5)],
