@@ -30,8 +30,17 @@ def Field(default: Any = PydanticUndefined, *, status: ApiStatus | None = None, 
     return pydantic.Field(default, **kwargs)
 
 
+class RefusedKey(ValueError):
+    """A key that a table does not take, or not at this value. `reason` is the message without key and value."""
+
+    def __init__(self, key: str, reason: str, message: str | None = None) -> None:
+        super().__init__(message or reason)
+        self.key = key
+        self.reason = reason
+
+
 def mistake(error: ValueError | PydanticCustomError, value: Any) -> InitErrorDetails:
-    """One mistake of several that a model tells together; `value` is where it was found."""
+    """One of several mistakes that a model reports together; `value` is where it was found."""
     if isinstance(error, PydanticCustomError):
         return InitErrorDetails(type=error, input=value)
     return InitErrorDetails(type=_VALUE_ERROR, ctx={"error": error}, input=value)
@@ -79,15 +88,15 @@ class StrictBaseModel(BaseModel):
             refusal = cls.refused.get(key)
             if key in cls.model_fields:
                 if isinstance(value, bool) and cls.model_fields[key].annotation in _NUMBERS:
-                    mistakes.append(mistake(ValueError(f"{key} = {value!r} is no number"), data))
+                    mistakes.append(mistake(RefusedKey(key, "is no number", f"{key} = {value!r} is no number"), data))
                 else:
                     kept[key] = value
             elif refusal is None:
                 unknown = f"unknown key {key!r} in {cls.__name__}{cls._hint(str(key))}"
-                mistakes.append(mistake(ValueError(unknown), data))
+                mistakes.append(mistake(RefusedKey(str(key), unknown), data))
             elif not refusal.allows(value):
-                refused = f"{key} = {value!r} is not supported yet: {refusal.advice}"
-                mistakes.append(mistake(ValueError(refused), data))
+                reason = f"is not supported yet: {refusal.advice}"
+                mistakes.append(mistake(RefusedKey(key, reason, f"{key} = {value!r} {reason}"), data))
         return kept, mistakes
 
     @classmethod

@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from tensorweave.cluster.llm_args import LlmArgs
 from tensorweave.cluster.protocol import Role
-from tensorweave.cluster.strict_model import Field, StrictBaseModel, mistake
+from tensorweave.cluster.strict_model import Field, RefusedKey, StrictBaseModel, mistake
 from tensorweave.deploy.config_file import ConfigError, Document, KeyPath, read_document
 from tensorweave.deploy.config_tables import LimitsConfig, PoolConfig, RayConfig, RouterConfig, SecurityConfig
 
@@ -96,13 +96,15 @@ class ServeConfig(StrictBaseModel):
             elif isinstance(pool, dict) or pool is None:
                 own, misplaced = _sort_out(("pools", str(name)), pool or {}, _NOT_IN_POOL)
                 mistakes += misplaced
-                pool = {**_merge(shared, own), "model": kept.get("model", "?")}
+                pool = _merge(shared, own)
                 _assign_role(str(name), pool)
             merged[name] = pool
         return {**kept, "engine": engine, "pools": merged}, mistakes
 
     @model_validator(mode="after")
     def _check_pools(self) -> Self:
+        for pool in self.pools.values():
+            pool.model = self.model
         if mistakes := [*self._wrong_roles(), *self._wrong_exchange()]:
             raise ValidationError.from_exception_data(type(self).__name__, mistakes)
         return self
@@ -233,14 +235,15 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 def _describe(document: Document, item: ErrorDetails) -> str:
     """One mistake on one line: place, key, value, what is wrong, and the nearest valid name."""
-    path = tuple(str(part) for part in item.get("ctx", {}).get("path", item["loc"]))
-    message = item["msg"].removeprefix("Value error, ")
-    unknown = re.match(r"unknown key '(.*)' in ", message)
-    if unknown:
-        path = (*path, unknown[1])
-    refused = re.match(r"(\w+) = .*?(is no number|is not supported yet: .*)", message, re.DOTALL)
-    if refused:
-        path, message = (*path, refused[1]), refused[2]
+    context = item.get("ctx", {})
+    path = tuple(str(part) for part in context.get("path", item["loc"]))
+    match context.get("error"):
+        case RefusedKey() as refused:
+            path, message = (*path, refused.key), refused.reason
+        case None:
+            message = item["msg"]
+        case error:
+            message = str(error)
     if path[:1] == ("pools",) and len(path) > 2 and not document.holds(path) and document.holds(("engine", *path[2:])):
         path = ("engine", *path[2:])
     if item["type"] == "missing":

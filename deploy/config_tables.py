@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Final, Literal, Self
 
 from pydantic import field_validator, model_validator
@@ -20,6 +21,7 @@ _ORIGIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@*]+")
 class PoolConfig(LlmArgs):
     """A pool: gangs that are all alike. Every engine knob can be set here, before `engine`."""
 
+    model: str | Path = Field("", description="The service's: `ServeConfig` sets it.")
     role: Role = Field(
         "both",
         status="prototype",

@@ -191,6 +191,7 @@ def test_origins_of_web_pages(tmp_path: Path, written: str, origins: list[str]) 
         ),
         ("model: m\nmodel: n", [], "service.yaml:2: model is given twice, first on line 1"),
         ("engine: {}", [], "service.yaml: model is missing"),
+        ("model: 5", [], "service.yaml:1: model = 5: Input should be a valid string"),
         ("", [], "service.yaml: model is missing"),
         ("- a", [], "service.yaml:1: a configuration is a mapping of keys to values"),
         ("model: [m", [], "service.yaml:1: not valid YAML: expected ',' or ']', but got '<stream end>'"),
