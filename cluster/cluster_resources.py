@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import ray
-from ray._private import state as ray_state
+
+from tensorweave.cluster.ray_internals import free_resources_by_node, has_autoscaler
 
 _TOLERANCE: Final = 1e-6
 _MOST_LISTED: Final = 8
@@ -94,7 +95,7 @@ class Room:
 
 def read_room() -> Room:
     """Of the cluster that this process is connected to. Blocks."""
-    free = ray_state.available_resources_per_node()
+    free = free_resources_by_node()
     nodes = [
         NodeRoom(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {}))
         for node in ray.nodes()
@@ -105,9 +106,8 @@ def read_room() -> Room:
 
 
 def can_grow() -> bool:
-    """An autoscaler has told the cluster's GCS of node groups. One that has not cannot be known of. Blocks."""
-    config = ray_state.state.get_cluster_config()
-    return config is not None and bool(config.node_group_configs)
+    """Whether an autoscaler has reported node groups; one that has not cannot be known of. Blocks."""
+    return has_autoscaler()
 
 
 def _read_holding(row: Mapping[str, Any]) -> Holding:

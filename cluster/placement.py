@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import ray
-from ray._raylet import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from tensorweave.cluster.cluster_resources import can_grow, read_room
 from tensorweave.cluster.errors import NoRoom
+from tensorweave.cluster.ray_internals import placement_group_of
 
 _ONE_NODE_WAIT_S: Final = 10.0
 """How long a gang waits for room on one node before it takes several."""
@@ -89,9 +89,7 @@ class NamedGroup:
 def find_groups(prefix: str) -> list[NamedGroup]:
     """Those whose names start so: whatever one supervisor has left, in this life or an earlier one. Blocks."""
     return [
-        NamedGroup(
-            row["name"], PlacementGroup(PlacementGroupID.from_hex(row["placement_group_id"])), row["state"] == "CREATED"
-        )
+        NamedGroup(row["name"], placement_group_of(row["placement_group_id"]), row["state"] == "CREATED")
         for row in ray.util.placement_group_table().values()
         if row["name"].startswith(prefix) and row["state"] != "REMOVED"
     ]

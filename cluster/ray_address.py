@@ -6,11 +6,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
-from ray._private import services
-from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RayError
+
+from tensorweave.cluster.ray_internals import connect_to_head, find_head
 
 _LISTEN_TIMEOUT_S: Final = 12.0
 _ANSWER_TIMEOUT_S: Final = 12.0
@@ -20,7 +20,7 @@ _RETRY_S: Final = 0.5
 def check_ray_address(
     address: str,
     *,
-    connect: Callable[[str], Any] = lambda address: GcsClient(address=address),
+    connect: Callable[[str], object] = connect_to_head,
     listen_timeout_s: float = _LISTEN_TIMEOUT_S,
     answer_timeout_s: float = _ANSWER_TIMEOUT_S,
 ) -> None:
@@ -31,7 +31,7 @@ def check_ray_address(
     """
     if address.startswith("ray://"):
         return
-    found = services.canonicalize_bootstrap_address(address)
+    found = find_head(address)
     if found is None:
         raise ConnectionError(f"there is no Ray cluster at {address!r}")
     host, _, port = found.rpartition(":")
@@ -53,7 +53,7 @@ def check_ray_address(
         )
 
 
-def _ask(connect: Callable[[str], Any], address: str, problems: list[Exception]) -> None:
+def _ask(connect: Callable[[str], object], address: str, problems: list[Exception]) -> None:
     try:
         connect(address)
     except RayError as error:

@@ -14,9 +14,8 @@ from typing import Final
 
 import grpc
 import ray
-from ray._common.tls_utils import load_certs_from_env
-from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+from tensorweave.cluster.ray_internals import check_alive, reload_token
 
 _MODE: Final = "RAY_AUTH_MODE"
 _TOKEN: Final = "RAY_AUTH_TOKEN"
@@ -56,8 +55,7 @@ def token_mode() -> Iterator[None]:
 
 def forget_token() -> None:
     """From here on Ray's mode and token in this process are what the environment says."""
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    reload_token()
 
 
 def asks_for_token(gcs_address: str) -> bool:
@@ -66,23 +64,13 @@ def asks_for_token(gcs_address: str) -> bool:
     Raises:
         ConnectionError: nobody answers at the address.
     """
-    options = [("grpc.enable_http_proxy", 0)]
-    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
-        chain, key, authority = load_certs_from_env()
-        credentials = grpc.ssl_channel_credentials(
-            root_certificates=authority, private_key=key, certificate_chain=chain
-        )
-        channel = grpc.secure_channel(gcs_address, credentials, options)
-    else:
-        channel = grpc.insecure_channel(gcs_address, options)
-    with channel:
-        stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-        try:
-            stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=_PROBE_TIMEOUT_S)
-        except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-                return True
-            raise ConnectionError(f"Ray does not answer at {gcs_address}: {error.code().name}") from error
+    uses_tls = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+    try:
+        check_alive(gcs_address, uses_tls=uses_tls, timeout_s=_PROBE_TIMEOUT_S)
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            return True
+        raise ConnectionError(f"Ray does not answer at {gcs_address}: {error.code().name}") from error
     return False
 
 

@@ -6,23 +6,13 @@ that it does not have, and to kill the processes of a private cluster, which are
 
 from __future__ import annotations
 
-import atexit
 import functools
 import os
 
-import ray
-from ray._private import worker
+from tensorweave.cluster.ray_internals import forget_ray_after_fork
 
 
 @functools.cache
 def spare_ray_in_forks() -> None:
     """From now on, in every child of this process that is forked and not executed anew."""
-    os.register_at_fork(after_in_child=_forget_ray)
-
-
-def _forget_ray() -> None:
-    """Ray 2.60 registers `ray.shutdown`, and a closure that kills what `all_processes` holds, for SIGTERM too."""
-    atexit.unregister(ray.shutdown)
-    node = worker._global_node
-    if node is not None:
-        node.all_processes.clear()
+    os.register_at_fork(after_in_child=forget_ray_after_fork)

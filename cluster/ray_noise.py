@@ -7,12 +7,11 @@ that dies of anything but `ray.kill`, which Serve's shutdown alone calls on it, 
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
-from typing import Any, Final
+from contextlib import AbstractContextManager
+from typing import Final
 
-from ray._private import worker
+from tensorweave.cluster.ray_internals import filtered_messages
 
 _NOISE: Final = re.compile(
     r"Task ServeController\.\w+ failed\..*The actor is dead because it was killed by `ray\.kill`"
@@ -23,18 +22,6 @@ def is_noise(message: str) -> bool:
     return _NOISE.search(message) is not None
 
 
-@contextlib.contextmanager
-def without_noise() -> Iterator[None]:
-    """Every other message of Ray is printed while this lasts; enter it before Ray is started or joined."""
-    tell = worker.print_to_stdstream
-
-    def tell_what_matters(data: dict[str, Any], ignore_prefix: bool) -> None:
-        lines = [line for line in data["lines"] if not is_noise(line)]
-        if lines or not data["lines"]:
-            tell({**data, "lines": lines}, ignore_prefix)
-
-    worker.print_to_stdstream = tell_what_matters
-    try:
-        yield
-    finally:
-        worker.print_to_stdstream = tell
+def without_noise() -> AbstractContextManager[None]:
+    """Print every other message of Ray while this lasts. Enter it before Ray is started or joined."""
+    return filtered_messages(is_noise)

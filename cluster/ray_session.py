@@ -6,11 +6,9 @@ Called by the LLM class and by deploy. It stops only what it has started, and se
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +16,12 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import ray
-from ray._common.utils import get_default_ray_temp_dir
-from ray._private import ray_constants, services
 
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.ray_address import check_ray_address
 from tensorweave.cluster.ray_auth import OPEN_RAY, asks_for_token, forget_token, token_mode
 from tensorweave.cluster.ray_forks import spare_ray_in_forks
+from tensorweave.cluster.ray_internals import in_own_process_groups, log_folder, on_loopback
 from tensorweave.cluster.sentences import sentence_of
 
 _JOB_CONFIG: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -98,7 +95,7 @@ def start_or_join_ray(
             check_ray_address(address)
             ray.init(address=address, **common)
         return RaySession(is_owner=True, is_private=False)
-    with _naming_failures("Ray cannot be started"), token_mode(), _on_loopback(), _out_of_our_process_group():
+    with _naming_failures("Ray cannot be started"), token_mode(), on_loopback(), in_own_process_groups():
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),
@@ -123,40 +120,7 @@ def _naming_failures(what: str) -> Iterator[None]:
     except (OSError, ValueError):
         raise
     except Exception as error:  # what Ray raises has no common class
-        logs = Path(get_default_ray_temp_dir()) / "session_latest" / "logs"
-        raise RayFailed(f"{what}: {sentence_of(error)} (Ray's own logs, on its hosts: {logs})") from error
-
-
-@contextlib.contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Keep the cluster that starts inside off every other interface.
-
-    Ray replaces `_node_ip_address="127.0.0.1"` by the host's address. What does work is its switch for macOS and
-    Windows (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER), which is read when ray is imported: hence the constant.
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-@contextlib.contextmanager
-def _out_of_our_process_group() -> Iterator[None]:
-    """Start Ray's processes in groups of their own.
-
-    A signal to our group (`timeout`, a terminal that closes, a supervisor of processes) would else end them under us,
-    and nothing could be drained any more. They die with this process all the same: Linux sees to that, and elsewhere,
-    where a reaper in our group does, they stay in it.
-    """
-    before = services.ConsolePopen
-    if sys.platform == "linux":
-        services.ConsolePopen = functools.partial(before, process_group=0)
-    try:
-        yield
-    finally:
-        services.ConsolePopen = before
+        raise RayFailed(f"{what}: {sentence_of(error)} (Ray's own logs, on its hosts: {log_folder()})") from error
 
 
 def _worker_environment() -> dict[str, Any] | None:

@@ -8,13 +8,9 @@ the app has a thread of its own, Serve's default), Serve's proxy 2.0 to 3.2 ms.
 from __future__ import annotations
 
 import errno
-import secrets
 import socket
-import types
 from collections.abc import Sequence
 from typing import Any
-
-from ray.serve._private import http_util
 
 from tensorweave.deploy.config_tables import RouterConfig
 from tensorweave.router.http.connections import bound_connections
@@ -51,34 +47,6 @@ def bound_proxy() -> list[Any]:
     """Serve's proxy calls this before it listens; it would take middleware."""
     bound_connections()
     return []
-
-
-class _RebindingSocket(socket.socket):
-    def bind(self, address: object) -> None:
-        self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        super().bind(address)  # type: ignore[arg-type]
-
-
-def let_replacement_rebind() -> None:
-    """In a replica, before it listens: bind with SO_REUSEADDR.
-
-    Serve 2.60 binds without it. Connections that the dead replica closed stay in TIME_WAIT for 60 s, so the replacement
-    could not bind, and Serve would take the port for a stranger's.
-    """
-    sockets = types.ModuleType("socket")
-    sockets.__dict__.update(vars(socket), socket=_RebindingSocket)
-    http_util.socket = sockets
-
-
-def mark_made_up_ids() -> str:
-    """In a replica, before it listens: the request ids that Serve makes up, where a client sent none, begin with what
-    this returns, which no client knows.
-
-    They would else pass for names under which a client may ask again: every request would be looked for at all gangs.
-    """
-    mark, make_up = f"{secrets.token_hex(8)}-", http_util.generate_request_id
-    http_util.generate_request_id = lambda: mark + make_up()
-    return mark
 
 
 def taken_ports(host: str, ports: Sequence[int]) -> list[int]:

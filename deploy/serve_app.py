@@ -23,11 +23,11 @@ from ray.serve.handle import DeploymentHandle
 
 from tensorweave.cluster.fleet import WatchedFleet
 from tensorweave.cluster.ray_auth import refuse_open_ray
+from tensorweave.cluster.ray_internals import allow_rebinding, mark_generated_ids
 from tensorweave.cluster.supervisor import find_or_start_supervisor, find_supervisor
 from tensorweave.deploy.config import ServeConfig, load_config
 from tensorweave.deploy.config_source import ConfigSource
 from tensorweave.deploy.home import HEAD_NODE, supervisor_home
-from tensorweave.deploy.ingress import let_replacement_rebind, mark_made_up_ids
 from tensorweave.deploy.pools import pool_specs
 from tensorweave.deploy.serve_logging import log_through_serve
 from tensorweave.deploy.served_model import ServedModel
@@ -94,7 +94,7 @@ class Router:
         from tensorweave.router.text.tokens import Tokenizer
 
         log_through_serve()
-        let_replacement_rebind()
+        allow_rebinding()
         bound_connections()
         config, args = self._config, self._config.shared_args
         model = await asyncio.to_thread(resolve_model, config.model, revision=args.revision)
@@ -129,7 +129,7 @@ class Router:
         gc.collect()
         gc.freeze()
         # Serve answers with the id that a request came with, at both doors, and makes one up where there is none.
-        return build_app(service, server_echoes_ids=True, made_up_ids=mark_made_up_ids())
+        return build_app(service, server_echoes_ids=True, made_up_ids=mark_generated_ids())
 
 
 def build(

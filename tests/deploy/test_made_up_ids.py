@@ -10,7 +10,7 @@ import pytest
 from ray.serve._private import http_util
 from starlette.types import ASGIApp
 
-from tensorweave.deploy import ingress
+from tensorweave.cluster.ray_internals import mark_generated_ids
 from tensorweave.router.http.app import build_app
 from tensorweave.router.http.connections import ConnectionLimits, bounded_protocol
 from tests.router.calls import CHAT
@@ -27,7 +27,7 @@ def test_only_a_clients_own_id_is_looked_for(name: str | None, door: str, monkey
     if door == "plain":
         app = build_app(make_service(link))
     else:
-        made_up = ingress.mark_made_up_ids()
+        made_up = mark_generated_ids()
         app = build_app(make_service(link), server_echoes_ids=True, made_up_ids=made_up)
         app = http_util.RequestIdMiddleware(app)  # as Serve wraps it
 

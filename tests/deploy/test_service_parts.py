@@ -9,11 +9,11 @@ import socket
 from pathlib import Path
 
 import pytest
-from ray.serve._private import constants, http_util
+from ray.serve._private import constants
 
 from tensorweave.cluster.cluster_resources import NodeRoom, Room
 from tensorweave.deploy.config import ServeConfig, load_config
-from tensorweave.deploy.ingress import ingress_env, let_replacement_rebind, taken_ports
+from tensorweave.deploy.ingress import ingress_env, taken_ports
 from tensorweave.deploy.pools import explain_shortage, needed_resources, pool_specs
 from tensorweave.deploy.stop_signal import StopSignal
 
@@ -42,17 +42,6 @@ def test_only_ports_that_somebody_listens_on_are_taken() -> None:
 def test_a_host_that_is_not_ours_is_an_error() -> None:
     with pytest.raises(OSError, match=r"[Cc]annot assign"):
         taken_ports("192.0.2.254", [8000])
-
-
-def test_a_replica_can_bind_a_port_in_time_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_util, "socket", socket)  # what is put there again afterwards
-    let_replacement_rebind()
-    with http_util.socket.socket(http_util.socket.AF_INET, http_util.socket.SOCK_STREAM) as bound:
-        bound.bind(("127.0.0.1", 0))
-        assert bound.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
-    with socket.socket() as untouched:
-        untouched.bind(("127.0.0.1", 0))
-        assert not untouched.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
 
 
 def test_as_many_ingress_ports_as_replicas(tmp_path: Path) -> None:

@@ -1,0 +1,226 @@
+"""Every private part of Ray that we use, in one place, and the Ray versions with which that was tested.
+
+Ray has no public way to do what these functions do, and may change their ground in any release: with another version,
+importing this module fails. `pyproject.toml` has the same bounds. To support another version, compare each function
+with Ray's source, run the tests with it, and change `_FIRST` and `_BEYOND` here and there.
+
+Serve's modules are imported where they are used: they take a second, and only routers and their driver need them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import contextlib
+import functools
+import re
+import secrets
+import socket
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import ray
+from ray._common.tls_utils import load_certs_from_env
+from ray._common.utils import get_default_ray_temp_dir
+from ray._private import ray_constants, services, state, worker
+from ray._raylet import (  # type: ignore[attr-defined]
+    AuthenticationTokenLoader,
+    Config,
+    GcsClient,
+    PlacementGroupID,
+)
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+from ray.util.placement_group import PlacementGroup
+
+_FIRST: Final = (2, 60)
+_BEYOND: Final = (2, 61)
+"""Tested: from the one up to, and without, the other."""
+
+
+class UntestedRay(ImportError):
+    """This version of Ray is not one with which our use of its private parts was tested."""
+
+
+def check_version(version: str) -> None:
+    """Raises UntestedRay."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or not _FIRST <= (int(found[1]), int(found[2])) < _BEYOND:
+        bounds = ">={}.{},<{}.{}".format(*_FIRST, *_BEYOND)
+        raise UntestedRay(
+            f"Ray {version} is installed; tensorweave uses private parts of Ray and was tested with ray{bounds}: "
+            f"pip install 'ray[serve]{bounds}'"
+        )
+
+
+check_version(ray.__version__)
+
+
+# ---- the cluster
+
+
+def find_head(address: str) -> str | None:
+    """`host:port` of the head that `address` ("auto", "host:port") means; None if there is none."""
+    found: str | None = services.canonicalize_bootstrap_address(address)
+    return found
+
+
+def connect_to_head(address: str) -> object:
+    """Connect to the head's GCS. Raises RayError; waits without a limit."""
+    return GcsClient(address=address)
+
+
+def check_alive(gcs_address: str, *, uses_tls: bool, timeout_s: float) -> None:
+    """Ask the head whether it lives, without a token. Raises grpc.RpcError."""
+    options = [("grpc.enable_http_proxy", 0)]
+    if uses_tls:
+        chain, key, authority = load_certs_from_env()
+        credentials = grpc.ssl_channel_credentials(
+            root_certificates=authority, private_key=key, certificate_chain=chain
+        )
+        channel = grpc.secure_channel(gcs_address, credentials, options)
+    else:
+        channel = grpc.insecure_channel(gcs_address, options)
+    with channel:
+        stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=timeout_s)
+
+
+def reload_token() -> None:
+    """Make Ray read its authentication mode and token from the environment again."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def free_resources_by_node() -> Mapping[str, Mapping[str, float]]:
+    """By node id. Blocks."""
+    free: Mapping[str, Mapping[str, float]] = state.available_resources_per_node()
+    return free
+
+
+def has_autoscaler() -> bool:
+    """Whether an autoscaler has reported node groups to the GCS. Blocks."""
+    config = state.state.get_cluster_config()
+    return config is not None and bool(config.node_group_configs)
+
+
+def placement_group_of(hex_id: str) -> PlacementGroup:
+    return PlacementGroup(PlacementGroupID.from_hex(hex_id))
+
+
+# ---- this process
+
+
+def log_folder() -> Path:
+    """Where Ray writes its logs, on each of its hosts."""
+    return Path(get_default_ray_temp_dir()) / "session_latest" / "logs"
+
+
+@contextlib.contextmanager
+def on_loopback() -> Iterator[None]:
+    """Keep the cluster that is started inside off every interface but loopback.
+
+    Ray replaces `_node_ip_address="127.0.0.1"` by the host's address. What does work is its switch for macOS and
+    Windows (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER), which it reads when it is imported: hence the constant.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def in_own_process_groups() -> Iterator[None]:
+    """Start Ray's processes in process groups of their own.
+
+    Otherwise a signal to our group (`timeout`, a terminal that closes, a process supervisor) ends them while we still
+    need them to drain. They die with this process all the same: Linux sees to that. On other systems a reaper in our
+    group does, so there they stay in it.
+    """
+    before = services.ConsolePopen
+    if sys.platform == "linux":
+        services.ConsolePopen = functools.partial(before, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
+
+
+def forget_ray_after_fork() -> None:
+    """In a forked child: Ray registers `ray.shutdown` for the end of the process, and a closure that kills what
+    `all_processes` holds, for SIGTERM too."""
+    atexit.unregister(ray.shutdown)
+    node = worker._global_node
+    if node is not None:
+        node.all_processes.clear()
+
+
+@contextlib.contextmanager
+def filtered_messages(is_dropped: Callable[[str], bool]) -> Iterator[None]:
+    """Drop lines that Ray would print for its driver. Enter it before Ray is started or joined."""
+    before = worker.print_to_stdstream
+
+    def print_rest(data: dict[str, Any], ignore_prefix: bool) -> None:
+        lines = [line for line in data["lines"] if not is_dropped(line)]
+        if lines or not data["lines"]:
+            before({**data, "lines": lines}, ignore_prefix)
+
+    worker.print_to_stdstream = print_rest
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = before
+
+
+# ---- a Serve replica, before it listens
+
+
+class _RebindingSocket(socket.socket):
+    def bind(self, address: object) -> None:
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        super().bind(address)  # type: ignore[arg-type]
+
+
+def allow_rebinding() -> None:
+    """Bind the replica's port with SO_REUSEADDR.
+
+    Serve binds without it. Connections that a dead replica closed stay in TIME_WAIT for 60 s, so that its replacement
+    could not bind, and Serve would assume that another program has the port.
+    """
+    from ray.serve._private import http_util
+
+    sockets = types.ModuleType("socket")
+    sockets.__dict__.update(vars(socket), socket=_RebindingSocket)
+    http_util.socket = sockets
+
+
+def mark_generated_ids() -> str:
+    """Give the request ids that Serve generates, for requests without one, a random prefix. Return the prefix.
+
+    Without it they would count as ids given by clients, under which a request may be repeated: every request would be
+    looked up at all gangs.
+    """
+    from ray.serve._private import http_util
+
+    prefix, generate = f"{secrets.token_hex(8)}-", http_util.generate_request_id
+    http_util.generate_request_id = lambda: prefix + generate()
+    return prefix
+
+
+def restore_print() -> None:
+    """Undo Serve's `print`, which writes a tuple of its arguments to any file but standard error."""
+    from ray.serve._private import logging_utils
+
+    builtins.print = logging_utils.buildin_print
+
+
+def serve_logger_name() -> str:
+    from ray.serve._private.constants import SERVE_LOGGER_NAME
+
+    name: str = SERVE_LOGGER_NAME
+    return name
