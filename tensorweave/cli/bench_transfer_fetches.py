@@ -1,7 +1,7 @@
-"""What moving KV blocks costs: the kernels alone, NCCL alone, and fetches by each transport between two processes.
+"""The cost of moving KV blocks: the kernels alone, NCCL alone, and fetches by each transport between two processes.
 
-The giver is a child process that holds a pool of random blocks, the taker is this one; on a machine with two GPUs they
-sit on different ones. Times are medians; rates count each moved byte once.
+The sender is a child process that holds a pool of random blocks, the receiver is this process; on a machine with two
+GPUs each uses one. Times are medians; rates count each moved byte once.
 """
 
 from __future__ import annotations
@@ -24,22 +24,25 @@ from torch import Tensor
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import KvEndpoint
 from tensorweave.workers.engine.kv_pool import KVPool
-from tensorweave.workers.transfer.carrier import Claim, Failed, Sink, TicketOver
+from tensorweave.workers.transfer.carrier import BlockSink, ReadFailed, TicketReleased
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
-from tensorweave.workers.transfer.receiving.block_receiver import Intake, TargetBlocks
-from tensorweave.workers.transfer.sending.offered_blocks import BlockTags, OfferedBlocks, Row
+from tensorweave.workers.transfer.read_request import BlockHeader, ReadRequest
+from tensorweave.workers.transfer.receiving.block_receiver import BlockReceiver, TargetBlocks
+from tensorweave.workers.transfer.sending.offered_blocks import BlockGenerations, OfferedBlocks
 from tensorweave.workers.transfer.transfer_stats import TransferStats
+from tensorweave.workers.transfer.transports.host import HostTransport
 from tensorweave.workers.transfer.transports.nccl import Communicator, new_unique_id
 from tensorweave.workers.transfer.transports.nccl_transport import MESSAGE_BYTES, NcclTransport
 from tensorweave.workers.transfer.transports.same_node import SameNodeTransport
-from tensorweave.workers.transfer.transports.transport import HostTransport, TransportKind
+from tensorweave.workers.transfer.transports.transport import Transport
 from tensorweave.workers.transfer.window import PoolWindow
 
-_SECRET: Final = "a bench"
+_SECRET: Final = "bench"
+_TICKET: Final = "ticket"
 _PROMPT: Final = "prompt"
 _HOST: Final = "127.0.0.1"
 _TIMEOUT_S: Final = 60.0
-_MESSAGE_BYTES: Final = 64 << 10
+_SMALL_MESSAGE_BYTES: Final = 64 << 10
 
 Figures = dict[str, Any]
 
@@ -72,8 +75,9 @@ SHAPES: Final = {shape.name: shape for shape in (Shape("smollm2-135m", 30, 3, 64
 def bench_fetches(
     shape: Shape, transport: str, devices: tuple[str, str], sizes: Sequence[int], message_bytes: int, num_runs: int
 ) -> list[Figures]:
-    """Whole fetches of `sizes` bytes, from the claim to the last block in the pool, digests checked and not."""
-    with giver(shape, transport, devices[0], max(sizes), message_bytes) as given:
+    """Whole fetches of `sizes` bytes, from the read request to the last block in the pool, with digests checked and
+    not."""
+    with running_sender(shape, transport, devices[0], max(sizes), message_bytes) as sender:
         window = shape.make_window(max(sizes), torch.device(devices[1]))
         carrier = make_carrier(window, transport, message_bytes)
         rows = []
@@ -87,18 +91,18 @@ def bench_fetches(
                 "mib": num_bytes / 2**20,
             }
             for name, is_checked in (("unchecked", False), ("checked", True)):
-                times = [fetch(carrier, window, given.endpoint, num_blocks, is_checked) for _ in range(num_runs + 1)][
+                times = [fetch(carrier, window, sender.endpoint, num_blocks, is_checked) for _ in range(num_runs + 1)][
                     1:
                 ]
                 row[f"{name}_ms"] = statistics.median(times) * 1e3
                 row[f"{name}_gb_per_s"] = num_bytes / statistics.median(times) / 1e9
-            rows.append({**row, "giver_digest_gb_per_s": given.digest_gb_per_s})
+            rows.append({**row, "sender_digest_gb_per_s": sender.digest_bytes_per_s / 1e9})
         carrier.shutdown()
         return rows
 
 
 def bench_kernels(shape: Shape, device: str, num_bytes: int, num_runs: int) -> Figures:
-    """GB/s of packing, unpacking and digesting scattered blocks, each call with its launch and its wait."""
+    """GB/s of packing, unpacking and digesting scattered blocks; each call includes its launch and its wait."""
     window = shape.make_window(num_bytes, torch.device(device))
     heads = range(len(window.heads))
     order = torch.randperm(window.num_blocks).tolist()
@@ -115,11 +119,11 @@ def bench_kernels(shape: Shape, device: str, num_bytes: int, num_runs: int) -> F
 
 
 def bench_wire(sizes: Sequence[int], num_runs: int) -> list[Figures]:
-    """Two GPUs of this process: sizes sent over NCCL and copied, whole and in 64 KiB pieces, as scattered blocks."""
+    """GB/s between two GPUs of this process, over NCCL and by copies, of whole sizes and of pieces of 64 KiB."""
     unique_id = new_unique_id()
     times: list[list[float]] = [[], []]
 
-    def play(rank: int) -> None:
+    def run_rank(rank: int) -> None:
         torch.cuda.set_device(rank)
         torch.cuda.set_stream(torch.cuda.Stream(rank))  # type: ignore[no-untyped-call]
         data = torch.empty(max(sizes), dtype=torch.uint8, device="cuda")
@@ -127,7 +131,7 @@ def bench_wire(sizes: Sequence[int], num_runs: int) -> list[Figures]:
         move = pair.receive if rank else pair.send
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         for size in sizes:
-            for message in (size, _MESSAGE_BYTES):
+            for message in (size, _SMALL_MESSAGE_BYTES):
                 pieces = [data[at : at + message] for at in range(0, size, message)]
                 for _ in range(num_runs + 1):
                     start_s = time.perf_counter()
@@ -138,19 +142,19 @@ def bench_wire(sizes: Sequence[int], num_runs: int) -> list[Figures]:
                     times[rank].append(time.perf_counter() - start_s)
         pair.abort()
 
-    threads = [threading.Thread(target=play, args=(rank,)) for rank in (0, 1)]
+    threads = [threading.Thread(target=run_rank, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     rows = []
-    for place, size in enumerate(sizes):
-        whole, pieces = (times[1][(2 * place + i) * (num_runs + 1) :][1 : num_runs + 1] for i in (0, 1))
+    for index, size in enumerate(sizes):
+        whole, pieces = (times[1][(2 * index + i) * (num_runs + 1) :][1 : num_runs + 1] for i in (0, 1))
         seconds = {
             "nccl": statistics.median(whole),
             "nccl_64_kib": statistics.median(pieces),
             "copy": _copy_s(size, size, num_runs),
-            "copy_64_kib": _copy_s(size, _MESSAGE_BYTES, num_runs),
+            "copy_64_kib": _copy_s(size, _SMALL_MESSAGE_BYTES, num_runs),
         }
         rows.append({"mib": size / 2**20, **{f"{name}_gb_per_s": size / s / 1e9 for name, s in seconds.items()}})
     return rows
@@ -172,46 +176,60 @@ def gpu_names() -> list[str]:
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
 
 
-class Unchecked:
-    """A `Sink` that believes everything: what is left is the way and the copies."""
+class UncheckedSink:
+    """A `BlockSink` that verifies nothing, so that only the transport and the copies are measured."""
 
-    def __init__(self, arrival: TargetBlocks, heads: range) -> None:
-        self._arrival = arrival
+    def __init__(self, target: TargetBlocks, heads: range) -> None:
+        self._target = target
         self._heads = heads
 
-    def announce(self, rows: Sequence[Row], digests: bytes) -> None:
+    def announce(self, headers: Sequence[BlockHeader], digests: bytes) -> None:
         return None
 
     def put(self, blocks: Sequence[tuple[int, int]], payload: Tensor) -> None:
-        self._arrival.window.unpack([index for index, _ in blocks], self._heads, payload)
+        self._target.window.unpack([index for index, _ in blocks], self._heads, payload)
 
 
 def fetch(carrier: TcpCarrier, window: PoolWindow, endpoint: KvEndpoint, num_blocks: int, is_checked: bool) -> float:
+    """Fetch the last blocks of the sender's pool; return the seconds until all are in ours. Raises TransferFailed."""
     heads, first = range(len(window.heads)), window.num_blocks - num_blocks
-    arrival = TargetBlocks(window, 0, range(window.num_blocks))
+    target = TargetBlocks(window, 0, range(window.num_blocks))
     wanted = dict.fromkeys(range(first, window.num_blocks), window.tokens_per_block)
-    intake = Intake(arrival, heads, wanted, TransferStats())
-    sink: Sink = intake if is_checked else Unchecked(arrival, heads)
+    receiver = BlockReceiver(target, heads, wanted, TransferStats())
+    sink: BlockSink = receiver if is_checked else UncheckedSink(target, heads)
+    read_id = uuid.uuid4().hex
+    request = ReadRequest(read_id, _TICKET, {}, _PROMPT, window.heads.start, len(heads), first)
     start_s = time.perf_counter()
-    claim_id = uuid.uuid4().hex
-    carrier.fetch(endpoint, _SECRET, Claim(claim_id, "t", {}, _PROMPT, window.heads.start, len(heads), first), sink)
+    carrier.fetch(endpoint, _SECRET, request, sink)
     while True:
-        for event in carrier.poll(_TIMEOUT_S) or [Failed(claim_id, "timeout", f"not within {_TIMEOUT_S:g} s")]:
-            if isinstance(event, TicketOver) or event.claim_id != claim_id:
+        for event in carrier.poll(_TIMEOUT_S) or [ReadFailed(read_id, "timeout", f"not within {_TIMEOUT_S:g} s")]:
+            if isinstance(event, TicketReleased) or event.read_id != read_id:
                 continue
-            if isinstance(event, Failed):
-                raise TransferFailed(f"the bench's fetch failed: {event.kind}: {event.reason}")
-            took_s = time.perf_counter() - start_s
-            carrier.close("t")
-            assert not is_checked or not intake.missing(), "a block came wrong"
-            return took_s
+            if isinstance(event, ReadFailed):
+                raise TransferFailed(f"the benchmark's fetch failed: {event.kind}: {event.reason}")
+            duration_s = time.perf_counter() - start_s
+            carrier.close(_TICKET)
+            if is_checked and receiver.take_missing():
+                raise TransferFailed("the benchmark's fetch has received wrong blocks")
+            return duration_s
+
+
+def offer_pool(carrier: TcpCarrier, window: PoolWindow, block_ids: Sequence[int]) -> float:
+    """Offer these blocks to `fetch`; return at how many bytes per second they were digested."""
+    offered = OfferedBlocks(window, BlockGenerations(), _PROMPT)
+    start_s = time.perf_counter()
+    offered.add(block_ids, [window.tokens_per_block] * len(block_ids))
+    duration_s = time.perf_counter() - start_s
+    offered.complete(0)
+    carrier.offer(_TICKET, offered)
+    return len(block_ids) * window.block_bytes(len(window.heads)) / duration_s
 
 
 def make_carrier(window: PoolWindow, transport: str, message_bytes: int = MESSAGE_BYTES) -> TcpCarrier:
     return TcpCarrier(window, {}, _HOST, _SECRET, [_make_transport(transport, window, message_bytes)])
 
 
-def _make_transport(name: str, window: PoolWindow, message_bytes: int) -> TransportKind:
+def _make_transport(name: str, window: PoolWindow, message_bytes: int) -> Transport:
     if window.device.type == "cuda":
         torch.cuda.set_device(window.device)
         window.warm()
@@ -226,46 +244,40 @@ def _make_transport(name: str, window: PoolWindow, message_bytes: int) -> Transp
 
 
 @dataclass(frozen=True, slots=True)
-class Giver:
+class Sender:
     endpoint: KvEndpoint
-    digest_gb_per_s: float
+    digest_bytes_per_s: float
     process: BaseProcess
 
 
 @contextmanager
-def giver(
+def running_sender(
     shape: Shape, transport: str, device: str, num_bytes: int, message_bytes: int = MESSAGE_BYTES
-) -> Iterator[Giver]:
+) -> Iterator[Sender]:
     """Another process that offers a pool's blocks."""
     context = multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    process = context.Process(
-        target=_give, args=(theirs, shape, transport, device, num_bytes, message_bytes), daemon=True
-    )
+    pipe, child_pipe = context.Pipe()
+    arguments = (child_pipe, shape, transport, device, num_bytes, message_bytes)
+    process = context.Process(target=_run_sender, args=arguments, daemon=True)
     process.start()
-    theirs.close()
+    child_pipe.close()
     try:
         if not pipe.poll(_TIMEOUT_S):
-            raise TransferFailed("the bench's giver has not started")
-        endpoint, digest_gb_per_s = pipe.recv()
-        yield Giver(endpoint, digest_gb_per_s, process)
+            raise TransferFailed("the benchmark's sender has not started")
+        endpoint, digest_bytes_per_s = pipe.recv()
+        yield Sender(endpoint, digest_bytes_per_s, process)
     finally:
         pipe.close()
         process.join(_TIMEOUT_S)
         process.kill()
 
 
-def _give(pipe: Connection, shape: Shape, transport: str, device: str, num_bytes: int, message_bytes: int) -> None:
+def _run_sender(
+    pipe: Connection, shape: Shape, transport: str, device: str, num_bytes: int, message_bytes: int
+) -> None:
     window = shape.make_window(num_bytes, torch.device(device))
     carrier = make_carrier(window, transport, message_bytes)
-    offered = OfferedBlocks(window, BlockTags(), _PROMPT)
-    order = torch.randperm(window.num_blocks).tolist()
-    start_s = time.perf_counter()
-    offered.add(order, [window.tokens_per_block] * len(order))
-    pool_bytes = len(order) * window.block_bytes(len(window.heads))
-    rate = pool_bytes / (time.perf_counter() - start_s) / 1e9
-    offered.complete(0)
-    carrier.offer("t", offered)
+    rate = offer_pool(carrier, window, torch.randperm(window.num_blocks).tolist())
     pipe.send((KvEndpoint(*carrier.address, window.heads.start, len(window.heads)), rate))
     pipe.poll(None)  # until the other end closes
     carrier.shutdown()

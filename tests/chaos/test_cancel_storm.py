@@ -20,7 +20,7 @@ from tensorweave.workers.fakes.fake_engine import hash_token
 from tensorweave.workers.step.plan import ScheduledBatch
 from tensorweave.workers.step.request import LlmRequest, RequestState
 from tensorweave.workers.step.resources import ResourceManager
-from tensorweave.workers.transfer.carriers.loop import Exchange
+from tensorweave.workers.transfer.carriers.loop import LoopNetwork
 from tests.workers.stepped_engine import SteppedEngine
 from tests.workers.transfer_drive import Client, Gang, loop_carriers, request_pair, run_disaggregated, tcp_carriers
 from tests.workers.waiting import WAIT_S
@@ -120,7 +120,7 @@ class Pair:
 
 @pytest.fixture(params=["tcp", "loop"])
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    carriers = tcp_carriers if request.param == "tcp" else loop_carriers(Exchange())
+    carriers = tcp_carriers if request.param == "tcp" else loop_carriers(LoopNetwork())
     with ExitStack() as closing:
         sides = []
         for name in ("prefill", "decode"):

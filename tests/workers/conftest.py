@@ -1,5 +1,5 @@
-"""The native kernels are there before a test waits for what needs them, and nobody is taken for hung because the
-machine stood still: no peer of a KV transfer, nor, where a test asks for that, of a leader's socket."""
+"""Compiles the native kernels before tests wait for them, and raises the timeouts of connections, so that a pause of
+the machine is not taken for a hung peer: of KV transfers always, of a leader's socket if a test asks for it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 from tensorweave.cluster import socket_link, wire
 from tensorweave.kernels.native.library import load_native
 from tensorweave.workers.transfer.carriers import tcp_client, tcp_server
-from tensorweave.workers.transfer.transports.frame_connection import Stream
+from tensorweave.workers.transfer.transports.frame_connection import FrameConnection
 from tests.workers.waiting import WAIT_S
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_kernels() -> None:
-    """Where they are new, this takes as long as the compiler does."""
+    """If they are new, this takes as long as the compiler."""
     load_native(torch.float32)
 
 
 @pytest.fixture(autouse=True)
-def _patient_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+def _patient_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (tcp_server, tcp_client):
-        monkeypatch.setattr(module, "Stream", functools.partial(Stream, silence_s=WAIT_S))
+        monkeypatch.setattr(module, "FrameConnection", functools.partial(FrameConnection, silence_s=WAIT_S))
 
 
 @pytest.fixture

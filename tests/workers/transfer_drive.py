@@ -1,4 +1,4 @@
-"""Gangs of executors in one process that exchange KV: ranks are threads, carriers are loops or TCP, with faults."""
+"""Gangs of executors in one process that exchange KV: ranks are threads, carriers use memory or TCP, with faults."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.sampling.decoder import SamplingDecoder
 from tensorweave.workers.step.resources import ResourceManager
 from tensorweave.workers.transfer.carrier import Carrier
-from tensorweave.workers.transfer.carriers.loop import Exchange, LoopCarrier
+from tensorweave.workers.transfer.carriers.faulty import FaultyCarrier
+from tensorweave.workers.transfer.carriers.loop import LoopCarrier, LoopNetwork
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
 from tensorweave.workers.transfer.transfers import KvTransfers
 from tensorweave.workers.transfer.window import PoolWindow
@@ -40,12 +41,21 @@ MakeCarrier = Callable[[PoolWindow, dict[str, str]], Carrier]
 ENGINE_KNOBS = ("num_blocks", "tokens_per_block", "max_seq_len")
 
 
-def tcp_carriers(window: PoolWindow, alike: dict[str, str]) -> Carrier:
-    return TcpCarrier(window, alike, "127.0.0.1", SECRET)
+def tcp_carriers(window: PoolWindow, fingerprint: dict[str, str]) -> Carrier:
+    return TcpCarrier(window, fingerprint, "127.0.0.1", SECRET)
 
 
-def loop_carriers(exchange: Exchange) -> MakeCarrier:
-    return lambda window, alike: LoopCarrier(window, alike, SECRET, exchange)
+def loop_carriers(network: LoopNetwork) -> MakeCarrier:
+    return lambda window, fingerprint: LoopCarrier(window, fingerprint, SECRET, network)
+
+
+def faulty_carriers(make: MakeCarrier, made: list[FaultyCarrier], **plan: Any) -> MakeCarrier:
+    def make_one(window: Any, fingerprint: dict[str, str]) -> Carrier:
+        carrier = FaultyCarrier(make(window, fingerprint), seed=len(made), **plan)
+        made.append(carrier)
+        return carrier
+
+    return make_one
 
 
 class Gang:

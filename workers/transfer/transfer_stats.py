@@ -1,4 +1,4 @@
-"""`TransferStats`: what a rank's transfers have done, counted on any thread, shown as gauges."""
+"""`TransferStats`: counters of a rank's KV transfers, written by any thread and published as gauges."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class TransferStats:
             ("bytes", "blocks", "seconds", "fetches", "refetched_blocks", "recomputed_tokens"), 0.0
         )
 
-    def fail(self, kind: FailureKind, count: int = 1) -> None:
+    def add_failures(self, kind: FailureKind, count: int = 1) -> None:
         if count:
             with self._lock:
                 self._failures[kind] += count
@@ -25,7 +25,7 @@ class TransferStats:
         with self._lock:
             self._totals[name] += amount
 
-    def land(self, num_blocks: int, num_bytes: int) -> None:
+    def add_verified(self, num_blocks: int, num_bytes: int) -> None:
         with self._lock:
             self._totals["blocks"] += num_blocks
             self._totals["bytes"] += num_bytes

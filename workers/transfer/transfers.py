@@ -1,6 +1,6 @@
-"""`KvTransfers`: one rank's `Transfers`: offers, fetches and the thread that waits for a carrier's events and for time.
+"""`KvTransfers`: one rank's `Transfers`: its offers, its fetches, and the thread that handles events and deadlines.
 
-Deadlines are looked at on that thread, so that they hold also while the step loop is idle or stuck in a long step.
+That thread enforces the deadlines, so that they hold also while the step loop is idle or in a long step.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tensorweave.workers.step.kv_exchange import TransferInbox
 from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import KVCache
-from tensorweave.workers.transfer.carrier import Carrier, Event, TicketOver
-from tensorweave.workers.transfer.receiving.arrivals import Arrivals, Report
+from tensorweave.workers.transfer.carrier import Carrier, Event, TicketReleased
+from tensorweave.workers.transfer.fingerprint import fingerprint_difference
+from tensorweave.workers.transfer.receiving.arrivals import Arrivals, FetchResult
 from tensorweave.workers.transfer.receiving.fetches import Fetches
 from tensorweave.workers.transfer.sending.offers import Offers
-from tensorweave.workers.transfer.sending.ticket_table import fingerprint_difference
 from tensorweave.workers.transfer.transfer_stats import TransferStats
 from tensorweave.workers.transfer.window import PoolWindow
 
@@ -38,8 +38,8 @@ class KvTransfers:
     """Satisfies `Transfers`.
 
     Args:
-        timeout_s: longest time of a fetch, from its schedule on.
-        lease_s: longest time that blocks are kept for whoever holds a ticket.
+        timeout_s: longest duration of a fetch.
+        lease_s: longest time for which blocks are kept for the holder of a ticket.
     """
 
     can_fetch = True
@@ -69,7 +69,7 @@ class KvTransfers:
         self._offers = Offers(carrier, window, kv_cache, lease_s, clock)
         self._arrivals = Arrivals(size, self.stats, clock)
         self._fetches = Fetches(
-            carrier, window, kv_cache, fingerprint, rank, timeout_s, self.stats, self._send_report, clock
+            carrier, window, kv_cache, fingerprint, rank, timeout_s, self.stats, self._send_result, clock
         )
         self._is_closing = threading.Event()
         self._failure: Exception | None = None
@@ -78,10 +78,10 @@ class KvTransfers:
     def start(self, inbox: TransferInbox) -> None:
         self._offers.start(inbox)
         self._arrivals.start(inbox)
-        self._uplink.start(self._take_report)
+        self._uplink.start(self._receive_result)
         self._thread.start()
 
-    # ---- the step loop
+    # ---- called by the step loop
 
     def fetch(self, chunks: Sequence[ContextChunk]) -> None:
         if self._failure is not None:
@@ -94,26 +94,26 @@ class KvTransfers:
 
     def offer(self, batch: ScheduledBatch) -> None:
         for chunk in batch.context:
-            self._fetches.waive(chunk.request)
+            self._fetches.release_unused_ticket(chunk.request)
         self._offers.offer(batch)
 
     def keeps(self, request: LlmRequest) -> bool:
-        self._close_fetch(request)
+        self._drop_fetch(request)
         self._fetches.forget(request)
         return self._offers.keeps(request)
 
     def drop(self, request: LlmRequest) -> None:
-        self._close_fetch(request)
+        self._drop_fetch(request)
         self._offers.drop(request)
 
     def release(self, request_id: str) -> LlmRequest | None:
         return self._offers.release(request_id)
 
-    def _close_fetch(self, request: LlmRequest) -> None:
+    def _drop_fetch(self, request: LlmRequest) -> None:
         if self._fetches.drop(request):
             self._arrivals.forget(request.request_id)
 
-    # ---- any thread
+    # ---- called on any thread
 
     def give_up(self, request_id: str) -> bool:
         return self._offers.give_up(request_id)
@@ -130,13 +130,13 @@ class KvTransfers:
             return LinkMeasurement(0.0, 0.0, reason)
         end_s = time.monotonic() + timeout_s
         try:
-            latency_s, took_s = (
+            latency_s, duration_s = (
                 min(self._probe(source, num_bytes, end_s) for _ in range(_NUM_PROBES))
                 for num_bytes in (0, _PROBE_BYTES)
             )
         except TransferFailed as error:
             return LinkMeasurement(0.0, 0.0, error.message)
-        return LinkMeasurement(_PROBE_BYTES / took_s, latency_s)
+        return LinkMeasurement(_PROBE_BYTES / duration_s, latency_s)
 
     def _probe(self, source: KvSource, num_bytes: int, end_s: float) -> float:
         return self._carrier.probe(source.endpoints[0], source.secret, num_bytes, end_s - time.monotonic())
@@ -164,21 +164,21 @@ class KvTransfers:
                 for event in self._carrier.poll(TICK_S):
                     self._handle(event)
                 now_s = self._clock()
-                self._offers.tick(now_s)
-                self._fetches.tick(now_s)
-                self._arrivals.tick(now_s)
-        except Exception as error:  # the loop's boundary: the step loop must hear of it
+                self._offers.expire(now_s)
+                self._fetches.expire(now_s)
+                self._arrivals.expire(now_s)
+        except Exception as error:  # the thread's boundary: the step loop raises it at its next fetch
             logger.exception("the transfer thread failed")
             self._failure = error
 
     def _handle(self, event: Event) -> None:
-        if isinstance(event, TicketOver):
-            self._offers.over(event.ticket_id)
+        if isinstance(event, TicketReleased):
+            self._offers.end_lease(event.ticket_id)
         else:
             self._fetches.handle(event)
 
-    def _send_report(self, report: Report) -> None:
-        self._uplink.send(report.to_wire())
+    def _send_result(self, result: FetchResult) -> None:
+        self._uplink.send(result.to_wire())
 
-    def _take_report(self, message: Any) -> None:
-        self._arrivals.report(Report.from_wire(message))
+    def _receive_result(self, message: Any) -> None:
+        self._arrivals.add(FetchResult.from_wire(message))

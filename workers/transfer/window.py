@@ -1,4 +1,4 @@
-"""`PoolWindow`: how transfer sees a rank's KV pool: blocks packed to bytes and back, and their digests.
+"""`PoolWindow`: transfer's view of a rank's KV pool: it packs blocks into bytes, unpacks them, and digests them.
 
 Packed, the heads [i, j) of one block are [layers, 2, j - i, P, H]: for each layer their keys, then their values;
 several blocks follow each other. Packed bytes are in host memory or on the pool's GPU.
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from tensorweave.kernels.blocks.pack import as_blocks, digest_blocks, land_blocks, pack_blocks, unpack_blocks
 from tensorweave.workers.engine.kv_pool import KVPool
-from tensorweave.workers.transfer.transports.frame_connection import tensor_bytes
 
 # L layers, B blocks, K KV heads of this rank, P block size in tokens, H head dim
 
 
 class PoolWindow:
-    """`heads` are the KV heads of this rank, by their numbers in the model; arguments count from the rank's first."""
+    """`heads` are the KV heads of this rank, by their numbers in the model; `heads` arguments count from the rank's
+    first."""
 
     def __init__(self, pool: KVPool) -> None:
         num_layers, num_blocks, planes, P, H = pool.cache.shape
@@ -42,7 +42,7 @@ class PoolWindow:
         return self.tokens_per_block * self.head_dim * self.blocks_LB2KPH.itemsize
 
     def use_own_stream(self) -> None:
-        """What this thread does from now on need not wait for the engine's kernels."""
+        """Give the calling thread a CUDA stream of its own, so that it need not wait for the engine's kernels."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.cuda.set_stream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
@@ -56,7 +56,7 @@ class PoolWindow:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
     def pack(self, block_ids: Sequence[int], heads: range, out: Tensor) -> None:
-        """`out` is filled: len(block_ids) * block_bytes(len(heads)) bytes."""
+        """Fill `out`, which has len(block_ids) * block_bytes(len(heads)) bytes."""
         packed = out if out.device == self.device else torch.empty_like(out, device=self.device)
         pack_blocks(self.blocks_LB2KPH, block_ids, heads, packed)
         if packed is not out:
@@ -64,7 +64,7 @@ class PoolWindow:
         self._synchronize()
 
     def pieces(self, block_id: int, heads: range) -> list[memoryview]:
-        """Where the packed bytes of a block are, in order, in a pool in host memory."""
+        """The memory that holds the packed bytes of a block, in order; for a pool in host memory."""
         assert self.memory is not None
         layer, block, side, head = (n * self.blocks_LB2KPH.itemsize for n in self.blocks_LB2KPH.stride()[:4])
         first = block_id * block + heads.start * head
@@ -78,7 +78,7 @@ class PoolWindow:
         unpack_blocks(self.blocks_LB2KPH, block_ids, heads, payload.to(self.device))
         self._synchronize()
 
-    def land(
+    def write_verified(
         self,
         block_ids: Sequence[int],
         heads: range,
@@ -86,26 +86,26 @@ class PoolWindow:
         num_tokens: Sequence[int],
         digests_NLK: npt.NDArray[np.int64],
     ) -> list[bool]:
-        """Unpack those blocks that have these digests [N, L, heads]; says which."""
+        """Unpack the blocks whose digests [N, L, heads] match; return which ones match."""
         expected = torch.from_numpy(digests_NLK)
-        is_right = land_blocks(self.blocks_LB2KPH, block_ids, heads, payload.to(self.device), num_tokens, expected)
+        is_valid = land_blocks(self.blocks_LB2KPH, block_ids, heads, payload.to(self.device), num_tokens, expected)
         self._synchronize()
-        return is_right
+        return is_valid
 
     def digests(self, block_ids: Sequence[int], num_tokens: Sequence[int]) -> Tensor:
-        """[N, L, K] int64, on the host, of these blocks in the pool."""
+        """Digests of these blocks in the pool: [N, L, K] int64, on the host."""
         return digest_blocks(self.blocks_LB2KPH, block_ids, num_tokens).cpu()
 
     def digest(self, block_id: int, num_tokens: int) -> Tensor:
         return self.digests([block_id], [num_tokens])[0]
 
     def payload_digests(self, payload: Tensor, num_heads: int, num_tokens: Sequence[int]) -> Tensor:
-        """[N, L, heads] int64, on the host, of these packed blocks."""
+        """Digests of these packed blocks: [N, L, heads] int64, on the host."""
         blocks_LB2KPH = as_blocks(payload, self.blocks_LB2KPH, num_heads).transpose(0, 1)
         return digest_blocks(blocks_LB2KPH, range(len(num_tokens)), num_tokens).cpu()
 
     def warm(self) -> None:
-        """Have the GPU's kernels compiled before a peer waits for them. Writes block 0 as it is."""
+        """Compile the GPU kernels before a peer waits for them. Rewrites block 0 unchanged."""
         block = torch.empty(self.block_bytes(len(self.heads)), dtype=torch.uint8, device=self.device)
         heads = range(len(self.heads))
         self.pack([0], heads, block)
@@ -116,3 +116,9 @@ class PoolWindow:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a host tensor of bytes."""
+    array: npt.NDArray[np.uint8] = tensor.numpy()
+    return array.data

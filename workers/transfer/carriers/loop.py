@@ -1,19 +1,22 @@
-"""`LoopCarrier`: ranks of one process exchange blocks through memory, for tests and for trying things out.
+"""`LoopCarrier`: ranks of one process exchange blocks through memory, for tests and experiments.
 
-Carriers find each other through an `Exchange` that they are given: no sockets, no globals. A thread serves the claims
-on each carrier.
+Carriers find each other through a `LoopNetwork`, which each is given: there are no sockets and no globals. A thread per
+carrier serves the reads of the others.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass
 
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import KvEndpoint
-from tensorweave.workers.transfer.carrier import Claim, Ended, Event, EventQueue, Failed, Sink, TicketOver
+from tensorweave.workers.transfer.carrier import BlockSink, Event, EventQueue, ReadDone, ReadFailed, TicketReleased
+from tensorweave.workers.transfer.read_request import ReadRequest
 from tensorweave.workers.transfer.sending.offered_blocks import OfferedBlocks
-from tensorweave.workers.transfer.sending.ticket_table import Blocks, End, Message, Serving, TicketTable
+from tensorweave.workers.transfer.sending.read_session import BlocksReply, EndReply, ReadSession, Reply
+from tensorweave.workers.transfer.sending.ticket_table import TicketTable
 from tensorweave.workers.transfer.transports.loader import HOST_MESSAGE_BYTES, PoolLoader
 from tensorweave.workers.transfer.window import PoolWindow
 
@@ -21,8 +24,8 @@ _IDLE_WAIT_S = 1.0
 _JOIN_TIMEOUT_S = 10.0
 
 
-class Exchange:
-    """The carriers that can reach each other; their number there stands in for a port."""
+class LoopNetwork:
+    """The carriers that can reach each other, by a number that takes the place of a port."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -43,90 +46,90 @@ class Exchange:
         return self._carriers.get(number)
 
 
-class _ServedConnection:
-    """A claim of another carrier, being served here."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _OpenRead:
+    """A read of another carrier that is served here."""
 
-    def __init__(self, serving: Serving, sink: Sink, taker: LoopCarrier) -> None:
-        self.serving = serving
-        self.sink = sink
-        self.taker = taker
+    session: ReadSession
+    sink: BlockSink
+    receiver: LoopCarrier
 
 
 class LoopCarrier:
     """Satisfies `Carrier`."""
 
-    def __init__(self, window: PoolWindow, fingerprint: dict[str, str], secret: str, exchange: Exchange) -> None:
+    def __init__(self, window: PoolWindow, fingerprint: dict[str, str], secret: str, network: LoopNetwork) -> None:
         self._table = TicketTable(window, fingerprint)
         self._secret = secret
-        self._exchange = exchange
+        self._network = network
         self._events = EventQueue()
         self._lock = threading.Lock()
-        self._connections: list[_ServedConnection] = []
-        self._hosts: dict[str, list[LoopCarrier]] = {}
+        self._reads: list[_OpenRead] = []
+        self._senders: dict[str, list[LoopCarrier]] = {}
         self._is_closing = False
-        self.address = ("loop", exchange.join(self))
+        self.address = ("loop", network.join(self))
         self._thread = threading.Thread(target=self._serve, name="loop-carrier", daemon=True)
         self._thread.start()
 
     def offer(self, ticket_id: str, offered: OfferedBlocks) -> None:
         self._table.offer(ticket_id, offered)
 
-    def fetch(self, endpoint: KvEndpoint, secret: str, claim: Claim, sink: Sink) -> None:
-        host = self._exchange.find(endpoint.port)
-        if host is None or not host.admit(secret, claim, sink, self):
-            self.tell(Failed(claim.claim_id, "peer_lost", f"no carrier at {endpoint.host}:{endpoint.port}"))
+    def fetch(self, endpoint: KvEndpoint, secret: str, request: ReadRequest, sink: BlockSink) -> None:
+        sender = self._network.find(endpoint.port)
+        if sender is None or not sender.accept_read(secret, request, sink, self):
+            reason = f"no carrier at {endpoint.host}:{endpoint.port}"
+            self.put_event(ReadFailed(request.read_id, "peer_lost", reason))
         else:
-            self._hosts.setdefault(claim.ticket_id, []).append(host)
+            self._senders.setdefault(request.ticket_id, []).append(sender)
 
     def poll(self, timeout_s: float) -> list[Event]:
         return self._events.take(timeout_s)
 
     def close(self, ticket_id: str) -> None:
         self._table.close(ticket_id)
-        for host in self._hosts.pop(ticket_id, []):
-            host.dismiss(ticket_id, self)
+        for sender in self._senders.pop(ticket_id, []):
+            sender.end_reads(ticket_id, self)
 
     def probe(self, endpoint: KvEndpoint, secret: str, num_bytes: int, timeout_s: float) -> float:
-        if self._exchange.find(endpoint.port) is None:
+        if self._network.find(endpoint.port) is None:
             raise TransferFailed(f"no carrier at {endpoint.host}:{endpoint.port}")
         start_s = time.monotonic()
         bytearray(bytes(num_bytes))
         return time.monotonic() - start_s
 
     def shutdown(self) -> None:
-        self._exchange.leave(self.address[1])
+        self._network.leave(self.address[1])
         with self._lock:
             self._is_closing = True
-            connections, self._connections = self._connections, []
-        self._table.poke()
-        for connection in connections:
-            connection.taker.tell(Failed(connection.serving.claim.claim_id, "peer_lost", "the carrier was shut down"))
-        for ticket_id in list(self._hosts):
+            reads, self._reads = self._reads, []
+        self._table.notify()
+        for read in reads:
+            failure = ReadFailed(read.session.request.read_id, "peer_lost", "the carrier was shut down")
+            read.receiver.put_event(failure)
+        for ticket_id in list(self._senders):
             self.close(ticket_id)
         self._thread.join(_JOIN_TIMEOUT_S)
 
-    # ---- between carriers
+    # ---- called by other carriers
 
-    def admit(self, secret: str, claim: Claim, sink: Sink, taker: LoopCarrier) -> bool:
+    def accept_read(self, secret: str, request: ReadRequest, sink: BlockSink, receiver: LoopCarrier) -> bool:
+        """Return False if the secret is wrong, or this carrier was shut down."""
+        loader = PoolLoader(self._table.window, HOST_MESSAGE_BYTES)
         with self._lock:
             if self._is_closing or secret != self._secret:
                 return False
-            self._connections.append(
-                _ServedConnection(
-                    Serving(self._table, claim, PoolLoader(self._table.window, HOST_MESSAGE_BYTES)), sink, taker
-                )
-            )
-        self._table.poke()
+            self._reads.append(_OpenRead(ReadSession(self._table, request, loader), sink, receiver))
+        self._table.notify()
         return True
 
-    def dismiss(self, ticket_id: str, taker: LoopCarrier) -> None:
+    def end_reads(self, ticket_id: str, receiver: LoopCarrier) -> None:
         with self._lock:
-            leaving = [v for v in self._connections if v.taker is taker and v.serving.claim.ticket_id == ticket_id]
-            self._connections = [connection for connection in self._connections if connection not in leaving]
-        if any(connection.serving.claim.ends_lease for connection in leaving):
-            self.tell(TicketOver(ticket_id))
+            ended = [r for r in self._reads if r.receiver is receiver and r.session.request.ticket_id == ticket_id]
+            self._reads = [read for read in self._reads if read not in ended]
+        if any(read.session.request.ends_lease for read in ended):
+            self.put_event(TicketReleased(ticket_id))
 
-    def tell(self, event: Event) -> None:
+    def put_event(self, event: Event) -> None:
         self._events.put(event)
 
     # ---- the thread
@@ -134,29 +137,27 @@ class LoopCarrier:
     def _serve(self) -> None:
         while not self._is_closing:
             version = self._table.version
-            num_sent = sum(self._serve_one(connection) for connection in list(self._connections))
+            num_sent = sum(self._serve_read(read) for read in list(self._reads))
             if not num_sent:
                 self._table.wait(version, _IDLE_WAIT_S)
 
-    def _serve_one(self, connection: _ServedConnection) -> bool:
-        """Whether there was something to send."""
-        if connection.serving.is_over:
+    def _serve_read(self, read: _OpenRead) -> bool:
+        """Send what can be sent now; return whether there was anything."""
+        if read.session.is_over:
             return False
-        message: Message | None = connection.serving.next(
-            self._table.window.new_staging(connection.serving.message_bytes)
-        )
-        if message is None:
+        reply = read.session.next_reply(self._table.window.new_staging(read.session.message_bytes))
+        if reply is None:
             return False
-        _deliver(connection, message)
+        _deliver(read, reply)
         return True
 
 
-def _deliver(connection: _ServedConnection, message: Message) -> None:
-    claim_id = connection.serving.claim.claim_id
-    if isinstance(message, Blocks):
-        connection.sink.announce(message.rows, message.digests)
-        connection.sink.put([(row.index, row.tag) for row in message.rows], message.payload)
-    elif isinstance(message, End):
-        connection.taker.tell(Ended(claim_id, message.first_token, message.extras))
+def _deliver(read: _OpenRead, reply: Reply) -> None:
+    read_id = read.session.request.read_id
+    if isinstance(reply, BlocksReply):
+        read.sink.announce(reply.headers, reply.digests)
+        read.sink.put([(header.index, header.generation) for header in reply.headers], reply.payload)
+    elif isinstance(reply, EndReply):
+        read.receiver.put_event(ReadDone(read_id, reply.first_token, reply.extras))
     else:
-        connection.taker.tell(Failed(claim_id, message.kind, message.reason))
+        read.receiver.put_event(ReadFailed(read_id, reply.kind, reply.reason))

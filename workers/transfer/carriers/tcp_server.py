@@ -1,4 +1,4 @@
-"""`TcpServerConnection`: the giving end of a connection of `TcpCarrier`; one thread reads claims, one sends blocks."""
+"""`TcpServerConnection`: the sending end of a connection of `TcpCarrier`. A thread reads requests, one sends blocks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from tensorweave.cluster.errors import TransferFailed, WireError
 from tensorweave.cluster.limited_log import LimitedLog
 from tensorweave.cluster.protocol import PROTOCOL_VERSION
 from tensorweave.cluster.wire import Frame
 from tensorweave.workers.gang.door import Door
-from tensorweave.workers.transfer.carrier import Claim, EventQueue, TicketOver
-from tensorweave.workers.transfer.sending.ticket_table import Blocks, End, Message, Serving, TicketTable
-from tensorweave.workers.transfer.transports.frame_connection import ALIVE_INTERVAL_S, Stream
-from tensorweave.workers.transfer.transports.transport import GivingTransport, TransportKind
+from tensorweave.workers.transfer.carrier import EventQueue, TicketReleased
+from tensorweave.workers.transfer.read_request import ReadRequest
+from tensorweave.workers.transfer.sending.read_session import BlocksReply, EndReply, ReadSession, Reply
+from tensorweave.workers.transfer.sending.ticket_table import TicketTable
+from tensorweave.workers.transfer.transports.frame_connection import ALIVE_INTERVAL_S, FrameConnection
+from tensorweave.workers.transfer.transports.transport import SendingTransport, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -28,68 +30,72 @@ MAX_PROBE_BYTES: Final = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A connection that has come through the door, and what its peer must show."""
+class Authentication:
+    """What the peers of a listener must show. `log` takes the failures, which strangers can cause at will."""
 
-    sock: socket.socket
-    door: Door
     secret: str
+    listener: Door
     log: LimitedLog
 
-    def check(self, offered: str) -> bool:
-        return hmac.compare_digest(offered.encode(), self.secret.encode())
-
-    def is_known(self) -> None:
-        self.door.know(self.sock)
+    def accepts(self, secret: str) -> bool:
+        return hmac.compare_digest(secret.encode(), self.secret.encode())
 
 
 class TcpServerConnection:
-    def __init__(self, entry: Entry, table: TicketTable, events: EventQueue, kinds: Sequence[TransportKind]) -> None:
-        self.is_gone = False
-        self._entry = entry
-        self._stream = Stream(entry.sock)
+    def __init__(
+        self,
+        sock: socket.socket,
+        authentication: Authentication,
+        table: TicketTable,
+        events: EventQueue,
+        transports: Sequence[Transport],
+    ) -> None:
+        self.is_closed = False
+        self._sock = sock
+        self._authentication = authentication
+        self._connection = FrameConnection(sock)
         self._table = table
         self._events = events
-        self._servings: dict[int, Serving] = {}
-        self._transports = {kind.name: kind.giving() for kind in kinds}
-        self._transport: GivingTransport | None = None
+        self._sessions: dict[int, ReadSession] = {}
+        self._transports = {transport.name: transport.make_sender() for transport in transports}
+        self._transport: SendingTransport | None = None
         self._probes: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._read, name="kv-connection-reader", daemon=True)
-        self._writer = threading.Thread(target=self._write, name="kv-connection-writer", daemon=True)
+        self._reader = threading.Thread(target=self._read, name="kv-server-reader", daemon=True)
+        self._writer = threading.Thread(target=self._write, name="kv-server-writer", daemon=True)
         self._reader.start()
 
     def close(self) -> None:
-        self.is_gone = True
-        self._stream.close()
-        self._table.poke()
+        self.is_closed = True
+        self._connection.close()
+        self._table.notify()
 
     def join(self, timeout_s: float) -> None:
         for thread in (self._reader, self._writer):
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(timeout_s)
 
-    # ---- what the taker says
+    # ---- the reader
 
     def _read(self) -> None:
         try:
             self._table.window.use_own_stream()
-            self._transport = self._greet()
+            self._transport = self._open()
             self._writer.start()
             while True:
-                self._take(*self._stream.receive())
+                self._receive(*self._connection.receive())
         except (TransferFailed, WireError) as error:
             if self._transport is None:
-                self._entry.log.tell(f"a connection to the KV endpoint ends before it is greeted: {error}")
-            elif not self.is_gone:
-                logger.info("a KV taker's connection ends: %s", error)
+                self._authentication.log.tell(f"a connection to the KV endpoint ends during its handshake: {error}")
+            elif not self.is_closed:
+                logger.info("the connection of a KV receiver ends: %s", error)
         finally:
-            self._entry.is_known()
+            self._authentication.listener.know(self._sock)
             self.close()
-            for serving in self._servings.values():
-                self._leave(serving)
+            for session in self._sessions.values():
+                self._end_session(session)
 
-    def _greet(self) -> GivingTransport:
-        frame, body_bytes = self._stream.receive()
+    def _open(self) -> SendingTransport:
+        frame, body_bytes = self._connection.receive()
         match frame:
             case ["hello", int(version), str(secret)] if not body_bytes:
                 pass
@@ -98,102 +104,88 @@ class TcpServerConnection:
         refusal = ""
         if version != PROTOCOL_VERSION:
             refusal = f"protocol version {version}, here it is {PROTOCOL_VERSION}"
-        elif not self._entry.check(secret):
+        elif not self._authentication.accepts(secret):
             refusal = "wrong secret"
-        greetings = {} if refusal else {name: transport.greeting() for name, transport in self._transports.items()}
-        self._stream.send("hello", PROTOCOL_VERSION, refusal, greetings)
+        handshakes = {} if refusal else {name: sender.handshake() for name, sender in self._transports.items()}
+        self._connection.send("hello", PROTOCOL_VERSION, refusal, handshakes)
         if refusal:
             raise WireError(refusal)
-        self._entry.is_known()
-        self._stream.trust(max_body_bytes=0)
-        frame, _ = self._stream.receive()
+        self._authentication.listener.know(self._sock)
+        self._connection.accept_bodies(0)
+        frame, _ = self._connection.receive()
         match frame:
             case ["transport", str(name)] if name in self._transports:
                 return self._transports[name]
         raise WireError("the second frame must name a transport")
 
-    def _take(self, frame: Frame, body_bytes: int) -> None:
+    def _receive(self, frame: Frame, body_bytes: int) -> None:
         match frame:
             case ["claim", int(number), *fields]:
                 assert self._transport is not None
-                serving = Serving(self._table, claim_from_wire(fields), self._transport.loader)
-                self._servings = {**self._servings, number: serving}
-                self._table.poke()
+                session = ReadSession(self._table, ReadRequest.from_wire(fields), self._transport.loader)
+                self._sessions = {**self._sessions, number: session}  # the writer iterates over the old one
+                self._table.notify()
             case ["close", int(number)]:
-                servings = dict(self._servings)
-                closed = servings.pop(number, None)
-                self._servings = servings
+                sessions = dict(self._sessions)
+                closed = sessions.pop(number, None)
+                self._sessions = sessions
                 if closed is not None:
-                    self._leave(closed)
+                    self._end_session(closed)
             case ["probe", int(num_bytes)] if 0 <= num_bytes <= MAX_PROBE_BYTES:
                 self._probes.put(num_bytes)
-                self._table.poke()
+                self._table.notify()
             case ["alive"]:
                 pass
             case _:
-                raise WireError(f"a giver takes no {frame[0]!r}")
+                raise WireError(f"a sender accepts no {frame[0]!r} frame")
 
-    def _leave(self, serving: Serving) -> None:
-        if serving.claim.ends_lease:
-            self._events.put(TicketOver(serving.claim.ticket_id))
+    def _end_session(self, session: ReadSession) -> None:
+        if session.request.ends_lease:
+            self._events.put(TicketReleased(session.request.ticket_id))
 
-    # ---- what it gets
+    # ---- the writer
 
     def _write(self) -> None:
         transport = self._transport
         assert transport is not None
         try:
             self._table.window.use_own_stream()
-            transport.open(self._stream)
+            transport.open(self._connection)
             sent_s = time.monotonic()
-            while not self.is_gone:
+            while not self.is_closed:
                 version = self._table.version
                 while not self._probes.empty():
                     transport.probe(self._probes.get())
-                if sum(self._serve(transport, number, serving) for number, serving in self._servings.items()):
+                if sum(self._serve(transport, number, session) for number, session in self._sessions.items()):
                     sent_s = time.monotonic()
                     continue
                 self._table.wait(version, sent_s + ALIVE_INTERVAL_S - time.monotonic())
                 if time.monotonic() >= sent_s + ALIVE_INTERVAL_S:
-                    self._stream.send("alive")
+                    self._connection.send("alive")
                     sent_s = time.monotonic()
         except TransferFailed as error:
-            logger.info("a KV giver's connection ends: %s", error)  # the reader hears of it too
+            logger.info("a KV sender's connection ends: %s", error)  # the reader fails too
         finally:
-            self._stream.close()
+            self._connection.close()
             transport.close()
 
-    def _serve(self, transport: GivingTransport, number: int, serving: Serving) -> bool:
-        """Whether there was something to send."""
-        if serving.is_over:
+    def _serve(self, transport: SendingTransport, number: int, session: ReadSession) -> bool:
+        """Send what can be sent now; return whether there was anything."""
+        if session.is_over:
             return False
-        message = serving.next(transport.staging(serving.message_bytes))
-        if message is None:
+        reply = session.next_reply(transport.staging(session.message_bytes))
+        if reply is None:
             return False
-        self._send(transport, number, message)
+        self._send(transport, number, reply)
         return True
 
-    def _send(self, transport: GivingTransport, number: int, message: Message) -> None:
-        if isinstance(message, Blocks):
-            rows = [[row.index, row.tag, row.num_tokens] for row in message.rows]
-            self._stream.send("rows", number, rows, body=message.digests, is_held=True)
-            transport.ship(message.payload, "blocks", number, [[row.index, row.tag] for row in message.rows])
-        elif isinstance(message, End):
-            extras = None if message.extras is None else message.extras.to_wire()
-            self._stream.send("end", number, message.first_token, extras)
+    def _send(self, transport: SendingTransport, number: int, reply: Reply) -> None:
+        if isinstance(reply, BlocksReply):
+            headers = [header.to_wire() for header in reply.headers]
+            self._connection.send("rows", number, headers, body=reply.digests, is_held=True)
+            transport.send(reply.payload, "blocks", number, [header[:2] for header in headers])
+        elif isinstance(reply, EndReply):
+            extras = None if reply.extras is None else reply.extras.to_wire()
+            self._connection.send("end", number, reply.first_token, extras)
         else:
-            self._stream.send("fail", number, message.kind, message.reason)
-
-
-def claim_to_wire(claim: Claim) -> list[Any]:
-    heads = [claim.first_head, claim.num_heads]
-    return [claim.ticket_id, claim.fingerprint, claim.prompt, *heads, claim.first_block, claim.only, claim.ends_lease]
-
-
-def claim_from_wire(fields: list[Any]) -> Claim:
-    match fields:
-        case [str(ticket), dict(fingerprint), str(prompt), int(head), int(num), int(block), list(only), bool(ends)]:
-            is_natural = all(type(n) is int and n >= 0 for n in [head, num, block, *only])
-            if is_natural and all(isinstance(text, str) for pair in fingerprint.items() for text in pair):
-                return Claim("", ticket, fingerprint, prompt, head, num, block, tuple(only), ends)
-    raise WireError("malformed claim")
+            self._connection.send("fail", number, reply.kind, reply.reason)

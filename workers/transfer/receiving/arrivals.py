@@ -1,6 +1,6 @@
-"""`Arrivals`: rank 0's account of fetches: when each rank's part has come, the step loop gets one `KvArrived`.
+"""`Arrivals`: rank 0's record of open fetches. Once every rank's part has ended, the step loop gets one `KvArrived`.
 
-Ranks report through the uplink, in any order, also before this rank's own step loop has begun the fetch.
+Ranks send their results through the uplink, in any order, and possibly before this rank's step loop begins the fetch.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from tensorweave.workers.step.request import TokenExtras
 from tensorweave.workers.transfer.transfer_stats import TransferStats
 
 GRACE_S: Final = 1.0
-"""How long the other ranks may still take once one has failed, or the fetch's time is over."""
-_ORPHAN_S: Final = 60.0
+"""How long the other ranks may still take once one has failed, or the fetch's deadline has passed."""
+_UNEXPECTED_S: Final = 60.0
+"""How long a result is kept for a fetch that this rank's step loop has not begun."""
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """One rank's part of a fetch is over: KV of the first `num_tokens` tokens is verified there. Rank 0's has the
-    `first_token` too, and what is told with it."""
+class FetchResult:
+    """The end of one rank's part of a fetch: KV of the first `num_tokens` tokens is verified there. `is_whole` if that
+    is all of the prompt. Only rank 0's result has the `first_token` and its `extras`."""
 
     request_id: str
     rank: int
@@ -37,21 +38,23 @@ class Report:
         return [self.request_id, self.rank, self.num_tokens, self.is_whole, self.first_token, extras]
 
     @classmethod
-    def from_wire(cls, fields: Any) -> Report:
+    def from_wire(cls, fields: Any) -> FetchResult:
         match fields:
-            case [str(request_id), int(rank), int(num_tokens), bool(is_whole), int() | None as first_token, extras]:
-                told = None if extras is None else TokenExtras.from_wire(extras)
-                return cls(request_id, rank, num_tokens, is_whole, first_token, told)
-        raise WireError("malformed transfer report")
+            case [str(request_id), int(rank), int(num_tokens), bool(is_whole), int() | None as first_token, packed]:
+                extras = None if packed is None else TokenExtras.from_wire(packed)
+                return cls(request_id, rank, num_tokens, is_whole, first_token, extras)
+        raise WireError("malformed fetch result")
 
 
 @dataclass(slots=True)
-class _Account:
+class _PendingFetch:
+    """`start` is None until the step loop has begun the fetch."""
+
     deadline_s: float
     start: int | None = None
     context_len: int = 0
     is_settled: bool = False
-    reports: dict[int, Report] = field(default_factory=dict)
+    results: dict[int, FetchResult] = field(default_factory=dict)
 
 
 class Arrivals:
@@ -60,58 +63,60 @@ class Arrivals:
         self._stats = stats
         self._clock = clock
         self._lock = threading.Lock()
-        self._accounts: dict[str, _Account] = {}
+        self._pending: dict[str, _PendingFetch] = {}
         self._inbox: TransferInbox | None = None
 
     def start(self, inbox: TransferInbox) -> None:
         self._inbox = inbox
 
     def expect(self, request_id: str, start: int, context_len: int, timeout_s: float) -> None:
-        """The step loop has begun this fetch; tokens before `start` are here already."""
+        """The step loop has begun this fetch; the KV of tokens before `start` is present already."""
         with self._lock:
-            account = self._accounts.setdefault(request_id, _Account(0.0))
-            account.start, account.context_len = start, context_len
-            account.deadline_s = self._clock() + timeout_s + GRACE_S
-            self._settle_if_over(request_id, account)
+            pending = self._pending.setdefault(request_id, _PendingFetch(0.0))
+            pending.start, pending.context_len = start, context_len
+            pending.deadline_s = self._clock() + timeout_s + GRACE_S
+            self._settle_if_over(request_id, pending)
 
-    def report(self, report: Report) -> None:
+    def add(self, result: FetchResult) -> None:
         with self._lock:
-            account = self._accounts.setdefault(report.request_id, _Account(self._clock() + _ORPHAN_S))
-            account.reports[report.rank] = report
-            if not report.is_whole:
-                account.deadline_s = min(account.deadline_s, self._clock() + GRACE_S)
-            self._settle_if_over(report.request_id, account)
+            unexpected = _PendingFetch(self._clock() + _UNEXPECTED_S)
+            pending = self._pending.setdefault(result.request_id, unexpected)
+            pending.results[result.rank] = result
+            if not result.is_whole:
+                pending.deadline_s = min(pending.deadline_s, self._clock() + GRACE_S)
+            self._settle_if_over(result.request_id, pending)
 
     def forget(self, request_id: str) -> None:
         with self._lock:
-            self._accounts.pop(request_id, None)
+            self._pending.pop(request_id, None)
 
-    def tick(self, now_s: float) -> None:
+    def expire(self, now_s: float) -> None:
+        """Settle the fetches whose deadline has passed."""
         with self._lock:
-            for request_id, account in list(self._accounts.items()):
-                if now_s < account.deadline_s:
+            for request_id, pending in list(self._pending.items()):
+                if now_s < pending.deadline_s:
                     continue
-                if account.start is None:
-                    del self._accounts[request_id]
-                elif not account.is_settled:
-                    self._settle(request_id, account)
+                if pending.start is None:
+                    del self._pending[request_id]
+                elif not pending.is_settled:
+                    self._settle(request_id, pending)
 
-    def _settle_if_over(self, request_id: str, account: _Account) -> None:
-        if account.start is None or account.is_settled:
+    def _settle_if_over(self, request_id: str, pending: _PendingFetch) -> None:
+        if pending.start is None or pending.is_settled:
             return
-        is_futile = any(report.num_tokens <= account.start for report in account.reports.values())
-        if is_futile or len(account.reports) == self._num_ranks:
-            self._settle(request_id, account)
+        is_futile = any(result.num_tokens <= pending.start for result in pending.results.values())
+        if is_futile or len(pending.results) == self._num_ranks:
+            self._settle(request_id, pending)
 
-    def _settle(self, request_id: str, account: _Account) -> None:
-        """Ranks that have not said anything have nothing."""
+    def _settle(self, request_id: str, pending: _PendingFetch) -> None:
+        """A rank without a result has received nothing."""
         assert self._inbox is not None
-        assert account.start is not None
-        reports = account.reports.values()
-        is_complete = len(reports) == self._num_ranks
-        num_tokens = min(report.num_tokens for report in reports) if is_complete else account.start
-        first = next((r for r in reports if r.first_token is not None), None)
+        assert pending.start is not None
+        results = pending.results.values()
+        is_complete = len(results) == self._num_ranks
+        num_tokens = min(result.num_tokens for result in results) if is_complete else pending.start
+        first = next((result for result in results if result.first_token is not None), None)
         first_token, extras = (None, None) if first is None else (first.first_token, first.extras)
-        account.is_settled = True
-        self._stats.add("recomputed_tokens", account.context_len - num_tokens)
-        self._inbox.put_arrived(KvArrived(request_id, max(num_tokens, account.start), first_token, extras))
+        pending.is_settled = True
+        self._stats.add("recomputed_tokens", pending.context_len - num_tokens)
+        self._inbox.put_arrived(KvArrived(request_id, max(num_tokens, pending.start), first_token, extras))

@@ -1,8 +1,8 @@
-"""What lands at a taking rank: `Intake` checks the blocks of one claim, `TargetBlocks` is the only link into the pool.
+"""`BlockReceiver` verifies the blocks of one read request; `TargetBlocks` alone writes them into the pool.
 
-Bytes are checked where they have arrived, before they are copied into the request's blocks (on a CPU layer by layer,
-while they are in the cache): what is wrong never gets there. Once `TargetBlocks.close` has returned, nothing writes
-into the blocks, and they may be freed.
+Bytes are verified where they were received, before they are copied into the request's blocks (on a CPU layer by layer,
+while they are in the cache), so a wrong block never enters the pool. Once `TargetBlocks.close` has returned, nothing
+writes into the blocks, and they may be freed.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from tensorweave.workers.transfer.sending.offered_blocks import Digests, Row
+from tensorweave.workers.transfer.read_request import BlockHeader
+from tensorweave.workers.transfer.sending.offered_blocks import Digests
 from tensorweave.workers.transfer.transfer_stats import TransferStats
 from tensorweave.workers.transfer.window import PoolWindow
 
 
 class TargetBlocks:
-    """The blocks of one request that is being fetched: `block_ids` of the pool, from the prompt's block
-    `first_block`."""
+    """The pool blocks of a request that is being fetched. `block_ids` begin at the prompt's block `first_block`."""
 
     def __init__(self, window: PoolWindow, first_block: int, block_ids: Sequence[int]) -> None:
         self.window = window
@@ -29,85 +29,88 @@ class TargetBlocks:
         self._lock = threading.Lock()
         self._is_closed = False
 
-    def write(self, rows: Sequence[Row], heads: range, payload: Tensor, digests_NLK: Digests) -> list[bool] | None:
-        """Copy those packed blocks into the pool that have these digests, and say which; None, and nothing is written,
-        once it is closed."""
+    def write(
+        self, headers: Sequence[BlockHeader], heads: range, payload: Tensor, digests_NLK: Digests
+    ) -> list[bool] | None:
+        """Copy those packed blocks into the pool whose digests match, and return which ones match. After `close`,
+        write nothing and return None."""
         with self._lock:
             if self._is_closed:
                 return None
-            block_ids = [self._block_ids[row.index - self._first_block] for row in rows]
-            return self.window.land(block_ids, heads, payload, [row.num_tokens for row in rows], digests_NLK)
+            block_ids = [self._block_ids[header.index - self._first_block] for header in headers]
+            num_tokens = [header.num_tokens for header in headers]
+            return self.window.write_verified(block_ids, heads, payload, num_tokens, digests_NLK)
 
     def close(self) -> None:
         with self._lock:
             self._is_closed = True
 
 
-class Intake:
-    """A `Sink`. `wanted` gives, for each block that is to come, how many of its tokens are the prompt's."""
+class BlockReceiver:
+    """A `BlockSink`. `wanted` maps the index of each block that must arrive to how many of its tokens belong to the
+    prompt."""
 
-    def __init__(self, arrival: TargetBlocks, heads: range, wanted: Mapping[int, int], stats: TransferStats) -> None:
+    def __init__(self, target: TargetBlocks, heads: range, wanted: Mapping[int, int], stats: TransferStats) -> None:
         self.verified: set[int] = set()
         self.heads = heads
-        self._arrival = arrival
+        self._target = target
         self._wanted = wanted
         self._stats = stats
-        self._announced: dict[int, tuple[Row, Digests]] = {}
-        self._faulted: set[int] = set()
-        self._block_bytes = arrival.window.block_bytes(len(heads))
+        self._announced: dict[int, tuple[BlockHeader, Digests]] = {}
+        self._rejected: set[int] = set()
+        self._block_bytes = target.window.block_bytes(len(heads))
 
-    def announce(self, rows: Sequence[Row], digests: bytes) -> None:
-        if len(digests) != 8 * len(rows) * self._arrival.window.num_layers * len(self.heads):
-            self._stats.fail("truncated", len(rows))
+    def announce(self, headers: Sequence[BlockHeader], digests: bytes) -> None:
+        shape = (len(headers), self._target.window.num_layers, len(self.heads))
+        if len(digests) != 8 * np.prod(shape):
+            self._stats.add_failures("truncated", len(headers))
             return
-        table = np.frombuffer(digests, dtype="<i8").astype(np.int64)
-        shape = (len(rows), self._arrival.window.num_layers, len(self.heads))
-        for row, digest in zip(rows, table.reshape(shape), strict=True):
-            self._announced[row.index] = (row, digest)
+        digests_NLK = np.frombuffer(digests, dtype="<i8").astype(np.int64).reshape(shape)
+        for header, digests_LK in zip(headers, digests_NLK, strict=True):
+            self._announced[header.index] = (header, digests_LK)
 
     def put(self, blocks: Sequence[tuple[int, int]], payload: Tensor) -> None:
         if len(payload) != len(blocks) * self._block_bytes:
-            self._stats.fail("truncated", len(blocks))
-            self._faulted.update(index for index, _ in blocks)
+            self._stats.add_failures("truncated", len(blocks))
+            self._rejected.update(index for index, _ in blocks)
             return
-        due = [at for at, (index, tag) in enumerate(blocks) if self._is_due(index, tag)]
+        due = [at for at, (index, generation) in enumerate(blocks) if self._check_due(index, generation)]
         if not due:
             return
-        announced = [self._announced[blocks[at][0]] for at in due]
         if len(due) < len(blocks):
             payload = payload.view(len(blocks), -1)[due].flatten()
-        rows = [row for row, _ in announced]
-        is_right = self._arrival.write(rows, self.heads, payload, np.stack([digests for _, digests in announced]))
-        if is_right is None:
-            self._stats.fail("late", len(rows))
+        announced = [self._announced[blocks[at][0]] for at in due]
+        headers = [header for header, _ in announced]
+        is_valid = self._target.write(headers, self.heads, payload, np.stack([digests for _, digests in announced]))
+        if is_valid is None:
+            self._stats.add_failures("late", len(headers))
             return
-        right = [row.index for row, flag in zip(rows, is_right, strict=True) if flag]
-        wrong = [row.index for row, flag in zip(rows, is_right, strict=True) if not flag]
-        self.verified.update(right)
-        self._faulted.update(wrong)
-        self._stats.fail("digest", len(wrong))
-        self._stats.land(len(right), len(right) * self._block_bytes)
+        valid = [header.index for header, flag in zip(headers, is_valid, strict=True) if flag]
+        invalid = [header.index for header, flag in zip(headers, is_valid, strict=True) if not flag]
+        self.verified.update(valid)
+        self._rejected.update(invalid)
+        self._stats.add_failures("digest", len(invalid))
+        self._stats.add_verified(len(valid), len(valid) * self._block_bytes)
 
-    def missing(self) -> list[int]:
-        """Blocks still to come, in order; those of which nothing was seen, right or wrong, are counted."""
-        lacking = sorted(self._wanted.keys() - self.verified)
-        unseen = [index for index in lacking if index not in self._faulted]
-        self._stats.fail("missing", len(unseen))
-        self._faulted.clear()
-        return lacking
+    def take_missing(self) -> list[int]:
+        """Return the blocks that must still arrive, in order, and count those of which nothing was received."""
+        missing = sorted(self._wanted.keys() - self.verified)
+        self._stats.add_failures("missing", len(set(missing) - self._rejected))
+        self._rejected.clear()
+        return missing
 
-    def num_verified(self) -> int:
-        """Blocks without a gap from the first."""
+    def num_leading_verified(self) -> int:
+        """How many blocks are verified without a gap, from the first."""
         return next((i for i, index in enumerate(self._wanted) if index not in self.verified), len(self._wanted))
 
-    def _is_due(self, index: int, tag: int) -> bool:
-        """Whether this block is wanted, still, and is the one that was announced."""
+    def _check_due(self, index: int, generation: int) -> bool:
+        """Return whether this block is still wanted and is the one that was announced; count it if not."""
         if index in self.verified:
-            self._stats.fail("duplicate")
+            self._stats.add_failures("duplicate")
             return False
-        row = self._announced[index][0] if index in self._announced else None
-        if row is None or row.tag != tag or row.num_tokens != self._wanted.get(index):
-            self._stats.fail("stale")
-            self._faulted.add(index)
+        header = self._announced[index][0] if index in self._announced else None
+        if header is None or header.generation != generation or header.num_tokens != self._wanted.get(index):
+            self._stats.add_failures("stale")
+            self._rejected.add(index)
             return False
         return True

@@ -1,8 +1,8 @@
-"""`OfferedBlocks`: the blocks of one prompt on offer at one rank, with their digests; what carriers read them through.
+"""`OfferedBlocks`: the blocks of one prompt on offer at one rank, with their digests; carriers read blocks through it.
 
-Filled by the step loop, read by carriers' threads. A read copies bytes out of the pool under their lock, so that
-once `close` or `retract` has returned, nobody reads the blocks any more and they may be freed. `BlockTags` counts each
-pool block's generations: a block that lost its last holder has another tag, and is never given as what it was.
+The step loop adds blocks, carriers' threads read them. A read copies bytes out of the pool under the lock, so once
+`withdraw` has returned, nothing reads the blocks any more and they may be freed. `BlockGenerations` counts
+how often each pool block was released: a block with another generation holds another content and is never sent.
 """
 
 from __future__ import annotations
@@ -10,83 +10,75 @@ from __future__ import annotations
 import collections
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from tensorweave.workers.step.request import TokenExtras
+from tensorweave.workers.transfer.read_request import BlockHeader
 from tensorweave.workers.transfer.transports.loader import Loader
 from tensorweave.workers.transfer.window import PoolWindow
 
 Digests = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A block on offer: its place in the prompt, its generation, and how many of its tokens are the prompt's."""
-
-    index: int
-    tag: int
-    num_tokens: int
-
-
-class BlockTags:
-    """A generation number for each pool block, counted up when the last offered that holds the block lets it go."""
+class BlockGenerations:
+    """A generation number per pool block, incremented when the last offer that holds the block releases it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._tags: collections.Counter[int] = collections.Counter()
-        self._holders: collections.Counter[int] = collections.Counter()
+        self._generations: collections.Counter[int] = collections.Counter()
+        self._num_holders: collections.Counter[int] = collections.Counter()
 
-    def tag(self, block_id: int) -> int:
-        return self._tags[block_id]
+    def generation(self, block_id: int) -> int:
+        return self._generations[block_id]
 
     @property
     def num_held(self) -> int:
-        return len(self._holders)
+        return len(self._num_holders)
 
-    def hold(self, block_ids: Sequence[int]) -> list[int]:
+    def acquire(self, block_ids: Sequence[int]) -> list[int]:
+        """Hold these blocks; return their generations."""
         with self._lock:
-            self._holders.update(block_ids)
-            return [self._tags[block_id] for block_id in block_ids]
+            self._num_holders.update(block_ids)
+            return [self._generations[block_id] for block_id in block_ids]
 
-    def let_go(self, block_ids: Sequence[int]) -> None:
+    def release(self, block_ids: Sequence[int]) -> None:
         with self._lock:
             for block_id in block_ids:
-                self._holders[block_id] -= 1
-                if not self._holders[block_id]:
-                    del self._holders[block_id]
-                    self._tags[block_id] += 1
+                self._num_holders[block_id] -= 1
+                if not self._num_holders[block_id]:
+                    del self._num_holders[block_id]
+                    self._generations[block_id] += 1
 
 
 class OfferedBlocks:
-    """One ticket's blocks: grows chunk by chunk, complete once the first token is known, then read until closed."""
+    """One ticket's blocks. Blocks are added chunk by chunk; the offer is complete once the first token is known, and
+    can be read until it is closed."""
 
-    def __init__(self, window: PoolWindow, tags: BlockTags, prompt: str) -> None:
-        self.prompt = prompt
+    def __init__(self, window: PoolWindow, generations: BlockGenerations, prompt_digest: str) -> None:
+        self.prompt_digest = prompt_digest
         self.window = window
         self.first_token: int | None = None
         self.extras: TokenExtras | None = None
         self.is_complete = False
-        self.is_closed = False
-        self._tags = tags
+        self._generations = generations
         self._lock = threading.Lock()
         self._block_ids: list[int] = []
-        self._rows: list[Row] = []
+        self._headers: list[BlockHeader] = []
         self._digests_LK: list[Digests] = []
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._headers)
 
     def add(self, block_ids: Sequence[int], num_tokens: Sequence[int]) -> None:
-        """Digest these blocks, as they now are, and put them on offer."""
+        """Digest these blocks as they are now, and put them on offer."""
         digests_NLK: Digests = self.window.digests(block_ids, num_tokens).numpy()
-        tags = self._tags.hold(block_ids)
+        generations = self._generations.acquire(block_ids)
         with self._lock:
-            for tag, count in zip(tags, num_tokens, strict=True):
-                self._rows.append(Row(len(self._rows), tag, count))
+            for generation, count in zip(generations, num_tokens, strict=True):
+                self._headers.append(BlockHeader(len(self._headers), generation, count))
             self._block_ids += block_ids
             self._digests_LK += list(digests_NLK)
 
@@ -94,38 +86,35 @@ class OfferedBlocks:
         self.first_token, self.extras = first_token, extras
         self.is_complete = True
 
-    def retract(self) -> None:
-        """The blocks are taken away, and will be computed and added again."""
+    def withdraw(self) -> None:
+        """Take all blocks off offer. They may be computed and added again."""
         with self._lock:
-            self._tags.let_go(self._block_ids)
-            self._block_ids, self._rows, self._digests_LK = [], [], []
+            self._generations.release(self._block_ids)
+            self._block_ids, self._headers, self._digests_LK = [], [], []
             self.is_complete = False
 
-    def close(self) -> None:
-        self.is_closed = True
-        self.retract()
+    # ---- called by carriers
 
-    # ---- for carriers
-
-    def rows(self, indices: Sequence[int]) -> list[Row]:
-        """Those of these blocks, in order, that are on offer by now, up to the first that is not."""
+    def headers(self, indices: Sequence[int]) -> list[BlockHeader]:
+        """The headers of those of these blocks that are on offer."""
         with self._lock:
-            return [self._rows[index] for index in indices if index < len(self._rows)]
+            return [self._headers[index] for index in indices if index < len(self._headers)]
 
-    def read(self, rows: Sequence[Row], heads: range, out: Tensor, loader: Loader | None = None) -> bytes | None:
-        """Load the heads of these blocks into `out`; returns their digests, or None where a block is not there any more
-        as the row names it (nothing in `out` may be used then)."""
+    def read(self, headers: Sequence[BlockHeader], heads: range, out: Tensor, loader: Loader) -> bytes | None:
+        """Load the heads of these blocks into `out` and return their digests. None if a block is no longer the one that
+        its header describes; `out` must not be used then."""
         with self._lock:
-            if not self._stand(rows):
+            if not self._are_current(headers):
                 return None
-            (loader or self.window).pack([self._block_ids[row.index] for row in rows], heads, out)
-            digests_NLK = np.stack([self._digests_LK[row.index] for row in rows])[:, :, heads.start : heads.stop]
-            return digests_NLK.astype("<i8", copy=False).tobytes() if self._stand(rows) else None
+            loader.pack([self._block_ids[header.index] for header in headers], heads, out)
+            digests_NLK = np.stack([self._digests_LK[header.index] for header in headers])
+            digests = digests_NLK[:, :, heads.start : heads.stop].astype("<i8", copy=False).tobytes()
+            return digests if self._are_current(headers) else None
 
-    def _stand(self, rows: Sequence[Row]) -> bool:
+    def _are_current(self, headers: Sequence[BlockHeader]) -> bool:
         return all(
-            row.index < len(self._rows)
-            and self._rows[row.index] == row
-            and self._tags.tag(self._block_ids[row.index]) == row.tag
-            for row in rows
+            header.index < len(self._headers)
+            and self._headers[header.index] == header
+            and self._generations.generation(self._block_ids[header.index]) == header.generation
+            for header in headers
         )

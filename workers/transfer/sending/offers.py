@@ -1,7 +1,8 @@
-"""`Offers`: the giving side of one rank: offers that the step loop fills, and leases on them.
+"""`Offers`: the sending side of one rank: the offers that the step loop fills, and the leases on them.
 
-A lease keeps the blocks of a finished prompt until whoever holds the ticket is done, the ticket is given up, or its
-time is over; rank 0 decides, the end reaches every rank's step loop as news, and only then are the blocks freed.
+A lease keeps the blocks of a finished prompt until the holder of the ticket has finished, the ticket is given up, or
+its time has passed. Rank 0 decides; the end of the lease reaches every rank through the step loop's inbox, and only
+then are the blocks freed.
 """
 
 from __future__ import annotations
@@ -10,24 +11,19 @@ import collections
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Final
 
-from tensorweave.cluster.protocol import pack_tokens
 from tensorweave.workers.step.kv_exchange import TransferInbox
 from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import KVCache
 from tensorweave.workers.transfer.carrier import Carrier
-from tensorweave.workers.transfer.sending.offered_blocks import BlockTags, OfferedBlocks
+from tensorweave.workers.transfer.read_request import prompt_digest
+from tensorweave.workers.transfer.sending.offered_blocks import BlockGenerations, OfferedBlocks
 from tensorweave.workers.transfer.window import PoolWindow
 
-_KEPT: Final = ("stop", "length", "not_finished")
-_REMEMBERED_TICKETS: Final = 65_536
-
-
-def prompt_digest(request: LlmRequest, num_tokens: int) -> str:
-    return blake2b(pack_tokens(request.tokens[:num_tokens]), digest_size=16).hexdigest()
+_LEASED_REASONS: Final = ("stop", "length", "not_finished")
+_MAX_REMEMBERED_TICKETS: Final = 65_536
 
 
 @dataclass(slots=True)
@@ -48,61 +44,63 @@ class Offers:
         self._kv_cache = kv_cache
         self._lease_s = lease_s
         self._clock = clock
-        self._tags = BlockTags()
+        self._generations = BlockGenerations()
         self._offers: dict[str, OfferedBlocks] = {}
         self._lock = threading.Condition()
         self._leases: dict[str, _Lease] = {}
-        self._early: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self._released_early: collections.OrderedDict[str, None] = collections.OrderedDict()
         self._inbox: TransferInbox | None = None
 
     def start(self, inbox: TransferInbox) -> None:
         self._inbox = inbox
 
-    # ---- the step loop
+    # ---- called by the step loop
 
     def offer(self, batch: ScheduledBatch) -> None:
         for chunk in batch.context:
             if chunk.request.offer is not None:
-                self._publish(chunk.request.offer, chunk)
+                self._offer_chunk(chunk.request.offer, chunk)
 
-    def _publish(self, ticket_id: str, chunk: ContextChunk) -> None:
-        """The blocks that this chunk has filled, and with the last chunk the one that it has begun."""
+    def _offer_chunk(self, ticket_id: str, chunk: ContextChunk) -> None:
+        """Add the blocks that this chunk has filled; with the last chunk, also the one that it has begun."""
         request, P = chunk.request, self._window.tokens_per_block
         offered = self._offers.get(request.request_id)
         if offered is None:
-            offered = OfferedBlocks(self._window, self._tags, prompt_digest(request, request.context_len))
+            offered = OfferedBlocks(self._window, self._generations, prompt_digest(request))
             self._offers[request.request_id] = offered
         num_blocks = -(-request.num_computed // P) if chunk.is_last else request.num_computed // P
-        places = range(len(offered), num_blocks)
+        new_blocks = range(len(offered), num_blocks)
         block_ids = self._kv_cache.block_ids(request)[len(offered) : num_blocks]
-        offered.add(block_ids, [min(P, request.num_computed - at * P) for at in places])
-        if chunk.is_last and request.finish_reason in _KEPT:
+        offered.add(block_ids, [min(P, request.num_computed - index * P) for index in new_blocks])
+        if chunk.is_last and request.finish_reason in _LEASED_REASONS:
             offered.complete(request.tokens[request.context_len], request.extras)
         self._carrier.offer(ticket_id, offered)
 
     def keeps(self, request: LlmRequest) -> bool:
-        """Leases go by the request's id, so a second request of the same id gets none while the first's is open."""
+        """Begin the lease of a request that has ended. A second request of the same id gets no lease while the first
+        one's is open, because leases are named by request ids."""
         if request.offer is None:
             return False
         offered = self._offers.pop(request.request_id, None)
         is_leased = request.request_id in self._leases
-        if offered is None or is_leased or not offered.is_complete or request.finish_reason not in _KEPT:
+        if offered is None or is_leased or not offered.is_complete or request.finish_reason not in _LEASED_REASONS:
             if offered is not None:
-                offered.close()
+                offered.withdraw()
             self._carrier.close(request.offer)
             return False
         with self._lock:
             lease = _Lease(request, request.offer, offered, self._clock() + self._lease_s)
             self._leases[request.request_id] = lease
-            if request.offer in self._early:
+            if request.offer in self._released_early:
                 self._end(lease)
         return True
 
     def drop(self, request: LlmRequest) -> None:
-        """Its blocks are about to go; they will be computed again, and offered again under the same ticket."""
+        """Withdraw its blocks, which are about to be freed. They are computed again and offered under the same
+        ticket."""
         offered = self._offers.get(request.request_id)
         if offered is not None:
-            offered.retract()
+            offered.withdraw()
 
     def release(self, request_id: str) -> LlmRequest | None:
         with self._lock:
@@ -110,11 +108,11 @@ class Offers:
             self._lock.notify_all()
         if lease is None:
             return None
-        lease.offered.close()
+        lease.offered.withdraw()
         self._carrier.close(lease.ticket_id)
         return lease.request
 
-    # ---- other threads
+    # ---- called on other threads
 
     def give_up(self, request_id: str) -> bool:
         with self._lock:
@@ -123,23 +121,24 @@ class Offers:
                 self._end(lease)
             return lease is not None
 
-    def over(self, ticket_id: str) -> None:
-        """Whoever held the ticket is done; where the prompt is still being computed, its lease ends as it begins."""
+    def end_lease(self, ticket_id: str) -> None:
+        """The holder of the ticket has finished. If the prompt is still being computed, its lease ends as it begins."""
         with self._lock:
             lease = next((lease for lease in self._leases.values() if lease.ticket_id == ticket_id), None)
             if lease is not None:
                 self._end(lease)
                 return
-            self._early[ticket_id] = None
-            if len(self._early) > _REMEMBERED_TICKETS:
-                self._early.popitem(last=False)
+            self._released_early[ticket_id] = None
+            if len(self._released_early) > _MAX_REMEMBERED_TICKETS:
+                self._released_early.popitem(last=False)
 
     def wait_released(self, timeout_s: float) -> bool:
-        """Until there is no lease, or the time is over; whether there is none."""
+        """Wait until no lease is open. Return whether that happened within `timeout_s`."""
         with self._lock:
             return self._lock.wait_for(lambda: not self._leases, timeout_s)
 
-    def tick(self, now_s: float) -> None:
+    def expire(self, now_s: float) -> None:
+        """End the leases whose deadline has passed."""
         with self._lock:
             for lease in self._leases.values():
                 if now_s >= lease.deadline_s:
@@ -151,8 +150,8 @@ class Offers:
 
     @property
     def num_held_blocks(self) -> int:
-        """Pool blocks on any offered."""
-        return self._tags.num_held
+        """Pool blocks that are on offer."""
+        return self._generations.num_held
 
     def _end(self, lease: _Lease) -> None:
         assert self._inbox is not None

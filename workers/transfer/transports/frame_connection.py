@@ -1,12 +1,12 @@
-"""`Stream`: frames over one TCP connection between two ranks. Any thread may send, one receives.
+"""`FrameConnection`: frames over one TCP connection between two ranks. Any thread may send, one receives.
 
     ┌──────────────┬───────────────┬───────────────────────┬─────────────┐
     │ u32 head len │ u32 body len  │ head: msgpack [name…] │ body: bytes │   little-endian
     └──────────────┴───────────────┴───────────────────────┴─────────────┘
 
-Silence breaks it: a peer sends something each second. It is counted in waits that bring nothing rather than in seconds:
-if this process stood still, the peer is not to blame. Every fault of a connection surfaces as `TransferFailed`, and
-what is not of our protocol as `WireError`; the stream is of no use after either.
+A peer sends something every second, so its silence breaks the connection. Silence is counted in waits without data
+rather than in seconds, so that a pause of this process is not taken for a silent peer. Every fault of the connection
+raises `TransferFailed`, every violation of the protocol `WireError`; the connection is unusable after either.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgpack
-import numpy as np
-import numpy.typing as npt
-from torch import Tensor
 
 from tensorweave.cluster.errors import TransferFailed, WireError
 from tensorweave.cluster.wire import MAX_HELLO_BYTES, Frame, unpack_payload
@@ -33,16 +30,16 @@ SILENCE_S: Final = 3.0
 MAX_HEAD_BYTES: Final = 4 << 20
 
 _NUM_WAITS: Final = 3
-"""In vain, one after the other: then the peer is silent."""
+"""The peer is silent after this many successive waits without data."""
 _SIZES: Final = struct.Struct("<II")
 _TIMEVAL: Final = struct.Struct("@ll")
 _MAX_PIECES: Final = 1024
 _READ_AHEAD_BYTES: Final = 16 << 10
-"""Heads and small bodies come in one read with what follows them."""
+"""Heads and small bodies are read together with what follows them."""
 
 
-class Stream:
-    """The socket blocks, with the system's own time limits: a read fills a whole body in one call, a send takes one."""
+class FrameConnection:
+    """The socket blocks, with the system's own timeouts: one call reads a whole body, and one call sends it."""
 
     def __init__(self, sock: socket.socket, silence_s: float = SILENCE_S) -> None:
         self.max_head_bytes = MAX_HELLO_BYTES
@@ -59,15 +56,15 @@ class Stream:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def trust(self, max_body_bytes: int) -> None:
-        """The peer has shown who it is: it may send long heads, and bodies up to this size."""
+    def accept_bodies(self, max_body_bytes: int) -> None:
+        """The peer has authenticated itself: accept long heads, and bodies up to this size."""
         self.max_head_bytes, self.max_body_bytes = MAX_HEAD_BYTES, max_body_bytes
 
     def send(
         self, name: str, *fields: Any, body: Sequence[memoryview] | memoryview | bytes = b"", is_held: bool = False
     ) -> None:
-        """A body may be in several pieces. Held, the frame goes with the next one; its body must stay as it is until
-        then."""
+        """Send a frame; its body may be in several pieces. A held frame is sent with the next one, and its body must
+        not change until then."""
         head: bytes = msgpack.packb([name, *fields])
         pieces = [memoryview(body)] if isinstance(body, bytes | memoryview) else list(body)
         with self._sending:
@@ -77,7 +74,7 @@ class Stream:
                 self._send_all(held)
 
     def receive(self) -> tuple[Frame, int]:
-        """The next frame's head, and the length of its body, which must be taken with `receive_into` before the next
+        """Return the next frame's head and the length of its body. Read the body with `receive_into` before the next
         call."""
         head_bytes, body_bytes = _SIZES.unpack(self._take(_SIZES.size))
         if head_bytes > self.max_head_bytes or body_bytes > self.max_body_bytes:
@@ -94,7 +91,7 @@ class Stream:
             view = view[self._read(view, socket.MSG_WAITALL) :]
 
     def _take(self, num_bytes: int) -> bytearray:
-        """The next bytes; where they are not here yet, with whatever follows them."""
+        """The next bytes, from the read-ahead buffer, which is refilled if it is empty."""
         data = bytearray(num_bytes)
         view = memoryview(data)
         while len(view):
@@ -106,13 +103,13 @@ class Stream:
         return data
 
     def _read(self, view: memoryview, flags: int = 0) -> int:
-        count = _call(lambda: self._sock.recv_into(view, 0, flags), "the peer is silent")
+        count = _move_bytes(lambda: self._sock.recv_into(view, 0, flags), "the peer is silent")
         if not count:
             raise TransferFailed("the peer has closed the connection")
         return count
 
     def is_broken(self) -> bool:
-        """Whether the peer has closed it, or died, or it was closed here. From any thread; reads nothing."""
+        """Whether the connection was closed, by the peer or here. May be called on any thread; reads nothing."""
         descriptor = self._sock.fileno()
         if descriptor < 0:
             return True
@@ -121,7 +118,7 @@ class Stream:
         return bool(poll.poll(0))
 
     def close(self) -> None:
-        """Any thread: whoever sends or receives fails."""
+        """May be called on any thread: pending sends and receives fail."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
@@ -129,7 +126,7 @@ class Stream:
     def _send_all(self, pieces: list[memoryview]) -> None:
         while pieces:
             batch = pieces[:_MAX_PIECES]
-            count = _call(functools.partial(self._sock.sendmsg, batch), "the peer takes nothing")
+            count = _move_bytes(functools.partial(self._sock.sendmsg, batch), "the peer does not read")
             num_sent = 0
             while num_sent < len(pieces) and count >= len(pieces[num_sent]):
                 count -= len(pieces[num_sent])
@@ -139,8 +136,8 @@ class Stream:
                 pieces[0] = pieces[0][count:]
 
 
-def _call(move: Callable[[], int], complaint: str) -> int:
-    """How many bytes it moved, in the first wait that brought any."""
+def _move_bytes(move: Callable[[], int], complaint: str) -> int:
+    """Call `move` until it moves bytes; return their number."""
     for _ in range(_NUM_WAITS):
         try:
             return move()
@@ -149,9 +146,3 @@ def _call(move: Callable[[], int], complaint: str) -> int:
         except OSError as error:
             raise TransferFailed(f"the connection broke: {error}") from None
     raise TransferFailed(f"the connection broke: {complaint}")
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a host tensor of bytes."""
-    array: npt.NDArray[np.uint8] = tensor.numpy()
-    return array.data

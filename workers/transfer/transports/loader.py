@@ -1,4 +1,4 @@
-"""`Loader`: makes payloads of blocks, for what a payload is on some transport."""
+"""`Loader`: turns blocks into the payload that a transport sends."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 from tensorweave.workers.transfer.window import PoolWindow
 
 HOST_MESSAGE_BYTES: Final = 2 << 20
-"""Large enough that what is done for each message costs little, small enough to stay in the taker's cache."""
+"""Large enough that the cost per message is small, small enough to stay in the receiver's cache."""
 
 
 class Loader(Protocol):
     def block_bytes(self, num_heads: int) -> int:
-        """What a block takes in a payload."""
+        """The size of a block in a payload."""
 
     def message_blocks(self, num_heads: int) -> int:
-        """How many blocks go into one payload, at least one."""
+        """How many blocks fit in one payload, at least one."""
 
     def pack(self, block_ids: Sequence[int], heads: range, out: Tensor) -> None:
-        """Fill `out`. When it returns, it has read all that it will."""
+        """Fill `out`. Nothing is read after it has returned."""
 
 
 class PoolLoader:
-    """The blocks' bytes."""
+    """Payloads are the blocks' bytes."""
 
     def __init__(self, window: PoolWindow, message_bytes: int) -> None:
         self._window = window

@@ -1,8 +1,9 @@
-"""`Communicator`: two ranks over NCCL, made outside torch.distributed so that a dead peer is our affair alone.
+"""`Communicator`: two ranks over NCCL, created outside torch.distributed, whose watchdog ends the process when a peer
+dies.
 
-The library that torch has loaded is called directly: its communicators can be made without blocking, given up by the
-thread that waits for them, and made again, and no watchdog ends the process. A communicator that failed is aborted and
-of no use. All calls on one thread.
+The library that torch has loaded is called directly: its communicators can be created without blocking, aborted by the
+thread that waits for them, and created again. A communicator that failed is aborted and unusable. All calls on one
+thread.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _IN_PROGRESS: Final = 7
 _INT8: Final = 0
 _MAGIC: Final = 0xCAFEBEEF
 _CONFIG_VERSION: Final = 21400
-"""The layout of `ncclConfig_t` that `_Config` follows, of NCCL 2.14; a newer library fills in what it lacks."""
+"""The layout of `ncclConfig_t` that `_Config` follows, of NCCL 2.14; a newer library fills in the other fields."""
 _PAUSE_S: Final = 20e-6
 
 IsBroken = Callable[[], bool]
@@ -62,7 +63,7 @@ def load_library() -> ctypes.CDLL:
 
 
 def new_unique_id() -> bytes:
-    """Names a communicator to be; whoever makes it must live until both ranks have joined."""
+    """The id of a new communicator; the process that creates it must live until both ranks have joined."""
     unique_id = _UniqueId()
     _check(load_library().ncclGetUniqueId(ctypes.byref(unique_id)))
     return bytes(memoryview(unique_id))
@@ -84,18 +85,18 @@ class Communicator:
         self._settle(result, timeout_s)
 
     def send(self, data: Tensor, timeout_s: float) -> None:
-        """On the current stream; the data must stay until it has passed there."""
+        """Send on the current stream; the data must not change until that work has completed."""
         self._transfer(load_library().ncclSend, data, timeout_s)
 
     def receive(self, data: Tensor, timeout_s: float) -> None:
         self._transfer(load_library().ncclRecv, data, timeout_s)
 
     def wait(self, event: torch.cuda.Event, timeout_s: float) -> None:
-        """Until what was queued before the event is done."""
+        """Wait until the work that was queued before the event is done."""
         self._await(event.query, timeout_s)
 
     def abort(self) -> None:
-        """Ends what is under way on the GPU too."""
+        """End the communicator, including its work on the GPU."""
         handle, self._handle = self._handle, ctypes.c_void_p()
         if handle.value is not None:
             load_library().ncclCommAbort(handle)
@@ -105,7 +106,7 @@ class Communicator:
         self._settle(function(data.data_ptr(), data.nbytes, _INT8, self._peer, self._handle, stream), timeout_s)
 
     def _settle(self, result: int, timeout_s: float) -> None:
-        """A call has been made; NCCL does its host part on a thread of its own."""
+        """Wait for NCCL's own thread to finish the host part of a call that returned `result`."""
         state = ctypes.c_int(_IN_PROGRESS)
 
         def is_settled() -> bool:
@@ -122,12 +123,12 @@ class Communicator:
             raise
 
     def _await(self, is_done: Callable[[], bool], timeout_s: float) -> None:
-        """Neither NCCL nor CUDA has a wait with a deadline, so this asks again and again."""
+        """Neither NCCL nor CUDA has a wait with a deadline, so this polls."""
         end_s = time.monotonic() + timeout_s
         while not is_done():
             if self._is_broken():
                 self.abort()
-                raise TransferFailed("NCCL: the peer is gone")
+                raise TransferFailed("NCCL: the peer was lost")
             if time.monotonic() >= end_s:
                 self.abort()
                 raise TransferFailed(f"NCCL: nothing moved for {timeout_s:g} s")

@@ -1,7 +1,8 @@
-"""`NcclTransport`: payloads packed on one GPU, sent over NCCL to the other, and scattered there.
+"""`NcclTransport`: payloads are packed on one GPU, sent over NCCL to the other, and unpacked there.
 
-Each connection has a communicator of its own. The giver makes its id and sends it, both ends join when the transport is
-opened, and it goes with the connection: a dead peer costs this pair its connection, the next claim makes another.
+Each connection has a communicator of its own. The sender makes its id and sends it, both ends join when the transport
+is opened, and it is aborted with the connection: a dead peer costs this pair its connection, the next read opens
+another.
 """
 
 from __future__ import annotations
@@ -13,23 +14,23 @@ import torch
 from torch import Tensor
 
 from tensorweave.cluster.errors import TransferFailed, WireError
-from tensorweave.workers.transfer.carrier import Claim
-from tensorweave.workers.transfer.transports.frame_connection import SILENCE_S, Stream
+from tensorweave.workers.transfer.read_request import ReadRequest
+from tensorweave.workers.transfer.transports.frame_connection import SILENCE_S, FrameConnection
 from tensorweave.workers.transfer.transports.loader import Loader, PoolLoader
 from tensorweave.workers.transfer.transports.nccl import Communicator, load_library, new_unique_id
-from tensorweave.workers.transfer.transports.transport import GivingTransport, TakingTransport
+from tensorweave.workers.transfer.transports.transport import ReceivingTransport, SendingTransport
 from tensorweave.workers.transfer.window import PoolWindow
 
 MESSAGE_BYTES: Final = 64 << 20
 OPEN_TIMEOUT_S: Final = 20.0
 MAX_PAYLOAD_BYTES: Final = 1 << 30
-_GIVER, _TAKER = 0, 1
+_SENDER, _RECEIVER = 0, 1
 _NUM_STAGINGS: Final = 2
 _SIZE: Final = struct.Struct("<Q")
 
 
 class NcclTransport:
-    """Satisfies `TransportKind`, for pools on GPUs. OSError where the library is not there."""
+    """Satisfies `Transport`, for pools on GPUs. Raises OSError if NCCL is not installed."""
 
     name = "nccl"
 
@@ -39,79 +40,79 @@ class NcclTransport:
         self._window = window
         self._message_bytes = message_bytes
 
-    def giving(self) -> GivingTransport:
-        return _NcclGiving(self._window, self._message_bytes)
+    def make_sender(self) -> SendingTransport:
+        return _NcclSender(self._window, self._message_bytes)
 
-    def taking(self) -> TakingTransport:
-        return _NcclTaking(self._window)
+    def make_receiver(self) -> ReceivingTransport:
+        return _NcclReceiver(self._window)
 
 
-class _NcclGiving:
-    """While one staging is being sent, the next is packed."""
+class _NcclSender:
+    """Packs the next staging buffer while the last one is being sent."""
 
     def __init__(self, window: PoolWindow, message_bytes: int) -> None:
         self.loader: Loader = PoolLoader(window, message_bytes)
         self._device = window.device
         self._stagings: list[Tensor] = []
         self._sent = [torch.cuda.Event() for _ in range(_NUM_STAGINGS)]  # type: ignore[no-untyped-call]
-        self._turn = 0
-        self._stream: Stream | None = None
+        self._current = 0
+        self._connection: FrameConnection | None = None
         self._communicator: Communicator | None = None
 
-    def greeting(self) -> dict[str, Any]:
+    def handshake(self) -> dict[str, Any]:
         return {"gpu": _gpu(self._device)}
 
-    def open(self, stream: Stream) -> None:
-        self._stream = stream
+    def open(self, connection: FrameConnection) -> None:
+        self._connection = connection
         unique_id = new_unique_id()
-        stream.send("nccl", unique_id)
-        self._communicator = Communicator(unique_id, _GIVER, OPEN_TIMEOUT_S, stream.is_broken)
+        connection.send("nccl", unique_id)
+        self._communicator = Communicator(unique_id, _SENDER, OPEN_TIMEOUT_S, connection.is_broken)
         empty = torch.empty(0, dtype=torch.uint8, device=self._device)
         self._stagings = [empty] * _NUM_STAGINGS
 
     def staging(self, num_bytes: int) -> Tensor:
         assert self._communicator is not None
-        self._communicator.wait(self._sent[self._turn], SILENCE_S)
-        if num_bytes > len(self._stagings[self._turn]):
-            self._stagings[self._turn] = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-        return self._stagings[self._turn]
+        self._communicator.wait(self._sent[self._current], SILENCE_S)
+        if num_bytes > len(self._stagings[self._current]):
+            self._stagings[self._current] = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        return self._stagings[self._current]
 
-    def ship(self, payload: Tensor, name: str, *fields: Any) -> None:
-        assert self._stream is not None
+    def send(self, payload: Tensor, name: str, *fields: Any) -> None:
+        assert self._connection is not None
         assert self._communicator is not None
-        self._stream.send(name, *fields, body=_SIZE.pack(len(payload)))
+        self._connection.send(name, *fields, body=_SIZE.pack(len(payload)))
         if len(payload):
             self._communicator.send(payload, SILENCE_S)
-            self._sent[self._turn].record()
-            self._turn = (self._turn + 1) % _NUM_STAGINGS
+            self._sent[self._current].record()
+            self._current = (self._current + 1) % _NUM_STAGINGS
 
     def probe(self, num_bytes: int) -> None:
-        self.ship(self.staging(num_bytes)[:num_bytes], "probe")
+        self.send(self.staging(num_bytes)[:num_bytes], "probe")
 
     def close(self) -> None:
         if self._communicator is not None:
             self._communicator.abort()
 
 
-class _NcclTaking:
+class _NcclReceiver:
     def __init__(self, window: PoolWindow) -> None:
         self._device = window.device
         self._staging = torch.empty(0, dtype=torch.uint8, device=self._device)
-        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._received = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._communicator: Communicator | None = None
 
-    def fits(self, greeting: dict[str, Any]) -> bool:
-        """NCCL joins no two ranks on one GPU."""
-        return greeting.get("gpu") != _gpu(self._device)
+    def can_reach(self, handshake: dict[str, Any]) -> bool:
+        """NCCL cannot connect two ranks on one GPU."""
+        return handshake.get("gpu") != _gpu(self._device)
 
-    def open(self, stream: Stream) -> None:
-        match stream.receive():
+    def open(self, connection: FrameConnection) -> None:
+        match connection.receive():
             case (["nccl", bytes(unique_id)], 0):
-                self._communicator = Communicator(unique_id, _TAKER, OPEN_TIMEOUT_S, stream.is_broken)
+                self._communicator = Communicator(unique_id, _RECEIVER, OPEN_TIMEOUT_S, connection.is_broken)
             case _:
-                raise WireError("a giver over NCCL begins with the communicator's id")
+                raise WireError("a sender over NCCL begins with the communicator's id")
 
-    def land(self, body: Tensor, claim: Claim | None) -> Tensor:
+    def receive(self, body: Tensor, request: ReadRequest | None) -> Tensor:
         assert self._communicator is not None
         num_bytes = _payload_bytes(body)
         if num_bytes > len(self._staging):
@@ -119,8 +120,8 @@ class _NcclTaking:
         payload = self._staging[:num_bytes]
         if num_bytes:
             self._communicator.receive(payload, SILENCE_S)
-            self._arrived.record()
-            self._communicator.wait(self._arrived, SILENCE_S)
+            self._received.record()
+            self._communicator.wait(self._received, SILENCE_S)
         return payload
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
-"""`SameNodeTransport`: the taker reads the giver's KV pool itself, over NVLink or PCIe, by CUDA IPC.
+"""`SameNodeTransport`: the receiver reads the sender's KV pool itself, over NVLink or PCIe, by CUDA IPC.
 
-The giver sends block numbers; the taker, which has the giver's pool mapped, gathers those blocks into its own GPU's
-memory in one kernel. Nobody writes into another's memory. The giver does not know when a read is over, so a block may
-have been given to someone else meanwhile: its digest then differs, as with any other fault. Memory that is mapped here
-outlives its owner: after a kill the read in flight ends, and the mapping goes with the connection.
+The sender sends block ids; the receiver, which has mapped the sender's pool, gathers those blocks into its own GPU's
+memory in one kernel. No rank writes into another's memory. The sender does not know when a read is over, so a block may
+have been reused meanwhile: its digest differs then, as with any other fault. Mapped memory outlives its owner: if the
+sender is killed, the read in flight ends, and the mapping is removed with the connection.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 
 from tensorweave.cluster.errors import WireError
 from tensorweave.kernels.blocks.pack import pack_blocks
-from tensorweave.workers.transfer.carrier import Claim
-from tensorweave.workers.transfer.transports.frame_connection import Stream, tensor_bytes
+from tensorweave.workers.transfer.read_request import ReadRequest
+from tensorweave.workers.transfer.transports.frame_connection import FrameConnection
 from tensorweave.workers.transfer.transports.loader import Loader
-from tensorweave.workers.transfer.transports.transport import GivingTransport, TakingTransport
-from tensorweave.workers.transfer.window import PoolWindow
+from tensorweave.workers.transfer.transports.transport import ReceivingTransport, SendingTransport
+from tensorweave.workers.transfer.window import PoolWindow, tensor_bytes
 
 MESSAGE_BYTES: Final = 64 << 20
-_NAME_BYTES: Final = 8
+_BLOCK_ID_BYTES: Final = 8
 
 
 class SameNodeTransport:
-    """Satisfies `TransportKind`, for pools on GPUs."""
+    """Satisfies `Transport`, for pools on GPUs."""
 
     name = "ipc"
 
@@ -37,26 +37,26 @@ class SameNodeTransport:
         assert window.device.type == "cuda"
         self._window = window
         self._message_bytes = message_bytes
-        self._greeting: dict[str, Any] | None = None
+        self._handshake: dict[str, Any] | None = None
 
-    def giving(self) -> GivingTransport:
-        if self._greeting is None:
-            self._greeting = _share(self._window)
-        return _SameNodeGiving(self._window, self._greeting, self._message_bytes)
+    def make_sender(self) -> SendingTransport:
+        if self._handshake is None:
+            self._handshake = _share_pool(self._window)
+        return _SameNodeSender(self._window, self._handshake, self._message_bytes)
 
-    def taking(self) -> TakingTransport:
-        return _SameNodeTaking(self._window)
+    def make_receiver(self) -> ReceivingTransport:
+        return _SameNodeReceiver(self._window)
 
 
-class NameLoader:
-    """Payloads are the numbers of the blocks, in host memory."""
+class BlockIdLoader:
+    """Payloads are block ids, in host memory."""
 
     def __init__(self, window: PoolWindow, message_bytes: int) -> None:
         self._window = window
         self._message_bytes = message_bytes
 
     def block_bytes(self, num_heads: int) -> int:
-        return _NAME_BYTES
+        return _BLOCK_ID_BYTES
 
     def message_blocks(self, num_heads: int) -> int:
         return max(1, self._message_bytes // max(1, self._window.block_bytes(num_heads)))
@@ -65,74 +65,75 @@ class NameLoader:
         out.numpy().view("<i8")[:] = block_ids
 
 
-class _SameNodeGiving:
-    def __init__(self, window: PoolWindow, greeting: dict[str, Any], message_bytes: int) -> None:
-        self.loader: Loader = NameLoader(window, message_bytes)
+class _SameNodeSender:
+    def __init__(self, window: PoolWindow, handshake: dict[str, Any], message_bytes: int) -> None:
+        self.loader: Loader = BlockIdLoader(window, message_bytes)
         self._window = window
-        self._greeting = greeting
-        self._stream: Stream | None = None
+        self._handshake = handshake
+        self._connection: FrameConnection | None = None
 
-    def greeting(self) -> dict[str, Any]:
-        return self._greeting
+    def handshake(self) -> dict[str, Any]:
+        return self._handshake
 
-    def open(self, stream: Stream) -> None:
-        self._stream = stream
+    def open(self, connection: FrameConnection) -> None:
+        self._connection = connection
 
     def staging(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
-    def ship(self, payload: Tensor, name: str, *fields: Any) -> None:
-        assert self._stream is not None
-        self._stream.send(name, *fields, body=tensor_bytes(payload))
+    def send(self, payload: Tensor, name: str, *fields: Any) -> None:
+        assert self._connection is not None
+        self._connection.send(name, *fields, body=tensor_bytes(payload))
 
     def probe(self, num_bytes: int) -> None:
-        """Any blocks will do: they are read, and thrown away."""
+        """The receiver reads any blocks and discards them."""
         num_blocks = min(-(-num_bytes // self._window.block_bytes(len(self._window.heads))), self._window.num_blocks)
-        names = self.staging(num_blocks * _NAME_BYTES)
-        self.loader.pack(range(num_blocks), self._window.heads, names)
-        self.ship(names, "probe")
+        block_ids = self.staging(num_blocks * _BLOCK_ID_BYTES)
+        self.loader.pack(range(num_blocks), self._window.heads, block_ids)
+        self.send(block_ids, "probe")
 
     def close(self) -> None:
         return None
 
 
-class _SameNodeTaking:
+class _SameNodeReceiver:
     def __init__(self, window: PoolWindow) -> None:
         self._device = window.device
         self._pool_LB2KPH: Tensor | None = None
         self._first_head = 0
         self._staging = torch.empty(0, dtype=torch.uint8, device=self._device)
-        self._arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._gathered = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
-    def fits(self, greeting: dict[str, Any]) -> bool:
-        if greeting.get("boot") != _boot_id():
+    def can_reach(self, handshake: dict[str, Any]) -> bool:
+        if handshake.get("boot") != _boot_id():
             return False
         try:
-            self._pool_LB2KPH = _open(greeting, self._device)
-            self._first_head = int(greeting["first_head"])
+            self._pool_LB2KPH = _map_pool(handshake, self._device)
+            self._first_head = int(handshake["first_head"])
             probe = self._gather([0], range(1))
-            self._arrived.synchronize()
-        except (RuntimeError, KeyError, TypeError, ValueError):  # no peer access, this very process, another namespace
+            self._gathered.synchronize()
+        except (RuntimeError, KeyError, TypeError, ValueError):  # no peer access, the same process, another namespace
             self._pool_LB2KPH = None
             return False
         return len(probe) > 0
 
-    def open(self, stream: Stream) -> None:
+    def open(self, connection: FrameConnection) -> None:
         return None
 
-    def land(self, body: Tensor, claim: Claim | None) -> Tensor:
+    def receive(self, body: Tensor, request: ReadRequest | None) -> Tensor:
         pool = self._pool_LB2KPH
         assert pool is not None
-        block_ids = body.numpy().view("<i8").tolist() if len(body) % _NAME_BYTES == 0 else [-1]
+        block_ids = body.numpy().view("<i8").tolist() if len(body) % _BLOCK_ID_BYTES == 0 else [-1]
         heads = range(pool.shape[3])
-        if claim is not None:
-            heads = range(claim.first_head - self._first_head, claim.first_head - self._first_head + claim.num_heads)
+        if request is not None:
+            first_head = request.first_head - self._first_head
+            heads = range(first_head, first_head + request.num_heads)
         if not (0 <= heads.start <= heads.stop <= pool.shape[3]):
-            raise WireError("these heads are not the giver's")
+            raise WireError("the sender does not hold these heads")
         if any(not 0 <= block_id < pool.shape[1] for block_id in block_ids):
-            raise WireError("these blocks are not the giver's")
+            raise WireError("the sender's pool has no such blocks")
         payload = self._gather(block_ids, heads)
-        self._arrived.synchronize()
+        self._gathered.synchronize()
         return payload
 
     def close(self) -> None:
@@ -147,12 +148,12 @@ class _SameNodeTaking:
             self._staging = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         payload = self._staging[:num_bytes]
         pack_blocks(pool, block_ids, heads, payload)
-        self._arrived.record()
+        self._gathered.record()
         return payload
 
 
-def _share(window: PoolWindow) -> dict[str, Any]:
-    """The pool's memory as another process of this machine can map it. Shared once: torch counts who has it."""
+def _share_pool(window: PoolWindow) -> dict[str, Any]:
+    """How another process of this machine can map the pool's memory. Shared once: torch counts the mappings."""
     pool = window.blocks_LB2KPH
     shared = pool.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]
     _, handle, storage_bytes, storage_offset, counter_handle, counter_offset, _, _ = shared
@@ -167,23 +168,23 @@ def _share(window: PoolWindow) -> dict[str, Any]:
     }
 
 
-def _open(greeting: dict[str, Any], device: torch.device) -> Tensor:
-    """The giver's pool, mapped for this GPU; unmapped with the last tensor on it. The giver synchronizes before it
-    offers a block, so the event that torch would wait for is left out."""
-    dtype = getattr(torch, greeting["dtype"])
+def _map_pool(handshake: dict[str, Any], device: torch.device) -> Tensor:
+    """Map the sender's pool for this GPU; it is unmapped with the last tensor on it. The sender synchronizes before it
+    offers a block, so there is no need for the event that torch would wait for."""
+    dtype = getattr(torch, handshake["dtype"])
     if not isinstance(dtype, torch.dtype):
-        raise WireError(f"{greeting['dtype']!r} is no dtype")
+        raise WireError(f"{handshake['dtype']!r} is not a dtype")
     storage = torch.UntypedStorage._new_shared_cuda(
-        device.index, greeting["handle"], *greeting["storage"], *greeting["counter"], b"", False
+        device.index, handshake["handle"], *handshake["storage"], *handshake["counter"], b"", False
     )
-    shape = torch.Size(greeting["shape"])
+    shape = torch.Size(handshake["shape"])
     if shape.numel() * dtype.itemsize > storage.nbytes():
-        raise WireError("the giver's pool is smaller than its shape")
+        raise WireError("the sender's pool is smaller than its shape")
     pool: Tensor = torch.empty(0, dtype=dtype, device=device).set_(storage).view(shape)
     return pool
 
 
 @functools.cache
 def _boot_id() -> str:
-    """Names this boot of this machine."""
+    """Identifies this boot of this machine."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

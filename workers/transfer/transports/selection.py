@@ -1,20 +1,22 @@
-"""Which transports a rank has, from `CacheTransceiverConfig.backend` and where its pool is."""
+"""Chooses the transports of a rank, from `CacheTransceiverConfig.backend` and where its pool is."""
 
 from __future__ import annotations
 
 import logging
 
+from tensorweave.workers.transfer.transports.host import HostTransport
 from tensorweave.workers.transfer.transports.nccl_transport import NcclTransport
 from tensorweave.workers.transfer.transports.same_node import SameNodeTransport
-from tensorweave.workers.transfer.transports.transport import HostTransport, TransportKind
+from tensorweave.workers.transfer.transports.transport import Transport
 from tensorweave.workers.transfer.window import PoolWindow
 
 logger = logging.getLogger(__name__)
 
 
-def make_transports(backend: str, window: PoolWindow) -> list[TransportKind]:
-    """Best first: a taker takes the first of its own that leads to a giver. 'DEFAULT' is all there are: same-node
-    copies, then NCCL, then TCP. Raises ValueError where a transport was asked for that cannot be had."""
+def make_transports(backend: str, window: PoolWindow) -> list[Transport]:
+    """The transports, best first: a receiver takes the first of its own that reaches the sender. 'DEFAULT' is all that
+    are available: same-node copies, then NCCL, then TCP. Raises ValueError if the requested transport is not
+    available."""
     if backend == "TCP" or (backend == "DEFAULT" and window.device.type != "cuda"):
         return [HostTransport(window)]
     if window.device.type != "cuda":

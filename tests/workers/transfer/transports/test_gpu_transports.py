@@ -1,4 +1,4 @@
-"""KV between GPUs: prefill in a process on one, decode in a process on the other, by each transport; and with kills."""
+"""KV between GPUs by each transport, prefill in a process on one and decode in a process on the other, with kills."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tensorweave.cli.bench_transfer_fetches import SHAPES, Shape, fetch, giver, make_carrier
+from tensorweave.cli.bench_transfer_fetches import SHAPES, Shape, fetch, make_carrier, running_sender
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.kernels.blocks.pack import (
@@ -79,7 +79,8 @@ def check_same(prefill: GangProcess, decode: GangProcess, requests: Requests, wa
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tokens_and_kills(tiny: Path, requests: Requests, backend: str) -> None:
-    """The tokens of one gang; those also when the prefill gang is killed amid; then another one serves as well."""
+    """The tokens equal those of one gang, also after the prefill gang was killed during transfers, and with its
+    successor."""
     with pair_of(tiny, backend) as (prefill, decode):
         want = run_alone(decode, *requests)
         check_same(prefill, decode, requests, want)
@@ -88,7 +89,7 @@ def test_tokens_and_kills(tiny: Path, requests: Requests, backend: str) -> None:
         print(f"\n{backend}: {link.bytes_per_s / 1e9:.1f} GB/s, {link.latency_s * 1e6:.0f} us")
 
         many = [part * 4 for part in requests]
-        ids = start_pair(prefill, decode, many[0], many[1], "amid")  # type: ignore[arg-type]
+        ids = start_pair(prefill, decode, many[0], many[1], "killed")  # type: ignore[arg-type]
         decode.wait(ids[:2])
         prefill.kill()
         assert decode.wait(ids) == want * 4
@@ -97,7 +98,7 @@ def test_tokens_and_kills(tiny: Path, requests: Requests, backend: str) -> None:
 
         with GangProcess(tiny, backend, 0, "P2", **KNOBS) as another:
             check_same(another, decode, requests, want)
-            ids = start_pair(another, decode, many[0], many[1], "bereft")  # type: ignore[arg-type]
+            ids = start_pair(another, decode, many[0], many[1], "orphaned")  # type: ignore[arg-type]
             decode.wait(ids[:2])
             decode.kill()
             assert run_alone(another, *requests) == want
@@ -124,31 +125,31 @@ def test_real_model(backend: str) -> None:
     ("transport", "devices"), [("ipc", "01"), ("ipc", "00"), ("nccl", "10"), ("tcp", "01"), ("tcp", "00")]
 )
 def test_half_of_the_heads(transport: str, devices: str) -> None:
-    giving, taking = Shape("giver", 4, 8, 128), Shape("taker", 4, 4, 128, first_head=4)
-    window = taking.make_window(100 << 20, torch.device(f"cuda:{devices[1]}"))
+    sending, receiving = Shape("sender", 4, 8, 128), Shape("receiver", 4, 4, 128, first_head=4)
+    window = receiving.make_window(100 << 20, torch.device(f"cuda:{devices[1]}"))
     carrier = make_carrier(window, transport)
-    with giver(giving, transport, f"cuda:{devices[0]}", 200 << 20) as given:
+    with running_sender(sending, transport, f"cuda:{devices[0]}", 200 << 20) as sender:
         for num_blocks in (1, window.num_blocks):
-            fetch(carrier, window, given.endpoint, num_blocks, is_checked=True)
+            fetch(carrier, window, sender.endpoint, num_blocks, is_checked=True)
     carrier.shutdown()
 
 
 @pytest.mark.parametrize("transport", ["ipc", "nccl"])
-def test_a_kill_amid_a_read(transport: str) -> None:
-    """The giver is killed while a gigabyte is on the way, a little later each time, until a kill has come in time; the
-    taker's GPU works on."""
+def test_the_sender_is_killed_during_a_read(transport: str) -> None:
+    """The sender is killed during the transfer of a gigabyte, a little later each time, until a kill was early enough.
+    The receiver's GPU still works."""
     shape, size = SHAPES["llama-8b"], 1 << 30
     window = shape.make_window(size, torch.device("cuda:1"))
     carrier = make_carrier(window, transport)
     failures = num_rounds = 0
     while num_rounds < 4 or (not failures and num_rounds < 16):
-        with giver(shape, transport, "cuda:0", size) as given:
-            fetch(carrier, window, given.endpoint, window.num_blocks, is_checked=True)
-            killer = threading.Timer(0.002 * (num_rounds % 4 + 1), given.process.kill)
+        with running_sender(shape, transport, "cuda:0", size) as sender:
+            fetch(carrier, window, sender.endpoint, window.num_blocks, is_checked=True)
+            killer = threading.Timer(0.002 * (num_rounds % 4 + 1), sender.process.kill)
             killer.start()
             began_s = time.monotonic()
             try:
-                fetch(carrier, window, given.endpoint, window.num_blocks, is_checked=True)
+                fetch(carrier, window, sender.endpoint, window.num_blocks, is_checked=True)
             except TransferFailed:
                 failures += 1
             print(f"\n{transport}: over after {time.monotonic() - began_s:.3f} s, {failures} failures so far")

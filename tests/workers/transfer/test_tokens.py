@@ -10,7 +10,7 @@ import pytest
 
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
-from tensorweave.workers.transfer.carriers.loop import Exchange
+from tensorweave.workers.transfer.carriers.loop import LoopNetwork
 from tests.workers.engine_drive import random_prompts
 from tests.workers.tiny_models import make_model
 from tests.workers.transfer_drive import (
@@ -100,7 +100,7 @@ def test_tcp_whole_prompts(model: Path, sizes: tuple[int, int], want: Any, reque
 
 @pytest.mark.parametrize("sizes", [(1, 1), (3, 2)], ids=str)
 def test_loop(model: Path, sizes: tuple[int, int], want: Any, requests: Any) -> None:
-    check_pair(model, sizes, loop_carriers(Exchange()), want, requests)
+    check_pair(model, sizes, loop_carriers(LoopNetwork()), want, requests)
 
 
 def test_without_prefix_trees(model: Path, want: Any, requests: Any) -> None:

@@ -1,0 +1,52 @@
+"""`build_executor` with KV transfer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tensorweave.cluster.llm_args import CacheTransceiverConfig
+from tensorweave.cluster.protocol import KvSource
+from tensorweave.workers.build import build_executor
+from tensorweave.workers.executor.executor import PyExecutor
+from tensorweave.workers.gang.comm import Comm, SoloComm
+from tests.workers.engine_drive import engine_args, run_ranks
+from tests.workers.tiny_models import make_model
+from tests.workers.waiting import WAIT_S
+
+
+def test_an_executor_is_built_with_transfer(tmp_path: Path) -> None:
+    make_model("llama", tmp_path)
+    args = engine_args(tmp_path, cache_transceiver_config=CacheTransceiverConfig(backend="DEFAULT"))
+
+    def build(comm: Comm) -> PyExecutor:
+        return build_executor(args, comm, transfer_host="127.0.0.1", transfer_secret="s")
+
+    ranks = run_ranks(3, build)
+    heads = [(end.first_head, end.num_heads) for rank in ranks if (end := rank.kv_endpoint) is not None]
+    assert heads == [(0, 1), (0, 2), (1, 1)]
+    alone = build(SoloComm())
+    assert alone.kv_fingerprint == ranks[0].kv_fingerprint == ranks[2].kv_fingerprint
+    assert alone.kv_fingerprint["layout"] == "3 layers, 2 KV heads of 8"
+    source = KvSource("g", tuple(rank.kv_endpoint for rank in ranks if rank.kv_endpoint), ranks[0].kv_fingerprint, "s")
+    link = alone.measure_link(source, WAIT_S)
+    assert link.error is None
+    assert link.bytes_per_s > 1e5
+    assert 0 < link.latency_s < WAIT_S
+    closed = alone.measure_link(KvSource("g", source.endpoints, source.fingerprint, "guessed"), WAIT_S)
+    assert "wrong secret" in str(closed.error)
+    misfit = alone.measure_link(KvSource("g", source.endpoints, {**source.fingerprint, "dtype": "bfloat16"}, "s"))
+    assert str(misfit.error).startswith("dtype: ")
+    for rank in (*ranks, alone):
+        rank._transfers.shutdown()
+
+
+def test_transfer_without_a_secret_is_refused(tmp_path: Path) -> None:
+    make_model("llama", tmp_path)
+    args = engine_args(tmp_path, cache_transceiver_config=CacheTransceiverConfig(backend="TCP"))
+    with pytest.raises(ValueError, match="no secret"):
+        build_executor(args, SoloComm())
+    without = build_executor(engine_args(tmp_path), SoloComm(), transfer_secret="s")
+    assert without.kv_endpoint is None
+    assert without.kv_fingerprint == {}
