@@ -196,7 +196,7 @@ class SocketLink:
         while True:
             some: list[dict[str, Any]] = await self._ask(name, timeout_s)
             rows += some
-            if len(some) < wire.MAX_ROWS:
+            if len(some) < wire.MAX_RECORDS:
                 return rows
 
     async def _ask(self, name: str, timeout_s: float, *fields: Any) -> Any:

@@ -23,8 +23,8 @@ Frame: TypeAlias = list[Any]
 MAX_FRAME_BYTES: Final = 64 << 20
 MAX_HELLO_BYTES: Final = 4 << 10
 """What a peer may make us hold before it has shown the secret."""
-MAX_ROWS: Final = 256
-"""Of statistics, or of KV events, in one frame: a fuller answer takes several."""
+MAX_RECORDS: Final = 256
+"""Statistics or KV events in one frame; a longer answer takes several."""
 READ_BYTES: Final = 256 << 10
 PING_INTERVAL_S: Final = 0.5
 """A leader sends at least one frame in this time, so that a silent one is a hung one."""

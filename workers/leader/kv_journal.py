@@ -1,7 +1,7 @@
-"""`KvJournal`: what a gang's KV events add up to, in the form that front ends follow (`cluster.kv_mirror`).
+"""`KvJournal`: the blocks that a gang holds, by its KV events, in the form that front ends read (`cluster.kv_mirror`).
 
-The leader feeds it the executor's events and answers from it: those who follow get each batch, those who join or missed
-one get a snapshot. It never asks the KV manager, which belongs to the step loop's thread.
+The leader adds the executor's events. Subscribed clients receive each batch; a client that subscribes, or has missed a
+batch, receives a snapshot. The KV manager is never asked, since it belongs to the step loop's thread.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 
 
 class KvJournal:
-    """As large as the gang has full blocks.
+    """Holds one entry per full block of the gang.
 
-    When an event was dropped before it got here, a new epoch begins with what comes after it: known are then fewer
-    blocks than there are, never more.
+    If an event was dropped before it was added, a new epoch begins with the next one: the journal then has fewer blocks
+    than the gang, never more.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class KvJournal:
         return [self._epoch, self._next_seq, [[name, parent] for name, parent in self._parents.items()]]
 
     def add(self, events: Sequence[Mapping[str, Any]]) -> list[Any] | None:
-        """Take in the executor's events, in order. The fields of a "kv" frame, or None where nothing has changed."""
+        """Add the executor's events, in order. Return the fields of a "kv" frame, or None if nothing has changed."""
         batch: list[list[Any]] = []
         has_gap = False
         for event in events:
@@ -40,15 +40,15 @@ class KvJournal:
                 self._epoch, self._next_seq, batch = self._epoch + 1, 0, []
                 self._parents.clear()
             self._next_event_id = event["event_id"] + 1
-            self._take(event["data"], batch)
+            self._add_event(event["data"], batch)
         if not batch and not has_gap:
             return None
         first_seq = self._next_seq
         self._next_seq += len(batch)
         return [self._epoch, first_seq, batch]
 
-    def _take(self, data: Mapping[str, Any], batch: list[list[Any]]) -> None:
-        """One event onto `batch`; blocks that follow each other in a prompt become one."""
+    def _add_event(self, data: Mapping[str, Any], batch: list[list[Any]]) -> None:
+        """Append one event to `batch`; blocks that follow each other in a prompt are combined."""
         if data["type"] == "stored":
             parent = bytes.fromhex(data["parent_hash"])
             for block in data["blocks"]:

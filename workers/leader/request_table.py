@@ -1,14 +1,14 @@
-"""`Streams`: a leader's requests, who hears each, and what those that may be asked for again have said so far.
+"""`RequestTable`: a leader's requests, which client each is attached to, and the answers that can be asked for again.
 
-    running, heard ──its listener cancels──▶ ending ──last chunk──▶ gone
-        │    │ ──its connection breaks──▶ running, unheard ──grace_s pass──▶ ending
-        │    └◀────────── attach ──────────────┘ │
-        │                                        └─last chunk─▶ over, unheard ──grace_s pass──▶ gone
-        └─last chunk─▶ over, heard ──its connection breaks──────────▶┘ (with grace_s 0: gone)
-                            └──its listener cancels: it has taken the answer──▶ gone
+    running, attached ──its client cancels──▶ cancelled ──last chunk──▶ removed
+        │    │ ──its connection breaks──▶ running, detached ──grace_s pass──▶ cancelled
+        │    └◀────────── attach ────────────────┘ │
+        │                                          └─last chunk─▶ kept, detached ──grace_s pass──▶ removed
+        └─last chunk─▶ kept, attached ──its connection breaks────────▶┘ (with grace_s 0: removed)
+                            └──its client cancels: it has received the answer──▶ removed
 
-Only what nobody hears can be found and attached to, so that an answer never goes to two clients, whatever names they
-give their requests. Belongs to the leader's loop thread.
+Only a detached request can be found and attached to, so an answer never goes to two clients, whatever ids they give
+their requests. Used on the leader's loop thread only.
 """
 
 from __future__ import annotations
@@ -23,34 +23,33 @@ from tensorweave.cluster.protocol import GenerateRequest, TokenChunk
 
 MAX_GRACE_S: Final = 60.0
 MAX_KEPT_TOKENS: Final = 1 << 20
-"""Of prompts and answers that are over and kept (see `Stream.weight`): the oldest go first."""
+"""Of prompts and answers that are kept (see `ServedRequest.num_tokens`); the oldest are removed first."""
 
-
-_L = TypeVar("_L")
+C = TypeVar("C")
 
 
 @dataclass(eq=False, slots=True)
-class Stream(Generic[_L]):
-    """One request. `listener` is who hears it: None once its connection broke. `chunks` are those so far, where it may
-    be asked for again; `is_ending`: it has been cancelled.
+class ServedRequest(Generic[C]):
+    """A request, and its `client`, which is None once its connection has broken. `chunks` are those so far, if the
+    answer can be replayed.
 
-    `is_kept`: all of the answer can be told again. Logits are not kept; and of a beginning that another attempt
-    generated only the ids are known here: where more was asked for, whoever asks again gets it generated anew.
+    `can_replay` is False for answers with logits, which are not kept. It is also False if another attempt generated
+    the beginning, whose token ids alone are known here, and the client asked for more than these.
     """
 
     request: GenerateRequest
-    listener: _L | None
+    client: C | None
     chunks: list[TokenChunk] = field(default_factory=list)
-    is_ending: bool = False
+    is_cancelled: bool = False
     is_over: bool = False
     timer: asyncio.TimerHandle | None = None
-    is_kept: bool = field(init=False)
+    can_replay: bool = field(init=False)
 
     def __post_init__(self) -> None:
         request, sampling = self.request, self.request.sampling
         has_logits = sampling.wants_context_logits or sampling.wants_generation_logits
-        lacks_some = request.num_replayed > 0 and (sampling.wants_extras or sampling.needs_prompt_rows)
-        self.is_kept = self.grace_s > 0 and request.offer is None and not has_logits and not lacks_some
+        lacks_extras = request.num_replayed > 0 and (sampling.wants_extras or sampling.needs_prompt_rows)
+        self.can_replay = self.grace_s > 0 and request.offer is None and not has_logits and not lacks_extras
 
     @property
     def request_id(self) -> str:
@@ -61,153 +60,149 @@ class Stream(Generic[_L]):
         return min(self.request.grace_s, MAX_GRACE_S)
 
     @property
-    def replayed(self) -> list[int]:
-        """The answer's beginning, where another attempt has generated it."""
+    def replayed_tokens(self) -> list[int]:
+        """The beginning of the answer, if another attempt has generated it."""
         request = self.request
         return list(request.prompt_token_ids[len(request.prompt_token_ids) - request.num_replayed :])
 
     @property
-    def is_wanted(self) -> bool:
-        """All of it may be asked for again."""
-        return self.is_kept and not self.is_ending
+    def is_recorded(self) -> bool:
+        return self.can_replay and not self.is_cancelled
 
     @property
-    def can_be_found(self) -> bool:
-        return self.is_wanted and self.listener is None
+    def can_attach(self) -> bool:
+        return self.is_recorded and self.client is None
 
     @property
-    def weight(self) -> int:
-        """What it takes to keep, in tokens: a log-probability counts as one."""
-        return len(self.request.prompt_token_ids) + sum(_weight(chunk) for chunk in self.chunks)
+    def num_tokens(self) -> int:
+        """The memory that it takes, in tokens of prompt and answer; a log-probability counts as one."""
+        return len(self.request.prompt_token_ids) + sum(len(c.token_ids) + c.num_logprobs for c in self.chunks)
 
 
-def _weight(chunk: TokenChunk) -> int:
-    return len(chunk.token_ids) + chunk.num_logprobs
-
-
-def family(request_id: str) -> str:
-    """The client's request that an attempt belongs to: attempts are named "id/x"."""
+def client_request_id(request_id: str) -> str:
+    """The id of the client's request that an attempt belongs to; attempts are named "id/x"."""
     return request_id.rpartition("/")[0] or request_id
 
 
-class Streams(Generic[_L]):
-    """`cancel` ends a request at the executor: its last chunk follows."""
+class RequestTable(Generic[C]):
+    """`cancel` cancels a request at the executor; its last chunk follows."""
 
     def __init__(self, cancel: Callable[[str], object], *, max_kept_tokens: int = MAX_KEPT_TOKENS) -> None:
-        self._cancel = cancel
+        self._cancel_request = cancel
         self._max_kept_tokens = max_kept_tokens
-        self._running: dict[str, Stream[_L]] = {}
-        self._kept: collections.OrderedDict[str, Stream[_L]] = collections.OrderedDict()
+        self._running: dict[str, ServedRequest[C]] = {}
+        self._kept: collections.OrderedDict[str, ServedRequest[C]] = collections.OrderedDict()
         self._num_kept_tokens = 0
 
     @property
     def running_ids(self) -> list[str]:
         return list(self._running)
 
-    def __len__(self) -> int:
-        """Those that run."""
+    @property
+    def num_running(self) -> int:
         return len(self._running)
 
     @property
     def num_kept(self) -> int:
         return len(self._kept)
 
-    def runs(self, request_id: str) -> bool:
+    def is_running(self, request_id: str) -> bool:
         return request_id in self._running
 
-    def open(self, request: GenerateRequest, listener: _L) -> None:
+    def add(self, request: GenerateRequest, client: C) -> None:
         assert request.request_id not in self._running
-        self._drop_kept(request.request_id)
-        self._running[request.request_id] = Stream(request, listener)
+        self._remove_kept(request.request_id)
+        self._running[request.request_id] = ServedRequest(request, client)
 
-    def note(self, chunk: TokenChunk) -> _L | None:
-        """A chunk has come: who hears it."""
-        stream = self._running.get(chunk.request_id)
-        if stream is None:
+    def record(self, chunk: TokenChunk) -> C | None:
+        """Record a chunk of an answer; return the client that gets it."""
+        served = self._running.get(chunk.request_id)
+        if served is None:
             return None
-        if stream.is_wanted:
-            stream.chunks.append(chunk)
+        if served.is_recorded:
+            served.chunks.append(chunk)
         if chunk.is_last:
-            self._end(stream, chunk)
-        return stream.listener
+            self._end(served, chunk)
+        return served.client
 
-    def cancel(self, request_id: str, listener: _L) -> bool:
-        """Its listener wants no more, or has taken all. False where it does not run."""
-        if (kept := self._kept.get(request_id)) is not None and kept.listener == listener:
-            self._drop_kept(request_id)
-        stream = self._running.get(request_id)
-        if stream is None:
+    def cancel(self, request_id: str, client: C) -> bool:
+        """The client needs no more of its request, or has received all. Return whether the request is running."""
+        if (kept := self._kept.get(request_id)) is not None and kept.client == client:
+            self._remove_kept(request_id)
+        served = self._running.get(request_id)
+        if served is None:
             return False
-        if stream.listener == listener:
-            stream.listener = None
-            self._stop(stream)
+        if served.client == client:
+            served.client = None
+            self._cancel(served)
         return True
 
-    def lose(self, listener: _L) -> None:
-        """Its connection broke: what it heard ends, at once or after its grace."""
-        for stream in (*self._running.values(), *self._kept.values()):
-            if stream.listener == listener:
-                stream.listener = None
-                if not stream.is_over:
-                    self._leave_alone(stream)
+    def disconnect(self, client: C) -> None:
+        """The client's connection broke: its requests are cancelled, at once or after their grace."""
+        for served in (*self._running.values(), *self._kept.values()):
+            if served.client == client:
+                served.client = None
+                if not served.is_over:
+                    self._cancel_later(served)
 
-    def find(self, request_id: str) -> Stream[_L] | None:
-        """The newest attempt of this request that runs or is kept, and that nobody hears."""
-        return next((stream for stream in self._attempts(request_id) if stream.can_be_found), None)
+    def find_detached(self, request_id: str) -> ServedRequest[C] | None:
+        """The newest attempt of this request that can be attached to."""
+        return next((served for served in self._attempts(request_id) if served.can_attach), None)
 
-    def is_heard(self, request_id: str) -> bool:
-        """An attempt of this request could be found, were its connection to break."""
-        return any(stream.is_wanted and stream.listener is not None for stream in self._attempts(request_id))
+    def has_attached(self, request_id: str) -> bool:
+        """Whether an attempt of this request could be attached to if its connection broke."""
+        return any(served.is_recorded and served.client is not None for served in self._attempts(request_id))
 
-    def _attempts(self, request_id: str) -> Iterator[Stream[_L]]:
-        for streams in (self._running, self._kept):
-            for stream in reversed(streams.values()):
-                if request_id in (stream.request_id, family(stream.request_id)):
-                    yield stream
-
-    def attach(self, stream: Stream[_L], listener: _L) -> None:
-        """It hears what comes; what came is in `stream.chunks`."""
-        assert stream.listener is None
-        stream.listener = listener
-        if not stream.is_over:
-            self._stop_timer(stream)
+    def attach(self, served: ServedRequest[C], client: C) -> None:
+        """Send the following chunks to this client. The earlier ones are in `served.chunks`."""
+        assert served.client is None
+        served.client = client
+        if not served.is_over:
+            _stop_timer(served)
 
     def close(self) -> None:
-        for stream in (*self._running.values(), *self._kept.values()):
-            self._stop_timer(stream)
+        for served in (*self._running.values(), *self._kept.values()):
+            _stop_timer(served)
         self._kept.clear()
 
-    def _leave_alone(self, stream: Stream[_L]) -> None:
-        if stream.grace_s > 0 and not stream.is_ending:
-            stream.timer = asyncio.get_running_loop().call_later(stream.grace_s, self._stop, stream)
+    def _attempts(self, request_id: str) -> Iterator[ServedRequest[C]]:
+        for requests in (self._running, self._kept):
+            for served in reversed(requests.values()):
+                if request_id in (served.request_id, client_request_id(served.request_id)):
+                    yield served
+
+    def _cancel_later(self, served: ServedRequest[C]) -> None:
+        if served.grace_s > 0 and not served.is_cancelled:
+            served.timer = asyncio.get_running_loop().call_later(served.grace_s, self._cancel, served)
         else:
-            self._stop(stream)
+            self._cancel(served)
 
-    def _stop(self, stream: Stream[_L]) -> None:
-        stream.is_ending = True
-        stream.chunks.clear()
-        self._stop_timer(stream)
-        self._cancel(stream.request_id)
+    def _cancel(self, served: ServedRequest[C]) -> None:
+        served.is_cancelled = True
+        served.chunks.clear()
+        _stop_timer(served)
+        self._cancel_request(served.request_id)
 
-    def _end(self, stream: Stream[_L], last: TokenChunk) -> None:
-        del self._running[stream.request_id]
-        self._stop_timer(stream)
-        stream.is_over = True
-        if stream.is_wanted and last.finish_reason in ("stop", "length"):
-            self._kept[stream.request_id] = stream
-            self._num_kept_tokens += stream.weight
+    def _end(self, served: ServedRequest[C], last: TokenChunk) -> None:
+        del self._running[served.request_id]
+        _stop_timer(served)
+        served.is_over = True
+        if served.is_recorded and last.finish_reason in ("stop", "length"):
+            self._kept[served.request_id] = served
+            self._num_kept_tokens += served.num_tokens
             loop = asyncio.get_running_loop()
-            stream.timer = loop.call_later(stream.grace_s, self._drop_kept, stream.request_id)
+            served.timer = loop.call_later(served.grace_s, self._remove_kept, served.request_id)
             while self._num_kept_tokens > self._max_kept_tokens:
-                self._drop_kept(next(iter(self._kept)))
+                self._remove_kept(next(iter(self._kept)))
 
-    def _drop_kept(self, request_id: str) -> None:
-        stream = self._kept.pop(request_id, None)
-        if stream is not None:
-            self._stop_timer(stream)
-            self._num_kept_tokens -= stream.weight
+    def _remove_kept(self, request_id: str) -> None:
+        served = self._kept.pop(request_id, None)
+        if served is not None:
+            _stop_timer(served)
+            self._num_kept_tokens -= served.num_tokens
 
-    def _stop_timer(self, stream: Stream[_L]) -> None:
-        if stream.timer is not None:
-            stream.timer.cancel()
-            stream.timer = None
+
+def _stop_timer(served: ServedRequest[C]) -> None:
+    if served.timer is not None:
+        served.timer.cancel()
+        served.timer = None

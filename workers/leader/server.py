@@ -1,9 +1,9 @@
-"""The leader's socket: front ends connect to rank 0 of a gang, hand in requests and get one frame of tokens a step.
+"""`LeaderServer`: front ends connect to rank 0 of a gang, send requests and receive one frame of tokens per step.
 
 An asyncio loop on a thread of its own serves the sockets; a pump thread blocks on the executor's answers and wakes it.
-What the frames mean is `workers.client_table`'s.
+`workers.leader.client_table` handles the frames.
 
-    executor ──await_responses──▶ pump thread ──call_soon_threadsafe──▶ loop thread ──one "step" frame a client──▶
+    executor ──await_responses──▶ pump thread ──call_soon_threadsafe──▶ loop thread ──one "step" frame per client──▶
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _PUMP_WAIT_S: Final = 0.25
 _START_TIMEOUT_S: Final = 10.0
-_MAX_STRANGERS: Final = 256
+_MAX_UNAUTHENTICATED: Final = 256
 
 
 class LeaderServer:
@@ -45,7 +45,7 @@ class LeaderServer:
         self._secret = secret
         self._max_unsent_bytes = max_unsent_bytes
         self._table = ClientTable(executor, max_kv_events)
-        self._strangers: dict[Client, None] = {}
+        self._unauthenticated: dict[Client, None] = {}
         self._log = LimitedLog(logger, logging.WARNING)
         self._stopping = threading.Event()
         self._is_up = threading.Event()
@@ -56,10 +56,10 @@ class LeaderServer:
         self._loop_thread = threading.Thread(target=self._run_loop, name="leader-loop", daemon=True)
         self._pump_thread = threading.Thread(target=self._pump, name="leader-pump", daemon=True)
 
-    # ---- called from any thread
+    # ---- called on any thread
 
     def start(self) -> int:
-        """Listen; returns the port. Raises OSError when the address cannot be bound."""
+        """Listen, and return the port. Raises OSError if the address cannot be bound."""
         self._loop_thread.start()
         if not self._is_up.wait(_START_TIMEOUT_S):
             raise TimeoutError(f"the leader's loop did not start within {_START_TIMEOUT_S} s")
@@ -70,20 +70,20 @@ class LeaderServer:
 
     @property
     def num_open(self) -> int:
-        return len(self._table.streams)
+        return self._table.requests.num_running
 
     @property
     def num_kept(self) -> int:
-        """Answers that are over and may be asked for again."""
-        return self._table.streams.num_kept
+        """Answers that are complete and can be asked for again."""
+        return self._table.requests.num_kept
 
     def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait for the open ones; True when none is left."""
+        """Refuse new requests and wait for the open ones. Return whether all have ended within `timeout_s`."""
         self._table.is_draining = True
         return self._table.is_idle.wait(timeout_s)
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """Open requests get `WorkerLost`, connections close, both threads end."""
+        """End open requests with `WorkerLost`, close the connections, and end both threads."""
         self._stopping.set()
         if self._loop_thread.ident is None:
             return
@@ -106,7 +106,7 @@ class LeaderServer:
             chunks = executor.await_responses(timeout_s=_PUMP_WAIT_S)
             events = executor.get_latest_kv_cache_events()
             if chunks or events:
-                self._call(functools.partial(self._table.pass_on, chunks, events))
+                self._call(functools.partial(self._table.publish, chunks, events))
             if executor.failure is not None or not (chunks or executor.is_alive):
                 self._call(self._fail_as_executor)
                 return
@@ -131,12 +131,12 @@ class LeaderServer:
         self._is_up.set()
         await self._end.wait()
         pings.cancel()
-        self._table.streams.close()
+        self._table.requests.close()
         server.close()
         await self._close_clients()
 
     async def _close_clients(self) -> None:
-        """Let the last frames out, for a second at most."""
+        """Wait until the last frames are sent, at most a second."""
         for client in self._table.clients:
             client.writer.close()
         waits = [asyncio.create_task(_wait_closed(client.writer)) for client in self._table.clients]
@@ -144,7 +144,7 @@ class LeaderServer:
             await asyncio.wait(waits, timeout=1.0)
 
     async def _ping(self) -> None:
-        """A silent leader is a hung one, so an idle one speaks."""
+        """Clients take a silent leader for a hung one, so an idle one sends pings."""
         while True:
             await asyncio.sleep(wire.PING_INTERVAL_S)
             self._table.ping()
@@ -154,7 +154,7 @@ class LeaderServer:
         frames = wire.FrameReader(reader, wire.MAX_HELLO_BYTES)
         client = Client(writer, self._max_unsent_bytes)
         try:
-            if not await self._greet(client, frames):
+            if not await self._authenticate(client, frames):
                 return
             self._table.clients.add(client)
             async for frame in frames:
@@ -162,18 +162,19 @@ class LeaderServer:
         except WireError as error:
             self._log.tell(f"closing a client's connection: {error.message}")
             client.send("error", error.to_wire())
-        except Exception:  # the request boundary: one client's nonsense must not reach another
+        except Exception:  # the request boundary: a client's malformed frames must not affect another
             logger.exception("closing a client's connection")
         finally:
-            self._table.lose(client)
+            self._table.disconnect(client)
             writer.close()
 
-    async def _greet(self, client: Client, frames: wire.FrameReader) -> bool:
-        """Those who have not said hello yet are few, and the oldest of them make room."""
-        self._strangers[client] = None
-        if len(self._strangers) > _MAX_STRANGERS:
-            oldest = next(iter(self._strangers))
-            del self._strangers[oldest]
+    async def _authenticate(self, client: Client, frames: wire.FrameReader) -> bool:
+        """Return False if the client disconnects before its hello. Raises WireError if the hello is late or wrong. If
+        too many clients are unauthenticated, the oldest is disconnected."""
+        self._unauthenticated[client] = None
+        if len(self._unauthenticated) > _MAX_UNAUTHENTICATED:
+            oldest = next(iter(self._unauthenticated))
+            del self._unauthenticated[oldest]
             wire.abort(oldest.writer)
         try:
             async with asyncio.timeout(wire.HELLO_TIMEOUT_S):
@@ -181,7 +182,7 @@ class LeaderServer:
         except TimeoutError:
             raise WireError("no hello in time") from None
         finally:
-            self._strangers.pop(client, None)
+            self._unauthenticated.pop(client, None)
         if first is None:
             return False
         wire.check_hello(first, self._secret)
@@ -193,14 +194,14 @@ class LeaderServer:
         self._fail(self._executor.failure or WorkerLost("the gang is shutting down"))
 
     def _fail(self, error: TensorweaveError) -> None:
-        """Everyone hears why, then the connections close."""
+        """Send the error to every client, then close the connections."""
         if not self._end.is_set():
             self._table.fail(error)
             self._end.set()
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:
-    """uvloop where it is installed: about a third of the time per wake-up."""
+    """uvloop if it is installed: it takes about a third of the time per wake-up."""
     try:
         import uvloop
     except ImportError:
