@@ -12,9 +12,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# On a machine without an NVIDIA GPU torch is pinned to the release that we test. Where pip would take a CUDA build for it, give the
-# address of PyTorch's CPU wheels: make install TORCH_INDEX=URL
-TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.11' || echo 'torch==2.13.0')
+# Without an NVIDIA GPU, everything is installed in the versions with which CI runs. With one, torch and what it needs are the machine's own.
+# Where pip would take a CUDA build of torch for a CPU, give the address of PyTorch's CPU wheels: make install TORCH_INDEX=URL
+CONSTRAINTS ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo constraints.txt)
 TORCH_INDEX ?=
 
 MODEL ?=
@@ -29,7 +29,7 @@ help: ## Say what there is
 
 install: $(STAMP) ## Make .venv with everything in it (once)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make install PYTHON=python3.12"; exit 1; }
 	@if [ ! -x $(BIN)/python ]; then \
@@ -40,9 +40,9 @@ $(STAMP): pyproject.toml
 	      || { rm -rf $(VENV); echo "That failed too: install python3-venv, then try again."; exit 1; }; \
 	  fi; \
 	fi
-	@echo "installing $(TORCH) and the rest into $(VENV) (minutes the first time)"
-	@$(PIP) install -qq $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
-	@$(PIP) install -qq --editable '.[dev]'
+	@echo "installing torch and the rest into $(VENV) (minutes the first time)"
+	@$(PIP) install -qq $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) 'torch>=2.11'
+	@$(PIP) install -qq $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) --editable '.[dev]'
 	@touch $(STAMP)
 
 serve: install ## Serve a model on 127.0.0.1:8000, ask it one question, stay up until Ctrl-C

@@ -1,10 +1,11 @@
-"""Our engine and vLLM's, in turns in one run: output tokens a second, and the ratio.
+"""Two engines in alternation in one run: this tree's, and vLLM's or that of another worktree. Output tokens per second.
 
-    python benchmarks/duel.py --model DIR --rival-python VENV/bin/python --dtype float32 --json out.json
-    python benchmarks/duel.py --model DIR --rival-python VENV/bin/python --growth --rounds 3 --json growth.json
+    python benchmarks/duel.py --model DIR --baseline WORKTREE --dtype float32 bfloat16 --json out.json
+    python benchmarks/duel.py --model DIR --vllm-python VENV/bin/python --growth --rounds 3 --json growth.json
 
-Both engines stay loaded; only one computes at a time, and who goes first alternates. A turn during which other
-processes took more than `--most-others` of the machine is taken again, at most twice; what remains is in the report.
+Both engines stay loaded; only one computes at a time, and which one goes first alternates. A measurement during which
+other processes took more than `--most-others` of the machine is repeated, at most twice; what remains is in the report.
+`ratio` is that of the medians, `paired_ratio` the median of the ratios of each round.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tensorweave.cli.figures import publish, report
 
+TREE = Path(__file__).resolve().parent.parent
 WORKER = Path(__file__).with_name("duel_worker.py")
-TURN_TIMEOUT_S = 900.0
+EXIT_TIMEOUT_S = 900.0
 MOST_TRIES = 3
 CASES = ["16x128x64", "1x128x64", "64x128x64"]
 GROWTH = [f"{batch}x128x64" for batch in (1, 2, 4, 8, 16, 32, 64)]
@@ -49,24 +51,36 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """`others`: the share of the machine's processor time that went to neither side."""
+class Measurement:
+    """`others`: the share of the machine's processor time that went to neither engine."""
 
     elapsed_s: float
     own_cpu_s: float
     others: float
 
 
-class Side:
-    def __init__(self, name: str, python: str, args: argparse.Namespace, cases: list[Case]) -> None:
-        self.name = name
+@dataclass(frozen=True)
+class Contender:
+    """`name` is its prefix in the report; `tree` is where our own engine is imported from."""
+
+    name: str
+    engine: str
+    python: str
+    tree: Path = TREE
+
+
+class Worker:
+    """An engine in a process of its own."""
+
+    def __init__(self, contender: Contender, dtype: str, cases: list[Case], args: argparse.Namespace) -> None:
+        self.name = contender.name
         longest = max(case.num_input + case.num_output for case in cases)
         cached = max(case.batch * (case.num_input + case.num_output + 64) for case in cases)
-        knobs = [str(args.model), args.dtype, str(longest), str(max(case.batch for case in cases)), str(cached)]
+        knobs = [str(args.model), dtype, str(longest), str(max(case.batch for case in cases)), str(cached)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
         self._process = subprocess.Popen(
-            [python, str(WORKER), name, *knobs],
+            [contender.python, str(WORKER), contender.engine, str(contender.tree), *knobs],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if args.verbose else subprocess.DEVNULL,
@@ -74,14 +88,14 @@ class Side:
             env=environment,
         )
         if self._ask(None) != "ready":
-            raise RuntimeError(f"{name} did not start; --verbose shows why")
+            raise RuntimeError(f"{self.name} did not start; --verbose shows why")
 
-    def take(self, case: Case) -> Turn:
+    def measure(self, case: Case) -> Measurement:
         busy_s, own_s, began_s = _busy_s(), self._own_s(), time.monotonic()
         elapsed_s = float(self._ask(f"{case.batch} {case.num_input} {case.num_output}"))
         own_s = self._own_s() - own_s
         available_s = (time.monotonic() - began_s) * (psutil.cpu_count() or 1)
-        return Turn(elapsed_s, own_s, max(0.0, _busy_s() - busy_s - own_s) / available_s)
+        return Measurement(elapsed_s, own_s, max(0.0, _busy_s() - busy_s - own_s) / available_s)
 
     def close(self) -> None:
         """The engine's own processes go too: they may outlive the one that started them."""
@@ -96,7 +110,7 @@ class Side:
         self._process.wait(30)
 
     def _ask(self, line: str | None) -> str:
-        """An answer comes, or the worker has ended."""
+        """Return the next line that the worker writes. It writes one, or it has ended."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         if line is not None:
@@ -104,7 +118,7 @@ class Side:
             self._process.stdin.flush()
         answer = self._process.stdout.readline().strip()
         if not answer:
-            raise RuntimeError(f"{self.name} ended with {self._process.wait(TURN_TIMEOUT_S)}; --verbose shows why")
+            raise RuntimeError(f"{self.name} ended with {self._process.wait(EXIT_TIMEOUT_S)}; --verbose shows why")
         return answer
 
     def _own_s(self) -> float:
@@ -118,59 +132,80 @@ def _busy_s() -> float:
     return float(times.user + times.nice + times.system + getattr(times, "softirq", 0) + getattr(times, "steal", 0))
 
 
-def fight(sides: list[Side], case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    turns: dict[str, list[Turn]] = {side.name: [] for side in sides}
-    for side in sides:
-        side.take(case)  # shapes that are new to an engine are compiled, memory is touched
-    for turn in range(args.rounds):
-        for side in sides if turn % 2 == 0 else reversed(sides):
-            tries = []
-            while len(tries) < MOST_TRIES and (not tries or tries[-1].others > args.most_others):
-                tries.append(side.take(case))
-            turns[side.name].append(min(tries, key=lambda t: t.others))
-    row: dict[str, Any] = {"case": str(case), **asdict(case)}
-    num_tokens = case.batch * case.num_output
-    for name, all_turns in turns.items():
-        speeds = sorted(num_tokens / turn.elapsed_s for turn in all_turns)
-        row |= {
-            f"{name}_tok_s": statistics.median(speeds),
-            f"{name}_least": speeds[0],
-            f"{name}_most": speeds[-1],
-            f"{name}_cpu_s": statistics.median(turn.own_cpu_s for turn in all_turns),
-            f"{name}_others": max(turn.others for turn in all_turns),
-        }
-    if len(sides) > 1:
-        row["ratio"] = row["tensorweave_tok_s"] / row["vllm_tok_s"]
-    shown = "  ".join(
-        f"{name} {row[f'{name}_tok_s']:7.1f} tok/s (others {row[f'{name}_others']:.0%})" for name in turns
-    )
-    print(f"{args.dtype} {case!s:>12}  {shown}  ratio {row.get('ratio', float('nan')):.2f}", flush=True)
+def compare(workers: list[Worker], case: Case, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
+    measured: dict[str, list[Measurement]] = {worker.name: [] for worker in workers}
+    for worker in workers:
+        worker.measure(case)  # warm-up: shapes that are new to an engine are compiled, memory is touched
+    for number in range(args.rounds):
+        for worker in workers if number % 2 == 0 else reversed(workers):
+            measured[worker.name].append(measure_undisturbed(worker, case, args.most_others))
+    row = {"case": str(case), "dtype": dtype, **asdict(case)}
+    for name, measurements in measured.items():
+        row |= figures_of(name, case, measurements)
+    shown = [f"{name} {row[f'{name}_tok_s']:7.1f} tok/s (others {row[f'{name}_others']:.0%})" for name in measured]
+    if len(workers) > 1:
+        ours, other = measured.values()
+        first, second = (worker.name for worker in workers)
+        row["ratio"] = row[f"{first}_tok_s"] / row[f"{second}_tok_s"]
+        row["paired_ratio"] = statistics.median(b.elapsed_s / a.elapsed_s for a, b in zip(ours, other, strict=True))
+        shown.append(f"ratio {row['ratio']:.3f}, paired {row['paired_ratio']:.3f}")
+    print(f"{dtype} {case!s:>12}  {'  '.join(shown)}", flush=True)
     return row
+
+
+def measure_undisturbed(worker: Worker, case: Case, most_others: float) -> Measurement:
+    """Return the least disturbed of up to `MOST_TRIES` measurements."""
+    tries = [worker.measure(case)]
+    while tries[-1].others > most_others and len(tries) < MOST_TRIES:
+        tries.append(worker.measure(case))
+    return min(tries, key=lambda measurement: measurement.others)
+
+
+def figures_of(name: str, case: Case, measurements: list[Measurement]) -> dict[str, float]:
+    speeds = sorted(case.batch * case.num_output / measurement.elapsed_s for measurement in measurements)
+    return {
+        f"{name}_tok_s": statistics.median(speeds),
+        f"{name}_least": speeds[0],
+        f"{name}_most": speeds[-1],
+        f"{name}_cpu_s": statistics.median(measurement.own_cpu_s for measurement in measurements),
+        f"{name}_others": max(measurement.others for measurement in measurements),
+    }
+
+
+def compare_all(
+    contenders: list[Contender], dtype: str, cases: list[Case], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    workers: list[Worker] = []
+    try:
+        workers += (Worker(contender, dtype, cases, args) for contender in contenders)
+        return [compare(workers, case, dtype, args) for case in cases]
+    finally:
+        for worker in workers:
+            worker.close()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="model directory, for both")
-    parser.add_argument("--rival-python", help="interpreter that has vllm; without it only ours is measured")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--vllm-python", help="compare with vLLM: an interpreter that has it")
+    other.add_argument("--baseline", type=Path, help="compare with our engine as it is in another worktree")
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="BATCHxINPUTxOUTPUT")
     parser.add_argument("--growth", action="store_true", help="cases of growing batch and growing prompt")
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of turns a case (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements per case and engine (default: %(default)s)")
     parser.add_argument("--most-others", type=float, default=0.1, help="(default: %(default)s)")
     parser.add_argument("--verbose", action="store_true", help="show what the engines print")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     cases = [Case.parse(text) for text in (GROWTH if args.growth else args.cases)]
-    contestants = {"tensorweave": sys.executable} | ({"vllm": args.rival_python} if args.rival_python else {})
-    sides: list[Side] = []
-    try:
-        for name, python in contestants.items():
-            sides.append(Side(name, python, args, cases))
-        rows = [fight(sides, case, args) for case in cases]
-    finally:
-        for side in sides:
-            side.close()
-    settings = {"model": args.model.name, "dtype": args.dtype, "rounds": args.rounds, "most_others": args.most_others}
+    contenders = [Contender("tensorweave", "tensorweave", sys.executable)]
+    if args.vllm_python:
+        contenders.append(Contender("vllm", "vllm", args.vllm_python))
+    if args.baseline:
+        contenders.append(Contender("baseline", "tensorweave", sys.executable, args.baseline.resolve()))
+    rows = [row for dtype in args.dtype for row in compare_all(contenders, dtype, cases, args)]
+    settings = {"model": args.model.name, "rounds": args.rounds, "most_others": args.most_others}
     publish(report("duel", settings, {"rows": rows}), args.json)
     return 0
 

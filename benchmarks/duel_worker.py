@@ -1,8 +1,8 @@
-"""One side of `duel.py`: an engine that runs one case after the other. Runs under either side's Python.
+"""One engine of `duel.py`, in a process of its own, under the Python that has it.
 
-argv: tensorweave or vllm, model directory, dtype, longest sequence, most sequences and most tokens at once. A line
-`batch input output` on standard input is answered with the seconds that it took; the prompts are random, all requests
-come at once and each gives all its tokens.
+argv: tensorweave or vllm, the tree that tensorweave is imported from, model directory, dtype, longest sequence, most
+sequences and most tokens at once. A line `batch input output` on standard input is answered with the seconds that it
+took: the prompts are random, all requests are submitted at once, and each generates exactly `output` tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 Generate = Callable[[list[list[int]], int], list[int]]
@@ -20,10 +19,9 @@ SMALLEST_VOCABULARY = 32000  # of models that are measured here: ids below it ar
 
 
 def tensorweave(model: str, dtype: str, max_len: int, max_batch: int, num_cached: int) -> Generate:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from tensorweave import LLM, SamplingParams
 
-    # Blocks for all at once, as the rival has, and no prefix that a warm-up left behind.
+    # Blocks for all at once, as vLLM has, and no prefix that a warm-up left behind.
     cache = {"max_tokens": num_cached, "enable_block_reuse": False}
     llm = LLM(model=model, dtype=dtype, skip_tokenizer_init=True, max_seq_len=max_len, kv_cache_config=cache)
 
@@ -49,11 +47,15 @@ def vllm(model: str, dtype: str, max_len: int, max_batch: int, num_cached: int) 
 
 
 def main() -> None:
-    name, model, dtype, *sizes = sys.argv[1:]
+    name, tree, model, dtype, *sizes = sys.argv[1:]
+    if name == "tensorweave":
+        sys.path.insert(0, tree)
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the engines print is not an answer
+    os.dup2(2, 1)  # what the engine prints goes to standard error
     generate = {"tensorweave": tensorweave, "vllm": vllm}[name](model, dtype, *map(int, sizes))
     draws = random.Random(1)
+    if name == "tensorweave":
+        assert sys.modules["tensorweave"].__file__ == f"{tree}/tensorweave/__init__.py"
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         batch, num_input, num_output = map(int, line.split())
@@ -63,7 +65,7 @@ def main() -> None:
         elapsed_s = time.perf_counter() - began_s
         assert lengths == [num_output] * batch, lengths
         print(elapsed_s, file=answers, flush=True)
-    os._exit(0)  # an engine's own ending may wait long, and has nothing to save
+    os._exit(0)  # an engine's own shutdown may take long, and has nothing to save
 
 
 if __name__ == "__main__":

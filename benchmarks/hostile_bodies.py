@@ -3,8 +3,8 @@
     tensorweave serve --config deploy/examples/laptop_aggregated.yaml &
     python benchmarks/hostile_bodies.py --url http://127.0.0.1:8000 --served-name smollm2-135m-instruct
 
-Streams run all the while; in every other turn, hostile clients in processes of their own send bodies of up to 8 MB that
-are made to take long. Prints a line a turn, and a summary as JSON.
+Streams run all the time; in every other run, hostile clients in processes of their own send bodies of up to 8 MB that
+are made to take long. Prints one line per run, and a summary as JSON.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def hostile_bodies(name: str) -> list[tuple[str, bytes]]:
     ]
 
 
-def attack(url: str, name: str, place: int, until_s: float, told: Any) -> None:
-    """One hostile client, at a low priority: what it costs the machine to be one is not what is measured."""
+def send_bodies(url: str, name: str, place: int, until_s: float, counts: Any) -> None:
+    """One hostile client, at a low priority: its own processor time is not what is measured."""
     os.nice(10)
     address, bodies, seen = urllib.parse.urlsplit(url), hostile_bodies(name), collections.Counter[str]()
     while time.time() < until_s:
@@ -60,11 +60,11 @@ def attack(url: str, name: str, place: int, until_s: float, told: Any) -> None:
             connection.close()
         except OSError as error:
             seen[type(error).__name__] += 1
-    told.put(dict(seen))
+    counts.put(dict(seen))
 
 
 class Streams:
-    """Streams that never end before their time, and the gaps between the events of each."""
+    """Streams that run until `until_s`, and the gaps between the events of each."""
 
     def __init__(self, url: str, name: str, until_s: float) -> None:
         self._url = url
@@ -112,10 +112,10 @@ class Streams:
             await asyncio.sleep(0.1)
 
 
-def turn(args: argparse.Namespace, num_hostile: int) -> dict[str, Any]:
-    until_s, told = time.time() + args.seconds, multiprocessing.Queue()
+def run(args: argparse.Namespace, num_hostile: int) -> dict[str, Any]:
+    until_s, counts = time.time() + args.seconds, multiprocessing.Queue()
     clients = [
-        multiprocessing.Process(target=attack, args=(args.url, args.served_name, place, until_s, told))
+        multiprocessing.Process(target=send_bodies, args=(args.url, args.served_name, place, until_s, counts))
         for place in range(num_hostile)
     ]
     for client in clients:
@@ -124,7 +124,7 @@ def turn(args: argparse.Namespace, num_hostile: int) -> dict[str, Any]:
     asyncio.run(streams.run(args.streams))
     answers: collections.Counter[str] = collections.Counter()
     for _ in clients:
-        answers.update(told.get(timeout=TIMEOUT_S))
+        answers.update(counts.get(timeout=TIMEOUT_S))
     for client in clients:
         client.join()
     return {"hostile": num_hostile, **figures(streams), "answers_to_hostile": dict(answers)}
@@ -148,16 +148,16 @@ def main() -> None:
     parser.add_argument("--served-name", required=True)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--hostile", type=int, default=9, help="hostile clients at a time (9)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of each turn (30)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns without and with them (3)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each run (30)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs without and with them (3)")
     args = parser.parse_args()
-    turns = []
+    runs = []
     for _ in range(args.rounds):
         for num_hostile in (0, args.hostile):
-            turns.append(turn(args, num_hostile))
-            print(json.dumps(turns[-1]), flush=True)
+            runs.append(run(args, num_hostile))
+            print(json.dumps(runs[-1]), flush=True)
     worst = {
-        kind: statistics.median(turn["worst_gap_ms"] for turn in turns if bool(turn["hostile"]) == is_hostile)
+        kind: statistics.median(run["worst_gap_ms"] for run in runs if bool(run["hostile"]) == is_hostile)
         for kind, is_hostile in (("without", False), ("with", True))
     }
     print(json.dumps({"median_of_worst_gaps_ms": worst}))

@@ -1,6 +1,6 @@
-"""Reports of `duel.py --growth` to one SVG: output tokens a second over batch, and time over prompt length.
+"""Reports of `duel.py --growth` to one SVG: output tokens per second over batch, and time over prompt length.
 
-python benchmarks/plot_growth.py float32.json bfloat16.json docs/growth.svg
+python benchmarks/plot_growth.py growth.json docs/growth.svg
 """
 
 from __future__ import annotations
@@ -71,8 +71,10 @@ def _round_numbers(low: float, high: float) -> list[float]:
 
 def panels(reports: Sequence[dict[str, Any]]) -> list[Panel]:
     batches, lengths = [], []
-    for report in reports:
-        dtype, rows = report["settings"]["dtype"], report["rows"]
+    by_dtype: dict[str, list[dict[str, Any]]] = {}
+    for row in (row for report in reports for row in report["rows"]):
+        by_dtype.setdefault(row["dtype"], []).append(row)
+    for dtype, rows in by_dtype.items():
         for side in (side for side in NAMES if f"{side}_tok_s" in rows[0]):
             speed = f"{side}_tok_s"
             over_batch = [(row["batch"], row[speed]) for row in rows if row["num_input"] == 128]
@@ -80,7 +82,7 @@ def panels(reports: Sequence[dict[str, Any]]) -> list[Panel]:
             batches.append(Line(side, dtype, sorted(over_batch)))
             lengths.append(Line(side, dtype, sorted(times)))
     return [
-        Panel("output tokens a second, 128 in, 64 out", "requests at once", batches),
+        Panel("output tokens per second, 128 in, 64 out", "requests at once", batches),
         Panel("seconds for one request, 64 out", "prompt tokens", lengths),
     ]
 
