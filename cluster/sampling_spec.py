@@ -105,7 +105,8 @@ class SamplingKnobs:
         is_random=True,
     )
     repetition_penalty: float | None = _asked(
-        "Divides the positive and multiplies the negative logits of tokens in prompt or output (Keskar et al. 2019).",
+        "Divides the positive and multiplies the negative logits of tokens in prompt or output (Keskar et al. 2019);"
+        " 1: off.",
         is_low_open=True,
     )
     presence_penalty: float | None = _asked(
