@@ -29,6 +29,7 @@ from tensorweave.cluster.gang_record import GangRecord
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.hosts import Hosts
 from tensorweave.cluster.memory_kills import kills_anywhere, kills_here
+from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.placement import NamedGroup, live_node_ids, live_nodes, place, placed_on
 from tensorweave.cluster.protocol import GangAddress, KvSource, LinkMeasurement
 from tensorweave.cluster.rank_link import GangLink
@@ -107,7 +108,7 @@ class Gang:
             ValueError: the ranks refuse their arguments; starting again is no use.
         """
         spec = self.spec
-        size = spec.tensor_parallel_size
+        size = spec.mesh.size
         is_detached = self._namespace is not None
         self._group = await place(spec.bundle, size, spec.place_timeout_s, self._group_name, is_detached=is_detached)
         self._processes = RankProcesses(await asyncio.to_thread(placed_on, self._group), live_node_ids)
@@ -227,8 +228,7 @@ class Gang:
         ranks_on = collections.Counter(place.node_id for place in self._places)
         return RankOrder(
             gang_id=self.gang_id,
-            rank=rank,
-            size=len(self._actors),
+            place=MeshRank(rank, self.spec.mesh),
             args=self.spec.args,
             leader=self._actors[0] if rank else None,
             interface_ip=hosts.peers[rank],

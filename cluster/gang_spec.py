@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.protocol import Role
 
 
@@ -16,7 +17,7 @@ class GangSpec:
     one."""
 
     role: Role = "both"
-    tensor_parallel_size: int = 1
+    mesh: Mesh = field(default_factory=Mesh)
     args: dict[str, Any] = field(default_factory=dict)
     cpus_per_rank: float = 1.0
     gpus_per_rank: float = 0.0

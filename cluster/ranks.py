@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.protocol import KvEndpoint, ModelInfo
 
 _FULL: Final = 0.9
@@ -34,8 +35,7 @@ class RankOrder:
     endpoints: tickets carry it to users."""
 
     gang_id: str
-    rank: int
-    size: int
+    place: MeshRank
     args: dict[str, Any]
     leader: Any
     interface_ip: str

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from tensorweave.cluster.cluster_resources import Room
 from tensorweave.cluster.gang_spec import GangSpec
+from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.pool import PoolSpec
 from tensorweave.deploy.config import ServeConfig
 from tensorweave.deploy.config_tables import LimitsConfig, PoolConfig
@@ -32,7 +33,7 @@ def _gang_spec(pool: PoolConfig, limits: LimitsConfig, has_gpus: bool, digest: s
     wants_gpu = pool.device == "cuda" or (pool.device == "auto" and has_gpus)
     return GangSpec(
         role=pool.role,
-        tensor_parallel_size=pool.tensor_parallel_size,
+        mesh=Mesh(tensor=pool.tensor_parallel_size),
         args=pool.llm_args().model_dump(mode="json", exclude={"tokenizer"}, exclude_unset=True),
         gpus_per_rank=1.0 if wants_gpu else 0.0,
         place_timeout_s=limits.place_timeout_s,
@@ -47,7 +48,7 @@ def needed_resources(specs: Sequence[PoolSpec]) -> dict[str, float]:
     need: dict[str, float] = {}
     for spec in specs:
         for resource, amount in spec.gang.bundle.items():
-            need[resource] = need.get(resource, 0.0) + amount * spec.gang.tensor_parallel_size * spec.replicas
+            need[resource] = need.get(resource, 0.0) + amount * spec.gang.mesh.size * spec.replicas
     return need
 
 
@@ -59,11 +60,11 @@ def explain_shortage(specs: Sequence[PoolSpec], room: Room) -> str | None:
         for resource, amount in needs.items()
         if room.total(resource) < amount
     ]
-    pools = ", ".join(f"{spec.name}: {spec.replicas} x {spec.gang.tensor_parallel_size} rank(s)" for spec in specs)
+    pools = ", ".join(f"{spec.name}: {spec.replicas} x {spec.gang.mesh.size} rank(s)" for spec in specs)
     if short:
         return f"the pools ({pools}) need {' and '.join(short)}; {room.describe_nodes(needs)}"
     for spec in specs:
-        num_ranks = spec.replicas * spec.gang.tensor_parallel_size
+        num_ranks = spec.replicas * spec.gang.mesh.size
         if (most := room.num_bundles(spec.gang.bundle)) < num_ranks:
             each = ", ".join(f"{amount:g} {name}" for name, amount in spec.gang.bundle.items())
             return (

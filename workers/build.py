@@ -23,7 +23,7 @@ from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.gang.uplink import join_uplink
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.models.checkpoint import refuse_adapters
-from tensorweave.workers.models.config import load_model_config
+from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.generation_config import load_sampling_defaults
 from tensorweave.workers.sampling.decoder import SamplingDecoder
 from tensorweave.workers.step.kv_exchange import NoTransfers, Transfers
@@ -176,7 +176,7 @@ def _kv_identity(args: TorchLlmArgs, path: Path, engine: PyTorchModelEngine | Au
     digest = model_digest(path, args.load_format)
     if args.backend == "_autodeploy":
         return f"{digest} by transformers", engine.pool.cache.shape[2] // 2
-    return digest, load_model_config(path).num_kv_heads
+    return digest, load_model_config(path).sizes.num_kv_heads
 
 
 def _load_class(path: str | None, knob: str, default: type[Any]) -> type[Any]:

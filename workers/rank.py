@@ -159,7 +159,7 @@ class RankWorker:
             transfer_host=order.transfer_host,
             transfer_secret=order.kv_secret,
             num_ranks_here=order.num_ranks_here,
-            event_buffer_size=_EVENT_BUFFER_SIZE if order.rank == 0 else 0,
+            event_buffer_size=_EVENT_BUFFER_SIZE if order.place.rank == 0 else 0,
         )
 
     # ---- on threads
@@ -182,7 +182,7 @@ class RankWorker:
         executor.start()
         self._executor = executor  # from here on heartbeats tell of its loop, which must run by then
         leader = None
-        if order.rank == 0:
+        if order.place.rank == 0:
             self._leader = LeaderServer(
                 executor,
                 order.listen_host,
@@ -210,30 +210,30 @@ class RankWorker:
         from tensorweave.workers.gang.rendezvous import RankStore
 
         device = pick_device(args.device)
-        if order.size == 1:
-            return start_comm(order.rank, order.size, None, device, order.start_timeout_s)
+        if order.place.mesh.size == 1:
+            return start_comm(order.place, None, device, order.start_timeout_s)
         interface = interface_of(order.interface_ip)
         os.environ["GLOO_SOCKET_IFNAME"] = interface
         if interface != "lo":
             os.environ["NCCL_SOCKET_IFNAME"] = f"={interface}"
         store = RankStore(self._way_to_board(order), order.start_timeout_s)
         with contextlib.ExitStack() as joining:
-            if order.rank == 0:
-                host, port = joining.enter_context(listening(order.interface_ip, order.size))
+            if order.place.rank == 0:
+                host, port = joining.enter_context(listening(order.interface_ip, order.place.mesh.size))
                 store.set(_REACHED_KEY, f"{port} {host}".encode())
             else:
                 self._phase = "asking rank 0 where it listens"
                 port_text, host = store.get(_REACHED_KEY).decode().split(" ", 1)
                 self._phase = f"connecting to rank 0 at {host}:{port_text}"
-                who = f"rank {order.rank} on {order.interface_ip}"
+                who = f"rank {order.place.rank} on {order.interface_ip}"
                 await_reachable(host, int(port_text), _REACH_TIMEOUT_S, who=who, whom="rank 0")
-            self._phase = f"waiting for all {order.size} ranks to join"
-            return start_comm(order.rank, order.size, store, device, order.start_timeout_s)
+            self._phase = f"waiting for all {order.place.mesh.size} ranks to join"
+            return start_comm(order.place, store, device, order.start_timeout_s)
 
     def _way_to_board(self, order: RankOrder) -> Ask:
         from tensorweave.workers.gang.rendezvous import ask_on_loop
 
-        if order.rank == 0:
+        if order.place.rank == 0:
             return ask_on_loop(self._board(), self._loop, order.start_timeout_s)
         leader = order.leader
         assert leader is not None, "every rank but 0 has a leader"
@@ -243,7 +243,7 @@ class RankWorker:
             try:
                 return asked.result(order.start_timeout_s + _ASK_SLACK_S)
             except ActorUnavailableError as error:
-                who = f"rank {order.rank} on {order.interface_ip}"
+                who = f"rank {order.place.rank} on {order.interface_ip}"
                 raise WorkerLost(
                     f"{who} cannot ask rank 0 ({first_line(error)}): can their hosts connect to each other?"
                 ) from error
@@ -306,7 +306,7 @@ def count_open_files() -> tuple[int, int]:
 
 def _fit_args(args: TorchLlmArgs, order: RankOrder) -> TorchLlmArgs:
     """The gang's arguments as this rank must read them: its size, its device, its share of the node's cores."""
-    changes: dict[str, Any] = {"tensor_parallel_size": order.size}
+    changes: dict[str, Any] = {"tensor_parallel_size": order.place.mesh.tensor}
     if args.device == "auto":
         changes["device"] = "cuda" if order.has_gpu else "cpu"
     if args.num_threads is None:

@@ -12,6 +12,7 @@ from ray.exceptions import RayTaskError
 
 from tensorweave.cluster.gang import Gang
 from tensorweave.cluster.gang_spec import GangSpec
+from tensorweave.cluster.mesh import Mesh, MeshRank
 from tensorweave.cluster.ranks import RankOrder, RankPlace
 from tensorweave.deploy.config import ServeConfig
 from tensorweave.deploy.pools import pool_specs
@@ -99,8 +100,7 @@ def test_other_weights_under_the_same_name_are_refused(tmp_path: Path) -> None:
 def order(model: Path, digest: str) -> RankOrder:
     return RankOrder(
         gang_id="g",
-        rank=0,
-        size=1,
+        place=MeshRank(),
         args={"model": str(model), "device": "cpu"},
         leader=None,
         interface_ip="127.0.0.1",
@@ -130,7 +130,7 @@ def test_an_error_of_one_host_of_several_names_it(tmp_path: Path, node_ips: dict
     class Rank:
         start = Start()
 
-    gang = Gang(GangSpec(tensor_parallel_size=2), RankWorker, "g", 1)
+    gang = Gang(GangSpec(mesh=Mesh(tensor=2)), RankWorker, "g", 1)
     gang._actors = [Rank(), Rank()]  # type: ignore[list-item]
     last = list(node_ips)[-1]
     gang._places = [RankPlace("n1", 11, 0.0), RankPlace(last, 12, 0.0)]

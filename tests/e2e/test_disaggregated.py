@@ -19,6 +19,7 @@ from tensorweave.cluster.errors import NotReady
 from tensorweave.cluster.fleet import WatchedFleet
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.llm_args import TorchLlmArgs
+from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.pool import PoolSpec
 from tensorweave.cluster.protocol import GenerateRequest, Role, SamplingSpec
 from tensorweave.cluster.ray_session import start_or_join_ray
@@ -80,7 +81,7 @@ def args_of(model: Path, **more: Any) -> dict[str, Any]:
 
 def pool_of(role: Role, model: Path, size: int, replicas: int = 1) -> PoolSpec:
     args = args_of(model, cache_transceiver_config={"backend": "DEFAULT"})
-    gang = GangSpec(role=role, tensor_parallel_size=size, args=args, start_timeout_s=START_TIMEOUT_S)
+    gang = GangSpec(role=role, mesh=Mesh(tensor=size), args=args, start_timeout_s=START_TIMEOUT_S)
     return PoolSpec(role, gang, replicas, max_faults=100)
 
 

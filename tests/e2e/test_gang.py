@@ -23,6 +23,7 @@ from ray.actor import ActorHandle
 from tensorweave.cluster.errors import NotReady, WorkerLost
 from tensorweave.cluster.fleet import WatchedFleet
 from tensorweave.cluster.gang_spec import GangSpec
+from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.pool import PoolSpec
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
 from tensorweave.cluster.ray_session import import_root, start_or_join_ray
@@ -56,7 +57,7 @@ def _ray_session() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _pool(replicas: int = 1, **gang: Any) -> Iterator[ActorHandle[PoolSupervisor]]:
-    gang = {"tensor_parallel_size": 2, "args": {"model": "hash"}, "start_timeout_s": READY_TIMEOUT_S, **gang}
+    gang = {"mesh": Mesh(tensor=2), "args": {"model": "hash"}, "start_timeout_s": READY_TIMEOUT_S, **gang}
     supervisor = start_supervisor([PoolSpec("main", GangSpec(**gang), replicas, max_faults=20)], HashRankWorker)
     try:
         yield supervisor
@@ -238,7 +239,7 @@ def test_a_supervisor_that_is_killed_comes_back_with_new_gangs() -> None:
 
 def test_gangs_of_a_service_serve_on_without_their_supervisor_and_are_replaced_where_their_pool_changes() -> None:
     home = Home("test", "tests")
-    spec = PoolSpec("main", GangSpec(tensor_parallel_size=2, args={"model": "hash"}, worker_options={"step_s": 0.05}))
+    spec = PoolSpec("main", GangSpec(mesh=Mesh(tensor=2), args={"model": "hash"}, worker_options={"step_s": 0.05}))
     seen: list[int] = []
 
     async def body() -> None:
@@ -327,6 +328,7 @@ def test_a_gang_that_cannot_be_placed_says_what_is_missing() -> None:
 _OWNER = """
 import sys, time
 from tensorweave.cluster.gang_spec import GangSpec
+from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.pool import PoolSpec
 from tensorweave.cluster.fleet import WatchedFleet
 from tensorweave.cluster.ray_session import start_or_join_ray
@@ -335,7 +337,7 @@ from tensorweave.workers.fakes.fake_gang import HashRankWorker
 import asyncio
 
 start_or_join_ray(num_cpus=2)
-spec = GangSpec(tensor_parallel_size=2, args={"model": "hash"}, start_timeout_s=120.0)
+spec = GangSpec(mesh=Mesh(tensor=2), args={"model": "hash"}, start_timeout_s=120.0)
 supervisor = start_supervisor([PoolSpec("main", spec)], HashRankWorker)
 
 async def main():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tensorweave.cluster.llm_args import TorchLlmArgs
+from tensorweave.cluster.mesh import Mesh, MeshRank
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.workers.engine.engine import ModelEngine
 from tensorweave.workers.engine.load import load_engine
@@ -92,6 +93,7 @@ class ThreadComm:
     """A rank whose peers are threads of this process."""
 
     def __init__(self, rank: int, shared: list[Any], barrier: threading.Barrier) -> None:
+        self.place = MeshRank(rank, Mesh(tensor=len(shared)))
         self.rank, self.size = rank, len(shared)
         self._shared, self._barrier = shared, barrier
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tensorweave.workers.models.config import ModelConfig, load_model_config
+from tensorweave.workers.models.config import ModelConfig
+from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.rotary import inverse_frequencies
 
 
@@ -34,7 +35,7 @@ class PlainModel:
     def logits(self, tokens: list[int]) -> Tensor:
         config = self.config
         x = self.weights["model.embed_tokens.weight"][tokens]
-        for layer in range(config.num_layers):
+        for layer in range(config.sizes.num_layers):
             prefix = f"model.layers.{layer}"
             x = x + self._attention(self._norm(x, f"{prefix}.input_layernorm"), layer)
             y = self._norm(x, f"{prefix}.post_attention_layernorm")
@@ -50,12 +51,12 @@ class PlainModel:
         return y if bias is None else y + bias
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        rms = (x.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt()
+        rms = (x.pow(2).mean(-1, keepdim=True) + self.config.sizes.norm_epsilon).sqrt()
         return x / rms * self.weights[f"{name}.weight"]
 
     def _heads(self, x: Tensor, prefix: str, kind: str) -> Tensor:
-        y = self._linear(x, f"{prefix}.{kind}_proj").unflatten(-1, (-1, self.config.head_dim))
-        if self.config.has_qk_norm and kind != "v":
+        y = self._linear(x, f"{prefix}.{kind}_proj").unflatten(-1, (-1, self.config.sizes.head_dim))
+        if f"{prefix}.{kind}_norm.weight" in self.weights:
             y = self._norm(y, f"{prefix}.{kind}_norm")
         return y if kind == "v" else self._rotate(y)
 
@@ -64,21 +65,21 @@ class PlainModel:
         angles = (
             torch.arange(x.shape[0])
             .double()
-            .outer(inverse_frequencies(self.config.rope, self.config.head_dim).double())
+            .outer(inverse_frequencies(self.config.rope, self.config.sizes.head_dim).double())
         )
         turned = torch.complex(*x.double().chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
         return (torch.cat([turned.real, turned.imag], -1) * self.config.rope.attention_factor).float()
 
     def _attention(self, x: Tensor, layer: int) -> Tensor:
-        prefix, config = f"model.layers.{layer}.self_attn", self.config
+        prefix, sizes = f"model.layers.{layer}.self_attn", self.config.sizes
         q, k, v = (self._heads(x, prefix, kind) for kind in "qkv")
-        group = config.num_heads // config.num_kv_heads
+        group = sizes.num_heads // sizes.num_kv_heads
         length = x.shape[0]
-        window = config.windows[layer] or length
+        window = self.config.windows[layer] or length
         distance = torch.arange(length).unsqueeze(1) - torch.arange(length)
         is_seen = (distance >= 0) & (distance < window)
         heads = []
-        for head in range(config.num_heads):
-            scores = q[:, head] @ k[:, head // group].T / math.sqrt(config.head_dim)
+        for head in range(sizes.num_heads):
+            scores = q[:, head] @ k[:, head // group].T / math.sqrt(sizes.head_dim)
             heads.append(torch.softmax(scores.masked_fill(~is_seen, -torch.inf), -1) @ v[:, head // group])
         return self._linear(torch.cat(heads, -1), f"{prefix}.o_proj")

@@ -13,6 +13,7 @@ from ray.exceptions import ActorUnavailableError
 
 from tensorweave.cluster.errors import WorkerLost
 from tensorweave.cluster.llm_args import TorchLlmArgs
+from tensorweave.cluster.mesh import Mesh, MeshRank
 from tensorweave.cluster.ranks import RankOrder, RankReport, describe_phases
 from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.fakes.fake_executor import FakeExecutor
@@ -22,8 +23,7 @@ from tensorweave.workers.rank import RankWorker
 
 ORDER = RankOrder(
     gang_id="g",
-    rank=0,
-    size=1,
+    place=MeshRank(),
     args={"model": "m", "device": "cpu"},
     leader=None,
     interface_ip="127.0.0.1",
@@ -115,7 +115,7 @@ class UnreachableLeader:
 
 
 def test_a_rank_0_that_ray_cannot_reach_is_told_with_who_asked() -> None:
-    order = dataclasses.replace(ORDER, rank=1, size=2, leader=cast(Any, UnreachableLeader()))
+    order = dataclasses.replace(ORDER, place=MeshRank(1, Mesh(tensor=2)), leader=cast(Any, UnreachableLeader()))
     with pytest.raises(
         WorkerLost, match=r"rank 1 on 127\.0\.0\.1 cannot ask rank 0 \(.*10\.0\.0\.2:1234.*\): can their"
     ):

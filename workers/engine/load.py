@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 
 import torch
 
 from tensorweave.cluster.llm_args import TorchLlmArgs
+from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.protocol import ModelInfo, SamplingDefaults
 from tensorweave.kernels.attention.torch_backend import Planner
 from tensorweave.kernels.native.library import load_native, use_threads
@@ -18,89 +22,136 @@ from tensorweave.workers.engine.pool_size import count_blocks
 from tensorweave.workers.engine_dir.directory import check_engine_dir, open_weights
 from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.gang.device import pick_device, pick_dtype
+from tensorweave.workers.models.assembly import build_transformer, check_mesh, tensor_shapes
 from tensorweave.workers.models.checkpoint import RandomWeights
-from tensorweave.workers.models.config import ModelConfig, load_model_config
+from tensorweave.workers.models.config import ModelConfig
+from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.generation_config import load_sampling_defaults
-from tensorweave.workers.models.loader import WeightLoader, tensor_shapes
+from tensorweave.workers.models.loader import WeightLoader
 from tensorweave.workers.models.rotary import rotary_table
-from tensorweave.workers.models.shards import RankShard, shard_model
-from tensorweave.workers.models.transformer import Transformer, build_transformer
+from tensorweave.workers.models.shards import HeadShard, shard_heads, split_evenly
+from tensorweave.workers.models.transformer import Transformer
 from tensorweave.workers.store.model_store import resolve_model
 
 logger = logging.getLogger(__name__)
 
-_MOST_READERS = 4
+_MOST_READERS: Final = 4
 
 
 def load_engine(args: TorchLlmArgs, comm: Comm, num_ranks_here: int = 1) -> PyTorchModelEngine:
     """Load this rank's share of `args.model`. Every rank of a gang calls it; they agree on the number of KV blocks.
-    `num_ranks_here` of them do it on this host.
+
+    Args:
+        num_ranks_here: ranks of the gang that load at the same time on this host.
 
     Raises:
         ValueError: the model's files or the arguments are wrong, or the model or its KV cache does not fit; the message
             names which.
     """
+    share = _find_share(args, comm.place)
+    defaults = load_sampling_defaults(share.path, args.generation_config)
+    check_memory(share.memory_need(args), share.device, num_ranks_here)
+    num_threads = args.num_threads or max(1, len(os.sched_getaffinity(0)) // comm.size)
+    if share.device.type == "cpu":
+        _set_threads(num_threads, share.dtype)
+    model = share.read_weights(args.load_format, comm, min(num_threads, _MOST_READERS))
+    kv = args.kv_cache_config
+    num_blocks = comm.agree_min(
+        count_blocks(kv, share.block_bytes(kv.tokens_per_block), share.device, share.activation_bytes(args))
+    )
+    return _assemble_engine(model, share, num_blocks, args, defaults)
+
+
+@dataclass(frozen=True, slots=True)
+class _ModelShare:
+    """One rank's part of a model: which, where it goes, and in what type."""
+
+    path: Path
+    config: ModelConfig
+    place: MeshRank
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def heads(self) -> HeadShard:
+        sizes, place = self.config.sizes, self.place
+        return shard_heads(sizes.num_heads, sizes.num_kv_heads, place.mesh.tensor)[place.tensor]
+
+    def block_bytes(self, tokens_per_block: int) -> int:
+        """Of one KV block on this rank."""
+        sizes = self.config.sizes
+        return block_bytes(sizes.num_layers, len(self.heads.kv), tokens_per_block, sizes.head_dim, self.dtype)
+
+    def activation_bytes(self, args: TorchLlmArgs) -> int:
+        """An upper bound of one step's temporaries: hidden states, two of the widest products, three of float32
+        logits."""
+        sizes, tensor = self.config.sizes, self.place.mesh.tensor
+        intermediate = len(split_evenly(sizes.intermediate_size, tensor)[self.place.tensor])
+        widest = max(2 * intermediate, 2 * len(self.heads.query) * sizes.head_dim)
+        hidden = args.max_num_tokens * (4 * sizes.hidden_size + 2 * widest) * self.dtype.itemsize
+        return hidden + 3 * args.max_batch_size * sizes.vocab_size * torch.float32.itemsize
+
+    def memory_need(self, args: TorchLlmArgs) -> MemoryNeed:
+        kv = args.kv_cache_config
+        return MemoryNeed(
+            weights=rank_weight_bytes(self.config, self.place, self.dtype),
+            kv_cache=kv_bytes(kv, self.block_bytes(kv.tokens_per_block)),
+            activations=self.activation_bytes(args) if self.device.type == "cuda" else 0,  # as `count_blocks` does
+            kv_tokens=kv.max_tokens,
+        )
+
+    def read_weights(self, load_format: str, comm: Comm, num_readers: int) -> Transformer:
+        if load_format == "dummy":
+            random = WeightLoader(RandomWeights(tensor_shapes(self.config)), self.dtype, self.device)
+            return build_transformer(self.config, self.place, random, comm)
+        with open_weights(self.path, self.config, self.dtype, self.device, self.place, num_readers) as weights:
+            return build_transformer(self.config, self.place, weights, comm)
+
+
+def _find_share(args: TorchLlmArgs, place: MeshRank) -> _ModelShare:
     path = resolve_model(args.model, revision=args.revision)
-    saved = None if args.load_format == "dummy" else check_engine_dir(path, comm.size, args.dtype, comm.rank)
+    saved = None if args.load_format == "dummy" else check_engine_dir(path, place, args.dtype)
     config = load_model_config(path)
-    defaults = load_sampling_defaults(path, args.generation_config)
-    shard = shard_model(config, comm.rank, comm.size)
+    check_mesh(config, place)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype if saved is None else saved.dtype, config.checkpoint_dtype, device)
-    kv = args.kv_cache_config
-    size = block_bytes(config.num_layers, len(shard.heads.kv), kv.tokens_per_block, config.head_dim, dtype)
-    activations = _activation_bytes(args, config, shard, dtype)
-    weights_bytes = rank_weight_bytes(config, shard, tensor_shapes(config), dtype)
-    on_gpu = activations if device.type == "cuda" else 0  # as `count_blocks` does
-    check_memory(MemoryNeed(weights_bytes, kv_bytes(kv, size), on_gpu, kv.max_tokens), device, num_ranks_here)
-    num_threads = args.num_threads or max(1, len(os.sched_getaffinity(0)) // comm.size)
-    if device.type == "cpu":
-        _set_threads(num_threads, dtype)
-    if args.load_format == "dummy":
-        weights = WeightLoader(RandomWeights(tensor_shapes(config)), dtype, device)
-        model = build_transformer(config, shard, weights, comm)
-    else:
-        with open_weights(path, config, dtype, device, comm.rank, min(num_threads, _MOST_READERS)) as loaded:
-            model = build_transformer(config, shard, loaded, comm)
-    num_blocks = comm.agree_min(count_blocks(kv, size, device, activations))
-    return assemble_engine(model, config, shard, num_blocks, args, dtype, device, defaults)
+    return _ModelShare(path, config, place, device, dtype)
 
 
-def assemble_engine(
-    model: Transformer,
-    config: ModelConfig,
-    shard: RankShard,
-    num_blocks: int,
-    args: TorchLlmArgs,
-    dtype: torch.dtype,
-    device: torch.device,
-    defaults: SamplingDefaults,
+def _assemble_engine(
+    model: Transformer, share: _ModelShare, num_blocks: int, args: TorchLlmArgs, defaults: SamplingDefaults
 ) -> PyTorchModelEngine:
-    """Put KV pool, planner and tables around a model."""
-    P, K = args.kv_cache_config.tokens_per_block, len(shard.heads.kv)
-    max_seq_len = min(config.max_seq_len, num_blocks * P, args.max_seq_len or config.max_seq_len)
-    if args.max_seq_len is not None and args.max_seq_len > max_seq_len:
-        cause = "the model's own limit" if max_seq_len == config.max_seq_len else "the KV cache has no room for more"
-        logger.warning("max_seq_len is %d instead of %d: %s", max_seq_len, args.max_seq_len, cause)
+    """Put KV pool, attention planner and rotation table around a model."""
+    config, sizes, dtype, device = share.config, share.config.sizes, share.dtype, share.device
+    heads, P, H = share.heads, args.kv_cache_config.tokens_per_block, sizes.head_dim
     info = ModelInfo(
         model=str(args.model),
-        vocab_size=config.vocab_size,
-        max_seq_len=max_seq_len,
+        vocab_size=sizes.vocab_size,
+        max_seq_len=_limit_length(args.max_seq_len, config.max_seq_len, num_blocks * P),
         dtype=str(dtype).removeprefix("torch."),
         tokens_per_block=P,
         num_blocks=num_blocks,
         end_ids=config.end_ids,
-        kv_bytes_per_token=block_bytes(config.num_layers, config.num_kv_heads, 1, config.head_dim, dtype),
+        kv_bytes_per_token=block_bytes(sizes.num_layers, sizes.num_kv_heads, 1, H, dtype),
         sampling_defaults=defaults,
     )
     return PyTorchModelEngine(
         model=model,
-        pool=KVPool(config.num_layers, num_blocks, K, P, config.head_dim, dtype, device, shard.heads.kv.start),
-        planner=Planner(K, shard.heads.read_heads, P, config.head_dim, device, dtype),
-        rope_table=rotary_table(config.rope, config.head_dim, max_seq_len, device),
+        pool=KVPool(sizes.num_layers, num_blocks, len(heads.kv), P, H, dtype, device, heads.kv.start),
+        planner=Planner(len(heads.kv), heads.read_heads, P, H, device, dtype),
+        rope_table=rotary_table(config.rope, H, info.max_seq_len, device),
         windows=frozenset(config.windows),
         info=info,
     )
+
+
+def _limit_length(wanted: int | None, model_limit: int, num_kv_tokens: int) -> int:
+    limit = min(model_limit, num_kv_tokens)
+    if wanted is None or wanted <= limit:
+        return wanted or limit
+    cause = "the model's own limit" if limit == model_limit else "the KV cache has no room for more"
+    logger.warning("max_seq_len is %d instead of %d: %s", limit, wanted, cause)
+    return limit
 
 
 def _set_threads(num_threads: int, dtype: torch.dtype) -> None:
@@ -108,10 +159,3 @@ def _set_threads(num_threads: int, dtype: torch.dtype) -> None:
     the kernels' need."""
     is_native = load_native(dtype) is not None and use_threads(num_threads)
     torch.set_num_threads(1 if is_native else num_threads)
-
-
-def _activation_bytes(args: TorchLlmArgs, config: ModelConfig, shard: RankShard, dtype: torch.dtype) -> int:
-    """One step's temporaries, from above: hidden states, two of the widest products, three of float32 logits."""
-    widest = max(2 * len(shard.intermediate), 2 * len(shard.heads.query) * config.head_dim)
-    hidden = args.max_num_tokens * (4 * config.hidden_size + 2 * widest) * dtype.itemsize
-    return hidden + 3 * args.max_batch_size * config.vocab_size * torch.float32.itemsize

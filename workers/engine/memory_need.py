@@ -14,10 +14,10 @@ import torch
 
 from tensorweave.cluster.host_memory import HostMemory, host_memory
 from tensorweave.cluster.llm_args import KvCacheConfig
+from tensorweave.cluster.mesh import MeshRank
+from tensorweave.workers.models.assembly import count_weights
 from tensorweave.workers.models.checkpoint import Shapes
 from tensorweave.workers.models.config import ModelConfig
-from tensorweave.workers.models.loader import EMBEDDING, HEAD
-from tensorweave.workers.models.shards import RankShard
 
 _GIB: Final = 1 << 30
 _NARROWED: Final = 2
@@ -72,33 +72,11 @@ def kv_bytes(kv: KvCacheConfig, block_bytes: int) -> int:
     return block_bytes * (1 if kv.max_tokens is None else -(-kv.max_tokens // kv.tokens_per_block))
 
 
-def rank_weight_bytes(config: ModelConfig, shard: RankShard, shapes: Shapes, dtype: torch.dtype) -> int:
-    """Bytes of the weights that one rank keeps; norms, biases and a tied head are left out."""
+def rank_weight_bytes(config: ModelConfig, place: MeshRank, dtype: torch.dtype) -> int:
+    """Bytes of the matrices that one rank keeps; norms, biases and a tied head are left out."""
     narrow = dtype == torch.float32 and config.checkpoint_dtype == "bfloat16"
-    matrix_bytes = _NARROWED if narrow else dtype.itemsize
-    query, kv = len(shard.heads.query) * config.head_dim, len(shard.heads.kv) * config.head_dim
-    kept = {
-        "q_proj": query,
-        "k_proj": kv,
-        "v_proj": kv,
-        "gate_proj": len(shard.intermediate),
-        "up_proj": len(shard.intermediate),
-    }
-    total = 0
-    for name, shape in shapes.items():
-        if len(shape) < 2:
-            continue
-        *_, part, _ = name.split(".")
-        if name == EMBEDDING:
-            total += len(shard.vocab) * shape[1] * dtype.itemsize
-        elif name == HEAD:
-            total += len(shard.vocab) * shape[1] * matrix_bytes
-        elif part in kept:
-            total += kept[part] * shape[1] * matrix_bytes
-        else:
-            columns = query if part == "o_proj" else len(shard.intermediate)
-            total += shape[0] * columns * matrix_bytes
-    return total
+    weights = count_weights(config, place)
+    return weights.num_looked_up * dtype.itemsize + weights.num_multiplied * (_NARROWED if narrow else dtype.itemsize)
 
 
 def checkpoint_bytes(shapes: Shapes, dtype: torch.dtype) -> int:

@@ -18,23 +18,19 @@ from typing import Final
 
 import torch
 
+from tensorweave.cluster.mesh import Mesh, MeshRank
 from tensorweave.workers.engine_dir.manifest import EngineManifest, rank_file, record_files
 from tensorweave.workers.engine_dir.model_digest import model_digest
 from tensorweave.workers.engine_dir.rank_file import RankFile, RankRecorder
 from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.gang.device import pick_device, pick_dtype
+from tensorweave.workers.models.assembly import build_transformer, check_mesh, tensor_shapes
 from tensorweave.workers.models.checkpoint import SafetensorsDirectory, check_tensors, refuse_adapters
-from tensorweave.workers.models.config import ModelConfig, load_model_config
-from tensorweave.workers.models.loader import (
-    HEAD,
-    IGNORED_SUFFIXES,
-    RankWeights,
-    WeightLoader,
-    check_determined,
-    tensor_shapes,
-)
-from tensorweave.workers.models.shards import shard_model
-from tensorweave.workers.models.transformer import build_transformer
+from tensorweave.workers.models.config import ModelConfig
+from tensorweave.workers.models.families.table import load_model_config
+from tensorweave.workers.models.loader import WeightLoader
+from tensorweave.workers.models.rank_weights import RankWeights
+from tensorweave.workers.models.redundant_tensors import check_redundant_tensors, redundant_tensors
 from tensorweave.workers.store.disk import writing_into
 
 _COPIED: Final = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
@@ -66,16 +62,16 @@ def save_engine_dir(source: Path, out: Path, *, tensor_parallel_size: int, dtype
             _copy(manifest, source, made)
 
 
-def check_engine_dir(directory: Path, tensor_parallel_size: int, dtype: str, rank: int) -> EngineManifest | None:
-    """None: not an engine directory.
+def check_engine_dir(directory: Path, place: MeshRank, dtype: str) -> EngineManifest | None:
+    """The manifest; None: not an engine directory.
 
     Raises:
-        ValueError: it does not fit what is asked, or what `rank` reads of it is damaged; the message names which.
+        ValueError: it does not fit what is asked, or what this rank reads of it is damaged; the message names which.
     """
     manifest = EngineManifest.read(directory)
     if manifest is not None:
-        check_fit(manifest, directory, tensor_parallel_size, dtype)
-        manifest.check_files(directory, manifest.names_for(rank))
+        check_fit(manifest, directory, place.mesh.tensor, dtype)
+        manifest.check_files(directory, manifest.names_for(place.rank))
     return manifest
 
 
@@ -95,20 +91,18 @@ def check_fit(manifest: EngineManifest, directory: Path, tensor_parallel_size: i
 
 @contextlib.contextmanager
 def open_weights(
-    path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, rank: int, num_threads: int = 1
+    path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, place: MeshRank, num_threads: int = 1
 ) -> Iterator[RankWeights]:
-    """The weights of `rank`: its own file of an engine directory, or its part of a checkpoint."""
-    shapes = tensor_shapes(config)
+    """The weights of one rank: its own file of an engine directory, or its part of a checkpoint."""
     if EngineManifest.read(path) is not None:
-        with RankFile(rank_file(path, rank), shapes, dtype, device, num_threads) as file:
+        with RankFile(rank_file(path, place.rank), dtype, device, num_threads) as file:
             yield file
             file.check_all_read()
         return
     refuse_adapters(path)
     with SafetensorsDirectory(path) as source:
-        tied = (HEAD,) if config.has_tied_embeddings else ()
-        check_tensors(source, shapes, ignored=(*IGNORED_SUFFIXES, *tied))
-        check_determined(source, config)
+        check_tensors(source, tensor_shapes(config), ignored=redundant_tensors(config))
+        check_redundant_tensors(source, config)
         yield WeightLoader(source, dtype, device)
 
 
@@ -118,19 +112,19 @@ def _copy(manifest: EngineManifest, source: Path, made: Path) -> None:
     manifest.write(made)
     manifest.check_files(made, manifest.files)
     for rank in range(manifest.tensor_parallel_size):
-        with RankFile(rank_file(made, rank), {}, torch.float32, torch.device("cpu")) as file:
+        with RankFile(rank_file(made, rank), torch.float32, torch.device("cpu")) as file:
             file.check()
 
 
 def _convert(source: Path, made: Path, size: int, wanted: str) -> None:
     config = load_model_config(source)
     dtype = pick_dtype(wanted, config.checkpoint_dtype, pick_device("auto"))
-    for rank in range(size):
-        shard = shard_model(config, rank, size)
-        with open_weights(source, config, dtype, torch.device("cpu"), rank) as weights:
+    for place in Mesh(tensor=size).ranks():
+        check_mesh(config, place)
+        with open_weights(source, config, dtype, torch.device("cpu"), place) as weights:
             recorder = RankRecorder(weights)
-            build_transformer(config, shard, recorder, _Part(rank, size))
-            recorder.save(rank_file(made, rank))
+            build_transformer(config, place, recorder, SoloComm())  # which is never run
+            recorder.save(rank_file(made, place.rank))
     for pattern in _COPIED:
         for file in source.glob(pattern):
             if file.is_file() and file.name not in _LEFT:
@@ -142,13 +136,6 @@ def _convert(source: Path, made: Path, size: int, wanted: str) -> None:
         model_digest=model_digest(source),
         files=record_files(made),
     ).write(made)
-
-
-class _Part(SoloComm):
-    """A rank whose weights are read and never run."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
 
 
 @contextlib.contextmanager

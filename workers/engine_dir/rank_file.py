@@ -22,10 +22,10 @@ from torch import Tensor
 
 from tensorweave.kernels.weights import PackedWeight, huge_pages, narrowed, pack_weight
 from tensorweave.workers.engine_dir.digest import LENGTH_BYTES, bytes_of, digest_tensor, read_bytes
-from tensorweave.workers.models.checkpoint import Shapes
-from tensorweave.workers.models.loader import HEAD, RankWeights
+from tensorweave.workers.models.rank_weights import RankWeights, TensorRows, stacked_shape
+from tensorweave.workers.models.tensor_names import HEAD
 
-Parts = Sequence[tuple[str, range]]
+Parts = Sequence[TensorRows]
 _PACKED_DIMS: Final = 4
 _DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -37,8 +37,8 @@ class RankRecorder:
         self._weights = weights
         self._tensors: dict[str, Tensor] = {}
 
-    def vector(self, name: str) -> Tensor:
-        return self._note(name, self._weights.vector(name))
+    def vector(self, name: str, size: int) -> Tensor:
+        return self._note(name, self._weights.vector(name, size))
 
     def rows(self, parts: Parts) -> Tensor:
         return self._note(_joined(parts), self._weights.rows(parts))
@@ -46,8 +46,8 @@ class RankRecorder:
     def matrix_rows(self, parts: Parts) -> Tensor | PackedWeight:
         return self._pack(_joined(parts), self._weights.matrix_rows(parts))
 
-    def matrix_columns(self, name: str, columns: range) -> Tensor | PackedWeight:
-        return self._pack(name, self._weights.matrix_columns(name, columns))
+    def matrix_columns(self, name: str, shape: tuple[int, int], columns: range) -> Tensor | PackedWeight:
+        return self._pack(name, self._weights.matrix_columns(name, shape, columns))
 
     def tied_head(self, embedding_VD: Tensor) -> Tensor | PackedWeight:
         """Kept beside the embedding: reading it takes less than packing it again."""
@@ -81,11 +81,8 @@ class RankFile:
         ValueError: from every method: a tensor is damaged, absent, or not what this model needs.
     """
 
-    def __init__(
-        self, path: Path, shapes: Shapes, dtype: torch.dtype, device: torch.device, num_threads: int = 1
-    ) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, num_threads: int = 1) -> None:
         self._path = path
-        self._shapes = shapes
         self._dtype = dtype
         self._device = device
         self._file = FileIO(path)
@@ -109,24 +106,21 @@ class RankFile:
                 f"{self._path} has tensors that this model does not use: {', '.join(sorted(self._unread))}"
             )
 
-    def vector(self, name: str) -> Tensor:
-        return self._rows(name, self._shapes[name])
+    def vector(self, name: str, size: int) -> Tensor:
+        return self._rows(name, (size,))
 
     def rows(self, parts: Parts) -> Tensor:
-        return self._rows(_joined(parts), self._shape(parts))
+        return self._rows(_joined(parts), stacked_shape(parts))
 
     def matrix_rows(self, parts: Parts) -> Tensor | PackedWeight:
-        return self._matrix(_joined(parts), self._shape(parts))
+        return self._matrix(_joined(parts), stacked_shape(parts))
 
-    def matrix_columns(self, name: str, columns: range) -> Tensor | PackedWeight:
-        return self._matrix(name, (self._shapes[name][0], len(columns)))
+    def matrix_columns(self, name: str, shape: tuple[int, int], columns: range) -> Tensor | PackedWeight:
+        return self._matrix(name, (shape[0], len(columns)))
 
     def tied_head(self, embedding_VD: Tensor) -> Tensor | PackedWeight:
         head = self._matrix(HEAD, tuple(embedding_VD.shape)) if HEAD in self._places else embedding_VD
         return head if isinstance(head, PackedWeight) else embedding_VD
-
-    def _shape(self, parts: Parts) -> tuple[int, ...]:
-        return (sum(len(rows) for _, rows in parts), *self._shapes[parts[0][0]][1:])
 
     def _rows(self, name: str, shape: tuple[int, ...]) -> Tensor:
         self._check_shape(name, self._place(name)["shape"], shape)
@@ -175,4 +169,4 @@ class RankFile:
 
 
 def _joined(parts: Parts) -> str:
-    return "+".join(name for name, _ in parts)
+    return "+".join(part.name for part in parts)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tensorweave.cluster.errors import WorkerLost
+from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.ranks import Traffic
 from tensorweave.workers.gang.gloo_listeners import shut_afterwards
 from tensorweave.workers.gang.rendezvous import RankStore
@@ -25,8 +26,9 @@ _LENGTH_BYTES = 8
 
 
 class Comm(Protocol):
-    """`rank` of `size`. Every rank must make the same calls in the same order."""
+    """`rank` of the gang's `size`, both of `place`. Every rank must make the same calls in the same order."""
 
+    place: MeshRank
     rank: int
     size: int
 
@@ -49,6 +51,7 @@ class Comm(Protocol):
 class SoloComm:
     """One rank: agreements and sums are what they are given."""
 
+    place = MeshRank()
     rank = 0
     size = 1
 
@@ -77,10 +80,11 @@ class GroupComm:
     """
 
     def __init__(
-        self, rank: int, size: int, tensors: dist.ProcessGroup, control: dist.ProcessGroup, store: RankStore
+        self, place: MeshRank, tensors: dist.ProcessGroup, control: dist.ProcessGroup, store: RankStore
     ) -> None:
-        self.rank = rank
-        self.size = size
+        self.place = place
+        self.rank = place.rank
+        self.size = place.mesh.size
         self._store = store  # torch holds what is in C++ of it, and calls what is in Python
         self._tensors = tensors
         self._control = control
@@ -157,7 +161,7 @@ class GroupComm:
         dist.destroy_process_group()
 
 
-def start_comm(rank: int, size: int, store: RankStore | None, device: torch.device, timeout_s: float) -> Comm:
+def start_comm(place: MeshRank, store: RankStore | None, device: torch.device, timeout_s: float) -> Comm:
     """Join the gang's group through its rendezvous store; every rank calls this, within `timeout_s` of each other.
     Nothing listens for peers any more when it returns, but what NCCL does.
 
@@ -165,6 +169,7 @@ def start_comm(rank: int, size: int, store: RankStore | None, device: torch.devi
         store: the gang's; may be None for a gang of one.
         timeout_s: longest silence of a peer in any collective, in seconds.
     """
+    rank, size = place.rank, place.mesh.size
     if size == 1:
         return SoloComm()
     assert store is not None, "a gang of several ranks needs a rendezvous"
@@ -178,7 +183,7 @@ def start_comm(rank: int, size: int, store: RankStore | None, device: torch.devi
     world = dist.group.WORLD
     assert world is not None
     assert control is not None
-    return GroupComm(rank, size, world, control, store)
+    return GroupComm(place, world, control, store)
 
 
 def _first_line(error: Exception) -> str:

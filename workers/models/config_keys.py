@@ -1,19 +1,18 @@
-"""The keys of a config.json: which are read, which change nothing of what a model computes, and what else is refused.
+"""The keys of a config.json: those that are read for every family, those that change nothing of what a model computes.
 
-A positive list: what is not on it may change the mathematics, so it is refused by name unless its value switches it
+Every other key may change the mathematics: it is refused by name, unless the family reads it or its value switches it
 off. The keys that change nothing are those of transformers' own classes for these families, and what trainers and
 converters leave in real checkpoints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-READ: Final = frozenset(
+_READ: Final = frozenset(
     {
         "architectures",
-        "attention_bias",
         "compression_config",
         "dtype",
         "eos_token_id",
@@ -21,10 +20,7 @@ READ: Final = frozenset(
         "hidden_act",
         "hidden_size",
         "intermediate_size",
-        "layer_types",
         "max_position_embeddings",
-        "max_window_layers",
-        "mlp_bias",
         "model_type",
         "num_attention_heads",
         "num_hidden_layers",
@@ -35,10 +31,8 @@ READ: Final = frozenset(
         "rope_parameters",
         "rope_scaling",
         "rope_theta",
-        "sliding_window",
         "tie_word_embeddings",
         "torch_dtype",
-        "use_sliding_window",
         "vocab_size",
     }
 )
@@ -139,20 +133,20 @@ _NEUTRAL: Final[Mapping[str, float]] = {
 _TRAINING_WORDS: Final = ("dropout", "pdrop", "aux_loss", "z_loss")
 
 
-def refuse_unknown_keys(raw: Mapping[str, Any], source: str) -> None:
+def refuse_unknown_keys(raw: Mapping[str, Any], family_keys: Collection[str], source: str) -> None:
     """Raises ValueError that names the first key which may change what the model computes, and its value."""
     for key, value in raw.items():
         if key == "auto_map":
             _check_own_code(value, source)
-        elif not _is_harmless(key, value):
+        elif not _is_harmless(key, value, family_keys):
             raise ValueError(
                 f"{source}: {key} is {value!r}, a key that may change what the model computes and that is not "
                 f"supported; if it changes nothing, take it out of the file"
             )
 
 
-def _is_harmless(key: str, value: Any) -> bool:
-    if key in READ or key in _CHANGES_NOTHING or key in _OF_GENERATION or key.startswith("_"):
+def _is_harmless(key: str, value: Any, family_keys: Collection[str]) -> bool:
+    if key in _READ or key in family_keys or key in _CHANGES_NOTHING or key in _OF_GENERATION or key.startswith("_"):
         return True
     if not value:  # null, false, zero, nothing in it: a feature that is off
         return True

@@ -1,14 +1,12 @@
-"""Who holds what in a tensor-parallel gang: contiguous, as even as possible, whatever the sizes.
+"""How sizes and attention heads are divided among tensor-parallel ranks: contiguous and as even as possible.
 
 Attention splits on KV groups while there are enough of them; past that, query heads are split and a KV head lives on
-every rank that has a query of its group.
+every rank that has a query head of its group.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from tensorweave.workers.models.config import ModelConfig
 
 
 def split_evenly(total: int, parts: int) -> tuple[range, ...]:
@@ -37,16 +35,6 @@ class HeadShard:
     group_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class RankShard:
-    """All the ranges of one rank."""
-
-    heads: HeadShard
-    intermediate: range
-    vocab: range
-    vocab_sizes: tuple[int, ...]
-
-
 def shard_heads(num_heads: int, num_kv_heads: int, size: int) -> tuple[HeadShard, ...]:
     group = num_heads // num_kv_heads
     if size <= num_kv_heads:
@@ -63,18 +51,3 @@ def _head_shard(query: range, group: int) -> HeadShard:
     if len(counts) == 1:
         return HeadShard(query, kv, tuple(range(len(kv))), counts.pop())
     return HeadShard(query, kv, tuple(kv_of_query), 1)
-
-
-def shard_model(config: ModelConfig, rank: int, size: int) -> RankShard:
-    """What `rank` of `size` holds. Raises ValueError where a rank would be left without a head."""
-    if size > config.num_heads:
-        raise ValueError(f"tensor_parallel_size is {size}; this model has {config.num_heads} attention heads to share")
-    if size > min(config.intermediate_size, config.vocab_size):
-        raise ValueError(f"tensor_parallel_size is {size}; larger than the model's intermediate or vocabulary size")
-    vocab = split_evenly(config.vocab_size, size)
-    return RankShard(
-        heads=shard_heads(config.num_heads, config.num_kv_heads, size)[rank],
-        intermediate=split_evenly(config.intermediate_size, size)[rank],
-        vocab=vocab[rank],
-        vocab_sizes=tuple(len(part) for part in vocab),
-    )

@@ -1,6 +1,6 @@
 """The decoder-only transformer of Llama, Mistral, Qwen2 and Qwen3 over a packed batch of tokens.
 
-Written as one GPU's mathematics; which heads, columns and words are here is decided by `shards`, and what ranks
+Written as one GPU's mathematics; which heads, columns and words are here is decided by `layer_builder`, and what ranks
 exchange by the layers. The engine calls `forward`, then `logits` for the rows that need them.
 """
 
@@ -15,13 +15,8 @@ from torch import Tensor
 from tensorweave.kernels.activation.reference import silu_mul
 from tensorweave.kernels.attention.torch_backend import AttentionPlan, paged_attention
 from tensorweave.kernels.heads.reference import HeadNorms, WriteSlots, place_heads
-from tensorweave.kernels.linear.reference import make_linear
-from tensorweave.kernels.native.layers import LayerWeights, NativeLayers, native_layers
-from tensorweave.workers.gang.comm import Comm
-from tensorweave.workers.models.config import ModelConfig
+from tensorweave.kernels.native.layers import NativeLayers
 from tensorweave.workers.models.layers import ColumnLinear, OutputHead, RmsNorm, RowLinear, VocabEmbedding
-from tensorweave.workers.models.loader import EMBEDDING, FINAL_NORM, HEAD, RankWeights
-from tensorweave.workers.models.shards import RankShard
 
 # T tokens, D hidden size, N query heads and K KV heads of this rank, H head dim, C = 2 K planes of a KV block
 # B blocks, P tokens a block, R rows of logits, V vocabulary
@@ -106,77 +101,3 @@ class Transformer:
     def logits(self, x_RD: Tensor) -> Tensor:
         """[R, V] float32, the whole vocabulary on every rank."""
         return self.head(self.final_norm(x_RD))
-
-
-def build_transformer(config: ModelConfig, shard: RankShard, load: RankWeights, comm: Comm) -> Transformer:
-    """Read one rank's share of the weights and put the layers around it."""
-    embedding_VD = load.rows([(EMBEDDING, shard.vocab)])
-    blocks = tuple(_build_block(config, shard, load, comm, layer) for layer in range(config.num_layers))
-    is_tied = config.has_tied_embeddings
-    head_VD = load.tied_head(embedding_VD) if is_tied else load.matrix_rows([(HEAD, shard.vocab)])
-    return Transformer(
-        embedding=VocabEmbedding(embedding_VD, shard.vocab.start, comm),
-        blocks=blocks,
-        final_norm=RmsNorm(load.vector(FINAL_NORM), config.rms_norm_eps),
-        head=OutputHead(make_linear(head_VD), shard.vocab_sizes, comm),
-        native=_native_layers(config, blocks) if comm.size == 1 else None,
-    )
-
-
-def _native_layers(config: ModelConfig, blocks: Sequence[Block]) -> NativeLayers | None:
-    layers = [
-        LayerWeights(
-            block.attention_norm.weight_D,
-            block.attention.qkv.linear,
-            block.attention.norms,
-            block.attention.output.linear,
-            block.mlp_norm.weight_D,
-            block.mlp.gate_up.linear,
-            block.mlp.down.linear,
-            block.attention.window,
-        )
-        for block in blocks
-    ]
-    return native_layers(layers, config.head_dim, config.rms_norm_eps)
-
-
-def _build_block(config: ModelConfig, shard: RankShard, load: RankWeights, comm: Comm, layer: int) -> Block:
-    prefix = f"model.layers.{layer}"
-    gate_up = [(f"{prefix}.mlp.{name}", shard.intermediate) for name in ("gate_proj", "up_proj")]
-    return Block(
-        attention_norm=RmsNorm(load.vector(f"{prefix}.input_layernorm.weight"), config.rms_norm_eps),
-        attention=_build_attention(config, shard, load, comm, layer),
-        mlp_norm=RmsNorm(load.vector(f"{prefix}.post_attention_layernorm.weight"), config.rms_norm_eps),
-        mlp=GatedMlp(
-            gate_up=_column_linear(load, gate_up, config.has_mlp_bias),
-            down=_row_linear(load, f"{prefix}.mlp.down_proj", shard.intermediate, config.has_mlp_bias, comm),
-        ),
-    )
-
-
-def _build_attention(config: ModelConfig, shard: RankShard, load: RankWeights, comm: Comm, layer: int) -> Attention:
-    prefix, H = f"model.layers.{layer}.self_attn", config.head_dim
-    query, kv = (range(heads.start * H, heads.stop * H) for heads in (shard.heads.query, shard.heads.kv))
-    parts = [(f"{prefix}.q_proj", query), (f"{prefix}.k_proj", kv), (f"{prefix}.v_proj", kv)]
-    norms = None
-    if config.has_qk_norm:
-        weights = load.vector(f"{prefix}.q_norm.weight"), load.vector(f"{prefix}.k_norm.weight")
-        norms = HeadNorms(*weights, config.rms_norm_eps)
-    return Attention(
-        qkv=_column_linear(load, parts, config.has_qkv_bias),
-        output=_row_linear(load, f"{prefix}.o_proj", query, config.has_output_bias, comm),
-        norms=norms,
-        head_dim=H,
-        window=config.windows[layer],
-    )
-
-
-def _column_linear(load: RankWeights, parts: Sequence[tuple[str, range]], has_bias: bool) -> ColumnLinear:
-    weight_OD = load.matrix_rows([(f"{name}.weight", rows) for name, rows in parts])
-    bias_O = load.rows([(f"{name}.bias", rows) for name, rows in parts]) if has_bias else None
-    return ColumnLinear(make_linear(weight_OD, bias_O))
-
-
-def _row_linear(load: RankWeights, name: str, columns: range, has_bias: bool, comm: Comm) -> RowLinear:
-    bias_D = load.vector(f"{name}.bias") if has_bias and comm.rank == 0 else None
-    return RowLinear(make_linear(load.matrix_columns(f"{name}.weight", columns), bias_D), comm)

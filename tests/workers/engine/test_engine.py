@@ -13,7 +13,7 @@ from tensorweave.workers.fakes.fake_engine import EmptyEngine, HashEngine, hash_
 from tensorweave.workers.fakes.fake_executor import fake_output
 from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.gang.device import has_fast_bfloat16, pick_device, pick_dtype
-from tensorweave.workers.models.config import load_model_config
+from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
 from tensorweave.workers.step.resources import BlockCopy
 from tests.workers.engine_drive import (
@@ -138,8 +138,8 @@ def test_ranks_take_the_smallest_kv_pool_and_say_what_they_run(tmp_path: Path) -
     info = infos[0]
     assert (info.num_blocks, info.tokens_per_block, info.max_seq_len) == (7, 16, 112)
     assert (info.vocab_size, info.dtype, info.end_ids) == (VOCAB, "float32", (2,))
-    config = load_model_config(tmp_path)
-    assert info.kv_bytes_per_token == 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+    sizes = load_model_config(tmp_path).sizes
+    assert info.kv_bytes_per_token == 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * 4
 
 
 def test_a_memory_fraction_sizes_the_pool(tmp_path: Path) -> None:

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from tensorweave.cluster.host_memory import HostMemory
+from tensorweave.cluster.mesh import Mesh
 from tensorweave.kernels.weights import PackedWeight
 from tensorweave.workers.autodeploy.loader import load_autodeploy
 from tensorweave.workers.engine import memory_need
 from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.engine.memory_need import MemoryNeed, rank_weight_bytes
 from tensorweave.workers.gang.comm import SoloComm
+from tensorweave.workers.models.assembly import build_transformer
 from tensorweave.workers.models.checkpoint import SafetensorsDirectory
-from tensorweave.workers.models.config import load_model_config
-from tensorweave.workers.models.loader import WeightLoader, tensor_shapes
-from tensorweave.workers.models.shards import shard_model
-from tensorweave.workers.models.transformer import build_transformer
+from tensorweave.workers.models.families.table import load_model_config
+from tensorweave.workers.models.loader import WeightLoader
+from tensorweave.workers.models.rank_weights import TensorRows
 from tests.workers.engine_drive import engine_args
 from tests.workers.tiny_models import make_model, rewrite_config
 
@@ -34,17 +35,17 @@ class _Counting:
         self._loader = loader
         self.num_bytes = 0
 
-    def vector(self, name: str) -> Tensor:
-        return self._loader.vector(name)
+    def vector(self, name: str, size: int) -> Tensor:
+        return self._loader.vector(name, size)
 
-    def rows(self, parts: Sequence[tuple[str, range]]) -> Tensor:
+    def rows(self, parts: Sequence[TensorRows]) -> Tensor:
         return self._count(self._loader.rows(parts))
 
-    def matrix_rows(self, parts: Sequence[tuple[str, range]]) -> Tensor | PackedWeight:
+    def matrix_rows(self, parts: Sequence[TensorRows]) -> Tensor | PackedWeight:
         return self._count(self._loader.matrix_rows(parts))
 
-    def matrix_columns(self, name: str, columns: range) -> Tensor | PackedWeight:
-        return self._count(self._loader.matrix_columns(name, columns))
+    def matrix_columns(self, name: str, shape: tuple[int, int], columns: range) -> Tensor | PackedWeight:
+        return self._count(self._loader.matrix_columns(name, shape, columns))
 
     def tied_head(self, embedding_VD: Tensor) -> Tensor | PackedWeight:
         return self._loader.tied_head(embedding_VD)
@@ -55,22 +56,16 @@ class _Counting:
         return tensor
 
 
-class _Part(SoloComm):
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
-
-
 @pytest.mark.parametrize("model", ["llama", "llama_tied_9_over_3", "llama_biases"])
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_weights_are_counted_as_they_will_be(tmp_path: Path, model: str, size: int) -> None:
     make_model(model, tmp_path)
     config = load_model_config(tmp_path)
     with SafetensorsDirectory(tmp_path) as source:
-        for rank in range(size):
-            shard = shard_model(config, rank, size)
+        for place in Mesh(tensor=size).ranks():
             counting = _Counting(WeightLoader(source, torch.bfloat16, torch.device("cpu")))
-            build_transformer(config, shard, counting, _Part(rank, size))
-            assert rank_weight_bytes(config, shard, tensor_shapes(config), torch.bfloat16) == counting.num_bytes
+            build_transformer(config, place, counting, SoloComm())
+            assert rank_weight_bytes(config, place, torch.bfloat16) == counting.num_bytes
 
 
 def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(tmp_path: Path) -> None:

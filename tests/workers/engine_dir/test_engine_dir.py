@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tensorweave.cluster.mesh import Mesh, MeshRank
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.kernels import weights
 from tensorweave.kernels.native.library import load_native
@@ -62,6 +63,7 @@ class OneOf(SoloComm):
     """A rank without its peers."""
 
     def __init__(self, rank: int, size: int) -> None:
+        self.place = MeshRank(rank, Mesh(tensor=size))
         self.rank, self.size = rank, size
 
 
@@ -356,12 +358,12 @@ from pathlib import Path
 from tensorweave.kernels.native.library import load_native
 from tensorweave.workers.engine_dir.digest import digest_file, digest_tensor
 from tensorweave.workers.engine_dir.directory import open_weights, check_engine_dir
-from tensorweave.workers.models.config import load_model_config
-from tensorweave.workers.models.shards import shard_model
-from tensorweave.workers.models.transformer import build_transformer
+from tensorweave.cluster.mesh import Mesh, MeshRank
+from tensorweave.workers.gang.comm import SoloComm
+from tensorweave.workers.models.assembly import build_transformer
+from tensorweave.workers.models.families.table import load_model_config
 
-class Rank:
-    rank, size = 1, 4
+PLACE = MeshRank(1, Mesh(tensor=4))
 
 def kib(field):
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
@@ -380,14 +382,14 @@ class Watched:
         return watched
 
 path = Path(sys.argv[1])
-config, shard = load_model_config(path), shard_model(load_model_config(path), 1, 4)
+config = load_model_config(path)
 torch.set_num_threads(1)
 load_native(torch.float32)
 before = kib("RssAnon")
-check_engine_dir(path, 4, "float32", 1)
-with open_weights(path, config, torch.float32, torch.device("cpu"), 1) as weights:
+check_engine_dir(path, PLACE, "float32")
+with open_weights(path, config, torch.float32, torch.device("cpu"), PLACE) as weights:
     watched = Watched(weights)
-    model = build_transformer(config, shard, watched, Rank())
+    model = build_transformer(config, PLACE, watched, SoloComm())
 print(watched.peak_kib - before)
 """
 

@@ -21,6 +21,7 @@ import torch
 from torch.distributed import distributed_c10d
 
 from tensorweave.cluster.errors import WorkerLost
+from tensorweave.cluster.mesh import Mesh, MeshRank
 from tensorweave.workers.gang.comm import Comm, GroupComm, SoloComm, start_comm
 from tensorweave.workers.gang.rendezvous import Ask, Board, RankStore, ask_on_loop
 from tests.workers.waiting import WAIT_S
@@ -92,7 +93,7 @@ def _join(rank: int, size: int, pipe: Connection) -> Comm:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     store = RankStore(_ask_through(pipe), timeout_s=2 * WAIT_S)
-    return start_comm(rank, size, store, torch.device("cpu"), timeout_s=2 * WAIT_S)
+    return start_comm(MeshRank(rank, Mesh(tensor=size)), store, torch.device("cpu"), timeout_s=2 * WAIT_S)
 
 
 def _num_listening() -> int:
@@ -174,7 +175,7 @@ def _wait_for_a_peer(rank: int, pipe: Connection, results: Any) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = RankStore(_ask_through(pipe), timeout_s=0.2)
     try:
-        start_comm(rank, 2, store, torch.device("cpu"), timeout_s=0.2)
+        start_comm(MeshRank(rank, Mesh(tensor=2)), store, torch.device("cpu"), timeout_s=0.2)
     except Exception as error:  # whatever torch makes of it
         results.put(str(error))
         results.close()

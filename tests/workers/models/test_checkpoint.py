@@ -181,13 +181,11 @@ import resource, sys, torch
 from pathlib import Path
 from tensorweave.workers.build import check_model
 from tensorweave.workers.models.checkpoint import SafetensorsDirectory
-from tensorweave.workers.models.config import load_model_config
+from tensorweave.cluster.mesh import Mesh, MeshRank
+from tensorweave.workers.gang.comm import SoloComm
+from tensorweave.workers.models.assembly import build_transformer
+from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.loader import WeightLoader
-from tensorweave.workers.models.shards import shard_model
-from tensorweave.workers.models.transformer import build_transformer
-
-class Rank:
-    rank, size = 1, 4
 
 def anonymous_kib():
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
@@ -208,7 +206,7 @@ with SafetensorsDirectory(path) as files:
     source = Watched(files)
     before = anonymous_kib()
     loader = WeightLoader(source, torch.float32, torch.device("cpu"))
-    model = build_transformer(config, shard_model(config, 1, 4), loader, Rank())
+    model = build_transformer(config, MeshRank(1, Mesh(tensor=4)), loader, SoloComm())
 print(source.peak_kib - before)
 """
 

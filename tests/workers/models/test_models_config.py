@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from tensorweave.workers.models.config import ModelConfig, load_model_config
+from tensorweave.workers.models.assembly import tensor_shapes
+from tensorweave.workers.models.config import ModelConfig
+from tensorweave.workers.models.families.table import load_model_config, read_model_config
 from tensorweave.workers.models.rope_config import RopeConfig
 
 SIZES: dict[str, Any] = {
@@ -31,14 +33,30 @@ LLAMA3 = {
 
 
 def read(architecture: str = "LlamaForCausalLM", **fields: Any) -> ModelConfig:
-    return ModelConfig.from_hf({"architectures": [architecture], **SIZES, **fields}, "some/config.json")
+    return read_model_config({"architectures": [architecture], **SIZES, **fields}, "some/config.json")
+
+
+QKV = {"q_proj", "k_proj", "v_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
+
+
+def biases(config: ModelConfig) -> set[str]:
+    """The linear layers of layer 0 that have one."""
+    names = (name for name in tensor_shapes(config) if name.startswith("model.layers.0."))
+    return {name.split(".")[-2] for name in names if name.endswith(".bias")}
+
+
+def has_head_norms(config: ModelConfig) -> bool:
+    norms = {f"model.layers.0.self_attn.{kind}_norm.weight" for kind in "qk"}
+    return norms <= tensor_shapes(config).keys()
 
 
 def test_llama_with_defaults() -> None:
     config = read()
-    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps) == (8, 2, 8, 1e-6)
+    sizes = config.sizes
+    assert (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.norm_epsilon) == (8, 2, 8, 1e-6)
     assert config.windows == (None,) * 4
-    assert (config.has_qkv_bias, config.has_output_bias, config.has_mlp_bias) == (False, False, False)
+    assert biases(config) == set()
     assert config.has_tied_embeddings is False
     assert config.rope == RopeConfig()
     assert config.checkpoint_dtype == "float32"
@@ -46,7 +64,7 @@ def test_llama_with_defaults() -> None:
 
 @pytest.mark.parametrize("value", [None, 8])
 def test_kv_heads_default_to_all_heads(value: int | None) -> None:
-    assert read(num_key_value_heads=value).num_kv_heads == 8
+    assert read(num_key_value_heads=value).sizes.num_kv_heads == 8
 
 
 @pytest.mark.parametrize("kind", [{}, LLAMA3, {"rope_type": "linear", "factor": 2.0}])
@@ -73,19 +91,17 @@ def test_yarn_states_its_length_before_stretching() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "qkv", "output", "mlp"),
-    [({"attention_bias": True}, True, True, False), ({"mlp_bias": True}, False, False, True)],
+    ("fields", "expected"), [({"attention_bias": True}, {*QKV, "o_proj"}), ({"mlp_bias": True}, MLP)]
 )
-def test_llama_biases(fields: dict[str, bool], qkv: bool, output: bool, mlp: bool) -> None:
-    config = read(**fields)
-    assert (config.has_qkv_bias, config.has_output_bias, config.has_mlp_bias) == (qkv, output, mlp)
+def test_llama_biases(fields: dict[str, bool], expected: set[str]) -> None:
+    assert biases(read(**fields)) == expected
 
 
 def test_qwen2_has_qkv_biases_and_qwen3_head_norms() -> None:
     qwen2, qwen3 = read("Qwen2ForCausalLM"), read("Qwen3ForCausalLM")
-    assert (qwen2.has_qkv_bias, qwen2.has_output_bias, qwen2.has_qk_norm) == (True, False, False)
-    assert (qwen3.has_qkv_bias, qwen3.has_qk_norm, qwen3.head_dim) == (False, True, 128)
-    assert read("Qwen3ForCausalLM", head_dim=16).head_dim == 16
+    assert (biases(qwen2), has_head_norms(qwen2)) == (QKV, False)
+    assert (biases(qwen3), has_head_norms(qwen3), qwen3.sizes.head_dim) == (set(), True, 128)
+    assert read("Qwen3ForCausalLM", head_dim=16).sizes.head_dim == 16
 
 
 def test_windows() -> None:
@@ -170,7 +186,7 @@ def test_refusals_name_file_key_value_and_what_is_supported(fields: dict[str, An
     [
         ("MistralForCausalLM", {"attention_bias": True}, "attention_bias is True; supported: false, which mistral"),
         ("Qwen2ForCausalLM", {"attention_bias": False}, "attention_bias is False; supported: true, which qwen2"),
-        ("Qwen3ForCausalLM", {"mlp_bias": True}, "mlp_bias is True; supported: false for qwen3"),
+        ("Qwen3ForCausalLM", {"mlp_bias": True}, "mlp_bias is True; supported: false, which qwen3"),
         (
             "MistralForCausalLM",
             {"use_sliding_window": False, "sliding_window": 64},
@@ -190,7 +206,7 @@ def test_all_that_transformers_own_class_writes_is_known(config_class: type[PreT
     name = f"{config_class.__name__.removesuffix('Config')}ForCausalLM"
     sizes = {key: value for key, value in SIZES.items() if key != "num_hidden_layers"}
     fields = json.loads(config_class(**sizes, architectures=[name]).to_json_string(use_diff=False))
-    assert ModelConfig.from_hf(fields).architecture == name
+    assert read_model_config(fields).architecture == name
 
 
 REAL: dict[str, tuple[str, dict[str, Any]]] = {

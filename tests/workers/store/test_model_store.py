@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tensorweave.workers.models.config import load_model_config
+from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.store import model_store
 from tensorweave.workers.store.gguf import convert_gguf, round_to_bfloat16, unpermute_rotary
 from tensorweave.workers.store.model_store import SMOLLM2, ModelUnavailable, WheelModel, damage, fetch, resolve_model

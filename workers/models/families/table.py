@@ -1,0 +1,86 @@
+"""The families that are served, and the one place where a config.json becomes a `ModelConfig`.
+
+Every key is read, known to change nothing, or refused by name. Keys are in transformers 4's spelling or 5's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from tensorweave.workers.models.config import ModelConfig
+from tensorweave.workers.models.config_fields import ConfigFields
+from tensorweave.workers.models.config_keys import refuse_unknown_keys
+from tensorweave.workers.models.families.family import Family
+from tensorweave.workers.models.families.llama import LLAMA
+from tensorweave.workers.models.families.mistral import MISTRAL
+from tensorweave.workers.models.families.qwen2 import QWEN2
+from tensorweave.workers.models.families.qwen3 import QWEN3
+from tensorweave.workers.models.generation_config import (
+    GenerationConfig,
+    load_generation_config,
+    read_json,
+    unite_end_ids,
+)
+from tensorweave.workers.models.rope_config import RopeConfig
+
+FAMILIES: Final = {family.architecture: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+
+
+def load_model_config(path: str | Path) -> ModelConfig:
+    """Read `path`/config.json, and the end ids of `path`/generation_config.json where there is one.
+
+    Raises:
+        ValueError: names the file, the key, its value and what is supported.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{path} is not a Hugging Face model directory: it has no config.json")
+    config = read_model_config(read_json(file), str(file))
+    end_ids = load_generation_config(path).end_ids
+    return replace(config, end_ids=unite_end_ids(config.sizes.vocab_size, config.end_ids, end_ids))
+
+
+def read_model_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
+    """From a parsed config.json; `source` names it in errors, which are `load_model_config`'s."""
+    fields = ConfigFields(raw, source)
+    family = _find_family(fields)
+    refuse_unknown_keys(raw, family.keys, source)
+    _refuse_what_no_family_has(fields)
+    sizes = fields.sizes(family.default_kv_heads, family.default_head_dim)
+    max_len = fields.count("max_position_embeddings")
+    rope = RopeConfig.from_hf(raw, max_len, source)
+    return ModelConfig(
+        architecture=family.architecture,
+        sizes=sizes,
+        layers=family.layers(fields, sizes),
+        rope=rope,
+        max_seq_len=rope.max_len(max_len),
+        has_tied_embeddings=fields.flag("tie_word_embeddings"),
+        checkpoint_dtype=fields.dtype(),
+        end_ids=unite_end_ids(sizes.vocab_size, GenerationConfig(raw, source).end_ids),
+    )
+
+
+def _find_family(fields: ConfigFields) -> Family:
+    names, model_type = fields.raw.get("architectures"), fields.raw.get("model_type")
+    if not names:
+        names = [family.architecture for family in FAMILIES.values() if family.model_type == model_type]
+        if not names:
+            raise fields.wrong("model_type", ", ".join(family.model_type for family in FAMILIES.values()))
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in FAMILIES:
+        raise fields.wrong("architectures", ", ".join(FAMILIES))
+    family = FAMILIES[names[0]]
+    if model_type not in (None, family.model_type):
+        raise fields.wrong("model_type", f"{family.model_type!r} for this architecture")
+    return family
+
+
+def _refuse_what_no_family_has(fields: ConfigFields) -> None:
+    if fields.raw.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise fields.wrong("hidden_act", "silu")
+    for key in ("quantization_config", "compression_config"):
+        if fields.raw.get(key):
+            raise fields.wrong(key, "checkpoints that are not quantized (float32, bfloat16, float16)")

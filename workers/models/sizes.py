@@ -1,0 +1,34 @@
+"""The numbers that describe a transformer's shape, and the shape of the KV that one of its layers keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKv:
+    """What one layer keeps of each token: a key and a value per KV head.
+
+    `window` is the number of positions that a token attends to, its own included; None: all before it.
+    """
+
+    num_heads: int
+    head_dim: int
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """Sizes over all ranks. `norm_epsilon` is added to the mean square in every RMSNorm."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_epsilon: float
+
+    def kv(self, window: int | None = None) -> LayerKv:
+        return LayerKv(self.num_kv_heads, self.head_dim, window)
