@@ -1,4 +1,4 @@
-"""API keys as a configuration gives them; all that is kept of one is its digest."""
+"""API keys of a configuration, of which only digests are kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _VALID_KEY: Final = re.compile(r"[\x21-\x7e]{8,512}")
 
 
 def digest_of(key: str) -> str:
-    """A digest stays as it is. Raises ValueError, without the key, for what cannot be one."""
+    """The digest of a key; a digest is returned unchanged. Raises ValueError, without the key in its message."""
     if _DIGEST.fullmatch(key):
         return key
     if not _VALID_KEY.fullmatch(key):
@@ -21,7 +21,7 @@ def digest_of(key: str) -> str:
 
 
 def read_keys(path: str) -> list[str]:
-    """One a line; lines that begin with # are remarks. Raises ValueError."""
+    """One per line; lines that begin with # are comments. Raises ValueError."""
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

@@ -1,8 +1,8 @@
-"""`ServeConfig`: one strict description of a service, the same for `tensorweave serve`, `serve run`, `ray job submit`
-and Slurm.
+"""`ServeConfig`: the configuration of a service, the same for `tensorweave serve`, `serve run`, `ray job submit` and
+Slurm.
 
-`load_config` turns a YAML file and `--set` overrides into it, or into a `ConfigError` with one line per mistake: file
-and line, key, value, remedy. `engine` holds the engine knobs that all pools share; a pool's own keys go before them.
+`load_config` makes it from a YAML file and `--set` overrides, or raises a `ConfigError` with one line per mistake: file
+and line, key, value, remedy. `engine` has the engine arguments that all pools share; a pool's own keys override them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from tensorweave.cluster.strict_model import Field, RefusedKey, StrictBaseModel,
 from tensorweave.deploy.config_file import ConfigError, Document, KeyPath, read_document
 from tensorweave.deploy.config_tables import LimitsConfig, PoolConfig, RayConfig, RouterConfig, SecurityConfig
 
-# The front end tokenizes, and fills in sampling fields, for every pool, so these are said once: the model on top, the
-# others under `engine`.
+# The router tokenizes and completes sampling fields for all pools, so these cannot differ between pools: the model is
+# given at the top, the others under `engine`.
 _SHARED_KEYS: Final = (
     "tokenizer",
     "tokenizer_mode",
@@ -82,19 +82,19 @@ class ServeConfig(StrictBaseModel):
 
     @classmethod
     def _sift(cls, data: dict[str, Any]) -> tuple[dict[str, Any], list[InitErrorDetails]]:
-        """Each pool gets what `engine` says, and the model."""
+        """Give each pool the keys of `engine`."""
         kept, mistakes = super()._sift(data)
         engine, pools = kept.get("engine") or {}, kept.get("pools") or {"main": {}}
         if not isinstance(pools, dict):
             return kept, mistakes
-        shared, misplaced = _sort_out(("engine",), engine if isinstance(engine, dict) else {}, _NOT_IN_ENGINE)
+        shared, misplaced = _split_keys(("engine",), engine if isinstance(engine, dict) else {}, _NOT_IN_ENGINE)
         mistakes += misplaced
         merged = {}
         for name, pool in pools.items():
             if isinstance(pool, PoolConfig):
                 pool = pool.model_dump()
             elif isinstance(pool, dict) or pool is None:
-                own, misplaced = _sort_out(("pools", str(name)), pool or {}, _NOT_IN_POOL)
+                own, misplaced = _split_keys(("pools", str(name)), pool or {}, _NOT_IN_POOL)
                 mistakes += misplaced
                 pool = _merge(shared, own)
                 _assign_role(str(name), pool)
@@ -123,7 +123,7 @@ class ServeConfig(StrictBaseModel):
                 yield _wrong_pool((name,), f"a pool of role {role!r} needs one of role {other!r} (or make it 'both')")
 
     def _wrong_exchange(self) -> Iterator[InitErrorDetails]:
-        """Gangs that exchange KV keep it alike."""
+        """Gangs that exchange KV need it in the same form."""
         exchanging = {name: pool for name, pool in self.pools.items() if pool.role != "both"}
         first = next(iter(exchanging), "")
         for key in (("dtype",), ("kv_cache_config", "tokens_per_block")):
@@ -140,23 +140,23 @@ class ServeConfig(StrictBaseModel):
 
     @property
     def model_names(self) -> list[str]:
-        """What clients may call the model."""
+        """The names by which clients may request the model."""
         names = self.served_model_name or Path(self.model).name or self.model
         return [names] if isinstance(names, str) else list(names)
 
     @property
     def model_name(self) -> str:
-        """What answers call the model."""
+        """The model's name in answers."""
         return self.model_names[0]
 
     @property
     def shared_args(self) -> LlmArgs:
-        """The engine arguments that the front end reads: model and tokenizer are the same in every pool."""
+        """The engine arguments that the router reads; model and tokenizer are the same in every pool."""
         return next(iter(self.pools.values())).llm_args()
 
     def with_model(self, model: str, revision: str | None = None) -> ServeConfig:
-        """The same service with `model` and its `revision` as every host must look for them; clients keep its names. A
-        tokenizer of another source keeps its own revision."""
+        """The same service with `model` and `revision` as every host must look them up. The names for clients stay, and
+        a tokenizer from another source keeps its own revision."""
         changes: dict[str, Any] = {"model": model, "revision": revision}
         if self.shared_args.tokenizer is not None and self.shared_args.tokenizer_revision is None:
             changes["tokenizer_revision"] = self.shared_args.revision or _FIRST_REVISION
@@ -164,7 +164,7 @@ class ServeConfig(StrictBaseModel):
         return self.model_copy(update={"model": model, "served_model_name": self.model_names, "pools": pools})
 
     def to_plain(self) -> dict[str, Any]:
-        """JSON-ready data from which `from_plain` rebuilds the same configuration in another process."""
+        """JSON-ready data, from which `from_plain` rebuilds the same configuration in another process."""
         return self.model_dump(mode="json")
 
     @classmethod
@@ -174,10 +174,10 @@ class ServeConfig(StrictBaseModel):
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ServeConfig:
-    """Read a service's YAML file, with `overrides` ("limits.max_queued=10") on top.
+    """Read a service's YAML file and apply `overrides` ("limits.max_queued=10").
 
     Raises:
-        ConfigError: one line for every mistake.
+        ConfigError: The file has mistakes; its message has one line for each.
     """
     document = read_document(path, overrides)
     try:
@@ -190,7 +190,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ServeConfig:
 
 
 def _assign_role(name: str, pool: dict[str, Any]) -> None:
-    """What a pool's name and role say, where nothing else is said."""
+    """Set the defaults that follow from a pool's name and role."""
     role = pool.setdefault("role", name if name in ("prefill", "decode") else "both")
     if role in ("prefill", "decode"):
         transceiver = pool.setdefault("cache_transceiver_config", {})
@@ -209,23 +209,23 @@ def _knob(pool: PoolConfig, key: KeyPath) -> Any:
     return value
 
 
-def _sort_out(
+def _split_keys(
     table: KeyPath, keys: Mapping[str, Any], misplaced: Collection[str]
 ) -> tuple[dict[str, Any], list[InitErrorDetails]]:
-    """The keys that may stand in this table, and a mistake for each other one."""
+    """The keys that are allowed in this table, and a mistake for each other one."""
     mistakes = [_misplaced((*table, key), value) for key, value in keys.items() if key in misplaced]
     return {key: value for key, value in keys.items() if key not in misplaced}, mistakes
 
 
 def _misplaced(path: KeyPath, value: Any) -> InitErrorDetails:
     key = path[-1]
-    home = "at the top of the file" if key == "model" else "under 'engine'" if key in _SHARED_KEYS else "under a pool"
-    context = {"key": key, "home": home, "path": path}
-    return mistake(PydanticCustomError("misplaced", "'{key}' belongs {home}", context), value)
+    place = "at the top of the file" if key == "model" else "under 'engine'" if key in _SHARED_KEYS else "under a pool"
+    context = {"key": key, "place": place, "path": path}
+    return mistake(PydanticCustomError("misplaced", "'{key}' belongs {place}", context), value)
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`below` with `above` over it, group by group."""
+    """`above` merged over `below`, group by group."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
@@ -234,7 +234,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _describe(document: Document, item: ErrorDetails) -> str:
-    """One mistake on one line: place, key, value, what is wrong, and the nearest valid name."""
+    """One mistake as one line: place, key, value, message, and the nearest valid name."""
     context = item.get("ctx", {})
     path = tuple(str(part) for part in context.get("path", item["loc"]))
     match context.get("error"):

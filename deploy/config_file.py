@@ -1,8 +1,8 @@
-"""A YAML document with the line of every key, and `--set a.b=c` changes on top of it.
+"""A YAML document with the line of every key, and `--set a.b=c` overrides applied to it.
 
-`deploy/config.py` reads a service's file through this. Refused: duplicate keys, keys that are not words, aliases that
-build cycles, documents that are not a mapping, and overrides that do not parse; each with the file and the line, and
-all that can be found in one reading together.
+`deploy/config.py` reads a service's file with this. It refuses duplicate keys, keys that are not words, aliases that
+form cycles, documents that are not a mapping, and malformed overrides, each with the file and the line. Mistakes are
+reported together where possible.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ KeyPath = tuple[str, ...]
 
 
 class ConfigError(ValueError):
-    """What a person wrote wrong in a configuration: one line a mistake, each with its place, key, value and remedy."""
+    """Mistakes in a configuration, one per line, each with its place, key, value and remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Plain data, and where each key path came from ("file.yaml:7" or "--set a.b=c"). `mistakes`: a line for each part
-    that was left out of `data` because it makes no sense."""
+    """Plain data, and the place of each key path ("file.yaml:7" or "--set a.b=c"). `mistakes` has a line for each part
+    that is not in `data` because it is malformed."""
 
     source: str
     data: dict[str, Any]
@@ -32,7 +32,7 @@ class Document:
     mistakes: list[str] = field(default_factory=list)
 
     def place(self, path: KeyPath) -> str:
-        """The place of the nearest key that somebody wrote, at or above `path`."""
+        """The place of the nearest key that was written, at or above `path`."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.places:
                 return self.places[path[:end]]
@@ -42,19 +42,19 @@ class Document:
         return path in self.places
 
     def checked(self) -> Document:
-        """Itself. Raises ConfigError where it has mistakes."""
+        """Return the document itself. Raises ConfigError if it has mistakes."""
         if self.mistakes:
             raise ConfigError("\n".join(self.mistakes))
         return self
 
 
 def read_document(path: str | Path, overrides: Iterable[str] = ()) -> Document:
-    """Read the YAML file at `path` and apply `overrides` ("a.b=c", values typed as YAML types them).
+    """Read the YAML file at `path` and apply `overrides` ("a.b=c", with values in YAML).
 
-    Duplicate keys, keys that are not words and malformed overrides are among the `mistakes` of what is returned.
+    Duplicate keys, keys that are not words and malformed overrides are in the document's `mistakes`.
 
     Raises:
-        ConfigError: no such file, or not YAML.
+        ConfigError: There is no such file, or it is not YAML.
     """
     source = str(path)
     try:
@@ -72,7 +72,7 @@ def read_document(path: str | Path, overrides: Iterable[str] = ()) -> Document:
 
 
 def parse_document(text: str, source: str) -> Document:
-    """Raises ConfigError for what is not one YAML mapping; single keys that are wrong are `mistakes`."""
+    """Raises ConfigError if the text is not one YAML mapping; wrong keys are in the document's `mistakes`."""
     document = Document(source, {})
     try:
         loader = yaml.SafeLoader(text)
@@ -82,7 +82,7 @@ def parse_document(text: str, source: str) -> Document:
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{source}:{node.start_mark.line + 1}: a configuration is a mapping of keys to values")
         _walk(node, (), document, ())
-        document.data.update(_unshared(loader.construct_document(node)))
+        document.data.update(_copy_unshared(loader.construct_document(node)))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = "" if mark is None else f":{mark.line + 1}"
@@ -151,12 +151,12 @@ def _apply_override(document: Document, override: str) -> None:
     _mark(document, path, value, place)
 
 
-def _unshared(value: Any) -> Any:
-    """A copy in which YAML aliases are values of their own, so that an override changes one place only, without the
-    keys that are not words."""
+def _copy_unshared(value: Any) -> Any:
+    """A copy without shared parts (YAML aliases), so that an override changes one place only, and without the keys that
+    are not words."""
     if isinstance(value, dict):
-        return {key: _unshared(item) for key, item in value.items() if isinstance(key, str)}
-    return [_unshared(item) for item in value] if isinstance(value, list) else value
+        return {key: _copy_unshared(item) for key, item in value.items() if isinstance(key, str)}
+    return [_copy_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def _mark(document: Document, path: KeyPath, value: Any, place: str) -> None:

@@ -1,4 +1,4 @@
-"""`ConfigSource`: the file that a Serve application was built from, and whether it still says the same."""
+"""`ConfigSource`: the file that a Serve application was built from, and whether it has changed since."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class ConfigSource:
-    """`serve deploy` does not look into the file again while its own arguments stay the same."""
+    """`serve deploy` does not read the file again while its own arguments stay the same."""
 
     path: Path
     digest: str
@@ -22,7 +22,7 @@ class ConfigSource:
         return cls(absolute, _digest(absolute))
 
     def notice(self) -> str | None:
-        """What to tell the operator; nothing where this host does not have the file."""
+        """A notice for the operator if the file has changed; None too if this host does not have the file."""
         try:
             is_same = _digest(self.path) == self.digest
         except OSError:

@@ -1,4 +1,4 @@
-"""The tables of a service's configuration: a pool, the router, limits, Ray. `deploy.config` puts them together."""
+"""The tables of a service's configuration: a pool, the router, limits, security, Ray. `deploy.config` combines them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _ORIGIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@*]+")
 
 
 class PoolConfig(LlmArgs):
-    """A pool: gangs that are all alike. Every engine knob can be set here, before `engine`."""
+    """A pool of identical gangs. Every engine argument can be set here and overrides the one under `engine`."""
 
-    model: str | Path = Field("", description="The service's: `ServeConfig` sets it.")
+    model: str | Path = Field("", description="Set by `ServeConfig`.")
     role: Role = Field(
         "both",
         status="prototype",
@@ -53,7 +53,7 @@ class PoolConfig(LlmArgs):
         return skip
 
     @model_validator(mode="after")
-    def _refuse_what_only_the_llm_class_honours(self) -> Self:
+    def _refuse_llm_class_arguments(self) -> Self:
         events = self.kv_cache_config.event_buffer_max_size
         given = {
             "batched_logits_processor": self.batched_logits_processor is not None,
@@ -62,9 +62,7 @@ class PoolConfig(LlmArgs):
         }
         if names := [name for name, is_given in given.items() if is_given]:
             are = "is" if len(names) == 1 else "are"
-            raise ValueError(
-                f"{', '.join(names)} {are} for the LLM class; a service has no place that would show what it does"
-            )
+            raise ValueError(f"{', '.join(names)} {are} for the LLM class; a service has no output for it")
         return self
 
     def llm_args(self) -> LlmArgs:
@@ -73,16 +71,20 @@ class PoolConfig(LlmArgs):
 
 
 class RouterConfig(StrictBaseModel):
-    """The HTTP front end: Serve replicas that clients reach directly, and Serve's proxy as the second door."""
+    """The HTTP front end: Serve replicas that clients connect to directly, and Serve's proxy as an alternative."""
 
     host: str = Field(
-        "127.0.0.1", status="prototype", description="Address that both doors listen on; 0.0.0.0 for all."
+        "127.0.0.1", status="prototype", description="Address that replicas and proxy listen on; 0.0.0.0 for all."
     )
     port: int = Field(
         8000, status="prototype", ge=1, le=65535, description="Port of the first router replica; the others follow it."
     )
     proxy_port: int = Field(
-        8100, status="prototype", ge=1, le=65535, description="Port of Serve's proxy, which spreads over the replicas."
+        8100,
+        status="prototype",
+        ge=1,
+        le=65535,
+        description="Port of Serve's proxy, which distributes requests over the replicas.",
     )
     replicas: int = Field(
         1, status="prototype", ge=1, le=64, description="Router replicas, each with a port of its own."
@@ -91,8 +93,8 @@ class RouterConfig(StrictBaseModel):
         "joint",
         status="prototype",
         description=(
-            "Which gangs take a request. 'joint' weighs queues, what is cached where, the link between gangs and the "
-            "load on them; the others look at turns or numbers only."
+            "Which gangs a request is sent to. 'joint' weighs queues, cached prompts, the link between gangs and their "
+            "load; the others only rotate or compare numbers of requests."
         ),
     )
     min_prefill_tokens: int = Field(
@@ -113,16 +115,18 @@ class RouterConfig(StrictBaseModel):
 
     @property
     def reachable_host(self) -> str:
-        """Where this machine reaches the doors."""
+        """The address at which this machine reaches replicas and proxy."""
         return "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
 
 
 class LimitsConfig(StrictBaseModel):
-    """What the service refuses or gives up; requests are counted per router replica."""
+    """Limits and timeouts; requests are counted per router replica."""
 
-    max_inflight: int = Field(512, status="prototype", ge=1, description="Requests that run at the gangs at a time.")
+    max_inflight: int = Field(
+        512, status="prototype", ge=1, description="Most requests that run at the gangs at a time."
+    )
     max_queued: int = Field(
-        1024, status="prototype", ge=0, description="Requests that wait beyond those; one more is answered 429."
+        1024, status="prototype", ge=0, description="Most requests that wait beyond those; one more is answered 429."
     )
     queue_timeout_s: float = Field(
         60.0, status="prototype", gt=0, description="Longest wait for a place to run; then the answer is 429."
@@ -149,43 +153,43 @@ class LimitsConfig(StrictBaseModel):
         256, status="prototype", ge=1, description="Most sequences of one request, prompts times n."
     )
     start_timeout_s: float = Field(
-        900.0, status="prototype", gt=0, description="A service that is not ready by then gives up."
+        900.0, status="prototype", gt=0, description="A service that is not ready by then ends with exit code 1."
     )
     place_timeout_s: float | None = Field(
         None,
         status="prototype",
         gt=0,
-        description="How long a gang waits for room on the Ray cluster before it counts as not to be placed. Default: "
-        "20 s, and pools that the cluster could not hold even when idle are refused at once; 600 s where the cluster "
-        "knows of an autoscaler. Give it where nodes come later: what fits then serves, and the rest follows.",
+        description="How long a gang waits for resources on the Ray cluster before placing it counts as failed. "
+        "Default: 20 s, and pools that the cluster could not hold even when idle are refused at once; 600 s if the "
+        "cluster has an autoscaler. Set it if nodes join later: the gangs that fit serve, and the others follow.",
     )
     outage_timeout_s: float = Field(
         300.0,
         status="prototype",
         gt=0,
-        description="A service whose gangs all fail again and again for so long ends, with exit code 1.",
+        description="A service whose gangs have all kept failing for so long ends with exit code 1.",
     )
     recovery_timeout_s: float = Field(
         300.0, status="prototype", gt=0, description="How long a request whose gang was lost waits for another one."
     )
     max_attempts: int = Field(
-        8, status="prototype", ge=1, description="Gangs that may be lost under one request before it fails."
+        8, status="prototype", ge=1, description="Gangs that one request may lose before it fails."
     )
     max_lost_in_a_row: int = Field(
         4,
         status="prototype",
         ge=1,
-        description="Gangs that may be lost in a row before the next token of one request: it may be what ends them.",
+        description="Gangs that one request may lose in a row without a new token: the request may be the cause.",
     )
     reattach_grace_s: float = Field(
         10.0,
         status="prototype",
         ge=0,
         le=60,
-        description="What a request that its client named goes on for when its router is lost: another may take it up.",
+        description="How long a request with a client-given id runs on after its router was lost, for another router.",
     )
     drain_timeout_s: float = Field(
-        30.0, status="prototype", ge=0, description="What running requests get to finish at shutdown."
+        30.0, status="prototype", ge=0, description="How long running requests may take to finish at shutdown."
     )
 
     @model_validator(mode="after")
@@ -197,7 +201,8 @@ class LimitsConfig(StrictBaseModel):
         return self
 
     def router_limits(self) -> Limits:
-        """A request of more sequences than may be inside together would be told for ever to come back later."""
+        """Limits of one replica. A request may not have more sequences than can be admitted together: it would get 429
+        for ever."""
         return Limits(
             max_inflight=self.max_inflight,
             max_queued=self.max_queued,
@@ -216,29 +221,31 @@ class LimitsConfig(StrictBaseModel):
 
 
 class SecurityConfig(StrictBaseModel):
-    """What the service lets strangers do."""
+    """Who may use the service, and for what."""
 
     enable_disaggregated_params: bool = Field(
         False,
         status="prototype",
-        description="Let clients send the two phases of a request by hand. A ticket names the hosts that a decode gang "
-        "connects to and opens a prefill gang's KV: switch this on only where every client is trusted.",
+        description="Let clients send the two phases of a request themselves. A ticket names the hosts that a decode "
+        "gang connects to and gives access to a prefill gang's KV: enable this only if every client is trusted.",
     )
     api_keys: list[str] = Field(
         default_factory=list,
         status="prototype",
-        description="Keys, one of which every route but /health, /ready and /ping then asks for as 'Authorization: "
-        "Bearer'. 'sha256:' and the hex digest of a key stands for it; nothing else is kept.",
+        description="API keys, one of which every route but /health, /ready and /ping then requires as 'Authorization: "
+        "Bearer'. A key may be given as 'sha256:' and its hex digest; only digests are kept.",
     )
     api_keys_file: str | None = Field(
-        None, status="prototype", description="A file with more of them, one a line; read once, where it is named."
+        None,
+        status="prototype",
+        description="A file with more keys, one per line; read once, on the host of the driver.",
     )
 
     allow_unauthenticated_ray: bool = Field(
         False,
         status="prototype",
-        description="Serve on a Ray cluster that asks for no token. Whoever reaches such a cluster's ports can run "
-        "code on it, API keys or not: switch this on only where no stranger reaches the network.",
+        description="Serve on a Ray cluster without token authentication. Everybody who can reach such a cluster's "
+        "ports can run code on it, whatever the API keys: enable this only on a network that you trust.",
     )
 
     cors_origins: list[str] = Field(
@@ -257,10 +264,10 @@ class SecurityConfig(StrictBaseModel):
     @classmethod
     def _check_origins(cls, origins: list[str]) -> list[str]:
         if "*" in origins and len(origins) > 1:
-            raise ValueError("'*' is any origin: it stands alone")
+            raise ValueError("'*' means any origin and must be the only one")
         for origin in origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
-                raise ValueError(f"{origin!r} is no origin: scheme://host or scheme://host:port, without a path")
+                raise ValueError(f"{origin!r} is not an origin: scheme://host or scheme://host:port, without a path")
         return [origin.lower() for origin in origins]
 
     @field_validator("api_keys")

@@ -1,5 +1,4 @@
-"""Serve's direct ingress: how a router replica comes to listen at a port that we choose, and gets it back after it
-dies.
+"""Serve's direct ingress: settings with which router replicas listen at ports that we choose.
 
 Measured on Ray 2.60, kept-alive GET of a FastAPI route, p50: bare uvicorn 0.12 ms, direct ingress 0.16 ms (0.33 ms when
 the app has a thread of its own, Serve's default), Serve's proxy 2.0 to 3.2 ms.
@@ -17,17 +16,16 @@ from tensorweave.router.http.connections import bound_connections
 
 
 def ingress_env(router: RouterConfig) -> dict[str, str]:
-    """Environment that Serve's controller and replicas must start with, and which also works in a job's runtime
-    environment.
+    """Environment that Serve's controller and replicas must start with. It also works in a job's runtime environment.
 
-    The port range holds as many ports as replicas, so that a replica never settles elsewhere, and a freed port is free
-    at once: by default Serve keeps it back for minutes and a replaced replica would stay away as long.
+    The port range has as many ports as there are replicas, so that no replica takes another port, and a freed port can
+    be used at once: by default Serve reserves it for minutes, and a replacement replica would wait that long.
 
     A proxy has 60 s to start, as long as `serve.start` waits for it. By default Serve kills it after three times 5 s,
     which a busy machine exceeds (its imports alone take seconds), and `serve.start` fails with an ActorDiedError.
 
-    Without its support for forks gRPC does not tell the driver of each worker process that uvloop forks for request
-    bodies; the child runs another program at once, and uses none of gRPC.
+    gRPC's support for forks is off: it would print a message for each worker process that uvloop forks for request
+    bodies. The child executes another program at once and does not use gRPC.
     """
     return {
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
@@ -44,13 +42,13 @@ def ingress_env(router: RouterConfig) -> dict[str, str]:
 
 
 def bound_proxy() -> list[Any]:
-    """Serve's proxy calls this before it listens; it would take middleware."""
+    """Serve's proxy calls this before it listens, and expects middleware."""
     bound_connections()
     return []
 
 
 def taken_ports(host: str, ports: Sequence[int]) -> list[int]:
-    """Those of `ports` on which somebody already listens. Raises OSError when `host` is no address of this machine."""
+    """Those of `ports` that another program listens on. Raises OSError if `host` is not an address of this machine."""
     taken = []
     family, kind, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
     for port in ports:

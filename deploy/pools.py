@@ -1,4 +1,4 @@
-"""From a configuration to what the cluster room starts: pool specs, and what the Ray cluster lacks for them."""
+"""From a configuration to the pool specs that the supervisor starts, and to the resources that the cluster lacks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tensorweave.deploy.config_tables import LimitsConfig, PoolConfig
 def pool_specs(
     config: ServeConfig, *, has_gpus: bool, digests: Mapping[str, str] = MappingProxyType({})
 ) -> list[PoolSpec]:
-    """`has_gpus`: the Ray cluster has some, which is what `device: auto` asks. `digests`: by pool, of its model."""
+    """`has_gpus`: whether the Ray cluster has any, which decides `device: auto`. `digests`: the model's, by pool."""
     return [
         PoolSpec(
             name,
@@ -44,7 +44,7 @@ def _gang_spec(pool: PoolConfig, limits: LimitsConfig, has_gpus: bool, digest: s
 
 
 def needed_resources(specs: Sequence[PoolSpec]) -> dict[str, float]:
-    """What all gangs of all pools reserve together."""
+    """The resources that all gangs of all pools reserve together."""
     need: dict[str, float] = {}
     for spec in specs:
         for resource, amount in spec.gang.bundle.items():
@@ -53,7 +53,7 @@ def needed_resources(specs: Sequence[PoolSpec]) -> dict[str, float]:
 
 
 def explain_shortage(specs: Sequence[PoolSpec], room: Room) -> str | None:
-    """Why the cluster cannot hold the pools even when idle; None when it may."""
+    """Why the cluster cannot hold the pools even when idle; None if it may."""
     needs = needed_resources(specs)
     short = [
         f"{amount:g} {resource}s, and the Ray cluster has {room.total(resource):g}"

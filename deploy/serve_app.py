@@ -1,9 +1,9 @@
-"""The Ray Serve application: `Pools`, which keeps a supervisor of the gangs, and `Router` replicas, which listen for
-clients.
+"""The Ray Serve application: `Pools`, which keeps a supervisor of the gangs alive, and `Router` replicas, which listen
+for clients.
 
-`build` makes it for `deploy/service.py`; `build_app` for Serve's own commands:
+`build` makes it for `deploy/service.py`, `build_app` for Serve's own commands:
 `serve run tensorweave.deploy.serve_app:build_app config=service.yaml limits.max_queued=10`.
-The supervisor ends its gangs and itself a minute after the application has gone, whoever took it down.
+The supervisor ends its gangs and itself a minute after the application has gone, however it was shut down.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tensorweave.cluster.fleet import WatchedFleet
 from tensorweave.cluster.ray_auth import refuse_open_ray
 from tensorweave.cluster.ray_internals import allow_rebinding, mark_generated_ids
 from tensorweave.cluster.supervisor import find_or_start_supervisor, find_supervisor
+from tensorweave.deploy.actor_names import HEAD_NODE, supervisor_home
 from tensorweave.deploy.config import ServeConfig, load_config
 from tensorweave.deploy.config_source import ConfigSource
-from tensorweave.deploy.home import HEAD_NODE, supervisor_home
+from tensorweave.deploy.pinned_model import PinnedModel
 from tensorweave.deploy.pools import pool_specs
 from tensorweave.deploy.serve_logging import log_through_serve
-from tensorweave.deploy.served_model import ServedModel
 from tensorweave.workers.rank import RankWorker
 from tensorweave.workers.store.model_store import resolve_model
 
@@ -38,15 +38,15 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 _CONTROL_TIMEOUT_S: Final = 30.0
-# Beyond what the router's own admission holds, so that refusals come from it, in OpenAI's shape.
+# More than the router's own admission holds, so that the router refuses requests, in OpenAI's form, and not Serve.
 _SERVE_SLACK: Final = 1024
 
 
 class Pools:
-    """Sees to it that the application has a supervisor of its gangs, with the pools of this configuration.
+    """Keeps a supervisor of the application's gangs alive, with the pools of this configuration.
 
-    The supervisor outlives this replica: Serve may replace it, and no request notices. `generation`: of two replicas,
-    which comes from the later deployment.
+    The supervisor outlives this replica, so Serve may replace the replica without effect on requests. `generation`
+    tells which of two replicas is from the later deployment.
     """
 
     def __init__(
@@ -65,8 +65,7 @@ class Pools:
         return find_or_start_supervisor(self._home, self._specs, RankWorker)
 
     async def check_health(self) -> None:
-        """What must be so is made so again: a supervisor that has ended is replaced, one of an earlier configuration
-        learns ours."""
+        """Replace a supervisor that has ended; give one of an earlier deployment this configuration."""
         async with asyncio.timeout(_CONTROL_TIMEOUT_S):
             supervisor = await asyncio.to_thread(self.supervisor)
             notice = None if self._source is None else await asyncio.to_thread(self._source.notice)
@@ -76,8 +75,8 @@ class Pools:
 class Router:
     """One HTTP front end.
 
-    Healthy while its event loop turns and it follows the pools; whether they serve is for `/health` to say, and
-    replacing a router would not help.
+    It is healthy while its event loop runs. Whether the pools serve is reported by `/health`: replacing a router would
+    not help.
     """
 
     def __init__(self, plain: dict[str, Any], pools: DeploymentHandle) -> None:
@@ -85,7 +84,8 @@ class Router:
         self._pools = pools
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """Serve calls this once, before it listens. Imports here: launching this class takes no fastapi."""
+        """Called by Serve once, before it listens. The imports are here because deploying this class needs no
+        fastapi."""
         from tensorweave.router.dispatch.dispatch import Dispatcher
         from tensorweave.router.dispatch.policy import PolicySettings, build_policy
         from tensorweave.router.http.app import build_app
@@ -112,7 +112,7 @@ class Router:
         limits = config.limits.router_limits()
         policy = build_policy(config.router.policy, PolicySettings(min_prefill_tokens=config.router.min_prefill_tokens))
         dispatcher = Dispatcher(fleet, policy, limits)
-        version: str = sys.modules["tensorweave"].__version__  # the front door itself is not ours to import
+        version: str = sys.modules["tensorweave"].__version__  # this room may not import the package itself
         service = RouterService(
             config.model_name,
             tokenizer,
@@ -125,21 +125,22 @@ class Router:
             other_names=config.model_names[1:],
             cors_origins=config.security.cors_origins,
         )
-        # What is here by now stays for good: the garbage collector need not look through it, 0.2 s at a time.
+        # All objects of the start stay alive: keep the garbage collector from scanning them, which takes 0.2 s each
+        # time.
         gc.collect()
         gc.freeze()
-        # Serve answers with the id that a request came with, at both doors, and makes one up where there is none.
-        return build_app(service, server_echoes_ids=True, made_up_ids=mark_generated_ids())
+        # Serve, as well as its proxy, answers with the request's own id and generates one for a request without.
+        return build_app(service, server_echoes_ids=True, generated_id_prefix=mark_generated_ids())
 
 
 def build(
-    served: ServedModel, replica_env: dict[str, str] | None = None, source: ConfigSource | None = None
+    model: PinnedModel, replica_env: dict[str, str] | None = None, source: ConfigSource | None = None
 ) -> Application:
-    """The application for a configuration whose model every host finds by its name, or under the same path.
+    """The application for a model that every host can find by its name, or under the same path.
 
-    `replica_env` goes to the router replicas; Serve's controller must have been started with it too.
+    `replica_env` is for the router replicas; Serve's controller must have been started with it too.
     """
-    config, plain = served.config, served.config.to_plain()
+    config, plain = model.config, model.config.to_plain()
     router_options: dict[str, Any] = {"num_cpus": 0, "resources": HEAD_NODE}
     if replica_env:
         router_options["runtime_env"] = {"env_vars": replica_env}
@@ -165,18 +166,18 @@ def build(
         ray_actor_options=router_options,
         logging_config={"enable_access_log": False},
     )
-    return router.bind(plain, pools.bind(plain, served.digests, time.time_ns(), source))
+    return router.bind(plain, pools.bind(plain, model.digests, time.time_ns(), source))
 
 
 def build_app(args: dict[str, Any]) -> Application:
     """Serve's builder: `config` names the YAML file, every other argument is an override (`limits.max_queued=10`).
 
-    `serve deploy` builds anew, and so applies a changed file, only where its arguments have changed: `revision`, which
-    may be anything, is there for that.
+    `serve deploy` builds again, and so applies a changed file, only if its arguments have changed: `revision`, which
+    may be anything, serves that purpose.
     """
     path = args.get("config")
     if path is None:
-        raise ValueError("say which service to build: config=FILE.yaml")
+        raise ValueError("the argument config=FILE.yaml is missing: it names the service to build")
     config = load_config(path, [f"{key}={value}" for key, value in args.items() if key not in ("config", "revision")])
     source = ConfigSource.read(path)
-    return build(ServedModel.find(config), source=source)
+    return build(PinnedModel.find(config), source=source)

@@ -1,8 +1,8 @@
-"""`run(config)`: from a configuration to a running service, and back to nothing.
+"""`run(config)`: start a service, keep it up until a signal, and shut it down.
 
-Ray, the guardian, Serve with the pools and the routers, readiness with progress lines and a deadline; then up until a
-signal; then down: no new work, running requests finish, nothing stays behind. A start that fails says why in one
-message; the exit code is 1.
+Start: Ray, the service actor, Serve with the pools and the routers, then progress lines until the service is ready or
+its deadline has passed. Shutdown: no new requests, running ones finish, nothing is left. A failed start prints one
+message with the reason; the exit code is 1.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from tensorweave.cluster.ray_auth import refuse_open_ray
 from tensorweave.cluster.ray_noise import without_noise
 from tensorweave.cluster.ray_session import start_or_join_ray
 from tensorweave.cluster.sentences import essence, sentence_of
+from tensorweave.deploy.actor_names import APP_NAME, HEAD_NODE, NAMESPACE, SERVICE_ACTOR_NAME
 from tensorweave.deploy.config import ServeConfig
-from tensorweave.deploy.guardian import DRAIN_SLACK_S, SERVE_SHUTDOWN_TIMEOUT_S, Guardian, find_guardian
-from tensorweave.deploy.home import APP_NAME, GUARDIAN_NAME, HEAD_NODE, NAMESPACE
 from tensorweave.deploy.ingress import ingress_env
+from tensorweave.deploy.monitor import RayCluster, RayLost, ServiceFailed, abandon_ray, monitor
+from tensorweave.deploy.pinned_model import PinnedModel
 from tensorweave.deploy.pools import explain_shortage, needed_resources, pool_specs
 from tensorweave.deploy.serve_app import build
-from tensorweave.deploy.served_model import ServedModel
+from tensorweave.deploy.service_actor import DRAIN_SLACK_S, SERVE_SHUTDOWN_TIMEOUT_S, ServiceActor, find_service_actor
 from tensorweave.deploy.stop_signal import StopSignal
-from tensorweave.deploy.watch import RayCluster, RayLost, ServiceFailed, abandon_ray, watch
 
 _CONTROL_TIMEOUT_S: Final = 60.0
 _PROGRESS_INTERVAL_S: Final = 0.25
@@ -52,88 +52,88 @@ class StoppedEarly(Exception):
     """A signal came before the service was ready."""
 
 
-def say(line: str) -> None:
+def report(line: str) -> None:
     print(f"tensorweave: {line}", file=sys.stderr, flush=True)
 
 
 def run(config: ServeConfig, on_ready: Callable[[str], None] | None = None) -> int:
-    """Serve until SIGTERM, SIGINT or SIGHUP, then drain; returns the exit code. Call it from the main thread.
+    """Serve until SIGTERM, SIGINT or SIGHUP, then drain. Return the exit code. Call it from the main thread.
 
-    `on_ready` is called once, with the front door's URL, when the service answers.
+    `on_ready` is called once, with the URL of the first router replica, when the service answers.
     """
     with StopSignal() as stop, ExitStack() as ending:
         try:
-            served = ServedModel.find(config)
-            config = served.config
-            url, guardian = _start(served, stop, ending)
+            model = PinnedModel.find(config)
+            config = model.config
+            url, service_actor = _start(model, stop, ending)
         except (StartFailed, TensorweaveError, ValueError, OSError, RayError, RayServeException) as error:
-            say(f"cannot start: {_sentence(error)}")
+            report(f"cannot start: {_sentence(error)}")
             return 1
         except StoppedEarly:
-            say("stopped before it was ready")
+            report("stopped before it was ready")
             return 1
-        say(f"ready: {config.model_name} at {url}/v1 (Serve's proxy at port {config.router.proxy_port})")
+        report(f"ready: {config.model_name} at {url}/v1 (Serve's proxy at port {config.router.proxy_port})")
         if on_ready is not None:
             on_ready(url)
-        code = _keep_up(config, guardian, stop, ending)
-    say("stopped")
+        code = _keep_up(config, service_actor, stop, ending)
+    report("stopped")
     return code
 
 
-def _keep_up(config: ServeConfig, guardian: ActorHandle[Any], stop: StopSignal, ending: ExitStack) -> int:
-    """Until the service is asked to stop, or cannot go on; returns the exit code."""
+def _keep_up(config: ServeConfig, service_actor: ActorHandle[Any], stop: StopSignal, ending: ExitStack) -> int:
+    """Return the exit code when the service has been asked to stop, or cannot go on."""
     try:
-        watch(RayCluster(guardian), stop, config.limits.outage_timeout_s, _PoolTeller())
+        monitor(RayCluster(service_actor), stop, config.limits.outage_timeout_s, _PoolReporter())
     except ServiceFailed as failure:
-        say(f"giving up: {failure}")
+        report(f"giving up: {failure}")
         return 1
     except RayLost as loss:
-        say(f"giving up: {loss}")
-        ending.pop_all()  # nobody is left to ask for an end in order; what it held must not end when it is collected
+        report(f"giving up: {loss}")
+        ending.pop_all()  # nothing is left to shut down in order, so its callbacks must not run
         if not abandon_ray():
             os._exit(1)
         return 1
     name = "asked to stop" if stop.received is None else stop.received.name
-    say(f"{name}: finishing running requests (up to {config.limits.drain_timeout_s:g} s), then stopping")
+    report(f"{name}: finishing running requests (up to {config.limits.drain_timeout_s:g} s), then stopping")
     return 0
 
 
-class _PoolTeller:
-    """Says how the pools are, whenever that changes."""
+class _PoolReporter:
+    """Prints the pools' state whenever it has changed."""
 
     def __init__(self) -> None:
-        self.told = ""
+        self.last_line = ""
 
     def __call__(self, pools: Sequence[dict[str, Any]]) -> None:
         line = "; ".join(_pool_line(pool) for pool in pools)
-        if line and line != self.told:
-            say(line)
-            self.told = line
+        if line and line != self.last_line:
+            report(line)
+            self.last_line = line
 
 
-def _start(served: ServedModel, stop: StopSignal, ending: ExitStack) -> tuple[str, ActorHandle[Any]]:
-    """Everything up to readiness; what must be undone goes on `ending`. Returns the URL and the guardian."""
-    config = served.config
+def _start(model: PinnedModel, stop: StopSignal, ending: ExitStack) -> tuple[str, ActorHandle[Any]]:
+    """Start everything and wait until it is ready; `ending` undoes it. Return the URL and the service actor."""
+    config = model.config
     deadline_s = time.monotonic() + config.limits.start_timeout_s
     _join_ray(config, ending)
     stop.arm()
-    guardian = _post_guardian(config, ending)
-    _check_ports(config, guardian)
-    say(f"loading {config.shared_args.model}")
+    service_actor = _start_service_actor(config, ending)
+    _check_ports(config, service_actor)
+    report(f"loading {config.shared_args.model}")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     env = ingress_env(config.router)
     http_options = {"host": config.router.host, "port": config.router.proxy_port}
     serve.start(http_options=http_options, controller_options={"runtime_env": {"env_vars": env}})
-    target = serve.RunTarget(build(served, replica_env=env), name=APP_NAME, route_prefix="/")
+    target = serve.RunTarget(build(model, replica_env=env), name=APP_NAME, route_prefix="/")
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-    _await_ready(config, guardian, stop, deadline_s)
-    _say_links(_await_links(guardian, stop))
-    return f"http://{config.router.reachable_host}:{config.router.port}", guardian
+    _await_ready(config, service_actor, stop, deadline_s)
+    _report_links(_await_links(service_actor, stop))
+    return f"http://{config.router.reachable_host}:{config.router.port}", service_actor
 
 
 def _join_ray(config: ServeConfig, ending: ExitStack) -> None:
-    """A Ray cluster that can hold the pools and carries no Serve of somebody else's."""
-    say("joining Ray" if config.ray.address or os.environ.get("RAY_ADDRESS") else "starting Ray")
+    """Join or start a Ray cluster. Raises StartFailed if it cannot hold the pools, or if Serve already runs there."""
+    report("joining Ray" if config.ray.address or os.environ.get("RAY_ADDRESS") else "starting Ray")
     need = needed_resources(pool_specs(config, has_gpus=False))
     num_cpus = need.get("CPU", 1.0)
     ending.enter_context(without_noise())
@@ -141,31 +141,31 @@ def _join_ray(config: ServeConfig, ending: ExitStack) -> None:
     refuse_open_ray(is_allowed=config.security.allow_unauthenticated_ray)
     if session.is_private or (config.limits.place_timeout_s is None and not can_grow()):
         _check_room(config)
-    if find_guardian() is not None:
-        raise StartFailed("this Ray cluster already carries a tensorweave service; stop that one first")
+    if find_service_actor() is not None:
+        raise StartFailed("a tensorweave service already runs on this Ray cluster; stop that one first")
     if serve.status().proxies:
         raise StartFailed(
-            "Ray Serve already runs on this cluster, so the front door's port cannot be set; "
+            "Ray Serve already runs on this cluster, so the ports of the routers cannot be set; "
             "use another cluster, end it with `serve shutdown`, or deploy beside it with "
             "`serve run tensorweave.deploy.serve_app:build_app config=FILE.yaml`"
         )
 
 
 def _check_room(config: ServeConfig) -> None:
-    """No node will come: what an idle cluster could not hold, this one never will."""
+    """Raises StartFailed if the cluster could not hold the pools even when idle: it gets no more nodes."""
     room = read_room()
     if shortage := explain_shortage(pool_specs(config, has_gpus=room.total("GPU") > 0), room):
         raise StartFailed(shortage)
 
 
-def _post_guardian(config: ServeConfig, ending: ExitStack) -> ActorHandle[Any]:
-    """The guardian, at its post until the end of the service, which it brings about."""
+def _start_service_actor(config: ServeConfig, ending: ExitStack) -> ActorHandle[Any]:
+    """Start the service actor; `ending` makes it end the service."""
     drain_timeout_s = config.limits.drain_timeout_s
     lifeline = OwnLifeline()
-    guardian: ActorHandle[Any] = (
-        ray.remote(Guardian)
+    service_actor: ActorHandle[Any] = (
+        ray.remote(ServiceActor)
         .options(
-            name=GUARDIAN_NAME,
+            name=SERVICE_ACTOR_NAME,
             namespace=NAMESPACE,
             lifetime="detached",
             num_cpus=0,
@@ -175,27 +175,27 @@ def _post_guardian(config: ServeConfig, ending: ExitStack) -> ActorHandle[Any]:
         )
         .remote(drain_timeout_s, lifeline.name)
     )
-    ending.callback(_end_service, guardian, lifeline, drain_timeout_s)
-    return guardian
+    ending.callback(_end_service, service_actor, lifeline, drain_timeout_s)
+    return service_actor
 
 
-def _end_service(guardian: ActorHandle[Any], lifeline: OwnLifeline, drain_timeout_s: float) -> None:
+def _end_service(service_actor: ActorHandle[Any], lifeline: OwnLifeline, drain_timeout_s: float) -> None:
     try:
-        ray.get(guardian.end.remote(), timeout=drain_timeout_s + DRAIN_SLACK_S + SERVE_SHUTDOWN_TIMEOUT_S)
+        ray.get(service_actor.end.remote(), timeout=drain_timeout_s + DRAIN_SLACK_S + SERVE_SHUTDOWN_TIMEOUT_S)
     except RayError as error:
-        say(f"could not be taken down cleanly: {_sentence(error)}")
+        report(f"the service could not be shut down cleanly: {_sentence(error)}")
     except KeyboardInterrupt:
-        say("not waiting any longer; on a cluster that stays, the service ends once its requests have")
-        raise  # and the guardian goes on without us
-    ray.kill(guardian)
+        report("not waiting any longer; on a cluster that stays, the service ends once its requests have")
+        raise  # the service actor continues without this process
+    ray.kill(service_actor)
     lifeline.end()
 
 
-def _check_ports(config: ServeConfig, guardian: ActorHandle[Any]) -> None:
+def _check_ports(config: ServeConfig, service_actor: ActorHandle[Any]) -> None:
     router = config.router
     ports = [*range(router.port, router.port + router.replicas), router.proxy_port]
     try:
-        taken = ray.get(guardian.taken_ports.remote(router.host, ports), timeout=_CONTROL_TIMEOUT_S)
+        taken = ray.get(service_actor.taken_ports.remote(router.host, ports), timeout=_CONTROL_TIMEOUT_S)
     except OSError as error:
         raise StartFailed(f"router.host {router.host!r} cannot be listened on: {_sentence(error)}") from None
     if taken:
@@ -203,36 +203,37 @@ def _check_ports(config: ServeConfig, guardian: ActorHandle[Any]) -> None:
         raise StartFailed(f"port {numbers} of {router.host} is taken; choose router.port and router.proxy_port anew")
 
 
-def _await_ready(config: ServeConfig, guardian: ActorHandle[Any], stop: StopSignal, deadline_s: float) -> None:
-    """Until both doors say that the service is ready, and every pool has a gang or is in trouble. Tells each change of
-    the pools."""
-    tell, router = _PoolTeller(), config.router
+def _await_ready(config: ServeConfig, service_actor: ActorHandle[Any], stop: StopSignal, deadline_s: float) -> None:
+    """Wait until router and proxy report the service as ready, and every pool has a gang or is known to have failed.
+    Report changes of the pools meanwhile."""
+    reporter, router = _PoolReporter(), config.router
     while True:
         _raise_failures()
-        pools = ray.get(guardian.describe_pools.remote(), timeout=_CONTROL_TIMEOUT_S) or []
+        pools = ray.get(service_actor.describe_pools.remote(), timeout=_CONTROL_TIMEOUT_S) or []
         for pool in pools:
             if pool["failure"]:
                 raise StartFailed(f"pool {pool['pool']}: {pool['failure']}")
-        tell(pools)
-        doors = [
-            guardian.probe.remote(router.reachable_host, port, "/ready") for port in (router.port, router.proxy_port)
+        reporter(pools)
+        probes = [
+            service_actor.probe.remote(router.reachable_host, port, "/ready")
+            for port in (router.port, router.proxy_port)
         ]
-        are_open = ray.get(doors, timeout=_CONTROL_TIMEOUT_S) == [200, 200]
-        if are_open and not any(_is_coming_up(pool) for pool in pools):
+        are_ready = ray.get(probes, timeout=_CONTROL_TIMEOUT_S) == [200, 200]
+        if are_ready and not any(_is_starting(pool) for pool in pools):
             return
         if time.monotonic() > deadline_s:
             raise StartFailed(
-                f"not ready within {config.limits.start_timeout_s:g} s (limits.start_timeout_s): {tell.told}"
+                f"not ready within {config.limits.start_timeout_s:g} s (limits.start_timeout_s): {reporter.last_line}"
             )
         if stop.wait(_PROGRESS_INTERVAL_S):
             raise StoppedEarly
 
 
-def _await_links(guardian: ActorHandle[Any], stop: StopSignal) -> list[dict[str, Any]]:
-    """The pools with every pair measured, or as they are after a few seconds: nothing waits for a measurement."""
+def _await_links(service_actor: ActorHandle[Any], stop: StopSignal) -> list[dict[str, Any]]:
+    """Wait a few seconds until the link of every pair is measured. Return the pools, measured or not."""
     give_up_s = time.monotonic() + _LINKS_TIMEOUT_S
     while True:
-        pools: list[dict[str, Any]] = ray.get(guardian.describe_pools.remote(), timeout=_CONTROL_TIMEOUT_S) or []
+        pools: list[dict[str, Any]] = ray.get(service_actor.describe_pools.remote(), timeout=_CONTROL_TIMEOUT_S) or []
         ready = [(pool["role"], gang) for pool in pools for gang in pool["gangs"] if gang["state"] == "ready"]
         num_prefill = sum(role == "prefill" for role, _ in ready)
         if all(len(gang.get("kv_links", {})) >= num_prefill for role, gang in ready if role == "decode"):
@@ -248,23 +249,23 @@ def _raise_failures() -> None:
         raise StartFailed(" ".join(dict.fromkeys(essence(message) for message in messages if message)))
 
 
-def _is_coming_up(pool: dict[str, Any]) -> bool:
-    """A first gang is being started, and nothing has gone wrong with it yet: the service can do without the pool, but
-    not for long. Of a pool that has a gang the others may follow."""
+def _is_starting(pool: dict[str, Any]) -> bool:
+    """Whether the pool's first gang is being started, without a failure so far. A pool that has a gang is not waited
+    for, nor is one that has failed: the service can do without it for a while."""
     states = [gang["state"] for gang in pool["gangs"]]
     return "ready" not in states and any(gang["state"] == "starting" and not gang["reason"] for gang in pool["gangs"])
 
 
-def _say_links(pools: Sequence[dict[str, Any]]) -> None:
-    """What the self-test found of the ways from prefill to decode gangs."""
+def _report_links(pools: Sequence[dict[str, Any]]) -> None:
+    """Report what the self-test measured on the links from prefill to decode gangs."""
     for gang in (gang for pool in pools for gang in pool["gangs"]):
         for source, link in gang.get("kv_links", {}).items():
             if link["error"]:
-                say(f"no KV comes from {source} to {gang['gang_id']}, prompts are computed there: {link['error']}")
+                report(f"no KV from {source} to {gang['gang_id']}, which computes prompts itself: {link['error']}")
             else:
-                pace = f"{link['megabytes_per_s']:.0f} MB/s, {link['latency_ms']:.2f} ms"
+                rate = f"{link['megabytes_per_s']:.0f} MB/s, {link['latency_ms']:.2f} ms"
                 is_slow = link["megabytes_per_s"] * 1e6 < SLOW_BYTES_PER_S
-                say(f"KV from {source} to {gang['gang_id']}: {pace}" + (", a slow link" if is_slow else ""))
+                report(f"KV from {source} to {gang['gang_id']}: {rate}" + (", a slow link" if is_slow else ""))
 
 
 def _pool_line(pool: dict[str, Any]) -> str:
@@ -279,7 +280,7 @@ def _gang_line(gang: dict[str, Any]) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    """What went wrong, here or in an actor, without a copy of its stack."""
+    """The reason, for an error of this process or of an actor, without a traceback."""
     if isinstance(error, StartFailed):
         return str(error)
     return sentence_of(error.cause if isinstance(error, RayTaskError) else error)

@@ -1,4 +1,4 @@
-"""Waiting for SIGTERM, SIGINT or SIGHUP without a poll: the handler writes to a pipe, the main thread waits on it."""
+"""`StopSignal`: wait for SIGTERM, SIGINT or SIGHUP. The handler writes to a pipe, on which the main thread waits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopSignal:
-    """A context manager of the main thread. The first signal asks to stop; one more of them acts as it did before."""
+    """A context manager for the main thread. The first signal asks to stop; a second one has its former effect."""
 
     def __init__(self) -> None:
         self._reader, self._writer = os.pipe()
@@ -24,7 +24,7 @@ class StopSignal:
         return self
 
     def arm(self) -> None:
-        """Take the signals, again if need be: `ray.init` puts handlers of its own in their place."""
+        """Install the handlers. Call it again after `ray.init`, which installs its own."""
         for number in _SIGNALS:
             before = signal.signal(number, self._note)
             self._before.setdefault(number, before)
@@ -37,7 +37,7 @@ class StopSignal:
         os.close(self._writer)
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """True once a signal came; False when `timeout_s` passed without one."""
+        """Whether a signal came within `timeout_s`, or earlier."""
         return bool(select.select([self._reader], [], [], timeout_s)[0])
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -1,7 +1,7 @@
-"""A model of no use but for trials: a directory with a small Llama's config and a byte-level tokenizer, and no weights.
+"""A model for tests only: a directory with a small Llama's config and a byte-level tokenizer, and no weights.
 
-Served with `load_format: dummy`, whose weights are drawn by tensor name, so that every gang, of whatever
-tensor-parallel size, holds the same ones. `tensorweave chaos` makes it where a configuration says `model: tiny-random`.
+It is loaded with `load_format: dummy`, which draws weights by tensor name, so that gangs of all tensor-parallel sizes
+have the same ones. `tensorweave chaos` writes it if a configuration has `model: tiny-random`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def write_tiny_model(directory: Path) -> Path:
 
 
 def _byte_tokenizer() -> Tokenizer:
-    """One token a byte: the special tokens first, then the alphabet in its own order."""
+    """One token per byte: the special tokens first, then the sorted alphabet."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([*_SPECIALS, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

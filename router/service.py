@@ -24,7 +24,7 @@ class RouterService:
     `model_name`: what answers call the model; `other_names`: by which clients may ask for it too.
     `accepts_phases`: clients may send a request's phases by hand, with tickets that name hosts to connect to.
     `key_digests`: of the API keys, one of which a client must have (`router/http/keys.py`); none: no key is asked for.
-    `cors_origins`: of web pages whose scripts may call the service (`router/http/front.py`); "*" for any.
+    `cors_origins`: of web pages whose scripts may call the service (`router/http/middleware.py`); "*" for any.
     """
 
     model_name: str

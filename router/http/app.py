@@ -25,10 +25,10 @@ from tensorweave.router.bodies.served import check_name
 from tensorweave.router.bodies.tasks import DETOKENIZE, TOKENIZE, BodyTask
 from tensorweave.router.http import asgi
 from tensorweave.router.http.endpoint import GenerateEndpoint
-from tensorweave.router.http.front import with_front
 from tensorweave.router.http.health import check_health
 from tensorweave.router.http.keys import ApiKeys, may_see_operations
 from tensorweave.router.http.metrics import RouterMetrics
+from tensorweave.router.http.middleware import with_middleware
 from tensorweave.router.http.openapi import openapi_document
 from tensorweave.router.openai.prepare import plan_chat, plan_completion
 from tensorweave.router.service import RouterService
@@ -75,15 +75,15 @@ class _App(FastAPI):
         return self.openapi_schema
 
 
-def build_app(service: RouterService, *, server_echoes_ids: bool = False, made_up_ids: str = "") -> FastAPI:
-    """`server_echoes_ids` and `made_up_ids`: see `asgi.RequestIds`."""
+def build_app(service: RouterService, *, server_echoes_ids: bool = False, generated_id_prefix: str = "") -> FastAPI:
+    """`server_echoes_ids` and `generated_id_prefix`: see `asgi.RequestIds`."""
     metrics = RouterMetrics(service.model_name, service.dispatcher)
     service.created_s = service.created_s or int(time.time())
     front = functools.partial(
-        with_front,
+        with_middleware,
         cors_origins=service.cors_origins,
         server_echoes_ids=server_echoes_ids,
-        made_up_ids=made_up_ids,
+        generated_id_prefix=generated_id_prefix,
     )
     app = _App(service, front)
     for path, plan in (("/v1/completions", plan_completion), ("/v1/chat/completions", plan_chat)):

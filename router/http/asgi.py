@@ -48,17 +48,17 @@ class ClientGone(Exception):
 
 
 class RequestIds:
-    """ASGI middleware: every answer carries `x-request-id`, the client's own where it sent one.
+    """ASGI middleware: every answer has the header `x-request-id`, with the client's own id if it sent one.
 
     `server_echoes`: the server around the application answers with whatever id the request came with, so that only
-    another one, in place of what is no valid id, is left to tell. `made_up`: what ids begin with that it gave to
-    requests without one.
+    another one, in place of what is no valid id, is left to tell. `generated_prefix`: what ids begin with that it gave
+    to requests without one.
     """
 
-    def __init__(self, app: ASGIApp, *, server_echoes: bool = False, made_up: str = "") -> None:
+    def __init__(self, app: ASGIApp, *, server_echoes: bool = False, generated_prefix: str = "") -> None:
         self._app = app
         self._server_echoes = server_echoes
-        self._made_up = made_up
+        self._generated_prefix = generated_prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -67,7 +67,9 @@ class RequestIds:
         given = _given_request_id(scope)
         request_id = (given or secrets.token_hex(16)).encode()
         scope[_REQUEST_ID_KEY] = request_id.decode("ascii")
-        scope[_CLIENT_ID_KEY] = None if given and self._made_up and given.startswith(self._made_up) else given
+        scope[_CLIENT_ID_KEY] = (
+            None if given and self._generated_prefix and given.startswith(self._generated_prefix) else given
+        )
         if self._server_echoes and request_id == header(scope, REQUEST_ID_HEADER):
             await self._app(scope, receive, send)
             return

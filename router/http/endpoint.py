@@ -24,9 +24,9 @@ from tensorweave.router.openai.answers import DONE
 from tensorweave.router.openai.disaggregated import ContextPhase, params_of
 from tensorweave.router.openai.prepare import Plan
 from tensorweave.router.openai.schemas import Usage
-from tensorweave.router.pace import Pace
 from tensorweave.router.service import RouterService
 from tensorweave.router.text.generation import TextDelta, generate_all, generate_first
+from tensorweave.router.time_slice import TimeSlice
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _INTERNAL: Final = "internal error; the server's log has it under this request's
 _MAX_STALL_S: Final = 60.0  # a client that reads nothing for so long is given up
 
 
-class Tally:
+class RequestStats:
     """What one HTTP request has produced so far: tokens, cached tokens, times."""
 
     def __init__(self, plan: Plan, metrics: RouterMetrics, started_s: float) -> None:
@@ -134,70 +134,70 @@ class GenerateEndpoint:
                 plan = await self._plan(self._service, body, asgi.client_request_id(scope))
                 del body
                 share.give_back()
-                await self._answer(plan, Tally(plan, self._metrics, started_s), scope, send)
+                await self._answer(plan, RequestStats(plan, self._metrics, started_s), scope, send)
 
-    async def _answer(self, plan: Plan, tally: Tally, scope: Scope, send: Send) -> None:
+    async def _answer(self, plan: Plan, stats: RequestStats, scope: Scope, send: Send) -> None:
         self._metrics.count_prompt(sum(plan.prompt_lens))
         if plan.is_context_only:
-            await self._answer_context(plan, tally, send)
+            await self._answer_context(plan, stats, send)
             return
-        async with aclosing(self._deltas(plan, tally)) as deltas:
+        async with aclosing(self._deltas(plan, stats)) as deltas:
             if plan.is_streamed:
                 first = await anext(deltas)  # until here, an error still has its own HTTP status
-                await self._stream(plan, tally, first, deltas, scope, send)
+                await self._stream(plan, stats, first, deltas, scope, send)
             else:
-                await self._answer_whole(plan, tally, deltas, send)
+                await self._answer_whole(plan, stats, deltas, send)
 
-    async def _deltas(self, plan: Plan, tally: Tally) -> AsyncGenerator[TextDelta, None]:
+    async def _deltas(self, plan: Plan, stats: RequestStats) -> AsyncGenerator[TextDelta, None]:
         """As they come, counted. Where only the prompt is to be told, the one token that is computed for it is not."""
-        pace = Pace()
+        time_slice = TimeSlice()
         async with aclosing(generate_all(self._service.dispatcher, plan.jobs)) as deltas:
             async for delta in deltas:
                 if not plan.has_output:
                     delta = _without_output(delta)
-                tally.add(delta)
+                stats.add(delta)
                 yield delta
-                await pace.give_way()
+                await time_slice.checkpoint()
 
-    async def _answer_context(self, plan: Plan, tally: Tally, send: Send) -> None:
+    async def _answer_context(self, plan: Plan, stats: RequestStats, send: Send) -> None:
         """The first token, and what the generation phase needs to go on from it."""
         [job], [choice] = plan.jobs, plan.choices
         delta, ticket = await generate_first(self._service.dispatcher, job)
-        tally.add(delta)
+        stats.add(delta)
         piece = choice.add(delta)
         assert piece is not None, "a context phase's only delta has no finish reason"
         whole = plan.answer.new_choice()
         await whole.add(piece)
         params = None if ticket is None else params_of(ticket, delta.token_ids, job.request.sampling.seed)
         phase = ContextPhase(job.request.prompt_token_ids, params)
-        await asgi.send_json(send, plan.answer.whole([whole], tally.usage(), phase))
+        await asgi.send_json(send, plan.answer.whole([whole], stats.usage(), phase))
 
     async def _answer_whole(
-        self, plan: Plan, tally: Tally, deltas: AsyncGenerator[TextDelta, None], send: Send
+        self, plan: Plan, stats: RequestStats, deltas: AsyncGenerator[TextDelta, None], send: Send
     ) -> None:
         choices = [plan.answer.new_choice() for _ in plan.jobs]
         async for delta in deltas:
             if (piece := plan.choices[delta.index].add(delta)) is not None:
                 await choices[delta.index].add(piece)
-        await asgi.send_json(send, plan.answer.whole([choices[place] for place in plan.best()], tally.usage()))
+        await asgi.send_json(send, plan.answer.whole([choices[place] for place in plan.best()], stats.usage()))
 
     async def _stream(
         self,
         plan: Plan,
-        tally: Tally,
+        stats: RequestStats,
         first: TextDelta,
         deltas: AsyncGenerator[TextDelta, None],
         scope: Scope,
         send: Send,
     ) -> None:
-        running = tally.usage if plan.has_running_usage else lambda: None
+        running = stats.usage if plan.has_running_usage else lambda: None
 
         async def event(delta: TextDelta) -> bytes:
             piece = plan.choices[delta.index].add(delta)
             return b"" if piece is None else await plan.answer.event(piece, running())
 
         prompt = plan.jobs[0].request.prompt_token_ids
-        before = tally.prompt_usage() if plan.has_running_usage else None
+        before = stats.prompt_usage() if plan.has_running_usage else None
         opening = plan.answer.opening(len(plan.jobs), prompt, before)
         await asgi.start_events(send)
         try:
@@ -206,7 +206,7 @@ class GenerateEndpoint:
                 if news := await event(delta):
                     async with asyncio.timeout(_MAX_STALL_S):
                         await asgi.send_event(send, news)
-            last = plan.answer.usage_event(tally.usage()) if plan.includes_usage else b""
+            last = plan.answer.usage_event(stats.usage()) if plan.includes_usage else b""
             await asgi.end_events(send, last + DONE)
         except TensorweaveError as error:
             self._metrics.count_error(error)

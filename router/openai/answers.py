@@ -16,13 +16,13 @@ from tensorweave.router.openai.disaggregated import ContextPhase
 from tensorweave.router.openai.schemas import Usage
 from tensorweave.router.openai.token_shapes import TokenShapes
 from tensorweave.router.openai.whole_choice import LogprobsJson, WholeChoice, ending, prompt_fields
-from tensorweave.router.pace import Pace
-from tensorweave.router.text.choices import Piece, Telling
-from tensorweave.router.text.token_track import ToldToken
+from tensorweave.router.text.choices import ChoiceChunk, Telling
+from tensorweave.router.text.token_offsets import PlacedToken
+from tensorweave.router.time_slice import TimeSlice
 
 DONE: Final = b"data: [DONE]\n\n"
 
-LogprobColumns = Callable[[TokenShapes, Sequence[ToldToken], int], dict[str, list[Any]]]
+LogprobColumns = Callable[[TokenShapes, Sequence[PlacedToken], int], dict[str, list[Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,22 +132,22 @@ class Answer:
             chunks.append(self._chunk(choice, usage, b"" if index else ids))
         return b"".join(chunks)
 
-    async def event(self, piece: Piece, usage: Usage | None) -> bytes:
-        """The chunks for one piece: one, or its text and its finish reason apart."""
+    async def event(self, chunk: ChoiceChunk, usage: Usage | None) -> bytes:
+        """The chunks for one chunk: one, or its text and its finish reason apart."""
         shape = self._shape
-        logprobs, fields = await self._written_logprobs(piece), self._token_fields(piece)
-        if piece.prompt is not None and shape.has_prompt_in_choice:
-            fields = await prompt_fields(piece.prompt, self._telling, self._tokens, Pace()) + fields
-        text = shape.delta % orjson.dumps(piece.text)
+        logprobs, fields = await self._written_logprobs(chunk), self._token_fields(chunk)
+        if chunk.prompt is not None and shape.has_prompt_in_choice:
+            fields = await prompt_fields(chunk.prompt, self._telling, self._tokens, TimeSlice()) + fields
+        text = shape.delta % orjson.dumps(chunk.text)
         if not shape.last_delta:
-            return self._chunk(_choice(piece.index, text, logprobs, ending(piece) + fields), usage)
+            return self._chunk(_choice(chunk.index, text, logprobs, ending(chunk) + fields), usage)
         chunks = b""
-        if piece.text:
-            chunks = self._chunk(_choice(piece.index, text, logprobs, ending(None) + fields), usage)
+        if chunk.text:
+            chunks = self._chunk(_choice(chunk.index, text, logprobs, ending(None) + fields), usage)
             logprobs, fields = b"null", b""
-        if piece.finish_reason is None:
+        if chunk.finish_reason is None:
             return chunks
-        return chunks + self._chunk(_choice(piece.index, shape.last_delta, logprobs, ending(piece) + fields), usage)
+        return chunks + self._chunk(_choice(chunk.index, shape.last_delta, logprobs, ending(chunk) + fields), usage)
 
     def usage_event(self, usage: Usage) -> bytes:
         return self._chunk(b"", usage)
@@ -163,16 +163,16 @@ class Answer:
         shape = self._shape
         return LogprobsJson(lambda tokens: shape.logprobs(self._tokens, tokens, num_top), shape.logprobs_end)
 
-    async def _written_logprobs(self, piece: Piece) -> bytes:
+    async def _written_logprobs(self, chunk: ChoiceChunk) -> bytes:
         if (logprobs := self._new_logprobs()) is None:
             return b"null"
-        await logprobs.add(piece, Pace())
+        await logprobs.add(chunk, TimeSlice())
         return logprobs.json()
 
-    def _token_fields(self, piece: Piece) -> bytes:
+    def _token_fields(self, chunk: ChoiceChunk) -> bytes:
         if not self._telling.has_token_ids:
             return b""
-        return _rest({"token_ids": [token.token_id for token in piece.tokens]})
+        return _rest({"token_ids": [token.token_id for token in chunk.tokens]})
 
 
 def _choice(index: int, text: bytes, logprobs: bytes, fields: bytes) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from tensorweave.cluster.protocol import Logprob, TokenLogprobs
 from tensorweave.router.text.pieces import decode_utf8
-from tensorweave.router.text.token_track import ToldToken
+from tensorweave.router.text.token_offsets import PlacedToken
 from tensorweave.router.text.tokens import Tokenizer
 
 _BYTES_MARK: Final = "bytes:"
@@ -23,7 +23,7 @@ class TokenShapes:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def completion_logprobs(self, tokens: Sequence[ToldToken], num_top: int) -> dict[str, list[Any]]:
+    def completion_logprobs(self, tokens: Sequence[PlacedToken], num_top: int) -> dict[str, list[Any]]:
         """The likeliest tokens are keys, so of two that read the same the likelier is told. The token itself is always
         among them."""
         return {
@@ -33,14 +33,14 @@ class TokenShapes:
             "top_logprobs": [self._by_text(token, num_top) if token.logprobs else None for token in tokens],
         }
 
-    def _by_text(self, token: ToldToken, num_top: int) -> dict[str, float]:
+    def _by_text(self, token: PlacedToken, num_top: int) -> dict[str, float]:
         own, *top = token.logprobs
         told: dict[str, float] = {}
         for logprob in [*top[:num_top], own]:
             told.setdefault(self._text_at(token, logprob.token_id, _BYTES_MARK), _number(logprob))
         return told
 
-    def chat_logprobs(self, tokens: Sequence[ToldToken], num_top: int) -> dict[str, list[Any]]:
+    def chat_logprobs(self, tokens: Sequence[PlacedToken], num_top: int) -> dict[str, list[Any]]:
         content = [
             {
                 **self._chat_token(token, own),
@@ -51,7 +51,7 @@ class TokenShapes:
         ]
         return {"content": content}
 
-    def _chat_token(self, place: ToldToken, logprob: Logprob) -> dict[str, Any]:
+    def _chat_token(self, place: PlacedToken, logprob: Logprob) -> dict[str, Any]:
         return {
             "token": self._text_at(place, logprob.token_id, ""),
             "logprob": _number(logprob),
@@ -70,13 +70,13 @@ class TokenShapes:
         """As the token reads behind other text."""
         return _written(self._tokenizer.token_bytes(token_id), bytes_mark)
 
-    def _text_at(self, place: ToldToken, token_id: int, bytes_mark: str) -> str:
+    def _text_at(self, place: PlacedToken, token_id: int, bytes_mark: str) -> str:
         """A token that was chosen, or might have been, where `place` is."""
         if token_id == place.token_id:
             return self._own_text(place, bytes_mark)
         return _written(self._tokenizer.token_bytes(token_id, begins_text=place.begins_text), bytes_mark)
 
-    def _own_text(self, token: ToldToken, bytes_mark: str) -> str:
+    def _own_text(self, token: PlacedToken, bytes_mark: str) -> str:
         match token.own:
             case str():
                 return token.own
@@ -85,7 +85,7 @@ class TokenShapes:
             case None:
                 return self.text(token.token_id, bytes_mark)
 
-    def _bytes_at(self, place: ToldToken, token_id: int) -> bytes:
+    def _bytes_at(self, place: PlacedToken, token_id: int) -> bytes:
         if token_id != place.token_id or place.own is None:
             return self._tokenizer.token_bytes(token_id, begins_text=place.begins_text)
         return place.own.encode() if isinstance(place.own, str) else place.own

@@ -1,7 +1,7 @@
-"""`WholeChoice`: one choice of an answer that is sent in one piece, written to JSON as its tokens come.
+"""`WholeChoice`: one choice of an answer that is sent in one chunk, written to JSON as its tokens come.
 
 What an answer tells beside its text may be hundreds of times as long. Written at the end, it would hold up the event
-loop for seconds; written piece by piece, it costs each step what a stream costs.
+loop for seconds; written chunk by chunk, it costs each step what a stream costs.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any, Final, TypeVar
 import orjson
 
 from tensorweave.router.openai.token_shapes import TokenShapes
-from tensorweave.router.pace import Pace
-from tensorweave.router.text.choices import Piece, Telling, ToldPrompt
-from tensorweave.router.text.token_track import ToldToken
+from tensorweave.router.text.choices import ChoiceChunk, PromptDetails, Telling
+from tensorweave.router.text.token_offsets import PlacedToken
+from tensorweave.router.time_slice import TimeSlice
 
 T = TypeVar("T")
 
 _ROWS: Final = 64
 """Tokens that are written in one go: with 20 likeliest each, about 2 ms."""
 
-Columns = Callable[[Sequence[ToldToken]], dict[str, list[Any]]]
+Columns = Callable[[Sequence[PlacedToken]], dict[str, list[Any]]]
 
 
 class JsonList:
@@ -47,11 +47,11 @@ class LogprobsJson:
         self._more = more
         self._lists = {name: JsonList() for name in columns(())}
 
-    async def add(self, piece: Piece, pace: Pace) -> None:
-        for rows in itertools.chain(slices(piece.echoed), slices(piece.tokens)):
+    async def add(self, chunk: ChoiceChunk, time_slice: TimeSlice) -> None:
+        for rows in itertools.chain(slices(chunk.echoed), slices(chunk.tokens)):
             for name, values in self._columns(rows).items():
                 self._lists[name].extend(values)
-            await pace.give_way()
+            await time_slice.checkpoint()
 
     def json(self) -> bytes:
         fields = [b'"%b":%b' % (name.encode(), values.json()) for name, values in self._lists.items()]
@@ -59,28 +59,28 @@ class LogprobsJson:
 
 
 class WholeChoice:
-    """Feed it every piece of its choice, then take its parts."""
+    """Feed it every chunk of its choice, then take its parts."""
 
     def __init__(self, telling: Telling, shapes: TokenShapes, logprobs: LogprobsJson | None) -> None:
         self._telling = telling
         self._shapes = shapes
         self._logprobs = logprobs
-        self._pace = Pace()
+        self._time_slice = TimeSlice()
         self._texts: list[str] = []
         self._token_ids = JsonList()
-        self._last: Piece | None = None
+        self._last: ChoiceChunk | None = None
         self.prompt_fields = b""
         """What is told of the prompt, as JSON fields, each behind a comma."""
 
-    async def add(self, piece: Piece) -> None:
-        self._last = piece
-        self._texts.append(piece.text)
+    async def add(self, chunk: ChoiceChunk) -> None:
+        self._last = chunk
+        self._texts.append(chunk.text)
         if self._telling.has_token_ids:
-            self._token_ids.extend([token.token_id for token in piece.tokens])
+            self._token_ids.extend([token.token_id for token in chunk.tokens])
         if self._logprobs is not None:
-            await self._logprobs.add(piece, self._pace)
-        if piece.prompt is not None:
-            self.prompt_fields = await prompt_fields(piece.prompt, self._telling, self._shapes, self._pace)
+            await self._logprobs.add(chunk, self._time_slice)
+        if chunk.prompt is not None:
+            self.prompt_fields = await prompt_fields(chunk.prompt, self._telling, self._shapes, self._time_slice)
 
     @property
     def text(self) -> bytes:
@@ -93,7 +93,7 @@ class WholeChoice:
     @property
     def ending(self) -> bytes:
         """The reasons for its end, as fields behind a comma each."""
-        assert self._last is not None, "no choice is without a piece"
+        assert self._last is not None, "no choice is without a chunk"
         return ending(self._last)
 
     @property
@@ -101,7 +101,7 @@ class WholeChoice:
         return b',"token_ids":' + self._token_ids.json() if self._telling.has_token_ids else b""
 
 
-async def prompt_fields(prompt: ToldPrompt, telling: Telling, shapes: TokenShapes, pace: Pace) -> bytes:
+async def prompt_fields(prompt: PromptDetails, telling: Telling, shapes: TokenShapes, time_slice: TimeSlice) -> bytes:
     """What is told of a prompt, as JSON fields, each behind a comma."""
     fields = b""
     if telling.has_token_ids:
@@ -112,16 +112,16 @@ async def prompt_fields(prompt: ToldPrompt, telling: Telling, shapes: TokenShape
         told.extend([None])  # of the first token
         for rows in slices(prompt.logprobs):
             told.extend(shapes.prompt_logprobs(rows, telling.num_prompt_logprobs))
-            await pace.give_way()
+            await time_slice.checkpoint()
         fields += b',"prompt_logprobs":' + told.json()
     return fields
 
 
-def ending(piece: Piece | None) -> bytes:
+def ending(chunk: ChoiceChunk | None) -> bytes:
     """The reasons for a choice's end, as fields, each after a comma; None: it has not ended."""
-    if piece is None or piece.finish_reason is None:
+    if chunk is None or chunk.finish_reason is None:
         return b',"finish_reason":null'
-    return b',"finish_reason":"%b","stop_reason":%b' % (piece.finish_reason.encode(), orjson.dumps(piece.stop_reason))
+    return b',"finish_reason":"%b","stop_reason":%b' % (chunk.finish_reason.encode(), orjson.dumps(chunk.stop_reason))
 
 
 def slices(rows: Sequence[T]) -> Iterator[Sequence[T]]:

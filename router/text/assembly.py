@@ -17,7 +17,7 @@ from tensorweave.router.text.pieces import REPLACEMENT, ByteFallbackPieces, Byte
 _MAX_WINDOW_HOLD: Final = 8  # tokens: a character takes at most four byte tokens, so a longer hold is a real U+FFFD
 
 
-class Step(NamedTuple):
+class TokenText(NamedTuple):
     """What one token brought: text, and at which of its characters, counted from the text before, the token begins.
 
     Of a token behind an incomplete character, `begin` may lie within text that is still to come, and a later token's
@@ -42,7 +42,7 @@ class TextAssembler(Protocol):
 
     def add(self, token_ids: Iterable[int]) -> str: ...
 
-    def add_one(self, token_id: int) -> Step: ...
+    def add_one(self, token_id: int) -> TokenText: ...
 
     def finish(self) -> str: ...
 
@@ -66,15 +66,15 @@ class ByteLevelText:
         pieces, skipped = self._pieces, self._skipped
         return self._utf8.decode(b"".join([pieces[token] for token in token_ids if token not in skipped]))
 
-    def add_one(self, token_id: int) -> Step:
+    def add_one(self, token_id: int) -> TokenText:
         piece = b"" if token_id in self._skipped else self._pieces[token_id]
         if self.is_whole or not piece:
             text = self._utf8.decode(piece)
-            return Step(text, 0, is_part=bool(piece) and not self.is_whole)
+            return TokenText(text, 0, is_part=bool(piece) and not self.is_whole)
         first = self._utf8.decode(piece[:1])
         continues = not first or (len(first) == 1 and self.is_whole)  # else the earlier bytes have become a U+FFFD
         text = first + self._utf8.decode(piece[1:])
-        return Step(text, 0 if continues else 1, is_part=continues or not self.is_whole)
+        return TokenText(text, 0 if continues else 1, is_part=continues or not self.is_whole)
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -107,22 +107,22 @@ class ByteFallbackText:
     def add(self, token_ids: Iterable[int]) -> str:
         return "".join([self.add_one(token).text for token in token_ids])
 
-    def add_one(self, token_id: int) -> Step:
+    def add_one(self, token_id: int) -> TokenText:
         return self._add_piece(None if token_id in self._skipped else self._pieces[token_id])
 
     def finish(self) -> str:
         return self._strip(self._end_run())
 
-    def _add_piece(self, piece: str | int | None) -> Step:
+    def _add_piece(self, piece: str | int | None) -> TokenText:
         num_pending = len(self._run)
         if piece is None:
-            return Step("", num_pending)
+            return TokenText("", num_pending)
         if isinstance(piece, str):
             ended = self._strip(self._end_run())
-            return Step(ended + self._strip(piece), len(ended))
+            return TokenText(ended + self._strip(piece), len(ended))
         text = self._strip(self._add_byte(piece))
         completes = num_pending > 0 and len(text) == 1 and not self._is_malformed
-        return Step(text, 0 if completes else num_pending, is_part=num_pending > 0 or bool(self._run))
+        return TokenText(text, 0 if completes else num_pending, is_part=num_pending > 0 or bool(self._run))
 
     def _add_byte(self, byte: int) -> str:
         if self._is_malformed:
@@ -180,21 +180,21 @@ class WindowedText:
     def add(self, token_ids: Iterable[int]) -> str:
         return "".join([self.add_one(token).text for token in token_ids])
 
-    def add_one(self, token_id: int) -> Step:
+    def add_one(self, token_id: int) -> TokenText:
         held = self._held
         if token_id in self._skipped or not self._pieces.knows(token_id):
-            return Step("", len(held))
+            return TokenText("", len(held))
         self._ids.append(token_id)
         text = self._pieces.decode(self._ids)[self._num_told :]
         begin = _num_common(held, text)
         num_pending = len(self._ids) - self._num_context
         if text.endswith(REPLACEMENT) and num_pending <= _MAX_WINDOW_HOLD:
-            return Step(self._hold(text), begin, is_part=True)
+            return TokenText(self._hold(text), begin, is_part=True)
         if text:
             self._move_context()
         elif num_pending > _MAX_WINDOW_HOLD:
             del self._ids[self._num_context :]  # they have no text
-        return Step(text, begin, is_part=begin < len(held))
+        return TokenText(text, begin, is_part=begin < len(held))
 
     def finish(self) -> str:
         text = self._pieces.decode(self._ids)[self._num_told :] if not self.is_whole else ""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tensorweave.cluster.protocol import FinishReason, TokenLogprobs
 from tensorweave.router.text.echo import Echo, EchoedTokens
-from tensorweave.router.text.token_track import TokenTrack, ToldToken
+from tensorweave.router.text.token_offsets import PlacedToken, TokenOffsets
 from tensorweave.router.text.tokens import Tokenizer
 
 if TYPE_CHECKING:
@@ -69,13 +69,13 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class ToldPrompt:
+class PromptDetails:
     token_ids: Sequence[int]
     logprobs: Sequence[TokenLogprobs] | None
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ChoiceChunk:
     """What a choice says now; one with a finish reason is its last. All of them joined are the choice.
 
     `echoed` (the prompt's tokens) and `prompt` come with the first one, where they were asked for.
@@ -83,15 +83,15 @@ class Piece:
 
     index: int
     text: str
-    tokens: Sequence[ToldToken] = ()
+    tokens: Sequence[PlacedToken] = ()
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    echoed: Sequence[ToldToken] = ()
-    prompt: ToldPrompt | None = None
+    echoed: Sequence[PlacedToken] = ()
+    prompt: PromptDetails | None = None
 
 
 class ChoiceStream:
-    """Of one sequence. Feed it every delta; it answers with a piece whenever there is something to say.
+    """Of one sequence. Feed it every delta; it answers with a chunk whenever there is something to say.
 
     Args:
         index: The choice's place.
@@ -120,19 +120,19 @@ class ChoiceStream:
         self._echo = prompt.echo or Echo("")
         self._has_begun = False
         self._num_chars = len(self._echo.text)
-        self._track: TokenTrack | None = None
+        self._track: TokenOffsets | None = None
         if telling.has_tokens:
             assembler = tokenizer.assembler(
                 context,
                 skip_special_tokens=skip_special_tokens,
                 spaces_between_special_tokens=spaces_between_special_tokens,
             )
-            self._track = TokenTrack(tokenizer, assembler, self._num_chars, skip_special_tokens=skip_special_tokens)
+            self._track = TokenOffsets(tokenizer, assembler, self._num_chars, skip_special_tokens=skip_special_tokens)
         self._prompt_logprobs: Sequence[TokenLogprobs] | None = None
         self._sum_logprobs = 0.0
         self._num_tokens = 0
 
-    def add(self, delta: TextDelta) -> Piece | None:
+    def add(self, delta: TextDelta) -> ChoiceChunk | None:
         self._num_tokens += len(delta.token_ids)
         self._sum_logprobs += sum([own.logprob for own, *_ in delta.logprobs])
         self._num_chars += len(delta.text)
@@ -146,22 +146,22 @@ class ChoiceStream:
         if not text and not is_last:
             return None
         self._has_begun = True
-        tokens: Sequence[ToldToken] = ()
+        tokens: Sequence[PlacedToken] = ()
         if self._track is not None:
             tokens = self._track.end(self._num_chars) if is_last else self._track.release(self._num_chars)
-        piece = Piece(self._index, text, tokens, delta.finish_reason, delta.stop_reason)
-        return self._with_prompt(piece) if begins else piece
+        chunk = ChoiceChunk(self._index, text, tokens, delta.finish_reason, delta.stop_reason)
+        return self._with_prompt(chunk) if begins else chunk
 
     @property
     def mean_logprob(self) -> float:
         """By which the best of several are chosen."""
         return self._sum_logprobs / max(self._num_tokens, 1)
 
-    def _with_prompt(self, piece: Piece) -> Piece:
+    def _with_prompt(self, chunk: ChoiceChunk) -> ChoiceChunk:
         telling, ids, logprobs = self._telling, self._prompt.token_ids, self._prompt_logprobs
-        echoed: Sequence[ToldToken] = ()
+        echoed: Sequence[PlacedToken] = ()
         if self._echo.offsets:
             assert logprobs is not None, "the first token came without the prompt's log-probabilities"
             echoed = EchoedTokens(self._echo, ids, logprobs)
-        told_prompt = ToldPrompt(ids, logprobs) if telling.has_prompt else None
-        return dataclasses.replace(piece, echoed=echoed, prompt=told_prompt)
+        details = PromptDetails(ids, logprobs) if telling.has_prompt else None
+        return dataclasses.replace(chunk, echoed=echoed, prompt=details)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final, overload
 
 from tensorweave.cluster.protocol import TokenLogprobs
-from tensorweave.router.text.token_track import TokenTrack, ToldToken
+from tensorweave.router.text.token_offsets import PlacedToken, TokenOffsets
 from tensorweave.router.text.tokens import Tokenizer
 
 _OFFSETS: Final = "q"
@@ -26,8 +26,8 @@ class Echo:
         text: The prompt's text.
         context: The last ids of it, from which the answer's text goes on.
         offsets: Where the tokens are told too, where each begins in the text.
-        owns: As `ToldToken.own`, of each.
-        begin_text: As `ToldToken.begins_text`, of each.
+        owns: As `PlacedToken.own`, of each.
+        begin_text: As `PlacedToken.begins_text`, of each.
     """
 
     text: str
@@ -37,7 +37,7 @@ class Echo:
     begin_text: Sequence[bool] = ()
 
     @classmethod
-    def of(cls, text: str, context: Sequence[int], tokens: Sequence[ToldToken]) -> Echo:
+    def of(cls, text: str, context: Sequence[int], tokens: Sequence[PlacedToken]) -> Echo:
         columns = zip(*[(token.offset, token.own, token.begins_text) for token in tokens], strict=True)
         return cls(text, context, *columns)
 
@@ -53,7 +53,7 @@ class Echo:
         return cls(text, tuple(context), *map(tuple, columns))
 
 
-class EchoedTokens(Sequence[ToldToken]):
+class EchoedTokens(Sequence[PlacedToken]):
     """The tokens of an echo with their log-probabilities, made a slice at a time: a prompt may have 100,000."""
 
     def __init__(self, echo: Echo, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
@@ -66,17 +66,17 @@ class EchoedTokens(Sequence[ToldToken]):
         return len(self._token_ids)
 
     @overload
-    def __getitem__(self, place: int) -> ToldToken: ...
+    def __getitem__(self, place: int) -> PlacedToken: ...
 
     @overload
-    def __getitem__(self, place: slice) -> Sequence[ToldToken]: ...
+    def __getitem__(self, place: slice) -> Sequence[PlacedToken]: ...
 
-    def __getitem__(self, place: int | slice) -> ToldToken | Sequence[ToldToken]:
+    def __getitem__(self, place: int | slice) -> PlacedToken | Sequence[PlacedToken]:
         if isinstance(place, slice):
             return [self[index] for index in range(*place.indices(len(self)))]
         index, echo = range(len(self))[place], self._echo
         logprobs = self._logprobs[index - 1] if index else ()
-        return ToldToken(
+        return PlacedToken(
             self._token_ids[index], logprobs, echo.offsets[index], echo.owns[index], echo.begin_text[index]
         )
 
@@ -106,14 +106,14 @@ def read_echo(tokenizer: Tokenizer, asked: EchoRequest) -> Echo:
     context = tuple(tokenizer.left_context(asked.token_ids[first:last], skip_special_tokens=False))
     if asked.given is not None and not asked.has_tokens:
         return Echo(asked.given, context)
-    track = TokenTrack(tokenizer, tokenizer.assembler(skip_special_tokens=False), 0, skip_special_tokens=False)
+    track = TokenOffsets(tokenizer, tokenizer.assembler(skip_special_tokens=False), 0, skip_special_tokens=False)
     text = track.add(asked.token_ids[first:last])
     if asked.is_all:
         text += track.finish()
     if not asked.has_tokens:
         return Echo(text, context)
-    before = [ToldToken(token_id, (), 0) for token_id in asked.token_ids[:first]]
-    behind = [ToldToken(token_id, (), len(text)) for token_id in asked.token_ids[last:]]
+    before = [PlacedToken(token_id, (), 0) for token_id in asked.token_ids[:first]]
+    behind = [PlacedToken(token_id, (), len(text)) for token_id in asked.token_ids[last:]]
     return Echo.of(text, context, [*before, *track.end(len(text)), *behind])
 
 

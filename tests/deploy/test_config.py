@@ -176,12 +176,12 @@ def test_origins_of_web_pages(tmp_path: Path, written: str, origins: list[str]) 
         (
             "model: m\nsecurity: {cors_origins: ['*', 'https://a']}",
             [],
-            "service.yaml:2: security.cors_origins: '*' is any origin: it stands alone",
+            "service.yaml:2: security.cors_origins: '*' means any origin and must be the only one",
         ),
         (
             "model: m\nsecurity: {cors_origins: 'https://a/'}",
             [],
-            "service.yaml:2: security.cors_origins: 'https://a/' is no origin: scheme://host or scheme://host:port, "
+            "service.yaml:2: security.cors_origins: 'https://a/' is not an origin: scheme://host or scheme://host:port, "
             "without a path",
         ),
         (

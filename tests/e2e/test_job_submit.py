@@ -34,7 +34,7 @@ BIN = Path(sys.executable).parent
 TIMEOUT_S = 150.0
 TOKEN = secrets.token_hex(32)
 DRIVER = "python -m tensorweave.cli.main serve"
-OURS = ("Guardian", "Lifeline", "ServeController", "ProxyActor", "ServeReplica", "PoolSupervisor", "RankWorker")
+OURS = ("ServiceActor", "Lifeline", "ServeController", "ProxyActor", "ServeReplica", "PoolSupervisor", "RankWorker")
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -119,11 +119,14 @@ def test_submitted_service_serves_and_stops(cluster: tuple[str, Path], tmp_path:
     assert any(is_ours(process) for process in processes_of(temp_dir))
 
     long = RunningAnswer(port, max_tokens=1500)
-    # A driver that handles no signal is killed while Ray restarts the killed guardian, which must find that out itself.
-    [guardian] = [process for process in processes_of(temp_dir) if command_of(process).startswith("ray::Guardian")]
+    # A driver that handles no signal is killed while Ray restarts the killed service actor, which must notice by
+    # itself.
+    [service_actor] = [
+        process for process in processes_of(temp_dir) if command_of(process).startswith("ray::ServiceActor")
+    ]
     [driver] = [process for process in processes_of(temp_dir) if command_of(process).startswith(DRIVER)]
     driver.suspend()
-    guardian.kill()
+    service_actor.kill()
     ray("job", "stop", "--address", address, "serve")
     assert long.num_generated() == 1500
 

@@ -85,8 +85,8 @@ def test_a_service_from_start_to_drain(service: tuple[ServiceProcess, int, int],
     for door in (port, proxy_port):
         assert num_generated(complete(door)) == 4
         assert request_ids(door, "trace-7") == ["trace-7"]
-        [made_up] = request_ids(door, "no id") or []
-        assert made_up != "no id"
+        [generated] = request_ids(door, "no id") or []
+        assert generated != "no id"
         check_page(door)
 
     # A router that dies with a client connected comes back at the same port: its dead connections do not keep the port.
@@ -193,7 +193,7 @@ def test_a_service_outlives_what_keeps_it_up_and_a_killed_driver_leaves_nothing(
     # What keeps the service up may die: the gang serves on, and everything is replaced.
     ranks = named(process, "RankWorker")
     through_it_all = RunningAnswer(port, max_tokens=1500)
-    for keeper in ("PoolSupervisor", "ServeReplica:tensorweave:Pools", "Lifeline", "Guardian"):
+    for keeper in ("PoolSupervisor", "ServeReplica:tensorweave:Pools", "Lifeline", "ServiceActor"):
         [victim] = named(process, keeper)
         victim.kill()
         wait_until(
@@ -210,7 +210,7 @@ def test_a_service_outlives_what_keeps_it_up_and_a_killed_driver_leaves_nothing(
     # Ray's own two agents look for the dead head for a minute before they end.
     agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
     family = [child for child in process.descendants() if not command_of(child).startswith(agents)]
-    assert len(family) >= 7, "Ray, the guardian, Serve, the routers and the ranks"
+    assert len(family) >= 7, "Ray, the service actor, Serve, the routers and the ranks"
     process.process.kill()
     wait_until(lambda: not alive(family), END_TIMEOUT_S, "no process outlives a killed driver")
     assert listener(port) is None

@@ -1,5 +1,5 @@
-"""An id that the server made up for a request is none of its client's: nobody can ask again by it, so nobody is asked
-for it, and it still names the request in the answer and in logs."""
+"""An id that the server generated is not the client's: a request cannot be repeated under it, so no gang is asked for
+it. It still names the request in the answer and in logs."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def test_only_a_clients_own_id_is_looked_for(name: str | None, door: str, monkey
     if door == "plain":
         app = build_app(make_service(link))
     else:
-        made_up = mark_generated_ids()
-        app = build_app(make_service(link), server_echoes_ids=True, made_up_ids=made_up)
+        generated = mark_generated_ids()
+        app = build_app(make_service(link), server_echoes_ids=True, generated_id_prefix=generated)
         app = http_util.RequestIdMiddleware(app)  # as Serve wraps it
 
     async def call() -> httpx.Response:

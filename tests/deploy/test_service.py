@@ -1,5 +1,5 @@
-"""The end of a service, seen from its driver: the guardian is let go of when it is done, and left to its work when the
-person at the keyboard will not wait for it."""
+"""The end of a service, seen from its driver: the service actor is killed when it is done, and continues alone when the
+user does not wait for it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ray.exceptions import GetTimeoutError
 
 from tensorweave.deploy import service
 from tensorweave.deploy.config import ServeConfig, load_config
+from tensorweave.deploy.monitor import RayLost
 from tensorweave.deploy.stop_signal import StopSignal
-from tensorweave.deploy.watch import RayLost
 
 
 class FakeHandle:
@@ -74,27 +74,27 @@ def is_interrupted() -> None:
 
 
 @pytest.mark.parametrize("get", [is_done, is_late])
-def test_a_guardian_is_let_go_of_at_the_end(
+def test_the_service_actor_is_killed_at_the_end(
     get: Callable[[], None], config: ServeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = FakeRay(get)
     monkeypatch.setattr(service, "ray", ray)
     monkeypatch.setattr(service, "OwnLifeline", FakeLifeline)
     with ExitStack() as ending:
-        service._post_guardian(config, ending)
+        service._start_service_actor(config, ending)
         assert ray.num_killed == 0
     assert ray.num_killed == 1
 
 
-def test_a_second_interrupt_leaves_the_service_to_the_guardian(
+def test_a_second_interrupt_leaves_the_service_to_the_service_actor(
     config: ServeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ray = FakeRay(is_interrupted)
     monkeypatch.setattr(service, "ray", ray)
     monkeypatch.setattr(service, "OwnLifeline", FakeLifeline)
     with pytest.raises(KeyboardInterrupt), ExitStack() as ending:
-        service._post_guardian(config, ending)
-    assert ray.num_killed == 0, "nobody else would take the service off a cluster that stays"
+        service._start_service_actor(config, ending)
+    assert ray.num_killed == 0, "nothing else would end the service on a cluster that stays"
     assert "not waiting any longer" in capsys.readouterr().err
 
 
@@ -106,13 +106,13 @@ def test_nothing_is_asked_of_a_ray_that_is_lost(
     def is_lost(*arguments: object) -> None:
         raise RayLost("its raylet has ended")
 
-    monkeypatch.setattr(service, "ray", FakeRay(lambda: asked.append("the guardian")))
+    monkeypatch.setattr(service, "ray", FakeRay(lambda: asked.append("the service actor")))
     monkeypatch.setattr(service, "OwnLifeline", FakeLifeline)
-    monkeypatch.setattr(service, "RayCluster", lambda guardian: None)
-    monkeypatch.setattr(service, "watch", is_lost)
+    monkeypatch.setattr(service, "RayCluster", lambda service_actor: None)
+    monkeypatch.setattr(service, "monitor", is_lost)
     monkeypatch.setattr(service, "abandon_ray", lambda: True)
     with ExitStack() as ending:
-        guardian = service._post_guardian(config, ending)
-        assert service._keep_up(config, guardian, StopSignal(), ending) == 1
+        service_actor = service._start_service_actor(config, ending)
+        assert service._keep_up(config, service_actor, StopSignal(), ending) == 1
     assert asked == []
     assert "giving up: its raylet has ended" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`TokenTrack`: where each token of a text lies in it, told once the token's text has been."""
+"""`TokenOffsets`: where each token of a text lies in it, told once the token's text has been."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tensorweave.cluster.protocol import TokenLogprobs
-from tensorweave.router.text.assembly import Step, TextAssembler
+from tensorweave.router.text.assembly import TextAssembler, TokenText
 from tensorweave.router.text.pieces import REPLACEMENT
 from tensorweave.router.text.tokens import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class ToldToken:
+class PlacedToken:
     """A token of a choice.
 
     Attributes:
@@ -32,7 +32,7 @@ class ToldToken:
     begins_text: bool = False
 
 
-class TokenTrack:
+class TokenOffsets:
     """Fed with the tokens that an `IncrementalDetokenizer` is fed with, over an assembler like its own."""
 
     def __init__(
@@ -42,7 +42,7 @@ class TokenTrack:
         self._assembler = assembler
         self._num_chars = num_chars
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
-        self._waiting: list[tuple[ToldToken, int | None]] = []
+        self._waiting: list[tuple[PlacedToken, int | None]] = []
         """With the end of its text; None for a token that ends within a character."""
 
     def add(self, token_ids: Iterable[int], logprobs: Sequence[TokenLogprobs] = ()) -> str:
@@ -54,7 +54,7 @@ class TokenTrack:
             start = self._num_chars + step.begin
             self._num_chars += len(step.text)
             self._move_back(start)
-            told = ToldToken(
+            told = PlacedToken(
                 token_id, logprobs[place] if logprobs else (), start, self._own(token_id, step), begins_text
             )
             self._waiting.append((told, self._num_chars if self._assembler.is_whole else None))
@@ -67,7 +67,7 @@ class TokenTrack:
         self._num_chars += len(text)
         return text
 
-    def release(self, num_chars: int) -> list[ToldToken]:
+    def release(self, num_chars: int) -> list[PlacedToken]:
         """Those whose text lies within the first `num_chars` characters, each once."""
         num_ready = 0
         for place, (_, end) in enumerate(self._waiting, start=1):
@@ -80,7 +80,7 @@ class TokenTrack:
         del self._waiting[:num_ready]
         return ready
 
-    def end(self, num_chars: int) -> list[ToldToken]:
+    def end(self, num_chars: int) -> list[PlacedToken]:
         """All that wait: no more text comes than `num_chars` characters."""
         rest = [
             token if token.offset <= num_chars else dataclasses.replace(token, offset=num_chars)
@@ -97,7 +97,7 @@ class TokenTrack:
                 return
             self._waiting[place] = (dataclasses.replace(token, offset=start), end)
 
-    def _own(self, token_id: int, step: Step) -> str | bytes | None:
+    def _own(self, token_id: int, step: TokenText) -> str | bytes | None:
         if token_id in self._skipped:
             return None
         text = step.text[step.begin :]

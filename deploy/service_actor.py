@@ -1,11 +1,11 @@
-"""The service's last hand: a detached actor that drains and takes the service down when its driver asks, or when its
-driver is gone.
+"""`ServiceActor`: a detached actor that drains and shuts down the service when its driver asks, or when its driver
+dies.
 
 Serve outlives the process that deployed it, so a driver that is killed (`ray job stop` does so after 3 s) would leave
-it running. The guardian also is the mark that a cluster carries a service: there is at most one. Ray starts it again
-when it dies, and it looks for the driver anew: whichever of the two goes first, nothing stays.
+it running. There is at most one such actor on a cluster, so its name also tells whether a service runs there. Ray
+restarts it when it dies, and it then looks for the driver again: whichever of the two dies first, nothing is left.
 
-    driver ──end()──────▶ guardian ──▶ gangs finish their requests, take no new ones ──▶ serve.shutdown()
+    driver ──end()─────────▶ ServiceActor ──▶ gangs finish their requests, accept no new ones ──▶ serve.shutdown()
        └─its Lifeline ends──▶┘
 """
 
@@ -25,7 +25,7 @@ from ray.exceptions import RayError
 
 from tensorweave.cluster.owner_liveness import wait_for_end
 from tensorweave.cluster.supervisor import find_supervisor
-from tensorweave.deploy.home import APP_NAME, GUARDIAN_NAME, NAMESPACE, supervisor_home
+from tensorweave.deploy.actor_names import APP_NAME, NAMESPACE, SERVICE_ACTOR_NAME, supervisor_home
 from tensorweave.deploy.ingress import taken_ports
 
 logger = logging.getLogger(__name__)
@@ -37,10 +37,11 @@ _STOP_TIMEOUT_S: Final = 30.0
 _NUM_END_TRIES: Final = 3
 
 
-class Guardian:
-    """An actor on the head node, beside the routers. `drain_timeout_s` is what running requests get to finish.
+class ServiceActor:
+    """Runs on the head node, beside the routers. Running requests have `drain_timeout_s` to finish.
 
-    It follows the driver's `lifeline` on a thread of its own, for nobody calls it when Ray has started it again.
+    A thread of its own waits for the end of the driver's `lifeline`, because nothing calls the actor after Ray has
+    restarted it.
     """
 
     def __init__(self, drain_timeout_s: float, lifeline: str) -> None:
@@ -48,17 +49,17 @@ class Guardian:
         self._home = supervisor_home(APP_NAME)
         self._ending: asyncio.Task[None] | None = None
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        threading.Thread(target=_outlive_driver, args=(lifeline,), name="outlive-driver", daemon=True).start()
+        threading.Thread(target=_end_after_driver, args=(lifeline,), name="wait-for-driver", daemon=True).start()
 
     def taken_ports(self, host: str, ports: Sequence[int]) -> list[int]:
         return taken_ports(host, ports)
 
     async def probe(self, host: str, port: int, path: str) -> int | None:
-        """The status of a GET on this node; None when nobody answers."""
+        """The status of a GET on this node; None if there is no answer."""
         return await asyncio.to_thread(_get_status, host, port, path)
 
     async def describe_pools(self) -> list[dict[str, Any]] | None:
-        """What the supervisor tells of its pools; None while there is none."""
+        """The supervisor's description of its pools; None if there is no supervisor or it does not answer."""
         try:
             async with asyncio.timeout(_PROBE_TIMEOUT_S):
                 supervisor = await asyncio.to_thread(find_supervisor, self._home)
@@ -68,15 +69,15 @@ class Guardian:
         return pools
 
     async def end(self) -> None:
-        """Drain, then take Serve and with it the gangs down. Calling it again waits for the same end, or tries again
-        where that has failed."""
+        """Drain, then shut down Serve and the gangs. A second call waits for the first, or tries again if that
+        failed."""
         if self._ending is None or _has_failed(self._ending):
             self._ending = asyncio.create_task(self._end())
         await asyncio.shield(self._ending)
 
     async def _end(self) -> None:
         pools = await self.describe_pools()
-        is_unknown = pools is None  # slow to answer: requests may be running all the same
+        is_unknown = pools is None  # it may only be slow: requests may be running
         if is_unknown or any(gang["state"] == "ready" for pool in pools or () for gang in pool["gangs"]):
             await self._drain()
         try:
@@ -96,7 +97,7 @@ class Guardian:
             logger.warning("draining was cut short: %s: %s", type(error).__name__, error)
 
     async def _end_supervisor(self) -> None:
-        """After Serve, whose health check would start another one."""
+        """Stop it after Serve, whose health check would start another one."""
         try:
             async with asyncio.timeout(_STOP_TIMEOUT_S):
                 supervisor = await asyncio.to_thread(find_supervisor, self._home)
@@ -112,22 +113,22 @@ def _has_failed(task: asyncio.Task[None]) -> bool:
     return task.done() and (task.cancelled() or task.exception() is not None)
 
 
-def _outlive_driver(lifeline: str) -> None:
-    """When the driver is gone: end the service, whatever it takes, and then this actor.
+def _end_after_driver(lifeline: str) -> None:
+    """Wait until the driver is gone, end the service with several tries, then kill this actor.
 
-    This runs outside the actor's tasks: Ray lets an actor exit only when the tasks that it has called are over, so a
-    task that the actor calls on itself cannot exit it.
+    This runs outside the actor's tasks: Ray lets an actor exit only after the tasks that it has called, so a task that
+    the actor calls on itself cannot exit it.
     """
     wait_for_end(lifeline)
-    logger.warning("the driver is gone: taking the service down")
-    guardian = ray.get_runtime_context().current_actor
+    logger.warning("the driver is gone: shutting down the service")
+    service_actor = ray.get_runtime_context().current_actor
     for _ in range(_NUM_END_TRIES):
         try:
-            guardian.end.remote().future().result()
+            service_actor.end.remote().future().result()
             break
         except RayError as error:
-            logger.error("the service could not be taken down: %s", error)
-    ray.kill(guardian, no_restart=True)
+            logger.error("the service could not be shut down: %s", error)
+    ray.kill(service_actor, no_restart=True)
 
 
 def _get_status(host: str, port: int, path: str) -> int | None:
@@ -141,10 +142,10 @@ def _get_status(host: str, port: int, path: str) -> int | None:
         connection.close()
 
 
-def find_guardian() -> ActorHandle[Any] | None:
-    """The cluster's guardian, if it carries a service."""
+def find_service_actor() -> ActorHandle[Any] | None:
+    """The cluster's service actor, if a service runs there."""
     try:
-        guardian: ActorHandle[Any] = ray.get_actor(GUARDIAN_NAME, namespace=NAMESPACE)
+        service_actor: ActorHandle[Any] = ray.get_actor(SERVICE_ACTOR_NAME, namespace=NAMESPACE)
     except ValueError:
         return None
-    return guardian
+    return service_actor

@@ -1,4 +1,4 @@
-"""Where on a Ray cluster a service lives: names, namespace, the head node."""
+"""The names of a service's actors, their namespace, and the node that they run on."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Final
 from tensorweave.cluster.supervisor import Home
 
 APP_NAME: Final = "tensorweave"
-GUARDIAN_NAME: Final = "tensorweave-guardian"
+SERVICE_ACTOR_NAME: Final = "tensorweave-service"
 NAMESPACE: Final = "tensorweave"
 HEAD_NODE: Final = {"node:__internal_head__": 0.001}
 
 
 def supervisor_home(app_name: str) -> Home:
-    """Of the gangs of this Serve application: beside Ray's own controllers, which nothing of ours outlives."""
+    """Of the gangs of this Serve application: on the head node, beside Ray's own controllers."""
     return Home(f"pools-{app_name}", NAMESPACE, HEAD_NODE)

@@ -1,7 +1,7 @@
-"""What a driver does while its service is up: it tells what becomes of the pools, and ends a service that cannot go on.
+"""What a driver does while its service is up: it reports changes of the pools, and ends a service that cannot go on.
 
-pools whose gangs all fail for `limits.outage_timeout_s` ─▶ ServiceFailed     the service is taken down in order
-Ray dead on this host, or silent ────────────────────────▶ RayLost           there is nothing left to take down by
+the gangs of all pools fail for `limits.outage_timeout_s` ─▶ ServiceFailed     the service is shut down in order
+Ray is dead on this host, or silent ──────────────────────▶ RayLost           nothing is left to shut it down with
 """
 
 from __future__ import annotations
@@ -14,43 +14,43 @@ from typing import Any, Final, Protocol
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-_TURN_S: Final = 2.0
+_PERIOD_S: Final = 2.0
 _ASK_TIMEOUT_S: Final = 10.0
 _SILENCE_S: Final = 45.0
-"""Ray's own patience with a head that is gone is 60 s, after which it ends this process without a word."""
+"""Less than the 60 s after which Ray itself ends a process that cannot reach the head, without a message."""
 _CLOSE_TIMEOUT_S: Final = 20.0
 
 Pools = Sequence[dict[str, Any]]
 
 
 class ServiceFailed(Exception):
-    """No gang can serve, and none will soon."""
+    """No gang can serve requests, and none will soon."""
 
 
 class RayLost(Exception):
-    """Ray is gone under the service, here or at the head."""
+    """Ray is gone, on this host or on the head node."""
 
 
 class Stop(Protocol):
     def wait(self, timeout_s: float | None = None) -> bool:
-        """True once the service has been asked to stop."""
+        """Whether the service has been asked to stop."""
 
 
 class Cluster(Protocol):
-    """The service's Ray: `RayCluster`, or a test's."""
+    """The Ray cluster that the service runs on."""
 
     def is_node_alive(self) -> bool | None:
-        """Whether Ray counts this host as alive; None where it does not answer."""
+        """Whether Ray considers this host alive; None if Ray does not answer."""
 
     def pools(self) -> Pools | None:
-        """None where the guardian does not answer; none where it knows of none."""
+        """The pools; None if the service actor does not answer."""
 
 
 class RayCluster:
-    """Asks the head, on a thread where Ray's own call has no limit, and the service's guardian."""
+    """Asks the head, on a thread because Ray's own call has no time limit, and the service actor."""
 
-    def __init__(self, guardian: Any) -> None:
-        self._guardian = guardian
+    def __init__(self, service_actor: Any) -> None:
+        self._service_actor = service_actor
         self._node_id = ray.get_runtime_context().get_node_id()
 
     def is_node_alive(self) -> bool | None:
@@ -65,46 +65,48 @@ class RayCluster:
 
     def pools(self) -> Pools | None:
         try:
-            return ray.get(self._guardian.describe_pools.remote(), timeout=_ASK_TIMEOUT_S) or ()
+            return ray.get(self._service_actor.describe_pools.remote(), timeout=_ASK_TIMEOUT_S) or ()
         except (GetTimeoutError, RayError):
             return None
 
 
-def watch(
+def monitor(
     cluster: Cluster,
     stop: Stop,
     outage_timeout_s: float,
-    tell: Callable[[Pools], None],
+    report: Callable[[Pools], None],
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Returns when the service has been asked to stop. Raises ServiceFailed, RayLost."""
-    heard_s = answered_s = served_s = clock()
-    while not stop.wait(_TURN_S):
+    """Return when the service has been asked to stop. Raises ServiceFailed, RayLost."""
+    ray_answered_s = actor_answered_s = served_s = clock()
+    while not stop.wait(_PERIOD_S):
         is_alive = cluster.is_node_alive()
         if is_alive is False:
-            raise RayLost("Ray counts this host as dead: its raylet has ended, or the head cannot reach it")
+            raise RayLost("Ray considers this host dead: its raylet has ended, or the head cannot reach it")
         if is_alive:
-            heard_s = clock()
-        elif clock() - heard_s > _SILENCE_S:
+            ray_answered_s = clock()
+        elif clock() - ray_answered_s > _SILENCE_S:
             raise RayLost(f"the head of the Ray cluster has not answered for {_SILENCE_S:g} s")
         else:
             continue
         pools = cluster.pools()
         if pools is None:
-            if clock() - answered_s > _SILENCE_S:
-                raise RayLost(f"the service's guardian on the head node has not answered for {_SILENCE_S:g} s")
+            if clock() - actor_answered_s > _SILENCE_S:
+                raise RayLost(f"the service actor on the head node has not answered for {_SILENCE_S:g} s")
             continue
-        answered_s = clock()
-        tell(pools)
+        actor_answered_s = clock()
+        report(pools)
         failure = _failure(pools)
         if failure is None:
             served_s = clock()
         elif clock() - served_s > outage_timeout_s:
-            raise ServiceFailed(f"nothing has served for {outage_timeout_s:g} s (limits.outage_timeout_s): {failure}")
+            raise ServiceFailed(
+                f"no gang has served requests for {outage_timeout_s:g} s (limits.outage_timeout_s): {failure}"
+            )
 
 
 def _failure(pools: Pools) -> str | None:
-    """Why no request can be answered, where each pool that decodes has failed."""
+    """Why no request can be answered; None unless every pool that decodes has failed."""
     decoding = [pool for pool in pools if pool["role"] != "prefill"]
     if not decoding or not all(pool["failure"] for pool in decoding):
         return None
@@ -112,7 +114,7 @@ def _failure(pools: Pools) -> str | None:
 
 
 def abandon_ray() -> bool:
-    """Leave a Ray that is gone; False where that does not end in time, and only the end of this process will do."""
+    """Disconnect from a Ray that is gone. Return False if that takes too long, so that only exiting is left."""
     leaving = threading.Thread(target=ray.shutdown, name="leave-ray", daemon=True)
     leaving.start()
     leaving.join(_CLOSE_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""What stands before all routes: `with_front` wraps the whole application, error answers included.
+"""What stands before all routes: `with_middleware` wraps the whole application, error answers included.
 
 Every answer carries `x-request-id`, a path's trailing slash is as good as none, and, where origins are given, scripts
 of web pages may call the service from a browser (CORS).
@@ -30,7 +30,9 @@ class PlainPaths:
         await self._app(scope, receive, send)
 
 
-def with_front(app: ASGIApp, cors_origins: Sequence[str], *, server_echoes_ids: bool, made_up_ids: str) -> ASGIApp:
+def with_middleware(
+    app: ASGIApp, cors_origins: Sequence[str], *, server_echoes_ids: bool, generated_id_prefix: str
+) -> ASGIApp:
     """`cors_origins`: "*" alone is any. The ids: see `asgi.RequestIds`."""
     app = PlainPaths(app)
     if cors_origins:
@@ -43,4 +45,4 @@ def with_front(app: ASGIApp, cors_origins: Sequence[str], *, server_echoes_ids: 
             allow_private_network=True,
             expose_headers=_EXPOSED_HEADERS,
         )
-    return asgi.RequestIds(app, server_echoes=server_echoes_ids, made_up=made_up_ids)
+    return asgi.RequestIds(app, server_echoes=server_echoes_ids, generated_prefix=generated_id_prefix)

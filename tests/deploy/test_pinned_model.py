@@ -15,8 +15,8 @@ from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.mesh import Mesh, MeshRank
 from tensorweave.cluster.ranks import RankOrder, RankPlace
 from tensorweave.deploy.config import ServeConfig
+from tensorweave.deploy.pinned_model import PinnedModel
 from tensorweave.deploy.pools import pool_specs
-from tensorweave.deploy.served_model import ServedModel
 from tensorweave.workers.engine_dir.model_digest import check_model_digest, model_digest
 from tensorweave.workers.rank import RankWorker
 from tensorweave.workers.store import model_store
@@ -45,8 +45,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return asked
 
 
-def find(**fields: Any) -> ServedModel:
-    return ServedModel.find(ServeConfig.model_validate(fields))
+def find(**fields: Any) -> PinnedModel:
+    return PinnedModel.find(ServeConfig.model_validate(fields))
 
 
 def test_a_hub_id_goes_to_every_host_with_the_commit_that_was_found(hub: dict[str, Any]) -> None:
