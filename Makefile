@@ -4,12 +4,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install serve chat test lint types shell lines pytest bench clean
+.PHONY: help install serve chat test lint types shell lines pytest quick bench clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Where Python has sys.monitoring, coverage uses it: it costs less than tracing.
+export COVERAGE_CORE ?= $(shell $(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")' 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # Without an NVIDIA GPU, everything is installed in the versions with which CI runs. With one, torch and what it needs are the machine's own.
@@ -64,7 +66,11 @@ lines: install
 	@$(BIN)/python .ci/line_table.py
 
 pytest: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=
+	@$(BIN)/python .ci/coverage_table.py
+
+quick: install ## The tests that start no service and no real model: less than two minutes on two free cores
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not slow and not model'
 
 bench: install ## Throughput, latency and step overhead of the small model, as JSON in build/bench
 	$(BIN)/tensorweave bench overhead --json build/bench/overhead.json

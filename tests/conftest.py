@@ -1,13 +1,16 @@
-"""How all tests draw their examples: the same ones every time, and no limit on how long one takes.
+"""What holds for all tests.
 
-`pytest --hypothesis-profile=search` draws new ones, to find what the usual ones do not. And what all tests ask of Ray:
-not to kill our processes where others fill the machine's memory.
+Hypothesis draws the same examples every time, with no limit on how long one takes; `pytest --hypothesis-profile=search`
+draws new ones. Ray does not kill our processes where others fill the machine's memory. Tests of whole services are
+slow, and coverage is measured without the slow tests.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -23,3 +26,15 @@ settings.load_profile("repeatable")
 
 NO_MEMORY_MONITOR = "RAY_memory_monitor_refresh_ms"
 os.environ[NO_MEMORY_MONITOR] = "0"
+
+HERE = Path(__file__).parent
+WHOLE_SERVICES = (HERE / "e2e", HERE / "chaos")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(folder in item.path.parents for folder in WHOLE_SERVICES):
+            item.add_marker(pytest.mark.slow)
+        if any(item.get_closest_marker(name) for name in ("slow", "model")):
+            item.add_marker(pytest.mark.no_cover)  # pytest-cov pauses for it: tracing would make these tests slower

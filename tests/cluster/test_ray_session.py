@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.e2e.service_process import END_TIMEOUT_S, START_TIMEOUT_S, alive, command_of, wait_until
 
@@ -29,6 +30,7 @@ with start_or_join_ray() as session:
 DAEMONS = ("ray/core/src/ray/gcs/gcs_server ", "ray/core/src/ray/raylet/raylet ")
 
 
+@pytest.mark.slow
 def test_a_signal_to_our_group_leaves_ray_alone_and_our_death_does_not() -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     owner = subprocess.Popen(

@@ -181,6 +181,7 @@ def test_place_heads_equals_its_torch_form(
 LONG = {**MIXES, "long": [(255, 1), (256, 1), (257, 1), (900, 1), (0, 1), (0, 5), (511, 1)]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 1, 6, 100, 300])
 @pytest.mark.parametrize(
@@ -253,6 +254,7 @@ def test_attention_to_a_few_keys_of_many(scale: float, dtype: torch.dtype) -> No
     torch.testing.assert_close(ours.double(), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.slow
 def test_it_is_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native._library.cache_clear()

@@ -13,6 +13,7 @@ from tests.llmapi import forked_child
 NUM_CALLS = 17
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_forked_child_is_told_so_and_harms_nothing(directory: Path, num_ranks: int) -> None:
     command = [sys.executable, forked_child.__file__, str(directory), str(num_ranks)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tensorweave import LLM, KvCacheConfig, SamplingParams
 from tests.llmapi.small_llm import write_small_model
 
@@ -22,6 +24,7 @@ def events_of(directory: Path, ranks: int) -> list[dict[str, Any]]:
         return events
 
 
+@pytest.mark.slow
 def test_two_ranks_tell_what_one_tells(tmp_path: Path) -> None:
     directory = write_small_model(tmp_path)
     events = events_of(directory, 2)

@@ -57,6 +57,7 @@ def pids_of(llm: LLM) -> list[int]:
     raise AssertionError("there are no two ranks")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_processors_reach_every_rank_and_a_replaced_gang(tmp_path: Path) -> None:
     directory = write_small_model(tmp_path)

@@ -46,6 +46,7 @@ def wait_free(num_cpus: int) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_what_an_llm_has_placed_goes_with_its_owner(cluster: None, tmp_path: Path) -> None:
     directory = str(write_small_model(tmp_path))

@@ -152,10 +152,12 @@ def check_turns(bodies: list[tuple[str, str, Any]], is_right: Callable[[int], bo
             assert turns.longest_s < MAX_TURN_S, (name, turns.longest_s)
 
 
+@pytest.mark.slow
 def test_bodies_that_are_refused() -> None:
     check_turns(REFUSED, lambda status: status in (400, 404))
 
 
+@pytest.mark.slow
 def test_bodies_that_are_answered() -> None:
     check_turns(ANSWERED, lambda status: status == 200)
 

@@ -102,6 +102,7 @@ EVENTS = st.builds(
 STEMS = [[(i * i // (stem + 2)) % 4 for i in range(60)] for stem in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["MAX_UTILIZATION", "GUARANTEED_NO_EVICT", "STATIC_BATCH"])
 def test_random_histories_leave_no_block_and_no_request_behind(policy: CapacityPolicy) -> None:
     seen = {"histories": 0, "steps": 0, "paused": 0, "reused": 0, "copied": 0, "cancelled": 0}

@@ -113,6 +113,7 @@ def _exercise(rank: int, pipe: Connection, size: int, results: Any) -> None:
     comm.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_agree_sum_and_gather_and_no_port_stays_open(size: int, gang: Gang) -> None:
     for _ in range(size):
@@ -152,6 +153,7 @@ def _beat(rank: int, pipe: Connection, results: Any) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_dead_or_silent_peer_is_a_lost_worker(fault: signal.Signals, gang: Gang) -> None:
     for _ in range(2):

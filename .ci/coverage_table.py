@@ -1,0 +1,23 @@
+"""Prints which share of each room's lines the last `make pytest` ran, from the data that pytest-cov has left."""
+
+from __future__ import annotations
+
+import io
+
+from coverage import Coverage
+from line_table import ROOMS
+
+WHAT = "lines run by the tests that are not marked slow or model, within pytest's processes (the others are not traced)"
+
+
+def main() -> None:
+    coverage = Coverage()
+    coverage.load()
+    print(f"coverage: {WHAT}")
+    for room in ROOMS:
+        print(f"{room:<20}{coverage.report(file=io.StringIO(), include=[f'{room}/*']):>6.1f} %")
+    print(f"{'all':<20}{coverage.report(file=io.StringIO()):>6.1f} %")
+
+
+if __name__ == "__main__":
+    main()
