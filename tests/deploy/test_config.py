@@ -181,8 +181,8 @@ def test_origins_of_web_pages(tmp_path: Path, written: str, origins: list[str]) 
         (
             "model: m\nsecurity: {cors_origins: 'https://a/'}",
             [],
-            "service.yaml:2: security.cors_origins: 'https://a/' is not an origin: scheme://host or scheme://host:port, "
-            "without a path",
+            "service.yaml:2: security.cors_origins: 'https://a/' is not an origin: scheme://host or scheme://host:port,"
+            " without a path",
         ),
         (
             "model: m\nengin: {}",

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tensorweave.cluster.mesh import MeshRank
-from tensorweave.kernels.linear import make_linear
-from tensorweave.kernels.native_layers import LayerWeights, NativeLayers, native_layers
+from tensorweave.kernels.linear.reference import make_linear
+from tensorweave.kernels.native.layers import LayerWeights, NativeLayers, native_layers
 from tensorweave.workers.gang.comm import Comm, SoloComm
 from tensorweave.workers.models.checkpoint import Shapes
 from tensorweave.workers.models.config import ModelConfig

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tensorweave.cluster.mesh import MeshRank
-from tensorweave.kernels.linear import make_linear
-from tensorweave.kernels.place_heads import HeadNorms
+from tensorweave.kernels.heads.reference import HeadNorms
+from tensorweave.kernels.linear.reference import make_linear
 from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.models.layers import ColumnLinear, RmsNorm, RowLinear
 from tensorweave.workers.models.rank_weights import RankWeights, TensorRows

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.packed_weight import PackedWeight
+from tensorweave.kernels.weights import PackedWeight
 
 
 @dataclass(frozen=True, slots=True)
