@@ -33,16 +33,16 @@ ARROWS: dict[str, frozenset[str]] = {
 # rest of its folder has a line of its own. Lower levels stand first. Renamed or moved: edit the names here.
 INNER_ARROWS: dict[str, dict[str, str]] = {
     "router": {
-        "pace.py": "",
+        "time_slice.py": "",
         "http/body_memory.py": "",
         "dispatch": "",
         "sampling": "",
         "text": "dispatch",
-        "openai": "pace.py sampling text",
+        "openai": "time_slice.py sampling text",
         "bodies": "openai sampling text",
         "service.py": "bodies dispatch http/body_memory.py text",
         "openai/prepare.py": "bodies openai sampling service.py text",
-        "http": "bodies dispatch http/body_memory.py openai openai/prepare.py pace.py service.py text",
+        "http": "bodies dispatch http/body_memory.py openai openai/prepare.py time_slice.py service.py text",
     },
     "workers": {
         "gang": "",
@@ -79,13 +79,8 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
         "transfers.py": "fingerprint.py read_request.py carrier.py sending receiving transfer_stats.py window.py",
     },
 }
-CIRCLES = frozenset(
-    {
-        ("workers/step/request.py", "tensorweave.workers.sampling.logit_edits.SamplingHistory"),
-        ("tensorweave/llmapi/turns.py", "tensorweave.llmapi.outputs.RequestOutput"),
-    }
-)
-"""(File, import) pairs that close a circle, for a type only. The first is to go; an iterator may know its owner."""
+CIRCLES = frozenset({("tensorweave/llmapi/turns.py", "tensorweave.llmapi.outputs.RequestOutput")})
+"""(File, import) pairs that close a circle and may: the iterator of an object, which knows the object's type."""
 TORCH_PLACES = frozenset({"workers", "kernels"})
 TORCH_FILES = frozenset({"tensorweave/cli/bench_transfer_fetches.py", "tensorweave/cli/bench_transfer_sockets.py"})
 """Benchmarks that act as two ranks; the command line imports them only when they run."""

@@ -1,4 +1,4 @@
-"""The workflows of CONTRIBUTING, each done once on a copy of the schemas: add an argument, add a method, promote,
+"""The workflows of docs/public_api.md, each done once on a copy of the schemas: add an argument, add a method, promote,
 deprecate."""
 
 from __future__ import annotations
