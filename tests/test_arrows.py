@@ -217,7 +217,7 @@ def test_rooms_are_linked_into_the_package() -> None:
 @pytest.mark.parametrize(
     ("path", "source", "complaint"),
     [
-        ("cluster/gang.py", "from tensorweave.workers.step.plan import ContextChunk", "cluster may not import workers"),
+        ("cluster/gang.py", "from tensorweave.workers.step.plan import StepRow", "cluster may not import workers"),
         ("kernels/norm.py", "from tensorweave.cluster import errors", "kernels may not import cluster"),
         ("router/http/app.py", "import tensorweave.deploy.config", "router may not import deploy"),
         ("router/http/app.py", "from tensorweave import workers", "router may not import workers"),
@@ -230,9 +230,9 @@ def test_rooms_are_linked_into_the_package() -> None:
         ("tensorweave/llmapi/llm.py", "import ray", "ray in llmapi"),
         ("workers/executor/executor.py", "from ray import remote", "ray in workers"),
         ("deploy/a.py", "import importlib\nimportlib.import_module('tensorweave.llmapi.llm')", "deploy may not import"),
-        ("deploy/a.py", "from workers.plan import ContextChunk", "bare room workers.plan"),
+        ("deploy/a.py", "from workers.plan import StepRow", "bare room workers.plan"),
         ("tests/test_a.py", "import cluster", "bare room cluster"),
-        ("workers/engine/engine.py", "from .plan import ContextChunk", "relative import"),
+        ("workers/engine/engine.py", "from .plan import StepRow", "relative import"),
         ("cluster/wire.py", "import pickle", "nothing is pickled"),
         ("cluster/wire.py", "from ray import cloudpickle", "nothing is pickled"),
         ("router/http/app.py", "import pickle", "nothing is pickled"),
@@ -270,7 +270,7 @@ def test_a_broken_rule_is_caught(path: str, source: str, complaint: str) -> None
             "workers/kv/manager.py",
             "from tensorweave.workers.kv.events import Journal\nimport tensorweave.workers.step.plan",
         ),
-        ("tests/test_a.py", "import torch, ray, pickle\nfrom tensorweave.workers.step.plan import ContextChunk"),
+        ("tests/test_a.py", "import torch, ray, pickle\nfrom tensorweave.workers.step.plan import StepRow"),
     ],
 )
 def test_what_the_rules_allow(path: str, source: str) -> None:

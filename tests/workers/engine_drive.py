@@ -18,7 +18,7 @@ from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.workers.engine.engine import ModelEngine
 from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.gang.comm import Comm, SoloComm
-from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import BlockCopy
 
@@ -71,20 +71,22 @@ def generate(
     requests = [make_request(i, prompt) for i, prompt in enumerate(prompts)]
     waiting, running = list(requests), []
     while waiting or running:
-        decodes = tuple(request for request in running)
+        decodes = tuple(StepRow.of_decode(request) for request in running)
         chunks = [
-            ContextChunk(request, request.num_computed, min(chunk, request.context_len - request.num_computed))
+            StepRow.of_context(request, request.num_computed, min(chunk, request.context_len - request.num_computed))
             for request in waiting[: min(2, most_running - len(running))]
         ]
         batch = ScheduledBatch(tuple(chunks), decodes)
         token_ids = engine.forward(batch, resources).argmax(-1).tolist()
         for part in chunks:
             part.request.num_computed += part.length
-            if part.is_last:
+            part.request.num_launched = part.stop
+            if part.num_samples:
                 waiting.remove(part.request)
                 running.append(part.request)
-        for request, token in zip(batch.sampled, token_ids, strict=True):
-            request.tokens.append(token)
+        for row, token in zip(batch.sampled, token_ids, strict=True):
+            row.request.num_launched = row.stop
+            row.request.tokens.append(token)
         running = [request for request in running if request.num_output < num_tokens]
     return [request.tokens[request.prompt_len :] for request in requests]
 

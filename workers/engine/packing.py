@@ -24,23 +24,23 @@ class PackedBatch:
 def pack(batch: ScheduledBatch, block_ids: Callable[[LlmRequest], list[int]], tokens_per_block: int) -> PackedBatch:
     """`block_ids` gives a request's blocks in order; they must reach its last token of this step."""
     packed = PackedBatch()
-    for chunk in batch.context:
-        start, stop = chunk.start, chunk.start + chunk.length
-        blocks = block_ids(chunk.request)
-        packed.spans.append(Span(len(packed.token_ids), chunk.length, start, blocks))
-        packed.token_ids += chunk.request.tokens[start:stop]
+    for request, start, length, num_samples in batch.context:
+        stop = start + length
+        blocks = block_ids(request)
+        packed.spans.append(Span(len(packed.token_ids), length, start, blocks))
+        packed.token_ids += request.tokens[start:stop]
         packed.positions += range(start, stop)
         packed.slots += _slots(blocks, start, stop, tokens_per_block)
-        if chunk.is_last:
-            packed.sampled_rows.append(len(packed.token_ids) - 1)
-    for request in batch.generation:
-        position = len(request.tokens) - 1
+        end = len(packed.token_ids)
+        packed.sampled_rows += range(end - num_samples, end)
+    for request, start, length, num_samples in batch.generation:
+        assert length == num_samples == 1, "no drafts yet"
         blocks = block_ids(request)
         row = len(packed.token_ids)
-        packed.spans.append(Span(row, 1, position, blocks))
-        packed.token_ids.append(request.tokens[-1])
-        packed.positions.append(position)
-        packed.slots.append(blocks[position // tokens_per_block] * tokens_per_block + position % tokens_per_block)
+        packed.spans.append(Span(row, 1, start, blocks))
+        packed.token_ids.append(request.tokens[start])
+        packed.positions.append(start)
+        packed.slots.append(blocks[start // tokens_per_block] * tokens_per_block + start % tokens_per_block)
         packed.sampled_rows.append(row)
     return packed
 

@@ -8,10 +8,12 @@ or a KV manager of their own.
 
 from __future__ import annotations
 
+from tensorweave.workers.executor.bookkeeping import book_launch, book_result
 from tensorweave.workers.executor.scheduler import RequestScheduler
 from tensorweave.workers.step.plan import ScheduledBatch
 from tensorweave.workers.step.request import LlmRequest, RequestState
 from tensorweave.workers.step.resources import ResourceManager
+from tensorweave.workers.step.result import StepResult
 
 
 class PlanError(Exception):
@@ -82,9 +84,10 @@ class DryRun:
         if not batch.is_empty:
             self.resources.prepare_resources(batch)
             self._forward(batch)
-            ended = self._advance(batch)
+            book_launch(batch)
+            settled = book_result(batch, self._result(batch))
             self.resources.update_resources(batch)
-            for request in ended:
+            for request in settled.ended:
                 self._end(request)
         self._audit()
         return batch
@@ -92,7 +95,7 @@ class DryRun:
     # ---- the rules
 
     def _check_plan(self, batch: ScheduledBatch) -> None:
-        planned = [chunk.request for chunk in batch.context] + list(batch.generation) + list(batch.paused)
+        planned = [row.request for row in batch.context + batch.generation] + list(batch.paused)
         orders = [request.order for request in planned]
         self._require(len(set(orders)) == len(orders), "a request is planned twice")
         self._require(set(orders) <= {request.order for request in self.active}, "a planned request is not active")
@@ -102,14 +105,17 @@ class DryRun:
         self._require(bool(orders) or not self.active, "nothing runs though requests wait")
         for request in batch.paused:
             self._require(request.is_started, f"{request.request_id} is paused but has not started")
-        for request in batch.generation:
+        for request, start, length, num_samples in batch.generation:
             is_ready = request.state is RequestState.GENERATION
             self._require(is_ready, f"{request.request_id} is to decode before its context is complete")
-        for chunk in batch.context:
-            request = chunk.request
-            is_next = request.state is RequestState.WAITING or chunk.start == request.num_computed
-            is_inside = chunk.length > 0 and chunk.start + chunk.length <= request.context_len
-            self._require(is_next and is_inside, f"{request.request_id} has a wrong chunk {chunk.start}+{chunk.length}")
+            is_next = start == request.num_launched and length == num_samples == 1
+            self._require(is_next, f"{request.request_id} has a wrong decode {start}+{length}")
+        for request, start, length, num_samples in batch.context:
+            is_next = request.state is RequestState.WAITING or start == request.num_launched
+            is_inside = length > 0 and start + length <= request.context_len
+            is_sampled = num_samples == (start + length == request.context_len)
+            is_right = is_next and is_inside and is_sampled
+            self._require(is_right, f"{request.request_id} has a wrong chunk {start}+{length}")
 
     def _forward(self, batch: ScheduledBatch) -> None:
         kv = self.resources.kv_cache
@@ -118,13 +124,9 @@ class DryRun:
         for copy in copies:
             for at in range(copy.num_tokens):
                 self._slots[copy.target, at] = held[copy.source, at]
-        spans = [(chunk.request, chunk.start, chunk.start + chunk.length) for chunk in batch.context]
-        spans += [(request, len(request.tokens) - 1, len(request.tokens)) for request in batch.generation]
+        spans = [(row.request, row.start, row.stop) for row in batch.context + batch.generation]
         written: set[tuple[int, int]] = set()
         for request, start, end in spans:
-            self._require(
-                request.num_computed == start, f"{request.request_id} computes from {start}, not from where it is"
-            )
             history = self._history(request)
             for position in range(start, end):
                 slot = self._slot(request, position)
@@ -138,15 +140,8 @@ class DryRun:
                 self._require(is_own, f"{request.request_id} reads another's KV at token {position}")
         self.num_computed += batch.num_tokens
 
-    def _advance(self, batch: ScheduledBatch) -> list[LlmRequest]:
-        for chunk in batch.context:
-            chunk.request.num_computed = chunk.start + chunk.length
-            chunk.request.state = RequestState.GENERATION if chunk.is_last else RequestState.CONTEXT
-        for request in batch.generation:
-            request.num_computed = len(request.tokens)
-        for request in batch.sampled:
-            request.append(self._history(request)[-1] % self._vocab_size)
-        return [request for request in batch.sampled if request.finish_reason is not None]
+    def _result(self, batch: ScheduledBatch) -> StepResult:
+        return StepResult([[self._history(row.request)[row.stop - 1] % self._vocab_size] for row in batch.sampled])
 
     def _audit(self) -> None:
         wrong = self.resources.kv_cache.audit()

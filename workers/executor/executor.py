@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tensorweave.cluster.errors import LogitsNotFinite, NotReady, RequestRejected, TensorweaveError, WorkerLost
@@ -26,19 +26,21 @@ from tensorweave.cluster.protocol import (
 )
 from tensorweave.workers.engine.engine import ModelEngine
 from tensorweave.workers.executor.admission import check_fits
+from tensorweave.workers.executor.bookkeeping import Settled, book_launch, book_result, checksum
 from tensorweave.workers.executor.inbox import FollowerInbox, Inbox, StepInput
 from tensorweave.workers.executor.iteration_stats import IterationStats, StepTimer
 from tensorweave.workers.executor.logits_watch import LogitsWatch
 from tensorweave.workers.executor.outbox import FollowerOutbox, Outbox
 from tensorweave.workers.executor.scheduler import RequestScheduler
 from tensorweave.workers.gang.comm import Comm
-from tensorweave.workers.sampling.decoder import Decoded, Decoder
+from tensorweave.workers.sampling.decoder import Decoder
 from tensorweave.workers.sampling.logits_processors import BatchedLogitsProcessor, LogitsProcessor
-from tensorweave.workers.sampling.logprobs import read_prompt
+from tensorweave.workers.sampling.logprobs import read_prompts
 from tensorweave.workers.step.kv_exchange import KvArrived, NoTransfers, Transfers
-from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.step.plan import ScheduledBatch
 from tensorweave.workers.step.request import LlmRequest, RequestState
 from tensorweave.workers.step.resources import ResourceManager
+from tensorweave.workers.step.result import StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -257,25 +259,35 @@ class PyExecutor:
         self._pause(batch)
         self._resources.prepare_resources(batch)
         self._fetch(batch)
-        decoded = self._compute(batch, timer)
-        finished = self._advance(batch, decoded)
-        self._resources.update_resources(batch)
-        self._transfers.offer(batch)
-        self._free(finished)
-        self._stats.add(timer, batch, self._active, self._resources.kv_cache, self._inbox.num_inside, len(finished))
+        settled = self._settle(batch, self._compute(batch, timer))
+        num_inside, num_ended = self._inbox.num_inside, len(settled.ended)
+        self._stats.add(timer, batch, self._active, self._resources.kv_cache, num_inside, num_ended)
         self._is_stuck = batch.is_empty and bool(self._active)
         self._answer()
         return True
 
-    def _compute(self, batch: ScheduledBatch, timer: StepTimer) -> Decoded:
-        """One token for each of `batch.sampled`."""
+    def _compute(self, batch: ScheduledBatch, timer: StepTimer) -> StepResult:
         if batch.is_empty:
-            return Decoded([])
+            return StepResult()
         timer.begin_forward()
         logits = self._engine.forward(batch, self._resources)
-        self._answers += read_prompt(batch, self._engine)
+        prompts = read_prompts(self._engine.prompt_logits(batch))
         timer.end_forward()
-        return self._decoder.decode(logits, batch)
+        book_launch(batch)
+        return replace(self._decoder.decode(logits, batch), prompts=prompts)
+
+    def _settle(self, batch: ScheduledBatch, result: StepResult) -> Settled:
+        settled = book_result(batch, result)
+        self._answers += settled.chunks
+        self._resources.update_resources(batch)
+        for request in settled.truncated:
+            self._resources.truncate(request, request.num_computed)
+        self._transfers.offer(settled.context)
+        self._watch.note(settled.num_sampled, settled.ended)
+        if self.comm.size > 1:
+            self._token_check = checksum(result, self._token_check)
+        self._free(settled.ended)
+        return settled
 
     def _agree(self) -> StepInput:
         wait_s = 0.0 if self._active and not self._is_stuck else IDLE_BEAT_S
@@ -316,11 +328,10 @@ class PyExecutor:
         if request is None or request.state is not RequestState.FETCHING:
             return
         self._transfers.drop(request)
-        has_token = request.land(arrived.num_tokens, arrived.first_token, arrived.extras)
-        chunk = ContextChunk(request, 0, request.num_computed)
-        self._resources.update_resources(ScheduledBatch(context=(chunk,)))
-        if has_token:
-            self._answers.append(request.news())
+        chunk = request.resume(arrived.num_tokens, arrived.first_token, arrived.extras)
+        self._resources.store_computed(request)
+        if chunk is not None:
+            self._answers.append(chunk)
             self._free([request] if request.finish_reason is not None else [])
 
     def _release(self, request_id: str) -> None:
@@ -329,8 +340,9 @@ class PyExecutor:
             self._resources.free_resources(request)
 
     def _fetch(self, batch: ScheduledBatch) -> None:
-        for chunk in batch.fetching:
-            chunk.request.state = RequestState.FETCHING
+        for request, start, *_ in batch.fetching:
+            request.state = RequestState.FETCHING
+            request.num_computed = request.num_launched = start
         self._transfers.fetch(batch.fetching)
 
     def _pause(self, batch: ScheduledBatch) -> None:
@@ -338,28 +350,6 @@ class PyExecutor:
             self._transfers.drop(request)
             self._resources.free_resources(request)
             request.pause()
-
-    def _advance(self, batch: ScheduledBatch, decoded: Decoded) -> list[LlmRequest]:
-        """Book what the forward computed and what was sampled; returns the requests that have ended."""
-        for chunk in batch.context:
-            chunk.request.num_computed = chunk.start + chunk.length
-            chunk.request.state = RequestState.GENERATION if chunk.is_last else RequestState.CONTEXT
-        for request in batch.generation:
-            request.num_computed = len(request.tokens)
-        sampled = batch.sampled
-        for row, extras in decoded.extras.items():
-            sampled[row].extras = extras
-        for row, failure in decoded.failures.items():
-            sampled[row].failure = failure
-        finished = []
-        for request, token in zip(sampled, decoded.tokens, strict=True):
-            request.append(token)
-            self._answers.append(request.news())
-            if request.finish_reason is not None:
-                finished.append(request)
-        self._watch.note(len(sampled), finished)
-        self._token_check = zlib.crc32(repr(decoded.tokens).encode(), self._token_check)
-        return finished
 
     def _free(self, finished: Sequence[LlmRequest]) -> None:
         for request in finished:

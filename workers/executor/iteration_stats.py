@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import KVCache
 
@@ -88,8 +88,8 @@ class IterationStats:
             return
         self._kv = kv
         self._iteration += 1
-        num_context_tokens = sum(chunk.length for chunk in batch.context)
-        new = [chunk.request for chunk in batch.context if _is_first(chunk)]
+        num_context_tokens = sum(row.length for row in batch.context)
+        new = [row.request for row in batch.context if _is_first(row)]
         step_s = time.perf_counter() - timer.began_s
         self._num_prompt_tokens += num_context_tokens
         self._num_generated_tokens += len(batch.sampled)
@@ -150,9 +150,9 @@ def step_limits(max_requests: int, max_batch_size: int, max_num_tokens: int) -> 
     }
 
 
-def _is_first(chunk: ContextChunk) -> bool:
+def _is_first(row: StepRow) -> bool:
     """Its request runs for the first time."""
-    return chunk.start == chunk.request.num_cached_tokens and not chunk.request.num_preemptions
+    return row.start == row.request.num_cached_tokens and not row.request.num_preemptions
 
 
 def _memory_mb() -> dict[str, float]:

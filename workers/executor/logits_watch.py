@@ -48,7 +48,7 @@ class LogitsWatch:
         self.num_failed += len(bad)
         if self._rank == 0:
             for request in bad:
-                where = f"{request.prompt_len} prompt and {request.num_output - 1} output tokens"
+                where = f"{request.prompt_len} prompt and {request.num_output} output tokens"
                 logger.error("request %s: the logits after %s are not finite", request.request_id, where)
 
     def start_probes(self, order: int, now_s: float) -> Iterator[LlmRequest]:

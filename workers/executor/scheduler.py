@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from tensorweave.cluster.context_length import context_exceeded, prompt_limit_exceeded
-from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest, RequestState
 from tensorweave.workers.step.resources import BlockBudget, KVCache
 
@@ -77,7 +77,7 @@ class CapacityScheduler:
         while num_kept < end:
             request = started[num_kept]
             is_decoding = request.state is RequestState.GENERATION
-            num_missing = budget.missing(request, len(request.tokens) if is_decoding else request.context_len)
+            num_missing = budget.missing(request, request.num_tokens if is_decoding else request.context_len)
             while num_missing > budget.num_left and end > num_kept:
                 end -= 1
                 budget.release(started[end])
@@ -139,37 +139,39 @@ class MicroBatchScheduler:
 
     def schedule(
         self, fitting: Sequence[LlmRequest], starts: Mapping[int, int]
-    ) -> tuple[tuple[ContextChunk, ...], tuple[LlmRequest, ...]]:
-        decoding = RequestState.GENERATION
-        generation = [request for request in fitting if request.state is decoding]
+    ) -> tuple[tuple[StepRow, ...], tuple[StepRow, ...]]:
+        decoding, fetching = RequestState.GENERATION, RequestState.FETCHING
+        generation = [StepRow(r, r.num_launched, 1, 1) for r in fitting if r.state is decoding]
+        is_all_decoding = len(generation) == len(fitting)
         del generation[min(self._max_batch_size, self._max_num_tokens) :]
-        num_left = self._max_batch_size - len(generation)
-        pending = [(r, starts.get(r.order, r.num_computed)) for r in fitting if r.state is not decoding][:num_left]
-        if not pending:
+        if is_all_decoding:
             return (), tuple(generation)
+        num_left = self._max_batch_size - len(generation)
+        contexts = [r for r in fitting if r.state is not decoding and r.state is not fetching]
+        pending = [(r, starts.get(r.order, r.num_launched)) for r in contexts[:num_left]]
         return tuple(self._chunks(pending, self._max_num_tokens - len(generation))), tuple(generation)
 
-    def _chunks(self, pending: Sequence[PendingContext], num_tokens: int) -> list[ContextChunk]:
+    def _chunks(self, pending: Sequence[PendingContext], num_tokens: int) -> list[StepRow]:
         if not self._is_chunked:
             return self._whole(pending, num_tokens)
         if self._is_equal and sum(request.context_len - start for request, start in pending) > num_tokens:
             return self._equal(pending, num_tokens) or self._first_come(pending, num_tokens)
         return self._first_come(pending, num_tokens)
 
-    def _whole(self, pending: Sequence[PendingContext], num_tokens: int) -> list[ContextChunk]:
-        chunks: list[ContextChunk] = []
+    def _whole(self, pending: Sequence[PendingContext], num_tokens: int) -> list[StepRow]:
+        chunks: list[StepRow] = []
         for request, start in pending:
             length = request.context_len - start
             if length > self._max_num_tokens:
                 return chunks or self._first_come([(request, start)], num_tokens)
             if length > num_tokens:
                 break
-            chunks.append(ContextChunk(request, start, length))
+            chunks.append(StepRow.of_context(request, start, length))
             num_tokens -= length
         return chunks
 
-    def _first_come(self, pending: Sequence[PendingContext], num_tokens: int) -> list[ContextChunk]:
-        chunks: list[ContextChunk] = []
+    def _first_come(self, pending: Sequence[PendingContext], num_tokens: int) -> list[StepRow]:
+        chunks: list[StepRow] = []
         for request, start in pending:
             length = request.context_len - start
             if length > num_tokens:
@@ -177,13 +179,13 @@ class MicroBatchScheduler:
                 if length <= 0 and not chunks:
                     length = num_tokens
                 if length > 0:
-                    chunks.append(ContextChunk(request, start, length))
+                    chunks.append(StepRow.of_context(request, start, length))
                 break
-            chunks.append(ContextChunk(request, start, length))
+            chunks.append(StepRow.of_context(request, start, length))
             num_tokens -= length
         return chunks
 
-    def _equal(self, pending: Sequence[PendingContext], num_tokens: int) -> list[ContextChunk]:
+    def _equal(self, pending: Sequence[PendingContext], num_tokens: int) -> list[StepRow]:
         """Round after round, each context moves on to its next block boundary, or to its end, while that fits."""
         ends = [start for _, start in pending]
         has_moved = True
@@ -196,7 +198,9 @@ class MicroBatchScheduler:
                     num_tokens -= step
                     has_moved = True
         return [
-            ContextChunk(r, start, end - start) for (r, start), end in zip(pending, ends, strict=True) if end > start
+            StepRow.of_context(r, start, end - start)
+            for (r, start), end in zip(pending, ends, strict=True)
+            if end > start
         ]
 
 
@@ -225,13 +229,15 @@ class SimpleScheduler:
 
     def schedule_request(self, active: Sequence[LlmRequest]) -> ScheduledBatch:
         plan = self.capacity.schedule_request(active)
-        fetching = tuple(fetch for request in plan.fitting if (fetch := self._fetch_of(request, plan.starts)))
-        away = {chunk.request.order for chunk in fetching}
-        here = [r for r in plan.fitting if r.state is not RequestState.FETCHING and r.order not in away]
+        here, fetching = plan.fitting, []
+        if plan.starts:
+            fetching = [fetch for request in here if (fetch := self._fetch_of(request, plan.starts))]
+            away = {row.request.order for row in fetching}
+            here = tuple(request for request in here if request.order not in away)
         context, generation = self.micro_batch.schedule(here, plan.starts)
-        return ScheduledBatch(context, generation, plan.paused, fetching)
+        return ScheduledBatch(context, generation, plan.paused, tuple(fetching))
 
-    def _fetch_of(self, request: LlmRequest, starts: Mapping[int, int]) -> ContextChunk | None:
+    def _fetch_of(self, request: LlmRequest, starts: Mapping[int, int]) -> StepRow | None:
         """What a new request with a ticket lacks, in whole blocks; None where all but the last token is here, or where
         the prompt must be computed here to be told of."""
         if request.fetch is None or request.sampling.needs_prompt_rows:
@@ -241,7 +247,7 @@ class SimpleScheduler:
         if starts[request.order] >= request.context_len - 1:
             return None
         start = starts[request.order] // self._tokens_per_block * self._tokens_per_block
-        return ContextChunk(request, start, request.context_len - start)
+        return StepRow(request, start, request.context_len - start, num_samples=0)
 
     def check(self, num_prompt_tokens: int, max_tokens: int) -> None:
         """Refuse what needs more KV than there is, or has a prompt over the token budget that must not be split."""

@@ -17,7 +17,7 @@ from tensorweave.workers.kv.block_budget import TreeBudget
 from tensorweave.workers.kv.events import CacheEvents
 from tensorweave.workers.kv.free_list import BlockPool, BlockTable
 from tensorweave.workers.kv.prefix_tree import Node, PrefixMatch, PrefixTree
-from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import BaseResourceManager, BlockCopy
 
@@ -56,7 +56,8 @@ class KVCacheManager(BaseResourceManager):
         self._events = CacheEvents(event_buffer_max_size if enable_block_reuse else 0, num_blocks)
         self._tables: dict[int, BlockTable] = {}
         self._copies: list[BlockCopy] = []
-        self._copy_sources: list[Node] = []
+        self._copy_sources: dict[int, Node] = {}
+        self._retired: list[int] = []
         self._num_taken = 0
         self._num_missed = 0
         self._num_reused = 0
@@ -97,7 +98,7 @@ class KVCacheManager(BaseResourceManager):
         return self._tables[request.order].blocks
 
     def take_copies(self) -> list[BlockCopy]:
-        """Copies to make before this step's forward; their sources stay untouched until `update_resources`."""
+        """Copies to make before this step's forward; their sources stay untouched until the step has settled."""
         copies, self._copies = self._copies, []
         return copies
 
@@ -139,35 +140,67 @@ class KVCacheManager(BaseResourceManager):
         All cached prefixes of the batch are held before the first block is taken, so none is evicted for another's
         sake.
         """
-        chunks = batch.context + batch.fetching
-        partials = [self._start(chunk) for chunk in chunks if chunk.request.order not in self._tables]
-        for chunk in chunks:
-            self._num_missed += self._extend(self._tables[chunk.request.order], chunk.start + chunk.length)
-        for request in batch.generation:
+        contexts = batch.context + batch.fetching
+        partials = [self._start(row) for row in contexts if row.request.order not in self._tables]
+        for row in contexts:
+            self._num_missed += self._extend(self._tables[row.request.order], row.stop)
+        for request, start, length, _ in batch.generation:
             table = self._tables[request.order]
-            if len(request.tokens) > table.num_slots:
-                self._extend(table, len(request.tokens))
+            if start + length > table.num_slots:
+                self._extend(table, start + length)
         for table, source, num_tokens in partials:
             if source is not None:
                 self._copies.append(BlockCopy(source.block, table.blocks[table.num_nodes], num_tokens))
 
     def update_resources(self, batch: ScheduledBatch) -> None:
         """Put the blocks that this step filled (see `num_computed`) into the tree, where others find them."""
-        for source in self._copy_sources:
-            self._tree.release(source, self.now_s)
-        self._copy_sources.clear()
-        for chunk in batch.context:
-            self._store_full(chunk.request)
-        for request in batch.generation:
+        for block in self._retired:
+            self._pool.give(block)
+        self._retired.clear()
+        for row in batch.context:
+            self._release_source(row.request)
+            self.store_computed(row.request)
+        for request, _, _, _ in batch.generation:
             table = self._tables.get(request.order)
             if table is not None and request.num_computed >= table.next_full:
-                self._store_full(request)
+                self.store_computed(request)
+
+    def store_computed(self, request: LlmRequest) -> None:
+        """Each newly full block becomes a node, or is exchanged for the equal one that is there already."""
+        table = self._tables.get(request.order)
+        size = self.tokens_per_block
+        while table is not None and table.next_full <= request.num_computed:
+            at = table.num_nodes
+            tokens = tuple(request.tokens[at * size : (at + 1) * size])
+            node = self._tree.find(table.node, request.cache_salt, tokens)
+            is_new = node is None
+            if node is None:
+                node = self._tree.insert(table.node, request.cache_salt, tokens, table.blocks[at])
+            else:
+                self._tree.hold(node)
+                self._exchange(request, table, at, node)
+            if is_new or request.retention is not None:
+                self._tree.retain(node, *self.retention(request, at * size))
+            if is_new:
+                self._events.stored(node)
+            self._add_node(table, node)
+
+    def truncate(self, request: LlmRequest, num_tokens: int) -> None:
+        """Raises ValueError below what is in the tree: that has been verified, and others may use it."""
+        table = self._tables[request.order]
+        num_blocks = -(-num_tokens // self.tokens_per_block)
+        if num_blocks < table.num_nodes:
+            raise ValueError(f"request {request.request_id} cannot be cut to {num_tokens} tokens: more are in the tree")
+        while len(table.blocks) > num_blocks:
+            self._pool.give(table.blocks.pop())
+        table.num_slots = len(table.blocks) * self.tokens_per_block
 
     def free_resources(self, request: LlmRequest) -> None:
         """Blocks in the tree stay there while there is room; a paused request finds them again."""
         table = self._tables.pop(request.order, None)
         if table is None:
             return
+        self._release_source(request)
         for block in reversed(table.blocks[table.num_nodes :]):
             self._pool.give(block)
         node = table.node
@@ -193,8 +226,9 @@ class KVCacheManager(BaseResourceManager):
         return lost
 
     def audit(self) -> list[str]:
-        holders: collections.Counter[Node] = collections.Counter(self._copy_sources)
+        holders: collections.Counter[Node] = collections.Counter(self._copy_sources.values())
         places: collections.Counter[int] = collections.Counter(self._pool.free_ids)
+        places.update(self._retired)
         places.update(node.block for node in self._tree.nodes())
         wrong: list[str] = []
         for order, table in self._tables.items():
@@ -221,13 +255,13 @@ class KVCacheManager(BaseResourceManager):
             limit = min(limit, request.num_rows_read)
         return self._tree.match(request.tokens, limit, request.cache_salt)
 
-    def _start(self, chunk: ContextChunk) -> tuple[BlockTable, Node | None, int]:
+    def _start(self, row: StepRow) -> tuple[BlockTable, Node | None, int]:
         """Hold the cached prefix that the plan counts on; returns what else of it is to be copied."""
-        request = chunk.request
-        match = self._match(request, chunk.start)
-        if len(match.nodes) * self.tokens_per_block + match.num_partial != chunk.start:
+        request = row.request
+        match = self._match(request, row.start)
+        if len(match.nodes) * self.tokens_per_block + match.num_partial != row.start:
             raise ValueError(
-                f"the schedule starts request {request.request_id} at token {chunk.start}, beyond what is cached"
+                f"the schedule starts request {request.request_id} at token {row.start}, beyond what is cached"
             )
         table = BlockTable(next_full=self.tokens_per_block if self.enable_block_reuse else sys.maxsize)
         for node in match.nodes:
@@ -239,12 +273,11 @@ class KVCacheManager(BaseResourceManager):
         table.num_slots = len(table.blocks) * self.tokens_per_block
         if match.partial is not None:
             self._tree.hold(match.partial)
-            self._copy_sources.append(match.partial)
+            self._copy_sources[request.order] = match.partial
         self._num_reused += len(match.nodes)
         self._tables[request.order] = table
-        request.num_computed = chunk.start
         if not request.num_preemptions:
-            request.num_cached_tokens = chunk.start
+            request.num_cached_tokens = row.start
         return table, match.partial, match.num_partial
 
     def _extend(self, table: BlockTable, num_tokens: int) -> int:
@@ -265,26 +298,18 @@ class KVCacheManager(BaseResourceManager):
         self._events.removed(node)
         return node.block
 
-    def _store_full(self, request: LlmRequest) -> None:
-        """Each newly full block becomes a node, or is exchanged for the equal one that is there already."""
-        table = self._tables.get(request.order)
-        size = self.tokens_per_block
-        while table is not None and table.next_full <= request.num_computed:
-            at = table.num_nodes
-            tokens = tuple(request.tokens[at * size : (at + 1) * size])
-            node = self._tree.find(table.node, request.cache_salt, tokens)
-            is_new = node is None
-            if node is None:
-                node = self._tree.insert(table.node, request.cache_salt, tokens, table.blocks[at])
-            else:
-                self._tree.hold(node)
-                self._pool.give(table.blocks[at])
-                table.blocks[at] = node.block
-            if is_new or request.retention is not None:
-                self._tree.retain(node, *self.retention(request, at * size))
-            if is_new:
-                self._events.stored(node)
-            self._add_node(table, node)
+    def _exchange(self, request: LlmRequest, table: BlockTable, at: int, node: Node) -> None:
+        """A launched step may still read the request's own block: then it is free once that step has settled."""
+        if request.num_launched > request.num_computed:
+            self._retired.append(table.blocks[at])
+        else:
+            self._pool.give(table.blocks[at])
+        table.blocks[at] = node.block
+
+    def _release_source(self, request: LlmRequest) -> None:
+        source = self._copy_sources.pop(request.order, None)
+        if source is not None:
+            self._tree.release(source, self.now_s)
 
     def _add_node(self, table: BlockTable, node: Node) -> None:
         table.node = node

@@ -11,13 +11,14 @@ its own over the logits; only where some are edited, all are looked at before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from tensorweave.cluster.errors import LogitsNotFinite, RequestRejected, TensorweaveError
+from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.kernels.argmax.reference import NO_PLACE, argmax
 from tensorweave.workers.sampling.logit_edits import LogitEdits
 from tensorweave.workers.sampling.logits_processors import LogitsProcessors
@@ -26,30 +27,20 @@ from tensorweave.workers.sampling.rules import make_rules
 from tensorweave.workers.sampling.state import MakeRules, SamplingState
 from tensorweave.workers.sampling.states import SamplingStates
 from tensorweave.workers.step.plan import ScheduledBatch
-from tensorweave.workers.step.request import LlmRequest, TokenExtras
+from tensorweave.workers.step.request import LlmRequest
+from tensorweave.workers.step.result import RowResult, StepResult
 
 # R rows of logits, V vocabulary
 
-NO_TOKEN: Final = NO_PLACE
 _MASK = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """One token a row; NO_TOKEN in a row of `failures`. `extras` are those of rows that are told more than their
-    token."""
-
-    tokens: list[int]
-    extras: Mapping[int, TokenExtras] = field(default_factory=dict)
-    failures: Mapping[int, TensorweaveError] = field(default_factory=dict)
-
-
 class Decoder(Protocol):
-    """Turns logits [R, V] float32, one row a request of `batch.sampled`, into one token id each."""
+    """Turns logits [R, V] float32, one row for each of `batch.sampled`, into one token id each."""
 
     processors: LogitsProcessors
 
-    def decode(self, logits_RV: torch.Tensor, batch: ScheduledBatch) -> Decoded: ...
+    def decode(self, logits_RV: torch.Tensor, batch: ScheduledBatch) -> StepResult: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +65,16 @@ class SamplingDecoder:
         self.states = SamplingStates(make_rules)
         self._rows = _Rows()
 
-    def decode(self, logits_RV: torch.Tensor, batch: ScheduledBatch) -> Decoded:
-        requests = batch.sampled
+    def decode(self, logits_RV: torch.Tensor, batch: ScheduledBatch) -> StepResult:
+        requests = tuple(row[0] for row in batch.sampled)
         if not requests:
-            return Decoded([])
+            return StepResult()
         if requests != self._rows.requests:
             self._rows = self._sort(requests)
         rows = self._rows
         told = CopiedRows(logits_RV, rows.told) if rows.told else None
         edits, failures = self._edit(logits_RV, rows.edited) if rows.edited else (LogitEdits(), {})
-        return _decoded(_choose(logits_RV, rows, edits), told, failures)
+        return _result(_choose(logits_RV, rows, edits, batch), told, failures)
 
     def _sort(self, requests: tuple[LlmRequest, ...]) -> _Rows:
         states = [self.states.state_of(request) for request in requests]
@@ -137,28 +128,30 @@ def _check_edited(logits_RV: torch.Tensor, edited: Sequence[tuple[int, LlmReques
     return failures
 
 
-def _decoded(tokens: list[int], told: CopiedRows | None, failures: dict[int, TensorweaveError]) -> Decoded:
-    if NO_TOKEN in tokens:
-        failures |= {row: LogitsNotFinite.of_model() for row, token in enumerate(tokens) if token == NO_TOKEN}
+def _result(tokens: list[int], told: CopiedRows | None, failures: dict[int, TensorweaveError]) -> StepResult:
+    if NO_PLACE in tokens:
+        failures |= {row: LogitsNotFinite.of_model() for row, token in enumerate(tokens) if token == NO_PLACE}
+    rows: list[RowResult] = [[token] for token in tokens]
     if told is None and not failures:
-        return Decoded(tokens)
+        return StepResult(rows)
     extras = {} if told is None else told.extras([max(token, 0) for token in tokens])
-    for row in failures:
-        tokens[row] = NO_TOKEN
-    return Decoded(tokens, extras, failures)
+    for row, failure in failures.items():
+        rows[row] = failure
+    return StepResult(rows, {row: (each,) for row, each in extras.items()})
 
 
-def _choose(logits_RV: torch.Tensor, rows: _Rows, edits: LogitEdits) -> list[int]:
-    """NO_TOKEN in a row that is not finite."""
+def _choose(logits_RV: torch.Tensor, rows: _Rows, edits: LogitEdits, batch: ScheduledBatch) -> list[int]:
+    """NO_PLACE in a row that is not finite."""
     if not rows.random:
         return _to_list(argmax(logits_RV))
-    requests = [rows.requests[row] for row in rows.random]
-    top_p = [edits.top_p.get(row, request.sampling.top_p) for row, request in zip(rows.random, requests, strict=True)]
-    if len(requests) == len(rows.requests):
-        return _to_list(_sample(logits_RV, requests, top_p))
+    specs = [rows.requests[row].sampling for row in rows.random]
+    positions = [batch.sampled[row].stop for row in rows.random]
+    top_p = [edits.top_p.get(row, spec.top_p) for row, spec in zip(rows.random, specs, strict=True)]
+    if len(specs) == len(rows.requests):
+        return _to_list(_sample(logits_RV, specs, positions, top_p))
     tokens = argmax(logits_RV)
     index = torch.tensor(rows.random, device=logits_RV.device)
-    tokens[index] = _sample(logits_RV[index], requests, top_p)
+    tokens[index] = _sample(logits_RV[index], specs, positions, top_p)
     return _to_list(tokens)
 
 
@@ -180,9 +173,10 @@ def _to_list(tokens_R: torch.Tensor) -> list[int]:
     return ids
 
 
-def _sample(logits_RV: torch.Tensor, requests: Sequence[LlmRequest], top_p: list[float]) -> torch.Tensor:
+def _sample(
+    logits_RV: torch.Tensor, specs: Sequence[SamplingSpec], positions: Sequence[int], top_p: list[float]
+) -> torch.Tensor:
     device, vocab_size = logits_RV.device, logits_RV.shape[1]
-    specs = [request.sampling for request in requests]
     # Float64 so that a huge or tiny temperature neither overflows nor divides by zero.
     temperature_R1 = torch.tensor([[spec.temperature] for spec in specs], dtype=torch.float64, device=device)
     probs_RV = torch.softmax(logits_RV.double() / temperature_R1.clamp_min(1e-6), dim=-1)
@@ -193,7 +187,7 @@ def _sample(logits_RV: torch.Tensor, requests: Sequence[LlmRequest], top_p: list
         probs_RV = _keep_top(probs_RV, [spec.top_k or vocab_size for spec in specs], top_p)
     cumulative_RV = probs_RV.cumsum(dim=-1)
     numbers_R1 = torch.tensor(
-        [[uniform(request.sampling.seed, len(request.tokens))] for request in requests],
+        [[uniform(spec.seed, position)] for spec, position in zip(specs, positions, strict=True)],
         dtype=torch.float64,
         device=device,
     )
@@ -202,7 +196,7 @@ def _sample(logits_RV: torch.Tensor, requests: Sequence[LlmRequest], top_p: list
     tokens_R: torch.Tensor = (cumulative_RV <= threshold_R1).sum(dim=-1)
     last_R = vocab_size - 1 - (probs_RV > 0).flip(-1).int().argmax(dim=-1)
     # The sum of a row with NaN, or with an infinity for softmax to divide by, is NaN.
-    return torch.minimum(tokens_R, last_R).masked_fill_(cumulative_RV[:, -1].isnan(), NO_TOKEN)
+    return torch.minimum(tokens_R, last_R).masked_fill_(cumulative_RV[:, -1].isnan(), NO_PLACE)
 
 
 def _keep_top(probs_RV: torch.Tensor, top_k: list[int], top_p: list[float]) -> torch.Tensor:

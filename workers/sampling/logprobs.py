@@ -1,21 +1,22 @@
 """Log-probabilities as they are told: of the model's own logits, the token's own and the likeliest ones, with ranks.
 
-`CopiedRows` keeps the rows that are told of before anything edits them; `read_prompt` tells of the prompt's tokens.
+`CopiedRows` keeps the rows that are told of before anything edits them; `read_prompts` tells of the prompts' tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Final, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from tensorweave.cluster.errors import LogitsNotFinite
-from tensorweave.cluster.protocol import Logprob, TokenChunk, TokenLogprobs
+from tensorweave.cluster.protocol import Logprob, TokenLogprobs
 from tensorweave.kernels.argmax.reference import NO_PLACE, argmax
-from tensorweave.workers.step.plan import PromptRead, ScheduledBatch
+from tensorweave.workers.step.plan import PromptRead
 from tensorweave.workers.step.request import LlmRequest, TokenExtras
+from tensorweave.workers.step.result import PromptResult
 
 # N rows that are told of, V vocabulary, k likeliest tokens
 
@@ -78,30 +79,22 @@ class CopiedRows:
         return found
 
 
-class PromptLogits(Protocol):
-    """What a `ModelEngine` gives of the prompts of its last forward."""
+def read_prompts(prompts: Iterable[tuple[PromptRead, Tensor]]) -> list[PromptResult]:
+    """What is told of a step's prompt tokens, given the logits [N, V] float32 at each read's tokens."""
+    return [_read_prompt(read, logits_NV) for read, logits_NV in prompts]
 
-    def prompt_logits(self, batch: ScheduledBatch) -> Iterator[tuple[PromptRead, Tensor]]: ...
 
-
-def read_prompt(batch: ScheduledBatch, engine: PromptLogits) -> list[TokenChunk]:
-    """Take in what is told of prompts: log-probabilities are kept for the first token's chunk, logits go at once. A
-    prompt whose logits are not finite fails, which its request tells in place of the first token."""
-    chunks: list[TokenChunk] = []
-    for read, logits_NV in engine.prompt_logits(batch):
-        request, spec = read.request, read.request.sampling
-        request.num_rows_read = read.stop
-        if request.failure is None and NO_PLACE in argmax(logits_NV).tolist():
-            request.failure = LogitsNotFinite("the model's logits at the prompt are not finite (NaN or infinity)")
-        if request.failure is not None:
-            continue
-        next_tokens = request.tokens[read.start + 1 : min(read.stop + 1, request.prompt_len)]
-        if request.prompt_logprobs is not None and spec.num_prompt_logprobs is not None and next_tokens:
-            rows_NV = logits_NV[: len(next_tokens)]
-            request.prompt_logprobs += logprobs_of(rows_NV, next_tokens, spec.num_prompt_logprobs)
-        if spec.wants_context_logits:
-            step = max(1, MAX_CHUNK_BYTES // (4 * logits_NV.shape[1]))
-            for at in range(0, len(logits_NV), step):
-                packed = pack_logits(logits_NV[at : at + step])
-                chunks.append(TokenChunk(request.request_id, start=request.num_output, context_logits=packed))
-    return chunks
+def _read_prompt(read: PromptRead, logits_NV: Tensor) -> PromptResult:
+    if NO_PLACE in argmax(logits_NV).tolist():
+        failure = LogitsNotFinite("the model's logits at the prompt are not finite (NaN or infinity)")
+        return PromptResult(read, failure=failure)
+    request, spec = read.request, read.request.sampling
+    logprobs: list[TokenLogprobs] = []
+    next_tokens = request.tokens[read.start + 1 : min(read.stop + 1, request.prompt_len)]
+    if spec.num_prompt_logprobs is not None and next_tokens:
+        logprobs = logprobs_of(logits_NV[: len(next_tokens)], next_tokens, spec.num_prompt_logprobs)
+    logits: list[bytes] = []
+    if spec.wants_context_logits:
+        step = max(1, MAX_CHUNK_BYTES // (4 * logits_NV.shape[1]))
+        logits = [pack_logits(logits_NV[at : at + step]) for at in range(0, len(logits_NV), step)]
+    return PromptResult(read, logprobs, logits)

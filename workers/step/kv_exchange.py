@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from tensorweave.cluster.errors import WireError
 from tensorweave.cluster.protocol import KvEndpoint, KvSource, LinkMeasurement
-from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.step.plan import StepRow
 from tensorweave.workers.step.request import LlmRequest, TokenExtras
 
 
@@ -67,11 +67,12 @@ class Transfers(Protocol):
     def start(self, inbox: TransferInbox) -> None:
         """Before the first step. `inbox` is used by rank 0 alone."""
 
-    def fetch(self, chunks: Sequence[ContextChunk]) -> None:
+    def fetch(self, rows: Sequence[StepRow]) -> None:
         """Begin to pull these requests' KV into the blocks they now hold; returns at once."""
 
-    def offer(self, batch: ScheduledBatch) -> None:
-        """Give away what this step has computed for requests that are on offer (after `update_resources`)."""
+    def offer(self, rows: Sequence[StepRow]) -> None:
+        """Give away what a step that has settled has computed of these chunks of contexts, as far as their requests are
+        on offer (after `update_resources`)."""
 
     def keeps(self, request: LlmRequest) -> bool:
         """Asked when a request ends: True if its blocks must stay until its lease ends (a release comes as news). Where
@@ -116,10 +117,10 @@ class NoTransfers:
     def start(self, inbox: TransferInbox) -> None:
         return None
 
-    def fetch(self, chunks: Sequence[ContextChunk]) -> None:
-        assert not chunks, "a fetch was scheduled where no KV is exchanged"
+    def fetch(self, rows: Sequence[StepRow]) -> None:
+        assert not rows, "a fetch was scheduled where no KV is exchanged"
 
-    def offer(self, batch: ScheduledBatch) -> None:
+    def offer(self, rows: Sequence[StepRow]) -> None:
         return None
 
     def keeps(self, request: LlmRequest) -> bool:

@@ -1,25 +1,43 @@
-"""What one step will compute: a frozen plan that schedulers return and everyone else only reads."""
+"""What one step computes: a frozen plan that schedulers return and everyone else only reads.
+
+All positions are captured when the plan is made. The requests of a plan go on changing: they are extended and ended by
+earlier steps that settle while this one is computed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tensorweave.workers.step.request import LlmRequest
 
 
-@dataclass(frozen=True, slots=True)
-class ContextChunk:
-    """Tokens [start, start + length) of a request's context are computed in this step."""
+class StepRow(NamedTuple):
+    """Tokens [start, start + length) of a request are computed; each of the last `num_samples` of them gives logits,
+    from which the token after it is sampled.
+
+    A chunk of a context samples once where it ends the context, else not at all; a decode is one token and one sample.
+    """
 
     request: LlmRequest
     start: int
     length: int
+    num_samples: int
+
+    @classmethod
+    def of_context(cls, request: LlmRequest, start: int, length: int) -> StepRow:
+        """A chunk of a request's context."""
+        return cls(request, start, length, int(start + length == request.context_len))
+
+    @classmethod
+    def of_decode(cls, request: LlmRequest) -> StepRow:
+        """One more token of a request whose context has been launched."""
+        return cls(request, request.num_launched, 1, 1)
 
     @property
-    def is_last(self) -> bool:
-        """The chunk that ends the context: its last row gives the next token."""
-        return self.start + self.length == self.request.context_len
+    def stop(self) -> int:
+        return self.start + self.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +57,25 @@ class PromptRead:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
-    """Context chunks first, then one token for each generation request; `paused` give their KV back before the step.
+    """Chunks of contexts first, then the decodes; `paused` give their KV back before the step.
 
     `fetching` get blocks for the rest of their context now and its KV from another gang; they compute nothing.
+
+    Derived: `sampled` are the rows that sample, in the order of the logits. `prompt_reads` are the prompt tokens whose
+    logits are told for the first time, in the order of the batch.
     """
 
-    context: tuple[ContextChunk, ...] = ()
-    generation: tuple[LlmRequest, ...] = ()
+    context: tuple[StepRow, ...] = ()
+    generation: tuple[StepRow, ...] = ()
     paused: tuple[LlmRequest, ...] = ()
-    fetching: tuple[ContextChunk, ...] = ()
+    fetching: tuple[StepRow, ...] = ()
+    sampled: tuple[StepRow, ...] = field(init=False, repr=False)
+    prompt_reads: tuple[PromptRead, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        sampled = tuple(row for row in self.context if row.num_samples) + self.generation
+        object.__setattr__(self, "sampled", sampled)
+        object.__setattr__(self, "prompt_reads", tuple(_prompt_reads(self.context)))
 
     @property
     def is_empty(self) -> bool:
@@ -56,24 +84,15 @@ class ScheduledBatch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(chunk.length for chunk in self.context) + len(self.generation)
+        return sum(row.length for row in self.context) + sum(row.length for row in self.generation)
 
-    @property
-    def sampled(self) -> tuple[LlmRequest, ...]:
-        """The requests that get a token, in the order of the logits' rows."""
-        return tuple(chunk.request for chunk in self.context if chunk.is_last) + self.generation
 
-    @property
-    def prompt_reads(self) -> list[PromptRead]:
-        """What of this step's prompt tokens is told for the first time, in the order of the batch."""
-        reads: list[PromptRead] = []
-        row = 0
-        for chunk in self.context:
-            request = chunk.request
-            if request.num_rows_read < request.num_prompt_rows:
-                start = max(chunk.start, request.num_rows_read)
-                stop = min(chunk.start + chunk.length, request.num_prompt_rows)
-                if start < stop:
-                    reads.append(PromptRead(request, start, stop, row + start - chunk.start))
-            row += chunk.length
-        return reads
+def _prompt_reads(context: Sequence[StepRow]) -> Iterator[PromptRead]:
+    first_row = 0
+    for request, begin, length, _ in context:
+        if request.num_rows_read < request.num_prompt_rows:
+            start = max(begin, request.num_rows_read)
+            stop = min(begin + length, request.num_prompt_rows)
+            if start < stop:
+                yield PromptRead(request, start, stop, first_row + start - begin)
+        first_row += length

@@ -2,15 +2,19 @@
 
 Built by the executor from a `GenerateRequest`, read by schedulers, changed only by the executor and the KV manager.
 
-    WAITING ──admitted──▶ CONTEXT ──last chunk──▶ GENERATION ──stop, length──▶ DONE
+    WAITING ──admitted──▶ CONTEXT ──last chunk──▶ GENERATION ──last token──▶ CLOSING ──settled──▶ DONE
       ▲ │                  ▲  │                      ▲ │
-      │ └─has a ticket─▶ FETCHING ──all arrived───────┘ │       cancel, deadline: any ──▶ DONE
+      │ └─has a ticket─▶ FETCHING ──all arrived───────┘ │       stop token, cancel, deadline: any ──▶ DONE
       └────────paused (KV freed, recomputed later)─────┘
+
+The states move on when a step is launched, except for DONE, which is known when a step settles. A request is CLOSING
+once the step is launched that certainly gives its last token.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +38,7 @@ class RequestState(enum.IntEnum):
     GENERATION = 2
     DONE = 3
     FETCHING = 4
+    CLOSING = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +61,19 @@ class TokenExtras:
 
 @dataclass(slots=True, eq=False)
 class LlmRequest:
-    """`tokens` is prompt plus output. KV of `tokens[:num_computed]` is in the cache; a forward computes from there.
-    Output that another gang has generated before is output here too.
+    """`tokens` is prompt plus output, as far as steps have settled. Output that another gang has generated before is
+    output here too.
+
+    KV of `tokens[:num_computed]` is in the cache and right. `num_launched` counts the tokens whose KV is there or is
+    being computed by a step that has not settled; the next step computes from there. Both are equal while no launched
+    step holds the request.
 
     `context_len` is how many tokens must be computed before the next one can be sampled: all there are at first, and
     what was generated since too after a preemption. `order` is the arrival order, unique in a gang and equal on all
-    ranks.
+    ranks. A row that samples behind `closes_at` tokens or more gives the last token.
 
     `extras` is what is told with the newest token beside its id. Logits at the first `num_prompt_rows` tokens are told;
-    those of `num_rows_read` have been read. With a `failure` the newest token is none, and the request ends. What the
+    those of `num_rows_read` have been read. With a `failure` the request ends at its next token, without it. What the
     sampling remembers of the tokens is the decoder's.
     """
 
@@ -81,11 +90,13 @@ class LlmRequest:
     state: RequestState = RequestState.WAITING
     context_len: int = 0
     num_computed: int = 0
+    num_launched: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     arrival_s: float = field(default=0.0)
+    closes_at: int = field(init=False)
     extras: TokenExtras | None = None
     failure: TensorweaveError | None = None
     num_prompt_rows: int = field(init=False)
@@ -95,6 +106,7 @@ class LlmRequest:
     def __post_init__(self) -> None:
         self.context_len = self.context_len or len(self.tokens)
         sampling = self.sampling
+        self.closes_at = self.max_len - 1 if self.offer is None else 0
         self.num_prompt_rows = 0
         if sampling.num_prompt_logprobs is not None:
             self.num_prompt_rows, self.prompt_logprobs = self.prompt_len - 1, []
@@ -124,6 +136,16 @@ class LlmRequest:
         return len(self.tokens) - self.prompt_len
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens once every launched step has settled."""
+        return max(len(self.tokens), self.num_launched + 1)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that launched steps sample and that have not settled."""
+        return self.num_tokens - len(self.tokens)
+
+    @property
     def max_len(self) -> int:
         """Most tokens this request can ever hold, prompt included. The last sampled one needs no KV."""
         return self.prompt_len + self.sampling.max_tokens
@@ -133,52 +155,62 @@ class LlmRequest:
         """Holds KV blocks."""
         return self.state not in (RequestState.WAITING, RequestState.DONE)
 
-    def append(self, token: int) -> None:
-        """Take a sampled token, and note whether it ends the request."""
-        self.tokens.append(token)
-        sampling = self.sampling
-        if token in sampling.stop_token_ids and self.num_output >= sampling.min_tokens:
+    def take_tokens(self, tokens: Sequence[int], extras: Sequence[TokenExtras] = ()) -> TokenChunk:
+        """Append sampled tokens up to the one that ends the request; return what to tell. `extras` has one entry a
+        token, or none."""
+        taken, stops = self.tokens, self.sampling.stop_token_ids
+        start = len(taken) - self.prompt_len
+        for token in tokens:
+            taken.append(token)
+            if (len(taken) > self.closes_at or token in stops) and self._ends_with(token):
+                num_taken = self.num_output - start
+                tokens, extras = tokens[:num_taken], extras[:num_taken]
+                break
+        reason, cached = self.finish_reason, self.num_cached_tokens
+        if not extras and self.prompt_logprobs is None:
+            return TokenChunk(self.request_id, tokens, reason, self.stop_reason, cached, None, start)
+        self.extras = extras[-1] if extras else None
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
+        logprobs = tuple(each.logprobs for each in extras if each.logprobs is not None)
+        logits = b"".join(each.logits for each in extras)
+        told = (logprobs, prompt_logprobs, logits)
+        return TokenChunk(self.request_id, tokens, reason, self.stop_reason, cached, None, start, *told)
+
+    def _ends_with(self, token: int) -> bool:
+        """Note why the newest token ends the request, if it does."""
+        num_output, sampling = self.num_output, self.sampling
+        if token in sampling.stop_token_ids and num_output >= sampling.min_tokens:
             self.finish_reason, self.stop_reason = "stop", token
-        elif self.num_output >= sampling.max_tokens:
+        elif num_output >= sampling.max_tokens:
             self.finish_reason = "length"
         elif self.offer is not None:
             self.finish_reason = "not_finished"
+        return self.finish_reason is not None
 
-    def news(self) -> TokenChunk:
-        """What to tell once a token was appended."""
-        start = len(self.tokens) - self.prompt_len - 1
-        if self.failure is not None:
-            self.finish_reason, self.stop_reason = "cancelled", None
-            return TokenChunk(
-                self.request_id, num_cached_tokens=self.num_cached_tokens, error=self.failure, start=start
-            )
-        token_ids = (self.tokens[-1],)
-        ends = (self.finish_reason, self.stop_reason, self.num_cached_tokens, None, start)
-        if self.extras is None and self.prompt_logprobs is None:
-            return TokenChunk(self.request_id, token_ids, *ends)
-        extras = self.extras or TokenExtras()
-        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
-        logprobs = () if extras.logprobs is None else (extras.logprobs,)
-        return TokenChunk(self.request_id, token_ids, *ends, logprobs, prompt_logprobs, extras.logits)
+    def fail(self, failure: TensorweaveError) -> TokenChunk:
+        """End with an error in place of a token; return what to tell."""
+        self.failure, self.finish_reason, self.stop_reason = failure, "cancelled", None
+        cached, start = self.num_cached_tokens, self.num_output
+        return TokenChunk(self.request_id, num_cached_tokens=cached, error=failure, start=start)
 
-    def land(self, num_tokens: int, first_token: int | None, extras: TokenExtras | None = None) -> bool:
-        """KV of `tokens[:num_tokens]` has arrived. With all of it and the token after it, and what must be told with
-        that, generation goes on (True); else the rest of the context, at least its last token, is computed here."""
+    def resume(self, num_tokens: int, first_token: int | None, extras: TokenExtras | None = None) -> TokenChunk | None:
+        """Go on after KV of `tokens[:num_tokens]` has arrived from another gang. With all of it, the token after it and
+        what is told with that, decode; return what to tell. Else compute the rest of the context here, at least its
+        last token."""
         is_told = extras is not None or not self.sampling.wants_extras
         if num_tokens < self.context_len or first_token is None or not is_told:
-            self.num_computed = min(num_tokens, self.context_len - 1)
+            self.num_computed = self.num_launched = min(num_tokens, self.context_len - 1)
             self.state = RequestState.CONTEXT
-            return False
-        self.num_computed = self.context_len
+            return None
+        self.num_computed = self.num_launched = self.context_len
         self.state = RequestState.GENERATION
-        self.extras = extras if self.sampling.wants_extras else None
-        self.append(first_token)
-        return True
+        return self.take_tokens([first_token], (extras,) if extras and self.sampling.wants_extras else ())
 
     def pause(self) -> None:
-        """Back to waiting: its KV is gone, and what it has generated becomes part of its context."""
+        """Go back to waiting: the KV is gone, and what was generated becomes part of the context."""
+        assert self.num_launched == self.num_computed, "paused while a launched step computes it"
         self.state = RequestState.WAITING
-        self.num_computed = 0
+        self.num_computed = self.num_launched = 0
         self.context_len = len(self.tokens)
         self.num_preemptions += 1
         self.fetch = None

@@ -21,9 +21,9 @@ class BaseResourceManager:
     """One kind of resource that requests hold. As it stands it is unlimited and counts nothing; override what applies.
 
     Hooks, in the order of a step: `free_resources` (requests that the schedule paused, and may come again),
-    `prepare_resources` (before the forward), `update_resources` (after it: tokens appended, `num_computed` moved on),
-    `free_resources` (requests that ended; also called between steps for a cancelled request, and for one that never
-    held anything).
+    `prepare_resources` (before the step is launched), `update_resources` (once it has settled: tokens are appended,
+    `num_computed` has moved on), `truncate`, `free_resources` (requests that ended; also called between steps for a
+    cancelled request, and for one that never held anything). The next step may be launched before a step has settled.
     """
 
     def get_max_resource_count(self) -> int:
@@ -38,10 +38,16 @@ class BaseResourceManager:
         """Take what this step's batch needs."""
 
     def update_resources(self, batch: ScheduledBatch) -> None:
-        """Note what this step's forward has computed."""
+        """Note what this step has computed. Requests that ended before it settled have not moved on."""
+
+    def store_computed(self, request: LlmRequest) -> None:
+        """Note that KV of the request's first `num_computed` tokens is there now, computed elsewhere."""
+
+    def truncate(self, request: LlmRequest, num_tokens: int) -> None:
+        """Give back what the request holds for more than its first `num_tokens` tokens; no launched step uses it."""
 
     def free_resources(self, request: LlmRequest) -> None:
-        """Give back all that the request holds."""
+        """Give back all that the request holds. No launched step uses it any more."""
 
     def discard_resources(self, request: LlmRequest) -> Sequence[int]:
         """The same where what the request computed may be NaN: nothing of it may be used again. Return the KV blocks
@@ -153,6 +159,14 @@ class ResourceManager(BaseResourceManager):
     def update_resources(self, batch: ScheduledBatch) -> None:
         for manager in self.managers:
             manager.update_resources(batch)
+
+    def store_computed(self, request: LlmRequest) -> None:
+        for manager in self.managers:
+            manager.store_computed(request)
+
+    def truncate(self, request: LlmRequest, num_tokens: int) -> None:
+        for manager in self.managers:
+            manager.truncate(request, num_tokens)
 
     def free_resources(self, request: LlmRequest) -> None:
         for manager in self.managers:

@@ -15,7 +15,7 @@ from tensorweave.cluster.errors import TransferFailed, WorkerLost
 from tensorweave.cluster.protocol import KvEndpoint, KvSource, LinkMeasurement
 from tensorweave.workers.gang.uplink import Uplink
 from tensorweave.workers.step.kv_exchange import TransferInbox
-from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.step.plan import StepRow
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import KVCache
 from tensorweave.workers.transfer.carrier import Carrier, Event, TicketReleased
@@ -83,19 +83,19 @@ class KvTransfers:
 
     # ---- called by the step loop
 
-    def fetch(self, chunks: Sequence[ContextChunk]) -> None:
+    def fetch(self, rows: Sequence[StepRow]) -> None:
         if self._failure is not None:
             raise WorkerLost(f"the transfer thread failed: {self._failure}")
-        for chunk in chunks:
+        for row in rows:
             if self._rank == 0:
-                request = chunk.request
-                self._arrivals.expect(request.request_id, chunk.start, request.context_len, self._timeout_s)
-            self._fetches.begin(chunk)
+                request = row.request
+                self._arrivals.expect(request.request_id, row.start, request.context_len, self._timeout_s)
+            self._fetches.begin(row)
 
-    def offer(self, batch: ScheduledBatch) -> None:
-        for chunk in batch.context:
-            self._fetches.release_unused_ticket(chunk.request)
-        self._offers.offer(batch)
+    def offer(self, rows: Sequence[StepRow]) -> None:
+        for row in rows:
+            self._fetches.release_unused_ticket(row.request)
+        self._offers.offer(rows)
 
     def keeps(self, request: LlmRequest) -> bool:
         self._drop_fetch(request)

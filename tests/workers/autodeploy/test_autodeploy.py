@@ -18,7 +18,7 @@ from tensorweave.workers.autodeploy.loader import load_autodeploy
 from tensorweave.workers.build import build_executor, check_model
 from tensorweave.workers.engine_dir.directory import save_engine_dir
 from tensorweave.workers.gang.comm import SoloComm
-from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.resources import BlockCopy
 from tests.workers.engine_drive import ScatteredBlocks, engine_args, generate, make_request, random_prompts
 from tests.workers.tiny_models import THETA, VOCAB, make_model, rewrite_config, save_randomized, their_greedy
@@ -102,7 +102,7 @@ def test_prompt_logits_and_copied_blocks(tmp_path: Path) -> None:
     prompt = random_prompts(1, 60, seed=5)[0][:22] + [1] * 11
     request, other = make_request(0, prompt), make_request(1, [*prompt[:16], 9])
     request.num_prompt_rows = len(prompt)
-    batch = ScheduledBatch((ContextChunk(request, 0, len(prompt)),))
+    batch = ScheduledBatch((StepRow.of_context(request, 0, len(prompt)),))
     engine.forward(batch, resources)
     [(read, logits)] = engine.prompt_logits(batch)
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_prompt_logits_and_copied_blocks(tmp_path: Path) -> None:
     assert (read.start, read.stop) == (0, len(prompt))
     torch.testing.assert_close(logits, theirs, atol=2e-4, rtol=1e-3)
     resources.copies.append(BlockCopy(resources.block_ids(request)[0], resources.block_ids(other)[0], 16))
-    reused = engine.forward(ScheduledBatch((ContextChunk(other, 16, 1),)), resources)
+    reused = engine.forward(ScheduledBatch((StepRow.of_context(other, 16, 1),)), resources)
     with torch.no_grad():
         expected = model(torch.tensor([other.tokens])).logits[0, -1:]
     torch.testing.assert_close(reused, expected, atol=2e-4, rtol=1e-3)

@@ -14,7 +14,7 @@ from tensorweave.workers.fakes.fake_executor import fake_output
 from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.gang.device import has_fast_bfloat16, pick_device, pick_dtype
 from tensorweave.workers.models.families.table import load_model_config
-from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.resources import BlockCopy
 from tests.workers.engine_drive import (
     ScatteredBlocks,
@@ -82,7 +82,7 @@ def test_logits_are_close_to_those_of_transformers(tmp_path: Path) -> None:
     prompt = random_prompts(1, 300, seed=3)[0]
     engine = load_engine(engine_args(tmp_path), SoloComm())
     resources: Any = ScatteredBlocks(engine.info.num_blocks, engine.info.tokens_per_block)
-    batch = ScheduledBatch((ContextChunk(make_request(0, prompt), 0, len(prompt)),))
+    batch = ScheduledBatch((StepRow.of_context(make_request(0, prompt), 0, len(prompt)),))
     logits = engine.forward(batch, resources)
     with torch.no_grad():
         theirs = model(torch.tensor([prompt])).logits[0, -1:]
@@ -97,7 +97,7 @@ def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
     def last_logits(dtype: str) -> torch.Tensor:
         engine = load_engine(engine_args(tmp_path, dtype=dtype), SoloComm())
         resources: Any = ScatteredBlocks(engine.info.num_blocks, engine.info.tokens_per_block)
-        return engine.forward(ScheduledBatch((ContextChunk(make_request(0, prompt), 0, len(prompt)),)), resources)
+        return engine.forward(ScheduledBatch((StepRow.of_context(make_request(0, prompt), 0, len(prompt)),)), resources)
 
     wide, narrow = last_logits("float32"), last_logits("bfloat16")
     assert narrow.dtype == torch.float32
@@ -109,11 +109,11 @@ def test_a_middle_chunk_gives_no_logits_and_logits_may_be_edited(tmp_path: Path)
     engine = load_engine(engine_args(tmp_path), SoloComm())
     resources: Any = ScatteredBlocks(engine.info.num_blocks, engine.info.tokens_per_block)
     first, second = make_request(0, PROMPTS[0]), make_request(1, [3, 4, 5])
-    batch = ScheduledBatch((ContextChunk(first, 0, len(PROMPTS[0]) - 1), ContextChunk(second, 0, 3)))
+    batch = ScheduledBatch((StepRow.of_context(first, 0, len(PROMPTS[0]) - 1), StepRow.of_context(second, 0, 3)))
     logits = engine.forward(batch, resources)
     assert logits.shape == (1, VOCAB)
     logits[:, 2] = float("-inf")
-    assert engine.forward(ScheduledBatch((ContextChunk(first, 0, 5),)), resources).shape == (0, VOCAB)
+    assert engine.forward(ScheduledBatch((StepRow.of_context(first, 0, 5),)), resources).shape == (0, VOCAB)
 
 
 def test_a_copied_block_serves_as_its_source(tmp_path: Path) -> None:
@@ -122,10 +122,10 @@ def test_a_copied_block_serves_as_its_source(tmp_path: Path) -> None:
     resources: Any = ScatteredBlocks(engine.info.num_blocks, engine.info.tokens_per_block)
     prompt = random_prompts(1, 30, seed=5)[0][:13] + [1] * 13
     one, other = make_request(0, prompt), make_request(1, [*prompt[:10], 9, 8, 7])
-    engine.forward(ScheduledBatch((ContextChunk(one, 0, len(prompt)),)), resources)
+    engine.forward(ScheduledBatch((StepRow.of_context(one, 0, len(prompt)),)), resources)
     resources.copies.append(BlockCopy(resources.block_ids(one)[0], resources.block_ids(other)[0], 10))
-    reused = engine.forward(ScheduledBatch((ContextChunk(other, 10, 3),)), resources)
-    alone = engine.forward(ScheduledBatch((ContextChunk(make_request(2, other.tokens), 0, 13),)), resources)
+    reused = engine.forward(ScheduledBatch((StepRow.of_context(other, 10, 3),)), resources)
+    alone = engine.forward(ScheduledBatch((StepRow.of_context(make_request(2, other.tokens), 0, 13),)), resources)
     torch.testing.assert_close(reused, alone, atol=1e-4, rtol=1e-4)
 
 
@@ -206,15 +206,15 @@ def test_hash_engine_notices_a_foreign_block() -> None:
     engine = HashEngine(num_blocks=16, tokens_per_block=4)
     resources: Any = ScatteredBlocks(16, 4)
     request = make_request(0, list(range(10)))
-    batch = ScheduledBatch((ContextChunk(request, 0, 10),))
+    batch = ScheduledBatch((StepRow.of_context(request, 0, 10),))
     right = engine.forward(batch, resources).argmax()
     resources.copies.append(BlockCopy(resources.block_ids(request)[2], resources.block_ids(request)[0], 4))
-    assert engine.forward(ScheduledBatch((ContextChunk(request, 9, 1),)), resources).argmax() != right
+    assert engine.forward(ScheduledBatch((StepRow.of_context(request, 9, 1),)), resources).argmax() != right
 
 
 def test_empty_engine_costs_nothing_but_answers_each_row() -> None:
     resources: Any = ScatteredBlocks(16, 4)
     resources.copies.append(BlockCopy(0, 1, 2))
-    requests = tuple(make_request(i, [1, 2]) for i in range(3))
-    assert EmptyEngine().forward(ScheduledBatch((), requests), resources).shape == (3, 8)
+    rows = tuple(StepRow.of_decode(make_request(i, [1, 2])) for i in range(3))
+    assert EmptyEngine().forward(ScheduledBatch((), rows), resources).shape == (3, 8)
     assert resources.copies == []

@@ -175,7 +175,7 @@ def test_two_ranks_decide_alike(setting: Setting, arrivals: list[Arrival]) -> No
     while ranks[0].active:
         plans = [rank.step() for rank in ranks]
         spans = [[(c.request.order, c.start, c.length) for c in plan.context] for plan in plans]
-        orders = [[r.order for r in (*plan.generation, *plan.paused)] for plan in plans]
+        orders = [[r.order for r in (*(row.request for row in plan.generation), *plan.paused)] for plan in plans]
         tables = [[rank.resources.kv_cache.block_ids(r) for r in rank.active if r.is_started] for rank in ranks]
         assert (spans[0], orders[0], tables[0]) == (spans[1], orders[1], tables[1])
     assert not ranks[1].active

@@ -42,7 +42,7 @@ class PoisonedEngine(HashEngine):
     def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
         self.num_forwards += 1
         logits_RV = super().forward(batch, resources)
-        for row, request in enumerate(batch.sampled):
+        for row, (request, *_) in enumerate(batch.sampled):
             if self.is_sick or (POISON in request.tokens and not self.is_cured):
                 logits_RV[row] = torch.nan
         return logits_RV

@@ -10,12 +10,14 @@ import pytest
 
 from tensorweave.cluster.errors import ContextTooLong
 from tensorweave.cluster.protocol import SamplingSpec
+from tensorweave.workers.executor.bookkeeping import book_launch, book_result
 from tensorweave.workers.executor.dry_run import DryRun
 from tensorweave.workers.executor.scheduler import CapacityPolicy, SimpleScheduler
 from tensorweave.workers.kv.manager import KVCacheManager
-from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest, RequestState
 from tensorweave.workers.step.resources import ResourceManager
+from tensorweave.workers.step.result import StepResult
 
 
 def _requests(*sizes: tuple[int, int], priorities: tuple[int, ...] = ()) -> list[LlmRequest]:
@@ -46,7 +48,7 @@ def _loop(requests: list[LlmRequest], num_blocks: int, tokens_per_block: int = 4
 def _shape(batch: ScheduledBatch) -> tuple[list[tuple[int, int, int]], list[int], list[int]]:
     """(order, start, length) of the chunks, orders of the decoding, orders of the paused."""
     chunks = [(chunk.request.order, chunk.start, chunk.length) for chunk in batch.context]
-    return chunks, [request.order for request in batch.generation], [request.order for request in batch.paused]
+    return chunks, [row.request.order for row in batch.generation], [request.order for request in batch.paused]
 
 
 # ---- capacity
@@ -242,14 +244,11 @@ def _timed_step(scheduler: SimpleScheduler, resources: ResourceManager, active: 
     batch = scheduler.schedule_request(active)
     resources.prepare_resources(batch)
     spent_s = time.thread_time() - began_s
-    for chunk in batch.context:
-        assert chunk == ContextChunk(chunk.request, 0, chunk.request.context_len)
-        chunk.request.num_computed, chunk.request.state = chunk.length, RequestState.GENERATION
-    for request in batch.generation:
-        request.num_computed = len(request.tokens)
+    for row in batch.context:
+        assert row == StepRow(row.request, 0, row.request.context_len, 1)
     assert len(batch.sampled) == len(active)
-    for request in batch.sampled:
-        request.append(request.order)
+    book_launch(batch)
+    book_result(batch, StepResult([[row.request.order] for row in batch.sampled]))
     began_s = time.thread_time()
     resources.update_resources(batch)
     return spent_s + time.thread_time() - began_s

@@ -18,7 +18,7 @@ from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.workers.executor.dry_run import DryRun, PlanError
 from tensorweave.workers.executor.scheduler import SimpleScheduler
 from tensorweave.workers.kv.manager import KVCacheManager
-from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import ResourceManager
 
@@ -110,10 +110,10 @@ class _Careless(SimpleScheduler):
         if self.rule == "idles":
             return ScheduledBatch()
         if self.rule == "skips a token":
-            return ScheduledBatch(tuple(ContextChunk(c.request, c.start, c.length + 1) for c in batch.context))
+            return ScheduledBatch(tuple(StepRow.of_context(c.request, c.start, c.length + 1) for c in batch.context))
         if self.rule == "plans twice":
             return ScheduledBatch(batch.context * 2, batch.generation)
-        return ScheduledBatch(batch.context, tuple(active))
+        return ScheduledBatch(batch.context, tuple(map(StepRow.of_decode, active)))
 
 
 @pytest.mark.parametrize(

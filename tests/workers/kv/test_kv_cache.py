@@ -8,10 +8,12 @@ import pytest
 
 from tensorweave.cluster.block_hash import block_hashes
 from tensorweave.cluster.protocol import Retention, RetentionRange, SamplingSpec
+from tensorweave.workers.executor.bookkeeping import book_launch, book_result
 from tensorweave.workers.kv.manager import BlockCopy, KVCacheManager
-from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest, RequestState
 from tensorweave.workers.step.resources import BaseResourceManager, ResourceManager
+from tensorweave.workers.step.result import StepResult
 
 _orders = itertools.count()
 
@@ -25,26 +27,21 @@ def _request(
     )
 
 
-def _chunk(kv: KVCacheManager, request: LlmRequest, length: int | None = None) -> ContextChunk:
+def _chunk(kv: KVCacheManager, request: LlmRequest, length: int | None = None) -> StepRow:
     start = request.num_computed
     if request.state is RequestState.WAITING:
         start = kv.budget().quote(request, request.max_len - 1).start
-    return ContextChunk(request, start, request.context_len - start if length is None else length)
+    return StepRow.of_context(request, start, request.context_len - start if length is None else length)
 
 
-def _step(kv: KVCacheManager, chunks: list[ContextChunk], decoding: list[LlmRequest]) -> list[BlockCopy]:
+def _step(kv: KVCacheManager, chunks: list[StepRow], decoding: list[LlmRequest]) -> list[BlockCopy]:
     """One step as the executor does it; every sampled token is 7."""
-    batch = ScheduledBatch(tuple(chunks), tuple(decoding))
+    batch = ScheduledBatch(tuple(chunks), tuple(map(StepRow.of_decode, decoding)))
     kv.prepare_resources(batch)
     copies = kv.take_copies()
     assert kv.audit() == []
-    for chunk in chunks:
-        chunk.request.num_computed = chunk.start + chunk.length
-        chunk.request.state = RequestState.GENERATION if chunk.is_last else RequestState.CONTEXT
-    for request in decoding:
-        request.num_computed = len(request.tokens)
-    for request in batch.sampled:
-        request.append(7)
+    book_launch(batch)
+    book_result(batch, StepResult([[7]] * len(batch.sampled)))
     kv.update_resources(batch)
     assert kv.audit() == []
     return copies
@@ -97,7 +94,7 @@ def test_the_last_context_token_is_always_computed() -> None:
     kv = KVCacheManager(8, 2, enable_partial_reuse=False)
     first, second = _request([1, 2, 3, 4]), _request([1, 2, 3, 4])
     _prefill(kv, first)
-    assert _chunk(kv, second) == ContextChunk(second, 2, 2)
+    assert _chunk(kv, second) == StepRow.of_context(second, 2, 2)
 
 
 def test_generated_tokens_are_reused_too() -> None:
@@ -153,7 +150,7 @@ def test_a_copy_is_forgone_where_its_source_has_no_room() -> None:
 def test_equal_blocks_computed_at_once_become_one() -> None:
     kv = KVCacheManager(8, 2)
     twins = [_request([1, 2, 3, 4, 5]), _request([1, 2, 3, 4, 5])]
-    _step(kv, [ContextChunk(request, 0, 5) for request in twins], [])
+    _step(kv, [StepRow.of_context(request, 0, 5) for request in twins], [])
     assert kv.block_ids(twins[0])[:2] == kv.block_ids(twins[1])[:2]
     assert kv.used == 4
 
@@ -354,9 +351,100 @@ def test_events_are_bounded_and_off_by_default() -> None:
 def test_a_plan_beyond_the_pool_or_the_cache_is_refused() -> None:
     kv = KVCacheManager(2, 2)
     with pytest.raises(ValueError, match="more KV blocks than there are"):
-        kv.prepare_resources(ScheduledBatch((ContextChunk(_request([1] * 5), 0, 5),)))
+        kv.prepare_resources(ScheduledBatch((StepRow.of_context(_request([1] * 5), 0, 5),)))
     with pytest.raises(ValueError, match="beyond what is cached"):
-        kv.prepare_resources(ScheduledBatch((ContextChunk(_request([1] * 4), 2, 2),)))
+        kv.prepare_resources(ScheduledBatch((StepRow.of_context(_request([1] * 4), 2, 2),)))
+
+
+def test_a_request_is_cut_to_what_was_verified() -> None:
+    kv = KVCacheManager(8, 2)
+    request = _request([1, 2, 3, 4, 5], max_tokens=20)
+    _prefill(kv, request)
+    kv.prepare_resources(ScheduledBatch((), (StepRow(request, 5, 6, 6),)))
+    assert (len(kv.block_ids(request)), kv.available) == (6, 2)
+    kv.truncate(request, 6)
+    assert (len(kv.block_ids(request)), kv.available) == (3, 5)
+    assert kv.audit() == []
+    kv.truncate(request, 5)
+    assert len(kv.block_ids(request)) == 3
+    with pytest.raises(ValueError, match="more are in the tree"):
+        kv.truncate(request, 2)
+    _step(kv, [], [request])
+    kv.free_resources(request)
+    assert kv.available == 8
+
+
+def test_tokens_that_were_not_taken_leave_nothing_in_the_tree() -> None:
+    """A row of four samples of which two are right: the block that the others filled is not found by anybody."""
+    kv = KVCacheManager(8, 2)
+    request = _request([1, 2, 3], max_tokens=20)
+    _prefill(kv, request)
+    batch = ScheduledBatch((), (StepRow(request, 3, 4, 4),))
+    kv.prepare_resources(batch)
+    book_launch(batch)
+    settled = book_result(batch, StepResult([[8, 9]]))
+    assert (settled.truncated, request.tokens, request.num_computed) == ([request], [1, 2, 3, 7, 8, 9], 5)
+    kv.update_resources(batch)
+    kv.truncate(request, request.num_computed)
+    assert kv.audit() == []
+    assert len(kv.block_ids(request)) == 3
+    assert _chunk(kv, _request([1, 2, 3, 7, 8, 9, 9, 9])).start == 4
+    _step(kv, [], [request])
+    assert _chunk(kv, _request([1, 2, 3, 7, 8, 9, 9, 9])).start == 6
+
+
+def test_kv_that_comes_from_elsewhere_is_found_by_others() -> None:
+    kv = KVCacheManager(8, 2)
+    request = _request([1, 2, 3, 4, 5])
+    kv.prepare_resources(ScheduledBatch(fetching=(StepRow(request, 0, 5, 0),)))
+    request.resume(5, 7)
+    kv.store_computed(request)
+    assert kv.audit() == []
+    assert _chunk(kv, _request([1, 2, 3, 4, 9])).start == 4
+
+
+def test_a_block_that_a_launched_step_reads_is_not_given_away() -> None:
+    """Twins fill equal blocks. The second's is exchanged for the first's while its next step is launched already."""
+    kv = KVCacheManager(8, 4)
+    twins = [_request([1, 2, 3, 4, 5], max_tokens=8) for _ in range(2)]
+    first = ScheduledBatch(tuple(StepRow.of_context(twin, 0, 5) for twin in twins))
+    kv.prepare_resources(first)
+    book_launch(first)
+    second = ScheduledBatch((), tuple(map(StepRow.of_decode, twins)))
+    kv.prepare_resources(second)
+    book_launch(second)
+    read = kv.block_ids(twins[1])[0]
+    assert read != kv.block_ids(twins[0])[0]
+    book_result(first, StepResult([[7], [7]]))
+    kv.update_resources(first)
+    assert kv.block_ids(twins[0])[0] == kv.block_ids(twins[1])[0]
+    assert read not in kv._pool.free_ids
+    assert kv.audit() == []
+    book_result(second, StepResult([[7], [7]]))
+    kv.update_resources(second)
+    assert read in kv._pool.free_ids
+    assert kv.audit() == []
+
+
+def test_the_source_of_a_copy_is_kept_until_its_own_step_has_settled() -> None:
+    kv = KVCacheManager(8, 4)
+    _step(kv, [_chunk(kv, done := _request([1, 2, 3, 4, 5, 6], max_tokens=1))], [])
+    kv.free_resources(done)
+    before = ScheduledBatch((_chunk(kv, running := _request([9] * 5, max_tokens=8)),))
+    kv.prepare_resources(before)
+    book_launch(before)
+    copying = ScheduledBatch((_chunk(kv, _request([1, 2, 3, 9, 9])),))
+    kv.prepare_resources(copying)
+    book_launch(copying)
+    (copy,) = kv.take_copies()
+    (source,) = (node for node in kv._tree.nodes() if node.block == copy.source)
+    book_result(before, StepResult([[7]]))
+    kv.update_resources(before)
+    assert source.refs == 1
+    book_result(copying, StepResult([[7]]))
+    kv.update_resources(copying)
+    assert (source.refs, kv.audit()) == (0, [])
+    assert running.num_computed == 5
 
 
 def test_audit_sees_a_lost_and_a_doubly_held_block() -> None:
@@ -389,7 +477,7 @@ def test_managers_are_called_in_order_and_the_kv_cache_is_last() -> None:
     resources = ResourceManager([Slots(), kv])
     assert resources.kv_cache is kv
     request = _request([1, 2, 3])
-    batch = ScheduledBatch((ContextChunk(request, 0, 3),))
+    batch = ScheduledBatch((StepRow.of_context(request, 0, 3),))
     resources.prepare_resources(batch)
     resources.update_resources(batch)
     resources.free_resources(request)

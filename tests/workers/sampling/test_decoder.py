@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 
-from tensorweave.cluster.errors import LogitsNotFinite
+from tensorweave.cluster.errors import LogitsNotFinite, RequestRejected
 from tensorweave.cluster.protocol import SamplingSpec
-from tensorweave.workers.sampling.decoder import NO_TOKEN, SamplingDecoder, uniform
-from tensorweave.workers.step.plan import ScheduledBatch
+from tensorweave.workers.sampling.decoder import SamplingDecoder, uniform
+from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest, RequestState
+from tensorweave.workers.step.result import StepResult
 from tests.workers.plain_sampling import chosen
 
 VOCAB = 50
@@ -18,13 +21,22 @@ VOCAB = 50
 
 def request(spec: SamplingSpec, position: int = 5, order: int = 0) -> LlmRequest:
     made = LlmRequest(f"r{order}", order, [1] * position, 3, spec, state=RequestState.GENERATION)
-    made.num_computed = position - 1
+    made.num_computed = made.num_launched = position - 1
     return made
 
 
-def decode(logits: torch.Tensor, specs: list[SamplingSpec], position: int = 5) -> list[int]:
-    batch = ScheduledBatch(generation=tuple(request(spec, position, i) for i, spec in enumerate(specs)))
-    return SamplingDecoder().decode(logits.clone(), batch).tokens
+def decodes(specs: Sequence[SamplingSpec], position: int = 5) -> ScheduledBatch:
+    rows = (StepRow.of_decode(request(spec, position, i)) for i, spec in enumerate(specs))
+    return ScheduledBatch(generation=tuple(rows))
+
+
+def tokens_of(result: StepResult) -> list[int | None]:
+    """None for a row that has none."""
+    return [row[0] if isinstance(row, list) else None for row in result.rows]
+
+
+def decode(logits: torch.Tensor, specs: list[SamplingSpec], position: int = 5) -> list[int | None]:
+    return tokens_of(SamplingDecoder().decode(logits.clone(), decodes(specs, position)))
 
 
 SPECS = [
@@ -61,8 +73,7 @@ def test_a_row_is_decoded_alike_whatever_stands_beside_it() -> None:
 def test_sampling_follows_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     spec = [SamplingSpec(8, temperature=1.0, seed=seed) for seed in range(4000)]
-    batch = ScheduledBatch(generation=tuple(request(s, 5, i) for i, s in enumerate(spec)))
-    tokens = SamplingDecoder().decode(logits.repeat(4000, 1), batch).tokens
+    tokens = decode(logits.repeat(4000, 1), spec)
     shares = np.bincount(tokens, minlength=4) / 4000
     assert np.abs(shares - torch.softmax(logits[0], 0).numpy()).max() < 0.03
 
@@ -107,11 +118,9 @@ def test_a_row_that_is_not_finite_gives_no_token_and_harms_no_other(
     expected = decode(logits[1:], others)
     logits[0] = wrong
     specs = [spec, *others]
-    batch = ScheduledBatch(generation=tuple(request(each, 5, i) for i, each in enumerate(specs)))
-    decoded = SamplingDecoder().decode(logits, batch)
-    assert decoded.tokens == [NO_TOKEN, *expected]
-    assert decoded.failures.keys() == {0}
-    assert isinstance(decoded.failures[0], LogitsNotFinite)
+    result = SamplingDecoder().decode(logits, decodes(specs))
+    assert tokens_of(result) == [None, *expected]
+    assert isinstance(result.rows[0], LogitsNotFinite)
 
 
 @pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], PENALISED, TOLD], ids=str)
@@ -120,7 +129,7 @@ def test_one_number_that_is_not_finite_is_enough(spec: SamplingSpec, wrong: floa
     for place in (0, 7, VOCAB - 1):
         logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(5))
         logits[0, place] = wrong
-        assert decode(logits, [spec]) == [NO_TOKEN]
+        assert decode(logits, [spec]) == [None]
 
 
 def test_tokens_that_the_model_itself_rules_out_are_no_fault() -> None:
@@ -144,8 +153,8 @@ def test_nobody_is_blamed_for_what_others_have_done() -> None:
     specs = [SamplingSpec(8, logits_processors=("mask",))] * 2 + [tiny]
     logits = torch.zeros(3, VOCAB)
     logits[0] = torch.nan
-    batch = ScheduledBatch(generation=tuple(request(spec, 5, i) for i, spec in enumerate(specs)))
-    failures = decoder.decode(logits, batch).failures
+    failures = decoder.decode(logits, decodes(specs)).rows
     assert calls == [1]
     assert isinstance(failures[0], LogitsNotFinite)
-    assert [failures[row].param for row in (1, 2)] == ["logits_processor", "repetition_penalty"]
+    blamed = [failure.param for failure in failures if isinstance(failure, RequestRejected)]
+    assert blamed == ["logits_processor", "repetition_penalty"]

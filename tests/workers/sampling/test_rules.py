@@ -20,7 +20,7 @@ from tensorweave.workers.sampling.decoder import SamplingDecoder
 from tensorweave.workers.sampling.logit_edits import LogitEdits
 from tensorweave.workers.sampling.rules import make_rules
 from tensorweave.workers.sampling.state import SamplingRule, SamplingState, TokenHistory
-from tensorweave.workers.step.plan import ScheduledBatch
+from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest, RequestState
 from tensorweave.workers.step.resources import ResourceManager
 from tests.workers.sampling.test_sampling_definitions import VOCAB, random_spec
@@ -131,7 +131,10 @@ def decode_one_by_one(rows: torch.Tensor, spec: SamplingSpec) -> list[int]:
     decoder = SamplingDecoder(with_brackets)
     while len(request.tokens) < len(rows):
         logits = rows[len(request.tokens) :][:1].clone()
-        request.append(decoder.decode(logits, ScheduledBatch(generation=(request,))).tokens[0])
+        batch = ScheduledBatch(generation=(StepRow(request, len(request.tokens) - 1, 1, 1),))
+        (row,) = decoder.decode(logits, batch).rows
+        assert isinstance(row, list)
+        request.take_tokens(row)
     return request.tokens
 
 

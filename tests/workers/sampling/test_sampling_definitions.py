@@ -14,9 +14,10 @@ import torch
 
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.protocol import SamplingSpec
-from tensorweave.workers.sampling.decoder import NO_TOKEN, Decoded, SamplingDecoder, uniform
-from tensorweave.workers.step.plan import ScheduledBatch
+from tensorweave.workers.sampling.decoder import SamplingDecoder, uniform
+from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest, RequestState
+from tensorweave.workers.step.result import StepResult
 from tests.workers.plain_sampling import chosen
 
 VOCAB = 24
@@ -27,9 +28,14 @@ def request(spec: SamplingSpec, prompt: Sequence[int], output: Sequence[int], or
     return LlmRequest(f"r{order}", order, [*prompt, *output], len(prompt), spec, state=RequestState.GENERATION)
 
 
-def decode(logits: Floats, requests: Sequence[LlmRequest], decoder: SamplingDecoder | None = None) -> Decoded:
-    batch = ScheduledBatch(generation=tuple(requests))
+def decode(logits: Floats, requests: Sequence[LlmRequest], decoder: SamplingDecoder | None = None) -> StepResult:
+    batch = ScheduledBatch(generation=tuple(StepRow(request, len(request.tokens) - 1, 1, 1) for request in requests))
     return (decoder or SamplingDecoder()).decode(torch.from_numpy(logits.copy()), batch)
+
+
+def tokens_of(result: StepResult) -> list[int | None]:
+    """None for a row that has none."""
+    return [row[0] if isinstance(row, list) else None for row in result.rows]
 
 
 # ---- the definitions
@@ -118,9 +124,10 @@ def walk(spec: SamplingSpec, prompt: Sequence[int], num_tokens: int, seed: int, 
     for _ in range(num_tokens):
         logits = (rng.normal(size=(1, VOCAB)) * 2).astype(np.float32)
         output = going.tokens[going.prompt_len :]
-        token = decode(logits, [going]).tokens[0]
+        token = tokens_of(decode(logits, [going]))[0]
         assert token == defined(logits[0], spec, prompt, output)
-        going.append(token)
+        assert token is not None
+        going.take_tokens([token])
     return going.tokens
 
 
@@ -152,14 +159,14 @@ def test_a_row_is_what_it_is_whatever_stands_beside_it_and_wherever_it_began() -
     going = [request(spec, prompt, (), i) for i, (spec, prompt) in enumerate(zip(specs, prompts, strict=True))]
     for step in range(15):
         logits = (numbers.normal(size=(len(specs), VOCAB)) * 2).astype(np.float32)
-        together = decode(logits, going).tokens
+        together = tokens_of(decode(logits, going))
         for row, (spec, prompt) in enumerate(zip(specs, prompts, strict=True)):
             output = going[row].tokens[len(prompt) :]
             assert together[row] == defined(logits[row], spec, prompt, output)
             if step % 5 == 4:
                 taken_over = request(spec, prompt, output)
-                assert decode(logits[row : row + 1], [taken_over]).tokens == [together[row]]
-            going[row].append(together[row])
+                assert tokens_of(decode(logits[row : row + 1], [taken_over])) == [together[row]]
+            going[row].take_tokens([together[row]])
 
 
 # ---- what the parameters are for, seen in the tokens
@@ -187,8 +194,8 @@ def test_penalties_count_the_output_alone_but_for_repetition() -> None:
     logits[0, [3, 4]] = 2.0, 1.5
     for fields, from_prompt in (({"presence_penalty": 1.0}, 3), ({"repetition_penalty": 2.0}, 4)):
         spec = SamplingSpec(99, **fields)
-        assert decode(logits, [request(spec, [3, 5], [6])]).tokens == [from_prompt]
-        assert decode(logits, [request(spec, [5], [3, 6])]).tokens == [4]
+        assert tokens_of(decode(logits, [request(spec, [3, 5], [6])])) == [from_prompt]
+        assert tokens_of(decode(logits, [request(spec, [5], [3, 6])])) == [4]
 
 
 # ---- what cannot be
@@ -199,9 +206,8 @@ def test_bans_that_leave_nothing_end_their_own_request() -> None:
     decoded = decode(
         np.zeros((2, VOCAB), dtype=np.float32), [request(everything, [1], [2]), request(SamplingSpec(9), [1], [2])]
     )
-    assert decoded.tokens == [NO_TOKEN, 0]
-    assert isinstance(decoded.failures[0], RequestRejected)
-    assert 1 not in decoded.failures
+    assert tokens_of(decoded) == [None, 0]
+    assert isinstance(decoded.rows[0], RequestRejected)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -213,7 +219,7 @@ def test_an_infinite_bias_forces_its_token(temperature: float) -> None:
         logits[..., 7] = torch.inf
 
     decoder.processors.set("force", force)
-    assert decode(np.zeros((1, VOCAB), dtype=np.float32), [request(spec, [1], [2])], decoder).tokens == [7]
+    assert tokens_of(decode(np.zeros((1, VOCAB), dtype=np.float32), [request(spec, [1], [2])], decoder)) == [7]
 
 
 # ---- users' processors
@@ -239,7 +245,7 @@ def test_processors_see_their_request_and_go_first() -> None:
     changed = logits.copy()
     changed[1, 4] += 5.0
     changed[1] *= 2
-    assert decoded.tokens == [
+    assert tokens_of(decoded) == [
         defined(row, r.sampling, r.tokens[:1], r.tokens[1:]) for row, r in zip(changed, rows, strict=True)
     ]
     assert seen == [(1, (1, 1, VOCAB), [[4, 3]], None, None)]
@@ -262,7 +268,7 @@ def test_the_batched_processor_gets_all_that_ask_for_it_at_once() -> None:
     asked = SamplingSpec(99, temperature=1.0, uses_batched_processor=True)
     rows = [request(asked, [1], [2], 3), request(SamplingSpec(99), [1], [2], 4), request(asked, [5], [6, 7], 5)]
     logits = np.zeros((3, VOCAB), dtype=np.float32)
-    assert decode(logits, rows, decoder).tokens == [9, 0, 9]
+    assert tokens_of(decode(logits, rows, decoder)) == [9, 0, 9]
     assert calls == [([3, 5], [(1, 1, VOCAB)] * 2, [[[1, 2]], [[5, 6, 7]]], [None, None])]
 
 
@@ -284,11 +290,10 @@ def test_a_processor_that_fails_ends_its_own_requests_alone(how: str) -> None:
     logits = RNG.normal(size=(2, VOCAB)).astype(np.float32)
     other = request(SamplingSpec(99, repetition_penalty=2.0), [1], [2], 1)
     decoded = decode(logits, [request(spec, [1], [2]), other], decoder)
-    assert decoded.tokens == [NO_TOKEN, defined(logits[1], other.sampling, [1], [2])]
-    error = decoded.failures[0]
+    assert tokens_of(decoded) == [None, defined(logits[1], other.sampling, [1], [2])]
+    error = decoded.rows[0]
     assert isinstance(error, RequestRejected)
     assert error.param == ("apply_batched_logits_processor" if how == "batched" else "logits_processor")
-    assert list(decoded.failures) == [0]
 
 
 def test_what_is_not_there_is_refused_before_it_enters() -> None:
@@ -326,8 +331,8 @@ def test_log_probabilities_are_the_models_own(num_top: int) -> None:
     logits = (RNG.normal(size=(len(specs), VOCAB)) * 3).astype(np.float32)
     decoded = decode(logits, [request(spec, [1, 2], [5], i) for i, spec in enumerate(specs)])
     assert set(decoded.extras) == {0, 1, 3, 4}
-    for row, extras in decoded.extras.items():
-        spec, exact, token = specs[row], log_softmax(logits[row]), decoded.tokens[row]
+    for row, (extras,) in decoded.extras.items():
+        spec, exact, token = specs[row], log_softmax(logits[row]), tokens_of(decoded)[row]
         assert extras.logits == (logits[row].tobytes() if spec.wants_generation_logits else b"")
         if spec.num_logprobs is None:
             assert extras.logprobs is None

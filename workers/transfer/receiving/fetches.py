@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from tensorweave.cluster.protocol import KvEndpoint, Ticket
-from tensorweave.workers.step.plan import ContextChunk
+from tensorweave.workers.step.plan import StepRow
 from tensorweave.workers.step.request import LlmRequest, TokenExtras
 from tensorweave.workers.step.resources import KVCache
 from tensorweave.workers.transfer.carrier import Carrier, ReadDone, ReadFailed
@@ -88,13 +88,13 @@ class Fetches:
 
     # ---- called by the step loop
 
-    def begin(self, chunk: ContextChunk) -> None:
-        """Fetch the chunk's KV into the blocks that the request now holds."""
-        request, ticket = chunk.request, chunk.request.fetch
+    def begin(self, row: StepRow) -> None:
+        """Fetch the row's KV into the blocks that the request now holds."""
+        request, ticket = row.request, row.request.fetch
         assert ticket is not None
-        first_block, end_block = chunk.start // self._window.tokens_per_block, self._num_blocks(request.context_len)
+        first_block, end_block = row.start // self._window.tokens_per_block, self._num_blocks(request.context_len)
         target = TargetBlocks(self._window, first_block, self._kv_cache.block_ids(request)[first_block:end_block])
-        fetch = _Fetch(request.request_id, ticket, chunk.start, request.context_len, target, self._clock())
+        fetch = _Fetch(request.request_id, ticket, row.start, request.context_len, target, self._clock())
         with self._lock:
             self._used_tickets.add(request.request_id)
             self._fetches[request.request_id] = fetch

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from tensorweave.workers.step.kv_exchange import TransferInbox
-from tensorweave.workers.step.plan import ContextChunk, ScheduledBatch
+from tensorweave.workers.step.plan import StepRow
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import KVCache
 from tensorweave.workers.transfer.carrier import Carrier
@@ -56,23 +56,23 @@ class Offers:
 
     # ---- called by the step loop
 
-    def offer(self, batch: ScheduledBatch) -> None:
-        for chunk in batch.context:
-            if chunk.request.offer is not None:
-                self._offer_chunk(chunk.request.offer, chunk)
+    def offer(self, rows: Sequence[StepRow]) -> None:
+        for row in rows:
+            if row.request.offer is not None:
+                self._offer_chunk(row.request.offer, row)
 
-    def _offer_chunk(self, ticket_id: str, chunk: ContextChunk) -> None:
+    def _offer_chunk(self, ticket_id: str, row: StepRow) -> None:
         """Add the blocks that this chunk has filled; with the last chunk, also the one that it has begun."""
-        request, P = chunk.request, self._window.tokens_per_block
+        request, P = row.request, self._window.tokens_per_block
         offered = self._offers.get(request.request_id)
         if offered is None:
             offered = OfferedBlocks(self._window, self._generations, prompt_digest(request))
             self._offers[request.request_id] = offered
-        num_blocks = -(-request.num_computed // P) if chunk.is_last else request.num_computed // P
+        num_blocks = -(-request.num_computed // P) if row.num_samples else request.num_computed // P
         new_blocks = range(len(offered), num_blocks)
         block_ids = self._kv_cache.block_ids(request)[len(offered) : num_blocks]
         offered.add(block_ids, [min(P, request.num_computed - index * P) for index in new_blocks])
-        if chunk.is_last and request.finish_reason in _LEASED_REASONS:
+        if row.num_samples and request.finish_reason in _LEASED_REASONS:
             offered.complete(request.tokens[request.context_len], request.extras)
         self._carrier.offer(ticket_id, offered)
 

@@ -1,0 +1,108 @@
+"""What a step changes on its requests: `book_launch` when it is launched, `book_result` when it settles.
+
+Shared by the executor and `DryRun`. Nothing here knows of KV blocks or sends answers.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+
+from tensorweave.cluster.protocol import TokenChunk, pack_tokens
+from tensorweave.workers.step.plan import ScheduledBatch, StepRow
+from tensorweave.workers.step.request import LlmRequest, RequestState
+from tensorweave.workers.step.result import PromptResult, StepResult
+
+_DONE = RequestState.DONE
+
+
+def book_launch(batch: ScheduledBatch) -> bool:
+    """Move the requests of a launched step on as far as is certain: its tokens' KV will be there, and each sampled row
+    will have a token. Return whether a request is CLOSING now."""
+    for request, start, length, num_samples in batch.context:
+        if request.state is RequestState.WAITING:
+            request.num_computed = start
+        request.num_launched = start + length
+        request.state = RequestState.GENERATION if num_samples else RequestState.CONTEXT
+    is_closing = False
+    for request, start, length, num_samples in batch.sampled:
+        request.num_launched = stop = start + length
+        if stop - num_samples >= request.closes_at - 1:
+            request.state = RequestState.CLOSING
+            is_closing = True
+    return is_closing
+
+
+@dataclass(slots=True)
+class Settled:
+    """What a step that has settled leads to.
+
+    `context` are its chunks whose KV is right, `ended` the requests that end with it, `truncated` those that did not
+    take all tokens of their row, and `chunks` is what to tell. `num_sampled` counts the rows that were not dropped.
+    """
+
+    context: list[StepRow] = field(default_factory=list)
+    ended: list[LlmRequest] = field(default_factory=list)
+    truncated: list[LlmRequest] = field(default_factory=list)
+    chunks: list[TokenChunk] = field(default_factory=list)
+    num_sampled: int = 0
+
+
+def book_result(batch: ScheduledBatch, result: StepResult) -> Settled:
+    """Give the requests what the step has computed. Rows of requests that have ended since its launch are dropped."""
+    settled = Settled()
+    for prompt in result.prompts:
+        _book_prompt(prompt, settled)
+    for row in batch.context:
+        if not row.num_samples and row.request.state is not _DONE:
+            row.request.num_computed = row.stop
+    num_told = len(settled.chunks)
+    _book_rows(batch, result, settled)
+    settled.num_sampled = len(settled.chunks) - num_told
+    settled.context += [row for row in batch.context if row.request.state is not _DONE and row.request.failure is None]
+    return settled
+
+
+def checksum(result: StepResult, before: int) -> int:
+    """Of all tokens that have been sampled so far, given that of those before this step."""
+    tokens: list[int] = []
+    for outcome in result.rows:
+        if isinstance(outcome, list):
+            tokens += outcome
+    return zlib.crc32(pack_tokens(tokens), before)
+
+
+def _book_rows(batch: ScheduledBatch, result: StepResult, settled: Settled) -> None:
+    chunks, extras = settled.chunks, result.extras
+    for place, (row, outcome) in enumerate(zip(batch.sampled, result.rows, strict=True)):
+        request, start, length, num_samples = row
+        if request.state is _DONE:
+            continue
+        if request.failure is not None:
+            chunk = request.fail(request.failure)
+        elif not isinstance(outcome, list):
+            chunk = request.fail(outcome)
+        else:
+            chunk = request.take_tokens(outcome, extras.get(place, ()))
+            num_rejected = num_samples - len(chunk.token_ids)
+            request.num_computed = start + length - num_rejected
+            if num_rejected:
+                request.num_launched = request.num_computed
+                settled.truncated.append(request)
+        chunks.append(chunk)
+        if request.finish_reason is not None:
+            settled.ended.append(request)
+
+
+def _book_prompt(prompt: PromptResult, settled: Settled) -> None:
+    request = prompt.read.request
+    if request.state is _DONE:
+        return
+    request.num_rows_read = prompt.read.stop
+    request.failure = request.failure or prompt.failure
+    if request.failure is not None:
+        return
+    if request.prompt_logprobs is not None:
+        request.prompt_logprobs += prompt.logprobs
+    for logits in prompt.logits:
+        settled.chunks.append(TokenChunk(request.request_id, start=request.num_output, context_logits=logits))
