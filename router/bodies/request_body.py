@@ -7,8 +7,8 @@ Everything is computed from the bytes, the tokenizer and `Served`, and may take 
 from __future__ import annotations
 
 import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import orjson
@@ -18,16 +18,14 @@ from tensorweave.cluster.protocol import ModelInfo, SamplingSpec
 from tensorweave.router.bodies.served import Served, check_name, check_text
 from tensorweave.router.openai.field_types import MAX_LOGPROBS
 from tensorweave.router.openai.parsing import check_fields, parse_request
-from tensorweave.router.openai.requests import DEFAULT_COMPLETION_TOKENS, ChatCompletionRequest, CompletionRequest
-from tensorweave.router.sampling.sampling import check_prompt, resolve_sampling
+from tensorweave.router.openai.requests import ChatCompletionRequest, CompletionRequest
+from tensorweave.router.sampling.sampling import check_prompt, fit_to_prompt, resolve_sampling
 from tensorweave.router.text.choices import Prompt
 from tensorweave.router.text.echo import Echo, EchoRequest, read_echo
 from tensorweave.router.text.tokens import Tokenizer
 
 AnyRequest = CompletionRequest | ChatCompletionRequest
 
-# What `resolve_sampling` calls by another name than the bodies do.
-_FIELD_NAMES: Final = {"bad_token_ids": "bad_words"}
 _MAX_BAD_WORD_TOKENS: Final = 16_384
 """Of all bad words of a request together, in each of their spellings."""
 _TOKENS: Final = "i"
@@ -35,60 +33,37 @@ _TOKENS: Final = "i"
 
 @dataclass(frozen=True, slots=True)
 class RequestBody:
-    """A checked body: its fields, its prompts, and its bad words as tokens."""
+    """A checked body, its prompts, and for each prompt how its answer is sampled. Seeds are drawn later: without one of
+    the client's, a spec has 0."""
 
     request: AnyRequest
     prompts: Sequence[Prompt]
-    bad_token_ids: Sequence[Sequence[int]]
-
-    def resolve_sampling(self, prompt: Prompt, info: ModelInfo, draw_seed: Callable[[int], int]) -> SamplingSpec:
-        """The spec that an executor runs for one of the prompts. Raises RequestRejected."""
-        request, telling, own_names = self.request, self.request.telling, dict(_FIELD_NAMES)
-        max_tokens = request.max_tokens
-        default_max_tokens: int | None = DEFAULT_COMPLETION_TOKENS
-        if isinstance(request, ChatCompletionRequest):
-            default_max_tokens = None
-            own_names["logprobs"] = "top_logprobs"
-            if request.max_completion_tokens is not None:
-                max_tokens, own_names["max_tokens"] = request.max_completion_tokens, "max_completion_tokens"
-        max_tokens = max_tokens if telling.has_output else 1
-        try:
-            return resolve_sampling(
-                request.sampling(telling, max_tokens=max_tokens, bad_token_ids=self.bad_token_ids),
-                prompt_len=len(prompt.token_ids),
-                info=info,
-                default_max_tokens=default_max_tokens,
-                caps_max_tokens=True,
-                prompt_param=request.prompt_param,
-                draw_seed=draw_seed,
-                max_logprobs=MAX_LOGPROBS,
-            )
-        except RequestRejected as error:
-            if error.param in own_names:
-                name = own_names[error.param]
-                raise type(error)(error.message.replace(error.param, name), param=name) from None
-            raise
+    specs: Sequence[SamplingSpec]
 
     def pack(self) -> list[Any]:
-        """As msgpack fields, without what prompts and bad words were made from: that may be the whole body."""
+        """As msgpack fields, without what prompts and bad words were made from: that may be the whole body. The specs
+        differ only in their lengths."""
         fields = self.request.without_bulk().model_dump_json(exclude_unset=True).encode()
         prompts = [
             [array.array(_TOKENS, prompt.token_ids).tobytes(), prompt.echo and prompt.echo.pack()]
             for prompt in self.prompts
         ]
-        return [isinstance(self.request, ChatCompletionRequest), fields, prompts, self.bad_token_ids]
+        lengths = [[spec.max_tokens, spec.min_tokens] for spec in self.specs]
+        is_chat = isinstance(self.request, ChatCompletionRequest)
+        return [is_chat, fields, prompts, [self.specs[0].to_wire(), lengths]]
 
     @classmethod
     def unpack(cls, packed: Sequence[Any]) -> RequestBody:
-        is_chat, fields, prompts, bad_token_ids = packed
+        is_chat, fields, prompts, (first, lengths) = packed
         known: dict[str, Any] = orjson.loads(fields)
+        spec = SamplingSpec.from_wire(first)
         return cls(
             check_fields(ChatCompletionRequest, known) if is_chat else check_fields(CompletionRequest, known),
             [
                 Prompt(array.array(_TOKENS, token_ids).tolist(), echo and Echo.unpack(echo))
                 for token_ids, echo in prompts
             ],
-            bad_token_ids,
+            [replace(spec, max_tokens=max_tokens, min_tokens=min_tokens) for max_tokens, min_tokens in lengths],
         )
 
 
@@ -151,16 +126,48 @@ def _cut(token_ids: list[int], num_kept: int | None) -> list[int]:
 
 def _checked(tokenizer: Tokenizer, served: Served, request: AnyRequest, prompts: Sequence[Prompt]) -> RequestBody:
     """Everything that planning refuses is refused here: what comes through is no longer than the model's context."""
+    for prompt in prompts:
+        check_prompt(prompt.token_ids, served.info, param=request.prompt_param)
+    words = _bad_words(tokenizer, request)
+    try:
+        return RequestBody(request, prompts, _resolve_sampling(request, prompts, words, served.info))
+    except RequestRejected as error:
+        if error.param is None or (name := request.field_names.get(error.param)) is None:
+            raise
+        raise type(error)(error.message.replace(error.param, name), param=name) from None
+
+
+def _bad_words(tokenizer: Tokenizer, request: AnyRequest) -> list[list[int]]:
     words = [ids for word in request.bad_words or () for ids in tokenizer.word_ids(word)]
     if (num_tokens := sum(map(len, words))) > _MAX_BAD_WORD_TOKENS:
         raise RequestRejected(
             f"bad_words have {num_tokens} tokens in all; the limit is {_MAX_BAD_WORD_TOKENS}", param="bad_words"
         )
-    body = RequestBody(request, prompts, words)
-    for prompt in prompts:
-        check_prompt(prompt.token_ids, served.info, param=request.prompt_param)
-        body.resolve_sampling(prompt, served.info, draw_seed=lambda num_bits: 0)
-    return body
+    return words
+
+
+def _resolve_sampling(
+    request: AnyRequest, prompts: Sequence[Prompt], bad_words: Sequence[Sequence[int]], info: ModelInfo
+) -> list[SamplingSpec]:
+    fields = request.sampling(request.telling, bad_words)
+    spec = resolve_sampling(
+        fields,
+        info,
+        default_max_tokens=request.DEFAULT_MAX_TOKENS,
+        max_logprobs=MAX_LOGPROBS,
+        draw_seed=lambda num_bits: 0,
+    )
+    return [
+        fit_to_prompt(
+            spec,
+            len(prompt.token_ids),
+            info,
+            asked_tokens=fields.max_tokens,
+            caps_max_tokens=True,
+            prompt_param=request.prompt_param,
+        )
+        for prompt in prompts
+    ]
 
 
 def _check_count(served: Served, request: AnyRequest, num_prompts: int) -> None:

@@ -5,7 +5,7 @@ Names are OpenAI's, vLLM's and TensorRT-LLM's; what is an extension of OpenAI's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Self
 
@@ -57,6 +57,7 @@ class GenerateBody(KnobFields):
     """The fields that both bodies share, beside the knobs of `cluster.sampling_spec`."""
 
     OFF: ClassVar[NotBuilt] = IN_BOTH
+    DEFAULT_MAX_TOKENS: ClassVar[int | None] = None
 
     model: str
     max_tokens: Integer | None = Field(
@@ -150,13 +151,21 @@ class GenerateBody(KnobFields):
             raise RequestRejected("prompt_logprobs are not streamed", param="prompt_logprobs")
         return self
 
-    def sampling(
-        self, telling: Telling, *, max_tokens: int | None, bad_token_ids: Sequence[Sequence[int]]
-    ) -> SamplingFields:
+    @property
+    def asked_tokens(self) -> int | None:
+        """The most tokens that the client wants."""
+        return self.max_tokens
+
+    @property
+    def field_names(self) -> Mapping[str, str]:
+        """This body's names for fields that `SamplingFields` calls by another one."""
+        return {"bad_token_ids": "bad_words"}
+
+    def sampling(self, telling: Telling, bad_token_ids: Sequence[Sequence[int]]) -> SamplingFields:
         knobs = {name: getattr(self, name) for name in KNOBS}
         return SamplingFields(
             **knobs,
-            max_tokens=max_tokens,
+            max_tokens=self.asked_tokens if telling.has_output else 1,
             stop=self.stop_strings,
             stop_token_ids=self.stop_token_ids or (),
             ignore_eos=bool(self.ignore_eos),

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.protocol import GenerateRequest, ModelInfo, SamplingSpec
 from tensorweave.router.bodies.request_body import AnyRequest, RequestBody
 from tensorweave.router.bodies.tasks import CHAT, COMPLETION
 from tensorweave.router.openai.answers import CHAT_SHAPE, COMPLETION_SHAPE, Answer, AnswerShape
-from tensorweave.router.openai.disaggregated import check_phase
+from tensorweave.router.openai.disaggregated import DisaggregatedParams, check_phase
 from tensorweave.router.openai.request_names import RequestNames
 from tensorweave.router.openai.token_shapes import TokenShapes
-from tensorweave.router.sampling.sampling import nth_seed
+from tensorweave.router.sampling.sampling import SEED_BITS, nth_seed
 from tensorweave.router.service import RouterService
-from tensorweave.router.text.choices import ChoiceStream
+from tensorweave.router.text.choices import ChoiceStream, Prompt
 from tensorweave.router.text.detokenize import IncrementalDetokenizer
 from tensorweave.router.text.generation import Job
 
@@ -51,8 +52,8 @@ class Plan:
 
 
 async def plan_completion(service: RouterService, body: bytes, client_id: str | None = None) -> Plan:
-    """`client_id`: the client's own name for the request; should it ask again under it after its router was lost, it
-    gets the answer that was begun for it."""
+    """`client_id`: the client's own name for the request. If it asks again under it after its router was lost, it gets
+    the answer that was begun for it."""
     read = await service.bodies.run(COMPLETION, body, await service.served())
     return await _plan(service, read, COMPLETION_SHAPE, client_id)
 
@@ -62,8 +63,44 @@ async def plan_chat(service: RouterService, body: bytes, client_id: str | None =
     return await _plan(service, read, CHAT_SHAPE, client_id)
 
 
+async def _plan(service: RouterService, read: RequestBody, shape: AnswerShape, client_id: str | None) -> Plan:
+    """Yields to the event loop between sequences: there may be hundreds, with a long prompt each."""
+    request, prompts, phase = read.request, read.prompts, read.request.disaggregated_params
+    if phase is not None:
+        _check_phase(service, request, phase, len(prompts))
+    names = _names(shape.id_prefix, request, client_id)
+    planner = _Planner(service, await service.info(), request, names)
+    for prompt, spec in zip(prompts, read.specs, strict=True):
+        context = prompt.left_context(service.tokenizer, skip_special_tokens=planner.skips_special_tokens)
+        for own in _own_specs(spec, request):
+            planner.add(prompt, context, own)
+            await asyncio.sleep(0)
+    return Plan(
+        jobs=planner.jobs,
+        choices=planner.choices,
+        answer=_answer(service, shape, names, request),
+        prompt_lens=[len(prompt.token_ids) for prompt in prompts],
+        n=request.n or 1,
+        num_sequences=request.num_sequences,
+        is_streamed=bool(request.stream),
+        includes_usage=request.includes_usage,
+        has_running_usage=request.has_running_usage,
+        has_output=request.telling.has_output,
+        is_context_only=phase is not None and phase.is_context_only,
+    )
+
+
+def _check_phase(service: RouterService, request: AnyRequest, phase: DisaggregatedParams, num_prompts: int) -> None:
+    if not service.accepts_phases:
+        raise RequestRejected(
+            "disaggregated_params is not enabled here (security.enable_disaggregated_params)",
+            param="disaggregated_params",
+        )
+    check_phase(request, phase, num_prompts)
+
+
 def _names(kind: str, request: AnyRequest, client_id: str | None) -> RequestNames:
-    """Of one phase alone there is nothing to find again: its ticket is used once."""
+    """One phase alone cannot be found again: its ticket is used once."""
     phase = request.disaggregated_params
     is_one_phase = phase is not None and (phase.is_context_only or phase.is_generation_only)
     return RequestNames(f"{kind}-{secrets.token_hex(16)}", None if is_one_phase else client_id)
@@ -81,90 +118,82 @@ def _answer(service: RouterService, shape: AnswerShape, names: RequestNames, req
     )
 
 
-async def _plan(service: RouterService, read: RequestBody, shape: AnswerShape, client_id: str | None) -> Plan:
-    """Gives way to the event loop between sequences: there may be hundreds, with a long prompt each."""
-    request, prompts, info = read.request, read.prompts, await service.info()
-    phase, telling, names = request.disaggregated_params, request.telling, _names(shape.id_prefix, request, client_id)
-    if phase is not None:
-        if not service.accepts_phases:
-            raise RequestRejected(
-                "disaggregated_params is not enabled here (security.enable_disaggregated_params)",
-                param="disaggregated_params",
-            )
-        check_phase(request, phase, len(prompts))
-    jobs: list[Job] = []
-    choices: list[ChoiceStream] = []
-    for prompt in prompts:
-        spec = read.resolve_sampling(prompt, info, secrets.randbits)
-        skips_special = request.skip_special_tokens is not False
-        context = prompt.left_context(service.tokenizer, skip_special_tokens=skips_special)
-        for i in range(request.num_sequences):
-            own = spec if spec.is_greedy or request.num_sequences == 1 else replace(spec, seed=nth_seed(spec.seed, i))
-            choices.append(
-                ChoiceStream(
-                    len(jobs),
-                    telling,
-                    prompt,
-                    service.tokenizer,
-                    context,
-                    skip_special_tokens=skips_special,
-                    spaces_between_special_tokens=request.spaces_between_special_tokens is not False,
-                )
-            )
-            jobs.append(_job(service, info, request, names, len(jobs), prompt.token_ids, context, own))
-            await asyncio.sleep(0)
-    return Plan(
-        jobs=jobs,
-        choices=choices,
-        answer=_answer(service, shape, names, request),
-        prompt_lens=[len(prompt.token_ids) for prompt in prompts],
-        n=request.n or 1,
-        num_sequences=request.num_sequences,
-        is_streamed=bool(request.stream),
-        includes_usage=request.includes_usage,
-        has_running_usage=request.has_running_usage,
-        has_output=telling.has_output,
-        is_context_only=phase is not None and phase.is_context_only,
-    )
+def _own_specs(spec: SamplingSpec, request: AnyRequest) -> Iterator[SamplingSpec]:
+    """One spec for each sequence of a prompt. They differ in their seeds, which are drawn here if the client gave
+    none."""
+    if spec.is_greedy:
+        yield from itertools.repeat(spec, request.num_sequences)
+        return
+    first = secrets.randbits(SEED_BITS) if request.seed is None else spec.seed
+    for i in range(request.num_sequences):
+        yield replace(spec, seed=nth_seed(first, i))
 
 
-def _job(
-    service: RouterService,
-    info: ModelInfo,
-    request: AnyRequest,
-    names: RequestNames,
-    index: int,
-    prompt: Sequence[int],
-    context: Sequence[int],
-    spec: SamplingSpec,
-) -> Job:
-    limits = service.limits
-    deadline_s = (
-        limits.default_deadline_s if request.timeout_s is None else min(request.timeout_s, limits.max_deadline_s)
-    )
-    detokenizer = IncrementalDetokenizer(
-        service.tokenizer,
-        context,
-        skip_special_tokens=request.skip_special_tokens is not False,
-        spaces_between_special_tokens=request.spaces_between_special_tokens is not False,
-        stop=request.stop_strings,
-        include_stop_str_in_output=bool(request.include_stop_str_in_output),
-        min_tokens=spec.min_tokens,
-    )
-    generate = GenerateRequest(
-        names.of(index, prompt, spec, request.seed, request.cache_salt),
-        prompt,
-        spec,
-        deadline_s=deadline_s,
-        priority=request.priority or 0,
-        cache_salt=request.cache_salt,
-        grace_s=0.0 if names.client_id is None else limits.reattach_grace_s,
-    )
-    end_ids = frozenset() if request.ignore_eos else frozenset(info.end_ids)  # else asked for by stop_token_ids
-    job = Job(index, generate, detokenizer, end_ids, request.session)
-    phase = request.disaggregated_params
-    if phase is None or not phase.is_generation_only:
-        return job
-    state, first_tokens = phase.handed_over(info.vocab_size)
-    generate = replace(generate, sampling=replace(spec, seed=state.seed), fetch=state.ticket)
-    return replace(job, request=generate, first_tokens=first_tokens)
+@dataclass(slots=True)
+class _Planner:
+    """Makes the jobs of one HTTP request, and the choices that they fill."""
+
+    service: RouterService
+    info: ModelInfo
+    request: AnyRequest
+    names: RequestNames
+    jobs: list[Job] = field(default_factory=list)
+    choices: list[ChoiceStream] = field(default_factory=list)
+
+    @property
+    def skips_special_tokens(self) -> bool:
+        return self.request.skip_special_tokens is not False
+
+    @property
+    def spaces_special_tokens(self) -> bool:
+        return self.request.spaces_between_special_tokens is not False
+
+    def add(self, prompt: Prompt, context: Sequence[int], spec: SamplingSpec) -> None:
+        """One sequence more. `context`: the tokens that its text goes on from."""
+        job = self._job(prompt.token_ids, context, spec)
+        phase = self.request.disaggregated_params
+        if phase is not None and phase.is_generation_only:
+            state, first_tokens = phase.handed_over(self.info.vocab_size)
+            sampling = replace(spec, seed=state.seed)
+            request = replace(job.request, sampling=sampling, fetch=state.ticket)
+            job = replace(job, request=request, first_tokens=first_tokens)
+        self.jobs.append(job)
+        self.choices.append(
+            ChoiceStream(
+                job.index,
+                self.request.telling,
+                prompt,
+                self.service.tokenizer,
+                context,
+                skip_special_tokens=self.skips_special_tokens,
+                spaces_between_special_tokens=self.spaces_special_tokens,
+            )
+        )
+
+    def _job(self, prompt: Sequence[int], context: Sequence[int], spec: SamplingSpec) -> Job:
+        request, limits, index = self.request, self.service.limits, len(self.jobs)
+        timeout_s = request.timeout_s
+        generate = GenerateRequest(
+            self.names.of(index, prompt, spec, request.seed, request.cache_salt),
+            prompt,
+            spec,
+            deadline_s=limits.default_deadline_s if timeout_s is None else min(timeout_s, limits.max_deadline_s),
+            priority=request.priority or 0,
+            cache_salt=request.cache_salt,
+            grace_s=0.0 if self.names.client_id is None else limits.reattach_grace_s,
+        )
+        end_ids = (
+            frozenset() if request.ignore_eos else frozenset(self.info.end_ids)
+        )  # else asked for by stop_token_ids
+        return Job(index, generate, self._detokenizer(context, spec), end_ids, request.session)
+
+    def _detokenizer(self, context: Sequence[int], spec: SamplingSpec) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(
+            self.service.tokenizer,
+            context,
+            skip_special_tokens=self.skips_special_tokens,
+            spaces_between_special_tokens=self.spaces_special_tokens,
+            stop=self.request.stop_strings,
+            include_stop_str_in_output=bool(self.request.include_stop_str_in_output),
+            min_tokens=spec.min_tokens,
+        )

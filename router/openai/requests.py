@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -14,7 +15,6 @@ from tensorweave.router.openai.not_built import IN_CHATS, IN_COMPLETIONS, NotBui
 from tensorweave.router.openai.service_fields import NO_CHANGE, ServiceName
 from tensorweave.router.text.choices import Telling
 
-DEFAULT_COMPLETION_TOKENS: Final = 16
 _EMPTY_MESSAGE: Final = ChatMessage(role="user", content="")
 
 
@@ -22,6 +22,7 @@ class CompletionRequest(GenerateBody):
     """POST /v1/completions."""
 
     OFF: ClassVar[NotBuilt] = IN_COMPLETIONS
+    DEFAULT_MAX_TOKENS: ClassVar[int | None] = 16
 
     prompt: Prompt = Field(
         description="A string, a list of strings, a list of token ids, or a list of lists of token ids."
@@ -118,6 +119,15 @@ class ChatCompletionRequest(GenerateBody):
         if self.top_logprobs and not self.logprobs:
             raise RequestRejected("top_logprobs needs logprobs: true", param="top_logprobs")
         return self
+
+    @property
+    def asked_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def field_names(self) -> Mapping[str, str]:
+        max_tokens = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return {**super().field_names, "logprobs": "top_logprobs", "max_tokens": max_tokens}
 
     @property
     def prompt_param(self) -> str:

@@ -82,50 +82,33 @@ class SamplingFields(SamplingKnobs):
 
 def resolve_sampling(
     fields: SamplingFields,
-    *,
-    prompt_len: int,
     info: ModelInfo,
+    *,
     default_temperature: float = 1.0,
     default_max_tokens: int | None = None,
-    caps_max_tokens: bool = False,
-    prompt_param: str = "prompt",
-    draw_seed: Callable[[int], int] = secrets.randbits,
     max_logprobs: int | None = None,
+    draw_seed: Callable[[int], int] = secrets.randbits,
 ) -> SamplingSpec:
-    """The spec that an executor runs.
+    """The spec that an executor runs, once `fit_to_prompt` has bounded it by the room that a prompt leaves.
 
     Args:
         fields: What the request said.
-        prompt_len: Tokens of the prompt.
         info: The model's limits, end-of-sequence ids, and the sampling fields of its generation_config.json, each of
             which applies where the request gives none.
         default_temperature: Where neither gives one: 1 over HTTP; the LLM API passes 0 if nothing asks to sample.
         default_max_tokens: Where the request gives none: this, or what generation_config.json says if that is less.
-            None, or more than there is room for: all the room left.
-        caps_max_tokens: Whether more than there is room for is taken as all of that room, as over HTTP, or refused, as
-            the LLM API does.
-        prompt_param: The field that an error about the prompt's length names.
-        draw_seed: Random bits for a request without a seed, so that two such requests differ.
+            None: all the room there is.
         max_logprobs: Most likeliest tokens that may be asked for with each token; None: the whole vocabulary.
+        draw_seed: Random bits for a request without a seed, so that two such requests differ.
 
     Raises:
-        RequestRejected: The prompt leaves no room, or a field does not fit the model.
+        RequestRejected: A field does not fit the model.
     """
     _check_vocabulary(fields, info.vocab_size)
     _check_num_logprobs(fields, info.vocab_size if max_logprobs is None else min(max_logprobs, info.vocab_size))
-    bounds = [bound for bound in (default_max_tokens, info.sampling_defaults.max_tokens) if bound is not None]
-    max_tokens = _max_tokens(
-        fields.max_tokens,
-        prompt_len,
-        info,
-        default=max(min(bounds, default=info.max_seq_len), fields.min_tokens or 0),
-        is_capped=caps_max_tokens,
-        prompt_param=prompt_param,
-    )
     fields = with_defaults(fields, info.sampling_defaults, temperature=default_temperature)
-    knobs = _resolve_knobs(fields, draw_seed)
     return SamplingSpec(
-        max_tokens=max_tokens,
+        max_tokens=_max_tokens(fields, info, default_max_tokens),
         stop_token_ids=tuple(dict.fromkeys([*fields.stop_token_ids, *(() if fields.ignore_eos else info.end_ids)])),
         bad_words=tuple(tuple(word) for word in fields.bad_token_ids),
         logit_bias=tuple((token_id, float(bias)) for token_id, bias in fields.logit_bias.items()),
@@ -136,8 +119,38 @@ def resolve_sampling(
         wants_generation_logits=fields.wants_generation_logits,
         logits_processors=tuple(fields.logits_processors),
         uses_batched_processor=fields.uses_batched_processor,
-        **{**knobs, "min_tokens": min(fields.min_tokens or 0, max_tokens)},
+        **_resolve_knobs(fields, draw_seed),
     )
+
+
+def fit_to_prompt(
+    spec: SamplingSpec,
+    prompt_len: int,
+    info: ModelInfo,
+    *,
+    asked_tokens: int | None,
+    caps_max_tokens: bool,
+    prompt_param: str = "prompt",
+) -> SamplingSpec:
+    """The spec with no more tokens than there is room for after the prompt.
+
+    Args:
+        spec: From `resolve_sampling`.
+        prompt_len: Tokens of the prompt.
+        info: The model's limits.
+        asked_tokens: The `max_tokens` that the request gave.
+        caps_max_tokens: Whether a request for more than there is room for gets all of that room, as over HTTP, or is
+            refused, as the LLM API does.
+        prompt_param: The field that an error about the prompt's length names.
+
+    Raises:
+        ContextTooLong: There is not enough room.
+    """
+    room = info.max_seq_len - prompt_len
+    if room < 1 or (asked_tokens is not None and asked_tokens > room and not caps_max_tokens):
+        raise context_exceeded(info.max_seq_len, prompt_len, asked_tokens, prompt_param=prompt_param)
+    max_tokens = min(spec.max_tokens, room)
+    return dataclasses.replace(spec, max_tokens=max_tokens, min_tokens=min(spec.min_tokens, max_tokens))
 
 
 def with_defaults(
@@ -166,14 +179,11 @@ def nth_seed(seed: int, index: int) -> int:
     return (seed + index) % (1 << SEED_BITS)
 
 
-def _max_tokens(
-    asked: int | None, prompt_len: int, info: ModelInfo, *, default: int, is_capped: bool, prompt_param: str
-) -> int:
-    """What is `asked` for, or else the default as far as there is room."""
-    room = info.max_seq_len - prompt_len
-    if room < 1 or (asked is not None and asked > room and not is_capped):
-        raise context_exceeded(info.max_seq_len, prompt_len, asked, prompt_param=prompt_param)
-    return min(default if asked is None else asked, room)
+def _max_tokens(fields: SamplingFields, info: ModelInfo, default: int | None) -> int:
+    if fields.max_tokens is not None:
+        return fields.max_tokens
+    bounds = [bound for bound in (default, info.sampling_defaults.max_tokens) if bound is not None]
+    return max(min(bounds, default=info.max_seq_len), fields.min_tokens or 0)
 
 
 def check_prompt(token_ids: Sequence[int], info: ModelInfo, *, param: str = "prompt") -> None:

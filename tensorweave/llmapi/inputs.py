@@ -14,7 +14,7 @@ from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
 from tensorweave.llmapi.sampling_fields import end_ids, to_fields
 from tensorweave.llmapi.sampling_params import SamplingParams
 from tensorweave.llmapi.status import set_api_status
-from tensorweave.router.sampling.sampling import check_prompt, resolve_sampling, with_defaults
+from tensorweave.router.sampling.sampling import check_prompt, fit_to_prompt, resolve_sampling, with_defaults
 from tensorweave.router.text.tokens import Tokenizer
 
 PromptInputs = str | Sequence[int] | Mapping[str, Any]
@@ -115,9 +115,8 @@ def read_prompt(
     info = dataclasses.replace(info, end_ids=end_ids(params, tokenizer, info))
     asked = with_defaults(fields, info.sampling_defaults)
     is_greedy = asked.temperature is None and asked.top_p is None and asked.top_k is None
-    sampling = resolve_sampling(
-        fields, prompt_len=len(token_ids), info=info, default_temperature=0.0 if is_greedy else 1.0
-    )
+    spec = resolve_sampling(fields, info, default_temperature=0.0 if is_greedy else 1.0)
+    sampling = fit_to_prompt(spec, len(token_ids), info, asked_tokens=fields.max_tokens, caps_max_tokens=False)
     return ReadPrompt(text, token_ids, sampling, fields.stop, info.end_ids)
 
 

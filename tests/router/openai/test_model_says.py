@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tensorweave.cluster.protocol import ModelInfo, SamplingDefaults, SamplingSpec
-from tensorweave.router.sampling.sampling import SamplingFields, resolve_sampling
+from tensorweave.router.sampling.sampling import SamplingFields, fit_to_prompt, resolve_sampling
 from tests.router.calls import CHAT, COMPLETIONS, post
 from tests.router.fake_fleet import FakeLink
 from tests.router.serving import IM_END, chat, completion, model_info
@@ -89,7 +89,8 @@ def test_a_model_that_does_not_sample_is_greedy_unless_asked() -> None:
 
 def limit(default: int | None, own: int | None, **fields: Any) -> int:
     info = replace(model_info(max_seq_len=100), sampling_defaults=SamplingDefaults(max_tokens=own))
-    spec = resolve_sampling(SamplingFields(**fields), prompt_len=10, info=info, default_max_tokens=default)
+    resolved = resolve_sampling(SamplingFields(**fields), info, default_max_tokens=default)
+    spec = fit_to_prompt(resolved, 10, info, asked_tokens=fields.get("max_tokens"), caps_max_tokens=False)
     return spec.max_tokens
 
 

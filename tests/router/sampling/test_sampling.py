@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 
 from tensorweave.cluster.errors import ContextTooLong, RequestRejected
 from tensorweave.cluster.protocol import SamplingSpec
-from tensorweave.router.sampling.sampling import SamplingFields, check_prompt, nth_seed, resolve_sampling
+from tensorweave.router.sampling.sampling import SamplingFields, check_prompt, fit_to_prompt, nth_seed, resolve_sampling
 from tests.router.serving import IM_END, model_info
 
 VOCAB = model_info().vocab_size
 
 
 def resolve(prompt_len: int = 10, **fields: Any) -> SamplingSpec:
-    return resolve_sampling(
-        SamplingFields(**fields), prompt_len=prompt_len, info=model_info(), draw_seed=lambda bits: 42
-    )
+    info, max_tokens = model_info(), fields.get("max_tokens")
+    spec = resolve_sampling(SamplingFields(**fields), info, draw_seed=lambda bits: 42)
+    return fit_to_prompt(spec, prompt_len, info, asked_tokens=max_tokens, caps_max_tokens=False)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_what_does_not_fit_the_model_is_named(field: str, value: Any, named: str
 
 
 def test_log_probabilities_are_limited_where_asked() -> None:
-    ask = functools.partial(resolve_sampling, prompt_len=1, info=model_info(), max_logprobs=20)
+    ask = functools.partial(resolve_sampling, info=model_info(), max_logprobs=20)
     assert ask(SamplingFields(logprobs=20)).num_logprobs == 20
     with pytest.raises(RequestRejected, match="between 0 and 20"):
         ask(SamplingFields(prompt_logprobs=21))
@@ -150,10 +150,8 @@ def test_greedy_spellings(greedy: dict[str, Any]) -> None:
 
 def test_greedy_by_default_for_the_llm_api() -> None:
     fields = SamplingFields()
-    assert resolve_sampling(fields, prompt_len=1, info=model_info(), default_temperature=0.0).is_greedy
-    assert not resolve_sampling(
-        SamplingFields(temperature=0.7), prompt_len=1, info=model_info(), default_temperature=0.0
-    ).is_greedy
+    assert resolve_sampling(fields, model_info(), default_temperature=0.0).is_greedy
+    assert not resolve_sampling(SamplingFields(temperature=0.7), model_info(), default_temperature=0.0).is_greedy
 
 
 def test_every_field_arrives() -> None:
@@ -184,14 +182,10 @@ def test_seeds_of_n_sequences_follow_each_other_within_63_bits() -> None:
 def test_nothing_exceeds_the_context(
     prompt_len: int, max_tokens: int | None, default: int | None, is_capped: bool
 ) -> None:
-    fields = SamplingFields(max_tokens=max_tokens)
+    info = model_info()
+    resolved = resolve_sampling(SamplingFields(max_tokens=max_tokens), info, default_max_tokens=default)
     resolve_it = functools.partial(
-        resolve_sampling,
-        fields,
-        prompt_len=prompt_len,
-        info=model_info(),
-        default_max_tokens=default,
-        caps_max_tokens=is_capped,
+        fit_to_prompt, resolved, prompt_len, info, asked_tokens=max_tokens, caps_max_tokens=is_capped
     )
     if prompt_len > 511 or (not is_capped and prompt_len + (max_tokens or 1) > 512):
         with pytest.raises(ContextTooLong, match=rf"is 512 tokens.* {prompt_len}|is 512 tokens.*\({prompt_len} "):
