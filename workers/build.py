@@ -20,7 +20,7 @@ from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.executor.iteration_stats import step_limits
 from tensorweave.workers.executor.scheduler import SimpleScheduler
 from tensorweave.workers.gang.comm import Comm
-from tensorweave.workers.gang.uplink import join_uplink
+from tensorweave.workers.gang.report_channel import open_report_channel
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.models.checkpoint import refuse_adapters
 from tensorweave.workers.models.families.table import load_model_config
@@ -138,7 +138,7 @@ def build_transfers(
         carrier=TcpCarrier(window, alike, host, secret, make_transports(config.backend or "DEFAULT", window)),
         window=window,
         kv_cache=kv_cache,
-        uplink=join_uplink(comm, host),
+        reports=open_report_channel(comm, host),
         fingerprint=alike,
         rank=comm.rank,
         size=comm.size,

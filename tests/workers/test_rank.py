@@ -18,7 +18,7 @@ from tensorweave.cluster.ranks import RankOrder, RankReport, describe_phases
 from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.fakes.fake_executor import FakeExecutor
 from tensorweave.workers.gang.comm import Comm
-from tensorweave.workers.gang.reach import await_reachable
+from tensorweave.workers.gang.reachability import await_reachable
 from tensorweave.workers.rank import RankWorker
 
 ORDER = RankOrder(

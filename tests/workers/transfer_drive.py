@@ -19,7 +19,7 @@ from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.executor.scheduler import SimpleScheduler
 from tensorweave.workers.fakes.fake_engine import HashEngine
 from tensorweave.workers.gang.comm import Comm, SoloComm
-from tensorweave.workers.gang.uplink import join_uplink
+from tensorweave.workers.gang.report_channel import open_report_channel
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.sampling.decoder import SamplingDecoder
 from tensorweave.workers.step.resources import ResourceManager
@@ -94,7 +94,7 @@ class Gang:
                     carrier,
                     window,
                     kv_cache,
-                    join_uplink(comm, "127.0.0.1"),
+                    open_report_channel(comm, "127.0.0.1"),
                     self.fingerprint,
                     comm.rank,
                     comm.size,

@@ -1,8 +1,8 @@
-"""How the ranks of a gang talk: one agreement a step, and the tensor-parallel collectives.
+"""Communication among the ranks of a gang: one agreement per step, and the tensor-parallel collectives.
 
-`Comm` is what the executor and the model see; `SoloComm` is the one-rank Null object, `GroupComm` runs over
-torch.distributed (NCCL for tensors on GPUs, gloo for tensors on CPUs and always for agreements). A peer that dies or
-stays silent surfaces as `WorkerLost`.
+`Comm` is what the executor and the model see. `SoloComm` is its Null object for one rank; `GroupComm` uses
+torch.distributed: NCCL for tensors on GPUs, gloo for tensors on CPUs and for all agreements. If a peer dies or is
+silent, `WorkerLost` is raised.
 """
 
 from __future__ import annotations
@@ -18,46 +18,49 @@ import torch.distributed as dist
 from tensorweave.cluster.errors import WorkerLost
 from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.ranks import Traffic
-from tensorweave.workers.gang.gloo_listeners import shut_afterwards
-from tensorweave.workers.gang.rendezvous import RankStore
+from tensorweave.workers.gang.gloo_listeners import closing_listeners
+from tensorweave.workers.gang.rank_store import RankStore
 
 _INLINE_BYTES = 4096
 _LENGTH_BYTES = 8
 
 
 class Comm(Protocol):
-    """`rank` of the gang's `size`, both of `place`. Every rank must make the same calls in the same order."""
+    """`place` names this rank; `rank` and `size` are its number in the gang and the number of ranks.
+
+    Every rank must make the same calls in the same order.
+    """
 
     place: MeshRank
     rank: int
     size: int
 
-    def agree(self, news: bytes | None) -> bytes:
-        """Rank 0's `news`, given to every rank; the others pass None."""
+    def agree(self, message: bytes | None) -> bytes:
+        """Return rank 0's `message` on every rank; the others pass None."""
 
     def agree_min(self, value: int) -> int:
-        """The smallest of all ranks' values."""
+        """Return the smallest of all ranks' values."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks, in place; the same bits on every rank."""
+        """Sum over ranks, in place. Every rank gets the same bits."""
 
     def gather_columns(self, tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """[R, sizes[rank]] of each rank side by side: [R, sum(sizes)], on every rank."""
+        """Return [R, sum(sizes)]: each rank's [R, sizes[rank]] side by side, on every rank."""
 
     def close(self) -> None:
-        """Leave the group; no call follows."""
+        """Leave the group. No call may follow."""
 
 
 class SoloComm:
-    """One rank: agreements and sums are what they are given."""
+    """One rank: agreements and sums return their argument."""
 
     place = MeshRank()
     rank = 0
     size = 1
 
-    def agree(self, news: bytes | None) -> bytes:
-        assert news is not None, "rank 0 always has news"
-        return news
+    def agree(self, message: bytes | None) -> bytes:
+        assert message is not None, "rank 0 always has a message"
+        return message
 
     def agree_min(self, value: int) -> int:
         return value
@@ -73,10 +76,10 @@ class SoloComm:
 
 
 class GroupComm:
-    """Ranks of one gang over torch.distributed.
+    """The ranks of one gang over torch.distributed.
 
-    An agreement is one gloo broadcast of a fixed buffer: 8 bytes of length, then the news; longer news follow in a
-    second one.
+    An agreement is one gloo broadcast of a fixed buffer: 8 bytes of length, then the message. What does not fit follows
+    in a second broadcast.
     """
 
     def __init__(
@@ -85,25 +88,25 @@ class GroupComm:
         self.place = place
         self.rank = place.rank
         self.size = place.mesh.size
-        self._store = store  # torch holds what is in C++ of it, and calls what is in Python
+        self._store = store  # torch keeps only its C++ part alive, and calls the Python part
         self._tensors = tensors
         self._control = control
         self._inline = torch.zeros(_INLINE_BYTES, dtype=torch.uint8)
         self.traffic = Traffic()
-        """Of `all_reduce` and `gather_columns`; any thread may look."""
+        """Of `all_reduce` and `gather_columns`. Any thread may read it."""
 
-    def agree(self, news: bytes | None) -> bytes:
-        return self._send(news) if self.rank == 0 else self._receive()
+    def agree(self, message: bytes | None) -> bytes:
+        return self._send(message) if self.rank == 0 else self._receive()
 
-    def _send(self, news: bytes | None) -> bytes:
-        assert news is not None, "rank 0 always has news"
-        head = len(news).to_bytes(_LENGTH_BYTES, "little") + news[: _INLINE_BYTES - _LENGTH_BYTES]
+    def _send(self, message: bytes | None) -> bytes:
+        assert message is not None, "rank 0 always has a message"
+        head = len(message).to_bytes(_LENGTH_BYTES, "little") + message[: _INLINE_BYTES - _LENGTH_BYTES]
         self._inline[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
         self._broadcast(self._inline)
-        rest = news[_INLINE_BYTES - _LENGTH_BYTES :]
+        rest = message[_INLINE_BYTES - _LENGTH_BYTES :]
         if rest:
             self._broadcast(torch.frombuffer(bytearray(rest), dtype=torch.uint8))
-        return news
+        return message
 
     def _receive(self) -> bytes:
         self._broadcast(self._inline)
@@ -161,22 +164,19 @@ class GroupComm:
         dist.destroy_process_group()
 
 
-def start_comm(place: MeshRank, store: RankStore | None, device: torch.device, timeout_s: float) -> Comm:
-    """Join the gang's group through its rendezvous store; every rank calls this, within `timeout_s` of each other.
-    Nothing listens for peers any more when it returns, but what NCCL does.
+def start_comm(place: MeshRank, store: RankStore, device: torch.device, timeout_s: float) -> GroupComm:
+    """Join the process group of a gang of several ranks; every rank calls this, within `timeout_s` of each other.
+
+    When it returns, no port is open for peers any more, except NCCL's own.
 
     Args:
-        store: the gang's; may be None for a gang of one.
         timeout_s: longest silence of a peer in any collective, in seconds.
     """
     rank, size = place.rank, place.mesh.size
-    if size == 1:
-        return SoloComm()
-    assert store is not None, "a gang of several ranks needs a rendezvous"
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
-    with shut_afterwards():
+    with closing_listeners():
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
         control = dist.new_group(backend="gloo", timeout=timeout)
     store.seal()

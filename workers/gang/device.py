@@ -1,4 +1,4 @@
-"""Which device a rank runs on, and in which dtype."""
+"""Chooses the device of a rank and the type in which it computes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def pick_dtype(wanted: str, checkpoint_dtype: str, device: torch.device) -> torch.dtype:
-    """'auto' is the checkpoint's; on a CPU, float32 unless that is bfloat16 and the CPU multiplies it fast."""
+    """'auto' is the checkpoint's type; on a CPU float32, unless that is bfloat16 and the CPU multiplies it fast."""
     if wanted == "auto":
         is_slow = device.type == "cpu" and not (checkpoint_dtype == "bfloat16" and has_fast_bfloat16())
         wanted = "float32" if is_slow else checkpoint_dtype
@@ -24,7 +24,7 @@ def pick_dtype(wanted: str, checkpoint_dtype: str, device: torch.device) -> torc
 
 
 def has_fast_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU has bfloat16 dot products or tiles; False where the system does not say."""
+    """Whether this CPU has bfloat16 dot products or tiles; False if the system does not say."""
     if not cpuinfo.is_file():
         return False
     flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))), "")

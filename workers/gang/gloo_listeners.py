@@ -1,9 +1,9 @@
-"""Shuts the ports that gloo leaves open after a group stands.
+"""Closes the ports that gloo leaves open once a process group has formed.
 
-Each gloo group listens for its peers and goes on listening for ever, though every pair is connected once the group
-stands. A stranger's connection there costs the process a descriptor until it ends: 17,600 of them, which took 48 s,
-ended a gang. gloo has no way to stop listening, so its listening descriptor is replaced by one on which nothing ever
-happens; gloo removes and closes that one in its turn.
+Each gloo group goes on listening for as long as it lives, though every pair is connected once it has formed. Each
+connection to such a port costs the process a descriptor: 17,600 of them, made within 48 s, ended a gang. gloo cannot be
+told to stop listening, so its listening descriptor is replaced by one on which nothing ever happens; gloo removes and
+closes that one at its end.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _WATCHED: Final = re.compile(r"^tfd:\s+(\d+) .* ino:([0-9a-f]+) ", re.MULTILINE)
 
 
 @contextlib.contextmanager
-def shut_afterwards() -> Iterator[None]:
-    """Sockets that begin to listen inside, watched by an epoll as gloo's are, listen no more afterwards. NCCL's own are
-    not so watched and stay. Nothing of ours may begin to listen meanwhile. Linux only; elsewhere all stay."""
+def closing_listeners() -> Iterator[None]:
+    """Close sockets that begin to listen inside the block and are watched by an epoll, as gloo's are. NCCL's are not
+    watched and stay open. Nothing else may begin to listen meanwhile. On systems other than Linux all stay open."""
     if sys.platform != "linux":
         yield
         return
@@ -38,7 +38,7 @@ def shut_afterwards() -> Iterator[None]:
 
 
 def _listening() -> set[tuple[int, int]]:
-    """Descriptor and inode of each socket of this process that listens."""
+    """Descriptor and inode of each listening socket of this process."""
     found = set()
     for descriptor in map(int, os.listdir(_DESCRIPTORS)):
         with contextlib.suppress(OSError):  # closed in between
@@ -52,7 +52,7 @@ def _listening() -> set[tuple[int, int]]:
 
 
 def _watcher(descriptor: int, inode: int) -> int | None:
-    """The epoll descriptor that watches this one, if exactly one does."""
+    """The epoll descriptor that watches this one, if there is exactly one."""
     watchers = []
     for name in os.listdir(_DESCRIPTORS):
         with contextlib.suppress(OSError):
@@ -64,7 +64,7 @@ def _watcher(descriptor: int, inode: int) -> int | None:
 
 
 def _replace(descriptor: int, watcher: int) -> None:
-    """`descriptor` becomes an event that never comes, watched for nothing by the same epoll."""
+    """Make `descriptor` an eventfd that is never signalled, registered for no events with the same epoll."""
     inert = os.eventfd(0, os.EFD_CLOEXEC)
     with select.epoll.fromfd(os.dup(watcher)) as epoll:
         epoll.unregister(descriptor)

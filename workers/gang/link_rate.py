@@ -1,6 +1,6 @@
-"""What the link between a gang's ranks carries, measured with the collectives that a step makes, before the first one.
+"""Measures the link between a gang's ranks with the collectives that a step uses, before the first step.
 
-Every rank calls `measure_link`; it takes milliseconds on a good link and less than two seconds on one of 1 Mbit/s.
+Every rank calls `measure_link`. It takes milliseconds on a good link and less than two seconds at 1 Mbit/s.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _PROBE_BYTES: Final = 64 << 10
 _LARGE_BYTES: Final = 2 << 20
 _NUM_LARGE: Final = 3
 _QUICK_S: Final = 0.02
-"""A probe that takes longer is itself the measurement: 32 times as much would take too long."""
+"""If the probe takes longer, it is the measurement: 32 times as many bytes would take too long."""
 
 
 def measure_link(comm: Comm, device: torch.device) -> LinkRate:
-    """Of a few all-reduces: the median of small ones, the best of large ones. A ring moves 2 (n - 1) / n of the bytes
-    over each link."""
-    _all_reduce_s(comm, device, _PROBE_BYTES)  # connections are made by the first
+    """The latency is the median of a few small all-reduces, the rate the best of a few large ones. A ring of n ranks
+    moves 2 (n - 1) / n of the bytes over each link."""
+    _all_reduce_s(comm, device, _PROBE_BYTES)  # the first one makes the connections
     latency_s = statistics.median(_all_reduce_s(comm, device, _SMALL_BYTES) for _ in range(_NUM_SMALL))
     num_bytes, least_s = _PROBE_BYTES, _all_reduce_s(comm, device, _PROBE_BYTES)
     if comm.agree_min(-round(least_s * 1e6)) > -_QUICK_S * 1e6:  # no rank took longer

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from tensorweave.cluster.errors import TransferFailed, WorkerLost
 from tensorweave.cluster.protocol import KvEndpoint, KvSource, LinkMeasurement
-from tensorweave.workers.gang.uplink import Uplink
+from tensorweave.workers.gang.report_channel import ReportChannel
 from tensorweave.workers.step.kv_exchange import TransferInbox
 from tensorweave.workers.step.plan import StepRow
 from tensorweave.workers.step.request import LlmRequest
@@ -49,7 +49,7 @@ class KvTransfers:
         carrier: Carrier,
         window: PoolWindow,
         kv_cache: KVCache,
-        uplink: Uplink,
+        reports: ReportChannel,
         fingerprint: dict[str, str],
         rank: int = 0,
         size: int = 1,
@@ -62,7 +62,7 @@ class KvTransfers:
         self.fingerprint = fingerprint
         self.stats = TransferStats()
         self._carrier = carrier
-        self._uplink = uplink
+        self._reports = reports
         self._rank = rank
         self._timeout_s = timeout_s
         self._clock = clock
@@ -78,7 +78,7 @@ class KvTransfers:
     def start(self, inbox: TransferInbox) -> None:
         self._offers.start(inbox)
         self._arrivals.start(inbox)
-        self._uplink.start(self._receive_result)
+        self._reports.start(self._receive_result)
         self._thread.start()
 
     # ---- called by the step loop
@@ -152,7 +152,7 @@ class KvTransfers:
     def shutdown(self) -> None:
         self._is_closing.set()
         self._carrier.shutdown()
-        self._uplink.close()
+        self._reports.close()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(_JOIN_TIMEOUT_S)
 
@@ -178,7 +178,7 @@ class KvTransfers:
             self._fetches.handle(event)
 
     def _send_result(self, result: FetchResult) -> None:
-        self._uplink.send(result.to_wire())
+        self._reports.send(result.to_wire())
 
     def _receive_result(self, message: Any) -> None:
         self._arrivals.add(FetchResult.from_wire(message))

@@ -23,7 +23,8 @@ from torch.distributed import distributed_c10d
 from tensorweave.cluster.errors import WorkerLost
 from tensorweave.cluster.mesh import Mesh, MeshRank
 from tensorweave.workers.gang.comm import Comm, GroupComm, SoloComm, start_comm
-from tensorweave.workers.gang.rendezvous import Ask, Board, RankStore, ask_on_loop
+from tensorweave.workers.gang.rank_store import RankStore
+from tensorweave.workers.gang.rendezvous import CallStore, RendezvousStore, call_on_loop
 from tests.workers.waiting import WAIT_S
 
 SILENCE_S = 3.0
@@ -31,11 +32,11 @@ SILENCE_S = 3.0
 
 @pytest.fixture
 def gang() -> Iterator[Gang]:
-    """The parent process is the ranks' board."""
+    """The parent process has the ranks' rendezvous store."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    gang = Gang(ask_on_loop(Board(), loop, timeout_s=2 * WAIT_S))
+    gang = Gang(call_on_loop(RendezvousStore(), loop, timeout_s=2 * WAIT_S))
     yield gang
     gang.close()
     loop.call_soon_threadsafe(loop.stop)
@@ -44,9 +45,9 @@ def gang() -> Iterator[Gang]:
 
 
 class Gang:
-    """Ranks as processes, each with a pipe to the board."""
+    """Ranks as processes, each with a pipe to the store."""
 
-    def __init__(self, ask: Ask) -> None:
+    def __init__(self, ask: CallStore) -> None:
         self._ask = ask
         self._context = mp.get_context("spawn")
         self.results = self._context.Queue()
@@ -75,7 +76,7 @@ class Gang:
             process.join(WAIT_S)
 
 
-def _ask_through(pipe: Connection) -> Ask:
+def _ask_through(pipe: Connection) -> CallStore:
     lock = threading.Lock()
 
     def ask(verb: str, *arguments: Any) -> Any:
@@ -195,21 +196,21 @@ def test_a_sealed_store_asks_nobody() -> None:
     assert asked == ["has"]
 
 
-def test_a_board_keeps_and_counts() -> None:
+def test_a_rendezvous_store_keeps_and_counts() -> None:
     async def run() -> None:
-        board = Board()
-        waiting = asyncio.create_task(board.answer("get", "late", WAIT_S))
-        await board.answer("set", "early", b"1")
-        await board.answer("set", "late", b"2")
+        store = RendezvousStore()
+        waiting = asyncio.create_task(store.call("get", "late", WAIT_S))
+        await store.call("set", "early", b"1")
+        await store.call("set", "late", b"2")
         assert await waiting == b"2"
-        await board.answer("wait", ["early", "late"], WAIT_S)
-        assert [await board.answer("add", "count", amount) for amount in (2, 3)] == [2, 5]
-        assert await board.answer("has", ["early", "count"])
-        assert not await board.answer("has", ["early", "never"])
-        assert await board.answer("delete", "early")
-        assert not await board.answer("delete", "early")
+        await store.call("wait", ["early", "late"], WAIT_S)
+        assert [await store.call("add", "count", amount) for amount in (2, 3)] == [2, 5]
+        assert await store.call("has", ["early", "count"])
+        assert not await store.call("has", ["early", "never"])
+        assert await store.call("delete", "early")
+        assert not await store.call("delete", "early")
         with pytest.raises(TimeoutError, match=r"no rank has told early, never within 0\.01 s"):
-            await board.answer("wait", ["early", "never", "late"], 0.01)
+            await store.call("wait", ["early", "never", "late"], 0.01)
 
     asyncio.run(run())
 

@@ -22,7 +22,7 @@ from typing import Final
 
 from tensorweave.cluster.limited_log import LimitedLog
 from tensorweave.cluster.protocol import KvEndpoint
-from tensorweave.workers.gang.door import Door, hang_up
+from tensorweave.workers.gang.listener import GuardedListener, close_socket
 from tensorweave.workers.transfer.carrier import BlockSink, Event, EventQueue
 from tensorweave.workers.transfer.carriers.tcp_client import TcpClientConnection
 from tensorweave.workers.transfer.carriers.tcp_server import Authentication, TcpServerConnection
@@ -60,10 +60,10 @@ class TcpCarrier:
         self._clients: dict[tuple[str, int, str], TcpClientConnection] = {}
         self._servers: list[TcpServerConnection] = []
         self._is_closing = False
-        self._listener = Door(host, "kv-accept", self._accept)
+        self._listener = GuardedListener(host, "kv-accept", self._accept)
         self._authentication = Authentication(secret, self._listener, LimitedLog(logger, logging.INFO))
         self.address = self._listener.address
-        self._listener.open()
+        self._listener.start()
 
     def offer(self, ticket_id: str, offered: OfferedBlocks) -> None:
         self._table.offer(ticket_id, offered)
@@ -112,7 +112,7 @@ class TcpCarrier:
         with self._lock:
             self._servers = [server for server in self._servers if not server.is_closed]
             if self._is_closing:
-                hang_up(sock)
+                close_socket(sock)
                 return
             server = TcpServerConnection(sock, self._authentication, self._table, self._events, self._transports)
             self._servers.append(server)

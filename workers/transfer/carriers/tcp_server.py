@@ -16,7 +16,7 @@ from tensorweave.cluster.errors import TransferFailed, WireError
 from tensorweave.cluster.limited_log import LimitedLog
 from tensorweave.cluster.protocol import PROTOCOL_VERSION
 from tensorweave.cluster.wire import Frame
-from tensorweave.workers.gang.door import Door
+from tensorweave.workers.gang.listener import GuardedListener
 from tensorweave.workers.transfer.carrier import EventQueue, TicketReleased
 from tensorweave.workers.transfer.read_request import ReadRequest
 from tensorweave.workers.transfer.sending.read_session import BlocksReply, EndReply, ReadSession, Reply
@@ -34,7 +34,7 @@ class Authentication:
     """What the peers of a listener must show. `log` takes the failures, which strangers can cause at will."""
 
     secret: str
-    listener: Door
+    listener: GuardedListener
     log: LimitedLog
 
     def accepts(self, secret: str) -> bool:
@@ -89,7 +89,7 @@ class TcpServerConnection:
             elif not self.is_closed:
                 logger.info("the connection of a KV receiver ends: %s", error)
         finally:
-            self._authentication.listener.know(self._sock)
+            self._authentication.listener.trust(self._sock)
             self.close()
             for session in self._sessions.values():
                 self._end_session(session)
@@ -110,7 +110,7 @@ class TcpServerConnection:
         self._connection.send("hello", PROTOCOL_VERSION, refusal, handshakes)
         if refusal:
             raise WireError(refusal)
-        self._authentication.listener.know(self._sock)
+        self._authentication.listener.trust(self._sock)
         self._connection.accept_bodies(0)
         frame, _ = self._connection.receive()
         match frame:

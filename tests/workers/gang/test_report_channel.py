@@ -12,18 +12,23 @@ import pytest
 from tensorweave.cluster.errors import WorkerLost
 from tensorweave.cluster.wire import pack_frame
 from tensorweave.workers.gang.comm import Comm, SoloComm
-from tensorweave.workers.gang.uplink import FollowerUplink, LeaderUplink, Uplink, join_uplink
+from tensorweave.workers.gang.report_channel import (
+    FollowerReportChannel,
+    LeaderReportChannel,
+    ReportChannel,
+    open_report_channel,
+)
 from tests.workers.engine_drive import run_ranks
 from tests.workers.waiting import WAIT_S, is_hung_up_after
 
 
 def test_a_gang_of_one_calls_itself() -> None:
     got: list[Any] = []
-    uplink = join_uplink(SoloComm(), "127.0.0.1")
-    uplink.start(got.append)
-    uplink.send(["a", 1])
+    channel = open_report_channel(SoloComm(), "127.0.0.1")
+    channel.start(got.append)
+    channel.send(["a", 1])
     assert got == [["a", 1]]
-    uplink.close()
+    channel.close()
 
 
 def test_all_ranks_reach_rank_0_in_order() -> None:
@@ -31,24 +36,24 @@ def test_all_ranks_reach_rank_0_in_order() -> None:
     done = threading.Barrier(3)
 
     def work(comm: Comm) -> None:
-        uplink: Uplink = join_uplink(comm, "127.0.0.1")
-        uplink.start(got.put)
+        channel: ReportChannel = open_report_channel(comm, "127.0.0.1")
+        channel.start(got.put)
         for i in range(50):
-            uplink.send([comm.rank, i])
+            channel.send([comm.rank, i])
         done.wait(WAIT_S)
         if comm.rank == 0:
             messages = [got.get(timeout=WAIT_S) for _ in range(150)]
             for rank in range(3):
                 assert [i for r, i in messages if r == rank] == list(range(50))
         done.wait(WAIT_S)
-        uplink.close()
+        channel.close()
 
     run_ranks(3, work)
 
 
-def test_a_stranger_is_hung_up_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_peer_without_the_secret_is_disconnected(caplog: pytest.LogCaptureFixture) -> None:
     got: list[Any] = []
-    leader = LeaderUplink("127.0.0.1", "secret")
+    leader = LeaderReportChannel("127.0.0.1", "secret")
     leader.start(got.append)
     for noise in (
         pack_frame("report", [1]),
@@ -58,26 +63,28 @@ def test_a_stranger_is_hung_up_on(caplog: pytest.LogCaptureFixture) -> None:
     ):
         assert is_hung_up_after(noise, leader.address)
     assert got == []
-    assert len([record for record in caplog.records if "uplink" in record.getMessage()]) == 1, "the others are counted"
+    assert len([record for record in caplog.records if "report channel" in record.getMessage()]) == 1, (
+        "the others are counted"
+    )
     leader.close()
 
 
-def send_on(uplink: Uplink) -> None:
+def send_on(channel: ReportChannel) -> None:
     """Until it raises: the first messages after the end may still be taken by the system."""
     deadline_s = time.monotonic() + WAIT_S
     while time.monotonic() < deadline_s:
-        uplink.send(["still here"])
+        channel.send(["still here"])
         time.sleep(0.001)
 
 
 def test_a_lost_rank_0_is_noticed() -> None:
-    leader = LeaderUplink("127.0.0.1", "secret")
+    leader = LeaderReportChannel("127.0.0.1", "secret")
     leader.start(lambda message: None)
-    follower = FollowerUplink(leader.address, "secret")
+    follower = FollowerReportChannel(leader.address, "secret")
     follower.send(["here"])
     leader.close()
     with pytest.raises(WorkerLost, match="rank 0"):
         send_on(follower)
     follower.close()
     with pytest.raises(WorkerLost, match="cannot be reached"):
-        FollowerUplink(leader.address, "secret")
+        FollowerReportChannel(leader.address, "secret")

@@ -1,7 +1,8 @@
-"""`Uplink`: how the ranks of a gang report to rank 0 out of step: each a TCP connection of msgpack frames.
+"""`ReportChannel`: how the ranks of a gang send messages to rank 0 outside the step loop.
 
-Rank 0 listens, its address reaches the others through an agreement when the gang is built. What a rank sends is handed
-to rank 0's handler on a reader thread; rank 0's own messages go there directly, and a gang of one needs nothing else.
+Each rank but 0 has a TCP connection to rank 0, which carries msgpack frames; rank 0's address and the secret reach the
+others through an agreement while the gang is built. Rank 0 passes messages to its handler on one reader thread per
+connection, and its own messages directly.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tensorweave.cluster.errors import WireError, WorkerLost
 from tensorweave.cluster.limited_log import LimitedLog
 from tensorweave.cluster.wire import MAX_HELLO_BYTES, FrameDecoder, pack_frame
 from tensorweave.workers.gang.comm import Comm
-from tensorweave.workers.gang.door import Door, hang_up
+from tensorweave.workers.gang.listener import GuardedListener, close_socket
 
 logger = logging.getLogger(__name__)
 
@@ -30,18 +31,18 @@ SEND_TIMEOUT_S: Final = 5.0
 _READ_BYTES: Final = 64 << 10
 
 
-class Uplink(Protocol):
+class ReportChannel(Protocol):
     def start(self, handle: Handler) -> None:
-        """From now on rank 0's `handle` gets all messages, on any thread; other ranks' is not called."""
+        """Pass all messages to rank 0's `handle`, on any thread; that of the other ranks is not called."""
 
     def send(self, message: Any) -> None:
-        """Any thread. Raises WorkerLost where rank 0 is gone."""
+        """From any thread. Raises WorkerLost if rank 0 is gone."""
 
     def close(self) -> None: ...
 
 
-class SoloUplink:
-    """A gang of one, or rank 0 to itself: a call."""
+class LocalReportChannel:
+    """A rank to itself: `send` calls the handler."""
 
     def start(self, handle: Handler) -> None:
         self._handle = handle
@@ -53,13 +54,13 @@ class SoloUplink:
         return None
 
 
-class LeaderUplink(SoloUplink):
-    """Rank 0: followers that show the secret are read, each on a thread."""
+class LeaderReportChannel(LocalReportChannel):
+    """Rank 0: reads each follower that has sent the secret, on a thread per connection."""
 
     def __init__(self, host: str, secret: str) -> None:
         self._secret = secret.encode()
-        self._door = Door(host, "uplink-accept", self._admit)
-        self.address = self._door.address
+        self._listener = GuardedListener(host, "report-accept", self._admit)
+        self.address = self._listener.address
         self._log = LimitedLog(logger, logging.WARNING)
         self._lock = threading.Lock()
         self._socks: set[socket.socket] = set()
@@ -67,57 +68,57 @@ class LeaderUplink(SoloUplink):
 
     def start(self, handle: Handler) -> None:
         super().start(handle)
-        self._door.open()
+        self._listener.start()
 
     def close(self) -> None:
         with self._lock:
             self._is_closing = True
             socks = list(self._socks)
         for sock in socks:
-            hang_up(sock)
-        self._door.close(SEND_TIMEOUT_S)
+            close_socket(sock)
+        self._listener.close(SEND_TIMEOUT_S)
 
     def _admit(self, sock: socket.socket) -> None:
         with self._lock:
             self._socks.add(sock)
             if self._is_closing:
-                hang_up(sock)
-        threading.Thread(target=self._read, args=(sock,), name="uplink-reader", daemon=True).start()
+                close_socket(sock)
+        threading.Thread(target=self._read, args=(sock,), name="report-reader", daemon=True).start()
 
     def _read(self, sock: socket.socket) -> None:
         decoder = FrameDecoder(MAX_HELLO_BYTES)
-        is_known = False
+        is_trusted = False
         try:
             while data := sock.recv(_READ_BYTES):
                 for name, message in decoder.feed(data):
-                    if is_known:
+                    if is_trusted:
                         self._handle(message)
                         continue
                     self._check(name, message)
-                    is_known = True
-                    self._door.know(sock)
+                    is_trusted = True
+                    self._listener.trust(sock)
         except (OSError, ValueError, WireError) as error:
-            self._tell(f"a rank's uplink ends: {error}", is_known)
+            self._log_end(f"a rank's report channel ends: {error}", is_trusted)
         finally:
-            self._door.know(sock)
+            self._listener.trust(sock)
             with self._lock:
                 self._socks.discard(sock)
-            hang_up(sock)
+            close_socket(sock)
 
     def _check(self, name: str, offered: Any) -> None:
         if name != "hello" or not hmac.compare_digest(str(offered).encode(), self._secret):
             raise WireError("wrong secret")
 
-    def _tell(self, message: str, is_known: bool) -> None:
+    def _log_end(self, message: str, is_trusted: bool) -> None:
         if self._is_closing:
             return
-        if is_known:
+        if is_trusted:
             logger.warning("%s", message)
         else:
             self._log.tell(message)
 
 
-class FollowerUplink:
+class FollowerReportChannel:
     """Any other rank."""
 
     def __init__(self, address: tuple[str, int], secret: str) -> None:
@@ -127,7 +128,7 @@ class FollowerUplink:
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._sock.sendall(pack_frame("hello", secret))
         except OSError as error:
-            raise WorkerLost(f"rank 0's uplink cannot be reached: {error}") from error
+            raise WorkerLost(f"rank 0's report channel cannot be reached: {error}") from error
 
     def start(self, handle: Handler) -> None:
         return None
@@ -137,20 +138,20 @@ class FollowerUplink:
             with self._lock:
                 self._sock.sendall(pack_frame("report", message))
         except OSError as error:
-            raise WorkerLost(f"rank 0's uplink broke: {error}") from error
+            raise WorkerLost(f"rank 0's report channel is broken: {error}") from error
 
     def close(self) -> None:
-        hang_up(self._sock)
+        close_socket(self._sock)
 
 
-def join_uplink(comm: Comm, host: str) -> Uplink:
-    """Every rank calls it at the same place; `host` is the address of this rank's host that the others reach."""
+def open_report_channel(comm: Comm, host: str) -> ReportChannel:
+    """Every rank calls it at the same point. `host` is the address of its host that the other ranks can reach."""
     if comm.size == 1:
-        return SoloUplink()
+        return LocalReportChannel()
     if comm.rank == 0:
         secret = secrets.token_hex(16)
-        leader = LeaderUplink(host, secret)
+        leader = LeaderReportChannel(host, secret)
         comm.agree(msgpack.packb([*leader.address, secret]))
         return leader
     leader_host, port, secret = msgpack.unpackb(comm.agree(None))
-    return FollowerUplink((leader_host, port), secret)
+    return FollowerReportChannel((leader_host, port), secret)

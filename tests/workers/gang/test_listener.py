@@ -1,4 +1,4 @@
-"""What strangers can hold at a door: few places, for a short time, whatever they send; peers come in all the while."""
+"""What peers without the secret can hold: few connections, briefly, whatever they send; others still get in."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from contextlib import contextmanager
 
 import pytest
 
-from tensorweave.workers.gang import door as door_module
-from tensorweave.workers.gang.door import MAX_STRANGERS, Door, hang_up
+from tensorweave.workers.gang import listener as listener_module
+from tensorweave.workers.gang.listener import MAX_UNKNOWN_PEERS, GuardedListener, close_socket
 from tests.workers.waiting import WAIT_S, wait_until
 
 SOON_S = 0.3
 
 
 class Greeter:
-    """Reads each connection on a thread; who sends "secret" is known and answered."""
+    """Reads each connection on a thread; who sends "secret" is trusted and answered."""
 
     def __init__(self) -> None:
-        self.door = Door("127.0.0.1", "test-accept", self._admit)
+        self.listener = GuardedListener("127.0.0.1", "test-accept", self._admit)
         self.num_threads = 0
         self._lock = threading.Lock()
 
@@ -37,10 +37,10 @@ class Greeter:
         while data := sock.recv(100):
             got += data
             if got.endswith(b"secret"):
-                self.door.know(sock)
+                self.listener.trust(sock)
                 sock.sendall(b"hello")
-        self.door.know(sock)
-        hang_up(sock)
+        self.listener.trust(sock)
+        close_socket(sock)
         with self._lock:
             self.num_threads -= 1
 
@@ -48,11 +48,11 @@ class Greeter:
 @contextmanager
 def greeter() -> Iterator[Greeter]:
     one = Greeter()
-    one.door.open()
+    one.listener.start()
     try:
         yield one
     finally:
-        one.door.close(WAIT_S)
+        one.listener.close(WAIT_S)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def calls() -> Iterator[Callable[[Greeter], socket.socket]]:
     socks: list[socket.socket] = []
 
     def call(to: Greeter) -> socket.socket:
-        socks.append(socket.create_connection(to.door.address, timeout=WAIT_S))
+        socks.append(socket.create_connection(to.listener.address, timeout=WAIT_S))
         return socks[-1]
 
     yield call
@@ -78,8 +78,8 @@ def drip(sock: socket.socket) -> None:
 def test_one_byte_now_and_then_buys_no_time(
     calls: Callable[[Greeter], socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door_module, "GREETING_TIMEOUT_S", SOON_S)
-    monkeypatch.setattr(door_module, "_LOOK_INTERVAL_S", SOON_S / 4)
+    monkeypatch.setattr(listener_module, "GREETING_TIMEOUT_S", SOON_S)
+    monkeypatch.setattr(listener_module, "_CHECK_INTERVAL_S", SOON_S / 4)
     with greeter() as one:
         slow, known = calls(one), calls(one)
         known.sendall(b"secret")
@@ -91,21 +91,21 @@ def test_one_byte_now_and_then_buys_no_time(
         wait_until(lambda: one.num_threads == 1)
 
 
-def test_of_many_strangers_the_oldest_make_room(calls: Callable[[Greeter], socket.socket]) -> None:
+def test_of_many_unknown_peers_the_oldest_are_closed(calls: Callable[[Greeter], socket.socket]) -> None:
     with greeter() as one:
-        strangers = [calls(one) for _ in range(MAX_STRANGERS + 40)]
-        for stranger in strangers[:39]:
-            assert stranger.recv(1) == b""
-        wait_until(lambda: one.num_threads <= MAX_STRANGERS + 1)
+        unknown = [calls(one) for _ in range(MAX_UNKNOWN_PEERS + 40)]
+        for peer in unknown[:39]:
+            assert peer.recv(1) == b""
+        wait_until(lambda: one.num_threads <= MAX_UNKNOWN_PEERS + 1)
         peer = calls(one)
         peer.sendall(b"secret")
         assert peer.recv(5) == b"hello"
 
 
-def test_a_door_survives_want_of_descriptors(
+def test_it_survives_want_of_descriptors(
     calls: Callable[[Greeter], socket.socket], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(door_module, "_LOOK_INTERVAL_S", 0.05)
+    monkeypatch.setattr(listener_module, "_CHECK_INTERVAL_S", 0.05)
     is_exhausted = threading.Event()
     is_exhausted.set()
     accept = socket.socket.accept
