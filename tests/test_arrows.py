@@ -58,7 +58,8 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
         "transfer": "engine gang step",
         "executor": "engine gang sampling step",
         "build.py": "autodeploy engine engine_dir executor gang kv models sampling step store transfer",
-        "rank.py": "build.py engine_dir executor gang leader sampling step store transfer",
+        "rank_process.py": "",
+        "rank.py": "build.py engine_dir executor gang leader rank_process.py sampling step store transfer",
         "fakes": "engine executor gang kv rank.py sampling step",
     },
     "workers/transfer": {

@@ -1,6 +1,7 @@
 """`Arrivals`: rank 0's record of open fetches. Once every rank's part has ended, the step loop gets one `KvArrived`.
 
-Ranks send their results through the report channel, in any order, and possibly before this rank's step loop begins the fetch.
+Ranks send their results through the report channel, in any order, and possibly before this rank's step loop begins the
+fetch.
 """
 
 from __future__ import annotations
