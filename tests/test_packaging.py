@@ -7,6 +7,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import tensorweave
 from tensorweave.cli.main import main
@@ -37,6 +39,19 @@ def test_the_license_is_the_one_that_is_declared() -> None:
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License\n                           Version 2.0, January 2004" in text
     assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_every_requirement_is_installed_in_a_tested_version() -> None:
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    pinned = {canonicalize_name(name): version for name, version in pins.items()}
+    project = PYPROJECT["project"]
+    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        requirement = Requirement(text)
+        version = pinned.get(canonicalize_name(requirement.name))
+        assert version is not None, f"{requirement.name} has no line in constraints.txt"
+        assert requirement.specifier.contains(version), (
+            f"constraints.txt: {requirement.name}=={version}, not {requirement}"
+        )
 
 
 def test_every_file_of_the_rooms_is_packaged() -> None:
