@@ -10,8 +10,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Where Python has sys.monitoring, coverage uses it: it costs less than tracing.
-export COVERAGE_CORE ?= $(shell $(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")' 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # Without an NVIDIA GPU, everything is installed in the versions with which CI runs. With one, torch and what it needs are the machine's own.
@@ -65,6 +63,8 @@ lint: install ## Format, lint, types, shell scripts
 lines: install
 	@$(BIN)/python .ci/line_table.py
 
+# Where Python has sys.monitoring (3.12), coverage uses it: it costs less than tracing.
+pytest: export COVERAGE_CORE ?= $(shell $(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')
 pytest: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=
 	@$(BIN)/python .ci/coverage_table.py
