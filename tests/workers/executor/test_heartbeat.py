@@ -95,7 +95,7 @@ def tokens_of(executor: PyExecutor, request: GenerateRequest) -> Sequence[int]:
 @pytest.mark.parametrize("is_native", [True, False])
 def test_every_layer_counts(backend: str, is_native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not is_native:
-        monkeypatch.setattr("tensorweave.workers.models.transformer.native_layers", lambda *parts: None)
+        monkeypatch.setattr("tensorweave.workers.models.assembly.native_layers", lambda *parts: None)
     make_model("llama", tmp_path)
     args = TorchLlmArgs(
         model=tmp_path, backend=backend, device="cpu", dtype="float32", kv_cache_config={"max_tokens": 512}
