@@ -1,11 +1,11 @@
-"""Digests of KV blocks: one 64-bit number for each block, layer and KV head, over the bits of its keys and values.
+"""What the digest of a KV block is: one 64-bit number for each layer and KV head, over the bits of its keys and values.
 
 A multilinear hash. A plane (P tokens of one head's keys, or values) is read as 64-bit words w; each is folded to
 m = w ^ (w >> 33), and the digest is the sum of m * c over keys and values, modulo 2^64, with a fixed odd pseudo-random
-c for each place. Folding is one to one and an odd c can be divided by, so one changed word always changes the digest;
-another change goes unseen with odds of 2^-64 as a rule, and 2^-31 where only the highest bits of words differ. Without
-the fold two flipped sign bits would cancel; folded by 32, so would the signs of a whole plane of float32. A digest
-belongs to a head, so how ranks share the heads does not matter.
+c for each place. Folding is one to one and an odd c has an inverse, so one changed word always changes the digest;
+another change goes undetected with a probability of 2^-64 as a rule, and 2^-31 where only the highest bits of words
+differ. Without the fold two flipped sign bits would cancel; folded by 32, so would the signs of a whole plane of
+float32. A digest belongs to a head, so how ranks share the heads does not matter.
 
 The last block of a prompt is partly filled: only its first `num_tokens` tokens count, as if the rest were zero.
 """
@@ -13,15 +13,12 @@ The last block of a prompt is partly filled: only its first `num_tokens` tokens 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-
-from tensorweave.kernels.native.library import as_longs, byte_kernel
 
 # L layers, B blocks, K KV heads, P block size in tokens, H head dim, W 64-bit words of a plane, N blocks chosen
 
@@ -33,37 +30,8 @@ _CHUNK_BYTES: Final = 256 << 10
 Words = npt.NDArray[np.uint64]
 
 
-def digest_block(block_L2KPH: Tensor, num_tokens: int) -> Tensor:
-    """Digests [L, K] int64 of one block, on its own device; `block_L2KPH` may be a strided view of a pool."""
-    if block_L2KPH.is_cuda:
-        return digest_block_reference(block_L2KPH, num_tokens)
-    digests_NLK = digest_blocks_native(block_L2KPH.unsqueeze(1), [0], [num_tokens])
-    return digest_block_numpy(block_L2KPH, num_tokens) if digests_NLK is None else digests_NLK[0]
-
-
-def digest_blocks_native(pool_LB2KPH: Tensor, block_ids: Sequence[int], num_tokens: Sequence[int]) -> Tensor | None:
-    """Digests [N, L, K] int64 of these blocks by the C kernel; None where it does not run or planes are not whole."""
-    num_layers, _, two, num_heads, P, H = pool_LB2KPH.shape
-    assert two == 2
-    assert len(block_ids) == len(num_tokens)
-    kernel = byte_kernel("digest_blocks")
-    strides = pool_LB2KPH.stride()
-    if kernel is None or pool_LB2KPH.is_cuda or strides[4:] != (H, 1):
-        return None
-    size = pool_LB2KPH.itemsize
-    constants_2W = plane_constants(-(-P * H * size // _WORD_BYTES))
-    digests_NLK = torch.empty((len(block_ids), num_layers, num_heads), dtype=torch.int64)
-    bytes_N = [count * H * size for count in num_tokens]
-    kernel(
-        *(pool_LB2KPH.data_ptr(), as_longs(block_ids), as_longs(bytes_N), len(bytes_N), num_layers, num_heads),
-        *(stride * size for stride in strides[:4]),
-        *(constants_2W.ctypes.data, constants_2W.nbytes // 2, digests_NLK.data_ptr()),
-    )
-    return digests_NLK
-
-
 def digest_block_numpy(block_L2KPH: Tensor, num_tokens: int) -> Tensor:
-    """The same without a compiler, for blocks in host memory."""
+    """Digests [L, K] int64 of one block in host memory, which may be a strided view of a pool."""
     words = _words(block_L2KPH, num_tokens).numpy().view(np.uint64)
     num_layers, _, num_heads, num_words = words.shape
     keys_W, values_W = plane_constants(num_words).view(np.uint64)
@@ -80,7 +48,7 @@ def digest_block_numpy(block_L2KPH: Tensor, num_tokens: int) -> Tensor:
 
 
 def digest_block_reference(block_L2KPH: Tensor, num_tokens: int) -> Tensor:
-    """The same in torch operations, on any device."""
+    """The same in torch operations, on the block's own device."""
     words_L2KW = _words(block_L2KPH, num_tokens)
     constants_2W = torch.from_numpy(plane_constants(words_L2KW.shape[-1])).to(words_L2KW.device)
     folded = words_L2KW ^ ((words_L2KW >> FOLD) & ((1 << (64 - FOLD)) - 1))

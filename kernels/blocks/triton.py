@@ -1,10 +1,11 @@
-"""The GPU's part of `kernels.block_pack`, which has the contracts: imported only where a pool is on a GPU."""
+"""KV blocks moved and digested by Triton kernels. Imported only where a pool is on a GPU."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tensorweave.kernels.blocks.digest import FOLD, plane_constants
 
-# L layers, B blocks of the pool, K KV heads of this rank, P block size in tokens, H head dim, N blocks chosen
+# L layers, B blocks of the pool, K KV heads of this rank, P tokens per block, H head dim, N blocks chosen
 # A run is the keys, or the values, of the chosen heads of one layer of one block: words next to each other.
 
 _COPY_WORDS = 1024
@@ -61,35 +62,49 @@ def _digest_runs(
     tl.store(digests_ptr + place, tl.sum(total, axis=0))
 
 
-def copy_runs(pool_LB2KPH: Tensor, block_ids_N: Tensor, heads: range, packed: Tensor, *, is_unpacking: bool) -> None:
+def pack_blocks(pool_LB2KPH: Tensor, block_ids: Sequence[int], heads: range, out: Tensor) -> None:
+    _copy(pool_LB2KPH, block_ids, heads, out, is_unpacking=False)
+
+
+def unpack_blocks(pool_LB2KPH: Tensor, block_ids: Sequence[int], heads: range, packed: Tensor) -> None:
+    _copy(pool_LB2KPH, block_ids, heads, packed, is_unpacking=True)
+
+
+def digest_blocks(pool_LB2KPH: Tensor, block_ids: Sequence[int], num_tokens: Sequence[int]) -> Tensor:
+    assert len(block_ids) == len(num_tokens)
+    num_layers, _, _, num_heads, _, H = pool_LB2KPH.shape
+    words = pool_LB2KPH.flatten(4).view(torch.int64)
+    digests_NLK = torch.empty((len(block_ids), num_layers, num_heads), dtype=torch.int64, device=words.device)
+    if not digests_NLK.numel():
+        return digests_NLK
+    token_words = H * pool_LB2KPH.itemsize // words.itemsize
+    with torch.cuda.device_of(words):  # type: ignore[no-untyped-call]
+        _digest_runs[(digests_NLK.numel(),)](
+            words, _on_device(block_ids, words), _on_device(num_tokens, words),
+            _constants(words.shape[-1], words.device), digests_NLK,
+            *words.stride()[:4], token_words, num_layers, num_heads,
+            plane_words=words.shape[-1], fold=FOLD, num_words=_DIGEST_WORDS,
+        )  # fmt: skip
+    return digests_NLK
+
+
+def _copy(pool_LB2KPH: Tensor, block_ids: Sequence[int], heads: range, packed: Tensor, *, is_unpacking: bool) -> None:
     words = pool_LB2KPH.flatten(4).view(torch.int64)
     layer_words, block_words, half_words, head_words, _ = words.stride()
     run_words = len(heads) * head_words
-    num_runs = len(block_ids_N) * words.shape[0] * 2
+    num_runs = len(block_ids) * words.shape[0] * 2
     assert packed.numel() == num_runs * run_words * words.itemsize, "packed bytes and blocks do not fit"
     if not num_runs:
         return
     with torch.cuda.device_of(words):  # type: ignore[no-untyped-call]
         _copy_runs[(num_runs, triton.cdiv(run_words, _COPY_WORDS))](
-            words, packed.view(torch.int64), block_ids_N, run_words, layer_words, block_words, half_words,
-            heads.start * head_words, words.shape[0], is_unpacking=is_unpacking, num_words=_COPY_WORDS,
+            words, packed.view(torch.int64), _on_device(block_ids, words), run_words, layer_words, block_words,
+            half_words, heads.start * head_words, words.shape[0], is_unpacking=is_unpacking, num_words=_COPY_WORDS,
         )  # fmt: skip
 
 
-def digest_runs(blocks_LB2KPH: Tensor, block_ids_N: Tensor, num_tokens_N: Tensor) -> Tensor:
-    num_layers, _, _, num_heads, _, H = blocks_LB2KPH.shape
-    words = blocks_LB2KPH.flatten(4).view(torch.int64)
-    digests_NLK = torch.empty((len(block_ids_N), num_layers, num_heads), dtype=torch.int64, device=words.device)
-    if not digests_NLK.numel():
-        return digests_NLK
-    token_words = H * blocks_LB2KPH.itemsize // words.itemsize
-    with torch.cuda.device_of(words):  # type: ignore[no-untyped-call]
-        _digest_runs[(digests_NLK.numel(),)](
-            words, block_ids_N, num_tokens_N, _constants(words.shape[-1], words.device), digests_NLK,
-            *words.stride()[:4], token_words, num_layers, num_heads,
-            plane_words=words.shape[-1], fold=FOLD, num_words=_DIGEST_WORDS,
-        )  # fmt: skip
-    return digests_NLK
+def _on_device(values: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=like.device)
 
 
 @functools.lru_cache(maxsize=16)

@@ -175,15 +175,16 @@ static void NAME(join_runs)(void *context, long first, long last) {
     }
 }
 
-/* q: rows of q_stride elements, R heads of G queries each; read_heads[R] names the KV head each reads. window: positions a query looks
-   back, itself included; 0: all. partial: room for num_tasks * G * (H + 2). out: rows of R G H elements. H % VL = 0. */
-void NAME(attend)(const ELEM *q, long q_stride, const ELEM *cache, const query_tile *tiles, const int32_t *blocks,
-                  const int64_t *read_heads, float *partial, ELEM *out, long num_tiles, long num_tasks, long window, long R, long G,
-                  long K, long P, long H, float scale) {
+/* q: rows of q_stride elements, R heads of G queries each; read_heads[R] names the KV head that each reads. partial: room for
+   plan->num_tasks * G * (H + 2). out: rows of R G H elements. H % VL = 0. */
+void NAME(attend)(const ELEM *q, long q_stride, const ELEM *cache, const window_plan *plan, const int64_t *read_heads, float *partial,
+                  ELEM *out, long R, long G, long K, long P, long H, float scale) {
     float factor = scale * 1.44269504f;
-    NAME(attention) c = {q, cache, tiles, blocks, read_heads, partial, out, q_stride, num_tiles, num_tasks, window, R, G, K, P, H, factor};
-    run_loop(NAME(attend_tasks), &c, num_tasks, 16);
-    run_loop(NAME(join_runs), &c, num_tiles * R, PARTS_FOR(num_tiles * R * G * H));
+    NAME(attention)
+    c = {q, cache, plan->tiles, plan->blocks, read_heads, partial, out, q_stride, plan->num_tiles, plan->num_tasks, plan->window,
+         R, G,     K,           P,            H,          factor};
+    run_loop(NAME(attend_tasks), &c, plan->num_tasks, 16);
+    run_loop(NAME(join_runs), &c, plan->num_tiles * R, PARTS_FOR(plan->num_tiles * R * G * H));
 }
 #undef CELL_SIZE
 #undef ROOM

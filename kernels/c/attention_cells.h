@@ -16,6 +16,16 @@ typedef struct {
     int64_t first_task;
 } query_tile;
 
+/* A step's attention in layers of one window: `window` positions a query looks back, itself included; 0: all. `blocks` has the block
+   tables of all sequences, end to end. */
+typedef struct {
+    const query_tile *tiles;
+    const int32_t *blocks;
+    int64_t num_tiles;
+    int64_t num_tasks;
+    int64_t window;
+} window_plan;
+
 /* exp(scale x) for x <= 0, `factor` being scale / ln 2: 2^n times a polynomial of the rest on [-1/2, 1/2]; relative error below 2e-7.
    Below 2^-127: 0. Exact for 0. */
 INLINE vf weight_of(vf x, float factor) {

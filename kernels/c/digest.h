@@ -60,11 +60,11 @@ void move_blocks(char *pool, const long *blocks, long num_blocks, long num_layer
             }
 }
 
-/* Packed blocks into the pool, a layer once its digests are the expected ones [blocks, layers, heads]; the first that is not ends its
-   block. is_right [blocks] says which are in the pool whole. */
-void land_blocks(char *pool, const long *blocks, const long *num_bytes, long num_blocks, long num_layers, long num_heads,
-                 long plane_bytes, long layer_stride, long block_stride, long side_stride, const char *packed, const char *constants,
-                 long side_constants, const uint64_t *expected, uint8_t *is_right) {
+/* Unpacks blocks layer by layer, each layer once its digests equal the expected ones [blocks, layers, heads]; a block ends at its first
+   layer whose digests differ. is_right [blocks] says which were unpacked whole. */
+void unpack_verified_blocks(char *pool, const long *blocks, const long *num_bytes, long num_blocks, long num_layers, long num_heads,
+                           long plane_bytes, long layer_stride, long block_stride, long side_stride, const char *packed,
+                           const char *constants, long side_constants, const uint64_t *expected, uint8_t *is_right) {
     long run = num_heads * plane_bytes;
     for (long i = 0; i < num_blocks; i++) {
         is_right[i] = 1;

@@ -43,3 +43,6 @@ int vector_length(void) { return VL; }
 #include "elementwise.h"
 #include "linear.h"
 #include "layers.h"
+
+const int64_t sizeof_query_tile = sizeof(query_tile), sizeof_window_plan = sizeof(window_plan), sizeof_matrix = sizeof(matrix),
+              sizeof_decoder_layer = sizeof(decoder_layer), sizeof_stack_step = sizeof(stack_step);

@@ -1,8 +1,8 @@
 """The C kernels of `kernels/c`: compiled once for this machine with gcc, cached, loaded with ctypes.
 
-Called by the ops beside it through `load_native`, which gives None where there is no compiler (or
-TENSORWEAVE_NATIVE=0 says so): every op then has its plain torch form. The kernels have threads of their own (pool.h),
-as many as `use_threads` says; torch's should then be one, lest two pools spin against each other.
+`load_native` returns None where there is no compiler, or where TENSORWEAVE_NATIVE=0 is set; `choose_operations` then
+takes the references. The kernels have threads of their own (pool.h), as many as `use_threads` says; torch should then
+use one, since the threads of two pools would spin against each other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+
+from tensorweave.kernels.native.structures import check_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -37,21 +38,22 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "add_rms_norm": (*[_POINTER] * 4, *[_LONG] * 2, _FLOAT),
     "silu_mul": (*[_POINTER] * 2, *[_LONG] * 2),
     "place_heads": (*[_POINTER] * 6, _FLOAT, *[_LONG] * 5),
-    "attend": (_POINTER, _LONG, *[_POINTER] * 6, *[_LONG] * 8, _FLOAT),
-    "run_layers": (*[_POINTER] * 10, _FLOAT, _FLOAT, _POINTER),
+    "attend": (_POINTER, _LONG, *[_POINTER] * 5, *[_LONG] * 5, _FLOAT),
+    "run_layers": (*[_POINTER] * 2,),
 }
-# Of bytes, whatever elements they are.
+# These work on bytes, whatever the element type.
 _BYTE_SIGNATURES: dict[str, tuple[Any, ...]] = {
     "digest_blocks": (*[_POINTER] * 3, *[_LONG] * 7, _POINTER, _LONG, _POINTER),
     "move_blocks": (*[_POINTER] * 2, *[_LONG] * 6, _POINTER, ctypes.c_int),
-    "land_blocks": (*[_POINTER] * 3, *[_LONG] * 7, *[_POINTER] * 2, _LONG, *[_POINTER] * 2),
+    "unpack_verified_blocks": (*[_POINTER] * 3, *[_LONG] * 7, *[_POINTER] * 2, _LONG, *[_POINTER] * 2),
 }
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True, slots=True)
 class NativeKernels:
-    """The kernels for one element type. Every pointer is a `data_ptr()` of a contiguous tensor, or None for null.
+    """The kernels for one element type. A pointer is a `data_ptr()` of a contiguous tensor, or None for null; where a
+    kernel takes structures, `ctypes.byref` of one.
 
     `linear_by_bf16` takes float32 rows and weights packed as bfloat16; it and `argmax` are None for other types.
     """
@@ -65,13 +67,9 @@ class NativeKernels:
     place_heads: Any
     attend: Any
     run_layers: Any
+    layers_scratch: Any
     linear_by_bf16: Any | None
     argmax: Any | None
-
-
-def native_for(tensor: Tensor) -> NativeKernels | None:
-    """The kernels that take this tensor, if any do."""
-    return load_native(tensor.dtype) if tensor.device.type == "cpu" else None
 
 
 @functools.cache
@@ -81,15 +79,17 @@ def load_native(dtype: torch.dtype) -> NativeKernels | None:
     if library is None:
         return None
     kernels = {name: _function(library, name, _SUFFIXES[dtype]) for name in _SIGNATURES}
-    if dtype != torch.float32:
-        return NativeKernels(dtype, library.vector_length(), **kernels, linear_by_bf16=None, argmax=None)
-    narrow, argmax = _function(library, "linear", "f32_by_bf16"), library.argmax_f32
-    argmax.argtypes, argmax.restype = (*[_POINTER] * 2, *[_LONG] * 2), None
-    return NativeKernels(dtype, library.vector_length(), **kernels, linear_by_bf16=narrow, argmax=argmax)
+    library.layers_scratch.argtypes, library.layers_scratch.restype = (_POINTER, ctypes.c_int64), ctypes.c_int64
+    kernels |= {"layers_scratch": library.layers_scratch, "linear_by_bf16": None, "argmax": None}
+    if dtype == torch.float32:
+        argmax = library.argmax_f32
+        argmax.argtypes, argmax.restype = (*[_POINTER] * 2, *[_LONG] * 2), None
+        kernels |= {"linear_by_bf16": _function(library, "linear", "f32_by_bf16"), "argmax": argmax}
+    return NativeKernels(dtype, library.vector_length(), **kernels)
 
 
-def byte_kernel(name: Literal["digest_blocks", "move_blocks", "land_blocks"]) -> Any | None:
-    """A kernel of `c/digest.h`. Pointers are a `data_ptr()` or None; it runs without the interpreter's lock."""
+def byte_kernel(name: Literal["digest_blocks", "move_blocks", "unpack_verified_blocks"]) -> Any | None:
+    """A kernel of `c/digest.h`, or None where there are none. It runs without the interpreter's lock."""
     library = _library()
     if library is None:
         return None
@@ -99,7 +99,7 @@ def byte_kernel(name: Literal["digest_blocks", "move_blocks", "land_blocks"]) ->
 
 
 def as_longs(values: Sequence[int]) -> Any:
-    """An array for a pointer argument; it must be kept until the call returns."""
+    """An array for a pointer argument."""
     return (_LONG * len(values))(*values)
 
 
@@ -110,7 +110,7 @@ def _function(library: ctypes.CDLL, name: str, suffix: str) -> Any:
 
 
 def use_threads(num_threads: int) -> bool:
-    """The kernels run on this many threads from now on, in the whole process; False where there are no kernels.
+    """Run the kernels on this many threads from now on, in the whole process. Return False where there are no kernels.
 
     Threads are only ever added: a smaller number than before changes nothing.
     """
@@ -124,11 +124,13 @@ def _library() -> ctypes.CDLL | None:
         return None
     folder = _cache_folder()
     try:
-        return ctypes.CDLL(str(_compiled(folder)))
+        library = ctypes.CDLL(str(_compiled(folder)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
-        logger.warning("no native CPU kernels in %s, going on with torch's: %s", folder, detail[:500])
+        logger.warning("no native CPU kernels in %s, using torch's instead: %s", folder, detail[:500])
         return None
+    check_sizes(library)
+    return library
 
 
 def _cache_folder() -> Path:
@@ -137,7 +139,7 @@ def _cache_folder() -> Path:
 
 
 def _compiled(folder: Path) -> Path:
-    """The library for these sources, flags, compiler and CPU; concurrent callers at worst both compile it."""
+    """Path of the library for these sources, flags, compiler and CPU. Concurrent callers may both compile it."""
     library = folder / f"{_digest()}.so"
     if library.is_file():
         return library

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from tensorweave.kernels.attention.torch_backend import AttentionPlan, paged_attention
-from tensorweave.kernels.heads.reference import WriteSlots, write_kv
+from tensorweave.kernels.attention.backend import AttentionPlan
 
 # T tokens, N query heads, K KV heads, H head dim, C = 2 K planes of a block, B blocks, P tokens a block
 
@@ -121,14 +120,12 @@ class PagedStep:
         self,
         layers: Sequence[Layer],
         caches: Sequence[Tensor],
-        write: WriteSlots,
-        plans: Mapping[int | None, AttentionPlan],
+        plan: AttentionPlan,
         note_layer: Callable[[], None],
     ) -> None:
         self._layers = layers
         self._caches = caches
-        self._write = write
-        self._plans = plans
+        self._plan = plan
         self._note_layer = note_layer
 
     def attend(
@@ -136,8 +133,8 @@ class PagedStep:
     ) -> Tensor:
         layer, cache_BCPH = self._layers[module.layer_idx], self._caches[module.layer_idx]
         kv_TCH = torch.cat([key_1KTH[0], value_1KTH[0]]).transpose(0, 1).to(cache_BCPH.dtype)
-        write_kv(cache_BCPH, kv_TCH, self._write.rows)
+        self._plan.write(kv_TCH, cache_BCPH)
         query_TNH = query_1NTH[0].transpose(0, 1).to(cache_BCPH.dtype).contiguous()
-        out_TNH = paged_attention(query_TNH, cache_BCPH, self._plans[layer.window], layer.scale)
+        out_TNH = self._plan.attend(query_TNH, cache_BCPH, layer.window, layer.scale)
         self._note_layer()
         return out_TNH.to(query_1NTH.dtype).unsqueeze(0)

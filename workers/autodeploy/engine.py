@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tensorweave.cluster.protocol import ModelInfo
-from tensorweave.kernels.attention.torch_backend import Planner
+from tensorweave.kernels.attention.backend import AttentionShape
+from tensorweave.kernels.operations import choose_operations
 from tensorweave.workers.autodeploy.attention import Layer, PagedStep, attending
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine.packing import PackedBatch, pack
@@ -31,7 +32,9 @@ class AutodeployEngine:
         self._device = pool.cache.device
         first = layers[0]
         K, P, H = first.num_kv_heads, pool.tokens_per_block, first.head_dim
-        self._planner = Planner(K, tuple(range(K)), P, H, self._device, pool.cache.dtype)
+        windows = frozenset(layer.window for layer in layers)
+        operations = choose_operations(self._device, pool.cache.dtype, H)
+        self._attention = operations.make_attention(AttentionShape(K, tuple(range(K)), H, P, windows))
         self._prompt_logits: list[Tensor] = []
         self.progress = 0
         """Grows with every layer that is computed. Any thread may look."""
@@ -58,14 +61,8 @@ class AutodeployEngine:
         ids_T, positions_T, slots_T = torch.tensor(
             [packed.token_ids, packed.positions, packed.slots], dtype=torch.int64, device=self._device
         )
-        windows = {layer.window for layer in self._layers}
-        step = PagedStep(
-            self._layers,
-            self.pool.layers,
-            self._planner.write_slots(slots_T),
-            {window: self._planner.plan(packed.spans, window) for window in windows},
-            self._note_layer,
-        )
+        plan = self._attention.plan(packed.spans, slots_T)
+        step = PagedStep(self._layers, self.pool.layers, plan, self._note_layer)
         with torch.no_grad(), attending(step):
             answer = self._model(
                 input_ids=ids_T.unsqueeze(0),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.protocol import ModelInfo
-from tensorweave.kernels.attention.torch_backend import Span
+from tensorweave.kernels.attention.backend import Span
 from tensorweave.workers.autodeploy.attention import IMPLEMENTATION, Layer, Survey, attending
 from tensorweave.workers.autodeploy.causal_lm import CausalLmConfig, load_causal_lm, read_causal_lm_config
 from tensorweave.workers.autodeploy.engine import AutodeployEngine

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from tensorweave.cluster.protocol import ModelInfo
-from tensorweave.kernels.attention.torch_backend import Planner
+from tensorweave.kernels.attention.backend import AttentionBackend
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine.packing import PackedBatch, pack
-from tensorweave.workers.models.transformer import ForwardInputs, Transformer
+from tensorweave.workers.models.forward_inputs import ForwardInputs
+from tensorweave.workers.models.transformer import Transformer
 from tensorweave.workers.step.plan import PromptRead, ScheduledBatch
 from tensorweave.workers.step.resources import ResourceManager
 
@@ -56,26 +57,23 @@ class PyTorchModelEngine:
     Args:
         model: this rank's share.
         pool: where keys and values live.
-        planner: knows which cached heads the model reads.
+        attention: plans the attention of each step.
         rope_table: [max_seq_len, H] float32 cosines and sines.
-        windows: the distinct attention windows of the model's layers.
     """
 
     def __init__(
         self,
         model: Transformer,
         pool: KVPool,
-        planner: Planner,
+        attention: AttentionBackend,
         rope_table: Tensor,
-        windows: frozenset[int | None],
         info: ModelInfo,
     ) -> None:
         self.info = info
         self.pool = pool
         self._model = model
-        self._planner = planner
+        self._attention = attention
         self._rope_table = rope_table
-        self._windows = windows
         self._device = rope_table.device
         self._hidden_TD: Tensor | None = None
         self._num_pieces = 0
@@ -83,7 +81,7 @@ class PyTorchModelEngine:
     @property
     def progress(self) -> int:
         """Grows with every layer, and every piece of a prompt's logits, that is computed. Any thread may look."""
-        return self._model.num_layers_done + self._num_pieces
+        return self._model.stack.num_layers_done + self._num_pieces
 
     def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
         kv_cache = resources.kv_cache
@@ -120,6 +118,5 @@ class PyTorchModelEngine:
         return ForwardInputs(
             token_ids_T=ids_T,
             rope_table_TH=self._rope_table.index_select(0, positions_T),
-            write=self._planner.write_slots(slots_T),
-            plans={window: self._planner.plan(packed.spans, window) for window in self._windows},
+            attention=self._attention.plan(packed.spans, slots_T),
         )

@@ -13,8 +13,9 @@ import torch
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.protocol import ModelInfo, SamplingDefaults
-from tensorweave.kernels.attention.torch_backend import Planner
+from tensorweave.kernels.attention.backend import AttentionShape
 from tensorweave.kernels.native.library import load_native, use_threads
+from tensorweave.kernels.operations import Operations, choose_operations
 from tensorweave.workers.engine.engine import PyTorchModelEngine
 from tensorweave.workers.engine.kv_pool import KVPool, block_bytes
 from tensorweave.workers.engine.memory_need import MemoryNeed, check_memory, kv_bytes, rank_weight_bytes
@@ -100,12 +101,16 @@ class _ModelShare:
             kv_tokens=kv.max_tokens,
         )
 
+    @property
+    def operations(self) -> Operations:
+        return choose_operations(self.device, self.dtype, self.config.sizes.head_dim)
+
     def read_weights(self, load_format: str, comm: Comm, num_readers: int) -> Transformer:
         if load_format == "dummy":
             random = WeightLoader(RandomWeights(tensor_shapes(self.config)), self.dtype, self.device)
-            return build_transformer(self.config, self.place, random, comm)
+            return build_transformer(self.config, self.place, random, comm, self.operations)
         with open_weights(self.path, self.config, self.dtype, self.device, self.place, num_readers) as weights:
-            return build_transformer(self.config, self.place, weights, comm)
+            return build_transformer(self.config, self.place, weights, comm, self.operations)
 
 
 def _find_share(args: TorchLlmArgs, place: MeshRank) -> _ModelShare:
@@ -121,7 +126,7 @@ def _find_share(args: TorchLlmArgs, place: MeshRank) -> _ModelShare:
 def _assemble_engine(
     model: Transformer, share: _ModelShare, num_blocks: int, args: TorchLlmArgs, defaults: SamplingDefaults
 ) -> PyTorchModelEngine:
-    """Put KV pool, attention planner and rotation table around a model."""
+    """Put KV pool, attention and rotation table around a model."""
     config, sizes, dtype, device = share.config, share.config.sizes, share.dtype, share.device
     heads, P, H = share.heads, args.kv_cache_config.tokens_per_block, sizes.head_dim
     info = ModelInfo(
@@ -138,9 +143,10 @@ def _assemble_engine(
     return PyTorchModelEngine(
         model=model,
         pool=KVPool(sizes.num_layers, num_blocks, len(heads.kv), P, H, dtype, device, heads.kv.start),
-        planner=Planner(len(heads.kv), heads.read_heads, P, H, device, dtype),
+        attention=share.operations.make_attention(
+            AttentionShape(len(heads.kv), heads.read_heads, H, P, frozenset(config.windows))
+        ),
         rope_table=rotary_table(config.rope, H, info.max_seq_len, device),
-        windows=frozenset(config.windows),
         info=info,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tensorweave.kernels.attention.torch_backend import Span
+from tensorweave.kernels.attention.backend import Span
 from tensorweave.workers.step.plan import ScheduledBatch
 from tensorweave.workers.step.request import LlmRequest
 

@@ -1,6 +1,6 @@
 """Digests of an engine directory's bytes, taken while they are in the cache, so that all that is loaded can be checked.
 
-BLAKE2b over multilinear hashes, those of KV blocks (kernels/block_digest.py), of pieces of 256 KiB: a piece with one
+BLAKE2b over multilinear hashes, those of KV blocks (kernels/blocks/digest.py), of pieces of 256 KiB: a piece with one
 changed word always has another. Against damage, not against an enemy, who would write a manifest that fits.
 """
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.blocks.digest import digest_block_numpy, digest_blocks_native
+from tensorweave.kernels.blocks.operations import choose_block_operations
 
 Bytes = npt.NDArray[np.uint8]
 LENGTH_BYTES: Final = 8
@@ -98,9 +98,7 @@ def _hash_whole(data: Bytes) -> bytes:
     if not num_pieces:
         return b""
     blocks = torch.from_numpy(data).view(torch.int64).view(1, num_pieces, 2, 1, _SIDE, _SIDE)
-    hashes = digest_blocks_native(blocks, range(num_pieces), [_SIDE] * num_pieces)
-    if hashes is None:
-        hashes = torch.cat([digest_block_numpy(blocks[:, i], _SIDE) for i in range(num_pieces)])
+    hashes = choose_block_operations(blocks).digest(blocks, range(num_pieces), [_SIDE] * num_pieces)
     return hashes.numpy().tobytes()
 
 

@@ -19,6 +19,7 @@ from typing import Final
 import torch
 
 from tensorweave.cluster.mesh import Mesh, MeshRank
+from tensorweave.kernels.operations import choose_operations
 from tensorweave.workers.engine_dir.manifest import EngineManifest, rank_file, record_files
 from tensorweave.workers.engine_dir.model_digest import model_digest
 from tensorweave.workers.engine_dir.rank_file import RankFile, RankRecorder
@@ -119,11 +120,12 @@ def _copy(manifest: EngineManifest, source: Path, made: Path) -> None:
 def _convert(source: Path, made: Path, size: int, wanted: str) -> None:
     config = load_model_config(source)
     dtype = pick_dtype(wanted, config.checkpoint_dtype, pick_device("auto"))
+    operations = choose_operations(torch.device("cpu"), dtype, config.sizes.head_dim)
     for place in Mesh(tensor=size).ranks():
         check_mesh(config, place)
         with open_weights(source, config, dtype, torch.device("cpu"), place) as weights:
             recorder = RankRecorder(weights)
-            build_transformer(config, place, recorder, SoloComm())  # which is never run
+            build_transformer(config, place, recorder, SoloComm(), operations)  # which is never run
             recorder.save(rank_file(made, place.rank))
     for pattern in _COPIED:
         for file in source.glob(pattern):

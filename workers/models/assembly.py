@@ -7,41 +7,46 @@ What a model asks for while it is built is also what its checkpoint must have (`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import torch
 
 from tensorweave.cluster.mesh import MeshRank
-from tensorweave.kernels.linear.reference import make_linear
-from tensorweave.kernels.native.layers import LayerWeights, NativeLayers, native_layers
+from tensorweave.kernels.operations import Operations, reference_operations
 from tensorweave.workers.gang.comm import Comm, SoloComm
 from tensorweave.workers.models.checkpoint import Shapes
 from tensorweave.workers.models.config import ModelConfig
 from tensorweave.workers.models.layer_builder import LayerBuilder
-from tensorweave.workers.models.layers import OutputHead, RmsNorm, VocabEmbedding
+from tensorweave.workers.models.layers import OutputHead, RmsNorm, SplitVocabEmbedding, VocabEmbedding
 from tensorweave.workers.models.rank_weights import MetaWeights, RankWeights, TensorRows
 from tensorweave.workers.models.shards import split_evenly
+from tensorweave.workers.models.stack import make_stack
 from tensorweave.workers.models.tensor_names import EMBEDDING, FINAL_NORM, HEAD
-from tensorweave.workers.models.transformer import Block, Transformer
+from tensorweave.workers.models.transformer import Transformer
 
 
-def build_transformer(config: ModelConfig, place: MeshRank, weights: RankWeights, comm: Comm) -> Transformer:
+def build_transformer(
+    config: ModelConfig, place: MeshRank, weights: RankWeights, comm: Comm, operations: Operations
+) -> Transformer:
     """Read one rank's share of the weights and put the layers around it."""
     sizes = config.sizes
     shares = split_evenly(sizes.vocab_size, place.mesh.tensor)
     vocab = shares[place.tensor]
     shape = (sizes.vocab_size, sizes.hidden_size)
     embedding_VD = weights.rows([TensorRows(EMBEDDING, shape, vocab)])
-    blocks = tuple(
-        layer.build(LayerBuilder(f"model.layers.{i}", sizes, weights, place, comm))
+    layers = [
+        layer.build(LayerBuilder(f"model.layers.{i}", sizes, weights, place, comm, operations))
         for i, layer in enumerate(config.layers)
-    )
+    ]
     is_tied = config.has_tied_embeddings
     head_VD = weights.tied_head(embedding_VD) if is_tied else weights.matrix_rows([TensorRows(HEAD, shape, vocab)])
+    final_norm_D = weights.vector(FINAL_NORM, sizes.hidden_size)
+    has_all_words = len(vocab) == sizes.vocab_size
     return Transformer(
-        embedding=VocabEmbedding(embedding_VD, vocab.start, comm),
-        blocks=blocks,
-        final_norm=RmsNorm(weights.vector(FINAL_NORM, sizes.hidden_size), sizes.norm_epsilon),
-        head=OutputHead(make_linear(head_VD), tuple(len(share) for share in shares), comm),
-        native=_native_layers(config, blocks) if place.mesh.size == 1 else None,
+        embedding=VocabEmbedding(embedding_VD)
+        if has_all_words
+        else SplitVocabEmbedding(embedding_VD, vocab.start, comm),
+        stack=make_stack(layers, has_whole_layers=place.mesh.tensor == 1),
+        final_norm=RmsNorm(operations.add_rms_norm, final_norm_D, sizes.norm_epsilon),
+        head=OutputHead(operations.make_linear(head_VD, None), tuple(len(share) for share in shares), comm),
     )
 
 
@@ -53,7 +58,8 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
 def count_weights(config: ModelConfig, place: MeshRank) -> MetaWeights:
     """What the rank at `place` asks for of a checkpoint."""
     weights = MetaWeights()
-    build_transformer(config, place, weights, SoloComm())
+    operations = reference_operations(torch.device("meta"), torch.float32)
+    build_transformer(config, place, weights, SoloComm(), operations)
     return weights
 
 
@@ -70,20 +76,3 @@ def check_mesh(config: ModelConfig, place: MeshRank) -> None:
         raise ValueError(
             f"tensor_parallel_size is {mesh.tensor}; larger than the model's intermediate or vocabulary size"
         )
-
-
-def _native_layers(config: ModelConfig, blocks: Sequence[Block]) -> NativeLayers | None:
-    layers = [
-        LayerWeights(
-            block.attention_norm.weight_D,
-            block.attention.qkv.linear,
-            block.attention.norms,
-            block.attention.output.linear,
-            block.mlp_norm.weight_D,
-            block.mlp.gate_up.linear,
-            block.mlp.down.linear,
-            block.attention.window,
-        )
-        for block in blocks
-    ]
-    return native_layers(layers, config.sizes.head_dim, config.sizes.norm_epsilon)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from tensorweave.workers.models.decoder_layer import DecoderLayer
 from tensorweave.workers.models.layer_builder import LayerBuilder
 from tensorweave.workers.models.rope_config import RopeConfig
 from tensorweave.workers.models.sizes import LayerKv, ModelSizes
-from tensorweave.workers.models.transformer import Block
 
 
 class LayerDesign(Protocol):
@@ -21,7 +21,7 @@ class LayerDesign(Protocol):
     @property
     def kv(self) -> LayerKv: ...
 
-    def build(self, layer: LayerBuilder) -> Block:
+    def build(self, layer: LayerBuilder) -> DecoderLayer:
         """Read this rank's share of the layer's weights and put the layer around them.
 
         The tensors that are asked for here, and their shapes, are those that a checkpoint must have.

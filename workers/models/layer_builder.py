@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from tensorweave.cluster.mesh import MeshRank
 from tensorweave.kernels.heads.reference import HeadNorms
-from tensorweave.kernels.linear.reference import make_linear
+from tensorweave.kernels.operations import Operations
 from tensorweave.workers.gang.comm import Comm
+from tensorweave.workers.models.decoder_layer import Attention, GatedMlp
 from tensorweave.workers.models.layers import ColumnLinear, RmsNorm, RowLinear
 from tensorweave.workers.models.rank_weights import RankWeights, TensorRows
 from tensorweave.workers.models.shards import HeadShard, shard_heads, split_evenly
 from tensorweave.workers.models.sizes import LayerKv, ModelSizes
-from tensorweave.workers.models.transformer import Attention, GatedMlp
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,12 @@ class LayerBuilder:
     weights: RankWeights
     place: MeshRank
     comm: Comm
+    operations: Operations
 
     def norm(self, name: str) -> RmsNorm:
         """Over the hidden states."""
         weight_D = self.weights.vector(self._full(f"{name}.weight"), self.sizes.hidden_size)
-        return RmsNorm(weight_D, self.sizes.norm_epsilon)
+        return RmsNorm(self.operations.add_rms_norm, weight_D, self.sizes.norm_epsilon)
 
     def head_norms(self, name: str) -> HeadNorms:
         """RMSNorms of each query head and of each key head, as Qwen3 names them."""
@@ -65,6 +66,7 @@ class LayerBuilder:
         ]
         return Attention(
             qkv=self.column_linear(parts, has_bias=has_qkv_bias),
+            place_heads=self.operations.place_heads,
             output=self.row_linear(f"{name}.o_proj", num_query, query, has_bias=has_output_bias),
             norms=norms,
             head_dim=H,
@@ -78,6 +80,7 @@ class LayerBuilder:
         parts = [LinearRows(f"{name}.{part}_proj", width, rows) for part in ("gate", "up")]
         return GatedMlp(
             gate_up=self.column_linear(parts, has_bias=has_bias),
+            silu_mul=self.operations.silu_mul,
             down=self.row_linear(f"{name}.down_proj", width, rows, has_bias=has_bias),
         )
 
@@ -86,7 +89,7 @@ class LayerBuilder:
         D = self.sizes.hidden_size
         weight_OD = self.weights.matrix_rows([self._rows(part, "weight", D) for part in parts])
         bias_O = self.weights.rows([self._rows(part, "bias") for part in parts]) if has_bias else None
-        return ColumnLinear(make_linear(weight_OD, bias_O))
+        return ColumnLinear(self.operations.make_linear(weight_OD, bias_O))
 
     def row_linear(self, name: str, num_inputs: int, columns: range, *, has_bias: bool) -> RowLinear:
         """Back to hidden states, from this rank's `columns` of all `num_inputs`."""
@@ -94,7 +97,7 @@ class LayerBuilder:
         weight_DJ = self.weights.matrix_columns(self._full(f"{name}.weight"), (D, num_inputs), columns)
         keeps_bias = has_bias and self.place.tensor == 0
         bias_D = self.weights.vector(self._full(f"{name}.bias"), D) if keeps_bias else None
-        return RowLinear(make_linear(weight_DJ, bias_D), self.comm)
+        return RowLinear(self.operations.make_linear(weight_DJ, bias_D), self.comm)
 
     def share(self, total: int) -> range:
         """This rank's part of [0, total)."""

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.blocks.pack import as_blocks, digest_blocks, land_blocks, pack_blocks, unpack_blocks
+from tensorweave.kernels.blocks.operations import choose_block_operations
+from tensorweave.kernels.blocks.reference import as_blocks
 from tensorweave.workers.engine.kv_pool import KVPool
 
 # L layers, B blocks, K KV heads of this rank, P block size in tokens, H head dim
@@ -33,6 +34,7 @@ class PoolWindow:
         self.device = pool.cache.device
         self.num_blocks = num_blocks
         self.blocks_LB2KPH = pool.cache.view(num_layers, num_blocks, 2, planes // 2, P, H)
+        self._blocks = choose_block_operations(self.blocks_LB2KPH)
         is_on_host = self.device.type == "cpu"
         self.memory = tensor_bytes(pool.cache.view(-1).view(torch.uint8)) if is_on_host else None
 
@@ -58,7 +60,7 @@ class PoolWindow:
     def pack(self, block_ids: Sequence[int], heads: range, out: Tensor) -> None:
         """Fill `out`, which has len(block_ids) * block_bytes(len(heads)) bytes."""
         packed = out if out.device == self.device else torch.empty_like(out, device=self.device)
-        pack_blocks(self.blocks_LB2KPH, block_ids, heads, packed)
+        self._blocks.pack(self.blocks_LB2KPH, block_ids, heads, packed)
         if packed is not out:
             out.copy_(packed, non_blocking=True)
         self._synchronize()
@@ -75,7 +77,7 @@ class PoolWindow:
         return [self.memory[at : at + run] for end in ends for at in (end, end + side)]
 
     def unpack(self, block_ids: Sequence[int], heads: range, payload: Tensor) -> None:
-        unpack_blocks(self.blocks_LB2KPH, block_ids, heads, payload.to(self.device))
+        self._blocks.unpack(self.blocks_LB2KPH, block_ids, heads, payload.to(self.device))
         self._synchronize()
 
     def write_verified(
@@ -88,13 +90,15 @@ class PoolWindow:
     ) -> list[bool]:
         """Unpack the blocks whose digests [N, L, heads] match; return which ones match."""
         expected = torch.from_numpy(digests_NLK)
-        is_valid = land_blocks(self.blocks_LB2KPH, block_ids, heads, payload.to(self.device), num_tokens, expected)
+        is_valid = self._blocks.unpack_verified(
+            self.blocks_LB2KPH, block_ids, heads, payload.to(self.device), num_tokens, expected
+        )
         self._synchronize()
         return is_valid
 
     def digests(self, block_ids: Sequence[int], num_tokens: Sequence[int]) -> Tensor:
         """Digests of these blocks in the pool: [N, L, K] int64, on the host."""
-        return digest_blocks(self.blocks_LB2KPH, block_ids, num_tokens).cpu()
+        return self._blocks.digest(self.blocks_LB2KPH, block_ids, num_tokens).cpu()
 
     def digest(self, block_id: int, num_tokens: int) -> Tensor:
         return self.digests([block_id], [num_tokens])[0]
@@ -102,7 +106,7 @@ class PoolWindow:
     def payload_digests(self, payload: Tensor, num_heads: int, num_tokens: Sequence[int]) -> Tensor:
         """Digests of these packed blocks: [N, L, heads] int64, on the host."""
         blocks_LB2KPH = as_blocks(payload, self.blocks_LB2KPH, num_heads).transpose(0, 1)
-        return digest_blocks(blocks_LB2KPH, range(len(num_tokens)), num_tokens).cpu()
+        return self._blocks.digest(blocks_LB2KPH, range(len(num_tokens)), num_tokens).cpu()
 
     def warm(self) -> None:
         """Compile the GPU kernels before a peer waits for them. Rewrites block 0 unchanged."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tensorweave.cluster.host_memory import HostMemory
 from tensorweave.cluster.mesh import Mesh
+from tensorweave.kernels.operations import choose_operations
 from tensorweave.kernels.weights import PackedWeight
 from tensorweave.workers.autodeploy.loader import load_autodeploy
 from tensorweave.workers.engine import memory_need
@@ -61,10 +62,11 @@ class _Counting:
 def test_the_weights_are_counted_as_they_will_be(tmp_path: Path, model: str, size: int) -> None:
     make_model(model, tmp_path)
     config = load_model_config(tmp_path)
+    operations = choose_operations(torch.device("cpu"), torch.bfloat16, config.sizes.head_dim)
     with SafetensorsDirectory(tmp_path) as source:
         for place in Mesh(tensor=size).ranks():
             counting = _Counting(WeightLoader(source, torch.bfloat16, torch.device("cpu")))
-            build_transformer(config, place, counting, SoloComm())
+            build_transformer(config, place, counting, SoloComm(), operations)
             assert rank_weight_bytes(config, place, torch.bfloat16) == counting.num_bytes
 
 

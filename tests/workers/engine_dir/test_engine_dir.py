@@ -22,7 +22,6 @@ from tensorweave.kernels import weights
 from tensorweave.kernels.native.library import load_native
 from tensorweave.kernels.weights import PackedWeight, native_layout, pack_weight
 from tensorweave.workers.engine.load import load_engine
-from tensorweave.workers.engine_dir import digest as engine_digest
 from tensorweave.workers.engine_dir.digest import digest_file, digest_tensor
 from tensorweave.workers.engine_dir.directory import save_engine_dir
 from tensorweave.workers.engine_dir.manifest import MANIFEST_NAME, EngineManifest, rank_file, record_files
@@ -115,7 +114,7 @@ def test_weights_saved_without_a_compiler_are_rows(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "native_for", lambda tensor: None)
+        patch.setattr(weights, "load_native", lambda dtype: None)
         save_engine_dir(checkpoint, tmp_path / "engine", tensor_parallel_size=1, dtype="float32")
     with safe_open(str(rank_file(tmp_path / "engine", 0)), framework="pt") as file:
         assert max(file.get_tensor(name).dim() for name in file.keys()) == 2  # noqa: SIM118
@@ -330,7 +329,7 @@ def test_a_digest_is_the_same_without_a_compiler(tmp_path: Path, monkeypatch: py
     file = tmp_path / "file"
     file.write_bytes(random.Random(0).randbytes((600 << 10) + 5))
     digest = digest_file(file)
-    monkeypatch.setattr(engine_digest, "digest_blocks_native", lambda *arguments: None)
+    monkeypatch.setattr("tensorweave.kernels.blocks.operations.native_blocks", lambda: None)
     assert digest_file(file) == digest
 
 
@@ -356,6 +355,7 @@ import sys
 import torch
 from pathlib import Path
 from tensorweave.kernels.native.library import load_native
+from tensorweave.kernels.operations import choose_operations
 from tensorweave.workers.engine_dir.digest import digest_file, digest_tensor
 from tensorweave.workers.engine_dir.directory import open_weights, check_engine_dir
 from tensorweave.cluster.mesh import Mesh, MeshRank
@@ -389,7 +389,8 @@ before = kib("RssAnon")
 check_engine_dir(path, PLACE, "float32")
 with open_weights(path, config, torch.float32, torch.device("cpu"), PLACE) as weights:
     watched = Watched(weights)
-    model = build_transformer(config, PLACE, watched, SoloComm())
+    operations = choose_operations(torch.device("cpu"), torch.float32, config.sizes.head_dim)
+    model = build_transformer(config, PLACE, watched, SoloComm(), operations)
 print(watched.peak_kib - before)
 """
 

@@ -21,6 +21,7 @@ from tensorweave.workers.executor.scheduler import SimpleScheduler
 from tensorweave.workers.fakes.fake_engine import HashEngine
 from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.kv.manager import KVCacheManager
+from tensorweave.workers.models.stack import NativeStack
 from tensorweave.workers.sampling.decoder import SamplingDecoder
 from tensorweave.workers.step.plan import ScheduledBatch
 from tensorweave.workers.step.resources import ResourceManager
@@ -95,7 +96,7 @@ def tokens_of(executor: PyExecutor, request: GenerateRequest) -> Sequence[int]:
 @pytest.mark.parametrize("is_native", [True, False])
 def test_every_layer_counts(backend: str, is_native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not is_native:
-        monkeypatch.setattr("tensorweave.workers.models.assembly.native_layers", lambda *parts: None)
+        monkeypatch.setattr("tensorweave.workers.models.stack.native_layers", lambda *parts: None)
     make_model("llama", tmp_path)
     args = TorchLlmArgs(
         model=tmp_path, backend=backend, device="cpu", dtype="float32", kv_cache_config={"max_tokens": 512}
@@ -121,7 +122,7 @@ def test_the_native_layers_are_those_that_count(tmp_path: Path) -> None:
     executor.start()
     try:
         tokens_of(executor, GenerateRequest("r", [5, 6, 7], SamplingSpec(2)))
-        assert model.native is not None
-        assert model.num_layers_done == model.native.num_done == 2 * len(model.blocks)
+        assert isinstance(model.stack, NativeStack)
+        assert model.stack.num_layers_done == 2 * len(executor._engine.pool.layers)
     finally:
         executor.shutdown(PATIENCE_S)

@@ -179,6 +179,7 @@ def test_random_weights_depend_on_the_name_alone() -> None:
 _LOAD_AND_MEASURE = """
 import resource, sys, torch
 from pathlib import Path
+from tensorweave.kernels.operations import choose_operations
 from tensorweave.workers.build import check_model
 from tensorweave.workers.models.checkpoint import SafetensorsDirectory
 from tensorweave.cluster.mesh import Mesh, MeshRank
@@ -206,7 +207,8 @@ with SafetensorsDirectory(path) as files:
     source = Watched(files)
     before = anonymous_kib()
     loader = WeightLoader(source, torch.float32, torch.device("cpu"))
-    model = build_transformer(config, MeshRank(1, Mesh(tensor=4)), loader, SoloComm())
+    operations = choose_operations(torch.device("cpu"), torch.float32, config.sizes.head_dim)
+    model = build_transformer(config, MeshRank(1, Mesh(tensor=4)), loader, SoloComm(), operations)
 print(source.peak_kib - before)
 """
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from tensorweave.workers.models.config_fields import ConfigFields
+from tensorweave.workers.models.decoder_layer import DecoderLayer
 from tensorweave.workers.models.families.family import Family
 from tensorweave.workers.models.families.windows import WINDOW_KEYS
 from tensorweave.workers.models.layer_builder import LayerBuilder
 from tensorweave.workers.models.sizes import LayerKv, ModelSizes
-from tensorweave.workers.models.transformer import Block
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class LlamaLayer:
     has_output_bias: bool = False
     has_mlp_bias: bool = False
 
-    def build(self, layer: LayerBuilder) -> Block:
-        return Block(
+    def build(self, layer: LayerBuilder) -> DecoderLayer:
+        return DecoderLayer(
             attention_norm=layer.norm("input_layernorm"),
             attention=layer.attention(
                 "self_attn", self.kv, has_qkv_bias=self.has_qkv_bias, has_output_bias=self.has_output_bias

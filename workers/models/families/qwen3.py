@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from tensorweave.workers.models.config_fields import ConfigFields
+from tensorweave.workers.models.decoder_layer import DecoderLayer
 from tensorweave.workers.models.families.family import Family
 from tensorweave.workers.models.families.windows import WINDOW_KEYS, read_late_windows
 from tensorweave.workers.models.layer_builder import LayerBuilder
 from tensorweave.workers.models.sizes import LayerKv, ModelSizes
-from tensorweave.workers.models.transformer import Block
 
 _DEFAULT_WINDOW: Final = 4096
 
@@ -20,8 +20,8 @@ class Qwen3Layer:
     kv: LayerKv
     has_attention_bias: bool
 
-    def build(self, layer: LayerBuilder) -> Block:
-        return Block(
+    def build(self, layer: LayerBuilder) -> DecoderLayer:
+        return DecoderLayer(
             attention_norm=layer.norm("input_layernorm"),
             attention=layer.attention(
                 "self_attn",

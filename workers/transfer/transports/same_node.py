@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tensorweave.cluster.errors import WireError
-from tensorweave.kernels.blocks.pack import pack_blocks
+from tensorweave.kernels.blocks.operations import choose_block_operations
 from tensorweave.workers.transfer.read_request import ReadRequest
 from tensorweave.workers.transfer.transports.frame_connection import FrameConnection
 from tensorweave.workers.transfer.transports.loader import Loader
@@ -147,7 +147,7 @@ class _SameNodeReceiver:
         if num_bytes > len(self._staging):
             self._staging = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         payload = self._staging[:num_bytes]
-        pack_blocks(pool, block_ids, heads, payload)
+        choose_block_operations(pool).pack(pool, block_ids, heads, payload)
         self._gathered.record()
         return payload
 

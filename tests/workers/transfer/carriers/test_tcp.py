@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import PROTOCOL_VERSION, KvEndpoint, KvSource, SamplingSpec
-from tensorweave.kernels.blocks.pack import pack_blocks
+from tensorweave.kernels.blocks.reference import pack_blocks
 from tensorweave.workers.transfer.carrier import Carrier
 from tensorweave.workers.transfer.carriers import tcp_client
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier

@@ -15,15 +15,8 @@ import torch
 from tensorweave.cli.bench_transfer_fetches import SHAPES, Shape, fetch, make_carrier, running_sender
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import SamplingSpec
-from tensorweave.kernels.blocks.pack import (
-    as_blocks,
-    digest_blocks,
-    digest_blocks_reference,
-    pack_blocks,
-    pack_blocks_reference,
-    unpack_blocks,
-    unpack_blocks_reference,
-)
+from tensorweave.kernels.blocks.operations import choose_block_operations
+from tensorweave.kernels.blocks.reference import as_blocks, digest_blocks, pack_blocks, unpack_blocks
 from tensorweave.workers.store.model_store import resolve_model
 from tests.workers.engine_drive import random_prompts
 from tests.workers.gang_process import GangProcess, Tokens, run_alone, run_pair, start_pair
@@ -170,15 +163,15 @@ def test_pack_and_digest(layers: int, num_heads: int, P: int, H: int, dtype: tor
         out, right = (
             torch.full((17 * layers * 2 * len(heads) * P * H * dtype.itemsize,), 7, dtype=torch.uint8) for _ in "ab"
         )
-        out = out.to("cuda:1")
-        pack_blocks(pool, block_ids, heads, out)
-        pack_blocks_reference(pool.cpu(), block_ids, heads, right)
+        out, operations = out.to("cuda:1"), choose_block_operations(pool)
+        operations.pack(pool, block_ids, heads, out)
+        pack_blocks(pool.cpu(), block_ids, heads, right)
         assert torch.equal(out.cpu(), right)
         target, target_right = torch.zeros_like(pool), torch.zeros_like(pool.cpu())
-        unpack_blocks(target, block_ids, heads, out)
-        unpack_blocks_reference(target_right, block_ids, heads, right)
+        operations.unpack(target, block_ids, heads, out)
+        unpack_blocks(target_right, block_ids, heads, right)
         assert torch.equal(target.cpu(), target_right)
-        found = digest_blocks(as_blocks(out, pool, len(heads)).transpose(0, 1), range(17), num_tokens)
-        digests = digest_blocks_reference(pool.cpu(), block_ids, num_tokens)
+        found = operations.digest(as_blocks(out, pool, len(heads)).transpose(0, 1), range(17), num_tokens)
+        digests = digest_blocks(pool.cpu(), block_ids, num_tokens)
         assert torch.equal(found.cpu(), digests[:, :, heads.start : heads.stop])
-        assert torch.equal(digest_blocks(pool, block_ids, num_tokens).cpu(), digests)
+        assert torch.equal(operations.digest(pool, block_ids, num_tokens).cpu(), digests)

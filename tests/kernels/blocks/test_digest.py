@@ -1,4 +1,4 @@
-"""Digests of KV blocks: any changed word is seen, whatever the ranks hold, and both implementations agree."""
+"""Digests of KV blocks: any changed word is seen, whatever the ranks hold, and all implementations agree."""
 
 from __future__ import annotations
 
@@ -8,14 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tensorweave.kernels.blocks.digest import digest_block, digest_block_numpy, digest_block_reference
-from tensorweave.kernels.blocks.pack import (
-    digest_blocks,
-    pack_blocks,
-    pack_blocks_reference,
-    unpack_blocks,
-    unpack_blocks_reference,
-)
+from tensorweave.kernels.blocks.digest import digest_block_numpy, digest_block_reference
+from tensorweave.kernels.blocks.operations import choose_block_operations
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int32]
 SHAPES = [(3, 2, 16, 8), (1, 1, 1, 1), (2, 3, 4, 5), (30, 3, 32, 64), (1, 2, 2, 3)]
@@ -28,6 +22,11 @@ def random_block(shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int
     return torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)).view(dtype)
 
 
+def digest_block(block: Tensor, num_tokens: int) -> Tensor:
+    """[L, K], by the form chosen for the block's device."""
+    return choose_block_operations(block.unsqueeze(1)).digest(block.unsqueeze(1), [0], [num_tokens])[0]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_native_numpy_and_torch_agree(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
@@ -38,42 +37,6 @@ def test_native_numpy_and_torch_agree(shape: tuple[int, int, int, int], dtype: t
         assert digests.dtype == torch.int64
         assert torch.equal(digests, digest_block_reference(block, num_tokens))
         assert torch.equal(digests, digest_block_numpy(block, num_tokens))
-
-
-def random_pool(shape: tuple[int, int, int, int], dtype: torch.dtype, num_blocks: int = 5) -> Tensor:
-    """[L, B, 2, K, P, H]"""
-    blocks = [random_block(shape, dtype, seed) for seed in range(num_blocks)]
-    return torch.stack([block.view(torch.uint8) for block in blocks], dim=1).view(dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_many_blocks_have_the_digests_of_each(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    pool, P = random_pool(shape, dtype), shape[2]
-    ids, counts = [4, 0, 0, 2], [P, 1, P, max(1, P - 1)]
-    digests = digest_blocks(pool, ids, counts)
-    each = [digest_block_reference(pool[:, block_id], count) for block_id, count in zip(ids, counts, strict=True)]
-    assert torch.equal(digests, torch.stack(each))
-    assert digest_blocks(pool, [], []).shape == (0, shape[0], shape[1])
-    turned = pool.transpose(0, 1).contiguous().transpose(0, 1)  # as packed blocks are seen
-    assert torch.equal(digest_blocks(turned, ids, counts), digests)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_packed_blocks_come_back_and_touch_nothing_else(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    pool, num_heads = random_pool(shape, dtype), shape[1]
-    for heads in {range(num_heads), range(num_heads - 1, num_heads), range(max(1, num_heads - 1))}:
-        size = 3 * pool[:, 0, :, : len(heads)].nbytes
-        ours, theirs = torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
-        pack_blocks(pool, [3, 0, 4], heads, ours)
-        pack_blocks_reference(pool, [3, 0, 4], heads, theirs)
-        assert torch.equal(ours, theirs)
-        one, other = pool.clone(), pool.clone()
-        unpack_blocks(one, [1, 4, 2], heads, ours)
-        unpack_blocks_reference(other, [1, 4, 2], heads, theirs)
-        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
-        assert not torch.equal(one.view(torch.uint8), pool.view(torch.uint8))
 
 
 @given(st.data())

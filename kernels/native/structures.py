@@ -1,0 +1,122 @@
+"""The structures of `kernels/c` that Python fills, field by field as in the C source.
+
+`check_sizes` is called once, when the library is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Final
+
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class QueryTile(ctypes.Structure):
+    """`query_tile` in attention_cells.h: queries [row, row + num_queries) of the batch, at positions `start` and on."""
+
+    _fields_ = (
+        ("row", _INT),
+        ("num_queries", _INT),
+        ("start", _INT),
+        ("first_block", _INT),
+        ("first_task", _INT),
+    )
+
+
+class WindowPlan(ctypes.Structure):
+    """`window_plan` in attention_cells.h: a step's attention in layers of one window; 0 for no window."""
+
+    _fields_ = (
+        ("tiles", _POINTER),
+        ("blocks", _POINTER),
+        ("num_tiles", _INT),
+        ("num_tasks", _INT),
+        ("window", _INT),
+    )
+    num_tiles: int
+    num_tasks: int
+
+
+class Matrix(ctypes.Structure):
+    """`matrix` in layers.h."""
+
+    _fields_ = (
+        ("packed", _POINTER),
+        ("bias", _POINTER),
+        ("num_outputs", _INT),
+        ("num_inputs", _INT),
+        ("is_narrow", _INT),
+    )
+
+
+class DecoderLayer(ctypes.Structure):
+    """`decoder_layer` in layers.h."""
+
+    _fields_ = (
+        ("attention_norm", _POINTER),
+        ("query_norm", _POINTER),
+        ("key_norm", _POINTER),
+        ("mlp_norm", _POINTER),
+        ("qkv", Matrix),
+        ("output", Matrix),
+        ("gate_up", Matrix),
+        ("down", Matrix),
+        ("window", _INT),
+    )
+
+
+class StackStep(ctypes.Structure):
+    """`stack_step` in layers.h: first what is the same in every step, then this step's batch."""
+
+    _fields_ = (
+        ("num_layers", _INT),
+        ("query_heads", _INT),
+        ("kv_heads", _INT),
+        ("block_tokens", _INT),
+        ("head_dim", _INT),
+        ("num_read_heads", _INT),
+        ("group", _INT),
+        ("read_heads", _POINTER),
+        ("epsilon", _FLOAT),
+        ("scale", _FLOAT),
+        ("num_done", _POINTER),
+        ("caches", _POINTER),
+        ("windows", _POINTER),
+        ("num_tokens", _INT),
+        ("rope_table", _POINTER),
+        ("slots", _POINTER),
+        ("x", _POINTER),
+        ("scratch", _POINTER),
+        ("partial", _POINTER),
+    )
+    num_layers: int
+    query_heads: int
+    kv_heads: int
+    block_tokens: int
+    num_read_heads: int
+    group: int
+    read_heads: int
+    caches: int
+    windows: int
+    num_tokens: int
+    rope_table: int
+    slots: int
+    x: int
+    scratch: int
+    partial: int
+
+
+_C_NAMES: Final[dict[str, type[ctypes.Structure]]] = {
+    "query_tile": QueryTile,
+    "window_plan": WindowPlan,
+    "matrix": Matrix,
+    "decoder_layer": DecoderLayer,
+    "stack_step": StackStep,
+}
+
+
+def check_sizes(library: ctypes.CDLL) -> None:
+    """A size that differs is a mistake in this file or in the C source: the kernels would read the wrong memory."""
+    for name, structure in _C_NAMES.items():
+        size = ctypes.c_int64.in_dll(library, f"sizeof_{name}").value
+        assert ctypes.sizeof(structure) == size, f"{name} has {size} bytes in C, {ctypes.sizeof(structure)} here"

@@ -1,0 +1,92 @@
+"""`Operations`: the table of what a model's layers are computed with, chosen once at load for a device, a type and a
+head dim.
+
+Each operation has a folder here with its forms: `reference` (torch, on any device, and what the others are tested
+against), `native` (C, on CPUs) and `triton` (GPUs). A new form is a new file, its test, and a line in
+`choose_operations`. A kernel that fuses several of these (norm, product and activation, say) replaces a whole layer
+instead: see `DecoderStack` in `workers/models/stack.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tensorweave.kernels.activation.native import NativeSiluMul
+from tensorweave.kernels.activation.reference import silu_mul
+from tensorweave.kernels.argmax.native import NativeArgmax
+from tensorweave.kernels.argmax.reference import argmax
+from tensorweave.kernels.attention.backend import AttentionBackend, AttentionShape
+from tensorweave.kernels.attention.native import NativeAttention
+from tensorweave.kernels.attention.torch_backend import TorchAttention
+from tensorweave.kernels.heads.kv_slots import KvSlots
+from tensorweave.kernels.heads.native import NativePlaceHeads
+from tensorweave.kernels.heads.reference import HeadNorms, place_heads
+from tensorweave.kernels.linear.native import MakeNativeLinear
+from tensorweave.kernels.linear.reference import Linear, make_linear
+from tensorweave.kernels.native.library import load_native
+from tensorweave.kernels.norm.native import NativeAddRmsNorm
+from tensorweave.kernels.norm.reference import add_rms_norm
+from tensorweave.kernels.weights import Weight
+
+# T tokens, D width, I intermediate width, X = N + 2 K heads, N of them queries, H head dim, R rows, V vocabulary
+# M rows, N outputs, K inputs of a product; B blocks, C planes of a block, P tokens per block
+
+MakeLinear = Callable[[Weight, Tensor | None], Linear]
+"""(weight[N, K], bias[N] or None): x[M, K] to x weightᵀ + bias."""
+AddRmsNorm = Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
+"""(x[T, D], update[T, D] or None, weight[D], epsilon): x += update, in place; returns x / rms(x) * weight."""
+SiluMul = Callable[[Tensor], Tensor]
+"""[T, 2 I], the gate in the first half, to silu(gate) * up: [T, I]."""
+PlaceHeads = Callable[[Tensor, Tensor, Tensor, KvSlots, HeadNorms | None], Tensor]
+"""See `kernels.heads.reference.place_heads`."""
+MakeAttention = Callable[[AttentionShape], AttentionBackend]
+Argmax = Callable[[Tensor], Tensor]
+"""See `kernels.argmax.reference.argmax`: of float32 logits [R, V], contiguous."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    make_linear: MakeLinear
+    add_rms_norm: AddRmsNorm
+    silu_mul: SiluMul
+    place_heads: PlaceHeads
+    make_attention: MakeAttention
+
+
+def choose_operations(device: torch.device, dtype: torch.dtype, head_dim: int) -> Operations:
+    """The fastest form of each operation on this machine, for a model whose rows have this type."""
+    native = load_native(dtype) if device.type == "cpu" else None
+    reference = reference_operations(device, dtype)
+    if native is None:
+        return reference
+    return Operations(
+        make_linear=MakeNativeLinear(native),
+        add_rms_norm=NativeAddRmsNorm(native),
+        silu_mul=NativeSiluMul(native),
+        place_heads=NativePlaceHeads(native) if NativePlaceHeads.fits(native, head_dim) else reference.place_heads,
+        make_attention=(
+            partial(NativeAttention, native) if NativeAttention.fits(native, head_dim) else reference.make_attention
+        ),
+    )
+
+
+def reference_operations(device: torch.device, dtype: torch.dtype) -> Operations:
+    """All operations in torch."""
+    return Operations(
+        make_linear=make_linear,
+        add_rms_norm=add_rms_norm,
+        silu_mul=silu_mul,
+        place_heads=place_heads,
+        make_attention=partial(TorchAttention, device, dtype),
+    )
+
+
+def choose_argmax(device: torch.device) -> Argmax:
+    """Logits are float32 whatever the model's type, so that this is chosen for a device alone."""
+    native = load_native(torch.float32) if device.type == "cpu" else None
+    return argmax if native is None or native.argmax is None else NativeArgmax(native.argmax)

@@ -1,0 +1,57 @@
+"""One layer of a decoder-only transformer: attention and a gated MLP, each behind a norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tensorweave.kernels.heads.reference import HeadNorms
+from tensorweave.kernels.operations import PlaceHeads, SiluMul
+from tensorweave.workers.models.forward_inputs import ForwardInputs
+from tensorweave.workers.models.layers import ColumnLinear, RmsNorm, RowLinear
+
+# T tokens, D hidden size, N query heads and K KV heads of this rank, X = N + 2 K, H head dim
+# B blocks, P tokens per block, C = 2 K planes of a KV block
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """`qkv` returns N query heads, K keys and K values, in that order, from one matrix product."""
+
+    qkv: ColumnLinear
+    place_heads: PlaceHeads
+    output: RowLinear
+    norms: HeadNorms | None
+    head_dim: int
+    window: int | None
+
+    def __call__(self, x_TD: Tensor, inputs: ForwardInputs, cache_BCPH: Tensor) -> Tensor:
+        plan = inputs.attention
+        heads_TXH = self.qkv(x_TD, inputs).view(x_TD.shape[0], -1, self.head_dim)
+        q_TNH = self.place_heads(heads_TXH, inputs.rope_table_TH, cache_BCPH, plan.slots, self.norms)
+        out_TNH = plan.attend(q_TNH, cache_BCPH, self.window, self.head_dim**-0.5)
+        return self.output(out_TNH.flatten(1), inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMlp:
+    gate_up: ColumnLinear
+    silu_mul: SiluMul
+    down: RowLinear
+
+    def __call__(self, x_TD: Tensor, inputs: ForwardInputs) -> Tensor:
+        return self.down(self.silu_mul(self.gate_up(x_TD, inputs)), inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    attention_norm: RmsNorm
+    attention: Attention
+    mlp_norm: RmsNorm
+    mlp: GatedMlp
+
+    def __call__(self, x_TD: Tensor, update_TD: Tensor | None, inputs: ForwardInputs, cache_BCPH: Tensor) -> Tensor:
+        """Add the last layer's update to the residual stream x, in place; return this layer's."""
+        attended_TD = self.attention(self.attention_norm(x_TD, update_TD), inputs, cache_BCPH)
+        return self.mlp(self.mlp_norm(x_TD, attended_TD), inputs)

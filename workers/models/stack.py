@@ -1,0 +1,89 @@
+"""`DecoderStack`: all decoder layers of a rank, from the embedded tokens to the hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from tensorweave.kernels.attention.native import NativeAttentionPlan
+from tensorweave.kernels.native.layers import LayerParts, NativeLayers, native_layers
+from tensorweave.workers.models.decoder_layer import DecoderLayer
+from tensorweave.workers.models.forward_inputs import ForwardInputs
+
+# T tokens, D hidden size, B blocks, P tokens per block, C = 2 K planes of a KV block, H head dim
+
+
+class DecoderStack(Protocol):
+    """Keys and values go into `caches`, one [B, C, P, H] per layer. One caller at a time.
+
+    A form for CUDA graphs records the layers of `TorchStack`, or layers of fused kernels, once per padded number of
+    rows, over buffers that it owns: x, the fields of `ForwardInputs`, and a captured attention plan. Its call refills
+    them and replays.
+    """
+
+    @property
+    def num_layers_done(self) -> int:
+        """Since the start. Any thread may read it, also during a call."""
+        ...
+
+    def __call__(self, x_TD: Tensor, inputs: ForwardInputs, caches: Sequence[Tensor]) -> Tensor:
+        """Change x in place into the hidden states after the last layer, and return it."""
+        ...
+
+
+class TorchStack:
+    """Calls the layers one by one."""
+
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+        self._layers = tuple(layers)
+        self.num_layers_done = 0
+
+    def __call__(self, x_TD: Tensor, inputs: ForwardInputs, caches: Sequence[Tensor]) -> Tensor:
+        update_TD = None
+        for layer, cache_BCPH in zip(self._layers, caches, strict=True):
+            update_TD = layer(x_TD, update_TD, inputs, cache_BCPH)
+            self.num_layers_done += 1
+        assert update_TD is not None, "a model without layers"
+        x_TD += update_TD
+        return x_TD
+
+
+class NativeStack:
+    """Calls the native kernels of all layers at once; the results have the bits of `TorchStack` with those kernels."""
+
+    def __init__(self, layers: NativeLayers) -> None:
+        self._layers = layers
+
+    @property
+    def num_layers_done(self) -> int:
+        return self._layers.num_done
+
+    def __call__(self, x_TD: Tensor, inputs: ForwardInputs, caches: Sequence[Tensor]) -> Tensor:
+        assert isinstance(inputs.attention, NativeAttentionPlan)
+        return self._layers(x_TD, inputs.rope_table_TH, inputs.attention, caches)
+
+
+def make_stack(layers: Sequence[DecoderLayer], *, has_whole_layers: bool) -> DecoderStack:
+    """`has_whole_layers`: no layer is split over ranks, so that nothing is exchanged between two kernels."""
+    native = None
+    if has_whole_layers:
+        native = native_layers(
+            [_parts(layer) for layer in layers], layers[0].attention.head_dim, layers[0].mlp_norm.epsilon
+        )
+    return TorchStack(layers) if native is None else NativeStack(native)
+
+
+def _parts(layer: DecoderLayer) -> LayerParts:
+    attention, mlp = layer.attention, layer.mlp
+    return LayerParts(
+        attention_norm_D=layer.attention_norm.weight_D,
+        qkv=attention.qkv.linear,
+        head_norms=attention.norms,
+        output=attention.output.linear,
+        mlp_norm_D=layer.mlp_norm.weight_D,
+        gate_up=mlp.gate_up.linear,
+        down=mlp.down.linear,
+        window=attention.window,
+    )
