@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -86,6 +86,7 @@ def reference_operations(device: torch.device, dtype: torch.dtype) -> Operations
     )
 
 
+@cache
 def choose_argmax(device: torch.device) -> Argmax:
     """Logits are float32 whatever the model's type, so that this is chosen for a device alone."""
     native = load_native(torch.float32) if device.type == "cpu" else None

@@ -19,7 +19,7 @@ import torch
 
 from tensorweave.cluster.errors import LogitsNotFinite, RequestRejected, TensorweaveError
 from tensorweave.cluster.protocol import SamplingSpec
-from tensorweave.kernels.argmax.reference import NO_PLACE, argmax
+from tensorweave.kernels.argmax.chosen import NO_PLACE, argmax
 from tensorweave.workers.sampling.logit_edits import LogitEdits
 from tensorweave.workers.sampling.logits_processors import LogitsProcessors
 from tensorweave.workers.sampling.logprobs import CopiedRows

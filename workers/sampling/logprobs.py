@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tensorweave.cluster.errors import LogitsNotFinite
 from tensorweave.cluster.protocol import Logprob, TokenLogprobs
-from tensorweave.kernels.argmax.reference import NO_PLACE, argmax
+from tensorweave.kernels.argmax.chosen import NO_PLACE, argmax
 from tensorweave.workers.step.plan import PromptRead
 from tensorweave.workers.step.request import LlmRequest, TokenExtras
 from tensorweave.workers.step.result import PromptResult
