@@ -9,7 +9,7 @@ from tensorweave.cluster.errors import NotReady
 from tensorweave.cluster.fleet import Fleet
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.router.bodies.pool import BodyPool
-from tensorweave.router.bodies.served import Served
+from tensorweave.router.bodies.served import ServedModel
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.http.body_memory import BodyMemory
@@ -46,9 +46,9 @@ class RouterService:
         self.bodies = BodyPool(self.tokenizer)
         self.body_memory = BodyMemory(self.limits.max_held_body_bytes)
 
-    async def served(self) -> Served:
+    async def served(self) -> ServedModel:
         """What request bodies are checked against. Raises NotReady."""
-        return Served(self.names, await self.info(), self.limits.max_sequences)
+        return ServedModel(self.names, await self.info(), self.limits.max_sequences)
 
     @property
     def names(self) -> list[str]:

@@ -80,7 +80,7 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
         "transfers.py": "fingerprint.py read_request.py carrier.py sending receiving transfer_stats.py window.py",
     },
 }
-CIRCLES = frozenset({("tensorweave/llmapi/turns.py", "tensorweave.llmapi.outputs.RequestOutput")})
+CIRCLES = frozenset({("tensorweave/llmapi/output_iterator.py", "tensorweave.llmapi.outputs.RequestOutput")})
 """(File, import) pairs that close a circle and may: the iterator of an object, which knows the object's type."""
 TORCH_PLACES = frozenset({"workers", "kernels"})
 TORCH_FILES = frozenset({"tensorweave/cli/bench_transfer_fetches.py", "tensorweave/cli/bench_transfer_sockets.py"})

@@ -27,7 +27,7 @@ from tensorweave.cluster.errors import (
     error_from_wire,
 )
 from tensorweave.cluster.wire import Frame, FrameReader, pack_frame
-from tensorweave.router.bodies.served import Served
+from tensorweave.router.bodies.served import ServedModel
 from tensorweave.router.bodies.tasks import BodyTask
 from tensorweave.router.bodies.worker import CPU_LIMIT_S, STATE_LENGTH
 from tensorweave.router.text.tokens import Tokenizer
@@ -60,15 +60,15 @@ class BodyPool:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._state = b""
-        self._usual = _Transport(self, _MAX_WAITING["usual"])
-        self._large = _Transport(self, _MAX_WAITING["large"])
+        self._usual = _WorkerQueue(self, _MAX_WAITING["usual"])
+        self._large = _WorkerQueue(self, _MAX_WAITING["large"])
 
-    async def run(self, task: BodyTask[ResultT], body: bytes, served: Served) -> ResultT:
+    async def run(self, task: BodyTask[ResultT], body: bytes, served: ServedModel) -> ResultT:
         """Raises RequestRejected, Overloaded where too many bodies wait, and DeadlineExceeded."""
         if len(body) <= (INLINE_BYTES if self._tokenizer.is_rust else _SLOW_INLINE_BYTES):
             return task.run(body, self._tokenizer, served)
-        transport = self._usual if len(body) <= USUAL_BYTES else self._large
-        return task.unpack(await transport.run(pack_frame("run", task.name, served.to_wire(), body)))
+        queue = self._usual if len(body) <= USUAL_BYTES else self._large
+        return task.unpack(await queue.run(pack_frame("run", task.name, served.to_wire(), body)))
 
     async def warm_up(self) -> None:
         """Before the first body comes: start the worker for bodies of a usual size, and look through the vocabulary."""
@@ -102,7 +102,7 @@ class _Job:
             self.reply.set_result(answer)
 
 
-class _Transport:
+class _WorkerQueue:
     """One worker process, and the bodies that wait for it, first come, first served."""
 
     def __init__(self, pool: BodyPool, max_waiting: int) -> None:

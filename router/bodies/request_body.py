@@ -1,7 +1,7 @@
 """From a body's bytes to checked fields and prompts as token ids.
 
-Everything is computed from the bytes, the tokenizer and `Served`, and may take seconds for a body that was made to.
-`router/bodies/pool.py` therefore runs it in a worker process, except for small bodies.
+Everything is computed from the bytes, the tokenizer and a `ServedModel`. A body can be made so that this takes seconds,
+so `router/bodies/pool.py` runs it in a worker process, except for small bodies.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import orjson
 
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.protocol import ModelInfo, SamplingSpec
-from tensorweave.router.bodies.served import Served, check_name, check_text
+from tensorweave.router.bodies.served import ServedModel, check_name, check_text
 from tensorweave.router.openai.field_types import MAX_LOGPROBS
 from tensorweave.router.openai.parsing import check_fields, parse_request
 from tensorweave.router.openai.requests import ChatCompletionRequest, CompletionRequest
@@ -67,7 +67,7 @@ class RequestBody:
         )
 
 
-def read_completion(body: bytes, tokenizer: Tokenizer, served: Served) -> RequestBody:
+def read_completion(body: bytes, tokenizer: Tokenizer, served: ServedModel) -> RequestBody:
     """Raises RequestRejected."""
     request = parse_request(CompletionRequest, body)
     check_name(served.model_names, request.model)
@@ -76,7 +76,7 @@ def read_completion(body: bytes, tokenizer: Tokenizer, served: Served) -> Reques
     return _checked(tokenizer, served, request, prompts)
 
 
-def read_chat(body: bytes, tokenizer: Tokenizer, served: Served) -> RequestBody:
+def read_chat(body: bytes, tokenizer: Tokenizer, served: ServedModel) -> RequestBody:
     """Raises RequestRejected."""
     request = parse_request(ChatCompletionRequest, body)
     check_name(served.model_names, request.model)
@@ -93,7 +93,7 @@ def read_chat(body: bytes, tokenizer: Tokenizer, served: Served) -> RequestBody:
 
 
 def _completion_prompt(
-    tokenizer: Tokenizer, served: Served, request: CompletionRequest, prompt: str | list[int]
+    tokenizer: Tokenizer, served: ServedModel, request: CompletionRequest, prompt: str | list[int]
 ) -> Prompt:
     token_ids, add_special_tokens = prompt, request.add_special_tokens is not False
     if isinstance(token_ids, str):
@@ -113,7 +113,7 @@ def _completion_prompt(
 
 
 def _encode(
-    text: str, tokenizer: Tokenizer, served: Served, request: AnyRequest, *, add_special_tokens: bool
+    text: str, tokenizer: Tokenizer, served: ServedModel, request: AnyRequest, *, add_special_tokens: bool
 ) -> list[int]:
     if request.truncate_prompt_tokens is None:
         check_text(text, tokenizer, served, param=request.prompt_param)
@@ -124,7 +124,7 @@ def _cut(token_ids: list[int], num_kept: int | None) -> list[int]:
     return token_ids if num_kept is None else token_ids[-num_kept:]
 
 
-def _checked(tokenizer: Tokenizer, served: Served, request: AnyRequest, prompts: Sequence[Prompt]) -> RequestBody:
+def _checked(tokenizer: Tokenizer, served: ServedModel, request: AnyRequest, prompts: Sequence[Prompt]) -> RequestBody:
     """Everything that planning refuses is refused here: what comes through is no longer than the model's context."""
     for prompt in prompts:
         check_prompt(prompt.token_ids, served.info, param=request.prompt_param)
@@ -170,7 +170,7 @@ def _resolve_sampling(
     ]
 
 
-def _check_count(served: Served, request: AnyRequest, num_prompts: int) -> None:
+def _check_count(served: ServedModel, request: AnyRequest, num_prompts: int) -> None:
     wanted, limit = num_prompts * request.num_sequences, served.max_sequences
     if wanted > limit:
         name = "prompt" if num_prompts > 1 else "n" if request.num_sequences == request.n else "best_of"

@@ -1,4 +1,4 @@
-"""`Served`: what the body of a request is checked against, and the first checks."""
+"""`ServedModel`: what the body of a request is checked against, and the first checks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tensorweave.router.text.tokens import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedModel:
     """A model by its names, and the most sequences that one request may ask for."""
 
     model_names: Sequence[str]
@@ -24,7 +24,7 @@ class Served:
         return [list(self.model_names), self.info.to_wire(), self.max_sequences]
 
     @classmethod
-    def from_wire(cls, fields: Sequence[Any]) -> Served:
+    def from_wire(cls, fields: Sequence[Any]) -> ServedModel:
         names, info, max_sequences = fields
         return cls(names, ModelInfo.from_wire(info), max_sequences)
 
@@ -35,7 +35,7 @@ def check_name(model_names: Sequence[str], name: str) -> None:
         raise ModelNotFound(f"the model {name[:256]!r} does not exist; this server has {known}", param="model")
 
 
-def check_text(text: str, tokenizer: Tokenizer, served: Served, *, param: str) -> None:
+def check_text(text: str, tokenizer: Tokenizer, served: ServedModel, *, param: str) -> None:
     """Refuse a text of which it is certain, before it is tokenized, that it has more tokens than the context."""
     per_token, max_len = tokenizer.max_chars_per_token, served.info.max_seq_len
     if per_token is not None and len(text) > per_token * max_len:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
 from tensorweave.router.bodies.request_body import RequestBody, read_chat, read_completion
-from tensorweave.router.bodies.served import Served
+from tensorweave.router.bodies.served import ServedModel
 from tensorweave.router.bodies.tokenize import detokenize, tokenize
 from tensorweave.router.text.tokens import Tokenizer
 
@@ -19,12 +19,12 @@ class BodyTask(Generic[ResultT]):
     """`run` raises RequestRejected. `pack` makes msgpack fields of its result, and `unpack` the result again."""
 
     name: str
-    run: Callable[[bytes, Tokenizer, Served], ResultT]
+    run: Callable[[bytes, Tokenizer, ServedModel], ResultT]
     pack: Callable[[ResultT], Sequence[Any]]
     unpack: Callable[[Sequence[Any]], ResultT]
 
 
-def _answering(name: str, run: Callable[[bytes, Tokenizer, Served], bytes]) -> BodyTask[bytes]:
+def _answering(name: str, run: Callable[[bytes, Tokenizer, ServedModel], bytes]) -> BodyTask[bytes]:
     return BodyTask(name, run, lambda answer: [answer], lambda packed: bytes(packed[0]))
 
 

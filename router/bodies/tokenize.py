@@ -8,18 +8,18 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tensorweave.cluster.errors import RequestRejected
-from tensorweave.router.bodies.served import Served, check_name
+from tensorweave.router.bodies.served import ServedModel, check_name
 from tensorweave.router.openai.field_types import Integers
 from tensorweave.router.openai.messages import ChatMessage, check_messages
 from tensorweave.router.openai.not_built import NotBuilt
-from tensorweave.router.openai.parsing import ParsedRequest, parse_request, tell_other_fields
+from tensorweave.router.openai.parsing import ParsedRequest, describe_unbuilt_fields, parse_request
 from tensorweave.router.text.tokens import Tokenizer
 
 _MAX_ANSWER_BYTES: Final = 16 << 20
 
 
-def _tell_either(schema: dict[str, Any], model: type[BaseModel]) -> None:
-    tell_other_fields(schema, model)
+def _describe_either(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    describe_unbuilt_fields(schema, model)
     kinds = {"prompt": "string", "messages": "array"}
     schema["oneOf"] = [{"required": [name], "properties": {name: {"type": kind}}} for name, kind in kinds.items()]
 
@@ -27,7 +27,7 @@ def _tell_either(schema: dict[str, Any], model: type[BaseModel]) -> None:
 class TokenizeRequest(ParsedRequest):
     """POST /tokenize: a prompt, or the messages of a chat."""
 
-    model_config = ConfigDict(json_schema_extra=_tell_either)
+    model_config = ConfigDict(json_schema_extra=_describe_either)
 
     OFF: ClassVar[NotBuilt] = {
         "chat_template": (),
@@ -62,7 +62,7 @@ class DetokenizeRequest(ParsedRequest):
     tokens: Integers
 
 
-def tokenize(body: bytes, tokenizer: Tokenizer, served: Served) -> bytes:
+def tokenize(body: bytes, tokenizer: Tokenizer, served: ServedModel) -> bytes:
     """The answer of /tokenize. Raises RequestRejected."""
     asked = parse_request(TokenizeRequest, body)
     if asked.model is not None:
@@ -82,7 +82,7 @@ def tokenize(body: bytes, tokenizer: Tokenizer, served: Served) -> bytes:
     return _bounded(orjson.dumps(answer))
 
 
-def detokenize(body: bytes, tokenizer: Tokenizer, served: Served) -> bytes:
+def detokenize(body: bytes, tokenizer: Tokenizer, served: ServedModel) -> bytes:
     """The answer of /detokenize. Raises RequestRejected."""
     asked = parse_request(DetokenizeRequest, body)
     if asked.model is not None:

@@ -17,7 +17,7 @@ from typing import BinaryIO, Final
 
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.wire import READ_BYTES, Frame, FrameDecoder, pack_frame
-from tensorweave.router.bodies.served import Served
+from tensorweave.router.bodies.served import ServedModel
 from tensorweave.router.bodies.tasks import BY_NAME
 from tensorweave.router.text.tokens import Tokenizer
 
@@ -62,7 +62,7 @@ def _answer(frame: Frame, tokenizer: Tokenizer) -> Frame:
     assert name == "run", name
     task = BY_NAME[task_name]
     try:
-        return ["done", *task.pack(task.run(body, tokenizer, Served.from_wire(served)))]
+        return ["done", *task.pack(task.run(body, tokenizer, ServedModel.from_wire(served)))]
     except TensorweaveError as error:
         return ["failed", error.to_wire()]
     except Exception:  # a request's boundary: what went wrong with one body may not end the worker of the others

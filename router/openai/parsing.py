@@ -17,7 +17,7 @@ from tensorweave.cluster.errors import RequestRejected
 from tensorweave.router.openai.not_built import NotBuilt
 
 
-def tell_other_fields(schema: dict[str, Any], model: type[BaseModel]) -> None:
+def describe_unbuilt_fields(schema: dict[str, Any], model: type[BaseModel]) -> None:
     """A body's schema has the fields of `OFF` too."""
     assert issubclass(model, ParsedRequest)
     for name, values in sorted(model.OFF.items()):
@@ -32,7 +32,7 @@ class Strict(BaseModel):
 class ParsedRequest(Strict):
     """A body. `OFF`: fields by the values at which they are accepted, beside null."""
 
-    model_config = ConfigDict(json_schema_extra=tell_other_fields)
+    model_config = ConfigDict(json_schema_extra=describe_unbuilt_fields)
 
     OFF: ClassVar[NotBuilt] = {}
 

@@ -9,12 +9,14 @@ import uuid
 import weakref
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 from tensorweave.llmapi.iteration_result import IterationResult
 from tensorweave.llmapi.own_process import OwnProcess
-from tensorweave.llmapi.parts import Parts, build_parts
+from tensorweave.llmapi.runtime import LlmRuntime, start_runtime
 from tensorweave.llmapi.status import set_api_status
+
+Running: TypeAlias = set[concurrent.futures.Future[None]]
 
 
 class BaseLLM:
@@ -78,20 +80,20 @@ class BaseLLM:
         }
         self._llm_id = f"llm-{uuid.uuid4().hex[:12]}"
         self._process = OwnProcess(f"LLM {self._llm_id}")
-        self._parts: Parts = build_parts(self._llm_id, named | kwargs)
-        self._running: set[concurrent.futures.Future[None]] = set()
-        self._finalizer = weakref.finalize(self, _close_unreferenced, self._process, self._parts, self._running)
+        self._runtime: LlmRuntime = start_runtime(self._llm_id, named | kwargs)
+        self._running: Running = set()
+        self._finalizer = weakref.finalize(self, _close_unreferenced, self._process, self._runtime, self._running)
 
     @property
     def tokenizer(self) -> Any:
-        tokenizer = self._parts.tokenizer
+        tokenizer = self._runtime.tokenizer
         return None if tokenizer is None else tokenizer.backend
 
     @property
     @set_api_status("prototype")
     def workspace(self) -> Path | None:
         self._process.check()
-        return self._parts.workspace.path if self._finalizer.alive else None
+        return self._runtime.workspace.path if self._finalizer.alive else None
 
     @property
     def llm_id(self) -> str:
@@ -101,8 +103,8 @@ class BaseLLM:
     @set_api_status("prototype")
     def disaggregated_params(self) -> dict[str, Any]:
         self._process.check()
-        source = self._parts.engine.kv_source
-        transceiver = self._parts.args.cache_transceiver_config
+        source = self._runtime.engine.kv_source
+        transceiver = self._runtime.args.cache_transceiver_config
         if source is None or transceiver is None:
             return {}
         return {
@@ -122,7 +124,7 @@ class BaseLLM:
             One dict a step with TensorRT-LLM's keys (`iter`, `gpuMemUsage` in MB, `kvCacheStats`,
             `inflightBatchingStats`, …).
         """
-        return self._live_parts().engine.stats(timeout)
+        return self._usable_runtime().engine.stats(timeout)
 
     @set_api_status("beta")
     def get_stats_async(self, timeout: float = 2.0) -> IterationResult:
@@ -134,8 +136,8 @@ class BaseLLM:
         Returns:
             For `async for`: one dict a step; it ends with the newest.
         """
-        self._live_parts()
-        return IterationResult(lambda: self._live_parts().engine.stats(timeout))
+        self._usable_runtime()
+        return IterationResult(lambda: self._usable_runtime().engine.stats(timeout))
 
     @set_api_status("beta")
     def get_kv_cache_events(self, timeout: float = 2.0) -> list[dict[str, Any]]:
@@ -148,7 +150,7 @@ class BaseLLM:
             Dicts with `event_id` and `data`, of type 'created', 'stored' or 'removed'. None are kept unless
             `kv_cache_config.event_buffer_max_size` says how many.
         """
-        return self._live_parts().engine.kv_events(timeout)
+        return self._usable_runtime().engine.kv_events(timeout)
 
     @set_api_status("beta")
     def get_kv_cache_events_async(self, timeout: float = 2.0) -> IterationResult:
@@ -160,15 +162,15 @@ class BaseLLM:
         Returns:
             For `async for`: one dict an event; it ends with the newest.
         """
-        self._live_parts()
-        return IterationResult(lambda: self._live_parts().engine.kv_events(timeout))
+        self._usable_runtime()
+        return IterationResult(lambda: self._usable_runtime().engine.kv_events(timeout))
 
     @set_api_status("beta")
     def shutdown(self) -> None:
         """End running requests, free the model and stop what this object started. Calling it again does nothing."""
         self._process.check()
         if self._finalizer.detach() is not None:
-            _close(self._parts, self._running)
+            _close(self._runtime, self._running)
 
     def __enter__(self) -> Self:
         return self
@@ -182,25 +184,25 @@ class BaseLLM:
     def __getstate__(self) -> object:
         raise RuntimeError("an LLM object cannot be pickled; create it where it runs")
 
-    def _live_parts(self) -> Parts:
+    def _usable_runtime(self) -> LlmRuntime:
         self._process.check()
         if not self._finalizer.alive:
             raise RuntimeError("this LLM has been shut down")
-        return self._parts
+        return self._runtime
 
 
-def _close_unreferenced(process: OwnProcess, parts: Parts, running: set[concurrent.futures.Future[None]]) -> None:
-    """The garbage collector works on any thread, also on those that closing waits for. The main thread is none of them,
-    and at the interpreter's end it is the only one that there may be."""
+def _close_unreferenced(process: OwnProcess, runtime: LlmRuntime, running: Running) -> None:
+    """The garbage collector may run on any thread, including those that `_close` waits for, so closing gets a thread of
+    its own. The main thread is none of those, and when the interpreter exits no other thread can be started."""
     if not process.is_this:
         return
     if threading.current_thread() is threading.main_thread():
-        _close(parts, running)
+        _close(runtime, running)
     else:
-        threading.Thread(target=_close, args=(parts, running), name="llm-closer").start()
+        threading.Thread(target=_close, args=(runtime, running), name="llm-closer").start()
 
 
-def _close(parts: Parts, running: set[concurrent.futures.Future[None]]) -> None:
+def _close(runtime: LlmRuntime, running: Running) -> None:
     for future in tuple(running):
         future.cancel()
-    parts.close()
+    runtime.close()

@@ -79,7 +79,7 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class OutputOptions:
     """What a request wants told besides its tokens; see SamplingParams. `arrival_s` is on the monotonic clock; each
     output begins with `num_echoed` tokens of the prompt."""
 
@@ -127,7 +127,7 @@ class CompletionOutput:
     additional_generation_outputs: Mapping[str, Any] | None = field(default=None, repr=False, metadata=_PROTOTYPE)
     disaggregated_params: DisaggregatedParams | None = field(default=None, metadata=_PROTOTYPE)
     request_perf_metrics: RequestPerfMetrics | None = field(default=None, metadata=_PROTOTYPE)
-    _wishes: Wishes = field(default_factory=Wishes, repr=False, compare=False)
+    _options: OutputOptions = field(default_factory=OutputOptions, repr=False, compare=False)
     _logits: list[bytes] = field(default_factory=list, repr=False)
     _last_text_len: int = field(default=0, repr=False, compare=False)
     _last_token_len: int = field(default=0, repr=False, compare=False)
@@ -135,7 +135,7 @@ class CompletionOutput:
 
     @property
     def generation_logits(self) -> Tensor | None:
-        return read_logits(b"".join(self._logits), self._wishes.vocab_size) if self._logits else None
+        return read_logits(b"".join(self._logits), self._options.vocab_size) if self._logits else None
 
     @property
     def length(self) -> int:
@@ -153,7 +153,7 @@ class CompletionOutput:
     def logprobs_diff(self) -> list[dict[int, Logprob]]:
         return self.logprobs[self._last_logprob_len :]
 
-    def _settle(self) -> None:
+    def _reset_diffs(self) -> None:
         """The diffs begin anew, empty."""
         self._last_text_len, self._last_token_len = len(self.text), len(self.token_ids)
         self._last_logprob_len = len(self.logprobs)
@@ -164,17 +164,17 @@ class CompletionOutput:
         if update.logprobs:
             total = sum(token[0].logprob for token in update.logprobs)
             self.cumulative_logprob = (self.cumulative_logprob or 0.0) + total
-            if self._wishes.logprobs:
+            if self._options.logprobs:
                 self.logprobs += as_dicts(update.logprobs)
         if update.logits:
             self._logits.append(update.logits)
         self.finish_reason = update.finish_reason
         self.stop_reason = update.stop_reason
         self.disaggregated_params = update.disaggregated_params or self.disaggregated_params
-        if self._wishes.perf_metrics and update.token_ids:
+        if self._options.perf_metrics and update.token_ids:
             before = self.request_perf_metrics
             first_s = update.at_s if before is None else before.timing_metrics.first_token_time
-            self.request_perf_metrics = RequestPerfMetrics(TimingMetrics(self._wishes.arrival_s, first_s, update.at_s))
+            self.request_perf_metrics = RequestPerfMetrics(TimingMetrics(self._options.arrival_s, first_s, update.at_s))
 
 
 def as_dicts(logprobs: Sequence[TokenLogprobs]) -> list[dict[int, Logprob]]:

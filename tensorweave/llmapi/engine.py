@@ -52,7 +52,7 @@ class Engine(Protocol):
 
     def kv_events(self, timeout_s: float) -> list[dict[str, Any]]: ...
 
-    async def hold_logits_processors(self, processors: Mapping[str, LogitsProcessor | None]) -> None:
+    async def set_logits_processors(self, processors: Mapping[str, LogitsProcessor | None]) -> None:
         """Every rank holds these from now on, and those of a gang to come; None takes one away."""
 
     def close(self) -> None: ...
@@ -93,7 +93,7 @@ class LocalEngine:
     def kv_events(self, timeout_s: float) -> list[dict[str, Any]]:
         return self.executor.get_latest_kv_cache_events()
 
-    async def hold_logits_processors(self, processors: Mapping[str, LogitsProcessor | None]) -> None:
+    async def set_logits_processors(self, processors: Mapping[str, LogitsProcessor | None]) -> None:
         for name, processor in processors.items():
             self.executor.set_logits_processor(name, processor)
 
@@ -150,7 +150,7 @@ class GangEngine:
         """The ranks' caches change alike, so rank 0's events are everyone's. A replaced gang's begin anew."""
         return self._loop.call(_kv_events_of(self._fleet, timeout_s), timeout_s=timeout_s + 5.0)
 
-    async def hold_logits_processors(self, processors: Mapping[str, LogitsProcessor | None]) -> None:
+    async def set_logits_processors(self, processors: Mapping[str, LogitsProcessor | None]) -> None:
         try:
             await give_logits_processors(self._supervisor, processors)
         except TensorweaveError as error:

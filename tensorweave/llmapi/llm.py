@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tensorweave.llmapi.base_llm import BaseLLM
 from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
 from tensorweave.llmapi.inputs import PreprocessedInputs, PromptInputs, as_batch, phases_of, read_prompt, resolve_params
-from tensorweave.llmapi.options import refuse_adapters, spread_options
+from tensorweave.llmapi.options import options_per_prompt, refuse_adapters
 from tensorweave.llmapi.outputs import RequestOutput
 from tensorweave.llmapi.request_maker import PreparedRequest
 from tensorweave.llmapi.request_run import run_request
@@ -24,7 +24,7 @@ from tensorweave.llmapi.request_types import (
     PromptAdapterRequest,
     SchedulingParams,
 )
-from tensorweave.llmapi.sampling_fields import plain
+from tensorweave.llmapi.sampling_fields import as_python_numbers
 from tensorweave.llmapi.sampling_params import SamplingParams
 from tensorweave.workers.engine_dir.directory import save_engine_dir
 
@@ -67,14 +67,14 @@ class _TorchLLM(BaseLLM):
         refuse_adapters(lora_request, prompt_adapter_request)
         batch, is_single = as_batch(inputs)
         params = resolve_params(sampling_params, batch)
-        options = spread_options(
+        options = options_per_prompt(
             len(batch),
             kv_cache_retention_config=kv_cache_retention_config,
             disaggregated_params=phases_of(batch) if disaggregated_params is None else disaggregated_params,
             scheduling_params=scheduling_params,
             cache_salt=cache_salt,
         )
-        maker = self._live_parts().maker
+        maker = self._usable_runtime().maker
         outputs = [
             self._start(each) for each in [maker.make(*each) for each in zip(batch, params, options, strict=True)]
         ]
@@ -124,7 +124,7 @@ class _TorchLLM(BaseLLM):
         if isinstance(inputs, PreprocessedInputs):
             sampling_params = sampling_params or inputs.sampling_params
             disaggregated_params = disaggregated_params or inputs.disaggregated_params
-        [options] = spread_options(
+        [options] = options_per_prompt(
             1,
             kv_cache_retention_config=kv_cache_retention_config,
             disaggregated_params=disaggregated_params,
@@ -132,7 +132,7 @@ class _TorchLLM(BaseLLM):
             cache_salt=cache_salt,
         )
         params = SamplingParams() if sampling_params is None else sampling_params
-        return self._start(self._live_parts().maker.make(inputs, params, options, is_streaming=streaming))
+        return self._start(self._usable_runtime().maker.make(inputs, params, options, is_streaming=streaming))
 
     def preprocess(
         self,
@@ -153,10 +153,10 @@ class _TorchLLM(BaseLLM):
         Raises:
             ValueError: The prompt or a parameter is wrong.
         """
-        parts = self._live_parts()
+        runtime = self._usable_runtime()
         params = SamplingParams() if sampling_params is None else sampling_params
-        params = plain(params) if isinstance(params, SamplingParams) else params
-        prompt = read_prompt(inputs, params, parts.tokenizer, parts.engine.info)
+        params = as_python_numbers(params) if isinstance(params, SamplingParams) else params
+        prompt = read_prompt(inputs, params, runtime.tokenizer, runtime.engine.info)
         return PreprocessedInputs(prompt.text, prompt.token_ids, sampling_params, disaggregated_params)
 
     def save(self, engine_dir: str | Path) -> None:
@@ -168,19 +168,19 @@ class _TorchLLM(BaseLLM):
         Raises:
             ValueError: The directory is not empty, or the model cannot be saved so.
         """
-        parts = self._live_parts()
-        if parts.args.backend == "_autodeploy":
+        runtime = self._usable_runtime()
+        if runtime.args.backend == "_autodeploy":
             raise ValueError("save is for backend 'pytorch' (the default): '_autodeploy' runs checkpoints as they are")
         save_engine_dir(
-            parts.model_dir,
+            runtime.model_dir,
             Path(engine_dir),
-            tensor_parallel_size=parts.args.tensor_parallel_size,
-            dtype=parts.engine.info.dtype,
+            tensor_parallel_size=runtime.args.tensor_parallel_size,
+            dtype=runtime.engine.info.dtype,
         )
 
     def _start(self, prepared: PreparedRequest) -> RequestOutput:
-        parts, output = self._parts, prepared.output
-        future = parts.loop.submit(run_request(parts.dispatcher, parts.engine, prepared))
+        runtime, output = self._runtime, prepared.output
+        future = runtime.loop.submit(run_request(runtime.dispatcher, runtime.engine, prepared))
         self._running.add(future)
         future.add_done_callback(self._running.discard)
         future.add_done_callback(output._note_cancel)

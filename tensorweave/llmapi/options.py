@@ -28,7 +28,7 @@ class RequestOptions:
     scheduling_params: SchedulingParams | None = None
     cache_salt: str | None = None
 
-    def put_on(self, request: GenerateRequest) -> GenerateRequest:
+    def apply_to(self, request: GenerateRequest) -> GenerateRequest:
         if self.kv_cache_retention_config is not None:
             request = dataclasses.replace(request, retention=retention_of(self.kv_cache_retention_config))
         if (scheduling := self.scheduling_params) is not None:
@@ -36,7 +36,7 @@ class RequestOptions:
         return dataclasses.replace(request, cache_salt=self.cache_salt)
 
 
-def spread_options(
+def options_per_prompt(
     num_prompts: int,
     *,
     kv_cache_retention_config: KvCacheRetentionConfig | Sequence[KvCacheRetentionConfig] | None = None,
@@ -45,10 +45,10 @@ def spread_options(
     cache_salt: str | Sequence[str] | None = None,
 ) -> list[RequestOptions]:
     """One for each prompt, from one for all or a list. Raises ValueError."""
-    retention = _spread("kv_cache_retention_config", kv_cache_retention_config, KvCacheRetentionConfig, num_prompts)
+    retention = _per_prompt("kv_cache_retention_config", kv_cache_retention_config, KvCacheRetentionConfig, num_prompts)
     phases = resolve_phases(disaggregated_params, num_prompts)
-    scheduling = _spread("scheduling_params", scheduling_params, SchedulingParams, num_prompts)
-    salts = _spread("cache_salt", cache_salt, str, num_prompts)
+    scheduling = _per_prompt("scheduling_params", scheduling_params, SchedulingParams, num_prompts)
+    salts = _per_prompt("cache_salt", cache_salt, str, num_prompts)
     if "" in salts:
         raise ValueError("cache_salt is an empty string; leave it out, or give one that nobody can guess")
     return [RequestOptions(*each) for each in zip(retention, phases, scheduling, salts, strict=True)]
@@ -67,7 +67,7 @@ def refuse_adapters(lora_request: object, prompt_adapter_request: object) -> Non
         raise ValueError("prompt_adapter_request is not supported: put the prompt's text or token ids into inputs")
 
 
-def _spread(name: str, given: Any, kind: type[_T], num_prompts: int) -> list[_T | None]:
+def _per_prompt(name: str, given: Any, kind: type[_T], num_prompts: int) -> list[_T | None]:
     if given is None or isinstance(given, kind):
         return [given] * num_prompts
     if isinstance(given, str) or not isinstance(given, Sequence):

@@ -13,15 +13,15 @@ import uuid
 from collections.abc import Callable, Generator
 from typing import Any, Final
 
-from tensorweave.llmapi.completion_output import CompletionOutput, Logprob, Update, Wishes
+from tensorweave.llmapi.completion_output import CompletionOutput, Logprob, OutputOptions, Update
 from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
+from tensorweave.llmapi.output_iterator import OutputIterator
 from tensorweave.llmapi.progress import Progress
 from tensorweave.llmapi.status import set_api_status
-from tensorweave.llmapi.turns import Turns
 from tensorweave.llmapi.update_queue import UpdateQueue
 from tensorweave.workers.sampling.logits import Tensor, read_logits
 
-__all__ = ["CompletionOutput", "Logprob", "RequestOutput", "Update", "Wishes"]
+__all__ = ["CompletionOutput", "Logprob", "OutputOptions", "RequestOutput", "Update"]
 
 _OF_THE_ORIGINAL: Final = ("_cancel", "_num_consumers", "_updates")
 
@@ -67,15 +67,15 @@ class RequestOutput:
         *,
         num_sequences: int = 1,
         num_returned: int | None = None,
-        wishes: Wishes | None = None,
+        options: OutputOptions | None = None,
         is_streaming: bool = True,
         unique_id: str | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
-        self._wishes = wishes or Wishes()
-        self._progress = Progress.begin(num_sequences, num_returned, self._wishes)
+        self._options = options or OutputOptions()
+        self._progress = Progress.begin(num_sequences, num_returned, self._options)
         self._is_streaming = is_streaming
         self._unique_id = unique_id or uuid.uuid4().hex
         self._cancel: Callable[[], object] = _cancel_nothing
@@ -90,7 +90,7 @@ class RequestOutput:
     @property
     def context_logits(self) -> Tensor | None:
         rows = self._progress.context_logits
-        return read_logits(b"".join(rows), self._wishes.vocab_size) if rows else None
+        return read_logits(b"".join(rows), self._options.vocab_size) if rows else None
 
     @property
     def finished(self) -> bool:
@@ -104,7 +104,7 @@ class RequestOutput:
     @property
     @set_api_status("prototype")
     def decoding_iter(self) -> int:
-        return max(0, max(output.length for output in self._progress.sequences) - self._wishes.num_echoed)
+        return max(0, max(output.length for output in self._progress.sequences) - self._options.num_echoed)
 
     @property
     @set_api_status("prototype")
@@ -135,7 +135,7 @@ class RequestOutput:
         give_up_s = None if timeout is None else time.monotonic() + timeout
         self._enter()
         try:
-            self._settle()
+            self._reset_diffs()
             while not self.finished:
                 left_s = None if give_up_s is None else give_up_s - time.monotonic()
                 if not self._updates.wait(left_s):
@@ -155,7 +155,7 @@ class RequestOutput:
             return self._checked()
         self._enter()
         try:
-            self._settle()
+            self._reset_diffs()
             while not self.finished:
                 await self._updates.wait_async()
                 self._take_all()
@@ -182,11 +182,11 @@ class RequestOutput:
     def __await__(self) -> Generator[Any, None, RequestOutput]:
         return self.aresult().__await__()
 
-    def __iter__(self) -> Turns:
-        return Turns(self)
+    def __iter__(self) -> OutputIterator:
+        return OutputIterator(self)
 
-    def __aiter__(self) -> Turns:
-        return Turns(self)
+    def __aiter__(self) -> OutputIterator:
+        return OutputIterator(self)
 
     def __repr__(self) -> str:
         return f"RequestOutput(request_id={self.request_id!r}, finished={self.finished}, outputs={self.outputs!r})"
@@ -251,35 +251,35 @@ class RequestOutput:
         if cancels and is_left_alone:
             self.abort()
 
-    def _next_turn(self) -> bool:
+    def _take_next(self) -> bool:
         """Wait for a stream's next turn and take it; False where the last one was taken."""
         while not self.finished:
             self._updates.wait(None)
-            if self._take_turn():
+            if self._take_oldest():
                 self._checked()
                 return True
         self._checked()
         return False
 
-    async def _next_turn_async(self) -> bool:
+    async def _take_next_async(self) -> bool:
         while not self.finished:
             await self._updates.wait_async()
-            if self._take_turn():
+            if self._take_oldest():
                 self._checked()
                 return True
         self._checked()
         return False
 
-    def _settle(self) -> None:
+    def _reset_diffs(self) -> None:
         with self._updates.lock:
-            self._progress.settle()
+            self._progress.reset_diffs()
 
-    def _take_turn(self) -> bool:
+    def _take_oldest(self) -> bool:
         """Apply the oldest update alone; False where another consumer took it."""
         with self._updates.lock:
             if (update := self._updates.take()) is None:
                 return False
-            self._progress.settle()
+            self._progress.reset_diffs()
             self._progress.apply(update)
             return True
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from tensorweave.llmapi.completion_output import CompletionOutput, Update, Wishes, as_dicts
+from tensorweave.llmapi.completion_output import CompletionOutput, OutputOptions, Update, as_dicts
 
 
 @dataclass(slots=True)
@@ -21,8 +21,8 @@ class Progress:
     error: Exception | None = None
 
     @classmethod
-    def begin(cls, num_sequences: int, num_returned: int | None, wishes: Wishes) -> Self:
-        sequences = [CompletionOutput(index, _wishes=wishes) for index in range(num_sequences)]
+    def begin(cls, num_sequences: int, num_returned: int | None, options: OutputOptions) -> Self:
+        sequences = [CompletionOutput(index, _options=options) for index in range(num_sequences)]
         return cls(sequences, sequences[:num_returned])
 
     @property
@@ -35,11 +35,11 @@ class Progress:
         error = None if self.error is None else (type(self.error), str(self.error))
         return (self.outputs, self.num_cached_tokens, b"".join(self.context_logits), error)
 
-    def settle(self) -> None:
+    def reset_diffs(self) -> None:
         """The diffs begin anew, unless there is nothing more to come."""
         if not self.is_finished:
             for sequence in self.sequences:
-                sequence._settle()
+                sequence._reset_diffs()
 
     def apply(self, update: Update) -> None:
         if self.is_finished:

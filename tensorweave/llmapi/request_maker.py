@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.protocol import GenerateRequest
-from tensorweave.llmapi.completion_output import Wishes
+from tensorweave.llmapi.completion_output import OutputOptions
 from tensorweave.llmapi.engine import Engine
 from tensorweave.llmapi.inputs import PreprocessedInputs, PromptInputs, ReadPrompt, read_prompt
 from tensorweave.llmapi.options import RequestOptions
@@ -20,9 +20,9 @@ from tensorweave.llmapi.outputs import RequestOutput
 from tensorweave.llmapi.phases import as_phase
 from tensorweave.llmapi.sampling_fields import (
     LogitsProcessor,
+    as_python_numbers,
     logits_processors,
     num_sequences,
-    plain,
     ranks_sequences,
 )
 from tensorweave.llmapi.sampling_params import SamplingParams
@@ -62,7 +62,7 @@ class RequestMaker:
         *,
         is_streaming: bool = False,
     ) -> PreparedRequest:
-        params = plain(params) if isinstance(params, SamplingParams) else params
+        params = as_python_numbers(params) if isinstance(params, SamplingParams) else params
         number = next(self._numbers)
         request_id = f"{self._llm_id}-{number}"
         callables = logits_processors(params) if isinstance(params, SamplingParams) else []
@@ -70,7 +70,7 @@ class RequestMaker:
         prompt = read_prompt(inputs, params, self._tokenizer, self._engine.info, list(processors))
         self._check_engine(params, is_streaming)
         count = num_sequences(params)
-        request = options.put_on(GenerateRequest(request_id, prompt.token_ids, prompt.sampling))
+        request = options.apply_to(GenerateRequest(request_id, prompt.token_ids, prompt.sampling))
         first_tokens: Sequence[int] = ()
         if (phase := options.disaggregated_params) is not None:
             request, first_tokens = as_phase(request, phase, self._engine.info, self._engine.kv_source is not None)
@@ -83,7 +83,7 @@ class RequestMaker:
             list(prompt.token_ids),
             num_sequences=count,
             num_returned=params.n,
-            wishes=self._wishes(params, prompt),
+            options=self._output_options(params, prompt),
             is_streaming=is_streaming,
             unique_id=request.request_id,
         )
@@ -105,8 +105,8 @@ class RequestMaker:
                 f"best_of {params.best_of} above n {params.n} cannot be streamed: the best are known at the end"
             )
 
-    def _wishes(self, params: SamplingParams, prompt: ReadPrompt) -> Wishes:
-        return Wishes(
+    def _output_options(self, params: SamplingParams, prompt: ReadPrompt) -> OutputOptions:
+        return OutputOptions(
             logprobs=params.logprobs is not None,
             perf_metrics=params.return_perf_metrics or self._args.return_perf_metrics,
             vocab_size=self._engine.info.vocab_size,

@@ -18,12 +18,12 @@ from tensorweave.router.text.generation import generate_all
 async def run_request(dispatcher: Dispatcher, engine: Engine, prepared: PreparedRequest) -> None:
     try:
         if prepared.processors:
-            await engine.hold_logits_processors(prepared.processors)
+            await engine.set_logits_processors(prepared.processors)
         try:
             await _run(dispatcher, prepared)
         finally:
             if prepared.processors:
-                await engine.hold_logits_processors(dict.fromkeys(prepared.processors))
+                await engine.set_logits_processors(dict.fromkeys(prepared.processors))
     except asyncio.CancelledError:
         raise
     except BaseException as error:  # the request's boundary: whoever waits for the output must hear of it

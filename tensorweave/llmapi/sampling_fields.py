@@ -71,18 +71,18 @@ def to_fields(params: SamplingParams, tokenizer: Tokenizer | None, processors: S
     )
 
 
-def plain(params: SamplingParams) -> SamplingParams:
+def as_python_numbers(params: SamplingParams) -> SamplingParams:
     """Numpy's numbers, which are no `int` and no `float`, as Python's."""
     values = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
-    changed = {name: _plain(value) for name, value in values.items() if _plain(value) is not value}
+    changed = {name: _as_python(value) for name, value in values.items() if _as_python(value) is not value}
     return dataclasses.replace(params, **changed) if changed else params
 
 
-def _plain(value: Any) -> Any:
+def _as_python(value: Any) -> Any:
     if isinstance(value, int | float | str | bytes):
         return value
     if isinstance(value, list | tuple):
-        items = [_plain(item) for item in value]
+        items = [_as_python(item) for item in value]
         return value if all(new is old for new, old in zip(items, value, strict=True)) else items
     if isinstance(value, Integral):
         return int(value)

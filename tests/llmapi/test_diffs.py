@@ -7,12 +7,14 @@ import asyncio
 import pytest
 
 from tensorweave.cluster.logprobs import Logprob as Told
-from tensorweave.llmapi.outputs import RequestOutput, Update, Wishes
+from tensorweave.llmapi.outputs import OutputOptions, RequestOutput, Update
 
 
 def generated(num_tokens: int, *, index: int = 0, is_streaming: bool = True) -> RequestOutput:
     """All of it has come already: two sequences, the other one of a single token."""
-    output = RequestOutput(0, "x", [1], num_sequences=2, is_streaming=is_streaming, wishes=Wishes(logprobs=True))
+    output = RequestOutput(
+        0, "x", [1], num_sequences=2, is_streaming=is_streaming, options=OutputOptions(logprobs=True)
+    )
     output._push(Update(index=1 - index, text="z", token_ids=[9], finish_reason="stop"))
     for number in range(num_tokens):
         reason = "length" if number == num_tokens - 1 else None

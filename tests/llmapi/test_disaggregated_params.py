@@ -118,7 +118,7 @@ def test_the_kv_is_fetched_not_computed(pair: tuple[LLM, LLM]) -> None:
 
 
 def num_lost(llm: LLM) -> float:
-    engine = llm._parts.engine
+    engine = llm._runtime.engine
     assert isinstance(engine, LocalEngine)
     return engine.executor.gauges()["kv_transfer_failures_peer_lost_total"]
 

@@ -49,7 +49,7 @@ def pids_of(llm: LLM) -> list[int]:
     give_up_s = time.monotonic() + PATIENCE_S
     while time.monotonic() < give_up_s:
         with contextlib.suppress(NotReady):
-            [pool] = llm._parts.loop.call(llm._parts.engine.fleet.describe())
+            [pool] = llm._runtime.loop.call(llm._runtime.engine.fleet.describe())
             pids = [rank["pid"] for gang in pool["gangs"] for rank in gang.get("ranks", ())]
             if len(pids) == 2:
                 return pids
@@ -87,7 +87,7 @@ def test_processors_reach_every_rank_and_a_replaced_gang(tmp_path: Path) -> None
         os.kill(pids_of(llm)[1], signal.SIGKILL)
         hurry.touch()
         assert running.result(600).outputs[0].token_ids == list(range(23, 223))
-        assert sum(llm._parts.dispatcher.counts.retries.values()) >= 1
+        assert sum(llm._runtime.dispatcher.counts.retries.values()) >= 1
         assert one(llm.generate(PROMPT, odd)).outputs[0].token_ids == second.outputs[0].token_ids
         rows = asyncio.run(gather(llm))
         assert rows

@@ -36,9 +36,9 @@ def check_cancelled(llm: LLM, output: RequestOutput) -> None:
     assert {each.finish_reason for each in result.outputs} == {"cancelled"}
     assert output.aborted()
     give_up_s = time.monotonic() + PATIENCE_S
-    while llm._parts.dispatcher.num_running and time.monotonic() < give_up_s:
+    while llm._runtime.dispatcher.num_running and time.monotonic() < give_up_s:
         time.sleep(0.01)
-    assert llm._parts.dispatcher.num_running == 0
+    assert llm._runtime.dispatcher.num_running == 0
 
 
 @pytest.mark.parametrize("n", [1, 2])

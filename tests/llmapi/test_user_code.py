@@ -156,5 +156,5 @@ def test_in_a_kv_managers_events(directory: Path, kind: type[BaseException]) -> 
 
 
 def test_no_thread_has_ended_of_it(llm: LLM) -> None:
-    assert llm._parts.engine.executor.is_alive  # type: ignore[attr-defined]
-    assert llm._parts.loop.loop.is_running()
+    assert llm._runtime.engine.executor.is_alive  # type: ignore[attr-defined]
+    assert llm._runtime.loop.loop.is_running()

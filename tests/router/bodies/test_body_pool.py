@@ -16,12 +16,12 @@ from tensorweave.cluster.errors import ModelNotFound, NotReady, Overloaded, Requ
 from tensorweave.router.bodies import pool as body_pool
 from tensorweave.router.bodies.pool import INLINE_BYTES, USUAL_BYTES, BodyPool, BodyTooCostly
 from tensorweave.router.bodies.request_body import RequestBody
-from tensorweave.router.bodies.served import Served
+from tensorweave.router.bodies.served import ServedModel
 from tensorweave.router.bodies.tasks import CHAT, COMPLETION, TOKENIZE, BodyTask
 from tests.router.serving import MODEL, PATIENCE_S, chat, completion, model_info, until
 from tests.router.small_tokenizers import byte_level
 
-SERVED = Served((MODEL, "alias"), model_info(max_seq_len=2048), max_sequences=8)
+SERVED = ServedModel((MODEL, "alias"), model_info(max_seq_len=2048), max_sequences=8)
 PADDING = INLINE_BYTES + 1
 
 

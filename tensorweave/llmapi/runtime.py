@@ -1,4 +1,4 @@
-"""`Parts`: what an `LLM` is put together from: arguments, tokenizer, engine, event loop, dispatcher.
+"""`LlmRuntime`: what an `LLM` is put together from: arguments, tokenizer, engine, event loop, dispatcher.
 
 Kept apart from the `LLM` object, so that they can be closed when that one is gone.
 """
@@ -52,7 +52,7 @@ class Workspace:
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class LlmRuntime:
     args: TorchLlmArgs
     model_dir: Path
     tokenizer: Tokenizer | None
@@ -70,7 +70,7 @@ class Parts:
             self.workspace.remove()
 
 
-def build_parts(llm_id: str, values: Mapping[str, Any]) -> Parts:
+def start_runtime(llm_id: str, values: Mapping[str, Any]) -> LlmRuntime:
     """Start all that `values` (fields of `TorchLlmArgs`) ask for. Raises ValueError; NotReady where it does not come
     up."""
     args = _parse(values)
@@ -85,7 +85,7 @@ def build_parts(llm_id: str, values: Mapping[str, Any]) -> Parts:
         dispatcher = loop.call(_make_dispatcher(engine, args.max_queued_requests))
         maker = RequestMaker(llm_id, args, tokenizer, engine)
         undo.pop_all()
-    return Parts(args, model_dir, tokenizer, loop, engine, dispatcher, maker, Workspace(llm_id))
+    return LlmRuntime(args, model_dir, tokenizer, loop, engine, dispatcher, maker, Workspace(llm_id))
 
 
 def _parse(values: Mapping[str, Any]) -> TorchLlmArgs:

@@ -1,4 +1,4 @@
-"""`Turns`: one consumer's iteration over a `RequestOutput`, with `for` or `async for`."""
+"""`OutputIterator`: one consumer's iteration over a `RequestOutput`, with `for` or `async for`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from tensorweave.llmapi.outputs import RequestOutput
 
 
-class Turns:
+class OutputIterator:
     """Each turn gives the same output with its next tokens; without streaming there is one, with all of them.
 
     Whoever leaves early (by `break`, an error, a cancelled task) lets go of it, and `__del__` closes it there and then:
@@ -32,7 +32,7 @@ class Turns:
         try:
             if not self._output._is_streaming:
                 self._output.result()
-            elif not self._output._next_turn():
+            elif not self._output._take_next():
                 self.close()
         except BaseException:
             self.close()
@@ -47,7 +47,7 @@ class Turns:
         try:
             if not self._output._is_streaming:
                 await self._output.aresult()
-            elif not await self._output._next_turn_async():
+            elif not await self._output._take_next_async():
                 self.close()
         except BaseException:
             self.close()
