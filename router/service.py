@@ -1,4 +1,4 @@
-"""`RouterService`: everything that the HTTP app stands on, built by the deploy room or by a test."""
+"""`RouterService`: everything that the HTTP app uses, built by the deploy room or by a test."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from tensorweave.router.text.tokens import Tokenizer
 
 @dataclass(slots=True)
 class RouterService:
-    """One served model. `info` is read from the gangs once and kept: it does not change while the service lives. The
-    tokenizer's end of sequence is an end beside those that the gangs name.
+    """One model's service. Its `info` is read from the gangs once, since it does not change.
 
-    `model_name`: what answers call the model; `other_names`: by which clients may ask for it too.
-    `accepts_phases`: clients may send a request's phases by hand, with tickets that name hosts to connect to.
-    `key_digests`: of the API keys, one of which a client must have (`router/http/keys.py`); none: no key is asked for.
-    `cors_origins`: of web pages whose scripts may call the service (`router/http/middleware.py`); "*" for any.
+    Attributes:
+        model_name: The model's name in answers.
+        accepts_phases: Clients may send a request's two phases themselves, with tickets that name hosts to connect to.
+        key_digests: Digests of the API keys, one of which a client must have (`router/http/keys.py`); none: no key is
+            required.
+        other_names: Other names by which clients may request the model.
+        cors_origins: Origins of web pages whose scripts may call the service (`router/http/middleware.py`); "*": any.
     """
 
     model_name: str
@@ -47,7 +49,7 @@ class RouterService:
         self.body_memory = BodyMemory(self.limits.max_held_body_bytes)
 
     async def served(self) -> ServedModel:
-        """What request bodies are checked against. Raises NotReady."""
+        """What request bodies are checked against. Raises NotReady if no gang is there in time."""
         return ServedModel(self.names, await self.info(), self.limits.max_sequences)
 
     @property

@@ -1,4 +1,4 @@
-"""`TimeSlice`: long work in the event loop, done a few milliseconds at a time."""
+"""`TimeSlice`: long work in the event loop, a few milliseconds at a time."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ _SLICE_S: Final = 0.005
 
 
 class TimeSlice:
-    """Of one request's work. Between its parts, `checkpoint` lets others run once a slice of time has passed."""
+    """For one request's work: call `checkpoint` between its parts."""
 
     def __init__(self) -> None:
-        self._since_s = time.perf_counter()
+        self._started_s = time.perf_counter()
 
     async def checkpoint(self) -> None:
-        if time.perf_counter() - self._since_s > _SLICE_S:
+        """Let other tasks run if the slice is used up."""
+        if time.perf_counter() - self._started_s > _SLICE_S:
             await asyncio.sleep(0)
-            self._since_s = time.perf_counter()
+            self._started_s = time.perf_counter()

@@ -1,7 +1,7 @@
 """`build_app`: the HTTP front end as one ASGI application, over a `RouterService`.
 
-Runs under uvicorn and inside Ray Serve alike. Every path, wrong ones included, answers errors in OpenAI's shape and
-carries `x-request-id`. Prompt text is never logged.
+It runs under uvicorn and inside Ray Serve. Every path, unknown ones included, answers errors in OpenAI's form and with
+`x-request-id`. Prompt text is never logged.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class MethodNotAllowed(RequestRejected):
 
 
 class _App(FastAPI):
-    """FastAPI whose routes are bare ASGI; the document describes them all the same.
+    """FastAPI with plain ASGI routes, and an OpenAPI document that describes them.
 
-    `front` goes around the outermost of its own middleware, which answers what no other code has caught.
+    `wrap` is applied outside FastAPI's outermost middleware, which answers errors that nothing else has caught.
     """
 
-    def __init__(self, service: RouterService, front: Callable[[ASGIApp], ASGIApp]) -> None:
+    def __init__(self, service: RouterService, wrap: Callable[[ASGIApp], ASGIApp]) -> None:
         super().__init__(
             title="tensorweave",
             version=service.version,
@@ -62,10 +62,10 @@ class _App(FastAPI):
             lifespan=_lifespan_of(service),
         )
         self._service = service
-        self._front = front
+        self._wrap = wrap
 
     def build_middleware_stack(self) -> ASGIApp:
-        return self._front(super().build_middleware_stack())
+        return self._wrap(super().build_middleware_stack())
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -79,13 +79,13 @@ def build_app(service: RouterService, *, server_echoes_ids: bool = False, genera
     """`server_echoes_ids` and `generated_id_prefix`: see `asgi.RequestIds`."""
     metrics = RouterMetrics(service.model_name, service.dispatcher)
     service.created_s = service.created_s or int(time.time())
-    front = functools.partial(
+    wrap = functools.partial(
         with_middleware,
         cors_origins=service.cors_origins,
         server_echoes_ids=server_echoes_ids,
         generated_id_prefix=generated_id_prefix,
     )
-    app = _App(service, front)
+    app = _App(service, wrap)
     for path, plan in (("/v1/completions", plan_completion), ("/v1/chat/completions", plan_chat)):
         app.router.routes.append(Route(path, GenerateEndpoint(path, plan, service, metrics), methods=["POST"]))
     for path, handler in _handlers(service, metrics).items():
@@ -99,7 +99,7 @@ def build_app(service: RouterService, *, server_echoes_ids: bool = False, genera
         app.add_middleware(ApiKeys, digests=service.key_digests)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(TensorweaveError, _answer_error)
-    app.add_exception_handler(asgi.ClientGone, _answer_nobody)
+    app.add_exception_handler(asgi.ClientGone, _answer_client_gone)
     app.add_exception_handler(Exception, _answer_internal_error)
     return app
 
@@ -163,7 +163,7 @@ def _lifespan_of(service: RouterService) -> Callable[[FastAPI], AbstractAsyncCon
 
 
 async def _answer_body(service: RouterService, task: BodyTask[bytes], request: Request) -> Response:
-    """A route whose whole answer is made of the body."""
+    """A route whose answer is computed from the body alone."""
     limits = service.limits
     with service.body_memory.share() as share:
         body = await asgi.read_json_body(
@@ -196,8 +196,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
-    """What Starlette itself refuses: an unknown route, or a known one by the wrong method. OPTIONS asks for the right
-    ones."""
+    """Answer what Starlette itself refuses: an unknown route, or a wrong method. OPTIONS gets the allowed methods."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405 and request.method == "OPTIONS":
         return Response(status_code=204, headers=error.headers)
@@ -213,9 +212,9 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     return response
 
 
-async def _answer_nobody(request: Request, error: Exception) -> Response:
+async def _answer_client_gone(request: Request, error: Exception) -> Response:
     return Response(status_code=RequestCancelled.http_status)
 
 
 async def _answer_internal_error(request: Request, error: Exception) -> Response:
-    return await _answer_error(request, TensorweaveError("internal error; the server's log has it"))
+    return await _answer_error(request, TensorweaveError("internal error; see the server's log"))

@@ -1,4 +1,4 @@
-"""The router's bare ASGI verbs: read a body within a limit, answer, report an error, notice that the client is gone."""
+"""ASGI functions of the router: read a body within limits, send answers and errors, detect that the client is gone."""
 
 from __future__ import annotations
 
@@ -44,15 +44,14 @@ class BodyTimeout(RequestRejected):
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has closed the connection."""
 
 
 class RequestIds:
     """ASGI middleware: every answer has the header `x-request-id`, with the client's own id if it sent one.
 
-    `server_echoes`: the server around the application answers with whatever id the request came with, so that only
-    another one, in place of what is no valid id, is left to tell. `generated_prefix`: what ids begin with that it gave
-    to requests without one.
+    `server_echoes`: the server around the application adds the id that the request came with, so only a replacement
+    for an invalid id is added here. `generated_prefix`: start of the ids that this server gives requests without one.
     """
 
     def __init__(self, app: ASGIApp, *, server_echoes: bool = False, generated_prefix: str = "") -> None:
@@ -88,13 +87,13 @@ def request_id_of(scope: Scope) -> str:
 
 
 def client_request_id(scope: Scope) -> str | None:
-    """The id that the client gave, if it gave a valid one."""
+    """The id that the client gave; None if it gave no valid one."""
     request_id: str | None = scope[_CLIENT_ID_KEY]
     return request_id
 
 
 def is_request_id(value: bytes) -> bool:
-    """Whether a client may name its request so."""
+    """Whether it is a valid request id."""
     return _VALID_REQUEST_ID.fullmatch(value) is not None
 
 
@@ -114,8 +113,8 @@ def header(scope: Scope, name: bytes) -> bytes | None:
 async def read_json_body(
     scope: Scope, receive: Receive, share: BodyShare, *, max_bytes: int, timeout_s: float
 ) -> bytes:
-    """The body, checked for size while it comes and counted in `share`; all of it must come within `timeout_s`. Raises
-    BodyTooLarge, BodyTimeout, Overloaded, UnsupportedMediaType or ClientGone."""
+    """Read the body, checking its size as it arrives and counting it in `share`; it must be complete within
+    `timeout_s`. Raises BodyTooLarge, BodyTimeout, Overloaded, UnsupportedMediaType or ClientGone."""
     media_type = (header(scope, b"content-type") or b"application/json").split(b";")[0].strip().lower()
     if media_type != b"application/json" and not media_type.endswith(b"+json"):
         raise UnsupportedMediaType("the content type must be application/json")
@@ -126,7 +125,7 @@ async def read_json_body(
         async with asyncio.timeout(timeout_s):
             return await _read_body(receive, share, max_bytes)
     except TimeoutError:
-        raise BodyTimeout(f"the whole body has not come within {timeout_s:g} s") from None
+        raise BodyTimeout(f"the body was not complete within {timeout_s:g} s") from None
 
 
 async def _read_body(receive: Receive, share: BodyShare, max_bytes: int) -> bytes:
@@ -148,7 +147,7 @@ async def _read_body(receive: Receive, share: BodyShare, max_bytes: int) -> byte
 
 @asynccontextmanager
 async def cancelled_on_disconnect(receive: Receive) -> AsyncIterator[None]:
-    """Cancels the block when the client goes away, and raises ClientGone in its place."""
+    """Cancel the block when the client disconnects, and raise ClientGone instead."""
     task = asyncio.current_task()
     assert task is not None
     is_gone = False
@@ -183,7 +182,7 @@ def error_body(error: TensorweaveError) -> bytes:
 
 
 def error_headers(error: TensorweaveError) -> Headers:
-    """Whoever is told to come back later is told when. What still comes of a late body is not waited for."""
+    """Retry-After for errors that ask the client to come back later; after a late body the connection is closed."""
     retry_after_s = error.retry_after_s
     if retry_after_s is None and error.http_status in (429, 503):
         retry_after_s = _RETRY_AFTER_S

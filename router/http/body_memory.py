@@ -1,4 +1,4 @@
-"""`BodyMemory`: how many bytes of request bodies one router holds at a time, over all its connections."""
+"""`BodyMemory`: limits the bytes of request bodies that one router holds at a time, over all its connections."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tensorweave.cluster.errors import Overloaded
 
 
 class BodyMemory:
-    """Shared by all requests. A body counts from its first byte until its request has been planned."""
+    """Shared by all requests. A body counts from its first byte until its request has been prepared."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -17,12 +17,12 @@ class BodyMemory:
 
     @contextmanager
     def share(self) -> Iterator[BodyShare]:
-        """One request's part, given back at the end at the latest."""
+        """One request's part, released at the end at the latest."""
         share = BodyShare(self)
         try:
             yield share
         finally:
-            share.give_back()
+            share.release()
 
     def take(self, num_bytes: int) -> None:
         """Raises Overloaded."""
@@ -39,10 +39,10 @@ class BodyShare:
         self.num_bytes = 0
 
     def take(self, num_bytes: int) -> None:
-        """Raises Overloaded where all requests together would hold too much."""
+        """Raises Overloaded if all requests together would hold too much."""
         self._memory.take(num_bytes)
         self.num_bytes += num_bytes
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         self._memory.num_bytes -= self.num_bytes
         self.num_bytes = 0

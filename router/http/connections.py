@@ -1,7 +1,7 @@
-"""Bounds on HTTP connections that hold a place without a whole request: uvicorn's protocol, with deadlines.
+"""Limits for HTTP connections without a complete request: uvicorn's protocol, with deadlines.
 
-uvicorn itself closes only what is idle after an answer: a connection that never sends a request, or half a head, it
-keeps for ever. The deploy room puts this protocol in place of uvicorn's, before a server starts.
+uvicorn itself closes only connections that are idle after an answer. One that never sends a request, or only half a
+head, it keeps for ever. The deploy room replaces uvicorn's protocol by this one before a server starts.
 """
 
 from __future__ import annotations
@@ -21,10 +21,15 @@ from tensorweave.router.http.asgi import REQUEST_ID_HEADER, is_request_id
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """A new connection's head must begin within `head_timeout_s`, and each head end that long after it began. An answer
-    that did not need the request's whole body leaves `rest_timeout_s` for what still comes of it, and a client that
-    takes nothing of an answer for `stall_timeout_s` is gone. Of connections without a first whole head there are
-    `max_waiting` at most: one more closes the oldest of them."""
+    """Limits of one server.
+
+    Attributes:
+        head_timeout_s: For the first byte of a new connection's head, and from there to the end of each head.
+        max_head_bytes: Of one head.
+        rest_timeout_s: For the rest of a body that was not needed for the answer.
+        stall_timeout_s: A client that acknowledges nothing for so long is gone.
+        max_waiting: Connections without a complete first head; one more closes the oldest of them.
+    """
 
     head_timeout_s: float = 10.0
     max_head_bytes: int = 64 << 10
@@ -39,7 +44,7 @@ _HEAD_TOO_LARGE: Final = (
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """One connection. `waiting` is shared by all of a server: those without a first whole head, the oldest first."""
+    """One connection. All of a server share `waiting`, which has those without a complete first head, oldest first."""
 
     def __init__(
         self, limits: ConnectionLimits, waiting: dict[BoundedHttpProtocol, None], *args: Any, **kwargs: Any
@@ -59,11 +64,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._waiting[self] = None
         if len(self._waiting) > self._limits.max_waiting:
             next(iter(self._waiting)).give_up()
-        self._expect_within(self._limits.head_timeout_s)
+        self._start_deadline(self._limits.head_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._waiting.pop(self, None)
-        self._expect_nothing()
+        self._stop_deadline()
         super().connection_lost(exc)
 
     def give_up(self) -> None:
@@ -73,7 +78,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         is_answered = self.cycle is None or self.cycle.response_complete
         if self._deadline is None and is_answered:
-            self._expect_within(self._limits.rest_timeout_s)
+            self._start_deadline(self._limits.rest_timeout_s)
         super().data_received(data)
         if not self._is_in_head:
             return
@@ -85,35 +90,35 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._is_in_head, self._num_head_bytes = True, 0
-        self._expect_within(self._limits.head_timeout_s)
+        self._start_deadline(self._limits.head_timeout_s)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """What is no valid request id is as good as none. Serve would send it back as it came, beside our own."""
+        """Drop an invalid request id: Serve would return it unchanged, in addition to ours."""
         if name.lower() != REQUEST_ID_HEADER or is_request_id(value):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
         self._waiting.pop(self, None)
-        self._expect_nothing()
+        self._stop_deadline()
         super().on_headers_complete()
 
-    def _expect_within(self, timeout_s: float) -> None:
-        self._expect_nothing()
+    def _start_deadline(self, timeout_s: float) -> None:
+        self._stop_deadline()
         self._deadline = self.loop.call_later(timeout_s, self.give_up)
 
-    def _expect_nothing(self) -> None:
+    def _stop_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
 
 def bounded_protocol(limits: ConnectionLimits) -> Callable[..., BoundedHttpProtocol]:
-    """For `uvicorn.Config(http=…)`; one for each server."""
+    """For `uvicorn.Config(http=…)`; one per server."""
     return functools.partial(BoundedHttpProtocol, limits, {})
 
 
 def bound_connections(limits: ConnectionLimits | None = None) -> None:
-    """Every server that starts in this process from now on, and does not name a protocol, has these bounds."""
+    """Apply the limits to every server that is started in this process from now on without a protocol of its own."""
     protocol = bounded_protocol(limits or ConnectionLimits())
     uvicorn.config.HTTP_PROTOCOLS["auto"] = protocol  # type: ignore[assignment]

@@ -1,6 +1,6 @@
 """`GenerateEndpoint`: one POST route, from the body to the last byte of its answer, streamed or whole.
 
-The request boundary: whatever goes wrong is answered with OpenAI's error object, or, once a stream has begun, with an
+It is the request boundary: every error is answered with OpenAI's error object, or, once a stream has begun, with an
 error event.
 """
 
@@ -30,12 +30,12 @@ from tensorweave.router.time_slice import TimeSlice
 
 logger = logging.getLogger(__name__)
 
-_INTERNAL: Final = "internal error; the server's log has it under this request's id"
-_MAX_STALL_S: Final = 60.0  # a client that reads nothing for so long is given up
+_INTERNAL: Final = "internal error; see the server's log under this request's id"
+_MAX_STALL_S: Final = 60.0  # a client that reads nothing for so long counts as gone
 
 
 class RequestStats:
-    """What one HTTP request has produced so far: tokens, cached tokens, times."""
+    """Tokens, cached tokens and times of one HTTP request so far, for its usage and for metrics."""
 
     def __init__(self, plan: Plan, metrics: RouterMetrics, started_s: float) -> None:
         self._plan = plan
@@ -47,7 +47,7 @@ class RequestStats:
         self.num_tokens = [0] * len(plan.jobs)
 
     def add(self, delta: TextDelta) -> None:
-        """Raises when the sequence ended without a proper answer."""
+        """Count a delta. Raises DeadlineExceeded or RequestCancelled if the sequence ended that way."""
         index, now_s = delta.index, time.perf_counter()
         if delta.num_tokens:
             if not self.num_tokens[index]:
@@ -57,7 +57,7 @@ class RequestStats:
                 self._metrics.observe_step(now_s - self._latest_s[index], delta.num_tokens)
             self._latest_s[index] = now_s
             self.num_tokens[index] += delta.num_tokens
-        if delta.num_cached_tokens > self._cached[index]:  # a decode gang may know of more than its prefill gang
+        if delta.num_cached_tokens > self._cached[index]:  # the second gang of a pair may report more
             self._metrics.count_cached(delta.num_cached_tokens - self._cached[index])
             self._cached[index] = delta.num_cached_tokens
         if delta.finish_reason is not None:
@@ -76,17 +76,17 @@ class RequestStats:
         return self._usage(sum(self.num_tokens))
 
     def prompt_usage(self) -> Usage:
-        """As it is before the answer's first token."""
+        """Usage before the answer's first token."""
         return self._usage(0)
 
     def _usage(self, num_tokens: int) -> Usage:
-        """The sequences of one prompt share it: it counts once, and so does what was cached of it."""
+        """A prompt counts once for all of its sequences, and so do its cached tokens."""
         cached = sum(self._cached[:: self._plan.num_sequences])
         return Usage.of(prompt=sum(self._plan.prompt_lens), completion=num_tokens, cached=cached)
 
 
 class GenerateEndpoint:
-    """An ASGI application for one path. `plan` turns a body into what is to be run."""
+    """An ASGI application for one path. `plan` turns a body into the sequences to run and the form of the answer."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class GenerateEndpoint:
             status = error.http_status
             self._metrics.count_error(error)
             await asgi.send_error(send, error)
-        except (Exception, SystemExit):  # the request's boundary: what went wrong reaches nobody else
+        except (Exception, SystemExit):  # the request boundary
             logger.exception("request %s: internal error", asgi.request_id_of(scope))
             status = 500
             await asgi.send_error(send, TensorweaveError(_INTERNAL))
@@ -133,7 +133,7 @@ class GenerateEndpoint:
             async with asgi.cancelled_on_disconnect(receive):
                 plan = await self._plan(self._service, body, asgi.client_request_id(scope))
                 del body
-                share.give_back()
+                share.release()
                 await self._answer(plan, RequestStats(plan, self._metrics, started_s), scope, send)
 
     async def _answer(self, plan: Plan, stats: RequestStats, scope: Scope, send: Send) -> None:
@@ -143,13 +143,13 @@ class GenerateEndpoint:
             return
         async with aclosing(self._deltas(plan, stats)) as deltas:
             if plan.is_streamed:
-                first = await anext(deltas)  # until here, an error still has its own HTTP status
+                first = await anext(deltas)  # before it, an error is answered with its own HTTP status
                 await self._stream(plan, stats, first, deltas, scope, send)
             else:
                 await self._answer_whole(plan, stats, deltas, send)
 
     async def _deltas(self, plan: Plan, stats: RequestStats) -> AsyncGenerator[TextDelta, None]:
-        """As they come, counted. Where only the prompt is to be told, the one token that is computed for it is not."""
+        """The deltas, counted. If only the prompt is wanted, the one token that is computed for it is left out."""
         time_slice = TimeSlice()
         async with aclosing(generate_all(self._service.dispatcher, plan.jobs)) as deltas:
             async for delta in deltas:
@@ -160,7 +160,7 @@ class GenerateEndpoint:
                 await time_slice.checkpoint()
 
     async def _answer_context(self, plan: Plan, stats: RequestStats, send: Send) -> None:
-        """The first token, and what the generation phase needs to go on from it."""
+        """Answer with the first token, and with what the generation phase needs to continue."""
         [job], [choice] = plan.jobs, plan.choices
         delta, ticket = await generate_first(self._service.dispatcher, job)
         stats.add(delta)
@@ -203,9 +203,9 @@ class GenerateEndpoint:
         try:
             await asgi.send_event(send, opening + await event(first))
             async for delta in deltas:
-                if news := await event(delta):
+                if events := await event(delta):
                     async with asyncio.timeout(_MAX_STALL_S):
-                        await asgi.send_event(send, news)
+                        await asgi.send_event(send, events)
             last = plan.answer.usage_event(stats.usage()) if plan.includes_usage else b""
             await asgi.end_events(send, last + DONE)
         except TensorweaveError as error:
@@ -213,7 +213,7 @@ class GenerateEndpoint:
             await asgi.end_events(send, b"data: " + asgi.error_body(error) + b"\n\n")
         except TimeoutError:
             raise asgi.ClientGone from None
-        except (Exception, SystemExit):  # the request's boundary, where its answer has begun
+        except (Exception, SystemExit):  # the request boundary, once the answer has begun
             logger.exception("request %s: internal error in a stream", asgi.request_id_of(scope))
             await asgi.end_events(send, b"data: " + asgi.error_body(TensorweaveError(_INTERNAL)) + b"\n\n")
 

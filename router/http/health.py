@@ -1,4 +1,4 @@
-"""Whether the service can answer: the link of a gang that answers is open, and its step loop has gone round lately."""
+"""Whether the service can answer: some gang that answers is connected, and its step loop has run recently."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, Final
 from tensorweave.cluster.errors import NotReady
 from tensorweave.cluster.fleet import Fleet
 
-# Each rank pulls heads of its own, so what befalls them is counted there and nowhere else.
+# Each rank fetches its own heads, so each counts its own transfers.
 _RANKS_OWN: Final = ("kv_transfer_bytes_", "kv_transfer_blocks_", "kv_transfer_refetched_", "kv_transfer_failures_")
 
 
 @dataclass(frozen=True, slots=True)
 class HealthReport:
-    """`pools` is the fleet's description (roles, gangs, ranks, troubles); `reason` says why it is unhealthy, what it
-    must do without, or what could not be looked at."""
+    """`pools` is the fleet's description (roles, gangs, ranks, troubles). `reason`: why the service is unhealthy, what
+    it lacks while it is healthy, or what could not be checked."""
 
     is_healthy: bool
     reason: str
@@ -26,12 +26,12 @@ class HealthReport:
         return {**self.public_body(), "reason": self.reason, "pools": self.pools}
 
     def public_body(self) -> dict[str, Any]:
-        """For strangers: no hosts, processes or paths."""
+        """For unauthenticated clients: without hosts, processes and paths."""
         return {"status": "ok" if self.is_healthy else "unavailable"}
 
 
 async def check_health(fleet: Fleet, heartbeat_limit_s: float) -> HealthReport:
-    """An unreachable supervisor alone harms nothing: open links keep working, and a dead leader closes its own."""
+    """An unreachable supervisor alone does no harm: open links keep working, and a dead leader's link closes."""
     has_link = bool(fleet.links("decode")) or bool(fleet.links("prefill"))
     try:
         pools = await fleet.describe()
@@ -41,14 +41,14 @@ async def check_health(fleet: Fleet, heartbeat_limit_s: float) -> HealthReport:
         return HealthReport(False, _why_no_link(pools), pools)
     ages_s = [_progress_age_s(gang) for gang in _answering(pools)]
     if ages_s and min(ages_s) > heartbeat_limit_s:
-        return HealthReport(False, f"no step loop has gone round for {min(ages_s):.1f} s", pools)
+        return HealthReport(False, f"no step loop has made progress for {min(ages_s):.1f} s", pools)
     notices = dict.fromkeys(pool["notice"] for pool in pools if pool.get("notice"))
     remarks = [*_troubles(pools), *_stuck(pools, heartbeat_limit_s), *_slow(pools), *notices]
     return HealthReport(True, "; ".join(remarks), pools)
 
 
 def gang_gauges(pools: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """What each gang's leader shows of its executor, by gang; of the KV that came, and how, all ranks' counts."""
+    """The gauges of each gang's leader, by gang; KV transfer counts are summed over all ranks."""
     return {gang["gang_id"]: _of_all_ranks(gang["ranks"]) for gang in _gangs(pools) if gang.get("ranks")}
 
 
@@ -66,7 +66,7 @@ def _gangs(pools: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _answering(pools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Gangs that requests wait for: those that decode; prefill gangs where there is no other."""
+    """The ready gangs that decode; if there are none, the prefill gangs."""
     ready = [
         (pool.get("role", "both"), gang)
         for pool in pools
@@ -77,23 +77,23 @@ def _answering(pools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _stuck(pools: Sequence[dict[str, Any]], limit_s: float) -> list[str]:
-    """Gangs that others must make up for."""
+    """Gangs whose step loop stands still while others run."""
     ages_s = {gang.get("gang_id", "?"): _progress_age_s(gang) for gang in _gangs(pools)}
     return [
-        f"gang {gang_id}: its step loop has not gone round for {age_s:.1f} s"
+        f"gang {gang_id}: its step loop has made no progress for {age_s:.1f} s"
         for gang_id, age_s in ages_s.items()
         if age_s > limit_s
     ]
 
 
 def _slow(pools: Sequence[dict[str, Any]]) -> list[str]:
-    """Gangs whose ranks wait for the link between them."""
+    """Gangs with a slow link between their ranks."""
     links = {gang.get("gang_id", "?"): gang.get("link", {}) for gang in _gangs(pools)}
     return [f"gang {gang_id}: {link['slow']}" for gang_id, link in links.items() if link.get("slow")]
 
 
 def _progress_age_s(gang: dict[str, Any]) -> float:
-    """Of the gang's slowest rank; 0 where nothing is known."""
+    """Of the gang's slowest rank; 0 if nothing is known."""
     return max((rank["progress_age_s"] or 0.0 for rank in gang.get("ranks", ())), default=0.0)
 
 
@@ -105,7 +105,7 @@ def _why_no_link(pools: Sequence[dict[str, Any]]) -> str:
 
 
 def _troubles(pools: Sequence[dict[str, Any]]) -> list[str]:
-    """Pools that lack gangs, while others carry on: what ails them."""
+    """Why pools lack gangs."""
     return [trouble for pool in pools if (trouble := _trouble(pool))]
 
 

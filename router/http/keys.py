@@ -1,10 +1,10 @@
-"""API keys: `ApiKeys` lets a request through if its `Authorization: Bearer` is one of the service's.
+"""API keys: `ApiKeys` admits a request if its `Authorization: Bearer` is one of the service's keys.
 
-A request that shows none is answered and its connection closed: a stranger keeps nothing open. `may_see_operations`
-says whether a request may be told of hosts, processes and paths.
+A request without a key is answered and its connection closed, so that unauthenticated clients keep no connections open.
+`may_see_operations` decides whether a request may see hosts, processes and paths.
 
-Keys are known by their SHA-256 digests alone (`sha256:` and 64 hex digits). All are compared, in constant time, and
-nothing of what a client sent is logged.
+Only SHA-256 digests of keys are known (`sha256:` and 64 hex digits). All are compared, in constant time, and nothing
+that a client sent is logged.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ApiKeys:
             await self._app(scope, receive, _closing(send))
         else:
             error = InvalidApiKey(
-                "this server needs an API key, as 'Authorization: Bearer KEY'; none of its own was given"
+                "this server requires an API key, as 'Authorization: Bearer KEY'; the request has none that is valid"
             )
             headers = [(b"www-authenticate", b"Bearer"), asgi.CLOSE]
             await asgi.send_json(send, asgi.error_body(error), status=error.http_status, headers=headers)
@@ -60,12 +60,12 @@ class ApiKeys:
 
 
 def _is_open(scope: Scope) -> bool:
-    """OPTIONS only tells a route's methods; browsers send no key with it."""
+    """OPTIONS only returns a route's methods, and browsers send no key with it."""
     return scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
 
 
 def may_see_operations(scope: Scope) -> bool:
-    """It shows a key; or, where the service has none, it comes from this host and was not forwarded for another."""
+    """Whether the request has a key; or, if the service has no keys, whether it is from this host and not forwarded."""
     has_key: bool | None = scope.get(_HAS_KEY)
     return _is_from_here(scope) if has_key is None else has_key
 

@@ -1,6 +1,6 @@
-"""Prometheus metrics of one router replica, under the field's usual names with the prefix `tensorweave_`.
+"""Prometheus metrics of one router replica, with vLLM's names and the prefix `tensorweave_` where vLLM has one.
 
-Each app has its own registry; nothing is global. Labels are bound once: an observation costs about a microsecond.
+Each app has its own registry; nothing is global. Labels are bound once: an observation takes about a microsecond.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tensorweave.router.http.health import gang_gauges
 _LATENCY_S: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0)
 _TOKEN_LATENCY_S: Final = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
 
-# What a gang's leader reports of its executor: the name here, and what it means.
+# What a gang's leader reports of its executor: the metric's name and description.
 _OF_GANGS: Final = {
     "kv_cache_usage_perc": ("kv_cache_usage_perc", "KV blocks in use, 1 is all."),
     "num_requests_running": ("gang_num_requests_running", "Sequences that hold KV blocks."),
@@ -40,7 +40,7 @@ _OF_GANGS: Final = {
 
 
 class _Dispatches(Collector):
-    """The dispatcher's own counts, read when they are asked for."""
+    """The dispatcher's own counts, read when metrics are rendered."""
 
     def __init__(self, model: dict[str, str], counts: DispatchCounts) -> None:
         self._model = list(model.values())
@@ -69,8 +69,8 @@ class _Dispatches(Collector):
 
 
 class _Gangs(Collector):
-    """What the gangs last said, and nothing of gangs that are no more. What is not in the table (KV transfer, say)
-    goes by its own name; what ends in `_total` only grows while its gang lives."""
+    """The latest gauges of all present gangs. Those that are not in the table (KV transfer, for example) keep their
+    names; those that end in `_total` are counters."""
 
     def __init__(self, model: dict[str, str]) -> None:
         self.gauges: Mapping[str, Mapping[str, float]] = {}
@@ -162,7 +162,7 @@ class RouterMetrics:
             self._tpot.observe(after_first_s / (num_tokens - 1))
 
     async def render(self, fleet: Fleet) -> bytes:
-        """The text exposition. When the fleet cannot be asked, the gangs keep their last values."""
+        """The text exposition. If the fleet does not answer, the gangs' last values are rendered."""
         with contextlib.suppress(NotReady):
             self._gangs.gauges = gang_gauges(await fleet.describe())
         return generate_latest(self.registry)

@@ -1,7 +1,7 @@
-"""What stands before all routes: `with_middleware` wraps the whole application, error answers included.
+"""`with_middleware` wraps the whole application, error answers included.
 
-Every answer carries `x-request-id`, a path's trailing slash is as good as none, and, where origins are given, scripts
-of web pages may call the service from a browser (CORS).
+Every answer has the header `x-request-id`, a path's trailing slash is ignored, and, if origins are given, scripts of
+web pages may call the service from a browser (CORS).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ _EXPOSED_HEADERS: Final = ("x-request-id", "retry-after")
 
 
 class PlainPaths:
-    """ASGI middleware: `/v1/models/` is `/v1/models`. No redirect, which some clients do not follow with a body."""
+    """ASGI middleware: `/v1/models/` is `/v1/models`, without a redirect, which some clients do not follow for a
+    POST."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -33,10 +34,10 @@ class PlainPaths:
 def with_middleware(
     app: ASGIApp, cors_origins: Sequence[str], *, server_echoes_ids: bool, generated_id_prefix: str
 ) -> ASGIApp:
-    """`cors_origins`: "*" alone is any. The ids: see `asgi.RequestIds`."""
+    """`cors_origins`: "*" alone means any. For the other two see `asgi.RequestIds`."""
     app = PlainPaths(app)
     if cors_origins:
-        # Keys travel in a header of the script's own, never in cookies, so credentials need not be allowed.
+        # Keys are sent in a header that the script sets, never in cookies, so credentials need not be allowed.
         app = CORSMiddleware(
             app,
             allow_origins=cors_origins,

@@ -1,4 +1,4 @@
-"""The OpenAPI document of the router's routes, from the pydantic models that check requests and describe answers."""
+"""The OpenAPI document of the routes, from the pydantic models that check requests and describe answers."""
 
 from __future__ import annotations
 
@@ -129,12 +129,13 @@ def _post(
 
 def _event(chunk: type[BaseModel]) -> dict[str, Any]:
     """Server-sent events: chunks, then '[DONE]'; or an error, which ends the stream."""
-    told = {
+    chunk_or_error = {
         "type": "string",
         "contentMediaType": "application/json",
         "contentSchema": {"anyOf": [_reference(chunk), _reference(schemas.ErrorAnswer)]},
     }
-    return {"type": "object", "properties": {"data": {"anyOf": [{"const": "[DONE]"}, told]}}, "required": ["data"]}
+    data = {"anyOf": [{"const": "[DONE]"}, chunk_or_error]}
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 
 def _get(
@@ -145,14 +146,14 @@ def _get(
     also: tuple[str, ...] = (),
     errors: tuple[str, ...] = (),
 ) -> Operation:
-    """`also`: other statuses with the same answer. Without `answer`, plain text."""
+    """`also`: other statuses with the same answer. Without `answer` it is plain text."""
     content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
     if answer is not None:
         content = {"application/json": {"schema": _reference(answer)}}
-    told = {"description": summary, "content": content}
+    response = {"description": summary, "content": content}
     operation: Operation = {
         "summary": summary,
-        "responses": dict.fromkeys(("200", *also), told) | _errors((*errors, "500")),
+        "responses": dict.fromkeys(("200", *also), response) | _errors((*errors, "500")),
     }
     if parameter is not None:
         operation["parameters"] = [{"name": parameter, "in": "path", "required": True, "schema": {"type": "string"}}]

@@ -1,7 +1,7 @@
-"""`disaggregated_params` over HTTP: the two phases of one request sent by hand, to one service or to two.
+"""`disaggregated_params` over HTTP: a client sends the two phases of a request itself, to one service or to two.
 
-A context_only answer has one token and carries what the generation_only request needs: the first token and, encoded,
-the ticket for the prompt's KV and the seed. Whoever has that can fetch the one prompt's KV, once.
+A context_only answer has one token and what the generation_only request needs: the first token and, encoded, the ticket
+for the prompt's KV and the seed. Its holder can fetch this prompt's KV once.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ _PARAM: Final = "disaggregated_params"
 _ID_BITS: Final = 63
 _MAX_FIRST_TOKENS: Final = 1024
 _MAX_STATE_CHARS: Final = 1 << 20
-"""A ticket names every rank of its gang and every block of its prompt."""
+"""A ticket lists every rank of its gang and every block of its prompt."""
 
 
 class DisaggregatedParams(BaseModel):
-    """Which phase a request is, and what the phase before it has left."""
+    """Which phase a request is, and the result of the phase before it."""
 
     model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
 
-    request_type: RequestType = Field(description="'context_and_generation' is a request like any other.")
+    request_type: RequestType = Field(description="'context_and_generation' is an ordinary request.")
     first_gen_tokens: Integers | None = Field(
         None, max_length=_MAX_FIRST_TOKENS, description="What the context phase generated."
     )
-    ctx_request_id: Integer | None = Field(None, description="Names the context phase in logs.")
+    ctx_request_id: Integer | None = Field(None, description="Identifies the context phase in logs.")
     encoded_opaque_state: str | None = Field(
-        None, max_length=_MAX_STATE_CHARS, description="The claim to the prompt's KV, in base64."
+        None, max_length=_MAX_STATE_CHARS, description="The ticket for the prompt's KV, in base64."
     )
-    disagg_request_id: Integer | None = Field(None, description="Names both phases in logs.")
-    draft_tokens: Integers | None = Field(None, max_length=0, description="Accepted empty.")
+    disagg_request_id: Integer | None = Field(None, description="Identifies both phases in logs.")
+    draft_tokens: Integers | None = Field(None, max_length=0, description="Accepted if empty.")
 
     @property
     def is_context_only(self) -> bool:
@@ -54,7 +54,7 @@ class DisaggregatedParams(BaseModel):
         return self.request_type == "generation_only"
 
     def handed_over(self, vocab_size: int) -> tuple[OpaqueState, Sequence[int]]:
-        """What a generation phase goes on with. Raises RequestRejected."""
+        """What a generation phase continues with. Raises RequestRejected."""
         if self.encoded_opaque_state is None:
             raise _rejected("generation_only needs the context phase's", "encoded_opaque_state")
         tokens = self.first_gen_tokens
@@ -67,7 +67,7 @@ class DisaggregatedParams(BaseModel):
 
 
 class Sequences(Protocol):
-    """What a request body says about the sequences that it asks for."""
+    """What a request body specifies about its sequences."""
 
     stream: bool | None
 
@@ -79,11 +79,11 @@ class Sequences(Protocol):
 
     @property
     def given_token_ids(self) -> tuple[str, bool]:
-        """The field that takes a prompt as token ids, and whether it does."""
+        """The field for a prompt as token ids, and whether it was given."""
 
 
 def check_phase(request: Sequences, phase: DisaggregatedParams, num_prompts: int) -> None:
-    """What cannot be asked for in one phase sent by hand."""
+    """Raises RequestRejected for what a single phase does not support."""
     if phase.request_type == "context_and_generation":
         return
     if num_prompts * request.num_sequences != 1:
@@ -97,7 +97,7 @@ def check_phase(request: Sequences, phase: DisaggregatedParams, num_prompts: int
     if not phase.is_generation_only:
         return
     if request.telling.num_prompt_logprobs is not None:
-        raise RequestRejected("the prompt's log-probabilities are the context phase's", param="prompt_logprobs")
+        raise RequestRejected("only a context phase has the prompt's log-probabilities", param="prompt_logprobs")
     name, is_given = request.given_token_ids
     if not is_given:
         raise RequestRejected(
@@ -107,8 +107,8 @@ def check_phase(request: Sequences, phase: DisaggregatedParams, num_prompts: int
 
 @dataclass(frozen=True, slots=True)
 class ContextPhase:
-    """What a context phase's answer carries for the generation phase: the prompt, and what it goes on with, unless the
-    request is over."""
+    """What a context phase's answer has for the generation phase: the prompt, and the parameters unless the request
+    has ended."""
 
     prompt: Sequence[int]
     params: DisaggregatedParams | None
@@ -119,7 +119,7 @@ class ContextPhase:
 
 
 def params_of(ticket: Ticket, first_tokens: Sequence[int], seed: int) -> DisaggregatedParams:
-    """What the generation phase must send."""
+    """The parameters that the generation phase must send."""
     return DisaggregatedParams(
         request_type="context_only",
         first_gen_tokens=list(first_tokens),

@@ -1,4 +1,4 @@
-"""The messages of a chat: which roles and parts there are, and what a template is given of them."""
+"""The messages of a chat: their roles and parts, and their form for chat templates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from tensorweave.cluster.errors import RequestRejected
 
-# What clients mark in a part for caches; ours need no marks.
+# Marks for prompt caches, which our cache does not need.
 _CACHE_MARKS: Final = ("cache_control", "prompt_cache_breakpoint")
 _MARK: Final = {"anyOf": [{"type": "object"}, {"type": "null"}]}
 _TEXT_PART: Final = {
@@ -21,23 +21,25 @@ _CONTENT: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEX
 
 
 class ChatMessage(BaseModel):
-    """One message. Other keys are accepted where they say nothing: answers that come back as history carry many, at
-    null or empty."""
+    """One message. Other keys are accepted if they are null or empty: answers that are sent back as history have many
+    of them."""
 
     model_config = ConfigDict(strict=True, extra="allow", hide_input_in_errors=True)
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Any, WithJsonSchema(_CONTENT)] = Field(
-        None, description="A string, or a list of parts of type 'text'. Only an assistant's may be null."
+        None, description="A string, or a list of parts of type 'text'. Only an assistant's content may be null."
     )
     name: str | None = None
     reasoning_content: str | None = Field(
-        None, description="Extension. An assistant's, for templates that read it; others leave it out."
+        None, description="Extension. Only in an assistant's message, for templates that use it."
     )
-    reasoning: str | None = Field(None, description="Extension. Another name of `reasoning_content`, and before it.")
+    reasoning: str | None = Field(
+        None, description="Extension. Another name of `reasoning_content`; it has precedence."
+    )
 
     def for_template(self) -> dict[str, Any]:
-        """Templates know no 'developer': it is OpenAI's newer name for 'system'."""
+        """The message for a template. Templates do not know 'developer', OpenAI's newer name for 'system'."""
         message = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
         if self.name:
             message["name"] = self.name
@@ -53,7 +55,7 @@ def check_messages(messages: list[ChatMessage]) -> list[ChatMessage]:
 
 
 def says_nothing(value: Any) -> bool:
-    """Null, empty, or an object of such values. Nesting is as deep as the client likes, so there is no recursion."""
+    """Whether it is null, empty, or an object of such values. It may be nested deeply, so there is no recursion."""
     values = [value]
     while values:
         value = values.pop()

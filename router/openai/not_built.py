@@ -1,5 +1,5 @@
-"""Fields of OpenAI's API and of other servers' extensions that are not built, and the values at which they ask for
-nothing: there, and at null, they are accepted, else refused by name."""
+"""Fields of OpenAI's API and of other servers' extensions that are not supported, with the values at which they have no
+effect. At these values, and at null, they are accepted; otherwise they are refused by name."""
 
 from __future__ import annotations
 

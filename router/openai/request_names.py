@@ -1,4 +1,4 @@
-"""How a request's sequences are called at the gangs."""
+"""The ids of a request's sequences at the gangs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from tensorweave.cluster.protocol import SamplingSpec
 
 @dataclass(frozen=True, slots=True)
 class RequestNames:
-    """Where the client has named the request, its sequences' names follow from that, prompt and sampling: only the same
-    request finds its answer again. Many requests may have one name: each attempt adds its own (`router.attempt`)."""
+    """If the client gave the request an id, its sequences' ids are derived from it, the prompt and the sampling, so
+    that only the same request finds its answer again. Several requests may have one id: each attempt adds a part of its
+    own (`router/dispatch/attempt.py`)."""
 
     answer_id: str
     client_id: str | None
 
     def of(self, index: int, prompt: Sequence[int], spec: SamplingSpec, seed: int | None, salt: str | None) -> str:
-        """`seed`: the client's. One that was drawn, as `spec` may hold it, is not part of the name: whoever asks again
-        draws another one."""
+        """The id of one sequence. `seed` is the client's: one that was drawn, which `spec` may hold, is not part of the
+        id, because a repeated request draws another one."""
         if self.client_id is None:
             return f"{self.answer_id}-{index}"
         content = repr((self.client_id, list(prompt), dataclasses.replace(spec, seed=0), seed, salt)).encode()

@@ -1,4 +1,4 @@
-"""The shapes of all answers, for the OpenAPI document; what the routes write must fit them (tests see to it)."""
+"""The forms of all answers, for the OpenAPI document. Tests check the routes' answers against them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tensorweave.router.openai.disaggregated import DisaggregatedParams
 
 
 class Shape(BaseModel):
-    """Nothing more than these fields. Those that default to nothing are left out unless asked for."""
+    """Has no other fields. Fields with a default are left out unless they were requested."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -40,7 +40,7 @@ class Usage(Shape):
 
 class RankedToken(Shape):
     logprob: float
-    rank: int = Field(description="Its place among all tokens, the likeliest being 1.")
+    rank: int = Field(description="Its rank among all tokens; the likeliest has 1.")
     decoded_token: str
 
 
@@ -48,11 +48,11 @@ PromptLogprobs = list[dict[str, RankedToken] | None]
 
 
 class CompletionLogprobs(Shape):
-    """One entry a token: the prompt's where it is echoed, then those of `usage.completion_tokens`."""
+    """One entry per token: the prompt's if it is echoed, then those of `usage.completion_tokens`."""
 
     text_offset: list[int]
     token_logprobs: list[float | None] = Field(description="null for a prompt's first token.")
-    tokens: list[str] = Field(description="'bytes:\\xe2\\x80' where its bytes are no whole character.")
+    tokens: list[str] = Field(description="'bytes:\\xe2\\x80' if its bytes are not complete characters.")
     top_logprobs: list[dict[str, float] | None]
 
 
@@ -61,7 +61,7 @@ class CompletionChoice(Shape):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
-    stop_reason: int | str | None = Field(description="The stop string or the asked-for stop token that ended it.")
+    stop_reason: int | str | None = Field(description="The stop string or the requested stop token that ended it.")
     prompt_token_ids: list[int] | SkipJsonSchema[None] = None
     prompt_logprobs: PromptLogprobs | SkipJsonSchema[None] = None
     token_ids: list[int] | SkipJsonSchema[None] = None
@@ -85,7 +85,7 @@ class AssistantMessage(Shape):
 
 
 class ChatToken(Shape):
-    token: str = Field(description="'\\xe2\\x80' where its bytes are no whole character.")
+    token: str = Field(description="'\\xe2\\x80' if its bytes are not complete characters.")
     logprob: float
     bytes: list[int]
 
@@ -95,7 +95,7 @@ class ChatTokenLogprobs(ChatToken):
 
 
 class ChatLogprobs(Shape):
-    content: list[ChatTokenLogprobs] = Field(description="One entry a token of `usage.completion_tokens`.")
+    content: list[ChatTokenLogprobs] = Field(description="One entry per token of `usage.completion_tokens`.")
     refusal: None
 
 
@@ -121,7 +121,7 @@ class ChatCompletion(Shape):
 
 
 class CompletionChunkChoice(Shape):
-    """`finish_reason` and `stop_reason` come with a choice's last chunk."""
+    """`finish_reason` and `stop_reason` are in a choice's last chunk."""
 
     index: int
     text: str
@@ -133,7 +133,7 @@ class CompletionChunkChoice(Shape):
 
 
 class CompletionChunk(Shape):
-    """With `include_usage` the last one has no choices, and the others `usage` at null unless it runs."""
+    """With `include_usage` the last one has no choices; `usage` of the others is null unless it is continuous."""
 
     id: str
     object: Literal["text_completion"]
@@ -159,7 +159,7 @@ class ChatChunkChoice(Shape):
 
 
 class ChatChunk(Shape):
-    """As `CompletionChunk`. The first one has `prompt_token_ids`, where token ids are asked for."""
+    """As `CompletionChunk`. The first one has `prompt_token_ids`, if token ids are requested."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -174,7 +174,7 @@ class TokenizeAnswer(Shape):
     count: int
     max_model_len: int
     tokens: list[int]
-    token_strs: list[str] | None = Field(description="As the vocabulary spells them, where asked for.")
+    token_strs: list[str] | None = Field(description="The vocabulary's entries, if requested.")
 
 
 class DetokenizeAnswer(Shape):
@@ -195,10 +195,10 @@ class ModelList(Shape):
 
 
 class Health(Shape):
-    """Strangers are told `status` alone."""
+    """Unauthenticated clients see `status` only."""
 
     status: Literal["ok", "unavailable"]
-    reason: str | SkipJsonSchema[None] = Field(None, description="Why it is unavailable, or what it must do without.")
+    reason: str | SkipJsonSchema[None] = Field(None, description="Why it is unavailable, or what it lacks.")
     pools: list[dict[str, Any]] | SkipJsonSchema[None] = None
 
 

@@ -1,6 +1,7 @@
-"""OpenAI's request fields that choose among its own services (tiers, storage, billing, caching).
+"""OpenAI's request fields about its own service (tiers, storage, billing, caching).
 
-They are checked and change nothing in an answer. Names of tiers and the like are taken as they come: they change often.
+They are checked and have no effect on an answer. Names of tiers and the like are not checked, because they change
+often.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from pydantic import Field
 
 from tensorweave.router.openai.parsing import ParsedRequest
 
-NO_CHANGE: Final = "Accepted; it changes nothing in the answer."
+NO_CHANGE: Final = "Accepted; it has no effect on the answer."
 
 ServiceName = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class ServiceFields(ParsedRequest):
-    """Those that completions and chats share."""
+    """Fields that completions and chats share."""
 
     metadata: dict[str, Any] | None = Field(None, description=NO_CHANGE)
     prompt_cache_options: dict[str, Any] | None = Field(None, description=NO_CHANGE)

@@ -1,8 +1,8 @@
-"""How tokens and their log-probabilities are written in answers: OpenAI's two shapes, and vLLM's for prompts.
+"""Tokens and their log-probabilities in answers: OpenAI's two forms, and vLLM's for prompts.
 
-A token of an answer is written as its part of the answer's text; one that is no whole characters there, as bytes:
-`bytes:\\xe2\\x80` in completions and `\\xe2\\x80` in chats, as OpenAI does; one that has no part in the text, and one
-that was likely but not chosen, as it reads behind other text.
+A token of an answer is written as its part of the answer's text; if that is not complete characters, as bytes:
+`bytes:\\xe2\\x80` in completions and `\\xe2\\x80` in chats, as OpenAI does. A token without a part in the text, or a
+likely one that was not chosen, is written as its text after other text.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class TokenShapes:
         self._tokenizer = tokenizer
 
     def completion_logprobs(self, tokens: Sequence[PlacedToken], num_top: int) -> dict[str, list[Any]]:
-        """The likeliest tokens are keys, so of two that read the same the likelier is told. The token itself is always
-        among them."""
+        """The likeliest tokens are keys of an object, so of two with the same text only the likelier is listed. The
+        token itself is always among them."""
         return {
             "text_offset": [token.offset for token in tokens],
             "token_logprobs": [_number(token.logprobs[0]) if token.logprobs else None for token in tokens],
@@ -35,10 +35,10 @@ class TokenShapes:
 
     def _by_text(self, token: PlacedToken, num_top: int) -> dict[str, float]:
         own, *top = token.logprobs
-        told: dict[str, float] = {}
+        texts: dict[str, float] = {}
         for logprob in [*top[:num_top], own]:
-            told.setdefault(self._text_at(token, logprob.token_id, _BYTES_MARK), _number(logprob))
-        return told
+            texts.setdefault(self._text_at(token, logprob.token_id, _BYTES_MARK), _number(logprob))
+        return texts
 
     def chat_logprobs(self, tokens: Sequence[PlacedToken], num_top: int) -> dict[str, list[Any]]:
         content = [
@@ -59,7 +59,7 @@ class TokenShapes:
         }
 
     def prompt_logprobs(self, logprobs: Sequence[TokenLogprobs], num_top: int) -> list[dict[str, Any]]:
-        """One entry a prompt token: itself and so many likeliest, by id."""
+        """One entry per prompt token: the token itself and the `num_top` likeliest, by id."""
         return [{str(p.token_id): self._ranked(p) for p in token[: num_top + 1]} for token in logprobs]
 
     def _ranked(self, logprob: Logprob) -> dict[str, Any]:
@@ -67,11 +67,11 @@ class TokenShapes:
         return {"logprob": _number(logprob), "rank": logprob.rank, "decoded_token": text}
 
     def text(self, token_id: int, bytes_mark: str) -> str:
-        """As the token reads behind other text."""
+        """The token's text after other text."""
         return _written(self._tokenizer.token_bytes(token_id), bytes_mark)
 
     def _text_at(self, place: PlacedToken, token_id: int, bytes_mark: str) -> str:
-        """A token that was chosen, or might have been, where `place` is."""
+        """The text of a token at the position of `place`, chosen or not."""
         if token_id == place.token_id:
             return self._own_text(place, bytes_mark)
         return _written(self._tokenizer.token_bytes(token_id, begins_text=place.begins_text), bytes_mark)

@@ -1,7 +1,7 @@
-"""`WholeChoice`: one choice of an answer that is sent in one chunk, written to JSON as its tokens come.
+"""`WholeChoice`: one choice of an answer that is not streamed, written to JSON as its tokens arrive.
 
-What an answer tells beside its text may be hundreds of times as long. Written at the end, it would hold up the event
-loop for seconds; written chunk by chunk, it costs each step what a stream costs.
+Token ids and log-probabilities may be hundreds of times as long as the text. Writing them at the end would block the
+event loop for seconds; written chunk by chunk, they cost each step as much as a stream does.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from tensorweave.router.time_slice import TimeSlice
 T = TypeVar("T")
 
 _ROWS: Final = 64
-"""Tokens that are written in one go: with 20 likeliest each, about 2 ms."""
+"""Tokens that are written at a time: with 20 likeliest each, about 2 ms."""
 
 Columns = Callable[[Sequence[PlacedToken]], dict[str, list[Any]]]
 
 
 class JsonList:
-    """A list that is written part by part."""
+    """A JSON list that is written part by part."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -40,7 +40,7 @@ class JsonList:
 
 
 class LogprobsJson:
-    """The `logprobs` of a choice. `columns` gives the lists that it has for some tokens, `more` its other fields."""
+    """The `logprobs` of a choice. `columns` returns its lists for some tokens; `more` is its other fields."""
 
     def __init__(self, columns: Columns, more: bytes = b"") -> None:
         self._columns = columns
@@ -59,7 +59,7 @@ class LogprobsJson:
 
 
 class WholeChoice:
-    """Feed it every chunk of its choice, then take its parts."""
+    """Add every chunk of the choice, then read the properties."""
 
     def __init__(self, telling: Telling, shapes: TokenShapes, logprobs: LogprobsJson | None) -> None:
         self._telling = telling
@@ -70,7 +70,7 @@ class WholeChoice:
         self._token_ids = JsonList()
         self._last: ChoiceChunk | None = None
         self.prompt_fields = b""
-        """What is told of the prompt, as JSON fields, each behind a comma."""
+        """The prompt's JSON fields, each after a comma."""
 
     async def add(self, chunk: ChoiceChunk) -> None:
         self._last = chunk
@@ -92,8 +92,8 @@ class WholeChoice:
 
     @property
     def ending(self) -> bytes:
-        """The reasons for its end, as fields behind a comma each."""
-        assert self._last is not None, "no choice is without a chunk"
+        """`finish_reason` and `stop_reason` as JSON fields, each after a comma."""
+        assert self._last is not None, "a choice has at least one chunk"
         return ending(self._last)
 
     @property
@@ -102,23 +102,23 @@ class WholeChoice:
 
 
 async def prompt_fields(prompt: PromptDetails, telling: Telling, shapes: TokenShapes, time_slice: TimeSlice) -> bytes:
-    """What is told of a prompt, as JSON fields, each behind a comma."""
+    """The prompt's JSON fields, each after a comma."""
     fields = b""
     if telling.has_token_ids:
         fields += b',"prompt_token_ids":' + orjson.dumps(list(prompt.token_ids))
     if telling.num_prompt_logprobs is not None:
         assert prompt.logprobs is not None, "the first token came without the prompt's log-probabilities"
-        told = JsonList()
-        told.extend([None])  # of the first token
+        rows_json = JsonList()
+        rows_json.extend([None])  # of the first token
         for rows in slices(prompt.logprobs):
-            told.extend(shapes.prompt_logprobs(rows, telling.num_prompt_logprobs))
+            rows_json.extend(shapes.prompt_logprobs(rows, telling.num_prompt_logprobs))
             await time_slice.checkpoint()
-        fields += b',"prompt_logprobs":' + told.json()
+        fields += b',"prompt_logprobs":' + rows_json.json()
     return fields
 
 
 def ending(chunk: ChoiceChunk | None) -> bytes:
-    """The reasons for a choice's end, as fields, each after a comma; None: it has not ended."""
+    """The chunk's `finish_reason` and `stop_reason` as JSON fields, each after a comma; None: the choice goes on."""
     if chunk is None or chunk.finish_reason is None:
         return b',"finish_reason":null'
     return b',"finish_reason":"%b","stop_reason":%b' % (chunk.finish_reason.encode(), orjson.dumps(chunk.stop_reason))

@@ -1,8 +1,8 @@
 """Text from token ids, a few ids at a time, without ever splitting a character: one `TextAssembler` per sequence.
 
-An assembler begins behind its left context, the last ids of a prompt: what it returns is what the tokenizer's decode of
-prompt and sequence has behind the prompt's text. A character that the prompt leaves incomplete is returned with the
-sequence. For byte tables a token costs O(1); any other tokenizer decodes a short window again.
+An assembler starts after its left context, the last ids of a prompt: it returns what the tokenizer's decode of prompt
+and sequence has after the prompt's text. A character that is incomplete at the prompt's end is returned with the
+sequence. With byte tables a token costs O(1); other tokenizers decode a short window again.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ _MAX_WINDOW_HOLD: Final = 8  # tokens: a character takes at most four byte token
 
 
 class TokenText(NamedTuple):
-    """What one token brought: text, and at which of its characters, counted from the text before, the token begins.
+    """The text that one token completes, and where in it the token begins.
 
-    Of a token behind an incomplete character, `begin` may lie within text that is still to come, and a later token's
-    `begin` before it corrects it. `is_part`: the token begins or ends within a character.
+    Attributes:
+        text: The text; empty while a character is incomplete.
+        begin: Index of the token's first character, counted from the end of the text before. After an incomplete
+            character it may lie within later text, and the smaller `begin` of a later token corrects it.
+        is_part: The token begins or ends within a character.
     """
 
     text: str
@@ -30,15 +33,15 @@ class TokenText(NamedTuple):
 
 
 class TextAssembler(Protocol):
-    """`add` returns the text that the new ids complete; `finish` whatever was still incomplete."""
+    """`add` returns the text that the new ids complete; `finish` returns the rest, which was incomplete."""
 
     @property
     def is_whole(self) -> bool:
-        """Nothing waits for more ids."""
+        """No character is incomplete."""
 
     @property
     def is_at_start(self) -> bool:
-        """There is no text yet, so that the next token may lose a space that it has elsewhere."""
+        """There is no text yet, so the next token may lose a space that it has elsewhere."""
 
     def add(self, token_ids: Iterable[int]) -> str: ...
 
@@ -72,7 +75,7 @@ class ByteLevelText:
             text = self._utf8.decode(piece)
             return TokenText(text, 0, is_part=bool(piece) and not self.is_whole)
         first = self._utf8.decode(piece[:1])
-        continues = not first or (len(first) == 1 and self.is_whole)  # else the earlier bytes have become a U+FFFD
+        continues = not first or (len(first) == 1 and self.is_whole)  # otherwise the earlier bytes have become U+FFFD
         text = first + self._utf8.decode(piece[1:])
         return TokenText(text, 0 if continues else 1, is_part=continues or not self.is_whole)
 
@@ -83,8 +86,8 @@ class ByteLevelText:
 class ByteFallbackText:
     """Text pieces between runs of bytes.
 
-    A run's characters are released as they complete; from its first malformed byte on, each byte becomes a U+FFFD.
-    (The tokenizer's own decode, which sees the whole run at once, makes U+FFFD of the characters before it too.)
+    A run's characters are returned as they are completed; from its first malformed byte on, each byte becomes U+FFFD.
+    (The tokenizer's own decode, which has the whole run, makes U+FFFD of the characters before that byte too.)
     """
 
     def __init__(self, pieces: ByteFallbackPieces, skipped: frozenset[int], context: Sequence[int]) -> None:
@@ -155,8 +158,8 @@ class ByteFallbackText:
 class WindowedText:
     """Decodes the last few tokens with and without the new ones, and takes the difference.
 
-    ids: [ context | pending ]; the text of the context and the first `_num_told` characters have been returned. U+FFFD
-    at the end, `_held`, waits for more.
+    ids: [ context | pending ]; the first `_num_returned` characters of their text have been returned. U+FFFD at the end
+    is kept in `_held` until more ids arrive.
     """
 
     def __init__(self, pieces: WindowedPieces, skipped: frozenset[int], context: Sequence[int]) -> None:
@@ -164,10 +167,10 @@ class WindowedText:
         self._skipped = skipped
         self._ids = list(context)
         self._num_context = self._num_whole(self._ids)
-        self._num_told = len(pieces.decode(self._ids[: self._num_context])) if context else 0
+        self._num_returned = len(pieces.decode(self._ids[: self._num_context])) if context else 0
         self._held = ""
         if not self.is_whole:
-            self._hold(pieces.decode(self._ids)[self._num_told :])
+            self._hold(pieces.decode(self._ids)[self._num_returned :])
 
     @property
     def is_whole(self) -> bool:
@@ -185,7 +188,7 @@ class WindowedText:
         if token_id in self._skipped or not self._pieces.knows(token_id):
             return TokenText("", len(held))
         self._ids.append(token_id)
-        text = self._pieces.decode(self._ids)[self._num_told :]
+        text = self._pieces.decode(self._ids)[self._num_returned :]
         begin = _num_common(held, text)
         num_pending = len(self._ids) - self._num_context
         if text.endswith(REPLACEMENT) and num_pending <= _MAX_WINDOW_HOLD:
@@ -197,24 +200,24 @@ class WindowedText:
         return TokenText(text, begin, is_part=begin < len(held))
 
     def finish(self) -> str:
-        text = self._pieces.decode(self._ids)[self._num_told :] if not self.is_whole else ""
+        text = self._pieces.decode(self._ids)[self._num_returned :] if not self.is_whole else ""
         self._move_context()
         return text
 
     def _hold(self, text: str) -> str:
-        """The text that is whole."""
+        """Keep incomplete text at the end, and return the rest."""
         whole = text.rstrip(REPLACEMENT)
-        self._num_told += len(whole)
+        self._num_returned += len(whole)
         self._held = text[len(whole) :]
         return whole
 
     def _move_context(self) -> None:
         del self._ids[: self._num_context]
         self._num_context, self._held = len(self._ids), ""
-        self._num_told = len(self._pieces.decode(self._ids))
+        self._num_returned = len(self._pieces.decode(self._ids))
 
     def _num_whole(self, context: Sequence[int]) -> int:
-        """How many of the first ids end with a character."""
+        """The largest number of first ids whose text ends with a complete character."""
         for num_ids in range(len(context), max(len(context) - _MAX_WINDOW_HOLD, 0) - 1, -1):
             if not num_ids or not self._pieces.decode(context[:num_ids]).endswith(REPLACEMENT):
                 return num_ids
@@ -222,13 +225,13 @@ class WindowedText:
 
 
 def _num_common(before: str, after: str) -> int:
-    """How many first characters both have."""
+    """The length of the common prefix."""
     pairs = zip(before, after, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def assemble(pieces: Pieces, skipped: frozenset[int], context: Sequence[int] = ()) -> TextAssembler:
-    """A fresh assembler for one sequence; `skipped` ids leave no text. `context`: `pieces.left_context` of a prompt."""
+    """A new assembler for one sequence. `skipped` ids have no text. `context`: `pieces.left_context` of the prompt."""
     match pieces:
         case ByteLevelPieces():
             return ByteLevelText(pieces, skipped, context)

@@ -1,7 +1,7 @@
-"""`ChoiceStream`: what one sequence of an answer says at each step, text and tokens in step with each other.
+"""`ChoiceStream`: the chunks of one choice of an answer, with text and tokens synchronized.
 
-Text is held back while a character or a stop string may be incomplete. A token is told, once, when all of its text has
-been; those that leave no text (special tokens, the one that ended the sequence) are told by the end at the latest.
+Text is held back while a character or a stop string may be incomplete. A token is sent once all of its text has been
+sent; those without text (special tokens, the one that ended the sequence) are sent by the end at the latest.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Telling:
-    """What an answer says beside its text.
+    """What an answer contains beside its text.
 
-    `num_logprobs`: so many likeliest tokens with each token, or None; with an echo, with the prompt's tokens too.
-    `num_prompt_logprobs`: those of the prompt, apart. `has_output`: False where only the echo is wanted. `is_ranked`:
-    more sequences are generated than are told.
+    Attributes:
+        num_logprobs: Number of likeliest tokens with each token; None for none. With an echo, the prompt's too.
+        num_prompt_logprobs: The same for the prompt's tokens, in a field of their own.
+        has_token_ids: Prompt and choices have token ids.
+        has_echo: The prompt is repeated.
+        has_output: False if only the echo is wanted.
+        is_ranked: More sequences are generated than returned.
     """
 
     num_logprobs: int | None = None
@@ -56,13 +60,13 @@ class Telling:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt of a request; `echo` where it is to be repeated."""
+    """One prompt of a request; `echo` if it is to be repeated."""
 
     token_ids: Sequence[int]
     echo: Echo | None = None
 
     def left_context(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> Sequence[int]:
-        """What an answer's text goes on from: the prompt as it is told, or as it would be."""
+        """The last ids of the prompt, after which an answer's text continues."""
         if self.echo is not None:
             return self.echo.context
         return tokenizer.left_context(self.token_ids, skip_special_tokens=skip_special_tokens)
@@ -76,9 +80,9 @@ class PromptDetails:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceChunk:
-    """What a choice says now; one with a finish reason is its last. All of them joined are the choice.
+    """A part of a choice; the one with a finish reason is the last. Joined, the parts are the choice.
 
-    `echoed` (the prompt's tokens) and `prompt` come with the first one, where they were asked for.
+    `echoed` (the prompt's tokens) and `prompt` are in the first one, if they were requested.
     """
 
     index: int
@@ -91,16 +95,16 @@ class ChoiceChunk:
 
 
 class ChoiceStream:
-    """Of one sequence. Feed it every delta; it answers with a chunk whenever there is something to say.
+    """One per sequence. `add` takes every delta and returns a chunk if there is something to send.
 
     Args:
-        index: The choice's place.
-        telling: What is told beside the text.
-        prompt: What the sequence follows.
-        tokenizer: Whose tokens they are.
-        context: As the sequence's detokenizer has it, and so are the rest.
-        skip_special_tokens: As above.
-        spaces_between_special_tokens: As above.
+        index: The choice's index in the answer.
+        telling: What is sent beside the text.
+        prompt: The sequence's prompt.
+        tokenizer: The model's tokenizer.
+        context: These three as in the sequence's `IncrementalDetokenizer`.
+        skip_special_tokens: See there.
+        spaces_between_special_tokens: See there.
     """
 
     def __init__(
@@ -154,7 +158,7 @@ class ChoiceStream:
 
     @property
     def mean_logprob(self) -> float:
-        """By which the best of several are chosen."""
+        """For choosing the best of several sequences."""
         return self._sum_logprobs / max(self._num_tokens, 1)
 
     def _with_prompt(self, chunk: ChoiceChunk) -> ChoiceChunk:

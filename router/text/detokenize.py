@@ -1,7 +1,7 @@
 """`IncrementalDetokenizer`: token ids in, finished text out, with stop strings.
 
-Used by the router and the LLM API, one per sequence. It never releases part of a character, nor text that may turn out
-to be the start of a stop string; the pieces that it returns, joined, are the sequence's text.
+Used by the router and the LLM API, one per sequence. It never returns part of a character, nor text that may be the
+start of a stop string. The parts that it returns, joined, are the sequence's text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tensorweave.router.text.tokens import Tokenizer
 
 
 class StopStrings:
-    """Watches a stream of text for the stop string that is complete first, whatever the borders of the pieces."""
+    """Finds the first complete stop string in a stream of text, also across the borders of its parts."""
 
     def __init__(self, stops: Sequence[str], *, is_included: bool) -> None:
         assert all(stops), "an empty stop string"
@@ -26,7 +26,7 @@ class StopStrings:
         return bool(self._stops)
 
     def push(self, text: str) -> str:
-        """The text that is safe to release. After a hit, `found` is set and nothing more comes."""
+        """Add text and return what cannot belong to a stop string. After a hit, `found` is set and the text ends."""
         if not self._stops:
             return text
         if self.found is not None:
@@ -48,7 +48,7 @@ class StopStrings:
         return held
 
     def _num_held(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
+        """The length of the longest suffix of `text` that is the start of a stop string."""
         longest = 0
         for stop in self._stops:
             for size in range(min(len(stop) - 1, len(text)), longest, -1):
@@ -59,16 +59,16 @@ class StopStrings:
 
 
 class IncrementalDetokenizer:
-    """Text of one sequence, piece by piece.
+    """Text of one sequence, part by part.
 
     Args:
-        tokenizer: Whose tokens they are.
-        context: The prompt's `Tokenizer.left_context`: the text goes on from it, with its space or its character.
-        skip_special_tokens: Special tokens leave no text.
-        spaces_between_special_tokens: Passed to tokenizers without a Rust backend, which alone know it.
-        stop: Stop strings; the first to be complete ends the text, and `stop_reason` names it.
+        tokenizer: The model's tokenizer.
+        context: The prompt's `Tokenizer.left_context`, after which the text continues.
+        skip_special_tokens: Special tokens have no text.
+        spaces_between_special_tokens: For tokenizers without a Rust backend; others ignore it.
+        stop: Stop strings. The first that is complete ends the text and becomes `stop_reason`.
         include_stop_str_in_output: Keep the stop string, or the text of a stop token, at the end.
-        min_tokens: Stop strings count only in the text of tokens after the first so many.
+        min_tokens: Stop strings are ignored in the text of the first `min_tokens` tokens.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class IncrementalDetokenizer:
 
     @property
     def stop_reason(self) -> str | None:
-        """The stop string that ended the text, if one did."""
+        """The stop string that ended the text; None if none did."""
         return self._stops.found
 
     def push(self, token_ids: Sequence[int], *, ends_with_stop_token: bool = False) -> str:
-        """New text that these ids complete. With `ends_with_stop_token`, the last id stopped the sequence: left out."""
+        """The text that these ids complete. `ends_with_stop_token`: the last id ended the sequence and has no text."""
         if ends_with_stop_token and not self._keeps_stop:
             token_ids = token_ids[:-1]
         if not self._free_tokens:
@@ -111,6 +111,6 @@ class IncrementalDetokenizer:
         return self._text.add(free) + (self._stops.push(self._text.add(watched)) if watched else "")
 
     def flush(self) -> str:
-        """At the end: incomplete characters as U+FFFD, and what was held back. May still find a stop string."""
+        """The rest at the end: held text, with incomplete characters as U+FFFD. It may still find a stop string."""
         text = self._stops.push(self._text.finish())
         return text + self._stops.flush()

@@ -1,7 +1,7 @@
-"""`Echo`: a prompt's text as an answer repeats it, and where its tokens lie in that text.
+"""`Echo`: a prompt's text as an answer repeats it, and the positions of its tokens in that text.
 
-A prompt given as text is repeated as it came; the tokens that the tokenizer put around it have no part in it. A prompt
-given as token ids, or cut, is repeated as the text of its tokens, special tokens included.
+A prompt given as text is repeated unchanged, without the special tokens that the tokenizer added. A prompt given as
+token ids, or truncated, is repeated as the text of its tokens, special tokens included.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _OFFSETS: Final = "q"
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """What an answer repeats of its prompt.
+    """The part of the prompt that an answer repeats.
 
     Attributes:
         text: The prompt's text.
-        context: The last ids of it, from which the answer's text goes on.
-        offsets: Where the tokens are told too, where each begins in the text.
-        owns: As `PlacedToken.own`, of each.
-        begin_text: As `PlacedToken.begins_text`, of each.
+        context: Its last ids, after which the answer's text continues.
+        offsets: `PlacedToken.offset` of each token; empty if the tokens are not returned.
+        owns: `PlacedToken.own` of each token.
+        begin_text: `PlacedToken.begins_text` of each token.
     """
 
     text: str
@@ -42,7 +42,7 @@ class Echo:
         return cls(text, context, *columns)
 
     def pack(self) -> list[Any]:
-        """As msgpack fields: a large body is read in another process."""
+        """As msgpack fields, because large bodies are parsed in another process."""
         offsets = array.array(_OFFSETS, self.offsets).tobytes()
         return [self.text, list(self.context), offsets, list(self.owns), bytes(self.begin_text)]
 
@@ -54,13 +54,13 @@ class Echo:
 
 
 class EchoedTokens(Sequence[PlacedToken]):
-    """The tokens of an echo with their log-probabilities, made a slice at a time: a prompt may have 100,000."""
+    """The tokens of an echo with their log-probabilities, made slice by slice: a prompt may have 100,000 tokens."""
 
     def __init__(self, echo: Echo, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
         self._echo = echo
         self._token_ids = token_ids
         self._logprobs = logprobs
-        """Of all but the first."""
+        """Of all tokens but the first."""
 
     def __len__(self) -> int:
         return len(self._token_ids)
@@ -83,14 +83,14 @@ class EchoedTokens(Sequence[PlacedToken]):
 
 @dataclass(frozen=True, slots=True)
 class EchoRequest:
-    """What is to be repeated.
+    """What to repeat.
 
     Attributes:
         token_ids: The prompt, checked against the model's vocabulary.
-        given: Its text, where it was given as text and is not cut.
-        num_added: How many of the first and of the last ids the tokenizer put around that text.
-        has_tokens: The tokens are told too.
-        is_all: No answer follows, so that a character in parts is not to be completed.
+        given: Its text, if it was given as text and is not truncated.
+        num_added: How many ids the tokenizer added before and after that text.
+        has_tokens: The tokens are returned too.
+        is_all: No output follows, so an incomplete character stays incomplete.
     """
 
     token_ids: Sequence[int]
@@ -101,7 +101,7 @@ class EchoRequest:
 
 
 def read_echo(tokenizer: Tokenizer, asked: EchoRequest) -> Echo:
-    """The given text is repeated unless its tokens are told and read as another text (a tokenizer that normalizes)."""
+    """The given text, unless tokens are returned: those of a tokenizer that normalizes may have another text."""
     first, last = _shown(tokenizer, asked)
     context = tuple(tokenizer.left_context(asked.token_ids[first:last], skip_special_tokens=False))
     if asked.given is not None and not asked.has_tokens:
@@ -118,7 +118,7 @@ def read_echo(tokenizer: Tokenizer, asked: EchoRequest) -> Echo:
 
 
 def _shown(tokenizer: Tokenizer, asked: EchoRequest) -> tuple[int, int]:
-    """The ids from the first to before the last have a part in the text."""
+    """The range of the ids that are part of the text."""
     num_ids = len(asked.token_ids)
     if asked.given is None:
         return 0, num_ids

@@ -1,4 +1,4 @@
-"""From a sequence's tokens to its text: dispatch and detokenization joined; several merged into one stream."""
+"""From a sequence's tokens to its text: dispatch and detokenization combined; several sequences in one stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tensorweave.router.text.detokenize import IncrementalDetokenizer
 
 
 class TokensOnly:
-    """In place of a detokenizer where no text is wanted."""
+    """A detokenizer for requests that need no text."""
 
     has_stop_strings = False
     stop_reason = None
@@ -28,9 +28,9 @@ class TokensOnly:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One sequence of a request, ready to run. `index` is its place among the answer's choices.
+    """One sequence of a request, ready to run. `index` is its index in the answer's choices.
 
-    `first_tokens` are a context phase's: the answer begins with them, and the request's `fetch` goes on from there.
+    `first_tokens` are from a context phase: the answer starts with them, and the request's `fetch` continues them.
     """
 
     index: int
@@ -43,11 +43,11 @@ class Job:
 
 @dataclass(slots=True)
 class TextDelta:
-    """What one step added to one sequence. `text` may be empty: a character or a possible stop string is not complete.
-    Not frozen, as `TokenChunk`: there is one for each token.
+    """What one step added to one sequence. `text` is empty while a character or a possible stop string is incomplete.
+    Like `TokenChunk` it is not frozen, because there is one per token.
 
-    `stop_reason` is the stop string or the asked-for stop token that ended it; None for the model's own end. What was
-    asked for beside the tokens is as in `TokenChunk`: log-probabilities of these `token_ids`, and so on.
+    `stop_reason` is the stop string or the requested stop token that ended it; None for the model's own end token.
+    Log-probabilities and logits are as in `TokenChunk`.
     """
 
     index: int
@@ -67,7 +67,7 @@ class TextDelta:
 
 
 async def generate_text(dispatcher: Dispatcher, job: Job) -> AsyncGenerator[TextDelta, None]:
-    """Deltas until the one with a finish reason. A stop string ends the sequence here and cancels it at the gang."""
+    """Deltas until the one with a finish reason. A stop string ends the sequence here, which cancels it at the gang."""
     stream = dispatcher.generate(job.request, session=job.session, first_tokens=job.first_tokens)
     async with aclosing(stream) as chunks:
         async for chunk in chunks:
@@ -78,8 +78,8 @@ async def generate_text(dispatcher: Dispatcher, job: Job) -> AsyncGenerator[Text
 
 
 async def generate_first(dispatcher: Dispatcher, job: Job) -> tuple[TextDelta, Ticket | None]:
-    """A context phase: the first token's text, and the ticket that a generation phase goes on with, unless it is
-    over."""
+    """Run a context phase: the first token's text, and the ticket for the generation phase unless the sequence
+    ended."""
     handoff = await dispatcher.prefill(job.request)
     delta = _text_safely_of(job, handoff.chunk)
     return delta, handoff.ticket if delta.finish_reason == "not_finished" else None
@@ -88,7 +88,7 @@ async def generate_first(dispatcher: Dispatcher, job: Job) -> tuple[TextDelta, T
 def _text_safely_of(job: Job, chunk: TokenChunk) -> TextDelta:
     try:
         return _text_of(job, chunk)
-    except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:  # a tokenizer's own code
+    except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:  # raised by a user's tokenizer
         raise raised_by_user(error) from error
 
 
@@ -120,7 +120,7 @@ def _text_of(job: Job, chunk: TokenChunk) -> TextDelta:
 
 
 def _push(detokenizer: IncrementalDetokenizer | TokensOnly, chunk: TokenChunk) -> tuple[str, int]:
-    """The text, and how many of the tokens are the answer's: of several, one before the last may end it."""
+    """The text, and how many of the tokens belong to the answer: a stop string may end it before the last one."""
     token_ids, ends_with_stop_token = chunk.token_ids, chunk.stop_reason is not None
     if len(token_ids) < 2 or not detokenizer.has_stop_strings:
         return detokenizer.push(token_ids, ends_with_stop_token=ends_with_stop_token), len(token_ids)

@@ -1,8 +1,8 @@
-"""What each token of a vocabulary adds to a text, by the tokenizer's decoder; `assembly` makes text of it.
+"""What each token of a vocabulary adds to a text, according to the tokenizer's decoder. Used by `assembly`.
 
-Three kinds: byte-level BPE (one UTF-8 byte stream), SentencePiece-like byte fallback (pieces of text between runs of
-single bytes), and any other, of which only the decode of a list of ids is known. Each kind knows its left context: the
-last few ids of a prompt, after which an answer reads as it would after the whole prompt.
+There are three kinds: byte-level BPE (one UTF-8 byte stream), SentencePiece-like byte fallback (pieces of text between
+runs of single bytes), and all others, which can only decode a list of ids. Each kind finds a prompt's left context: the
+last few ids, after which an answer has the same text as after the whole prompt.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, Final
 import tokenizers
 
 REPLACEMENT: Final = "\ufffd"
-_MAX_PENDING_BYTES: Final = 3  # of a UTF-8 character that is not complete
-_WINDOW_CONTEXT: Final = 16  # tokens: a character in parts, and enough before it for any decoder
+_MAX_PENDING_BYTES: Final = 3  # of an incomplete UTF-8 character
+_WINDOW_CONTEXT: Final = 16  # tokens: an incomplete character, and enough before it for any decoder
 
 
 def decode_utf8(raw: bytes) -> str | None:
-    """The text of `raw`, or None where it is no whole characters."""
+    """The text of `raw`; None if it is not complete characters."""
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -28,7 +28,7 @@ def decode_utf8(raw: bytes) -> str | None:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The printable stand-ins that byte-level BPE writes for the 256 bytes (GPT-2's table, inverted)."""
+    """The 256 bytes by the printable characters that byte-level BPE writes for them (GPT-2's table, inverted)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     rest = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
@@ -38,7 +38,7 @@ _BYTE_OF: Final = _byte_level_alphabet()
 
 
 def _named_byte(token: str) -> int | None:
-    """The byte that byte fallback spells `<0xE4>`."""
+    """The byte of a byte fallback token such as `<0xE4>`."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         try:
             return int(token[3:5], 16)
@@ -69,7 +69,7 @@ class ByteLevelPieces:
         return self[token_id]
 
     def left_context(self, token_ids: Sequence[int], hidden: Set[int]) -> Sequence[int]:
-        """The last ids, as many as a character that they leave incomplete may take."""
+        """The last ids, as many as an incomplete character at the end may have."""
         context: list[int] = []
         num_bytes = 0
         for token_id in reversed(token_ids):
@@ -116,14 +116,14 @@ class ByteFallbackPieces:
         return piece[num_lost:].encode()
 
     def left_context(self, token_ids: Sequence[int], hidden: Set[int]) -> Sequence[int]:
-        """What is left of the last run of bytes, and as much before it as settles which spaces the text loses."""
+        """The incomplete end of the last run of bytes, and enough before it to decide which spaces the text loses."""
         texts: list[int] = []
         run: list[tuple[int, int]] = []
         for token_id in reversed(token_ids):
             piece = None if token_id in hidden else self[token_id]
             if isinstance(piece, int):
                 if texts:
-                    texts.append(token_id)  # any byte will do: there is text before those spaces
+                    texts.append(token_id)  # one byte is enough: there is text before those spaces
                     break
                 run.append((token_id, piece))
             elif piece:
@@ -134,8 +134,8 @@ class ByteFallbackPieces:
 
 
 def _rest_of_run(run: Sequence[tuple[int, int]]) -> list[int]:
-    """Of a run of byte tokens, the ids that leave an assembler as the whole run does: the last character and what
-    follows it, or the first malformed bytes."""
+    """The ids of a run that put an assembler into the same state as the whole run: the last character and what follows
+    it, or the first malformed bytes."""
     raw = bytes([byte for _, byte in run])
     try:
         _, start = codecs.utf_8_decode(raw, "strict", False)
@@ -150,13 +150,13 @@ def _rest_of_run(run: Sequence[tuple[int, int]]) -> list[int]:
 
 
 class WindowedPieces:
-    """Any other tokenizer: only its own decode of a list of ids is known.
+    """Any other tokenizer, which can only decode a list of ids.
 
     Args:
         decode: The text of a list of ids, special tokens included.
-        knows: Whether the tokenizer has such an id at all.
-        spelling: How its vocabulary spells a token.
-        some_text: The ids of any text, to read a token behind.
+        knows: Whether the tokenizer has an id.
+        spelling: The vocabulary's entry for an id.
+        some_text: The ids of any text, after which single tokens are decoded.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ Pieces = ByteLevelPieces | ByteFallbackPieces | WindowedPieces
 
 
 def read_pieces(backend: tokenizers.Tokenizer) -> ByteLevelPieces | ByteFallbackPieces | None:
-    """The fast table that fits this tokenizer's decoder, or None where only a window will do."""
+    """The table for this tokenizer's decoder; None if only a window over its decode works."""
     if backend.decoder is None:
         return None
     decoder: dict[str, Any] = json.loads(backend.decoder.__getstate__())

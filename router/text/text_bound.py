@@ -1,4 +1,4 @@
-"""How long a text can be and still fit a context: a check that costs nothing, made before a text is tokenized."""
+"""The longest text that can fit a context: a cheap check before a text is tokenized."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any, Final
 
 import tokenizers
 
-# Normalizers that never make a text shorter, and those that compose characters: NFC and NFKC write at most four code
-# points as one (Unicode's stability bound on the length of a decomposition).
+# Normalizers that never shorten a text, and those that compose characters: NFC and NFKC replace at most four code
+# points by one (Unicode's stability bound on the length of a decomposition).
 _LENGTH_KEEPING: Final = frozenset({"Prepend", "NFD", "NFKD", "Lowercase", "ByteLevel"})
 _COMPOSING: Final = frozenset({"NFC", "NFKC"})
 _COMPOSED_CHARS: Final = 4
 
 
 def max_chars_per_token(rust: tokenizers.Tokenizer) -> int | None:
-    """The most characters of a text that one token can stand for; None where there is no such bound.
+    """The most characters of a text that one token can represent; None if there is no bound.
 
-    A byte-pair vocabulary without an unknown token has one: the length of its longest entry. Other models may write a
-    whole word, or any run of unknown characters, as one token.
+    A byte-pair vocabulary without an unknown token has a bound: the length of its longest entry. Other models may
+    encode a whole word, or any run of unknown characters, as one token.
     """
     parts: dict[str, Any] = json.loads(rust.to_str())
     model = parts["model"]
@@ -26,7 +26,7 @@ def max_chars_per_token(rust: tokenizers.Tokenizer) -> int | None:
     if model["type"] != "BPE" or not (is_byte_level or model["byte_fallback"]):
         return None
     if any(token["lstrip"] or token["rstrip"] for token in parts["added_tokens"]):
-        return None  # such a token takes any amount of white space with it
+        return None  # such a token includes any amount of adjacent white space
     shrinking = 1
     for normalizer in _parts_of(parts["normalizer"], "normalizers"):
         if normalizer["type"] in _COMPOSING:

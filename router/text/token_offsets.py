@@ -1,4 +1,4 @@
-"""`TokenOffsets`: where each token of a text lies in it, told once the token's text has been."""
+"""`TokenOffsets`: the position of each token in a text, returned once the token's text has been."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tensorweave.router.text.tokens import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class PlacedToken:
-    """A token of a choice.
+    """A token of a choice, with its position in the choice's text.
 
     Attributes:
         token_id: Its id.
-        logprobs: Empty for a prompt's first token, and where none were asked for.
-        offset: Where it begins in the choice's text.
-        own: Its part of that text; bytes where these are no whole characters there; None where it has no part in the
-            text (a special token that is skipped, or one that the tokenizer put around a prompt given as text).
-        begins_text: No text is before it.
+        logprobs: Empty for a prompt's first token, and if none were requested.
+        offset: Index of its first character in the text.
+        own: Its part of the text; bytes if these are not complete characters; None if it has no part in the text (a
+            skipped special token, or one that the tokenizer added to a prompt given as text).
+        begins_text: There is no text before it.
     """
 
     token_id: int
@@ -33,7 +33,7 @@ class PlacedToken:
 
 
 class TokenOffsets:
-    """Fed with the tokens that an `IncrementalDetokenizer` is fed with, over an assembler like its own."""
+    """Takes the same tokens as an `IncrementalDetokenizer`, with an assembler like its own."""
 
     def __init__(
         self, tokenizer: Tokenizer, assembler: TextAssembler, num_chars: int, *, skip_special_tokens: bool
@@ -43,7 +43,7 @@ class TokenOffsets:
         self._num_chars = num_chars
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._waiting: list[tuple[PlacedToken, int | None]] = []
-        """With the end of its text; None for a token that ends within a character."""
+        """Each with the end of its text; None if the token ends within a character."""
 
     def add(self, token_ids: Iterable[int], logprobs: Sequence[TokenLogprobs] = ()) -> str:
         """The text that these ids complete."""
@@ -62,13 +62,13 @@ class TokenOffsets:
         return "".join(texts)
 
     def finish(self) -> str:
-        """The text of what is incomplete, where no more ids come."""
+        """The incomplete text at the end."""
         text = self._assembler.finish()
         self._num_chars += len(text)
         return text
 
     def release(self, num_chars: int) -> list[PlacedToken]:
-        """Those whose text lies within the first `num_chars` characters, each once."""
+        """Remove and return the tokens whose text lies within the first `num_chars` characters."""
         num_ready = 0
         for place, (_, end) in enumerate(self._waiting, start=1):
             if end is None:
@@ -81,7 +81,7 @@ class TokenOffsets:
         return ready
 
     def end(self, num_chars: int) -> list[PlacedToken]:
-        """All that wait: no more text comes than `num_chars` characters."""
+        """Remove and return all tokens; the text ends after `num_chars` characters."""
         rest = [
             token if token.offset <= num_chars else dataclasses.replace(token, offset=num_chars)
             for token, _ in self._waiting
@@ -90,7 +90,7 @@ class TokenOffsets:
         return rest
 
     def _move_back(self, start: int) -> None:
-        """Tokens that seemed to begin a character begin where the character that they are part of does."""
+        """Correct tokens that are part of a character which begins at `start`."""
         for place in range(len(self._waiting) - 1, -1, -1):
             token, end = self._waiting[place]
             if end is not None or token.offset <= start:

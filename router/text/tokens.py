@@ -1,7 +1,7 @@
 """`Tokenizer`: text and chats to token ids and back, around any transformers tokenizer.
 
-Used by the HTTP router and by the LLM API. The Rust tokenizer underneath is driven directly (a short chat is rendered
-and encoded in about 50 µs). It can be pickled, for the worker processes that read large request bodies.
+Used by the HTTP router and by the LLM API. It calls the underlying Rust tokenizer directly (a short chat is rendered
+and encoded in about 50 µs). It can be pickled, for the worker processes that parse large request bodies.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from tensorweave.router.text.text_bound import max_chars_per_token
 
 ChatMessage = Mapping[str, Any]
 _LONG_TEXT_CHARS: Final = 4096
-"""Above about 1 ms of encoding, the interpreter's lock is given up meanwhile; below, that costs more than it gains."""
+"""From about 1 ms of encoding on, the interpreter's lock is released meanwhile; below, that costs more than it
+gains."""
 
 
 def flatten_content(content: str | Sequence[Mapping[str, Any]] | None) -> str:
-    """A message's content as one string: text parts are joined; other parts are refused."""
+    """A message's content as one string. Raises RequestRejected for parts that are not text."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -42,9 +43,9 @@ def flatten_content(content: str | Sequence[Mapping[str, Any]] | None) -> str:
 
 
 class Tokenizer:
-    """A transformers tokenizer with the few verbs that serving needs. Safe to use from several threads.
+    """A transformers tokenizer with the methods that serving needs. Safe to use from several threads.
 
-    `uses_rust`: go straight to the Rust tokenizer underneath, where there is one.
+    `uses_rust`: call the underlying Rust tokenizer directly, if there is one.
     """
 
     def __init__(self, backend: Any, *, uses_rust: bool = True) -> None:
@@ -61,7 +62,7 @@ class Tokenizer:
 
     @staticmethod
     def _private_copy(rust: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-        """transformers sets truncation and padding on its own object at each call, in any thread; ours stays."""
+        """A copy, because transformers changes truncation and padding of its own object in each call, in any thread."""
         private: tokenizers.Tokenizer = copy.deepcopy(rust)
         private.no_truncation()
         private.no_padding()
@@ -76,12 +77,12 @@ class Tokenizer:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> Tokenizer:
-        """From a directory, a hub id, a transformers tokenizer, or a `Tokenizer`, which is returned as it is. Mode
-        'slow' leaves all to transformers' own methods. Raises ValueError, OSError."""
+        """From a directory, a hub id, a transformers tokenizer, or a `Tokenizer`, which is returned unchanged. Mode
+        'slow' uses transformers' own methods only. Raises ValueError, OSError."""
         if isinstance(source, Tokenizer):
             return source
-        from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoTokenizer  # here: it takes a second and torch, and a worker process needs neither
+        from huggingface_hub.errors import StrictDataclassError  # here: it imports torch, which workers do not need
+        from transformers import AutoTokenizer
 
         uses_rust = tokenizer_mode != "slow"
         if not isinstance(source, str | Path):
@@ -92,7 +93,7 @@ class Tokenizer:
             backend = AutoTokenizer.from_pretrained(
                 str(source), use_fast=uses_rust, revision=revision or "main", trust_remote_code=trust_remote_code
             )
-        except (KeyError, TypeError, StrictDataclassError) as error:  # it reads config.json too, and trusts it
+        except (KeyError, TypeError, StrictDataclassError) as error:  # it also reads config.json, without checking it
             raise ValueError(f"no tokenizer can be loaded from {source}: {' '.join(str(error).split())}") from error
         return cls(backend, uses_rust=uses_rust)
 
@@ -105,7 +106,7 @@ class Tokenizer:
 
     @property
     def is_rust(self) -> bool:
-        """The Rust tokenizer does the work, about ten times as fast as Python."""
+        """Whether the Rust tokenizer is used, which is about ten times as fast as Python."""
         return self._rust is not None
 
     @property
@@ -120,7 +121,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids that the tokenizer knows, added tokens included. The model's own vocabulary may be padded beyond it."""
+        """Number of the tokenizer's ids, added tokens included. The model's vocabulary may be padded beyond it."""
         return len(self.backend)
 
     @property
@@ -128,7 +129,7 @@ class Tokenizer:
         return bool(self.backend.chat_template)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, truncate: int | None = None) -> list[int]:
-        """Token ids of `text`; `truncate` keeps the last so many."""
+        """Token ids of `text`, only the last `truncate` if that is given."""
         ids: list[int]
         if self._rust is not None:
             ids = self._encode(text, add_special_tokens=add_special_tokens)
@@ -137,7 +138,7 @@ class Tokenizer:
         return ids if truncate is None else ids[-truncate:]
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """The Rust tokenizer gives up the interpreter's lock for a batch only."""
+        """A long text goes as a batch: only then does the Rust tokenizer release the interpreter's lock."""
         assert self._rust is not None
         if len(text) <= _LONG_TEXT_CHARS:
             ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
@@ -157,7 +158,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The chat template's text. Raises RequestRejected (param 'messages') when the template refuses."""
+        """The chat template's text. Raises RequestRejected (param 'messages') if the template refuses."""
         if not self.has_chat_template:
             raise RequestRejected("this model's tokenizer has no chat template; use /v1/completions", param="messages")
         extra = template_kwargs or {}
@@ -187,7 +188,7 @@ class Tokenizer:
     def decode(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
     ) -> str:
-        """The text of all ids at once; ids that the tokenizer does not know leave nothing."""
+        """The text of all ids together; unknown ids have no text."""
         text: str
         if self._rust is not None:
             text = self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -205,13 +206,13 @@ class Tokenizer:
         return self.decode([token_id], skip_special_tokens=False)
 
     def token_bytes(self, token_id: int, *, begins_text: bool = False) -> bytes:
-        """What one token adds to a text, special tokens included; it may end within a character. Nothing for ids that
-        the tokenizer lacks. `begins_text`: there is no text before it, where some tokenizers leave out its space."""
+        """What one token adds to a text, special tokens included; it may end within a character. Empty for unknown ids.
+        `begins_text`: there is no text before it, where some tokenizers drop its leading space."""
         table = self.pieces(spaces_between_special_tokens=True)
         return table.token_bytes(token_id, begins_text=begins_text or token_id in self.special_ids)
 
     def knows(self, token_id: int) -> bool:
-        """Whether the tokenizer has this id; a model's vocabulary may be larger."""
+        """Whether the tokenizer has this id. A model's vocabulary may be larger."""
         if self._rust is not None:
             return self._rust.id_to_token(token_id) is not None
         return token_id in self._all_ids
@@ -222,7 +223,7 @@ class Tokenizer:
 
     @functools.cached_property
     def num_added_tokens(self) -> tuple[int, int]:
-        """How many special tokens `encode` puts before a text, and how many behind it."""
+        """How many special tokens `encode` adds before and after a text."""
         bare, full = self.encode("a", add_special_tokens=False), self.encode("a")
         for start in range(len(full) - len(bare) + 1):
             if full[start : start + len(bare)] == bare:
@@ -230,17 +231,18 @@ class Tokenizer:
         return 0, 0
 
     def token_names(self, token_ids: Sequence[int]) -> list[str]:
-        """How the vocabulary spells each token."""
+        """The vocabulary's entry for each token."""
         names: list[str | None] = self.backend.convert_ids_to_tokens(list(token_ids))
         return [name or "" for name in names]
 
     def word_ids(self, word: str) -> list[list[int]]:
-        """The token sequences that a word is written with: within a text, and behind a space."""
+        """The token sequences that encode a word: within a text, and after a space."""
         spellings = [self._ids_within(prefix + word) for prefix in ("", " ")]
         return [ids for place, ids in enumerate(spellings) if ids and ids not in spellings[:place]]
 
     def _ids_within(self, text: str) -> list[int]:
-        """Encoded behind a line's end, where that is told apart: some tokenizers put a space before a text."""
+        """Encode `text` after a line break if the result can be separated: some tokenizers add a space before a
+        text."""
         before = self.encode("\n", add_special_tokens=False)
         ids = self.encode("\n" + text, add_special_tokens=False)
         if before and len(ids) > len(before) and ids[: len(before)] == before:
@@ -254,17 +256,17 @@ class Tokenizer:
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
     ) -> TextAssembler:
-        """Text from ids, a few at a time, behind `context`, which is a prompt's `left_context`."""
+        """Text from ids, a few at a time, after `context`, which is a prompt's `left_context`."""
         skipped = self.special_ids if skip_special_tokens else frozenset[int]()
         return assemble(self.pieces(spaces_between_special_tokens=spaces_between_special_tokens), skipped, context)
 
     def left_context(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> Sequence[int]:
-        """The last ids of a prompt, so many that an answer's text reads behind them as behind all of it."""
+        """The last ids of a prompt, enough that an answer has the same text after them as after all of it."""
         hidden = self.special_ids if skip_special_tokens else frozenset[int]()
         return self.pieces(spaces_between_special_tokens=True).left_context(prompt, hidden)
 
     def pieces(self, *, spaces_between_special_tokens: bool) -> Pieces:
-        """What an assembler reads: a table of the tokens, or a window over `decode`."""
+        """What an assembler uses: a table of the tokens, or a window over `decode`."""
         if self._pieces is not None:
             return self._pieces
         return self._windows[spaces_between_special_tokens]

@@ -26,7 +26,7 @@ def test_shares() -> None:
         second.take(4)
         with pytest.raises(Overloaded):
             second.take(1)
-        first.give_back()
+        first.release()
         second.take(1)
         assert memory.num_bytes == 5
     assert memory.num_bytes == 0

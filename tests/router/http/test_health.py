@@ -50,7 +50,7 @@ def report_of(*pools: dict[str, Any]) -> HealthReport:
 def test_a_service_whose_answering_gangs_are_stuck_is_ill(pools: list[dict[str, Any]]) -> None:
     report = report_of(*pools)
     assert not report.is_healthy
-    assert report.reason == "no step loop has gone round for 31.0 s"
+    assert report.reason == "no step loop has made progress for 31.0 s"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_service_whose_answering_gangs_are_stuck_is_ill(pools: list[dict[str, 
 def test_a_stuck_gang_that_others_make_up_for_is_told(pools: list[dict[str, Any]]) -> None:
     report = report_of(*pools)
     assert report.is_healthy
-    assert report.reason == "gang stuck: its step loop has not gone round for 31.0 s"
+    assert report.reason == "gang stuck: its step loop has made no progress for 31.0 s"
 
 
 def test_a_sound_service_has_nothing_to_tell() -> None:
