@@ -79,7 +79,7 @@ class _Gangs(Collector):
     def collect(self) -> Iterator[Metric]:
         for name in dict.fromkeys(name for values in self.gauges.values() for name in values):
             plain = name.removesuffix("_total")
-            shown, text = _OF_GANGS.get(name, (plain, f"The gang's {plain.replace('_', ' ')}, as its ranks say."))
+            shown, text = _OF_GANGS.get(name, (plain, f"The gang's {plain.replace('_', ' ')}, as its ranks report it."))
             kind = GaugeMetricFamily if name == plain else CounterMetricFamily
             family = kind(f"tensorweave_{shown}", text, labels=["model_name", "gang"])
             for gang_id, values in self.gauges.items():

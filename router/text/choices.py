@@ -124,14 +124,14 @@ class ChoiceStream:
         self._echo = prompt.echo or Echo("")
         self._has_begun = False
         self._num_chars = len(self._echo.text)
-        self._track: TokenOffsets | None = None
+        self._tokens: TokenOffsets | None = None
         if telling.has_tokens:
             assembler = tokenizer.assembler(
                 context,
                 skip_special_tokens=skip_special_tokens,
                 spaces_between_special_tokens=spaces_between_special_tokens,
             )
-            self._track = TokenOffsets(tokenizer, assembler, self._num_chars, skip_special_tokens=skip_special_tokens)
+            self._tokens = TokenOffsets(tokenizer, assembler, self._num_chars, skip_special_tokens=skip_special_tokens)
         self._prompt_logprobs: Sequence[TokenLogprobs] | None = None
         self._sum_logprobs = 0.0
         self._num_tokens = 0
@@ -143,16 +143,16 @@ class ChoiceStream:
         is_last = delta.finish_reason is not None
         if delta.prompt_logprobs is not None:
             self._prompt_logprobs = delta.prompt_logprobs
-        if self._track is not None:
-            self._track.add(delta.token_ids, delta.logprobs)
+        if self._tokens is not None:
+            self._tokens.add(delta.token_ids, delta.logprobs)
         begins = not self._has_begun
         text = self._echo.text + delta.text if begins else delta.text
         if not text and not is_last:
             return None
         self._has_begun = True
         tokens: Sequence[PlacedToken] = ()
-        if self._track is not None:
-            tokens = self._track.end(self._num_chars) if is_last else self._track.release(self._num_chars)
+        if self._tokens is not None:
+            tokens = self._tokens.end(self._num_chars) if is_last else self._tokens.release(self._num_chars)
         chunk = ChoiceChunk(self._index, text, tokens, delta.finish_reason, delta.stop_reason)
         return self._with_prompt(chunk) if begins else chunk
 

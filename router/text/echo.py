@@ -106,15 +106,15 @@ def read_echo(tokenizer: Tokenizer, asked: EchoRequest) -> Echo:
     context = tuple(tokenizer.left_context(asked.token_ids[first:last], skip_special_tokens=False))
     if asked.given is not None and not asked.has_tokens:
         return Echo(asked.given, context)
-    track = TokenOffsets(tokenizer, tokenizer.assembler(skip_special_tokens=False), 0, skip_special_tokens=False)
-    text = track.add(asked.token_ids[first:last])
+    tokens = TokenOffsets(tokenizer, tokenizer.assembler(skip_special_tokens=False), 0, skip_special_tokens=False)
+    text = tokens.add(asked.token_ids[first:last])
     if asked.is_all:
-        text += track.finish()
+        text += tokens.finish()
     if not asked.has_tokens:
         return Echo(text, context)
     before = [PlacedToken(token_id, (), 0) for token_id in asked.token_ids[:first]]
-    behind = [PlacedToken(token_id, (), len(text)) for token_id in asked.token_ids[last:]]
-    return Echo.of(text, context, [*before, *track.end(len(text)), *behind])
+    after = [PlacedToken(token_id, (), len(text)) for token_id in asked.token_ids[last:]]
+    return Echo.of(text, context, [*before, *tokens.end(len(text)), *after])
 
 
 def _shown(tokenizer: Tokenizer, asked: EchoRequest) -> tuple[int, int]:
@@ -122,7 +122,7 @@ def _shown(tokenizer: Tokenizer, asked: EchoRequest) -> tuple[int, int]:
     num_ids = len(asked.token_ids)
     if asked.given is None:
         return 0, num_ids
-    first, num_behind = asked.num_added
-    last = num_ids - num_behind
+    first, num_after = asked.num_added
+    last = num_ids - num_after
     added = [*asked.token_ids[:first], *asked.token_ids[last:]]
     return (first, last) if all(token_id in tokenizer.special_ids for token_id in added) else (0, num_ids)

@@ -54,10 +54,10 @@ class TokenOffsets:
             start = self._num_chars + step.begin
             self._num_chars += len(step.text)
             self._move_back(start)
-            told = PlacedToken(
+            token = PlacedToken(
                 token_id, logprobs[place] if logprobs else (), start, self._own(token_id, step), begins_text
             )
-            self._waiting.append((told, self._num_chars if self._assembler.is_whole else None))
+            self._waiting.append((token, self._num_chars if self._assembler.is_whole else None))
             texts.append(step.text)
         return "".join(texts)
 

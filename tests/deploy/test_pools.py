@@ -1,0 +1,52 @@
+"""What the pools of a configuration need, what the cluster lacks for them, and what ranks receive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tensorweave.cluster.cluster_resources import NodeRoom, Room
+from tensorweave.deploy.config import ServeConfig, load_config
+from tensorweave.deploy.pools import explain_shortage, needed_resources, pool_specs
+
+
+def make_config(tmp_path: Path, *overrides: str) -> ServeConfig:
+    path = tmp_path / "service.yaml"
+    path.write_text("model: m", encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def test_what_the_pools_need_is_counted(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "pools.main.replicas=2", "pools.main.tensor_parallel_size=3", "engine.device=cuda")
+    specs = pool_specs(config, has_gpus=False)
+    assert needed_resources(specs) == {"CPU": 6.0, "GPU": 6.0}
+    assert explain_shortage(specs, one_node({"CPU": 6.0, "GPU": 6.0})) is None
+    assert explain_shortage(specs, one_node({"CPU": 8.0})) == (
+        "the pools (main: 2 x 3 rank(s)) need 6 GPUs, and the Ray cluster has 0; "
+        "by node: h: 8 of 8 CPU free, 0 of 0 GPU free"
+    )
+
+
+def test_a_sum_that_suffices_is_refused_where_no_node_has_a_rank(tmp_path: Path) -> None:
+    specs = pool_specs(make_config(tmp_path, "pools.main.tensor_parallel_size=2", "engine.device=cuda"), has_gpus=True)
+    nodes = [NodeRoom(name, total, total) for name, total in (("cpus", {"CPU": 8.0}), ("gpus", {"GPU": 8.0}))]
+    assert explain_shortage(specs, Room(nodes)) == (
+        "pool main has 2 rank(s) with 1 CPU, 1 GPU each, every one on one node, and the nodes of the Ray cluster "
+        "hold 0 such; by node: cpus: 8 of 8 CPU free, 0 of 0 GPU free; gpus: 0 of 0 CPU free, 8 of 8 GPU free"
+    )
+
+
+def one_node(total: dict[str, float]) -> Room:
+    return Room([NodeRoom("h", total, total)])
+
+
+def test_device_auto_takes_gpus_where_there_are_some(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    assert pool_specs(config, has_gpus=True)[0].gang.gpus_per_rank == 1.0
+    assert pool_specs(config, has_gpus=False)[0].gang.gpus_per_rank == 0.0
+
+
+def test_ranks_receive_what_was_written(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "engine.max_batch_size=7", "engine.kv_cache_config.max_tokens=64")
+    args = pool_specs(config, has_gpus=False)[0].gang.args
+    assert (args["max_batch_size"], args["kv_cache_config"]["max_tokens"]) == (7, 64)
+    assert "replicas" not in args
