@@ -18,7 +18,7 @@ Amounts = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class NodeRoom:
+class NodeResources:
     """A live node: what it has in all, and what is free of it."""
 
     address: str
@@ -27,7 +27,7 @@ class NodeRoom:
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class Reservation:
     """What a placement group has reserved."""
 
     name: str
@@ -35,11 +35,11 @@ class Holding:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class ClusterResources:
     """A cluster at one moment."""
 
-    nodes: Sequence[NodeRoom]
-    holdings: Sequence[Holding] = ()
+    nodes: Sequence[NodeResources]
+    holdings: Sequence[Reservation] = ()
 
     def total(self, resource: str) -> float:
         return sum(node.total.get(resource, 0.0) for node in self.nodes)
@@ -93,16 +93,16 @@ class Room:
         return text + (f"; held by actors and tasks outside of groups: {_list(others)}" if others else "")
 
 
-def read_room() -> Room:
+def read_cluster_resources() -> ClusterResources:
     """Of the cluster that this process is connected to. Blocks."""
     free = free_resources_by_node()
     nodes = [
-        NodeRoom(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {}))
+        NodeResources(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {}))
         for node in ray.nodes()
         if node["Alive"]
     ]
     groups = [_read_holding(row) for row in ray.util.placement_group_table().values() if row["state"] == "CREATED"]
-    return Room(nodes, groups)
+    return ClusterResources(nodes, groups)
 
 
 def can_grow() -> bool:
@@ -110,12 +110,12 @@ def can_grow() -> bool:
     return has_autoscaler()
 
 
-def _read_holding(row: Mapping[str, Any]) -> Holding:
+def _read_holding(row: Mapping[str, Any]) -> Reservation:
     amounts: dict[str, float] = {}
     for bundle in row["bundles"].values():
         for name, amount in bundle.items():
             amounts[name] = amounts.get(name, 0.0) + amount
-    return Holding(row["name"] or row["placement_group_id"], amounts)
+    return Reservation(row["name"] or row["placement_group_id"], amounts)
 
 
 def _num_in(total: Amounts, bundle: Amounts) -> int:

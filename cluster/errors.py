@@ -62,7 +62,7 @@ class NotReady(TensorweaveError):
     http_status, openai_type, code = 503, "server_error", "not_ready"
 
 
-class NoRoom(NotReady):
+class InsufficientResources(NotReady):
     """The Ray cluster cannot hold a gang now."""
 
 

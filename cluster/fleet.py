@@ -18,8 +18,9 @@ from tensorweave.cluster.errors import NotReady, TensorweaveError
 from tensorweave.cluster.link import GangLink
 from tensorweave.cluster.pool import PoolState
 from tensorweave.cluster.protocol import GangAddress, Role
+from tensorweave.cluster.service_state import ServiceState
 from tensorweave.cluster.socket_link import SocketLink
-from tensorweave.cluster.supervisor import PoolSupervisor, ServiceState
+from tensorweave.cluster.supervisor import PoolSupervisor
 
 logger = logging.getLogger(__name__)
 

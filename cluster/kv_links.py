@@ -1,4 +1,4 @@
-"""`LinkTable`: what every way from a prefill gang to a decode gang carries, measured once when the pair is up.
+"""`KvLinkTable`: what every way from a prefill gang to a decode gang carries, measured once when the pair is up.
 
 The supervisor tells it which gangs are ready; it measures the new pairs one after another, so that they do not disturb
 each other, and warns of a slow link. Routers estimate a transfer's time with the figures.
@@ -23,7 +23,7 @@ Pair = tuple[str, str]
 """Ids of the decode gang and of the prefill gang."""
 
 
-class LinkTable:
+class KvLinkTable:
     """`on_change` is called on the event loop after each measurement."""
 
     def __init__(self, on_change: Callable[[], None]) -> None:

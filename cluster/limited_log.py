@@ -1,4 +1,4 @@
-"""Log lines that strangers can bring about at will: one a minute, with the number of those left out."""
+"""`LimitedLog`: for log lines that strangers can cause at will: one per minute, with the number of those left out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INTERVAL_S: Final = 60.0
 
 
 class LimitedLog:
-    """Of what is told within `INTERVAL_S` after a line, the next line says how much it was. Any thread."""
+    """Writes at most one line per `INTERVAL_S`. May be used on any thread."""
 
     def __init__(self, logger: logging.Logger, level: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._logger = logger
@@ -22,7 +22,7 @@ class LimitedLog:
         self._next_s = 0.0
         self._num_left_out = 0
 
-    def tell(self, message: str) -> None:
+    def write(self, message: str) -> None:
         now_s = self._clock()
         with self._lock:
             if now_s < self._next_s:

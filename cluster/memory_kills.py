@@ -21,18 +21,18 @@ _ASK_TIMEOUT_S: Final = 10.0
 _RAYS_WORDS: Final = ("low on memory", "OutOfMemory")
 
 
-def says_memory(error: RayError) -> bool:
+def is_memory_kill(error: RayError) -> bool:
     """Whether Ray's memory monitor has killed it, and says so."""
     return any(words in str(error) for words in _RAYS_WORDS)
 
 
-def kills_here(places: Sequence[RankPlace]) -> str:
+def describe_local_kills(places: Sequence[RankPlace]) -> str:
     """A remark on those of the ranks that are on our own host: nothing waits for it."""
     here = ray.get_runtime_context().get_node_id()
     return _remark([place for place in places if place.node_id == here and oom_kills() > place.oom_kills])
 
 
-async def kills_anywhere(places: Sequence[RankPlace]) -> str:
+async def describe_kills(places: Sequence[RankPlace]) -> str:
     """The same of all hosts, which are asked; one that does not answer in time is left out."""
     first = {place.node_id: place for place in reversed(places)}.values()
     counts = await asyncio.gather(*(_ask(place.node_id) for place in first))

@@ -10,8 +10,8 @@ from typing import Any, Final
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from tensorweave.cluster.cluster_resources import can_grow, read_room
-from tensorweave.cluster.errors import NoRoom
+from tensorweave.cluster.cluster_resources import can_grow, read_cluster_resources
+from tensorweave.cluster.errors import InsufficientResources
 from tensorweave.cluster.ray_internals import placement_group_of
 
 _ONE_NODE_WAIT_S: Final = 10.0
@@ -23,8 +23,9 @@ _GROWING_TIMEOUT_S: Final = 600.0
 async def place(
     bundle: Mapping[str, float], num_bundles: int, timeout_s: float | None, name: str, *, is_detached: bool = False
 ) -> PlacementGroup:
-    """Reserve the bundles; they go with their creator unless `is_detached`. Raises NoRoom, naming what is missing, when
-    they cannot be had in time: without a `timeout_s`, 20 s, or 600 s where the cluster knows of an autoscaler."""
+    """Reserve the bundles; they go with their creator unless `is_detached`. Raises InsufficientResources, naming what
+    is missing, when they cannot be had in time: without a `timeout_s`, 20 s, or 600 s where the cluster knows of an
+    autoscaler."""
     if timeout_s is None:
         timeout_s = _GROWING_TIMEOUT_S if await asyncio.to_thread(can_grow) else _PLACE_TIMEOUT_S
     wanted = [dict(bundle) for _ in range(num_bundles)]
@@ -37,7 +38,9 @@ async def place(
             return group
     if group := await _reserve(wanted, "PACK", left_s, name, is_detached):
         return group
-    raise NoRoom((await asyncio.to_thread(read_room)).explain(bundle, num_bundles, timeout_s))
+    raise InsufficientResources(
+        (await asyncio.to_thread(read_cluster_resources)).explain(bundle, num_bundles, timeout_s)
+    )
 
 
 async def _reserve(

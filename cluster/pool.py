@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from tensorweave.cluster.errors import NoRoom, NotReady, TensorweaveError
+from tensorweave.cluster.errors import InsufficientResources, NotReady, TensorweaveError
 from tensorweave.cluster.fault_record import FaultRecord
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.pool_gang import PoolGang
-from tensorweave.cluster.pool_logits_processors import HeldProcessors
+from tensorweave.cluster.pool_logits_processors import PoolLogitsProcessors
 from tensorweave.cluster.protocol import GangAddress, Role
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class GangPool:
         self._num_slots = 0
         self._has_served = False
         self._trouble: str | None = None
-        self._processors = HeldProcessors()
+        self._processors = PoolLogitsProcessors()
         self._is_ending = asyncio.Event()
 
     def start(self, running: Mapping[int, tuple[PoolGang, GangAddress]] | None = None) -> None:
@@ -232,7 +232,7 @@ class GangPool:
                 self._note_ready(slot, gang)
             reason = await gang.watch()
             self._note_fault(slot, f"gang {gang.gang_id} ended: {reason}")
-        except NoRoom as error:
+        except InsufficientResources as error:
             slot.record.note_trouble()
             self._note(slot, error.message, is_hopeless=not self._has_served)
         except NotReady as error:

@@ -1,4 +1,4 @@
-"""`HeldProcessors`: the logits processors that all gangs of a pool hold, those of today and those to come.
+"""`PoolLogitsProcessors`: the logits processors that all gangs of a pool hold, those of today and those to come.
 
 Values are references that Ray hands to the ranks; nothing is loaded here.
 """
@@ -21,7 +21,7 @@ class Holder(Protocol):
     async def set_logits_processors(self, processors: Mapping[str, Any]) -> None: ...
 
 
-class HeldProcessors:
+class PoolLogitsProcessors:
     def __init__(self) -> None:
         self._held: Mapping[str, Any] = {}
 

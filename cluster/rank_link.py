@@ -26,7 +26,7 @@ _WINDOW_S: Final = 5.0
 _WINDOW_CALLS: Final = 100
 
 
-class GangLink:
+class RankLinkMonitor:
     """Of one gang of several ranks, from its start on."""
 
     def __init__(self, gang_id: str, rate: LinkRate, clock: Callable[[], float] = time.monotonic) -> None:

@@ -1,4 +1,4 @@
-"""`RankWatch`: the heartbeats of a gang's ranks, and the moment when they say that the gang must end."""
+"""`RankWatch`: asks a gang's ranks for heartbeats, and detects when the gang must end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from tensorweave.cluster.memory_kills import says_memory
+from tensorweave.cluster.memory_kills import is_memory_kill
 from tensorweave.cluster.ranks import RankReport
 
 T = TypeVar("T")
@@ -17,12 +17,12 @@ T = TypeVar("T")
 HEARTBEAT_INTERVAL_S: Final = 1.0
 HEARTBEAT_TIMEOUT_S: Final = 4.0
 STARTING_HEARTBEAT_TIMEOUT_S: Final = 30.0
-"""Importing and loading may hold a rank's interpreter for seconds."""
-_BEAT_S: Final = 0.25
+"""Importing and loading may block a rank's interpreter for seconds."""
+_CHECK_INTERVAL_S: Final = 0.25
 
 
 class RankWatch:
-    """Used once. `reports` has the last of each rank that has given one; `mute` are those that stopped answering;
+    """Used once. `reports` has the last report of each rank, `unresponsive` the ranks that stopped answering.
     `on_report` is called with every report."""
 
     def __init__(
@@ -33,7 +33,7 @@ class RankWatch:
         on_report: Callable[[int, RankReport], None] = lambda rank, report: None,
     ) -> None:
         self.reports: dict[int, RankReport] = {}
-        self.mute: set[int] = set()
+        self.unresponsive: set[int] = set()
         self._actors = actors
         self._name = name
         self._hang_timeout_s = hang_timeout_s
@@ -43,7 +43,7 @@ class RankWatch:
         return self.reports.get(rank, RankReport())
 
     async def until_fault(self, timeout_s: float = HEARTBEAT_TIMEOUT_S) -> str:
-        """Returns when the gang must end, and says why: at most about 5 s, or the hang timeout, after the fault."""
+        """Return why the gang must end, at most about 5 s, or the hang timeout, after the fault."""
         watchers = [asyncio.create_task(self._watch_rank(rank, timeout_s)) for rank in range(len(self._actors))]
         try:
             done, _ = await asyncio.wait(watchers, return_when=asyncio.FIRST_COMPLETED)
@@ -53,46 +53,47 @@ class RankWatch:
                 watcher.cancel()
 
     async def _watch_rank(self, rank: int, timeout_s: float) -> str:
-        """Standstill is a fault when two reports in a row say so."""
+        """A step loop that makes no progress is a fault if two successive reports say so."""
         name = self._name(rank)
-        was_still = False
+        was_stuck = False
         while True:
             try:
-                report: RankReport = await in_time(self._actors[rank].heartbeat.remote(), timeout_s)
+                report: RankReport = await result_within(self._actors[rank].heartbeat.remote(), timeout_s)
             except TimeoutError:
-                self.mute.add(rank)
+                self.unresponsive.add(rank)
                 return f"{name} has not answered for {timeout_s:g} s"
             except RayError as error:
-                return f"{name} died: {why_dead(error)}"
+                return f"{name} died: {death_reason(error)}"
             self.reports[rank] = report
             self._on_report(rank, report)
-            standstill = report.standstill(self._hang_timeout_s)
-            if fault := report.fault or (was_still and standstill):
+            hang = report.describe_hang(self._hang_timeout_s)
+            if fault := report.fault or (was_stuck and hang):
                 return f"{name}: {fault}"
-            was_still = standstill is not None
-            await asyncio.sleep(_BEAT_S if was_still else HEARTBEAT_INTERVAL_S)
+            was_stuck = hang is not None
+            await asyncio.sleep(_CHECK_INTERVAL_S if was_stuck else HEARTBEAT_INTERVAL_S)
 
 
-async def in_time(reference: Awaitable[T], timeout_s: float) -> T:
-    """Its result, or TimeoutError. Counts beats in vain, not seconds: if our own loop stood still, nobody else is
-    to blame."""
-    asked = asyncio.ensure_future(reference)
+async def result_within(reference: Awaitable[T], timeout_s: float) -> T:
+    """Return the result, or raise TimeoutError. Counts intervals rather than seconds, so that a pause of our own loop
+    is not taken for a silent peer."""
+    future = asyncio.ensure_future(reference)
     try:
-        for _ in range(round(timeout_s / _BEAT_S)):
-            done, _ = await asyncio.wait({asked}, timeout=_BEAT_S)
+        for _ in range(round(timeout_s / _CHECK_INTERVAL_S)):
+            done, _ = await asyncio.wait({future}, timeout=_CHECK_INTERVAL_S)
             if done:
-                return asked.result()
+                return future.result()
         raise TimeoutError
     finally:
-        asked.cancel()
+        future.cancel()
 
 
-def why_dead(error: RayError) -> str:
-    return "its host ran out of memory, and Ray killed it" if says_memory(error) else first_line(error).rstrip(".")
+def death_reason(error: RayError) -> str:
+    return "its host ran out of memory, and Ray killed it" if is_memory_kill(error) else first_line(error).rstrip(".")
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an actor raised, its own words: Ray's text for it begins with the call and ends with a traceback."""
+    """The first line of an error. Of an error that an actor raised, the actor's own message is used, without the call
+    and the traceback that Ray adds."""
     text = str(error.cause if isinstance(error, RayTaskError) else error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

@@ -1,6 +1,6 @@
-"""What a gang and its ranks tell each other through Ray: where a rank sits, what it must start, how it fares.
+"""What a gang and its ranks exchange through Ray: where a rank runs, what it must start, and its heartbeats.
 
-Control only, a few hundred bytes a second; prompts and tokens go over the leader's socket.
+Control messages only, a few hundred bytes per second; prompts and tokens are sent over the leader's socket.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any, Final
 from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.protocol import KvEndpoint, ModelInfo
 
-_FULL: Final = 0.9
-"""A rank that has so much of its descriptors open is replaced before it can open nothing more."""
+_MAX_OPEN_FILES_SHARE: Final = 0.9
+"""A rank with a larger share of its file descriptors open is replaced before it can open no more."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankPlace:
-    """Where Ray has put a rank. `created_s` is the process's start time: with the pid it names one process for ever.
-    `oom_kills` is how often the kernel of its host had killed for want of memory by then."""
+    """Where Ray has placed a rank. `created_s` is the start time of the process, which identifies it together with the
+    pid. `oom_kills` is how often the kernel of its host had killed a process for lack of memory by then."""
 
     node_id: str
     pid: int
@@ -29,10 +29,9 @@ class RankPlace:
 
 @dataclass(frozen=True, slots=True)
 class RankOrder:
-    """Everything a rank needs to start. `leader` is rank 0's actor, through which a gang of several finds together.
-    `interface_ip` is the address of this rank's node that peers reach it by,
-    `transfer_host` the one that other gangs pull KV from. `secret` opens the leader's socket, `kv_secret` the KV
-    endpoints: tickets carry it to users."""
+    """Everything a rank needs to start. `leader` is rank 0's actor, through which the ranks find each other.
+    `interface_ip` is the address by which the other ranks reach this one, `transfer_host` the one by which other gangs
+    do. Clients of the leader's socket show `secret`, readers of KV show `kv_secret`, which is part of tickets."""
 
     gang_id: str
     place: MeshRank
@@ -51,7 +50,7 @@ class RankOrder:
 
 @dataclass(frozen=True, slots=True)
 class LeaderPlace:
-    """Where front ends reach a gang, and what model is there."""
+    """The port of a gang's leader, and its model."""
 
     port: int
     info: ModelInfo
@@ -59,7 +58,7 @@ class LeaderPlace:
 
 @dataclass(frozen=True, slots=True)
 class LinkRate:
-    """What the ranks of a gang reach among themselves: a small collective's time, and a large one's rate on each
+    """The link between the ranks of a gang: the duration of a small collective, and the rate of a large one per
     link."""
 
     latency_s: float
@@ -68,7 +67,7 @@ class LinkRate:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """All collectives over a model's tensors so far, as one rank has seen them; `seconds` count waiting."""
+    """All collectives over a model's tensors so far, measured by one rank; `seconds` include waiting."""
 
     seconds: float = 0.0
     calls: int = 0
@@ -80,8 +79,8 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class RankStarted:
-    """A rank's answer to its order; `leader` is rank 0's. A rank that gives no KV away has no endpoint, a gang of one
-    no link."""
+    """A rank's answer to its order. `leader` is set by rank 0, `kv_endpoint` by ranks that send KV, `link` in gangs of
+    several ranks."""
 
     kv_endpoint: KvEndpoint | None
     kv_fingerprint: dict[str, str]
@@ -91,9 +90,9 @@ class RankStarted:
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """One heartbeat. `progress_age_s` is how long ago the step loop last went round; None before it runs, when `phase`
-    says what the rank is at. `num_open_files` of `max_open_files`: the process's descriptors, which strangers'
-    connections use up too."""
+    """One heartbeat. `progress_age_s` is the time since the step loop's last progress; None before it runs, when
+    `phase` describes the start. `num_open_files` of `max_open_files` are the process's descriptors, which connections
+    of strangers use up too."""
 
     progress_age_s: float | None = None
     is_alive: bool = False
@@ -107,23 +106,25 @@ class RankReport:
 
     @property
     def fault(self) -> str | None:
-        """Why the gang must end, if it must."""
+        """Why the gang must end; None if it need not."""
         if self.failure is not None:
             return self.failure
-        if self.max_open_files and self.num_open_files > _FULL * self.max_open_files:
+        if self.max_open_files and self.num_open_files > _MAX_OPEN_FILES_SHARE * self.max_open_files:
             return f"it has {self.num_open_files} files and sockets open; {self.max_open_files} are its limit"
         return "its step loop has ended" if self.progress_age_s is not None and not self.is_alive else None
 
-    def standstill(self, hang_timeout_s: float) -> str | None:
-        """What to say of a step loop without progress. One such report may only mean that the whole host stood still:
-        the loop has had no turn since."""
+    def describe_hang(self, hang_timeout_s: float) -> str | None:
+        """Describe a step loop without progress; None if there is progress. A single such report may only mean that the
+        whole host was paused."""
         if self.progress_age_s is None or self.progress_age_s <= hang_timeout_s:
             return None
-        return f"its step loop has stood still for {self.progress_age_s:.1f} s (hang_timeout_s is {hang_timeout_s:g})"
+        return (
+            f"its step loop has made no progress for {self.progress_age_s:.1f} s (hang_timeout_s is {hang_timeout_s:g})"
+        )
 
 
 def describe_phases(ranks: Sequence[tuple[str, str]]) -> str:
-    """Who is at what while a gang starts: hosts and phases, by rank. Ranks at the same are told together."""
+    """Describe the start of a gang, given host and phase per rank. Ranks in the same phase are listed together."""
     by_phase: dict[str, list[str]] = {}
     for rank, (host, phase) in enumerate(ranks):
         by_phase.setdefault(phase or "importing", []).append(f"{rank} ({host})")

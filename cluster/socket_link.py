@@ -1,17 +1,15 @@
-"""`SocketLink`: a gang link that speaks to a leader's socket.
+"""`SocketLink`: a gang link over a connection to the leader's socket.
 
-It carries many requests at once and follows the gang's KV cache. Its end, or 5 s of silence from the leader, ends every
-open request with `WorkerLost`.
+It carries many requests at once and subscribes to the gang's KV cache. When the connection ends, or the leader is
+silent for 5 s, every open request ends with `WorkerLost`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tensorweave.cluster import wire
@@ -25,8 +23,8 @@ from tensorweave.cluster.errors import (
 )
 from tensorweave.cluster.kv_mirror import KvMirror
 from tensorweave.cluster.link import FoundAttempt
+from tensorweave.cluster.pending_replies import PendingReplies, copy_error
 from tensorweave.cluster.protocol import (
-    PROTOCOL_VERSION,
     GangAddress,
     GenerateRequest,
     KvSource,
@@ -39,23 +37,15 @@ logger = logging.getLogger(__name__)
 
 SILENCE_LIMIT_S: Final = 5.0
 QUIET_S: Final = 1.5
-_BEAT_S: Final = 0.25
+_CHECK_INTERVAL_S: Final = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class _Attaching:
-    """`opened` tells which attempt it is."""
-
-    opened: asyncio.Future[str]
-    inbox: asyncio.Queue[TokenChunk] = field(default_factory=asyncio.Queue)
+Inbox = asyncio.Queue[TokenChunk]
 
 
 class SocketLink:
-    """A connection to one gang's leader.
-
-    Every open request has a queue; one task reads the socket and fills them. A queue never holds more than its
-    request's tokens, so a reader that lags costs no more than its answer.
-    """
+    """Every open request has an inbox; one task reads the socket and fills them. An inbox never holds more than its
+    request's tokens, so a slow reader uses no more memory than its answer."""
 
     def __init__(
         self, address: GangAddress, info: ModelInfo, frames: wire.FrameReader, writer: asyncio.StreamWriter
@@ -63,22 +53,20 @@ class SocketLink:
         self.address = address
         self._info = info
         self._writer = writer
-        self._inboxes: dict[str, asyncio.Queue[TokenChunk]] = {}
-        self._asked: dict[int, asyncio.Future[Any]] = {}
-        self._attaching: dict[int, _Attaching] = {}
-        self._numbers = itertools.count()
+        self._inboxes: dict[str, Inbox] = {}
+        self._replies = PendingReplies()
         self.kv = KvMirror(info.tokens_per_block, info.num_blocks)
         self.kv_links: Mapping[str, LinkMeasurement] = {}
         self._error: TensorweaveError | None = None
         self._closed = asyncio.Event()
         self._closes_when_idle = False
-        self._num_silent_beats = 0
+        self._num_silent_checks = 0
         self._task = asyncio.create_task(self._run(frames), name=f"link-{address.gang_id}")
         self._send(wire.pack_frame("kv_subscribe"))
 
     @classmethod
     async def connect(cls, address: GangAddress, timeout_s: float = 5.0) -> SocketLink:
-        """Connect and greet. Raises NotReady if the leader does not answer in time, WireError if it refuses us."""
+        """Connect and authenticate. Raises NotReady if the leader does not answer in time, WireError if it refuses."""
         try:
             async with asyncio.timeout(timeout_s):
                 reader, writer = await asyncio.open_connection(address.host, address.port)
@@ -87,9 +75,12 @@ class SocketLink:
                     wire.tune_socket(writer)
                     wire.send_hello(writer, address.secret)
                     frames = wire.FrameReader(reader)
-                    info = await _read_greeting(frames)
+                    info = await wire.read_hello(frames)
                     undo.pop_all()
-        except (OSError, RuntimeError) as error:  # TimeoutError, and what a transport raises that has closed meanwhile
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # also TimeoutError, and what a transport raises if it was closed meanwhile
             raise NotReady(
                 f"gang {address.gang_id}: no answer from its leader at {address.host}:{address.port} within "
                 f"{timeout_s} s ({type(error).__name__})"
@@ -110,7 +101,7 @@ class SocketLink:
 
     @property
     def is_quiet(self) -> bool:
-        return self._num_silent_beats * _BEAT_S >= QUIET_S
+        return self._num_silent_checks * _CHECK_INTERVAL_S >= QUIET_S
 
     @property
     def num_inflight(self) -> int:
@@ -122,24 +113,22 @@ class SocketLink:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         if self._error is not None:
-            raise _copy(self._error)
+            raise copy_error(self._error)
         assert request.request_id not in self._inboxes, f"request id {request.request_id!r} is already in use"
         try:
             frame = wire.pack_frame("add", request.to_wire())
         except (OverflowError, TypeError) as error:
             raise RequestRejected(f"the request does not fit the protocol: {error}", param="prompt") from error
-        inbox = self._inboxes[request.request_id] = asyncio.Queue()
+        inbox = self._inboxes[request.request_id] = Inbox()
         self._send(frame)
         reading = self._read(request.request_id, inbox, is_kept=request.grace_s > 0)
         async with contextlib.aclosing(reading) as chunks:
             async for chunk in chunks:
                 yield chunk
 
-    async def _read(
-        self, request_id: str, inbox: asyncio.Queue[TokenChunk], *, is_kept: bool
-    ) -> AsyncGenerator[TokenChunk, None]:
-        """An open request's chunks; leaving early cancels it. Where the gang keeps the answer for the case that we are
-        lost, it hears at the end that the answer was taken."""
+    async def _read(self, request_id: str, inbox: Inbox, *, is_kept: bool) -> AsyncGenerator[TokenChunk, None]:
+        """An open request's chunks; leaving early cancels it. If the gang keeps the answer in case this process is
+        lost, it is told at the end that the answer was received."""
         is_over = False
         try:
             while not is_over:
@@ -168,60 +157,54 @@ class SocketLink:
 
     async def attach(self, request_id: str) -> AsyncGenerator[TokenChunk, None]:
         if self._error is not None:
-            raise _copy(self._error)
-        number = next(self._numbers)
-        attaching = self._attaching[number] = _Attaching(asyncio.get_running_loop().create_future())
-        self._send(wire.pack_frame("attach", number, request_id))
-        try:
-            stream_id = await attaching.opened
-        except asyncio.CancelledError:
-            if attaching.opened.done() and not attaching.opened.cancelled():
-                self._leave(attaching.opened.result())
-            raise
-        finally:
-            self._attaching.pop(number, None)
-        async with contextlib.aclosing(self._read(stream_id, attaching.inbox, is_kept=True)) as chunks:
+            raise copy_error(self._error)
+        with self._replies.open() as (number, reply):
+            self._send(wire.pack_frame("attach", number, request_id))
+            try:
+                attempt_id, inbox = await reply
+            except asyncio.CancelledError:
+                if reply.done() and not reply.cancelled() and reply.exception() is None:
+                    self._leave(reply.result()[0])
+                raise
+        async with contextlib.aclosing(self._read(attempt_id, inbox, is_kept=True)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
     async def stats(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
-        return await self._ask_rows("stats", timeout_s)
+        return await self._ask_records("stats", timeout_s)
 
     async def kv_events(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
-        return await self._ask_rows("kv_events", timeout_s)
+        return await self._ask_records("kv_events", timeout_s)
 
-    async def _ask_rows(self, name: str, timeout_s: float) -> list[dict[str, Any]]:
-        """All that the leader has, frame by frame."""
-        rows: list[dict[str, Any]] = []
+    async def _ask_records(self, name: str, timeout_s: float) -> list[dict[str, Any]]:
+        """All records that the leader has, frame by frame."""
+        records: list[dict[str, Any]] = []
         while True:
             some: list[dict[str, Any]] = await self._ask(name, timeout_s)
-            rows += some
+            records += some
             if len(some) < wire.MAX_RECORDS:
-                return rows
+                return records
 
     async def _ask(self, name: str, timeout_s: float, *fields: Any) -> Any:
-        """A frame that the leader answers with one of the same number."""
+        """Send a frame, and return the answer in the leader's frame of the same number."""
         if self._error is not None:
-            raise _copy(self._error)
-        number = next(self._numbers)
-        answer = self._asked[number] = asyncio.get_running_loop().create_future()
-        try:
+            raise copy_error(self._error)
+        with self._replies.open() as (number, reply):
             self._send(wire.pack_frame(name, number, *fields))
-            async with asyncio.timeout(timeout_s):
-                return await answer
-        except TimeoutError:
-            raise WorkerLost(f"gang {self.gang_id}: no answer to {name!r} within {timeout_s:g} s") from None
-        finally:
-            self._asked.pop(number, None)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await reply
+            except TimeoutError:
+                raise WorkerLost(f"gang {self.gang_id}: no answer to {name!r} within {timeout_s:g} s") from None
 
     def close_when_idle(self) -> None:
-        """End once the open requests have. The caller gives this link no more work."""
+        """Close once the open requests have ended. The caller sends no more requests."""
         self._closes_when_idle = True
         if not self._inboxes:
             self._end(WorkerLost(f"gang {self.gang_id}: retired"))
 
     async def wait_closed(self) -> None:
-        """Until the link has ended, for whatever reason; the caller sets the deadline, if it wants one."""
+        """Wait until the link has ended, for whatever reason, without a timeout."""
         await self._closed.wait()
 
     def close(self) -> None:
@@ -234,7 +217,7 @@ class SocketLink:
         error: TensorweaveError = WorkerLost(f"gang {self.gang_id}: its leader closed the connection")
         try:
             async for frame in frames:
-                self._num_silent_beats = 0
+                self._num_silent_checks = 0
                 self._receive(frame)
         except WireError as problem:
             logger.warning("gang %s: %s; closing the link", self.gang_id, problem)
@@ -256,10 +239,10 @@ class SocketLink:
             case ["ping"]:
                 pass
             case ["stats" | "kv_events" | "found", number, answer]:
-                if (asked := self._asked.get(number)) and not asked.done():
-                    asked.set_result(answer)
-            case ["attached", number, stream_id, tail]:
-                self._begin_attached(number, stream_id, tail)
+                if (reply := self._replies.find(number)) is not None:
+                    reply.set_result(answer)
+            case ["attached", number, attempt_id, earlier_tokens]:
+                self._open_attached(number, attempt_id, earlier_tokens)
             case ["kv" | "kv_snapshot", *_]:
                 if self.kv.apply(frame):
                     self._send(wire.pack_frame("kv_snapshot"))
@@ -268,64 +251,43 @@ class SocketLink:
             case _:
                 raise WireError(f"unexpected {frame[0]!r} frame of {len(frame)} elements")
 
-    def _begin_attached(self, number: int, stream_id: str | None, tail: list[int]) -> None:
-        """The chunks that follow this frame belong to the attempt, so its inbox opens here and now."""
-        attaching = self._attaching.get(number)
-        if attaching is None or attaching.opened.done():
-            if stream_id is not None and stream_id not in self._inboxes:
-                self.cancel(stream_id)
-        elif stream_id is None or stream_id in self._inboxes:
-            attaching.opened.set_exception(NotReady(f"gang {self.gang_id}: there is nothing to attach to"))
+    def _open_attached(self, number: int, attempt_id: str | None, earlier_tokens: list[int]) -> None:
+        """Open the attempt's inbox before the next frame is read, since its chunks follow."""
+        reply = self._replies.find(number)
+        if reply is None:
+            if attempt_id is not None and attempt_id not in self._inboxes:
+                self.cancel(attempt_id)
+        elif attempt_id is None or attempt_id in self._inboxes:
+            reply.set_exception(NotReady(f"gang {self.gang_id}: there is nothing to attach to"))
         else:
-            self._inboxes[stream_id] = attaching.inbox
-            if tail:
-                attaching.inbox.put_nowait(TokenChunk(stream_id, tail))
-            attaching.opened.set_result(stream_id)
+            inbox = self._inboxes[attempt_id] = Inbox()
+            if earlier_tokens:
+                inbox.put_nowait(TokenChunk(attempt_id, earlier_tokens))
+            reply.set_result((attempt_id, inbox))
 
     async def _watch_silence(self) -> None:
-        """Counts beats without news rather than seconds: if our own loop stood still, the leader is not to blame."""
-        while self._num_silent_beats * _BEAT_S < SILENCE_LIMIT_S:
-            await asyncio.sleep(_BEAT_S)
-            self._num_silent_beats += 1
+        """Counts intervals without a frame rather than seconds, so that a pause of our own loop is not taken for a
+        silent leader."""
+        while self._num_silent_checks * _CHECK_INTERVAL_S < SILENCE_LIMIT_S:
+            await asyncio.sleep(_CHECK_INTERVAL_S)
+            self._num_silent_checks += 1
         self._end(WorkerLost(f"gang {self.gang_id}: its leader was silent for {SILENCE_LIMIT_S:g} s"))
 
     def _send(self, frame: bytes) -> None:
-        """A transport that has closed under us raises, before its reader hears of it: the gang is lost either way."""
+        """A closed transport may raise before its reader notices; the gang is lost either way."""
         try:
             self._writer.write(frame)
         except (RuntimeError, OSError) as error:
             self._end(WorkerLost(f"gang {self.gang_id}: the connection to its leader broke ({error})"))
 
     def _end(self, error: TensorweaveError) -> None:
-        """The first end counts: every open request gets it, and the socket goes."""
+        """End every open request with the error, and close the socket. Only the first call has an effect."""
         if self._error is not None:
             return
         self._error = error
         for request_id, inbox in self._inboxes.items():
-            inbox.put_nowait(TokenChunk(request_id, error=_copy(error)))
-        for answer in (*self._asked.values(), *(attaching.opened for attaching in self._attaching.values())):
-            if not answer.done():
-                answer.set_exception(_copy(error))
+            inbox.put_nowait(TokenChunk(request_id, error=copy_error(error)))
+        self._replies.fail_all(error)
         wire.abort(self._writer)
         self._task.cancel()
         self._closed.set()
-
-
-async def _read_greeting(frames: wire.FrameReader) -> ModelInfo:
-    """The leader's hello; an error frame, or an end, says why there is none."""
-    async for frame in frames:
-        match frame:
-            case ["hello", version, fields] if version == PROTOCOL_VERSION:
-                return ModelInfo.from_wire(fields)
-            case ["error", fields] if isinstance(fields, dict):
-                raise error_from_wire(fields)
-            case ["hello", version, _]:
-                raise WireError(f"the leader speaks protocol {version!r}, here it is {PROTOCOL_VERSION}")
-            case _:
-                raise WireError(f"{frame[0]!r} frame in place of a hello")
-    raise NotReady("the leader closed the connection before its hello")
-
-
-def _copy(error: TensorweaveError) -> TensorweaveError:
-    """One exception object a raise: tracebacks must not pile up on a shared one."""
-    return error_from_wire(error.to_wire())

@@ -11,10 +11,11 @@ import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import remove_placement_group
 
-from tensorweave.cluster.gang import Gang, rank_name
+from tensorweave.cluster.gang import Gang
 from tensorweave.cluster.gang_record import GangRecord
 from tensorweave.cluster.placement import NamedGroup, find_groups
 from tensorweave.cluster.pool import PoolSpec
+from tensorweave.cluster.rank_actors import rank_name
 
 logger = logging.getLogger(__name__)
 

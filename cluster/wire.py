@@ -1,7 +1,7 @@
 """Frames on our own sockets: a little-endian u32 length, then a msgpack array whose first element is the frame's name.
 
-Links (client side) and leaders (server side) speak through this file only. A frame that is too long, malformed or not
-an array is refused with `WireError`; whoever reads then closes the connection. Nothing is ever unpickled.
+Links (the clients) and leaders (the servers) communicate through this file only. A frame that is too long, malformed or
+not an array raises `WireError`, and its reader closes the connection. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any, Final, Self, TypeAlias
 
 import msgpack
 
-from tensorweave.cluster.errors import WireError
-from tensorweave.cluster.protocol import PROTOCOL_VERSION
+from tensorweave.cluster.errors import NotReady, WireError, error_from_wire
+from tensorweave.cluster.protocol import PROTOCOL_VERSION, ModelInfo
 
 Frame: TypeAlias = list[Any]
 
 MAX_FRAME_BYTES: Final = 64 << 20
 MAX_HELLO_BYTES: Final = 4 << 10
-"""What a peer may make us hold before it has shown the secret."""
+"""Limit for a frame of a peer that has not authenticated itself."""
 MAX_RECORDS: Final = 256
 """Statistics or KV events in one frame; a longer answer takes several."""
 READ_BYTES: Final = 256 << 10
 PING_INTERVAL_S: Final = 0.5
-"""A leader sends at least one frame in this time, so that a silent one is a hung one."""
+"""A leader sends at least one frame in this time, so a silent leader is a hung one."""
 HELLO_TIMEOUT_S: Final = 5.0
 
 _LENGTH: Final = struct.Struct("<I")
@@ -56,14 +56,14 @@ def unpack_payload(payload: bytes | bytearray | memoryview) -> Frame:
 
 
 class FrameDecoder:
-    """Bytes in, whole frames out, whatever the cuts. `max_frame_bytes` may be raised once the peer is known."""
+    """Splits received bytes into frames. `max_frame_bytes` may be raised once the peer is authenticated."""
 
     def __init__(self, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
         self.max_frame_bytes = max_frame_bytes
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[Frame]:
-        """Frames that `data` completes, lazily: a limit changed between two of them holds for the second."""
+        """Yield the frames that `data` completes. A limit that is changed between two frames applies to the second."""
         buffer = self._buffer
         buffer += data
         start = 0
@@ -83,7 +83,7 @@ class FrameDecoder:
 
 
 class FrameReader:
-    """The frames of one connection, in order: `async for`, until the peer closes or the connection breaks."""
+    """Iterates over the frames of one connection, until the peer closes it or it breaks."""
 
     def __init__(self, stream: asyncio.StreamReader, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
         self.decoder = FrameDecoder(max_frame_bytes)
@@ -110,7 +110,7 @@ def send_hello(writer: asyncio.StreamWriter, secret: str) -> None:
 
 
 def check_hello(frame: Frame, secret: str) -> None:
-    """The leader's side: same protocol, right secret, or `WireError`."""
+    """For leaders. Raises WireError if the protocol or the secret is wrong."""
     if frame[0] != "hello" or len(frame) != 3:
         raise WireError("the first frame must be hello")
     _, version, offered = frame
@@ -120,8 +120,23 @@ def check_hello(frame: Frame, secret: str) -> None:
         raise WireError("wrong secret")
 
 
+async def read_hello(frames: FrameReader) -> ModelInfo:
+    """The leader's hello. Raises WireError, NotReady, or the error that the leader sent instead."""
+    async for frame in frames:
+        match frame:
+            case ["hello", version, fields] if version == PROTOCOL_VERSION:
+                return ModelInfo.from_wire(fields)
+            case ["error", fields] if isinstance(fields, dict):
+                raise error_from_wire(fields)
+            case ["hello", version, _]:
+                raise WireError(f"the leader speaks protocol {version!r}, here it is {PROTOCOL_VERSION}")
+            case _:
+                raise WireError(f"{frame[0]!r} frame in place of a hello")
+    raise NotReady("the leader closed the connection before its hello")
+
+
 def tune_socket(writer: asyncio.StreamWriter) -> None:
-    """No Nagle delay, and a peer whose host vanished is noticed within about 10 s."""
+    """Send without Nagle's delay, and detect a lost host within about 10 s."""
     sock: socket.socket = writer.get_extra_info("socket")
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -134,10 +149,10 @@ def tune_socket(writer: asyncio.StreamWriter) -> None:
 
 
 def unsent_bytes(writer: asyncio.StreamWriter) -> int:
-    """What the peer has not taken yet (beyond the kernel's own buffer)."""
+    """Bytes that wait to be sent, beyond the kernel's own buffer."""
     return int(writer.transport.get_write_buffer_size())
 
 
 def abort(writer: asyncio.StreamWriter) -> None:
-    """Close now, dropping what was not sent."""
+    """Close now, and discard what was not sent."""
     writer.transport.abort()

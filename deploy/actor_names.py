@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from tensorweave.cluster.supervisor import Home
+from tensorweave.cluster.service_state import DetachedSpec
 
 APP_NAME: Final = "tensorweave"
 SERVICE_ACTOR_NAME: Final = "tensorweave-service"
@@ -12,6 +12,6 @@ NAMESPACE: Final = "tensorweave"
 HEAD_NODE: Final = {"node:__internal_head__": 0.001}
 
 
-def supervisor_home(app_name: str) -> Home:
+def supervisor_home(app_name: str) -> DetachedSpec:
     """Of the gangs of this Serve application: on the head node, beside Ray's own controllers."""
-    return Home(f"pools-{app_name}", NAMESPACE, HEAD_NODE)
+    return DetachedSpec(f"pools-{app_name}", NAMESPACE, HEAD_NODE)

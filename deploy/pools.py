@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from tensorweave.cluster.cluster_resources import Room
+from tensorweave.cluster.cluster_resources import ClusterResources
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.pool import PoolSpec
@@ -52,23 +52,23 @@ def needed_resources(specs: Sequence[PoolSpec]) -> dict[str, float]:
     return need
 
 
-def explain_shortage(specs: Sequence[PoolSpec], room: Room) -> str | None:
+def explain_shortage(specs: Sequence[PoolSpec], resources: ClusterResources) -> str | None:
     """Why the cluster cannot hold the pools even when idle; None if it may."""
     needs = needed_resources(specs)
     short = [
-        f"{amount:g} {resource}s, and the Ray cluster has {room.total(resource):g}"
+        f"{amount:g} {resource}s, and the Ray cluster has {resources.total(resource):g}"
         for resource, amount in needs.items()
-        if room.total(resource) < amount
+        if resources.total(resource) < amount
     ]
     pools = ", ".join(f"{spec.name}: {spec.replicas} x {spec.gang.mesh.size} rank(s)" for spec in specs)
     if short:
-        return f"the pools ({pools}) need {' and '.join(short)}; {room.describe_nodes(needs)}"
+        return f"the pools ({pools}) need {' and '.join(short)}; {resources.describe_nodes(needs)}"
     for spec in specs:
         num_ranks = spec.replicas * spec.gang.mesh.size
-        if (most := room.num_bundles(spec.gang.bundle)) < num_ranks:
+        if (most := resources.num_bundles(spec.gang.bundle)) < num_ranks:
             each = ", ".join(f"{amount:g} {name}" for name, amount in spec.gang.bundle.items())
             return (
                 f"pool {spec.name} has {num_ranks} rank(s) with {each} each, every one on one node, and the nodes of "
-                f"the Ray cluster hold {most} such; {room.describe_nodes(needs)}"
+                f"the Ray cluster hold {most} such; {resources.describe_nodes(needs)}"
             )
     return None

@@ -24,7 +24,8 @@ from ray.serve.handle import DeploymentHandle
 from tensorweave.cluster.fleet import WatchedFleet
 from tensorweave.cluster.ray_auth import refuse_open_ray
 from tensorweave.cluster.ray_internals import allow_rebinding, mark_generated_ids
-from tensorweave.cluster.supervisor import find_or_start_supervisor, find_supervisor
+from tensorweave.cluster.supervisor import find_or_start_supervisor
+from tensorweave.cluster.supervisor_handle import find_supervisor
 from tensorweave.deploy.actor_names import HEAD_NODE, supervisor_home
 from tensorweave.deploy.config import ServeConfig, load_config
 from tensorweave.deploy.config_source import ConfigSource

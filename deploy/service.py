@@ -21,10 +21,10 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from tensorweave.cluster.cluster_resources import can_grow, read_room
+from tensorweave.cluster.cluster_resources import can_grow, read_cluster_resources
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.kv_links import SLOW_BYTES_PER_S
-from tensorweave.cluster.owner_liveness import OwnLifeline
+from tensorweave.cluster.process_sentinel import OwnSentinel
 from tensorweave.cluster.ray_auth import refuse_open_ray
 from tensorweave.cluster.ray_noise import without_noise
 from tensorweave.cluster.ray_session import start_or_join_ray
@@ -153,15 +153,15 @@ def _join_ray(config: ServeConfig, ending: ExitStack) -> None:
 
 def _check_room(config: ServeConfig) -> None:
     """Raises StartFailed if the cluster could not hold the pools even when idle: it gets no more nodes."""
-    room = read_room()
-    if shortage := explain_shortage(pool_specs(config, has_gpus=room.total("GPU") > 0), room):
+    resources = read_cluster_resources()
+    if shortage := explain_shortage(pool_specs(config, has_gpus=resources.total("GPU") > 0), resources):
         raise StartFailed(shortage)
 
 
 def _start_service_actor(config: ServeConfig, ending: ExitStack) -> ActorHandle[Any]:
     """Start the service actor; `ending` makes it end the service."""
     drain_timeout_s = config.limits.drain_timeout_s
-    lifeline = OwnLifeline()
+    sentinel = OwnSentinel()
     service_actor: ActorHandle[Any] = (
         ray.remote(ServiceActor)
         .options(
@@ -173,13 +173,13 @@ def _start_service_actor(config: ServeConfig, ending: ExitStack) -> ActorHandle[
             max_task_retries=-1,
             resources=HEAD_NODE,
         )
-        .remote(drain_timeout_s, lifeline.name)
+        .remote(drain_timeout_s, sentinel.name)
     )
-    ending.callback(_end_service, service_actor, lifeline, drain_timeout_s)
+    ending.callback(_end_service, service_actor, sentinel, drain_timeout_s)
     return service_actor
 
 
-def _end_service(service_actor: ActorHandle[Any], lifeline: OwnLifeline, drain_timeout_s: float) -> None:
+def _end_service(service_actor: ActorHandle[Any], sentinel: OwnSentinel, drain_timeout_s: float) -> None:
     try:
         ray.get(service_actor.end.remote(), timeout=drain_timeout_s + DRAIN_SLACK_S + SERVE_SHUTDOWN_TIMEOUT_S)
     except RayError as error:
@@ -188,7 +188,7 @@ def _end_service(service_actor: ActorHandle[Any], lifeline: OwnLifeline, drain_t
         report("not waiting any longer; on a cluster that stays, the service ends once its requests have")
         raise  # the service actor continues without this process
     ray.kill(service_actor)
-    lifeline.end()
+    sentinel.end()
 
 
 def _check_ports(config: ServeConfig, service_actor: ActorHandle[Any]) -> None:

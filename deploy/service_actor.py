@@ -6,7 +6,7 @@ it running. There is at most one such actor on a cluster, so its name also tells
 restarts it when it dies, and it then looks for the driver again: whichever of the two dies first, nothing is left.
 
     driver ──end()─────────▶ ServiceActor ──▶ gangs finish their requests, accept no new ones ──▶ serve.shutdown()
-       └─its Lifeline ends──▶┘
+       └─its ProcessSentinel ends──▶┘
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from tensorweave.cluster.owner_liveness import wait_for_end
-from tensorweave.cluster.supervisor import find_supervisor
+from tensorweave.cluster.process_sentinel import wait_for_owner_end
+from tensorweave.cluster.supervisor_handle import find_supervisor
 from tensorweave.deploy.actor_names import APP_NAME, NAMESPACE, SERVICE_ACTOR_NAME, supervisor_home
 from tensorweave.deploy.ingress import taken_ports
 
@@ -40,16 +40,16 @@ _NUM_END_TRIES: Final = 3
 class ServiceActor:
     """Runs on the head node, beside the routers. Running requests have `drain_timeout_s` to finish.
 
-    A thread of its own waits for the end of the driver's `lifeline`, because nothing calls the actor after Ray has
+    A thread of its own waits for the end of the driver's `sentinel`, because nothing calls the actor after Ray has
     restarted it.
     """
 
-    def __init__(self, drain_timeout_s: float, lifeline: str) -> None:
+    def __init__(self, drain_timeout_s: float, sentinel: str) -> None:
         self._drain_timeout_s = drain_timeout_s
         self._home = supervisor_home(APP_NAME)
         self._ending: asyncio.Task[None] | None = None
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        threading.Thread(target=_end_after_driver, args=(lifeline,), name="wait-for-driver", daemon=True).start()
+        threading.Thread(target=_end_after_driver, args=(sentinel,), name="wait-for-driver", daemon=True).start()
 
     def taken_ports(self, host: str, ports: Sequence[int]) -> list[int]:
         return taken_ports(host, ports)
@@ -113,13 +113,13 @@ def _has_failed(task: asyncio.Task[None]) -> bool:
     return task.done() and (task.cancelled() or task.exception() is not None)
 
 
-def _end_after_driver(lifeline: str) -> None:
+def _end_after_driver(sentinel: str) -> None:
     """Wait until the driver is gone, end the service with several tries, then kill this actor.
 
     This runs outside the actor's tasks: Ray lets an actor exit only after the tasks that it has called, so a task that
     the actor calls on itself cannot exit it.
     """
-    wait_for_end(lifeline)
+    wait_for_owner_end(sentinel)
     logger.warning("the driver is gone: shutting down the service")
     service_actor = ray.get_runtime_context().current_actor
     for _ in range(_NUM_END_TRIES):

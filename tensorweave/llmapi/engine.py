@@ -14,11 +14,12 @@ from tensorweave.cluster.fleet import Fleet, StaticFleet, WatchedFleet
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.mesh import Mesh
-from tensorweave.cluster.owner_liveness import OwnLifeline
 from tensorweave.cluster.pool import PoolSpec
+from tensorweave.cluster.process_sentinel import OwnSentinel
 from tensorweave.cluster.protocol import KvSource, ModelInfo
 from tensorweave.cluster.ray_session import RaySession, start_or_join_ray
-from tensorweave.cluster.supervisor import give_logits_processors, start_supervisor, stop_supervisor
+from tensorweave.cluster.supervisor import start_supervisor
+from tensorweave.cluster.supervisor_handle import give_logits_processors, stop_supervisor
 from tensorweave.llmapi.loop_thread import LoopThread
 from tensorweave.llmapi.sampling_fields import LogitsProcessor
 from tensorweave.workers.build import build_executor
@@ -121,9 +122,9 @@ class GangEngine:
                 hang_timeout_s=args.hang_timeout_s,
                 model_digest=model_digest(pinned.path, args.load_format),
             )
-            self._lifeline = OwnLifeline()
-            undo.callback(self._lifeline.end)
-            self._supervisor = start_supervisor([PoolSpec("llm", spec)], RankWorker, lifeline=self._lifeline)
+            self._sentinel = OwnSentinel()
+            undo.callback(self._sentinel.end)
+            self._supervisor = start_supervisor([PoolSpec("llm", spec)], RankWorker, sentinel=self._sentinel)
             undo.callback(stop_supervisor, self._supervisor)
             self._fleet = loop.call(_open_fleet(self._supervisor), timeout_s=_START_TIMEOUT_S)
             undo.callback(lambda: loop.call(self._fleet.close()))
@@ -163,7 +164,7 @@ class GangEngine:
             self._loop.call(self._fleet.close())
             stop_supervisor(self._supervisor)
         finally:
-            self._lifeline.end()
+            self._sentinel.end()
             self._ray.close()
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from tensorweave.cluster.cluster_resources import Holding, NodeRoom, Room
+from tensorweave.cluster.cluster_resources import ClusterResources, NodeResources, Reservation
 
 RANK = {"CPU": 1.0, "GPU": 1.0}
 
 
 def test_a_cluster_that_is_too_small_is_said_to_be_too_small() -> None:
-    room = Room([NodeRoom("10.0.0.1", {"CPU": 8.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 4.0})])
-    assert room.explain(RANK, 8, 20.0) == (
+    resources = ClusterResources([NodeResources("10.0.0.1", {"CPU": 8.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 4.0})])
+    assert resources.explain(RANK, 8, 20.0) == (
         "cannot place a gang of 8 rank(s) with 1 CPU, 1 GPU each within 20 s: the Ray cluster has 8 of 8 CPU free, "
         "4 of 4 GPU free on 1 node(s); missing: 4 GPU; the cluster is too small for it even when idle; "
         "by node: 10.0.0.1: 8 of 8 CPU free, 4 of 4 GPU free"
@@ -17,19 +17,19 @@ def test_a_cluster_that_is_too_small_is_said_to_be_too_small() -> None:
 
 
 def test_enough_in_sum_is_not_enough_where_no_node_has_a_whole_rank() -> None:
-    nodes = [NodeRoom("cpus", {"CPU": 8.0}, {"CPU": 8.0}), NodeRoom("gpus", {"GPU": 2.0}, {"GPU": 2.0})]
-    assert Room(nodes).num_bundles(RANK) == 0
-    text = Room(nodes).explain(RANK, 2, 20.0)
+    nodes = [NodeResources("cpus", {"CPU": 8.0}, {"CPU": 8.0}), NodeResources("gpus", {"GPU": 2.0}, {"GPU": 2.0})]
+    assert ClusterResources(nodes).num_bundles(RANK) == 0
+    text = ClusterResources(nodes).explain(RANK, 2, 20.0)
     assert "enough in sum, but no node has room for a whole rank; its nodes hold 0 such rank(s) even when idle" in text
     assert "by node: cpus: 8 of 8 CPU free, 0 of 0 GPU free; gpus: 0 of 0 CPU free, 2 of 2 GPU free" in text
 
 
 def test_who_holds_what_a_gang_lacks_is_named() -> None:
-    room = Room(
-        [NodeRoom("10.0.0.1", {"CPU": 4.0}, {"CPU": 0.5})],
-        [Holding("training", {"CPU": 2.0}), Holding("disks", {"disk": 1.0})],
+    resources = ClusterResources(
+        [NodeResources("10.0.0.1", {"CPU": 4.0}, {"CPU": 0.5})],
+        [Reservation("training", {"CPU": 2.0}), Reservation("disks", {"disk": 1.0})],
     )
-    text = room.explain({"CPU": 1.0}, 2, 7.0)
+    text = resources.explain({"CPU": 1.0}, 2, 7.0)
     assert "missing: 1.5 CPU; others hold it" in text
     assert text.endswith(
         "; held by placement groups: training (2 CPU); held by actors and tasks outside of groups: 1.5 CPU"
@@ -37,5 +37,5 @@ def test_who_holds_what_a_gang_lacks_is_named() -> None:
 
 
 def test_a_thousand_nodes_fill_no_page() -> None:
-    room = Room([NodeRoom(f"n{number}", {"CPU": 1.0}, {"CPU": 0.0}) for number in range(1000)])
-    assert room.describe_nodes(["CPU"]).endswith("n7: 0 of 1 CPU free; and 992 more")
+    resources = ClusterResources([NodeResources(f"n{number}", {"CPU": 1.0}, {"CPU": 0.0}) for number in range(1000)])
+    assert resources.describe_nodes(["CPU"]).endswith("n7: 0 of 1 CPU free; and 992 more")

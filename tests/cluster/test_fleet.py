@@ -16,8 +16,9 @@ from tensorweave.cluster.fleet import StaticFleet, WatchedFleet
 from tensorweave.cluster.kv_links import Pair
 from tensorweave.cluster.pool import PoolState
 from tensorweave.cluster.protocol import GangAddress, GenerateRequest, LinkMeasurement, Role, SamplingSpec
+from tensorweave.cluster.service_state import ServiceState
 from tensorweave.cluster.socket_link import SocketLink
-from tensorweave.cluster.supervisor import PoolSupervisor, ServiceState
+from tensorweave.cluster.supervisor import PoolSupervisor
 from tensorweave.workers.fakes.fake_executor import FAKE_INFO, FakeExecutor, fake_output
 from tensorweave.workers.leader.server import LeaderServer
 

@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from tensorweave.cluster import memory_kills
 from tensorweave.cluster.host_memory import host_memory, oom_kills
-from tensorweave.cluster.memory_kills import kills_anywhere, kills_here, says_memory
+from tensorweave.cluster.memory_kills import describe_kills, describe_local_kills, is_memory_kill
 from tensorweave.cluster.ranks import RankPlace
 
 GIB = 1 << 30
@@ -113,15 +113,15 @@ def test_a_kill_for_want_of_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(memory_kills, "oom_kills", lambda: 1)
     before = [RankPlace("n1", 1, 0.0, oom_kills=1), RankPlace("n2", 2, 0.0, oom_kills=3)]
     after = [RankPlace("n1", 1, 0.0, oom_kills=0), RankPlace("n2", 2, 0.0, oom_kills=2)]
-    assert kills_here(before) == ""
-    assert "the kernel has killed for want of memory" in kills_here(after[:1])
-    assert kills_here(after[1:]) == ""
+    assert describe_local_kills(before) == ""
+    assert "the kernel has killed for want of memory" in describe_local_kills(after[:1])
+    assert describe_local_kills(after[1:]) == ""
 
     monkeypatch.setattr(memory_kills, "_ask", ask)
-    assert asyncio.run(kills_anywhere(before)) == ""
-    assert "the kernel has killed for want of memory" in asyncio.run(kills_anywhere(after[1:]))
+    assert asyncio.run(describe_kills(before)) == ""
+    assert "the kernel has killed for want of memory" in asyncio.run(describe_kills(after[1:]))
 
 
 def test_rays_own_word_is_understood() -> None:
-    assert says_memory(OutOfMemoryError("1 worker(s) were killed due to the node running low on memory."))
-    assert not says_memory(ActorDiedError())
+    assert is_memory_kill(OutOfMemoryError("1 worker(s) were killed due to the node running low on memory."))
+    assert not is_memory_kill(ActorDiedError())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tensorweave.cluster.kv_links import LinkTable, ReadyGang
+from tensorweave.cluster.kv_links import KvLinkTable, ReadyGang
 from tensorweave.cluster.protocol import GangAddress, KvEndpoint, KvSource, LinkMeasurement, ModelInfo, Role
 
 _INFO = ModelInfo("fake", 10, 10, "float32", 2, 5)
@@ -61,7 +61,7 @@ async def _settled() -> None:
 def test_new_pairs_are_measured_once_and_lost_ones_forgotten() -> None:
     async def body() -> None:
         changes: list[int] = []
-        links = LinkTable(lambda: changes.append(len(links.all)))
+        links = KvLinkTable(lambda: changes.append(len(links.all)))
         one, two = _gang("d1", "decode"), _gang("d2", "decode")
         first, second, whole = _gang("p1", "prefill"), _gang("p2", "prefill"), _gang("b", "both")
         links.update([one, first, whole])
@@ -85,7 +85,7 @@ def test_new_pairs_are_measured_once_and_lost_ones_forgotten() -> None:
 
 def test_slow_and_broken_links_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     async def body() -> None:
-        links = LinkTable(lambda: None)
+        links = KvLinkTable(lambda: None)
         slow, broken = (
             _gang("slow", "decode", LinkMeasurement(5e6, 0.2)),
             _gang("broken", "decode", LinkMeasurement(0, 0, "refused")),

@@ -13,11 +13,11 @@ def test_one_line_an_interval_says_how_many_were_left_out(caplog: pytest.LogCapt
     now_s = [1000.0]
     log = LimitedLog(logging.getLogger("door"), logging.WARNING, clock=lambda: now_s[0])
     for number in range(2838):
-        log.tell(f"noise {number}")
+        log.write(f"noise {number}")
     now_s[0] += INTERVAL_S
-    log.tell("noise again")
+    log.write("noise again")
     now_s[0] += INTERVAL_S
-    log.tell("and again")
+    log.write("and again")
     assert [record.getMessage() for record in caplog.records] == [
         "noise 0",
         "noise again (2837 more since the last such line)",

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from tensorweave.cluster.errors import NoRoom, TensorweaveError, WorkerLost
+from tensorweave.cluster.errors import InsufficientResources, TensorweaveError, WorkerLost
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.pool import GangPool, PoolSpec
 from tensorweave.cluster.protocol import GangAddress, KvSource, LinkMeasurement, ModelInfo
@@ -174,7 +174,7 @@ def test_faults_far_apart_do_not_add_up() -> None:
 def test_want_of_room_is_no_fault_but_a_pool_that_nothing_fits_has_failed_until_something_does() -> None:
     async def body() -> None:
         bench = _Bench(max_faults=1, replicas=2)
-        bench.errors = [NoRoom("no GPU"), NoRoom("no GPU here either")]
+        bench.errors = [InsufficientResources("no GPU"), InsufficientResources("no GPU here either")]
         await bench.until(lambda: bench.pool.state.states == ("failed", "failed"))
         assert bench.pool.state.failure == "no GPU here either"
         await bench.until(lambda: len(bench.ids()) == 2)
@@ -183,7 +183,7 @@ def test_want_of_room_is_no_fault_but_a_pool_that_nothing_fits_has_failed_until_
         # Later, hosts that went may come back: nobody who waits is told that it is in vain.
         later = _Bench(max_faults=2)
         await later.until(lambda: later.ids() == ["p-0.1"])
-        later.errors = [NoRoom("a host is gone")]
+        later.errors = [InsufficientResources("a host is gone")]
         later.gangs[0].end("its host died")
         await later.until(lambda: later.pool.state.trouble == "a host is gone")
         assert later.pool.state.failure is None

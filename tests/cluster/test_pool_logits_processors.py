@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tensorweave.cluster.errors import WorkerLost
-from tensorweave.cluster.pool_logits_processors import HeldProcessors
+from tensorweave.cluster.pool_logits_processors import PoolLogitsProcessors
 
 
 class FakeGang:
@@ -28,7 +28,7 @@ class FakeGang:
 
 def test_gangs_of_today_and_to_come_hold_the_same() -> None:
     async def run() -> None:
-        held, first, late = HeldProcessors(), FakeGang(), FakeGang()
+        held, first, late = PoolLogitsProcessors(), FakeGang(), FakeGang()
         await held.give([first, FakeGang(WorkerLost("gone"))], {"a": 1, "b": 2})
         await held.give([first], {"a": None})
         starting = asyncio.create_task(held.equip(late))
@@ -44,4 +44,4 @@ def test_gangs_of_today_and_to_come_hold_the_same() -> None:
 
 def test_what_a_rank_cannot_load_is_the_callers_mistake() -> None:
     with pytest.raises(ValueError, match="cannot be loaded"):
-        asyncio.run(HeldProcessors().give([FakeGang(ValueError("cannot be loaded"))], {"a": 1}))
+        asyncio.run(PoolLogitsProcessors().give([FakeGang(ValueError("cannot be loaded"))], {"a": 1}))

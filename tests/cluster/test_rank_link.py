@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from tensorweave.cluster.rank_link import GangLink
+from tensorweave.cluster.rank_link import RankLinkMonitor
 from tensorweave.cluster.ranks import LinkRate, Traffic
 
 GOOD = LinkRate(latency_s=1e-4, bytes_per_s=1e9)
@@ -18,7 +18,7 @@ class _Gang:
     def __init__(self, rate: LinkRate) -> None:
         self.now_s = 0.0
         self.traffic = Traffic()
-        self.link = GangLink("g", rate, lambda: self.now_s)
+        self.link = RankLinkMonitor("g", rate, lambda: self.now_s)
 
     def run(self, wait_s: float, num_windows: int = 1, num_bytes: int = 2000) -> None:
         for _ in range(num_windows):

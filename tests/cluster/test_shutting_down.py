@@ -13,7 +13,8 @@ from tensorweave.cluster.fleet import WatchedFleet
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.pool import GangState, PoolSpec, PoolState
 from tensorweave.cluster.protocol import Role
-from tensorweave.cluster.supervisor import PoolSupervisor, ServiceState
+from tensorweave.cluster.service_state import ServiceState
+from tensorweave.cluster.supervisor import PoolSupervisor
 
 
 def state_of(**states: tuple[GangState, ...]) -> ServiceState:

@@ -13,6 +13,7 @@ from ray.exceptions import RayTaskError
 from tensorweave.cluster.gang import Gang
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.mesh import Mesh, MeshRank
+from tensorweave.cluster.rank_places import RankPlaces
 from tensorweave.cluster.ranks import RankOrder, RankPlace
 from tensorweave.deploy.config import ServeConfig
 from tensorweave.deploy.pinned_model import PinnedModel
@@ -133,8 +134,7 @@ def test_an_error_of_one_host_of_several_names_it(tmp_path: Path, node_ips: dict
     gang = Gang(GangSpec(mesh=Mesh(tensor=2)), RankWorker, "g", 1)
     gang._actors = [Rank(), Rank()]  # type: ignore[list-item]
     last = list(node_ips)[-1]
-    gang._places = [RankPlace("n1", 11, 0.0), RankPlace(last, 12, 0.0)]
-    gang._node_ips = node_ips
+    gang._places = RankPlaces([RankPlace("n1", 11, 0.0), RankPlace(last, 12, 0.0)], node_ips)
     with pytest.raises(ValueError, match="no model directory") as caught:
         asyncio.run(gang._start_rank(1, order(tmp_path, "d")))
     assert str(caught.value) == told

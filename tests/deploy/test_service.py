@@ -30,8 +30,8 @@ class FakeHandle:
         return self
 
 
-class FakeLifeline:
-    name = "lifeline"
+class FakeSentinel:
+    name = "sentinel"
 
     def end(self) -> None:
         return None
@@ -79,7 +79,7 @@ def test_the_service_actor_is_killed_at_the_end(
 ) -> None:
     ray = FakeRay(get)
     monkeypatch.setattr(service, "ray", ray)
-    monkeypatch.setattr(service, "OwnLifeline", FakeLifeline)
+    monkeypatch.setattr(service, "OwnSentinel", FakeSentinel)
     with ExitStack() as ending:
         service._start_service_actor(config, ending)
         assert ray.num_killed == 0
@@ -91,7 +91,7 @@ def test_a_second_interrupt_leaves_the_service_to_the_service_actor(
 ) -> None:
     ray = FakeRay(is_interrupted)
     monkeypatch.setattr(service, "ray", ray)
-    monkeypatch.setattr(service, "OwnLifeline", FakeLifeline)
+    monkeypatch.setattr(service, "OwnSentinel", FakeSentinel)
     with pytest.raises(KeyboardInterrupt), ExitStack() as ending:
         service._start_service_actor(config, ending)
     assert ray.num_killed == 0, "nothing else would end the service on a cluster that stays"
@@ -107,7 +107,7 @@ def test_nothing_is_asked_of_a_ray_that_is_lost(
         raise RayLost("its raylet has ended")
 
     monkeypatch.setattr(service, "ray", FakeRay(lambda: asked.append("the service actor")))
-    monkeypatch.setattr(service, "OwnLifeline", FakeLifeline)
+    monkeypatch.setattr(service, "OwnSentinel", FakeSentinel)
     monkeypatch.setattr(service, "RayCluster", lambda service_actor: None)
     monkeypatch.setattr(service, "monitor", is_lost)
     monkeypatch.setattr(service, "abandon_ray", lambda: True)

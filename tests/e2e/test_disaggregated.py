@@ -23,7 +23,8 @@ from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.pool import PoolSpec
 from tensorweave.cluster.protocol import GenerateRequest, Role, SamplingSpec
 from tensorweave.cluster.ray_session import start_or_join_ray
-from tensorweave.cluster.supervisor import PoolSupervisor, start_supervisor, stop_supervisor
+from tensorweave.cluster.supervisor import PoolSupervisor, start_supervisor
+from tensorweave.cluster.supervisor_handle import stop_supervisor
 from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.dispatch.policy import build_policy
 from tensorweave.workers.build import build_executor

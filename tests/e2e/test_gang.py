@@ -27,14 +27,9 @@ from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.pool import PoolSpec
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
 from tensorweave.cluster.ray_session import import_root, start_or_join_ray
-from tensorweave.cluster.supervisor import (
-    Home,
-    PoolSupervisor,
-    find_or_start_supervisor,
-    find_supervisor,
-    start_supervisor,
-    stop_supervisor,
-)
+from tensorweave.cluster.service_state import DetachedSpec
+from tensorweave.cluster.supervisor import PoolSupervisor, find_or_start_supervisor, start_supervisor
+from tensorweave.cluster.supervisor_handle import find_supervisor, stop_supervisor
 from tensorweave.workers.fakes.fake_engine import hash_token
 from tensorweave.workers.fakes.fake_gang import HashRankWorker
 from tests.e2e.service_process import alive, command_of, wait_until
@@ -238,12 +233,12 @@ def test_a_supervisor_that_is_killed_comes_back_with_new_gangs() -> None:
 
 
 def test_gangs_of_a_service_serve_on_without_their_supervisor_and_are_replaced_where_their_pool_changes() -> None:
-    home = Home("test", "tests")
+    detached = DetachedSpec("test", "tests")
     spec = PoolSpec("main", GangSpec(mesh=Mesh(tensor=2), args={"model": "hash"}, worker_options={"step_s": 0.05}))
     seen: list[int] = []
 
     async def body() -> None:
-        supervisor = find_or_start_supervisor(home, [spec], HashRankWorker)
+        supervisor = find_or_start_supervisor(detached, [spec], HashRankWorker)
         async with _fleet(supervisor) as fleet:
             old = await _rank_pids(fleet)
             seen.extend(old)
@@ -255,7 +250,7 @@ def test_gangs_of_a_service_serve_on_without_their_supervisor_and_are_replaced_w
             assert await _rank_pids(fleet) == old
             assert await running == _oracle(PROMPT, 200)
             assert fleet.links() == [link]
-            again = find_or_start_supervisor(home, [spec], HashRankWorker)
+            again = find_or_start_supervisor(detached, [spec], HashRankWorker)
             assert again == supervisor
             # What stays the same is left alone, what differs is drained and started anew; a late caller is not heard.
             faster = replace(spec, gang=replace(spec.gang, worker_options={}))
@@ -273,7 +268,7 @@ def test_gangs_of_a_service_serve_on_without_their_supervisor_and_are_replaced_w
     try:
         _run(body)
     finally:
-        stop_supervisor(find_supervisor(home))
+        stop_supervisor(find_supervisor(detached))
     _wait_gone(seen)
     _wait_all_free()
 

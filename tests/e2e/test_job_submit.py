@@ -34,7 +34,15 @@ BIN = Path(sys.executable).parent
 TIMEOUT_S = 150.0
 TOKEN = secrets.token_hex(32)
 DRIVER = "python -m tensorweave.cli.main serve"
-OURS = ("ServiceActor", "Lifeline", "ServeController", "ProxyActor", "ServeReplica", "PoolSupervisor", "RankWorker")
+OURS = (
+    "ServiceActor",
+    "ProcessSentinel",
+    "ServeController",
+    "ProxyActor",
+    "ServeReplica",
+    "PoolSupervisor",
+    "RankWorker",
+)
 
 pytestmark = pytest.mark.timeout(900)
 

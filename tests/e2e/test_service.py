@@ -193,7 +193,7 @@ def test_a_service_outlives_what_keeps_it_up_and_a_killed_driver_leaves_nothing(
     # What keeps the service up may die: the gang serves on, and everything is replaced.
     ranks = named(process, "RankWorker")
     through_it_all = RunningAnswer(port, max_tokens=1500)
-    for keeper in ("PoolSupervisor", "ServeReplica:tensorweave:Pools", "Lifeline", "ServiceActor"):
+    for keeper in ("PoolSupervisor", "ServeReplica:tensorweave:Pools", "ProcessSentinel", "ServiceActor"):
         [victim] = named(process, keeper)
         victim.kill()
         wait_until(

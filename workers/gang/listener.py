@@ -77,7 +77,7 @@ class GuardedListener:
         if self._closing.is_set():
             return False
         if error.errno in _EXHAUSTED:
-            self._log.tell(f"{self._thread.name}: no connection can be taken ({error.strerror}); trying again")
+            self._log.write(f"{self._thread.name}: no connection can be taken ({error.strerror}); trying again")
             self._closing.wait(_CHECK_INTERVAL_S)
         return error.errno in _EXHAUSTED or error.errno == errno.ECONNABORTED
 

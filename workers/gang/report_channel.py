@@ -115,7 +115,7 @@ class LeaderReportChannel(LocalReportChannel):
         if is_trusted:
             logger.warning("%s", message)
         else:
-            self._log.tell(message)
+            self._log.write(message)
 
 
 class FollowerReportChannel:

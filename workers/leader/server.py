@@ -160,7 +160,7 @@ class LeaderServer:
             async for frame in frames:
                 self._table.receive(client, frame)
         except WireError as error:
-            self._log.tell(f"closing a client's connection: {error.message}")
+            self._log.write(f"closing a client's connection: {error.message}")
             client.send("error", error.to_wire())
         except Exception:  # the request boundary: a client's malformed frames must not affect another
             logger.exception("closing a client's connection")

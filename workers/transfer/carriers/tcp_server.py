@@ -85,7 +85,7 @@ class TcpServerConnection:
                 self._receive(*self._connection.receive())
         except (TransferFailed, WireError) as error:
             if self._transport is None:
-                self._authentication.log.tell(f"a connection to the KV endpoint ends during its handshake: {error}")
+                self._authentication.log.write(f"a connection to the KV endpoint ends during its handshake: {error}")
             elif not self.is_closed:
                 logger.info("the connection of a KV receiver ends: %s", error)
         finally:

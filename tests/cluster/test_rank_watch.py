@@ -10,7 +10,7 @@ import pytest
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
-from tensorweave.cluster.rank_watch import RankWatch, in_time, why_dead
+from tensorweave.cluster.rank_watch import RankWatch, death_reason, result_within
 from tensorweave.cluster.ranks import RankReport
 
 
@@ -18,7 +18,7 @@ def test_silence_is_told() -> None:
     async def wait() -> None:
         never = asyncio.get_running_loop().create_future()
         with pytest.raises(TimeoutError):
-            await in_time(never, 0.5)
+            await result_within(never, 0.5)
         assert never.cancelled()
 
     asyncio.run(wait())
@@ -28,7 +28,7 @@ def test_a_rank_is_not_blamed_for_our_own_standstill() -> None:
     async def wait() -> None:
         loop = asyncio.get_running_loop()
         heartbeat = loop.create_future()
-        waiting = asyncio.create_task(in_time(heartbeat, 1.5))
+        waiting = asyncio.create_task(result_within(heartbeat, 1.5))
         await asyncio.sleep(0)
         time.sleep(2.0)
         loop.call_later(0.1, heartbeat.set_result, "alive")
@@ -58,14 +58,14 @@ class ReportingActor:
 
 def watched(actor: ReportingActor, monkeypatch: pytest.MonkeyPatch) -> RankWatch:
     monkeypatch.setattr("tensorweave.cluster.rank_watch.HEARTBEAT_INTERVAL_S", 0.01)
-    monkeypatch.setattr("tensorweave.cluster.rank_watch._BEAT_S", 0.01)
+    monkeypatch.setattr("tensorweave.cluster.rank_watch._CHECK_INTERVAL_S", 0.01)
     return RankWatch([cast(ActorHandle[Any], actor)], lambda rank: f"rank {rank}", 8.0)
 
 
 def test_a_loop_that_stands_still_in_two_reports_has_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     actor = ReportingActor(0.1, 8.5, 9.0)
     told = asyncio.run(asyncio.wait_for(watched(actor, monkeypatch).until_fault(), 30.0))
-    assert told == "rank 0: its step loop has stood still for 9.0 s (hang_timeout_s is 8)"
+    assert told == "rank 0: its step loop has made no progress for 9.0 s (hang_timeout_s is 8)"
     assert actor.num_asked == 3
 
 
@@ -90,4 +90,4 @@ def test_what_an_actor_raised_is_told_in_its_own_words() -> None:
         "start", 'Traceback (most recent call last):\n  File "rank.py", line 1', cause, pid=7, ip="::1"
     )
     assert "pid=7" in str(raised).splitlines()[0], "as Ray tells it"
-    assert why_dead(raised.as_instanceof_cause()) == "no space for the cache"
+    assert death_reason(raised.as_instanceof_cause()) == "no space for the cache"
