@@ -1,4 +1,4 @@
-"""What a Ray cluster has and who holds it, and what to say when it cannot hold a gang."""
+"""`ClusterResources`: what a Ray cluster has and what is reserved, to explain why a gang cannot be placed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Amounts = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class NodeResources:
-    """A live node: what it has in all, and what is free of it."""
+    """A live node's resources: all of them, and those that are free."""
 
     address: str
     total: Amounts
@@ -48,11 +48,11 @@ class ClusterResources:
         return sum(node.free.get(resource, 0.0) for node in self.nodes)
 
     def num_bundles(self, bundle: Amounts) -> int:
-        """How many of them the cluster holds when idle: a bundle lies on one node."""
+        """How many such bundles fit in the cluster when it is idle. A bundle must fit on one node."""
         return sum(_num_in(node.total, bundle) for node in self.nodes)
 
     def explain(self, bundle: Amounts, num_bundles: int, timeout_s: float) -> str:
-        """Why that many bundles could not be placed: what was asked, what there is, who has it, where."""
+        """Why the bundles could not be placed: what was requested, what exists where, and who has reserved it."""
         need = {name: amount * num_bundles for name, amount in bundle.items()}
         has = ", ".join(f"{self.free(name):g} of {self.total(name):g} {name} free" for name in need)
         return (
@@ -94,7 +94,7 @@ class ClusterResources:
 
 
 def read_cluster_resources() -> ClusterResources:
-    """Of the cluster that this process is connected to. Blocks."""
+    """Of the cluster to which this process is connected. Blocks."""
     free = free_resources_by_node()
     nodes = [
         NodeResources(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {}))

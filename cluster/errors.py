@@ -1,7 +1,7 @@
-"""The error tree: what the world does to a request, each with its HTTP status and OpenAI error type.
+"""The tree of errors that can end a request, each with its HTTP status and OpenAI error type.
 
-Raised by every room, carried across processes as plain fields, and rendered by the router. `ValueError` stays the
-answer to what a person wrote wrong through the Python API; over HTTP the same mistake is a `RequestRejected`.
+Every room raises them; they cross processes as plain fields, and the router renders them. A mistake in a call of the
+Python API is a `ValueError`; over HTTP the same mistake is a `RequestRejected`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ _BY_CODE: dict[str, type[TensorweaveError]] = {}
 
 
 class TensorweaveError(Exception):
-    """Root of the tree. `message` is for the client: it names the cause and never carries prompt text."""
+    """Root of the tree. `message` is for the client: it names the cause and never contains prompt text."""
 
     http_status: ClassVar[int] = 500
     openai_type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
 
     def __init_subclass__(cls) -> None:
-        """A code names one class, so that an error keeps its status on the way between processes."""
+        """Register the class by its code, so that an error keeps its status when it crosses processes."""
         super().__init_subclass__()
         if "code" in vars(cls):
             _BY_CODE[cls.code] = cls
@@ -35,7 +35,7 @@ class TensorweaveError(Exception):
 
 
 class RequestRejected(TensorweaveError, ValueError):
-    """The request itself is wrong; `param` names the field. Sending it again is no use."""
+    """The request itself is wrong; `param` names the field. Sending it again would fail again."""
 
     http_status, openai_type, code = 400, "invalid_request_error", "invalid_request"
 
@@ -45,7 +45,7 @@ class ModelNotFound(RequestRejected):
 
 
 class ContextTooLong(RequestRejected):
-    """Prompt and answer do not fit in the model's context (`cluster/context_length.py`)."""
+    """Prompt and answer do not fit in the model's context (see `cluster.context_length`)."""
 
     code = "context_length_exceeded"
 
@@ -57,13 +57,13 @@ class Overloaded(TensorweaveError):
 
 
 class NotReady(TensorweaveError):
-    """No gang can take the request now: starting, draining, or all lost."""
+    """No gang accepts the request now: all are starting, draining or lost."""
 
     http_status, openai_type, code = 503, "server_error", "not_ready"
 
 
 class InsufficientResources(NotReady):
-    """The Ray cluster cannot hold a gang now."""
+    """The Ray cluster has no free resources for a gang now."""
 
 
 class WorkerLost(TensorweaveError):
@@ -73,13 +73,13 @@ class WorkerLost(TensorweaveError):
 
 
 class TransferFailed(TensorweaveError):
-    """KV blocks did not arrive, or arrived wrong."""
+    """KV blocks did not arrive, or were wrong."""
 
     http_status, openai_type, code = 502, "server_error", "transfer_failed"
 
 
 class LogitsNotFinite(TensorweaveError):
-    """The model's numbers for this request's next token are NaN or infinite: there is no answer to give."""
+    """The model's logits for this request's next token are NaN or infinite, so it has no answer."""
 
     code = "logits_not_finite"
 
@@ -89,26 +89,26 @@ class LogitsNotFinite(TensorweaveError):
 
 
 class WireError(TensorweaveError):
-    """A peer sent something that is not of our protocol."""
+    """A peer has violated our protocol."""
 
     code = "wire_error"
 
 
 class RequestCancelled(TensorweaveError):
-    """The client went away or asked to stop."""
+    """The client disconnected or cancelled."""
 
     http_status, openai_type, code = 499, "invalid_request_error", "cancelled"
 
 
 class DeadlineExceeded(TensorweaveError):
-    """The request's own deadline passed."""
+    """The request's own deadline has passed."""
 
     http_status, openai_type, code = 408, "timeout_error", "deadline_exceeded"
 
 
 def raised_by_user(error: BaseException) -> RequestRejected:
-    """SystemExit, KeyboardInterrupt or GeneratorExit that a user's own code (a tokenizer, a logits processor) raised
-    within a request: it would end the thread that it runs on, and everybody's requests with it."""
+    """For SystemExit, KeyboardInterrupt or GeneratorExit that a user's own code (a tokenizer, a logits processor)
+    raised within a request: it would end the thread that it runs on, and all requests with it."""
     return RequestRejected(f"code of the user's own raised {type(error).__name__}: {error}")
 
 

@@ -1,4 +1,4 @@
-"""`FaultRecord`: how often one slot's gangs have failed lately, and so how long to wait before the next one."""
+"""`FaultRecord`: how often the gangs of one slot have failed recently, and how long to wait before the next one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _MAX_LONG_PAUSE_S: Final = 600.0
 
 
 class FaultRecord:
-    """No pause after a first failure, then 1, 2, 4 … 30 s. From `max_faults` faults within `window_s` on, 30, 60 …
-    600 s, until a gang has served for `window_s` without one."""
+    """No pause after a first failure, then 1, 2, 4 … 30 s. After `max_faults` faults within `window_s`, 30, 60 … 600 s,
+    until a gang has served for `window_s` without a fault."""
 
     def __init__(self, max_faults: int, window_s: float, clock: Callable[[], float]) -> None:
         self._max_faults = max_faults
@@ -43,8 +43,8 @@ class FaultRecord:
         self._ready_s = self._clock()
         self._num_running = 0
 
-    def note_trouble(self) -> None:
-        """A gang could not start for want of room: that says nothing against it."""
+    def note_unplaced(self) -> None:
+        """A gang could not be placed, which is not a fault of its own."""
         self._num_running += 1
 
     def note_fault(self) -> None:

@@ -1,7 +1,7 @@
-"""The set of gangs that can take work now: what the dispatcher picks from.
+"""`Fleet`: the gangs that accept requests now, from which the dispatcher chooses.
 
-`StaticFleet` holds given links; `WatchedFleet` follows a supervisor, opens a link to each gang it publishes, and lets
-go of those that end. A supervisor that cannot be reached for a while harms nothing: open links keep working.
+`StaticFleet` has fixed links. `WatchedFleet` follows a supervisor: it opens a link to each gang that is published, and
+closes the links of gangs that end. While the supervisor cannot be reached, open links keep working.
 """
 
 from __future__ import annotations
@@ -29,40 +29,40 @@ _POLL_S: Final = 10.0
 _POLL_GRACE_S: Final = 10.0
 _RETRY_S: Final = 0.5
 _DESCRIBE_TIMEOUT_S: Final = 5.0
-_RETRY_ELSEWHERE_S: Final = 5.0
+_RETRY_AFTER_S: Final = 5.0
 
 
 class Fleet(Protocol):
     """Used on one event loop."""
 
     def links(self, role: Role = "both") -> Sequence[GangLink]:
-        """Open links to gangs that serve `role`; a gang of role 'both' serves any."""
+        """Open links to gangs that serve `role`; a gang of role 'both' serves every role."""
 
     def check_open(self) -> None:
-        """Raises NotReady once the service is shutting down: what runs may go on, on any gang; nothing new begins."""
+        """Raises NotReady once the service is shutting down. Running requests may continue, on any gang."""
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Until a gang can answer (one that decodes). Raises NotReady at the timeout, or once their pool has failed; it
-        says why."""
+        """Wait until a gang that decodes is reachable. Raises NotReady, with the reason, at the timeout or once its
+        pool has failed."""
 
     async def wait_link(self, timeout_s: float) -> None:
-        """Until any gang can be reached, whatever its role. Raises NotReady."""
+        """Wait until any gang is reachable, whatever its role. Raises NotReady."""
 
     async def describe(self) -> list[dict[str, Any]]:
-        """For health pages: pools, gangs, ranks."""
+        """Pools, gangs and ranks, for health pages."""
 
     async def close(self) -> None:
-        """Close every link; the gangs live on."""
+        """Close every link. The gangs keep running."""
 
 
 class StaticFleet:
-    """Given links, by the role of their gangs. It owns them: `close` closes them."""
+    """Links by the role of their gangs. `close` closes them."""
 
     def __init__(self, links: Mapping[Role, Sequence[GangLink]]) -> None:
         self._links = {role: tuple(gangs) for role, gangs in links.items()}
 
     def links(self, role: Role = "both") -> Sequence[GangLink]:
-        return [link for own, link in self._all() if link.is_open and own in (role, "both")]
+        return [link for own_role, link in self._all() if link.is_open and own_role in (role, "both")]
 
     def check_open(self) -> None:
         return None
@@ -95,10 +95,9 @@ def _describe_static(role: Role, links: Sequence[GangLink]) -> dict[str, Any]:
 
 
 class WatchedFleet:
-    """Follows a `PoolSupervisor`. Construct it inside the event loop that will use it, then `wait_ready`.
+    """Follows a `PoolSupervisor`. Construct it inside the event loop that uses it, then call `wait_ready`.
 
-    `find` looks a supervisor's successor up where there may be one: it blocks, and raises ValueError where there is
-    none yet.
+    `find` looks up the supervisor's successor: it blocks, and raises ValueError if there is none yet.
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class WatchedFleet:
         self._find = find
         self._state = ServiceState(0, ())
         self._links: dict[str, SocketLink] = {}
-        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._link_tasks: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._retired: set[SocketLink] = set()
         self._refusals: dict[str, str] = {}
@@ -120,24 +119,26 @@ class WatchedFleet:
         return [link for link in self._links.values() if link.is_open and link.address.role in (role, "both")]
 
     def check_open(self) -> None:
-        """Gangs that decode end first: those that prefill stay a while for what runs, and take no new work."""
+        """The service is shutting down if all gangs that decode are ending. Prefill gangs end later."""
         pools = [pool for pool in self._state.pools if pool.role != "prefill"]
         if pools and all(map(_is_ending, pools)):
-            raise NotReady("the service is shutting down", retry_after_s=_RETRY_ELSEWHERE_S)
+            raise NotReady("the service is shutting down", retry_after_s=_RETRY_AFTER_S)
 
     async def wait_ready(self, timeout_s: float) -> None:
-        await self._wait(self._is_ready, timeout_s)
+        await self._wait_until(self._is_ready, timeout_s)
 
     async def wait_link(self, timeout_s: float) -> None:
-        await self._wait(lambda: any(link.is_open for link in self._links.values()) or self._is_ready(), timeout_s)
+        await self._wait_until(
+            lambda: any(link.is_open for link in self._links.values()) or self._is_ready(), timeout_s
+        )
 
-    async def _wait(self, holds: Callable[[], bool], timeout_s: float) -> None:
+    async def _wait_until(self, condition: Callable[[], bool], timeout_s: float) -> None:
         try:
             async with asyncio.timeout(timeout_s):
-                while not holds():
+                while not condition():
                     await self._changed.wait()
         except TimeoutError:
-            raise NotReady(f"not ready within {timeout_s:g} s: {self._why_not()}") from None
+            raise NotReady(f"not ready within {timeout_s:g} s: {self._explain_unready()}") from None
 
     async def describe(self) -> list[dict[str, Any]]:
         try:
@@ -152,16 +153,16 @@ class WatchedFleet:
 
     async def close(self) -> None:
         self._follower.cancel()
-        for keeper in self._keepers.values():
-            keeper.cancel()
+        for task in self._link_tasks.values():
+            task.cancel()
         for link in (*self._links.values(), *self._retired):
             link.close()
-        await asyncio.wait([self._follower, *self._keepers.values()], timeout=5.0)
+        await asyncio.wait([self._follower, *self._link_tasks.values()], timeout=5.0)
 
     # ---- readiness
 
     def _is_ready(self) -> bool:
-        """A gang that decodes is enough: without a prefill gang it computes prompts itself."""
+        """One gang that decodes is enough, because it computes prompts itself if there is no prefill gang."""
         pools = [pool for pool in self._state.pools if pool.role != "prefill"]
         if any(self._has_link(pool) for pool in pools):
             return True
@@ -176,13 +177,13 @@ class WatchedFleet:
         links = (self._links.get(address.gang_id) for address in pool.addresses)
         return any(link is not None and link.is_open for link in links)
 
-    def _why_not(self) -> str:
-        waiting = [
+    def _explain_unready(self) -> str:
+        unready = [
             f"pool {pool.name}: gangs {', '.join(pool.states)}" + (f" ({pool.trouble})" if pool.trouble else "")
             for pool in self._state.pools
             if not self._has_link(pool)
         ]
-        return "; ".join([*waiting, *self._refusals.values()]) or "the supervisor has not answered"
+        return "; ".join([*unready, *self._refusals.values()]) or "the supervisor has not answered"
 
     # ---- following the supervisor
 
@@ -194,14 +195,14 @@ class WatchedFleet:
             except (TimeoutError, RayError) as error:
                 logger.warning("the supervisor does not answer (%s); trying again", type(error).__name__)
                 await asyncio.sleep(_RETRY_S)
-                await self._look_again()
+                await self._find_successor()
                 continue
             self._state = state
-            self._match(state)
+            self._update_link_tasks(state)
             for link in self._links.values():
-                self._show_links(link)
+                self._update_kv_links(link)
 
-    async def _look_again(self) -> None:
+    async def _find_successor(self) -> None:
         if self._find is None:
             return
         try:
@@ -209,19 +210,19 @@ class WatchedFleet:
         except (ValueError, RayError) as error:
             logger.warning("there is no supervisor yet: %s", str(error).partition("\n")[0])
 
-    def _match(self, state: ServiceState) -> None:
-        """Keep a link to each published gang, and to no other."""
+    def _update_link_tasks(self, state: ServiceState) -> None:
+        """Maintain a link to each published gang, and to no other."""
         published = {address.gang_id: address for address in _addresses(state)}
-        for gang_id in self._keepers.keys() - published.keys():
-            self._keepers.pop(gang_id).cancel()
+        for gang_id in self._link_tasks.keys() - published.keys():
+            self._link_tasks.pop(gang_id).cancel()
             self._refusals.pop(gang_id, None)
         for gang_id, address in published.items():
-            if gang_id not in self._keepers:
-                self._keepers[gang_id] = asyncio.create_task(self._keep(address), name=f"keep-{gang_id}")
+            if gang_id not in self._link_tasks:
+                self._link_tasks[gang_id] = asyncio.create_task(self._maintain_link(address), name=f"link-{gang_id}")
         self._notify()
 
-    async def _keep(self, address: GangAddress) -> None:
-        """A link to this gang for as long as it is published; one that breaks is opened again."""
+    async def _maintain_link(self, address: GangAddress) -> None:
+        """Connect to this gang, again whenever the link breaks, until the task is cancelled."""
         while True:
             try:
                 link = await SocketLink.connect(address)
@@ -231,7 +232,7 @@ class WatchedFleet:
                 continue
             self._refusals.pop(address.gang_id, None)
             self._links[address.gang_id] = link
-            self._show_links(link)
+            self._update_kv_links(link)
             self._notify()
             try:
                 await link.wait_closed()
@@ -243,13 +244,13 @@ class WatchedFleet:
                 self._notify()
             await asyncio.sleep(_RETRY_S)
 
-    def _note_refusal(self, gang_id: str, why: str) -> None:
-        """Logged once, not at every try; told in `describe` and by `wait_ready` until a link is open."""
-        if self._refusals.get(gang_id) != why:
-            self._refusals[gang_id] = why
-            logger.warning("gang %s: %s", gang_id, why)
+    def _note_refusal(self, gang_id: str, reason: str) -> None:
+        """Log the reason once, not at every attempt. `describe` and `wait_ready` report it until a link is open."""
+        if self._refusals.get(gang_id) != reason:
+            self._refusals[gang_id] = reason
+            logger.warning("gang %s: %s", gang_id, reason)
 
-    def _show_links(self, link: SocketLink) -> None:
+    def _update_kv_links(self, link: SocketLink) -> None:
         link.kv_links = {
             prefill: measurement
             for (decode, prefill), measurement in self._state.links.items()
@@ -257,7 +258,7 @@ class WatchedFleet:
         }
 
     def _retire(self, link: SocketLink) -> None:
-        """No new work; what is open on it may end. A killed gang's link ends by itself."""
+        """Close the link once its open requests have ended. The link of a killed gang ends by itself."""
         self._retired = {old for old in self._retired if old.is_open} | {link}
         link.close_when_idle()
 

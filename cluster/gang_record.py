@@ -1,4 +1,4 @@
-"""`GangRecord`: what the successor of a supervisor must know to go on with a gang that runs."""
+"""`GangRecord`: what a restarted supervisor needs to resume a running gang."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tensorweave.cluster.ranks import LinkRate, RankPlace
 
 @dataclass(frozen=True, slots=True)
 class GangRecord:
-    """Kept by the gang's rank 0, from the moment when it is ready. It holds the gang's secrets."""
+    """Stored by the gang's rank 0 once the gang is ready. It contains the gang's secrets."""
 
     pool: str
     slot: int

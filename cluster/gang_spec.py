@@ -1,4 +1,4 @@
-"""`GangSpec`: what every gang of a pool is made of. The deploy room and the LLM class write it, `cluster.gang` acts on
+"""`GangSpec`: what every gang of a pool consists of. The deploy room and the LLM class create it, `cluster.gang` reads
 it."""
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from tensorweave.cluster.protocol import Role
 
 @dataclass(frozen=True)
 class GangSpec:
-    """What a gang is made of. `args` are `TorchLlmArgs` fields, `worker_options` go to the worker class. `model_digest`
-    is that of the model which each rank must find on its host. Without a `place_timeout_s`, `cluster.placement` chooses
-    one."""
+    """`args` are `TorchLlmArgs` fields, `worker_options` are passed to the worker class. `model_digest` is that of the
+    model that each rank must find on its host. Without a `place_timeout_s`, `cluster.placement` chooses one."""
 
     role: Role = "both"
     mesh: Mesh = field(default_factory=Mesh)

@@ -1,7 +1,7 @@
-"""What memory this host has left for us: the machine's, or less where a cgroup of ours, or one above it, has a limit.
+"""How much memory this host has left: the machine's, or less if our cgroup, or one above it, has a limit.
 
-Ranks ask before they load; the supervisor asks for out-of-memory kills when a rank has died. Both versions of cgroups,
-found as the kernel shows them in /proc; on systems without them only the machine counts.
+Ranks check it before they load; the supervisor reads the out-of-memory kills when a rank has died. Both versions of
+cgroups are supported, as /proc describes them; on systems without cgroups only the machine counts.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import psutil
 
 PROC_SELF: Final = Path("/proc/self")
 _UNLIMITED: Final = 1 << 60
-"""Version 1 writes the largest number of pages for no limit."""
+"""Version 1 represents no limit by the largest number of pages."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
-    """`available` bytes; `limited_by` says whose limit that is, if not the machine's."""
+    """`available` bytes. `limited_by` names the cgroup whose limit that is; None if it is the machine's."""
 
     available: int
     limited_by: str | None = None
@@ -29,7 +29,7 @@ class HostMemory:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """One memory cgroup's directory, and which version's files it has."""
+    """The directory of a memory cgroup, and the version of its files."""
 
     directory: Path
     is_second: bool
@@ -39,7 +39,7 @@ class _Group:
         return None if limit is None or limit >= _UNLIMITED else limit
 
     def used(self) -> int:
-        """Without the page cache, which the kernel gives back before it kills."""
+        """Without the page cache, which the kernel frees before it kills."""
         usage = _read_number(self.directory / ("memory.current" if self.is_second else "memory.usage_in_bytes")) or 0
         prefix = "" if self.is_second else "total_"
         stat = _read_table(self.directory / "memory.stat")
@@ -51,7 +51,7 @@ class _Group:
 
 
 def host_memory(proc: Path = PROC_SELF, machine_available: int | None = None) -> HostMemory:
-    """`proc` and `machine_available` stand for this process's /proc and the machine's memory, in tests."""
+    """In tests, `proc` and `machine_available` replace this process's /proc and the machine's memory."""
     least = HostMemory(psutil.virtual_memory().available if machine_available is None else machine_available)
     for group in _groups(proc):
         limit = group.limit()
@@ -61,13 +61,13 @@ def host_memory(proc: Path = PROC_SELF, machine_available: int | None = None) ->
 
 
 def oom_kills(proc: Path = PROC_SELF) -> int:
-    """How often the kernel has killed for want of memory here: in our cgroups, or on the whole machine."""
+    """How often the kernel has killed for lack of memory here: in our cgroups, or on the whole machine."""
     machine = _read_table(proc.parent / "vmstat").get("oom_kill", 0)
     return machine + sum(group.oom_kills() for group in _groups(proc))
 
 
 def _groups(proc: Path) -> Iterator[_Group]:
-    """Ours first, then those above it, as far as they can be seen."""
+    """Our cgroup first, then those above it, as far as they are visible."""
     for is_second, path in _paths(proc / "cgroup"):
         for root, mount in _mounts(proc / "mountinfo", is_second):
             inside = path.relative_to(root) if path.is_relative_to(root) else Path()
@@ -79,7 +79,7 @@ def _groups(proc: Path) -> Iterator[_Group]:
 
 
 def _paths(file: Path) -> Iterator[tuple[bool, Path]]:
-    """Where this process is in the hierarchies that count memory: (version 2, path)."""
+    """The paths of this process in the hierarchies that count memory: (is version 2, path)."""
     for line in _lines(file):
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -90,7 +90,7 @@ def _paths(file: Path) -> Iterator[tuple[bool, Path]]:
 
 
 def _mounts(file: Path, is_second: bool) -> Iterator[tuple[Path, Path]]:
-    """The first mount of that hierarchy, if it is mounted: (which part of it, where)."""
+    """The first mount of that hierarchy, if it is mounted: (mounted part, mount point)."""
     for line in _lines(file):
         before, _, after = line.partition(" - ")
         fields, kind = before.split(), after.split()
@@ -108,12 +108,12 @@ def _lines(file: Path) -> list[str]:
 
 
 def _read_number(file: Path) -> int | None:
-    """None: no such file, or "max"."""
+    """None if there is no such file, or it says "max"."""
     text = "".join(_lines(file)[:1]).strip()
     return int(text) if text.isdigit() else None
 
 
 def _read_table(file: Path) -> dict[str, int]:
-    """Of lines with a name and a number."""
+    """A file of lines with a name and a number."""
     pairs = (line.split() for line in _lines(file))
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}

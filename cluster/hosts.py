@@ -1,4 +1,4 @@
-"""By which addresses a gang's ranks listen and are reached."""
+"""`Hosts`: the addresses at which a gang's ranks listen and are reached."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ LOOPBACK: Final = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class Hosts:
-    """Addresses, a rank each, by which the ranks reach each other, and by which front ends and other gangs reach them.
-    Nothing listens beyond loopback unless another host must reach it."""
+    """One address per rank: in `peers` the one by which the other ranks reach it, in `reached` the one for front ends
+    and other gangs. Nothing listens beyond loopback unless another host must reach it."""
 
     peers: Sequence[str]
     reached: Sequence[str]
 
     @classmethod
     def choose(cls, places: Sequence[RankPlace], node_ips: Mapping[str, str]) -> Self:
-        """`node_ips` has every node of the cluster, those without a rank too."""
+        """`node_ips` has every node of the cluster, including those without a rank."""
         is_one_host = len({place.node_id for place in places}) == 1
         own = [node_ips[place.node_id] for place in places]
         loopback = [LOOPBACK] * len(places)
@@ -29,5 +29,5 @@ class Hosts:
 
     @property
     def listen(self) -> str:
-        """The leader's."""
+        """Where the leader listens."""
         return self.reached[0]

@@ -1,7 +1,7 @@
-"""`KvLinkTable`: what every way from a prefill gang to a decode gang carries, measured once when the pair is up.
+"""`KvLinkTable`: the rate of the link from each prefill gang to each decode gang, measured once both are ready.
 
-The supervisor tells it which gangs are ready; it measures the new pairs one after another, so that they do not disturb
-each other, and warns of a slow link. Routers estimate a transfer's time with the figures.
+The supervisor updates it with the gangs that are ready. It measures new pairs one after another, so that they do not
+affect each other, and warns of slow links. Routers estimate the time of a transfer from the measurements.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class KvLinkTable:
         self._task: asyncio.Task[None] | None = None
 
     def update(self, gangs: Sequence[ReadyGang]) -> None:
-        """These are ready now: measure what is new, forget what is gone."""
+        """Set the gangs that are ready: measure new pairs, and forget pairs of other gangs."""
         pairs = dict(_pairs(gangs))
         self._links = {pair: link for pair, link in self._links.items() if pair in pairs}
         self._waiting = {pair: gangs for pair, gangs in pairs.items() if pair not in self._links}
@@ -54,12 +54,12 @@ class KvLinkTable:
 
     async def _measure(self) -> None:
         while self._waiting:
-            pair, (taker, source) = next(iter(self._waiting.items()))
-            assert source.kv_source is not None
-            link = await taker.measure_link(source.kv_source)
+            pair, (receiver, sender) = next(iter(self._waiting.items()))
+            assert sender.kv_source is not None
+            link = await receiver.measure_link(sender.kv_source)
             if self._waiting.pop(pair, None) is not None:
                 self._links[pair] = link
-                _tell(pair, link)
+                _log_measurement(pair, link)
                 self._on_change()
 
 
@@ -72,20 +72,20 @@ def describe_link(link: LinkMeasurement) -> dict[str, Any]:
 
 
 def _pairs(gangs: Sequence[ReadyGang]) -> Iterator[tuple[Pair, tuple[PoolGang, GangAddress]]]:
-    for taker, decode in gangs:
+    for receiver, decode in gangs:
         if decode.role == "decode":
             for _, prefill in gangs:
                 if prefill.role == "prefill" and prefill.kv_source is not None:
-                    yield (decode.gang_id, prefill.gang_id), (taker, prefill)
+                    yield (decode.gang_id, prefill.gang_id), (receiver, prefill)
 
 
-def _tell(pair: Pair, link: LinkMeasurement) -> None:
+def _log_measurement(pair: Pair, link: LinkMeasurement) -> None:
     decode, prefill = pair
     if link.error is not None:
-        logger.warning("no KV comes from gang %s to gang %s: %s", prefill, decode, link.error)
+        logger.warning("no KV can be sent from gang %s to gang %s: %s", prefill, decode, link.error)
         return
     level = logging.WARNING if link.bytes_per_s < SLOW_BYTES_PER_S else logging.INFO
-    slow = " (slow: prompts may be computed anew rather than moved)" if level == logging.WARNING else ""
+    slow = " (slow: prompts may be recomputed rather than transferred)" if level == logging.WARNING else ""
     megabytes_per_s, latency_ms = link.bytes_per_s / 1e6, link.latency_s * 1e3
     logger.log(
         level, "KV from gang %s to gang %s: %.0f MB/s, %.2f ms%s", prefill, decode, megabytes_per_s, latency_ms, slow

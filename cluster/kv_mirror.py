@@ -1,8 +1,8 @@
-"""`KvMirror`: which full KV blocks one gang holds, kept exact from its leader's event frames.
+"""`KvMirror`: which full KV blocks one gang holds, by its leader's event frames.
 
-A link owns it and feeds it `kv` and `kv_snapshot` frames; the router's policy reads it. Events are numbered within an
-epoch (one incarnation of the gang). A gap or a new epoch empties the mirror and asks for a snapshot: it may know less
-than the gang holds, never something that the gang said it dropped.
+A link owns it and applies `kv` and `kv_snapshot` frames; the router's policy reads it. Events are numbered within an
+epoch. After a gap or at a new epoch the mirror is empty until a snapshot arrives: it may have fewer blocks than the
+gang holds, but never one that the gang reported as removed.
 
     ["kv", epoch, first_seq, [event, …]]
         event: ["stored", parent_hash, hash, …] | ["removed", hash, …] | ["cleared"]
@@ -17,11 +17,12 @@ from typing import Any, Final
 from tensorweave.cluster.errors import WireError
 
 _SLACK_BLOCKS: Final = 1024
-"""Events may store a block before they remove another, so a little over the gang's own number is no fault."""
+"""Events may store a block before they remove another, so a few blocks more than the gang has are no error."""
 
 
 class KvMirror:
-    """`num_blocks` is all that the gang has: the memory's bound. A link that has no events keeps an empty mirror."""
+    """`num_blocks` is the number of the gang's blocks, which bounds the memory. A link without events has an empty
+    mirror."""
 
     def __init__(self, tokens_per_block: int, num_blocks: int) -> None:
         self.num_resyncs = 0
@@ -30,9 +31,9 @@ class KvMirror:
         self._held: set[bytes] = set()
         self._epoch = -1
         self._next_seq: int | None = None
-        """The event that must come next; None while a snapshot is awaited."""
+        """The number of the next event; None while a snapshot is awaited."""
         self._seen_seq = 0
-        """One past the newest event of this epoch that came by, applied or not."""
+        """One past the newest event of this epoch, applied or not."""
 
     def __len__(self) -> int:
         return len(self._held)
@@ -51,7 +52,7 @@ class KvMirror:
         return num_blocks * self._tokens_per_block
 
     def apply(self, frame: Sequence[Any]) -> bool:
-        """Take in one frame. True: the caller must now send `["kv_snapshot"]`. Malformed: WireError."""
+        """Apply one frame. Return whether the caller must now send `["kv_snapshot"]`. Raises WireError."""
         match frame:
             case ["kv", int(epoch), int(first_seq), list(events)]:
                 return self._apply_events(epoch, first_seq, events)
@@ -87,7 +88,7 @@ class KvMirror:
                 raise WireError("malformed kv event")
 
     def _apply_snapshot(self, epoch: int, next_seq: int, pairs: list[Any]) -> bool:
-        """An answer that is older than events that came by is asked for again."""
+        """A snapshot that is older than the newest event is requested again."""
         if epoch < self._epoch or (epoch == self._epoch and self._next_seq is not None and next_seq <= self._next_seq):
             return False
         if epoch == self._epoch and next_seq < self._seen_seq:

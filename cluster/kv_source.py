@@ -1,4 +1,4 @@
-"""Where a gang gives its KV away, and the ticket that claims one prompt's."""
+"""Where a gang sends its KV from, and the ticket for the KV of one prompt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tensorweave.cluster.fields import checked
 
 @dataclass(frozen=True, slots=True)
 class KvEndpoint:
-    """Where one rank gives its KV away: it holds KV heads [first_head, first_head + num_heads) of every layer."""
+    """Where one rank sends its KV from. It holds KV heads [first_head, first_head + num_heads) of every layer."""
 
     host: str
     port: int
@@ -34,10 +34,10 @@ class KvEndpoint:
 
 @dataclass(frozen=True, slots=True)
 class KvSource:
-    """A gang that gives KV away: its ranks' endpoints, and what both sides must have alike for a block to fit.
+    """A gang that sends KV: its ranks' endpoints, and what both gangs must have in common for a block to be valid.
 
-    `fingerprint` names model digest, dtype, block size, layout and version; the first that differs is the refusal's
-    reason. `secret` opens the endpoints.
+    `fingerprint` has model digest, dtype, block size, layout and version; a refusal names the first that differs.
+    Readers show `secret` to the endpoints.
     """
 
     gang_id: str
@@ -64,7 +64,7 @@ class KvSource:
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A claim on one prompt's KV at a prefill gang. Every attempt has a ticket of its own, never used again."""
+    """The right to read one prompt's KV at a prefill gang. Every attempt has its own ticket, which is used once."""
 
     ticket_id: str
     source: KvSource
@@ -83,8 +83,8 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class LinkMeasurement:
-    """What the way from a prefill gang to a decode gang carries, as measured when the later of them came up; `error`
-    says why it carries nothing."""
+    """The link from a prefill gang to a decode gang, measured once both were ready. `error` is why nothing can be sent
+    over it."""
 
     bytes_per_s: float
     latency_s: float

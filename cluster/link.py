@@ -1,5 +1,5 @@
-"""How a front end reaches a gang: `GangLink`. `cluster.socket_link` speaks to a leader's socket, `workers.local` to an
-executor in this process. Links live on one event loop and are not thread-safe."""
+"""`GangLink`: how a front end reaches a gang. `cluster.socket_link` connects to a leader's socket, `LocalLink` to an
+executor in this process. Links are used on one event loop and are not thread-safe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tensorweave.cluster.protocol import GenerateRequest, KvSource, LinkMeasurem
 
 @dataclass(frozen=True, slots=True)
 class FoundAttempt:
-    """An attempt whose router was lost: its name at the gang, and the seed that it samples with."""
+    """An attempt whose router was lost: its id at the gang, and its sampling seed."""
 
     request_id: str
     seed: int
@@ -36,7 +36,7 @@ class GangLink(Protocol):
 
     @property
     def is_quiet(self) -> bool:
-        """Nothing has been heard of the gang for longer than it is ever silent: better give new work to others."""
+        """The gang has been silent for longer than usual; others should get new requests."""
 
     @property
     def kv(self) -> KvMirror:
@@ -44,31 +44,31 @@ class GangLink(Protocol):
 
     @property
     def kv_source(self) -> KvSource | None:
-        """Where other gangs get its KV; None where it gives none away."""
+        """Where other gangs fetch its KV; None if it sends none."""
 
     @property
     def kv_links(self) -> Mapping[str, LinkMeasurement]:
-        """What the link from each prefill gang was measured to carry, by its id; not in: those that carry nothing."""
+        """The measured link from each prefill gang, by the gang's id, except links that cannot be used."""
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Chunks until the last one; raises the tree's errors. Leaving early cancels the request at the gang."""
+        """Yield chunks until the last one. Raises TensorweaveError. Leaving early cancels the request at the gang."""
 
     def cancel(self, request_id: str) -> None:
-        """End this request at the gang if it runs there, and the lease on its KV if it has ended on offer."""
+        """Cancel this request at the gang if it is running, and end the lease on its KV if it has ended on offer."""
 
     async def find(self, request_id: str, timeout_s: float = 5.0) -> FoundAttempt | None:
-        """An attempt of this request (its id, or id/anything) that was given a `grace_s`, runs or has ended there, and
-        that no connection hears any more. Raises WorkerLost."""
+        """Find an attempt of this request (its id, or id/anything) with a `grace_s` that runs or has ended there, and
+        whose connection has broken. Raises WorkerLost."""
 
     def attach(self, request_id: str) -> AsyncGenerator[TokenChunk, None]:
-        """All of the answer of a found attempt so far, what it took over from an earlier one first, then the rest, as
-        from `generate`. NotReady: it is gone, or another router has attached to it."""
+        """Yield all of a found attempt's answer so far, beginning with what it resumed from an earlier attempt, then
+        the rest, as `generate` does. Raises NotReady if it is gone, or another router has attached to it."""
 
     async def stats(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
-        """The executor's iteration stats since they were last asked for, by whomever."""
+        """The executor's iteration stats since the last call, of any client."""
 
     async def kv_events(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
-        """The KV events that the gang has kept since they were last asked for, by whomever."""
+        """The KV events that the gang has kept since the last call, of any client."""
 
     def close(self) -> None:
         """Idempotent; open requests get `WorkerLost`."""

@@ -1,6 +1,6 @@
-"""What the first phase of a hand-made disaggregated request leaves to the second, as bytes that a user carries over.
+"""`OpaqueState`: what the first phase of a user's own disaggregated request passes to the second, as bytes.
 
-Holds the ticket and the seed, so that both phases sample alike. Whoever has it can fetch that one prompt's KV.
+It contains the ticket and the seed, so that both phases sample alike. Its holder can fetch that one prompt's KV.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class OpaqueState:
 
     @classmethod
     def unpack(cls, data: bytes) -> OpaqueState:
-        """Raises ValueError for anything that `pack` has not made."""
+        """Raises ValueError for bytes that `pack` has not returned."""
         if len(data) > MAX_STATE_BYTES:
             raise ValueError(f"opaque_state has {len(data)} bytes, at most {MAX_STATE_BYTES} are possible")
         try:

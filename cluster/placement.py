@@ -1,4 +1,5 @@
-"""Placement groups for gangs: a bundle a rank, all on one node where they fit, and a clear word on what is missing."""
+"""Placement groups for gangs: one bundle per rank, all on one node if they fit, and an error that says what is
+missing."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from tensorweave.cluster.errors import InsufficientResources
 from tensorweave.cluster.ray_internals import placement_group_of
 
 _ONE_NODE_WAIT_S: Final = 10.0
-"""How long a gang waits for room on one node before it takes several."""
+"""How long a gang waits for resources on one node before it is placed on several."""
 _PLACE_TIMEOUT_S: Final = 20.0
 _GROWING_TIMEOUT_S: Final = 600.0
 
@@ -23,9 +24,10 @@ _GROWING_TIMEOUT_S: Final = 600.0
 async def place(
     bundle: Mapping[str, float], num_bundles: int, timeout_s: float | None, name: str, *, is_detached: bool = False
 ) -> PlacementGroup:
-    """Reserve the bundles; they go with their creator unless `is_detached`. Raises InsufficientResources, naming what
-    is missing, when they cannot be had in time: without a `timeout_s`, 20 s, or 600 s where the cluster knows of an
-    autoscaler."""
+    """Reserve the bundles; they are removed with their creator unless `is_detached`.
+
+    Raises InsufficientResources, which names what is missing, at the timeout: without a `timeout_s` after 20 s, or
+    after 600 s if the cluster has an autoscaler."""
     if timeout_s is None:
         timeout_s = _GROWING_TIMEOUT_S if await asyncio.to_thread(can_grow) else _PLACE_TIMEOUT_S
     wanted = [dict(bundle) for _ in range(num_bundles)]
@@ -38,9 +40,8 @@ async def place(
             return group
     if group := await _reserve(wanted, "PACK", left_s, name, is_detached):
         return group
-    raise InsufficientResources(
-        (await asyncio.to_thread(read_cluster_resources)).explain(bundle, num_bundles, timeout_s)
-    )
+    resources = await asyncio.to_thread(read_cluster_resources)
+    raise InsufficientResources(resources.explain(bundle, num_bundles, timeout_s))
 
 
 async def _reserve(
@@ -74,7 +75,7 @@ def live_node_ids() -> set[str]:
 
 
 def placed_on(group: PlacementGroup) -> list[tuple[str, str]]:
-    """The nodes of a group's bundles: Ray's ids and the addresses. Blocks."""
+    """The node ids and addresses of a group's bundles. Blocks."""
     node_ids: dict[int, str] = ray.util.placement_group_table(group)["bundles_to_node_id"]
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
     return [(node_id, addresses.get(node_id, node_id)) for _, node_id in sorted(node_ids.items())]
@@ -82,7 +83,7 @@ def placed_on(group: PlacementGroup) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True, slots=True)
 class NamedGroup:
-    """A placement group that is there, whoever made it."""
+    """An existing placement group."""
 
     name: str
     group: PlacementGroup
@@ -90,7 +91,7 @@ class NamedGroup:
 
 
 def find_groups(prefix: str) -> list[NamedGroup]:
-    """Those whose names start so: whatever one supervisor has left, in this life or an earlier one. Blocks."""
+    """The groups whose names start with `prefix`: those of one supervisor, including before a restart. Blocks."""
     return [
         NamedGroup(row["name"], placement_group_of(row["placement_group_id"]), row["state"] == "CREATED")
         for row in ray.util.placement_group_table().values()
@@ -99,6 +100,6 @@ def find_groups(prefix: str) -> list[NamedGroup]:
 
 
 def remove_groups(prefix: str) -> None:
-    """Remove the groups whose names start so, and with them the actors in them. Blocks."""
+    """Remove the groups whose names start with `prefix`, which ends the actors in them. Blocks."""
     for found in find_groups(prefix):
         remove_placement_group(found.group)

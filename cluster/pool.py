@@ -1,10 +1,10 @@
-"""A pool keeps `replicas` gangs of one spec alive; it publishes where they are and replaces those that end.
+"""`GangPool` keeps `replicas` gangs of one spec running: it publishes their addresses and replaces gangs that end.
 
-    STARTING ──▶ READY ──fault──▶ RESTARTING (pause) ──▶ STARTING      faults again and again: FAILED (long pause)
+    STARTING ──▶ READY ──fault──▶ RESTARTING (pause) ──▶ STARTING      after repeated faults: FAILED (long pause)
                    └──drain──▶ DRAINING ──▶ STOPPED
 
-No slot is given up for ever: a failed one is tried again after pauses that grow (`cluster.fault_record`). `GangPool` is
-plain asyncio and knows gangs by `PoolGang` only; `cluster.supervisor` runs pools in a Ray actor.
+No slot fails permanently: a failed one is started again after increasing pauses (`cluster.fault_record`). `GangPool` is
+plain asyncio and uses gangs through `PoolGang` only; `cluster.supervisor` runs pools in a Ray actor.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 GangState = Literal["starting", "ready", "restarting", "draining", "stopped", "failed"]
 
 _KILL_TIMEOUT_S: Final = 15.0
-_HOPELESS_PAUSE_S: Final = 5.0
+_MIN_FAILED_PAUSE_S: Final = 5.0
 
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """A gang that had `max_faults` faults within `fault_window_s` has failed: it is tried again, but after long pauses.
-    Want of room is no fault."""
+    """After `max_faults` faults within `fault_window_s` a slot has failed: it is started again, but after long pauses.
+    Insufficient resources are not a fault."""
 
     name: str
     gang: GangSpec
@@ -45,8 +45,8 @@ class PoolSpec:
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """What a pool tells the front ends. `failure`: why none of its gangs will be ready soon, if so; `trouble`: what
-    last went wrong."""
+    """What a pool publishes to front ends. `failure` is why none of its gangs will be ready soon, if that is so;
+    `trouble` is the last problem."""
 
     name: str
     replicas: int
@@ -59,7 +59,8 @@ class PoolState:
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """One gang's place. `failure`: why it will not soon be ready; `trouble`: what last went wrong."""
+    """The gangs of one slot, one after another. `failure` is why none will be ready soon; `trouble` is the last
+    problem."""
 
     number: int
     record: FaultRecord
@@ -74,11 +75,12 @@ class _Slot:
 
     @property
     def pause_s(self) -> float:
-        return max(self.record.pause_s, 0.0 if self.failure is None else _HOPELESS_PAUSE_S)
+        return max(self.record.pause_s, 0.0 if self.failure is None else _MIN_FAILED_PAUSE_S)
 
 
 class GangPool:
-    """`launch(slot, epoch)` makes a gang, not started; `on_change` is called on the event loop after every change."""
+    """`launch(slot, epoch)` creates a gang without starting it; `on_change` is called on the event loop after
+    changes."""
 
     def __init__(
         self,
@@ -99,7 +101,7 @@ class GangPool:
         self._is_ending = asyncio.Event()
 
     def start(self, running: Mapping[int, tuple[PoolGang, GangAddress]] | None = None) -> None:
-        """`running`: gangs that an earlier supervisor has left, by slot; the pool goes on with them."""
+        """`running` are the gangs of an earlier supervisor, by slot, which the pool resumes."""
         self._grow(self.spec.replicas, running or {})
 
     def _grow(self, replicas: int, running: Mapping[int, tuple[PoolGang, GangAddress]]) -> None:
@@ -111,7 +113,7 @@ class GangPool:
                 slot.gang, slot.address = running[slot.number]
                 slot.epoch = slot.address.epoch
                 self._note_ready(slot, slot.gang)
-            slot.task = asyncio.create_task(self._keep(slot), name=f"pool-{self.spec.name}-{slot.number}")
+            slot.task = asyncio.create_task(self._run_slot(slot), name=f"pool-{self.spec.name}-{slot.number}")
 
     @property
     def replicas(self) -> int:
@@ -119,7 +121,7 @@ class GangPool:
 
     @property
     def ready(self) -> list[tuple[PoolGang, GangAddress]]:
-        """The gangs that take work, and where they are."""
+        """The gangs that accept requests, and their addresses."""
         return [
             (slot.gang, slot.address)
             for slot in self._slots
@@ -128,7 +130,7 @@ class GangPool:
 
     @property
     def failure(self) -> str | None:
-        """The pool has failed when every slot has."""
+        """A pool has failed if every slot has."""
         failures = [slot.failure for slot in self._slots if not slot.is_ending]
         return failures[-1] if failures and None not in failures else None
 
@@ -164,28 +166,29 @@ class GangPool:
         }
 
     async def set_logits_processors(self, processors: Mapping[str, Any]) -> None:
-        """For every gang, also those to come. Raises ValueError."""
-        await self._processors.give([gang for gang, _ in self.ready], processors)
+        """Set them on every gang, including future ones. Raises ValueError."""
+        await self._processors.update([gang for gang, _ in self.ready], processors)
 
     async def scale(self, replicas: int, timeout_s: float) -> None:
-        """That many gangs from now on. Those too many take no new work and get `timeout_s` for what runs; the youngest
-        go first, those that do not serve before those that do."""
+        """Change the number of gangs. Surplus gangs get no new requests and `timeout_s` for the open ones; the newest
+        are removed first, those that are not ready before the others."""
         if replicas < 0:
             raise ValueError(f"{replicas} replicas of pool {self.spec.name}")
         staying = [slot for slot in self._slots if not slot.is_ending]
         staying.sort(key=lambda slot: (slot.state != "ready", slot.number))
         if replicas > len(staying):
             self._grow(len(self._slots) + replicas - len(staying), {})
-        going = staying[replicas:]
-        for slot in going:
+        removed = staying[replicas:]
+        for slot in removed:
             slot.is_ending = True
-        await self._drain_slots(going, timeout_s)
-        await self._stop_slots(going)
-        self._slots = [slot for slot in self._slots if slot not in going]
+        await self._drain_slots(removed, timeout_s)
+        await self._stop_slots(removed)
+        self._slots = [slot for slot in self._slots if slot not in removed]
         self._on_change()
 
     async def drain(self, timeout_s: float) -> None:
-        """Take the gangs from the front ends, let their requests end, stop them. The pool is over then."""
+        """Withdraw the gangs from the front ends, wait for their requests, and stop them. The pool is not used
+        again."""
         self._is_ending.set()
         await self._drain_slots(self._slots, timeout_s)
         await self.stop()
@@ -208,12 +211,12 @@ class GangPool:
         if tasks:
             await asyncio.wait(tasks, timeout=_KILL_TIMEOUT_S)
 
-    # ---- one slot's life
+    # ---- the task of a slot
 
-    async def _keep(self, slot: _Slot) -> None:
+    async def _run_slot(self, slot: _Slot) -> None:
         try:
             while True:
-                await self._live(slot)
+                await self._run_gang(slot)
                 if self._is_ending.is_set() or slot.is_ending:
                     return
                 self._set(slot, "restarting" if slot.failure is None else "failed")
@@ -221,28 +224,28 @@ class GangPool:
         finally:
             self._set(slot, "stopped")
 
-    async def _live(self, slot: _Slot) -> None:
-        """One gang from launch, or from where an earlier supervisor left it, to kill."""
+    async def _run_gang(self, slot: _Slot) -> None:
+        """Launch a gang, or resume one of an earlier supervisor; watch it until it ends, and kill it."""
         is_new = slot.state != "ready"
         gang = self._next_gang(slot) if slot.gang is None or is_new else slot.gang
         try:
             if is_new:
                 slot.address = await gang.start()
-                await self._processors.equip(gang)
+                await self._processors.install(gang)
                 self._note_ready(slot, gang)
             reason = await gang.watch()
             self._note_fault(slot, f"gang {gang.gang_id} ended: {reason}")
         except InsufficientResources as error:
-            slot.record.note_trouble()
-            self._note(slot, error.message, is_hopeless=not self._has_served)
+            slot.record.note_unplaced()
+            self._note(slot, error.message, has_failed=not self._has_served)
         except NotReady as error:
-            slot.record.note_trouble()
+            slot.record.note_unplaced()
             self._note(slot, error.message)
         except ValueError as error:  # a host without the model, or a mistake in the arguments
-            self._note_fault(slot, f"gang {gang.gang_id} cannot start: {error}", is_hopeless=not self._has_served)
+            self._note_fault(slot, f"gang {gang.gang_id} cannot start: {error}", has_failed=not self._has_served)
         except TensorweaveError as error:
             self._note_fault(slot, error.message)
-        except Exception as error:  # the supervisor's boundary: an unforeseen error is a fault like any other
+        except Exception as error:  # the supervisor's boundary: an unexpected error is a fault like any other
             logger.exception("gang %s failed", gang.gang_id)
             self._note_fault(slot, f"gang {gang.gang_id} failed: {type(error).__name__}: {error}")
         finally:
@@ -257,7 +260,7 @@ class GangPool:
         return slot.gang
 
     async def _pause(self, delay_s: float) -> None:
-        """Ends early when the pool ends."""
+        """Returns early if the pool ends."""
         try:
             async with asyncio.timeout(delay_s):
                 await self._is_ending.wait()
@@ -271,20 +274,20 @@ class GangPool:
         slot.failure = None
         self._set(slot, "ready")
 
-    def _note_fault(self, slot: _Slot, reason: str, *, is_hopeless: bool = False) -> None:
+    def _note_fault(self, slot: _Slot, reason: str, *, has_failed: bool = False) -> None:
         slot.record.note_fault()
         if slot.record.is_exhausted:
-            reason, is_hopeless = f"{slot.record.summary}, the last: {reason}", True
-        self._note(slot, reason, is_hopeless=is_hopeless)
+            reason, has_failed = f"{slot.record.summary}, the last: {reason}", True
+        self._note(slot, reason, has_failed=has_failed)
 
-    def _note(self, slot: _Slot, reason: str, *, is_hopeless: bool = False) -> None:
-        """A slot without hope has failed. What befalls a gang that has not room, or refuses its arguments, counts as
-        hopeless until the pool has served: later, hosts and files that went may come back."""
+    def _note(self, slot: _Slot, reason: str, *, has_failed: bool = False) -> None:
+        """Insufficient resources and refused arguments make a slot fail only until the pool has served: later, lost
+        hosts and files may return."""
         slot.trouble = self._trouble = reason
-        if is_hopeless:
+        if has_failed:
             slot.failure = reason
         if not (self._is_ending.is_set() or slot.is_ending):
-            logger.warning("pool %s: %s; next try in %g s", self.spec.name, reason, slot.pause_s)
+            logger.warning("pool %s: %s; next attempt in %g s", self.spec.name, reason, slot.pause_s)
 
     def _set(self, slot: _Slot, state: GangState) -> None:
         slot.state = state

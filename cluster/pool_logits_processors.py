@@ -1,6 +1,6 @@
-"""`PoolLogitsProcessors`: the logits processors that all gangs of a pool hold, those of today and those to come.
+"""`PoolLogitsProcessors`: the logits processors of all gangs of a pool, present and future ones.
 
-Values are references that Ray hands to the ranks; nothing is loaded here.
+Values are references that Ray passes to the ranks; nothing is loaded here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tensorweave.cluster.errors import TensorweaveError
 logger = logging.getLogger(__name__)
 
 
-class Holder(Protocol):
+class ProcessorGang(Protocol):
     gang_id: str
 
     async def set_logits_processors(self, processors: Mapping[str, Any]) -> None: ...
@@ -23,23 +23,24 @@ class Holder(Protocol):
 
 class PoolLogitsProcessors:
     def __init__(self) -> None:
-        self._held: Mapping[str, Any] = {}
+        self._processors: Mapping[str, Any] = {}
 
-    async def give(self, gangs: Sequence[Holder], processors: Mapping[str, Any]) -> None:
-        """To these gangs now; None takes one away. Raises ValueError; a gang that is lost meanwhile is no error."""
-        merged = {**self._held, **processors}
-        self._held = {name: reference for name, reference in merged.items() if reference is not None}
-        told = (gang.set_logits_processors(processors) for gang in gangs)
-        for error in await asyncio.gather(*told, return_exceptions=True):
+    async def update(self, gangs: Sequence[ProcessorGang], processors: Mapping[str, Any]) -> None:
+        """Set processors on these gangs; None removes one. Raises ValueError; a gang that is lost meanwhile is
+        ignored."""
+        merged = {**self._processors, **processors}
+        self._processors = {name: reference for name, reference in merged.items() if reference is not None}
+        calls = (gang.set_logits_processors(processors) for gang in gangs)
+        for error in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(error, BaseException) and not isinstance(error, TensorweaveError):
                 raise error
 
-    async def equip(self, gang: Holder) -> None:
-        """A new gang gets all, also what comes while it is being told."""
-        given: Mapping[str, Any] = {}
-        while self._held and given is not self._held:
-            given = self._held
+    async def install(self, gang: ProcessorGang) -> None:
+        """Set all processors on a new gang, including those that are added meanwhile."""
+        installed: Mapping[str, Any] = {}
+        while self._processors and installed is not self._processors:
+            installed = self._processors
             try:
-                await gang.set_logits_processors(given)
-            except ValueError as error:  # others could load it; here requests that name it will be refused
+                await gang.set_logits_processors(installed)
+            except ValueError as error:  # other gangs could load it; this one refuses requests that name it
                 logger.warning("gang %s: %s", gang.gang_id, error)

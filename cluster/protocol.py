@@ -1,8 +1,7 @@
-"""The vocabulary that crosses processes: frozen types and their msgpack-ready forms.
+"""The types that cross processes, and their msgpack forms.
 
-Routers and the LLM API build `GenerateRequest`s, leaders answer with `TokenChunk`s, pools publish `GangAddress`es.
-Everything is plain lists, numbers and strings on the wire; nothing is ever unpickled. A message that does not fit its
-type is refused with `WireError`.
+Routers and the LLM API create `GenerateRequest`s, leaders answer with `TokenChunk`s, pools publish `GangAddress`es. On
+the wire everything is lists, numbers and strings; nothing is ever unpickled. A malformed message raises `WireError`.
 """
 
 from __future__ import annotations
@@ -75,18 +74,17 @@ def unpack_tokens(data: bytes) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One sequence to generate. `deadline_s` is the time left, in seconds, counted from receipt: no clocks are compared
-    across hosts.
+    """One sequence to generate. `deadline_s` counts from receipt, in seconds, because clocks differ between hosts.
 
     The two phases of a disaggregated request: with `offer` (a ticket id) the gang computes the prompt and the first
-    token, ends with finish_reason "not_finished", and keeps the KV for whoever holds the ticket; with `fetch` it pulls
-    the prompt's KV with that ticket in place of computing it, and computes itself whatever does not arrive.
+    token, ends with finish_reason "not_finished", and keeps the KV for the holder of the ticket; with `fetch` it reads
+    the prompt's KV with that ticket instead of computing it, and computes what does not arrive.
 
     The last `num_replayed` of the prompt's token ids are output that another gang has generated: they count as output
-    in everything that sampling and limits mean, and the answer goes on behind them.
+    for sampling and limits, and the answer continues after them.
 
-    With `grace_s` the gang goes on for that long after the connection that brought the request broke, and keeps what it
-    says: another router may ask for it. Without, the request ends with its connection.
+    With `grace_s` the gang continues for that long after the request's connection broke, and keeps the answer, which
+    another router may ask for. Without it, the request ends with its connection.
     """
 
     request_id: str
@@ -141,16 +139,16 @@ class GenerateRequest:
 
 @dataclass(slots=True)
 class TokenChunk:
-    """What one step gave one request: new token ids, or its end. Nobody changes one; but there is one for each token,
-    and dataclasses that are frozen take ten times as long to make.
+    """The result of one step for one request: new token ids, or its end. Chunks are never changed; the class is not
+    frozen because there is one per token, and frozen dataclasses take ten times as long to create.
 
     `finish_reason` is set on the last chunk; `stop_reason` is the token id that ended it, if one did. The stop token
     itself is among `token_ids`. `error` ends the request too. `num_cached_tokens` (prompt tokens found in the prefix
-    tree) is true from the first chunk on. `start` is the first token's place in the output.
+    tree) is valid from the first chunk on. `start` is the position of the first token in the output.
 
-    Where they were asked for: `logprobs` has one entry a token id; `prompt_logprobs` one for each prompt token but the
-    first, all with the first token; `logits` float32 [tokens, V], and `context_logits` float32 [n, V] of the next n
-    prompt tokens, which may come before the first token, in several chunks.
+    If they were requested: `logprobs` has one entry per token id; `prompt_logprobs` one per prompt token but the first,
+    all with the first token; `logits` is float32 [tokens, V], and `context_logits` float32 [n, V] of the next n prompt
+    tokens, which may come before the first token, in several chunks.
     """
 
     request_id: str
@@ -171,7 +169,7 @@ class TokenChunk:
 
     @property
     def num_extra_bytes(self) -> int:
-        """About the size on the wire of what is told beside the tokens."""
+        """The approximate size on the wire of log-probabilities and logits."""
         if not (self.logprobs or self.prompt_logprobs or self.logits or self.context_logits):
             return 0
         return _LOGPROB_BYTES * self.num_logprobs + len(self.logits) + len(self.context_logits)

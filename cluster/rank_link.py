@@ -1,7 +1,7 @@
-"""Whether a gang's ranks wait for the link between them: by what it carried at the start, and by their waits since.
+"""`RankLinkMonitor`: detects a slow link between a gang's ranks, from its rate at the start and from later waits.
 
-`cluster.gang` tells it each report of rank 0; `/health` and the log tell what it finds. Waits are of the CPU's
-collectives, which return when they are done; those of GPUs are measured at the start only.
+`cluster.gang` passes it each report of rank 0; `/health` and the log show the result. Waits are those of collectives on
+CPUs, which return when they are done. On GPUs the link is measured at the start only.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ SLOW_LATENCY_S: Final = 2e-3
 """At the start: a step makes two collectives a layer."""
 SLOW_FACTOR: Final = 10.0
 SLOW_WAIT_S: Final = 2e-3
-"""Later: a collective takes so many times what it must at the measured rate, and at least so long."""
+"""Later: a collective takes this many times as long as at the measured rate, and at least this long."""
 _WINDOW_S: Final = 5.0
 _WINDOW_CALLS: Final = 100
 
 
 class RankLinkMonitor:
-    """Of one gang of several ranks, from its start on."""
+    """Used for one gang of several ranks."""
 
     def __init__(self, gang_id: str, rate: LinkRate, clock: Callable[[], float] = time.monotonic) -> None:
         self._gang_id = gang_id
@@ -40,7 +40,7 @@ class RankLinkMonitor:
         self._log()
 
     def note(self, traffic: Traffic) -> None:
-        """What all collectives so far have taken. Judged when enough is new; two slow windows in a row count."""
+        """Add the totals of all collectives so far. The link is slow if two successive windows are."""
         now_s = self._clock()
         since_s, before = self._began
         new = traffic.since(before)
@@ -57,12 +57,12 @@ class RankLinkMonitor:
                 f"a collective of its ranks takes {wait_s * 1e3:.1f} ms, and {due_s * 1e3:.2f} ms by what was measured "
                 f"at the start: the link between them, or a rank, has become slow"
             )
-        had, self._slow = self._slow, found
-        if (had is None) != (found is None):
+        before_slow, self._slow = self._slow, found
+        if (before_slow is None) != (found is None):
             self._log()
 
     def describe(self) -> dict[str, Any]:
-        """For health pages. `wait_ms` is of one collective, lately; None while nothing runs."""
+        """For health pages. `wait_ms` is the mean time of a collective in the last window; None before the first."""
         return {
             "megabytes_per_s": round(self._rate.bytes_per_s / 1e6, 1),
             "latency_ms": round(self._rate.latency_s * 1e3, 3),

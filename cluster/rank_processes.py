@@ -1,4 +1,4 @@
-"""`RankProcesses`: the ranks of a gang that has its room, while Ray starts their processes there."""
+"""`RankProcesses`: the ranks of a gang whose resources are reserved, while Ray starts their processes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Final
 from tensorweave.cluster.errors import WorkerLost
 from tensorweave.cluster.ranks import RankPlace
 
-_LOOK_INTERVAL_S: Final = 2.0
+_CHECK_INTERVAL_S: Final = 2.0
 
 
 class RankProcesses:
-    """Used once. `nodes` are where the ranks were given room, by rank: Ray's node ids and addresses. `live_nodes` asks
-    for the ids of the nodes that are alive, and may block."""
+    """Used once. `nodes` has the node id and address reserved for each rank. `live_nodes` returns the ids of the nodes
+    that are alive, and may block."""
 
     def __init__(self, nodes: Sequence[tuple[str, str]], live_nodes: Callable[[], Collection[str]]) -> None:
         self._nodes = nodes
@@ -22,12 +22,12 @@ class RankProcesses:
         self._up: set[int] = set()
 
     async def until_up(
-        self, answers: Sequence[Awaitable[RankPlace]], look_interval_s: float = _LOOK_INTERVAL_S
+        self, answers: Sequence[Awaitable[RankPlace]], check_interval_s: float = _CHECK_INTERVAL_S
     ) -> list[RankPlace]:
-        """The first answer of every rank. Raises WorkerLost where a node of theirs is lost before: whoever waits for an
-        actor that has not started hears nothing of that, for Ray looks for another node."""
+        """Return the first answer of every rank. Raises WorkerLost if one of their nodes is lost before that: Ray then
+        looks for another node, without an error for the pending call."""
         answering = asyncio.create_task(self._all(answers))
-        losing = asyncio.create_task(self._until_lost(look_interval_s))
+        losing = asyncio.create_task(self._until_lost(check_interval_s))
         try:
             await asyncio.wait({answering, losing}, return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
@@ -38,7 +38,7 @@ class RankProcesses:
             losing.cancel()
 
     def phases(self) -> list[tuple[str, str]]:
-        """Hosts, and what each rank is at."""
+        """Host and phase of each rank."""
         return [
             (host, "waiting for the others" if rank in self._up else "its process is being started by Ray")
             for rank, (_, host) in enumerate(self._nodes)
@@ -52,9 +52,9 @@ class RankProcesses:
         self._up.add(rank)
         return place
 
-    async def _until_lost(self, look_interval_s: float) -> str:
+    async def _until_lost(self, check_interval_s: float) -> str:
         while True:
-            await asyncio.sleep(look_interval_s)
+            await asyncio.sleep(check_interval_s)
             alive = await asyncio.to_thread(self._live_nodes)
             lost = [
                 f"rank {rank} on {host}" for rank, (node_id, host) in enumerate(self._nodes) if node_id not in alive

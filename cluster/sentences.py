@@ -1,6 +1,6 @@
-"""Errors as one sentence for a person: what a library raises or a worker reports, without its traceback.
+"""Describes errors in one sentence: what a library raises or a worker reports, without its traceback.
 
-Called where an error ends: by the command line, by the service that cannot start, by gangs that tell why a rank died.
+Called where errors are shown: by the command line, by a service that cannot start, by gangs whose rank has died.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _TRACEBACK: Final = re.compile(r'^(Traceback \(most recent call last\)|\s+File "
 
 
 def sentence_of(error: BaseException) -> str:
-    """What went wrong. Our own errors and a person's mistakes speak for themselves; the system's name their file; of
-    others, the type says what the text may leave open."""
+    """Describe the error: by its message if it is ours or a ValueError, with the file if the system raised it, and with
+    its type otherwise."""
     if isinstance(error, (TensorweaveError, ValueError)) and str(error).strip():
         return str(error).strip()
     if isinstance(error, OSError) and error.strerror:
@@ -27,7 +27,7 @@ def sentence_of(error: BaseException) -> str:
 
 
 def essence(text: str) -> str:
-    """One line of a text of several: of a traceback the last one, else the first."""
+    """The first line of a text; the last one if it is a traceback."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return ""

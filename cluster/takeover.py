@@ -1,4 +1,4 @@
-"""Which gangs a supervisor's earlier life has left, and which of them its successor goes on with."""
+"""Finds the gangs that were running when a supervisor restarted, and resumes those that match its specs."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _ANSWER_TIMEOUT_S: Final = 10.0
 async def find_running(
     prefix: str, specs: Sequence[PoolSpec], worker_class: type[Any], namespace: str
 ) -> list[tuple[GangRecord, Gang]]:
-    """Gangs whose groups' names start with `prefix` and that are as `specs` want them; the groups of all others are
-    removed, and the ranks in them end."""
+    """Resume the gangs whose placement groups' names start with `prefix` and that match `specs`. Remove the groups of
+    all others, which ends their ranks."""
     groups = await asyncio.to_thread(find_groups, prefix)
     records = await asyncio.gather(*(_read_record(group, namespace) for group in groups))
     wanted = {(spec.name, slot): spec for spec in specs for slot in range(spec.replicas)}
@@ -38,9 +38,9 @@ async def find_running(
         if record is not None and gang is not None:
             del wanted[record.pool, record.slot]
             running.append((record, gang))
-            logger.warning("gang %s serves on under a new supervisor", gang.gang_id)
+            logger.warning("resuming gang %s", gang.gang_id)
         else:
-            logger.warning("removing %s, which an earlier supervisor has left", group.name)
+            logger.warning("removing %s of an earlier supervisor", group.name)
             await asyncio.to_thread(remove_placement_group, group.group)
     return running
 
@@ -54,7 +54,7 @@ def _resume(record: GangRecord, worker_class: type[Any], group: NamedGroup, name
 
 
 async def _read_record(group: NamedGroup, namespace: str) -> GangRecord | None:
-    """None where its rank 0 has gone, does not answer, or was not ready yet."""
+    """None if its rank 0 has ended, does not answer, or was not ready."""
     if not group.is_placed:
         return None
     try:

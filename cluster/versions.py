@@ -1,4 +1,4 @@
-"""Whether the processes of a gang are of one version: what would differ else is found out late, or never."""
+"""Checks that the processes of a gang run one version: other differences would be noticed late, or never."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from tensorweave.cluster.protocol import PROTOCOL_VERSION
 
 @dataclass(frozen=True, slots=True)
 class Versions:
-    """Of the package, and of the protocol that its processes speak."""
+    """The versions of the package and of the protocol between its processes."""
 
     package: str
     protocol: int
 
     @classmethod
     def here(cls) -> Self:
-        return cls(sys.modules["tensorweave"].__version__, PROTOCOL_VERSION)  # the front door is not ours to import
+        package = sys.modules["tensorweave"]  # which this room may not import
+        return cls(package.__version__, PROTOCOL_VERSION)
 
     def to_wire(self) -> list[Any]:
         return [self.package, self.protocol]
 
     @classmethod
     def from_wire(cls, fields: Any) -> Self | None:
-        """None for what no version of ours would say."""
+        """None for anything that no version of this package sends."""
         match fields:
             case [str(package), int(protocol)]:
                 return cls(package, protocol)
@@ -37,12 +38,13 @@ class Versions:
 
 
 def explain_mix(own: Versions, others: Mapping[str, Versions | None]) -> str | None:
-    """Which of `others` are not of our version; those that cannot say theirs (None) are older. None if all are."""
-    told = [
+    """Describe which of `others` differ from our version; those without a version (None) are older. None if all are
+    equal."""
+    differences = [
         f"{name} has {'an older version' if versions is None else versions}"
         for name, versions in others.items()
         if versions != own
     ]
-    if not told:
+    if not differences:
         return None
-    return f"{'; '.join(told)}; the supervisor has {own}: install the same version on every host"
+    return f"{'; '.join(differences)}; the supervisor has {own}: install the same version on every host"

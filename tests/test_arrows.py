@@ -65,13 +65,13 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
     "workers/transfer": {
         "transports/frame_connection.py": "",
         "read_request.py": "",
-        "window.py": "transports/frame_connection.py",
+        "window.py": "",
         "fingerprint.py": "window.py",
         "transports/loader.py": "window.py",
         "sending/offered_blocks.py": "read_request.py transports/loader.py window.py",
         "carrier.py": "read_request.py sending/offered_blocks.py",
         "transfer_stats.py": "carrier.py",
-        "transports": "read_request.py carrier.py transports/frame_connection.py transports/loader.py window.py",
+        "transports": "read_request.py transports/frame_connection.py transports/loader.py window.py",
         "sending": "fingerprint.py read_request.py carrier.py sending/offered_blocks.py transports/loader.py window.py",
         "carriers": "read_request.py carrier.py transports/frame_connection.py sending sending/offered_blocks.py"
         " transports transports/loader.py window.py",

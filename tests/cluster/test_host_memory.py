@@ -117,7 +117,7 @@ def test_a_kill_for_want_of_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert "the kernel has killed for want of memory" in describe_local_kills(after[:1])
     assert describe_local_kills(after[1:]) == ""
 
-    monkeypatch.setattr(memory_kills, "_ask", ask)
+    monkeypatch.setattr(memory_kills, "_count_kills", ask)
     assert asyncio.run(describe_kills(before)) == ""
     assert "the kernel has killed for want of memory" in asyncio.run(describe_kills(after[1:]))
 

@@ -99,5 +99,5 @@ def test_slow_and_broken_links_are_warned_of(caplog: pytest.LogCaptureFixture) -
         asyncio.run(body())
     assert [record.getMessage().split(" (slow")[0] for record in caplog.records] == [
         "KV from gang p to gang slow: 5 MB/s, 200.00 ms",
-        "no KV comes from gang p to gang broken: refused",
+        "no KV can be sent from gang p to gang broken: refused",
     ]

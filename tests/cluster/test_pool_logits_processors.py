@@ -29,19 +29,19 @@ class FakeGang:
 def test_gangs_of_today_and_to_come_hold_the_same() -> None:
     async def run() -> None:
         held, first, late = PoolLogitsProcessors(), FakeGang(), FakeGang()
-        await held.give([first, FakeGang(WorkerLost("gone"))], {"a": 1, "b": 2})
-        await held.give([first], {"a": None})
-        starting = asyncio.create_task(held.equip(late))
+        await held.update([first, FakeGang(WorkerLost("gone"))], {"a": 1, "b": 2})
+        await held.update([first], {"a": None})
+        starting = asyncio.create_task(held.install(late))
         await asyncio.sleep(0)
-        await held.give([first], {"c": 3})
+        await held.update([first], {"c": 3})
         await starting
         assert first.held == {"a": None, "b": 2, "c": 3}
         assert late.held == {"b": 2, "c": 3}
-        await held.equip(FakeGang(ValueError("cannot be loaded here")))
+        await held.install(FakeGang(ValueError("cannot be loaded here")))
 
     asyncio.run(run())
 
 
 def test_what_a_rank_cannot_load_is_the_callers_mistake() -> None:
     with pytest.raises(ValueError, match="cannot be loaded"):
-        asyncio.run(PoolLogitsProcessors().give([FakeGang(ValueError("cannot be loaded"))], {"a": 1}))
+        asyncio.run(PoolLogitsProcessors().update([FakeGang(ValueError("cannot be loaded"))], {"a": 1}))

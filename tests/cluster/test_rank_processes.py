@@ -43,7 +43,7 @@ def test_who_waits_for_whom_is_told_and_a_lost_node_ends_it() -> None:
 
     async def body() -> None:
         async with asyncio.timeout(_PATIENCE_S):
-            await ranks.until_up([answered("a"), never()], look_interval_s=0.001)
+            await ranks.until_up([answered("a"), never()], check_interval_s=0.001)
 
     ranks = RankProcesses(NODES, live_nodes)
     with pytest.raises(
