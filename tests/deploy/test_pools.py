@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tensorweave.cluster.cluster_resources import NodeRoom, Room
+from tensorweave.cluster.cluster_resources import ClusterResources, NodeResources
 from tensorweave.deploy.config import ServeConfig, load_config
 from tensorweave.deploy.pools import explain_shortage, needed_resources, pool_specs
 
@@ -28,15 +28,15 @@ def test_what_the_pools_need_is_counted(tmp_path: Path) -> None:
 
 def test_a_sum_that_suffices_is_refused_where_no_node_has_a_rank(tmp_path: Path) -> None:
     specs = pool_specs(make_config(tmp_path, "pools.main.tensor_parallel_size=2", "engine.device=cuda"), has_gpus=True)
-    nodes = [NodeRoom(name, total, total) for name, total in (("cpus", {"CPU": 8.0}), ("gpus", {"GPU": 8.0}))]
-    assert explain_shortage(specs, Room(nodes)) == (
+    nodes = [NodeResources(name, total, total) for name, total in (("cpus", {"CPU": 8.0}), ("gpus", {"GPU": 8.0}))]
+    assert explain_shortage(specs, ClusterResources(nodes)) == (
         "pool main has 2 rank(s) with 1 CPU, 1 GPU each, every one on one node, and the nodes of the Ray cluster "
         "hold 0 such; by node: cpus: 8 of 8 CPU free, 0 of 0 GPU free; gpus: 0 of 0 CPU free, 8 of 8 GPU free"
     )
 
 
-def one_node(total: dict[str, float]) -> Room:
-    return Room([NodeRoom("h", total, total)])
+def one_node(total: dict[str, float]) -> ClusterResources:
+    return ClusterResources([NodeResources("h", total, total)])
 
 
 def test_device_auto_takes_gpus_where_there_are_some(tmp_path: Path) -> None:
