@@ -1,9 +1,8 @@
-"""`BodyPool`: request bodies read so that no body holds up the event loop, whatever is in it.
+"""`BodyPool`: reads request bodies so that no body blocks the event loop, whatever is in it.
 
-A small body is read in the event loop, at once. Others go to a worker process (`router/bodies/worker.py`): one for
-bodies of a usual size, another one for larger ones, so that the usual ones do not wait behind a body that was made to
-take long. A worker ends, and is replaced, when a body takes too much processor time or memory, and when one has left it
-much larger than it was.
+A small body is read in the event loop, at once. Others are read by a worker process (`router/bodies/worker.py`): one
+for bodies of a usual size, another one for larger bodies, so that usual ones do not wait behind a body that was made to
+take long. A worker is replaced when a body takes too much processor time or memory, and when its memory has grown much.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ ResultT = TypeVar("ResultT")
 INLINE_BYTES: Final = 8 << 10
 """At most about 10 ms of reading, for the slowest text that we know (emoji, 1.1 µs a byte)."""
 _SLOW_INLINE_BYTES: Final = 1 << 10
-"""Where transformers' own Python does the reading."""
+"""For tokenizers in transformers' own Python, which are slower."""
 USUAL_BYTES: Final = 256 << 10
 _MAX_WAITING: Final = {"usual": 1024, "large": 16}
 _GROWTH_BYTES: Final = 128 << 20
-"""A worker whose memory has grown by so much at its peak is replaced: it may not give it back."""
+"""A worker whose peak memory has grown by so much is replaced, because it may not return that memory."""
 _TIMEOUT_S: Final = 120.0
-"""For one body, in turn: a worker that is silent for so long while its processor time lasts is stopped or starved."""
+"""For one body. A worker that does not answer for so long within its limit of processor time is stopped or starved."""
 _EXIT_TIMEOUT_S: Final = 5.0
 _MAX_TRIES: Final = 2
 
@@ -64,14 +63,14 @@ class BodyPool:
         self._large = _WorkerQueue(self, _MAX_WAITING["large"])
 
     async def run(self, task: BodyTask[ResultT], body: bytes, served: ServedModel) -> ResultT:
-        """Raises RequestRejected, Overloaded where too many bodies wait, and DeadlineExceeded."""
+        """Raises RequestRejected, Overloaded if too many bodies wait, and DeadlineExceeded."""
         if len(body) <= (INLINE_BYTES if self._tokenizer.is_rust else _SLOW_INLINE_BYTES):
             return task.run(body, self._tokenizer, served)
         queue = self._usual if len(body) <= USUAL_BYTES else self._large
         return task.unpack(await queue.run(pack_frame("run", task.name, served.to_wire(), body)))
 
     async def warm_up(self) -> None:
-        """Before the first body comes: start the worker for bodies of a usual size, and look through the vocabulary."""
+        """Start the worker for bodies of a usual size, and scan the vocabulary, before the first body comes."""
         _ = self._tokenizer.max_chars_per_token
         await self._usual.warm_up()
 
@@ -79,7 +78,7 @@ class BodyPool:
         await asyncio.gather(self._usual.close(), self._large.close())
 
     def state(self) -> bytes:
-        """What a worker begins with: a pickle for our own child, made once."""
+        """What a worker reads first: the pickled tokenizer, for our own child process. Made once."""
         if not self._state:
             pickled = pickle.dumps(self._tokenizer)
             self._state = STATE_LENGTH.pack(len(pickled)) + pickled
@@ -87,7 +86,7 @@ class BodyPool:
 
 
 class _Job:
-    """A frame for a worker, and what comes of it."""
+    """A frame for a worker, and a future for its reply."""
 
     def __init__(self, frame: bytes) -> None:
         self.frame = frame
@@ -103,7 +102,7 @@ class _Job:
 
 
 class _WorkerQueue:
-    """One worker process, and the bodies that wait for it, first come, first served."""
+    """One worker process, and a first-in, first-out queue of bodies for it."""
 
     def __init__(self, pool: BodyPool, max_waiting: int) -> None:
         self._pool = pool
@@ -113,8 +112,8 @@ class _WorkerQueue:
         self._worker: _Worker | None = None
 
     async def run(self, frame: bytes) -> list[Any]:
-        """The fields of the worker's result. A caller who is cancelled leaves a job that is passed over or, where it
-        has begun, one whose result nobody takes."""
+        """The fields of the worker's result. If the caller is cancelled, its job is skipped or, if it has begun, its
+        result is dropped."""
         if self._waiting.qsize() >= self._max_waiting:
             raise Overloaded(f"{self._max_waiting} request bodies wait to be read, which is this server's limit")
         job = _Job(frame)
@@ -139,14 +138,14 @@ class _WorkerQueue:
         await self._end_worker()
 
     async def _work(self) -> None:
-        """Until nothing waits."""
+        """Run jobs until the queue is empty."""
         while not self._waiting.empty():
             job = self._waiting.get_nowait()
             try:
                 if not job.reply.done():
                     job.settle(await self._answer(job.frame))
             finally:
-                job.settle(_closed())  # where this task is cancelled
+                job.settle(_closed())  # if this task is cancelled
 
     async def _answer(self, frame: bytes) -> list[Any] | TensorweaveError:
         try:
@@ -162,7 +161,7 @@ class _WorkerQueue:
             return error
 
     async def _ask(self, frame: bytes) -> list[Any]:
-        """The worker's answer; where it dies for no reason of the body's, the next one's."""
+        """The worker's answer. If the worker dies and the body is not the cause, the next worker's."""
         for _ in range(_MAX_TRIES):
             await self.warm_up()
             assert self._worker is not None
@@ -178,7 +177,7 @@ class _WorkerQueue:
             if name == "failed":
                 raise error_from_wire(fields[0])
             return fields
-        raise BodyTooCostly("reading the request's body ended its worker process, likely for want of memory")
+        raise BodyTooCostly("reading the request's body ended its worker process, probably for lack of memory")
 
     async def _end_worker(self) -> int | None:
         worker, self._worker = self._worker, None
@@ -190,7 +189,7 @@ def _closed() -> NotReady:
 
 
 class _Worker:
-    """The process, and one question at a time."""
+    """The process; it answers one frame at a time."""
 
     def __init__(self, process: Process) -> None:
         assert process.stdin is not None
@@ -211,7 +210,7 @@ class _Worker:
             stdin=PIPE,
             stdout=PIPE,
             env=environment,
-            start_new_session=True,  # a Ctrl-C is for us; the worker ends with its input
+            start_new_session=True,  # Ctrl-C goes to this process; the worker ends with its input
         )
         worker = cls(process)
         worker._sink.write(state)
@@ -222,8 +221,8 @@ class _Worker:
         return self._growth_bytes > _GROWTH_BYTES
 
     async def ask(self, frame: bytes) -> Frame | None:
-        """None where the process died."""
-        with contextlib.suppress(ConnectionError):  # it is gone, as reading shows
+        """Return None if the process died."""
+        with contextlib.suppress(ConnectionError):  # it has ended; reading shows that too
             self._sink.write(frame)
             await self._sink.drain()
         answer = await anext(self._frames, None)
@@ -234,8 +233,8 @@ class _Worker:
         return answer
 
     async def end(self) -> int:
-        """Its exit status. A process that has closed its output is ending by itself, for a reason that the status
-        tells; one that has not is killed."""
+        """End the process and return its exit status. If it has closed its output it is already ending, and the status
+        says why; otherwise it is killed."""
         if self._has_closed:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_EXIT_TIMEOUT_S):

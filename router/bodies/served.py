@@ -1,4 +1,4 @@
-"""`ServedModel`: what the body of a request is checked against, and the first checks."""
+"""`ServedModel`: what the body of a request is checked against, and the checks that come first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tensorweave.router.text.tokens import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model by its names, and the most sequences that one request may ask for."""
+    """A model, its names, and the most sequences that one request may ask for."""
 
     model_names: Sequence[str]
     info: ModelInfo
@@ -36,7 +36,7 @@ def check_name(model_names: Sequence[str], name: str) -> None:
 
 
 def check_text(text: str, tokenizer: Tokenizer, served: ServedModel, *, param: str) -> None:
-    """Refuse a text of which it is certain, before it is tokenized, that it has more tokens than the context."""
+    """Refuse a text that certainly has more tokens than the context, before it is tokenized."""
     per_token, max_len = tokenizer.max_chars_per_token, served.info.max_seq_len
     if per_token is not None and len(text) > per_token * max_len:
         least = -(-len(text) // per_token)

@@ -1,4 +1,4 @@
-"""What is done with the body of a POST, by name: the same in the event loop and in a worker process."""
+"""What is done with the body of a POST, by name. It is the same in the event loop and in a worker process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True, slots=True)
 class BodyTask(Generic[ResultT]):
-    """`run` raises RequestRejected. `pack` makes msgpack fields of its result, and `unpack` the result again."""
+    """`run` raises RequestRejected. `pack` turns its result into msgpack fields, and `unpack` turns them back."""
 
     name: str
     run: Callable[[bytes, Tokenizer, ServedModel], ResultT]

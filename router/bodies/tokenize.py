@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, in vLLM's shapes: what a prompt or a chat is to the model, and back."""
+"""/tokenize and /detokenize, in vLLM's format: from a prompt or a chat to the model's token ids, and back."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The process that reads large bodies for a router (`router/bodies/pool.py`, which starts it and is trusted).
 
-On its standard input: the length of a pickled tokenizer, the tokenizer, then frames `run`; on its standard output one
-frame for each, `done` or `failed`. It ends with its input. A body that takes more than `CPU_LIMIT_S` of processor time
-ends it, by the kernel's signal, and so does one that takes more memory than `MEMORY_LIMIT_BYTES`.
+Its standard input has the length of a pickled tokenizer, the tokenizer, then `run` frames. Its standard output has one
+frame for each, `done` or `failed`. It ends when its input ends. A body that takes more than `CPU_LIMIT_S` of processor
+time ends it, by a signal from the kernel; so does a body that takes more memory than `MEMORY_LIMIT_BYTES`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from tensorweave.router.text.tokens import Tokenizer
 logger = logging.getLogger(__name__)
 
 CPU_LIMIT_S: Final = 10
-"""For one body. Processor time, so that a machine with other work refuses nothing for it."""
+"""For one body. Processor time, so that other work on the machine is no reason to refuse a body."""
 MEMORY_LIMIT_BYTES: Final = 4 << 30
 STATE_LENGTH: Final = struct.Struct("<Q")
 
 
 def main() -> None:
-    source, sink = open(0, "rb", closefd=False), _take_stdout()  # noqa: SIM115 (ours until the end)
+    source, sink = open(0, "rb", closefd=False), _take_stdout()  # noqa: SIM115 (open until the process ends)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     (length,) = STATE_LENGTH.unpack(source.read(STATE_LENGTH.size))
-    tokenizer: Tokenizer = pickle.loads(source.read(length))  # from our parent, which made us and it
+    tokenizer: Tokenizer = pickle.loads(source.read(length))  # from the parent process
     decoder, first_peak_bytes = FrameDecoder(), _peak_bytes()
     while data := source.read1(READ_BYTES):
         for frame in decoder.feed(data):
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _take_stdout() -> BinaryIO:
-    """Our own copy of it, for frames; whatever a library prints goes to standard error."""
+    """Return a copy of standard output, for frames, and redirect what libraries print to standard error."""
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return sink
@@ -65,7 +65,7 @@ def _answer(frame: Frame, tokenizer: Tokenizer) -> Frame:
         return ["done", *task.pack(task.run(body, tokenizer, ServedModel.from_wire(served)))]
     except TensorweaveError as error:
         return ["failed", error.to_wire()]
-    except Exception:  # a request's boundary: what went wrong with one body may not end the worker of the others
+    except Exception:  # a request's boundary: an error in one body must not end the worker for all others
         logger.exception("a request body could not be read")
         return ["failed", TensorweaveError("internal error; the server's log has it").to_wire()]
 

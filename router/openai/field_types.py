@@ -19,12 +19,12 @@ TOKEN_ID: Final = re.compile(r"[0-9]{1,10}")
 
 
 def whole(value: Any) -> Any:
-    """To JSON 3.0 and 1e2 are integers, as 3 is. An integer of more than 64 bits comes as such a number, too."""
+    """In JSON, 3.0 and 1e2 are integers. An integer of more than 64 bits is parsed as a float, too."""
     return int(value) if type(value) is float and value.is_integer() else value
 
 
 def whole_items(value: Any) -> Any:
-    """A list whose items must be integers. It may be long, so it is looked through at C's speed."""
+    """For a list whose items must be integers. It may be long, so it is scanned by C code."""
     return [whole(item) for item in value] if isinstance(value, list) and float in set(map(type, value)) else value
 
 
@@ -34,7 +34,7 @@ def _check_seed(value: Any) -> Any:
     return value
 
 
-# A bound stands before the validator: behind it, the document would not tell it.
+# A bound stands before the validator: after it, the OpenAPI document would not have it.
 Integer = Annotated[int, BeforeValidator(whole)]
 AtLeast1 = Annotated[int, Field(ge=1), BeforeValidator(whole)]
 NumSequences = Annotated[int, Field(ge=1, le=128), BeforeValidator(whole)]

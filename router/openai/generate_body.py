@@ -75,11 +75,12 @@ class GenerateBody(KnobFields):
     bad_words: list[Annotated[str, Field(min_length=1, max_length=1024)]] | None = Field(
         None, max_length=256, description="Extension. Never generated, at a word's beginning or within one."
     )
-    ignore_eos: bool | None = Field(None, description="Extension. Go on past the model's end of sequence.")
+    ignore_eos: bool | None = Field(None, description="Extension. Go on after the model's end of sequence.")
     stop_token_ids: TokenIds | None = Field(None, description="Extension.")
     include_stop_str_in_output: bool | None = Field(None, description="Extension.")
     prompt_logprobs: NumLogprobs | None = Field(
-        None, description="Extension. Log-probabilities of the prompt's tokens, and of so many likeliest. Not streamed."
+        None,
+        description="Extension. Log-probabilities of prompt tokens, and of so many of the likeliest. Not streamed.",
     )
     return_token_ids: bool | None = Field(None, description="Extension. Token ids of prompt and answer.")
     skip_special_tokens: bool | None = Field(None, description="Extension. Default true.")
@@ -94,7 +95,7 @@ class GenerateBody(KnobFields):
     priority: Priority | None = Field(None, description="Extension. Higher goes first.")
     timeout_s: Positive | None = Field(None, description="Extension. The request's deadline.")
     user: Any = Field(None, description="Requests of one user go to one gang where that costs nothing.")
-    prompt_cache_key: Any = Field(None, description="As `user`, and before it.")
+    prompt_cache_key: Any = Field(None, description="As `user`, which it overrides.")
     disaggregated_params: DisaggregatedParams | None = Field(None, description="Extension. One phase sent by hand.")
 
     @property
@@ -111,17 +112,17 @@ class GenerateBody(KnobFields):
 
     @property
     def has_running_usage(self) -> bool:
-        """As vLLM has it, only where usage is asked for at all."""
+        """As in vLLM, only if usage is asked for at all."""
         return self.includes_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     @property
     def num_sequences(self) -> int:
-        """Of one prompt, those that are generated; `n` of them are told."""
+        """How many are generated for one prompt; the answer has `n` of them."""
         return self.n or 1
 
     def without_bulk(self) -> Self:
-        """A copy in which what may be as large as a body is empty or short: prompts and bad words, which are known as
-        tokens by then, and what changes nothing. It is still valid, and `session` still tells sessions apart."""
+        """A copy without what may be as large as a body: prompts and bad words, which are known as tokens by then, and
+        fields that change nothing. It is still valid, and `session` still tells sessions apart."""
         session = self.session
         if session is not None and len(session) > _MAX_SESSION_CHARS:
             session = blake2b(session.encode(), digest_size=16).hexdigest()

@@ -1,7 +1,7 @@
 """From a body's bytes to a checked request model, or to a RequestRejected that names the first wrong field.
 
-A field is honoured or refused; none is ignored in silence. `ParsedRequest` subclasses list valid fields that are not
-built: they are accepted at the values that ask for nothing.
+A field is honoured or refused; none is silently ignored. Subclasses of `ParsedRequest` list valid fields that are not
+built: they are accepted with values that ask for nothing.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tensorweave.router.openai.not_built import NotBuilt
 
 
 def describe_unbuilt_fields(schema: dict[str, Any], model: type[BaseModel]) -> None:
-    """A body's schema has the fields of `OFF` too."""
+    """Add the fields of `OFF` to the body's schema."""
     assert issubclass(model, ParsedRequest)
     for name, values in sorted(model.OFF.items()):
-        told = {"description": "Not supported yet: accepted only so as to ask for nothing.", "enum": [*values, None]}
-        schema["properties"][name] = told
+        description = "Not supported yet: accepted only with a value that asks for nothing."
+        schema["properties"][name] = {"description": description, "enum": [*values, None]}
 
 
 class Strict(BaseModel):
@@ -30,7 +30,7 @@ class Strict(BaseModel):
 
 
 class ParsedRequest(Strict):
-    """A body. `OFF`: fields by the values at which they are accepted, beside null."""
+    """A body. `OFF`: for each field that is not built, the values that are accepted beside null."""
 
     model_config = ConfigDict(json_schema_extra=describe_unbuilt_fields)
 
@@ -41,12 +41,12 @@ RequestT = TypeVar("RequestT", bound=ParsedRequest)
 
 
 def parse_request(model: type[RequestT], body: bytes) -> RequestT:
-    """Raises RequestRejected that names the first wrong field."""
+    """Raises a RequestRejected that names the first wrong field."""
     return check_fields(model, known_fields(model, body))
 
 
 def check_fields(model: type[RequestT], fields: dict[str, Any]) -> RequestT:
-    """Raises RequestRejected that names the first wrong field."""
+    """Raises a RequestRejected that names the first wrong field."""
     try:
         return model.model_validate(fields)
     except ValidationError as error:
@@ -54,8 +54,8 @@ def check_fields(model: type[RequestT], fields: dict[str, Any]) -> RequestT:
 
 
 def known_fields(model: type[ParsedRequest], body: bytes) -> dict[str, Any]:
-    """The fields of a body that a model checks. Raises RequestRejected for a body that is no JSON object, for fields
-    that are unknown, and for those that are not built."""
+    """The fields of a body that a model checks. Raises RequestRejected for a body that is not a JSON object, and for
+    fields that are unknown or not built."""
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -77,7 +77,7 @@ def known_fields(model: type[ParsedRequest], body: bytes) -> dict[str, Any]:
 
 
 def _is_off(value: Any, accepted: Sequence[Any]) -> bool:
-    """JSON equality: false is not 0."""
+    """Equal as in JSON, where false is not 0."""
     return any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in accepted)
 
 

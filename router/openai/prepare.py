@@ -1,4 +1,4 @@
-"""From a body to jobs: its fields become a sampling spec for each prompt, n becomes n sequences."""
+"""From a body to jobs: one for each sequence of each prompt, with the seeds drawn."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from tensorweave.router.text.generation import Job
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that the answer to one HTTP request needs. Job i belongs to prompt i // num_sequences; n of each are told."""
+    """All that the answer to one HTTP request needs. Job i belongs to prompt i // num_sequences; the answer has n
+    sequences of each prompt."""
 
     jobs: Sequence[Job]
     choices: Sequence[ChoiceStream]
@@ -41,7 +42,7 @@ class Plan:
     is_context_only: bool
 
     def best(self) -> list[int]:
-        """The jobs to tell, once all have ended: of each prompt the n of highest mean log-probability."""
+        """The jobs in the answer, once all have ended: for each prompt the n of highest mean log-probability."""
         if self.n == self.num_sequences:
             return list(range(len(self.jobs)))
         best: list[int] = []

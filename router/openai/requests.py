@@ -28,10 +28,12 @@ class CompletionRequest(GenerateBody):
         description="A string, a list of strings, a list of token ids, or a list of lists of token ids."
     )
     best_of: NumSequences | None = Field(
-        None, description="Generate so many and tell the n of highest mean log-probability. Not streamed."
+        None, description="Generate so many and return the n of highest mean log-probability. Not streamed."
     )
-    echo: bool | None = Field(None, description="Begin the text, and log-probabilities, with the prompt.")
-    logprobs: NumLogprobs | None = Field(None, description="Tell each token's, and those of so many likeliest.")
+    echo: bool | None = Field(None, description="Begin the text, and the log-probabilities, with the prompt.")
+    logprobs: NumLogprobs | None = Field(
+        None, description="Log-probabilities of each token, and of so many of the likeliest."
+    )
 
     @field_validator("prompt")
     @classmethod
@@ -96,12 +98,12 @@ class ChatCompletionRequest(GenerateBody):
     OFF: ClassVar[NotBuilt] = IN_CHATS
 
     messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: AtLeast1 | None = Field(None, description="As `max_tokens`, and before it.")
-    logprobs: bool | None = Field(None, description="Tell each token's log-probability.")
-    top_logprobs: NumLogprobs | None = Field(None, description="And those of so many likeliest tokens.")
+    max_completion_tokens: AtLeast1 | None = Field(None, description="As `max_tokens`, which it overrides.")
+    logprobs: bool | None = Field(None, description="Return each token's log-probability.")
+    top_logprobs: NumLogprobs | None = Field(None, description="Return those of so many of the likeliest tokens, too.")
     add_generation_prompt: bool | None = Field(None, description="Extension. Default true.")
     prompt_token_ids: Integers | None = Field(
-        None, min_length=1, description="Extension. In place of what the messages would be rendered to."
+        None, min_length=1, description="Extension. Instead of the rendered messages."
     )
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Extension. Passed to the chat template.")
     parallel_tool_calls: bool | None = Field(None, description=NO_CHANGE)

@@ -1,4 +1,4 @@
-"""Checks of one sampling field each, so far as no model is needed. `RequestRejected` names the field."""
+"""Checks of single sampling fields that need no model. `RequestRejected` names the field."""
 
 from __future__ import annotations
 

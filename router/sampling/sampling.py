@@ -34,7 +34,7 @@ SEED_BITS: Final = 63
 
 @dataclass(kw_only=True, slots=True)
 class SamplingFields(SamplingKnobs):
-    """What a request says about sampling; None is "not said". Checked on construction, so far as no model is needed.
+    """What a request says about sampling; None: it says nothing. What needs no model is checked on construction.
 
     Greedy is asked for by temperature 0, top_p 0, top_k 1 or min_p 1. `embedding_bias` is packed little-endian float32,
     one number for each token of the vocabulary. Names and meanings are those of `SamplingSpec`.

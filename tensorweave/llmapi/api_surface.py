@@ -1,7 +1,7 @@
-"""`ApiSurface`: the public names of a class, as its code and its docstrings have them.
+"""`ApiSurface`: the public names of a class, from its code and its docstrings.
 
-Read by the generated API page and by the stability tests. Types are kept as the source spells them. Names that begin
-with an underscore are nobody's; what pydantic and dataclasses add is left out.
+The generated API page and the stability tests read it. Types are spelled as in the source. Names that begin with an
+underscore and methods that pydantic and dataclasses add are left out.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from tensorweave.llmapi.docstrings import Docstring, read_docstring
 from tensorweave.llmapi.status import api_status
 
 FACTORY: Final = "<factory>"
-"""In place of a default that is made anew each time."""
+"""Stands for a default that is made anew each time."""
 REQUIRED: Final = "<required>"
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """An argument, or a field of a class whose constructor has it as one."""
+    """An argument, or a field that the constructor takes as an argument."""
 
     type: str
     default: Any = REQUIRED
@@ -44,7 +44,7 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class ApiSurface:
-    """`fields` are attributes that can be set or passed to the constructor; `properties` can be read."""
+    """`fields` can be set or passed to the constructor; `properties` can only be read."""
 
     name: str
     fields: Mapping[str, Parameter]
@@ -54,7 +54,7 @@ class ApiSurface:
 
 
 def surface_of(cls: type[Any]) -> ApiSurface:
-    """What has no status of its own has its class's."""
+    """A name without a status of its own has that of its class."""
     doc, status = read_docstring(cls.__doc__), api_status(cls)
     own = {name: f for name, f in _fields(cls, doc).items() if not name.startswith("_")}
     fields = {name: dataclasses.replace(f, status=f.status or status) for name, f in own.items()}
@@ -73,7 +73,7 @@ def surface_of(cls: type[Any]) -> ApiSurface:
 
 
 def method_of(function: Callable[..., Any], doc: Docstring | None = None) -> Method:
-    """`doc`: in place of its own docstring."""
+    """`doc` replaces the function's own docstring."""
     doc = doc or read_docstring(function.__doc__)
     signature = inspect.signature(function)
     parameters = {
@@ -89,7 +89,7 @@ def method_of(function: Callable[..., Any], doc: Docstring | None = None) -> Met
 
 
 def spelled(annotation: Any) -> str:
-    """A type as the source has it, in one spelling."""
+    """A type as the source spells it, with uniform spacing and quotes."""
     if annotation is inspect.Signature.empty:
         return ""
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)

@@ -1,5 +1,4 @@
-"""`BaseLLM`: what an `LLM` is made of, from construction to shutdown, and what can be seen of it. Generating is in
-`llmapi.llm`."""
+"""`BaseLLM`: an `LLM` from construction to shutdown, and what can be observed of it. Generating is in `llmapi.llm`."""
 
 from __future__ import annotations
 
@@ -22,9 +21,9 @@ Running: TypeAlias = set[concurrent.futures.Future[None]]
 class BaseLLM:
     """A large language model, ready to generate.
 
-    Works from threads and from event loops, and after an error of one request. Close it with `shutdown` or as a context
-    manager; one that is no longer referenced closes itself. It belongs to the process that made it: in a forked child
-    every method raises RuntimeError.
+    It can be used from threads and event loops, and an error of one request does not affect others. Close it with
+    `shutdown` or as a context manager; an LLM that is no longer referenced closes itself. It belongs to the process
+    that made it: in a forked child every method raises RuntimeError.
 
     Args:
         model: A Hugging Face model directory, an engine directory, a hub id, or `smollm2-135m-instruct`.
@@ -36,15 +35,15 @@ class BaseLLM:
         dtype: 'auto', 'float16', 'bfloat16' or 'float32'.
         revision: Branch, tag or commit of a hub model.
         tokenizer_revision: Branch, tag or commit of a hub tokenizer.
-        backend: 'pytorch' (the default) is our engine; '_autodeploy' runs models that it has no code for; 'tensorrt' is
-            refused.
+        backend: 'pytorch' (the default) is our engine; '_autodeploy' runs models that this engine has no code for;
+            'tensorrt' is refused.
         kwargs: Any other field of `LlmArgs`.
 
     Attributes:
         tokenizer: The tokenizer instance, or None with skip_tokenizer_init.
-        workspace: A directory for intermediate files, made when first asked for and removed by `shutdown`; None after
-            that.
-        disaggregated_params: Where and as what other instances get KV computed here ('backend', 'endpoints',
+        workspace: A directory for intermediate files, made when it is first asked for and removed by `shutdown`; None
+            after that.
+        disaggregated_params: How other instances fetch KV that is computed here ('backend', 'endpoints',
             'fingerprint'); empty without a `cache_transceiver_config`.
         llm_id: Identifies this instance in logs.
 
@@ -115,59 +114,59 @@ class BaseLLM:
 
     @set_api_status("beta")
     def get_stats(self, timeout: float = 2.0) -> list[dict[str, Any]]:
-        """Tell the statistics of the engine's steps since the last call, oldest first.
+        """Return the statistics of the engine's steps since the last call, oldest first.
 
         Args:
             timeout: Longest wait for the engine's answer, in seconds.
 
         Returns:
-            One dict a step with TensorRT-LLM's keys (`iter`, `gpuMemUsage` in MB, `kvCacheStats`,
+            One dict per step with TensorRT-LLM's keys (`iter`, `gpuMemUsage` in MB, `kvCacheStats`,
             `inflightBatchingStats`, …).
         """
         return self._usable_runtime().engine.stats(timeout)
 
     @set_api_status("beta")
     def get_stats_async(self, timeout: float = 2.0) -> IterationResult:
-        """Tell the same as `get_stats`, step by step, to an event loop.
+        """Return the same as `get_stats`, step by step, for an event loop.
 
         Args:
             timeout: Longest wait for the engine's answer, in seconds.
 
         Returns:
-            For `async for`: one dict a step; it ends with the newest.
+            For `async for`: one dict per step; it ends with the newest.
         """
         self._usable_runtime()
         return IterationResult(lambda: self._usable_runtime().engine.stats(timeout))
 
     @set_api_status("beta")
     def get_kv_cache_events(self, timeout: float = 2.0) -> list[dict[str, Any]]:
-        """Tell what has happened to cached KV blocks since the last call, oldest first.
+        """Return what has happened to cached KV blocks since the last call, oldest first.
 
         Args:
             timeout: Longest wait for the engine's answer, in seconds.
 
         Returns:
             Dicts with `event_id` and `data`, of type 'created', 'stored' or 'removed'. None are kept unless
-            `kv_cache_config.event_buffer_max_size` says how many.
+            `kv_cache_config.event_buffer_max_size` is set.
         """
         return self._usable_runtime().engine.kv_events(timeout)
 
     @set_api_status("beta")
     def get_kv_cache_events_async(self, timeout: float = 2.0) -> IterationResult:
-        """Tell the same as `get_kv_cache_events`, one by one, to an event loop.
+        """Return the same as `get_kv_cache_events`, one by one, for an event loop.
 
         Args:
             timeout: Longest wait for the engine's answer, in seconds.
 
         Returns:
-            For `async for`: one dict an event; it ends with the newest.
+            For `async for`: one dict per event; it ends with the newest.
         """
         self._usable_runtime()
         return IterationResult(lambda: self._usable_runtime().engine.kv_events(timeout))
 
     @set_api_status("beta")
     def shutdown(self) -> None:
-        """End running requests, free the model and stop what this object started. Calling it again does nothing."""
+        """End running requests, free the model and stop what this object started. A second call does nothing."""
         self._process.check()
         if self._finalizer.detach() is not None:
             _close(self._runtime, self._running)

@@ -1,7 +1,7 @@
 """`CompletionOutput`: one generated sequence as a consumer sees it, and the `Update`s that it grows by.
 
-Diffs tell what the consumer's last look brought, however often they are read: one update of a stream, or, where it
-waited for the end, all that came meanwhile.
+A diff is what the consumer's last step brought, however often it is read: one update of a stream, or everything that
+arrived while the consumer waited for the end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PROTOTYPE = {"status": "prototype"}
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """A token's natural log-probability, and its place among all tokens, the likeliest being 1."""
+    """A token's natural log-probability, and its rank among all tokens; the likeliest token has rank 1."""
 
     logprob: float
     rank: int | None = None
@@ -38,14 +38,14 @@ class TimingMetrics:
 
 @dataclass(frozen=True, slots=True)
 class RequestPerfMetrics:
-    """What was measured of one sequence, as the caller saw it: the detokenizer's and the event loop's time included."""
+    """Measurements of one sequence from the caller's side, so they include the detokenizer and the event loop."""
 
     timing_metrics: TimingMetrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """What the LLM's event loop tells a consumer: news of one sequence, or the error that ended the request."""
+    """What the LLM's event loop sends to a consumer: what is new in a sequence, or the error that ended the request."""
 
     index: int = 0
     text: str = ""
@@ -80,8 +80,8 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
-    """What a request wants told besides its tokens; see SamplingParams. `arrival_s` is on the monotonic clock; each
-    output begins with `num_echoed` tokens of the prompt."""
+    """What an output has besides tokens; see SamplingParams. `arrival_s` is on the monotonic clock. Each output begins
+    with `num_echoed` tokens of the prompt."""
 
     logprobs: bool = False
     perf_metrics: bool = False
@@ -95,22 +95,23 @@ class CompletionOutput:
     """One generated sequence.
 
     Attributes:
-        index: Its place among the request's outputs.
+        index: Its index among the request's outputs.
         text: The text so far; empty without a tokenizer.
         token_ids: The ids so far, the stop token included.
-        cumulative_logprob: Sum of the output tokens' log-probabilities, where they were asked for or decided the order.
-        logprobs: Where asked for, one dict an output token: its own id first, then the likeliest ones, to `Logprob`s.
-        prompt_logprobs: Where asked for, the same for each prompt token from the second on.
+        cumulative_logprob: Sum of the output tokens' log-probabilities, if they were asked for or decided the order.
+        logprobs: If asked for, one dict per output token, from token id to `Logprob`: the token itself first, then the
+            likeliest ones.
+        prompt_logprobs: If asked for, the same for each prompt token from the second on.
         finish_reason: 'stop', 'length', 'timeout' or 'cancelled' once it has ended; 'not_finished' after a context
             phase.
         stop_reason: The stop string or stop token id that ended it; None for end-of-sequence.
         disaggregated_params: After a context phase, what its generation phase needs.
         additional_context_outputs: None: no model has other outputs yet.
         additional_generation_outputs: The same.
-        request_perf_metrics: Where asked for, once a token has come, when it came and when the request did.
-        generation_logits: Where asked for, the model's logits for each output token, float32 [tokens, V].
+        request_perf_metrics: If asked for, when the request and its tokens arrived; None before the first token.
+        generation_logits: If asked for, the model's logits for each output token, float32 [tokens, V].
         length: Number of token ids.
-        text_diff: Text that is new: of a stream's turn, or all that `result` waited for.
+        text_diff: Text that is new: of one iteration of a stream, or all that `result` waited for.
         token_ids_diff: Ids that are new.
         logprobs_diff: Entries of `logprobs` that are new.
     """
@@ -154,7 +155,7 @@ class CompletionOutput:
         return self.logprobs[self._last_logprob_len :]
 
     def _reset_diffs(self) -> None:
-        """The diffs begin anew, empty."""
+        """Make the diffs empty."""
         self._last_text_len, self._last_token_len = len(self.text), len(self.token_ids)
         self._last_logprob_len = len(self.logprobs)
 
@@ -178,5 +179,5 @@ class CompletionOutput:
 
 
 def as_dicts(logprobs: Sequence[TokenLogprobs]) -> list[dict[int, Logprob]]:
-    """One a token, by token id."""
+    """One per token, by token id."""
     return [{p.token_id: Logprob(p.logprob, p.rank) for p in token} for token in logprobs]

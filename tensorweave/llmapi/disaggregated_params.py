@@ -1,7 +1,7 @@
 """`DisaggregatedParams`: the two phases of one request sent to two `LLM`s (or services) by hand.
 
-The first gets `request_type="context_only"`; what comes with its output goes, as "generation_only", to the second
-together with the same prompt and sampling parameters.
+The first one gets `request_type="context_only"`. The `disaggregated_params` of its output go to the second one, as
+"generation_only", together with the same prompt and sampling parameters.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ class DisaggScheduleStyle(IntEnum):
 @set_api_status("prototype")
 @dataclass(kw_only=True, slots=True)
 class DisaggregatedParams:
-    """Which phase a request is, and what the other phase has left.
+    """Which phase a request is, and what the context phase has handed over.
 
     Args:
         request_type: 'context_only' computes the prompt and the first token and keeps the KV for the holder of
             `opaque_state`; 'generation_only' fetches that KV and goes on; 'context_and_generation' (and None) is a
             request like any other.
         first_gen_tokens: What the context phase generated.
-        first_gen_log_probs: Log-probabilities of these, where they were asked for.
+        first_gen_log_probs: Their log-probabilities, if they were asked for.
         first_gen_logits: Kept for callers of TensorRT-LLM; none are ever given.
         ctx_request_id: Names the context phase in logs.
-        opaque_state: Where the KV is and the claim to it; valid until it was fetched or its lease ran out.
+        opaque_state: The KV's place and the right to fetch it; valid until the KV was fetched or its lease expired.
         draft_tokens: Kept for callers of TensorRT-LLM; must be empty.
-        disagg_request_id: Names both phases in logs, in place of ids of their own.
+        disagg_request_id: Names both phases in logs, instead of an id for each.
         ctx_dp_rank: Kept for callers of TensorRT-LLM; gangs have no data-parallel ranks.
         ctx_info_endpoint: Kept for callers of TensorRT-LLM; `opaque_state` has the endpoints.
         schedule_style: Kept for callers of TensorRT-LLM; either order of the phases works.

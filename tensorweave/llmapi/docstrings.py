@@ -1,5 +1,4 @@
-"""Google-style docstrings, read: what the API page is written from and what the stability tests compare signatures
-with."""
+"""Parses Google-style docstrings, for the API page and for the stability tests, which compare them with signatures."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ _ENTRY: Final = re.compile(r"(\*{0,2}\w+)\s*(?:\([^)]*\))?:\s*(.*)")
 
 @dataclass(frozen=True, slots=True)
 class Docstring:
-    """`text` is what comes before the first section; entries of a section are in their order."""
+    """`text` is what comes before the first section. The entries of a section keep their order."""
 
     text: str = ""
     args: dict[str, str] = field(default_factory=dict)
@@ -48,7 +47,7 @@ def read_docstring(doc: str | None) -> Docstring:
 
 
 def _entries(body: str) -> dict[str, str]:
-    """name: text, with its further lines indented."""
+    """Entries have the form `name: text`; their further lines are indented."""
     entries: dict[str, str] = {}
     name = ""
     for line in body.splitlines():

@@ -1,5 +1,5 @@
-"""What an `LLM` runs on: an executor in this process at one rank, a supervised gang on Ray above. Both are a fleet to
-the dispatcher."""
+"""The engine of an `LLM`: an executor in this process for one rank, a supervised gang on Ray for more. The dispatcher
+sees either one as a fleet."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ class Engine(Protocol):
 
     @property
     def kv_source(self) -> KvSource | None:
-        """Where others get KV computed here; None where `cache_transceiver_config` has no backend."""
+        """Where others fetch KV that is computed here; None if `cache_transceiver_config` has no backend."""
 
     def stats(self, timeout_s: float) -> list[dict[str, Any]]: ...
 
     def kv_events(self, timeout_s: float) -> list[dict[str, Any]]: ...
 
     async def set_logits_processors(self, processors: Mapping[str, LogitsProcessor | None]) -> None:
-        """Every rank holds these from now on, and those of a gang to come; None takes one away."""
+        """Make every rank hold these, also the ranks of a replacement gang. None removes a processor."""
 
     def close(self) -> None: ...
 
 
 def open_engine(args: TorchLlmArgs, loop: LoopThread) -> Engine:
-    """Start what `args` ask for. Raises ValueError for wrong arguments, NotReady where it does not come up."""
+    """Start what `args` ask for. Raises ValueError for wrong arguments, and NotReady if the engine does not come up."""
     return LocalEngine(args, loop) if args.tensor_parallel_size == 1 else GangEngine(args, loop)
 
 
@@ -105,7 +105,7 @@ class LocalEngine:
 
 
 class GangEngine:
-    """One gang of `tensor_parallel_size` ranks on Ray, replaced when it is lost."""
+    """One gang of `tensor_parallel_size` ranks on Ray. A lost gang is replaced."""
 
     def __init__(self, args: TorchLlmArgs, loop: LoopThread) -> None:
         self._loop = loop
@@ -141,14 +141,14 @@ class GangEngine:
 
     @property
     def kv_source(self) -> KvSource | None:
-        """Of the gang that runs now: a replaced one has another."""
+        """That of the current gang; its replacement has another one."""
         return self._loop.call(_kv_source_of(self._fleet))
 
     def stats(self, timeout_s: float) -> list[dict[str, Any]]:
         return self._loop.call(_stats_of(self._fleet, timeout_s), timeout_s=timeout_s + 5.0)
 
     def kv_events(self, timeout_s: float) -> list[dict[str, Any]]:
-        """The ranks' caches change alike, so rank 0's events are everyone's. A replaced gang's begin anew."""
+        """The ranks' caches change alike, so rank 0's events stand for all. Those of a replacement gang start over."""
         return self._loop.call(_kv_events_of(self._fleet, timeout_s), timeout_s=timeout_s + 5.0)
 
     async def set_logits_processors(self, processors: Mapping[str, LogitsProcessor | None]) -> None:
@@ -169,7 +169,7 @@ class GangEngine:
 
 
 def _gang_args(args: TorchLlmArgs, pinned: PinnedModel) -> dict[str, Any]:
-    """Plain fields for the ranks: no tokenizer object, and a model that each finds on its own host."""
+    """Fields for the ranks: no tokenizer object, and a model name that each rank resolves on its own host."""
     fields = args.model_dump(exclude={"tokenizer", "batched_logits_processor"}, exclude_unset=True)
     if args.batched_logits_processor is not None:
         fields["batched_logits_processor"] = args.batched_logits_processor

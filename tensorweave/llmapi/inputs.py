@@ -1,5 +1,5 @@
-"""From what a person passes to `generate` to token ids, sampling parameters and a resolved `SamplingSpec`. Every
-mistake is a ValueError that names it."""
+"""From what a user passes to `generate` to token ids, sampling parameters and a resolved `SamplingSpec`. What is wrong
+is a ValueError that names it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ PromptInputs = str | Sequence[int] | Mapping[str, Any]
 @set_api_status("prototype")
 @dataclass(frozen=True, slots=True)
 class PreprocessedInputs:
-    """A prompt as `LLM.preprocess` leaves it, for `LLM.generate_async`.
+    """A prompt as `LLM.preprocess` returns it, for `LLM.generate_async`.
 
     Args:
         prompt: Its text, if it was given as text.
         prompt_token_ids: Its ids, truncated if that was asked for.
-        sampling_params: What `preprocess` was given; used where `generate_async` is given none.
+        sampling_params: What `preprocess` was given; used if `generate_async` is given none.
         disaggregated_params: The same.
     """
 
@@ -40,7 +40,7 @@ class PreprocessedInputs:
 
 @dataclass(frozen=True, slots=True)
 class ReadPrompt:
-    """A prompt ready to run. `end_ids` end a sequence without being its stop reason."""
+    """A prompt that is ready to run. `end_ids` end a sequence without being its stop reason."""
 
     text: str | None
     token_ids: Sequence[int]
@@ -50,7 +50,7 @@ class ReadPrompt:
 
 
 def as_batch(inputs: PromptInputs | Sequence[PromptInputs]) -> tuple[list[PromptInputs | PreprocessedInputs], bool]:
-    """The prompts as a list, and whether a single one was given. An empty list is one of no prompts."""
+    """The prompts as a list, and whether a single prompt was given. An empty list means no prompts."""
     if isinstance(inputs, str | Mapping | PreprocessedInputs):
         return [inputs], True
     if isinstance(inputs, bytes | bytearray) or not isinstance(inputs, Sequence):
@@ -74,7 +74,7 @@ def _how_to_list(inputs: object) -> str:
 
 
 def phases_of(batch: Sequence[PromptInputs | PreprocessedInputs]) -> list[DisaggregatedParams | None] | None:
-    """What `preprocess` was given; None where it was given nothing."""
+    """The phases that `preprocess` was given; None if it was given none."""
     phases = [item.disaggregated_params if isinstance(item, PreprocessedInputs) else None for item in batch]
     return phases if any(phase is not None for phase in phases) else None
 
@@ -83,7 +83,7 @@ def resolve_params(
     sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     batch: Sequence[PromptInputs | PreprocessedInputs],
 ) -> list[SamplingParams]:
-    """One for each prompt."""
+    """One per prompt."""
     num_prompts = len(batch)
     if sampling_params is None:
         own = [item.sampling_params if isinstance(item, PreprocessedInputs) else None for item in batch]

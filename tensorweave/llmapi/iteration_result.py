@@ -9,10 +9,10 @@ from typing import Any, Self
 
 
 class IterationResult:
-    """What has come since the last call, oldest first; ends where there is no more.
+    """The rows since the last call, oldest first. The iteration ends when there are no more.
 
-    Rows are fetched when the iteration begins, and again each time those are used up, in a thread. A pickled or copied
-    one holds the rows that had been fetched until then, and ends with them.
+    Rows are fetched in a thread: when the iteration begins, and again when all are used up. A pickled or copied result
+    has the rows that had been fetched until then, and ends with them.
     """
 
     def __init__(self, fetch: Callable[[], list[dict[str, Any]]]) -> None:

@@ -1,7 +1,7 @@
 """`LLM`: text or token ids in, generations out. One object for a script, a notebook, threads and event loops alike.
 
-At one rank the executor runs in this process; a larger tensor-parallel size places a gang of ranks on Ray. Either way
-requests take the link of the HTTP service: tokenizer, dispatcher, link, executor, detokenizer.
+With one rank the executor runs in this process; a larger tensor-parallel size places a gang of ranks on Ray. Either way
+a request goes through the same parts as in the HTTP service: tokenizer, dispatcher, link, executor, detokenizer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _TorchLLM(BaseLLM):
         scheduling_params: SchedulingParams | list[SchedulingParams] | None = None,
         cache_salt: str | Sequence[str] | None = None,
     ) -> RequestOutput | list[RequestOutput]:
-        """Generate and wait for all.
+        """Generate, and wait until all have ended.
 
         Args:
             inputs: A prompt (text, token ids, or a dict with 'prompt' or 'prompt_token_ids') or a list of prompts.
@@ -52,17 +52,17 @@ class _TorchLLM(BaseLLM):
             use_tqdm: Show a progress bar for a list.
             lora_request: Not supported yet; refused.
             prompt_adapter_request: Deprecated, and refused.
-            kv_cache_retention_config: What the prompts' KV is worth afterwards: one for all, or one for each.
-            disaggregated_params: Which phase this is, where the two are sent to two LLMs by hand: one for all, or a
-                list with one for each prompt.
+            kv_cache_retention_config: How long the prompts' KV is kept afterwards: one for all, or one for each.
+            disaggregated_params: Which phase this is, if the two are sent to two LLMs by hand: one for all, or a list
+                with one for each prompt.
             scheduling_params: Priority and deadline: one for all, or one for each.
-            cache_salt: KV is reused only among requests of the same salt: one for all, or one for each.
+            cache_salt: KV is reused only among requests with the same salt: one for all, or one for each.
 
         Returns:
             A finished RequestOutput for one prompt; for a list of prompts a list of them, in the same order.
 
         Raises:
-            ValueError: A prompt or a parameter is wrong; nothing has been started.
+            ValueError: A prompt or a parameter is wrong. Nothing has been started.
         """
         refuse_adapters(lora_request, prompt_adapter_request)
         batch, is_single = as_batch(inputs)
@@ -103,16 +103,15 @@ class _TorchLLM(BaseLLM):
         """Start one generation and return at once.
 
         Args:
-            inputs: A prompt: text, token ids, a dict with 'prompt' or 'prompt_token_ids', or what `preprocess` gave.
+            inputs: A prompt: text, token ids, a dict with 'prompt' or 'prompt_token_ids', or a result of `preprocess`.
             sampling_params: Default: what `preprocess` was given, or greedy and 32 tokens.
             lora_request: Not supported yet; refused.
             prompt_adapter_request: Deprecated, and refused.
-            streaming: Iterate the result to see tokens as they come; without it an iteration gives the finished result
-                only.
-            kv_cache_retention_config: What the prompt's KV is worth afterwards.
-            disaggregated_params: Which phase this is, where the two are sent to two LLMs by hand.
+            streaming: Iterating the result yields tokens as they come; without it, only the finished result.
+            kv_cache_retention_config: How long the prompt's KV is kept afterwards.
+            disaggregated_params: Which phase this is, if the two are sent to two LLMs by hand.
             scheduling_params: Priority and deadline.
-            cache_salt: KV is reused only among requests of the same salt.
+            cache_salt: KV is reused only among requests with the same salt.
 
         Returns:
             A RequestOutput: call `result(timeout)`, await it, iterate it, or `abort()` it.
@@ -140,12 +139,12 @@ class _TorchLLM(BaseLLM):
         sampling_params: SamplingParams | None = None,
         disaggregated_params: DisaggregatedParams | None = None,
     ) -> PreprocessedInputs:
-        """Make token ids of a prompt, without generating: on another thread or at another time.
+        """Tokenize and check a prompt without generating, so that this can be done on another thread or earlier.
 
         Args:
             inputs: A prompt: text, token ids, or a dict with 'prompt' or 'prompt_token_ids'.
-            sampling_params: Says how to tokenize; also used by `generate_async` where it is given none.
-            disaggregated_params: Used by `generate_async` where it is given none.
+            sampling_params: Says how to tokenize; `generate_async` also uses it if it is given none.
+            disaggregated_params: `generate_async` uses it if it is given none.
 
         Returns:
             What `generate_async` takes as its inputs.
@@ -160,13 +159,13 @@ class _TorchLLM(BaseLLM):
         return PreprocessedInputs(prompt.text, prompt.token_ids, sampling_params, disaggregated_params)
 
     def save(self, engine_dir: str | Path) -> None:
-        """Make an engine directory: the model split for these ranks, in this dtype, ready to be loaded as it is.
+        """Write an engine directory: the model, split for these ranks and in this dtype, ready to be loaded as it is.
 
         Args:
             engine_dir: A new or empty directory; `LLM(model=engine_dir)` loads it with the same tensor_parallel_size.
 
         Raises:
-            ValueError: The directory is not empty, or the model cannot be saved so.
+            ValueError: The directory is not empty, or the model cannot be saved in this form.
         """
         runtime = self._usable_runtime()
         if runtime.args.backend == "_autodeploy":

@@ -13,7 +13,7 @@ _CALL_TIMEOUT_S = 60.0
 
 
 class LoopThread:
-    """Runs coroutines on its loop; daemonic, and closed once by its owner."""
+    """Runs coroutines on its loop. The thread is a daemon thread; the owner closes it once."""
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
@@ -21,11 +21,11 @@ class LoopThread:
         self._thread.start()
 
     def submit(self, coroutine: Coroutine[Any, Any, _T]) -> concurrent.futures.Future[_T]:
-        """Start it; the future tells its end, and cancelling the future cancels it."""
+        """Start the coroutine. The future has its result; cancelling the future cancels it."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def call(self, coroutine: Coroutine[Any, Any, _T], timeout_s: float = _CALL_TIMEOUT_S) -> _T:
-        """Run it and wait. Raises TimeoutError, after cancelling it."""
+        """Run the coroutine and wait for its result. Raises TimeoutError after cancelling it."""
         future = self.submit(coroutine)
         try:
             return future.result(timeout_s)
@@ -34,7 +34,7 @@ class LoopThread:
             raise TimeoutError(f"no answer from the event loop within {timeout_s} s") from None
 
     def close(self) -> None:
-        """Cancel what still runs, then stop; waits for the thread."""
+        """Cancel what still runs, stop, and wait for the thread."""
         if self.loop.is_closed():
             return
         self.submit(_cancel_all()).result(_CALL_TIMEOUT_S)

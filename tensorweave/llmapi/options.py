@@ -1,4 +1,4 @@
-"""What a request says besides prompt and sampling, spread over a batch's prompts and put on the wire's request.
+"""`RequestOptions`: what a request says besides prompt and sampling, for each prompt of a batch.
 
 `disaggregated_params` have rules of their own in `llmapi.phases`.
 """
@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
-    """Of one request; None: nothing said."""
+    """The options of one request; None: not given."""
 
     kv_cache_retention_config: KvCacheRetentionConfig | None = None
     disaggregated_params: DisaggregatedParams | None = None
@@ -44,18 +44,18 @@ def options_per_prompt(
     scheduling_params: SchedulingParams | Sequence[SchedulingParams] | None = None,
     cache_salt: str | Sequence[str] | None = None,
 ) -> list[RequestOptions]:
-    """One for each prompt, from one for all or a list. Raises ValueError."""
+    """One `RequestOptions` per prompt, from values for all prompts or lists with one value each. Raises ValueError."""
     retention = _per_prompt("kv_cache_retention_config", kv_cache_retention_config, KvCacheRetentionConfig, num_prompts)
     phases = resolve_phases(disaggregated_params, num_prompts)
     scheduling = _per_prompt("scheduling_params", scheduling_params, SchedulingParams, num_prompts)
     salts = _per_prompt("cache_salt", cache_salt, str, num_prompts)
     if "" in salts:
-        raise ValueError("cache_salt is an empty string; leave it out, or give one that nobody can guess")
+        raise ValueError("cache_salt is an empty string: leave it out, or give one that nobody can guess")
     return [RequestOptions(*each) for each in zip(retention, phases, scheduling, salts, strict=True)]
 
 
 def refuse_adapters(lora_request: object, prompt_adapter_request: object) -> None:
-    """Raises ValueError where one is given; what is deprecated says so first."""
+    """Raises ValueError if one is given. For a deprecated one there is a DeprecationWarning too."""
     if lora_request is not None:
         raise ValueError("lora_request is not supported yet: merge the adapter into the checkpoint and load that")
     if prompt_adapter_request is not None:

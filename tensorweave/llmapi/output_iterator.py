@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -9,10 +10,10 @@ if TYPE_CHECKING:
 
 
 class OutputIterator:
-    """Each turn gives the same output with its next tokens; without streaming there is one, with all of them.
+    """Yields the same output each time, with its next tokens; without streaming once, with all of them.
 
-    Whoever leaves early (by `break`, an error, a cancelled task) lets go of it, and `__del__` closes it there and then:
-    an async generator would wait for its event loop's next turn, if that still comes.
+    A consumer that leaves early (by `break`, an error, a cancelled task) drops the iterator, and `__del__` closes it at
+    once. An async generator would be closed later, by its event loop, if that still runs.
     """
 
     def __init__(self, output: RequestOutput) -> None:
@@ -29,14 +30,13 @@ class OutputIterator:
     def __next__(self) -> RequestOutput:
         if not self._begin():
             raise StopIteration
-        try:
+        with ExitStack() as on_error:
+            on_error.callback(self.close)
             if not self._output._is_streaming:
                 self._output.result()
             elif not self._output._take_next():
                 self.close()
-        except BaseException:
-            self.close()
-            raise
+            on_error.pop_all()
         if self._is_over:
             raise StopIteration
         return self._output
@@ -44,20 +44,19 @@ class OutputIterator:
     async def __anext__(self) -> RequestOutput:
         if not self._begin():
             raise StopAsyncIteration
-        try:
+        with ExitStack() as on_error:
+            on_error.callback(self.close)
             if not self._output._is_streaming:
                 await self._output.aresult()
             elif not await self._output._take_next_async():
                 self.close()
-        except BaseException:
-            self.close()
-            raise
+            on_error.pop_all()
         if self._is_over:
             raise StopAsyncIteration
         return self._output
 
     def close(self) -> None:
-        """Leave: where the output has no other consumer, its request is cancelled. No effect after the last turn."""
+        """End the iteration. If the output has no other consumer, its request is cancelled. No effect after the end."""
         self._is_over = True
         if self._is_open:
             self._is_open = False
@@ -70,7 +69,7 @@ class OutputIterator:
         self.close()
 
     def _begin(self) -> bool:
-        """Whether there may be a turn. It is a consumer from its first one on."""
+        """Return whether there may be more. The iterator counts as a consumer from the first call on."""
         if self._is_open and not self._output._is_streaming:
             self.close()
         if self._is_over:

@@ -1,7 +1,7 @@
 """`RequestOutput`: a future of a generation that can be waited for, awaited, iterated and aborted.
 
-The LLM's event loop pushes `Update`s from its thread; the consumer, in any thread or event loop, applies them when it
-looks. So the diffs always tell what changed since the consumer's last look, however fast tokens arrive.
+The LLM's event loop pushes `Update`s from its thread. The consumer, in any thread or event loop, applies them when it
+waits or iterates, so that the diffs are what is new to the consumer, however fast tokens arrive.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ _OF_THE_ORIGINAL: Final = ("_cancel", "_num_consumers", "_updates")
 class RequestOutput:
     """The result of `LLM.generate` (finished) and `LLM.generate_async` (a future).
 
-    Wait with `result(timeout)` or `await`; with streaming, iterate (`for` or `async for`): each turn gives this same
-    object with its next tokens. An error of the request is raised by whichever of these the consumer uses.
+    Wait with `result(timeout)` or `await`; with streaming, iterate (`for` or `async for`): each iteration yields this
+    same object with its next tokens. An error of the request is raised by whichever of these the consumer uses.
 
-    Who leaves an iteration before its end, or has its `await` cancelled, cancels the request, unless somebody else
-    iterates, awaits or is in `result` at that time. Keep the iterator (`turns = iter(output)`) to stop and go on later.
-    A `result(timeout)` that runs out of time cancels nothing.
+    A consumer that leaves an iteration before its end, or whose `await` is cancelled, cancels the request, unless
+    another one iterates, awaits or is in `result` at that time. To stop and go on later, keep the iterator
+    (`iterator = iter(output)`). A `result(timeout)` that times out cancels nothing.
 
-    It can be pickled and copied. The copy has what had come until then; of one that was not finished it says so, and
-    waiting for more raises RuntimeError. Two are equal if they are of the same request and tell the same. In a forked
-    child of the LLM's process only finished ones can be used.
+    An output can be pickled and copied. The copy has what had arrived until then; if the original was not finished,
+    neither is the copy, and waiting for more raises RuntimeError. Two outputs are equal if they belong to the same
+    request and have the same content. In a forked child of the LLM's process only finished outputs can be used.
 
     Attributes:
         request_id: Its number in this LLM.
         prompt: The prompt's text, if it was given as text.
         prompt_token_ids: The prompt's ids.
-        outputs: One CompletionOutput for each of `n` sequences. With a larger `best_of` the best first, once all have
-            ended; the first that were started until then.
-        context_logits: Where asked for, once the prompt is computed, the logits at every prompt token, float32
+        outputs: One CompletionOutput for each of `n` sequences. With a larger `best_of`, the best ones first once all
+            have ended; until then, those that were started first.
+        context_logits: If asked for, and once the prompt is computed, the logits at every prompt token, float32
             [tokens, V].
-        finished: All sequences have ended, as far as the consumer has looked.
+        finished: All sequences have ended, and the consumer has seen it.
         cached_tokens: Prompt tokens whose KV was found in the prefix tree.
         decoding_iter: Steps that the longest sequence has taken.
-        avg_decoded_tokens_per_iter: Its tokens a step; None before the first.
+        avg_decoded_tokens_per_iter: Its tokens per step; None before the first.
         disaggregated_params: After a context phase, what its generation phase needs.
     """
 
@@ -172,7 +172,7 @@ class RequestOutput:
 
     @set_api_status("beta")
     def aborted(self) -> bool:
-        """Tell whether `abort` was called, by the consumer or for it when it left early.
+        """Return whether `abort` was called, by the consumer or because it left early.
 
         Returns:
             True from the first call of `abort` on.
@@ -194,7 +194,7 @@ class RequestOutput:
     # ---- copies
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of this moment, with what the consumer has not looked at yet."""
+        """The state now, with the updates that the consumer has not applied yet."""
         with self._updates.lock:
             state = {name: value for name, value in vars(self).items() if name not in _OF_THE_ORIGINAL}
             return state | {"_progress": copy.deepcopy(self._progress), "_updates": self._updates.all()}
@@ -224,7 +224,8 @@ class RequestOutput:
         self._updates.put(update)
 
     def _note_cancel(self, future: concurrent.futures.Future[None]) -> None:
-        """The request's task was cancelled, perhaps before it began to run; what it may still push comes too late."""
+        """Called when the request's task has ended. If it was cancelled, perhaps before it began to run, nothing more
+        comes from it."""
         if future.cancelled():
             for index in range(len(self._progress.sequences)):
                 self._push(Update(index=index, finish_reason="cancelled"))
@@ -236,13 +237,13 @@ class RequestOutput:
         return f"request {self.request_id}"
 
     def _enter(self) -> None:
-        """A consumer that waits for what comes."""
+        """Count a consumer that waits or iterates."""
         self._updates.process.check()
         with self._updates.lock:
             self._num_consumers += 1
 
     def _leave(self, *, cancels: bool = True) -> None:
-        """It does so no more. Where it was the only one, nobody wants what is still to come."""
+        """Count one less. If it was the last one, nobody wants the rest, and the request is cancelled."""
         if not self._updates.process.is_this:
             return
         with self._updates.lock:
@@ -252,7 +253,7 @@ class RequestOutput:
             self.abort()
 
     def _take_next(self) -> bool:
-        """Wait for a stream's next turn and take it; False where the last one was taken."""
+        """Wait for a stream's next update and apply it. Return False if there is none left."""
         while not self.finished:
             self._updates.wait(None)
             if self._take_oldest():
@@ -275,7 +276,7 @@ class RequestOutput:
             self._progress.reset_diffs()
 
     def _take_oldest(self) -> bool:
-        """Apply the oldest update alone; False where another consumer took it."""
+        """Apply the oldest update alone. Return False if another consumer took it."""
         with self._updates.lock:
             if (update := self._updates.take()) is None:
                 return False
@@ -295,4 +296,4 @@ class RequestOutput:
 
 
 def _cancel_nothing() -> None:
-    """For an output that no request runs for."""
+    """For an output without a running request."""

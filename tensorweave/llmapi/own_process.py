@@ -1,4 +1,4 @@
-"""`OwnProcess`: which process an object belongs to. A forked child has a copy of the object, but none of the threads
+"""`OwnProcess`: the process that an object belongs to. A forked child has a copy of the object, but none of the threads
 that serve it."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The two phases of a disaggregated request sent by hand: from `DisaggregatedParams` to what the dispatcher runs, and
-back. Every mistake is a ValueError that names its field."""
+back. A wrong field is a ValueError that names it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.text.generation import Job, generate_first
 
 _CONTEXT_TOKENS: Final = 2
-"""A context phase samples one token; were it allowed no other, it would end there by its length."""
+"""A context phase samples one token. With a limit of one it would end by its length and hand nothing over."""
 _ID_BITS: Final = 63
 
 
@@ -40,12 +40,12 @@ def resolve_phases(
 def as_phase(
     request: GenerateRequest, phase: DisaggregatedParams, info: ModelInfo, gives_kv: bool
 ) -> tuple[GenerateRequest, Sequence[int]]:
-    """The request as this phase of it, and the tokens that it begins with."""
+    """The request for this phase, and the tokens that its output begins with."""
     if not isinstance(phase, DisaggregatedParams):
         raise ValueError(f"disaggregated_params is a {type(phase).__name__}, must be DisaggregatedParams")
     phase = dataclasses.replace(phase)  # its fields may have been set since they were checked
     if phase.draft_tokens:
-        raise ValueError("disaggregated_params.draft_tokens: draft tokens are not taken over")
+        raise ValueError("disaggregated_params.draft_tokens is not supported: draft tokens cannot be handed over")
     if phase.disagg_request_id is not None:
         request = dataclasses.replace(request, request_id=f"{request.request_id}-{phase.disagg_request_id}")
     if (wrong := _mismatch(request, phase)) is not None:
@@ -62,10 +62,10 @@ def as_phase(
 
 
 def _mismatch(request: GenerateRequest, phase: DisaggregatedParams) -> str | None:
-    """What cannot be asked for in one phase."""
+    """What the request asks for that this phase cannot give; None if there is nothing."""
     sampling = request.sampling
     if phase.is_generation_only and sampling.needs_prompt_rows:
-        return "prompt_logprobs and return_context_logits, which only computing the prompt tells, cannot be used"
+        return "prompt_logprobs and return_context_logits need the prompt's computation and cannot be used"
     return None
 
 
@@ -90,7 +90,7 @@ def _generation(
 
 
 async def run_context_phase(dispatcher: Dispatcher, job: Job) -> Update:
-    """All that a context phase tells: its token, and what the generation phase needs, unless it is over."""
+    """Run a context phase. Return its token and, unless the request has ended, what the generation phase needs."""
     delta, ticket = await generate_first(dispatcher, job)
     phase = None
     if ticket is not None:

@@ -1,4 +1,4 @@
-"""`Progress`: how far a request's consumer has been told of it. `RequestOutput` shows it and applies updates to it."""
+"""`Progress`: the part of a request's output that its consumer has seen. `RequestOutput` applies updates to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tensorweave.llmapi.completion_output import CompletionOutput, OutputOptions
 
 @dataclass(slots=True)
 class Progress:
-    """`outputs` are those of the `sequences` that are returned: the best, once all have ended."""
+    """`outputs` are the `sequences` that are returned: the best ones, once all have ended."""
 
     sequences: list[CompletionOutput]
     outputs: list[CompletionOutput]
@@ -31,12 +31,12 @@ class Progress:
 
     @property
     def values(self) -> tuple[object, ...]:
-        """What two requests that tell the same have alike."""
+        """What two requests with the same content have in common."""
         error = None if self.error is None else (type(self.error), str(self.error))
         return (self.outputs, self.num_cached_tokens, b"".join(self.context_logits), error)
 
     def reset_diffs(self) -> None:
-        """The diffs begin anew, unless there is nothing more to come."""
+        """Make the diffs empty, unless nothing more can come."""
         if not self.is_finished:
             for sequence in self.sequences:
                 sequence._reset_diffs()
@@ -51,9 +51,9 @@ class Progress:
         if update.context_logits:
             self.context_logits.append(update.context_logits)
         if update.prompt_logprobs is not None:
-            told = as_dicts(update.prompt_logprobs)
+            prompt_logprobs = as_dicts(update.prompt_logprobs)
             for sequence in self.sequences:
-                sequence.prompt_logprobs = told
+                sequence.prompt_logprobs = prompt_logprobs
         if self.sequences[update.index].finish_reason is not None:
             return
         self.sequences[update.index]._apply(update)
@@ -62,7 +62,7 @@ class Progress:
 
 
 def _best(sequences: Sequence[CompletionOutput], num_returned: int) -> list[CompletionOutput]:
-    """By cumulative log-probability; one that has none, for it was cancelled before its first token, comes last."""
+    """By cumulative log-probability. A sequence that was cancelled before its first token has none and comes last."""
     ordered = sorted(
         sequences,
         key=lambda s: (s.cumulative_logprob is None, -(s.cumulative_logprob or 0.0)),

@@ -1,6 +1,6 @@
 """`RequestMaker`: from a prompt and its parameters to jobs for the dispatcher and the output that they fill.
 
-Everything is checked here, before anything is started; every mistake is a ValueError.
+Everything is checked here, before anything is started. What is wrong is a ValueError.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from tensorweave.router.text.tokens import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """Ready to run. Its jobs' outputs begin with `echo_text` and `echo_ids`, which nobody generates; `processors` are
-    to be held by the executor, by name, for as long as it runs."""
+    """A request that is ready to run. Outputs begin with `echo_text` and `echo_ids`, the prompt's, which are not
+    generated. The executor holds `processors`, by name, while the request runs."""
 
     output: RequestOutput
     jobs: Sequence[Job]
@@ -102,7 +102,7 @@ class RequestMaker:
             raise ValueError("apply_batched_logits_processor needs an LLM that was given a batched_logits_processor")
         if is_streaming and ranks_sequences(params):
             raise ValueError(
-                f"best_of {params.best_of} above n {params.n} cannot be streamed: the best are known at the end"
+                f"best_of {params.best_of} above n {params.n} cannot be streamed: the best are known only at the end"
             )
 
     def _output_options(self, params: SamplingParams, prompt: ReadPrompt) -> OutputOptions:
@@ -134,7 +134,8 @@ class RequestMaker:
         ]
 
     def _prompt_text(self, params: SamplingParams, prompt: ReadPrompt) -> str:
-        """What an output that begins with its prompt begins with: a last character in parts comes with the answer."""
+        """The prompt's text, for an output that begins with it. If its last character is incomplete, that character
+        comes with the answer."""
         if self._tokenizer is None or not params.detokenize:
             return ""
         assembler = self._tokenizer.assembler(
@@ -145,7 +146,7 @@ class RequestMaker:
 
 
 def _nth(request: GenerateRequest, index: int) -> GenerateRequest:
-    """Of several sequences only the first tells of the prompt: the others need not compute it all."""
+    """Of several sequences only the first reports on the prompt, so that the others can use cached KV."""
     if index == 0:
         return request
     sampling = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Runs one prepared request to its end on the LLM's event loop, telling its output everything."""
+"""Runs one prepared request to its end on the LLM's event loop and pushes every update to its output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def run_request(dispatcher: Dispatcher, engine: Engine, prepared: Prepared
                 await engine.set_logits_processors(dict.fromkeys(prepared.processors))
     except asyncio.CancelledError:
         raise
-    except BaseException as error:  # the request's boundary: whoever waits for the output must hear of it
+    except BaseException as error:  # the request's boundary: every consumer that waits for the output must get it
         prepared.output._push(Update(error=error if isinstance(error, Exception) else raised_by_user(error)))
 
 

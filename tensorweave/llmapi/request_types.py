@@ -1,6 +1,6 @@
-"""Small types that come with a request: how long its KV is worth keeping, how urgent it is, and adapters.
+"""Small types that come with a request: how long its KV is kept, how urgent it is, and adapters.
 
-Each checks itself on construction; a wrong value is a ValueError that names its field.
+Each is checked on construction: a wrong value is a ValueError that names its field.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _MAX_URGENCY: Final = 2**31 - 1
 @set_api_status("prototype")
 @dataclass(frozen=True, slots=True)
 class TokenRangeRetentionConfig:
-    """What the KV of a range of prompt tokens is worth.
+    """The priority of the KV of a range of prompt tokens.
 
     Args:
-        token_start: The first token's place in the prompt.
-        token_end: The place after the last one's; None: to the prompt's end.
-        priority: 0 to 100; blocks with less go first. 35 is what tokens outside every range have.
-        duration_ms: How long the priority holds, in milliseconds or as a timedelta; None: for good.
+        token_start: The index of the first token in the prompt.
+        token_end: The index after the last token; None: the prompt's end.
+        priority: 0 to 100; blocks of lower priority are evicted first. Tokens outside every range have 35.
+        duration_ms: How long the priority holds, in milliseconds or as a timedelta; None: without end.
     """
 
     token_start: int
@@ -46,12 +46,12 @@ class TokenRangeRetentionConfig:
 @set_api_status("prototype")
 @dataclass(frozen=True, slots=True)
 class KvCacheRetentionConfig:
-    """What the KV of a request is worth after it has ended: which blocks go first when room is needed.
+    """Which blocks of a request's KV are evicted first, after the request has ended, when room is needed.
 
     Args:
-        token_range_retention_configs: Ranges of the prompt; where they overlap the highest priority counts.
+        token_range_retention_configs: Ranges of the prompt; where they overlap, the highest priority counts.
         decode_retention_priority: Priority of the generated tokens.
-        decode_duration_ms: How long that holds, in milliseconds or as a timedelta; None: for good.
+        decode_duration_ms: How long that holds, in milliseconds or as a timedelta; None: without end.
     """
 
     token_range_retention_configs: Sequence[TokenRangeRetentionConfig] = ()
@@ -80,7 +80,7 @@ class SchedulingParams:
         timeout_s: The request ends after so many seconds: with finish_reason 'timeout' and what it has generated, or
             with DeadlineExceeded before its first token.
         attention_dp_rank: Not supported yet: gangs have no data-parallel ranks.
-        attention_dp_relax: Whether attention_dp_rank is a wish only; of no effect without it.
+        attention_dp_relax: Whether attention_dp_rank is only a preference; no effect without it.
     """
 
     priority: int = 0

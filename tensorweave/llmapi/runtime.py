@@ -1,6 +1,6 @@
-"""`LlmRuntime`: what an `LLM` is put together from: arguments, tokenizer, engine, event loop, dispatcher.
+"""`LlmRuntime`: what an `LLM` runs on: arguments, tokenizer, engine, event loop, dispatcher.
 
-Kept apart from the `LLM` object, so that they can be closed when that one is gone.
+It is separate from the `LLM` object, so that it can be closed after the garbage collector has taken that one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from tensorweave.workers.store.model_store import resolve_model
 
 
 class Workspace:
-    """A temporary directory that is made when first asked for. It stays until `remove`: a `TemporaryDirectory` would
-    take it away when a forked child ends."""
+    """A temporary directory that is made when it is first asked for. It stays until `remove`: a `TemporaryDirectory`
+    would be removed when a forked child ends."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -71,11 +71,15 @@ class LlmRuntime:
 
 
 def start_runtime(llm_id: str, values: Mapping[str, Any]) -> LlmRuntime:
-    """Start all that `values` (fields of `TorchLlmArgs`) ask for. Raises ValueError; NotReady where it does not come
-    up."""
+    """Start everything that `values` (fields of `TorchLlmArgs`) ask for.
+
+    Raises:
+        ValueError: an argument, or a file of the model, is wrong.
+        NotReady: the engine did not come up.
+    """
     args = _parse(values)
     model_dir = resolve_model(args.model, revision=args.revision)
-    check_model(args)  # a wrong model is named before anything is loaded
+    check_model(args)  # a wrong model is refused before anything is loaded
     tokenizer = None if args.skip_tokenizer_init else _load_tokenizer(args, model_dir)
     with ExitStack() as undo:
         loop = LoopThread(f"{llm_id}-loop")
@@ -116,7 +120,7 @@ def _load_tokenizer(args: TorchLlmArgs, model_dir: Path) -> Tokenizer:
 
 
 async def _make_dispatcher(engine: Engine, max_inflight: int) -> Dispatcher:
-    """Whatever a caller hands in waits here until the engine has room for it; deadlines are the caller's."""
+    """Requests wait here, without a limit, until the engine has room for them; only callers set deadlines."""
     limits = Limits(
         max_inflight=max_inflight,
         max_queued=1 << 30,

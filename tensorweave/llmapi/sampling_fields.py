@@ -1,5 +1,5 @@
-"""From `SamplingParams` to the router's `SamplingFields`: words to token ids, tensors to bytes, and what is not
-supported refused by name."""
+"""From `SamplingParams` to the router's `SamplingFields`: words become token ids and tensors bytes, and what is not
+supported is refused by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tensorweave.workers.sampling.logits import pack_bias
 LogitsProcessor = Callable[..., Any]
 
 MAX_SEQUENCES: Final = Limits().max_sequences
-"""Of one request: as over HTTP."""
+"""The limit for one request, as over HTTP."""
 _FLAGS: Final = (
     "include_stop_str_in_output",
     "detokenize",
@@ -30,7 +30,7 @@ _FLAGS: Final = (
     "exclude_input_from_output",
     "return_perf_metrics",
 )
-"""Those that no `SamplingFields` checks."""
+"""Flags that `SamplingFields` does not have, and so does not check."""
 _BEAM_SEARCH: Final = "it belongs to beam search; use n and best_of with a temperature"
 _REFUSED: Final = {
     "use_beam_search": "use n and best_of with a temperature",
@@ -46,7 +46,7 @@ _REFUSED: Final = {
 
 
 def to_fields(params: SamplingParams, tokenizer: Tokenizer | None, processors: Sequence[str]) -> SamplingFields:
-    """Raises ValueError, also for what no executor can tell: refused fields, unreadable words and tensors.
+    """Raises ValueError for wrong and unsupported fields, and for words and tensors that cannot be read.
 
     Args:
         params: What the caller asks for.
@@ -72,7 +72,7 @@ def to_fields(params: SamplingParams, tokenizer: Tokenizer | None, processors: S
 
 
 def as_python_numbers(params: SamplingParams) -> SamplingParams:
-    """Numpy's numbers, which are no `int` and no `float`, as Python's."""
+    """The same parameters with numpy's numbers, which are neither `int` nor `float`, as Python's."""
     values = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
     changed = {name: _as_python(value) for name, value in values.items() if _as_python(value) is not value}
     return dataclasses.replace(params, **changed) if changed else params
@@ -138,8 +138,8 @@ def stop_strings(params: SamplingParams, tokenizer: Tokenizer | None) -> tuple[s
 
 
 def end_ids(params: SamplingParams, tokenizer: Tokenizer | None, info: ModelInfo) -> tuple[int, ...]:
-    """The ids that end a sequence without being its stop reason: those of the model's files and the tokenizer's, or
-    `end_id` in place of them all."""
+    """The ids that end a sequence without being its stop reason: those of the model's files and of the tokenizer, or
+    `end_id` instead."""
     for name, value in (("end_id", params.end_id), ("pad_id", params.pad_id)):
         if value is None:
             continue

@@ -29,10 +29,10 @@ class SamplingParams(SamplingKnobs):
 
     Order of the transforms: logits processors, biases and banned words, penalties, temperature, min_p, top_k, top_p.
     The same seed, prompt and settings give the same tokens in any batch, on any gang, and after a recovery. Everything
-    is checked when a generation is asked for; what is wrong, or not supported yet, is a ValueError that names it.
+    is checked when a generation is started: what is wrong, or not supported yet, is a ValueError that names it.
 
     Args:
-        end_id: End-of-sequence id in place of the tokenizer's and the model's.
+        end_id: End-of-sequence id instead of the tokenizer's and the model's.
         pad_id: A token id. Batches are packed here, never padded, so no output holds it.
         max_tokens: Most tokens to generate.
         n: Sequences to return. The i-th (from 0) has the seed `seed + i`.
@@ -51,19 +51,19 @@ class SamplingParams(SamplingKnobs):
         ignore_eos: Go on after the model's end-of-sequence token.
         logits_processor: A callable, or a list of them, that edits the logits in place before anything else:
             `(req_id, logits, token_ids, stream_ptr, client_id)` with logits [1, 1, V] and prompt and output in
-            `token_ids[0]`. It runs on every rank and must do the same on each.
+            `token_ids[0]`. It runs on every rank and must do the same on all.
         apply_batched_logits_processor: Edit this request's logits with the `batched_logits_processor` that `LLM` was
             given.
         guided_decoding: Not supported yet.
-        embedding_bias: Added to the logits: a float32 tensor of one number a token of the vocabulary.
+        embedding_bias: Added to the logits: a float32 tensor with one number per token of the vocabulary.
         lookahead_config: Not supported yet.
         detokenize: Make text of the tokens.
         add_special_tokens: Let the tokenizer add its special tokens to a text prompt.
         truncate_prompt_tokens: Keep only the last k tokens of the prompt.
         skip_special_tokens: Leave special tokens out of the text.
         spaces_between_special_tokens: Put spaces between special tokens in the text.
-        logprobs: Tell each output token's log-probability, and the so many likeliest tokens'; 0: the token's alone.
-            They are the model's own, before penalties and temperature.
+        logprobs: Report the log-probabilities of each output token and of so many of the likeliest tokens; 0: of the
+            output token alone. They are the model's own, before penalties and temperature.
         prompt_logprobs: The same for the prompt's tokens from the second on; the prompt is then computed in full.
         return_context_logits: Give the logits at every prompt token; the prompt is then computed in full.
         return_generation_logits: Give the model's logits that each output token was sampled from.

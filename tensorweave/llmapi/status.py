@@ -1,5 +1,5 @@
-"""API statuses: `@set_api_status` marks a method, or all of a class, that is not committed; `Field(status=…)` does the
-same for an argument."""
+"""API statuses: `@set_api_status` marks a method or a whole class that is not committed; `Field(status=…)` marks an
+argument."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`UpdateQueue`: what an LLM's event loop has told a `RequestOutput`, until a consumer, in any thread or event loop,
+"""`UpdateQueue`: what an LLM's event loop has sent to a `RequestOutput`, until a consumer, in any thread or event loop,
 takes it."""
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from tensorweave.llmapi.own_process import OwnProcess
 
 
 class UpdateQueue:
-    """Hold `lock` while taking and applying. One that is not `is_live` is a copy's: what is in it is all there will be.
-
-    `what` names the request in errors.
+    """Hold `lock` while taking and applying updates. A queue that is not `is_live` belongs to a copy of an output, and
+    nothing is added to it. `what` names the request in errors.
     """
 
     def __init__(self, what: str, updates: Iterable[Update] = (), *, is_live: bool = True) -> None:
@@ -37,15 +36,15 @@ class UpdateQueue:
                 loop.call_soon_threadsafe(_wake, waiter)
 
     def take(self) -> Update | None:
-        """The oldest; None where another consumer took it."""
+        """Remove and return the oldest; None if another consumer took it."""
         return self._updates.popleft() if self._updates else None
 
     def all(self) -> list[Update]:
-        """Those that nobody has taken yet, which stay."""
+        """Those that nobody has taken yet. They stay in the queue."""
         return list(self._updates)
 
     def wait(self, timeout_s: float | None) -> bool:
-        """Until there is an update; whether there is one in time. Raises RuntimeError where none can come."""
+        """Wait for an update and return whether there is one in time. Raises RuntimeError if none can come."""
         self.process.check()
         with self.lock:
             self._check_live()

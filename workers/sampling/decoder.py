@@ -1,12 +1,12 @@
-"""From logits to tokens: greedy, or sampled with temperature, min-p, top-k and top-p, after what edits the logits.
+"""From logits to tokens: greedy, or sampled with temperature, min-p, top-k and top-p, after the logits were edited.
 
 Order: users' processors, biases, bans, penalties, temperature, min-p, top-k, top-p. Randomness is counter-based: the
 random number of a token is a hash of the request's seed and the token's position in its sequence, so the same request
 gives the same tokens on any gang, in any batch, and after a recovery. Sampling inverts the cumulative distribution in
-vocabulary order, so rounding differences of the logits move a token only where the number falls on a boundary.
+vocabulary order, so rounding differences of the logits change a token only if the number falls on a boundary.
 
-A row of the model's that is not finite gives no token: choosing finds NaN and infinity on its way, without a pass of
-its own over the logits; only where some are edited, all are looked at before.
+A row with NaN or infinity gives no token. The operations that choose tokens find such rows without an extra pass over
+the logits. Only if rows are edited, all rows are checked before.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows of a batch by what is done with their logits. They stay as they are while the same requests decode."""
+    """Rows of a batch by what is done with their logits. Computed again when other requests decode."""
 
     requests: tuple[LlmRequest, ...] = ()
     told: Sequence[tuple[int, LlmRequest]] = ()
@@ -88,7 +88,8 @@ class SamplingDecoder:
     def _edit(
         self, logits_RV: torch.Tensor, edited: Sequence[tuple[int, LlmRequest, SamplingState]]
     ) -> tuple[LogitEdits, dict[int, TensorweaveError]]:
-        """What the model gave is looked at before anybody else may be to blame. Return the failures by row."""
+        """Edit these rows in place. Return the edits and the failures by row. The model's logits are checked first, so
+        that a user's code is not blamed for them."""
         best = _to_list(argmax(logits_RV))
         failures: dict[int, TensorweaveError] = {
             row: LogitsNotFinite.of_model() for row, _, _ in edited if best[row] == NO_PLACE
@@ -109,14 +110,15 @@ class SamplingDecoder:
 
 
 def _check_edited(logits_RV: torch.Tensor, edited: Sequence[tuple[int, LlmRequest]]) -> dict[int, TensorweaveError]:
-    """Plus infinity is certainty, and is made a number; what leaves no token to choose is the request's own doing."""
+    """Return the failures by row. Plus infinity makes a token certain and is replaced by the largest number. A row that
+    has no token left, or NaN, is the request's fault."""
     failures: dict[int, TensorweaveError] = {}
     best_E = logits_RV[[row for row, _ in edited]].amax(dim=-1).tolist()
     for (row, request), best in zip(edited, best_E, strict=True):
         if best == torch.inf:
             logits_RV[row].clamp_(max=torch.finfo(logits_RV.dtype).max)
         elif best == -torch.inf:
-            failures[row] = RequestRejected("bans and biases leave no token to go on with", param="bad_token_ids")
+            failures[row] = RequestRejected("bans and biases leave no token to choose", param="bad_token_ids")
         elif best != best:
             spec = request.sampling
             has_processor = spec.uses_batched_processor or spec.logits_processors
@@ -141,7 +143,7 @@ def _result(tokens: list[int], told: CopiedRows | None, failures: dict[int, Tens
 
 
 def _choose(logits_RV: torch.Tensor, rows: _Rows, edits: LogitEdits, batch: ScheduledBatch) -> list[int]:
-    """NO_PLACE in a row that is not finite."""
+    """One token per row; NO_PLACE for a row that is not finite."""
     if not rows.random:
         return _to_list(argmax(logits_RV))
     specs = [rows.requests[row].sampling for row in rows.random]
@@ -200,7 +202,7 @@ def _sample(
 
 
 def _keep_top(probs_RV: torch.Tensor, top_k: list[int], top_p: list[float]) -> torch.Tensor:
-    """Zero all but the k likeliest, and of those (renormalised) all but the smallest set that reaches top_p."""
+    """Keep the k likeliest tokens, and of those (renormalised) the smallest set that reaches top_p. Others become 0."""
     device = probs_RV.device
     sorted_RV, order_RV = probs_RV.sort(dim=-1, descending=True, stable=True)
     rank_V = torch.arange(probs_RV.shape[1], device=device)

@@ -1,14 +1,14 @@
-"""Users' own callables that edit logits in place: by name for single requests, and one for all that ask for it.
+"""Users' callables that edit logits in place: by name for single requests, and a batched one for all that ask for it.
 
-Every rank calls them with the same logits. One that raises, whatever it is, ends the requests it was called for, and no
-other.
+Every rank calls them with the same logits. Whatever a callable raises ends the requests that it was called for, and no
+others.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class LogitsProcessors:
         self._batched: BatchedLogitsProcessor | None = None
 
     def set(self, name: str, processor: LogitsProcessor | None) -> None:
-        """None takes it away."""
+        """None removes it."""
         with self._lock:
             others = {key: value for key, value in self._by_name.items() if key != name}
             self._by_name = others if processor is None else {**others, name: processor}
@@ -47,7 +47,7 @@ class LogitsProcessors:
         self._batched = processor
 
     def check(self, sampling: SamplingSpec) -> None:
-        """Raises RequestRejected for a request that asks for what is not here."""
+        """Raises RequestRejected if the request asks for a processor that is not here."""
         for name in sampling.logits_processors:
             if name not in self._by_name:
                 raise RequestRejected(f"there is no logits processor {name!r} here", param=_ONE)
@@ -75,12 +75,9 @@ class LogitsProcessors:
         self, processor: LogitsProcessor | None, name: str, logits: Tensor, request: LlmRequest
     ) -> RequestRejected | None:
         if processor is None:
-            return RequestRejected(f"the logits processor {name!r} was taken away", param=_ONE)
-        try:
-            processor(request.order, logits, [list(request.tokens)], _stream_of(logits), None)
-        except BaseException as error:  # the request's boundary: a user's code harms its own request alone
-            return _failure(f"the logits processor {name!r}", error, _ONE)
-        return None
+            return RequestRejected(f"the logits processor {name!r} was removed", param=_ONE)
+        arguments = (request.order, logits, [list(request.tokens)], _stream_of(logits), None)
+        return _call(f"the logits processor {name!r}", _ONE, processor, *arguments)
 
     def _run_batched(
         self,
@@ -89,20 +86,22 @@ class LogitsProcessors:
         together: Sequence[tuple[int, LlmRequest]],
     ) -> RequestRejected | None:
         if processor is None:
-            return RequestRejected("the batched logits processor was taken away", param=_BATCHED)
+            return RequestRejected("the batched logits processor was removed", param=_BATCHED)
         orders = [request.order for _, request in together]
         rows = [logits_RV[row].view(1, 1, -1) for row, _ in together]
         tokens = [[list(request.tokens)] for _, request in together]
         clients: list[int | None] = [None] * len(together)
-        try:
-            processor(orders, rows, tokens, _stream_of(logits_RV), clients)
-        except BaseException as error:  # the request's boundary, as above
-            return _failure("the batched logits processor", error, _BATCHED)
-        return None
+        arguments = (orders, rows, tokens, _stream_of(logits_RV), clients)
+        return _call("the batched logits processor", _BATCHED, processor, *arguments)
 
 
-def _failure(what: str, error: BaseException, param: str) -> RequestRejected:
-    return RequestRejected(f"{what} raised {type(error).__name__}: {error}", param=param)
+def _call(what: str, param: str, processor: Callable[..., object], *arguments: Any) -> RequestRejected | None:
+    """Run a user's code. Return what its requests end with if it raises."""
+    try:
+        processor(*arguments)
+    except BaseException as error:  # the request's boundary: a user's code affects its own requests only
+        return RequestRejected(f"{what} raised {type(error).__name__}: {error}", param=param)
+    return None
 
 
 def _stream_of(logits: Tensor) -> int | None:

@@ -1,6 +1,6 @@
-"""Log-probabilities as they are told: of the model's own logits, the token's own and the likeliest ones, with ranks.
+"""Reports log-probabilities and logits: those of the model, before anything edits them.
 
-`CopiedRows` keeps the rows that are told of before anything edits them; `read_prompts` tells of the prompts' tokens.
+`CopiedRows` copies the rows of output tokens before they are edited; `read_prompts` reports on the prompts' tokens.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from tensorweave.workers.step.plan import PromptRead
 from tensorweave.workers.step.request import LlmRequest, TokenExtras
 from tensorweave.workers.step.result import PromptResult
 
-# N rows that are told of, V vocabulary, k likeliest tokens
+# N rows that are reported, V vocabulary, k likeliest tokens
 
 MAX_CHUNK_BYTES: Final = 4 << 20
-"""Of logits in one chunk; one row at least."""
+"""The most bytes of logits in one chunk, which has at least one row."""
 
 
 def logprobs_of(logits_NV: Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprobs]:
-    """For each row: `tokens`' own natural log-probability, then the `num_top` likeliest. Equal logits have the rank of
-    the first of them."""
+    """For each row, the natural log-probability of its token in `tokens`, then of the `num_top` likeliest tokens. The
+    rank of the row's token is one more than the number of tokens with larger logits."""
     logits_NV = logits_NV.double()
     norm_N1 = logits_NV.logsumexp(dim=-1, keepdim=True)
     tokens_N1 = torch.tensor(tokens, dtype=torch.int64, device=logits_NV.device).unsqueeze(1)
@@ -49,14 +49,14 @@ def pack_logits(logits_NV: Tensor) -> bytes:
 
 
 class CopiedRows:
-    """The logits, as the model gave them, of requests that want more told than their tokens."""
+    """The model's logits for requests that asked for log-probabilities or logits."""
 
     def __init__(self, logits_RV: Tensor, told: Sequence[tuple[int, LlmRequest]]) -> None:
         self._told = told
         self._logits_NV = logits_RV[[row for row, _ in told]] if told else logits_RV[:0]
 
     def extras(self, tokens: Sequence[int]) -> dict[int, TokenExtras]:
-        """By row, once the tokens of all rows are known."""
+        """What is reported beside the tokens, by row. `tokens` has one for each row of the batch."""
         logprobs = self._logprobs(tokens)
         return {
             row: TokenExtras(
@@ -67,7 +67,8 @@ class CopiedRows:
         }
 
     def _logprobs(self, tokens: Sequence[int]) -> dict[int, TokenLogprobs]:
-        """Requests that want equally many together: which of equal logits is told must not depend on the others."""
+        """Requests are grouped by the number of tokens that they ask for: which of several equal logits is among the
+        likeliest must not depend on the rest of the batch."""
         wanted: dict[int, list[int]] = {}
         for place, (_, request) in enumerate(self._told):
             if request.sampling.num_logprobs is not None:
