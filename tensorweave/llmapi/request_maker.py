@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.protocol import GenerateRequest
 from tensorweave.llmapi.completion_output import OutputOptions
+from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
 from tensorweave.llmapi.engine import Engine
 from tensorweave.llmapi.inputs import PreprocessedInputs, PromptInputs, ReadPrompt, read_prompt
 from tensorweave.llmapi.options import RequestOptions
@@ -69,16 +70,13 @@ class RequestMaker:
         processors = {f"{request_id}.{place}": processor for place, processor in enumerate(callables)}
         prompt = read_prompt(inputs, params, self._tokenizer, self._engine.info, list(processors))
         self._check_engine(params, is_streaming)
-        count = num_sequences(params)
+        count, phase = num_sequences(params), options.disaggregated_params
         request = options.apply_to(GenerateRequest(request_id, prompt.token_ids, prompt.sampling))
         first_tokens: Sequence[int] = ()
-        if (phase := options.disaggregated_params) is not None:
-            request, first_tokens = as_phase(request, phase, self._engine.info, self._engine.kv_source is not None)
-            if count > 1 and (phase.is_context_only or phase.is_generation_only):
-                raise ValueError(f"n and best_of must be 1 in a {phase.request_type} request")
-            number = number if phase.disagg_request_id is None else phase.disagg_request_id
+        if phase is not None:
+            request, first_tokens = self._as_phase(request, phase, count)
         output = RequestOutput(
-            number,
+            number if phase is None or phase.disagg_request_id is None else phase.disagg_request_id,
             prompt.text,
             list(prompt.token_ids),
             num_sequences=count,
@@ -96,6 +94,14 @@ class RequestMaker:
         if params.exclude_input_from_output:
             return PreparedRequest(output, jobs, processors)
         return PreparedRequest(output, jobs, processors, self._prompt_text(params, prompt), prompt.token_ids)
+
+    def _as_phase(
+        self, request: GenerateRequest, phase: DisaggregatedParams, num_sequences: int
+    ) -> tuple[GenerateRequest, Sequence[int]]:
+        phased = as_phase(request, phase, self._engine.info, gives_kv=self._engine.kv_source is not None)
+        if num_sequences > 1 and (phase.is_context_only or phase.is_generation_only):
+            raise ValueError(f"n and best_of must be 1 in a {phase.request_type} request")
+        return phased
 
     def _check_engine(self, params: SamplingParams, is_streaming: bool) -> None:
         if params.apply_batched_logits_processor and self._args.batched_logits_processor is None:

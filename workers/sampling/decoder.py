@@ -48,7 +48,7 @@ class _Rows:
     """Rows of a batch by what is done with their logits. Computed again when other requests decode."""
 
     requests: tuple[LlmRequest, ...] = ()
-    told: Sequence[tuple[int, LlmRequest]] = ()
+    reported: Sequence[tuple[int, LlmRequest]] = ()
     edited: Sequence[tuple[int, LlmRequest, SamplingState]] = ()
     random: Sequence[int] = ()
 
@@ -72,15 +72,15 @@ class SamplingDecoder:
         if requests != self._rows.requests:
             self._rows = self._sort(requests)
         rows = self._rows
-        told = CopiedRows(logits_RV, rows.told) if rows.told else None
+        reported = CopiedRows(logits_RV, rows.reported) if rows.reported else None
         edits, failures = self._edit(logits_RV, rows.edited) if rows.edited else (LogitEdits(), {})
-        return _result(_choose(logits_RV, rows, edits, batch), told, failures)
+        return _result(_choose(logits_RV, rows, edits, batch), reported, failures)
 
     def _sort(self, requests: tuple[LlmRequest, ...]) -> _Rows:
         states = [self.states.state_of(request) for request in requests]
         return _Rows(
             requests,
-            told=[(row, request) for row, request in enumerate(requests) if request.sampling.wants_extras],
+            reported=[(row, request) for row, request in enumerate(requests) if request.sampling.wants_extras],
             edited=[(row, requests[row], state) for row, state in enumerate(states) if state.edits_logits],
             random=[row for row, request in enumerate(requests) if not request.sampling.is_greedy],
         )
@@ -130,13 +130,13 @@ def _check_edited(logits_RV: torch.Tensor, edited: Sequence[tuple[int, LlmReques
     return failures
 
 
-def _result(tokens: list[int], told: CopiedRows | None, failures: dict[int, TensorweaveError]) -> StepResult:
+def _result(tokens: list[int], reported: CopiedRows | None, failures: dict[int, TensorweaveError]) -> StepResult:
     if NO_PLACE in tokens:
         failures |= {row: LogitsNotFinite.of_model() for row, token in enumerate(tokens) if token == NO_PLACE}
     rows: list[RowResult] = [[token] for token in tokens]
-    if told is None and not failures:
+    if reported is None and not failures:
         return StepResult(rows)
-    extras = {} if told is None else told.extras([max(token, 0) for token in tokens])
+    extras = {} if reported is None else reported.extras([max(token, 0) for token in tokens])
     for row, failure in failures.items():
         rows[row] = failure
     return StepResult(rows, {row: (each,) for row, each in extras.items()})

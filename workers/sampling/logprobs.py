@@ -51,9 +51,9 @@ def pack_logits(logits_NV: Tensor) -> bytes:
 class CopiedRows:
     """The model's logits for requests that asked for log-probabilities or logits."""
 
-    def __init__(self, logits_RV: Tensor, told: Sequence[tuple[int, LlmRequest]]) -> None:
-        self._told = told
-        self._logits_NV = logits_RV[[row for row, _ in told]] if told else logits_RV[:0]
+    def __init__(self, logits_RV: Tensor, reported: Sequence[tuple[int, LlmRequest]]) -> None:
+        self._reported = reported
+        self._logits_NV = logits_RV[[row for row, _ in reported]] if reported else logits_RV[:0]
 
     def extras(self, tokens: Sequence[int]) -> dict[int, TokenExtras]:
         """What is reported beside the tokens, by row. `tokens` has one for each row of the batch."""
@@ -63,25 +63,25 @@ class CopiedRows:
                 logprobs.get(place),
                 pack_logits(self._logits_NV[place]) if request.sampling.wants_generation_logits else b"",
             )
-            for place, (row, request) in enumerate(self._told)
+            for place, (row, request) in enumerate(self._reported)
         }
 
     def _logprobs(self, tokens: Sequence[int]) -> dict[int, TokenLogprobs]:
         """Requests are grouped by the number of tokens that they ask for: which of several equal logits is among the
         likeliest must not depend on the rest of the batch."""
         wanted: dict[int, list[int]] = {}
-        for place, (_, request) in enumerate(self._told):
+        for place, (_, request) in enumerate(self._reported):
             if request.sampling.num_logprobs is not None:
                 wanted.setdefault(request.sampling.num_logprobs, []).append(place)
         found: dict[int, TokenLogprobs] = {}
         for num_top, places in wanted.items():
-            own = [tokens[self._told[place][0]] for place in places]
+            own = [tokens[self._reported[place][0]] for place in places]
             found |= zip(places, logprobs_of(self._logits_NV[places], own, num_top), strict=True)
         return found
 
 
 def read_prompts(prompts: Iterable[tuple[PromptRead, Tensor]]) -> list[PromptResult]:
-    """What is told of a step's prompt tokens, given the logits [N, V] float32 at each read's tokens."""
+    """What is reported of a step's prompt tokens, given the logits [N, V] float32 at each read's tokens."""
     return [_read_prompt(read, logits_NV) for read, logits_NV in prompts]
 
 

@@ -30,8 +30,8 @@ class SamplingRule:
     """One condition on a request's tokens: a bias, a ban, a penalty, a grammar. As it stands it asks for nothing;
     override what applies.
 
-    It is made when `history` holds the prompt alone, and is told of the output as that grows and, where tokens turn out
-    not to be accepted, shrinks.
+    A rule is made when the history has the prompt alone. `advance` follows the output as it grows, several tokens at a
+    time, and `roll_back` takes back tokens that were drafted and not accepted.
     """
 
     def advance(self, tokens: Sequence[int]) -> None:
