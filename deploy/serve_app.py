@@ -38,6 +38,8 @@ from tensorweave.workers.store.model_store import resolve_model
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from tensorweave.router.text.tokens import Tokenizer
+
 _CONTROL_TIMEOUT_S: Final = 30.0
 # More than the router's own admission holds, so that the router refuses requests, in OpenAI's form, and not Serve.
 _SERVE_SLACK: Final = 1024
@@ -92,24 +94,11 @@ class Router:
         from tensorweave.router.http.app import build_app
         from tensorweave.router.http.connections import bound_connections
         from tensorweave.router.service import RouterService
-        from tensorweave.router.text.tokens import Tokenizer
 
         log_through_serve()
         allow_rebinding()
         bound_connections()
-        config, args = self._config, self._config.shared_args
-        model = await asyncio.to_thread(resolve_model, config.model, revision=args.revision)
-        tokenizer = await asyncio.to_thread(
-            Tokenizer.load,
-            args.tokenizer or model,
-            tokenizer_mode=args.tokenizer_mode,
-            revision=args.tokenizer_revision or args.revision,
-            trust_remote_code=args.trust_remote_code,
-        )
-        async with asyncio.timeout(_CONTROL_TIMEOUT_S):
-            supervisor = await self._pools.supervisor.remote()
-        home = supervisor_home(serve.get_replica_context().app_name)
-        fleet = WatchedFleet(supervisor, functools.partial(find_supervisor, home))
+        config, tokenizer, fleet = self._config, await self._load_tokenizer(), await self._find_fleet()
         limits = config.limits.router_limits()
         policy = build_policy(config.router.policy, PolicySettings(min_prefill_tokens=config.router.min_prefill_tokens))
         dispatcher = Dispatcher(fleet, policy, limits)
@@ -132,6 +121,25 @@ class Router:
         gc.freeze()
         # Serve, as well as its proxy, answers with the request's own id and generates one for a request without.
         return build_app(service, server_echoes_ids=True, generated_id_prefix=mark_generated_ids())
+
+    async def _load_tokenizer(self) -> Tokenizer:
+        from tensorweave.router.text.tokens import Tokenizer
+
+        args = self._config.shared_args
+        model = await asyncio.to_thread(resolve_model, self._config.model, revision=args.revision)
+        return await asyncio.to_thread(
+            Tokenizer.load,
+            args.tokenizer or model,
+            tokenizer_mode=args.tokenizer_mode,
+            revision=args.tokenizer_revision or args.revision,
+            trust_remote_code=args.trust_remote_code,
+        )
+
+    async def _find_fleet(self) -> WatchedFleet:
+        async with asyncio.timeout(_CONTROL_TIMEOUT_S):
+            supervisor = await self._pools.supervisor.remote()
+        home = supervisor_home(serve.get_replica_context().app_name)
+        return WatchedFleet(supervisor, functools.partial(find_supervisor, home))
 
 
 def build(
