@@ -1,4 +1,4 @@
-"""A mistake in a service's file is told once, at the key itself, with the name that was meant."""
+"""A mistake in a service's file is reported once, at the key itself, with the name that was meant."""
 
 from __future__ import annotations
 

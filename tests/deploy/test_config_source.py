@@ -1,4 +1,4 @@
-"""A file that changes under a deployed application is told of, for Serve does not look."""
+"""A notice if the file of a deployed application changes, because Serve does not read it again."""
 
 from __future__ import annotations
 

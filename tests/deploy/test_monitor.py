@@ -1,4 +1,4 @@
-"""What a driver notices of its running service: nothing to do, a cluster that is gone, gangs that all fail for good."""
+"""The driver's monitor: a healthy service, a cluster that is gone, and gangs that all keep failing."""
 
 from __future__ import annotations
 

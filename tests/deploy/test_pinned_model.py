@@ -1,4 +1,4 @@
-"""A model by name is found on every host anew, in one revision, and a host that has another one under it is named."""
+"""A model by name is looked up on every host, in one revision; a host with other files is reported."""
 
 from __future__ import annotations
 

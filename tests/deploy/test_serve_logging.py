@@ -1,4 +1,4 @@
-"""What we log in a replica of Serve's has its own level, and its traceback is one."""
+"""Our log records in a Serve replica keep their level and a readable traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the HTTP tests stand on: a service over a fake fleet, an in-process client, and a real uvicorn on loopback."""
+"""For the HTTP tests: a service over a fake fleet, an in-process client, and a real uvicorn on loopback."""
 
 from __future__ import annotations
 

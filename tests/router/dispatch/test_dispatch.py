@@ -1,4 +1,4 @@
-"""One request's conversation: admission, choice, deadline, errors, and that nothing is left behind."""
+"""One request: admission, choice of gangs, deadline, errors, and that no state is left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which gangs take a request: costs worked out by hand, turns, room, sessions; and that speeds are learnt."""
+"""Which gangs get a request: costs computed by hand, rotation, KV space, sessions; and that speeds are learnt."""
 
 from __future__ import annotations
 

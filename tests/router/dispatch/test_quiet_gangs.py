@@ -1,4 +1,4 @@
-"""Gangs that have gone silent get nothing new while there are others; gangs that are gone leave the metrics."""
+"""Silent gangs get no new requests while there are others; lost gangs disappear from the metrics."""
 
 from __future__ import annotations
 

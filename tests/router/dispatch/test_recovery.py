@@ -1,4 +1,4 @@
-"""Gangs that die, hang, refuse or err under a request: its client gets the same tokens, once, and nothing is left."""
+"""Gangs that die, hang, refuse or fail while running a request: its client gets the same tokens, once."""
 
 from __future__ import annotations
 

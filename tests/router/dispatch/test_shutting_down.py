@@ -1,4 +1,4 @@
-"""A service that is shutting down takes nothing new, though a prefill gang could still answer; what runs goes on."""
+"""A service that is shutting down refuses new requests, even if a prefill gang could answer; running ones finish."""
 
 from __future__ import annotations
 

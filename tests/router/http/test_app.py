@@ -1,4 +1,4 @@
-"""Every route of the HTTP app: shapes of answers and of errors, streaming, metrics, health."""
+"""Every route of the HTTP app: answers, errors, streaming, metrics, health."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each kind of bad input: its status, an error object that names the field, and nothing of it at the gangs."""
+"""Each kind of bad input: its status, an error object that names the field, and no request at the gangs."""
 
 from __future__ import annotations
 

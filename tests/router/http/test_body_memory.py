@@ -1,4 +1,4 @@
-"""All bodies together have a limit, and what they took is given back, whatever became of them."""
+"""All bodies together have a limit, and each one's memory is released, however its request ends."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a connection may hold without a whole request: places and times are bounded, and honest clients notice none of
-it."""
+"""Limits for connections without a complete request, which do not affect ordinary clients."""
 
 from __future__ import annotations
 

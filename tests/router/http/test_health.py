@@ -1,4 +1,4 @@
-"""Whether `/health` tells the truth: it looks at the gangs that requests wait for, and at no other's heart."""
+"""`/health` depends on the gangs that answer requests, and not on the heartbeats of others."""
 
 from __future__ import annotations
 

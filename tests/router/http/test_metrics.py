@@ -1,4 +1,4 @@
-"""What `/metrics` shows of gangs: gauges as leaders see them, counts of KV that came (or came wrong) from all ranks."""
+"""Gangs in `/metrics`: the leader's gauges, and KV transfer counts summed over all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands before the routes: CORS, paths with a slash at their end, HEAD and OPTIONS, ids of all answers."""
+"""CORS, trailing slashes, HEAD and OPTIONS, and the ids of all answers."""
 
 from __future__ import annotations
 

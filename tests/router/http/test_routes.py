@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, API keys, and an OpenAPI document that tells the truth."""
+"""/tokenize and /detokenize, API keys, and an OpenAPI document that agrees with the answers."""
 
 from __future__ import annotations
 

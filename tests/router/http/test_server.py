@@ -1,4 +1,4 @@
-"""A real uvicorn on loopback: the official client, disconnects, broken connections, and the link's own time."""
+"""A real uvicorn on loopback: the official client, disconnects, broken connections, and the time that the path adds."""
 
 from __future__ import annotations
 

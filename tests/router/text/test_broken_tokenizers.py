@@ -1,4 +1,4 @@
-"""A model directory that transformers chokes on is refused in words, whatever it raises."""
+"""A model directory that transformers cannot load is refused with a message, whatever it raises."""
 
 from __future__ import annotations
 

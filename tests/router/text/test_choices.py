@@ -1,4 +1,4 @@
-"""Text, tokens and offsets of an answer agree, whatever the tokenizer, the prompt and how the answer is asked for."""
+"""Text, tokens and offsets of an answer agree, for all tokenizers, prompts and forms of the answer."""
 
 from __future__ import annotations
 

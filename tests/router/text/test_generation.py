@@ -1,4 +1,4 @@
-"""A stop string that several tokens of one chunk complete: the answer has the tokens up to it, however they came."""
+"""A stop string that several tokens of one chunk complete: the answer has the tokens up to it, in whatever chunks."""
 
 from __future__ import annotations
 

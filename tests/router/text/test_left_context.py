@@ -1,4 +1,4 @@
-"""An answer reads behind its prompt: tokenizers that leave out a text's first space keep an answer's."""
+"""An answer continues its prompt: tokenizers that drop a text's first space keep that of an answer."""
 
 from __future__ import annotations
 

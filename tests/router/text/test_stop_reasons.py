@@ -1,4 +1,4 @@
-"""What an answer says ended it: nothing for the model's own end, and a token where the client asked for that one."""
+"""`stop_reason`: null for the model's own end token, and the token id if the client requested that stop token."""
 
 from __future__ import annotations
 
