@@ -1,7 +1,7 @@
-"""The command line's boundary: whatever a command raises ends as one sentence on standard error and an exit code.
+"""The command line's boundary: an error of a command becomes one sentence on standard error and an exit code.
 
-A person's mistake, our own errors and the system's are a sentence alone. Anything else, of a library or of ours, may be
-a bug: its traceback goes to a file, which the sentence names.
+Users' mistakes, our own errors and the system's are shown as a sentence only. Any other error may be a bug: its
+traceback is written to a file, which the sentence names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FORESEEN = (ValueError, TensorweaveError, OSError)
 
 
 def report(error: Exception) -> int:
-    """Say what went wrong; returns the exit code: 2 for a mistake in the command or a configuration, else 1."""
+    """Print the error; return the exit code: 2 for a mistake in the command or a configuration, else 1."""
     sentence = sentence_of(error)
     if not isinstance(error, _FORESEEN):
         sentence = f"{sentence} (an error that tensorweave did not expect; {_keep_traceback(error)})"
@@ -27,7 +27,7 @@ def report(error: Exception) -> int:
 
 
 def _keep_traceback(error: Exception) -> str:
-    """Where it is."""
+    """Write the traceback to a file; return a text that says where it is."""
     text = "".join(traceback.format_exception(error))
     try:
         descriptor, path = tempfile.mkstemp(prefix="tensorweave-error-", suffix=".log")

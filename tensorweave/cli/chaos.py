@@ -1,8 +1,8 @@
-"""`tensorweave chaos`: start a service, load it, break it in every way it should survive, and compare each answer with
-the undisturbed one.
+"""`tensorweave chaos`: start a service, load it, inject every fault that it should survive, and compare each answer
+with the undisturbed one.
 
 Recovery time of a round (`recover_s`): the longest time, counted from the fault, that the client of any request open at
-the fault waited for more of its answer. Exit code 1 when a request failed, an answer changed, or the service did not
+the fault waited for more of its answer. Exit code 1 if a request failed, an answer changed, or the service did not
 become whole again.
 """
 
@@ -64,16 +64,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_all(args: argparse.Namespace, faults: Sequence[Any], trial: Any) -> int:
-    from tensorweave.cli.chaos_rounds import Experiment, Row, Settings, say
+    from tensorweave.cli.chaos_rounds import Experiment, FaultResult, Settings, say
     from tensorweave.cli.process_tree import ProcessTree
     from tensorweave.cli.trial_load import OracleFailed
     from tensorweave.cli.trial_service import ServiceBroken
 
-    rows: list[Row] = []
+    results: list[FaultResult] = []
 
-    def keep(row: Row) -> None:
-        rows.append(row)
-        write_table(rows, args.json)
+    def keep(result: FaultResult) -> None:
+        results.append(result)
+        write_table(results, args.json)
 
     settings = Settings(args.clients, max(args.jobs, args.clients), args.seed, args.timeout)
     with ProcessTree() as tree:
@@ -86,30 +86,30 @@ def _run_all(args: argparse.Namespace, faults: Sequence[Any], trial: Any) -> int
         except asyncio.CancelledError:
             return _INTERRUPTED
         finally:
-            print(format_table(rows), flush=True)
-    return 0 if not experiment.problems and all(row.is_clean for row in rows) else 1
+            print(format_table(results), flush=True)
+    return 0 if not experiment.problems and all(result.is_clean for result in results) else 1
 
 
 async def _until_signal(work: Any) -> None:
-    """The first Ctrl-C or SIGTERM ends the work in order: the service drains. A second one kills what is left."""
+    """The first Ctrl-C or SIGTERM cancels the work: the service drains. A second one kills the remaining processes."""
     task = asyncio.ensure_future(work)
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     await task
 
 
-def write_table(rows: Sequence[Any], path: Path | None) -> None:
-    """The JSON so far: it is written after every fault, so that an interrupted run keeps what it has; never half."""
+def write_table(results: Sequence[Any], path: Path | None) -> None:
+    """Write the results so far, atomically. Called after every fault, so that an interrupted run keeps its results."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}.part")
         with writing_into(draft.parent):
-            draft.write_text(json.dumps([row.to_plain() for row in rows], indent=2) + "\n", encoding="utf-8")
+            draft.write_text(json.dumps([result.to_plain() for result in results], indent=2) + "\n", encoding="utf-8")
         draft.replace(path)
 
 
-def format_table(rows: Sequence[Any]) -> str:
-    lines = [[_shown(row.to_plain()[column]) for column in _COLUMNS] for row in rows]
+def format_table(results: Sequence[Any]) -> str:
+    lines = [[_shown(result.to_plain()[column]) for column in _COLUMNS] for result in results]
     return aligned([_COLUMNS, *lines], num_left=1)
 
 

@@ -1,6 +1,6 @@
-"""The faults of `tensorweave chaos`: their names, which of them a configuration allows, and how each is done.
+"""The faults of `tensorweave chaos`: their names, which of them a configuration allows, and how they are injected.
 
-A fault is prepared (its victim is looked up) before the load reaches its moment, so that it strikes at once.
+A fault is prepared before its time (its process is looked up), so that it can be injected at once.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from tensorweave.deploy.config import ServeConfig
 Kind = Literal["none", "kill", "hang", "kill-router", "kill-supervisor", "drain"]
 
 _NUM_MIDWAY: Final = 4
-"""A fault strikes when so many requests are in the midst of their answers, or all clients' where there are fewer."""
+"""A fault is injected while this many requests are partly answered, or those of all clients if there are fewer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """`role` and `rank` name the victims of "kill" (SIGKILL) and "hang" (SIGSTOP): that rank of a gang of that role."""
+    """`role` and `rank` name the process for "kill" (SIGKILL) and "hang" (SIGSTOP): that rank of a gang of that
+    role."""
 
     kind: Kind
     role: str = ""
@@ -42,7 +43,7 @@ class Fault:
 
     @property
     def breaks_connections(self) -> bool:
-        """Its clients ask again, with the same request id."""
+        """Its clients send their requests again, with the same request ids."""
         return self.kind == "kill-router"
 
 
@@ -50,16 +51,16 @@ NO_FAULT: Final = Fault("none")
 
 
 @dataclass(frozen=True, slots=True)
-class Blow:
-    """A fault ready to strike: `strike` does it to the process `pid`, whose gang, if it has one, must end."""
+class PreparedFault:
+    """`inject` injects the fault into the process `pid`, whose gang, if it has one, must end."""
 
-    strike: Callable[[], None]
+    inject: Callable[[], None]
     pid: int | None = None
     gang_id: str = ""
 
 
 def possible_faults(config: ServeConfig) -> list[Fault]:
-    """All that this service can be put to."""
+    """The faults that this service can be given."""
     faults: list[Fault] = []
     for kind in ("kill", "hang"):
         for pool in config.pools.values():
@@ -70,7 +71,7 @@ def possible_faults(config: ServeConfig) -> list[Fault]:
 
 
 def choose_faults(config: ServeConfig, names: str | None) -> list[Fault]:
-    """Those named, by full name or by kind ("kill,hang,drain"); all that are possible where none is.
+    """The faults named, by full name or by kind ("kill,hang,drain"); all possible ones without names.
 
     Raises:
         ValueError: an unknown name; the message has the nearest and all.
@@ -95,61 +96,62 @@ def _unknown(name: str, possible: Sequence[str]) -> str:
     return f"this service knows no fault {name!r}{hint} It has: {', '.join(possible)}, none"
 
 
-async def prepare(fault: Fault, service: TrialService, draws: random.Random) -> Blow:
-    """Find the victim. Raises ServiceBroken where there is none, or none that is ours to kill."""
+async def prepare(fault: Fault, service: TrialService, draws: random.Random) -> PreparedFault:
+    """Find the process. Raises ServiceBroken if there is none, or it is not one of the service."""
     match fault.kind:
         case "none":
-            return Blow(lambda: None)
+            return PreparedFault(lambda: None)
         case "drain":
-            return Blow(service.ask_to_stop)
+            return PreparedFault(service.ask_to_stop)
         case "kill-router":
             port = draws.choice(service.ports)
-            return _deadly("kill", _ours(await asyncio.to_thread(service.tree.listener, port), f"door {port}"))
+            listener = await asyncio.to_thread(service.tree.listener, port)
+            return _signal_fault("kill", _check_owned(listener, f"the front end at port {port}"))
         case "kill-supervisor":
             service.tree.note(service.pid)
-            return _deadly("kill", _ours(service.tree.named("ray::PoolSupervisor"), "the supervisor"))
+            return _signal_fault("kill", _check_owned(service.tree.named("ray::PoolSupervisor"), "the supervisor"))
         case "kill" | "hang":
-            victims = [rank for rank in await service.ranks() if (rank.role, rank.rank) == (fault.role, fault.rank)]
-            if not victims:
+            candidates = [rank for rank in await service.ranks() if (rank.role, rank.rank) == (fault.role, fault.rank)]
+            if not candidates:
                 raise ServiceBroken(f"no ready gang has a {fault.role} rank {fault.rank}")
-            victim = draws.choice(sorted(victims, key=lambda rank: rank.gang_id))
+            target = draws.choice(sorted(candidates, key=lambda rank: rank.gang_id))
             service.tree.note(service.pid)
-            process = _ours(service.tree.find(victim.pid), f"{victim.gang_id} rank {victim.rank}")
-            return _deadly(fault.kind, process, victim.gang_id)
+            process = _check_owned(service.tree.find(target.pid), f"{target.gang_id} rank {target.rank}")
+            return _signal_fault(fault.kind, process, target.gang_id)
 
 
-def _ours(process: psutil.Process | None, what: str) -> psutil.Process:
+def _check_owned(process: psutil.Process | None, what: str) -> psutil.Process:
     if process is None:
-        raise ServiceBroken(f"{what} is no process of this service: is it on another host, or another Ray cluster?")
+        raise ServiceBroken(f"{what} is not a process of this service: is it on another host, or another Ray cluster?")
     return process
 
 
-def _deadly(kind: str, process: psutil.Process, gang_id: str = "") -> Blow:
-    def strike() -> None:
+def _signal_fault(kind: str, process: psutil.Process, gang_id: str = "") -> PreparedFault:
+    def inject() -> None:
         try:
             process.kill() if kind == "kill" else process.suspend()
         except psutil.NoSuchProcess:
-            raise ServiceBroken(f"process {process.pid} has ended before it was struck") from None
+            raise ServiceBroken(f"process {process.pid} ended before the fault was injected") from None
 
-    return Blow(strike, process.pid, gang_id)
+    return PreparedFault(inject, process.pid, gang_id)
 
 
-async def settle(fault: Fault, load: Load, num_clients: int, timeout_s: float) -> None:
-    """Returns when the fault meets a service at work. Before a drain, which refuses new requests, none of them is on
-    its way any more, and at least one is in the midst of its answer. Raises ServiceBroken at the timeout."""
+async def wait_until_midway(fault: Fault, load: Load, num_clients: int, timeout_s: float) -> None:
+    """Wait until enough requests are partly answered. Before a drain, which refuses new requests, wait until none is
+    unanswered and at least one is partly answered. Raises ServiceBroken at the timeout."""
     count = min(_NUM_MIDWAY, num_clients)
     try:
         async with asyncio.timeout(timeout_s):
             await load.until_midway(count)
             while fault.ends_service:
                 load.hold()
-                await load.until_heard()
+                await load.until_answered()
                 if load.num_midway:
                     load.stop()
                     return
-                load.go_on()
+                load.resume()
                 await load.until_midway(count)
     except TimeoutError:
         raise ServiceBroken(
-            f"{fault.name}: within {timeout_s:g} s never {count} requests at once in the midst of their answers"
+            f"{fault.name}: within {timeout_s:g} s there were never {count} partly answered requests at once"
         ) from None

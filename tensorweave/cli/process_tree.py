@@ -1,7 +1,7 @@
-"""The processes of a service that we have started, down to the last: to look at, to strike, and to end.
+"""`ProcessTree`: all processes of a service that this process has started, to inspect, to signal and to end them.
 
-A signal goes only to a process that stands in the service's own process tree (psutil checks pid and start time
-together), never to a pid or a name alone.
+Only processes in the service's own process tree are signalled (psutil checks pid and start time together), never a pid
+or a name alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import psutil
 
 
 class ProcessTree:
-    """All processes that a service has had. Leaving the context kills those that still live."""
+    """All processes that a service has had. Leaving the context kills those that are still running."""
 
     def __init__(self) -> None:
         self._seen: set[psutil.Process] = set()
@@ -32,11 +32,12 @@ class ProcessTree:
                 self._seen |= {root, *root.children(recursive=True)}
 
     def find(self, pid: int) -> psutil.Process | None:
-        """The living process with this pid, if it is one of the service's."""
+        """The running process with this pid, if it belongs to the service."""
         return next((process for process in self.living() if process.pid == pid), None)
 
     def named(self, prefix: str) -> psutil.Process | None:
-        """A process of the service whose command line begins so: Ray names an actor's after its class."""
+        """A process of the service whose command line begins with `prefix`: Ray names an actor's process after its
+        class."""
         for process in self.living():
             with contextlib.suppress(psutil.NoSuchProcess):
                 if " ".join(process.cmdline()).startswith(prefix):
@@ -56,7 +57,7 @@ class ProcessTree:
         return [process for process in self._seen if _is_living(process)]
 
     def kill(self) -> int:
-        """SIGKILL to all that still live; how many those were."""
+        """Kill all processes that are still running; return their number."""
         left = self.living()
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,8 +1,8 @@
-"""`tensorweave soak`: mixed traffic for minutes (answers to their end, answers left in the middle, bad requests), while
-the memory of every process of the service is watched.
+"""`tensorweave soak`: mixed traffic for minutes (complete answers, cancelled answers, bad requests), while the memory
+of every process of the service is measured.
 
-Exit code 1 when an answer changed, a request failed that its client had not spoilt, a gauge did not come back to where
-it began, a process ended, or the memory of one grew.
+Exit code 1 if an answer changed, a valid request failed, a gauge did not return to its first value, a process ended, or
+the memory of one grew.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ for warming up.
 _GROWTH_SHARE: Final = 0.03
 _NUM_JOBS: Final = 48
 _IDLE_WAIT_S: Final = 10.0
-_MOMENTARY: Final = (
+_GAUGES: Final = (
     "tensorweave_num_requests_running",
     "tensorweave_num_requests_waiting",
     "tensorweave_gang_num_requests_running",
@@ -81,7 +81,7 @@ class Memory:
 
 
 @dataclass(slots=True)
-class Report:
+class SoakReport:
     minutes: float
     counts: dict[str, int] = field(default_factory=dict)
     memory: list[dict[str, Any]] = field(default_factory=list)
@@ -114,21 +114,21 @@ def run(args: argparse.Namespace) -> int:
     return 1 if report.problems else 0
 
 
-async def _soak(args: argparse.Namespace, trial: Any, tree: Any) -> Report:
-    from tensorweave.cli.soak_load import Traffic
-    from tensorweave.cli.trial_jobs import make_jobs
+async def _soak(args: argparse.Namespace, trial: Any, tree: Any) -> SoakReport:
+    from tensorweave.cli.soak_load import SoakTraffic
     from tensorweave.cli.trial_load import record_oracle
+    from tensorweave.cli.trial_requests import make_requests
     from tensorweave.cli.trial_service import TrialService
 
     config = trial.config
     service = TrialService(trial, tree, args.log)
     await service.start()
     try:
-        await service.await_whole((), config.limits.start_timeout_s)
-        doors = service.doors(args.timeout)
-        jobs = await record_oracle(doors, make_jobs(config.model_name, _NUM_JOBS, args.seed), args.clients)
-        report = Report(args.minutes, gauges_before=await _idle_gauges(service))
-        traffic = Traffic(doors, jobs, config.model_name, args.seed)
+        await service.await_recovery((), config.limits.start_timeout_s)
+        front_ends = service.front_ends(args.timeout)
+        jobs = await record_oracle(front_ends, make_requests(config.model_name, _NUM_JOBS, args.seed), args.clients)
+        report = SoakReport(args.minutes, gauges_before=await _idle_gauges(service))
+        traffic = SoakTraffic(front_ends, jobs, config.model_name, args.seed)
         running = asyncio.create_task(traffic.run(args.clients))
         memory = await _watch(service, running, args.minutes * 60, args.sample)
         traffic.stop()
@@ -136,12 +136,12 @@ async def _soak(args: argparse.Namespace, trial: Any, tree: Any) -> Report:
         report.gauges_after = await _idle_gauges(service, report.gauges_before)
     finally:
         await service.end()
-    _judge(report, traffic.tally, memory, args.growth)
+    _judge(report, traffic.request_counts, memory, args.growth)
     return report
 
 
 async def _watch(service: Any, running: asyncio.Task[None], duration_s: float, sample_s: float) -> dict[int, Memory]:
-    """Samples of every process of the service until the time is over or the traffic broke off."""
+    """Samples of every process of the service, until the time is over or the traffic has failed."""
     memory: dict[int, Memory] = {}
     end_s = time.monotonic() + duration_s
     while (left_s := end_s - time.monotonic()) > 0 and not running.done():
@@ -177,20 +177,20 @@ def _short(line: Sequence[str]) -> str:
 
 
 async def _idle_gauges(service: Any, goal: dict[str, float] | None = None) -> dict[str, float]:
-    """What is momentary in `/metrics`, over all gangs; waits some seconds for it to be as in `goal`, or zero."""
+    """The gauges of `/metrics` over all gangs. Waits some seconds for them to be equal to `goal`, or zero."""
     deadline_s = time.monotonic() + _IDLE_WAIT_S
     while True:
-        gauges = {name: await service.count(name) for name in _MOMENTARY}
+        gauges = {name: await service.count(name) for name in _GAUGES}
         is_back = gauges == goal if goal is not None else not any(gauges.values())
         if is_back or time.monotonic() > deadline_s:
             return gauges
         await asyncio.sleep(0.25)
 
 
-def _judge(report: Report, tally: Any, memory: dict[int, Memory], growth_mb: float) -> None:
+def _judge(report: SoakReport, request_counts: Any, memory: dict[int, Memory], growth_mb: float) -> None:
     counted = ("num_requests", "num_answered", "num_left", "num_refused", "num_failed", "num_changed")
-    report.counts = {name.removeprefix("num_"): getattr(tally, name) for name in counted}
-    report.problems += [f"{count} x {reason}" for reason, count in tally.problems.most_common()]
+    report.counts = {name.removeprefix("num_"): getattr(request_counts, name) for name in counted}
+    report.problems += [f"{count} x {reason}" for reason, count in request_counts.problems.most_common()]
     for name, before in report.gauges_before.items():
         if report.gauges_after[name] != before:
             report.problems.append(f"{name} was {before:g} and is {report.gauges_after[name]:g}")
@@ -201,12 +201,12 @@ def _judge(report: Report, tally: Any, memory: dict[int, Memory], growth_mb: flo
             {"process": entry.name, "pid": pid, "samples": len(entry.samples), "mb": [round(early, 1), round(late, 1)]}
         )
         if len(entry.samples) < num_samples / 2:
-            continue  # one of Ray's short-lived helpers
+            continue  # a short-lived process of Ray
         if entry.has_grown(growth_mb):
             report.problems.append(f"{entry.name} ({pid}) grew from {early:.0f} to {late:.0f} MB")
 
 
-def format_report(report: Report) -> str:
+def format_report(report: SoakReport) -> str:
     counts = ", ".join(f"{count} {name}" for name, count in report.counts.items())
     lines = [f"{report.minutes:g} minutes: {counts}"]
     lines += [f"  {m['mb'][0]:8.1f} -> {m['mb'][1]:8.1f} MB  {m['process']} ({m['pid']})" for m in report.memory]

@@ -1,5 +1,5 @@
-"""The traffic of `tensorweave soak`: whole answers that are compared, answers that are left in the middle, and requests
-that nobody should send."""
+"""The traffic of `tensorweave soak`: complete answers that are compared, answers that are cancelled, and bad
+requests."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import httpx
 
 from tensorweave.cli.arguments import bearer
 from tensorweave.cli.http_stream import Connection, RequestFailed, Timeline
-from tensorweave.cli.trial_jobs import Job, answer_of
-from tensorweave.cli.trial_load import Doors
+from tensorweave.cli.trial_load import FrontEnds
+from tensorweave.cli.trial_requests import TrialRequest, answer_of
 
-_LEAVES: Final = 0.25
-_BAD: Final = 0.15
-"""Shares of all requests; the rest run to their end."""
-_LONGEST_STAY_S: Final = 1.5
+_CANCEL_SHARE: Final = 0.25
+_BAD_SHARE: Final = 0.15
+"""Shares of all requests; the others are read to their end."""
+_MAX_CANCEL_DELAY_S: Final = 1.5
 _REASONS_KEPT: Final = 20
 
 COMPLETIONS: Final = "/v1/completions"
@@ -30,7 +30,7 @@ CHAT: Final = "/v1/chat/completions"
 
 @dataclass(frozen=True, slots=True)
 class BadRequest:
-    """What is sent, and the status that it must get. `body` is JSON, or bytes as they are."""
+    """A request, and the status that it must get. `body` is JSON, or raw bytes."""
 
     path: str
     body: dict[str, Any] | bytes
@@ -38,7 +38,7 @@ class BadRequest:
 
 
 def bad_requests(model: str) -> list[BadRequest]:
-    """Mistakes of every kind that a client makes."""
+    """One request for each kind of mistake."""
     wrong: list[dict[str, Any]] = [
         {"prompt": ""},
         {"prompt": []},
@@ -67,8 +67,8 @@ def bad_requests(model: str) -> list[BadRequest]:
 
 
 @dataclass(slots=True)
-class Tally:
-    """What became of all requests. `problems` are those that no client has caused."""
+class TrafficCounts:
+    """The outcomes of all requests. `problems` are those that no client has caused."""
 
     num_answered: int = 0
     num_left: int = 0
@@ -87,12 +87,12 @@ class Tally:
             self.problems[reason] += 1
 
 
-class Traffic:
-    """Clients that draw one request after the other until `stop`."""
+class SoakTraffic:
+    """Clients that send randomly drawn requests until `stop`."""
 
-    def __init__(self, doors: Doors, jobs: Sequence[Job], model: str, seed: int) -> None:
-        self.tally = Tally()
-        self._doors = doors
+    def __init__(self, front_ends: FrontEnds, jobs: Sequence[TrialRequest], model: str, seed: int) -> None:
+        self.request_counts = TrafficCounts()
+        self._doors = front_ends
         self._jobs = jobs
         self._bad = bad_requests(model)
         self._seed = seed
@@ -103,7 +103,7 @@ class Traffic:
         self._is_stopping = True
 
     async def run(self, num_clients: int) -> None:
-        """Returns when the last answers have ended after `stop`."""
+        """Run until `stop`, and return when the last answers have ended."""
         headers, timeout_s = bearer(self._doors.api_key), self._doors.timeout_s
         async with httpx.AsyncClient(headers=headers, timeout=timeout_s) as http, asyncio.TaskGroup() as tasks:
             for number in range(num_clients):
@@ -116,39 +116,41 @@ class Traffic:
         try:
             while not self._is_stopping:
                 kind = draws.random()
-                if kind < _BAD:
-                    await self._ask_wrongly(draws.choice(self._bad), url, http)
-                elif kind < _BAD + _LEAVES:
-                    await self._leave(draws.choice(self._jobs), connection, draws.uniform(0.0, _LONGEST_STAY_S))
+                if kind < _BAD_SHARE:
+                    await self._send_bad(draws.choice(self._bad), url, http)
+                elif kind < _BAD_SHARE + _CANCEL_SHARE:
+                    await self._cancel_answer(
+                        draws.choice(self._jobs), connection, draws.uniform(0.0, _MAX_CANCEL_DELAY_S)
+                    )
                 else:
-                    await self._stay(draws.choice(self._jobs), connection)
+                    await self._read_answer(draws.choice(self._jobs), connection)
         finally:
             connection.close()
 
-    async def _stay(self, job: Job, connection: Connection) -> None:
+    async def _read_answer(self, job: TrialRequest, connection: Connection) -> None:
         try:
             timeline = await connection.stream(job.path, job.body_as(self._name()))
         except RequestFailed as failure:
-            self.tally.fail(str(failure))
+            self.request_counts.fail(str(failure))
             return
-        self.tally.num_answered += 1
+        self.request_counts.num_answered += 1
         if job.answer is not None and answer_of(timeline) != job.answer:
-            self.tally.num_changed += 1
-            self.tally.problems["an answer that is not the undisturbed one"] += 1
+            self.request_counts.num_changed += 1
+            self.request_counts.problems["an answer that is not the undisturbed one"] += 1
 
-    async def _leave(self, job: Job, connection: Connection, stay_s: float) -> None:
+    async def _cancel_answer(self, job: TrialRequest, connection: Connection, delay_s: float) -> None:
         timeline = Timeline(time.perf_counter())
         try:
-            async with asyncio.timeout(stay_s):
+            async with asyncio.timeout(delay_s):
                 await connection.stream(job.path, job.body_as(self._name()), timeline=timeline)
-            self.tally.num_answered += 1
+            self.request_counts.num_answered += 1
         except TimeoutError:
             connection.close()
-            self.tally.num_left += 1
+            self.request_counts.num_left += 1
         except RequestFailed as failure:
-            self.tally.fail(str(failure))
+            self.request_counts.fail(str(failure))
 
-    async def _ask_wrongly(self, wrong: BadRequest, url: str, http: httpx.AsyncClient) -> None:
+    async def _send_bad(self, wrong: BadRequest, url: str, http: httpx.AsyncClient) -> None:
         try:
             if isinstance(wrong.body, bytes):
                 headers = {"content-type": "application/json"}
@@ -157,12 +159,14 @@ class Traffic:
                 answer = await http.post(url + wrong.path, json=wrong.body)
             message = answer.json()["error"]["message"]
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as problem:
-            self.tally.fail(f"a bad request was answered badly: {type(problem).__name__}: {str(wrong.body)[:60]}")
+            self.request_counts.fail(
+                f"a bad request was not refused properly: {type(problem).__name__}: {str(wrong.body)[:60]}"
+            )
             return
         if answer.status_code != wrong.status or not message:
-            self.tally.fail(f"{answer.status_code} in place of {wrong.status} for {str(wrong.body)[:60]}")
+            self.request_counts.fail(f"{answer.status_code} in place of {wrong.status} for {str(wrong.body)[:60]}")
         else:
-            self.tally.num_refused += 1
+            self.request_counts.num_refused += 1
 
     def _name(self) -> str:
         self._numbers += 1

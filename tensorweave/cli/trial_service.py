@@ -1,4 +1,4 @@
-"""The service under trial: `tensorweave serve` in processes of its own, which are all gone at the end."""
+"""`TrialService`: `tensorweave serve` in processes of its own, all of which have ended at the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import psutil
 
 from tensorweave.cli.arguments import bearer
 from tensorweave.cli.process_tree import ProcessTree
-from tensorweave.cli.trial_load import Doors
+from tensorweave.cli.trial_load import FrontEnds
 from tensorweave.deploy.api_keys import digest_of
 from tensorweave.deploy.config import ServeConfig, load_config
 from tensorweave.deploy.tiny_model import TINY_MODEL, write_tiny_model
@@ -45,7 +45,7 @@ class Trial:
 
 @contextlib.contextmanager
 def prepared_trial(path: Path, changes: Sequence[str], api_key: str | None) -> Iterator[Trial]:
-    """A tiny model that the configuration names is made, and goes with the context.
+    """If the configuration names the tiny model, create it, and remove it at the end of the context.
 
     Raises:
         ValueError: the configuration is wrong, is not for a Ray cluster of its own, or asks for another key.
@@ -72,12 +72,12 @@ def _check_key(config: ServeConfig, api_key: str | None) -> None:
 
 
 class ServiceBroken(Exception):
-    """The service did not start, did not become whole again, or did not end as it must."""
+    """The service did not start, did not recover, or did not end properly."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankProcess:
-    """One rank of a ready gang, by `/health`."""
+    """One rank of a ready gang, according to `/health`."""
 
     role: str
     gang_id: str
@@ -86,7 +86,7 @@ class RankProcess:
 
 
 class TrialService:
-    """One life of the service, from `start` to `end`. Its last lines are kept; all are appended to `log`, if given."""
+    """One run of the service, from `start` to `end`. Its last lines are kept; all are appended to `log`, if given."""
 
     def __init__(self, trial: Trial, tree: ProcessTree, log: Path | None = None) -> None:
         self.config = trial.config
@@ -101,16 +101,16 @@ class TrialService:
 
     @property
     def ports(self) -> list[int]:
-        """The front ends' own doors."""
+        """The ports of the front ends."""
         router = self.config.router
         return list(range(router.port, router.port + router.replicas))
 
     def url(self, port: int) -> str:
         return f"http://{self.config.router.reachable_host}:{port}"
 
-    def doors(self, timeout_s: float) -> Doors:
-        """For clients whose requests take no longer."""
-        return Doors([self.url(port) for port in self.ports], timeout_s, self._trial.api_key)
+    def front_ends(self, timeout_s: float) -> FrontEnds:
+        """The front ends, for clients with this request timeout."""
+        return FrontEnds([self.url(port) for port in self.ports], timeout_s, self._trial.api_key)
 
     @property
     def pid(self) -> int:
@@ -120,7 +120,7 @@ class TrialService:
     # ---- start and end
 
     async def start(self) -> None:
-        """Returns when the service says that it is ready. Raises ServiceBroken with its last lines."""
+        """Wait until the service is ready. Raises ServiceBroken with its last lines."""
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tensorweave.cli.main", "serve", *self._trial.arguments),
@@ -138,14 +138,14 @@ class TrialService:
         try:
             await asyncio.wait({ended, ready}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
             if not self._ready.is_set():
-                raise ServiceBroken(f"the service did not start; it said:\n{self.last_words()}")
+                raise ServiceBroken(f"the service did not start; its last lines:\n{self.last_lines()}")
         finally:
             ended.cancel()
             ready.cancel()
             self.tree.note(self.pid)
 
     def ask_to_stop(self) -> None:
-        """SIGTERM, once: no new work, running requests finish. A second one would cut that short."""
+        """Send SIGTERM, once: no new requests, running ones finish. A second SIGTERM would cancel them."""
         assert self._process is not None
         self.tree.note(self.pid)
         if self._process.returncode is None and not self._is_stopping:
@@ -153,8 +153,8 @@ class TrialService:
         self._is_stopping = True
 
     async def end(self) -> None:
-        """Drain and wait until nothing is left. Raises ServiceBroken if the end is late or unclean; nothing is left
-        then either."""
+        """Drain, and wait until all processes have ended. Raises ServiceBroken if the end is late or unclean; then the
+        remaining processes are killed."""
         if self._process is None:
             return
         try:
@@ -163,7 +163,7 @@ class TrialService:
                 code = await self._process.wait()
             left = await self._await_gone()
         except TimeoutError:
-            raise ServiceBroken(f"the service did not end; it said:\n{self.last_words()}") from None
+            raise ServiceBroken(f"the service did not end; its last lines:\n{self.last_lines()}") from None
         finally:
             self.tree.kill()
             await self._process.wait()
@@ -171,16 +171,16 @@ class TrialService:
                 await self._reader
             self._process = None
         if code != 0 and self._ready.is_set():
-            raise ServiceBroken(f"the service ended with code {code}; it said:\n{self.last_words()}")
+            raise ServiceBroken(f"the service ended with code {code}; its last lines:\n{self.last_lines()}")
         if left:
             raise ServiceBroken(f"the service left processes behind: {', '.join(left)}")
 
     async def _await_gone(self) -> list[str]:
-        """The names of those that still live after a grace."""
+        """The names of the processes that still run after a grace period."""
         await asyncio.to_thread(psutil.wait_procs, self.tree.living(), _LINGER_S)
         return [_name(process) for process in self.tree.living()]
 
-    def last_words(self) -> str:
+    def last_lines(self) -> str:
         return "\n".join(f"    {line}" for line in self._lines)
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
@@ -195,13 +195,13 @@ class TrialService:
                 if "ready: " in line:
                     self._ready.set()
 
-    # ---- what it says of itself
+    # ---- health and metrics
 
     def _client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(timeout=_PROBE_TIMEOUT_S, headers=bearer(self._trial.api_key))
 
     async def pools(self) -> list[dict[str, Any]]:
-        """`/health` of the first front end that can tell of the pools, else nothing."""
+        """The pools of the first front end whose `/health` has any, else nothing."""
         async with self._client() as client:
             for port in self.ports:
                 with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
@@ -211,16 +211,16 @@ class TrialService:
         return []
 
     async def ranks(self) -> list[RankProcess]:
-        """Every rank of every ready gang. Raises ServiceBroken where no front end can tell."""
+        """Every rank of every ready gang. Raises ServiceBroken if no front end reports them."""
         deadline_s = time.monotonic() + _TELL_TIMEOUT_S
         while not (pools := await self.pools()):
             if time.monotonic() > deadline_s:
-                raise ServiceBroken("no front end tells of the pools")
+                raise ServiceBroken("no front end reports the pools")
             await asyncio.sleep(_POLL_S)
         return list(_ranks(pools))
 
     async def gang_ids(self) -> set[str]:
-        """The ready gangs. A gang's successor has another id."""
+        """The ids of the ready gangs. A gang's successor has another id."""
         return {rank.gang_id for rank in await self.ranks()}
 
     async def count(self, metric: str) -> float:
@@ -238,9 +238,9 @@ class TrialService:
                     found[port] = sum(float(row.rpartition(" ")[2]) for row in rows)
         return found
 
-    async def await_whole(self, gone: Collection[int], timeout_s: float) -> bool:
-        """Wait until all gangs are ready, none of them with a rank in `gone`, and every front end takes work. False
-        where a gang has been given up, and only a new service would be whole. Raises ServiceBroken at the timeout."""
+    async def await_recovery(self, gone: Collection[int], timeout_s: float) -> bool:
+        """Wait until all gangs are ready, none of them with a rank in `gone`, and every front end is ready. Return
+        False if a gang has failed for good. Raises ServiceBroken at the timeout."""
         deadline_s = time.monotonic() + timeout_s
         while True:
             pools = await self.pools()
@@ -248,13 +248,13 @@ class TrialService:
             if any(pool["failure"] or "failed" in _states(pool) for pool in pools):
                 return False
             is_full = bool(pools) and all(_is_full(pool, gone) for pool in pools)
-            if is_full and await self._all_doors_open():
+            if is_full and await self._are_all_ready():
                 return True
             if time.monotonic() > deadline_s:
-                raise ServiceBroken(f"the service was not whole within {timeout_s:g} s: {_describe(pools)}")
+                raise ServiceBroken(f"the service did not recover within {timeout_s:g} s: {_describe(pools)}")
             await asyncio.sleep(_POLL_S)
 
-    async def _all_doors_open(self) -> bool:
+    async def _are_all_ready(self) -> bool:
         async with self._client() as client:
             try:
                 answers = [await client.get(f"{self.url(port)}/ready") for port in self.ports]

@@ -54,7 +54,7 @@ def failing_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Raiser:
         (ConnectionError("no Ray at 10.0.0.1"), 1, "ConnectionError: no Ray at 10.0.0.1"),
     ],
 )
-def test_what_people_and_the_world_do_wrong_is_a_sentence(
+def test_expected_errors_are_one_sentence(
     failing_main: Raiser,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -82,7 +82,7 @@ def test_what_people_and_the_world_do_wrong_is_a_sentence(
         (AssertionError(), "AssertionError"),
     ],
 )
-def test_what_nobody_foresaw_keeps_its_traceback_in_a_file(
+def test_an_unexpected_error_keeps_its_traceback_in_a_file(
     failing_main: Raiser, capsys: pytest.CaptureFixture[str], error: Exception, sentence: str
 ) -> None:
     assert failing_main(error) == 1

@@ -14,13 +14,13 @@ import psutil
 import pytest
 
 from tensorweave.cli.chaos import format_table, write_table
-from tensorweave.cli.chaos_faults import Fault, choose_faults, possible_faults, settle
-from tensorweave.cli.chaos_rounds import Row
+from tensorweave.cli.chaos_faults import Fault, choose_faults, possible_faults, wait_until_midway
+from tensorweave.cli.chaos_rounds import FaultResult
 from tensorweave.cli.main import main
 from tensorweave.cli.process_tree import ProcessTree
 from tensorweave.cli.serve import config_path
-from tensorweave.cli.trial_jobs import Answer, Job, make_jobs
-from tensorweave.cli.trial_load import Doors, Load, OracleFailed, Outcome, record_oracle
+from tensorweave.cli.trial_load import FrontEnds, Load, OracleFailed, Outcome, record_oracle
+from tensorweave.cli.trial_requests import RecordedAnswer, TrialRequest, make_requests
 from tensorweave.cli.trial_service import ServiceBroken, TrialService, prepared_trial
 from tensorweave.deploy.api_keys import digest_of
 from tensorweave.deploy.config import load_config
@@ -29,12 +29,12 @@ from tensorweave.router.text.tokens import Tokenizer
 from tests.cli.conftest import PATIENCE_S, FakeEndpoint
 
 CHAOS_YAML = config_path(None).parent / "chaos.yaml"
-JOB = Job("/v1/completions", {"model": "fake-model", "prompt": "x", "temperature": 0, "stream": True})
-RIGHT = Answer("The capital of France is Paris.", "stop", 7, 3)
+JOB = TrialRequest("/v1/completions", {"model": "fake-model", "prompt": "x", "temperature": 0, "stream": True})
+RIGHT = RecordedAnswer("The capital of France is Paris.", "stop", 7, 3)
 
 
-def ask(urls: list[str], job: Job = JOB, *, count: int = 1, asks_again: bool = False) -> list[Outcome]:
-    load = Load(Doors(urls, PATIENCE_S), "round", asks_again=asks_again)
+def ask(urls: list[str], job: TrialRequest = JOB, *, count: int = 1, resends: bool = False) -> list[Outcome]:
+    load = Load(FrontEnds(urls, PATIENCE_S), "round", resends=resends)
     return asyncio.run(load.run_once([job] * count, 1))
 
 
@@ -70,7 +70,7 @@ def test_faults_are_chosen_by_name_or_kind() -> None:
 
 
 @pytest.mark.parametrize("line", [["--faults", "quake"], ["--set", "ray.address=auto"], ["--set", "router.prot=1"]])
-def test_a_mistake_is_told_before_anything_starts(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_reported_before_the_service_starts(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chaos", "--config", str(CHAOS_YAML), *line]) == 2
     error = capsys.readouterr().err
     assert error.startswith("tensorweave: ")
@@ -96,15 +96,15 @@ def test_what_serve_is_called_with() -> None:
         model = Path(trial.config.model)
         assert trial.config.model_name == "tiny-random"
         assert (model / "config.json").exists()
-        doors = TrialService(trial, ProcessTree()).doors(5.0)
-        assert (len(doors.urls), doors.api_key) == (2, "secret-key-1")
-        assert "secret-key-1" not in repr((trial, doors))
+        front_ends = TrialService(trial, ProcessTree()).front_ends(5.0)
+        assert (len(front_ends.urls), front_ends.api_key) == (2, "secret-key-1")
+        assert "secret-key-1" not in repr((trial, front_ends))
     assert not model.exists()
 
 
 def test_load_brings_its_key(endpoint: FakeEndpoint) -> None:
     endpoint.api_key = "secret-key-1"
-    load = Load(Doors([endpoint.url], PATIENCE_S, "secret-key-1"), "round")
+    load = Load(FrontEnds([endpoint.url], PATIENCE_S, "secret-key-1"), "round")
     (outcome,) = asyncio.run(load.run_once([JOB], 1))
     assert outcome.answer == RIGHT
     (outcome,) = ask([endpoint.url])
@@ -113,7 +113,7 @@ def test_load_brings_its_key(endpoint: FakeEndpoint) -> None:
 
 def test_a_right_answer(endpoint: FakeEndpoint) -> None:
     (outcome,) = ask([endpoint.url], replace(JOB, answer=RIGHT))
-    assert (outcome.answer, outcome.failure, outcome.is_changed, outcome.num_asks) == (RIGHT, None, False, 1)
+    assert (outcome.answer, outcome.failure, outcome.is_changed, outcome.num_sends) == (RIGHT, None, False, 1)
     assert len(outcome.progress_s) == 3
     assert outcome.was_open(outcome.progress_s[0])
     assert not outcome.was_open(outcome.sent_s - 1.0)
@@ -128,10 +128,10 @@ def test_a_right_answer(endpoint: FakeEndpoint) -> None:
         replace(RIGHT, num_prompt=8),
     ],
 )
-def test_a_changed_answer(endpoint: FakeEndpoint, due: Answer) -> None:
+def test_a_changed_answer(endpoint: FakeEndpoint, due: RecordedAnswer) -> None:
     (outcome,) = ask([endpoint.url], replace(JOB, answer=due))
     assert outcome.is_changed
-    row = Row(Fault("kill", "decode"))
+    row = FaultResult(Fault("kill", "decode"))
     row.add([outcome], outcome.sent_s)
     assert (row.num_failed, row.num_changed, row.is_clean) == (0, 1, False)
 
@@ -141,20 +141,20 @@ def test_a_failed_answer(endpoint: FakeEndpoint, trouble: str) -> None:
     endpoint.trouble = trouble
     (outcome,) = ask([endpoint.url], replace(JOB, answer=RIGHT))
     assert outcome.failure is not None
-    assert outcome.num_asks == 1
+    assert outcome.num_sends == 1
     assert not outcome.is_changed
-    row = Row(Fault("kill", "decode"))
+    row = FaultResult(Fault("kill", "decode"))
     row.add([outcome], outcome.sent_s)
     assert (row.num_failed, row.is_clean) == (1, False)
 
 
-def test_a_broken_connection_is_asked_again_at_the_other_door(endpoint: FakeEndpoint) -> None:
-    (outcome,) = ask(["http://127.0.0.1:9", endpoint.url], replace(JOB, answer=RIGHT), asks_again=True)
-    assert (outcome.answer, outcome.num_asks) == (RIGHT, 2)
+def test_a_request_is_sent_again_to_the_other_front_end(endpoint: FakeEndpoint) -> None:
+    (outcome,) = ask(["http://127.0.0.1:9", endpoint.url], replace(JOB, answer=RIGHT), resends=True)
+    assert (outcome.answer, outcome.num_sends) == (RIGHT, 2)
     endpoint.trouble = "cut"
-    (outcome,) = ask([endpoint.url, endpoint.url], asks_again=True)
+    (outcome,) = ask([endpoint.url, endpoint.url], resends=True)
     assert outcome.failure is not None
-    assert outcome.num_asks == 6
+    assert outcome.num_sends == 6
     assert len(outcome.progress_s) == 1, "what comes again is no progress"
 
 
@@ -175,9 +175,9 @@ def test_the_longest_silence_counts_from_the_fault() -> None:
 
 def test_a_fault_strikes_a_service_at_work(endpoint: FakeEndpoint) -> None:
     async def strike() -> None:
-        load = Load(Doors([endpoint.url], PATIENCE_S), "round")
+        load = Load(FrontEnds([endpoint.url], PATIENCE_S), "round")
         running = asyncio.create_task(load.run([JOB], 3))
-        await settle(Fault("kill", "both"), load, 3, PATIENCE_S)
+        await wait_until_midway(Fault("kill", "both"), load, 3, PATIENCE_S)
         assert load.num_midway == 3
         load.stop()
         endpoint.may_go_on.set()
@@ -191,13 +191,13 @@ def test_a_fault_strikes_a_service_at_work(endpoint: FakeEndpoint) -> None:
 
 def test_no_request_is_on_its_way_to_a_service_that_drains(endpoint: FakeEndpoint) -> None:
     async def strike() -> None:
-        load = Load(Doors([endpoint.url], PATIENCE_S), "round")
+        load = Load(FrontEnds([endpoint.url], PATIENCE_S), "round")
         load.hold()
         running = asyncio.create_task(load.run([JOB], 3))
-        await load.until_heard()
+        await load.until_answered()
         assert load.outcomes == []
-        load.go_on()
-        await settle(Fault("drain"), load, 3, PATIENCE_S)
+        load.resume()
+        await wait_until_midway(Fault("drain"), load, 3, PATIENCE_S)
         assert [outcome.is_midway for outcome in load.outcomes] == [True] * 3
         endpoint.may_go_on.set()
         await running
@@ -207,12 +207,14 @@ def test_no_request_is_on_its_way_to_a_service_that_drains(endpoint: FakeEndpoin
     asyncio.run(strike())
 
 
-def test_a_fault_does_not_wait_for_ever(endpoint: FakeEndpoint) -> None:
+def test_a_fault_has_a_deadline(endpoint: FakeEndpoint) -> None:
     async def strike() -> None:
-        load = Load(Doors([endpoint.url], PATIENCE_S), "round")
+        load = Load(FrontEnds([endpoint.url], PATIENCE_S), "round")
         running = asyncio.create_task(load.run([JOB], 3))
-        with pytest.raises(ServiceBroken, match=r"kill-both-0: within 0\.2 s never 3 requests at once in the midst"):
-            await settle(Fault("kill", "both"), load, 3, 0.2)
+        with pytest.raises(
+            ServiceBroken, match=r"kill-both-0: within 0\.2 s there were never 3 partly answered requests at once"
+        ):
+            await wait_until_midway(Fault("kill", "both"), load, 3, 0.2)
         load.stop()
         await running
 
@@ -221,18 +223,18 @@ def test_a_fault_does_not_wait_for_ever(endpoint: FakeEndpoint) -> None:
 
 
 def test_an_oracle_has_no_failures(endpoint: FakeEndpoint) -> None:
-    (known,) = asyncio.run(record_oracle(Doors([endpoint.url], PATIENCE_S), [JOB], 1))
+    (known,) = asyncio.run(record_oracle(FrontEnds([endpoint.url], PATIENCE_S), [JOB], 1))
     assert known.answer == RIGHT
     assert known.body["stop"] == ["Fra"], "the first of four is to end at a piece of its own answer"
     endpoint.trouble = "refuse"
     with pytest.raises(OracleFailed, match="1 requests failed in the undisturbed run, the first: HTTP 429"):
-        asyncio.run(record_oracle(Doors([endpoint.url], PATIENCE_S), [JOB], 1))
+        asyncio.run(record_oracle(FrontEnds([endpoint.url], PATIENCE_S), [JOB], 1))
 
 
 def test_jobs_are_of_all_kinds_and_the_same_for_a_seed() -> None:
-    jobs = make_jobs("m", 40, seed=3)
-    assert jobs == make_jobs("m", 40, seed=3)
-    assert jobs != make_jobs("m", 40, seed=4)
+    jobs = make_requests("m", 40, seed=3)
+    assert jobs == make_requests("m", 40, seed=3)
+    assert jobs != make_requests("m", 40, seed=4)
     assert {job.path for job in jobs} == {"/v1/completions", "/v1/chat/completions"}
     assert {job.is_fresh for job in jobs} == {True, False}
     assert all("seed" in job.body for job in jobs if job.body["temperature"])
@@ -240,7 +242,7 @@ def test_jobs_are_of_all_kinds_and_the_same_for_a_seed() -> None:
 
 
 def test_the_table_and_its_file(tmp_path: Path) -> None:
-    rows = [Row(Fault("kill", "decode", 1), 2, 40, 0, 1, [0.5, 2.0]), Row(Fault("drain"), 2, 9)]
+    rows = [FaultResult(Fault("kill", "decode", 1), 2, 40, 0, 1, [0.5, 2.0]), FaultResult(Fault("drain"), 2, 9)]
     write_table(rows, tmp_path / "deep" / "out.json")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out.json"]
     assert json.loads((tmp_path / "deep" / "out.json").read_text()) == [

@@ -23,7 +23,7 @@ def test_one_message_streams_its_answer(endpoint: Any, capsys: pytest.CaptureFix
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
 
 
-def test_a_conversation_keeps_its_turns_and_forgets_failed_ones(endpoint: Any) -> None:
+def test_a_conversation_keeps_its_messages_but_not_those_of_a_failed_answer(endpoint: Any) -> None:
     with httpx.Client(base_url=endpoint.url) as client:
         conversation = Conversation(client, "fake-model")
         assert "".join(conversation.ask("one", OPTIONS)) == "The capital of France is Paris."
@@ -57,7 +57,7 @@ def test_a_typed_session(endpoint: Any, capsys: pytest.CaptureFixture[str], monk
         ("gibberish", "does not speak OpenAI's protocol"),
     ],
 )
-def test_trouble_is_told_plainly(
+def test_errors_are_reported_in_one_line(
     endpoint: Any, trouble: str, complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     endpoint.trouble = trouble
@@ -75,7 +75,7 @@ def test_a_key_is_sent_where_one_is_given(endpoint: Any, capsys: pytest.CaptureF
     assert main([*line, "--api-key", "secret-key-1"]) == 0
 
 
-def test_no_server_is_told_plainly(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_server_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "--url", "http://127.0.0.1:9", "--message", "hi"]) == 1
     assert "cannot reach http://127.0.0.1:9" in capsys.readouterr().err
 

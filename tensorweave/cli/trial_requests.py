@@ -1,4 +1,4 @@
-"""What a service under trial is asked: a fixed set of streamed requests, each with the answer that it must get."""
+"""The requests to a service under trial: a fixed set of streams, each with the answer that it must get."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _NUM_TOKENS: Final = (48, 400, 160, 700, 300)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What must not change."""
+class RecordedAnswer:
+    """What must be the same each time."""
 
     text: str
     finish_reason: str
@@ -28,26 +28,26 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """One request, to be asked again and again; `answer` is the oracle's. With `is_fresh` no prefix cache ever has its
-    prompt, so that it is computed, and handed over, each time."""
+class TrialRequest:
+    """A request that is sent repeatedly; `answer` is the oracle's. If it `is_fresh`, no prefix cache ever has its
+    prompt, so that it is computed, and transferred, each time."""
 
     path: str
     body: dict[str, Any]
     is_fresh: bool = False
-    answer: Answer | None = None
+    answer: RecordedAnswer | None = None
 
     def body_as(self, request_id: str) -> dict[str, Any]:
         return {**self.body, "cache_salt": request_id} if self.is_fresh else self.body
 
 
-def make_jobs(model: str, count: int, seed: int) -> list[Job]:
+def make_requests(model: str, count: int, seed: int) -> list[TrialRequest]:
     """Completions and chats, greedy and seeded sampling, short and long; the same for the same seed."""
     draws = random.Random(seed)
     return [_job(model, number, draws) for number in range(count)]
 
 
-def _job(model: str, number: int, draws: random.Random) -> Job:
+def _job(model: str, number: int, draws: random.Random) -> TrialRequest:
     words = [draws.choice(_WORDS) for _ in range(_NUM_WORDS[number % len(_NUM_WORDS)])]
     text = f"{number}: {' '.join(words)}"
     body: dict[str, Any] = {
@@ -62,12 +62,12 @@ def _job(model: str, number: int, draws: random.Random) -> Job:
         body |= {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": draws.randrange(2**31)}
     is_fresh = number % 3 != 0
     if number % 5 == 0:
-        return Job("/v1/chat/completions", {**body, "messages": [{"role": "user", "content": text}]}, is_fresh)
-    return Job("/v1/completions", {**body, "prompt": text}, is_fresh)
+        return TrialRequest("/v1/chat/completions", {**body, "messages": [{"role": "user", "content": text}]}, is_fresh)
+    return TrialRequest("/v1/completions", {**body, "prompt": text}, is_fresh)
 
 
-def with_stop_string(job: Job) -> Job:
-    """The same job, to be ended half-way by a stop string that is taken from its own answer, across a token's edge."""
+def with_stop_string(job: TrialRequest) -> TrialRequest:
+    """The same request with a stop string from the middle of its own answer, possibly across tokens."""
     assert job.answer is not None
     text = job.answer.text
     middle = len(text) // 2
@@ -75,8 +75,10 @@ def with_stop_string(job: Job) -> Job:
     return job if len(stop) < 3 or "\ufffd" in stop else replace(job, body={**job.body, "stop": [stop]})
 
 
-def answer_of(timeline: Timeline) -> Answer:
-    """Of a stream that has come to its end."""
+def answer_of(timeline: Timeline) -> RecordedAnswer:
+    """The answer of a stream that has ended."""
     assert timeline.finish_reason is not None
     counts = timeline.usage
-    return Answer(timeline.text, timeline.finish_reason, int(counts["prompt_tokens"]), int(counts["completion_tokens"]))
+    return RecordedAnswer(
+        timeline.text, timeline.finish_reason, int(counts["prompt_tokens"]), int(counts["completion_tokens"])
+    )
