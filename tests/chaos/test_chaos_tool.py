@@ -59,7 +59,7 @@ def chaos(out: Path, *arguments: str, changes: list[str]) -> Iterator[subprocess
         process.communicate(timeout=END_TIMEOUT_S)
 
 
-def test_nobody_notices(tmp_path: Path) -> None:
+def test_clients_notice_no_fault(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     arguments = (
         "--rounds",
@@ -88,7 +88,7 @@ def test_nobody_notices(tmp_path: Path) -> None:
     assert [line.split()[0] for line in table.splitlines()] == ["fault", *faults]
 
 
-def test_what_fails_is_told_and_a_signal_ends_all(tmp_path: Path) -> None:
+def test_failures_are_reported_and_a_signal_ends_all(tmp_path: Path) -> None:
     """Without recovery a killed gang's requests fail. Then SIGTERM in the next round: everything ends in order.
 
     The only gang is killed, and most of its requests have not begun: none can have ended before."""

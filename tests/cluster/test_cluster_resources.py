@@ -7,7 +7,7 @@ from tensorweave.cluster.cluster_resources import ClusterResources, NodeResource
 RANK = {"CPU": 1.0, "GPU": 1.0}
 
 
-def test_a_cluster_that_is_too_small_is_said_to_be_too_small() -> None:
+def test_a_cluster_that_is_too_small_is_reported() -> None:
     resources = ClusterResources([NodeResources("10.0.0.1", {"CPU": 8.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 4.0})])
     assert resources.explain(RANK, 8, 20.0) == (
         "cannot place a gang of 8 rank(s) with 1 CPU, 1 GPU each within 20 s: the Ray cluster has 8 of 8 CPU free, "
@@ -16,7 +16,7 @@ def test_a_cluster_that_is_too_small_is_said_to_be_too_small() -> None:
     )
 
 
-def test_enough_in_sum_is_not_enough_where_no_node_has_a_whole_rank() -> None:
+def test_a_rank_must_fit_on_one_node() -> None:
     nodes = [NodeResources("cpus", {"CPU": 8.0}, {"CPU": 8.0}), NodeResources("gpus", {"GPU": 2.0}, {"GPU": 2.0})]
     assert ClusterResources(nodes).num_bundles(RANK) == 0
     text = ClusterResources(nodes).explain(RANK, 2, 20.0)
@@ -24,7 +24,7 @@ def test_enough_in_sum_is_not_enough_where_no_node_has_a_whole_rank() -> None:
     assert "by node: cpus: 8 of 8 CPU free, 0 of 0 GPU free; gpus: 0 of 0 CPU free, 2 of 2 GPU free" in text
 
 
-def test_who_holds_what_a_gang_lacks_is_named() -> None:
+def test_reservations_of_missing_resources_are_named() -> None:
     resources = ClusterResources(
         [NodeResources("10.0.0.1", {"CPU": 4.0}, {"CPU": 0.5})],
         [Reservation("training", {"CPU": 2.0}), Reservation("disks", {"disk": 1.0})],
@@ -36,6 +36,6 @@ def test_who_holds_what_a_gang_lacks_is_named() -> None:
     )
 
 
-def test_a_thousand_nodes_fill_no_page() -> None:
+def test_the_list_of_nodes_is_shortened() -> None:
     resources = ClusterResources([NodeResources(f"n{number}", {"CPU": 1.0}, {"CPU": 0.0}) for number in range(1000)])
     assert resources.describe_nodes(["CPU"]).endswith("n7: 0 of 1 CPU free; and 992 more")

@@ -6,7 +6,7 @@ from tensorweave.cluster.context_length import context_exceeded, context_exceede
 from tensorweave.cluster.errors import ContextTooLong, error_from_wire
 
 
-def test_the_words_are_openais() -> None:
+def test_the_message_is_openais() -> None:
     error = context_exceeded(8192, 8900, 100, prompt_param="messages")
     assert error.param == "messages"
     assert error.message == (
@@ -43,7 +43,7 @@ def test_a_prompt_that_fills_the_context_leaves_no_token_for_the_answer() -> Non
     assert error.param == "prompt"
 
 
-def test_it_is_the_same_error_behind_the_wire() -> None:
+def test_the_error_survives_the_wire() -> None:
     error = context_exceeded(64, 60, 5)
     again = error_from_wire(error.to_wire())
     assert type(again) is ContextTooLong

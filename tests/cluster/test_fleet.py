@@ -105,7 +105,7 @@ async def _tokens(fleet: WatchedFleet, num_tokens: int) -> list[int]:
     return [token async for chunk in link.generate(_request(num_tokens)) for token in chunk.token_ids]
 
 
-def test_links_come_and_go_with_the_gangs_and_open_requests_end_in_peace() -> None:
+def test_links_follow_the_gangs_and_open_requests_finish() -> None:
     async def body() -> None:
         supervisor = _FakeSupervisor()
         async with _watching(supervisor) as fleet:
@@ -127,7 +127,7 @@ def test_links_come_and_go_with_the_gangs_and_open_requests_end_in_peace() -> No
         asyncio.run(body())
 
 
-def test_a_role_is_served_by_its_own_gangs_and_by_those_of_both() -> None:
+def test_a_role_is_served_by_gangs_of_that_role_and_of_both() -> None:
     async def body() -> None:
         supervisor = _FakeSupervisor()
         async with _watching(supervisor) as fleet:
@@ -140,7 +140,7 @@ def test_a_role_is_served_by_its_own_gangs_and_by_those_of_both() -> None:
         asyncio.run(body())
 
 
-def test_a_gang_that_decodes_makes_the_service_ready_whatever_becomes_of_prefill() -> None:
+def test_a_gang_that_decodes_makes_the_service_ready() -> None:
     async def body() -> None:
         supervisor = _FakeSupervisor()
         async with _watching(supervisor) as fleet:
@@ -162,7 +162,7 @@ def test_a_gang_that_decodes_makes_the_service_ready_whatever_becomes_of_prefill
         asyncio.run(body())
 
 
-def test_links_know_the_links_that_were_measured() -> None:
+def test_links_have_the_measured_kv_links() -> None:
     async def body() -> None:
         supervisor = _FakeSupervisor()
         async with _watching(supervisor) as fleet:
@@ -179,7 +179,7 @@ def test_links_know_the_links_that_were_measured() -> None:
         asyncio.run(body())
 
 
-def test_a_broken_link_is_opened_again_while_its_gang_is_published() -> None:
+def test_a_broken_link_is_reconnected_while_its_gang_is_published() -> None:
     async def body() -> None:
         supervisor = _FakeSupervisor()
         async with _watching(supervisor) as fleet:
@@ -196,7 +196,7 @@ def test_a_broken_link_is_opened_again_while_its_gang_is_published() -> None:
         asyncio.run(body())
 
 
-def test_a_supervisor_that_is_away_costs_no_link() -> None:
+def test_links_survive_a_supervisor_that_does_not_answer() -> None:
     async def body() -> None:
         supervisor = _FakeSupervisor()
         async with _watching(supervisor) as fleet:
@@ -214,7 +214,7 @@ def test_a_supervisor_that_is_away_costs_no_link() -> None:
         asyncio.run(body())
 
 
-def test_a_supervisor_that_has_ended_is_looked_for_under_its_name() -> None:
+def test_the_successor_of_a_supervisor_is_found() -> None:
     async def body() -> None:
         supervisor, successor = _FakeSupervisor(), _FakeSupervisor()
         searches = iter([ValueError("none yet"), successor])

@@ -50,7 +50,7 @@ class FakeHost:
 
 
 @pytest.mark.parametrize("is_second", [False, True])
-def test_a_cgroups_limit_counts_without_the_page_cache(tmp_path: Path, is_second: bool) -> None:
+def test_a_cgroup_limit_ignores_the_page_cache(tmp_path: Path, is_second: bool) -> None:
     host = FakeHost(tmp_path, is_second=is_second)
     host.group("pod/box", 5 * GIB // 2, 2 * GIB, cache=GIB)
     memory = host_memory(host.proc, 21 * GIB)
@@ -59,7 +59,7 @@ def test_a_cgroups_limit_counts_without_the_page_cache(tmp_path: Path, is_second
 
 
 @pytest.mark.parametrize("is_second", [False, True])
-def test_the_narrowest_group_above_counts_and_so_does_the_machine(tmp_path: Path, is_second: bool) -> None:
+def test_the_smallest_limit_applies(tmp_path: Path, is_second: bool) -> None:
     host = FakeHost(tmp_path, is_second=is_second)
     unlimited: int | str = "max" if is_second else 9223372036854771712
     host.group("pod/box", unlimited, GIB)
@@ -74,7 +74,7 @@ def test_the_narrowest_group_above_counts_and_so_does_the_machine(tmp_path: Path
 
 
 @pytest.mark.parametrize("is_second", [False, True])
-def test_in_a_container_only_its_own_part_is_mounted(tmp_path: Path, is_second: bool) -> None:
+def test_a_container_sees_its_own_part_of_the_hierarchy(tmp_path: Path, is_second: bool) -> None:
     host = FakeHost(tmp_path, is_second=is_second, path="/docker/f00", root="/docker/f00")
     host.group("", 2 * GIB, GIB)
     assert host_memory(host.proc, 21 * GIB).available == GIB
@@ -83,7 +83,7 @@ def test_in_a_container_only_its_own_part_is_mounted(tmp_path: Path, is_second: 
     assert host_memory(hidden.proc, 21 * GIB).available == GIB
 
 
-def test_where_there_are_no_cgroups_the_machine_counts(tmp_path: Path) -> None:
+def test_without_cgroups_the_machine_counts(tmp_path: Path) -> None:
     assert host_memory(tmp_path / "proc", 7 * GIB).available == 7 * GIB
     assert oom_kills(tmp_path / "proc") == 0
     assert host_memory().available > 0  # of this very process
@@ -103,7 +103,7 @@ class _Context:
         return "n1"
 
 
-def test_a_kill_for_want_of_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_for_lack_of_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = {"n2": 3}
 
     async def ask(node_id: str) -> int:
@@ -122,6 +122,6 @@ def test_a_kill_for_want_of_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert "the kernel has killed for want of memory" in asyncio.run(describe_kills(after[1:]))
 
 
-def test_rays_own_word_is_understood() -> None:
+def test_rays_message_is_recognized() -> None:
     assert is_memory_kill(OutOfMemoryError("1 worker(s) were killed due to the node running low on memory."))
     assert not is_memory_kill(ActorDiedError())

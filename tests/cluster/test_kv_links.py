@@ -83,7 +83,7 @@ def test_new_pairs_are_measured_once_and_lost_ones_forgotten() -> None:
     asyncio.run(body())
 
 
-def test_slow_and_broken_links_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_slow_and_broken_links_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     async def body() -> None:
         links = KvLinkTable(lambda: None)
         slow, broken = (

@@ -44,7 +44,7 @@ def test_cached_tokens_count_whole_leading_blocks() -> None:
     assert (mirror.cached_tokens(names), len(mirror)) == (0, 0)
 
 
-def test_a_gap_asks_once_and_is_empty_until_the_snapshot() -> None:
+def test_a_gap_empties_the_mirror_until_the_snapshot() -> None:
     mirror = KvMirror(SIZE, 10)
     mirror.apply(["kv", 3, 0, [["stored", ROOT, name(1)]]])
     assert mirror.apply(["kv", 3, 2, [["stored", ROOT, name(2)]]])
@@ -57,14 +57,14 @@ def test_a_gap_asks_once_and_is_empty_until_the_snapshot() -> None:
     assert (len(mirror), mirror.num_resyncs) == (3, 1)
 
 
-def test_a_follower_that_joins_late_asks_for_a_snapshot() -> None:
+def test_a_late_subscriber_requests_a_snapshot() -> None:
     mirror = KvMirror(SIZE, 10)
     assert mirror.apply(["kv", 0, 7, [["stored", ROOT, name(1)]]])
     assert not mirror.apply(["kv_snapshot", 0, 8, [[name(1), ROOT]]])
     assert mirror.cached_tokens([name(1)]) == SIZE
 
 
-def test_a_new_epoch_forgets_and_an_old_one_is_not_heard() -> None:
+def test_a_new_epoch_empties_the_mirror_and_an_old_one_is_ignored() -> None:
     mirror = KvMirror(SIZE, 10)
     mirror.apply(["kv", 1, 0, [["stored", ROOT, name(1)]]])
     assert not mirror.apply(["kv", 2, 0, [["stored", ROOT, name(2)]]])
@@ -112,7 +112,7 @@ STEPS = st.lists(
 
 @settings(max_examples=300)
 @given(steps=STEPS, fates=st.lists(st.sampled_from(["keep", "keep", "keep", "drop", "twice", "late"]), max_size=60))
-def test_in_step_means_equal(steps: list[tuple[str, int, int]], fates: list[str]) -> None:
+def test_a_synced_mirror_equals_the_journal(steps: list[tuple[str, int, int]], fates: list[str]) -> None:
     """Frames are dropped, repeated and swapped, incarnations begin anew. Once the newest event was heard, the mirror
     holds what the gang holds."""
     gang: set[bytes] = set()

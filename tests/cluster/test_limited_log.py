@@ -9,7 +9,7 @@ import pytest
 from tensorweave.cluster.limited_log import INTERVAL_S, LimitedLog
 
 
-def test_one_line_an_interval_says_how_many_were_left_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_one_line_per_interval_with_the_number_left_out(caplog: pytest.LogCaptureFixture) -> None:
     now_s = [1000.0]
     log = LimitedLog(logging.getLogger("door"), logging.WARNING, clock=lambda: now_s[0])
     for number in range(2838):

@@ -130,7 +130,7 @@ def test_a_broken_gang_is_unpublished_before_it_is_killed() -> None:
     _run(body)
 
 
-def test_faults_in_a_row_wait_longer_and_longer_and_a_gang_that_starts_again_is_welcome() -> None:
+def test_pauses_grow_with_successive_faults_until_a_gang_starts() -> None:
     async def body() -> None:
         bench = _Bench(max_faults=3)
         bench.errors = [WorkerLost(f"crash {number}") for number in range(1, 6)]
@@ -171,7 +171,7 @@ def test_faults_far_apart_do_not_add_up() -> None:
     _run(body)
 
 
-def test_want_of_room_is_no_fault_but_a_pool_that_nothing_fits_has_failed_until_something_does() -> None:
+def test_insufficient_resources_are_no_fault_but_fail_a_pool_that_never_served() -> None:
     async def body() -> None:
         bench = _Bench(max_faults=1, replicas=2)
         bench.errors = [InsufficientResources("no GPU"), InsufficientResources("no GPU here either")]
@@ -193,7 +193,7 @@ def test_want_of_room_is_no_fault_but_a_pool_that_nothing_fits_has_failed_until_
     _run(body)
 
 
-def test_one_host_that_refuses_a_gang_does_not_condemn_the_others() -> None:
+def test_a_host_that_refuses_a_gang_does_not_fail_the_pool() -> None:
     async def body() -> None:
         bench = _Bench(replicas=2)
         bench.errors = [ValueError("no such model on h1")]
@@ -207,7 +207,7 @@ def test_one_host_that_refuses_a_gang_does_not_condemn_the_others() -> None:
     _run(body)
 
 
-def test_a_pool_whose_gangs_all_refuse_their_arguments_fails_at_once_and_one_that_has_served_tries_on() -> None:
+def test_refused_arguments_fail_a_pool_at_once_unless_it_has_served() -> None:
     async def body() -> None:
         refused = _Bench()
         refused.errors = [ValueError("no such model")]
@@ -226,7 +226,7 @@ def test_a_pool_whose_gangs_all_refuse_their_arguments_fails_at_once_and_one_tha
     _run(body)
 
 
-def test_an_unforeseen_error_is_a_fault_like_any_other() -> None:
+def test_an_unexpected_error_is_a_fault() -> None:
     async def body() -> None:
         bench = _Bench()
         bench.errors = [ZeroDivisionError("oops")]
@@ -237,7 +237,7 @@ def test_an_unforeseen_error_is_a_fault_like_any_other() -> None:
     _run(body)
 
 
-def test_draining_takes_gangs_away_first_and_starts_no_more() -> None:
+def test_draining_withdraws_gangs_first_and_starts_none() -> None:
     async def body() -> None:
         bench = _Bench(replicas=2)
         await bench.until(lambda: len(bench.ids()) == 2)
@@ -258,7 +258,7 @@ def test_draining_takes_gangs_away_first_and_starts_no_more() -> None:
     _run(body)
 
 
-def test_stopping_does_not_wait_for_a_back_off() -> None:
+def test_stopping_does_not_wait_for_a_pause() -> None:
     async def body() -> None:
         bench = _Bench(max_faults=100)
         error: TensorweaveError = WorkerLost("crash")
@@ -272,7 +272,7 @@ def test_stopping_does_not_wait_for_a_back_off() -> None:
     _run(body)
 
 
-def test_a_gang_that_fails_again_and_again_waits_long_and_the_others_serve() -> None:
+def test_repeated_faults_of_a_slot_do_not_affect_the_others() -> None:
     async def body() -> None:
         bench = _Bench(replicas=2, max_faults=2)
         await bench.until(lambda: bench.ids() == ["p-0.1", "p-1.1"])
@@ -310,7 +310,7 @@ def test_scaling_down_drains_and_scaling_up_starts() -> None:
     _run(body)
 
 
-def test_a_pool_goes_on_with_gangs_that_run_and_replaces_them_like_its_own() -> None:
+def test_a_pool_resumes_running_gangs_and_replaces_them() -> None:
     async def body() -> None:
         running = _FakeGang("p-1.4", 4, None)
         bench = _Bench(replicas=2, running={1: running})

@@ -26,7 +26,7 @@ class FakeGang:
         self.held |= processors
 
 
-def test_gangs_of_today_and_to_come_hold_the_same() -> None:
+def test_present_and_future_gangs_have_the_same_processors() -> None:
     async def run() -> None:
         held, first, late = PoolLogitsProcessors(), FakeGang(), FakeGang()
         await held.update([first, FakeGang(WorkerLost("gone"))], {"a": 1, "b": 2})
@@ -42,6 +42,6 @@ def test_gangs_of_today_and_to_come_hold_the_same() -> None:
     asyncio.run(run())
 
 
-def test_what_a_rank_cannot_load_is_the_callers_mistake() -> None:
+def test_a_processor_that_a_rank_cannot_load_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="cannot be loaded"):
         asyncio.run(PoolLogitsProcessors().update([FakeGang(ValueError("cannot be loaded"))], {"a": 1}))

@@ -80,7 +80,7 @@ def test_all_of_sampling_survives_and_defaults_cost_nothing() -> None:
     assert SamplingSpec(9).to_wire() == {"max_tokens": 9}
 
 
-def test_what_is_told_beside_the_tokens_survives() -> None:
+def test_extras_of_tokens_survive() -> None:
     own, other = Logprob(5, -0.25, 1), Logprob(8, -1.5, 2)
     chunk = TokenChunk("a", [5], None, None, 3, None, 2, [(own, own, other)], [(other,), (own,)], bytes(4), bytes(8))
     assert TokenChunk.from_wire(over_the_wire(chunk.to_wire())) == chunk
@@ -138,7 +138,7 @@ junk = st.recursive(
 @given(junk)
 @example(["", 0, None])
 @example([[], 0, None])
-def test_junk_is_refused(fields: Any) -> None:
+def test_malformed_messages_are_refused(fields: Any) -> None:
     """Unless it is no junk, but what such a message looks like."""
     for message in (GenerateRequest, SamplingSpec, TokenChunk, ModelInfo, Retention):
         try:
@@ -163,7 +163,7 @@ def test_a_wrong_field_is_refused(at: int, value: Any) -> None:
     assert type(request.num_replayed) is int
 
 
-def test_what_a_first_phase_leaves_survives_a_user() -> None:
+def test_opaque_state_survives() -> None:
     state = OpaqueState(TICKET, seed=2**62)
     assert OpaqueState.unpack(state.pack()) == state
 
@@ -172,12 +172,12 @@ def test_what_a_first_phase_leaves_survives_a_user() -> None:
     "data",
     [b"", b"x", b"\xff" * 30, msgpack.packb([2, TICKET.to_wire(), 0]), msgpack.packb([1, ["t"], 0]), bytes(1 << 17)],
 )
-def test_what_no_first_phase_left_is_refused(data: bytes) -> None:
+def test_other_bytes_are_no_opaque_state(data: bytes) -> None:
     with pytest.raises(ValueError, match="opaque_state"):
         OpaqueState.unpack(data)
 
 
 @given(st.binary(max_size=200))
-def test_noise_is_no_first_phase(data: bytes) -> None:
+def test_random_bytes_are_no_opaque_state(data: bytes) -> None:
     with pytest.raises(ValueError, match="opaque_state"):
         OpaqueState.unpack(data)

@@ -33,7 +33,7 @@ class _Gang:
         return found
 
 
-def test_a_slow_link_is_told_from_the_start(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_link_that_is_slow_at_the_start_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     gang = _Gang(LinkRate(latency_s=2e-4, bytes_per_s=1.2e6))  # 10 Mbit/s
     assert gang.slow is not None
     assert gang.slow.startswith("the link between its ranks carries 1.2 MB/s and takes 0.20 ms a collective: slow")
@@ -43,12 +43,12 @@ def test_a_slow_link_is_told_from_the_start(caplog: pytest.LogCaptureFixture) ->
     assert _Gang(GOOD).slow is None
 
 
-def test_a_link_that_becomes_slow_is_told_and_so_is_its_end(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_link_that_becomes_slow_is_reported_until_it_recovers(caplog: pytest.LogCaptureFixture) -> None:
     gang = _Gang(GOOD)
     gang.run(3e-4, num_windows=3)
     assert gang.slow is None
     gang.run(15e-3)
-    assert gang.slow is None, "one window may be a host that stood still"
+    assert gang.slow is None, "one window may be a paused host"
     gang.run(15e-3)
     assert gang.slow is not None
     assert gang.slow.startswith("a collective of its ranks takes 15.0 ms, and 0.10 ms by what was measured")
@@ -58,7 +58,7 @@ def test_a_link_that_becomes_slow_is_told_and_so_is_its_end(caplog: pytest.LogCa
     assert gang.slow is None
 
 
-def test_large_collectives_may_take_their_time() -> None:
+def test_large_collectives_may_take_longer() -> None:
     gang = _Gang(GOOD)
     gang.run(15e-3, num_windows=3, num_bytes=10_000_000)
     assert gang.slow is None

@@ -34,7 +34,7 @@ def test_all_ranks_answer() -> None:
     assert places == [place("a"), place("b")]
 
 
-def test_who_waits_for_whom_is_told_and_a_lost_node_ends_it() -> None:
+def test_phases_are_described_and_a_lost_node_ends_the_start() -> None:
     seen: list[str] = []
 
     def live_nodes() -> Collection[str]:

@@ -14,7 +14,7 @@ from tensorweave.cluster.rank_watch import RankWatch, death_reason, result_withi
 from tensorweave.cluster.ranks import RankReport
 
 
-def test_silence_is_told() -> None:
+def test_a_silent_rank_is_reported() -> None:
     async def wait() -> None:
         never = asyncio.get_running_loop().create_future()
         with pytest.raises(TimeoutError):
@@ -24,7 +24,7 @@ def test_silence_is_told() -> None:
     asyncio.run(wait())
 
 
-def test_a_rank_is_not_blamed_for_our_own_standstill() -> None:
+def test_a_pause_of_this_process_is_no_fault_of_a_rank() -> None:
     async def wait() -> None:
         loop = asyncio.get_running_loop()
         heartbeat = loop.create_future()
@@ -62,14 +62,14 @@ def watched(actor: ReportingActor, monkeypatch: pytest.MonkeyPatch) -> RankWatch
     return RankWatch([cast(ActorHandle[Any], actor)], lambda rank: f"rank {rank}", 8.0)
 
 
-def test_a_loop_that_stands_still_in_two_reports_has_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_progress_in_two_reports_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     actor = ReportingActor(0.1, 8.5, 9.0)
     told = asyncio.run(asyncio.wait_for(watched(actor, monkeypatch).until_fault(), 30.0))
     assert told == "rank 0: its step loop has made no progress for 9.0 s (hang_timeout_s is 8)"
     assert actor.num_asked == 3
 
 
-def test_a_host_that_stood_still_costs_no_gang(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_paused_host_does_not_end_a_gang(monkeypatch: pytest.MonkeyPatch) -> None:
     """After it the first report is old, and the next one is not."""
     actor = ReportingActor(0.1, 20.0, 0.1, 20.0, 0.1)
 
@@ -84,7 +84,7 @@ def test_a_host_that_stood_still_costs_no_gang(monkeypatch: pytest.MonkeyPatch) 
     asyncio.run(watch())
 
 
-def test_what_an_actor_raised_is_told_in_its_own_words() -> None:
+def test_an_actors_error_is_described_by_its_own_message() -> None:
     cause = RuntimeError("no space for the cache\nmore")
     raised = RayTaskError(
         "start", 'Traceback (most recent call last):\n  File "rank.py", line 1', cause, pid=7, ip="::1"

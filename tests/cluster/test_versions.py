@@ -18,7 +18,7 @@ def test_this_process_has_the_packages_version() -> None:
     assert Versions.from_wire(Versions.here().to_wire()) == Versions.here()
 
 
-def test_equals_are_fine() -> None:
+def test_equal_versions_are_accepted() -> None:
     assert explain_mix(OURS, {"rank 0": Versions("1.0", 2), "rank 1": Versions("1.0", 2)}) is None
 
 
@@ -30,7 +30,7 @@ def test_equals_are_fine() -> None:
         (None, "an older version"),
     ],
 )
-def test_whoever_differs_is_named(other: Versions | None, told: str) -> None:
+def test_differing_versions_are_named(other: Versions | None, told: str) -> None:
     assert explain_mix(OURS, {"rank 0": OURS, "rank 1 (pid 7 on h2)": other}) == (
         f"rank 1 (pid 7 on h2) has {told}; the supervisor has tensorweave 1.0 (protocol 2): "
         "install the same version on every host"
@@ -38,5 +38,5 @@ def test_whoever_differs_is_named(other: Versions | None, told: str) -> None:
 
 
 @pytest.mark.parametrize("fields", [None, [], ["1.0"], ["1.0", "2"], [1, 2], {"package": "1.0"}, ["1.0", 2, 3]])
-def test_what_no_version_says_is_none(fields: Any) -> None:
+def test_a_malformed_version_is_none(fields: Any) -> None:
     assert Versions.from_wire(fields) is None

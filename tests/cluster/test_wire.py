@@ -40,7 +40,7 @@ def test_frames_survive_any_cut(frames: list[tuple[str, list[object]]], cuts: li
 
 @settings(max_examples=500, deadline=None)
 @given(data=st.binary(max_size=400), cuts=st.lists(st.integers(0, 400), max_size=5))
-def test_noise_gives_frames_or_wire_errors_only(data: bytes, cuts: list[int]) -> None:
+def test_random_bytes_give_frames_or_wire_errors(data: bytes, cuts: list[int]) -> None:
     decoder = wire.FrameDecoder(max_frame_bytes=1 << 20)
     try:
         frames = [frame for piece in _cut(data, cuts) for frame in decoder.feed(piece)]
@@ -51,7 +51,7 @@ def test_noise_gives_frames_or_wire_errors_only(data: bytes, cuts: list[int]) ->
 
 @settings(max_examples=500, deadline=None)
 @given(payload=st.binary(min_size=1, max_size=200))
-def test_noise_as_payload_gives_a_frame_or_a_wire_error(payload: bytes) -> None:
+def test_a_random_payload_gives_a_frame_or_a_wire_error(payload: bytes) -> None:
     try:
         frame = wire.unpack_payload(payload)
     except WireError:

@@ -12,7 +12,7 @@ from ray.exceptions import RayTaskError
 
 from tensorweave.cluster.gang import Gang
 from tensorweave.cluster.gang_spec import GangSpec
-from tensorweave.cluster.mesh import Mesh, MeshRank
+from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.rank_places import RankPlaces
 from tensorweave.cluster.ranks import RankOrder, RankPlace
 from tensorweave.deploy.config import ServeConfig
@@ -21,6 +21,7 @@ from tensorweave.deploy.pools import pool_specs
 from tensorweave.workers.engine_dir.model_digest import check_model_digest, model_digest
 from tensorweave.workers.rank import RankWorker
 from tensorweave.workers.store import model_store
+from tests.workers.rank_orders import make_order
 
 COMMIT = "8f3b2c1d" * 5
 
@@ -99,21 +100,7 @@ def test_other_weights_under_the_same_name_are_refused(tmp_path: Path) -> None:
 
 
 def order(model: Path, digest: str) -> RankOrder:
-    return RankOrder(
-        gang_id="g",
-        place=MeshRank(),
-        args={"model": str(model), "device": "cpu"},
-        leader=None,
-        interface_ip="127.0.0.1",
-        listen_host="127.0.0.1",
-        transfer_host="127.0.0.1",
-        num_ranks_here=1,
-        has_gpu=False,
-        start_timeout_s=10.0,
-        model_digest=digest,
-        secret="s",
-        kv_secret="k",
-    )
+    return make_order(args={"model": str(model), "device": "cpu"}, start_timeout_s=10.0, model_digest=digest)
 
 
 @pytest.mark.parametrize(

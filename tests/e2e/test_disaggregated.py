@@ -242,7 +242,7 @@ def start_all(dispatcher: Dispatcher, requests: Sequence[GenerateRequest], name:
     ]
 
 
-def test_a_prefill_gang_that_dies_in_the_middle_costs_no_token(setup: Setup) -> None:
+def test_the_death_of_a_prefill_gang_changes_no_token(setup: Setup) -> None:
     requests = [GenerateRequest(f"p-lost-{n}", prompt_of(3000, 50 + n), GREEDY) for n in range(3)]
     expected = setup.expected(requests)
 
@@ -264,7 +264,7 @@ def test_a_prefill_gang_that_dies_in_the_middle_costs_no_token(setup: Setup) -> 
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_decode_gang_that_dies_in_the_middle_costs_no_token(setup: Setup, rank: int) -> None:
+def test_the_death_of_a_decode_gang_changes_no_token(setup: Setup, rank: int) -> None:
     long = replace(SAMPLED, max_tokens=400)
     requests = [GenerateRequest(f"d-lost-{rank}-{n}", prompt_of(100, 90 + n), long) for n in range(3)]
     expected = setup.expected(requests)
@@ -286,7 +286,7 @@ def test_a_decode_gang_that_dies_in_the_middle_costs_no_token(setup: Setup, rank
     run(body)
 
 
-def test_scaling_down_moves_or_ends_what_runs(setup: Setup) -> None:
+def test_scaling_down_moves_or_finishes_running_requests(setup: Setup) -> None:
     requests = [
         GenerateRequest(f"scale-{n}", prompt_of(80, 130 + n), replace(GREEDY, max_tokens=300)) for n in range(6)
     ]
@@ -305,7 +305,7 @@ def test_scaling_down_moves_or_ends_what_runs(setup: Setup) -> None:
     run(body)
 
 
-def test_another_router_takes_up_what_a_lost_one_began(setup: Setup) -> None:
+def test_another_router_resumes_requests_of_a_lost_one(setup: Setup) -> None:
     request = GenerateRequest("named", prompt_of(120, 7), replace(SAMPLED, max_tokens=600), grace_s=WAIT_S)
     [expected] = setup.expected([request])
 

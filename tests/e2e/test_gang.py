@@ -211,7 +211,7 @@ async def _timed(work: asyncio.Future[list[Any]]) -> tuple[float, list[Any]]:
     raise AssertionError
 
 
-def test_a_supervisor_that_is_killed_comes_back_with_new_gangs() -> None:
+def test_a_killed_supervisor_restarts_with_new_gangs() -> None:
     seen: list[int] = []
 
     async def body() -> None:
@@ -232,7 +232,7 @@ def test_a_supervisor_that_is_killed_comes_back_with_new_gangs() -> None:
     _wait_all_free()
 
 
-def test_gangs_of_a_service_serve_on_without_their_supervisor_and_are_replaced_where_their_pool_changes() -> None:
+def test_gangs_of_a_service_outlive_their_supervisor_and_are_replaced_when_their_pool_changes() -> None:
     detached = DetachedSpec("test", "tests")
     spec = PoolSpec("main", GangSpec(mesh=Mesh(tensor=2), args={"model": "hash"}, worker_options={"step_s": 0.05}))
     seen: list[int] = []
@@ -289,7 +289,7 @@ def _children_named(parent: psutil.Process | None, name: str) -> list[psutil.Pro
         ),
     ],
 )
-def test_what_no_other_try_would_mend_fails_the_pool_at_once_with_the_reason(gang: dict[str, Any], reason: str) -> None:
+def test_a_permanent_error_fails_the_pool_at_once(gang: dict[str, Any], reason: str) -> None:
     async def body() -> None:
         fleet = WatchedFleet(supervisor)
         began_s = time.monotonic()

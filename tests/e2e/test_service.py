@@ -186,7 +186,7 @@ def is_turned_away(port: int) -> bool:
     return True
 
 
-def test_a_service_outlives_what_keeps_it_up_and_a_killed_driver_leaves_nothing(
+def test_a_service_survives_its_actors_and_a_killed_driver_leaves_nothing(
     service: tuple[ServiceProcess, int, int],
 ) -> None:
     process, port, proxy_port = service

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import socket
 from concurrent.futures import Future
 from typing import Any, cast
@@ -20,22 +19,7 @@ from tensorweave.workers.fakes.fake_executor import FakeExecutor
 from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.gang.reachability import await_reachable
 from tensorweave.workers.rank import RankWorker
-
-ORDER = RankOrder(
-    gang_id="g",
-    place=MeshRank(),
-    args={"model": "m", "device": "cpu"},
-    leader=None,
-    interface_ip="127.0.0.1",
-    listen_host="127.0.0.1",
-    transfer_host="127.0.0.1",
-    num_ranks_here=1,
-    has_gpu=False,
-    start_timeout_s=60.0,
-    model_digest=None,
-    secret="s",
-    kv_secret="k",
-)
+from tests.workers.rank_orders import make_order
 
 
 class AskedExecutor(FakeExecutor):
@@ -75,7 +59,7 @@ class AskedWorker(RankWorker):
 def test_a_heartbeat_before_the_loop_starts_is_no_fault() -> None:
     async def body() -> None:
         worker = AskedWorker()
-        await worker.start(ORDER)
+        await worker.start(make_order())
         report = worker.executor.report
         assert report is not None
         assert report.fault is None
@@ -115,7 +99,7 @@ class UnreachableLeader:
 
 
 def test_a_rank_0_that_ray_cannot_reach_is_told_with_who_asked() -> None:
-    order = dataclasses.replace(ORDER, place=MeshRank(1, Mesh(tensor=2)), leader=cast(Any, UnreachableLeader()))
+    order = make_order(place=MeshRank(1, Mesh(tensor=2)), leader=UnreachableLeader())
     with pytest.raises(
         WorkerLost, match=r"rank 1 on 127\.0\.0\.1 cannot ask rank 0 \(.*10\.0\.0\.2:1234.*\): can their"
     ):

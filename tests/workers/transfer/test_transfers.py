@@ -16,7 +16,7 @@ from tests.workers.waiting import wait_until
 @pytest.mark.parametrize("phase", ["queued", "prefill", "hand-off", "transfer", "decode"])
 def test_cancels_free_everything_on_both_sides_within_a_second(phase: str) -> None:
     """Twenty requests at a time; the decode gang's request is cancelled, and the prefill gang's by its own id. Only the
-    quickest round counts: in the others this machine may have stood still."""
+    quickest round counts: in the others this machine may have been paused."""
     took_s: list[float] = []
     while len(took_s) < 8 and min(took_s, default=1.0) >= 1.0:
         took_s.append(cancel_in(phase))

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec, Ticket
+from tensorweave.workers.step.plan import StepRow
+from tensorweave.workers.step.request import LlmRequest
+from tensorweave.workers.transfer.carriers.loop import LoopCarrier, LoopNetwork
+from tensorweave.workers.transfer.sending.offered_blocks import OfferedBlocks
+from tensorweave.workers.transfer.sending.offers import Offers
 from tensorweave.workers.transfer.transfers import TICK_S
+from tests.workers.transfer.blocks import random_window
 from tests.workers.transfer.expected import check_computed_locally, expected_tokens, one_request
 from tests.workers.transfer_drive import Client, hash_gang, run_disaggregated
 from tests.workers.waiting import WAIT_S, wait_until
@@ -99,3 +105,43 @@ def test_a_gang_waits_until_its_tickets_are_released() -> None:
             prefill.leader.cancel_request(for_prefill.request_id)
             assert waiting.result(WAIT_S)
         prefill.wait_idle()
+
+
+# ---- only settled KV is offered
+
+
+class RecordingCarrier(LoopCarrier):
+    """Keeps the offer."""
+
+    offered: OfferedBlocks
+
+    def offer(self, ticket_id: str, offered: OfferedBlocks) -> None:
+        self.offered = offered
+
+
+class OneSequence:
+    """A KV cache whose only request has all blocks, in order."""
+
+    def block_ids(self, request: LlmRequest) -> list[int]:
+        return list(range(8))
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+@pytest.mark.parametrize("num_computed", [0, 3, 4, 6, 11, 14])
+def test_blocks_of_a_launched_step_are_offered_once_they_are_settled(num_computed: int, is_last: bool) -> None:
+    """A request may have launched more tokens than it has settled: KV beyond `num_computed` is never offered."""
+    window = random_window()
+    carrier = RecordingCarrier(window, {}, "secret", LoopNetwork())
+    offers = Offers(carrier, window, OneSequence(), 60.0, time.monotonic)  # type: ignore[arg-type]
+    request = LlmRequest("r", 0, list(range(14)), 14, SamplingSpec(max_tokens=4), offer="ticket")
+    request.num_computed, request.num_launched = num_computed, 14
+    offers.offer([StepRow(request, 0, 14, int(is_last))])
+    settled = [header.num_tokens for header in carrier.offered.headers(range(8))]
+    num_whole, num_begun = divmod(num_computed, window.tokens_per_block)
+    assert settled == [4] * num_whole + ([num_begun] if is_last and num_begun else [])
+    assert not carrier.offered.is_complete
+    if not is_last:
+        request.num_computed = 14
+        offers.offer([StepRow(request, 0, 14, 1)])
+        assert [header.num_tokens for header in carrier.offered.headers(range(8))] == [4, 4, 4, 2]
+    carrier.shutdown()

@@ -18,7 +18,7 @@ from tensorweave.cluster.socket_link import SocketLink
 INFO = ModelInfo("fake", 10, 100, "float32", 4, 8)
 
 
-def test_a_link_is_quiet_before_it_is_lost_and_speaks_again() -> None:
+def test_a_link_is_quiet_before_it_is_lost() -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(wire.pack_frame("hello", PROTOCOL_VERSION, INFO.to_wire()))
         writers.append(writer)
@@ -74,7 +74,7 @@ async def first_of(chunks: AsyncIterator[Any]) -> Any:
         lambda link: link.stats(),
     ],
 )
-def test_a_connection_that_has_broken_unheard_is_a_lost_gang(use: Callable[[SocketLink], Awaitable[Any]]) -> None:
+def test_a_broken_connection_is_a_lost_gang(use: Callable[[SocketLink], Awaitable[Any]]) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(wire.pack_frame("hello", PROTOCOL_VERSION, INFO.to_wire()))
         with contextlib.suppress(ConnectionError):
