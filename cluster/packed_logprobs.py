@@ -1,7 +1,7 @@
 """`PackedLogprobs`: the log-probabilities of a whole prompt, as columns that are read a row at a time.
 
 A prompt of 8,192 tokens with 20 likeliest each has 172,000 of them, all in one chunk. As objects they would hold up the
-event loop that reads them for 0.3 s; packed they arrive as four strings of bytes, and whoever wants a row makes it.
+event loop that reads them for 0.3 s; packed they arrive as four byte strings, and rows are created when they are read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Wait until the job's Ray cluster (RAY_ADDRESS) has as many live nodes as asked for; exit 1 after two minutes."""
+"""Wait until the job's Ray cluster (RAY_ADDRESS) has the given number of live nodes; exit 1 after two minutes."""
 
 from __future__ import annotations
 

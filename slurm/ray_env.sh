@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by serve.sbatch and ray_node.sh: the environment that every node of the job shares.
-# The file named by TENSORWEAVE_ACTIVATE may use variables that are not set.
+# The file named by TENSORWEAVE_ACTIVATE may use unset variables.
 set +u
 # shellcheck source=/dev/null
 source "$TENSORWEAVE_ACTIVATE"

@@ -7,16 +7,16 @@ umask 077
 # shellcheck source=slurm/ray_env.sh
 source "$TENSORWEAVE_HOME/slurm/ray_env.sh"
 
-# Short, for Ray keeps sockets in it; the node's own, and gone with the job.
+# Short, because Ray keeps sockets in it; local to the node, and removed with the job.
 directory=/tmp/tw-$UID-$SLURM_JOB_ID-$TENSORWEAVE_NODE
-rm -rf "$directory" # of this job before it was queued anew
+rm -rf "$directory" # left by this job before it was requeued
 options=(--block --object-store-memory=$((128 << 20)) --num-cpus="$TENSORWEAVE_CPUS" --disable-usage-stats)
 if [ "$TENSORWEAVE_NODE" -eq 0 ]; then
   options+=(--head --node-ip-address="$TENSORWEAVE_HEAD" --port="$TENSORWEAVE_GCS_PORT" --temp-dir="$directory"
     --include-dashboard=false --ray-client-server-port=$((TENSORWEAVE_GCS_PORT + 10000)))
 else
   options+=(--address="$TENSORWEAVE_HEAD:$TENSORWEAVE_GCS_PORT" --temp-dir="$directory")
-  # The head may need a while: connect once it listens.
+  # Wait until the head listens.
   python - "$TENSORWEAVE_HEAD" "$TENSORWEAVE_GCS_PORT" <<'PYTHON'
 import socket, sys, time
 
@@ -38,7 +38,7 @@ stopping=
 trap 'stopping=1; kill -TERM "$ray" 2>/dev/null || true' TERM INT
 trap 'rm -rf "$directory"' EXIT
 while kill -0 "$ray" 2>/dev/null; do wait "$ray" || true; done
-# Asked to stop is a good end; Ray ending by itself is not, and ends the job where it was the head's.
+# If Ray ends without a request to stop, that is a failure, which ends the job if it was the head.
 [ -z "$stopping" ] || exit 0
 [ "$TENSORWEAVE_NODE" -eq 0 ] || python "$TENSORWEAVE_HOME/slurm/requeue_orphan.py" || true
 exit 1

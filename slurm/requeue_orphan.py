@@ -1,8 +1,8 @@
-"""Queue a job anew that has lost its first node, and with it the batch script; run on another node when Ray ends there.
+"""Requeue a job that has lost its first node, and with it the batch script; runs on another node when its Ray ends.
 
-With `--no-kill`, which lets a job outlive a lost node, Slurm takes the first node out of the job like any other: the
-job stays RUNNING without anybody to serve. Only where Slurm says so is the job queued anew: a node that is merely cut
-off from the first one must not end a service that goes on.
+With `--no-kill`, which lets a job outlive a lost node, Slurm removes the first node from the job like any other: the
+job stays RUNNING without a service. The job is requeued only if Slurm reports this: a node that has merely lost its
+connection to the first one must not end a service that is still running.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 TIMEOUT_S = 900.0
-"""Slurm's own patience with a silent node, SlurmdTimeout, is 300 s by default."""
-LOOK_INTERVAL_S = 5.0
+"""SlurmdTimeout, after which Slurm takes a silent node for lost, is 300 s by default."""
+CHECK_INTERVAL_S = 5.0
 CALL_TIMEOUT_S = 30.0
 
 
@@ -28,12 +28,12 @@ def main(environment: dict[str, str]) -> int:
     address = (environment["TENSORWEAVE_HEAD"], int(environment["TENSORWEAVE_GCS_PORT"]))
     if is_up(address) or not await_loss(lambda: is_orphan(describe(job), first, num_restarts), TIMEOUT_S, time.sleep):
         return 1
-    note(describe(job).get("StdOut", ""), f"job {job} has lost its first node, {first}: it is queued anew")
+    note(describe(job).get("StdOut", ""), f"job {job} has lost its first node, {first}: requeueing it")
     return subprocess.run(["scontrol", "requeue", job], timeout=CALL_TIMEOUT_S).returncode
 
 
 def is_up(address: tuple[str, int]) -> bool:
-    """Whether the head of Ray is there: then only this node's Ray has ended."""
+    """Whether the head of Ray is running; then only this node's Ray has ended."""
     try:
         socket.create_connection(address, timeout=5.0).close()
     except OSError:
@@ -51,12 +51,12 @@ def await_loss(
     while not is_lost():
         if clock() > end_s:
             return False
-        sleep(LOOK_INTERVAL_S)
+        sleep(CHECK_INTERVAL_S)
     return True
 
 
 def describe(job: str) -> dict[str, str]:
-    """What `scontrol show job` says, by key; nothing where Slurm does not answer. NodeList's hosts are expanded."""
+    """The fields of `scontrol show job`; none if Slurm does not answer. The hosts of NodeList are expanded."""
     shown = call("scontrol", "show", "job", "--oneliner", job)
     fields = dict(re.findall(r"(?:^| )(\w+)=(\S*)", shown))
     if "NodeList" in fields:
@@ -65,7 +65,7 @@ def describe(job: str) -> dict[str, str]:
 
 
 def is_orphan(fields: dict[str, str], first: str, num_restarts: int) -> bool:
-    """The job runs, in the life that we know, on nodes among which its first one is not."""
+    """Whether the job is running, without a restart since, on nodes that do not include its first one."""
     return (
         fields.get("JobState") == "RUNNING"
         and int(fields.get("Restarts", "-1")) == num_restarts
@@ -75,7 +75,7 @@ def is_orphan(fields: dict[str, str], first: str, num_restarts: int) -> bool:
 
 
 def note(log: str, line: str) -> None:
-    """Into the job's log: this step's own output went to the first node."""
+    """Write to the job's log, because the output of this step was sent to the first node."""
     try:
         with Path(log).open("a", encoding="utf-8") as file:
             print(line, file=file)

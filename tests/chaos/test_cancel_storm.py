@@ -134,7 +134,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 
 @pytest.fixture(autouse=True)
 def unharmed(pair: Pair) -> Iterator[None]:
-    """What must hold of every storm."""
+    """Checks after every storm."""
     assert not any(value for side in pair.sides for value in side.gauges().values())
     yield
     for side in pair.sides:
@@ -154,7 +154,7 @@ def oracle(prompt: Sequence[int], num_tokens: int) -> list[int]:
 
 
 def prompt_of(number: int, length: int = 40) -> list[int]:
-    """No two share a block."""
+    """Prompts that share no block."""
     return [(number * 31 + place * 7) % 997 if place else number for place in range(length)]
 
 
@@ -213,7 +213,7 @@ def test_hand_off(pair: Pair) -> None:
 
 @pytest.mark.parametrize("decode_first", [True, False], ids=["decode-first", "prefill-first"])
 def test_transfer(pair: Pair, decode_first: bool) -> None:
-    """The prefill gang is held in the middle of its prompts: some blocks have come, others are waited for."""
+    """The prefill gang is held in the middle of its prompts: some blocks have arrived, others are awaited."""
     num_cancelled = wave = 0
     while num_cancelled < NUM_CANCELS:
         pair.hold()

@@ -1,4 +1,4 @@
-"""`tensorweave chaos` over real services of two gangs: nobody notices a fault, or else the tool says so."""
+"""`tensorweave chaos` over real services of two gangs: no client notices a fault, or the tool reports it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole conversations, as a router leads them, with gangs of this process: one that does all, or a prefill and a decode
+"""Whole requests, as a router sends them, with gangs of this process: one that does all, or a prefill and a decode
 gang. What comes of each request is gathered so that two ways can be compared."""
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Ask:
 
 @dataclass
 class Told:
-    """One sequence, as the client has it."""
+    """One sequence, as the client receives it."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -83,14 +83,14 @@ class _Port(LocalLink):
 
 
 class _AlwaysTogether:
-    """Every prompt is handed over, however short."""
+    """A policy that prefills every prompt at another gang, however short."""
 
     def route(self, options: Options) -> Route:
         return Route(options.prefill[0] if options.prefill else None, options.decode[0])
 
 
 def run(asks: Sequence[Ask], tokenizer: Tokenizer, decode: Gang, prefill: Gang | None = None) -> dict[str, Told]:
-    """What is told of every sequence, by "name/index". Sequences of one request follow each other, so that what the
+    """The results of every sequence, by "name/index". Sequences of one request follow each other, so that what the
     later ones find in the caches does not hang on time; nor does whether the prefill gang's share of it is counted."""
 
     async def all_of_them() -> dict[str, Told]:
@@ -140,14 +140,14 @@ async def _tell(dispatcher: Dispatcher, tokenizer: Tokenizer, ask: Ask, index: i
 
 
 async def _settle(ask: Ask, *gangs: Gang | None) -> None:
-    """One that a stop string has ended is cancelled by news: what comes next shall find its blocks in the tree."""
+    """A sequence that a stop string has ended is cancelled. The next one must find its blocks in the tree."""
     for gang in gangs:
         while gang is not None and any(name.startswith(f"{ask.name}-") for name in list(gang.leader._by_id)):
             await asyncio.sleep(0.001)
 
 
 def differences(want: dict[str, Told], got: dict[str, Told], tolerance: float = TOLERANCE) -> list[str]:
-    """In words; none where all is the same, log-probabilities as near as that.
+    """Describe the differences; log-probabilities are compared with a tolerance.
 
     A sequence that a stop string has ended is cancelled while its gang goes on: whether it had come to an end of its
     own by then decides whether the last, partly filled block is kept. So of such requests cached tokens may differ by

@@ -38,7 +38,7 @@ _turns = itertools.count(os.getpid())
 
 
 def write_model(directory: Path) -> Path:
-    """A Llama of two layers that speaks a tokenizer with a chat template."""
+    """A Llama of two layers with a tokenizer and a chat template."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=byte_level().vocab_size,
@@ -97,7 +97,7 @@ def service_environment() -> dict[str, str]:
 
 
 class ServiceProcess:
-    """`tensorweave serve` and the lines it says."""
+    """`tensorweave serve` and the lines of its log."""
 
     def __init__(self, config: Path, *overrides: str) -> None:
         command = [sys.executable, "-m", "tensorweave.cli.main", "serve", "--config", str(config)]
@@ -179,7 +179,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def command_of(process: psutil.Process) -> str:
-    """Its command line; nothing where it has ended."""
+    """The command line of a process; empty if it has ended."""
     try:
         return " ".join(process.cmdline())
     except psutil.NoSuchProcess:
@@ -187,7 +187,7 @@ def command_of(process: psutil.Process) -> str:
 
 
 def wait_until(holds: Callable[[], bool], timeout_s: float, what: str) -> float:
-    """Seconds until `holds()`."""
+    """Wait until `holds()`; return the seconds."""
     started_s = time.monotonic()
     while not holds():
         assert time.monotonic() - started_s < timeout_s, f"not within {timeout_s:g} s: {what}"
@@ -196,7 +196,7 @@ def wait_until(holds: Callable[[], bool], timeout_s: float, what: str) -> float:
 
 
 def get_status(port: int, path: str) -> int | None:
-    """None when nobody answers."""
+    """None if no server answers."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
         connection.request("GET", path)
@@ -208,7 +208,7 @@ def get_status(port: int, path: str) -> int | None:
 
 
 def complete(port: int, max_tokens: int = 4) -> tuple[int, dict[str, Any]]:
-    """Status and body of one completion that runs to its length."""
+    """Status and body of one completion that ends at its length."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_TIMEOUT_S)
     try:
         response = _post(connection, max_tokens)
@@ -224,7 +224,8 @@ def _post(connection: http.client.HTTPConnection, max_tokens: int, **more: Any) 
 
 
 class RunningAnswer:
-    """A streamed completion of so many tokens, read on a thread of its own. Once made, its first token has come."""
+    """A streamed completion of so many tokens, read on a thread of its own. The first token has arrived once the
+    constructor returns."""
 
     def __init__(self, port: int, max_tokens: int) -> None:
         self._has_begun = threading.Event()
@@ -260,7 +261,7 @@ class RunningAnswer:
 
 
 def num_generated(answer: tuple[int, dict[str, Any]]) -> int:
-    """Tokens of an answer of `complete`, which must be a good one."""
+    """The tokens of an answer of `complete`, which must have succeeded."""
     status, body = answer
     assert status == 200, body
     return int(body["usage"]["completion_tokens"])

@@ -5,7 +5,7 @@
 #
 # It submits a service with a gang of two ranks, one a host, asks it a question, drains it while a request runs, submits another and
 # cancels that one plainly, and checks each time that nothing is left. A service of two gangs then loses a host and goes on, is queued
-# anew, loses its first host and is queued anew by Slurm; a heterogeneous job serves over both of its components. Everything that it
+# anew, loses its first host and is requeued by Slurm; a heterogeneous job serves over both of its components. Everything that it
 # started is gone when it ends. PART: one of the functions under "what is tried".
 set -euo pipefail
 
@@ -252,9 +252,9 @@ survives_a_lost_host() {
   raise_host 2
   until_true 60 "two nodes up" bash -c '! sinfo -h -o %T | grep -q down'
   scontrol requeue "$job"
-  until_true 180 "job $job, queued anew, is ready" has_said "$job" 'ready: ' 2
+  until_true 180 "job $job, requeued, is ready" has_said "$job" 'ready: ' 2
   until_true 60 "ranks on both hosts" serves_on 2
-  say "job $job was queued anew and serves on two hosts"
+  say "job $job was requeued and serves on two hosts"
   scancel --batch --signal=TERM "$job"
   until_true 60 "job $job ends after its drain" has_ended "$job"
   check_left
@@ -265,11 +265,11 @@ is_queued_anew_without_its_first_host() {
   run_until_ready
   lose_host 1
   until_true 120 "Slurm has noticed" is_down twh1
-  until_true 150 "job $job is queued anew" has_said "$job" 'is queued anew' 1
+  until_true 150 "job $job is requeued" has_said "$job" 'requeueing it' 1
   raise_host 1
   until_true 240 "job $job, whose first host was lost, is ready" has_said "$job" 'ready: ' 2
   answers || die "no answer"
-  say "job $job lost its first host, was queued anew, and serves"
+  say "job $job lost its first host, was requeued, and serves"
   scancel --batch --signal=TERM "$job"
   until_true 60 "job $job ends after its drain" has_ended "$job"
   check_left

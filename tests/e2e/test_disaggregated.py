@@ -1,4 +1,4 @@
-"""Prefill and decode gangs on a private Ray: the tokens of one engine, whatever is lost on the way."""
+"""Prefill and decode gangs on a private Ray: the tokens of one engine, whatever fails."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def run(body: Callable[[], Awaitable[None]], timeout_s: float = 300.0) -> None:
 
 
 async def pools_of(fleet: WatchedFleet) -> list[dict[str, Any]]:
-    """As the supervisor describes them, even where it is slow to."""
+    """The supervisor's description of the pools; waits if it is slow."""
     async with asyncio.timeout(WAIT_S):
         while True:
             with contextlib.suppress(NotReady):
@@ -156,7 +156,7 @@ async def pids_of(fleet: WatchedFleet, role: Role) -> list[int]:
 
 
 async def gauges_of(fleet: WatchedFleet, role: Role) -> dict[str, float]:
-    """Of the first rank of the first gang, as its last heartbeat told them."""
+    """The gauges of the first rank of the first gang, from its last heartbeat."""
     for pool in await pools_of(fleet):
         if pool["role"] == role:
             gauges: dict[str, float] = pool["gangs"][0]["ranks"][0]["gauges"]
@@ -166,7 +166,7 @@ async def gauges_of(fleet: WatchedFleet, role: Role) -> dict[str, float]:
 
 @dataclass
 class Running:
-    """A request on its way, and the tokens that have come so far."""
+    """A running request, and the tokens received so far."""
 
     dispatcher: Dispatcher
     request: GenerateRequest
@@ -235,7 +235,7 @@ def are_leases_over(gauges: dict[str, float], num_computed: int) -> bool:
 
 
 def start_all(dispatcher: Dispatcher, requests: Sequence[GenerateRequest], name: str) -> list[Running]:
-    """Each as itself, with no cache of another name's."""
+    """Every request with a cache of its own."""
     return [
         Running(dispatcher, replace(request, request_id=f"{request.request_id}-{name}", cache_salt=name))
         for request in requests
@@ -325,7 +325,7 @@ def test_another_router_resumes_requests_of_a_lost_one(setup: Setup) -> None:
 
 
 def break_links(fleet: WatchedFleet) -> None:
-    """As when its process is killed: the connections end, and nothing is cancelled."""
+    """Close the connections without cancelling anything, as when the process is killed."""
     for link in fleet.links("prefill"):
         link.close()
     for link in fleet.links("decode"):

@@ -104,7 +104,7 @@ async def _generate(
 async def _begin(
     fleet: WatchedFleet, request_id: str, num_tokens: int, prompt: Sequence[int] = PROMPT
 ) -> asyncio.Task[list[int]]:
-    """The same, as soon as the first token is here."""
+    """The same, once the first token has arrived."""
     has_begun = asyncio.Event()
     running = asyncio.create_task(_generate(fleet, request_id, num_tokens, prompt, has_begun))
     begun = asyncio.create_task(has_begun.wait())
@@ -137,7 +137,7 @@ def _wait_gone(pids: Sequence[int]) -> None:
 
 
 def _processes(pid: int) -> list[psutil.Process]:
-    """The process, if there is one."""
+    """The process, or None."""
     try:
         return [psutil.Process(pid)]
     except psutil.NoSuchProcess:

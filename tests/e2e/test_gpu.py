@@ -63,7 +63,7 @@ def gauges_of(url: str, role: str) -> tuple[int, dict[str, float]]:
 
 
 def num_blocks(url: str) -> float:
-    """What the decode gang has fetched, as its last heartbeat told it."""
+    """What the decode gang has fetched, from its last heartbeat."""
     _, gauges = gauges_of(url, "decode")
     return gauges.get("kv_transfer_blocks_total", 0.0)
 

@@ -1,5 +1,5 @@
-"""`deploy.service.run` as a process: both doors answer, a dead router comes back at its port, the end leaves nothing,
-and every start that must fail says why."""
+"""`deploy.service.run` as a process: both front ends answer, a dead router comes back at its port, the end leaves
+nothing, and every start that must fail says why."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_service_from_start_to_drain(service: tuple[ServiceProcess, int, int],
 
 
 class Code:
-    """Unpickled, it runs: the mark is there."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self._mark = mark
@@ -141,7 +141,7 @@ def refuses_pickles(family: list[psutil.Process], mark: Path) -> None:
 
 
 def send_pickle(port: int, value: object) -> grpc.StatusCode | None:
-    """What the server at `port` says of a call in Serve's own protocol."""
+    """The answer of the server at `port` to a call in Serve's own protocol."""
     request = serve_pb2.ASGIRequest(pickled_request_metadata=pickle.dumps(value), request_args=b"")
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         try:
@@ -177,7 +177,7 @@ def request_ids(port: int, given: str) -> list[str] | None:
 
 
 def is_turned_away(port: int) -> bool:
-    """A new request is told that it comes too late; False where nobody is there any more."""
+    """Whether a new request is refused; False if no server answers."""
     try:
         status, refusal = complete(port)
     except (OSError, http.client.HTTPException):

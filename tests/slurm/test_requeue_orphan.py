@@ -1,4 +1,4 @@
-"""When a job is queued anew that has lost its first node."""
+"""When a job that has lost its first node is requeued."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOST = {"JobState": "RUNNING", "Restarts": "0", "NodeList": "n2,n3"}
         ({**LOST, "JobState": "PENDING"}, False),
         ({}, False),
     ],
-    ids=["first node lost", "first node there", "no nodes", "another life", "queued anew already", "Slurm is silent"],
+    ids=["first node lost", "first node there", "no nodes", "restarted", "requeued already", "Slurm is silent"],
 )
 def test_an_orphan_is_a_running_job_without_its_first_node(fields: dict[str, str], is_orphan: bool) -> None:
     assert SCRIPT["is_orphan"](fields, "n1", 0) is is_orphan

@@ -162,9 +162,9 @@ def test_a_lost_node_ends_nothing(make_job: Callable[..., Job]) -> None:
     job = make_job(SLURM_JOB_NODELIST="n1,n2,n3")
     job.start()
     job.lose("n2")
-    job.until(lambda: "node n2 has left; the service goes on without it" in job.said(), "the loss is told")
+    job.until(lambda: "node n2 has left; the service continues without it" in job.said(), "the loss is reported")
     job.lose("n3")
-    job.until(lambda: "node n3 has left" in job.said(), "the loss is told")
+    job.until(lambda: "node n3 has left" in job.said(), "the loss is reported")
     assert (job.records / "serve").exists()
     job.drain()
     assert job.wait() == 0
