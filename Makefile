@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install serve chat test lint types shell lines pytest quick bench clean
+.PHONY: help install serve chat test lint types shell lines pytest quick coverage bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -63,14 +63,17 @@ lint: install ## Format, lint, types, shell scripts
 lines: install
 	@$(BIN)/python .ci/line_table.py
 
-# Where Python has sys.monitoring (3.12), coverage uses it: it costs less than tracing.
-pytest: export COVERAGE_CORE ?= $(shell $(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')
 pytest: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=
-	@$(BIN)/python .ci/coverage_table.py
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 quick: install ## The tests that start no service and no real model: less than two minutes on two free cores
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not slow and not model'
+
+# Where Python has sys.monitoring (3.12), coverage uses it: it costs less than tracing.
+coverage: export COVERAGE_CORE ?= $(shell $(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')
+coverage: install ## Lines that the unit tests run, by room
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not slow and not model and not hypothesis' -q --cov --cov-report=
+	@$(BIN)/python .ci/coverage_table.py
 
 bench: install ## Throughput, latency and step overhead of the small model, as JSON in build/bench
 	$(BIN)/tensorweave bench overhead --json build/bench/overhead.json

@@ -1,4 +1,4 @@
-"""Prints which share of each room's lines the last `make pytest` ran, from the data that pytest-cov has left."""
+"""Prints which share of each room's lines `make coverage` has run, from the data that pytest-cov has left."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 from coverage import Coverage
 from line_table import ROOMS
 
-WHAT = "lines run by the tests that are not marked slow or model, within pytest's processes (the others are not traced)"
+WHAT = "lines run in the processes of pytest by the unit tests: none marked slow or model, none of Hypothesis"
 
 
 def main() -> None:

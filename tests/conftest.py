@@ -2,7 +2,7 @@
 
 Hypothesis draws the same examples every time, with no limit on how long one takes; `pytest --hypothesis-profile=search`
 draws new ones. Ray does not kill our processes where others fill the machine's memory. Tests of whole services are
-slow, and coverage is measured without the slow tests.
+slow.
 """
 
 from __future__ import annotations
@@ -36,5 +36,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(folder in item.path.parents for folder in WHOLE_SERVICES):
             item.add_marker(pytest.mark.slow)
-        if any(item.get_closest_marker(name) for name in ("slow", "model")):
-            item.add_marker(pytest.mark.no_cover)  # pytest-cov pauses for it: tracing would make these tests slower
