@@ -1,5 +1,7 @@
-"""Builds an executor from `TorchLlmArgs`: engine, KV manager, schedulers and decoder put together. Called by ranks and
-by the LLM class."""
+"""Builds an executor from `TorchLlmArgs`: engine, KV manager, scheduler, decoder and KV transfers.
+
+Called by the ranks of a gang and by the LLM class.
+"""
 
 from __future__ import annotations
 
@@ -48,19 +50,20 @@ def build_executor(
     num_ranks_here: int = 1,
     event_buffer_size: int = 0,
 ) -> PyExecutor:
-    """Load this rank's share of the model and put the executor around it; not started.
+    """Load this rank's share of the model and build the executor around it; it is not started.
 
     Args:
-        transfer_host: the address of this rank's host where other gangs pull KV from it, if `args` asks for transfer.
-        transfer_secret: opens this gang's KV endpoints; the same on all its ranks.
+        transfer_host: the address of this rank's host from which other gangs fetch KV, if `args` asks for transfers.
+        transfer_secret: what other gangs must send to this gang's KV endpoints; the same on all its ranks.
         num_ranks_here: ranks of this gang that share this host's memory.
-        event_buffer_size: KV events that are kept until somebody takes them.
+        event_buffer_size: KV events that are kept until they are read.
 
-    With `args.cache_transceiver_config` set, `executor.kv_endpoint` says where this rank gives its KV away and
-    `executor.kv_fingerprint` what a taker must have alike; a gang's `KvSource` is made of them, in rank order.
+    With `args.cache_transceiver_config` set, `executor.kv_endpoint` is the address from which this rank's KV is
+    fetched, and `executor.kv_fingerprint` what the fetching gang must have in common with this one. A gang's `KvSource`
+    is made of them, in rank order.
 
     Raises:
-        ValueError: the arguments or the model's files are wrong; the message names what.
+        ValueError: the arguments or the model's files are wrong; the message names which.
     """
     engine = _load_engine(args, comm, num_ranks_here)
     kv_cache = _make_kv_cache(args, engine.info, event_buffer_size)
@@ -93,7 +96,7 @@ def build_executor(
 
 
 def _make_kv_cache(args: TorchLlmArgs, info: ModelInfo, event_buffer_size: int) -> Any:
-    """Ours, or the user's class, which takes the same arguments."""
+    """A KV cache manager: ours, or of the user's class, which takes the same arguments."""
     kv_class = _load_class(args.kv_cache_manager, "kv_cache_manager", KVCacheManager)
     return kv_class(
         num_blocks=info.num_blocks,
@@ -105,7 +108,7 @@ def _make_kv_cache(args: TorchLlmArgs, info: ModelInfo, event_buffer_size: int) 
 
 
 def _make_scheduler(args: TorchLlmArgs, kv_cache: Any) -> Any:
-    """Ours, or the user's class, which takes the same arguments."""
+    """A scheduler: ours, or of the user's class, which takes the same arguments."""
     scheduler_class = _load_class(args.scheduler, "scheduler", SimpleScheduler)
     return scheduler_class(
         kv_cache,
@@ -128,8 +131,8 @@ def build_transfers(
     host: str,
     secret: str,
 ) -> KvTransfers:
-    """One rank's KV exchange; every rank of the gang calls it. `model` names the weights, `num_heads` counts the
-    model's KV heads over all ranks."""
+    """Make one rank's KV transfers; every rank of the gang calls it. `model` identifies the weights, `num_heads` is the
+    number of the model's KV heads over all ranks."""
     if not secret:
         raise ValueError("cache_transceiver_config is set, but no secret was given for the gang's KV endpoints")
     window = PoolWindow(pool)
@@ -148,7 +151,7 @@ def build_transfers(
 
 
 def check_model(args: TorchLlmArgs) -> None:
-    """Raises ValueError for a model that will not run, as far as its configuration tells; nothing large is read."""
+    """Raises ValueError if the model's configuration shows that it cannot run. Its weights are not read."""
     path = resolve_model(args.model, revision=args.revision)
     load_sampling_defaults(path, args.generation_config)
     refuse_adapters(path)
@@ -165,14 +168,14 @@ def check_model(args: TorchLlmArgs) -> None:
 
 def _load_engine(args: TorchLlmArgs, comm: Comm, num_ranks_here: int) -> PyTorchModelEngine | AutodeployEngine:
     if args.backend == "_autodeploy":
-        from tensorweave.workers.autodeploy.loader import load_autodeploy  # imports transformers: seconds
+        from tensorweave.workers.autodeploy.loader import load_autodeploy  # imports transformers, which takes seconds
 
         return load_autodeploy(args, comm)
     return load_engine(args, comm, num_ranks_here)
 
 
 def _kv_identity(args: TorchLlmArgs, path: Path, engine: PyTorchModelEngine | AutodeployEngine) -> tuple[str, int]:
-    """By what gangs that exchange KV know the model, and its KV heads over all ranks."""
+    """What gangs that exchange KV compare: a digest of the model, and its number of KV heads over all ranks."""
     digest = model_digest(path, args.load_format)
     if args.backend == "_autodeploy":
         return f"{digest} by transformers", engine.pool.cache.shape[2] // 2
@@ -180,7 +183,7 @@ def _kv_identity(args: TorchLlmArgs, path: Path, engine: PyTorchModelEngine | Au
 
 
 def _load_class(path: str | None, knob: str, default: type[Any]) -> type[Any]:
-    """The class at 'package.module:Class', or the default where no path is given."""
+    """The class at 'package.module:Class', or the default if no path is given."""
     if path is None:
         return default
     module_name, _, class_name = path.partition(":")

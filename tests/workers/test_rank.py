@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from concurrent.futures import Future
 from typing import Any, cast
 
@@ -17,7 +16,6 @@ from tensorweave.cluster.ranks import RankOrder, RankReport, describe_phases
 from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.fakes.fake_executor import FakeExecutor
 from tensorweave.workers.gang.comm import Comm
-from tensorweave.workers.gang.reachability import await_reachable
 from tensorweave.workers.rank import RankWorker
 from tests.workers.rank_orders import make_order
 
@@ -69,16 +67,6 @@ def test_a_heartbeat_before_the_loop_starts_is_no_fault() -> None:
         await worker.stop()
 
     asyncio.run(body())
-
-
-def test_a_host_that_cannot_be_reached_is_named_with_who_waits_for_it() -> None:
-    with socket.socket() as unheard:
-        unheard.bind(("127.0.0.1", 0))  # nobody listens there
-        port = unheard.getsockname()[1]
-        with pytest.raises(WorkerLost, match=rf"rank 1 on h2 cannot reach rank 0 at 127.0.0.1:{port} \(.*refused.*\)"):
-            await_reachable("127.0.0.1", port, 0.2, who="rank 1 on h2", whom="rank 0")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        await_reachable("127.0.0.1", server.getsockname()[1], 60.0, who="rank 1", whom="rank 0")
 
 
 class UnreachableLeader:

@@ -1,7 +1,7 @@
-"""Our paged attention under transformers' models: the function that they call in every layer, and who answers it.
+"""Paged attention inside transformers' models: the function that they call in every layer.
 
-transformers knows one function by the name `IMPLEMENTATION`; what it does depends on who runs the model: a `Survey`, to
-learn the layers, or a `PagedStep`. What we would compute wrongly is refused by name.
+It is registered with transformers under the name `IMPLEMENTATION` and calls the runner that is set meanwhile: a
+`Survey`, which records what layers there are, or a `PagedStep`. What would be computed wrongly is refused by name.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tensorweave.kernels.attention.backend import AttentionPlan
 # T tokens, N query heads, K KV heads, H head dim, C = 2 K planes of a block, B blocks, P tokens a block
 
 IMPLEMENTATION: Final = "tensorweave_paged"
-# Options that change nothing of what we compute: positions are in the keys already, and nothing is dropped here.
+# Options that change nothing here: keys have their positions already, and there is no dropout.
 _IGNORED: Final = frozenset({"dropout", "position_ids", "position_embeddings", "cache_position", "sliding_window"})
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What a layer's attention is. `window`: positions that each token looks back, itself included; None: all."""
+    """Attention of one layer. `window`: positions that a token attends to, its own included; None: all before it."""
 
     num_heads: int
     num_kv_heads: int
@@ -48,13 +48,13 @@ _RUNNER: ContextVar[_Runner] = ContextVar("tensorweave_paged_runner")
 
 
 def register() -> None:
-    """Make `attn_implementation=IMPLEMENTATION` known to transformers; again does no harm."""
+    """Make `attn_implementation=IMPLEMENTATION` known to transformers. Calling it again changes nothing."""
     AttentionInterface.register(IMPLEMENTATION, _attend)
 
 
 @contextlib.contextmanager
 def attending(runner: _Runner) -> Iterator[None]:
-    """Models run in this thread are answered by `runner`."""
+    """Inside the block, models that this thread runs call `runner`."""
     token = _RUNNER.set(runner)
     try:
         yield
@@ -69,7 +69,7 @@ def _attend(
 
 
 class Survey:
-    """Answers one pass over one token, where attention gives the value itself, and notes each layer."""
+    """Records every layer in a pass over one token, for which attention returns the value itself."""
 
     def __init__(self, model_name: str) -> None:
         self._model_name = model_name
@@ -91,7 +91,7 @@ class Survey:
         return value_1KTH.repeat_interleave(N // K, dim=1).transpose(1, 2)
 
     def layers(self, expected: int) -> tuple[Layer, ...]:
-        """Raises ValueError unless all `expected` layers attend, with KV of one shape."""
+        """Return the layers. Raises ValueError unless all `expected` ones have attention, with KV of one shape."""
         if sorted(self._layers) != list(range(expected)):
             raise self._refusal(f"has {expected} layers, of which {len(self._layers)} have attention that can be paged")
         layers = tuple(self._layers[i] for i in range(expected))
@@ -114,7 +114,7 @@ class Survey:
 
 
 class PagedStep:
-    """One step of a packed batch: keys and values go into their slots, queries read the cache."""
+    """One step of a packed batch: keys and values are written to their slots, queries read the cache."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""A causal language model of transformers', built with our attention in it; what cannot run so is refused by name."""
+"""Builds a causal language model of transformers with paged attention in it; what cannot run so is refused by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DTYPES: Final = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True)
 class CausalLmConfig:
-    """transformers' own configuration of the whole model, and of its text part."""
+    """transformers' own configuration: of the whole model, and of its text part."""
 
     whole: Any
     text: Any
@@ -37,7 +37,8 @@ class CausalLmConfig:
         return name if name in _DTYPES else "float32"
 
     def max_seq_len(self, wanted: int | None) -> int:
-        """Within the positions that the model has; those whose rotation does not depend on a batch's longest."""
+        """The longest sequence: within the model's positions, and where no rotation depends on a batch's longest
+        sequence."""
         limit = getattr(self.text, "max_position_embeddings", None) or wanted
         if limit is None:
             raise ValueError(f"{self.name}: config.json has no max_position_embeddings; give max_seq_len")
@@ -49,7 +50,7 @@ class CausalLmConfig:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Of the whole and of the text part, which may differ."""
+        """Those of the whole and of the text part together."""
         found: list[int] = []
         for ids in (self.whole.eos_token_id, self.text.eos_token_id):
             found += ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]
@@ -61,7 +62,7 @@ class CausalLmConfig:
 
 
 def read_causal_lm_config(path: Path) -> CausalLmConfig:
-    """Raises ValueError, naming the architecture, where it can be seen from config.json that it does not run."""
+    """Raises ValueError, which names the architecture, if config.json shows that it cannot run."""
     if EngineManifest.read(path) is not None:
         raise ValueError(f"{path} is an engine directory; backend '_autodeploy' needs a checkpoint")
     refuse_adapters(path)
@@ -96,10 +97,10 @@ def read_causal_lm_config(path: Path) -> CausalLmConfig:
 def load_causal_lm(
     path: Path, config: CausalLmConfig, load_format: str, dtype: torch.dtype, device: torch.device
 ) -> Any:
-    """The model in evaluation mode, from safetensors, or with seeded random weights for 'dummy'.
+    """Build the model in evaluation mode from safetensors or, for 'dummy', with seeded random weights.
 
     Raises:
-        ValueError: the checkpoint is not the model's.
+        ValueError: the checkpoint cannot be loaded, or its tensors are not exactly the model's.
     """
     register()
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": IMPLEMENTATION}

@@ -1,4 +1,4 @@
-"""`AutodeployEngine`: a step of any causal language model of transformers' over the paged KV pool."""
+"""`AutodeployEngine`: steps of any causal language model of transformers over the paged KV pool."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tensorweave.workers.step.resources import ResourceManager
 
 
 class AutodeployEngine:
-    """A `ModelEngine`. The batch is one row of tokens to the model, with their positions given."""
+    """A `ModelEngine`. To the model, the batch is one row of tokens whose positions are given."""
 
     def __init__(self, model: Any, layers: Sequence[Layer], pool: KVPool, info: ModelInfo) -> None:
         self.info = info

@@ -1,5 +1,5 @@
-"""From `TorchLlmArgs` to an `AutodeployEngine`: the model is built, surveyed, given a KV pool, and tried once against
-transformers' own attention before it answers anybody."""
+"""From `TorchLlmArgs` to an `AutodeployEngine`: the model is built, its layers are recorded, it gets a KV pool, and its
+logits are compared once with those of transformers' own attention."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from tensorweave.workers.store.model_store import resolve_model
 
 _TRIAL_TOKENS: Final = (41, 7)
 _TRIAL_BLOCK: Final = 8
-# Of the logits' norm. A wrong position, mask or scale gives about 1.
+# As a fraction of the logits' norm. A wrong position, mask or scale gives about 1.
 _TRIAL_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
 
 
 def load_autodeploy(args: TorchLlmArgs, comm: Comm) -> AutodeployEngine:
-    """Load `args.model` on the one rank there is.
+    """Load `args.model` on one rank.
 
     Raises:
         ValueError: the model does not run on this backend, or its files or the arguments are wrong.
@@ -70,7 +70,7 @@ def load_autodeploy(args: TorchLlmArgs, comm: Comm) -> AutodeployEngine:
 
 
 def _check_weights(path: Path, args: TorchLlmArgs, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ValueError where there is no memory for them. Of a model without safetensors nothing is known before."""
+    """Raises ValueError if they do not fit in memory. For a model without safetensors nothing is known yet."""
     if args.load_format == "dummy" or not any(path.glob("*.safetensors")):
         return
     with SafetensorsDirectory(path) as source:
@@ -79,7 +79,7 @@ def _check_weights(path: Path, args: TorchLlmArgs, dtype: torch.dtype, device: t
 
 
 def _survey(model: Any, config: CausalLmConfig, device: torch.device) -> tuple[tuple[Layer, ...], int]:
-    """The layers, and the size of the vocabulary that logits have."""
+    """Return the layers, and the size of the vocabulary according to the logits."""
     survey, one = Survey(config.name), torch.zeros(1, 1, dtype=torch.int64, device=device)
     with torch.no_grad(), attending(survey):
         logits = model(input_ids=one, position_ids=one, use_cache=False).logits
@@ -114,9 +114,10 @@ def _try_out(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Two prompts in one batch, one of them in two parts, must give the logits of transformers' own attention.
+    """Compute two prompts in one batch, one of them in two chunks. Raises ValueError unless the logits are those of
+    transformers' own attention.
 
-    Catches what no configuration tells: models that ignore positions, or mix tokens other than by attention.
+    This finds what no configuration tells: models that ignore positions, or that mix tokens other than by attention.
     """
     generator = torch.Generator().manual_seed(0)
     lengths = [min(length, info.max_seq_len) for length in _TRIAL_TOKENS]
@@ -141,7 +142,7 @@ def _try_out(
 
 
 def _batch(parts: list[tuple[list[int], int, list[int]]]) -> PackedBatch:
-    """Of (tokens, first position, blocks)."""
+    """`parts` are (tokens, first position, blocks)."""
     packed = PackedBatch()
     for tokens, start, blocks in parts:
         positions = range(start, start + len(tokens))

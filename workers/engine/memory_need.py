@@ -1,7 +1,7 @@
-"""What a rank will need of memory, told from the model's configuration before any weight is read; is it there?
+"""`MemoryNeed`: the memory that a rank will need, computed from the model's configuration before any weight is read.
 
-A lower bound: what is refused here would have been killed while it loads. `workers/engine/pool_size.py` counts exactly,
-once the weights are there.
+It is a lower bound: what is refused here would have been killed while loading. `pool_size` counts exactly, once the
+weights are loaded.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from tensorweave.workers.models.config import ModelConfig
 
 _GIB: Final = 1 << 30
 _NARROWED: Final = 2
-"""Bytes of a number that came from bfloat16 and is kept so by the native kernels, although it computes in float32."""
+"""Bytes of a number that came from bfloat16: the native kernels keep it so, although they compute in float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryNeed:
-    """Bytes of one rank; `kv_tokens` is what the cache was asked to hold, if anything."""
+    """Bytes of one rank. `kv_tokens` is the number of tokens that the cache was asked to hold, if it was."""
 
     weights: int
     kv_cache: int
@@ -38,8 +38,7 @@ class MemoryNeed:
         return self.weights + self.kv_cache + self.activations
 
     def check(self, memory: HostMemory, num_ranks: int, where: str) -> None:
-        """`num_ranks` of them load at a time from `memory`, which is that of `where`. Raises ValueError where they
-        cannot."""
+        """Raises ValueError if `memory` cannot hold `num_ranks` such ranks; `where` names it in the message."""
         if self.total * num_ranks <= memory.available:
             return
         limit = "" if memory.limited_by is None else f" ({memory.limited_by})"
@@ -60,7 +59,11 @@ class MemoryNeed:
 
 
 def check_memory(need: MemoryNeed, device: torch.device, num_ranks_here: int) -> None:
-    """On a GPU, which a rank has for itself, what is free there; else what the host has left for all its ranks."""
+    """Compare with the free memory of the rank's GPU, or with that of the host, which `num_ranks_here` ranks share.
+
+    Raises:
+        ValueError: the need does not fit; the message has both figures.
+    """
     if device.type == "cuda":
         need.check(HostMemory(torch.cuda.mem_get_info(device)[0]), 1, f"on GPU {device.index or 0}")
     else:
@@ -68,7 +71,7 @@ def check_memory(need: MemoryNeed, device: torch.device, num_ranks_here: int) ->
 
 
 def kv_bytes(kv: KvCacheConfig, block_bytes: int) -> int:
-    """Of the cache that is asked for; of one block where it takes what is left."""
+    """Bytes of the cache that is asked for, or of one block if the cache takes the memory that is left."""
     return block_bytes * (1 if kv.max_tokens is None else -(-kv.max_tokens // kv.tokens_per_block))
 
 
@@ -80,7 +83,7 @@ def rank_weight_bytes(config: ModelConfig, place: MeshRank, dtype: torch.dtype) 
 
 
 def checkpoint_bytes(shapes: Shapes, dtype: torch.dtype) -> int:
-    """Of all tensors, in that dtype: for a model that one rank holds whole."""
+    """Bytes of all tensors in `dtype`: for a model that one rank holds whole."""
     return sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
 
 

@@ -1,4 +1,4 @@
-"""How many KV blocks a rank has room for."""
+"""Counts the KV blocks for which a rank has memory, once its weights are loaded."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _GIB = 1 << 30
 
 
 def count_blocks(kv: KvCacheConfig, block_bytes: int, device: torch.device, activation_bytes: int) -> int:
-    """`max_tokens` where given, else what the configured share of memory holds.
+    """As many as `max_tokens` needs if it is given, else as many as the configured fraction of memory holds.
 
     Args:
-        activation_bytes: what a step takes besides, on a GPU.
+        activation_bytes: left free for a step's temporaries, on a GPU.
 
     Raises:
-        ValueError: there is no room for it; the message says for how much there is.
+        ValueError: they do not fit; the message says how many tokens would.
     """
     memory = _free_memory(kv, device, activation_bytes)
     if kv.max_tokens is None:
@@ -41,7 +41,7 @@ def count_blocks(kv: KvCacheConfig, block_bytes: int, device: torch.device, acti
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """Bytes that this rank's KV cache may take, and all that is free."""
+    """`share` is what this rank's KV cache may take of the bytes that are `free`."""
 
     share: int
     free: int

@@ -1,7 +1,8 @@
-"""Digests of an engine directory's bytes, taken while they are in the cache, so that all that is loaded can be checked.
+"""Digests of an engine directory's bytes, computed while they are in the CPU's cache, so that every byte is checked.
 
-BLAKE2b over multilinear hashes, those of KV blocks (kernels/blocks/digest.py), of pieces of 256 KiB: a piece with one
-changed word always has another. Against damage, not against an enemy, who would write a manifest that fits.
+BLAKE2b over multilinear hashes of pieces of 256 KiB, the same hashes as those of KV blocks (kernels/blocks/digest.py):
+one changed word always changes its piece's hash. They detect damage, not tampering: whoever can write the files can
+write a manifest that fits them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.blocks.operations import choose_block_operations
+from tensorweave.kernels.blocks.digest import digest_block_numpy, digest_blocks_native
 
 Bytes = npt.NDArray[np.uint8]
 LENGTH_BYTES: Final = 8
@@ -46,14 +47,14 @@ def digest_file(file: Path) -> str:
 
 
 def digest_header(file: Path) -> str:
-    """Of a safetensors file's first part, which holds shapes, places and (here) digests of its tensors."""
+    """Digest of a safetensors file's header, which has shapes, offsets and (in ours) digests of its tensors."""
     with file.open("rb", buffering=0) as source:
         header_bytes = int.from_bytes(source.read(LENGTH_BYTES), "little")
         return _digest_start(source.fileno(), min(file.stat().st_size, LENGTH_BYTES + header_bytes))
 
 
 def read_bytes(fileno: int, offset: int, target: Bytes, pool: Executor | None) -> str:
-    """Fill `target` with what is at `offset`, runs of it at once where there is a pool; its digest."""
+    """Fill `target` with the bytes at `offset`, in parallel if there is a pool. Return their digest."""
     starts = range(0, target.size, _RUN_BYTES)
     runs = [target[start : start + _RUN_BYTES] for start in starts]
     offsets = [offset + start for start in starts]
@@ -69,7 +70,7 @@ def _digest_start(fileno: int, size: int) -> str:
 
 
 def _read_run(fileno: int, offset: int, run: Bytes) -> bytes:
-    """Its hashes."""
+    """Fill `run` with the bytes at `offset`. Return their hashes."""
     _fill(fileno, offset, run)
     return _hash_pieces(run)
 
@@ -84,7 +85,7 @@ def _fill(fileno: int, offset: int, run: Bytes) -> None:
 
 
 def _hash_pieces(data: Bytes) -> bytes:
-    """As if each piece were a KV block of one layer and head; zeros follow the last."""
+    """Each piece is hashed as a KV block of one layer and head; the last one is padded with zeros."""
     num_whole = data.size // _PIECE_BYTES
     if data.size % _PIECE_BYTES:
         last = np.zeros(_PIECE_BYTES, np.uint8)
@@ -98,7 +99,9 @@ def _hash_whole(data: Bytes) -> bytes:
     if not num_pieces:
         return b""
     blocks = torch.from_numpy(data).view(torch.int64).view(1, num_pieces, 2, 1, _SIDE, _SIDE)
-    hashes = choose_block_operations(blocks).digest(blocks, range(num_pieces), [_SIDE] * num_pieces)
+    hashes = digest_blocks_native(blocks, range(num_pieces), [_SIDE] * num_pieces)
+    if hashes is None:
+        hashes = torch.cat([digest_block_numpy(blocks[:, i], _SIDE) for i in range(num_pieces)])
     return hashes.numpy().tobytes()
 
 

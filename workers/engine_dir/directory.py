@@ -1,8 +1,7 @@
-"""Engine directories: a model made ready to run, split for the ranks of one tensor-parallel size, in one dtype.
+"""Engine directories: models prepared for loading, divided among the ranks of one tensor-parallel size, in one dtype.
 
-`save_engine_dir` makes one from a checkpoint; `load_engine` finds one by its manifest, and each rank reads its own file
-alone, into the place and order where the kernels want it. Nothing is converted; everything that is read is checked
-against the manifest first.
+`save_engine_dir` makes one from a checkpoint. `load_engine` recognizes one by its manifest; each rank reads only its
+own file, in the order that its kernels use, and converts nothing. All that is read is checked against the manifest.
 """
 
 from __future__ import annotations
@@ -39,16 +38,17 @@ _LEFT: Final = frozenset({"model.safetensors.index.json", "conversion.json"})
 
 
 def save_engine_dir(source: Path, out: Path, *, tensor_parallel_size: int, dtype: str) -> None:
-    """Make the engine directory `out` from the model directory `source`, rank after rank, in a rank's share of memory.
+    """Make the engine directory `out` from the model directory `source`, one rank after the other, which needs the
+    memory of one rank's share.
 
-    It appears whole or not at all. A source that is an engine directory itself is copied if it fits.
+    `out` appears complete or not at all. If `source` is an engine directory itself, it is copied if it fits.
 
     Args:
-        tensor_parallel_size: the one size with which it can be loaded.
-        dtype: the one type in which it can be loaded; 'auto' is what loading `source` on this machine would take.
+        tensor_parallel_size: the only size with which it can be loaded.
+        dtype: the only type in which it can be loaded; 'auto' is the type in which this machine would load `source`.
 
     Raises:
-        ValueError: `out` is there already and not empty, or `source` cannot be loaded so.
+        ValueError: `out` exists and is not empty, or `source` cannot be loaded with these arguments.
     """
     if tensor_parallel_size < 1:
         raise ValueError(f"tensor_parallel_size is {tensor_parallel_size}, must be at least 1")
@@ -64,10 +64,10 @@ def save_engine_dir(source: Path, out: Path, *, tensor_parallel_size: int, dtype
 
 
 def check_engine_dir(directory: Path, place: MeshRank, dtype: str) -> EngineManifest | None:
-    """The manifest; None: not an engine directory.
+    """Return the manifest, or None if `directory` is not an engine directory.
 
     Raises:
-        ValueError: it does not fit what is asked, or what this rank reads of it is damaged; the message names which.
+        ValueError: it was saved for another size or dtype, or a file that this rank reads is damaged.
     """
     manifest = EngineManifest.read(directory)
     if manifest is not None:
@@ -77,7 +77,7 @@ def check_engine_dir(directory: Path, place: MeshRank, dtype: str) -> EngineMani
 
 
 def check_fit(manifest: EngineManifest, directory: Path, tensor_parallel_size: int, dtype: str) -> None:
-    """Raises ValueError where the directory was saved for something else than what is asked."""
+    """Raises ValueError if the directory was saved for another size or dtype."""
     if tensor_parallel_size != manifest.tensor_parallel_size:
         raise ValueError(
             f"engine directory {directory} was saved for tensor_parallel_size {manifest.tensor_parallel_size}, "
@@ -94,7 +94,7 @@ def check_fit(manifest: EngineManifest, directory: Path, tensor_parallel_size: i
 def open_weights(
     path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, place: MeshRank, num_threads: int = 1
 ) -> Iterator[RankWeights]:
-    """The weights of one rank: its own file of an engine directory, or its part of a checkpoint."""
+    """Open the weights of one rank: its own file of an engine directory, or its part of a checkpoint."""
     if EngineManifest.read(path) is not None:
         with RankFile(rank_file(path, place.rank), dtype, device, num_threads) as file:
             yield file
@@ -142,7 +142,7 @@ def _convert(source: Path, made: Path, size: int, wanted: str) -> None:
 
 @contextlib.contextmanager
 def _published(out: Path) -> Iterator[Path]:
-    """An empty directory beside `out` that takes its place at the end, or goes."""
+    """Yield an empty directory beside `out`, and rename it to `out` at the end, or remove it after an error."""
     out = out.absolute()
     with writing_into(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""`EngineManifest`: what an engine directory says of itself, and the digests that its files must have.
+"""`EngineManifest`: for what an engine directory was saved, and the digests that its files must have.
 
-Read and checked before anything else of the directory; every problem is a ValueError that names the file and what is
-wrong with it.
+It is read and checked before any other file of the directory. Every problem is a ValueError that names the file and
+what is wrong with it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tensorweave.workers.engine_dir.digest import digest_file, digest_header
 from tensorweave.workers.engine_dir.model_digest import MANIFEST_NAME
 
 FORMAT_VERSION: Final = 1
-"""Raise it when rank files are laid out otherwise than before."""
+"""Raise it when the layout of rank files changes."""
 _DIGEST_BYTES: Final = 16
 _CHECKED_SUFFIXES: Final = (".json", ".safetensors")
 _DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -28,7 +28,7 @@ _KEYS: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """`digest` is of the whole file; of a rank's file, of its header, which has the digests of its tensors."""
+    """`digest` is that of the whole file; for a rank's file that of its header, which has its tensors' digests."""
 
     size: int
     digest: str
@@ -36,7 +36,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class EngineManifest:
-    """`model_digest` is the source checkpoint's, by which gangs that exchange KV know each other's weights."""
+    """`model_digest` is that of the source checkpoint: gangs that exchange KV compare it."""
 
     tensorweave_version: str
     tensor_parallel_size: int
@@ -51,10 +51,10 @@ class EngineManifest:
 
     @classmethod
     def read(cls, directory: Path) -> Self | None:
-        """None: not an engine directory.
+        """Return None if `directory` is not an engine directory.
 
         Raises:
-            ValueError: the manifest is not one that this version wrote and left untouched.
+            ValueError: the manifest is damaged, or of another format version.
         """
         file = directory / MANIFEST_NAME
         if not file.is_file():
@@ -68,10 +68,13 @@ class EngineManifest:
         return cls(**_checked(fields, str(file)))
 
     def check_files(self, directory: Path, names: Collection[str]) -> None:
-        """All files must be there in their right size; those in `names` must have the right bytes.
+        """Check that all files are there with their sizes, and that the bytes of those in `names` are unchanged.
 
-        Of rank files this is the header; `RankFile` checks each tensor when it reads it. Configurations and weights
-        that came later would be read, or left out, unchecked: they are refused.
+        Of rank files only the header is read; `RankFile` checks each tensor when it reads it. Configuration and weight
+        files that were added later are refused: they would be used, or ignored, unchecked.
+
+        Raises:
+            ValueError: names the file and what is wrong with it.
         """
         listed = {*self.files, MANIFEST_NAME}
         later = sorted(f.name for f in directory.iterdir() if f.suffix in _CHECKED_SUFFIXES and f.name not in listed)
@@ -90,7 +93,7 @@ class EngineManifest:
                 )
 
     def names_for(self, rank: int) -> list[str]:
-        """The files that this rank reads: its weights, and what all share."""
+        """The files that this rank reads: its own weights, and those that are not weights."""
         others = {rank_name(other) for other in range(self.tensor_parallel_size) if other != rank}
         return [name for name in self.files if name not in others]
 
@@ -120,7 +123,7 @@ def _digest_fields(fields: Mapping[str, Any]) -> str:
 
 
 def _checked(fields: Any, source: str) -> dict[str, Any]:
-    """Arguments of `EngineManifest`."""
+    """The arguments of `EngineManifest`. Raises ValueError."""
     if not isinstance(fields, dict):
         raise ValueError(f"{source} is damaged: it holds a {type(fields).__name__}, must be an object")
     version = fields.get("format_version")

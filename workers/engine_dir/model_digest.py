@@ -1,7 +1,7 @@
-"""By what two hosts know that they have the same model: a digest that is cheap to take, however large the weights.
+"""A digest by which two hosts find out whether they have the same model, cheap to compute however large the weights.
 
-Taken where a service starts and again by every rank, on its own host, before it loads; and part of what gangs that
-exchange KV must have alike. No torch here: drivers take it too.
+It is computed where a service starts and again by every rank on its own host before it loads, and gangs that exchange
+KV must have the same one. No torch here: drivers compute it too.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _SAMPLE_BYTES: Final = 4 << 10
 
 
 def model_digest(path: Path, load_format: str = "auto") -> str:
-    """Of a model directory: its configuration, and the sizes and samples of its weight files.
+    """Digest the configuration in a model directory, and the sizes and samples of its weight files.
 
-    A few hundred KiB are read, however large the model. An engine directory has the digest of what it was made from:
-    its weights are the same in the dtype that both must have alike anyway.
+    A few hundred KiB are read, however large the model. An engine directory has the digest of the checkpoint from which
+    it was made: in one dtype, their weights are the same.
 
     Raises:
-        ValueError: the directory is no model's.
+        ValueError: a file cannot be read.
     """
     if load_format != "dummy" and (manifest := path / MANIFEST_NAME).is_file():
         return _read_saved(manifest)
@@ -38,7 +38,7 @@ def model_digest(path: Path, load_format: str = "auto") -> str:
 
 
 def check_model_digest(path: Path, load_format: str, expected: str) -> None:
-    """Raises ValueError where the directory is not the model that `expected` was taken of."""
+    """Raises ValueError if the model in the directory is not the one with the digest `expected`."""
     found = model_digest(path, load_format)
     if found != expected:
         raise ValueError(
@@ -58,7 +58,7 @@ def _sample(file: Path) -> bytes:
 
 
 def _read_saved(manifest: Path) -> str:
-    """What the manifest says; whoever loads the directory checks the manifest itself."""
+    """Read the manifest's `model_digest`. Whoever loads the directory checks the manifest itself."""
     try:
         saved = json.loads(manifest.read_bytes())["model_digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:

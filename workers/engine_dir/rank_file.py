@@ -1,9 +1,8 @@
-"""The weights of one rank in an engine directory: `RankRecorder` notes what a model is built of, `RankFile` gives it
-back.
+"""The weights of one rank in an engine directory: `RankRecorder` writes its file, `RankFile` reads it.
 
-A rank file is safetensors. Its names are those of the checkpoint, joined by '+' where one matrix is made of several;
-two dimensions are rows, four are a `PackedWeight`; float32 that came from bfloat16 is kept as that. Its metadata has
-every tensor's digest.
+A rank file is in safetensors format. Names are those of the checkpoint, joined by '+' if one matrix is made of several.
+A matrix has two dimensions, or four if it is a `PackedWeight`. Float32 values that came from bfloat16 are stored as
+bfloat16. The metadata has every tensor's digest.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.flo
 
 
 class RankRecorder:
-    """Passes on what `weights` gives, matrices packed where this machine would pack them, and notes it."""
+    """Passes on what `weights` returns, and records it. Matrices are packed if this machine would pack them."""
 
     def __init__(self, weights: RankWeights) -> None:
         self._weights = weights
@@ -50,7 +49,7 @@ class RankRecorder:
         return self._pack(name, self._weights.matrix_columns(name, shape, columns))
 
     def tied_head(self, embedding_VD: Tensor) -> Tensor | PackedWeight:
-        """Kept beside the embedding: reading it takes less than packing it again."""
+        """A packed head is stored beside the embedding: reading it takes less time than packing it again."""
         packed = pack_weight(embedding_VD)
         if packed is None:
             return embedding_VD
@@ -75,10 +74,9 @@ class RankRecorder:
 
 
 class RankFile:
-    """Reads tensors straight into their final place, and checks each on the way.
+    """A `RankWeights` that reads tensors straight into their final place and checks their digests meanwhile.
 
-    Raises:
-        ValueError: from every method: a tensor is damaged, absent, or not what this model needs.
+    Every method raises ValueError if a tensor is damaged, missing, or not what this model needs.
     """
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, num_threads: int = 1) -> None:
@@ -95,12 +93,12 @@ class RankFile:
         self._unread = set(self._places)
 
     def check(self) -> None:
-        """Reads every tensor and keeps none."""
+        """Read and check every tensor, and keep none."""
         for name in self._places:
             self._read(name)
 
     def check_all_read(self) -> None:
-        """Once a model is built of it: nothing that was saved may be left out."""
+        """Raises ValueError if the model that was built of this file did not ask for one of its tensors."""
         if self._unread:
             raise ValueError(
                 f"{self._path} has tensors that this model does not use: {', '.join(sorted(self._unread))}"

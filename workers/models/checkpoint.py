@@ -1,7 +1,7 @@
-"""Where weights come from: a Hugging Face directory of safetensors, read slice by slice, or seeded random numbers.
+"""`WeightSource`: where weights come from: a Hugging Face directory of safetensors, or seeded random numbers.
 
-A source gives names, shapes and slices and never holds a whole checkpoint; each rank asks for what it keeps. Tensors
-that are missing, unexpected or of another shape are refused by name before anything is read.
+A source has names and shapes, returns slices and never holds a whole checkpoint; each rank asks for what it keeps.
+Tensors that are missing, unexpected or of another shape are refused by name before any is read.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _ADAPTER = "adapter_config.json"
 
 
 class WeightSource(Protocol):
-    """Named tensors that can be read in part. `shapes` is known without reading any of them."""
+    """Named tensors that can be read in part. Their `shapes` are known before any is read."""
 
     @property
     def shapes(self) -> Shapes: ...
 
     def read(self, name: str, *index: slice) -> Tensor:
-        """The part of `name` that `index` selects, one slice a dimension, in the stored dtype, on the CPU."""
+        """The part of `name` that `index` selects, one slice per dimension, in the stored dtype, on the CPU."""
         ...
 
 
 class SafetensorsDirectory:
-    """`model.safetensors`, or the shards that `model.safetensors.index.json` lists; memory-mapped."""
+    """`model.safetensors`, or the files that `model.safetensors.index.json` lists; memory-mapped."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -77,7 +77,7 @@ class SafetensorsDirectory:
         self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
 
     def _weight_map(self) -> dict[str, str]:
-        """The file of each tensor, as the index says; empty for a single file."""
+        """The file of each tensor according to the index; empty if there is a single file."""
         index, single = self.path / _INDEX, self.path / "model.safetensors"
         if not index.is_file():
             if not single.is_file():
@@ -109,7 +109,7 @@ class SafetensorsDirectory:
 
 
 class RandomWeights:
-    """Weights for speed tests: seeded by tensor name, so the same for every split of a model. Norms are 1."""
+    """Weights for speed tests, seeded by tensor name and so the same at every mesh size. Weights of norms are 1."""
 
     def __init__(self, shapes: Shapes, seed: int = 0, spread: float = 0.02) -> None:
         self.shapes = shapes
@@ -125,7 +125,7 @@ class RandomWeights:
 
 
 def refuse_adapters(path: Path) -> None:
-    """Raises ValueError where an adapter lies beside the weights: transformers would apply it."""
+    """Raises ValueError if there is an adapter beside the weights: transformers would apply it."""
     if (path / _ADAPTER).is_file():
         raise ValueError(
             f"{path} has {_ADAPTER}: adapters are not applied here; merge it into the weights, or take it away"
@@ -133,7 +133,8 @@ def refuse_adapters(path: Path) -> None:
 
 
 def check_tensors(source: WeightSource, expected: Shapes, ignored: Collection[str] = ()) -> None:
-    """Refuse a source that is not exactly `expected`. A name in `ignored`, or one that ends in it, may be there too."""
+    """Raises ValueError unless the tensors are exactly those `expected`. Names that end with one of `ignored` may be
+    there as well."""
     _refuse("lacks tensors", [name for name in expected if name not in source.shapes])
     _refuse(
         "has tensors that this model does not use",

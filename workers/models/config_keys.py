@@ -37,7 +37,7 @@ _READ: Final = frozenset(
     }
 )
 
-# Training, bookkeeping, what `generate` or a classifier does with the result, how another implementation computes it.
+# Training, bookkeeping, what `generate` or a classifier does with the result, how other implementations compute it.
 _CHANGES_NOTHING: Final = frozenset(
     {
         "attn_implementation",
@@ -87,7 +87,7 @@ _CHANGES_NOTHING: Final = frozenset(
         "use_mtp",
     }
 )
-# Sampling fields that old checkpoints keep here; `workers.models.generation_config` reads those that count.
+# Sampling fields, which old checkpoints keep here; `workers.models.generation_config` reads those that are used.
 _OF_GENERATION: Final = frozenset(
     {
         "bad_words_ids",
@@ -122,7 +122,7 @@ _OF_GENERATION: Final = frozenset(
         "typical_p",
     }
 )
-# Values of keys that other models have and that leave these ones as they are.
+# Keys of other models, with the value at which they change nothing.
 _NEUTRAL: Final[Mapping[str, float]] = {
     "embedding_multiplier": 1,
     "logit_scale": 1,
@@ -148,13 +148,14 @@ def refuse_unknown_keys(raw: Mapping[str, Any], family_keys: Collection[str], so
 def _is_harmless(key: str, value: Any, family_keys: Collection[str]) -> bool:
     if key in _READ or key in family_keys or key in _CHANGES_NOTHING or key in _OF_GENERATION or key.startswith("_"):
         return True
-    if not value:  # null, false, zero, nothing in it: a feature that is off
+    if not value:  # null, false, zero or empty: the feature is off
         return True
     return value == _NEUTRAL.get(key) or any(word in key for word in _TRAINING_WORDS)
 
 
 def _check_own_code(auto_map: Any, source: str) -> None:
-    """A configuration or tokenizer class of the repository's own is of no matter, a model class is."""
+    """Raises ValueError if the repository has a model class of its own; configuration and tokenizer classes of its own
+    change nothing here."""
     names = auto_map if isinstance(auto_map, Mapping) else {}
     if own := [name for name in names if name == "AutoModel" or name.startswith("AutoModelForCausalLM")]:
         raise ValueError(

@@ -1,8 +1,7 @@
-"""What a checkpoint says of generating: `generation_config.json`, or, where there is none, the same keys in config.json
-(which is where transformers looks too).
+"""`GenerationConfig`: generation_config.json or, if there is none, the same keys in config.json, as in transformers.
 
-Its end-of-sequence ids always count. Its sampling fields are `SamplingDefaults` where `generation_config: auto` asks
-for them; then a key that would change the tokens and that is no default here is refused by name.
+Its end-of-sequence ids are always used. Its sampling fields become `SamplingDefaults` with `generation_config: auto`;
+then a key that would change the tokens and has no counterpart here is refused by name.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import Any, Final
 
 from tensorweave.cluster.protocol import SamplingDefaults
 
-# Keys of transformers' GenerationConfig that change tokens, each with the values that switch it off. What is in neither
-# table bounds time, chooses caches or says what `generate` returns.
+# Keys of transformers' GenerationConfig that change tokens, each with the values that switch it off. Other keys that
+# are not read limit time, choose a cache or say what `generate` returns.
 _UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -50,14 +49,14 @@ _UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class GenerationConfig:
-    """One parsed file; `source` opens every complaint."""
+    """One parsed file; `source` begins every error."""
 
     raw: Mapping[str, Any]
     source: str
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Raises ValueError."""
+        """Raises ValueError for anything but token ids."""
         value = self.raw.get("eos_token_id")
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
@@ -65,10 +64,11 @@ class GenerationConfig:
         return tuple(ids)
 
     def sampling_defaults(self) -> SamplingDefaults:
-        """`do_sample: false` is greedy, and what shapes a distribution then means nothing, as in transformers.
+        """With `do_sample: false` decoding is greedy, and temperature, top_k, top_p and min_p are ignored, as in
+        transformers.
 
         Raises:
-            ValueError: a value is out of its range, or a key asks for what is not supported here.
+            ValueError: a value is out of its range, or a key asks for something that is not supported here.
         """
         for key, off in _UNSUPPORTED.items():
             value = self.raw.get(key)
@@ -119,7 +119,7 @@ class GenerationConfig:
 
 
 def load_generation_config(path: str | Path) -> GenerationConfig:
-    """Of the model directory `path`. Raises ValueError where a file is not a JSON object."""
+    """Read the one of the model directory `path`. Raises ValueError if the file is not a JSON object."""
     config = Path(path) / "config.json"
     file = Path(path) / "generation_config.json"
     source = file if file.is_file() else config
@@ -127,17 +127,17 @@ def load_generation_config(path: str | Path) -> GenerationConfig:
 
 
 def unite_end_ids(vocab_size: int, *sources: Iterable[int]) -> tuple[int, ...]:
-    """In order, each once; one outside the vocabulary never comes, so it ends nothing."""
+    """All ids, each once and sorted. One outside the vocabulary can never be generated and is left out."""
     return tuple(sorted({end_id for ids in sources for end_id in ids if end_id < vocab_size}))
 
 
 def load_sampling_defaults(path: str | Path, wanted: str) -> SamplingDefaults:
-    """What `LlmArgs.generation_config` asks for."""
+    """The checkpoint's defaults if `wanted`, which is `LlmArgs.generation_config`, is 'auto'; else none."""
     return load_generation_config(path).sampling_defaults() if wanted == "auto" else SamplingDefaults()
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises ValueError."""
+    """Raises ValueError if the file is not a JSON object."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

