@@ -1,4 +1,4 @@
-"""Arguments that several commands have, and the numbers that they take."""
+"""Arguments that several commands have, and the parsers of numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add_api_key(parser: argparse.ArgumentParser, what: str = "sent as the bearer
 
 
 def add_trial(parser: argparse.ArgumentParser) -> None:
-    """Of a command that starts a service of its own, to see how it fares."""
+    """The arguments of a command that starts a service of its own to test it."""
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the service's YAML")
     add_changes(parser, "change a key of the configuration")
     add_api_key(parser, "one of the service's own, where it asks for keys")
@@ -24,11 +24,11 @@ def add_trial(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=float, default=120.0, metavar="S", help="longest request (default: %(default)s)"
     )
-    parser.add_argument("--log", type=Path, metavar="FILE", help="append what the service says")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="append the log of the service")
 
 
 def bearer(api_key: str | None) -> dict[str, str]:
-    """The headers that bring it."""
+    """The headers with this API key."""
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 

@@ -40,7 +40,7 @@ def add_command(commands: Any) -> None:
 
 
 def _add_throughput(kinds: Any) -> None:
-    parser = kinds.add_parser("throughput", help="tokens a second of the engine, all requests at once")
+    parser = kinds.add_parser("throughput", help="tokens per second of the engine, all requests at once")
     _engine_arguments(parser)
     parser.add_argument("--num-prompts", type=positive, default=16, help="requests of a run (default: %(default)s)")
     parser.add_argument("--num-runs", type=positive, default=3, help="the median run counts (default: %(default)s)")
@@ -65,7 +65,7 @@ def _add_serve(kinds: Any) -> None:
     parser.add_argument("--num-prompts", type=positive, default=32, help="requests (default: %(default)s)")
     parser.add_argument("--concurrency", type=positive, default=8, help="most requests at once (default: %(default)s)")
     parser.add_argument(
-        "--request-rate", type=rate, default=float("inf"), help="arrivals a second, Poisson (default: all at once)"
+        "--request-rate", type=rate, default=float("inf"), help="arrivals per second, Poisson (default: all at once)"
     )
     parser.add_argument(
         "--num-warmups", type=count, default=1, help="requests before the clock starts (default: %(default)s)"

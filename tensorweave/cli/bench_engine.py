@@ -34,7 +34,9 @@ def run_throughput(args: argparse.Namespace) -> int:
             elapsed_s = time.perf_counter() - began_s
             num_output = sum(output.outputs[0].length for output in outputs)
             if num_output != args.num_prompts * args.output_len:
-                raise AssertionError(f"{num_output} tokens came, {args.num_prompts * args.output_len} were asked for")
+                raise AssertionError(
+                    f"{num_output} tokens were generated instead of {args.num_prompts * args.output_len}"
+                )
             runs.append(_run_figures(elapsed_s, num_output, args.num_prompts * args.input_len))
     figures = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     publish(report("throughput", settings_of(args), {**figures, "runs": runs}), args.json)
@@ -42,7 +44,7 @@ def run_throughput(args: argparse.Namespace) -> int:
 
 
 def run_latency(args: argparse.Namespace) -> int:
-    """`--batch-size` requests at once, `--num-iters` times: what each of them feels."""
+    """`--batch-size` requests at once, `--num-iters` times: the latencies of each request."""
     from tensorweave import LLM, SamplingParams
 
     directory = resolve_model(args.model)
@@ -71,7 +73,7 @@ async def _together(llm: Any, prompts: list[list[int]], sampling: Any) -> list[T
 
 
 async def follow(llm: Any, prompt: list[int] | str, sampling: Any) -> Timeline:
-    """Stream one request in process; a piece is one look at new tokens."""
+    """Stream one request in process; a piece is what arrived at one time."""
     timeline = Timeline(time.perf_counter())
     async for output in llm.generate_async(prompt, sampling, streaming=True):
         if output.outputs[0].token_ids_diff:

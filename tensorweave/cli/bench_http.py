@@ -23,7 +23,7 @@ from tensorweave.workers.store.model_store import resolve_model
 
 @dataclass(slots=True)
 class Load:
-    """What came of all requests."""
+    """The outcomes of all requests."""
 
     answers: list[Timeline] = field(default_factory=list)
     failures: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -62,7 +62,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def make_bodies(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
-    """Completions get exactly `--input-len` token ids; chats get text, decoded from as many where it can be."""
+    """Completions get exactly `--input-len` token ids; chats get text, decoded from as many if there is a tokenizer."""
     directory = None if args.tokenizer is None else resolve_model(args.tokenizer)
     vocab_size = args.vocab_size if directory is None else vocab_size_of(directory)
     prompts = random_prompts(args.num_prompts, args.input_len, vocab_size, args.seed)
@@ -84,7 +84,7 @@ def _texts(prompts: list[list[int]], tokenizer_dir: Path | None) -> list[str]:
 
 
 async def apply_load(args: argparse.Namespace, bodies: list[dict[str, Any]]) -> Load:
-    """Send every body: each when its time has come (`--request-rate`) and a connection is free (`--concurrency`)."""
+    """Send every body at its arrival time (`--request-rate`), once a connection is free (`--concurrency`)."""
     load, path = Load(), "/v1/chat/completions" if args.endpoint == "chat" else "/v1/completions"
     free: asyncio.Queue[Connection] = asyncio.Queue()
     connections = [Connection(args.url, args.api_key, args.timeout) for _ in range(args.concurrency)]
@@ -121,7 +121,7 @@ async def _send(connection: Connection, path: str, body: dict[str, Any], load: L
 
 
 def _arrival_times(count: int, rate: float, seed: int) -> list[float]:
-    """A Poisson process of `rate` a second, the same for the same seed; all at once for an infinite rate."""
+    """A Poisson process of `rate` per second, the same for the same seed; all at once for an infinite rate."""
     draws, now_s, times = random.Random(seed), 0.0, []
     for _ in range(count):
         times.append(now_s)

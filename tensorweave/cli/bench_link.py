@@ -1,6 +1,6 @@
 """`tensorweave bench link`: what HTTP adds to the engine's time to first token, at one client.
 
-Each prompt goes over HTTP to a running service and through an `LLM` in this process, in turns; both engines have the
+Each prompt is sent over HTTP to a running service and to an `LLM` in this process, alternately; both engines have the
 same configuration. The figure is the median over HTTP less the median in process.
 """
 
@@ -30,7 +30,7 @@ def run_link(args: argparse.Namespace) -> int:
     options["model"] = resolve_model(config.model)
     model = served_model(args.url, args.api_key)
     with LLM(**options) as llm:
-        http_s, local_s = asyncio.run(_in_turns(llm, model, args))
+        http_s, local_s = asyncio.run(_alternate(llm, model, args))
     pairs = [over - inside for over, inside in zip(http_s, local_s, strict=True)]
     http_ms, local_ms = distribution(http_s, 1e3), distribution(local_s, 1e3)
     figures = {
@@ -45,8 +45,8 @@ def run_link(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _in_turns(llm: Any, model: str, args: argparse.Namespace) -> tuple[list[float], list[float]]:
-    """TTFTs in seconds. Which side goes first alternates, so that neither always finds the caches warm."""
+async def _alternate(llm: Any, model: str, args: argparse.Namespace) -> tuple[list[float], list[float]]:
+    """TTFTs in seconds. The first side alternates too, so that neither always finds the caches warm."""
     from tensorweave import SamplingParams
 
     connection = Connection(args.url, args.api_key, args.timeout)
@@ -54,7 +54,7 @@ async def _in_turns(llm: Any, model: str, args: argparse.Namespace) -> tuple[lis
     words = random.Random(args.seed)
     http_s: list[float] = []
     local_s: list[float] = []
-    for turn in range(-args.num_warmups, args.num_prompts):
+    for number in range(-args.num_warmups, args.num_prompts):
         prompt = " ".join(words.choices(_WORDS, k=args.num_words))
         body = {"model": model, "prompt": prompt, "max_tokens": args.output_len, "temperature": 0, "stream": True}
 
@@ -64,11 +64,11 @@ async def _in_turns(llm: Any, model: str, args: argparse.Namespace) -> tuple[lis
         async def in_process(prompt: str = prompt) -> float:
             return (await follow(llm, prompt, sampling)).ttft_s
 
-        if turn % 2:
+        if number % 2:
             over, inside = await over_http(), await in_process()
         else:
             inside, over = await in_process(), await over_http()
-        if turn >= 0:
+        if number >= 0:
             http_s.append(over)
             local_s.append(inside)
     connection.close()

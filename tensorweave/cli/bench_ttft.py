@@ -1,9 +1,9 @@
-"""`tensorweave bench ttft`: what handing a prompt over costs, and where the router stops doing it.
+"""`tensorweave bench ttft`: the cost of prefilling a prompt at another gang, and when the router stops doing so.
 
-Two gangs of one rank in this process. Each prompt is answered by the decode gang alone and by both together, in turns,
-each way with a prefix cache of its own; the prefill gang's first token is told at once, so the second is looked at too:
-it waits for the KV. Then the joint policy is asked, with the speeds that it has seen here, which way it would send a
-prompt of each length, to an idle decode gang and to busy ones.
+Two gangs of one rank in this process. Each prompt is answered by the decode gang alone and by both gangs, alternately,
+each time with its own prefix cache. The prefill gang's first token is sent at once, so the second token is measured
+too: it waits for the KV. Then the joint policy decides, from the speeds measured here, how it would route a prompt of
+each length to an idle decode gang and to busy ones.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def _executor(args: TorchLlmArgs) -> Iterator[PyExecutor]:
         executor.shutdown()
 
 
-class _AsTold:
-    """A policy: alone or together, as `is_joint` says."""
+class _FixedPolicy:
+    """Routes to the decode gang alone, or to both if `is_joint`."""
 
     is_joint = False
 
@@ -82,10 +82,10 @@ async def _measure(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     assert prefill.kv_endpoint is not None
     sender = LocalLink(prefill, KvSource("prefill", (prefill.kv_endpoint,), prefill.kv_fingerprint, _SECRET))
-    taker = LocalLink(decode)
-    sender.gang_id, taker.gang_id = "prefill", "decode"
-    policy = _AsTold()
-    fleet = StaticFleet({"prefill": [sender], "decode": [taker]})
+    receiver = LocalLink(decode)
+    sender.gang_id, receiver.gang_id = "prefill", "decode"
+    policy = _FixedPolicy()
+    fleet = StaticFleet({"prefill": [sender], "decode": [receiver]})
     dispatcher = Dispatcher(fleet, policy)
     rows = []
     for length in lengths:
@@ -96,13 +96,13 @@ async def _measure(
                 policy.is_joint = is_joint
                 times[is_joint].append(await _ask(dispatcher, prompt, f"{length}-{turn}-{is_joint}"))
         rows.append({"prompt tokens": length, **_row(times[False][_NUM_WARMUPS:], times[True][_NUM_WARMUPS:])})
-    switches = [_choice(dispatcher.loads, sender, taker, length, vocab_size) for length in lengths]
+    switches = [_choice(dispatcher.loads, sender, receiver, length, vocab_size) for length in lengths]
     await fleet.close()
     return rows, switches
 
 
 async def _ask(dispatcher: Dispatcher, prompt: list[int], name: str) -> _Times:
-    """`name` keeps its cache apart from that of the same prompt the other way."""
+    """`name` separates its cache from that of the same prompt on the other route."""
     request = GenerateRequest(name, prompt, SamplingSpec(max_tokens=_NUM_TOKENS), cache_salt=name)
     began_s, came_s = time.perf_counter(), list[float]()
     async with aclosing(dispatcher.generate(request)) as chunks:
@@ -122,18 +122,18 @@ def _row(alone: Sequence[_Times], joint: Sequence[_Times]) -> dict[str, float]:
     return row
 
 
-def _choice(loads: Loads, sender: LocalLink, taker: LocalLink, length: int, vocab_size: int) -> dict[str, Any]:
-    """What the joint policy reckons, and does, with so many sequences decoding already."""
+def _choice(loads: Loads, sender: LocalLink, receiver: LocalLink, length: int, vocab_size: int) -> dict[str, Any]:
+    """The estimates and decisions of the joint policy with this many sequences decoding already."""
     prompt = random_prompts(1, length, vocab_size, seed=-1)[0]
     request = GenerateRequest("asked", prompt, SamplingSpec(max_tokens=_NUM_TOKENS))
     policy = Joint()
     row: dict[str, Any] = {"prompt tokens": length}
-    load = loads.of(taker.gang_id)
+    load = loads.of(receiver.gang_id)
     before = dataclasses.asdict(load)["num_decoding"]
     for num_decoding in NUM_DECODING:
         load.num_decoding = num_decoding
-        options = Options([sender], [taker], PromptView(request), loads)
-        alone_s, pair_s = policy.alone_s(taker, options), policy.pair_s(Route(sender, taker), options)
+        options = Options([sender], [receiver], PromptView(request), loads)
+        alone_s, pair_s = policy.alone_s(receiver, options), policy.pair_s(Route(sender, receiver), options)
         way = "two" if policy.route(options).prefill is not None else "one"
         row[f"{num_decoding} decoding"] = f"{way} ({alone_s * 1e3:.1f} : {pair_s * 1e3:.1f} ms)"
     load.num_decoding = before

@@ -43,7 +43,9 @@ def add_command(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_trial(parser)
-    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="rounds a fault (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=positive, default=3, metavar="N", help="rounds per fault (default: %(default)s)"
+    )
     parser.add_argument("--faults", metavar="A,B", help="which (default: all that the configuration allows)")
     parser.add_argument(
         "--clients", type=positive, default=32, metavar="N", help="streaming clients (default: %(default)s)"

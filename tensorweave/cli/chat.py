@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Conversation:
-    """The messages so far. A failed or interrupted turn leaves them as they were."""
+    """The messages so far. A failed or interrupted request does not change them."""
 
     def __init__(self, client: httpx.Client, model: str, system: str | None = None) -> None:
         self.model = model
@@ -78,7 +78,7 @@ class Conversation:
         self.messages = list(self._opening)
 
     def ask(self, text: str, options: dict[str, Any]) -> Iterator[str]:
-        """Pieces of the answer as they come.
+        """Yield pieces of the answer as they arrive.
 
         Raises:
             ChatFailed: no connection, an error answer, an error in the stream, or a stream that ends too early.
@@ -92,7 +92,7 @@ class Conversation:
             for line in response.iter_lines():
                 event = event_data(line) or {}
                 if "error" in event:
-                    raise ChatFailed(error_message(event, "the answer broke off"))
+                    raise ChatFailed(error_message(event, "the answer ended early"))
                 is_over = is_over or any(choice.get("finish_reason") for choice in event.get("choices") or ())
                 if piece := event_text(event):
                     answer += piece
@@ -132,16 +132,16 @@ def _talk(conversation: Conversation, options: dict[str, Any]) -> int:
         if text == "/reset":
             conversation.reset()
         elif text:
-            _turn(conversation, text, options)
+            _answer(conversation, text, options)
 
 
-def _turn(conversation: Conversation, text: str, options: dict[str, Any]) -> None:
+def _answer(conversation: Conversation, text: str, options: dict[str, Any]) -> None:
     pieces = conversation.ask(text, options)
     try:
         print_answer(pieces, sys.stdout)
     except KeyboardInterrupt:
         pieces.close()  # type: ignore[attr-defined]  # a generator: closing it ends the request
-        print("\n(stopped; this turn is forgotten)", file=sys.stderr)
+        print("\n(stopped; this message is forgotten)", file=sys.stderr)
     except ChatFailed as error:
         print(f"\n{error}", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""What a benchmark reports: distributions, and the machine they were taken on; as JSON and as a short table."""
+"""What a benchmark reports: distributions, and the machine on which they were measured; as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def distribution(values: Sequence[float], scale: float = 1.0) -> dict[str, float
 
 
 def machine() -> dict[str, Any]:
-    """The facts that a figure is worth nothing without."""
+    """The machine on which the figures were measured."""
     return {
         "platform": platform.platform(),
         "cpu": _cpu_name(),
@@ -65,12 +65,12 @@ def machine() -> dict[str, Any]:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What a command was called with, but for where its report goes and whose it is."""
+    """The arguments of a command, without those for the report and the API key."""
     return {name: value for name, value in vars(args).items() if name not in _NO_SETTINGS}
 
 
 def report(kind: str, settings: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole JSON: the figures at the top level, and beside them when, where and how they were taken."""
+    """The whole JSON: the figures at the top level, and when, where and how they were measured."""
     return {
         "benchmark": kind,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -82,7 +82,7 @@ def report(kind: str, settings: Mapping[str, Any], figures: Mapping[str, Any]) -
 
 
 def publish(result: Mapping[str, Any], path: Path | None) -> None:
-    """Print the figures; write the whole report to `path` where one is given."""
+    """Print the figures; write the whole report to `path` if one is given."""
     for name, value in result.items():
         if name not in _NOT_PRINTED:
             print(f"{name:>20}  {_shown(value)}")
@@ -95,7 +95,7 @@ def publish(result: Mapping[str, Any], path: Path | None) -> None:
 
 
 def aligned(lines: Sequence[Sequence[str]], *, num_left: int = 0) -> str:
-    """A table: every column as wide as its widest cell, the first `num_left` of them flush left."""
+    """A table: every column as wide as its widest cell, the first `num_left` of them aligned left."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(

@@ -1,7 +1,7 @@
-"""A small HTTP/1.1 client for one streamed POST at a time over a kept-alive connection, with a clock on every event.
+"""A small HTTP/1.1 client for one streamed POST at a time over a persistent connection, which times every event.
 
-The load generator uses it in place of a general client, whose own cost a request is of the size of what is measured. It
-speaks what a benchmark needs and no more: JSON bodies, chunked or sized answers, server-sent events.
+The load generator uses it instead of a general client, whose own cost per request is as large as what is measured. It
+supports what a benchmark needs: JSON bodies, chunked or sized answers, server-sent events.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RequestFailed(Exception):
 
 @dataclass(slots=True)
 class Timeline:
-    """When the pieces of one answer came, in seconds of `time.perf_counter`."""
+    """When the pieces of one answer arrived, in seconds of `time.perf_counter`."""
 
     sent_s: float
     piece_s: list[float] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Timeline:
 
     @property
     def num_output(self) -> int:
-        """Tokens by the server's count; pieces where it gave none."""
+        """Tokens by the server's count; the number of pieces if it sent none."""
         return int(self.usage.get("completion_tokens") or len(self.piece_s))
 
     def add(self, event: dict[str, Any], now_s: float) -> None:
@@ -70,7 +70,7 @@ class Connection:
     def __init__(self, url: str, api_key: str | None = None, timeout_s: float = 600.0) -> None:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{url!r} is no http:// or https:// address")
+            raise ValueError(f"{url!r} is not an http:// or https:// address")
         self._host, self._tls = parts.hostname, parts.scheme == "https"
         self._port = parts.port or (443 if self._tls else 80)
         self._base = parts.path.rstrip("/").removesuffix("/v1")
@@ -82,8 +82,8 @@ class Connection:
     async def stream(
         self, path: str, body: dict[str, Any], *, request_id: str | None = None, timeline: Timeline | None = None
     ) -> Timeline:
-        """POST `body` and follow the answer's events to the end. A caller that brings the `timeline` to be filled keeps
-        what came before a failure.
+        """POST `body` and read the answer's events to the end. A caller that passes a `timeline` also gets the events
+        before a failure.
 
         Raises:
             RequestFailed: refused, timed out, broke off, or ended without a finish reason.
@@ -153,7 +153,7 @@ class Connection:
 
 
 class _Lines:
-    """Bytes in, whole lines out."""
+    """Splits received bytes into lines."""
 
     def __init__(self) -> None:
         self._rest = b""

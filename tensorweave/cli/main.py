@@ -1,6 +1,6 @@
-"""The `tensorweave` command: parses the line, hands over to one module a subcommand, and says plainly what went wrong.
+"""The `tensorweave` command: parses the arguments, calls the module of the subcommand, and reports its errors.
 
-Exit codes: 0 done, 1 the world refused (no server, no download, a lost worker), 2 a mistake in the command or in a
+Exit codes: 0 success, 1 a failure (no server, no download, a lost worker), 2 a mistake in the command or in a
 configuration, 130 Ctrl-C.
 """
 

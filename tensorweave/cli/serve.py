@@ -46,7 +46,7 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--model", help="serve this model: a directory, a hub id, or smollm2")
     add_changes(parser, "change a key, for example a.b=c")
-    parser.add_argument("--ask", metavar="TEXT", help="once it is ready, print the answer to this and how to go on")
+    parser.add_argument("--ask", metavar="TEXT", help="once it is ready, print the answer to this and how to continue")
     add_api_key(parser, "sent with --ask: one of the service's own, where it asks for keys")
     parser.set_defaults(run=run)
 
@@ -55,14 +55,14 @@ def run(args: argparse.Namespace) -> int:
     from tensorweave.deploy.config import load_config
 
     config = load_config(config_path(args.config), config_changes(args))
-    from tensorweave.deploy.service import run as run_service  # ray: a second of imports that a wrong file need not pay
+    from tensorweave.deploy.service import run as run_service  # imports ray for a second, after the file was checked
 
     greeting = functools.partial(greet, question=args.ask, api_key=args.api_key)
     return run_service(config, None if args.ask is None else greeting)
 
 
 def greet(url: str, question: str, api_key: str | None = None) -> None:
-    """Stream one answer to the terminal and say how to go on. A question that fails is told: the service stays up."""
+    """Stream one answer to the terminal, and print how to continue. If the question fails, the service stays up."""
     try:
         timeout = httpx.Timeout(_ANSWER_TIMEOUT_S, connect=chat.CONNECT_TIMEOUT_S)
         with httpx.Client(base_url=url, headers=bearer(api_key), timeout=timeout) as client:
@@ -85,7 +85,8 @@ def config_path(given: Path | None) -> Path:
 
 
 def config_changes(args: argparse.Namespace) -> list[str]:
-    """`--set` changes after those of `--model`: it takes the file's served name away, which is another model's."""
+    """The `--set` changes after those of `--model`, which also removes the file's served name: that is another
+    model's."""
     if args.model is None:
         return list(args.changes)
     # As a JSON string, so that YAML takes any path as text.

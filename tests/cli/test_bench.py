@@ -97,7 +97,7 @@ def test_an_absent_endpoint_is_a_failure_of_every_request(tmp_path: Path) -> Non
 
 def test_a_url_without_a_scheme_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "serve", "--url", "localhost:8000", "--model", "m"]) == 2
-    assert "no http:// or https:// address" in capsys.readouterr().err
+    assert "not an http:// or https:// address" in capsys.readouterr().err
 
 
 def test_step_overhead_is_measured_over_full_batches() -> None:
