@@ -272,13 +272,13 @@ def test_a_static_fleet_offers_its_open_links() -> None:
 
 def test_a_static_fleet_keeps_roles_apart_and_is_ready_with_a_gang_that_decodes() -> None:
     async def body() -> None:
-        giver, taker = [await SocketLink.connect(gang, _PATIENCE_S) for gang in (prefill, decode)]
-        fleet = StaticFleet({"prefill": [giver], "decode": [taker]})
+        sender, receiver = [await SocketLink.connect(gang, _PATIENCE_S) for gang in (prefill, decode)]
+        fleet = StaticFleet({"prefill": [sender], "decode": [receiver]})
         await fleet.wait_ready(_PATIENCE_S)
-        assert (fleet.links("prefill"), fleet.links("decode"), fleet.links("both")) == ([giver], [taker], [])
+        assert (fleet.links("prefill"), fleet.links("decode"), fleet.links("both")) == ([sender], [receiver], [])
         roles = [(pool["role"], [gang["gang_id"] for gang in pool["gangs"]]) for pool in await fleet.describe()]
         assert roles == [("prefill", ["p"]), ("decode", ["d"])]
-        taker.close()
+        receiver.close()
         await fleet.wait_link(_PATIENCE_S)
         with pytest.raises(NotReady, match="decodes"):
             await fleet.wait_ready(_PATIENCE_S)

@@ -71,9 +71,9 @@ def test_new_pairs_are_measured_once_and_lost_ones_forgotten() -> None:
         links.update([one, two, first, second])
         await _settled()
         assert set(links.all) == {(d, p) for d in ("d1", "d2") for p in ("p1", "p2")}
-        taker = one[0]
-        assert isinstance(taker, _Measuring)
-        assert sorted(taker.sources) == ["p1", "p2"], "each once"
+        receiver = one[0]
+        assert isinstance(receiver, _Measuring)
+        assert sorted(receiver.sources) == ["p1", "p2"], "each once"
         assert changes == [1, 2, 3, 4]
         links.update([two, second])
         assert set(links.all) == {("d2", "p2")}

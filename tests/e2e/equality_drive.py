@@ -94,8 +94,8 @@ def run(asks: Sequence[Ask], tokenizer: Tokenizer, decode: Gang, prefill: Gang |
     later ones find in the caches does not hang on time; nor does whether the prefill gang's share of it is counted."""
 
     async def all_of_them() -> dict[str, Told]:
-        takers, givers = [_Port(decode, False)], [] if prefill is None else [_Port(prefill, True)]
-        fleet = StaticFleet({"decode": takers, "prefill": givers})
+        decoding, prefilling = [_Port(decode, False)], [] if prefill is None else [_Port(prefill, True)]
+        fleet = StaticFleet({"decode": decoding, "prefill": prefilling})
         dispatcher = Dispatcher(fleet, _AlwaysTogether(), Limits(default_deadline_s=None))
         told: dict[str, Told] = {}
         places = asyncio.Semaphore(_AT_ONCE)
@@ -112,7 +112,7 @@ def run(asks: Sequence[Ask], tokenizer: Tokenizer, decode: Gang, prefill: Gang |
                     group.create_task(one(ask))
         finally:
             await fleet.close()
-            for port in (*takers, *givers):
+            for port in (*decoding, *prefilling):
                 await asyncio.to_thread(port.join, 10.0)
         assert not dispatcher.counts.retries
         assert not dispatcher.counts.faults

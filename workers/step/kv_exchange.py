@@ -57,7 +57,7 @@ class Transfers(Protocol):
     """One rank's side of KV transfer. Except where noted, only the step loop calls, on every rank alike.
 
     `can_fetch`: whether a request's ticket is of any use here. `endpoint` is where this rank gives KV away, and
-    `fingerprint` what a taker must have alike.
+    `fingerprint` what a receiver must have in common with it.
     """
 
     can_fetch: bool
