@@ -2,7 +2,7 @@
 
 The engines are held in their steps, so that every request is in its phase when it is cancelled. After the last cancel
 all blocks are free and all gauges are back within a second, on both gangs, and the next request gets the right tokens.
-The second is counted in short waits of a thread of the same process, so that it is longer where that stands still.
+The second is counted in short waits of a thread of the same process, so that it is longer if the process is paused.
 """
 
 from __future__ import annotations

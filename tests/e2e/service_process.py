@@ -75,7 +75,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def write_config(directory: Path, model: Path, **limits: float) -> tuple[Path, int, int]:
-    """The service's file (YAML reads JSON), its front door's port and its proxy's."""
+    """The service's file (YAML reads JSON), the port of its front end and that of its proxy."""
     port, proxy_port = free_ports(2)
     settings = {
         "model": str(model),

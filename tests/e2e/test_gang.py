@@ -203,7 +203,7 @@ def test_a_rank_that_dies_or_hangs_ends_its_gang_and_a_new_one_answers(rank: int
 
 
 async def _timed(work: asyncio.Future[list[Any]]) -> tuple[float, list[Any]]:
-    """Seconds that it took, in short waits of our own: while this process stands still, it can hear of nothing."""
+    """Seconds that it took, counted in short waits, because a paused process receives nothing."""
     for num_beats in itertools.count(1):
         done, _ = await asyncio.wait({work}, timeout=0.05)
         if done:

@@ -122,8 +122,8 @@ def test_submitted_service_serves_and_stops(cluster: tuple[str, Path], tmp_path:
         wait_until(lambda: get_status(port, "/ready") == 200, START_TIMEOUT_S, "the submitted service is ready")
     except AssertionError as error:
         raise AssertionError(ray("job", "logs", "--address", address, "serve")) from error
-    for door in (port, proxy_port):
-        assert num_generated(complete(door)) == 4
+    for listening_port in (port, proxy_port):
+        assert num_generated(complete(listening_port)) == 4
     assert any(is_ours(process) for process in processes_of(temp_dir))
 
     long = RunningAnswer(port, max_tokens=1500)

@@ -82,12 +82,12 @@ def test_a_service_from_start_to_drain(service: tuple[ServiceProcess, int, int],
     process, port, proxy_port = service
     family = process.descendants()
     refuses_pickles(family, tmp_path / "mark")
-    for door in (port, proxy_port):
-        assert num_generated(complete(door)) == 4
-        assert request_ids(door, "trace-7") == ["trace-7"]
-        [generated] = request_ids(door, "no id") or []
+    for listening_port in (port, proxy_port):
+        assert num_generated(complete(listening_port)) == 4
+        assert request_ids(listening_port, "trace-7") == ["trace-7"]
+        [generated] = request_ids(listening_port, "no id") or []
         assert generated != "no id"
-        check_page(door)
+        check_page(listening_port)
 
     # A router that dies with a client connected comes back at the same port: its dead connections do not keep the port.
     kept = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -110,7 +110,7 @@ def test_a_service_from_start_to_drain(service: tuple[ServiceProcess, int, int],
     process.wait_line("SIGTERM", timeout_s=END_TIMEOUT_S)
     wait_until(lambda: get_status(port, "/ready") == 503 or long.is_over, END_TIMEOUT_S, "new work is refused")
     if not is_turned_away(port):
-        wait_until(lambda: long.is_over, END_TIMEOUT_S, "the door is shut only after the last answer")
+        wait_until(lambda: long.is_over, END_TIMEOUT_S, "the port closes only after the last answer")
     assert long.num_generated() == 1500
     assert process.process.wait(timeout=END_TIMEOUT_S) == 0
     assert process.remaining_lines() == ["tensorweave: stopped"]
