@@ -62,7 +62,7 @@ class GangLink(Protocol):
 
     def attach(self, request_id: str) -> AsyncGenerator[TokenChunk, None]:
         """Yield all of a found attempt's answer so far, beginning with what it resumed from an earlier attempt, then
-        the rest, as `generate` does. Raises NotReady if it is gone, or another router has attached to it."""
+        the rest, as `generate` does. Raises NotReady if it is not there, or another router has attached to it."""
 
     async def stats(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """The executor's iteration stats since the last call, of any client."""

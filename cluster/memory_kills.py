@@ -54,4 +54,5 @@ async def _count_kills(node_id: str) -> int:
 def _remark(places: Sequence[RankPlace]) -> str:
     if not places:
         return ""
-    return "; the kernel has killed for want of memory on its host meanwhile: the model or its KV cache is too large"
+    killed = "the kernel has killed processes on its host for lack of memory since it started"
+    return f"; {killed}: the model or its KV cache is too large"

@@ -1,6 +1,6 @@
 """The strict pydantic base that every configuration model shares: `TorchLlmArgs`, its groups, and a service's tables.
 
-Unknown keys are refused with the nearest known name, and all mistakes of a model are told together.
+Unknown keys are refused with the nearest known name, and all mistakes of a model are reported together.
 """
 
 from __future__ import annotations
@@ -46,35 +46,35 @@ def mistake(error: ValueError | PydanticCustomError, value: Any) -> InitErrorDet
     return InitErrorDetails(type=_VALUE_ERROR, ctx={"error": error}, input=value)
 
 
-def _again(item: ErrorDetails) -> InitErrorDetails:
-    """A mistake that pydantic has found, to tell it beside others."""
+def _known_mistake(item: ErrorDetails) -> InitErrorDetails:
+    """A mistake that pydantic has found, to be reported with others."""
     kind = item["type"]
     known: Any = kind if kind in _PYDANTICS_OWN else PydanticCustomError(kind, item["msg"], item.get("ctx"))
     return InitErrorDetails(type=known, loc=item["loc"], input=item["input"], ctx=item.get("ctx", {}))
 
 
 class StrictBaseModel(BaseModel):
-    """Refuses unknown keys, and says which known one is nearest; `refused` ones may have a value that asks for
-    nothing. All mistakes are told at once."""
+    """Refuses unknown keys, and names the nearest known one. Keys in `refused` are accepted with a neutral value. All
+    mistakes are reported at once."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
     refused: ClassVar[Mapping[str, Refusal]] = {}
 
     @model_validator(mode="wrap")
     @classmethod
-    def _tell_all_mistakes(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Those of the keys beside those of the values; what is wrong with a key is not told of its value again."""
+    def _report_all_mistakes(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Report mistakes of keys and of values together; a wrong key is not reported for its value again."""
         if not isinstance(data, dict):
             return handler(data)
         kept, mistakes = cls._sift(data)
         try:
             made = handler(kept)
         except pydantic.ValidationError as error:
-            told = {key for key in data if key not in kept}
+            refused = {key for key in data if key not in kept}
             found = (
-                item for item in error.errors(include_url=False) if item["loc"][:1] not in {(key,) for key in told}
+                item for item in error.errors(include_url=False) if item["loc"][:1] not in {(key,) for key in refused}
             )
-            mistakes += [_again(item) for item in found]
+            mistakes += [_known_mistake(item) for item in found]
         else:
             if not mistakes:
                 return made
