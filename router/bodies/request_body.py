@@ -19,7 +19,7 @@ from tensorweave.router.bodies.served import ServedModel, check_name, check_text
 from tensorweave.router.openai.field_types import MAX_LOGPROBS
 from tensorweave.router.openai.parsing import check_fields, parse_request
 from tensorweave.router.openai.requests import ChatCompletionRequest, CompletionRequest
-from tensorweave.router.sampling.sampling import check_prompt, fit_to_prompt, resolve_sampling
+from tensorweave.router.sampling.resolution import check_prompt, fit_to_prompt, resolve_sampling
 from tensorweave.router.text.choices import Prompt
 from tensorweave.router.text.echo import Echo, EchoRequest, read_echo
 from tensorweave.router.text.tokens import Tokenizer

@@ -33,7 +33,7 @@ from tensorweave.router.openai.not_built import IN_BOTH, NotBuilt
 from tensorweave.router.openai.parsing import Strict
 from tensorweave.router.openai.service_fields import ServiceFields
 from tensorweave.router.sampling.checks import check_stop_strings
-from tensorweave.router.sampling.sampling import SamplingFields
+from tensorweave.router.sampling.fields import SamplingFields
 from tensorweave.router.text.choices import Telling
 
 _MAX_SESSION_CHARS: Final = 256
@@ -47,6 +47,7 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = Field(None, description="Accepted; chunks are never padded.")
 
 
+# The knobs are fields by definition, not by declaration; a type checker sees the body without them.
 if TYPE_CHECKING:
     KnobFields = ServiceFields
 else:

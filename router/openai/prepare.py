@@ -17,7 +17,7 @@ from tensorweave.router.openai.answers import CHAT_SHAPE, COMPLETION_SHAPE, Answ
 from tensorweave.router.openai.disaggregated import DisaggregatedParams, check_phase
 from tensorweave.router.openai.request_names import RequestNames
 from tensorweave.router.openai.token_shapes import TokenShapes
-from tensorweave.router.sampling.sampling import SEED_BITS, nth_seed
+from tensorweave.router.sampling.resolution import SEED_BITS, nth_seed
 from tensorweave.router.service import RouterService
 from tensorweave.router.text.choices import ChoiceStream, Prompt
 from tensorweave.router.text.detokenize import IncrementalDetokenizer

@@ -14,7 +14,7 @@ from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
 from tensorweave.llmapi.sampling_fields import end_ids, to_fields
 from tensorweave.llmapi.sampling_params import SamplingParams
 from tensorweave.llmapi.status import set_api_status
-from tensorweave.router.sampling.sampling import check_prompt, fit_to_prompt, resolve_sampling, with_defaults
+from tensorweave.router.sampling.resolution import check_prompt, fit_to_prompt, resolve_sampling, with_defaults
 from tensorweave.router.text.tokens import Tokenizer
 
 PromptInputs = str | Sequence[int] | Mapping[str, Any]

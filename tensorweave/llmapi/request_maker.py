@@ -27,7 +27,7 @@ from tensorweave.llmapi.sampling_fields import (
     ranks_sequences,
 )
 from tensorweave.llmapi.sampling_params import SamplingParams
-from tensorweave.router.sampling.sampling import nth_seed
+from tensorweave.router.sampling.resolution import nth_seed
 from tensorweave.router.text.detokenize import IncrementalDetokenizer
 from tensorweave.router.text.generation import Job, TokensOnly
 from tensorweave.router.text.tokens import Tokenizer

@@ -13,7 +13,7 @@ from tensorweave.cluster.sampling_spec import KNOBS
 from tensorweave.llmapi.sampling_params import SamplingParams
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.sampling.checks import check_bool, check_stop_strings
-from tensorweave.router.sampling.sampling import SamplingFields
+from tensorweave.router.sampling.fields import SamplingFields
 from tensorweave.router.text.tokens import Tokenizer
 from tensorweave.workers.sampling.logits import pack_bias
 

@@ -16,7 +16,7 @@ from tensorweave.cluster.sampling_spec import KNOBS, SPEC_OFF
 from tensorweave.llmapi.sampling_reference import render
 from tensorweave.router.openai.parsing import check_fields
 from tensorweave.router.openai.requests import CompletionRequest
-from tensorweave.router.sampling.sampling import SamplingFields
+from tensorweave.router.sampling.fields import SamplingFields
 from tensorweave.workers.executor.admission import check_fits
 from tests.router.serving import model_info
 

@@ -16,7 +16,7 @@ from tensorweave.router.dispatch import attempt
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.dispatch.policy import Options, Route
-from tensorweave.router.sampling.sampling import nth_seed
+from tensorweave.router.sampling.resolution import nth_seed
 from tensorweave.router.text.detokenize import IncrementalDetokenizer
 from tensorweave.router.text.generation import Job, generate_text
 from tensorweave.router.text.tokens import Tokenizer

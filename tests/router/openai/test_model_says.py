@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tensorweave.cluster.protocol import ModelInfo, SamplingDefaults, SamplingSpec
-from tensorweave.router.sampling.sampling import SamplingFields, fit_to_prompt, resolve_sampling
+from tensorweave.router.sampling.fields import SamplingFields
+from tensorweave.router.sampling.resolution import fit_to_prompt, resolve_sampling
 from tests.router.calls import CHAT, COMPLETIONS, post
 from tests.router.fake_fleet import FakeLink
 from tests.router.serving import IM_END, chat, completion, model_info

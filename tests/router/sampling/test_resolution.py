@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from tensorweave.cluster.errors import ContextTooLong, RequestRejected
 from tensorweave.cluster.protocol import SamplingSpec
-from tensorweave.router.sampling.sampling import SamplingFields, check_prompt, fit_to_prompt, nth_seed, resolve_sampling
+from tensorweave.router.sampling.fields import SamplingFields
+from tensorweave.router.sampling.resolution import check_prompt, fit_to_prompt, nth_seed, resolve_sampling
 from tests.router.serving import IM_END, model_info
 
 VOCAB = model_info().vocab_size
