@@ -1,4 +1,4 @@
-"""The small model that the LLM class is tried on."""
+"""The small model that the LLM class is tested with."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def tell(name: str, call: Callable[[], Any]) -> None:
     print(f"child {name}: {said}" if time.monotonic() - began_s < PATIENCE_S else f"child {name}: too late", flush=True)
 
 
-def use_all(llm: LLM, running: Any, turns: Any) -> None:
+def use_all(llm: LLM, running: Any, iterator: Any) -> None:
     for name, call in {
         "generate": lambda: llm.generate([5], SHORT),
         "generate nothing": lambda: llm.generate([]),
@@ -48,7 +48,7 @@ def use_all(llm: LLM, running: Any, turns: Any) -> None:
         "result": running.result,
         "aresult": lambda: asyncio.run(running.aresult()),
         "for": lambda: next(iter(running)),
-        "turns": lambda: next(turns),
+        "iterator": lambda: next(iterator),
         "abort": running.abort,
     }.items():
         tell(name, call)
@@ -61,18 +61,18 @@ def main(directory: str, num_ranks: int) -> None:
         workspace = llm.workspace
         finished = llm.generate([5], SHORT)
         running = llm.generate_async([9, 8, 7], SLOW, streaming=True)
-        turns = iter(running)
-        next(turns)
+        iterator = iter(running)
+        next(iterator)
         if not (pid := os.fork()):
-            use_all(llm, running, turns)
+            use_all(llm, running, iterator)
             print("child finished:", pickle.loads(pickle.dumps(finished)) == finished.result(), flush=True)
-            del turns, running
+            del iterator, running
             gc.collect()
             sys.exit(7)  # through the `with` block
         _, status = os.waitpid(pid, 0)
         print("parent saw", os.waitstatus_to_exitcode(status), flush=True)
         print("parent workspace:", isinstance(workspace, Path) and workspace.exists())
-        next(turns)
+        next(iterator)
         print("parent still runs:", not running.aborted() and not running.finished)
         running.abort()
         print("parent generates:", llm.generate([5], SHORT).outputs == finished.outputs, flush=True)

@@ -1,4 +1,4 @@
-"""What the LLM class gives and takes can be pickled (as a Ray actor returns it), copied and compared."""
+"""The LLM class's inputs and outputs can be pickled (as a Ray actor returns it), copied and compared."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def test_a_finished_output_keeps_its_values(llm: LLM, copier: Copier) -> None:
 def test_a_copy_of_an_unfinished_output_says_so(llm: LLM, copier: Copier) -> None:
     slow = SamplingParams(max_tokens=3000, ignore_eos=True, logits_processor=lambda *given: time.sleep(0.03))
     output = llm.generate_async([9, 8, 7], slow, streaming=True)
-    turns = iter(output)
-    next(turns)
+    iterator = iter(output)
+    next(iterator)
     snapshot = copier(output)
     output.abort()
     assert not snapshot.finished
@@ -125,12 +125,12 @@ def test_a_copy_has_what_nobody_had_looked_at_yet() -> None:
     begun = pickled(output)
     output._push(Update(token_ids=[5], text="b", finish_reason="stop"))
     ended = pickled(output)
-    assert [turn.outputs[0].text_diff for turn in ended] == ["a", "b"]
+    assert [each.outputs[0].text_diff for each in ended] == ["a", "b"]
     assert output.result(0).outputs[0].text == "ab" == pickled(output).outputs[0].text
-    turns = iter(begun)
-    assert next(turns).outputs[0].text == "a"
+    iterator = iter(begun)
+    assert next(iterator).outputs[0].text == "a"
     with pytest.raises(RuntimeError, match="copy"):
-        next(turns)
+        next(iterator)
 
 
 @both

@@ -1,4 +1,4 @@
-"""What is new in an output, by how its consumer looks at it: turn by turn, all at once, or one after the other."""
+"""An output's diffs, for consumers that iterate, that wait for the end, and that do first one and then the other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tensorweave.llmapi.outputs import OutputOptions, RequestOutput, Update
 
 
 def generated(num_tokens: int, *, index: int = 0, is_streaming: bool = True) -> RequestOutput:
-    """All of it has come already: two sequences, the other one of a single token."""
+    """A generation whose updates have all arrived: two sequences, the other one of a single token."""
     output = RequestOutput(
         0, "x", [1], num_sequences=2, is_streaming=is_streaming, options=OutputOptions(logprobs=True)
     )
@@ -46,17 +46,17 @@ def test_an_iteration_without_streaming_sees_all_as_new() -> None:
 
 
 def test_a_turn_brings_news_of_one_sequence() -> None:
-    turns = [(seen(output), seen(output, 1)) for output in generated(3)]
+    diffs = [(seen(output), seen(output, 1)) for output in generated(3)]
     nothing = ("", [], 0)
-    assert turns[0] == (nothing, ("z", [9], 0))
-    assert turns[1:] == [(("a", [0], 1), nothing), (("b", [1], 1), nothing), (("c", [2], 1), nothing)]
+    assert diffs[0] == (nothing, ("z", [9], 0))
+    assert diffs[1:] == [(("a", [0], 1), nothing), (("b", [1], 1), nothing), (("c", [2], 1), nothing)]
 
 
 def test_the_rest_of_a_stream_is_new_to_who_then_waits() -> None:
     output = generated(5)
-    turns = iter(output)
+    iterator = iter(output)
     for _ in range(3):
-        next(turns)
+        next(iterator)
     assert seen(output) == ("b", [1], 1)
     assert [seen(output.result(0)), seen(output, 1)] == [("cde", [2, 3, 4], 3), ("", [], 0)]
 
@@ -64,5 +64,5 @@ def test_the_rest_of_a_stream_is_new_to_who_then_waits() -> None:
 def test_a_late_cancel_of_what_has_ended_is_no_news() -> None:
     output = generated(2)
     output._updates._updates.insert(2, Update(index=1, finish_reason="cancelled"))
-    assert "".join(turn.outputs[1].text_diff for turn in output) == "z"
+    assert "".join(each.outputs[1].text_diff for each in output) == "z"
     assert output.outputs[1].finish_reason == "stop"

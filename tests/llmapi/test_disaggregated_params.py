@@ -93,7 +93,7 @@ def test_two_llms_say_what_one_says(pair: tuple[LLM, LLM], alone: LLM, prompt: s
 
 
 def test_both_phases_sample_alike_without_a_seed(pair: tuple[LLM, LLM]) -> None:
-    """The seed drawn for the first phase goes over with its state."""
+    """The seed that was drawn for the first phase is handed over with its state."""
     params = SamplingParams(max_tokens=12, temperature=1.5)
     first = one(pair[0].generate(LONG, params, disaggregated_params=DisaggregatedParams(request_type="context_only")))
     phase = first.outputs[0].disaggregated_params
@@ -105,7 +105,7 @@ def test_both_phases_sample_alike_without_a_seed(pair: tuple[LLM, LLM]) -> None:
 
 
 def test_the_kv_is_fetched_not_computed(pair: tuple[LLM, LLM]) -> None:
-    """Unless the KV's connection was given up meanwhile, as it is on a machine that stands still for 3 s."""
+    """Unless the KV's connection timed out meanwhile, as on a machine that is suspended for 3 s."""
     for first in range(3, 8):
         prompt = [first + n % 50 for n in range(900)]
         pair[1].get_stats()

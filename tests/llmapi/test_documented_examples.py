@@ -1,4 +1,4 @@
-"""The examples of the LLM class's reference, as it gives them, with a model of our own."""
+"""The examples of the LLM class's reference, unchanged, with our own model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A forked child gets an error at once from whatever it calls on its parent's LLM, and harms it in no way."""
+"""A forked child gets an error at once from every call on its parent's LLM, which goes on unharmed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KV cache events above one rank: the same as at one, whichever gang they come from."""
+"""KV cache events with more than one rank: the same as with one, from every gang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The LLM class above one rank: what reaches the ranks through Ray, also those of a gang that replaces a lost one."""
+"""The LLM class with more than one rank: what is sent to the ranks through Ray, also to those of a replacement gang."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def banning_even() -> Callable[..., None]:
 
 
 def pids_of(llm: LLM) -> list[int]:
-    """Of the two ranks, once there are two: a gang that is being replaced has none."""
+    """The process ids of both ranks, once there are two: a gang that is being replaced has none."""
     give_up_s = time.monotonic() + PATIENCE_S
     while time.monotonic() < give_up_s:
         with contextlib.suppress(NotReady):
@@ -82,8 +82,8 @@ def test_processors_reach_every_rank_and_a_replaced_gang(tmp_path: Path) -> None
         hurry = tmp_path / "hurry"
         slow = SamplingParams(max_tokens=200, ignore_eos=True, logits_processor=counting_up(hurry))
         running = llm.generate_async(PROMPT, slow, streaming=True)
-        turns = iter(running)  # kept: who lets go of it early cancels the request
-        next(turns)
+        iterator = iter(running)  # kept: dropping it early would cancel the request
+        next(iterator)
         os.kill(pids_of(llm)[1], signal.SIGKILL)
         hurry.touch()
         assert running.result(600).outputs[0].token_ids == list(range(23, 223))

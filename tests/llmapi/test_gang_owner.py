@@ -1,4 +1,4 @@
-"""The places of an LLM's ranks are free again when what made the LLM is gone, however it went."""
+"""The resources of an LLM's ranks are free again once the owner of the LLM has ended, in whatever way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be handed to `generate`: the right value, or a ValueError that says what to do."""
+"""Inputs of `generate`: each is accepted, or refused by a ValueError that says what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Who leaves an output early, by `break`, an error, a cancelled task: its request is cancelled, unless others wait."""
+"""A consumer leaves an output early, by `break`, an error or a cancelled task: the request is cancelled, unless other
+consumers wait."""
 
 from __future__ import annotations
 
@@ -71,8 +72,8 @@ def test_a_stream_left_in_an_event_loop_is_cancelled(llm: LLM, ending: str) -> N
             async for _ in output:
                 break
         elif ending == "close":
-            async with aclosing(aiter(output)) as turns:
-                await anext(turns)
+            async with aclosing(aiter(output)) as iterator:
+                await anext(iterator)
         elif ending == "cancel while waiting":
             task = asyncio.create_task(asyncio.wait_for(drain(output), PATIENCE_S))
             while not output.outputs[0].token_ids:
@@ -81,11 +82,11 @@ def test_a_stream_left_in_an_event_loop_is_cancelled(llm: LLM, ending: str) -> N
             with pytest.raises(asyncio.CancelledError):
                 await task
         else:
-            turns = aiter(output)
-            await anext(turns)
-            cycle: list[Any] = [turns]
+            iterator = aiter(output)
+            await anext(iterator)
+            cycle: list[Any] = [iterator]
             cycle.append(cycle)
-            del turns, cycle
+            del iterator, cycle
             gc.collect()
         assert output.aborted(), "at once, not when the loop ends"
 
@@ -139,13 +140,13 @@ def test_what_others_wait_for_goes_on(llm: LLM) -> None:
 
     async def read() -> None:
         output = llm.generate_async([9, 8, 7], params, streaming=True)
-        turns = aiter(output)
-        await anext(turns)
+        iterator = aiter(output)
+        await anext(iterator)
         awaited = asyncio.ensure_future(output.aresult())
         blocked = asyncio.create_task(asyncio.to_thread(output.result, PATIENCE_S))
         while output._num_consumers < 3:
             await asyncio.sleep(0.01)
-        del turns
+        del iterator
         awaited.cancel()
         await asyncio.wait((awaited,))
         assert not output.aborted()
@@ -159,11 +160,11 @@ def test_a_kept_iterator_goes_on_and_one_that_never_began_or_has_ended_cancels_n
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     output = llm.generate_async([9, 8, 7], params, streaming=True)
     iter(output)
-    turns = iter(output)
-    lengths = [next(turns).outputs[0].length, output.result(PATIENCE_S).outputs[0].length]
+    iterator = iter(output)
+    lengths = [next(iterator).outputs[0].length, output.result(PATIENCE_S).outputs[0].length]
     assert (lengths[-1], output.outputs[0].finish_reason) == (12, "length")
-    assert list(turns) == []
-    assert next(turns, None) is None
+    assert list(iterator) == []
+    assert next(iterator, None) is None
     whole = llm.generate_async([9, 8, 7], params)
     for finished in whole:
         assert finished.outputs[0].length == 12
@@ -173,7 +174,7 @@ def test_a_kept_iterator_goes_on_and_one_that_never_began_or_has_ended_cancels_n
 
 
 def test_an_unreferenced_llm_closes_itself_on_whatever_thread_it_is_collected(directory: Path) -> None:
-    """Here on its own step loop's, which closing waits for."""
+    """Here on the thread of its own step loop, which closing waits for."""
     before = set(threading.enumerate())
     llm = LLM(directory, dtype="float32", kv_cache_config=CACHE)
     own = set(threading.enumerate()) - before

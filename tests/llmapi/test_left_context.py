@@ -1,4 +1,4 @@
-"""An LLM whose tokenizer leaves out a text's first space: answers read behind their prompt, streamed or not."""
+"""An LLM whose tokenizer drops a text's first space: answers continue their prompt correctly, streamed or not."""
 
 from __future__ import annotations
 

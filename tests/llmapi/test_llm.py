@@ -1,4 +1,4 @@
-"""The LLM class at one rank, on a small random model with a small real tokenizer."""
+"""The LLM class with one rank, a small random model and a small real tokenizer."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def test_greedy_equals_transformers(llm: LLM, directory: Path) -> None:
 def test_streaming_diffs_add_up(llm: LLM) -> None:
     params = SamplingParams(max_tokens=24, temperature=1.2, seed=5, ignore_eos=True)
     whole = one(llm.generate("France", params)).outputs[0]
-    text, ids, turns = "", [], 0
+    text, ids, num_iterations = "", [], 0
     future = llm.generate_async("France", params, streaming=True)
     for partial in future:
         assert partial is future
         text += partial.outputs[0].text_diff
         ids += partial.outputs[0].token_ids_diff
-        turns += 1
+        num_iterations += 1
     assert (text, ids) == (whole.text, whole.token_ids)
-    assert turns > 1
+    assert num_iterations > 1
     assert future.finished
 
 

@@ -1,4 +1,4 @@
-"""Constructor arguments: what is honoured is, and everything else that TensorRT-LLM knows is refused by name."""
+"""Constructor arguments: ours are honoured, and all others that TensorRT-LLM has are refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""More requests than the engine holds at a time: they wait, whether the others end or are aborted."""
+"""More requests than the engine holds at a time: they wait until others end or are aborted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`LLM` over what is not a checkpoint of ours: an engine directory, and a model that transformers builds."""
+"""`LLM` with other forms of a model: an engine directory, and a model that transformers builds."""
 
 from __future__ import annotations
 

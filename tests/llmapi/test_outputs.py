@@ -1,4 +1,5 @@
-"""What an LLM tells besides tokens: log-probabilities and logits, beside a plain forward; n, best_of, diffs, times."""
+"""What an LLM reports besides tokens: log-probabilities and logits, equal to a plain forward's; n, best_of, diffs and
+times."""
 
 from __future__ import annotations
 

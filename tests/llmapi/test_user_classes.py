@@ -1,4 +1,4 @@
-"""A user's own scheduler and KV cache manager, as the two pages in docs/ show them, under the real executor."""
+"""A user's scheduler and KV cache manager, as the two pages in docs/ show them, in the real executor."""
 
 from __future__ import annotations
 

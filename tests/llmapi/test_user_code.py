@@ -1,5 +1,5 @@
-"""Code of the user's own that raises what would end a thread or an event loop: an error of its request, at once, and
-everybody else's goes on."""
+"""A user's code raises what would end a thread or an event loop: its request ends with an error at once, and all others
+go on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ enders = pytest.mark.parametrize("kind", ENDERS)
 
 
 class Trap:
-    """Raises, once it is set."""
+    """Raises `kind`, if that is set."""
 
     def __init__(self) -> None:
         self.kind: type[BaseException] | None = None
@@ -40,7 +40,7 @@ DECODER_TRAP = Trap()
 
 
 class TrappedTokenizer(Tokenizer):
-    """One that decodes with code of its own."""
+    """A tokenizer whose `decode` is a user's code."""
 
     def decode(self, *given: Any, **named: Any) -> str:
         DECODER_TRAP.spring()
@@ -87,7 +87,7 @@ def llm(directory: Path) -> Iterator[LLM]:
 
 
 def check_goes_on(llm: LLM, fails: Callable[[], Any], words: str) -> None:
-    """`fails` raises within its request; one beside it ends well, and so does the next."""
+    """`fails` raises within its request; a request beside it, and the next one, end well."""
     beside = llm.generate_async([5], SamplingParams(max_tokens=20, ignore_eos=True, detokenize=False))
     with pytest.raises(RequestRejected, match=words):
         fails()

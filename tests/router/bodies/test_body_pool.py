@@ -1,4 +1,4 @@
-"""Bodies of every size are read alike; what a body does to its worker process harms no other body."""
+"""Bodies of every size are read alike; what a body does to its worker process affects no other body."""
 
 from __future__ import annotations
 

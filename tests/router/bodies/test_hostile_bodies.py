@@ -1,4 +1,4 @@
-"""No body holds up the event loop: whatever is in it, no turn of the loop takes more than 50 ms of processor time.
+"""No body blocks the event loop: whatever is in it, no iteration of the loop takes more than 50 ms of processor time.
 
 Processor time of the loop's own thread, so that other work on the machine changes nothing.
 """
@@ -26,7 +26,7 @@ from tests.router.fake_fleet import FakeLink
 from tests.router.fake_logprobs import fake_logprobs, with_logprobs
 from tests.router.serving import PATIENCE_S, chat, completion, make_service, model_info, running, until
 
-MAX_TURN_S = 0.050
+MAX_ITERATION_S = 0.050
 CONTEXT = 8192
 MB = 1_000_000
 LONG = [5, 7, 9, 11] * 2000
@@ -65,8 +65,8 @@ ANSWERED: list[tuple[str, str, Any]] = [
 ]
 
 
-class Turns:
-    """The longest turn of an event loop, in seconds of its thread's processor time."""
+class LoopIterations:
+    """The longest iteration of an event loop, in seconds of its thread's processor time."""
 
     def __init__(self) -> None:
         self.longest_s = 0.0
@@ -81,15 +81,15 @@ class Turns:
 
 
 @contextmanager
-def served() -> Iterator[tuple[int, Turns]]:
-    """A router in a thread of its own: its port, and the turns of its loop."""
-    turns, ports, is_over = Turns(), list[int](), threading.Event()
+def served() -> Iterator[tuple[int, LoopIterations]]:
+    """A router in a thread of its own. Yields its port, and the iterations of its loop."""
+    iterations, ports, is_over = LoopIterations(), list[int](), threading.Event()
 
     async def serve() -> None:
         service = make_service(FakeLink(model_info(CONTEXT), script=[5] * CONTEXT))
         async with running(build_app(service)) as url:
             await service.bodies.warm_up()
-            watching = asyncio.create_task(turns.watch())
+            watching = asyncio.create_task(iterations.watch())
             ports.append(int(url.rsplit(":", 1)[1]))
             await asyncio.to_thread(is_over.wait)
             watching.cancel()
@@ -99,14 +99,14 @@ def served() -> Iterator[tuple[int, Turns]]:
     thread.start()
     try:
         asyncio.run(until(lambda: bool(ports) or not thread.is_alive()))
-        yield ports[0], turns
+        yield ports[0], iterations
     finally:
         is_over.set()
         thread.join(PATIENCE_S)
 
 
 def post(port: int, path: str, body: Any) -> int:
-    """The answer's status, once the turn of the loop that wrote the answer is over."""
+    """The answer's status, once the iteration of the loop that wrote the answer has ended."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S * 4)
     sent = body if isinstance(body, bytes) else orjson.dumps(body)
     connection.request("POST", path, sent, {"content-type": "application/json"})
@@ -120,7 +120,7 @@ def post(port: int, path: str, body: Any) -> int:
 
 @pytest.fixture(autouse=True)
 def quiet_collector() -> Iterator[None]:
-    """What the whole test run has left in memory is not the router's to look through."""
+    """The garbage collector must not scan, on the router's behalf, what the whole test run has left in memory."""
     gc.collect()
     gc.freeze()
     yield
@@ -143,13 +143,13 @@ def packed_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_turns(bodies: list[tuple[str, str, Any]], is_right: Callable[[int], bool]) -> None:
-    with served() as (port, turns):
+    with served() as (port, iterations):
         post(port, COMPLETIONS, completion())  # what is done but once
         for name, path, body in bodies:
-            turns.longest_s = 0.0
+            iterations.longest_s = 0.0
             status = post(port, path, body)
             assert is_right(status), (name, status)
-            assert turns.longest_s < MAX_TURN_S, (name, turns.longest_s)
+            assert iterations.longest_s < MAX_ITERATION_S, (name, iterations.longest_s)
 
 
 @pytest.mark.slow
@@ -164,6 +164,6 @@ def test_bodies_that_are_answered() -> None:
 
 def test_the_measure_sees_a_body_that_is_read_in_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body_pool, "INLINE_BYTES", 10 * MB)
-    with served() as (port, turns):
+    with served() as (port, iterations):
         post(port, *REFUSED[2][1:])
-        assert turns.longest_s > MAX_TURN_S
+        assert iterations.longest_s > MAX_ITERATION_S

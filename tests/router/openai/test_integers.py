@@ -1,4 +1,4 @@
-"""Every integer field of every body: JSON's 3.0 is an integer, and 3.5, true and "3" are none."""
+"""Every integer field of every body: JSON's 3.0 is an integer; 3.5, true and "3" are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fields of the field's other servers that are not built: taken where they ask for nothing, else refused by name."""
+"""Fields of other servers that are not built: accepted if they ask for nothing, else refused by name."""
 
 from __future__ import annotations
 

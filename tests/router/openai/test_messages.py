@@ -27,12 +27,12 @@ TEXTS = ("name", "reasoning", "reasoning_content")
 
 
 def with_history(**keys: Any) -> dict[str, Any]:
-    turns = [
+    history = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b", **keys},
         {"role": "user", "content": "c"},
     ]
-    return {"model": MODEL, "messages": turns}
+    return {"model": MODEL, "messages": history}
 
 
 def prompt_of(body: dict[str, Any], path: str = CHAT) -> list[int]:

@@ -1,4 +1,4 @@
-"""The decoder against a plain numpy statement of each sampling parameter, and its promises about seeds."""
+"""The decoder against a plain numpy implementation of each sampling parameter, and its guarantees about seeds."""
 
 from __future__ import annotations
 

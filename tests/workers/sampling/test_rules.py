@@ -1,4 +1,4 @@
-"""Sampling rules: what they remember can be rolled back, and a rule of another kind plugs in beside them."""
+"""Sampling rules: what they remember can be rolled back, and another kind of rule can be plugged in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each sampling parameter, alone and with others, against a plain numpy statement of what it means."""
+"""Each sampling parameter, alone and with others, against a plain numpy implementation."""
 
 from __future__ import annotations
 
