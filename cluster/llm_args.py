@@ -156,6 +156,12 @@ class TorchLlmArgs(StrictBaseModel):
     enable_chunked_prefill: bool = Field(
         True, status="beta", description="Split prompts over steps so that decodes never wait long."
     )
+    disable_overlap_scheduler: bool = Field(
+        True,
+        status="beta",
+        description="Settle each step before the next one is launched. False: the next one is launched first, so that "
+        "a device computes while the host works; the tokens are the same.",
+    )
     max_queued_requests: int = Field(
         1024,
         status="beta",

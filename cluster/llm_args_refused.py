@@ -64,7 +64,6 @@ LLM_ARGS: Final[Mapping[str, Refusal]] = {
     "checkpoint_loader": Refusal("safetensors in Hugging Face's layout are what is read"),
     "checkpoint_format": Refusal("safetensors in Hugging Face's layout are what is read", (None, "HF")),
     "mm_encoder_only": _off("there are no multimodal models here"),
-    "disable_overlap_scheduler": Refusal("steps do not overlap yet", (None, True)),
     "attn_backend": Refusal("the device decides"),
     "sampler_type": Refusal("there is one sampler", (None, "auto")),
     "batch_wait_timeout_ms": Refusal(_ONE_STEP, (None, 0, 0.0)),

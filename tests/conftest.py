@@ -36,3 +36,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(folder in item.path.parents for folder in WHOLE_SERVICES):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--overlap", action="store_true", help="launch each step before the one before it has settled")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What is made here without saying otherwise overlaps its steps: executors, and the engines of services, which are
+    told by their drivers."""
+    if not config.getoption("--overlap"):
+        return
+    from tensorweave.cluster.llm_args import TorchLlmArgs
+    from tensorweave.workers.executor.executor import PyExecutor
+
+    PyExecutor.__init__.__kwdefaults__["disable_overlap_scheduler"] = False
+    TorchLlmArgs.model_fields["disable_overlap_scheduler"].default = False
+    TorchLlmArgs.model_rebuild(force=True)

@@ -86,7 +86,7 @@ def build_executor(
         comm=comm,
         info=engine.info,
         transfers=transfers,
-        engine_progress=lambda: engine.progress,
+        disable_overlap_scheduler=args.disable_overlap_scheduler,
         max_requests=args.max_queued_requests,
         max_stats=args.iter_stats_max_iterations if args.enable_iter_perf_stats else 0,
         stats_limits=step_limits(args.max_queued_requests, args.max_batch_size, args.max_num_tokens),

@@ -13,13 +13,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
-from torch import Tensor
 
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
-from tensorweave.workers.fakes.fake_engine import hash_token
-from tensorweave.workers.step.plan import ScheduledBatch
+from tensorweave.workers.fakes.fake_engine import HashStep, hash_token
+from tensorweave.workers.step.pending import StepLogits
 from tensorweave.workers.step.request import LlmRequest, RequestState
-from tensorweave.workers.step.resources import ResourceManager
 from tensorweave.workers.transfer.carriers.loop import LoopNetwork
 from tests.workers.stepped_engine import SteppedEngine
 from tests.workers.transfer_drive import Client, Gang, loop_carriers, request_pair, run_disaggregated, tcp_carriers
@@ -61,12 +59,12 @@ class HeldEngine(SteppedEngine):
         with self._changed:
             assert self._changed.wait_for(lambda: self.num_begun > num_begun, WAIT_S)
 
-    def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
+    def compute(self, step: HashStep) -> StepLogits:
         with self._changed:
             self.num_begun += 1
             self._changed.notify_all()
         time.sleep(self.pace_s)
-        return super().forward(batch, resources)
+        return super().compute(step)
 
 
 @dataclass
@@ -84,7 +82,7 @@ class Side:
             self.gang.leader.cancel_request(name)
 
     def those(self, holds: Callable[[LlmRequest], bool]) -> list[str]:
-        return [request.request_id for request in tuple(self.gang.leader._active) if holds(request)]
+        return [request.request_id for request in self.gang.leader._loop.requests if holds(request)]
 
     def gauges(self) -> dict[str, float]:
         gauges = self.gang.leader.gauges()

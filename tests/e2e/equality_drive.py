@@ -142,7 +142,7 @@ async def _tell(dispatcher: Dispatcher, tokenizer: Tokenizer, ask: Ask, index: i
 async def _settle(ask: Ask, *gangs: Gang | None) -> None:
     """A sequence that a stop string has ended is cancelled. The next one must find its blocks in the tree."""
     for gang in gangs:
-        while gang is not None and any(name.startswith(f"{ask.name}-") for name in list(gang.leader._by_id)):
+        while gang is not None and any(r.request_id.startswith(f"{ask.name}-") for r in gang.leader._loop.requests):
             await asyncio.sleep(0.001)
 
 

@@ -41,7 +41,6 @@ def test_what_is_not_supported_is_refused_by_name(config: type[StrictBaseModel])
     [
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size = 2 is not supported yet"),
         ({"enable_lora": True}, "enable_lora = True is not supported yet"),
-        ({"disable_overlap_scheduler": False}, "disable_overlap_scheduler"),
         ({"kv_cache_config": {"host_cache_size": 1 << 30}}, "host_cache_size"),
         ({"kv_cache_config": {"event_buffer_max_size": -1}}, "event_buffer_max_size"),
         ({"batched_logits_processor": "mask"}, "batched_logits_processor is a str"),

@@ -18,6 +18,7 @@ from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.workers.engine.engine import ModelEngine
 from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.gang.comm import Comm, SoloComm
+from tensorweave.workers.step.pending import NothingPending
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import BlockCopy
@@ -62,6 +63,11 @@ def random_prompts(count: int, longest: int, seed: int = 0, vocab: int = VOCAB) 
     return [[rng.randrange(vocab) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
+def logits_of(engine: ModelEngine, batch: ScheduledBatch, resources: Any) -> Tensor:
+    """Of the sampled rows of one step, when every step before has settled."""
+    return engine.launch(batch, resources, NothingPending()).result().sampled_RV
+
+
 def generate(
     engine: ModelEngine, prompts: Sequence[Sequence[int]], num_tokens: int, *, chunk: int = 64, most_running: int = 16
 ) -> list[list[int]]:
@@ -77,7 +83,7 @@ def generate(
             for request in waiting[: min(2, most_running - len(running))]
         ]
         batch = ScheduledBatch(tuple(chunks), decodes)
-        token_ids = engine.forward(batch, resources).argmax(-1).tolist()
+        token_ids = logits_of(engine, batch, resources).argmax(-1).tolist()
         for part in chunks:
             part.request.num_computed += part.length
             part.request.num_launched = part.stop

@@ -5,16 +5,13 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from torch import Tensor
-
-from tensorweave.workers.fakes.fake_engine import HashEngine
-from tensorweave.workers.step.plan import ScheduledBatch
-from tensorweave.workers.step.resources import ResourceManager
+from tensorweave.workers.fakes.fake_engine import HashStep, LateEngine
+from tensorweave.workers.step.pending import StepLogits
 from tests.workers.waiting import WAIT_S
 
 
-class SteppedEngine(HashEngine):
-    """Computes as many steps as it has been allowed, and waits for more; fails when told to."""
+class SteppedEngine(LateEngine):
+    """Computes as many steps as it has been allowed, each when it is to settle; fails when told to."""
 
     def __init__(self, *arguments: Any, **knobs: Any) -> None:
         super().__init__(*arguments, **knobs)
@@ -34,11 +31,11 @@ class SteppedEngine(HashEngine):
             self._runs_free = True
             self._changed.notify_all()
 
-    def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
+    def compute(self, step: HashStep) -> StepLogits:
         with self._changed:
             may_go_on = self._changed.wait_for(lambda: self._runs_free or self._num_allowed, WAIT_S)
             assert may_go_on, "nobody lets the engine go on"
             self._num_allowed -= not self._runs_free
         if self.fails:
             raise RuntimeError("the engine broke")
-        return super().forward(batch, resources)
+        return super().compute(step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -15,7 +15,8 @@ from tensorweave.kernels.operations import choose_operations
 from tensorweave.workers.autodeploy.attention import Layer, PagedStep, attending
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine.packing import PackedBatch, pack
-from tensorweave.workers.step.plan import PromptRead, ScheduledBatch
+from tensorweave.workers.step.pending import Pending, PendingTokens, Ready, StepLogits
+from tensorweave.workers.step.plan import ScheduledBatch
 from tensorweave.workers.step.resources import ResourceManager
 
 # T tokens, R and N rows of logits, V vocabulary
@@ -35,23 +36,19 @@ class AutodeployEngine:
         windows = frozenset(layer.window for layer in layers)
         operations = choose_operations(self._device, pool.cache.dtype, H)
         self._attention = operations.make_attention(AttentionShape(K, tuple(range(K)), H, P, windows))
-        self._prompt_logits: list[Tensor] = []
         self.progress = 0
         """Grows with every layer that is computed. Any thread may look."""
 
-    def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
+    def launch(self, batch: ScheduledBatch, resources: ResourceManager, before: PendingTokens) -> Pending[StepLogits]:
         kv_cache = resources.kv_cache
-        packed = pack(batch, kv_cache.block_ids, self.pool.tokens_per_block)
+        packed = pack(batch, kv_cache.block_ids, self.pool.tokens_per_block, before)
         self.pool.copy_blocks(kv_cache.take_copies())
-        sizes = [read.stop - read.start for read in batch.prompt_reads]
-        rows = [range(read.row, read.row + size) for read, size in zip(batch.prompt_reads, sizes, strict=True)]
+        reads = batch.prompt_reads
+        sizes = [read.stop - read.start for read in reads]
+        rows = [range(read.row, read.row + size) for read, size in zip(reads, sizes, strict=True)]
         logits = self.compute(packed, [*packed.sampled_rows, *chain.from_iterable(rows)])
-        sampled_RV, *self._prompt_logits = torch.split(logits, [len(packed.sampled_rows), *sizes])
-        return sampled_RV
-
-    def prompt_logits(self, batch: ScheduledBatch) -> Iterator[tuple[PromptRead, Tensor]]:
-        prompt_logits, self._prompt_logits = self._prompt_logits, []
-        yield from zip(batch.prompt_reads, prompt_logits, strict=True)
+        sampled_RV, *prompts = torch.split(logits, [len(packed.sampled_rows), *sizes])
+        return Ready(StepLogits(sampled_RV, zip(reads, prompts, strict=True)))
 
     def wipe_blocks(self, block_ids: Sequence[int]) -> None:
         self.pool.wipe_blocks(block_ids)

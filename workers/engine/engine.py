@@ -1,6 +1,6 @@
 """`ModelEngine` turns a scheduled batch into logits; `PyTorchModelEngine` runs a transformer over the paged KV pool.
 
-The executor calls `forward` once a step on every rank; the engine reads block tables from the KV manager and never
+The step loop calls `launch` once a step on every rank; the engine reads block tables from the KV manager and never
 decides anything.
 """
 
@@ -18,6 +18,7 @@ from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine.packing import PackedBatch, pack
 from tensorweave.workers.models.forward_inputs import ForwardInputs
 from tensorweave.workers.models.transformer import Transformer
+from tensorweave.workers.step.pending import Pending, PendingTokens, Ready, StepLogits
 from tensorweave.workers.step.plan import PromptRead, ScheduledBatch
 from tensorweave.workers.step.resources import ResourceManager
 
@@ -28,22 +29,24 @@ PIECE_LOGITS: Final = 4 << 20
 
 
 class ModelEngine(Protocol):
-    """`info` says what it runs; `forward` computes one step."""
+    """`info` says what it runs, `pool` is where the KV lives. `progress` grows while a step is computed, however long
+    that takes; any thread may look."""
 
     @property
     def info(self) -> ModelInfo: ...
 
-    def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
-        """Logits [R, V] float32, one row for each of `batch.sampled`, in that order; the caller may edit them in place.
+    @property
+    def pool(self) -> KVPool: ...
+
+    @property
+    def progress(self) -> int: ...
+
+    def launch(self, batch: ScheduledBatch, resources: ResourceManager, before: PendingTokens) -> Pending[StepLogits]:
+        """Begin to compute one step. `before` has the tokens that the step before samples, if that has not settled.
 
         Carries out the KV manager's pending block copies first, and leaves the keys and values of all the batch's
-        tokens in its blocks.
+        tokens in its blocks. Steps are computed in the order of their launches.
         """
-        ...
-
-    def prompt_logits(self, batch: ScheduledBatch) -> Iterator[tuple[PromptRead, Tensor]]:
-        """Of the batch that `forward` has just computed: logits [N, V] float32 at the prompt tokens of
-        `batch.prompt_reads`, in pieces that fit in memory; every rank takes all of them."""
         ...
 
     def wipe_blocks(self, block_ids: Sequence[int]) -> None:
@@ -75,7 +78,6 @@ class PyTorchModelEngine:
         self._attention = attention
         self._rope_table = rope_table
         self._device = rope_table.device
-        self._hidden_TD: Tensor | None = None
         self._num_pieces = 0
 
     @property
@@ -83,24 +85,21 @@ class PyTorchModelEngine:
         """Grows with every layer, and every piece of a prompt's logits, that is computed. Any thread may look."""
         return self._model.stack.num_layers_done + self._num_pieces
 
-    def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
+    def launch(self, batch: ScheduledBatch, resources: ResourceManager, before: PendingTokens) -> Pending[StepLogits]:
         kv_cache = resources.kv_cache
-        packed = pack(batch, kv_cache.block_ids, self.pool.tokens_per_block)
+        packed = pack(batch, kv_cache.block_ids, self.pool.tokens_per_block, before)
         with torch.inference_mode():
             self.pool.copy_blocks(kv_cache.take_copies())
-            inputs = self._inputs(packed)
-            hidden_TD = self._model.forward(inputs, self.pool.layers)
-            self._hidden_TD = hidden_TD if batch.prompt_reads else None
+            hidden_TD = self._model.forward(self._inputs(packed), self.pool.layers)
             rows_R = torch.tensor(packed.sampled_rows, dtype=torch.int64, device=self._device)
             hidden_RD = hidden_TD.index_select(0, rows_R)
         # Not in inference mode: the decoder changes logits in place.
         with torch.no_grad():
-            return self._model.logits(hidden_RD)
+            logits_RV = self._model.logits(hidden_RD)
+        return Ready(StepLogits(logits_RV, self._prompt_logits(batch.prompt_reads, hidden_TD)))
 
-    def prompt_logits(self, batch: ScheduledBatch) -> Iterator[tuple[PromptRead, Tensor]]:
-        hidden_TD, self._hidden_TD = self._hidden_TD, None
-        for read in batch.prompt_reads:
-            assert hidden_TD is not None, "nothing was computed"
+    def _prompt_logits(self, reads: Sequence[PromptRead], hidden_TD: Tensor) -> Iterator[tuple[PromptRead, Tensor]]:
+        for read in reads:
             for piece in read.split(max(1, PIECE_LOGITS // self.info.vocab_size)):
                 with torch.no_grad():
                     logits_NV = self._model.logits(hidden_TD[piece.row : piece.row + piece.stop - piece.start])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tensorweave.kernels.attention.backend import Span
+from tensorweave.workers.step.pending import PendingTokens
 from tensorweave.workers.step.plan import ScheduledBatch
 from tensorweave.workers.step.request import LlmRequest
 
@@ -21,8 +22,14 @@ class PackedBatch:
     sampled_rows: list[int] = field(default_factory=list)
 
 
-def pack(batch: ScheduledBatch, block_ids: Callable[[LlmRequest], list[int]], tokens_per_block: int) -> PackedBatch:
-    """`block_ids` gives a request's blocks in order; they must reach its last token of this step."""
+def pack(
+    batch: ScheduledBatch,
+    block_ids: Callable[[LlmRequest], list[int]],
+    tokens_per_block: int,
+    before: PendingTokens,
+) -> PackedBatch:
+    """`block_ids` gives a request's blocks in order; they must reach its last token of this step. `before` has the
+    tokens of the step before, if that has not settled: packing waits for it."""
     packed = PackedBatch()
     for request, start, length, num_samples in batch.context:
         stop = start + length
@@ -38,7 +45,7 @@ def pack(batch: ScheduledBatch, block_ids: Callable[[LlmRequest], list[int]], to
         blocks = block_ids(request)
         row = len(packed.token_ids)
         packed.spans.append(Span(row, 1, start, blocks))
-        packed.token_ids.append(request.tokens[start])
+        packed.token_ids.append(request.tokens[start] if start < len(request.tokens) else before.token_of(request))
         packed.positions.append(start)
         packed.slots.append(blocks[start // tokens_per_block] * tokens_per_block + start % tokens_per_block)
         packed.sampled_rows.append(row)

@@ -165,6 +165,13 @@ class FollowerInbox:
     """Ranks other than 0 gather nothing: they are told."""
 
     num_inside = 0
+    has_room = False
+
+    def put(self, request: GenerateRequest) -> None:
+        raise AssertionError("only rank 0 takes requests")
+
+    def cancel(self, request_id: str) -> bool:
+        raise AssertionError("only rank 0 cancels requests")
 
     def gather(self, token_check: int, idle_wait_s: float) -> None:
         return None

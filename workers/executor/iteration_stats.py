@@ -9,34 +9,36 @@ from __future__ import annotations
 import collections
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 
-from tensorweave.workers.step.plan import ScheduledBatch, StepRow
-from tensorweave.workers.step.request import LlmRequest
+from tensorweave.workers.executor.flight import Flight
+from tensorweave.workers.step.plan import StepRow
 from tensorweave.workers.step.resources import KVCache
 
 _MB = 1 << 20
 
 
 class StepTimer:
-    """Wall-clock marks of one step, in seconds: the schedule's end, the forward's begin and end."""
+    """Wall-clock marks of one iteration of the step loop, in seconds, and how many steps have settled in it.
+    `forward_s` is the time in the engine: launching a step, and waiting for one to settle."""
 
-    __slots__ = ("began_s", "forward_began_s", "forward_s")
+    __slots__ = ("began_s", "forward_began_s", "forward_s", "num_settled")
 
     def __init__(self) -> None:
         self.began_s = self.forward_began_s = time.perf_counter()
         self.forward_s = 0.0
+        self.num_settled = 0
 
     def begin_forward(self) -> None:
         self.forward_began_s = time.perf_counter()
 
     def end_forward(self) -> None:
-        self.forward_s = time.perf_counter() - self.forward_began_s
+        self.forward_s += time.perf_counter() - self.forward_began_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +79,14 @@ class IterationStats:
     def add(
         self,
         timer: StepTimer,
-        batch: ScheduledBatch,
-        active: Sequence[LlmRequest],
+        flight: Flight,
         kv: KVCache,
+        num_active: int,
         num_inside: int,
         num_completed: int,
     ) -> None:
-        """Steps that compute nothing are not recorded."""
-        if batch.is_empty:
-            return
+        """A step has settled."""
+        batch = flight.batch
         self._kv = kv
         self._iteration += 1
         num_context_tokens = sum(row.length for row in batch.context)
@@ -106,8 +107,8 @@ class IterationStats:
             num_context_tokens=num_context_tokens,
             num_paused=len(batch.paused),
             num_new=len(new),
-            new_waited_s=sum(kv.now_s - request.arrival_s for request in new),
-            num_active=len(active),
+            new_waited_s=sum(flight.launched_s - request.arrival_s for request in new),
+            num_active=num_active,
             num_inside=num_inside,
             num_completed=num_completed,
             free_blocks=kv.available,

@@ -64,3 +64,9 @@ class FollowerOutbox:
 
     def close(self) -> None:
         return None
+
+    def take(self, timeout_s: float | None) -> list[TokenChunk]:
+        raise AssertionError("only rank 0 answers")
+
+    def take_of(self, request_ids: Collection[str], timeout_s: float | None) -> list[TokenChunk]:
+        raise AssertionError("only rank 0 answers")

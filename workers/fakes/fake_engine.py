@@ -1,12 +1,18 @@
 """Engines without a model. `HashEngine`'s next token is a hash of the whole context, read back through the KV manager's
-block tables: a wrong block, a missed copy or a stale reuse changes tokens. `EmptyEngine` computes nothing, to measure
-what a step costs around it.
+block tables: a wrong block, a missed copy or a stale reuse changes tokens. `LateEngine` and `ThreadedEngine` are the
+same, computed when a result is asked for and on a thread. `EmptyEngine` computes nothing, to measure what a step costs
+around it.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,11 +21,14 @@ from torch import Tensor
 from tensorweave.cluster.protocol import ModelInfo, pack_tokens
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine.packing import pack
+from tensorweave.workers.step.pending import Pending, PendingTokens, Ready, StepLogits
 from tensorweave.workers.step.plan import PromptRead, ScheduledBatch
-from tensorweave.workers.step.resources import KVCache, ResourceManager
+from tensorweave.workers.step.resources import BlockCopy, ResourceManager
 
 _UNWRITTEN = -1
 _SURE = 30.0  # logit of the one token: e^-30 is what sampling leaves for any other
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 def hash_token(context: Sequence[int], vocab_size: int) -> int:
@@ -27,8 +36,19 @@ def hash_token(context: Sequence[int], vocab_size: int) -> int:
     return zlib.crc32(pack_tokens(list(context))) % vocab_size
 
 
+@dataclass(frozen=True, slots=True)
+class HashStep:
+    """A launched step: `tables` are the block tables at the launch, by a request's order."""
+
+    batch: ScheduledBatch
+    copies: Sequence[BlockCopy]
+    tables: Mapping[int, list[int]]
+    before: PendingTokens
+
+
 class HashEngine:
-    """Keeps token ids where a model keeps keys and values: block by block, one number a token.
+    """Keeps token ids where a model keeps keys and values: block by block, one number a token. A step is computed when
+    it is launched.
 
     `pool` shows them as the keys of one layer with one KV head, so that they can be exchanged like a model's.
     """
@@ -40,51 +60,138 @@ class HashEngine:
             "hash", vocab_size, max_seq_len, "float32", tokens_per_block, num_blocks, kv_bytes_per_token=2 * 4
         )
         self.pool = KVPool(1, num_blocks, 1, tokens_per_block, 1, torch.int32, torch.device("cpu"))
+        self.progress = 0
         self._cache_BP = self.pool.cache[0, :, 0, :, 0].numpy()
         self._cache_BP[:] = _UNWRITTEN
-        self._kv_cache: KVCache
 
-    def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
+    def launch(self, batch: ScheduledBatch, resources: ResourceManager, before: PendingTokens) -> Pending[StepLogits]:
         kv_cache = resources.kv_cache
-        for copy in kv_cache.take_copies():
-            self._cache_BP[copy.target, : copy.num_tokens] = self._cache_BP[copy.source, : copy.num_tokens]
-        packed = pack(batch, kv_cache.block_ids, self.info.tokens_per_block)
-        self._cache_BP[np.divmod(packed.slots, self.info.tokens_per_block)] = packed.token_ids
-        ends = {span.first_row + span.length - 1: span for span in packed.spans}
-        logits_RV = torch.zeros(len(packed.sampled_rows), self.info.vocab_size)
-        for i, row in enumerate(packed.sampled_rows):
-            context = self._cache_BP[list(ends[row].blocks)].reshape(-1)[: ends[row].stop]
-            logits_RV[i, hash_token(context.tolist(), self.info.vocab_size)] = _SURE
-        self._kv_cache = kv_cache
-        return logits_RV
+        requests = [row.request for row in batch.context + batch.generation]
+        tables = {request.order: list(kv_cache.block_ids(request)) for request in requests}
+        return self.begin(HashStep(batch, kv_cache.take_copies(), tables, before))
 
-    def prompt_logits(self, batch: ScheduledBatch) -> Iterator[tuple[PromptRead, Tensor]]:
-        for read in batch.prompt_reads:
-            context = self._cache_BP[self._kv_cache.block_ids(read.request)].reshape(-1).tolist()
-            logits_NV = torch.zeros(read.stop - read.start, self.info.vocab_size)
-            for i, position in enumerate(range(read.start, read.stop)):
-                logits_NV[i, hash_token(context[: position + 1], self.info.vocab_size)] = _SURE
-            yield read, logits_NV
+    def begin(self, step: HashStep) -> Pending[StepLogits]:
+        return Ready(self.compute(step))
+
+    def compute(self, step: HashStep) -> StepLogits:
+        for copy in step.copies:
+            self._cache_BP[copy.target, : copy.num_tokens] = self._cache_BP[copy.source, : copy.num_tokens]
+        block_size = self.info.tokens_per_block
+        packed = pack(step.batch, lambda request: step.tables[request.order], block_size, step.before)
+        self._cache_BP[np.divmod(packed.slots, block_size)] = packed.token_ids
+        contexts = [
+            self._context(step, row.request.order, row.stop - row.num_samples + 1 + place)
+            for row in step.batch.sampled
+            for place in range(row.num_samples)
+        ]
+        rows = [self.logits_after(context) for context in contexts]
+        sampled_RV = torch.stack(rows) if rows else torch.zeros(0, self.info.vocab_size)
+        return StepLogits(sampled_RV, self._prompt_logits(step))
+
+    def logits_after(self, context: list[int]) -> Tensor:
+        """[V]"""
+        logits_V = torch.zeros(self.info.vocab_size)
+        logits_V[hash_token(context, self.info.vocab_size)] = _SURE
+        return logits_V
+
+    def _prompt_logits(self, step: HashStep) -> Iterator[tuple[PromptRead, Tensor]]:
+        for read in step.batch.prompt_reads:
+            context = self._context(step, read.request.order, read.stop)
+            rows = [self.logits_after(context[: position + 1]) for position in range(read.start, read.stop)]
+            yield read, torch.stack(rows)
+
+    def _context(self, step: HashStep, order: int, num_tokens: int) -> list[int]:
+        tokens: list[int] = self._cache_BP[step.tables[order]].reshape(-1)[:num_tokens].tolist()
+        return tokens
 
     def wipe_blocks(self, block_ids: Sequence[int]) -> None:
         self._cache_BP[list(block_ids)] = _UNWRITTEN
 
 
+class PacedEngine(HashEngine):
+    """Each step takes at least `step_s`."""
+
+    def __init__(self, step_s: float) -> None:
+        super().__init__()
+        self._step_s = step_s
+
+    def compute(self, step: HashStep) -> StepLogits:
+        time.sleep(self._step_s)
+        return super().compute(step)
+
+
+class Late(Pending[T]):
+    """A value that is computed when it is first asked for, by whatever thread."""
+
+    def __init__(self, compute: Callable[[], T]) -> None:
+        self._lock = threading.Lock()
+        self._compute = compute
+        self._value: Ready[T] | None = None
+
+    def result(self) -> T:
+        with self._lock:
+            if self._value is None:
+                self._value = Ready(self._compute())
+            return self._value.result()
+
+    def then(self, continue_with: Callable[[T], U]) -> Pending[U]:
+        return Late(lambda: continue_with(self.result()))
+
+
+class LateEngine(HashEngine):
+    """Computes each step as late as can be: when it settles, or when the next one needs its tokens."""
+
+    def begin(self, step: HashStep) -> Pending[StepLogits]:
+        return Late(lambda: self.compute(step))
+
+
+class Submitted(Pending[T]):
+    """A value that another thread computes."""
+
+    def __init__(self, pool: ThreadPoolExecutor, future: Future[T]) -> None:
+        self._pool = pool
+        self._future = future
+
+    def result(self) -> T:
+        return self._future.result()
+
+    def then(self, continue_with: Callable[[T], U]) -> Pending[U]:
+        return Submitted(self._pool, self._pool.submit(lambda: continue_with(self.result())))
+
+
+class ThreadedEngine(HashEngine):
+    """Computes on a thread of its own; each step takes at least `step_s`, decoding included."""
+
+    def __init__(self, *arguments: Any, step_s: float = 0.0, **knobs: Any) -> None:
+        super().__init__(*arguments, **knobs)
+        self._step_s = step_s
+        self._pool = ThreadPoolExecutor(1, "fake-device")
+
+    def begin(self, step: HashStep) -> Pending[StepLogits]:
+        return Submitted(self._pool, self._pool.submit(lambda: self._compute_paced(step)))
+
+    def _compute_paced(self, step: HashStep) -> StepLogits:
+        end_s = time.perf_counter() + self._step_s
+        logits = self.compute(step)
+        time.sleep(max(0.0, end_s - time.perf_counter()))
+        return logits
+
+
 class EmptyEngine:
     """Zero logits over a tiny vocabulary."""
+
+    progress = 0
 
     def __init__(
         self, num_blocks: int = 8192, tokens_per_block: int = 32, max_seq_len: int = 4096, vocab_size: int = 8
     ) -> None:
         self.info = ModelInfo("empty", vocab_size, max_seq_len, "float32", tokens_per_block, num_blocks)
+        self.pool = KVPool(1, num_blocks, 1, tokens_per_block, 1, torch.int32, torch.device("cpu"))
 
-    def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
+    def launch(self, batch: ScheduledBatch, resources: ResourceManager, before: PendingTokens) -> Pending[StepLogits]:
         resources.kv_cache.take_copies()
-        return torch.zeros(len(batch.sampled), self.info.vocab_size)
-
-    def prompt_logits(self, batch: ScheduledBatch) -> Iterator[tuple[PromptRead, Tensor]]:
-        for read in batch.prompt_reads:
-            yield read, torch.zeros(read.stop - read.start, self.info.vocab_size)
+        reads = [(read, torch.zeros(read.stop - read.start, self.info.vocab_size)) for read in batch.prompt_reads]
+        return Ready(StepLogits(torch.zeros(len(batch.sampled), self.info.vocab_size), reads))
 
     def wipe_blocks(self, block_ids: Sequence[int]) -> None:
         return None

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from tensorweave.workers.rank import RankWorker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch import Tensor
-
     from tensorweave.cluster.llm_args import TorchLlmArgs
-    from tensorweave.cluster.protocol import ModelInfo
     from tensorweave.cluster.ranks import RankOrder
-    from tensorweave.workers.engine.engine import ModelEngine
     from tensorweave.workers.executor.executor import PyExecutor
     from tensorweave.workers.gang.comm import Comm
-    from tensorweave.workers.step.plan import PromptRead, ScheduledBatch
-    from tensorweave.workers.step.resources import ResourceManager
 
 
 class HashRankWorker(RankWorker):
     """Each step takes at least `step_s`; `package_version` is what it says it is of. The oracle of its tokens is
-    `workers.fake_engine.hash_token`."""
+    `workers.fakes.fake_engine.hash_token`."""
 
     def __init__(self, step_s: float = 0.0, package_version: str | None = None) -> None:
         super().__init__()
@@ -38,7 +29,7 @@ class HashRankWorker(RankWorker):
     def _build_executor(self, args: TorchLlmArgs, comm: Comm, order: RankOrder) -> PyExecutor:
         from tensorweave.workers.executor.executor import PyExecutor
         from tensorweave.workers.executor.scheduler import SimpleScheduler
-        from tensorweave.workers.fakes.fake_engine import HashEngine
+        from tensorweave.workers.fakes.fake_engine import PacedEngine
         from tensorweave.workers.kv.manager import KVCacheManager
         from tensorweave.workers.sampling.decoder import SamplingDecoder
         from tensorweave.workers.step.resources import ResourceManager
@@ -47,7 +38,7 @@ class HashRankWorker(RankWorker):
             raise ValueError("model 'refused' is refused")
         if args.model == "crashing" and comm.rank == comm.size - 1:
             raise MemoryError("no memory for the weights")
-        engine = _Paced(HashEngine(), self._step_s)
+        engine = PacedEngine(self._step_s)
         info = engine.info
         kv_cache = KVCacheManager(num_blocks=info.num_blocks, tokens_per_block=info.tokens_per_block)
         decoder = SamplingDecoder()
@@ -58,26 +49,5 @@ class HashRankWorker(RankWorker):
             decoder=decoder,
             comm=comm,
             info=info,
+            disable_overlap_scheduler=args.disable_overlap_scheduler,
         )
-
-
-class _Paced:
-    """An engine whose forward takes its time."""
-
-    def __init__(self, engine: ModelEngine, step_s: float) -> None:
-        self._engine = engine
-        self._step_s = step_s
-
-    @property
-    def info(self) -> ModelInfo:
-        return self._engine.info
-
-    def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
-        time.sleep(self._step_s)
-        return self._engine.forward(batch, resources)
-
-    def prompt_logits(self, batch: ScheduledBatch) -> Iterator[tuple[PromptRead, Tensor]]:
-        return self._engine.prompt_logits(batch)
-
-    def wipe_blocks(self, block_ids: Sequence[int]) -> None:
-        self._engine.wipe_blocks(block_ids)

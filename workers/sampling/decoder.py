@@ -12,7 +12,7 @@ the logits. Only if rows are edited, all rows are checked before.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -22,10 +22,11 @@ from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.kernels.argmax.chosen import NO_PLACE, argmax
 from tensorweave.workers.sampling.logit_edits import LogitEdits
 from tensorweave.workers.sampling.logits_processors import LogitsProcessors
-from tensorweave.workers.sampling.logprobs import CopiedRows
+from tensorweave.workers.sampling.logprobs import CopiedRows, read_prompts
 from tensorweave.workers.sampling.rules import make_rules
 from tensorweave.workers.sampling.state import MakeRules, SamplingState
 from tensorweave.workers.sampling.states import SamplingStates
+from tensorweave.workers.step.pending import Pending, StepLogits
 from tensorweave.workers.step.plan import ScheduledBatch
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.result import RowResult, StepResult
@@ -36,11 +37,15 @@ _MASK = (1 << 64) - 1
 
 
 class Decoder(Protocol):
-    """Turns logits [R, V] float32, one row for each of `batch.sampled`, into one token id each."""
+    """Turns the logits of a step into tokens, and into what is told beside them."""
 
     processors: LogitsProcessors
 
-    def decode(self, logits_RV: torch.Tensor, batch: ScheduledBatch) -> StepResult: ...
+    def reads_tokens(self, request: LlmRequest) -> bool:
+        """Whether all tokens before a request's next one must be known to choose it."""
+
+    def launch(self, logits: Pending[StepLogits], batch: ScheduledBatch) -> Pending[StepResult]:
+        """Begin to decode a step whose logits are computed meanwhile. Changes no request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,19 @@ class SamplingDecoder:
         self.states = SamplingStates(make_rules)
         self._rows = _Rows()
 
+    def reads_tokens(self, request: LlmRequest) -> bool:
+        return self.states.state_of(request).edits_logits
+
+    def launch(self, logits: Pending[StepLogits], batch: ScheduledBatch) -> Pending[StepResult]:
+        return logits.then(lambda step: self._decode_step(step, batch))
+
+    def _decode_step(self, logits: StepLogits, batch: ScheduledBatch) -> StepResult:
+        prompts = read_prompts(logits.prompts)
+        result = self.decode(logits.sampled_RV, batch)
+        return replace(result, prompts=prompts) if prompts else result
+
     def decode(self, logits_RV: torch.Tensor, batch: ScheduledBatch) -> StepResult:
+        """`logits_RV` has one row for each of `batch.sampled`; each gets one token or an error."""
         requests = tuple(row[0] for row in batch.sampled)
         if not requests:
             return StepResult()

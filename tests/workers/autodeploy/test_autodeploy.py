@@ -18,9 +18,10 @@ from tensorweave.workers.autodeploy.loader import load_autodeploy
 from tensorweave.workers.build import build_executor, check_model
 from tensorweave.workers.engine_dir.directory import save_engine_dir
 from tensorweave.workers.gang.comm import SoloComm
+from tensorweave.workers.step.pending import NothingPending
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.resources import BlockCopy
-from tests.workers.engine_drive import ScatteredBlocks, engine_args, generate, make_request, random_prompts
+from tests.workers.engine_drive import ScatteredBlocks, engine_args, generate, logits_of, make_request, random_prompts
 from tests.workers.tiny_models import THETA, VOCAB, make_model, rewrite_config, save_randomized, their_greedy
 from tests.workers.waiting import WAIT_S
 
@@ -103,14 +104,13 @@ def test_prompt_logits_and_copied_blocks(tmp_path: Path) -> None:
     request, other = make_request(0, prompt), make_request(1, [*prompt[:16], 9])
     request.num_prompt_rows = len(prompt)
     batch = ScheduledBatch((StepRow.of_context(request, 0, len(prompt)),))
-    engine.forward(batch, resources)
-    [(read, logits)] = engine.prompt_logits(batch)
+    [(read, logits)] = engine.launch(batch, resources, NothingPending()).result().prompts
     with torch.no_grad():
         theirs = model(torch.tensor([prompt])).logits[0]
     assert (read.start, read.stop) == (0, len(prompt))
     torch.testing.assert_close(logits, theirs, atol=2e-4, rtol=1e-3)
     resources.copies.append(BlockCopy(resources.block_ids(request)[0], resources.block_ids(other)[0], 16))
-    reused = engine.forward(ScheduledBatch((StepRow.of_context(other, 16, 1),)), resources)
+    reused = logits_of(engine, ScheduledBatch((StepRow.of_context(other, 16, 1),)), resources)
     with torch.no_grad():
         expected = model(torch.tensor([other.tokens])).logits[0, -1:]
     torch.testing.assert_close(reused, expected, atol=2e-4, rtol=1e-3)

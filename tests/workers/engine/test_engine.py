@@ -21,6 +21,7 @@ from tests.workers.engine_drive import (
     engine_args,
     generate,
     generate_on_ranks,
+    logits_of,
     make_request,
     random_prompts,
     run_ranks,
@@ -83,7 +84,7 @@ def test_logits_are_close_to_those_of_transformers(tmp_path: Path) -> None:
     engine = load_engine(engine_args(tmp_path), SoloComm())
     resources: Any = ScatteredBlocks(engine.info.num_blocks, engine.info.tokens_per_block)
     batch = ScheduledBatch((StepRow.of_context(make_request(0, prompt), 0, len(prompt)),))
-    logits = engine.forward(batch, resources)
+    logits = logits_of(engine, batch, resources)
     with torch.no_grad():
         theirs = model(torch.tensor([prompt])).logits[0, -1:]
     assert logits.dtype == torch.float32
@@ -97,7 +98,9 @@ def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
     def last_logits(dtype: str) -> torch.Tensor:
         engine = load_engine(engine_args(tmp_path, dtype=dtype), SoloComm())
         resources: Any = ScatteredBlocks(engine.info.num_blocks, engine.info.tokens_per_block)
-        return engine.forward(ScheduledBatch((StepRow.of_context(make_request(0, prompt), 0, len(prompt)),)), resources)
+        return logits_of(
+            engine, ScheduledBatch((StepRow.of_context(make_request(0, prompt), 0, len(prompt)),)), resources
+        )
 
     wide, narrow = last_logits("float32"), last_logits("bfloat16")
     assert narrow.dtype == torch.float32
@@ -110,10 +113,10 @@ def test_a_middle_chunk_gives_no_logits_and_logits_may_be_edited(tmp_path: Path)
     resources: Any = ScatteredBlocks(engine.info.num_blocks, engine.info.tokens_per_block)
     first, second = make_request(0, PROMPTS[0]), make_request(1, [3, 4, 5])
     batch = ScheduledBatch((StepRow.of_context(first, 0, len(PROMPTS[0]) - 1), StepRow.of_context(second, 0, 3)))
-    logits = engine.forward(batch, resources)
+    logits = logits_of(engine, batch, resources)
     assert logits.shape == (1, VOCAB)
     logits[:, 2] = float("-inf")
-    assert engine.forward(ScheduledBatch((StepRow.of_context(first, 0, 5),)), resources).shape == (0, VOCAB)
+    assert logits_of(engine, ScheduledBatch((StepRow.of_context(first, 0, 5),)), resources).shape == (0, VOCAB)
 
 
 def test_a_copied_block_serves_as_its_source(tmp_path: Path) -> None:
@@ -122,10 +125,10 @@ def test_a_copied_block_serves_as_its_source(tmp_path: Path) -> None:
     resources: Any = ScatteredBlocks(engine.info.num_blocks, engine.info.tokens_per_block)
     prompt = random_prompts(1, 30, seed=5)[0][:13] + [1] * 13
     one, other = make_request(0, prompt), make_request(1, [*prompt[:10], 9, 8, 7])
-    engine.forward(ScheduledBatch((StepRow.of_context(one, 0, len(prompt)),)), resources)
+    logits_of(engine, ScheduledBatch((StepRow.of_context(one, 0, len(prompt)),)), resources)
     resources.copies.append(BlockCopy(resources.block_ids(one)[0], resources.block_ids(other)[0], 10))
-    reused = engine.forward(ScheduledBatch((StepRow.of_context(other, 10, 3),)), resources)
-    alone = engine.forward(ScheduledBatch((StepRow.of_context(make_request(2, other.tokens), 0, 13),)), resources)
+    reused = logits_of(engine, ScheduledBatch((StepRow.of_context(other, 10, 3),)), resources)
+    alone = logits_of(engine, ScheduledBatch((StepRow.of_context(make_request(2, other.tokens), 0, 13),)), resources)
     torch.testing.assert_close(reused, alone, atol=1e-4, rtol=1e-4)
 
 
@@ -207,14 +210,14 @@ def test_hash_engine_notices_a_foreign_block() -> None:
     resources: Any = ScatteredBlocks(16, 4)
     request = make_request(0, list(range(10)))
     batch = ScheduledBatch((StepRow.of_context(request, 0, 10),))
-    right = engine.forward(batch, resources).argmax()
+    right = logits_of(engine, batch, resources).argmax()
     resources.copies.append(BlockCopy(resources.block_ids(request)[2], resources.block_ids(request)[0], 4))
-    assert engine.forward(ScheduledBatch((StepRow.of_context(request, 9, 1),)), resources).argmax() != right
+    assert logits_of(engine, ScheduledBatch((StepRow.of_context(request, 9, 1),)), resources).argmax() != right
 
 
 def test_empty_engine_costs_nothing_but_answers_each_row() -> None:
     resources: Any = ScatteredBlocks(16, 4)
     resources.copies.append(BlockCopy(0, 1, 2))
     rows = tuple(StepRow.of_decode(make_request(i, [1, 2])) for i in range(3))
-    assert EmptyEngine().forward(ScheduledBatch((), rows), resources).shape == (3, 8)
+    assert logits_of(EmptyEngine(), ScheduledBatch((), rows), resources).shape == (3, 8)
     assert resources.copies == []

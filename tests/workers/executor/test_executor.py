@@ -26,18 +26,22 @@ from tests.workers.waiting import WAIT_S, wait_until
 VOCAB = 997
 
 
-def make(num_blocks: int = 64, engine: Any = None, max_requests: int = 1024, **scheduling: Any) -> PyExecutor:
+EXECUTOR_KNOBS = ("max_requests", "clock", "disable_overlap_scheduler")
+
+
+def make(num_blocks: int = 64, engine: Any = None, **knobs: Any) -> PyExecutor:
     engine = engine or HashEngine(VOCAB, num_blocks, tokens_per_block=4)
+    executing = {name: knobs.pop(name) for name in EXECUTOR_KNOBS if name in knobs}
     kv_cache = KVCacheManager(num_blocks, 4)
     decoder = SamplingDecoder()
     return PyExecutor(
         engine=engine,
-        scheduler=SimpleScheduler(kv_cache, **scheduling),
+        scheduler=SimpleScheduler(kv_cache, **knobs),
         resources=ResourceManager([decoder.states, kv_cache]),
         decoder=decoder,
         comm=SoloComm(),
         info=engine.info,
-        max_requests=max_requests,
+        **executing,
     )
 
 
@@ -145,7 +149,7 @@ def test_cancel_frees_the_blocks_within_a_step() -> None:
     engine.allow()
     wait_until(lambda: executor.await_responses(timeout_s=1.0))
     assert executor.cancel_request("long")
-    engine.allow()  # the step that it may have been in
+    engine.run_free()  # the steps that it may have been in
     chunks = collect(executor, {"long"})["long"]
     assert chunks[-1].finish_reason == "cancelled"
     assert len(ids(chunks)) <= 1
@@ -169,14 +173,13 @@ def test_a_request_cancelled_while_it_waits_ends_too() -> None:
 
 def test_a_deadline_ends_a_request_with_what_it_has() -> None:
     engine, now_s = SteppedEngine(VOCAB, 64, 4), [100.0]
-    executor = make(engine=engine)
-    executor._inbox = Inbox(8, lambda: now_s[0])
+    executor = make(engine=engine, clock=lambda: now_s[0])
     executor.enqueue_requests([ask("late", [1, 2], 150, deadline_s=1.0), ask("fine", [3], 20)])
     executor.start()
     engine.allow(20)
     chunks = collect(executor, {"fine"}, others={"late"})
     now_s[0] += 1.0
-    engine.allow()  # the step that it may have been in
+    engine.run_free()  # the steps that it may have been in
     late = [*chunks["late"], *collect(executor, {"late"})["late"]]
     assert late[-1].finish_reason == "timeout"
     assert ids(late) == oracle([1, 2], len(ids(late)))
@@ -294,7 +297,7 @@ def test_shutdown_ends_what_runs() -> None:
     with ThreadPoolExecutor(1) as pool:
         ending = pool.submit(executor.shutdown, WAIT_S)
         wait_until(lambda: not executor.can_enqueue_requests())
-        engine.allow()  # the step that it may be in
+        engine.run_free()  # the steps that it may be in
         ending.result(WAIT_S)
     assert executor.await_responses(timeout_s=WAIT_S)[-1].finish_reason == "cancelled"
     with pytest.raises(NotReady):

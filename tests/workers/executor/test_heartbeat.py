@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
@@ -18,12 +17,12 @@ from tensorweave.kernels.native.library import load_native
 from tensorweave.workers.build import build_executor
 from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.executor.scheduler import SimpleScheduler
-from tensorweave.workers.fakes.fake_engine import HashEngine
+from tensorweave.workers.fakes.fake_engine import HashEngine, HashStep
 from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.models.stack import NativeStack
 from tensorweave.workers.sampling.decoder import SamplingDecoder
-from tensorweave.workers.step.plan import ScheduledBatch
+from tensorweave.workers.step.pending import StepLogits
 from tensorweave.workers.step.resources import ResourceManager
 from tests.workers.tiny_models import make_model
 
@@ -31,18 +30,17 @@ PATIENCE_S = 60.0
 
 
 class _Held(HashEngine):
-    """A forward that lasts until it is let go, and counts layers when it is told to."""
+    """A step that lasts until it is let go, and counts layers when it is told to."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.progress = 0
-        self.is_in_forward = threading.Event()
+        self.is_computing = threading.Event()
         self.may_end = threading.Event()
 
-    def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
-        self.is_in_forward.set()
+    def compute(self, step: HashStep) -> StepLogits:
+        self.is_computing.set()
         assert self.may_end.wait(PATIENCE_S)
-        return super().forward(batch, resources)
+        return super().compute(step)
 
 
 def executor_of(engine: _Held) -> PyExecutor:
@@ -55,7 +53,6 @@ def executor_of(engine: _Held) -> PyExecutor:
         decoder=decoder,
         comm=SoloComm(),
         info=engine.info,
-        engine_progress=lambda: engine.progress,
     )
 
 
@@ -65,7 +62,7 @@ def test_a_long_step_makes_progress_and_a_hung_one_none(monkeypatch: pytest.Monk
     executor.start()
     try:
         executor.enqueue_request(GenerateRequest("r", [1, 2, 3], SamplingSpec(2)))
-        assert engine.is_in_forward.wait(PATIENCE_S)
+        assert engine.is_computing.wait(PATIENCE_S)
         now_s = time.monotonic()
         monkeypatch.setattr("tensorweave.workers.executor.executor.time", SimpleNamespace(monotonic=lambda: now_s))
         for _ in range(5):
@@ -106,7 +103,7 @@ def test_every_layer_counts(backend: str, is_native: bool, tmp_path: Path, monke
     executor.start()
     try:
         assert len(tokens_of(executor, GenerateRequest("r", [5, 6, 7], SamplingSpec(4)))) == 4
-        assert executor._engine_progress() == 4 * num_layers
+        assert executor._engine.progress == 4 * num_layers
         assert executor.heartbeat() < PATIENCE_S
         assert executor._seen_progress == 4 * num_layers
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from tensorweave.cluster.errors import LogitsNotFinite, TensorweaveError, Worker
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec, TokenChunk
 from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.executor.logits_watch import NUM_PROBES, PATIENCE
-from tensorweave.workers.fakes.fake_engine import HashEngine
+from tensorweave.workers.fakes.fake_engine import HashEngine, HashStep
 from tensorweave.workers.gang.comm import Comm
-from tensorweave.workers.step.plan import ScheduledBatch
-from tensorweave.workers.step.resources import ResourceManager
+from tensorweave.workers.step.pending import StepLogits
+from tensorweave.workers.step.plan import PromptRead
 from tests.workers.engine_drive import random_prompts
 from tests.workers.executor.test_executor import VOCAB, ask, collect, ids, is_idle, make, oracle
 from tests.workers.tiny_models import make_model, their_greedy
@@ -39,13 +39,13 @@ class PoisonedEngine(HashEngine):
         self.is_cured = False
         self.num_forwards = 0
 
-    def forward(self, batch: ScheduledBatch, resources: ResourceManager) -> Tensor:
+    def compute(self, step: HashStep) -> StepLogits:
         self.num_forwards += 1
-        logits_RV = super().forward(batch, resources)
-        for row, (request, *_) in enumerate(batch.sampled):
-            if self.is_sick or (POISON in request.tokens and not self.is_cured):
-                logits_RV[row] = torch.nan
-        return logits_RV
+        return super().compute(step)
+
+    def logits_after(self, context: list[int]) -> Tensor:
+        logits_V = super().logits_after(context)
+        return logits_V * torch.nan if self.is_sick or (POISON in context and not self.is_cured) else logits_V
 
 
 @pytest.fixture
@@ -93,13 +93,13 @@ def test_it_may_come_in_the_middle_of_an_answer(engine: PoisonedEngine) -> None:
 def test_a_prompts_own_logits_are_looked_at_too(wanted: dict[str, Any], engine: PoisonedEngine) -> None:
     """NaN in the middle of a prompt that itself goes on with finite ones."""
 
-    def poisoned(batch: ScheduledBatch) -> Any:
-        for read, logits_NV in HashEngine.prompt_logits(engine, batch):
+    def poisoned(step: HashStep) -> Iterator[tuple[PromptRead, Tensor]]:
+        for read, logits_NV in HashEngine._prompt_logits(engine, step):
             for i, position in enumerate(range(read.start, read.stop)):
                 logits_NV[i, 5] = torch.nan if read.request.tokens[position] == POISON else 0.0
             yield read, logits_NV
 
-    engine.is_cured, engine.prompt_logits = True, poisoned  # type: ignore[method-assign]
+    engine.is_cured, engine._prompt_logits = True, poisoned  # type: ignore[method-assign]
     executor = make(engine=engine, max_num_tokens=4)
     prompts = {"bad": [1, 2, 3, POISON, 5, 6, 7, 8, 9, 10], "good": list(range(20, 30))}
     for name, prompt in prompts.items():
@@ -182,7 +182,7 @@ def test_one_finite_row_is_enough(engine: PoisonedEngine) -> None:
     executor.start()
     chunks = collect(executor, {"good", *bad})
     assert ids(chunks["good"]) == oracle(GOOD, 60)
-    assert executor._num_arrived == len(bad) + 1  # no probe was begun
+    assert executor._loop.requests.num_arrived == len(bad) + 1  # no probe was begun
     executor.shutdown()
 
 
