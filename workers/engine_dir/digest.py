@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.blocks.digest import digest_block_numpy, digest_blocks_native
+from tensorweave.kernels.blocks.operations import choose_block_operations
 
 Bytes = npt.NDArray[np.uint8]
 LENGTH_BYTES: Final = 8
@@ -99,9 +99,7 @@ def _hash_whole(data: Bytes) -> bytes:
     if not num_pieces:
         return b""
     blocks = torch.from_numpy(data).view(torch.int64).view(1, num_pieces, 2, 1, _SIDE, _SIDE)
-    hashes = digest_blocks_native(blocks, range(num_pieces), [_SIDE] * num_pieces)
-    if hashes is None:
-        hashes = torch.cat([digest_block_numpy(blocks[:, i], _SIDE) for i in range(num_pieces)])
+    hashes = choose_block_operations(blocks).digest(blocks, range(num_pieces), [_SIDE] * num_pieces)
     return hashes.numpy().tobytes()
 
 
