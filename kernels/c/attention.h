@@ -18,7 +18,7 @@
 
 #define MOST_FEW 8
 #define MOST_FEW_ALONE 16 /* of a lone query, which waits for memory: the other form asks for nothing ahead */
-#define MOST_BLOCKS 4 /* of ROWS rows, that pass over a run one after the other */
+#define MOST_ROW_GROUPS 4 /* of ROWS rows, that pass over a run one after the other */
 
 /* A query head's elements; rows are numbered token * G + query head of the group. */
 INLINE const ELEM *NAME(row_of)(const NAME(attention) *c, long row, long head) {
@@ -69,12 +69,12 @@ static void NAME(attend_lone)(const NAME(attention) *c, const query_tile *tile, 
     NAME(attend_few_rows)(q, &run, G, low, high, H, c->factor, partial + G * H, partial + G * H + G, partial);
 }
 
-/* Runs [first_run, last_run), joined, for rows [begin, begin + rows) of a tile, at most MOST_BLOCKS * ROWS. */
+/* Runs [first_run, last_run), joined, for rows [begin, begin + rows) of a tile, at most MOST_ROW_GROUPS * ROWS. */
 static void NAME(attend_tile_rows)(const NAME(attention) *c, const query_tile *tile, long head, long begin, long rows, long first_run,
                                    long last_run, float *values, float *largest, float *total) {
     long H = c->H, cells = H / CELL_SIZE, room = UP_TO(rows, ROWS);
     int is_few = rows <= MOST_FEW && cells % VL == 0;
-    int32_t low[MOST_BLOCKS * ROWS], high[MOST_BLOCKS * ROWS];
+    int32_t low[MOST_ROW_GROUPS * ROWS], high[MOST_ROW_GROUPS * ROWS];
     float run_largest[ROWS], run_total[ROWS], old[ROWS], more[ROWS], run_values[ROWS * H];
     NAME(cell) q[room * cells], run_room[is_few ? 1 : ROOM * H + 1];
     NAME(find_sight)(c, tile, begin, rows, room, low, high);
@@ -93,7 +93,7 @@ static void NAME(attend_tile_rows)(const NAME(attention) *c, const query_tile *t
             if (is_few)
                 NAME(attend_few_rows)(q, &run, rows, low, high, H, c->factor, run_largest, run_total, run_values);
             else
-                NAME(attend_block)(q + at * cells, &run_cells, &run, here, low + at, high + at, H, c->factor, run_largest, run_total,
+                NAME(attend_row_group)(q + at * cells, &run_cells, &run, here, low + at, high + at, H, c->factor, run_largest, run_total,
                                    run_values);
             join_sums(largest + at, total + at, run_largest, run_total, c->factor, old, more, UP_TO(here, VL));
             for (long r = 0; r < here; r++) join_values(values + (at + r) * H, run_values + r * H, old[r], more[r], H);
@@ -103,7 +103,7 @@ static void NAME(attend_tile_rows)(const NAME(attention) *c, const query_tile *t
 
 /* All that one task does. A tile's rows, joined, go to `out`; a lone query's run to `partial`: values[G][H], largest[G], total[G]. */
 static void NAME(attend_tile)(const NAME(attention) *c, const query_tile *tile, long task) {
-    enum { MOST = MOST_BLOCKS * ROWS };
+    enum { MOST = MOST_ROW_GROUPS * ROWS };
     long H = c->H, G = c->G, all = tile->num_queries * G, head = (task - tile->first_task) % c->R;
     long first = c->window && tile->start + 1 > c->window ? (tile->start + 1 - c->window) / RUN : 0, last = INT32_MAX / RUN;
     float *partial = tile->num_queries > 1 ? 0 : c->partial + task * G * (H + 2);

@@ -157,7 +157,7 @@ static __attribute__((noinline)) void NAME(weights_of_rows)(long count, long str
 }
 
 /* Keys [first, first + count) of the run for `rows` rows; row r sees keys at positions [low[r], high[r]). */
-static void NAME(attend_block)(const NAME(cell) *q, const NAME(run_cells) *cells, const NAME(run) *run, long rows, const int32_t *low,
+static void NAME(attend_row_group)(const NAME(cell) *q, const NAME(run_cells) *cells, const NAME(run) *run, long rows, const int32_t *low,
                                const int32_t *high, long H, float factor, float *largest, float *total, float *values) {
     float scores[RUN * ROWS + LINES];
     const NAME(cell) *moved[RUN / CELL_SIZE], *weights = (const NAME(cell) *)scores;

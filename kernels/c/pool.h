@@ -34,7 +34,7 @@ static struct {
     _Atomic uint64_t ticket;
     _Atomic long parts_done;
     _Atomic int num_asleep;
-    _Atomic uint32_t alarm;
+    _Atomic uint32_t wake_count;
     loop_body body;
     void *context;
     long count;
@@ -67,10 +67,10 @@ static void *help(void *unused) {
             PAUSE();
             continue;
         }
-        uint32_t alarm = atomic_load(&pool.alarm);
+        uint32_t wake_count = atomic_load(&pool.wake_count);
         atomic_fetch_add(&pool.num_asleep, 1);
         uint64_t ticket = atomic_load(&pool.ticket);
-        if (NEXT_OF(ticket) >= PARTS_OF(ticket)) syscall(SYS_futex, &pool.alarm, FUTEX_WAIT_PRIVATE, alarm, NULL, NULL, 0);
+        if (NEXT_OF(ticket) >= PARTS_OF(ticket)) syscall(SYS_futex, &pool.wake_count, FUTEX_WAIT_PRIVATE, wake_count, NULL, NULL, 0);
         atomic_fetch_sub(&pool.num_asleep, 1);
         spins = 0;
     }
@@ -119,8 +119,8 @@ static void run_loop(loop_body body, void *context, long count, long parts_a_thr
     uint64_t number = ((atomic_load(&pool.ticket) >> 48) + 1) & 0xffff;
     atomic_store(&pool.ticket, number << 48 | (uint64_t)parts << 24);
     if (atomic_load(&pool.num_asleep)) {
-        atomic_fetch_add(&pool.alarm, 1);
-        syscall(SYS_futex, &pool.alarm, FUTEX_WAKE_PRIVATE, pool.num_helpers, NULL, NULL, 0);
+        atomic_fetch_add(&pool.wake_count, 1);
+        syscall(SYS_futex, &pool.wake_count, FUTEX_WAKE_PRIVATE, pool.num_helpers, NULL, NULL, 0);
     }
     run_parts();
     for (long spins = 0; atomic_load(&pool.parts_done) < parts; spins++) {

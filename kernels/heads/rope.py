@@ -1,4 +1,4 @@
-"""Rotary position embedding of query and key heads. Called once a layer on the heads of a packed batch."""
+"""Rotary position embedding of query and key heads, in torch."""
 
 from __future__ import annotations
 

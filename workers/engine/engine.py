@@ -83,7 +83,7 @@ class PyTorchModelEngine:
     @property
     def progress(self) -> int:
         """Grows with every layer, and every piece of a prompt's logits, that is computed. Any thread may look."""
-        return self._model.stack.num_layers_done + self._num_pieces
+        return self._model.num_layers_done + self._num_pieces
 
     def launch(self, batch: ScheduledBatch, resources: ResourceManager, before: PendingTokens) -> Pending[StepLogits]:
         kv_cache = resources.kv_cache

@@ -1,4 +1,4 @@
-"""Inverse frequencies of the four RoPE kinds, and the table in which the engine looks positions up."""
+"""Inverse frequencies of the four kinds of RoPE, and the table from which the engine takes the rows of a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tensorweave.workers.models.rope_config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """[head_dim / 2] float32 radians a position."""
+    """[head_dim / 2] float32, in radians per position."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     plain = 1.0 / (rope.theta**exponents)
     match rope.kind:

@@ -28,6 +28,11 @@ class Transformer:
     final_norm: RmsNorm
     head: OutputHead
 
+    @property
+    def num_layers_done(self) -> int:
+        """Since the start. Any thread may read it, also during a forward."""
+        return self.stack.num_layers_done
+
     def forward(self, inputs: ForwardInputs, caches: Sequence[Tensor]) -> Tensor:
         """Hidden states [T, D] before the final norm; keys and values go into `caches`, one [B, C, P, H] per layer."""
         return self.stack(self.embedding(inputs.token_ids_T), inputs, caches)

@@ -120,6 +120,6 @@ def test_the_native_layers_are_those_that_count(tmp_path: Path) -> None:
     try:
         tokens_of(executor, GenerateRequest("r", [5, 6, 7], SamplingSpec(2)))
         assert isinstance(model.stack, NativeStack)
-        assert model.stack.num_layers_done == 2 * len(executor._engine.pool.layers)
+        assert model.num_layers_done == 2 * len(executor._engine.pool.layers)
     finally:
         executor.shutdown(PATIENCE_S)
