@@ -68,14 +68,6 @@ def build_executor(
     engine = _load_engine(args, comm, num_ranks_here)
     kv_cache = _make_kv_cache(args, engine.info, event_buffer_size)
     scheduler = _make_scheduler(args, kv_cache)
-    transfers: Transfers = NoTransfers()
-    exchange = args.cache_transceiver_config
-    if exchange is not None and exchange.backend is not None:
-        path = resolve_model(args.model, revision=args.revision)
-        digest, num_heads = _kv_identity(args, path, engine)
-        transfers = build_transfers(
-            exchange, engine.pool, kv_cache, comm, digest, num_heads, host=transfer_host, secret=transfer_secret
-        )
     gc.set_threshold(args.garbage_collection_gen0_threshold, *gc.get_threshold()[1:])
     decoder = SamplingDecoder()
     executor = PyExecutor(
@@ -85,7 +77,7 @@ def build_executor(
         decoder=decoder,
         comm=comm,
         info=engine.info,
-        transfers=transfers,
+        transfers=_make_transfers(args, engine, kv_cache, comm, transfer_host, transfer_secret),
         disable_overlap_scheduler=args.disable_overlap_scheduler,
         max_requests=args.max_queued_requests,
         max_stats=args.iter_stats_max_iterations if args.enable_iter_perf_stats else 0,
@@ -118,6 +110,21 @@ def _make_scheduler(args: TorchLlmArgs, kv_cache: Any) -> Any:
         enable_chunked_prefill=args.enable_chunked_prefill,
         chunking_policy=args.scheduler_config.context_chunking_policy,
     )
+
+
+def _make_transfers(
+    args: TorchLlmArgs,
+    engine: PyTorchModelEngine | AutodeployEngine,
+    kv_cache: KVCache,
+    comm: Comm,
+    host: str,
+    secret: str,
+) -> Transfers:
+    config = args.cache_transceiver_config
+    if config is None or config.backend is None:
+        return NoTransfers()
+    digest, num_heads = _kv_identity(args, resolve_model(args.model, revision=args.revision), engine)
+    return build_transfers(config, engine.pool, kv_cache, comm, digest, num_heads, host=host, secret=secret)
 
 
 def build_transfers(

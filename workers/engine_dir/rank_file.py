@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tensorweave.kernels.weights import PackedWeight, huge_pages, narrowed, pack_weight
+from tensorweave.kernels.weights import PackedWeight, QuantizedWeight, Weight, huge_pages, narrowed, pack_weight
 from tensorweave.workers.engine_dir.digest import LENGTH_BYTES, bytes_of, digest_tensor, read_bytes
 from tensorweave.workers.models.rank_weights import RankWeights, TensorRows, stacked_shape
 from tensorweave.workers.models.tensor_names import HEAD
@@ -42,13 +42,13 @@ class RankRecorder:
     def rows(self, parts: Parts) -> Tensor:
         return self._note(_joined(parts), self._weights.rows(parts))
 
-    def matrix_rows(self, parts: Parts) -> Tensor | PackedWeight:
+    def matrix_rows(self, parts: Parts) -> Weight:
         return self._pack(_joined(parts), self._weights.matrix_rows(parts))
 
-    def matrix_columns(self, name: str, shape: tuple[int, int], columns: range) -> Tensor | PackedWeight:
+    def matrix_columns(self, name: str, shape: tuple[int, int], columns: range) -> Weight:
         return self._pack(name, self._weights.matrix_columns(name, shape, columns))
 
-    def tied_head(self, embedding_VD: Tensor) -> Tensor | PackedWeight:
+    def tied_head(self, embedding_VD: Tensor) -> Weight:
         """A packed head is stored beside the embedding: reading it takes less time than packing it again."""
         packed = pack_weight(embedding_VD)
         if packed is None:
@@ -59,7 +59,8 @@ class RankRecorder:
     def save(self, file: Path) -> None:
         save_file(self._tensors, file, {name: digest_tensor(tensor) for name, tensor in self._tensors.items()})
 
-    def _pack(self, name: str, weight: Tensor | PackedWeight) -> Tensor | PackedWeight:
+    def _pack(self, name: str, weight: Weight) -> Weight:
+        assert not isinstance(weight, QuantizedWeight), "rank files have no form for quantized weights"
         packed = weight if isinstance(weight, PackedWeight) else pack_weight(weight)
         if packed is None:
             assert isinstance(weight, Tensor)
@@ -110,13 +111,13 @@ class RankFile:
     def rows(self, parts: Parts) -> Tensor:
         return self._rows(_joined(parts), stacked_shape(parts))
 
-    def matrix_rows(self, parts: Parts) -> Tensor | PackedWeight:
+    def matrix_rows(self, parts: Parts) -> Weight:
         return self._matrix(_joined(parts), stacked_shape(parts))
 
-    def matrix_columns(self, name: str, shape: tuple[int, int], columns: range) -> Tensor | PackedWeight:
+    def matrix_columns(self, name: str, shape: tuple[int, int], columns: range) -> Weight:
         return self._matrix(name, (shape[0], len(columns)))
 
-    def tied_head(self, embedding_VD: Tensor) -> Tensor | PackedWeight:
+    def tied_head(self, embedding_VD: Tensor) -> Weight:
         head = self._matrix(HEAD, tuple(embedding_VD.shape)) if HEAD in self._places else embedding_VD
         return head if isinstance(head, PackedWeight) else embedding_VD
 
@@ -124,7 +125,7 @@ class RankFile:
         self._check_shape(name, self._place(name)["shape"], shape)
         return self._read(name).to(self._device, self._dtype)
 
-    def _matrix(self, name: str, shape: tuple[int, ...]) -> Tensor | PackedWeight:
+    def _matrix(self, name: str, shape: tuple[int, ...]) -> Weight:
         stored = self._place(name)["shape"]
         if len(stored) != _PACKED_DIMS:
             return self._rows(name, shape)

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.weights import PackedWeight
+from tensorweave.kernels.weights import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +37,15 @@ class RankWeights(Protocol):
         """Rows of several matrices (or biases), one below the other."""
         ...
 
-    def matrix_rows(self, parts: Sequence[TensorRows]) -> Tensor | PackedWeight:
+    def matrix_rows(self, parts: Sequence[TensorRows]) -> Weight:
         """The same, to multiply with."""
         ...
 
-    def matrix_columns(self, name: str, shape: tuple[int, int], columns: range) -> Tensor | PackedWeight:
+    def matrix_columns(self, name: str, shape: tuple[int, int], columns: range) -> Weight:
         """Columns of one matrix, to multiply with."""
         ...
 
-    def tied_head(self, embedding_VD: Tensor) -> Tensor | PackedWeight:
+    def tied_head(self, embedding_VD: Tensor) -> Weight:
         """The rank's rows of the embedding, to multiply with."""
         ...
 
