@@ -101,6 +101,9 @@ def _add_overhead(kinds: Any) -> None:
     parser.add_argument("--input-len", type=positive, default=128, help="prompt tokens (default: %(default)s)")
     parser.add_argument("--num-steps", type=positive, default=256, help="decode steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--device-ms", type=float, default=0.0, help="also: steps a second over a device that takes this long for each"
+    )
     _json_argument(parser)
     parser.set_defaults(run=bench_steps.run_overhead)
 

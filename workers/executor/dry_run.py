@@ -2,17 +2,22 @@
 other.
 
 It plays the engine by noting which token history each slot of each block holds, so that a block shared wrongly,
-overwritten early or copied too late is seen at the first read. For the tests of ours, and of whoever writes a scheduler
-or a KV manager of their own.
+overwritten early or copied too late is seen at the first read. A step is computed as late as can be, when it settles,
+over the block tables of its launch; a block that is given to a request is overwritten at once. For the tests of ours,
+and of whoever writes a scheduler or a KV manager of their own.
 """
 
 from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from tensorweave.workers.executor.bookkeeping import book_launch, book_result
 from tensorweave.workers.executor.scheduler import RequestScheduler
 from tensorweave.workers.step.plan import ScheduledBatch
 from tensorweave.workers.step.request import LlmRequest, RequestState
-from tensorweave.workers.step.resources import ResourceManager
+from tensorweave.workers.step.resources import BlockCopy, ResourceManager
 from tensorweave.workers.step.result import StepResult
 
 
@@ -20,8 +25,18 @@ class PlanError(Exception):
     """A scheduler or a KV manager broke a rule; the message says which, at which step."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step that has not settled; `tables` are the block tables at its launch, by a request's order."""
+
+    batch: ScheduledBatch
+    copies: Sequence[BlockCopy]
+    tables: Mapping[int, list[int]]
+
+
 class DryRun:
-    """Steps requests to their end. The next token is a hash of all before it, so equal prompts continue alike.
+    """Steps requests to their end. The next token is a hash of all before it, so equal prompts continue alike. Up to
+    `depth` steps are launched and not settled when the next one is planned.
 
     Raises:
         PlanError: from `step` and `run`, at the first rule that is broken.
@@ -36,6 +51,7 @@ class DryRun:
         max_num_tokens: int,
         vocab_size: int = 16,
         step_s: float = 0.01,
+        depth: int = 0,
     ) -> None:
         self.resources = resources
         self.scheduler = scheduler
@@ -47,8 +63,15 @@ class DryRun:
         self._max_num_tokens = max_num_tokens
         self._vocab_size = vocab_size
         self._step_s = step_s
+        self._depth = depth
+        self._launched: collections.deque[_Launched] = collections.deque()
+        self._ended: list[LlmRequest] = []
         self._slots: dict[tuple[int, int], int] = {}
         self._histories: dict[int, list[int]] = {}
+
+    @property
+    def num_added(self) -> int:
+        return len(self._histories)
 
     def add(self, request: LlmRequest) -> None:
         self.active.append(request)
@@ -58,11 +81,12 @@ class DryRun:
     def cancel(self, request: LlmRequest) -> None:
         request.finish_reason = "cancelled"
         self._end(request)
+        self._free_ended()
 
     def run(self, max_steps: int | None = None) -> None:
         """Step until every request has ended."""
         left = max_steps or 100 + 4 * sum(request.max_len for request in self.active)
-        while self.active:
+        while self.active or self._launched:
             self._require(left > 0, f"{len(self.active)} requests do not end")
             left -= 1
             self.step()
@@ -77,20 +101,42 @@ class DryRun:
         self.num_steps += 1
         self.resources.kv_cache.now_s += self._step_s
         batch = self.scheduler.schedule_request(tuple(self.active))
+        if batch.paused and self._launched:
+            self._settle(0)
+            batch = self.scheduler.schedule_request(tuple(self.active))
         self._check_plan(batch)
         for request in batch.paused:
             self.resources.free_resources(request)
             request.pause()
         if not batch.is_empty:
-            self.resources.prepare_resources(batch)
-            self._forward(batch)
-            book_launch(batch)
-            settled = book_result(batch, self._result(batch))
-            self.resources.update_resources(batch)
-            for request in settled.ended:
-                self._end(request)
+            self._launch(batch)
+        self._settle(0 if batch.is_empty else self._depth)
         self._audit()
         return batch
+
+    def _launch(self, batch: ScheduledBatch) -> None:
+        kv = self.resources.kv_cache
+        rows = batch.context + batch.generation
+        num_held = {r.order: len(kv.block_ids(r)) for r, *_ in rows if r.state is not RequestState.WAITING}
+        self.resources.prepare_resources(batch)
+        tables = {row.request.order: list(kv.block_ids(row.request)) for row in rows}
+        for row in rows:
+            order = row.request.order
+            for block in tables[order][max(num_held.get(order, 0), row.start // kv.tokens_per_block) :]:
+                self._slots.update({(block, at): 0 for at in range(kv.tokens_per_block)})
+        self._launched.append(_Launched(batch, kv.take_copies(), tables))
+        if book_launch(batch):
+            self._prune()
+
+    def _settle(self, num_left: int) -> None:
+        while len(self._launched) > num_left:
+            launched = self._launched.popleft()
+            self._forward(launched)
+            settled = book_result(launched.batch, self._result(launched.batch))
+            self.resources.update_resources(launched.batch)
+            for request in settled.ended:
+                self._end(request)
+            self._free_ended()
 
     # ---- the rules
 
@@ -102,7 +148,7 @@ class DryRun:
         self._require(batch.num_tokens <= self._max_num_tokens, f"{batch.num_tokens} tokens are over the budget")
         num_requests = len(batch.context) + len(batch.generation)
         self._require(num_requests <= self._max_batch_size, f"{num_requests} requests are over the budget")
-        self._require(bool(orders) or not self.active, "nothing runs though requests wait")
+        self._require(bool(orders or self._launched) or not self.active, "nothing runs though requests wait")
         for request in batch.paused:
             self._require(request.is_started, f"{request.request_id} is paused but has not started")
         for request, start, length, num_samples in batch.generation:
@@ -117,31 +163,30 @@ class DryRun:
             is_right = is_next and is_inside and is_sampled
             self._require(is_right, f"{request.request_id} has a wrong chunk {start}+{length}")
 
-    def _forward(self, batch: ScheduledBatch) -> None:
-        kv = self.resources.kv_cache
-        copies = kv.take_copies()
+    def _forward(self, launched: _Launched) -> None:
+        copies = launched.copies
         held = {(c.source, at): self._slots.get((c.source, at), 0) for c in copies for at in range(c.num_tokens)}
         for copy in copies:
             for at in range(copy.num_tokens):
                 self._slots[copy.target, at] = held[copy.source, at]
-        spans = [(row.request, row.start, row.stop) for row in batch.context + batch.generation]
+        rows = launched.batch.context + launched.batch.generation
         written: set[tuple[int, int]] = set()
-        for request, start, end in spans:
-            history = self._history(request)
-            for position in range(start, end):
-                slot = self._slot(request, position)
+        for row in rows:
+            history = self._history(row.request)
+            for position in range(row.start, min(row.stop, len(history))):
+                slot = self._slot(launched, row.request, position)
                 self._require(slot not in written, f"two requests write slot {slot}")
                 written.add(slot)
                 self._slots[slot] = history[position]
-        for request, _, end in spans:
-            history = self._history(request)
-            for position in range(end):
-                is_own = self._slots.get(self._slot(request, position)) == history[position]
-                self._require(is_own, f"{request.request_id} reads another's KV at token {position}")
-        self.num_computed += batch.num_tokens
+        for row in rows:
+            history = self._history(row.request)
+            for position in range(min(row.stop, len(history))):
+                is_own = self._slots.get(self._slot(launched, row.request, position)) == history[position]
+                self._require(is_own, f"{row.request.request_id} reads another's KV at token {position}")
+        self.num_computed += launched.batch.num_tokens
 
     def _result(self, batch: ScheduledBatch) -> StepResult:
-        return StepResult([[self._history(row.request)[row.stop - 1] % self._vocab_size] for row in batch.sampled])
+        return StepResult([[self._history(row.request)[: row.stop][-1] % self._vocab_size] for row in batch.sampled])
 
     def _audit(self) -> None:
         wrong = self.resources.kv_cache.audit()
@@ -153,10 +198,9 @@ class DryRun:
 
     # ---- the model's part
 
-    def _slot(self, request: LlmRequest, position: int) -> tuple[int, int]:
-        kv = self.resources.kv_cache
-        blocks = kv.block_ids(request)
-        index, offset = divmod(position, kv.tokens_per_block)
+    def _slot(self, launched: _Launched, request: LlmRequest, position: int) -> tuple[int, int]:
+        blocks = launched.tables[request.order]
+        index, offset = divmod(position, self.resources.kv_cache.tokens_per_block)
         self._require(index < len(blocks), f"{request.request_id} has no block for token {position}")
         return blocks[index], offset
 
@@ -169,7 +213,18 @@ class DryRun:
         return history
 
     def _end(self, request: LlmRequest) -> None:
-        self.resources.free_resources(request)
         request.state = RequestState.DONE
-        self.active.remove(request)
+        self._ended.append(request)
         self.finished.append(request)
+        self._prune()
+
+    def _prune(self) -> None:
+        last_states = (RequestState.CLOSING, RequestState.DONE)
+        self.active = [request for request in self.active if request.state not in last_states]
+
+    def _free_ended(self) -> None:
+        held = {order for launched in self._launched for order in launched.tables}
+        for request in self._ended:
+            if request.order not in held:
+                self.resources.free_resources(request)
+        self._ended = [request for request in self._ended if request.order in held]

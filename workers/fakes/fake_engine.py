@@ -1,7 +1,7 @@
 """Engines without a model. `HashEngine`'s next token is a hash of the whole context, read back through the KV manager's
 block tables: a wrong block, a missed copy or a stale reuse changes tokens. `LateEngine` and `ThreadedEngine` are the
 same, computed when a result is asked for and on a thread. `EmptyEngine` computes nothing, to measure what a step costs
-around it.
+around it, and `TimedEngine` takes a given time for it on a thread.
 """
 
 from __future__ import annotations
@@ -160,25 +160,18 @@ class Submitted(Pending[T]):
 
 
 class ThreadedEngine(HashEngine):
-    """Computes on a thread of its own; each step takes at least `step_s`, decoding included."""
+    """Computes on a thread of its own, decoding included."""
 
-    def __init__(self, *arguments: Any, step_s: float = 0.0, **knobs: Any) -> None:
+    def __init__(self, *arguments: Any, **knobs: Any) -> None:
         super().__init__(*arguments, **knobs)
-        self._step_s = step_s
         self._pool = ThreadPoolExecutor(1, "fake-device")
 
     def begin(self, step: HashStep) -> Pending[StepLogits]:
-        return Submitted(self._pool, self._pool.submit(lambda: self._compute_paced(step)))
-
-    def _compute_paced(self, step: HashStep) -> StepLogits:
-        end_s = time.perf_counter() + self._step_s
-        logits = self.compute(step)
-        time.sleep(max(0.0, end_s - time.perf_counter()))
-        return logits
+        return Submitted(self._pool, self._pool.submit(lambda: self.compute(step)))
 
 
 class EmptyEngine:
-    """Zero logits over a tiny vocabulary."""
+    """Zero logits over a tiny vocabulary, computed at once."""
 
     progress = 0
 
@@ -190,8 +183,31 @@ class EmptyEngine:
 
     def launch(self, batch: ScheduledBatch, resources: ResourceManager, before: PendingTokens) -> Pending[StepLogits]:
         resources.kv_cache.take_copies()
+        return Ready(self._logits(batch))
+
+    def _logits(self, batch: ScheduledBatch) -> StepLogits:
         reads = [(read, torch.zeros(read.stop - read.start, self.info.vocab_size)) for read in batch.prompt_reads]
-        return Ready(StepLogits(torch.zeros(len(batch.sampled), self.info.vocab_size), reads))
+        return StepLogits(torch.zeros(len(batch.sampled), self.info.vocab_size), reads)
 
     def wipe_blocks(self, block_ids: Sequence[int]) -> None:
         return None
+
+
+class TimedEngine(EmptyEngine):
+    """An empty engine on a device: each step takes `step_s` there, and begins when it is launched and the one before it
+    has ended."""
+
+    def __init__(self, step_s: float, **knobs: Any) -> None:
+        super().__init__(**knobs)
+        self._step_s = step_s
+        self._free_s = 0.0
+        self._pool = ThreadPoolExecutor(1, "fake-device")
+
+    def launch(self, batch: ScheduledBatch, resources: ResourceManager, before: PendingTokens) -> Pending[StepLogits]:
+        resources.kv_cache.take_copies()
+        self._free_s = end_s = max(time.perf_counter(), self._free_s) + self._step_s
+        return Submitted(self._pool, self._pool.submit(lambda: self._logits_at(end_s, batch)))
+
+    def _logits_at(self, end_s: float, batch: ScheduledBatch) -> StepLogits:
+        time.sleep(max(0.0, end_s - time.perf_counter()))
+        return self._logits(batch)

@@ -34,6 +34,7 @@ class Setting:
     chunked: bool
     chunking: ChunkingPolicy
     vocab_size: int
+    depth: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ SETTINGS = st.builds(
     chunked=st.sampled_from([True, True, False]),
     chunking=st.sampled_from(["FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS"]),
     vocab_size=st.integers(1, 4),
+    depth=st.integers(0, 1),
 )
 PRIORITIES = st.sampled_from([0, 20, 35, 50, 100])
 DURATIONS = st.sampled_from([None, 0.0, 0.05, 10.0])
@@ -151,6 +153,7 @@ def test_a_pool_too_small_for_its_requests_preempts_and_still_serves_all(reuse: 
             chunked=draw.random() < 0.8,
             chunking=draw.choice(["FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS"]),
             vocab_size=64,
+            depth=seed % 2,
         )
         dry_run = _dry_run(setting)
         for _ in range(12):
@@ -220,6 +223,7 @@ def _dry_run(setting: Setting) -> DryRun:
         max_batch_size=setting.max_batch_size,
         max_num_tokens=setting.max_num_tokens,
         vocab_size=setting.vocab_size,
+        depth=setting.depth,
     )
 
 
@@ -230,7 +234,7 @@ def _arrive(dry_run: DryRun, setting: Setting, arrival: Arrival) -> None:
     prompt = prompt[: min(scheduler.max_prompt_tokens, scheduler.max_request_tokens - 1)]
     max_tokens = min(arrival.max_tokens, scheduler.max_request_tokens - len(prompt))
     scheduler.check(len(prompt), max_tokens)
-    order = len(dry_run.active) + len(dry_run.finished)
+    order = dry_run.num_added
     stops = (0,) if arrival.stops else ()
     dry_run.add(
         LlmRequest(
