@@ -6,7 +6,7 @@ Shared by the executor and `DryRun`. Nothing here knows of KV blocks or sends an
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tensorweave.cluster.protocol import TokenChunk, pack_tokens
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
@@ -41,16 +41,16 @@ class Settled:
     take all tokens of their row, and `chunks` is what to tell. `num_sampled` counts the rows that were not dropped.
     """
 
-    context: list[StepRow] = field(default_factory=list)
-    ended: list[LlmRequest] = field(default_factory=list)
-    truncated: list[LlmRequest] = field(default_factory=list)
-    chunks: list[TokenChunk] = field(default_factory=list)
-    num_sampled: int = 0
+    context: list[StepRow]
+    ended: list[LlmRequest]
+    truncated: list[LlmRequest]
+    chunks: list[TokenChunk]
+    num_sampled: int
 
 
 def book_result(batch: ScheduledBatch, result: StepResult) -> Settled:
     """Give the requests what the step has computed. Rows of requests that have ended since its launch are dropped."""
-    settled = Settled()
+    settled = Settled([], [], [], [], 0)
     for prompt in result.prompts:
         _book_prompt(prompt, settled)
     for row in batch.context:
@@ -59,7 +59,9 @@ def book_result(batch: ScheduledBatch, result: StepResult) -> Settled:
     num_told = len(settled.chunks)
     _book_rows(batch, result, settled)
     settled.num_sampled = len(settled.chunks) - num_told
-    settled.context += [row for row in batch.context if row.request.state is not _DONE and row.request.failure is None]
+    for row in batch.context:
+        if row.request.state is not _DONE and row.request.failure is None:
+            settled.context.append(row)
     return settled
 
 

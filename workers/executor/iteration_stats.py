@@ -41,7 +41,7 @@ class StepTimer:
         self.forward_s += time.perf_counter() - self.forward_began_s
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepRecord:
     timestamp_s: float
     iteration: int

@@ -68,6 +68,7 @@ class StepLoop:
         self._stats = stats
         self._depth = depth
         self._flights: collections.deque[Flight] = collections.deque()
+        self._nothing_pending = NothingPending()
         self._ended: list[LlmRequest] = []
         self._answers: list[TokenChunk] = []
         self._token_check = 0
@@ -185,7 +186,7 @@ class StepLoop:
     def _launch(self, batch: ScheduledBatch, timer: StepTimer) -> None:
         if batch.is_empty:
             return
-        before: PendingTokens = self._flights[-1] if self._flights else NothingPending()
+        before: PendingTokens = self._flights[-1] if self._flights else self._nothing_pending
         timer.begin_forward()
         logits = self._engine.launch(batch, self._resources, before)
         timer.end_forward()

@@ -144,10 +144,10 @@ class KVCacheManager(BaseResourceManager):
         partials = [self._start(row) for row in contexts if row.request.order not in self._tables]
         for row in contexts:
             self._num_missed += self._extend(self._tables[row.request.order], row.stop)
+        size = self.tokens_per_block
         for request, start, length, _ in batch.generation:
-            table = self._tables[request.order]
-            if start + length > table.num_slots:
-                self._extend(table, start + length)
+            if start % size == 0 or start % size + length > size:  # else its last block has room
+                self._extend(self._tables[request.order], start + length)
         for table, source, num_tokens in partials:
             if source is not None:
                 self._copies.append(BlockCopy(source.block, table.blocks[table.num_nodes], num_tokens))
@@ -160,9 +160,9 @@ class KVCacheManager(BaseResourceManager):
         for row in batch.context:
             self._release_source(row.request)
             self.store_computed(row.request)
-        for request, _, _, _ in batch.generation:
-            table = self._tables.get(request.order)
-            if table is not None and request.num_computed >= table.next_full:
+        size = self.tokens_per_block
+        for request, start, length, _ in batch.generation:
+            if (start + length) % size < length:  # it has reached the end of a block
                 self.store_computed(request)
 
     def store_computed(self, request: LlmRequest) -> None:

@@ -83,7 +83,7 @@ class SamplingDecoder:
 
     def decode(self, logits_RV: torch.Tensor, batch: ScheduledBatch) -> StepResult:
         """`logits_RV` has one row for each of `batch.sampled`; each gets one token or an error."""
-        requests = tuple(row[0] for row in batch.sampled)
+        requests = tuple([row[0] for row in batch.sampled])
         if not requests:
             return StepResult()
         if requests != self._rows.requests:

@@ -45,7 +45,7 @@ class Ready(Pending[T]):
         return Ready(continue_with(self._value))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepLogits:
     """Logits of one step.
 

@@ -73,9 +73,13 @@ class ScheduledBatch:
     prompt_reads: tuple[PromptRead, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        sampled = tuple(row for row in self.context if row.num_samples) + self.generation
+        sampled = self.generation
+        prompt_reads: tuple[PromptRead, ...] = ()
+        if self.context:
+            sampled = tuple(row for row in self.context if row.num_samples) + sampled
+            prompt_reads = tuple(_prompt_reads(self.context))
         object.__setattr__(self, "sampled", sampled)
-        object.__setattr__(self, "prompt_reads", tuple(_prompt_reads(self.context)))
+        object.__setattr__(self, "prompt_reads", prompt_reads)
 
     @property
     def is_empty(self) -> bool:

@@ -28,10 +28,10 @@ class PromptResult:
     failure: TensorweaveError | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepResult:
     """`rows` are those of `ScheduledBatch.sampled`; `extras` has, for the rows that are told more than their tokens,
-    one entry a token."""
+    one entry a token. Nobody changes one, but there is one a step, and frozen dataclasses take long to make."""
 
     rows: Sequence[RowResult] = ()
     extras: Mapping[int, Sequence[TokenExtras]] = field(default_factory=dict)
