@@ -29,13 +29,16 @@ os.environ[NO_MEMORY_MONITOR] = "0"
 
 HERE = Path(__file__).parent
 WHOLE_SERVICES = (HERE / "e2e", HERE / "chaos")
+PUBLIC_DEFAULTS = HERE / "unittest" / "api_stability"
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if any(folder in item.path.parents for folder in WHOLE_SERVICES):
             item.add_marker(pytest.mark.slow)
+        if config.getoption("--overlap") and PUBLIC_DEFAULTS in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason="--overlap changes a public default, which this test checks"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
