@@ -9,7 +9,9 @@ from tensorweave.workers.step.result import StepResult
 
 
 class Flight:
-    """Satisfies `PendingTokens` for the step that is launched next."""
+    """Satisfies `PendingTokens` for the step that is launched next. `launched_s` is the agreed time of its launch."""
+
+    __slots__ = ("_orders", "_pending", "_places", "batch", "launched_s")
 
     def __init__(self, batch: ScheduledBatch, pending: Pending[StepResult], launched_s: float) -> None:
         self.batch = batch

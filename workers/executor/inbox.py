@@ -10,7 +10,7 @@ import heapq
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgpack
 
@@ -19,8 +19,7 @@ from tensorweave.cluster.protocol import GenerateRequest
 from tensorweave.workers.step.kv_exchange import KvArrived
 
 
-@dataclass(frozen=True, slots=True)
-class StepInput:
+class StepInput(NamedTuple):
     """One step's agreement. `token_check` is rank 0's checksum of all tokens sampled so far: a rank that differs has
     diverged."""
 

@@ -9,8 +9,8 @@ scheduler of your own in its place.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from types import MappingProxyType
+from typing import Literal, NamedTuple, Protocol
 
 from tensorweave.cluster.context_length import context_exceeded, prompt_limit_exceeded
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
@@ -36,12 +36,11 @@ class RequestScheduler(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class CapacityPlan:
+class CapacityPlan(NamedTuple):
     """`fitting` may run, in the order of `active`; `starts` says where the contexts of new ones begin, by `order`."""
 
     fitting: tuple[LlmRequest, ...]
-    starts: Mapping[int, int] = field(default_factory=dict)
+    starts: Mapping[int, int] = MappingProxyType({})
     paused: tuple[LlmRequest, ...] = ()
 
 
@@ -141,7 +140,7 @@ class MicroBatchScheduler:
         self, fitting: Sequence[LlmRequest], starts: Mapping[int, int]
     ) -> tuple[tuple[StepRow, ...], tuple[StepRow, ...]]:
         decoding, fetching = RequestState.GENERATION, RequestState.FETCHING
-        generation = [StepRow(r, r.num_launched, 1, 1) for r in fitting if r.state is decoding]
+        generation = StepRow.of_decodes([request for request in fitting if request.state is decoding])
         is_all_decoding = len(generation) == len(fitting)
         del generation[min(self._max_batch_size, self._max_num_tokens) :]
         if is_all_decoding:

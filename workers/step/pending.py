@@ -35,6 +35,8 @@ class Pending(Protocol[T_co]):
 class Ready(Pending[T]):
     """A value that is there already."""
 
+    __slots__ = ("_value",)
+
     def __init__(self, value: T) -> None:
         self._value = value
 
