@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -46,13 +47,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What is made here without saying otherwise overlaps its steps: executors, and the engines of services, which are
-    told by their drivers."""
+    """Executors overlap their steps unless the test says otherwise. A service's ranks receive the arguments that are
+    set, so here the knob is always set; services that a test starts as a command keep the default."""
     if not config.getoption("--overlap"):
         return
     from tensorweave.cluster.llm_args import TorchLlmArgs
     from tensorweave.workers.executor.executor import PyExecutor
 
     PyExecutor.__init__.__kwdefaults__["disable_overlap_scheduler"] = False
-    TorchLlmArgs.model_fields["disable_overlap_scheduler"].default = False
-    TorchLlmArgs.model_rebuild(force=True)
+    init = TorchLlmArgs.__init__
+
+    def init_overlapped(self: TorchLlmArgs, **fields: Any) -> None:
+        init(self, **{"disable_overlap_scheduler": False, **fields})
+
+    TorchLlmArgs.__init__ = init_overlapped  # type: ignore[method-assign]
