@@ -1,0 +1,97 @@
+"""Residual addition and root-mean-square norm in one pass; the start of a step whose norms are folded into products.
+
+`thin_linear` explains the folding: a product takes x * gain and the sums of squares, and multiplies by 1 / rms itself.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+# T tokens, D hidden size, V vocabulary, Q sums of squares per token, each of D / Q numbers
+
+
+@triton.jit
+def _add_rms_norm(
+    x_ptr, update_ptr, weight_ptr, out_ptr, epsilon,
+    D: tl.constexpr, DP: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, DP)
+    mask = d < D
+    weight = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)  # does not change: before the wait
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    x = tl.load(x_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(update_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(x_ptr + row * D + d, x.to(x_ptr.dtype.element_ty), mask=mask)
+    factor = tl.rsqrt(tl.sum(x * x, 0) / D + epsilon)
+    tl.store(out_ptr + row * D + d, (x * factor * weight).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _embed(
+    tokens_ptr, table_ptr, gain_ptr, x_ptr, gained_ptr, squares_ptr,
+    D: tl.constexpr, Q: tl.constexpr, QP: tl.constexpr, DQ: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    q = tl.arange(0, QP)
+    i = tl.arange(0, DQ)
+    at = q[:, None] * (D // Q) + i[None, :]
+    mask = (q < Q)[:, None] & (i < D // Q)[None, :]
+    gain = tl.load(gain_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.load(tokens_ptr + row).to(tl.int64)
+    x = tl.load(table_ptr + token * D + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(x_ptr + row * D + at, x.to(x_ptr.dtype.element_ty), mask=mask)
+    tl.store(gained_ptr + row * D + at, (x * gain).to(gained_ptr.dtype.element_ty), mask=mask)
+    tl.store(squares_ptr + row * Q + q, tl.sum(x * x, 1), mask=q < Q)
+
+
+def add_rms_norm(
+    x_TD: Tensor, update_TD: Tensor | None, weight_D: Tensor, epsilon: float, out_TD: Tensor, *, pdl: bool = False
+) -> None:
+    """x += update, in place; out = x / sqrt(mean(x²) + epsilon) * weight, in float32 inside. Contiguous tensors."""
+    T, D = x_TD.shape
+    assert x_TD.is_contiguous()
+    assert out_TD.is_contiguous()
+    assert update_TD is None or update_TD.is_contiguous()
+    if not T:
+        return
+    DP = triton.next_power_of_2(D)
+    _add_rms_norm[(T,)](
+        x_TD, update_TD, weight_D, out_TD, epsilon,
+        D=D, DP=DP, ADD=update_TD is not None, PDL=pdl, num_warps=min(8, max(1, DP // 512)), launch_pdl=pdl,
+    )  # fmt: skip
+
+
+def embed(
+    tokens_T: Tensor,
+    table_VD: Tensor,
+    gain_D: Tensor,
+    x_TD: Tensor,
+    gained_TD: Tensor,
+    squares_TQ: Tensor,
+    *,
+    pdl: bool = False,
+) -> None:
+    """x = table[tokens]; gained = x * gain; squares[t, q] = the sum of x² over the q-th of Q equal parts of the row.
+
+    The first kernel of a decode step with folded norms: `gain` is the first layer's norm weight.
+    """
+    T, D = x_TD.shape
+    Q = squares_TQ.shape[1]
+    assert D % Q == 0, "the sums of squares must cover equal parts of a row"
+    _embed[(T,)](
+        tokens_T, table_VD, gain_D, x_TD, gained_TD, squares_TQ,
+        D=D, Q=Q, QP=triton.next_power_of_2(Q), DQ=triton.next_power_of_2(D // Q), PDL=pdl, num_warps=8, launch_pdl=pdl,
+    )  # fmt: skip
