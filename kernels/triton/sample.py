@@ -35,6 +35,7 @@ MASS_OF_LARGEST: Final = 1 << 26
 MASS_BITS: Final = 44
 BINS: Final = 2048
 _BLOCK: Final = 4096
+_ARGMAX_BLOCK: Final = 8192
 _MAX_CHUNKS: Final = 32
 
 _KEYS_PER_UNIT = tl.constexpr(float(KEYS_PER_UNIT))
@@ -164,10 +165,13 @@ def _maxima(logits_ptr, maxima_ptr, V, row_stride, chunk, Y: tl.constexpr, BLOCK
 
 @triton.jit(do_not_specialize=["V", "row_stride", "chunk"])
 def _histogram(
-    logits_ptr, maxima_ptr, bins_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, V, row_stride, chunk,
-    Y: tl.constexpr, LEVEL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    logits_ptr, maxima_ptr, bins_ptr, found_ptr, arrived_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
+    V, row_stride, chunk, Y: tl.constexpr, LEVEL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Level 0: the coarse bins; level 1: the fine ones of top-k, or of top-p alone; level 2: those of top-p after k."""
+    """Level 0: the coarse bins; level 1: the fine ones of top-k, or of top-p alone; level 2: those of top-p after k.
+
+    The last program of a row searches what was counted, for the programs of the next pass.
+    """
     row, part = tl.program_id(0), tl.program_id(1)
     if PDL:
         gdc_wait()
@@ -181,7 +185,7 @@ def _histogram(
         is_needed = is_needed & (k > 0) & (p < 1)
     if is_needed:
         if LEVEL > 0:
-            refine, _ = _limits(bins_ptr, row, k, p, LEVEL)
+            refine = tl.load(found_ptr + row * 2)
             target_ptr += tl.where((LEVEL == 1) & (k > 0), _BINS, 2 * _BINS)
         largest = tl.max(tl.load(maxima_ptr + row * Y + tl.arange(0, Y)), 0)
         min_limit = _limit_of_min_p(tl.load(min_p_ptr + row))
@@ -198,11 +202,20 @@ def _histogram(
                 place = key % _BINS
             one = tl.full((BLOCK,), 1, tl.int64) << _MASS_BITS
             tl.atomic_add(target_ptr + place, one + mass, mask=kept, sem="relaxed")
+        tl.debug_barrier()  # all threads' additions are made before this program is counted
+        if tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel") == Y - 1:
+            tl.store(arrived_ptr + row, 0)
+            if LEVEL < 2:
+                refine, _ = _limits(bins_ptr, row, k, p, LEVEL + 1)
+                tl.store(found_ptr + row * 2, refine)
+            if LEVEL > 0:
+                _, limit = _limits(bins_ptr, row, k, p, 3)
+                tl.store(found_ptr + row * 2 + 1, limit)
 
 
 @triton.jit(do_not_specialize=["V", "row_stride", "chunk"])
 def _draw(
-    logits_ptr, maxima_ptr, bins_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr,
+    logits_ptr, maxima_ptr, found_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr,
     scores_ptr, places_ptr, V, row_stride, chunk, Y: tl.constexpr, SAMPLED: tl.constexpr, LIMITED: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -223,8 +236,7 @@ def _draw(
         if is_limited:
             limit = _limit_of_min_p(min_p)
             if (k > 0) | (p < 1):
-                _, key_limit = _limits(bins_ptr, row, k, p, 3)
-                limit = tl.minimum(limit, key_limit)
+                limit = tl.minimum(limit, tl.load(found_ptr + row * 2 + 1))
             largest = tl.max(tl.load(maxima_ptr + row * Y + tl.arange(0, Y)), 0)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     place = tl.full((BLOCK,), 2147483647, tl.int32)
@@ -277,6 +289,8 @@ class SamplingWorkspace:
     places: Tensor
     maxima: Tensor
     bins: Tensor
+    found: Tensor
+    arrived: Tensor
 
     @classmethod
     def create(cls, max_rows: int, device: torch.device) -> SamplingWorkspace:
@@ -286,6 +300,8 @@ class SamplingWorkspace:
             torch.empty(count, dtype=torch.int32, device=device),
             torch.empty(count, dtype=torch.float32, device=device),
             torch.zeros(max_rows * 3 * BINS, dtype=torch.int64, device=device),
+            torch.empty(max_rows * 2, dtype=torch.int32, device=device),
+            torch.zeros(max_rows, dtype=torch.int32, device=device),
         )
 
 
@@ -308,10 +324,10 @@ class SamplingParameters:
 def argmax(logits_RV: Tensor, out_R: Tensor, workspace: SamplingWorkspace, *, pdl: bool = False) -> None:
     """The first place of each row's largest number; NO_PLACE where the row holds NaN, or its largest is infinite."""
     R, V = logits_RV.shape
-    chunks, chunk = _cut(R, V)
+    chunks, chunk = _cut(R, V, _ARGMAX_BLOCK)
     _draw[(R, chunks)](
         logits_RV, *(None,) * 8, workspace.scores, workspace.places, V, logits_RV.stride(0), chunk,
-        Y=chunks, SAMPLED=False, LIMITED=False, BLOCK=_BLOCK, PDL=pdl, num_warps=8, launch_pdl=pdl,
+        Y=chunks, SAMPLED=False, LIMITED=False, BLOCK=_ARGMAX_BLOCK, PDL=pdl, num_warps=8, launch_pdl=pdl,
     )  # fmt: skip
     _finish[(R,)](
         workspace.scores, workspace.places, workspace.bins, out_R, Y=chunks, LIMITED=False, PDL=pdl, num_warps=1,
@@ -335,7 +351,7 @@ def sample(
         has_limits: whether any row has min-p, top-k or top-p; False spares four passes.
     """
     R, V = logits_RV.shape
-    chunks, chunk = _cut(R, V)
+    chunks, chunk = _cut(R, V, _BLOCK)
     p = parameters
     cut = (V, logits_RV.stride(0), chunk)
     options = {"Y": chunks, "BLOCK": _BLOCK, "PDL": pdl, "num_warps": 8, "launch_pdl": pdl}
@@ -343,11 +359,11 @@ def sample(
         _maxima[(R, chunks)](logits_RV, workspace.maxima, *cut, **options)
         for level in range(3):
             _histogram[(R, chunks)](
-                logits_RV, workspace.maxima, workspace.bins, p.temperature_R, p.top_k_R, p.top_p_R, p.min_p_R, *cut,
-                LEVEL=level, **options,
+                logits_RV, workspace.maxima, workspace.bins, workspace.found, workspace.arrived,
+                p.temperature_R, p.top_k_R, p.top_p_R, p.min_p_R, *cut, LEVEL=level, **options,
             )  # fmt: skip
     _draw[(R, chunks)](
-        logits_RV, workspace.maxima, workspace.bins, p.temperature_R, p.top_k_R, p.top_p_R, p.min_p_R, p.seed_R,
+        logits_RV, workspace.maxima, workspace.found, p.temperature_R, p.top_k_R, p.top_p_R, p.min_p_R, p.seed_R,
         p.position_R, workspace.scores, workspace.places, *cut, SAMPLED=True, LIMITED=has_limits, **options,
     )  # fmt: skip
     _finish[(R,)](
@@ -356,9 +372,9 @@ def sample(
     )  # fmt: skip
 
 
-def _cut(num_rows: int, vocab_size: int) -> tuple[int, int]:
-    """Chunks per row, a power of two, about 2,112 programs in all; numbers per chunk, whole blocks."""
-    blocks = triton.cdiv(vocab_size, _BLOCK)
-    wanted = max(1, min(2112 // num_rows, blocks, _MAX_CHUNKS))
+def _cut(num_rows: int, vocab_size: int, block: int) -> tuple[int, int]:
+    """Chunks per row, a power of two, about 1,056 programs in all; numbers per chunk, whole blocks."""
+    blocks = triton.cdiv(vocab_size, block)
+    wanted = max(1, min(1056 // num_rows, blocks, _MAX_CHUNKS))
     chunks = 1 << (wanted.bit_length() - 1)
-    return chunks, triton.cdiv(blocks, chunks) * _BLOCK
+    return chunks, triton.cdiv(blocks, chunks) * block

@@ -104,6 +104,38 @@ def _prefetch_l2(ptr):
     )
 
 
+@triton.jit
+def _finish(
+    acc, up, m, n, tile, M, N: tl.constexpr, K: tl.constexpr, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr,
+    gained_ptr, squares_out_ptr, epsilon, Q: tl.constexpr, QP: tl.constexpr, EPILOGUE: tl.constexpr,
+    SCALED: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """What follows a product: acc and up are [outputs n, rows m]."""
+    q = tl.arange(0, QP)
+    at = m[None, :].to(tl.int64) * N + n[:, None]
+    mask = (m < M)[None, :] & (n < N)[:, None]
+    if SCALED:
+        squares_mask = (m < M)[:, None] & (q < Q)[None, :]
+        squares = tl.load(squares_ptr + m[:, None] * Q + q[None, :], mask=squares_mask, other=0.0)
+        factor = _rstd(tl.sum(squares, 1), K, epsilon)[None, :]
+        acc *= factor
+    if BIAS:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if EPILOGUE == _GATED:
+        if SCALED:
+            up *= factor
+        acc = _silu(acc) * up
+    if EPILOGUE == _RESIDUAL:
+        acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        acc = acc.to(residual_ptr.dtype.element_ty).to(tl.float32)
+        gain = tl.load(gain_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        tl.store(residual_ptr + at, acc.to(residual_ptr.dtype.element_ty), mask=mask)
+        tl.store(gained_ptr + at, (acc * gain[:, None]).to(gained_ptr.dtype.element_ty), mask=mask)
+        tl.store(squares_out_ptr + m * tl.num_programs(0) + tile, tl.sum(acc * acc, 0), mask=m < M)
+    else:
+        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _gemm(
     x_desc, w_desc, w_ptr, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr, gained_ptr, squares_out_ptr,
@@ -117,7 +149,6 @@ def _gemm(
     split = tl.program_id(1)
     n = tile * BN + tl.arange(0, BN)
     m = tl.arange(0, BM)
-    q = tl.arange(0, QP)
     per: tl.constexpr = (K + S * BK - 1) // (S * BK) * BK
     begin = split * per
     if PDL:
@@ -146,34 +177,63 @@ def _gemm(
             for i in tl.static_range(S):  # always in this order: equal bits
                 acc += tl.load(part + i * BN * BM, cache_modifier=".cg")
     if is_last:
-        at = m[None, :].to(tl.int64) * N + n[:, None]
-        mask = (m < M)[None, :] & (n < N)[:, None]
-        if SCALED:
-            squares = tl.load(
-                squares_ptr + m[:, None] * Q + q[None, :], mask=(m < M)[:, None] & (q < Q)[None, :], other=0.0
-            )
-            factor = _rstd(tl.sum(squares, 1), K, epsilon)[None, :]
-            acc *= factor
-        if BIAS:
-            acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        if EPILOGUE == _GATED:
-            if SCALED:
-                up *= factor
-            acc = _silu(acc) * up
-        if EPILOGUE == _RESIDUAL:
-            acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            acc = acc.to(residual_ptr.dtype.element_ty).to(tl.float32)
-            gain = tl.load(gain_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-            tl.store(residual_ptr + at, acc.to(residual_ptr.dtype.element_ty), mask=mask)
-            tl.store(gained_ptr + at, (acc * gain[:, None]).to(gained_ptr.dtype.element_ty), mask=mask)
-            tl.store(squares_out_ptr + m * tl.num_programs(0) + tile, tl.sum(acc * acc, 0), mask=m < M)
-        else:
-            tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        _finish(
+            acc, up, m, n, tile, M, N, K, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr, gained_ptr,
+            squares_out_ptr, epsilon, Q, QP, EPILOGUE, SCALED, BIAS,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
+def _gemm_few(
+    x_ptr, w_ptr, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr, gained_ptr, squares_out_ptr, M, epsilon,
+    N: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, QP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr,
+    BIAS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Blocks of few rows of the weight load all multiprocessors evenly: a batched product, a part of K per warp."""
+    tile = tl.program_id(0)
+    m = tl.arange(0, BM)
+    k = tl.arange(0, BK)
+    row = tile * BN + tl.arange(0, BN)
+    rows: tl.constexpr = 2 * N if EPILOGUE == _GATED else N
+    w_block = w_ptr + row.to(tl.int64)[:, None] * K + k[None, :]
+    x_block = x_ptr + m[:, None] * K + k[None, :]
+    if PDL:
+        if EVEN:
+            _prefetch_l2(w_ptr + row.to(tl.int64)[:, None] * K + tl.arange(0, BK // 64)[None, :] * 64)
+        gdc_wait()
+        gdc_launch_dependents()
+    parts = tl.zeros((WARPS, BN, BM), tl.float32)
+    for start in tl.range(0, K, BK, num_stages=STAGES):
+        in_k = (start + k < K)[None, :]
+        w_mask = None if EVEN else in_k & (row < rows)[:, None]
+        x_mask = (m < M)[:, None] if EVEN else in_k & (m < M)[:, None]
+        w = tl.load(w_block + start, mask=w_mask, other=None if EVEN else 0.0, eviction_policy="evict_first")
+        x = tl.load(x_block + start, mask=x_mask, other=0.0)
+        w = w.reshape(BN, WARPS, BK // WARPS).permute(1, 0, 2)
+        parts = tl.dot(w, x.reshape(BM, WARPS, BK // WARPS).permute(1, 2, 0), parts)
+    acc = tl.sum(parts, 0)
+    if EPILOGUE == _GATED:  # rows alternate gate and up
+        gate, up = tl.split(acc.reshape(BN // 2, 2, BM).permute(0, 2, 1))
+        n = tile * (BN // 2) + tl.arange(0, BN // 2)
+        _finish(
+            gate, up, m, n, tile, M, N, K, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr, gained_ptr,
+            squares_out_ptr, epsilon, Q, QP, EPILOGUE, SCALED, BIAS,
+        )  # fmt: skip
+    else:
+        _finish(
+            acc, acc, m, row, tile, M, N, K, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr, gained_ptr,
+            squares_out_ptr, epsilon, Q, QP, EPILOGUE, SCALED, BIAS,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a product is cut. `block_m` 0: one row, by a kernel without the matrix unit; then no split and no stages."""
+    """How a product is cut: blocks of `block_n` rows of the weight, `block_k` of its columns at a time.
+
+    block_m 0: one row of x, by a kernel without the matrix unit. Less than 64 rows of the weight in a block: by warps'
+    matrix instructions, for few rows of x; 64 or more: by wgmma, and then K may be split over several blocks.
+    """
 
     block_m: int
     block_n: int
@@ -224,10 +284,12 @@ def choose_tiling(num_rows: int, num_outputs: int, num_inputs: int, epilogue: in
         if epilogue == GATED:
             return Tiling(0, 1, wide, 4)
         return Tiling(0, 2, wide, 4) if epilogue == PLAIN and num_outputs < 65536 else Tiling(0, 4, wide, 8)
+    if num_rows <= 16 and num_outputs < 65536:
+        return Tiling(8, 16, 1024, 4, 3) if num_rows <= 8 else Tiling(16, 16, 512, 4, 3 if epilogue == PLAIN else 4)
     block_m = max(16, triton.next_power_of_2(num_rows))
     assert block_m <= 128, "a thin product has at most 128 rows"
-    # Beyond the stages, shared memory keeps a second block from its multiprocessor: the early blocks of a dependent
-    # launch would pile up on the first that fall free (5.8 rather than 6.4 ms a step at 8 rows).
+    # So many stages that two blocks at most (up to 16 rows), or one, fit on a multiprocessor: the early blocks of a
+    # dependent launch would pile up on the first that fall free (a step of 8 rows took 6.4 rather than 5.8 ms).
     is_widest = block_m == 128
     if num_outputs >= 65536:
         return Tiling(block_m, 128, 64, 4, 6) if is_widest else Tiling(block_m, 128, 128, 4, 4)
@@ -298,11 +360,19 @@ def thin_linear(
         _gemv[(tiles,)](x_MK, weight_NK, result, bias_N, squares_MQ, *sums, epsilon, EVEN=is_even, **shared)
         return
     assert tiling.block_m >= M
-    assert not (is_gated and tiling.splits > 1)
+    assert not (tiling.splits > 1 and (is_gated or tiling.block_n < 64))
     if tiling.splits > 1:
         assert workspace is not None, "a split product needs a workspace"
         assert workspace.parts.numel() >= tiles * tiling.block_n * tiling.block_m * tiling.splits
         assert workspace.arrived.numel() >= tiles
+    if tiling.block_n < 64:
+        is_even = weight_NK.shape[0] % tiling.block_n == 0 and K % tiling.block_k == 0
+        rows = triton.cdiv(weight_NK.shape[0], tiling.block_n)
+        _gemm_few[(rows,)](
+            x_MK, weight_NK, result, bias_N, squares_MQ, *sums, M, epsilon,
+            BM=tiling.block_m, WARPS=tiling.warps, STAGES=tiling.stages, EVEN=is_even, **shared,
+        )  # fmt: skip
+        return
     spread = weight_NK.view(N, 2 * K) if is_gated else weight_NK
     parts = (None, None) if workspace is None else (workspace.parts, workspace.arrived)
     _gemm[(tiles, tiling.splits)](
