@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tensorweave.kernels.triton import thin_linear as thin
+from tensorweave.kernels.triton import thin_linear_kernels as thin
 from tensorweave.kernels.triton.add_rms_norm import add_rms_norm
 from tensorweave.kernels.triton.decode_attention import DecodeWorkspace, HeadRotation, choose_splits, decode_attention
 from tensorweave.kernels.triton.prefill_attention import prefill_attention, tile_queries
@@ -102,7 +102,7 @@ def time_attention(tune: bool) -> Iterator[str]:
     for name, lengths in ATTENTION.items():
         case = Attention(lengths)
         kv_bytes = sum(lengths) * 2 * K * H * 2
-        best = choose_splits(len(lengths), K, max(lengths))
+        best = choose_splits(len(lengths), K, max(lengths), sum(lengths))
         splits = sorted({best, max(1, best // 2), min(32, best * 2)}) if tune else [best]
         for split, tiling in itertools.product(splits, [None, (64, 2, 2), (32, 3, 2), (128, 2, 4)] if tune else [None]):
             us = case.us(split, tiling)

@@ -11,83 +11,38 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from gpu_model import (
+    DEVICE,
+    EPSILON,
+    D,
+    H,
+    I,
+    K,
+    L,
+    Model,
+    N,
+    P,
+    V,
+    X,
+    make_model,
+    numbers,
+    reference_decode,
+    reference_prefill,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tensorweave.kernels.triton.add_rms_norm import add_rms_norm, embed
-from tensorweave.kernels.triton.decode_attention import DecodeWorkspace, HeadRotation, choose_splits, decode_attention
+from tensorweave.kernels.triton.decode_attention import DecodeWorkspace, choose_splits, decode_attention
 from tensorweave.kernels.triton.prefill_attention import prefill_attention, tile_queries
 from tensorweave.kernels.triton.rope_store import rope_store
 from tensorweave.kernels.triton.sample import SamplingWorkspace, argmax
 from tensorweave.kernels.triton.swiglu_linear import silu_mul_pairs, swiglu_linear
-from tensorweave.kernels.triton.thin_linear import (
-    GATED,
-    PLAIN,
-    RESIDUAL,
-    ResidualSum,
-    SplitWorkspace,
-    choose_tiling,
-    thin_linear,
-)
-
-# L layers, R rows of a decode step, T tokens of a prefill step, N heads, K KV heads, X = N + 2 K, H head dim,
-# D hidden size, I intermediate width, V vocabulary, P tokens per block
-L, N, K, H, D, I, V, P = 32, 32, 8, 128, 4096, 14336, 128256, 32  # noqa: E741
-X = N + 2 * K
-EPSILON = 1e-5
-DEVICE = torch.device("cuda")
-
-
-@dataclass
-class Layer:
-    norm: Tensor
-    qkv: Tensor
-    output: Tensor
-    mlp_norm: Tensor
-    gate_up: Tensor  # rows alternate gate and up
-    down: Tensor
-
-
-@dataclass
-class Model:
-    layers: list[Layer]
-    embedding: Tensor
-    norm: Tensor
-    head: Tensor
-    rotation: HeadRotation
-
-    @property
-    def weight_bytes(self) -> int:
-        """What a decode step reads: all but the embedding."""
-        each = [w for a in self.layers for w in (a.qkv, a.output, a.gate_up, a.down)]
-        return sum(w.nbytes for w in [*each, self.head])
-
-
-def numbers(*shape: int, scale: float = 1.0) -> Tensor:
-    return torch.empty(*shape, device=DEVICE, dtype=torch.bfloat16).normal_(std=scale)
-
-
-def make_model(num_positions: int) -> Model:
-    layers = [
-        Layer(
-            norm=torch.rand(D, device=DEVICE).add(0.5).bfloat16(),
-            qkv=numbers(X * H, D, scale=0.02),
-            output=numbers(D, N * H, scale=0.02),
-            mlp_norm=torch.rand(D, device=DEVICE).add(0.5).bfloat16(),
-            gate_up=numbers(2 * I, D, scale=0.02),
-            down=numbers(D, I, scale=0.02),
-        )
-        for _ in range(L)
-    ]  # fmt: skip
-    frequencies = 500000.0 ** (-torch.arange(0, H, 2, device=DEVICE, dtype=torch.float64) / H)
-    angles = torch.outer(torch.arange(num_positions, device=DEVICE, dtype=torch.float64), frequencies)
-    table = torch.cat([angles.cos(), angles.sin()], -1).float()
-    norm = torch.rand(D, device=DEVICE).add(0.5).bfloat16()
-    return Model(layers, numbers(V, D), norm, numbers(V, D, scale=0.02), HeadRotation(table))
+from tensorweave.kernels.triton.thin_linear import ResidualSum, SplitWorkspace, choose_tiling, thin_linear
+from tensorweave.kernels.triton.thin_linear_kernels import GATED, PLAIN, RESIDUAL
 
 
 class DecodeStep:
@@ -107,12 +62,17 @@ class DecodeStep:
         self.heads, self.attended = numbers(num_rows, X, H), numbers(num_rows, N, H)
         self.gated, self.gate_up = numbers(num_rows, I), numbers(num_rows, 2 * I)
         self.logits = numbers(num_rows, V)
-        self.run = self.run_thin if is_thin else self.run_wide
         if is_thin:
             self.output_tiling = choose_tiling(num_rows, D, N * H, RESIDUAL)
             self.down_tiling = choose_tiling(num_rows, D, I, RESIDUAL)
             self.squares = torch.empty(num_rows, self.down_tiling.num_squares(D), device=DEVICE)
             self.mlp_squares = torch.empty(num_rows, self.output_tiling.num_squares(D), device=DEVICE)
+
+    def run(self) -> None:
+        if self.is_thin:
+            self.run_thin()
+        else:
+            self.run_wide()
 
     def attend(self, layer: int) -> None:
         decode_attention(
@@ -164,37 +124,6 @@ class DecodeStep:
         self.lengths.add_(1)
 
 
-def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON) * gain.float()
-
-
-def mlp(layer: Layer, x: Tensor) -> Tensor:
-    gate, up = (rms_norm(x, layer.mlp_norm) @ layer.gate_up.float().T).view(len(x), I, 2).unbind(-1)
-    return (F.silu(gate) * up) @ layer.down.float().T
-
-
-def rotate(model: Model, heads: Tensor, positions: Tensor) -> Tensor:
-    cos, sin = model.rotation.table_LH[positions, None].chunk(2, -1)
-    left, right = heads[:, : N + K].chunk(2, -1)
-    return torch.cat([torch.cat([left * cos - right * sin, right * cos + left * sin], -1), heads[:, N + K :]], 1)
-
-
-def reference_decode(model: Model, caches: Tensor, tokens: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
-    """Logits of a decode step in float32. The cache's older keys and values are taken as they are."""
-    x = model.embedding[tokens].float()
-    for i, layer in enumerate(model.layers):
-        heads = rotate(model, (rms_norm(x, layer.norm) @ layer.qkv.float().T).view(-1, X, H), lengths.long() - 1)
-        rows = []
-        for row, length in enumerate(lengths.tolist()):
-            old = caches[i][table[row].long()].transpose(0, 1).reshape(2 * K, -1, H)[:, : length - 1].float()
-            keys, values = torch.cat([old, heads[row, N:, None]], 1).split(K)
-            scores = torch.einsum("kgh,klh->kgl", heads[row, :N].view(K, N // K, H), keys) * H**-0.5
-            rows.append((scores.softmax(-1) @ values).reshape(N * H))
-        x = x + torch.stack(rows) @ layer.output.float().T
-        x = x + mlp(layer, x)
-    return rms_norm(x, model.norm) @ model.head.float().T
-
-
 class PrefillStep:
     """Fresh prompts of equal length: cuDNN's attention on the keys just computed, or ours over the paged cache."""
 
@@ -234,17 +163,6 @@ class PrefillStep:
             update = self.gated @ layer.down.T
         add_rms_norm(x, update, self.model.norm, EPSILON, self.normed)
         torch.mm(self.normed[self.last_rows], self.model.head.T, out=self.logits)
-
-
-def reference_prefill(model: Model, step: PrefillStep) -> Tensor:
-    x = model.embedding[step.tokens].float()
-    for layer in model.layers:
-        heads = rotate(model, (rms_norm(x, layer.norm) @ layer.qkv.float().T).view(-1, X, H), step.positions)
-        q, k, v = (part.view(*step.shape, -1, H).transpose(1, 2) for part in heads.split([N, K, K], 1))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        x = x + attended.transpose(1, 2).reshape(-1, N * H) @ layer.output.float().T
-        x = x + mlp(layer, x)
-    return rms_norm(x[step.last_rows], model.norm) @ model.head.float().T
 
 
 def median_ms(run: Callable[[], object], count: int = 15) -> float:
@@ -317,7 +235,7 @@ def time_prefill(model: Model, operation_rate: float) -> Iterator[str]:
     for is_paged in (False, True):
         step = PrefillStep(model, caches, 2, 500, is_paged=is_paged)
         step.run()
-        error = relative_error(step.logits, reference_prefill(model, step))
+        error = relative_error(step.logits, reference_prefill(model, step.tokens, *step.shape))
         name = "paged Triton" if is_paged else "cuDNN"
         yield f"check prefill 2 x 500, attention by {name}: logits' error against float32 {error:.1e}"
         for prompts, length in ((4, 2048), (1, 8192)):

@@ -1,4 +1,8 @@
-"""Where these tests run: on a CUDA GPU; or, with TRITON_INTERPRET=1, on a CPU, slowly and without dependent launch."""
+"""Where these tests run: on a CUDA GPU; or, with TRITON_INTERPRET=1, on a CPU, slowly and without dependent launch.
+
+Triton 3.6's interpreter takes bfloat16 operands of `tl.dot` for integers and needs numpy before 2.4 for loops with
+bounds that a kernel computes: there, products and attention in bfloat16 fail.
+"""
 
 from __future__ import annotations
 

@@ -172,3 +172,8 @@ def test_full_grid_repeats_its_bits(num_rows: int, device: torch.device, pdl: bo
 )
 def test_number_of_splits(rows: int, longest: int, splits: int) -> None:
     assert choose_splits(rows, 8, longest) == splits
+    assert choose_splits(rows, 8, longest, rows * longest) >= splits
+
+
+def test_a_long_row_among_short_ones_is_split_more() -> None:
+    assert choose_splits(64, 8, 16384, 16384 + 63 * 200) == 8

@@ -9,15 +9,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from tensorweave.kernels.triton.swiglu_linear import interleave_gate_up, silu_mul_pairs, swiglu_linear
-from tensorweave.kernels.triton.thin_linear import (
-    PLAIN,
-    RESIDUAL,
-    ResidualSum,
-    SplitWorkspace,
-    Tiling,
-    choose_tiling,
-    thin_linear,
-)
+from tensorweave.kernels.triton.thin_linear import ResidualSum, SplitWorkspace, Tiling, choose_tiling, thin_linear
+from tensorweave.kernels.triton.thin_linear_kernels import PLAIN, RESIDUAL
 
 pytestmark = pytest.mark.gpu
 
