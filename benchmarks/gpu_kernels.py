@@ -1,4 +1,4 @@
-"""Each of `kernels/triton` alone on one GPU, in graphs of many launches over changing buffers: µs, and TB/s or TFLOP/s.
+"""Each Triton kernel of `kernels/` alone on one GPU, in graphs of many launches over changing buffers: µs, and TB/s or TFLOP/s.
 
     python benchmarks/gpu_kernels.py [attention linear small sampling prefill] [--tune]
 
@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tensorweave.kernels.triton import thin_linear_kernels as thin
-from tensorweave.kernels.triton.add_rms_norm import add_rms_norm
-from tensorweave.kernels.triton.decode_attention import DecodeWorkspace, HeadRotation, choose_splits, decode_attention
-from tensorweave.kernels.triton.prefill_attention import prefill_attention, tile_queries
-from tensorweave.kernels.triton.rope_store import rope_store
-from tensorweave.kernels.triton.sample import SamplingParameters, SamplingWorkspace, argmax, sample
-from tensorweave.kernels.triton.swiglu_linear import silu_mul_pairs, swiglu_linear
-from tensorweave.kernels.triton.thin_linear import ResidualSum, SplitWorkspace, Tiling, choose_tiling, thin_linear
+from tensorweave.kernels.attention.triton_decode import DecodeWorkspace, HeadRotation, choose_splits, decode_attention
+from tensorweave.kernels.attention.triton_prefill import prefill_attention, tile_queries
+from tensorweave.kernels.heads.triton import rope_store
+from tensorweave.kernels.linear import triton_thin_kernels as thin
+from tensorweave.kernels.linear.triton_swiglu import silu_mul_pairs, swiglu_linear
+from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, Tiling, choose_tiling, thin_linear
+from tensorweave.kernels.norm.triton import add_rms_norm
+from tensorweave.kernels.sample.triton import SamplingParameters, SamplingWorkspace, argmax, sample
 
 N, K, H, D, WIDTH, V, P = 32, 8, 128, 4096, 14336, 128256, 32
 X = N + 2 * K

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorweave.kernels.triton.decode_attention import HeadRotation
+from tensorweave.kernels.attention.triton_decode import HeadRotation
 
 # L layers, R rows of a decode step, T tokens of a prefill step, N heads, K KV heads, X = N + 2 K, H head dim,
 # D hidden size, I intermediate width, V vocabulary, P tokens per block

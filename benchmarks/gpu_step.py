@@ -1,4 +1,4 @@
-"""Whole steps of an 8B model on one GPU out of `kernels/triton`: ms, tokens per second, and the share of the roofline.
+"""Whole steps of an 8B model on one GPU out of our Triton kernels: ms, tokens per second, share of the roofline.
 
     python benchmarks/gpu_step.py [--batches 1 8 32] [--contexts 256 1024] [--no-check] [--no-prefill]
 
@@ -35,14 +35,14 @@ from gpu_model import (
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tensorweave.kernels.triton.add_rms_norm import add_rms_norm, embed
-from tensorweave.kernels.triton.decode_attention import DecodeWorkspace, choose_splits, decode_attention
-from tensorweave.kernels.triton.prefill_attention import prefill_attention, tile_queries
-from tensorweave.kernels.triton.rope_store import rope_store
-from tensorweave.kernels.triton.sample import SamplingWorkspace, argmax
-from tensorweave.kernels.triton.swiglu_linear import silu_mul_pairs, swiglu_linear
-from tensorweave.kernels.triton.thin_linear import ResidualSum, SplitWorkspace, choose_tiling, thin_linear
-from tensorweave.kernels.triton.thin_linear_kernels import GATED, PLAIN, RESIDUAL
+from tensorweave.kernels.attention.triton_decode import DecodeWorkspace, choose_splits, decode_attention
+from tensorweave.kernels.attention.triton_prefill import prefill_attention, tile_queries
+from tensorweave.kernels.heads.triton import rope_store
+from tensorweave.kernels.linear.triton_swiglu import silu_mul_pairs, swiglu_linear
+from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, choose_tiling, thin_linear
+from tensorweave.kernels.linear.triton_thin_kernels import GATED, PLAIN, RESIDUAL
+from tensorweave.kernels.norm.triton import add_rms_norm, embed
+from tensorweave.kernels.sample.triton import SamplingWorkspace, argmax
 
 
 class DecodeStep:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from tensorweave.kernels.triton.decode_attention import (
+from tensorweave.kernels.attention.triton_decode import (
     DecodeWorkspace,
     HeadRotation,
     choose_splits,

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tensorweave.kernels.triton.add_rms_norm import add_rms_norm, embed
+from tensorweave.kernels.norm.triton import add_rms_norm, embed
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tensorweave.kernels.triton.rope_store import rope_store
+from tensorweave.kernels.heads.triton import rope_store
 
 pytestmark = pytest.mark.gpu
 

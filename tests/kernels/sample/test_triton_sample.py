@@ -11,8 +11,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from tensorweave.kernels.triton.sample import SamplingParameters, SamplingWorkspace, argmax, sample
-from tensorweave.kernels.triton.sample_kernels import BINS, KEYS_PER_UNIT, MASS_OF_LARGEST, NO_PLACE
+from tensorweave.kernels.sample.triton import SamplingParameters, SamplingWorkspace, argmax, sample
+from tensorweave.kernels.sample.triton_kernels import BINS, KEYS_PER_UNIT, MASS_OF_LARGEST, NO_PLACE
 
 pytestmark = pytest.mark.gpu
 

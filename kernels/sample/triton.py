@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tensorweave.kernels.triton.sample_kernels import BINS, draw, finish, histogram, maxima
+from tensorweave.kernels.sample.triton_kernels import BINS, draw, finish, histogram, maxima
 
 # R rows of logits, V vocabulary, Y chunks of a row, each of one program
 

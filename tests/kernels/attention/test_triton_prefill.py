@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from tensorweave.kernels.triton.prefill_attention import prefill_attention, tile_queries
+from tensorweave.kernels.attention.triton_prefill import prefill_attention, tile_queries
 
 pytestmark = pytest.mark.gpu
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from tensorweave.kernels.triton.swiglu_linear import interleave_gate_up, silu_mul_pairs, swiglu_linear
-from tensorweave.kernels.triton.thin_linear import ResidualSum, SplitWorkspace, Tiling, choose_tiling, thin_linear
-from tensorweave.kernels.triton.thin_linear_kernels import PLAIN, RESIDUAL
+from tensorweave.kernels.linear.triton_swiglu import interleave_gate_up, silu_mul_pairs, swiglu_linear
+from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, Tiling, choose_tiling, thin_linear
+from tensorweave.kernels.linear.triton_thin_kernels import PLAIN, RESIDUAL
 
 pytestmark = pytest.mark.gpu
 

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tensorweave.kernels.triton.thin_linear_kernels import GATED, PLAIN, RESIDUAL, gemm, gemm_few, gemv
+from tensorweave.kernels.linear.triton_thin_kernels import GATED, PLAIN, RESIDUAL, gemm, gemm_few, gemv
 
 # M rows of x, N outputs, K inputs, Q sums of squares per row of x; blocks of BM, BN, BK; S splits of K
 
