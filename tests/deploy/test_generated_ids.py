@@ -18,13 +18,13 @@ from tests.router.fake_fleet import FakeLink
 from tests.router.serving import chat, client_of, make_service, model_info, running
 
 
-@pytest.mark.parametrize("door", ["front", "plain"])
+@pytest.mark.parametrize("server", ["ingress", "plain"])
 @pytest.mark.parametrize("name", ["job-7", None])
-def test_only_a_clients_own_id_is_looked_for(name: str | None, door: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_clients_own_id_is_looked_for(name: str | None, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_util, "generate_request_id", http_util.generate_request_id)  # what is put there afterwards
     link = FakeLink(model_info())
     app: ASGIApp
-    if door == "plain":
+    if server == "plain":
         app = build_app(make_service(link))
     else:
         generated = mark_generated_ids()

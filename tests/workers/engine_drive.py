@@ -112,8 +112,8 @@ class ThreadComm:
         self._barrier.wait(PEER_TIMEOUT_S)
         return everyone
 
-    def agree(self, news: bytes | None) -> bytes:
-        agreed: bytes = self._exchange(news)[0]
+    def agree(self, data: bytes | None) -> bytes:
+        agreed: bytes = self._exchange(data)[0]
         return agreed
 
     def agree_min(self, value: int) -> int:

@@ -1,7 +1,7 @@
 """What reaches the step loop from outside: arrivals, cancels, deadlines, transfers, handed over once a step.
 
 `Inbox` belongs to rank 0: any thread may put, only the step loop gathers. `FollowerInbox` is the other ranks' Null
-object: their news comes through the agreement. `StepInput` is what all ranks agree on, packed with msgpack.
+object: their input comes through the agreement. `StepInput` is what all ranks agree on, packed with msgpack.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the step loop knows of KV transfer: `Transfers`, and its Null object `NoTransfers` for gangs that exchange none.
 
 The loop calls each verb once a step on every rank; bytes move on other threads. What those threads learn (a fetch has
-arrived, a lease has ended) reaches the loop as news through rank 0's inbox, so that all ranks act on it in the same
+arrived, a lease has ended) reaches the loop through rank 0's inbox, so that all ranks act on it in the same
 step. `workers.transfer` has the real one and its carriers.
 """
 
@@ -46,7 +46,7 @@ class KvArrived:
 
 
 class TransferInbox(Protocol):
-    """Where transfer threads leave news for the step loop: rank 0's `Inbox`."""
+    """Where transfer threads report to the step loop: rank 0's `Inbox`."""
 
     def put_arrived(self, arrived: KvArrived) -> None: ...
 
@@ -75,11 +75,11 @@ class Transfers(Protocol):
         on offer (after `update_resources`)."""
 
     def keeps(self, request: LlmRequest) -> bool:
-        """Asked when a request ends: True if its blocks must stay until its lease ends (a release comes as news). Where
-        it is False, nothing reads or writes the request's blocks any more, and its fetch or offer is closed."""
+        """Asked when a request ends: True if its blocks must stay until its lease ends, which a later step's input reports.
+        Where it is False, nothing reads or writes the request's blocks any more, and its fetch or offer is closed."""
 
     def release(self, request_id: str) -> LlmRequest | None:
-        """The lease has ended, by news: nobody reads the blocks any more, and the caller frees them."""
+        """The lease has ended, as agreed: nobody reads the blocks any more, and the caller frees them."""
 
     def drop(self, request: LlmRequest) -> None:
         """This request no longer waits for its fetch (arrived, paused), and what it has offered so far is taken back:

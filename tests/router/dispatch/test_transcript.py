@@ -91,8 +91,8 @@ def test_each_attempt_tells_the_prompts_logits_from_the_start_and_the_client_hea
     for cuts in ((0, 8, 24), (0, 16, 32), (0, 40, 48)):
         transcript.begin(None)
         for start, stop in itertools.pairwise(cuts):
-            news = transcript.take(TokenChunk("r/d1", start=0, context_logits=rows[start:stop]))
-            told += b"" if news is None else news.context_logits
+            chunk = transcript.take(TokenChunk("r/d1", start=0, context_logits=rows[start:stop]))
+            told += b"" if chunk is None else chunk.context_logits
     assert told == rows
 
 

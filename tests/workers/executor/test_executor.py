@@ -314,7 +314,7 @@ def test_statistics_have_the_known_keys(executor: PyExecutor) -> None:
     assert rows[-1]["numCompletedRequests"] == 1
     assert {"gpuMemUsage", "iterLatencyMS", "kvCacheStats"} <= rows[0].keys()
     assert executor.get_latest_iteration_stats() == []
-    wait_until(lambda: executor.heartbeat() < 2.0)  # an idle loop's beats are 0.5 s apart
+    wait_until(lambda: executor.heartbeat() < 2.0)  # an idle loop agrees every 0.5 s
 
 
 def test_thousands_of_random_requests_all_end_right() -> None:

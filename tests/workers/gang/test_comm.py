@@ -105,8 +105,8 @@ def _num_listening() -> int:
 def _exercise(rank: int, pipe: Connection, size: int, results: Any) -> None:
     comm = _join(rank, size, pipe)
     num_listening = _num_listening()
-    news = [b"", b"x", bytes(range(256)) * 15, bytes(4088), bytes(range(256)) * 400]
-    heard = [comm.agree(item if rank == 0 else None) == item for item in news]
+    inputs = [b"", b"x", bytes(range(256)) * 15, bytes(4088), bytes(range(256)) * 400]
+    heard = [comm.agree(item if rank == 0 else None) == item for item in inputs]
     total = comm.all_reduce(torch.full((3,), float(rank + 1)))
     sizes = [3, 2, 1][:size]
     columns = comm.gather_columns(torch.full((2, sizes[rank]), float(rank)), sizes)
