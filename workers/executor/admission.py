@@ -1,4 +1,4 @@
-"""What an executor refuses before it enters: requests that no scheduler could ever serve with this model."""
+"""Requests that an executor refuses before they enter, because no scheduler could ever serve them with this model."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ _DONE = RequestState.DONE
 
 
 def book_launch(batch: ScheduledBatch) -> bool:
-    """Move the requests of a launched step on as far as is certain: its tokens' KV will be there, and each sampled row
-    will have a token. Return whether a request is CLOSING now."""
+    """Book what is certain when a step is launched: how far each request's KV will be computed, and that each sampled
+    row will have a token. Return whether a request has become CLOSING."""
     for request, start, length, num_samples in batch.context:
         if request.state is RequestState.WAITING:
             request.num_computed = start
@@ -49,7 +49,7 @@ class Settled:
 
 
 def book_result(batch: ScheduledBatch, result: StepResult) -> Settled:
-    """Give the requests what the step has computed. Rows of requests that have ended since its launch are dropped."""
+    """Book what a step has computed. Rows of requests that have ended since its launch are dropped."""
     settled = Settled([], [], [], [], 0)
     for prompt in result.prompts:
         _book_prompt(prompt, settled)
@@ -66,7 +66,7 @@ def book_result(batch: ScheduledBatch, result: StepResult) -> Settled:
 
 
 def checksum(result: StepResult, before: int) -> int:
-    """Of all tokens that have been sampled so far, given that of those before this step."""
+    """Return the checksum of all tokens sampled so far, given that of the tokens before this step."""
     tokens: list[int] = []
     for outcome in result.rows:
         if isinstance(outcome, list):

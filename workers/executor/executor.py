@@ -102,12 +102,12 @@ class PyExecutor:
 
     @property
     def is_alive(self) -> bool:
-        """The loop runs: it was started, has not been shut down and has not failed."""
+        """Whether the loop runs: it was started, has not been shut down and has not failed."""
         return self._thread.is_alive() and self.failure is None
 
     @property
     def kv_endpoint(self) -> KvEndpoint | None:
-        """Where this rank gives its KV away; None where it exchanges none."""
+        """Where other gangs fetch KV from this rank; None if it exchanges none."""
         return self._transfers.endpoint
 
     @property
@@ -162,13 +162,14 @@ class PyExecutor:
             raise RequestRejected(f"the scheduler's check raised {type(error).__name__}: {error}") from error
 
     def enqueue_requests(self, requests: Sequence[GenerateRequest]) -> list[str]:
-        """All of them, or, where one is refused, its error and those before it enqueued."""
+        """Enqueue all of them. If one is refused, raise its error; those before it are enqueued."""
         return [self.enqueue_request(request) for request in requests]
 
     def await_responses(
         self, request_ids: Collection[str] | None = None, timeout_s: float | None = None
     ) -> list[TokenChunk]:
-        """Chunks since the last call (of these requests, or of all); waits for one, at most `timeout_s` seconds."""
+        """Take the chunks since the last call (of these requests, or of all). If there is none, wait up to `timeout_s`
+        seconds for one."""
         return self._outbox.take(timeout_s) if request_ids is None else self._outbox.take_of(request_ids, timeout_s)
 
     def cancel_request(self, request_id: str) -> bool:
@@ -177,19 +178,20 @@ class PyExecutor:
         return self._inbox.cancel(request_id) or self._transfers.give_up(request_id)
 
     def set_logits_processor(self, name: str, processor: LogitsProcessor | None) -> None:
-        """What requests that name it have their logits edited by; None takes it away. Every rank must be told."""
+        """Set what edits the logits of requests that name it; None removes it. Call this on every rank."""
         self._decoder.processors.set(name, processor)
 
     def set_batched_logits_processor(self, processor: BatchedLogitsProcessor | None) -> None:
-        """The same for all requests with `uses_batched_processor`, in one call a step."""
+        """The same for all requests with `uses_batched_processor`, in one call per step."""
         self._decoder.processors.set_batched(processor)
 
     def get_latest_iteration_stats(self) -> list[dict[str, Any]]:
-        """One dict per step since the last call, oldest first; the keys are those of TensorRT-LLM's iteration stats."""
+        """Take one dict per step since the last call, oldest first. The keys are those of TensorRT-LLM's iteration
+        stats."""
         return self._stats.take()
 
     def get_latest_kv_cache_events(self) -> list[dict[str, Any]]:
-        """KV events since the last call; empty unless the KV manager keeps them."""
+        """Take the KV events since the last call; empty unless the KV manager keeps them."""
         try:
             return self._resources.kv_cache.take_events()
         except BaseException as error:  # a user's KV manager ends the step loop, not the thread that asks for all
@@ -198,11 +200,11 @@ class PyExecutor:
 
     @property
     def num_requests(self) -> int:
-        """Requests inside, waiting or running."""
+        """Requests that wait or run here."""
         return self._inbox.num_inside
 
     def gauges(self) -> dict[str, float]:
-        """What a metrics endpoint shows of this executor now."""
+        """Values for a metrics endpoint."""
         kv = self._resources.kv_cache
         running = sum(request.is_started for request in self._loop.requests)
         waiting = max(0, self.num_requests - running)

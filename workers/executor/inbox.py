@@ -1,7 +1,7 @@
 """What reaches the step loop from outside: arrivals, cancels, deadlines, transfers, handed over once a step.
 
-`Inbox` belongs to rank 0: any thread may put, only the step loop gathers. `FollowerInbox` is the other ranks' Null
-object: their input comes through the agreement. `StepInput` is what all ranks agree on, packed with msgpack.
+`Inbox` belongs to rank 0: any thread may put, only the step loop gathers. `FollowerInbox` is the Null object of the
+other ranks, whose input comes through the agreement. `StepInput` is what all ranks agree on, packed with msgpack.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tensorweave.workers.step.kv_exchange import KvArrived
 
 
 class StepInput(NamedTuple):
-    """One step's agreement. `token_check` is rank 0's checksum of all tokens sampled so far: a rank that differs has
-    diverged."""
+    """What all ranks agree on at the beginning of a step. `token_check` is rank 0's checksum of all tokens that have
+    settled: a rank that differs has diverged."""
 
     now_s: float
     token_check: int
@@ -49,7 +49,7 @@ class StepInput(NamedTuple):
 
 
 class Inbox:
-    """Rank 0's inbox. At most `max_requests` are inside the executor at once, waiting or running; one more is
+    """Rank 0's inbox. At most `max_requests` are in the executor at once, waiting or running; one more is refused with
     `Overloaded`."""
 
     def __init__(self, max_requests: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -94,7 +94,7 @@ class Inbox:
             self._changed.notify()
 
     def cancel(self, request_id: str) -> bool:
-        """False where there is no such request: it has ended, or never was."""
+        """Return False if there is no such request: it has ended, or never came."""
         with self._changed:
             if request_id not in self._inside:
                 return False
@@ -133,7 +133,7 @@ class Inbox:
             return orphans
 
     def gather(self, token_check: int, idle_wait_s: float) -> StepInput:
-        """Everything new; with `idle_wait_s` above 0, waits that long for something to come."""
+        """Take everything new. If there is nothing, wait up to `idle_wait_s` for it."""
         with self._changed:
             if idle_wait_s > 0 and not self._has_input():
                 self._changed.wait(self._until_deadline(idle_wait_s))
@@ -161,7 +161,7 @@ class Inbox:
 
 
 class FollowerInbox:
-    """Ranks other than 0 gather nothing: they are told."""
+    """The inbox of other ranks than 0, which gather nothing."""
 
     num_inside = 0
     has_room = False

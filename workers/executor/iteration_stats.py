@@ -1,7 +1,7 @@
 """Statistics of the step loop: a bounded history of steps, and running totals for metrics.
 
-Recorded by the executor each step as numbers only; the dicts of `get_stats` are made when somebody asks. Keys are those
-of TensorRT-LLM's iteration statistics; memory is in MB.
+The step loop records numbers only, when a step settles; the dicts of `get_stats` are made when they are taken. Keys are
+those of TensorRT-LLM's iteration statistics; memory is in MB.
 """
 
 from __future__ import annotations

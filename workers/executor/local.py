@@ -21,7 +21,7 @@ _PUMP_WAIT_S = 1.0
 
 
 class LocalLink:
-    """Satisfies `cluster.link.GangLink`; use it from one event loop only. It owns neither the executor nor the loop.
+    """Satisfies `cluster.link.GangLink`. Use it from one event loop only; it owns neither the executor nor the loop.
 
     There is no second gang to choose, so the KV cache's changes are not followed; and whoever asked for a request ends
     with this process, so there is none to find again.
@@ -91,15 +91,15 @@ class LocalLink:
         yield  # makes this a generator, as the protocol asks
 
     async def stats(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
-        """The executor's iteration stats since they were last asked for."""
+        """Take the executor's iteration stats since the last call."""
         return self._executor.get_latest_iteration_stats()
 
     async def kv_events(self, timeout_s: float = 5.0) -> list[dict[str, Any]]:
-        """The executor's KV events since they were last asked for."""
+        """Take the executor's KV events since the last call."""
         return self._executor.get_latest_kv_cache_events()
 
     def close(self) -> None:
-        """Stop pumping; open requests end with WorkerLost."""
+        """Stop delivering chunks; open requests end with WorkerLost."""
         self._is_closing.set()
         self._deliver([TokenChunk(request_id, error=WorkerLost("the link was closed")) for request_id in self._streams])
 

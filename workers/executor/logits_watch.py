@@ -1,9 +1,9 @@
 """`LogitsWatch`: requests whose logits were not finite (NaN or infinity), and whether their gang is to blame.
 
-Such a request ends with its own error. Where it goes on, the gang is asked: after `PATIENCE` steps in a row without one
-finite row, the step loop runs probes, prompts of one token each. If no probe's logits are finite either, the weights,
-the memory or a device are at fault and the loop ends, so that the pool replaces the gang; if one's are, the requests
-themselves are at fault and the gang goes on. All of it follows from the logits alone, so every rank decides alike.
+Such a request ends with its own error. After `PATIENCE` steps in a row without one finite row, the step loop runs
+probes, prompts of one token each. If no probe's logits are finite either, the weights, the memory or a device are at
+fault and the loop ends, so that the pool replaces the gang. If one probe's are, the requests themselves are at fault
+and the gang goes on. All of it follows from the logits alone, so every rank decides alike.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class LogitsWatch:
         self._has_finite_probe = self._has_probed = False
 
     def note(self, num_sampled: int, finished: Sequence[LlmRequest]) -> None:
-        """A step has sampled so many rows, and these requests have ended with it: those that failed are among them.
-        Raises WorkerLost where the gang is at fault."""
+        """Note how many rows a step has sampled and which requests have ended with it, failed ones among them. Raises
+        WorkerLost if the gang is at fault."""
         probes = [request for request in finished if request.request_id in self._running]
         if probes:
             self._judge(probes)
@@ -52,7 +52,8 @@ class LogitsWatch:
                 logger.error("request %s: the logits after %s are not finite", request.request_id, where)
 
     def start_probes(self, order: int, now_s: float) -> Iterator[LlmRequest]:
-        """Those that are due, to be run like any other request, and answered to nobody. `order` is the newest one."""
+        """Make the probes that are due, which run like any other request and are answered to nobody. `order` is that of
+        the newest request."""
         if self._num_bad_steps < PATIENCE or self._running:
             return
         self._num_bad_steps, self._has_finite_probe, self._has_probed = 0, False, True
@@ -62,7 +63,7 @@ class LogitsWatch:
             yield LlmRequest(name, order + i, [token], 1, SamplingSpec(1), cache_salt=name, arrival_s=now_s)
 
     def without_probes(self, chunks: Sequence[TokenChunk]) -> Sequence[TokenChunk]:
-        """What is to be answered."""
+        """The chunks without those of probes."""
         if not self._has_probed:
             return chunks
         return [chunk for chunk in chunks if not chunk.request_id.startswith(_NAME)]

@@ -13,7 +13,7 @@ from tensorweave.cluster.protocol import TokenChunk
 
 
 class Outbox:
-    """The step loop puts one batch of chunks a step; one or more threads take them."""
+    """The step loop puts chunks; one or more threads take them."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -28,13 +28,13 @@ class Outbox:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """No more chunks will come: nobody waits any longer."""
+        """Wake whoever waits: no more chunks will come."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
 
     def take(self, timeout_s: float | None) -> list[TokenChunk]:
-        """All chunks there are; waits for one until the timeout or the close."""
+        """Take all chunks. If there is none, wait for one until the timeout or the close."""
         with self._changed:
             if not self._chunks and not self._is_closed:
                 self._changed.wait(timeout_s)
@@ -42,7 +42,7 @@ class Outbox:
             return chunks
 
     def take_of(self, request_ids: Collection[str], timeout_s: float | None) -> list[TokenChunk]:
-        """The chunks of these requests alone; the others' stay."""
+        """Take the chunks of these requests and leave the others'."""
         give_up_s = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
             while True:

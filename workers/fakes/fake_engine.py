@@ -32,7 +32,7 @@ U = TypeVar("U")
 
 
 def hash_token(context: Sequence[int], vocab_size: int) -> int:
-    """What `HashEngine` says after `context`: the oracle of tests that use it."""
+    """The token that `HashEngine` samples after `context`: the expected value in tests that use it."""
     return zlib.crc32(pack_tokens(list(context))) % vocab_size
 
 

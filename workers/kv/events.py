@@ -1,8 +1,8 @@
-"""What happened to cached KV blocks, for routers that steer requests to where their prefix is. Filled by the KV cache
+"""Events of cached KV blocks, for routers that send requests to where their prefix is cached. Filled by the KV cache
 manager.
 
-Bounded: when nobody takes them the oldest events go, and the gap in `event_id` shows it. With room for none it keeps
-nothing.
+Bounded: if nobody takes them, the oldest events are dropped, which a gap in `event_id` shows. With `max_events` 0
+nothing is kept.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class CacheEvents:
             self._add({"type": "removed", "block_hashes": [node.digest.hex()]})
 
     def take(self) -> list[dict[str, Any]]:
-        """Events since the last call, oldest first. Any thread may call it."""
+        """Take the events since the last call, oldest first. Any thread may call it."""
         taken = []
         while self._events:
             taken.append(self._events.popleft())

@@ -1,8 +1,8 @@
-"""The prefix tree: which full KV blocks hold which tokens, who uses them, and which goes first when room is needed.
+"""The prefix tree: which full KV blocks hold which tokens, who uses them, and which is evicted first.
 
-A node is one full block; its children are keyed by their tokens, and each `cache_salt` has a root of its own. A request
-holds every node on its path, so a node in use has its ancestors in use, and all nodes with `refs` 0 can be evicted,
-leaves first. Used by the KV manager.
+A node is one full block. Its children are keyed by their tokens, and each `cache_salt` has its own root. A request
+holds every node on its path, so the ancestors of a node in use are in use, and all nodes with `refs` 0 can be evicted,
+leaves first. Used by the KV cache manager.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class PrefixTree:
         return node
 
     def retain(self, node: Node, priority: int, duration_s: float | None) -> None:
-        """Set what a node in use is worth once nobody uses it."""
+        """Set the priority that a node in use has once nobody uses it, and for how long."""
         assert node.refs
         node.priority, node.duration_s = priority, duration_s
 

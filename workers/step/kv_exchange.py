@@ -1,8 +1,8 @@
 """What the step loop knows of KV transfer: `Transfers`, and its Null object `NoTransfers` for gangs that exchange none.
 
-The loop calls each verb once a step on every rank; bytes move on other threads. What those threads learn (a fetch has
-arrived, a lease has ended) reaches the loop through rank 0's inbox, so that all ranks act on it in the same
-step. `workers.transfer` has the real one and its carriers.
+The loop calls each verb once per step on every rank; bytes move on other threads. What those threads learn (a fetch has
+ended, a lease has ended) reaches the loop through rank 0's inbox, so that all ranks act on it in the same step.
+`workers.transfer` has the real implementation and its carriers.
 """
 
 from __future__ import annotations
@@ -68,35 +68,34 @@ class Transfers(Protocol):
         """Before the first step. `inbox` is used by rank 0 alone."""
 
     def fetch(self, rows: Sequence[StepRow]) -> None:
-        """Begin to pull these requests' KV into the blocks they now hold; returns at once."""
+        """Begin to fetch these requests' KV into the blocks that they now hold; return at once."""
 
     def offer(self, rows: Sequence[StepRow]) -> None:
-        """Give away what a step that has settled has computed of these chunks of contexts, as far as their requests are
-        on offer (after `update_resources`)."""
+        """Offer to other gangs what a settled step has computed of these chunks, as far as their requests are on offer.
+        Called after `update_resources`."""
 
     def keeps(self, request: LlmRequest) -> bool:
-        """Asked when a request ends: True if its blocks must stay until its lease ends, which a later step's input reports.
-        Where it is False, nothing reads or writes the request's blocks any more, and its fetch or offer is closed."""
+        """Close the fetch or the offer of a request that has ended. Return whether its blocks are leased to another
+        gang: then the end of the lease comes through the inbox. Else no transfer reads or writes them any more."""
 
     def release(self, request_id: str) -> LlmRequest | None:
-        """The lease has ended, as agreed: nobody reads the blocks any more, and the caller frees them."""
+        """End a lease whose end has come through the inbox. Nobody reads the blocks any more; the caller frees them."""
 
     def drop(self, request: LlmRequest) -> None:
-        """This request no longer waits for its fetch (arrived, paused), and what it has offered so far is taken back:
-        after this nothing writes or reads its blocks."""
+        """Close the fetch of a request whose KV has arrived or which is paused, and withdraw what it has offered: after
+        this no transfer reads or writes its blocks."""
 
     def give_up(self, request_id: str) -> bool:
-        """From any thread of rank 0: end a lease early. False where there is none."""
+        """From any thread of rank 0: end a lease early. Return False if there is none."""
 
     def decline(self, ticket_id: str) -> None:
-        """From any thread of rank 0: the request that would have offered under this ticket was refused; whoever waits
-        for it need not."""
+        """From any thread of rank 0: close the ticket of a request that was refused; nobody then waits for its KV."""
 
     def wait_released(self, timeout_s: float) -> bool:
-        """From any thread: wait until no lease is open; whether that is so."""
+        """From any thread: wait until no lease is open. Return whether that happened within `timeout_s`."""
 
     def measure_link(self, source: KvSource, timeout_s: float) -> LinkMeasurement:
-        """From any thread: what the way from a giving gang's rank 0 to this rank carries; waits, raises nothing."""
+        """From any thread: measure the link from rank 0 of a sending gang to this rank; waits, raises nothing."""
 
     def gauges(self) -> dict[str, float]:
         """From any thread: counters for metrics."""

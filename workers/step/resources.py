@@ -147,7 +147,7 @@ class ResourceManager(BaseResourceManager):
         if not managers or not isinstance(managers[-1], KVCache):
             last = type(managers[-1]).__name__ if managers else "nothing"
             raise ValueError(
-                f"the last resource manager must be a KV cache manager (workers.resources.KVCache), not {last}"
+                f"the last resource manager must be a KV cache manager (workers.step.resources.KVCache), not {last}"
             )
         self.managers = tuple(managers)
         self.kv_cache: KVCache = managers[-1]
