@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from tensorweave.workers.executor.bookkeeping import book_launch, book_result
 from tensorweave.workers.executor.scheduler import RequestScheduler
-from tensorweave.workers.step.plan import ScheduledBatch
+from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest, RequestState
 from tensorweave.workers.step.resources import BlockCopy, ResourceManager
 from tensorweave.workers.step.result import StepResult
@@ -131,9 +131,11 @@ class DryRun:
     def _settle(self, num_left: int) -> None:
         while len(self._launched) > num_left:
             launched = self._launched.popleft()
-            self._forward(launched)
             settled = book_result(launched.batch, self._result(launched.batch))
+            self._forward(launched)
             self.resources.update_resources(launched.batch)
+            for request in settled.truncated:
+                self.resources.truncate(request, request.num_computed)
             for request in settled.ended:
                 self._end(request)
             self._free_ended()
@@ -154,7 +156,7 @@ class DryRun:
         for request, start, length, num_samples in batch.generation:
             is_ready = request.state is RequestState.GENERATION
             self._require(is_ready, f"{request.request_id} is to decode before its context is complete")
-            is_next = start == request.num_launched and length == num_samples == 1
+            is_next = start == request.num_launched and 0 < length == num_samples <= request.max_len - 1 - start
             self._require(is_next, f"{request.request_id} has a wrong decode {start}+{length}")
         for request, start, length, num_samples in batch.context:
             is_next = request.state is RequestState.WAITING or start == request.num_launched
@@ -173,20 +175,35 @@ class DryRun:
         written: set[tuple[int, int]] = set()
         for row in rows:
             history = self._history(row.request)
-            for position in range(row.start, min(row.stop, len(history))):
+            for position in range(row.start, self._end_of(row)):
                 slot = self._slot(launched, row.request, position)
                 self._require(slot not in written, f"two requests write slot {slot}")
                 written.add(slot)
                 self._slots[slot] = history[position]
         for row in rows:
             history = self._history(row.request)
-            for position in range(min(row.stop, len(history))):
+            for position in range(self._end_of(row)):
                 is_own = self._slots.get(self._slot(launched, row.request, position)) == history[position]
                 self._require(is_own, f"{row.request.request_id} reads another's KV at token {position}")
         self.num_computed += launched.batch.num_tokens
 
+    def _end_of(self, row: StepRow) -> int:
+        """Where the tokens of a row end that turned out to be the request's own."""
+        request = row.request
+        is_dropped = request.state is RequestState.DONE
+        return min(row.stop, len(request.tokens)) if is_dropped else request.num_computed
+
     def _result(self, batch: ScheduledBatch) -> StepResult:
-        return StepResult([[self._history(row.request)[: row.stop][-1] % self._vocab_size] for row in batch.sampled])
+        return StepResult([self._sample(row) for row in batch.sampled])
+
+    def _sample(self, row: StepRow) -> list[int]:
+        """The next token, and of a row of several samples those after it, up to one that was not foreseen."""
+        before = self._history(row.request)[: row.stop - row.num_samples + 1][-1]
+        tokens: list[int] = []
+        for _ in range(1 + before % row.num_samples):
+            tokens.append(before % self._vocab_size)
+            before = hash((before, tokens[-1]))
+        return tokens
 
     def _audit(self) -> None:
         wrong = self.resources.kv_cache.audit()

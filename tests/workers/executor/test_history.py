@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -18,6 +19,7 @@ from tensorweave.cluster.protocol import Retention, RetentionRange, SamplingSpec
 from tensorweave.workers.executor.dry_run import DryRun
 from tensorweave.workers.executor.scheduler import CapacityPolicy, ChunkingPolicy, SimpleScheduler
 from tensorweave.workers.kv.manager import KVCacheManager
+from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import ResourceManager
 
@@ -184,6 +186,38 @@ def test_two_ranks_decide_alike(setting: Setting, arrivals: list[Arrival]) -> No
     assert not ranks[1].active
 
 
+class DraftingScheduler(SimpleScheduler):
+    """Plans several samples for a decode, within what is reserved for its request and the step's budget."""
+
+    def schedule_request(self, active: Sequence[LlmRequest]) -> ScheduledBatch:
+        batch = super().schedule_request(active)
+        num_left = MAX_DRAFTED_TOKENS - batch.num_tokens
+        rows = []
+        for request, start, _, _ in batch.generation:
+            num_drafts = min((request.order + start) % 5, request.max_len - 2 - start, num_left)
+            num_left -= num_drafts
+            rows.append(StepRow(request, start, 1 + num_drafts, 1 + num_drafts))
+        return dataclasses.replace(batch, generation=tuple(rows))
+
+
+MAX_DRAFTED_TOKENS = 64
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(setting=SETTINGS, arrivals=st.lists(ARRIVALS, min_size=1, max_size=6))
+def test_tokens_that_were_drafted_in_vain_leave_nothing_behind(setting: Setting, arrivals: list[Arrival]) -> None:
+    """Rows of several samples, of which some are rejected and their blocks given back: the tokens are the same."""
+    setting = dataclasses.replace(setting, policy="GUARANTEED_NO_EVICT", max_num_tokens=MAX_DRAFTED_TOKENS, depth=0)
+    plain, drafting = _dry_run(setting), _dry_run(setting, DraftingScheduler)
+    for dry_run in (plain, drafting):
+        for arrival in arrivals:
+            _arrive(dry_run, setting, arrival)
+        dry_run.run()
+    tokens = [{request.order: request.tokens for request in dry_run.finished} for dry_run in (plain, drafting)]
+    assert tokens[0] == tokens[1]
+    assert drafting.num_steps <= plain.num_steps
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(setting=SETTINGS, arrivals=st.lists(ARRIVALS, min_size=1, max_size=6))
 def test_tokens_do_not_depend_on_policy_pool_or_reuse(setting: Setting, arrivals: list[Arrival]) -> None:
@@ -207,9 +241,9 @@ def test_tokens_do_not_depend_on_policy_pool_or_reuse(setting: Setting, arrivals
         assert twin.tokens == request.tokens
 
 
-def _dry_run(setting: Setting) -> DryRun:
+def _dry_run(setting: Setting, make_scheduler: type[SimpleScheduler] = SimpleScheduler) -> DryRun:
     kv = KVCacheManager(setting.num_blocks, setting.tokens_per_block, setting.reuse, setting.partial_reuse)
-    scheduler = SimpleScheduler(
+    scheduler = make_scheduler(
         kv,
         policy=setting.policy,
         max_batch_size=setting.max_batch_size,
