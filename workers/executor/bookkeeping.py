@@ -85,7 +85,7 @@ def _book_rows(batch: ScheduledBatch, result: StepResult, settled: Settled) -> N
         elif not isinstance(outcome, list):
             chunk = request.fail(outcome)
         else:
-            chunk = request.take_tokens(outcome, extras.get(place, ()))
+            chunk = request.take_tokens(outcome, extras.get(place, ()) if extras else ())
             num_rejected = num_samples - len(chunk.token_ids)
             request.num_computed = start + length - num_rejected
             if num_rejected:

@@ -89,8 +89,13 @@ class IterationStats:
         batch = flight.batch
         self._kv = kv
         self._iteration += 1
-        num_context_tokens = sum(row.length for row in batch.context)
-        new = [row.request for row in batch.context if _is_first(row)]
+        num_context_tokens, num_new, new_waited_s = 0, 0, 0.0
+        for row in batch.context:
+            num_context_tokens += row.length
+            if _is_first(row):
+                num_new += 1
+                new_waited_s += flight.launched_s - row.request.arrival_s
+        free_blocks = kv.available
         step_s = time.perf_counter() - timer.began_s
         self._num_prompt_tokens += num_context_tokens
         self._num_generated_tokens += len(batch.sampled)
@@ -106,13 +111,13 @@ class IterationStats:
             num_generation=len(batch.generation),
             num_context_tokens=num_context_tokens,
             num_paused=len(batch.paused),
-            num_new=len(new),
-            new_waited_s=sum(flight.launched_s - request.arrival_s for request in new),
+            num_new=num_new,
+            new_waited_s=new_waited_s,
             num_active=num_active,
             num_inside=num_inside,
             num_completed=num_completed,
-            free_blocks=kv.available,
-            used_blocks=kv.num_blocks - kv.available,
+            free_blocks=free_blocks,
+            used_blocks=kv.num_blocks - free_blocks,
         )
         with self._lock:
             self._records.append(record)

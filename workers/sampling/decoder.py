@@ -11,7 +11,7 @@ the logits. Only if rows are edited, all rows are checked before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -90,8 +90,8 @@ class SamplingDecoder:
             self._rows = self._sort(requests)
         rows = self._rows
         reported = CopiedRows(logits_RV, rows.reported) if rows.reported else None
-        edits, failures = self._edit(logits_RV, rows.edited) if rows.edited else (LogitEdits(), {})
-        return _result(_choose(logits_RV, rows, edits, batch), reported, failures)
+        top_p, failures = self._edit(logits_RV, rows.edited) if rows.edited else ({}, {})
+        return _result(_choose(logits_RV, rows, top_p, batch), reported, failures)
 
     def _sort(self, requests: tuple[LlmRequest, ...]) -> _Rows:
         states = [self.states.state_of(request) for request in requests]
@@ -104,9 +104,9 @@ class SamplingDecoder:
 
     def _edit(
         self, logits_RV: torch.Tensor, edited: Sequence[tuple[int, LlmRequest, SamplingState]]
-    ) -> tuple[LogitEdits, dict[int, TensorweaveError]]:
-        """Edit these rows in place. Return the edits and the failures by row. The model's logits are checked first, so
-        that a user's code is not blamed for them."""
+    ) -> tuple[dict[int, float], dict[int, TensorweaveError]]:
+        """Edit these rows in place. Return by row what replaces a request's top_p, and the failures. The model's logits
+        are checked first, so that a user's code is not blamed for them."""
         best = _to_list(argmax(logits_RV))
         failures: dict[int, TensorweaveError] = {
             row: LogitsNotFinite.of_model() for row, _, _ in edited if best[row] == NO_PLACE
@@ -123,7 +123,7 @@ class SamplingDecoder:
             failures = _check_edited(logits_RV, rows) | failures
         for row in failures:
             logits_RV[row] = 0.0
-        return edits, failures
+        return edits.top_p, failures
 
 
 def _check_edited(logits_RV: torch.Tensor, edited: Sequence[tuple[int, LlmRequest]]) -> dict[int, TensorweaveError]:
@@ -159,13 +159,15 @@ def _result(tokens: list[int], reported: CopiedRows | None, failures: dict[int, 
     return StepResult(rows, {row: (each,) for row, each in extras.items()})
 
 
-def _choose(logits_RV: torch.Tensor, rows: _Rows, edits: LogitEdits, batch: ScheduledBatch) -> list[int]:
+def _choose(
+    logits_RV: torch.Tensor, rows: _Rows, replaced_top_p: Mapping[int, float], batch: ScheduledBatch
+) -> list[int]:
     """One token per row; NO_PLACE for a row that is not finite."""
     if not rows.random:
         return _to_list(argmax(logits_RV))
     specs = [rows.requests[row].sampling for row in rows.random]
     positions = [batch.sampled[row].stop for row in rows.random]
-    top_p = [edits.top_p.get(row, spec.top_p) for row, spec in zip(rows.random, specs, strict=True)]
+    top_p = [replaced_top_p.get(row, spec.top_p) for row, spec in zip(rows.random, specs, strict=True)]
     if len(specs) == len(rows.requests):
         return _to_list(_sample(logits_RV, specs, positions, top_p))
     tokens = argmax(logits_RV)
