@@ -27,6 +27,8 @@ settings.load_profile("repeatable")
 
 NO_MEMORY_MONITOR = "RAY_memory_monitor_refresh_ms"
 os.environ[NO_MEMORY_MONITOR] = "0"
+OVERLAP = "TENSORWEAVE_TEST_OVERLAP"
+"""Set for processes of tests under --overlap."""
 
 HERE = Path(__file__).parent
 WHOLE_SERVICES = (HERE / "e2e", HERE / "chaos")
@@ -48,9 +50,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Executors overlap their steps unless the test says otherwise. A service's ranks receive the arguments that are
-    set, so here the knob is always set; services that a test starts as a command keep the default."""
+    set, so here the knob is always set; a service that a test starts as a command is given it there."""
     if not config.getoption("--overlap"):
         return
+    os.environ[OVERLAP] = "1"
     from tensorweave.cluster.llm_args import TorchLlmArgs
     from tensorweave.workers.executor.executor import PyExecutor
 

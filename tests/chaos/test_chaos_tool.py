@@ -14,7 +14,14 @@ import psutil
 import pytest
 
 from tensorweave.cli.serve import config_path
-from tests.e2e.service_process import REPOSITORY, alive, free_ports, service_environment, wait_until
+from tests.e2e.service_process import (
+    REPOSITORY,
+    alive,
+    free_ports,
+    overlap_arguments,
+    service_environment,
+    wait_until,
+)
 
 CHAOS_YAML = config_path(None).parent / "chaos.yaml"
 KEYS = ["fault", "injected", "requests", "failed", "changed", "recover_s_median", "recover_s_max"]
@@ -43,6 +50,7 @@ def chaos(out: Path, *arguments: str, changes: list[str]) -> Iterator[subprocess
     command += ["--log", str(log_of(out))]
     for change in (*changes, f"router.port={port}", f"router.proxy_port={proxy_port}"):
         command += ["--set", change]
+    command += overlap_arguments()
     process = subprocess.Popen(
         [*command, *arguments],
         cwd=REPOSITORY,

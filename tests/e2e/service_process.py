@@ -23,7 +23,7 @@ import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.conftest import NO_MEMORY_MONITOR
+from tests.conftest import NO_MEMORY_MONITOR, OVERLAP
 from tests.router.small_tokenizers import byte_level
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -96,6 +96,11 @@ def service_environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
+def overlap_arguments() -> list[str]:
+    """What --overlap adds to a command that starts a service."""
+    return ["--set", "engine.disable_overlap_scheduler=false"] if OVERLAP in os.environ else []
+
+
 class ServiceProcess:
     """`tensorweave serve` and the lines of its log."""
 
@@ -103,6 +108,7 @@ class ServiceProcess:
         command = [sys.executable, "-m", "tensorweave.cli.main", "serve", "--config", str(config)]
         for override in overrides:
             command += ["--set", override]
+        command += overlap_arguments()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  kill closes it
         self.process = subprocess.Popen(
             command,

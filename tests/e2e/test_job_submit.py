@@ -25,6 +25,7 @@ from tests.e2e.service_process import (
     free_ports,
     get_status,
     num_generated,
+    overlap_arguments,
     wait_until,
     write_config,
     write_model,
@@ -116,7 +117,7 @@ def test_submitted_service_serves_and_stops(cluster: tuple[str, Path], tmp_path:
     config, port, proxy_port = write_config(tmp_path, write_model(tmp_path / "model"))
     ray(
         *("job", "submit", "--no-wait", "--submission-id", "serve", "--address", address, "--working-dir", "."),
-        *("--", *DRIVER.split(), "--config", str(config)),
+        *("--", *DRIVER.split(), "--config", str(config), *overlap_arguments()),
     )
     try:
         wait_until(lambda: get_status(port, "/ready") == 200, START_TIMEOUT_S, "the submitted service is ready")
