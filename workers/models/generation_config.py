@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tensorweave.cluster.protocol import SamplingDefaults
+from tensorweave.workers.models.config_fields import ConfigFields
 
 # Keys of transformers' GenerationConfig that change tokens, each with the values that switch it off. Other keys that
 # are not read limit time, choose a cache or say what `generate` returns.
@@ -115,7 +116,7 @@ class GenerationConfig:
         return float(value)
 
     def _wrong(self, key: str, supported: str) -> ValueError:
-        return ValueError(f"{self.source}: {key} is {self.raw.get(key)!r}; supported: {supported}")
+        return ConfigFields(self.raw, self.source).wrong(key, supported)
 
 
 def load_generation_config(path: str | Path) -> GenerationConfig:
