@@ -15,7 +15,7 @@ from torch import Tensor
 from tensorweave.workers.step.plan import PromptRead
 from tensorweave.workers.step.request import LlmRequest
 
-# R and N rows of logits, V vocabulary
+# R and N rows of logits, V vocabulary, S sequence slots
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -47,6 +47,28 @@ class Ready(Pending[T]):
         return Ready(continue_with(self._value))
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceRows:
+    """What a decoder needs to leave a step's tokens on the device, where the next step reads them.
+
+    Views of buffers of fixed address: a decoder may capture its work in CUDA graphs, one for each `num_padded`. Rows
+    from R to `num_padded` are padding: their slot is one that no sequence has, and their logits are any numbers.
+
+    Args:
+        slots_R: int32 [num_padded]; the sequence slot of each row.
+        positions_R: int32 [num_padded]; the place in its sequence of the token that is drawn, `StepRow.stop`.
+        tokens_S: int32; the newest token of each slot. The decoder writes it, and never a negative number.
+    """
+
+    slots_R: Tensor
+    positions_R: Tensor
+    tokens_S: Tensor
+
+    @property
+    def num_padded(self) -> int:
+        return self.slots_R.shape[0]
+
+
 @dataclass(slots=True)
 class StepLogits:
     """Logits of one step.
@@ -54,10 +76,14 @@ class StepLogits:
     `sampled_RV` is [R, V] float32, one row for each sample of `ScheduledBatch.sampled` in order; the decoder may edit
     it in place. `prompts` has [N, V] float32 for each of `ScheduledBatch.prompt_reads`, in pieces that fit in memory.
     It is read once, and on every rank to its end: the ranks may compute the pieces together.
+
+    Where `rows` is given, the step is computed on a device meanwhile: tensors are there in the order of its stream, and
+    `sampled_RV` has `rows.num_padded` rows, of which the first R count.
     """
 
     sampled_RV: Tensor
     prompts: Iterable[tuple[PromptRead, Tensor]] = ()
+    rows: DeviceRows | None = None
 
 
 class PendingTokens(Protocol):
