@@ -68,6 +68,7 @@ class DryRun:
         self._ended: list[LlmRequest] = []
         self._slots: dict[tuple[int, int], int] = {}
         self._histories: dict[int, list[int]] = {}
+        self._seen_tables: dict[int, tuple[list[int], list[int]]] = {}
 
     @property
     def num_added(self) -> int:
@@ -119,7 +120,7 @@ class DryRun:
         rows = batch.context + batch.generation
         num_held = {r.order: len(kv.block_ids(r)) for r, *_ in rows if r.state is not RequestState.WAITING}
         self.resources.prepare_resources(batch)
-        tables = {row.request.order: list(kv.block_ids(row.request)) for row in rows}
+        tables = {row.request.order: self._table(row.request) for row in rows}
         for row in rows:
             order = row.request.order
             for block in tables[order][max(num_held.get(order, 0), row.start // kv.tokens_per_block) :]:
@@ -220,6 +221,16 @@ class DryRun:
         index, offset = divmod(position, self.resources.kv_cache.tokens_per_block)
         self._require(index < len(blocks), f"{request.request_id} has no block for token {position}")
         return blocks[index], offset
+
+    def _table(self, request: LlmRequest) -> list[int]:
+        """A copy of the block table. The list that was seen before must have grown at its end only."""
+        table = self.resources.kv_cache.block_ids(request)
+        seen, before = self._seen_tables.get(request.order, (table, []))
+        is_grown = seen is not table or table[: len(before)] == before
+        self._require(is_grown, f"{request.request_id} has a block exchanged or taken away in the same list")
+        copied = list(table)
+        self._seen_tables[request.order] = (table, copied)
+        return copied
 
     def _history(self, request: LlmRequest) -> list[int]:
         """For each token so far, a hash of the salt and all tokens up to it."""

@@ -94,7 +94,7 @@ class KVCacheManager(BaseResourceManager):
         return TreeBudget(self.available, self.tokens_per_block, self._tables, self._match)
 
     def block_ids(self, request: LlmRequest) -> list[int]:
-        """The request's block table. Read only: it grows, and blocks are exchanged for equal ones, step by step."""
+        """The request's block table, as `KVCache.block_ids` says."""
         return self._tables[request.order].blocks
 
     def take_copies(self) -> list[BlockCopy]:
@@ -168,8 +168,10 @@ class KVCacheManager(BaseResourceManager):
     def store_computed(self, request: LlmRequest) -> None:
         """Each newly full block becomes a node, or is exchanged for the equal one that is there already."""
         table = self._tables.get(request.order)
-        size = self.tokens_per_block
-        while table is not None and table.next_full <= request.num_computed:
+        if table is None or table.next_full > request.num_computed:
+            return
+        size, blocks = self.tokens_per_block, table.blocks
+        while table.next_full <= request.num_computed:
             at = table.num_nodes
             tokens = tuple(request.tokens[at * size : (at + 1) * size])
             node = self._tree.find(table.node, request.cache_salt, tokens)
@@ -178,6 +180,8 @@ class KVCacheManager(BaseResourceManager):
                 node = self._tree.insert(table.node, request.cache_salt, tokens, table.blocks[at])
             else:
                 self._tree.hold(node)
+                if table.blocks is blocks:
+                    table.blocks = list(blocks)  # another object: see `KVCache.block_ids`
                 self._exchange(request, table, at, node)
             if is_new or request.retention is not None:
                 self._tree.retain(node, *self.retention(request, at * size))
@@ -191,9 +195,13 @@ class KVCacheManager(BaseResourceManager):
         num_blocks = -(-num_tokens // self.tokens_per_block)
         if num_blocks < table.num_nodes:
             raise ValueError(f"request {request.request_id} cannot be cut to {num_tokens} tokens: more are in the tree")
-        while len(table.blocks) > num_blocks:
-            self._pool.give(table.blocks.pop())
-        table.num_slots = len(table.blocks) * self.tokens_per_block
+        surplus = table.blocks[num_blocks:]
+        if not surplus:
+            return
+        table.blocks = table.blocks[:num_blocks]
+        table.num_slots = num_blocks * self.tokens_per_block
+        for block in reversed(surplus):
+            self._pool.give(block)
 
     def free_resources(self, request: LlmRequest) -> None:
         """Blocks in the tree stay there while there is room; a paused request finds them again."""

@@ -125,7 +125,11 @@ class KVCache(Protocol):
         """An account of the blocks available now, for planning one step."""
 
     def block_ids(self, request: LlmRequest) -> list[int]:
-        """The request's block table, in token order. Read only; it changes from step to step."""
+        """The request's block table, in token order. Read only.
+
+        It grows at its end in place. Where a block in it was exchanged or taken away, it is another list object than
+        before; so whoever keeps a copy of it sees by identity and length what has changed.
+        """
 
     def take_copies(self) -> list[BlockCopy]:
         """Copies to make before this step's forward, in order; each is handed out once."""

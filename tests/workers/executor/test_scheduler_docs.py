@@ -144,3 +144,19 @@ def test_a_dry_run_sees_kv_that_is_shared_wrongly() -> None:
         loop.add(LlmRequest(f"r{order}", order, [1] * 9, 9, SamplingSpec(1), cache_salt=salt))
         with pytest.raises(PlanError, match="another's KV") if salt else contextlib.nullcontext():
             loop.run()
+
+
+def test_a_dry_run_sees_a_block_that_is_exchanged_in_place() -> None:
+    class OneListEach(KVCacheManager):
+        def block_ids(self, request: LlmRequest) -> list[int]:
+            table = lists.setdefault(request.order, [])
+            table[:] = super().block_ids(request)
+            return table
+
+    lists: dict[int, list[int]] = {}
+    kv = OneListEach(num_blocks=16, tokens_per_block=4)
+    loop = DryRun(ResourceManager([kv]), SimpleScheduler(kv, **KNOBS), max_batch_size=4, max_num_tokens=16)
+    for order in range(2):
+        loop.add(LlmRequest(f"r{order}", order, [1] * 6, 6, SamplingSpec(4)))
+    with pytest.raises(PlanError, match="in the same list"):
+        loop.run()

@@ -155,6 +155,44 @@ def test_equal_blocks_computed_at_once_become_one() -> None:
     assert kv.used == 4
 
 
+def test_a_block_table_grows_in_place_and_is_another_list_after_an_exchange() -> None:
+    kv = KVCacheManager(12, 2)
+    first, twin = _request([1, 2, 3]), _request([1, 2, 3])
+    _prefill(kv, first)
+    table = kv.block_ids(first)
+    for length in (2, 3, 3):
+        _step(kv, [], [first])
+        assert kv.block_ids(first) is table
+        assert len(table) == length
+    batch = ScheduledBatch((StepRow.of_context(twin, 2, 1),))
+    kv.prepare_resources(batch)
+    book_launch(batch)
+    book_result(batch, StepResult([[7]]))
+    kv.update_resources(batch)
+    table, before = kv.block_ids(twin), list(kv.block_ids(twin))
+    _step(kv, [], [twin])  # fills [3, 7], which `first` has put into the tree
+    assert table == before
+    assert kv.block_ids(twin) is not table
+    assert kv.block_ids(twin) == kv.block_ids(first)[:2] != before
+
+
+def test_a_block_table_is_another_list_only_where_blocks_were_taken_away() -> None:
+    kv = KVCacheManager(12, 2)
+    request = _request([1, 2, 3], max_tokens=8)
+    _prefill(kv, request)
+    batch = ScheduledBatch(generation=(StepRow(request, 3, 4, 4),))
+    kv.prepare_resources(batch)
+    table = kv.block_ids(request)
+    kv.truncate(request, 7)
+    assert kv.block_ids(request) is table
+    assert len(table) == 4
+    kv.truncate(request, 4)
+    assert len(table) == 4
+    assert kv.block_ids(request) is not table
+    assert kv.block_ids(request) == table[:2]
+    assert kv.audit() == []
+
+
 def test_a_paused_request_finds_its_blocks_again() -> None:
     kv = KVCacheManager(8, 2)
     request = _request([1, 2, 3, 4, 5])
