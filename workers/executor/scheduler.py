@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Literal, NamedTuple, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 from tensorweave.cluster.context_length import context_exceeded, prompt_limit_exceeded
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
@@ -22,6 +22,9 @@ ChunkingPolicy = Literal["FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS"]
 
 # A request and the token at which its next chunk begins.
 PendingContext = tuple[LlmRequest, int]
+
+TILE: Final = 128
+"""Rows of a tile of a GPU's matrix products: a step of one token more computes a whole tile more."""
 
 
 class RequestScheduler(Protocol):
@@ -117,7 +120,9 @@ class CapacityScheduler:
 class MicroBatchScheduler:
     """Shares a step's budgets: one token for each generation request first, then context chunks, in order.
 
-    A chunk that does not end its context ends on a block boundary, unless not even one block fits in a step's budget.
+    A chunk that does not end its context ends on a block boundary, unless not even one block fits in a step's budget;
+    and its step holds at most a multiple of `TILE` tokens, if it holds more than 256. A new context is not split if it
+    fits whole into the next step and half of this step's tokens are in use: the attention of whole prompts is faster.
     Without chunking a context waits until it fits whole; only one that is longer than any step (after a pause) is
     split.
     """
@@ -132,6 +137,7 @@ class MicroBatchScheduler:
     ) -> None:
         self._max_batch_size = max_batch_size
         self._max_num_tokens = max_num_tokens
+        self._on_edge = max_num_tokens // TILE * TILE if max_num_tokens > 2 * TILE else max_num_tokens
         self._unit = tokens_per_block
         self._is_chunked = enable_chunked_prefill
         self._is_equal = chunking_policy == "EQUAL_PROGRESS"
@@ -148,40 +154,56 @@ class MicroBatchScheduler:
         num_left = self._max_batch_size - len(generation)
         contexts = [r for r in fitting if r.state is not decoding and r.state is not fetching]
         pending = [(r, starts.get(r.order, r.num_launched)) for r in contexts[:num_left]]
-        return tuple(self._chunks(pending, self._max_num_tokens - len(generation))), tuple(generation)
+        return tuple(self._chunks(pending, len(generation))), tuple(generation)
 
-    def _chunks(self, pending: Sequence[PendingContext], num_tokens: int) -> list[StepRow]:
+    def _chunks(self, pending: Sequence[PendingContext], num_decodes: int) -> list[StepRow]:
+        num_tokens = self._max_num_tokens - num_decodes
         if not self._is_chunked:
-            return self._whole(pending, num_tokens)
+            return self._whole(pending, num_tokens, num_decodes)
+        chunks: list[StepRow] = []
         if self._is_equal and sum(request.context_len - start for request, start in pending) > num_tokens:
-            return self._equal(pending, num_tokens) or self._first_come(pending, num_tokens)
-        return self._first_come(pending, num_tokens)
+            chunks = self._equal(pending, max(self._on_edge - num_decodes, 0))
+        return chunks or self._first_come(pending, num_decodes)
 
-    def _whole(self, pending: Sequence[PendingContext], num_tokens: int) -> list[StepRow]:
+    def _split(self, start: int, num_used: int, has_chunks: bool) -> int:
+        """Length of a chunk from `start` that does not end its context, in a step of `num_used` tokens."""
+        room = self._max_num_tokens - num_used
+        to_edge = self._on_edge - num_used
+        rooms = (to_edge if to_edge >= 0 else room,) if has_chunks else (to_edge, room)
+        for each in rooms:
+            length = (start + each) // self._unit * self._unit - start
+            if length > 0:
+                return length
+        return 0 if has_chunks else room
+
+    def _whole(self, pending: Sequence[PendingContext], num_tokens: int, num_decodes: int) -> list[StepRow]:
         chunks: list[StepRow] = []
         for request, start in pending:
             length = request.context_len - start
             if length > self._max_num_tokens:
-                return chunks or self._first_come([(request, start)], num_tokens)
+                return chunks or self._first_come([(request, start)], num_decodes)
             if length > num_tokens:
                 break
             chunks.append(StepRow.of_context(request, start, length))
             num_tokens -= length
         return chunks
 
-    def _first_come(self, pending: Sequence[PendingContext], num_tokens: int) -> list[StepRow]:
+    def _first_come(self, pending: Sequence[PendingContext], num_decodes: int) -> list[StepRow]:
         chunks: list[StepRow] = []
+        num_used = num_decodes
         for request, start in pending:
             length = request.context_len - start
-            if length > num_tokens:
-                length = (start + num_tokens) // self._unit * self._unit - start
-                if length <= 0 and not chunks:
-                    length = num_tokens
-                if length > 0:
+            if num_used + length > self._max_num_tokens:
+                is_new = request.state is RequestState.WAITING
+                fits_next = is_new and num_decodes + length <= self._max_num_tokens
+                if fits_next and 2 * num_used >= self._max_num_tokens:
+                    break
+                length = self._split(start, num_used, bool(chunks))
+                if length:
                     chunks.append(StepRow.of_context(request, start, length))
                 break
             chunks.append(StepRow.of_context(request, start, length))
-            num_tokens -= length
+            num_used += length
         return chunks
 
     def _equal(self, pending: Sequence[PendingContext], num_tokens: int) -> list[StepRow]:

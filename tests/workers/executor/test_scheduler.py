@@ -152,6 +152,43 @@ def test_first_come_fills_in_order_and_ends_chunks_on_blocks() -> None:
     assert _shape(loop.step())[0] == [(1, 8, 12), (2, 0, 3)]
 
 
+def test_a_new_prompt_waits_for_a_step_that_holds_it_whole() -> None:
+    loop = _loop(_requests((10, 1), (20, 2), (3, 1)), num_blocks=50, max_num_tokens=20)
+    assert _shape(loop.step())[0] == [(0, 0, 10)]
+    assert _shape(loop.step())[0] == [(1, 0, 20)]
+    assert _shape(loop.step()) == ([(2, 0, 3)], [1], [])
+
+
+def test_a_new_prompt_is_cut_where_half_the_step_would_stay_empty() -> None:
+    loop = _loop(_requests((9, 1), (20, 1)), num_blocks=50, max_num_tokens=20)
+    assert _shape(loop.step())[0] == [(0, 0, 9), (1, 0, 8)]
+    assert _shape(loop.step())[0] == [(1, 8, 12)]
+
+
+def test_a_new_prompt_that_decodes_leave_no_room_for_is_cut() -> None:
+    """It would wait for ever: each step has twelve decodes, so none has room for all of it."""
+    loop = _loop(_requests(*[(1, 90)] * 12, (9, 1)), num_blocks=400, max_num_tokens=20)
+    loop.step()
+    assert _shape(loop.step())[0] == [(12, 0, 8)]
+
+
+@pytest.mark.parametrize("policy", ["FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS"])
+def test_steps_with_cut_prompts_end_on_the_edge_of_a_tile(policy: str) -> None:
+    knobs: dict[str, Any] = {"max_num_tokens": 700, "chunking_policy": policy, "tokens_per_block": 32}
+    loop = _loop(_requests((1920, 1), (1920, 1)), num_blocks=200, **knobs)
+    num_tokens = [loop.step().num_tokens for _ in range(6)]
+    assert num_tokens == [640] * 6
+    loop = _loop(_requests(*[(1, 9)] * 5, (2000, 1)), num_blocks=200, **knobs)
+    loop.step()
+    assert loop.step().num_tokens == 5 + 608, "a chunk ends on a block, so at most a block less than on the edge"
+
+
+def test_a_tile_that_decodes_have_begun_is_filled() -> None:
+    loop = _loop(_requests(*[(1, 9)] * 260, (90, 1)), num_blocks=900, max_num_tokens=340, max_batch_size=300)
+    loop.step()
+    assert loop.step().num_tokens == 340
+
+
 def test_equal_progress_goes_round_by_blocks() -> None:
     knobs: dict[str, Any] = {"max_num_tokens": 22, "chunking_policy": "EQUAL_PROGRESS"}
     loop = _loop(_requests((20, 1), (20, 1), (3, 1)), num_blocks=50, **knobs)
