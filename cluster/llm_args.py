@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
+from tensorweave.cluster.cuda_graph_config import CudaGraphConfig
 from tensorweave.cluster.llm_args_refused import CACHE_TRANSCEIVER, KV_CACHE, LLM_ARGS, SCHEDULER, Refusal
 from tensorweave.cluster.strict_model import Field, StrictBaseModel
 
@@ -40,7 +41,8 @@ class KvCacheConfig(StrictBaseModel):
         status="beta",
         gt=0,
         le=1,
-        description="Share of GPU memory left after the weights that the KV cache takes.",
+        description="Share that the KV cache takes of the GPU memory left after weights, the largest step and CUDA "
+        "graphs.",
     )
     cpu_memory_fraction: float = Field(
         0.1,
@@ -143,9 +145,15 @@ class TorchLlmArgs(StrictBaseModel):
     cache_transceiver_config: CacheTransceiverConfig | None = Field(
         None, status="prototype", description="KV exchange with other gangs. Default: none."
     )
-    max_batch_size: int = Field(256, status="beta", ge=1, description="Most requests in one step.")
-    max_num_tokens: int = Field(
-        2048, status="beta", ge=1, description="Most tokens in one step, prompt chunks and decodes together."
+    max_batch_size: int | None = Field(
+        None, status="beta", ge=1, description="Most requests in one step. Default: 512 on a GPU, 256 on a CPU."
+    )
+    max_num_tokens: int | None = Field(
+        None,
+        status="beta",
+        ge=1,
+        description="Most tokens in one step, prompt chunks and decodes together. Default: 8192 on a GPU, 2048 on a "
+        "CPU.",
     )
     max_seq_len: int | None = Field(
         None,
@@ -156,11 +164,24 @@ class TorchLlmArgs(StrictBaseModel):
     enable_chunked_prefill: bool = Field(
         True, status="beta", description="Split prompts over steps so that decodes never wait long."
     )
-    disable_overlap_scheduler: bool = Field(
-        True,
+    disable_overlap_scheduler: bool | None = Field(
+        None,
         status="beta",
-        description="Settle each step before the next one is launched. False: the next one is launched first, so that "
-        "a device computes while the host works; the tokens are the same.",
+        description="False: a step is launched before the one before it has settled, so that a GPU computes while the "
+        "host works; the tokens are the same. True: one step at a time. Default: False on a GPU, and True on a CPU, "
+        "which computes a step as it is launched.",
+    )
+    cuda_graph_config: CudaGraphConfig | None = Field(
+        default_factory=CudaGraphConfig,
+        status="beta",
+        description="Decode steps on a GPU run as CUDA graphs. None: every kernel is launched by itself. A CPU has no "
+        "graphs.",
+    )
+    attn_backend: Literal["TRTLLM", "VANILLA", "FLASHINFER"] = Field(
+        "TRTLLM",
+        status="beta",
+        description="'TRTLLM', TensorRT-LLM's name for its own: our kernels, in Triton on a GPU, in C on a CPU. "
+        "'VANILLA': attention in plain PyTorch, without CUDA graphs, slower, to compare with. 'FLASHINFER' is refused.",
     )
     max_queued_requests: int = Field(
         1024,
@@ -229,6 +250,10 @@ class TorchLlmArgs(StrictBaseModel):
     def _check_combinations(self) -> Self:
         if self.backend == "tensorrt":
             raise ValueError("backend 'tensorrt' is not part of tensorweave; use backend='pytorch' (the default)")
+        if self.attn_backend == "FLASHINFER":
+            raise ValueError(
+                "attn_backend 'FLASHINFER' is not part of tensorweave; use 'TRTLLM' (the default), our own kernels"
+            )
         if self.backend == "_autodeploy" and self.tensor_parallel_size > 1:
             raise ValueError(
                 f"backend '_autodeploy' runs on one rank; tensor_parallel_size is {self.tensor_parallel_size}"

@@ -58,8 +58,11 @@ class Operations:
     make_attention: MakeAttention
 
 
-def choose_operations(device: torch.device, dtype: torch.dtype, head_dim: int) -> Operations:
-    """The fastest form of each operation on this machine, for a model whose rows have this type."""
+def choose_operations(
+    device: torch.device, dtype: torch.dtype, head_dim: int, *, has_plain_attention: bool = False
+) -> Operations:
+    """The fastest form of each operation on this machine, for a model whose rows have this type. With
+    `has_plain_attention`, attention is in torch all the same."""
     native = load_native(dtype) if device.type == "cpu" else None
     reference = reference_operations(device, dtype)
     if native is None:
@@ -70,7 +73,9 @@ def choose_operations(device: torch.device, dtype: torch.dtype, head_dim: int) -
         silu_mul=NativeSiluMul(native),
         place_heads=NativePlaceHeads(native) if NativePlaceHeads.fits(native, head_dim) else reference.place_heads,
         make_attention=(
-            partial(NativeAttention, native) if NativeAttention.fits(native, head_dim) else reference.make_attention
+            partial(NativeAttention, native)
+            if NativeAttention.fits(native, head_dim) and not has_plain_attention
+            else reference.make_attention
         ),
     )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from tensorweave.cluster.cuda_graph_config import CudaGraphConfig
     from tensorweave.cluster.llm_args import (
         CacheTransceiverConfig,
         KvCacheConfig,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from tensorweave.llmapi.sampling_params import SamplingParams
 
 _HOMES = {
+    "CudaGraphConfig": "tensorweave.cluster.cuda_graph_config",
     "CacheTransceiverConfig": "tensorweave.cluster.llm_args",
     "KvCacheConfig": "tensorweave.cluster.llm_args",
     "LlmArgs": "tensorweave.cluster.llm_args",
@@ -54,6 +56,7 @@ __all__ = [
     "LLM",
     "CacheTransceiverConfig",
     "CompletionOutput",
+    "CudaGraphConfig",
     "DisaggregatedParams",
     "IterationResult",
     "KvCacheConfig",

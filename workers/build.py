@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensorweave.cluster.llm_args import CacheTransceiverConfig, TorchLlmArgs
 from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.cluster.step_settings import StepSettings
 from tensorweave.workers.engine.engine import PyTorchModelEngine
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine.load import load_engine
@@ -22,6 +23,7 @@ from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.executor.iteration_stats import step_limits
 from tensorweave.workers.executor.scheduler import SimpleScheduler
 from tensorweave.workers.gang.comm import Comm
+from tensorweave.workers.gang.device import pick_device
 from tensorweave.workers.gang.report_channel import open_report_channel
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.models.checkpoint import refuse_adapters
@@ -65,9 +67,10 @@ def build_executor(
     Raises:
         ValueError: the arguments or the model's files are wrong; the message names which.
     """
+    settings = StepSettings.of(args, pick_device(args.device).type)
     engine = _load_engine(args, comm, num_ranks_here)
     kv_cache = _make_kv_cache(args, engine.info, event_buffer_size)
-    scheduler = _make_scheduler(args, kv_cache)
+    scheduler = _make_scheduler(args, settings, kv_cache)
     gc.set_threshold(args.garbage_collection_gen0_threshold, *gc.get_threshold()[1:])
     decoder = SamplingDecoder()
     executor = PyExecutor(
@@ -78,10 +81,10 @@ def build_executor(
         comm=comm,
         info=engine.info,
         transfers=_make_transfers(args, engine, kv_cache, comm, transfer_host, transfer_secret),
-        disable_overlap_scheduler=args.disable_overlap_scheduler,
+        disable_overlap_scheduler=not settings.overlaps,
         max_requests=args.max_queued_requests,
         max_stats=args.iter_stats_max_iterations if args.enable_iter_perf_stats else 0,
-        stats_limits=step_limits(args.max_queued_requests, args.max_batch_size, args.max_num_tokens),
+        stats_limits=step_limits(args.max_queued_requests, settings.max_batch_size, settings.max_num_tokens),
     )
     executor.set_batched_logits_processor(args.batched_logits_processor)
     return executor
@@ -99,14 +102,14 @@ def _make_kv_cache(args: TorchLlmArgs, info: ModelInfo, event_buffer_size: int) 
     )
 
 
-def _make_scheduler(args: TorchLlmArgs, kv_cache: Any) -> Any:
+def _make_scheduler(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -> Any:
     """A scheduler: ours, or of the user's class, which takes the same arguments."""
     scheduler_class = _load_class(args.scheduler, "scheduler", SimpleScheduler)
     return scheduler_class(
         kv_cache,
         policy=args.scheduler_config.capacity_scheduler_policy,
-        max_batch_size=args.max_batch_size,
-        max_num_tokens=args.max_num_tokens,
+        max_batch_size=settings.max_batch_size,
+        max_num_tokens=settings.max_num_tokens,
         enable_chunked_prefill=args.enable_chunked_prefill,
         chunking_policy=args.scheduler_config.context_chunking_policy,
     )

@@ -1,6 +1,7 @@
 """The LLM constructor's arguments, under the name that the API documents. Defined in `cluster.llm_args`, because ranks
 receive them too."""
 
+from tensorweave.cluster.cuda_graph_config import CudaGraphConfig
 from tensorweave.cluster.llm_args import (
     CacheTransceiverConfig,
     KvCacheConfig,
@@ -12,6 +13,7 @@ from tensorweave.cluster.strict_model import Field, StrictBaseModel
 
 __all__ = [
     "CacheTransceiverConfig",
+    "CudaGraphConfig",
     "Field",
     "KvCacheConfig",
     "LlmArgs",

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from tensorweave.cluster.cuda_graph_config import CudaGraphConfig
 from tensorweave.cluster.llm_args import CacheTransceiverConfig, KvCacheConfig, SchedulerConfig, TorchLlmArgs
 from tensorweave.llmapi.api_surface import FACTORY, REQUIRED, Method, Parameter, surface_of
 from tensorweave.llmapi.completion_output import CompletionOutput
@@ -25,6 +26,7 @@ CLASSES: Final[tuple[type[Any], ...]] = (
     TorchLlmArgs,
     KvCacheConfig,
     SchedulerConfig,
+    CudaGraphConfig,
     CacheTransceiverConfig,
     SamplingParams,
     RequestOutput,

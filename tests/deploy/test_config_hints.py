@@ -23,8 +23,9 @@ def told(tmp_path: Path, text: str) -> str:
     ("text", "line"),
     [
         (
-            "engine:\n  cuda_graph_config: {}\n",
-            "s.yaml:6: engine.cuda_graph_config = {}: is not supported yet: there are no CUDA graphs yet",
+            "engine:\n  torch_compile_config: {}\n",
+            "s.yaml:6: engine.torch_compile_config = {}: is not supported yet: our kernels are fused already; "
+            "torch.compile is not used",
         ),
         (
             "engine:\n  kv_cache_config:\n    dtype: fp8\n",

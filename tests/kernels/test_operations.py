@@ -50,6 +50,13 @@ def test_heads_that_are_no_whole_vectors_are_left_to_torch() -> None:
         assert isinstance(operations.silu_mul, NativeSiluMul)
 
 
+@needs_native
+def test_attention_alone_may_be_plain() -> None:
+    operations = choose_operations(CPU, torch.float32, 64, has_plain_attention=True)
+    assert isinstance(attention_of(operations, 64), TorchAttention)
+    assert isinstance(operations.place_heads, NativePlaceHeads)
+
+
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float16), ("meta", torch.float32)])
 def test_other_types_and_devices_get_the_references(device: str, dtype: torch.dtype) -> None:
     assert_reference(choose_operations(torch.device(device), dtype, 64))

@@ -45,6 +45,9 @@ def test_what_is_not_supported_is_refused_by_name(config: type[StrictBaseModel])
         ({"kv_cache_config": {"event_buffer_max_size": -1}}, "event_buffer_max_size"),
         ({"batched_logits_processor": "mask"}, "batched_logits_processor is a str"),
         ({"garbage_collection_gen0_threshold": 0}, "garbage_collection_gen0_threshold"),
+        ({"attn_backend": "FLASHINFER"}, "attn_backend 'FLASHINFER' is not part of tensorweave; use 'TRTLLM'"),
+        ({"cuda_graph_config": {"batch_sizes": [4, 0]}}, "batch_sizes has 0, must be at least 1"),
+        ({"cuda_graph_config": {"batch_sizes": [1, 4], "max_batch_size": 8}}, "the largest of batch_sizes 4: give one"),
         ({"iter_stats_max_iteration": 5}, "did you mean 'iter_stats_max_iterations'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`build_executor` with KV transfer."""
+"""`build_executor`: what its arguments turn into; with KV transfer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ import pytest
 
 from tensorweave.cluster.llm_args import CacheTransceiverConfig
 from tensorweave.cluster.protocol import KvSource
+from tensorweave.kernels.attention.backend import AttentionBackend
+from tensorweave.kernels.attention.native import NativeAttention
+from tensorweave.kernels.attention.torch_backend import TorchAttention
+from tensorweave.workers.autodeploy.engine import AutodeployEngine
 from tensorweave.workers.build import build_executor
+from tensorweave.workers.engine.engine import PyTorchModelEngine
 from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.gang.comm import Comm, SoloComm
+from tests.kernels.forms import needs_native
 from tests.workers.engine_drive import engine_args, run_ranks
 from tests.workers.tiny_models import make_model
 from tests.workers.waiting import WAIT_S
@@ -40,6 +46,25 @@ def test_an_executor_is_built_with_transfer(tmp_path: Path) -> None:
     assert str(misfit.error).startswith("dtype: ")
     for rank in (*ranks, alone):
         rank._transfers.shutdown()
+
+
+@needs_native
+@pytest.mark.parametrize("backend", ["pytorch", "_autodeploy"])
+@pytest.mark.parametrize(("attn_backend", "form"), [("TRTLLM", NativeAttention), ("VANILLA", TorchAttention)])
+def test_the_attention_that_is_asked_for_is_used(
+    tmp_path: Path, backend: str, attn_backend: str, form: type[AttentionBackend]
+) -> None:
+    make_model("llama", tmp_path, head_dim=16)
+    engine = build_executor(engine_args(tmp_path, backend=backend, attn_backend=attn_backend), SoloComm())._engine
+    assert isinstance(engine, PyTorchModelEngine | AutodeployEngine)
+    assert isinstance(engine._attention, form)
+
+
+@pytest.mark.parametrize(("disabled", "depth"), [(None, 0), (True, 0), (False, 1)])
+def test_on_a_cpu_steps_overlap_only_if_that_is_asked_for(tmp_path: Path, disabled: bool | None, depth: int) -> None:
+    make_model("llama", tmp_path)
+    executor = build_executor(engine_args(tmp_path, disable_overlap_scheduler=disabled), SoloComm())
+    assert executor._loop._depth == depth
 
 
 def test_transfer_without_a_secret_is_refused(tmp_path: Path) -> None:

@@ -25,7 +25,15 @@ from tensorweave.workers.step.resources import ResourceManager
 class AutodeployEngine:
     """A `ModelEngine`. To the model, the batch is one row of tokens whose positions are given."""
 
-    def __init__(self, model: Any, layers: Sequence[Layer], pool: KVPool, info: ModelInfo) -> None:
+    def __init__(
+        self,
+        model: Any,
+        layers: Sequence[Layer],
+        pool: KVPool,
+        info: ModelInfo,
+        *,
+        has_plain_attention: bool = False,
+    ) -> None:
         self.info = info
         self.pool = pool
         self._model = model
@@ -34,7 +42,7 @@ class AutodeployEngine:
         first = layers[0]
         K, P, H = first.num_kv_heads, pool.tokens_per_block, first.head_dim
         windows = frozenset(layer.window for layer in layers)
-        operations = choose_operations(self._device, pool.cache.dtype, H)
+        operations = choose_operations(self._device, pool.cache.dtype, H, has_plain_attention=has_plain_attention)
         self._attention = operations.make_attention(AttentionShape(K, tuple(range(K)), H, P, windows))
         self.progress = 0
         """Grows with every layer that is computed. Any thread may look."""

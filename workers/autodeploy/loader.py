@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.cluster.step_settings import StepSettings
 from tensorweave.kernels.attention.backend import Span
 from tensorweave.workers.autodeploy.attention import IMPLEMENTATION, Layer, Survey, attending
 from tensorweave.workers.autodeploy.causal_lm import CausalLmConfig, load_causal_lm, read_causal_lm_config
@@ -66,7 +67,7 @@ def load_autodeploy(args: TorchLlmArgs, comm: Comm) -> AutodeployEngine:
         sampling_defaults=load_sampling_defaults(path, args.generation_config),
     )
     _try_out(model, config, layers, info, dtype, device)
-    return AutodeployEngine(model, layers, pool, info)
+    return AutodeployEngine(model, layers, pool, info, has_plain_attention=args.attn_backend == "VANILLA")
 
 
 def _check_weights(path: Path, args: TorchLlmArgs, dtype: torch.dtype, device: torch.device) -> None:
@@ -100,7 +101,8 @@ def _make_pool(
 ) -> KVPool:
     kv, K, H = args.kv_cache_config, layers[0].num_kv_heads, layers[0].head_dim
     widest = max(layer.num_heads for layer in layers) * H
-    activations = 16 * args.max_num_tokens * widest * dtype.itemsize + 12 * args.max_batch_size * vocab_size
+    most = StepSettings.of(args, device.type)
+    activations = 16 * most.max_num_tokens * widest * dtype.itemsize + 12 * most.max_batch_size * vocab_size
     size = block_bytes(len(layers), K, kv.tokens_per_block, H, dtype)
     num_blocks = count_blocks(kv, size, device, activations)
     return KVPool(len(layers), num_blocks, K, kv.tokens_per_block, H, dtype, device)

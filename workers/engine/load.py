@@ -13,6 +13,7 @@ import torch
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.protocol import ModelInfo, SamplingDefaults
+from tensorweave.cluster.step_settings import StepSettings
 from tensorweave.kernels.attention.backend import AttentionShape
 from tensorweave.kernels.native.library import load_native, use_threads
 from tensorweave.kernels.operations import Operations, choose_operations
@@ -72,6 +73,7 @@ class _ModelShare:
     place: MeshRank
     device: torch.device
     dtype: torch.dtype
+    has_plain_attention: bool
 
     @property
     def heads(self) -> HeadShard:
@@ -87,10 +89,11 @@ class _ModelShare:
         """An upper bound of one step's temporaries: hidden states, two of the widest products, three of float32
         logits."""
         sizes, tensor = self.config.sizes, self.place.mesh.tensor
+        most = StepSettings.of(args, self.device.type)
         intermediate = len(split_evenly(sizes.intermediate_size, tensor)[self.place.tensor])
         widest = max(2 * intermediate, 2 * len(self.heads.query) * sizes.head_dim)
-        hidden = args.max_num_tokens * (4 * sizes.hidden_size + 2 * widest) * self.dtype.itemsize
-        return hidden + 3 * args.max_batch_size * sizes.vocab_size * torch.float32.itemsize
+        hidden = most.max_num_tokens * (4 * sizes.hidden_size + 2 * widest) * self.dtype.itemsize
+        return hidden + 3 * most.max_batch_size * sizes.vocab_size * torch.float32.itemsize
 
     def memory_need(self, args: TorchLlmArgs) -> MemoryNeed:
         kv = args.kv_cache_config
@@ -103,7 +106,8 @@ class _ModelShare:
 
     @property
     def operations(self) -> Operations:
-        return choose_operations(self.device, self.dtype, self.config.sizes.head_dim)
+        head_dim = self.config.sizes.head_dim
+        return choose_operations(self.device, self.dtype, head_dim, has_plain_attention=self.has_plain_attention)
 
     def read_weights(self, load_format: str, comm: Comm, num_readers: int) -> Transformer:
         if load_format == "dummy":
@@ -120,7 +124,7 @@ def _find_share(args: TorchLlmArgs, place: MeshRank) -> _ModelShare:
     check_mesh(config, place)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype if saved is None else saved.dtype, config.checkpoint_dtype, device)
-    return _ModelShare(path, config, place, device, dtype)
+    return _ModelShare(path, config, place, device, dtype, args.attn_backend == "VANILLA")
 
 
 def _assemble_engine(

@@ -27,6 +27,7 @@ class HashRankWorker(RankWorker):
         return [self._package_version or package, protocol]
 
     def _build_executor(self, args: TorchLlmArgs, comm: Comm, order: RankOrder) -> PyExecutor:
+        from tensorweave.cluster.step_settings import StepSettings
         from tensorweave.workers.executor.executor import PyExecutor
         from tensorweave.workers.executor.scheduler import SimpleScheduler
         from tensorweave.workers.fakes.fake_engine import PacedEngine
@@ -49,5 +50,5 @@ class HashRankWorker(RankWorker):
             decoder=decoder,
             comm=comm,
             info=info,
-            disable_overlap_scheduler=args.disable_overlap_scheduler,
+            disable_overlap_scheduler=not StepSettings.of(args, "cpu").overlaps,
         )

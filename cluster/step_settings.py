@@ -1,0 +1,37 @@
+"""`StepSettings`: what `TorchLlmArgs` leaves to the device: how large a step is, and whether steps overlap.
+
+Called where an executor or an engine is built, once the device is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Self
+
+from tensorweave.cluster.llm_args import TorchLlmArgs
+
+_GPU_LIMITS: Final = (512, 8192)
+_CPU_LIMITS: Final = (256, 2048)
+
+
+@dataclass(frozen=True, slots=True)
+class StepSettings:
+    """At most `max_batch_size` requests and `max_num_tokens` tokens in one step. `overlaps`: a step is launched before
+    the one before it has settled."""
+
+    max_batch_size: int
+    max_num_tokens: int
+    overlaps: bool
+
+    @classmethod
+    def of(cls, args: TorchLlmArgs, device_type: str) -> Self:
+        """`device_type` is torch's name of the device that computes: 'cuda' or 'cpu'. On a CPU a step is computed as it
+        is launched, so that nothing is gained by overlapping."""
+        is_gpu = device_type == "cuda"
+        max_batch_size, max_num_tokens = _GPU_LIMITS if is_gpu else _CPU_LIMITS
+        disabled = args.disable_overlap_scheduler
+        return cls(
+            max_batch_size=args.max_batch_size or max_batch_size,
+            max_num_tokens=args.max_num_tokens or max_num_tokens,
+            overlaps=is_gpu if disabled is None else not disabled,
+        )
