@@ -21,7 +21,7 @@ FRONT = "tensorweave"  # the public names of tensorweave/__init__.py
 # Each place to the places it may import from, besides itself.
 ARROWS: dict[str, frozenset[str]] = {
     FRONT: frozenset({"llmapi", "cluster"}),
-    "cli": frozenset({FRONT, "llmapi", "deploy", "router", "cluster", "workers"}),
+    "cli": frozenset({FRONT, "llmapi", "deploy", "router", "cluster", "workers", "kernels"}),
     "llmapi": frozenset({"deploy", "router", "cluster", "workers"}),
     "deploy": frozenset({"router", "workers", "cluster"}),
     "router": frozenset({"cluster"}),
@@ -83,8 +83,14 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
 CIRCLES = frozenset({("tensorweave/llmapi/output_iterator.py", "tensorweave.llmapi.outputs.RequestOutput")})
 """(File, import) pairs that close a circle and may: the iterator of an object, which knows the object's type."""
 TORCH_PLACES = frozenset({"workers", "kernels"})
-TORCH_FILES = frozenset({"tensorweave/cli/bench_transfer_fetches.py", "tensorweave/cli/bench_transfer_sockets.py"})
-"""Benchmarks that act as two ranks; the command line imports them only when they run."""
+TORCH_FILES = frozenset(
+    {
+        "tensorweave/cli/bench_transfer_fetches.py",
+        "tensorweave/cli/bench_transfer_sockets.py",
+        "tensorweave/cli/suite_rates.py",
+    }
+)
+"""Benchmarks that act as two ranks, or measure a device; the command line imports them only when they run."""
 RAY_PLACES = frozenset({"cluster", "router", "deploy"})
 RAY_FILES = frozenset({"workers/rank.py"})
 PARENT_AND_CHILD = frozenset({"router/bodies/pool.py", "router/bodies/worker.py"})

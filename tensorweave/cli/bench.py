@@ -6,13 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tensorweave.cli import bench_engine, bench_http, bench_link, bench_steps, bench_transfer
+from tensorweave.cli import bench_engine, bench_http, bench_link, bench_steps, bench_suite, bench_transfer
 from tensorweave.cli.arguments import add_api_key, add_changes, count, positive, rate
+from tensorweave.cli.suite_run import add_suite_arguments
 
 _EXAMPLES = """\
 examples:
   tensorweave bench throughput --model smollm2 --input-len 128 --output-len 64 --dtype float32 --json out.json
   tensorweave bench latency --model smollm2 --batch-size 1
+  tensorweave bench suite h100-8b --json out.json --plot out.svg      rows of a table, with the roofline of each
   tensorweave bench serve --url http://127.0.0.1:8000 --num-prompts 64 --concurrency 8     any OpenAI endpoint
   tensorweave bench link --url http://127.0.0.1:8000     HTTP's share of the time to first token
   tensorweave bench overhead                             the step loop with an empty model
@@ -32,6 +34,7 @@ def add_command(commands: Any) -> None:
     kinds = parser.add_subparsers(title="benchmarks", metavar="KIND", required=True)
     _add_throughput(kinds)
     _add_latency(kinds)
+    _add_suite(kinds)
     _add_serve(kinds)
     _add_link(kinds)
     _add_overhead(kinds)
@@ -54,6 +57,18 @@ def _add_latency(kinds: Any) -> None:
     parser.add_argument("--num-iters", type=positive, default=10, help="batches that count (default: %(default)s)")
     parser.add_argument("--num-warmups", type=count, default=2, help="batches before those (default: %(default)s)")
     parser.set_defaults(run=bench_engine.run_latency)
+
+
+def _add_suite(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "suite",
+        help="rows of requests of given shapes, with random weights",
+        description="Run the rows of a suite, and print the rate of each and its share of the roofline.",
+    )
+    add_suite_arguments(parser)
+    parser.add_argument("--plot", type=Path, metavar="OUT", help="write bars of the shares here, as SVG")
+    add_changes(parser, "another argument of LLM, for example max_batch_size=256")
+    parser.set_defaults(run=bench_suite.run)
 
 
 def _add_serve(kinds: Any) -> None:

@@ -1,0 +1,70 @@
+"""vLLM on the rows of a suite of `tensorweave bench suite`: the same token lists, clock and report.
+
+    PYTHONPATH=VLLM:. python benchmarks/rival_vllm.py h100-8b --json rival.json
+    python benchmarks/compare.py ours.json rival.json
+
+vLLM runs as shipped, except for the length of its sequences and the share of memory. Needs vLLM, and of this project
+only what its standard library, psutil and safetensors need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tensorweave.cli.suite_run import Generate, add_suite_arguments, new_document, run_suite, suite_of
+
+
+def vllm_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of vLLM's `LLM`."""
+    suite = suite_of(args)
+    return {
+        "load_format": "dummy" if args.model is None else "auto",
+        "skip_tokenizer_init": True,
+        "dtype": suite.dtype,
+        "max_model_len": suite.max_seq_len,
+        "gpu_memory_utilization": args.gpu_memory_utilization,
+        "quantization": None if args.quantization == "none" else args.quantization,
+        "kv_cache_dtype": args.kv_dtype,
+        "disable_log_stats": True,
+    }
+
+
+@contextmanager
+def open_vllm(model_dir: Path, options: dict[str, Any]) -> Iterator[Generate]:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(str(model_dir), **options)
+
+    def generate(prompts: list[list[int]], output_len: int) -> list[int]:
+        sampling = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, detokenize=False)
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        return [len(output.outputs[0].token_ids) for output in llm.generate(inputs, sampling, use_tqdm=False)]
+
+    yield generate
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_suite_arguments(parser)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.92, help="(default: %(default)s)")
+    args = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    from importlib.metadata import version
+
+    options = vllm_options(args)
+    document = {**new_document(args, "vLLM", version("vllm")), "engine": options}
+    run_suite(args, document, lambda model_dir: open_vllm(model_dir, options))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Bars per row of a suite, as an SVG file that needs no library: the share of the roofline that each side reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+from xml.sax.saxutils import escape
+
+_LEFT, _WIDTH, _BAR, _GAP, _TOP = 190, 520, 16, 12, 64
+_COLORS: Final = ("#0b6e99", "#b3541e")
+
+
+def bars_svg(documents: Sequence[Mapping[str, Any]]) -> str:
+    """One group of bars per row of the first document, with a bar for each document that has the row. The first one
+    has the rooflines."""
+    first = documents[0]
+    rows = [row for row in first["rows"] if "roofline_tok_s" in row]
+    group = len(documents) * _BAR + _GAP
+    height = _TOP + len(rows) * group + 30
+    parts = [_head(height), *_legend(documents), *_axis(height)]
+    for place, row in enumerate(rows):
+        top = _TOP + place * group
+        middle = top + len(documents) * _BAR / 2 + 4
+        parts.append(f'<text x="{_LEFT - 8}" y="{middle}" text-anchor="end">{escape(row["row"])}</text>')
+        for number, document in enumerate(documents):
+            found = next((other for other in document["rows"] if other["row"] == row["row"]), None)
+            if found is not None and "tok_s" in found:
+                parts += _bar(top + number * _BAR, found["tok_s"], row["roofline_tok_s"], _COLORS[number])
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def _head(height: int) -> str:
+    width = _LEFT + _WIDTH + 110
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-size="12" '
+        'font-family="sans-serif">\n<rect width="100%" height="100%" fill="white"/>'
+    )
+
+
+def _legend(documents: Sequence[Mapping[str, Any]]) -> list[str]:
+    first = documents[0]
+    title = f"{first['suite']} on {first['card']['name']}: tokens per second, and their share of the roofline"
+    parts = [f'<text x="{_LEFT}" y="20" font-weight="bold">{escape(title)}</text>']
+    for number, document in enumerate(documents):
+        x = _LEFT + 200 * number
+        parts.append(f'<rect x="{x}" y="30" width="12" height="12" fill="{_COLORS[number]}"/>')
+        name = escape(f"{document['side']} {document['version']}")
+        parts.append(f'<text x="{x + 18}" y="41">{name}</text>')
+    return parts
+
+
+def _axis(height: int) -> list[str]:
+    parts = []
+    for percent in range(0, 101, 25):
+        x = _LEFT + _WIDTH * percent / 100
+        parts.append(f'<line x1="{x}" y1="{_TOP - 8}" x2="{x}" y2="{height - 24}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x}" y="{height - 8}" text-anchor="middle">{percent} %</text>')
+    return parts
+
+
+def _bar(y: float, tok_s: float, roofline_tok_s: float, color: str) -> list[str]:
+    width = round(_WIDTH * min(1.0, tok_s / roofline_tok_s), 1)
+    return [
+        f'<rect x="{_LEFT}" y="{y}" width="{width}" height="{_BAR - 3}" fill="{color}"/>',
+        f'<text x="{_LEFT + width + 5}" y="{y + 11}" font-size="11">{tok_s:,.0f}</text>',
+    ]
