@@ -25,13 +25,13 @@ _MB = 1 << 20
 
 class StepTimer:
     """Wall-clock marks of one iteration of the step loop, in seconds, and how many steps have settled in it.
-    `forward_s` is the time in the engine: launching a step, and waiting for one to settle."""
+    `forward_s` is the time in the engine: launching a step, and waiting for one to settle, which is `waited_s`."""
 
-    __slots__ = ("began_s", "forward_began_s", "forward_s", "num_settled")
+    __slots__ = ("began_s", "forward_began_s", "forward_s", "num_settled", "waited_s")
 
     def __init__(self) -> None:
         self.began_s = self.forward_began_s = time.perf_counter()
-        self.forward_s = 0.0
+        self.forward_s = self.waited_s = 0.0
         self.num_settled = 0
 
     def begin_forward(self) -> None:
@@ -40,6 +40,11 @@ class StepTimer:
     def end_forward(self) -> None:
         self.forward_s += time.perf_counter() - self.forward_began_s
 
+    def end_wait(self) -> None:
+        waited_s = time.perf_counter() - self.forward_began_s
+        self.forward_s += waited_s
+        self.waited_s += waited_s
+
 
 @dataclass(slots=True)
 class StepRecord:
@@ -47,6 +52,7 @@ class StepRecord:
     iteration: int
     step_s: float
     forward_s: float
+    waited_s: float
     num_context: int
     num_generation: int
     num_context_tokens: int
@@ -107,6 +113,7 @@ class IterationStats:
             iteration=self._iteration,
             step_s=step_s,
             forward_s=timer.forward_s,
+            waited_s=timer.waited_s,
             num_context=len(batch.context),
             num_generation=len(batch.generation),
             num_context_tokens=num_context_tokens,
@@ -174,6 +181,7 @@ def _as_dict(record: StepRecord, shared: Mapping[str, float], kv_stats: dict[str
         "iter": record.iteration,
         "iterLatencyMS": record.step_s * 1e3,
         "forwardLatencyMS": record.forward_s * 1e3,
+        "waitLatencyMS": record.waited_s * 1e3,
         "newActiveRequestsQueueLatencyMS": record.new_waited_s * 1e3,
         "numNewActiveRequests": record.num_new,
         "numActiveRequests": record.num_active,

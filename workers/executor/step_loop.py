@@ -207,7 +207,7 @@ class StepLoop:
     def _settle_flight(self, flight: Flight, timer: StepTimer) -> None:
         timer.begin_forward()
         result = flight.result()
-        timer.end_forward()
+        timer.end_wait()
         settled = book_result(flight.batch, result)
         self._answers += settled.chunks
         self._resources.update_resources(flight.batch)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from typing import Any
+
+import pytest
 
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
 from tensorweave.workers.executor.executor import PyExecutor
-from tensorweave.workers.executor.iteration_stats import step_limits
+from tensorweave.workers.executor.iteration_stats import StepTimer, step_limits
 from tensorweave.workers.executor.scheduler import SimpleScheduler
 from tensorweave.workers.fakes.fake_engine import HashEngine
 from tensorweave.workers.gang.comm import SoloComm
@@ -65,6 +69,7 @@ def test_every_key_is_there() -> None:
         assert row["inflightBatchingStats"].keys() >= set(INFLIGHT_KEYS.split())
         limits = [row[key] for key in ("maxNumActiveRequests", "maxBatchSizeRuntime", "maxNumTokensRuntime")]
         assert limits == [7, 4, 64]
+        assert 0 <= row["waitLatencyMS"] <= row["forwardLatencyMS"] <= row["iterLatencyMS"]
 
 
 def test_who_waits_and_who_is_new() -> None:
@@ -84,3 +89,15 @@ def test_a_prompt_in_chunks_is_new_once() -> None:
     assert [row["numNewActiveRequests"] for row in rows] == [1, *[0] * (len(rows) - 1)]
     assert len(rows) == 4
     assert [row["inflightBatchingStats"]["numCtxTokens"] for row in rows] == [32, 32, 32, 4]
+
+
+def test_the_wait_for_a_step_is_part_of_the_time_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock advances by a second per reading."""
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    timer = StepTimer()
+    timer.begin_forward()
+    timer.end_forward()
+    timer.begin_forward()
+    timer.end_wait()
+    assert (timer.forward_s, timer.waited_s) == (2.0, 1.0)
