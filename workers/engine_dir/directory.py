@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -24,9 +24,10 @@ from tensorweave.workers.engine_dir.model_digest import model_digest
 from tensorweave.workers.engine_dir.rank_file import RankFile, RankRecorder
 from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.gang.device import pick_device, pick_dtype
-from tensorweave.workers.models.assembly import build_transformer, check_mesh, tensor_shapes
+from tensorweave.workers.models.assembly import build_transformer, check_mesh, count_weights, tensor_shapes
 from tensorweave.workers.models.checkpoint import SafetensorsDirectory, check_tensors, refuse_adapters
 from tensorweave.workers.models.config import ModelConfig
+from tensorweave.workers.models.device_loader import DeviceLoader
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.loader import WeightLoader
 from tensorweave.workers.models.rank_weights import RankWeights
@@ -92,9 +93,16 @@ def check_fit(manifest: EngineManifest, directory: Path, tensor_parallel_size: i
 
 @contextlib.contextmanager
 def open_weights(
-    path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, place: MeshRank, num_threads: int = 1
+    path: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    place: MeshRank,
+    num_threads: int = 1,
+    on_progress: Callable[[float], object] = lambda share: None,
 ) -> Iterator[RankWeights]:
-    """Open the weights of one rank: its own file of an engine directory, or its part of a checkpoint."""
+    """Open the weights of one rank: its own file of an engine directory, or its part of a checkpoint. `on_progress` is
+    told the share of them that has been read, where that is known."""
     if EngineManifest.read(path) is not None:
         with RankFile(rank_file(path, place.rank), dtype, device, num_threads) as file:
             yield file
@@ -104,7 +112,12 @@ def open_weights(
     with SafetensorsDirectory(path) as source:
         check_tensors(source, tensor_shapes(config), ignored=redundant_tensors(config))
         check_redundant_tensors(source, config)
-        yield WeightLoader(source, dtype, device)
+        if device.type != "cuda":
+            yield WeightLoader(source, dtype, device)
+            return
+        requests = count_weights(config, place).requests
+        with DeviceLoader(source.places(), requests, dtype, device, num_threads, on_progress=on_progress) as loader:
+            yield loader
 
 
 def _copy(manifest: EngineManifest, source: Path, made: Path) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +22,8 @@ from torch import Tensor
 Shapes = Mapping[str, tuple[int, ...]]
 _MOST_NAMED = 8
 _INDEX = "model.safetensors.index.json"
-_PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+_PLAIN_DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LENGTH_BYTES: Final = 8
 _ADAPTER = "adapter_config.json"
 
 
@@ -32,8 +34,19 @@ class WeightSource(Protocol):
     def shapes(self) -> Shapes: ...
 
     def read(self, name: str, *index: slice) -> Tensor:
-        """The part of `name` that `index` selects, one slice per dimension, in the stored dtype, on the CPU."""
+        """The part of `name` that `index` selects, one slice per dimension, in the stored dtype; of files, on the
+        CPU."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """Where a whole tensor lies: its bytes, row by row, begin at `offset`."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 class SafetensorsDirectory:
@@ -44,6 +57,7 @@ class SafetensorsDirectory:
         self.shapes: Shapes = {}
         self._files = ExitStack()
         self._file_of: dict[str, Any] = {}
+        self._path_of: dict[str, Path] = {}
         try:
             self._open()
         except SafetensorError as error:
@@ -58,6 +72,11 @@ class SafetensorsDirectory:
         tensor: Tensor = part[index] if index else part[:]
         return tensor
 
+    def places(self) -> Mapping[str, TensorPlace]:
+        """Of all tensors, for readers of their own."""
+        files = {self._path_of[name] for name in self.shapes}
+        return {name: place for file in sorted(files) for name, place in _places(file)}
+
     def _open(self) -> None:
         weight_map = self._weight_map()
         found: dict[str, str] = {}
@@ -66,7 +85,7 @@ class SafetensorsDirectory:
             for name in handle.keys():  # noqa: SIM118
                 if name in found:
                     raise ValueError(f"{self.path}: tensor {name} is in {found[name]} and in {file}; keep one of them")
-                found[name], self._file_of[name] = file, handle
+                found[name], self._file_of[name], self._path_of[name] = file, handle, self.path / file
         if moved := [name for name, file in weight_map.items() if found.get(name) != file]:
             what = "lists tensors that are not in the file it names"
             raise ValueError(f"{self.path / _INDEX} {what}: {', '.join(moved[:_MOST_NAMED])}")
@@ -109,19 +128,36 @@ class SafetensorsDirectory:
 
 
 class RandomWeights:
-    """Weights for speed tests, seeded by tensor name and so the same at every mesh size. Weights of norms are 1."""
+    """Weights for speed tests, seeded by tensor name and so the same at every mesh size. Weights of norms are 1.
 
-    def __init__(self, shapes: Shapes, seed: int = 0, spread: float = 0.02) -> None:
+    They are made on `device` (default: the CPU), in float32; one kind of device makes other numbers than another.
+    """
+
+    def __init__(self, shapes: Shapes, seed: int = 0, spread: float = 0.02, device: torch.device | None = None) -> None:
         self.shapes = shapes
         self._seed = seed
         self._spread = spread
+        self._device = device or torch.device("cpu")
 
     def read(self, name: str, *index: slice) -> Tensor:
         shape = self.shapes[name]
         if name.endswith("norm.weight"):
-            return torch.ones(shape)[index]
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), self._seed))
-        return torch.empty(shape).normal_(0.0, self._spread, generator=generator)[index]
+            return torch.ones(shape, device=self._device)[index]
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode(), self._seed))
+        numbers = torch.empty(shape, device=self._device)
+        return numbers.normal_(0.0, self._spread, generator=generator)[index]
+
+
+def _places(file: Path) -> Iterator[tuple[str, TensorPlace]]:
+    """From the header of a safetensors file: its length in 8 bytes, little-endian, and JSON whose offsets count from
+    its end (https://github.com/huggingface/safetensors#format)."""
+    with file.open("rb") as stored:
+        num_bytes = int.from_bytes(stored.read(_LENGTH_BYTES), "little")
+        header: dict[str, dict[str, Any]] = json.loads(stored.read(num_bytes))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            offset = _LENGTH_BYTES + num_bytes + entry["data_offsets"][0]
+            yield name, TensorPlace(file, offset, _PLAIN_DTYPES[entry["dtype"]], tuple(entry["shape"]))
 
 
 def refuse_adapters(path: Path) -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +23,28 @@ class TensorRows:
     name: str
     shape: tuple[int, ...]
     rows: range
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRequest:
+    """What a model asks for at once: parts that lie one below the other; of a matrix, perhaps only some columns."""
+
+    parts: tuple[TensorRows, ...]
+    columns: range | None = None
+
+    @classmethod
+    def of_vector(cls, name: str, size: int) -> Self:
+        return cls((TensorRows(name, (size,), range(size)),))
+
+    @classmethod
+    def of_columns(cls, name: str, shape: tuple[int, int], columns: range) -> Self:
+        is_whole = columns == range(shape[1])
+        return cls((TensorRows(name, shape, range(shape[0])),), None if is_whole else columns)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        whole = stacked_shape(self.parts)
+        return whole if self.columns is None else (whole[0], len(self.columns))
 
 
 class RankWeights(Protocol):
@@ -53,46 +74,43 @@ class RankWeights(Protocol):
 class MetaWeights:
     """Tensors of torch's meta device, which have no memory, and a record of what was asked for.
 
-    `shapes` are the whole tensors; `num_multiplied` and `num_looked_up` count the elements of matrices that the rank
-    keeps. Norms and biases are not counted.
+    `shapes` are the whole tensors, `requests` what was asked for, in order; `num_multiplied` and `num_looked_up` count
+    the elements of matrices that the rank keeps. Norms and biases are not counted.
     """
 
     def __init__(self) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.requests: list[WeightRequest] = []
         self.num_multiplied = 0
         self.num_looked_up = 0
 
     def vector(self, name: str, size: int) -> Tensor:
-        self.shapes[name] = (size,)
-        return _meta((size,))
+        return self._note(WeightRequest.of_vector(name, size))
 
     def rows(self, parts: Sequence[TensorRows]) -> Tensor:
-        shape = self._note(parts)
-        self.num_looked_up += prod(shape) if len(shape) > 1 else 0
-        return _meta(shape)
+        rows = self._note(WeightRequest(tuple(parts)))
+        self.num_looked_up += rows.numel() if rows.dim() > 1 else 0
+        return rows
 
     def matrix_rows(self, parts: Sequence[TensorRows]) -> Tensor:
-        shape = self._note(parts)
-        self.num_multiplied += prod(shape)
-        return _meta(shape)
+        matrix = self._note(WeightRequest(tuple(parts)))
+        self.num_multiplied += matrix.numel()
+        return matrix
 
     def matrix_columns(self, name: str, shape: tuple[int, int], columns: range) -> Tensor:
-        self.shapes[name] = shape
-        self.num_multiplied += shape[0] * len(columns)
-        return _meta((shape[0], len(columns)))
+        matrix = self._note(WeightRequest.of_columns(name, shape, columns))
+        self.num_multiplied += matrix.numel()
+        return matrix
 
     def tied_head(self, embedding_VD: Tensor) -> Tensor:
         return embedding_VD
 
-    def _note(self, parts: Sequence[TensorRows]) -> tuple[int, ...]:
-        self.shapes |= {part.name: part.shape for part in parts}
-        return stacked_shape(parts)
+    def _note(self, request: WeightRequest) -> Tensor:
+        self.shapes |= {part.name: part.shape for part in request.parts}
+        self.requests.append(request)
+        return torch.empty(request.shape, device="meta")
 
 
 def stacked_shape(parts: Sequence[TensorRows]) -> tuple[int, ...]:
     """Of all parts, one below the other."""
     return (sum(len(part.rows) for part in parts), *parts[0].shape[1:])
-
-
-def _meta(shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, device="meta")
