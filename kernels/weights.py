@@ -72,6 +72,27 @@ Weight: TypeAlias = Tensor | PackedWeight | QuantizedWeight
 """A plain matrix [N, K], a packed one, or a quantized one."""
 
 
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """What a product is made with: x weightᵀ + bias."""
+
+    weight_NK: Tensor | QuantizedWeight
+    bias_N: Tensor | None = None
+
+    @property
+    def num_outputs(self) -> int:
+        return self._values.shape[0]
+
+    @property
+    def num_inputs(self) -> int:
+        return self._values.shape[1]
+
+    @property
+    def _values(self) -> Tensor:
+        weight = self.weight_NK
+        return weight.values_NK if isinstance(weight, QuantizedWeight) else weight
+
+
 def quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     """Rows in e4m3, and float32 scales [M] by which the largest element of each row becomes e4m3's largest number."""
     wide_MK = x_MK.float()

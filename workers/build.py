@@ -8,12 +8,12 @@ from __future__ import annotations
 import gc
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tensorweave.cluster.llm_args import CacheTransceiverConfig, TorchLlmArgs
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.cluster.step_settings import StepSettings
-from tensorweave.workers.engine.engine import PyTorchModelEngine
+from tensorweave.workers.engine.engine import ModelEngine
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.engine_dir.directory import check_fit
@@ -38,9 +38,6 @@ from tensorweave.workers.transfer.fingerprint import fingerprint
 from tensorweave.workers.transfer.transfers import KvTransfers
 from tensorweave.workers.transfer.transports.selection import make_transports
 from tensorweave.workers.transfer.window import PoolWindow
-
-if TYPE_CHECKING:
-    from tensorweave.workers.autodeploy.engine import AutodeployEngine
 
 
 def build_executor(
@@ -76,7 +73,7 @@ def build_executor(
     executor = PyExecutor(
         engine=engine,
         scheduler=scheduler,
-        resources=ResourceManager([decoder.states, kv_cache]),
+        resources=ResourceManager([decoder.states, *engine.resource_managers, kv_cache]),
         decoder=decoder,
         comm=comm,
         info=engine.info,
@@ -117,7 +114,7 @@ def _make_scheduler(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -
 
 def _make_transfers(
     args: TorchLlmArgs,
-    engine: PyTorchModelEngine | AutodeployEngine,
+    engine: ModelEngine,
     kv_cache: KVCache,
     comm: Comm,
     host: str,
@@ -176,7 +173,7 @@ def check_model(args: TorchLlmArgs) -> None:
         check_fit(saved, path, args.tensor_parallel_size, args.dtype)
 
 
-def _load_engine(args: TorchLlmArgs, comm: Comm, num_ranks_here: int) -> PyTorchModelEngine | AutodeployEngine:
+def _load_engine(args: TorchLlmArgs, comm: Comm, num_ranks_here: int) -> ModelEngine:
     if args.backend == "_autodeploy":
         from tensorweave.workers.autodeploy.loader import load_autodeploy  # imports transformers, which takes seconds
 
@@ -184,7 +181,7 @@ def _load_engine(args: TorchLlmArgs, comm: Comm, num_ranks_here: int) -> PyTorch
     return load_engine(args, comm, num_ranks_here)
 
 
-def _kv_identity(args: TorchLlmArgs, path: Path, engine: PyTorchModelEngine | AutodeployEngine) -> tuple[str, int]:
+def _kv_identity(args: TorchLlmArgs, path: Path, engine: ModelEngine) -> tuple[str, int]:
     """What gangs that exchange KV compare: a digest of the model, and its number of KV heads over all ranks."""
     digest = model_digest(path, args.load_format)
     if args.backend == "_autodeploy":

@@ -71,14 +71,7 @@ class AttentionPlan(Protocol):
 
 
 class AttentionBackend(Protocol):
-    """Attention of one rank's layers on one device. Made once at load by `Operations.make_attention`.
-
-    A backend whose steps are captured in a CUDA graph keeps its plan's tensors (block tables, lengths, slots, and the
-    list of work for a fixed grid) in buffers of a fixed size for each padded number of rows. It has two more verbs,
-    which are added here with the first such backend: `capture(num_rows)` returns a plan over those buffers, with which
-    the layers are recorded, and `refill(plan, spans, slots_T)` copies a step into them before a replay, without
-    synchronising. Layers call `write` and `attend` of such a plan as of any other.
-    """
+    """Attention of one rank's layers on one device. Made once at load by `Operations.make_attention`."""
 
     def plan(self, spans: Sequence[Span], slots_T: Tensor) -> AttentionPlan:
         """`slots_T` are the slots, block * P + offset, of the spans' tokens, on the device."""

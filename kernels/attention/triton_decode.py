@@ -16,8 +16,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tensorweave.kernels.heads.rotation import HeadRotation
+
+__all__ = ["DecodeWorkspace", "HeadRotation", "choose_splits", "decode_attention"]
+
 # R rows (sequences), N query heads, K KV heads, G = N / K query heads per KV head, X = N + 2 K, H head dim
 # B blocks of the pool, P tokens per block, C = 2 K planes of a block, W blocks per row of the block table, S splits
+# L positions; sequences have rows of the block table of their own, by slot
 
 _MIN_ROWS = 16  # of the matrix unit: G query heads are padded to this many
 _PREFETCH_ROWS = 8  # to this batch, a program's first keys are fetched into the level-2 cache before the wait
@@ -45,11 +50,11 @@ def _prefetch_l2(ptr):
 
 @triton.jit(do_not_specialize=["row_stride", "table_stride", "window"])
 def _decode(
-    heads_ptr, out_ptr, cache_ptr, table_ptr, lengths_ptr, rope_ptr, query_norm_ptr, key_norm_ptr,
+    heads_ptr, out_ptr, cache_ptr, table_ptr, slots_ptr, lengths_ptr, rope_ptr, query_norm_ptr, key_norm_ptr,
     parts_ptr, stats_ptr, arrived_ptr, scale, epsilon, row_stride, table_stride, window,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, H: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr, S: tl.constexpr, FUSED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
-    PREFETCH: tl.constexpr, PLACE: tl.constexpr,
+    PREFETCH: tl.constexpr, PLACE: tl.constexpr, BY_SLOT: tl.constexpr,
 ):  # fmt: skip
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     d = tl.arange(0, H)
@@ -64,7 +69,10 @@ def _decode(
     per = tl.cdiv(tl.cdiv(length - base, S), BN) * BN
     begin = base + split * per
     end = tl.minimum(length - 1 if FUSED else length, begin + per)
-    row_table = table_ptr + row * table_stride
+    if BY_SLOT:
+        row_table = table_ptr + tl.load(slots_ptr + row, cache_modifier=".cg") * table_stride
+    else:
+        row_table = table_ptr + row * table_stride
     if FUSED:
         last = tl.maximum(length - 1, 0)
         other = (d + H // 2) % H
@@ -174,19 +182,6 @@ class DecodeWorkspace:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class HeadRotation:
-    """What `decode_attention` does to the projection's new heads.
-
-    `table_LH`: float32, a row per position: cosines of the H/2 angles, then their sines. Norm weights [H] or None.
-    """
-
-    table_LH: Tensor
-    query_norm_H: Tensor | None = None
-    key_norm_H: Tensor | None = None
-    epsilon: float = 0.0
-
-
 def choose_splits(num_rows: int, num_kv_heads: int, max_length: int, total_length: int | None = None) -> int:
     """A power of two, at most 32, with 64 keys or more each. How many programs are best, inside a step on an H100: 512
     to 16 rows, 256 to 47, 1,024 from 48 on; and so many that one row does not outlast the others: a program takes 27 ns
@@ -210,6 +205,7 @@ def decode_attention(
     num_splits: int,
     rotation: HeadRotation | None = None,
     window: int | None = None,
+    slots_R: Tensor | None = None,
     tiling: tuple[int, int, int] | None = None,
     pdl: bool = False,
 ) -> None:
@@ -228,10 +224,11 @@ def decode_attention(
         lengths_R: int32, keys of each row, the new one included. 0: a padded row, which writes zeros and no key.
         num_splits: a power of two, see `choose_splits`. The same number gives the same bits in any batch.
         window: the newest keys that are seen; None: all.
+        slots_R: int32, the row of the block table of each row; None: the same.
         tiling: keys per step, stages, warps; None: (64, 2, 2), within 3 % of the best at each
             even batch; with one row much longer than the others, (128, 2, 4) is up to 1.6 times faster.
-        pdl: launch while the kernel before still runs (Hopper). That kernel must not write lengths, table, or other
-            tokens' keys: they are read before it is over.
+        pdl: launch while the kernel before still runs (Hopper). That kernel must not write lengths, slots, table, or
+            other tokens' keys: they are read before it is over.
     """
     R, N, H = out_RNH.shape
     _, C, P, _ = cache_BCPH.shape
@@ -246,10 +243,11 @@ def decode_attention(
     norms = (None, None) if rotation is None else (rotation.query_norm_H, rotation.key_norm_H)
     rope_LH, epsilon = (None, 0.0) if rotation is None else (rotation.table_LH, rotation.epsilon)
     _decode[(K, num_splits, R)](
-        heads_RXH, out_RNH, cache_BCPH, table_RW, lengths_R, rope_LH, *norms,
+        heads_RXH, out_RNH, cache_BCPH, table_RW, slots_R, lengths_R, rope_LH, *norms,
         workspace.parts, workspace.stats, workspace.arrived, scale * _LOG2_E, epsilon,
         heads_RXH.stride(0), table_RW.stride(0), 2**30 if window is None else window,
         K=K, G=N // K, GP=max(_MIN_ROWS, triton.next_power_of_2(N // K)), H=H, P=P, BN=BN, STAGES=stages, S=num_splits,
         FUSED=rotation is not None, NORM=norms[0] is not None, PDL=pdl, PREFETCH=pdl and R <= _PREFETCH_ROWS,
-        PLACE=tl.int32 if cache_BCPH.numel() < 2**31 else tl.int64, num_warps=warps, launch_pdl=pdl,
+        PLACE=tl.int32 if cache_BCPH.numel() < 2**31 else tl.int64, BY_SLOT=slots_R is not None, num_warps=warps,
+        launch_pdl=pdl,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.gang.comm import Comm, SoloComm
 from tensorweave.workers.step.pending import NothingPending
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
-from tensorweave.workers.step.request import LlmRequest
+from tensorweave.workers.step.request import LlmRequest, RequestState
 from tensorweave.workers.step.resources import BlockCopy
 
 VOCAB = 211
@@ -48,6 +48,14 @@ class ScatteredBlocks:
         while len(table) * self._tokens_per_block < len(request.tokens):
             table.append(self._free.pop())
         return table
+
+    def take_block(self) -> int:
+        return self._free.pop()
+
+    def exchange(self, request: LlmRequest, at: int, block: int) -> None:
+        table = list(self._tables[request.request_id])
+        table[at] = block
+        self._tables[request.request_id] = table
 
     def take_copies(self) -> list[BlockCopy]:
         copies, self.copies = self.copies, []
@@ -93,6 +101,8 @@ def generate(
         for row, token in zip(batch.sampled, token_ids, strict=True):
             row.request.num_launched = row.stop
             row.request.tokens.append(token)
+            if row.request.num_output >= num_tokens:
+                row.request.state = RequestState.DONE
         running = [request for request in running if request.num_output < num_tokens]
     return [request.tokens[request.prompt_len :] for request in requests]
 

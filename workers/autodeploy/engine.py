@@ -17,7 +17,7 @@ from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine.packing import PackedBatch, pack
 from tensorweave.workers.step.pending import Pending, PendingTokens, Ready, StepLogits
 from tensorweave.workers.step.plan import ScheduledBatch
-from tensorweave.workers.step.resources import ResourceManager
+from tensorweave.workers.step.resources import BaseResourceManager, ResourceManager
 
 # T tokens, R and N rows of logits, V vocabulary
 
@@ -36,6 +36,7 @@ class AutodeployEngine:
     ) -> None:
         self.info = info
         self.pool = pool
+        self.resource_managers: tuple[BaseResourceManager, ...] = ()
         self._model = model
         self._layers = layers
         self._device = pool.cache.device

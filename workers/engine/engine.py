@@ -20,7 +20,7 @@ from tensorweave.workers.models.forward_inputs import ForwardInputs
 from tensorweave.workers.models.transformer import Transformer
 from tensorweave.workers.step.pending import Pending, PendingTokens, Ready, StepLogits
 from tensorweave.workers.step.plan import PromptRead, ScheduledBatch
-from tensorweave.workers.step.resources import ResourceManager
+from tensorweave.workers.step.resources import BaseResourceManager, ResourceManager
 
 # T tokens, D hidden size, H head dim, R and N rows of logits, V vocabulary
 
@@ -30,7 +30,7 @@ PIECE_LOGITS: Final = 4 << 20
 
 class ModelEngine(Protocol):
     """`info` says what it runs, `pool` is where the KV lives. `progress` grows while a step is computed, however long
-    that takes; any thread may look."""
+    that takes; any thread may look. `resource_managers` are what the engine itself holds for each request."""
 
     @property
     def info(self) -> ModelInfo: ...
@@ -40,6 +40,9 @@ class ModelEngine(Protocol):
 
     @property
     def progress(self) -> int: ...
+
+    @property
+    def resource_managers(self) -> Sequence[BaseResourceManager]: ...
 
     def launch(self, batch: ScheduledBatch, resources: ResourceManager, before: PendingTokens) -> Pending[StepLogits]:
         """Begin to compute one step. `before` has the tokens that the step before samples, if that has not settled.
@@ -74,6 +77,7 @@ class PyTorchModelEngine:
     ) -> None:
         self.info = info
         self.pool = pool
+        self.resource_managers: tuple[BaseResourceManager, ...] = ()
         self._model = model
         self._attention = attention
         self._rope_table = rope_table

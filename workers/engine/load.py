@@ -10,13 +10,18 @@ from typing import Final
 
 import torch
 
+from tensorweave.cluster.cuda_graph_config import graph_sizes
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.protocol import ModelInfo, SamplingDefaults
 from tensorweave.cluster.step_settings import StepSettings
 from tensorweave.kernels.attention.backend import AttentionShape
+from tensorweave.kernels.device_operations import choose_device_operations
 from tensorweave.kernels.native.library import load_native, use_threads
-from tensorweave.kernels.operations import Operations, choose_operations
+from tensorweave.kernels.operations import Operations, choose_operations, reference_operations
+from tensorweave.workers.engine.device.builder import DeviceEngineBuilder
+from tensorweave.workers.engine.device.engine import DeviceEngine
+from tensorweave.workers.engine.device.graphs import GraphSizes
 from tensorweave.workers.engine.engine import PyTorchModelEngine
 from tensorweave.workers.engine.kv_pool import KVPool, block_bytes
 from tensorweave.workers.engine.memory_need import MemoryNeed, check_memory, kv_bytes, rank_weight_bytes
@@ -27,6 +32,8 @@ from tensorweave.workers.gang.device import pick_device, pick_dtype
 from tensorweave.workers.models.assembly import build_transformer, check_mesh, tensor_shapes
 from tensorweave.workers.models.checkpoint import RandomWeights
 from tensorweave.workers.models.config import ModelConfig
+from tensorweave.workers.models.device.buffers import StepBuffers
+from tensorweave.workers.models.device.model import can_take, take_model
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.generation_config import load_sampling_defaults
 from tensorweave.workers.models.loader import WeightLoader
@@ -40,28 +47,31 @@ logger = logging.getLogger(__name__)
 _MOST_READERS: Final = 4
 
 
-def load_engine(args: TorchLlmArgs, comm: Comm, num_ranks_here: int = 1) -> PyTorchModelEngine:
+def load_engine(
+    args: TorchLlmArgs, comm: Comm, num_ranks_here: int = 1, *, is_on_device: bool | None = None
+) -> PyTorchModelEngine | DeviceEngine:
     """Load this rank's share of `args.model`. Every rank of a gang calls it; they agree on the number of KV blocks.
 
     Args:
         num_ranks_here: ranks of the gang that load at the same time on this host.
+        is_on_device: whether steps keep their state on the device; None: on a GPU that has kernels for the model.
 
     Raises:
         ValueError: the model's files or the arguments are wrong, or the model or its KV cache does not fit; the message
             names which.
     """
-    share = _find_share(args, comm.place)
+    share = _find_share(args, comm.place, is_on_device)
     defaults = load_sampling_defaults(share.path, args.generation_config)
     check_memory(share.memory_need(args), share.device, num_ranks_here)
     num_threads = args.num_threads or max(1, len(os.sched_getaffinity(0)) // comm.size)
     if share.device.type == "cpu":
         _set_threads(num_threads, share.dtype)
     model = share.read_weights(args.load_format, comm, min(num_threads, _MOST_READERS))
-    kv = args.kv_cache_config
-    num_blocks = comm.agree_min(
-        count_blocks(kv, share.block_bytes(kv.tokens_per_block), share.device, share.activation_bytes(args))
-    )
-    return _assemble_engine(model, share, num_blocks, args, defaults)
+    if share.is_on_device:
+        return _build_device_engine(model, share, args, defaults, comm)
+    kv, block_bytes = args.kv_cache_config, share.block_bytes(args.kv_cache_config.tokens_per_block)
+    num_blocks = comm.agree_min(count_blocks(kv, block_bytes, share.device, share.activation_bytes(args)))
+    return _assemble_engine(model, share, _describe(share, num_blocks, args, defaults))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +84,7 @@ class _ModelShare:
     device: torch.device
     dtype: torch.dtype
     has_plain_attention: bool
+    is_on_device: bool
 
     @property
     def heads(self) -> HeadShard:
@@ -106,6 +117,8 @@ class _ModelShare:
 
     @property
     def operations(self) -> Operations:
+        if self.is_on_device:
+            return reference_operations(self.device, self.dtype)
         head_dim = self.config.sizes.head_dim
         return choose_operations(self.device, self.dtype, head_dim, has_plain_attention=self.has_plain_attention)
 
@@ -117,36 +130,89 @@ class _ModelShare:
             return build_transformer(self.config, self.place, weights, comm, self.operations)
 
 
-def _find_share(args: TorchLlmArgs, place: MeshRank) -> _ModelShare:
+def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) -> _ModelShare:
     path = resolve_model(args.model, revision=args.revision)
     saved = None if args.load_format == "dummy" else check_engine_dir(path, place, args.dtype)
     config = load_model_config(path)
     check_mesh(config, place)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype if saved is None else saved.dtype, config.checkpoint_dtype, device)
-    return _ModelShare(path, config, place, device, dtype, args.attn_backend == "VANILLA")
+    has_plain_attention = args.attn_backend == "VANILLA"
+    if is_on_device is None:
+        sizes, P = config.sizes, args.kv_cache_config.tokens_per_block
+        fits = can_take(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, P, place.mesh.size)
+        is_on_device = device.type == "cuda" and fits and not has_plain_attention
+    return _ModelShare(path, config, place, device, dtype, has_plain_attention, is_on_device)
 
 
-def _assemble_engine(
-    model: Transformer, share: _ModelShare, num_blocks: int, args: TorchLlmArgs, defaults: SamplingDefaults
-) -> PyTorchModelEngine:
-    """Put KV pool, attention and rotation table around a model."""
-    config, sizes, dtype, device = share.config, share.config.sizes, share.dtype, share.device
-    heads, P, H = share.heads, args.kv_cache_config.tokens_per_block, sizes.head_dim
-    info = ModelInfo(
+def _describe(share: _ModelShare, num_blocks: int, args: TorchLlmArgs, defaults: SamplingDefaults) -> ModelInfo:
+    config, sizes, P = share.config, share.config.sizes, args.kv_cache_config.tokens_per_block
+    return ModelInfo(
         model=str(args.model),
         vocab_size=sizes.vocab_size,
         max_seq_len=_limit_length(args.max_seq_len, config.max_seq_len, num_blocks * P),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(share.dtype).removeprefix("torch."),
         tokens_per_block=P,
         num_blocks=num_blocks,
         end_ids=config.end_ids,
-        kv_bytes_per_token=block_bytes(sizes.num_layers, sizes.num_kv_heads, 1, H, dtype),
+        kv_bytes_per_token=block_bytes(sizes.num_layers, sizes.num_kv_heads, 1, sizes.head_dim, share.dtype),
         sampling_defaults=defaults,
     )
+
+
+def _make_pool(share: _ModelShare, info: ModelInfo) -> KVPool:
+    sizes, heads = share.config.sizes, share.heads
+    return KVPool(
+        sizes.num_layers,
+        info.num_blocks,
+        len(heads.kv),
+        info.tokens_per_block,
+        sizes.head_dim,
+        share.dtype,
+        share.device,
+        heads.kv.start,
+    )
+
+
+def _build_device_engine(
+    model: Transformer, share: _ModelShare, args: TorchLlmArgs, defaults: SamplingDefaults, comm: Comm
+) -> DeviceEngine:
+    kv, device, settings = args.kv_cache_config, share.device, StepSettings.of(args, share.device.type)
+    longest = min(args.max_seq_len or share.config.max_seq_len, share.config.max_seq_len)
+    device_model = take_model(model, rotary_table(share.config.rope, share.config.sizes.head_dim, longest, device))
+    graphs = GraphSizes()
+    if args.cuda_graph_config is not None and device.type == "cuda":
+        sizes = graph_sizes(args.cuda_graph_config, settings.max_batch_size)
+        graphs = GraphSizes(sizes, args.cuda_graph_config.enable_padding)
+    builder = DeviceEngineBuilder(
+        device_model,
+        choose_device_operations(device),
+        StepBuffers.create(
+            device_model, max(settings.max_num_tokens, settings.max_batch_size), settings.max_batch_size
+        ),
+        graphs,
+    )
+
+    def make(num_blocks: int) -> DeviceEngine:
+        info = _describe(share, num_blocks, args, defaults)
+        return builder.make(_make_pool(share, info), info)
+
+    reserved = 0
+    if device.type == "cuda" and kv.max_tokens is None:
+        reserved = builder.measure(make(-(-settings.max_num_tokens // kv.tokens_per_block) + 1))
+    num_blocks = comm.agree_min(count_blocks(kv, share.block_bytes(kv.tokens_per_block), device, reserved))
+    engine = make(num_blocks)
+    builder.warm_up(engine)
+    return engine
+
+
+def _assemble_engine(model: Transformer, share: _ModelShare, info: ModelInfo) -> PyTorchModelEngine:
+    """Put KV pool, attention and rotation table around a model."""
+    config, device = share.config, share.device
+    heads, P, H = share.heads, info.tokens_per_block, config.sizes.head_dim
     return PyTorchModelEngine(
         model=model,
-        pool=KVPool(sizes.num_layers, num_blocks, len(heads.kv), P, H, dtype, device, heads.kv.start),
+        pool=_make_pool(share, info),
         attention=share.operations.make_attention(
             AttentionShape(len(heads.kv), heads.read_heads, H, P, frozenset(config.windows))
         ),

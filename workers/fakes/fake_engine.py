@@ -23,7 +23,7 @@ from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine.packing import pack
 from tensorweave.workers.step.pending import Pending, PendingTokens, Ready, StepLogits
 from tensorweave.workers.step.plan import PromptRead, ScheduledBatch
-from tensorweave.workers.step.resources import BlockCopy, ResourceManager
+from tensorweave.workers.step.resources import BaseResourceManager, BlockCopy, ResourceManager
 
 _UNWRITTEN = -1
 _SURE = 30.0  # logit of the one token: e^-30 is what sampling leaves for any other
@@ -61,6 +61,7 @@ class HashEngine:
         )
         self.pool = KVPool(1, num_blocks, 1, tokens_per_block, 1, torch.int32, torch.device("cpu"))
         self.progress = 0
+        self.resource_managers: tuple[BaseResourceManager, ...] = ()
         self._cache_BP = self.pool.cache[0, :, 0, :, 0].numpy()
         self._cache_BP[:] = _UNWRITTEN
 
@@ -174,6 +175,7 @@ class EmptyEngine:
     """Zero logits over a tiny vocabulary, computed at once."""
 
     progress = 0
+    resource_managers: tuple[BaseResourceManager, ...] = ()
 
     def __init__(
         self, num_blocks: int = 8192, tokens_per_block: int = 32, max_seq_len: int = 4096, vocab_size: int = 8

@@ -18,9 +18,7 @@ from tensorweave.workers.models.forward_inputs import ForwardInputs
 class DecoderStack(Protocol):
     """Keys and values go into `caches`, one [B, C, P, H] per layer. One caller at a time.
 
-    A form for CUDA graphs records the layers of `TorchStack`, or layers of fused kernels, once per padded number of
-    rows, over buffers that it owns: x, the fields of `ForwardInputs`, and a captured attention plan. Its call refills
-    them and replays.
+    On a GPU, `models.device` runs the layers instead.
     """
 
     @property
@@ -37,12 +35,12 @@ class TorchStack:
     """Calls the layers one by one."""
 
     def __init__(self, layers: Sequence[DecoderLayer]) -> None:
-        self._layers = tuple(layers)
+        self.layers = tuple(layers)
         self.num_layers_done = 0
 
     def __call__(self, x_TD: Tensor, inputs: ForwardInputs, caches: Sequence[Tensor]) -> Tensor:
         update_TD = None
-        for layer, cache_BCPH in zip(self._layers, caches, strict=True):
+        for layer, cache_BCPH in zip(self.layers, caches, strict=True):
             update_TD = layer(x_TD, update_TD, inputs, cache_BCPH)
             self.num_layers_done += 1
         assert update_TD is not None, "a model without layers"

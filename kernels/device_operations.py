@@ -1,0 +1,126 @@
+"""`DeviceOperations`: the table of kernels of a step that stays on a device.
+
+They write into buffers of fixed address, so that a step can be captured in a CUDA graph. The Triton forms have the
+contracts; the reference forms are in torch, run anywhere, and are what the tests compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tensorweave.kernels.heads.rotation import HeadRotation
+from tensorweave.kernels.step.reference import SequenceState, TableUpdate
+from tensorweave.kernels.weights import Matrix
+
+# R rows of a decode step, T tokens of any step, N query heads, K KV heads, X = N + 2 K, H head dim, D hidden size
+# J inputs, O outputs, I intermediate width, B blocks of the pool, C = 2 K planes of a block, P tokens per block
+# S sequence slots
+
+
+class PrefillPlan(Protocol):
+    """The attention of one step's prompt chunks, planned for all layers."""
+
+    def attend(
+        self, heads_TXH: Tensor, cache_BCPH: Tensor, out_TNH: Tensor, *, window: int | None, scale: float
+    ) -> None:
+        """Attend every chunk's rows; `heads_TXH` are rotated, and their keys and values are in the cache already.
+        Other rows of `out_TNH` are not written."""
+        ...
+
+
+class DecodeAttention(Protocol):
+    """Attention of one new token a row: see `kernels.attention.triton_decode.decode_attention`."""
+
+    def __call__(
+        self,
+        heads_RXH: Tensor,
+        cache_BCPH: Tensor,
+        out_RNH: Tensor,
+        *,
+        window: int | None,
+        scale: float,
+        rotation: HeadRotation | None,
+    ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """The rows of a decode step. `lengths_R` counts keys, the new token's included; 0: a padded row.
+
+    Args:
+        slots_R, lengths_R: int32.
+        state: where their block tables are.
+        max_length: of any sequence that the engine takes.
+    """
+
+    slots_R: Tensor
+    lengths_R: Tensor
+    state: SequenceState
+    max_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChunk:
+    """Rows [first_row, first_row + length) of a step are tokens [start, start + length) of the sequence in a slot."""
+
+    first_row: int
+    start: int
+    length: int
+    slot: int
+
+
+class DeviceOperations(Protocol):
+    """`pdl`: a kernel may be launched while the one before still runs, where the device can."""
+
+    def begin_step(
+        self, slots_R: Tensor, given_tokens_R: Tensor, state: SequenceState, update: TableUpdate, tokens_R: Tensor
+    ) -> None:
+        """See `kernels.step.reference.begin_step`."""
+        ...
+
+    def embed(self, tokens_T: Tensor, table_VD: Tensor, x_TD: Tensor) -> None:
+        """x = table[tokens]."""
+        ...
+
+    def add_rms_norm(
+        self, x_TD: Tensor, update_TD: Tensor | None, weight_D: Tensor, epsilon: float, out_TD: Tensor
+    ) -> None:
+        """x += update, in place; out = x normed."""
+        ...
+
+    def gated_product(self, x_TD: Tensor, gate_up: Matrix, out_TI: Tensor) -> None:
+        """silu(x gateᵀ) * (x upᵀ); the matrix's rows alternate gate and up."""
+        ...
+
+    def product(self, x_TJ: Tensor, matrix: Matrix, out_TO: Tensor) -> None:
+        """out = x weightᵀ + bias. A float32 `out` gets the sums of 16-bit products unrounded, where the device can."""
+        ...
+
+    def rope_store(
+        self, heads_TXH: Tensor, cache_BCPH: Tensor, slots_T: Tensor, positions_T: Tensor, rotation: HeadRotation
+    ) -> None:
+        """Norm and rotate queries and keys in place; store keys and values at the KV slots (-1: not)."""
+        ...
+
+    def decode_attention(self, rows: DecodeRows, num_heads: int, cache_BCPH: Tensor) -> DecodeAttention:
+        """Attention of these rows; `cache_BCPH` is any layer's cache."""
+        ...
+
+    def plan_prefill(self, chunks: Sequence[PromptChunk], state: SequenceState) -> PrefillPlan:
+        """Plan the attention of a step's chunks, without synchronising."""
+        ...
+
+
+def choose_device_operations(device: torch.device) -> DeviceOperations:
+    if device.type == "cuda":
+        from tensorweave.kernels.triton_operations import TritonOperations  # there is no Triton without a GPU
+
+        return TritonOperations(device)
+    from tensorweave.kernels.reference_device_operations import ReferenceOperations
+
+    return ReferenceOperations()

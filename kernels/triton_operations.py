@@ -1,0 +1,132 @@
+"""`TritonOperations`: a step's kernels on a GPU. `choose_device_operations` makes them; this module needs Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tensorweave.kernels.attention.triton_decode import DecodeWorkspace, choose_splits, decode_attention
+from tensorweave.kernels.attention.triton_prefill import prefill_attention, tile_queries
+from tensorweave.kernels.device_operations import DecodeAttention, DecodeRows, PrefillPlan, PromptChunk
+from tensorweave.kernels.heads.rotation import HeadRotation
+from tensorweave.kernels.heads.triton import rope_store
+from tensorweave.kernels.linear.triton_swiglu import silu_mul_pairs, swiglu_linear
+from tensorweave.kernels.norm.triton import add_rms_norm
+from tensorweave.kernels.step import triton as step
+from tensorweave.kernels.step.reference import SequenceState, TableUpdate
+from tensorweave.kernels.weights import Matrix
+
+_TYPICAL_LENGTH: Final = 2048
+"""For how many keys a row's attention is split where the lengths are not known yet."""
+_WORKSPACE_ROWS: Final = 512
+_SWIGLU_ROWS: Final = 2048
+"""From here on the activation is cheaper in the product's epilogue (benchmarks/gpu_kernels.md)."""
+
+
+class TritonOperations:
+    """See `DeviceOperations`. One for all steps of an engine, whose kernels run in the order of one stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._has_pdl = torch.cuda.get_device_capability(device) >= (9, 0)
+        self._workspaces: dict[tuple[int, ...], DecodeWorkspace] = {}
+
+    def begin_step(
+        self, slots_R: Tensor, given_tokens_R: Tensor, state: SequenceState, update: TableUpdate, tokens_R: Tensor
+    ) -> None:
+        step.begin_step(slots_R, given_tokens_R, state, update, tokens_R)
+
+    def embed(self, tokens_T: Tensor, table_VD: Tensor, x_TD: Tensor) -> None:
+        torch.index_select(table_VD, 0, tokens_T, out=x_TD)
+
+    def add_rms_norm(
+        self, x_TD: Tensor, update_TD: Tensor | None, weight_D: Tensor, epsilon: float, out_TD: Tensor
+    ) -> None:
+        add_rms_norm(x_TD, update_TD, weight_D, epsilon, out_TD, pdl=self._has_pdl)
+
+    def gated_product(self, x_TD: Tensor, gate_up: Matrix, out_TI: Tensor) -> None:
+        weight = gate_up.weight_NK
+        assert isinstance(weight, Tensor)
+        if len(x_TD) >= _SWIGLU_ROWS and x_TD.dtype == torch.bfloat16 and gate_up.bias_N is None:
+            swiglu_linear(x_TD, weight, out_TI)
+        else:
+            silu_mul_pairs(F.linear(x_TD, weight, gate_up.bias_N), out_TI, pdl=self._has_pdl)
+
+    def product(self, x_TJ: Tensor, matrix: Matrix, out_TO: Tensor) -> None:
+        weight = matrix.weight_NK
+        assert isinstance(weight, Tensor)
+        if matrix.bias_N is not None:
+            torch.addmm(matrix.bias_N, x_TJ, weight.T, out=out_TO)
+        elif out_TO.dtype != x_TJ.dtype:
+            torch.mm(x_TJ, weight.T, out_dtype=out_TO.dtype, out=out_TO)
+        else:
+            torch.mm(x_TJ, weight.T, out=out_TO)
+
+    def rope_store(
+        self, heads_TXH: Tensor, cache_BCPH: Tensor, slots_T: Tensor, positions_T: Tensor, rotation: HeadRotation
+    ) -> None:
+        rope_store(
+            heads_TXH, cache_BCPH, slots_T, positions_T, rotation.table_LH, query_norm_H=rotation.query_norm_H,
+            key_norm_H=rotation.key_norm_H, epsilon=rotation.epsilon, pdl=self._has_pdl,
+        )  # fmt: skip
+
+    def decode_attention(self, rows: DecodeRows, num_heads: int, cache_BCPH: Tensor) -> DecodeAttention:
+        R, K, H = len(rows.slots_R), cache_BCPH.shape[1] // 2, cache_BCPH.shape[3]
+        num_splits = choose_splits(R, K, min(rows.max_length, _TYPICAL_LENGTH))
+        workspace = self._workspace(max(R, _WORKSPACE_ROWS), num_heads, K, H)
+        if num_splits > 1 and R * num_splits > max(R, _WORKSPACE_ROWS):
+            workspace = DecodeWorkspace.create(R, num_heads, K, H, num_splits, self._device)
+        return TritonDecodeAttention(rows, workspace, num_splits, self._has_pdl)
+
+    def _workspace(self, num_rows: int, num_heads: int, num_kv_heads: int, head_dim: int) -> DecodeWorkspace:
+        sizes = (num_rows, num_heads, num_kv_heads, head_dim)
+        if sizes not in self._workspaces:
+            self._workspaces[sizes] = DecodeWorkspace.create(*sizes, 1, self._device)
+        return self._workspaces[sizes]
+
+    def plan_prefill(self, chunks: Sequence[PromptChunk], state: SequenceState) -> PrefillPlan:
+        tiles_Z4 = tile_queries([(chunk.first_row, chunk.start, chunk.length) for chunk in chunks])
+        slots = torch.tensor([chunk.slot for chunk in chunks], dtype=torch.int32)
+        tiles_Z4[:, 3] = slots[tiles_Z4[:, 3].long()]
+        return TritonPrefillPlan(state.tables_SW, tiles_Z4.pin_memory().to(self._device, non_blocking=True))
+
+
+@dataclass(frozen=True, slots=True)
+class TritonDecodeAttention:
+    rows: DecodeRows
+    workspace: DecodeWorkspace
+    num_splits: int
+    pdl: bool
+
+    def __call__(
+        self,
+        heads_RXH: Tensor,
+        cache_BCPH: Tensor,
+        out_RNH: Tensor,
+        *,
+        window: int | None,
+        scale: float,
+        rotation: HeadRotation | None,
+    ) -> None:
+        decode_attention(
+            heads_RXH, cache_BCPH, self.rows.state.tables_SW, self.rows.lengths_R, out_RNH, self.workspace,
+            scale=scale, num_splits=self.num_splits, rotation=rotation, window=window, slots_R=self.rows.slots_R,
+            pdl=self.pdl,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TritonPrefillPlan:
+    tables_SW: Tensor
+    tiles_Z4: Tensor
+
+    def attend(
+        self, heads_TXH: Tensor, cache_BCPH: Tensor, out_TNH: Tensor, *, window: int | None, scale: float
+    ) -> None:
+        q_TNH = heads_TXH[:, : out_TNH.shape[1]]
+        prefill_attention(q_TNH, cache_BCPH, self.tables_SW, self.tiles_Z4, out_TNH, scale=scale, window=window)

@@ -1,0 +1,56 @@
+"""`DeviceEngineBuilder`: device engines over one model: one to measure what steps take, then the one that serves."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+
+from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.kernels.device_operations import DeviceOperations
+from tensorweave.workers.engine.device.engine import DeviceEngine
+from tensorweave.workers.engine.device.graphs import GraphSizes
+from tensorweave.workers.engine.device.warm_up import run_step, warm_up_mixed_steps
+from tensorweave.workers.engine.device_memory import CudaMemory, measure_graph_memory, measure_step_memory
+from tensorweave.workers.engine.kv_pool import KVPool
+from tensorweave.workers.models.device.buffers import StepBuffers
+from tensorweave.workers.models.device.model import DeviceModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEngineBuilder:
+    model: DeviceModel
+    operations: DeviceOperations
+    buffers: StepBuffers
+    graphs: GraphSizes
+
+    def make(self, pool: KVPool, info: ModelInfo) -> DeviceEngine:
+        return DeviceEngine(self.model, self.operations, pool, info, self.buffers, self.graphs)
+
+    def measure(self, trial: DeviceEngine) -> int:
+        """Bytes that must stay free beside the KV cache: for the largest step, and for all graphs. `trial` is an engine
+        with a small KV cache, of no use afterwards."""
+        memory, max_tokens = CudaMemory(self.model.device), self.buffers.max_tokens
+        run_step(trial, max_tokens, 0)  # what is left allocated for good is so now
+        step_bytes = measure_step_memory(lambda: run_step(trial, max_tokens, 0), memory)
+        return step_bytes + measure_graph_memory(trial.graphs.capture, self.graphs.sizes, memory)
+
+    def warm_up(self, engine: DeviceEngine) -> None:
+        """Compile kernels and capture graphs, so that no request waits for that."""
+        start_s = time.perf_counter()
+        warm_up_mixed_steps(engine, self.buffers.max_rows, self.buffers.max_tokens)
+        if self.graphs.sizes:
+            engine.graphs.capture_all(_report)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        count = len(self.graphs.sizes)
+        logger.info("warmed up in %.1f s: %d CUDA graphs", time.perf_counter() - start_s, count)
+
+
+def _report(done: int, total: int) -> None:
+    if done and (done == total or done % 8 == 0):
+        logger.info("captured %d of %d CUDA graphs", done, total)

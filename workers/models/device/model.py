@@ -1,0 +1,151 @@
+"""`DeviceModel`: the weights of one rank as the steps of a `DeviceEngine` read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tensorweave.kernels.heads.rotation import HeadRotation
+from tensorweave.kernels.linear.reference import Linear, QuantizedLinear, TorchLinear
+from tensorweave.kernels.weights import Matrix, QuantizedWeight
+from tensorweave.workers.models.decoder_layer import DecoderLayer
+from tensorweave.workers.models.layers import VocabEmbedding
+from tensorweave.workers.models.stack import TorchStack
+from tensorweave.workers.models.transformer import Transformer
+
+# D hidden size, I intermediate width, L positions, H head dim, V vocabulary, N outputs and K inputs of a matrix
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLayer:
+    """Rows of `gate_up` (and its bias) alternate gate and up."""
+
+    norm_D: Tensor
+    qkv: Matrix
+    rotation: HeadRotation
+    output: Matrix
+    mlp_norm_D: Tensor
+    gate_up: Matrix
+    down: Matrix
+    window: int | None
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        return self.qkv, self.output, self.gate_up, self.down
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceModel:
+    """All of a model on one device."""
+
+    layers: tuple[DeviceLayer, ...]
+    embedding_VD: Tensor
+    norm_D: Tensor
+    head_VD: Tensor
+    head_dim: int
+    epsilon: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding_VD.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding_VD.device
+
+    @property
+    def hidden_size(self) -> int:
+        return self.embedding_VD.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head_VD.shape[0]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.layers[0].gate_up.num_outputs // 2
+
+    @property
+    def num_placed_heads(self) -> int:
+        """Query, key and value heads together."""
+        return self.layers[0].qkv.num_outputs // self.head_dim
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads."""
+        return self.layers[0].output.num_inputs // self.head_dim
+
+
+def take_model(transformer: Transformer, rope_table_LH: Tensor) -> DeviceModel:
+    """Take over a transformer that one rank holds whole. Its gate and up rows are interleaved in place, so that it is
+    of no use afterwards."""
+    stack, embedding, head = transformer.stack, transformer.embedding, transformer.head.linear
+    assert isinstance(stack, TorchStack)
+    assert isinstance(embedding, VocabEmbedding)
+    assert isinstance(head, TorchLinear)
+    layers = tuple(_take_layer(layer, rope_table_LH) for layer in stack.layers)
+    return DeviceModel(
+        layers=layers,
+        embedding_VD=embedding.weight_VD,
+        norm_D=transformer.final_norm.weight_D,
+        head_VD=head.weight_NK,
+        head_dim=rope_table_LH.shape[1],
+        epsilon=transformer.final_norm.epsilon,
+    )
+
+
+def can_take(num_heads: int, num_kv_heads: int, head_dim: int, tokens_per_block: int, num_ranks: int) -> bool:
+    """Whether the kernels of a device engine are for such a model: whole heads on one rank, and sizes that are powers
+    of two."""
+    is_even = num_heads % num_kv_heads == 0
+    has_kernels = _is_power_of_two(head_dim) and 16 <= head_dim <= 256 and _is_power_of_two(tokens_per_block)
+    return num_ranks == 1 and is_even and has_kernels
+
+
+def _take_layer(layer: DecoderLayer, rope_table_LH: Tensor) -> DeviceLayer:
+    attention, norms = layer.attention, layer.attention.norms
+    rotation = (
+        HeadRotation(rope_table_LH)
+        if norms is None
+        else HeadRotation(rope_table_LH, norms.query_H, norms.key_H, norms.epsilon)
+    )
+    return DeviceLayer(
+        norm_D=layer.attention_norm.weight_D,
+        qkv=_matrix(attention.qkv.linear),
+        rotation=rotation,
+        output=_matrix(attention.output.linear),
+        mlp_norm_D=layer.mlp_norm.weight_D,
+        gate_up=_interleave(_matrix(layer.mlp.gate_up.linear)),
+        down=_matrix(layer.mlp.down.linear),
+        window=attention.window,
+    )
+
+
+def _matrix(linear: Linear) -> Matrix:
+    match linear:
+        case TorchLinear():
+            return Matrix(linear.weight_NK, linear.bias_N)
+        case QuantizedLinear():
+            return Matrix(linear.weight, linear.bias_N)
+        case _:
+            raise AssertionError(f"no form of {type(linear).__name__} for a device engine")
+
+
+def _interleave(gate_up: Matrix) -> Matrix:
+    """Gate rows, then up rows, to rows that alternate; in place."""
+    weight = gate_up.weight_NK
+    tensors = (weight.values_NK, weight.scales_N) if isinstance(weight, QuantizedWeight) else (weight,)
+    for tensor in (*tensors, gate_up.bias_N):
+        if tensor is not None:
+            _interleave_halves(tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor)
+    return gate_up
+
+
+def _interleave_halves(rows: Tensor) -> None:
+    rows.copy_(torch.stack(rows.chunk(2), 1).flatten(0, 1))
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0

@@ -1,0 +1,62 @@
+"""`DecodeSteps`: makes the layers of a step of decodes for a number of rows, in the form that is fastest for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from tensorweave.kernels.device_operations import DecodeRows, DeviceOperations
+from tensorweave.kernels.weights import Matrix
+from tensorweave.workers.models.device.buffers import StepBuffers
+from tensorweave.workers.models.device.model import DeviceModel
+from tensorweave.workers.models.device.wide import DecodeLayerAttention, WideLayers
+
+
+class DecodeSteps:
+    """`caches` has the KV of each layer."""
+
+    def __init__(
+        self,
+        model: DeviceModel,
+        operations: DeviceOperations,
+        buffers: StepBuffers,
+        wide: WideLayers,
+        caches: Sequence[Tensor],
+    ) -> None:
+        self._model = model
+        self._operations = operations
+        self._buffers = buffers
+        self._wide = wide
+        self._caches = caches
+        self._make_thin = _thin_maker(model, buffers)
+
+    def make(self, rows: DecodeRows) -> Callable[[], None]:
+        """What launches all layers, from the tokens of the buffers to their logits."""
+        num_rows = len(rows.slots_R)
+        attend = self._operations.decode_attention(rows, self._model.num_heads, self._caches[0])
+        attention = DecodeLayerAttention(attend)
+        thin = self._make_thin(num_rows)
+        if thin is not None:
+            return lambda: thin(attention, self._caches)
+        logits_RV = self._buffers.logits_RV[:num_rows]
+
+        def run() -> None:
+            hidden_RD = self._wide(num_rows, attention, self._caches)
+            self._operations.product(hidden_RD, Matrix(self._model.head_VD), logits_RV)
+
+        return run
+
+
+Thin = Callable[[DecodeLayerAttention, Sequence[Tensor]], None]
+
+
+def _thin_maker(model: DeviceModel, buffers: StepBuffers) -> Callable[[int], Thin | None]:
+    if model.device.type != "cuda":
+        return lambda num_rows: None
+    from tensorweave.workers.models.device.thin import MAX_THIN_ROWS, ThinLayers  # there is no Triton without a GPU
+
+    if not ThinLayers.fits(model):
+        return lambda num_rows: None
+    workspace = ThinLayers.make_workspace(model)
+    return lambda num_rows: ThinLayers(model, buffers, workspace, num_rows) if num_rows <= MAX_THIN_ROWS else None
