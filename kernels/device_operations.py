@@ -1,6 +1,6 @@
 """`DeviceOperations`: the table of kernels of a step that stays on a device.
 
-They write into buffers of fixed address, so that a step can be captured in a CUDA graph. The Triton forms have the
+`choose_device_operations` chooses a form. They write into buffers of fixed address, so that a step can be captured in a CUDA graph. The Triton forms have the
 contracts; the reference forms are in torch, run anywhere, and are what the tests compare with.
 """
 
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from tensorweave.kernels.heads.rotation import HeadRotation
@@ -114,13 +113,3 @@ class DeviceOperations(Protocol):
     def plan_prefill(self, chunks: Sequence[PromptChunk], state: SequenceState) -> PrefillPlan:
         """Plan the attention of a step's chunks, without synchronising."""
         ...
-
-
-def choose_device_operations(device: torch.device) -> DeviceOperations:
-    if device.type == "cuda":
-        from tensorweave.kernels.triton_operations import TritonOperations  # there is no Triton without a GPU
-
-        return TritonOperations(device)
-    from tensorweave.kernels.reference_device_operations import ReferenceOperations
-
-    return ReferenceOperations()

@@ -23,6 +23,7 @@ from tensorweave.kernels.argmax.reference import argmax
 from tensorweave.kernels.attention.backend import AttentionBackend, AttentionShape
 from tensorweave.kernels.attention.native import NativeAttention
 from tensorweave.kernels.attention.torch_backend import TorchAttention
+from tensorweave.kernels.device_operations import DeviceOperations
 from tensorweave.kernels.heads.kv_slots import KvSlots
 from tensorweave.kernels.heads.native import NativePlaceHeads
 from tensorweave.kernels.heads.reference import HeadNorms, place_heads
@@ -31,6 +32,7 @@ from tensorweave.kernels.linear.reference import Linear, make_linear
 from tensorweave.kernels.native.library import load_native
 from tensorweave.kernels.norm.native import NativeAddRmsNorm
 from tensorweave.kernels.norm.reference import add_rms_norm
+from tensorweave.kernels.reference_device_operations import ReferenceOperations
 from tensorweave.kernels.weights import Weight
 
 # T tokens, D width, I intermediate width, X = N + 2 K heads, N of them queries, H head dim, R rows, V vocabulary
@@ -89,6 +91,15 @@ def reference_operations(device: torch.device, dtype: torch.dtype) -> Operations
         place_heads=place_heads,
         make_attention=partial(TorchAttention, device, dtype),
     )
+
+
+def choose_device_operations(device: torch.device) -> DeviceOperations:
+    """The kernels of steps that stay on a device."""
+    if device.type == "cuda":
+        from tensorweave.kernels.triton_operations import TritonOperations  # there is no Triton without a GPU
+
+        return TritonOperations(device)
+    return ReferenceOperations()
 
 
 @cache

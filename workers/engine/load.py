@@ -16,9 +16,8 @@ from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.protocol import ModelInfo, SamplingDefaults
 from tensorweave.cluster.step_settings import StepSettings
 from tensorweave.kernels.attention.backend import AttentionShape
-from tensorweave.kernels.device_operations import choose_device_operations
 from tensorweave.kernels.native.library import load_native, use_threads
-from tensorweave.kernels.operations import Operations, choose_operations, reference_operations
+from tensorweave.kernels.operations import Operations, choose_device_operations, choose_operations, reference_operations
 from tensorweave.workers.engine.device.builder import DeviceEngineBuilder
 from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.device.graphs import GraphSizes
