@@ -1,6 +1,6 @@
-"""`DeviceOperations`: the table of kernels of a step that stays on a device.
+"""`DeviceOperations`: the table of kernels of a step that stays on a device; `choose_device_operations` chooses a form.
 
-`choose_device_operations` chooses a form. They write into buffers of fixed address, so that a step can be captured in a CUDA graph. The Triton forms have the
+They write into buffers of fixed address, so that a step can be captured in a CUDA graph. The Triton forms have the
 contracts; the reference forms are in torch, run anywhere, and are what the tests compare with.
 """
 
