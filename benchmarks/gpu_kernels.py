@@ -26,7 +26,8 @@ from tensorweave.kernels.linear import triton_thin_kernels as thin
 from tensorweave.kernels.linear.triton_swiglu import silu_mul_pairs, swiglu_linear
 from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, Tiling, choose_tiling, thin_linear
 from tensorweave.kernels.norm.triton import add_rms_norm
-from tensorweave.kernels.sample.triton import SamplingParameters, SamplingWorkspace, argmax, sample
+from tensorweave.kernels.sample.rule import SamplingParameters, TokenTarget
+from tensorweave.kernels.sample.triton import SamplingWorkspace, argmax, sample
 
 N, K, H, D, WIDTH, V, P = 32, 8, 128, 4096, 14336, 128256, 32
 X = N + 2 * K
@@ -224,7 +225,7 @@ def time_small(tune: bool) -> Iterator[str]:
 def time_sampling(tune: bool) -> Iterator[str]:
     for rows in (1, 8, 64, 256):
         each = [numbers(rows, V) * 2 for _ in range(4)]
-        out, workspace = torch.empty(rows, dtype=torch.int64, device=DEVICE), SamplingWorkspace.create(rows, DEVICE)
+        out, workspace = TokenTarget.create(rows, DEVICE), SamplingWorkspace.create(rows, DEVICE)
         ones, ids = torch.ones(rows, device=DEVICE), torch.arange(rows, device=DEVICE)
         kinds = {
             "gumbel": (0, 1.0, 0.0), "min-p": (0, 1.0, 0.1), "top-p 0.9": (0, 0.9, 0.0), "top-k 50": (50, 1.0, 0.0),
@@ -233,7 +234,7 @@ def time_sampling(tune: bool) -> Iterator[str]:
         us = median_us([lambda x=x: argmax(x, out, workspace, pdl=True) for x in each], 4)
         yield f"argmax {rows} rows: {us:.1f} µs; torch {median_us([lambda x=x: x.argmax(-1) for x in each], 4):.1f}"
         for kind, (k, p, min_p) in kinds.items():
-            parameters = SamplingParameters(ones, (ones * k).int(), ones * p, ones * min_p, ids, ids)
+            parameters = SamplingParameters(ones, (ones * k).int(), ones * p, ones * min_p, ids, ids.int())
             limited = kind != "gumbel"
             us = median_us(
                 [lambda x=x: sample(x, parameters, out, workspace, has_limits=limited, pdl=True) for x in each], 4

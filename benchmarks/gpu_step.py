@@ -42,6 +42,7 @@ from tensorweave.kernels.linear.triton_swiglu import silu_mul_pairs, swiglu_line
 from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, choose_tiling, thin_linear
 from tensorweave.kernels.linear.triton_thin_kernels import GATED, PLAIN, RESIDUAL
 from tensorweave.kernels.norm.triton import add_rms_norm, embed
+from tensorweave.kernels.sample.rule import TokenTarget
 from tensorweave.kernels.sample.triton import SamplingWorkspace, argmax
 
 
@@ -120,7 +121,7 @@ class DecodeStep:
         self.pick()
 
     def pick(self) -> None:
-        argmax(self.logits, self.tokens, self.sampling_workspace, pdl=True)
+        argmax(self.logits, TokenTarget(self.tokens), self.sampling_workspace, pdl=True)
         self.lengths.add_(1)
 
 

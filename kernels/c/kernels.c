@@ -11,6 +11,8 @@
 
 int vector_length(void) { return VL; }
 
+#include "choice.h"
+
 #define ELEM float
 #define WEIGHT bf16
 #define WEIGHT_IS_BF16

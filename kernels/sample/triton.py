@@ -1,15 +1,7 @@
-"""Tokens from logits on the device: greedy, or Gumbel-max with temperature, min-p, top-k and top-p. Called once a step.
+"""Tokens from logits on a GPU: greedy, and drawn by the rule of `kernels.sample.rule`. Called once a step.
 
-Gumbel-max (Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030): argmax over tokens of logit / temperature + g, where g
-is a Gumbel number from hash(seed, position, token). No sum over the vocabulary, nothing that depends on the batch.
-
-Thresholds are exact on integers: with z = (largest - logit) / temperature, a token's key is floor(z * 2¹⁷), at most
-2²² - 1, and its mass round(exp(-z) * 2²⁶). Histograms of keys, 2,048 coarse bins and then 2,048 fine ones in the bin
-where the threshold lies, hold count and mass in one int64, so that the order of the additions does not matter.
-
-    min-p   keeps keys up to that of the probability min_p times the largest
-    top-k   of those, keeps keys up to that of the k-th token; tokens of equal key stay together
-    top-p   of those, keeps the keys before which less than top_p of the mass lies
+Histograms of keys, 2,048 coarse bins and then 2,048 fine ones in the bin where the threshold lies, hold count and mass
+in one int64, so that the order of the additions does not matter.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -23,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from tensorweave.kernels.sample.rule import SamplingParameters, TokenTarget
 from tensorweave.kernels.sample.triton_kernels import BINS, draw, finish, histogram, maxima
 
 # R rows of logits, V vocabulary, Y chunks of a row, each of one program
@@ -56,49 +49,63 @@ class SamplingWorkspace:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingParameters:
-    """A number per row, on the device.
+class TritonSampler:
+    """Satisfies `kernels.sample.chosen.Sampler`. Calls may be captured in CUDA graphs, after one of the same size.
 
-    temperature float32, 0: greedy (say so for top-k 1 too); top_k int32, 0: off; top_p float32, 1: off; min_p float32,
-    0: off; seed int64; position int64, the place in its sequence of the token that is drawn.
+    Args:
+        pdl: Launch kernels before those before them have ended; by default where the device can.
     """
 
-    temperature_R: Tensor
-    top_k_R: Tensor
-    top_p_R: Tensor
-    min_p_R: Tensor
-    seed_R: Tensor
-    position_R: Tensor
+    def __init__(self, device: torch.device, pdl: bool | None = None) -> None:
+        self._pdl = torch.cuda.get_device_capability(device) >= (9, 0) if pdl is None else pdl
+        self._max_rows = 64
+        self._workspaces = [SamplingWorkspace.create(self._max_rows, device)]
+
+    def argmax(self, logits_RV: Tensor, target: TokenTarget) -> None:
+        argmax(logits_RV, target, self._workspace_of(logits_RV), pdl=self._pdl)
+
+    def sample(
+        self, logits_RV: Tensor, parameters: SamplingParameters, target: TokenTarget, *, has_limits: bool
+    ) -> None:
+        workspace = self._workspace_of(logits_RV)
+        sample(logits_RV, parameters, target, workspace, has_limits=has_limits, pdl=self._pdl)
+
+    def _workspace_of(self, logits_RV: Tensor) -> SamplingWorkspace:
+        """The newest; graphs may use the ones before."""
+        if len(logits_RV) > self._max_rows:
+            self._max_rows = triton.next_power_of_2(len(logits_RV))
+            self._workspaces.append(SamplingWorkspace.create(self._max_rows, logits_RV.device))
+        return self._workspaces[-1]
 
 
-def argmax(logits_RV: Tensor, out_R: Tensor, workspace: SamplingWorkspace, *, pdl: bool = False) -> None:
-    """The first place of each row's largest number; NO_PLACE where the row holds NaN, or its largest is infinite.
+def argmax(logits_RV: Tensor, target: TokenTarget, workspace: SamplingWorkspace, *, pdl: bool = False) -> None:
+    """The first place of each row's largest number.
 
     128,256 tokens, 1 / 64 / 256 rows: 3.1 / 14 / 36 µs (torch's 26 / 39 / 47; H100, 2026-11-26).
     """
     R, V = logits_RV.shape
+    assert logits_RV.stride(1) == 1
     chunks, chunk = _cut(R, V, _ARGMAX_BLOCK)
     draw[(R, chunks)](
         logits_RV, *(None,) * 8, workspace.scores, workspace.places, V, logits_RV.stride(0), chunk,
         Y=chunks, SAMPLED=False, LIMITED=False, BLOCK=_ARGMAX_BLOCK, PDL=pdl, num_warps=8, launch_pdl=pdl,
     )  # fmt: skip
     finish[(R,)](
-        workspace.scores, workspace.places, workspace.bins, out_R, Y=chunks, LIMITED=False, PDL=pdl, num_warps=1,
-        launch_pdl=pdl,
+        workspace.scores, workspace.places, workspace.bins, *_pointers(target), Y=chunks, LIMITED=False,
+        HAS_SLOTS=target.slots_R is not None, PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
 
 
 def sample(
     logits_RV: Tensor,
     parameters: SamplingParameters,
-    out_R: Tensor,
+    target: TokenTarget,
     workspace: SamplingWorkspace,
     *,
     has_limits: bool,
     pdl: bool = False,
 ) -> None:
-    """A token per row by the rule at the top of this file; NO_PLACE as `argmax` has it.
+    """A token per row.
 
     128,256 tokens, 1 / 64 / 256 rows (H100, 2026-11-26): plain 4.7 / 39 / 133 µs, min-p 9 / 65 / 224, top-p 36 / 241 /
     814, top-k and top-p 49 / 270 / 892. The histogram's additions in the level-2 cache bound the last two.
@@ -108,6 +115,8 @@ def sample(
         has_limits: whether any row has min-p, top-k or top-p; False spares four passes.
     """
     R, V = logits_RV.shape
+    assert V < 1 << 19
+    assert logits_RV.stride(1) == 1
     chunks, chunk = _cut(R, V, _BLOCK)
     p = parameters
     cut = (V, logits_RV.stride(0), chunk)
@@ -124,9 +133,13 @@ def sample(
         p.position_R, workspace.scores, workspace.places, *cut, SAMPLED=True, LIMITED=has_limits, **options,
     )  # fmt: skip
     finish[(R,)](
-        workspace.scores, workspace.places, workspace.bins, out_R, Y=chunks, LIMITED=has_limits, PDL=pdl, num_warps=4,
-        launch_pdl=pdl,
+        workspace.scores, workspace.places, workspace.bins, *_pointers(target), Y=chunks, LIMITED=has_limits,
+        HAS_SLOTS=target.slots_R is not None, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
+
+
+def _pointers(target: TokenTarget) -> tuple[Tensor | None, ...]:
+    return target.tokens_R, target.slots_R, target.newest_S
 
 
 def _cut(num_rows: int, vocab_size: int, block: int) -> tuple[int, int]:

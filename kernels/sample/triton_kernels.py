@@ -1,4 +1,4 @@
-"""The kernels of `sample`, which has the rule."""
+"""The Triton kernels of the rule in `kernels.sample.rule`."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tensorweave.kernels.argmax.reference import NO_PLACE, NOTHING_LEFT
+from tensorweave.kernels.sample.rule import KEYS_PER_UNIT, LARGEST_W, MASS_OF_LARGEST
+
 # R rows of logits, V vocabulary, Y chunks of a row, each of one program
 
-NO_PLACE: Final = -1
-KEYS_PER_UNIT: Final = 1 << 17
-MASS_OF_LARGEST: Final = 1 << 26
-MASS_BITS: Final = 44
+MASS_BITS: Final = 44  # and 19 for a count: vocabularies below 2¹⁹ tokens
 BINS: Final = 2048
 
 _KEYS_PER_UNIT = tl.constexpr(float(KEYS_PER_UNIT))
@@ -25,6 +25,9 @@ _MASS_OF_LARGEST = tl.constexpr(float(MASS_OF_LARGEST))
 _MASS_BITS = tl.constexpr(MASS_BITS)
 _MASS_MASK = tl.constexpr((1 << MASS_BITS) - 1)
 _BINS = tl.constexpr(BINS)
+_LARGEST_W = tl.constexpr(LARGEST_W)
+_NO_PLACE = tl.constexpr(NO_PLACE)
+_NOTHING_LEFT = tl.constexpr(NOTHING_LEFT)
 _LAST_KEY = tl.constexpr(BINS * BINS - 1)
 
 
@@ -50,7 +53,7 @@ def _gumbel(seed, position, token):
     row = _mix64(row + (position + 1).to(tl.uint64) * 0x9E3779B97F4A7C15)
     low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
     h = _mix32(_mix32(token.to(tl.uint32) * 0x9E3779B1 + low) ^ high)
-    w = (h.to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
+    w = tl.minimum((h.to(tl.float32) + 0.5) * (1.0 / 4294967296.0), _LARGEST_W)
     # -log(1 - w) without the loss of small w, where the largest Gumbel numbers come from: the series below 1/16.
     series = w * (1 + w * (1 / 2 + w * (1 / 3 + w * (1 / 4 + w * (1 / 5 + w * (1 / 6))))))
     return -tl.log(tl.where(w < 0.0625, series, -tl.log(1 - w)))
@@ -230,7 +233,7 @@ def draw(
         score = x
         if SAMPLED:
             if temperature > 0:
-                score = x / temperature + _gumbel(seed, position, token)
+                score = x + temperature * _gumbel(seed, position, token)
         if LIMITED:
             if is_limited:
                 _, key = _key(x, largest, temperature)
@@ -246,7 +249,10 @@ def draw(
 
 
 @triton.jit
-def finish(scores_ptr, places_ptr, bins_ptr, out_ptr, Y: tl.constexpr, LIMITED: tl.constexpr, PDL: tl.constexpr):
+def finish(
+    scores_ptr, places_ptr, bins_ptr, out_ptr, slots_ptr, newest_ptr, Y: tl.constexpr, LIMITED: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     y = tl.arange(0, Y)
     if PDL:
@@ -256,8 +262,10 @@ def finish(scores_ptr, places_ptr, bins_ptr, out_ptr, Y: tl.constexpr, LIMITED: 
     place = tl.load(places_ptr + row * Y + y)
     top = tl.max(score, 0)
     first = tl.min(tl.where(score == top, place, 2147483647), 0)
-    is_finite = (top > float("-inf")) & (top < float("inf"))
-    tl.store(out_ptr + row, tl.where(is_finite, first, -1).to(out_ptr.dtype.element_ty))
+    first = tl.where(top == float("inf"), _NO_PLACE, tl.where(top == float("-inf"), _NOTHING_LEFT, first))
+    tl.store(out_ptr + row, first.to(out_ptr.dtype.element_ty))
+    if HAS_SLOTS:
+        tl.store(newest_ptr + tl.load(slots_ptr + row), tl.maximum(first, 0).to(newest_ptr.dtype.element_ty))
     if LIMITED:
         for part in tl.static_range(3):
             tl.store(bins_ptr + (row * 3 + part) * _BINS + tl.arange(0, _BINS), tl.zeros((_BINS,), tl.int64))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tensorweave.cluster.protocol import SamplingSpec
+from tensorweave.workers.sampling.host_copies import HostCopies
 
 # R rows of logits, V vocabulary
 
@@ -51,38 +52,43 @@ class LogitEdits:
         if len(ids):
             self._penalties.append((row, ids.copy(), counts.copy(), spec))
 
-    def apply(self, logits_RV: Tensor) -> None:
-        """Change the logits in place."""
+    def apply(self, logits_RV: Tensor, copies: HostCopies) -> None:
+        """Change the logits in place. No number becomes plus infinity, so that a token which is certain has a score."""
+        greatest = torch.finfo(logits_RV.dtype).max
         if self._biases:
-            values = torch.from_numpy(np.concatenate([values for _, _, values in self._biases])).to(logits_RV.device)
-            index = _index([(row, ids) for row, ids, _ in self._biases], logits_RV)
+            index = _index([(row, ids) for row, ids, _ in self._biases], copies)
+            values = copies.to_device(np.concatenate([values for _, _, values in self._biases])).to(logits_RV.dtype)
             logits_RV.index_put_(index, values, accumulate=True)
+            logits_RV.index_put_(index, logits_RV[index].clamp_max_(greatest))
         for row, bias_V in self._full_biases:
-            logits_RV[row] += bias_V.to(logits_RV.device)
+            logits_RV[row].add_(copies.to_device(bias_V)).clamp_max_(greatest)
         if self._bans:
-            logits_RV[_index(self._bans, logits_RV)] = -torch.inf
+            banned = torch.full((), -torch.inf, dtype=logits_RV.dtype, device=logits_RV.device)
+            logits_RV.index_put_(_index(self._bans, copies), banned)
         if self._penalties:
-            self._apply_penalties(logits_RV)
+            self._apply_penalties(logits_RV, copies)
 
-    def _apply_penalties(self, logits_RV: Tensor) -> None:
+    def _apply_penalties(self, logits_RV: Tensor, copies: HostCopies) -> None:
         lengths = [len(ids) for _, ids, _, _ in self._penalties]
         specs = [spec for *_, spec in self._penalties]
 
         def spread(numbers: Sequence[float]) -> Tensor:
-            return torch.from_numpy(np.repeat(np.array(numbers, dtype=np.float32), lengths)).to(logits_RV.device)
+            return copies.to_device(np.repeat(np.array(numbers, dtype=np.float32), lengths))
 
         repetition = spread([spec.repetition_penalty for spec in specs])
         presence = spread([spec.presence_penalty for spec in specs])
         frequency = spread([spec.frequency_penalty for spec in specs])
-        counts = torch.from_numpy(np.concatenate([counts for _, _, counts, _ in self._penalties])).to(logits_RV.device)
-        index = _index([(row, ids) for row, ids, _, _ in self._penalties], logits_RV)
-        old = logits_RV[index]
+        counts = copies.to_device(np.concatenate([counts for _, _, counts, _ in self._penalties]))
+        index = _index([(row, ids) for row, ids, _, _ in self._penalties], copies)
+        old = logits_RV[index].float()
         new = torch.where(old > 0, old / repetition, old * repetition)
-        logits_RV[index] = new - presence * (counts > 0) - frequency * counts
+        new = (new - presence * (counts > 0) - frequency * counts).clamp_max_(torch.finfo(logits_RV.dtype).max)
+        logits_RV.index_put_(index, new.to(logits_RV.dtype))
 
 
-def _index(tokens: Sequence[tuple[int, Ints]], logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+def _index(tokens: Sequence[tuple[int, Ints]], copies: HostCopies) -> tuple[Tensor, Tensor]:
     """An index of (row, token ids) pairs into the logits."""
     rows = np.repeat([row for row, _ in tokens], [len(ids) for _, ids in tokens])
     columns = np.concatenate([ids for _, ids in tokens])
-    return torch.from_numpy(rows).to(logits_RV.device), torch.from_numpy(columns).to(logits_RV.device)
+    row_N, column_N = copies.to_device(np.stack([rows, columns]))
+    return row_N, column_N

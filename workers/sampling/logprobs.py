@@ -1,19 +1,22 @@
 """Reports log-probabilities and logits: those of the model, before anything edits them.
 
-`CopiedRows` copies the rows of output tokens before they are edited; `read_prompts` reports on the prompts' tokens.
+`ReportedRows` copies the rows of output tokens before they are edited; `read_prompts` reports on the prompts' tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tensorweave.cluster.errors import LogitsNotFinite
 from tensorweave.cluster.protocol import Logprob, TokenLogprobs
-from tensorweave.kernels.argmax.chosen import NO_PLACE, argmax
+from tensorweave.kernels.argmax.chosen import argmax
+from tensorweave.workers.sampling.host_copies import HostCopies
 from tensorweave.workers.step.plan import PromptRead
 from tensorweave.workers.step.request import LlmRequest, TokenExtras
 from tensorweave.workers.step.result import PromptResult
@@ -24,22 +27,46 @@ MAX_CHUNK_BYTES: Final = 4 << 20
 """The most bytes of logits in one chunk, which has at least one row."""
 
 
+@dataclass(frozen=True, slots=True)
+class TokenMeasures:
+    """What log-probabilities are told from: for each row its token, the token's log-probability and rank, and the
+    likeliest tokens."""
+
+    tokens_N: Tensor
+    own_N: Tensor
+    ranks_N: Tensor
+    top_Nk: Tensor
+    ids_Nk: Tensor
+
+    @classmethod
+    def of(cls, logits_NV: Tensor, tokens_N: Tensor, num_top: int) -> TokenMeasures:
+        """On the logits' device."""
+        logits_NV = logits_NV.double()
+        norm_N1 = logits_NV.logsumexp(dim=-1, keepdim=True)
+        own_N1 = logits_NV.gather(1, tokens_N.unsqueeze(1))
+        ranks_N = (logits_NV > own_N1).sum(dim=-1) + 1
+        top_Nk, ids_Nk = logits_NV.topk(min(num_top, logits_NV.shape[1]), dim=-1)
+        return cls(tokens_N, (own_N1 - norm_N1).squeeze(1), ranks_N, top_Nk - norm_N1, ids_Nk)
+
+    def to_host(self, copies: HostCopies) -> TokenMeasures:
+        return TokenMeasures(*map(copies.to_host, (self.tokens_N, self.own_N, self.ranks_N, self.top_Nk, self.ids_Nk)))
+
+    def logprobs(self) -> list[TokenLogprobs]:
+        """For each row, the natural log-probability of its token, then of the likeliest tokens. The rank of the row's
+        token is one more than the number of tokens with larger logits."""
+        places = range(1, self.top_Nk.shape[1] + 1)
+        tops = [
+            [*map(Logprob, ids, logprobs, places)]
+            for ids, logprobs in zip(self.ids_Nk.tolist(), self.top_Nk.tolist(), strict=True)
+        ]
+        own = zip(self.tokens_N.tolist(), self.own_N.tolist(), self.ranks_N.tolist(), strict=True)
+        return [(Logprob(*first), *top) for first, top in zip(own, tops, strict=True)]
+
+
 def logprobs_of(logits_NV: Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprobs]:
-    """For each row, the natural log-probability of its token in `tokens`, then of the `num_top` likeliest tokens. The
-    rank of the row's token is one more than the number of tokens with larger logits."""
-    logits_NV = logits_NV.double()
-    norm_N1 = logits_NV.logsumexp(dim=-1, keepdim=True)
-    tokens_N1 = torch.tensor(tokens, dtype=torch.int64, device=logits_NV.device).unsqueeze(1)
-    own_N1 = logits_NV.gather(1, tokens_N1)
-    ranks = ((logits_NV > own_N1).sum(dim=-1) + 1).tolist()
-    own = (own_N1 - norm_N1).squeeze(1).tolist()
-    top_Nk, ids_Nk = logits_NV.topk(min(num_top, logits_NV.shape[1]), dim=-1)
-    places = range(1, top_Nk.shape[1] + 1)
-    tops = [
-        [*map(Logprob, ids, logprobs, places)]
-        for ids, logprobs in zip(ids_Nk.tolist(), (top_Nk - norm_N1).tolist(), strict=True)
-    ]
-    return [(Logprob(*first), *top) for *first, top in zip(tokens, own, ranks, tops, strict=True)]
+    """Of these tokens, one for each row, and of the `num_top` likeliest."""
+    tokens_N = torch.tensor(tokens, dtype=torch.int64, device=logits_NV.device)
+    return TokenMeasures.of(logits_NV, tokens_N, num_top).logprobs()
 
 
 def pack_logits(logits_NV: Tensor) -> bytes:
@@ -48,36 +75,56 @@ def pack_logits(logits_NV: Tensor) -> bytes:
     return packed
 
 
-class CopiedRows:
-    """The model's logits for requests that asked for log-probabilities or logits."""
+class ReportedRows:
+    """The rows of a batch for which log-probabilities or logits were asked.
 
-    def __init__(self, logits_RV: Tensor, reported: Sequence[tuple[int, LlmRequest]]) -> None:
+    Requests are grouped by the number of tokens that they ask for: which of several equal logits is among the likeliest
+    must not depend on the rest of the batch.
+    """
+
+    def __init__(self, reported: Sequence[tuple[int, LlmRequest]], copies: HostCopies) -> None:
         self._reported = reported
-        self._logits_NV = logits_RV[[row for row, _ in reported]] if reported else logits_RV[:0]
-
-    def extras(self, tokens: Sequence[int]) -> dict[int, TokenExtras]:
-        """What is reported beside the tokens, by row. `tokens` has one for each row of the batch."""
-        logprobs = self._logprobs(tokens)
-        return {
-            row: TokenExtras(
-                logprobs.get(place),
-                pack_logits(self._logits_NV[place]) if request.sampling.wants_generation_logits else b"",
-            )
-            for place, (row, request) in enumerate(self._reported)
-        }
-
-    def _logprobs(self, tokens: Sequence[int]) -> dict[int, TokenLogprobs]:
-        """Requests are grouped by the number of tokens that they ask for: which of several equal logits is among the
-        likeliest must not depend on the rest of the batch."""
+        self._copies = copies
+        self._rows_N = copies.to_device(np.array([row for row, _ in reported], dtype=np.int64))
         wanted: dict[int, list[int]] = {}
-        for place, (_, request) in enumerate(self._reported):
+        for place, (_, request) in enumerate(reported):
             if request.sampling.num_logprobs is not None:
                 wanted.setdefault(request.sampling.num_logprobs, []).append(place)
-        found: dict[int, TokenLogprobs] = {}
-        for num_top, places in wanted.items():
-            own = [tokens[self._reported[place][0]] for place in places]
-            found |= zip(places, logprobs_of(self._logits_NV[places], own, num_top), strict=True)
-        return found
+        self._groups = [
+            (num_top, places, copies.to_device(np.array(places, dtype=np.int64))) for num_top, places in wanted.items()
+        ]
+
+    def __bool__(self) -> bool:
+        return bool(self._reported)
+
+    def copy(self, logits_RV: Tensor) -> Tensor:
+        """[N, V]: the model's logits, before they are edited."""
+        return logits_RV.index_select(0, self._rows_N)
+
+    def measure(self, logits_NV: Tensor, tokens_R: Tensor) -> Callable[[], dict[int, TokenExtras]]:
+        """Begin to copy to the host what is told beside the tokens. Returns what reads it, by row, once the copies are
+        done."""
+        tokens_N = tokens_R.index_select(0, self._rows_N).clamp_min_(0)
+        measured = [
+            (places, TokenMeasures.of(logits_NV[places_n], tokens_N[places_n], num_top).to_host(self._copies))
+            for num_top, places, places_n in self._groups
+        ]
+        wants_logits = any(request.sampling.wants_generation_logits for _, request in self._reported)
+        host_NV = self._copies.to_host(logits_NV) if wants_logits else logits_NV
+
+        def read() -> dict[int, TokenExtras]:
+            logprobs: dict[int, TokenLogprobs] = {}
+            for places, measures in measured:
+                logprobs |= zip(places, measures.logprobs(), strict=True)
+            return {
+                row: TokenExtras(
+                    logprobs.get(place),
+                    pack_logits(host_NV[place]) if request.sampling.wants_generation_logits else b"",
+                )
+                for place, (row, request) in enumerate(self._reported)
+            }
+
+        return read
 
 
 def read_prompts(prompts: Iterable[tuple[PromptRead, Tensor]]) -> list[PromptResult]:
@@ -86,7 +133,7 @@ def read_prompts(prompts: Iterable[tuple[PromptRead, Tensor]]) -> list[PromptRes
 
 
 def _read_prompt(read: PromptRead, logits_NV: Tensor) -> PromptResult:
-    if NO_PLACE in argmax(logits_NV).tolist():
+    if argmax(logits_NV).min() < 0:
         failure = LogitsNotFinite("the model's logits at the prompt are not finite (NaN or infinity)")
         return PromptResult(read, failure=failure)
     request, spec = read.request, read.request.sampling

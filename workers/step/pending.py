@@ -47,6 +47,25 @@ class Ready(Pending[T]):
         return Ready(continue_with(self._value))
 
 
+class Later(Pending[T]):
+    """A value that is computed when it is first asked for, by the thread that asks."""
+
+    __slots__ = ("_compute", "_value")
+
+    def __init__(self, compute: Callable[[], T]) -> None:
+        self._compute: Callable[[], T] | None = compute
+        self._value: T
+
+    def result(self) -> T:
+        if self._compute is not None:
+            self._value = self._compute()
+            self._compute = None
+        return self._value
+
+    def then(self, continue_with: Callable[[T], U]) -> Pending[U]:
+        return Later(lambda: continue_with(self.result()))
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceRows:
     """What a decoder needs to leave a step's tokens on the device, where the next step reads them.

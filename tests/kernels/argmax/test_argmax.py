@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tensorweave.kernels.argmax.native import NativeArgmax
-from tensorweave.kernels.argmax.reference import argmax
+from tensorweave.kernels.argmax.reference import NO_PLACE, NOTHING_LEFT, argmax
 from tensorweave.kernels.operations import Argmax, choose_argmax
 from tests.kernels.forms import CPU, needs_native
 
@@ -35,4 +35,4 @@ def test_argmax_has_no_place_in_a_row_that_is_not_finite(V: int, argmax: Argmax)
     x = torch.randn(6, V)
     x[0], x[1, V // 2], x[2, -1], x[3, 0] = torch.nan, torch.nan, torch.nan, torch.inf
     x[4] = -torch.inf
-    assert argmax(x).tolist() == [-1, -1, -1, -1, -1, x[5].argmax()]
+    assert argmax(x).tolist() == [NO_PLACE] * 4 + [NOTHING_LEFT, x[5].argmax()]

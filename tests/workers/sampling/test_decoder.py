@@ -10,7 +10,7 @@ import torch
 
 from tensorweave.cluster.errors import LogitsNotFinite, RequestRejected
 from tensorweave.cluster.protocol import SamplingSpec
-from tensorweave.workers.sampling.decoder import SamplingDecoder, uniform
+from tensorweave.workers.sampling.decoder import SamplingDecoder
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest, RequestState
 from tensorweave.workers.step.result import StepResult
@@ -60,7 +60,7 @@ def test_each_parameter_equals_its_definition(spec: SamplingSpec) -> None:
     for position in range(4, 60):
         logits = torch.randn(1, VOCAB, generator=generator) * 3
         got = decode(logits, [spec], position)
-        assert got == [chosen(logits[0].numpy(), spec, spec.top_p, uniform(spec.seed, position))]
+        assert got == [chosen(logits[0].numpy(), spec, spec.top_p, position)]
 
 
 def test_a_row_is_decoded_alike_whatever_stands_beside_it() -> None:
@@ -76,14 +76,6 @@ def test_sampling_follows_the_distribution() -> None:
     tokens = decode(logits.repeat(4000, 1), spec)
     shares = np.bincount(tokens, minlength=4) / 4000
     assert np.abs(shares - torch.softmax(logits[0], 0).numpy()).max() < 0.03
-
-
-def test_random_numbers_are_uniform_and_differ_by_seed_and_position() -> None:
-    numbers = np.array([uniform(seed, position) for seed in range(60) for position in range(60)])
-    assert len(np.unique(numbers)) == 3600
-    assert numbers.min() >= 0
-    assert numbers.max() < 1
-    assert np.abs(np.histogram(numbers, bins=10, range=(0, 1))[0] - 360).max() < 90
 
 
 def test_no_stop_token_before_min_tokens() -> None:

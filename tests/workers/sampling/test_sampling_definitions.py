@@ -14,7 +14,7 @@ import torch
 
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.protocol import SamplingSpec
-from tensorweave.workers.sampling.decoder import SamplingDecoder, uniform
+from tensorweave.workers.sampling.decoder import SamplingDecoder
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest, RequestState
 from tensorweave.workers.step.result import StepResult
@@ -84,8 +84,8 @@ def top_p_now(spec: SamplingSpec, output: Sequence[int]) -> float:
 
 
 def defined(logits: Floats, spec: SamplingSpec, prompt: Sequence[int], output: Sequence[int]) -> int:
-    number = uniform(spec.seed, len(prompt) + len(output))
-    return chosen(edited(logits, spec, prompt, output), spec, top_p_now(spec, output), number)
+    position = len(prompt) + len(output)
+    return chosen(edited(logits, spec, prompt, output), spec, top_p_now(spec, output), position)
 
 
 # ---- alone

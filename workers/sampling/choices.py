@@ -1,0 +1,110 @@
+"""`TokenChoices`: the sampler's calls of a step, replayed from CUDA graphs where `warm_up` has captured them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tensorweave.kernels.sample.chosen import Sampler
+from tensorweave.kernels.sample.rule import TokenTarget
+from tensorweave.workers.sampling.host_copies import HostCopies
+from tensorweave.workers.sampling.row_parameters import RowParameters
+from tensorweave.workers.step.pending import DeviceRows, StepLogits
+
+# R rows of logits, V vocabulary
+
+Kind = Literal["greedy", "random", "limited"]
+_KINDS: tuple[Kind, ...] = ("greedy", "random", "limited")
+
+
+class TokenChoices:
+    """`parameters` are those of the rows that are chosen for next."""
+
+    def __init__(self, sampler: Sampler, copies: HostCopies) -> None:
+        self.parameters = RowParameters(copies)
+        self._sampler = sampler
+        self._device = copies.device
+        self._tokens_R = torch.empty(0, dtype=torch.int64, device=copies.device)
+        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Callable[[], Tensor], Tensor]] = {}
+
+    def choose(self, logits_RV: Tensor, positions_R: Tensor | None, rows: DeviceRows | None) -> Tensor:
+        """A token for each row, int64 on the device until the next call: the likeliest where `positions_R`, the places
+        of the tokens in their sequences, is None, else as the parameters say."""
+        kind: Kind = "greedy"
+        if positions_R is not None:
+            kind = "limited" if self.parameters.has_limits else "random"
+        captured = self._graphs.get(self._key(kind, logits_RV, rows)) if self._graphs else None
+        if captured is None:
+            return self._call(kind, logits_RV, positions_R, rows)()
+        graph, _, tokens_R = captured
+        graph.replay()
+        return tokens_R
+
+    def largest(self, logits_RV: Tensor) -> Tensor:
+        """The place of each row's largest logit, in memory of its own."""
+        target = TokenTarget.create(len(logits_RV), self._device)
+        self._sampler.argmax(logits_RV, target)
+        return target.tokens_R
+
+    def _key(self, kind: Kind, logits_RV: Tensor, rows: DeviceRows | None) -> Any:
+        """What a captured call has in it: its sizes and the addresses of its buffers."""
+        if rows is None:
+            return None
+        addresses = [each.data_ptr() for each in (logits_RV, rows.slots_R, rows.positions_R, rows.tokens_S)]
+        return kind, self.parameters.address, logits_RV.dtype, logits_RV.shape, *addresses
+
+    def _call(
+        self, kind: Kind, logits_RV: Tensor, positions_R: Tensor | None, rows: DeviceRows | None
+    ) -> Callable[[], Tensor]:
+        R = len(logits_RV)
+        if len(self._tokens_R) < R:
+            self._tokens_R = torch.empty(2 * R, dtype=torch.int64, device=self._device)
+        tokens_R = self._tokens_R[:R]
+        target = TokenTarget(tokens_R)
+        if rows is not None:
+            target = TokenTarget(tokens_R, rows.slots_R, rows.tokens_S)
+
+        def call() -> Tensor:
+            if kind == "greedy" or positions_R is None:
+                self._sampler.argmax(logits_RV, target)
+            else:
+                parameters = self.parameters.of_rows(positions_R)
+                self._sampler.sample(logits_RV, parameters, target, has_limits=kind == "limited")
+            return tokens_R
+
+        return call
+
+    def warm_up(self, steps: Iterable[StepLogits]) -> None:
+        """Run each kind of choice once for each of these steps, which compiles its kernels, and capture it. The steps'
+        logits may be any numbers; their newest tokens are overwritten."""
+        largest_first = sorted(steps, key=lambda step: -len(step.sampled_RV))
+        if not largest_first:
+            return
+        self.parameters.reserve(len(largest_first[0].sampled_RV))
+        pool = stream = None
+        if self._device.type == "cuda":
+            pool = torch.cuda.graph_pool_handle()
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        for step in largest_first:
+            for kind in _KINDS:
+                assert step.rows is not None
+                call = self._call(kind, step.sampled_RV, step.rows.positions_R, step.rows)
+                call()
+                if stream is not None:
+                    key = self._key(kind, step.sampled_RV, step.rows)
+                    self._graphs[key] = self._capture(call, pool, stream)
+
+    def _capture(
+        self, call: Callable[[], Tensor], pool: Any, stream: torch.cuda.Stream
+    ) -> tuple[torch.cuda.CUDAGraph, Callable[[], Tensor], Tensor]:
+        """The call is kept with its graph, for its buffers."""
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=pool)
+            tokens_R = call()
+            graph.capture_end()
+        return graph, call, tokens_R
