@@ -69,7 +69,7 @@ def build_executor(
     kv_cache = _make_kv_cache(args, engine.info, event_buffer_size)
     scheduler = _make_scheduler(args, settings, kv_cache)
     gc.set_threshold(args.garbage_collection_gen0_threshold, *gc.get_threshold()[1:])
-    decoder = SamplingDecoder()
+    decoder = SamplingDecoder(device=engine.pool.cache.device)
     executor = PyExecutor(
         engine=engine,
         scheduler=scheduler,
