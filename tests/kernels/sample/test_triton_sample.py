@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,13 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from tensorweave.kernels.argmax.reference import NO_PLACE, NOTHING_LEFT
-from tensorweave.kernels.sample.rule import SamplingParameters, TokenTarget
+from tensorweave.kernels.sample.chosen import choose_sampler
+from tensorweave.kernels.sample.rule import (
+    GREATEST_TEMPERATURE,
+    LEAST_TEMPERATURE,
+    SamplingParameters,
+    TokenTarget,
+)
 from tensorweave.kernels.sample.triton import SamplingWorkspace, argmax, sample
 from tests.kernels.sample.plain_rule import keys_of, limit_of, scores_of
 
@@ -143,3 +151,35 @@ def test_full_size_repeats_its_tokens(device: torch.device, pdl: bool, gpu_only:
     first = draw(logits, parameters, True, pdl, workspace)
     for _ in range(30):
         assert torch.equal(draw(logits, parameters, True, pdl, workspace), first)
+
+
+@pytest.mark.parametrize("V", [33, 5000])
+def test_tokens_are_those_of_the_cpu(V: int, device: torch.device, pdl: bool) -> None:
+    """All limits and temperatures; at most one row in a hundred differs by rounding."""
+    cases = [*CASES, (LEAST_TEMPERATURE, 3, 0.9, 0.0), (GREATEST_TEMPERATURE, 7, 0.5, 0.0)]
+    count = 8 if device.type == "cuda" else 1
+    logits = torch.randn(count * len(cases), V) * 2
+    temperature, top_k, top_p, min_p = map(list, zip(*(cases * count), strict=True))
+    parameters = make_parameters(torch.device("cpu"), temperature, top_k, top_p, min_p, 5)
+    expected = TokenTarget.create(len(logits), logits.device)
+    choose_sampler(logits.device).sample(logits, parameters, expected, has_limits=True)
+    numbers = (getattr(parameters, field.name).to(device) for field in dataclasses.fields(parameters))
+    workspace = SamplingWorkspace.create(len(logits), device)
+    ours = draw(logits.to(device), SamplingParameters(*numbers), True, pdl, workspace)
+    assert (ours.cpu() != expected.tokens_R).sum() <= len(logits) // 100
+
+
+def test_newest_tokens_go_to_their_slots(device: torch.device, pdl: bool) -> None:
+    logits = torch.randn(3, 20, device=device)
+    logits[1] = torch.nan
+    newest = torch.full((6,), 9, dtype=torch.int32, device=device)
+    slots = torch.tensor([4, 0, 2], dtype=torch.int32, device=device)
+    target = TokenTarget(torch.empty(3, dtype=torch.int64, device=device), slots, newest)
+    workspace = SamplingWorkspace.create(3, device)
+    first, _, last = logits.argmax(-1).tolist()
+    argmax(logits, target, workspace, pdl=pdl)
+    assert target.tokens_R.tolist() == [first, NO_PLACE, last]
+    assert newest.tolist() == [0, 9, last, 9, first, 9]
+    parameters = make_parameters(device, [0.0] * 3, [0] * 3, [1.0] * 3, [0.0] * 3, 0)
+    sample(logits.roll(1, 0), parameters, target, workspace, has_limits=False, pdl=pdl)
+    assert newest.tolist() == [first, 9, 0, 9, last, 9]
