@@ -85,6 +85,9 @@ class GenerateRequest:
 
     With `grace_s` the gang continues for that long after the request's connection broke, and keeps the answer, which
     another router may ask for. Without it, the request ends with its connection.
+
+    For an answer that nobody reads token by token, the gang may send up to `answer_every` tokens in one chunk, the
+    first ones in smaller chunks: each chunk costs the gang's host more time than a token.
     """
 
     request_id: str
@@ -98,6 +101,7 @@ class GenerateRequest:
     fetch: Ticket | None = None
     grace_s: float = 0.0
     num_replayed: int = 0
+    answer_every: int = 1
 
     def to_wire(self) -> list[Any]:
         return [
@@ -112,14 +116,14 @@ class GenerateRequest:
             None if self.fetch is None else self.fetch.to_wire(),
             self.grace_s,
             self.num_replayed,
+            self.answer_every,
         ]
 
     @classmethod
     def from_wire(cls, fields: Any) -> GenerateRequest:
         try:
-            request_id, prompt, sampling, deadline_s, priority, salt, retention, offer, fetch, grace_s, replayed = (
-                fields
-            )
+            request_id, prompt, sampling, deadline_s, priority, salt, retention, offer, fetch, *rest = fields
+            grace_s, replayed, answer_every = rest
         except (TypeError, ValueError) as error:
             raise WireError(f"malformed request: {error}") from None
         return cls(
@@ -134,13 +138,14 @@ class GenerateRequest:
             None if fetch is None else Ticket.from_wire(fetch),
             checked(grace_s, "grace_s", float, int),
             checked(replayed, "num_replayed", int),
+            checked(answer_every, "answer_every", int),
         )
 
 
 @dataclass(slots=True)
 class TokenChunk:
-    """The result of one step for one request: new token ids, or its end. Chunks are never changed; the class is not
-    frozen because there is one per token, and frozen dataclasses take ten times as long to create.
+    """What is new of one request: the token ids of one or more steps, or its end. Once told, chunks are never changed;
+    the class is not frozen because there may be one per token, and frozen dataclasses take ten times as long to create.
 
     `finish_reason` is set on the last chunk; `stop_reason` is the token id that ended it, if one did. The stop token
     itself is among `token_ids`. `error` ends the request too. `num_cached_tokens` (prompt tokens found in the prefix

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.protocol import GenerateRequest
@@ -31,6 +32,11 @@ from tensorweave.router.sampling.resolution import nth_seed
 from tensorweave.router.text.detokenize import IncrementalDetokenizer
 from tensorweave.router.text.generation import Job, TokensOnly
 from tensorweave.router.text.tokens import Tokenizer
+
+_TOKENS_PER_CHUNK: Final = 32
+_TOKENS_PER_CHUNK_WITH_STOP: Final = 4
+"""Of an answer that is not streamed. A chunk costs about 20 µs of this process, in which the engine's steps run too: 9
+ms a step for 512 requests if each token were one. The engine goes on until a stop string is found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,9 @@ class RequestMaker:
         prompt = read_prompt(inputs, params, self._tokenizer, self._engine.info, list(processors))
         self._check_engine(params, is_streaming)
         count, phase = num_sequences(params), options.disaggregated_params
-        request = options.apply_to(GenerateRequest(request_id, prompt.token_ids, prompt.sampling))
+        num_held = 1 if is_streaming else _TOKENS_PER_CHUNK_WITH_STOP if prompt.stop else _TOKENS_PER_CHUNK
+        request = GenerateRequest(request_id, prompt.token_ids, prompt.sampling, answer_every=num_held)
+        request = options.apply_to(request)
         first_tokens: Sequence[int] = ()
         if phase is not None:
             request, first_tokens = self._as_phase(request, phase, count)

@@ -67,7 +67,7 @@ def test_messages_survive() -> None:
     assert GenerateRequest.from_wire(over_the_wire(first.to_wire())) == first
     second = replace(REQUEST, fetch=TICKET)
     assert GenerateRequest.from_wire(over_the_wire(second.to_wire())) == second
-    third = replace(REQUEST, num_replayed=2)
+    third = replace(REQUEST, num_replayed=2, answer_every=16)
     assert GenerateRequest.from_wire(over_the_wire(third.to_wire())) == third
     chunk = TokenChunk("a", [5, 6], "stop", 6, 3)
     assert TokenChunk.from_wire(over_the_wire(chunk.to_wire())) == chunk

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tensorweave.cluster.protocol import TokenChunk, pack_tokens
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest, RequestState
-from tensorweave.workers.step.result import PromptResult, StepResult
+from tensorweave.workers.step.result import PromptResult, RowResult, StepResult
 
 _DONE = RequestState.DONE
 
@@ -38,7 +38,7 @@ class Settled:
     """What a step that has settled leads to.
 
     `context` are its chunks whose KV is right, `ended` the requests that end with it, `truncated` those that did not
-    take all tokens of their row, and `chunks` is what to tell. `num_sampled` counts the rows that were not dropped.
+    take all tokens of their row, and `chunks` is what to tell now. `num_sampled` counts the rows that were not dropped.
     """
 
     context: list[StepRow]
@@ -56,9 +56,7 @@ def book_result(batch: ScheduledBatch, result: StepResult) -> Settled:
     for row in batch.context:
         if not row.num_samples and row.request.state is not _DONE:
             row.request.num_computed = row.stop
-    num_told = len(settled.chunks)
     _book_rows(batch, result, settled)
-    settled.num_sampled = len(settled.chunks) - num_told
     for row in batch.context:
         if row.request.state is not _DONE and row.request.failure is None:
             settled.context.append(row)
@@ -80,20 +78,32 @@ def _book_rows(batch: ScheduledBatch, result: StepResult, settled: Settled) -> N
         request, start, length, num_samples = row
         if request.state is _DONE:
             continue
-        if request.failure is not None:
-            chunk = request.fail(request.failure)
-        elif not isinstance(outcome, list):
-            chunk = request.fail(outcome)
-        else:
+        settled.num_sampled += 1
+        if isinstance(outcome, list) and request.failure is None:
+            tokens = request.tokens
+            num_missing = len(tokens) + num_samples
             chunk = request.take_tokens(outcome, extras.get(place, ()) if extras else ())
-            num_rejected = num_samples - len(chunk.token_ids)
+            num_rejected = num_missing - len(tokens)
             request.num_computed = start + length - num_rejected
             if num_rejected:
                 request.num_launched = request.num_computed
                 settled.truncated.append(request)
-        chunks.append(chunk)
+            if chunk is not None:
+                chunks.append(chunk)
+        else:
+            _fail(request, outcome, chunks)
         if request.finish_reason is not None:
             settled.ended.append(request)
+
+
+def _fail(request: LlmRequest, outcome: RowResult, chunks: list[TokenChunk]) -> None:
+    failure = request.failure
+    if failure is None:
+        assert not isinstance(outcome, list)
+        failure = outcome
+    if request.num_held:
+        chunks.append(request.tell())
+    chunks.append(request.fail(failure))
 
 
 def _book_prompt(prompt: PromptResult, settled: Settled) -> None:

@@ -72,6 +72,9 @@ class LlmRequest:
     what was generated since too after a preemption. `order` is the arrival order, unique in a gang and equal on all
     ranks. A row that samples behind `closes_at` tokens or more gives the last token.
 
+    Tokens are told in chunks of up to `answer_every`, the first ones in smaller chunks; `num_held` are there and have
+    not been told. No token is held back that more than its id is told of.
+
     `extras` is what is told with the newest token beside its id. Logits at the first `num_prompt_rows` tokens are told;
     those of `num_rows_read` have been read. With a `failure` the request ends at its next token, without it. What the
     sampling remembers of the tokens is the decoder's.
@@ -96,16 +99,22 @@ class LlmRequest:
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     arrival_s: float = field(default=0.0)
+    answer_every: int = 1
+    num_held: int = 0
     closes_at: int = field(init=False)
     extras: TokenExtras | None = None
     failure: TensorweaveError | None = None
     num_prompt_rows: int = field(init=False)
     num_rows_read: int = 0
     prompt_logprobs: list[TokenLogprobs] | None = None
+    _tell_at: int = field(init=False, repr=False, default=0)
+    _tell_gap: int = field(init=False, repr=False, default=1)
 
     def __post_init__(self) -> None:
         self.context_len = self.context_len or len(self.tokens)
         sampling = self.sampling
+        if sampling.wants_extras or sampling.needs_prompt_rows:
+            self.answer_every = 1
         self.closes_at = self.max_len - 1 if self.offer is None else 0
         self.num_prompt_rows = 0
         if sampling.num_prompt_logprobs is not None:
@@ -129,6 +138,7 @@ class LlmRequest:
             offer=arrival.offer,
             fetch=arrival.fetch if can_fetch else None,
             arrival_s=now_s,
+            answer_every=arrival.answer_every,
         )
 
     @property
@@ -155,18 +165,22 @@ class LlmRequest:
         """Holds KV blocks."""
         return self.state not in (RequestState.WAITING, RequestState.DONE)
 
-    def take_tokens(self, tokens: Sequence[int], extras: Sequence[TokenExtras] = ()) -> TokenChunk:
-        """Append sampled tokens up to the one that ends the request; return what to tell. `extras` has one entry a
-        token, or none."""
+    def take_tokens(self, tokens: Sequence[int], extras: Sequence[TokenExtras] = ()) -> TokenChunk | None:
+        """Append sampled tokens up to the one that ends the request. Return what to tell now, if anything. `extras` has
+        one entry a token, or none."""
         taken, stops = self.tokens, self.sampling.stop_token_ids
-        start = len(taken) - self.prompt_len
+        num_before = len(taken)
         for token in tokens:
             taken.append(token)
             if (len(taken) > self.closes_at or token in stops) and self._ends_with(token):
-                num_taken = self.num_output - start
+                num_taken = len(taken) - num_before
                 tokens, extras = tokens[:num_taken], extras[:num_taken]
                 break
-        reason, cached = self.finish_reason, self.num_cached_tokens
+        reason = self.finish_reason
+        if self.answer_every > 1:
+            self.num_held += len(tokens)
+            return None if reason is None and len(taken) < self._tell_at else self.tell()
+        cached, start = self.num_cached_tokens, num_before - self.prompt_len
         if not extras and self.prompt_logprobs is None:
             return TokenChunk(self.request_id, tokens, reason, self.stop_reason, cached, None, start)
         self.extras = extras[-1] if extras else None
@@ -175,6 +189,18 @@ class LlmRequest:
         logits = b"".join(each.logits for each in extras)
         told = (logprobs, prompt_logprobs, logits)
         return TokenChunk(self.request_id, tokens, reason, self.stop_reason, cached, None, start, *told)
+
+    def tell(self) -> TokenChunk:
+        """The tokens that are held back, and how the request has ended, if it has."""
+        taken, every = self.tokens, self.answer_every
+        start = len(taken) - self.num_held
+        tokens = taken[start:]
+        self.num_held = 0
+        # After gaps of 2, 4, 8 … tokens up to `every`, requests of different orders tell in different steps.
+        gap = self._tell_gap = min(2 * self._tell_gap, every)
+        self._tell_at = len(taken) + (gap if gap < every else every - (len(taken) + self.order) % every)
+        reason, cached = self.finish_reason, self.num_cached_tokens
+        return TokenChunk(self.request_id, tokens, reason, self.stop_reason, cached, None, start - self.prompt_len)
 
     def _ends_with(self, token: int) -> bool:
         """Note why the newest token ends the request, if it does."""
@@ -190,7 +216,7 @@ class LlmRequest:
     def fail(self, failure: TensorweaveError) -> TokenChunk:
         """End with an error in place of a token; return what to tell."""
         self.failure, self.finish_reason, self.stop_reason = failure, "cancelled", None
-        cached, start = self.num_cached_tokens, self.num_output
+        cached, start = self.num_cached_tokens, self.num_output - self.num_held
         return TokenChunk(self.request_id, num_cached_tokens=cached, error=failure, start=start)
 
     def resume(self, num_tokens: int, first_token: int | None, extras: TokenExtras | None = None) -> TokenChunk | None:

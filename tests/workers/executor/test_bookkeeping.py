@@ -130,3 +130,71 @@ def test_the_checksum_is_of_the_tokens_alone() -> None:
     whole = checksum(StepResult([[1, 2], [3]]), 0)
     assert whole == checksum(StepResult([[3]]), checksum(StepResult([[1, 2], LogitsNotFinite.of_model()]), 0))
     assert whole != checksum(StepResult([[1], [3]]), 0)
+
+
+def chunks_of(requests: list[LlmRequest], num_steps: int) -> list[list[tuple[int, list[int]]]]:
+    """Decode steps in which token 100 + n is sampled; by request, where each chunk starts and its tokens."""
+    told: dict[str, list[tuple[int, list[int]]]] = {request.request_id: [] for request in requests}
+    for step in range(num_steps):
+        batch = ScheduledBatch((), tuple(map(StepRow.of_decode, requests)))
+        book_launch(batch)
+        settled = book_result(batch, StepResult([[100 + step] for _ in requests]))
+        assert settled.num_sampled == len(requests)
+        for chunk in settled.chunks:
+            told[chunk.request_id].append((chunk.start, list(chunk.token_ids)))
+    return list(told.values())
+
+
+def test_tokens_are_told_in_chunks_that_grow_to_what_was_asked_for() -> None:
+    request = decoding(max_tokens=99, answer_every=8)
+    (chunks,) = chunks_of([request], 40)
+    assert [token for _, tokens in chunks for token in tokens] == list(range(100, 100 + 40 - request.num_held))
+    assert [start for start, _ in chunks] == [1 + tokens[0] - 100 for _, tokens in chunks]
+    assert [len(tokens) for _, tokens in chunks[:2]] == [2, 4]
+    assert {len(tokens) for _, tokens in chunks[3:]} == {8}
+    num_held = request.num_held
+    assert list(request.tell().token_ids) == list(range(140 - num_held, 140))
+
+
+def test_requests_tell_in_different_steps() -> None:
+    requests = []
+    for order in range(8):
+        request = LlmRequest(f"r{order}", order, [1], 1, SamplingSpec(99), answer_every=8)
+        batch = ScheduledBatch((StepRow.of_context(request, 0, 1),))
+        book_launch(batch)
+        assert len(book_result(batch, StepResult([[6]])).chunks) == 1, "the first token is told at once"
+        requests.append(request)
+    last_starts = sorted(chunks[-1][0] + len(chunks[-1][1]) for chunks in chunks_of(requests, 40))
+    assert last_starts == list(range(34, 42))
+
+
+def test_the_end_tells_what_was_held() -> None:
+    request = decoding(max_tokens=5, answer_every=32)
+    (chunks,) = chunks_of([request], 4)
+    assert [tokens for _, tokens in chunks] == [[100, 101], [102, 103]]
+    assert request.finish_reason == "length"
+
+
+def test_an_error_comes_behind_what_was_held() -> None:
+    request = decoding(answer_every=32)
+    assert chunks_of([request], 1) == [[]]
+    batch = ScheduledBatch((), (StepRow.of_decode(request),))
+    book_launch(batch)
+    held, failed = book_result(batch, StepResult([LogitsNotFinite.of_model()])).chunks
+    assert (held.start, held.token_ids, held.is_last) == (1, [100], False)
+    assert (failed.start, list(failed.token_ids)) == (2, [])
+    assert isinstance(failed.error, LogitsNotFinite)
+
+
+def test_no_token_is_held_that_more_is_told_of() -> None:
+    request = decoding(answer_every=32, num_logprobs=0)
+    assert len(chunks_of([request], 3)[0]) == 3
+
+
+def test_several_tokens_at_once_are_held_too() -> None:
+    request = decoding(answer_every=8, stop_token_ids=(9,))
+    batch = ScheduledBatch((), (StepRow(request, 5, 5, 5),))
+    book_launch(batch)
+    settled = book_result(batch, StepResult([[7, 8, 9, 10]]))
+    assert [list(chunk.token_ids) for chunk in settled.chunks] == [[7, 8, 9]]
+    assert (settled.truncated, request.num_computed, request.num_launched) == ([request], 8, 8)

@@ -189,6 +189,36 @@ def test_a_deadline_ends_a_request_with_what_it_has() -> None:
     executor.shutdown()
 
 
+@pytest.mark.parametrize("is_serial", [True, False])
+def test_held_tokens_are_told_at_the_end_whatever_ends_the_request(is_serial: bool) -> None:
+    engine, now_s = SteppedEngine(VOCAB, 128, 4), [100.0]
+    executor = make(128, engine, clock=lambda: now_s[0], disable_overlap_scheduler=is_serial)
+    requests = [
+        ask("late", [1, 2], 150, deadline_s=1.0, answer_every=64),
+        ask("left", [5], 150, answer_every=64),
+        ask("full", [4], 12, answer_every=64),
+        ask("fine", [3], 20),
+    ]
+    executor.enqueue_requests(requests)
+    executor.start()
+    engine.allow(20)
+    chunks = collect(executor, {"fine", "full"}, others={"late", "left"})
+    assert [len(chunk.token_ids) for chunk in chunks["late"][:4]] == [1, 2, 4, 8]
+    assert ids(chunks["full"]) == oracle([4], 12)
+    assert len(chunks["full"]) == 4
+    now_s[0] += 1.0
+    executor.cancel_request("left")
+    engine.run_free()  # the steps that they may have been in
+    ended = collect(executor, {"late", "left"})
+    late, left = ([*chunks[name], *ended[name]] for name in ("late", "left"))
+    assert (late[-1].finish_reason, left[-1].finish_reason) == ("timeout", "cancelled")
+    assert ids(late) == oracle([1, 2], len(ids(late)))
+    assert ids(left) == oracle([5], len(ids(left)))
+    assert min(len(ids(late)), len(ids(left))) >= 20
+    assert is_idle(executor)
+    executor.shutdown()
+
+
 def test_a_deadline_wakes_an_idle_loop() -> None:
     inbox = Inbox(8)
     inbox.put(ask("late", [1], deadline_s=0.1))
@@ -325,7 +355,8 @@ def test_thousands_of_random_requests_all_end_right() -> None:
     for i in range(1500):
         prompt = [rng.randrange(4) for _ in range(rng.randrange(1, 40))]
         prompts[f"r{i}"] = prompt, rng.randrange(1, 20)
-        executor.enqueue_request(ask(f"r{i}", prompt, prompts[f"r{i}"][1], priority=rng.choice([0, 0, 0, 1])))
+        knobs = {"priority": rng.choice([0, 0, 0, 1]), "answer_every": rng.choice([1, 1, 4, 16])}
+        executor.enqueue_request(ask(f"r{i}", prompt, prompts[f"r{i}"][1], **knobs))
         if rng.random() < 0.1:
             executor.cancel_request(f"r{rng.randrange(i + 1)}")
     chunks = collect(executor, set(prompts), timeout_s=4 * WAIT_S)
