@@ -146,7 +146,7 @@ class MicroBatchScheduler:
         self, fitting: Sequence[LlmRequest], starts: Mapping[int, int]
     ) -> tuple[tuple[StepRow, ...], tuple[StepRow, ...]]:
         decoding, fetching = RequestState.GENERATION, RequestState.FETCHING
-        generation = StepRow.of_decodes([request for request in fitting if request.state is decoding])
+        generation = StepRow.of_decodes(fitting)
         is_all_decoding = len(generation) == len(fitting)
         del generation[min(self._max_batch_size, self._max_num_tokens) :]
         if is_all_decoding:

@@ -69,6 +69,8 @@ class StepLoop:
         self._depth = depth
         self._flights: collections.deque[Flight] = collections.deque()
         self._nothing_pending = NothingPending()
+        self._sampled: list[LlmRequest] = []
+        self._readers: frozenset[LlmRequest] = frozenset()
         self._ended: list[LlmRequest] = []
         self._answers: list[TokenChunk] = []
         self._token_check = 0
@@ -168,8 +170,13 @@ class StepLoop:
         still use; or it samples with rules or processors of a user that read a token which is pending."""
         if batch.paused:
             return True
-        sampled = (row.request for row in batch.sampled if row.start >= len(row.request.tokens))
-        return any(self._decoder.reads_tokens(request) for request in sampled)
+        sampled = [row[0] for row in batch.sampled]
+        if sampled != self._sampled:  # else the same requests decode as in the step before
+            self._sampled = sampled
+            self._readers = frozenset(request for request in sampled if self._decoder.reads_tokens(request))
+        if not self._readers:
+            return False
+        return any(row.request in self._readers and row.start >= len(row.request.tokens) for row in batch.sampled)
 
     def _pause(self, paused: Sequence[LlmRequest]) -> None:
         for request in paused:
@@ -236,8 +243,7 @@ class StepLoop:
             return
         request.finish_reason = reason
         self._end(request)
-        cached, start = request.num_cached_tokens, request.num_output
-        self._answers.append(TokenChunk(request_id, (), reason, num_cached_tokens=cached, start=start))
+        self._answers.append(request.tell())
 
     def _end(self, request: LlmRequest) -> None:
         request.state = RequestState.DONE

@@ -145,9 +145,8 @@ class KVCacheManager(BaseResourceManager):
         for row in contexts:
             self._num_missed += self._extend(self._tables[row.request.order], row.stop)
         size = self.tokens_per_block
-        for request, start, length, _ in batch.generation:
-            if start % size == 0 or start % size + length > size:  # else its last block has room
-                self._extend(self._tables[request.order], start + length)
+        for row in [row for row in batch.generation if (row[1] - 1) % size + row[2] >= size]:
+            self._extend(self._tables[row.request.order], row.stop)  # its last block has no room
         for table, source, num_tokens in partials:
             if source is not None:
                 self._copies.append(BlockCopy(source.block, table.blocks[table.num_nodes], num_tokens))
@@ -161,9 +160,8 @@ class KVCacheManager(BaseResourceManager):
             self._release_source(row.request)
             self.store_computed(row.request)
         size = self.tokens_per_block
-        for request, start, length, _ in batch.generation:
-            if (start + length) % size < length:  # it has reached the end of a block
-                self.store_computed(request)
+        for request in [r for r, start, length, _ in batch.generation if (start + length) % size < length]:
+            self.store_computed(request)  # it has reached the end of a block
 
     def store_computed(self, request: LlmRequest) -> None:
         """Each newly full block becomes a node, or is exchanged for the equal one that is there already."""

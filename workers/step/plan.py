@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tensorweave.workers.step.request import LlmRequest
+from tensorweave.workers.step.request import LlmRequest, RequestState
 
 
 class StepRow(NamedTuple):
@@ -37,9 +37,10 @@ class StepRow(NamedTuple):
 
     @classmethod
     def of_decodes(cls, requests: Iterable[LlmRequest]) -> list[StepRow]:
-        """The same of many: 256 in 26 µs, against 42 µs through the constructor (EPYC, Python 3.11)."""
-        new = tuple.__new__
-        return [new(cls, (request, request.num_launched, 1, 1)) for request in requests]
+        """One more token of each of these that has its context launched. 256 take 26 µs, against 42 µs through the
+        constructor (EPYC, Python 3.11)."""
+        new, decoding = tuple.__new__, RequestState.GENERATION
+        return [new(cls, (r, r.num_launched, 1, 1)) for r in requests if r.state is decoding]
 
     @property
     def stop(self) -> int:
