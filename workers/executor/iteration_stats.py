@@ -25,14 +25,22 @@ _MB = 1 << 20
 
 class StepTimer:
     """Wall-clock marks of one iteration of the step loop, in seconds, and how many steps have settled in it.
-    `forward_s` is the time in the engine: launching a step, and waiting for one to settle, which is `waited_s`."""
+
+    `forward_s` is the time in the engine: launching a step, and waiting for one to settle, which is `waited_s`. Under
+    overlap the iteration waits for the step before the one that it launches. The rest of the iteration is the host's
+    time.
+    """
 
     __slots__ = ("began_s", "forward_began_s", "forward_s", "num_settled", "waited_s")
 
     def __init__(self) -> None:
+        self.num_settled = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """The time before was idle, or is another record's."""
         self.began_s = self.forward_began_s = time.perf_counter()
         self.forward_s = self.waited_s = 0.0
-        self.num_settled = 0
 
     def begin_forward(self) -> None:
         self.forward_began_s = time.perf_counter()
@@ -91,7 +99,7 @@ class IterationStats:
         num_inside: int,
         num_completed: int,
     ) -> None:
-        """A step has settled."""
+        """A step has settled. The next record's time begins now."""
         batch = flight.batch
         self._kv = kv
         self._iteration += 1
@@ -128,6 +136,7 @@ class IterationStats:
         )
         with self._lock:
             self._records.append(record)
+        timer.begin()
 
     def take(self) -> list[dict[str, Any]]:
         with self._lock:
@@ -182,6 +191,7 @@ def _as_dict(record: StepRecord, shared: Mapping[str, float], kv_stats: dict[str
         "iterLatencyMS": record.step_s * 1e3,
         "forwardLatencyMS": record.forward_s * 1e3,
         "waitLatencyMS": record.waited_s * 1e3,
+        "hostLatencyMS": (record.step_s - record.waited_s) * 1e3,
         "newActiveRequestsQueueLatencyMS": record.new_waited_s * 1e3,
         "numNewActiveRequests": record.num_new,
         "numActiveRequests": record.num_active,

@@ -79,7 +79,7 @@ class StepLoop:
     def step(self) -> bool:
         """One iteration; False when the ranks have agreed to end."""
         timer = StepTimer()
-        agreed = self._agree()
+        agreed = self._agree(timer)
         self._admit(agreed)
         if agreed.is_shutdown:
             self._settle(0, timer)
@@ -111,9 +111,11 @@ class StepLoop:
 
     # ---- what is new
 
-    def _agree(self) -> StepInput:
+    def _agree(self, timer: StepTimer) -> StepInput:
         is_idle = not self._flights and (self._is_stuck or not self.requests.active)
         mine = self._inbox.gather(self._token_check, IDLE_AGREEMENT_S if is_idle else 0.0)
+        if is_idle:
+            timer.begin()
         if mine is not None and self._comm.size == 1:
             return mine
         agreed = StepInput.unpack(self._comm.agree(None if mine is None else mine.pack()))

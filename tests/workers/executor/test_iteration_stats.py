@@ -10,13 +10,17 @@ import pytest
 
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
 from tensorweave.workers.executor.executor import PyExecutor
-from tensorweave.workers.executor.iteration_stats import StepTimer, step_limits
+from tensorweave.workers.executor.flight import Flight
+from tensorweave.workers.executor.iteration_stats import IterationStats, StepTimer, step_limits
 from tensorweave.workers.executor.scheduler import SimpleScheduler
 from tensorweave.workers.fakes.fake_engine import HashEngine
 from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.sampling.decoder import SamplingDecoder
+from tensorweave.workers.step.pending import Ready
+from tensorweave.workers.step.plan import ScheduledBatch
 from tensorweave.workers.step.resources import ResourceManager
+from tensorweave.workers.step.result import StepResult
 
 PATIENCE_S = 60.0
 KEYS = (
@@ -70,6 +74,7 @@ def test_every_key_is_there() -> None:
         limits = [row[key] for key in ("maxNumActiveRequests", "maxBatchSizeRuntime", "maxNumTokensRuntime")]
         assert limits == [7, 4, 64]
         assert 0 <= row["waitLatencyMS"] <= row["forwardLatencyMS"] <= row["iterLatencyMS"]
+        assert row["hostLatencyMS"] == pytest.approx(row["iterLatencyMS"] - row["waitLatencyMS"])
 
 
 def test_who_waits_and_who_is_new() -> None:
@@ -89,6 +94,21 @@ def test_a_prompt_in_chunks_is_new_once() -> None:
     assert [row["numNewActiveRequests"] for row in rows] == [1, *[0] * (len(rows) - 1)]
     assert len(rows) == 4
     assert [row["inflightBatchingStats"]["numCtxTokens"] for row in rows] == [32, 32, 32, 4]
+
+
+def test_no_time_is_counted_twice_when_two_steps_settle_in_one_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now_s[0])
+    timer, stats, kv_cache = StepTimer(), IterationStats(8, {}), KVCacheManager(4, 4)
+    for host_s, wait_s in ((1.0, 5.0), (0.5, 2.0)):
+        now_s[0] += host_s
+        timer.begin_forward()
+        now_s[0] += wait_s
+        timer.end_wait()
+        stats.add(timer, Flight(ScheduledBatch(), Ready(StepResult()), 0.0), kv_cache, 0, 0, 0)
+    assert [(row["iterLatencyMS"], row["hostLatencyMS"]) for row in stats.take()] == [(6e3, 1e3), (2.5e3, 0.5e3)]
+    assert stats.totals()["step_seconds_total"] == 8.5
+    assert stats.totals()["forward_seconds_total"] == 7.0
 
 
 def test_the_wait_for_a_step_is_part_of_the_time_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
