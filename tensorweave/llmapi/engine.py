@@ -53,6 +53,9 @@ class Engine(Protocol):
 
     def kv_events(self, timeout_s: float) -> list[dict[str, Any]]: ...
 
+    def expect_requests(self, num_requests: int) -> None:
+        """So many requests are about to be started together."""
+
     async def set_logits_processors(self, processors: Mapping[str, LogitsProcessor | None]) -> None:
         """Make every rank hold these, also the ranks of a replacement gang. None removes a processor."""
 
@@ -93,6 +96,9 @@ class LocalEngine:
 
     def kv_events(self, timeout_s: float) -> list[dict[str, Any]]:
         return self.executor.get_latest_kv_cache_events()
+
+    def expect_requests(self, num_requests: int) -> None:
+        self.executor.expect_requests(num_requests)
 
     async def set_logits_processors(self, processors: Mapping[str, LogitsProcessor | None]) -> None:
         for name, processor in processors.items():
@@ -150,6 +156,9 @@ class GangEngine:
     def kv_events(self, timeout_s: float) -> list[dict[str, Any]]:
         """The ranks' caches change alike, so rank 0's events stand for all. Those of a replacement gang start over."""
         return self._loop.call(_kv_events_of(self._fleet, timeout_s), timeout_s=timeout_s + 5.0)
+
+    def expect_requests(self, num_requests: int) -> None:
+        """They reach the gang as they come."""
 
     async def set_logits_processors(self, processors: Mapping[str, LogitsProcessor | None]) -> None:
         try:

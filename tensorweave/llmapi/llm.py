@@ -74,10 +74,11 @@ class _TorchLLM(BaseLLM):
             scheduling_params=scheduling_params,
             cache_salt=cache_salt,
         )
-        maker = self._usable_runtime().maker
-        outputs = [
-            self._start(each) for each in [maker.make(*each) for each in zip(batch, params, options, strict=True)]
-        ]
+        runtime = self._usable_runtime()
+        prepared = [runtime.maker.make(*each) for each in zip(batch, params, options, strict=True)]
+        if len(prepared) > 1:
+            runtime.engine.expect_requests(sum(len(each.jobs) for each in prepared))
+        outputs = [self._start(each) for each in prepared]
         try:
             is_silent = not use_tqdm or is_single or not outputs
             for output in tqdm(outputs, desc="Processed requests", disable=is_silent, leave=True):

@@ -133,6 +133,11 @@ class PyExecutor:
     def can_enqueue_requests(self) -> bool:
         return self._inbox.has_room
 
+    def expect_requests(self, num_requests: int) -> None:
+        """So many requests are about to be enqueued: if the loop is idle, they begin in the same step, unless enqueuing
+        takes longer than a few milliseconds."""
+        self._inbox.expect(num_requests)
+
     def enqueue_request(self, request: GenerateRequest) -> str:
         """Hand a request to the loop; its chunks come through `await_responses`.
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from tensorweave.cluster.errors import Overloaded
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
+from tensorweave.workers.executor import inbox as inbox_module
 from tensorweave.workers.executor.inbox import Inbox
+from tests.workers.waiting import WAIT_S
 
 
 class Clock:
@@ -19,6 +23,34 @@ class Clock:
 
 def request(deadline_s: float | None) -> GenerateRequest:
     return GenerateRequest("job-7/d1", (1, 2, 3), SamplingSpec(max_tokens=4), deadline_s=deadline_s)
+
+
+def asks(number: int) -> GenerateRequest:
+    return GenerateRequest(f"r{number}", (1, 2, 3), SamplingSpec(max_tokens=4))
+
+
+def test_an_idle_loop_waits_for_the_requests_that_it_is_to_expect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox_module, "EXPECT_WAIT_S", WAIT_S)
+    inbox = Inbox(8)
+    inbox.expect(3)
+    inbox.put(asks(0))
+    with ThreadPoolExecutor(1) as pool:
+        gathered = pool.submit(inbox.gather, 0, WAIT_S)
+        for number in (1, 2):
+            assert not gathered.done()
+            inbox.put(asks(number))
+        assert [each.request_id for each in gathered.result(WAIT_S).arrivals] == ["r0", "r1", "r2"]
+    inbox.put(asks(3))
+    assert len(inbox.gather(0, WAIT_S).arrivals) == 1, "nothing is expected any more"
+
+
+def test_a_loop_that_runs_waits_for_nobody_and_an_idle_one_not_for_ever() -> None:
+    inbox = Inbox(8)
+    inbox.expect(3)
+    inbox.put(asks(0))
+    assert len(inbox.gather(0, 0.0).arrivals) == 1
+    inbox.put(asks(1))
+    assert len(inbox.gather(0, WAIT_S).arrivals) == 1
 
 
 def expired(inbox: Inbox) -> list[str]:
