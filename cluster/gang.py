@@ -32,7 +32,7 @@ from tensorweave.cluster.rank_link import RankLinkMonitor
 from tensorweave.cluster.rank_places import RankPlaces
 from tensorweave.cluster.rank_processes import RankProcesses
 from tensorweave.cluster.rank_watch import STARTING_HEARTBEAT_TIMEOUT_S, RankWatch, death_reason, first_line
-from tensorweave.cluster.ranks import RankOrder, RankReport, RankStarted, describe_phases
+from tensorweave.cluster.ranks import RankOrder, RankReport, RankStarted, describe_durations, describe_phases
 from tensorweave.cluster.versions import Versions, explain_mix
 
 logger = logging.getLogger(__name__)
@@ -149,6 +149,7 @@ class Gang:
         finally:
             starting.cancel()
             watching.cancel()
+        logger.info("gang %s has started: %s", self.gang_id, describe_durations(started))
         if started[0].link is not None:
             self._link = RankLinkMonitor(self.gang_id, started[0].link)
         leader = started[0].leader

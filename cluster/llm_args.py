@@ -200,6 +200,11 @@ class TorchLlmArgs(StrictBaseModel):
     load_format: Literal["auto", "dummy"] = Field(
         "auto", status="prototype", description="'dummy': random weights, for speed tests."
     )
+    enable_tqdm: bool = Field(
+        False,
+        status="prototype",
+        description="Show progress bars while the model is loaded and warmed up; LLM only, on one rank.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", status="prototype", description="'auto': cuda where there is a GPU."
     )
@@ -250,6 +255,8 @@ class TorchLlmArgs(StrictBaseModel):
     def _check_combinations(self) -> Self:
         if self.backend == "tensorrt":
             raise ValueError("backend 'tensorrt' is not part of tensorweave; use backend='pytorch' (the default)")
+        if self.enable_tqdm and self.tensor_parallel_size > 1:
+            raise ValueError("enable_tqdm shows bars for one rank; with more, the log tells how the start goes")
         if self.attn_backend == "FLASHINFER":
             raise ValueError(
                 "attn_backend 'FLASHINFER' is not part of tensorweave; use 'TRTLLM' (the default), our own kernels"

@@ -49,7 +49,6 @@ LLM_ARGS: Final[Mapping[str, Refusal]] = {
     "decoding_config": Refusal("decoding is one token at a time"),
     "max_beam_width": Refusal("use SamplingParams.n and best_of with a temperature", (None, 1)),
     "max_input_len": Refusal("max_seq_len bounds prompt and output together"),
-    "enable_tqdm": _off("generate has use_tqdm"),
     "stream_interval": Refusal("every step's tokens are streamed", (None, 1)),
     "request_stats_max_iterations": Refusal("get_stats tells of steps, SamplingParams.return_perf_metrics of requests"),
     "enable_iter_req_stats": _off("get_stats tells of steps, SamplingParams.return_perf_metrics of requests"),

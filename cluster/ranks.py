@@ -80,12 +80,13 @@ class Traffic:
 @dataclass(frozen=True, slots=True)
 class RankStarted:
     """A rank's answer to its order. `leader` is set by rank 0, `kv_endpoint` by ranks that send KV, `link` in gangs of
-    several ranks."""
+    several ranks. `durations` has the seconds of each part of the start."""
 
     kv_endpoint: KvEndpoint | None
     kv_fingerprint: dict[str, str]
     leader: LeaderPlace | None
     link: LinkRate | None = None
+    durations: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,3 +130,9 @@ def describe_phases(ranks: Sequence[tuple[str, str]]) -> str:
     for rank, (host, phase) in enumerate(ranks):
         by_phase.setdefault(phase or "importing", []).append(f"{rank} ({host})")
     return "; ".join(f"rank {', '.join(names)}: {phase}" for phase, names in by_phase.items())
+
+
+def describe_durations(started: Sequence[RankStarted]) -> str:
+    """Of the rank that took longest: 'importing 1.2 s, loading the weights 3.4 s'."""
+    slowest = max((rank.durations for rank in started), key=lambda durations: sum(durations.values()))
+    return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in slowest.items())

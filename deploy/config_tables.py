@@ -58,6 +58,7 @@ class PoolConfig(LlmArgs):
         given = {
             "batched_logits_processor": self.batched_logits_processor is not None,
             "return_perf_metrics": self.return_perf_metrics,
+            "enable_tqdm": self.enable_tqdm,
             "kv_cache_config.event_buffer_max_size": events > 0,
         }
         if names := [name for name, is_given in given.items() if is_given]:

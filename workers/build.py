@@ -30,6 +30,7 @@ from tensorweave.workers.models.checkpoint import refuse_adapters
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.generation_config import load_sampling_defaults
 from tensorweave.workers.sampling.decoder import SamplingDecoder
+from tensorweave.workers.start_log import StartLog
 from tensorweave.workers.step.kv_exchange import NoTransfers, Transfers
 from tensorweave.workers.step.resources import KVCache, ResourceManager
 from tensorweave.workers.store.model_store import resolve_model
@@ -48,6 +49,7 @@ def build_executor(
     transfer_secret: str = "",
     num_ranks_here: int = 1,
     event_buffer_size: int = 0,
+    log: StartLog | None = None,
 ) -> PyExecutor:
     """Load this rank's share of the model and build the executor around it; it is not started.
 
@@ -56,6 +58,7 @@ def build_executor(
         transfer_secret: what other gangs must send to this gang's KV endpoints; the same on all its ranks.
         num_ranks_here: ranks of this gang that share this host's memory.
         event_buffer_size: KV events that are kept until they are read.
+        log: told of each part of the start.
 
     With `args.cache_transceiver_config` set, `executor.kv_endpoint` is the address from which this rank's KV is
     fetched, and `executor.kv_fingerprint` what the fetching gang must have in common with this one. A gang's `KvSource`
@@ -65,7 +68,7 @@ def build_executor(
         ValueError: the arguments or the model's files are wrong; the message names which.
     """
     settings = StepSettings.of(args, pick_device(args.device).type)
-    engine = _load_engine(args, comm, num_ranks_here)
+    engine = _load_engine(args, comm, num_ranks_here, log)
     kv_cache = _make_kv_cache(args, engine.info, event_buffer_size)
     scheduler = _make_scheduler(args, settings, kv_cache)
     gc.set_threshold(args.garbage_collection_gen0_threshold, *gc.get_threshold()[1:])
@@ -173,12 +176,12 @@ def check_model(args: TorchLlmArgs) -> None:
         check_fit(saved, path, args.tensor_parallel_size, args.dtype)
 
 
-def _load_engine(args: TorchLlmArgs, comm: Comm, num_ranks_here: int) -> ModelEngine:
+def _load_engine(args: TorchLlmArgs, comm: Comm, num_ranks_here: int, log: StartLog | None) -> ModelEngine:
     if args.backend == "_autodeploy":
         from tensorweave.workers.autodeploy.loader import load_autodeploy  # imports transformers, which takes seconds
 
         return load_autodeploy(args, comm)
-    return load_engine(args, comm, num_ranks_here)
+    return load_engine(args, comm, num_ranks_here, log)
 
 
 def _kv_identity(args: TorchLlmArgs, path: Path, engine: ModelEngine) -> tuple[str, int]:

@@ -26,6 +26,7 @@ from tensorweave.cluster.ranks import LeaderPlace, LinkRate, RankOrder, RankPlac
 from tensorweave.cluster.versions import Versions
 from tensorweave.workers.gang.rendezvous import CallStore, RendezvousStore, call_on_loop
 from tensorweave.workers.rank_process import ProcessGuard, count_open_files, die_with_parent, raise_file_limit
+from tensorweave.workers.start_log import StartLog
 
 if TYPE_CHECKING:
     from tensorweave.cluster.gang_record import GangRecord
@@ -54,6 +55,7 @@ class RankWorker:
         self._group: GroupComm | None = None
         self._measured = Traffic()
         self._phase = ""
+        self._log = StartLog(self._note_phase)
         self._record: GangRecord | None = None
         self._guard = ProcessGuard(self._has_failed, _remove_placement_group)
 
@@ -149,11 +151,14 @@ class RankWorker:
             transfer_secret=order.kv_secret,
             num_ranks_here=order.num_ranks_here,
             event_buffer_size=_EVENT_BUFFER_SIZE if order.place.rank == 0 else 0,
+            log=self._log,
         )
 
     # ---- on threads
 
     def _start(self, order: RankOrder) -> RankStarted:
+        with self._log.part("importing"):
+            import tensorweave.workers.build  # noqa: F401  the engine and what it needs: nearly all of a rank's imports
         from tensorweave.cluster.llm_args import TorchLlmArgs
         from tensorweave.workers.engine_dir.model_digest import check_model_digest
         from tensorweave.workers.store.model_store import resolve_model
@@ -170,7 +175,7 @@ class RankWorker:
         executor.start()
         self._executor = executor  # from here on heartbeats report on its loop, which must run by then
         leader = self._serve(executor, order, args) if order.place.rank == 0 else None
-        return RankStarted(executor.kv_endpoint, executor.kv_fingerprint, leader, link)
+        return RankStarted(executor.kv_endpoint, executor.kv_fingerprint, leader, link, self._log.durations)
 
     def _serve(self, executor: PyExecutor, order: RankOrder, args: TorchLlmArgs) -> LeaderPlace:
         from tensorweave.workers.leader.server import LeaderServer

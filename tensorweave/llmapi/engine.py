@@ -28,6 +28,7 @@ from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.executor.local import LocalLink
 from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.rank import RankWorker
+from tensorweave.workers.start_log import StartLog
 from tensorweave.workers.store.model_store import PinnedModel, pin_model
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class LocalEngine:
             SoloComm(),
             transfer_secret=secret,
             event_buffer_size=args.kv_cache_config.event_buffer_max_size,
+            log=StartLog(shows_bars=args.enable_tqdm),
         )
         self.executor.start()
         self.kv_source: KvSource | None = None

@@ -9,7 +9,7 @@ import pytest
 
 from tensorweave.cluster.errors import WorkerLost
 from tensorweave.cluster.rank_processes import RankProcesses
-from tensorweave.cluster.ranks import RankPlace, describe_phases
+from tensorweave.cluster.ranks import RankPlace, RankStarted, describe_durations, describe_phases
 
 NODES = [("a", "10.0.0.1"), ("b", "10.0.0.2")]
 _PATIENCE_S = 60.0
@@ -52,3 +52,10 @@ def test_phases_are_described_and_a_lost_node_ends_the_start() -> None:
         asyncio.run(body())
     waiting = "rank 0 (10.0.0.1): waiting for the others; rank 1 (10.0.0.2): its process is being started by Ray"
     assert seen == [waiting, waiting]
+
+
+def test_a_start_is_described_by_its_slowest_rank() -> None:
+    fast = RankStarted(None, {}, None, durations={"importing": 1.0, "loading the weights": 2.0})
+    slow = RankStarted(None, {}, None, durations={"importing": 1.04, "loading the weights": 3.26})
+    assert describe_durations([fast, slow]) == "importing 1.0 s, loading the weights 3.3 s"
+    assert describe_durations([RankStarted(None, {}, None)]) == ""

@@ -45,6 +45,7 @@ def test_what_is_not_supported_is_refused_by_name(config: type[StrictBaseModel])
         ({"kv_cache_config": {"event_buffer_max_size": -1}}, "event_buffer_max_size"),
         ({"batched_logits_processor": "mask"}, "batched_logits_processor is a str"),
         ({"garbage_collection_gen0_threshold": 0}, "garbage_collection_gen0_threshold"),
+        ({"enable_tqdm": True, "tensor_parallel_size": 2}, "enable_tqdm shows bars for one rank"),
         ({"attn_backend": "FLASHINFER"}, "attn_backend 'FLASHINFER' is not part of tensorweave; use 'TRTLLM'"),
         ({"cuda_graph_config": {"batch_sizes": [4, 0]}}, "batch_sizes has 0, must be at least 1"),
         ({"cuda_graph_config": {"batch_sizes": [1, 4], "max_batch_size": 8}}, "the largest of batch_sizes 4: give one"),
@@ -54,6 +55,13 @@ def test_what_is_not_supported_is_refused_by_name(config: type[StrictBaseModel])
 def test_through_the_constructor(tmp_path: Path, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         LLM(tmp_path, **arguments)
+
+
+def test_bars_are_shown_if_that_is_asked_for(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with LLM(directory, dtype="float32", kv_cache_config=CACHE, enable_tqdm=True):
+        assert "loading the weights: " in capsys.readouterr().err
+    with LLM(directory, dtype="float32", kv_cache_config=CACHE):
+        assert "loading the weights" not in capsys.readouterr().err
 
 
 def test_knobs_are_honoured(directory: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -39,20 +40,27 @@ from tensorweave.workers.models.loader import WeightLoader
 from tensorweave.workers.models.rotary import rotary_table
 from tensorweave.workers.models.shards import HeadShard, shard_heads, split_evenly
 from tensorweave.workers.models.transformer import Transformer
+from tensorweave.workers.start_log import StartLog
 from tensorweave.workers.store.model_store import resolve_model
 
 logger = logging.getLogger(__name__)
 
-_MOST_READERS: Final = 4
+_MOST_READERS: Final = {"cpu": 4, "cuda": 12}
 
 
 def load_engine(
-    args: TorchLlmArgs, comm: Comm, num_ranks_here: int = 1, *, is_on_device: bool | None = None
+    args: TorchLlmArgs,
+    comm: Comm,
+    num_ranks_here: int = 1,
+    log: StartLog | None = None,
+    *,
+    is_on_device: bool | None = None,
 ) -> PyTorchModelEngine | DeviceEngine:
     """Load this rank's share of `args.model`. Every rank of a gang calls it; they agree on the number of KV blocks.
 
     Args:
         num_ranks_here: ranks of the gang that load at the same time on this host.
+        log: told of each part.
         is_on_device: whether steps keep their state on the device; None: on a GPU that has kernels for the model.
 
     Raises:
@@ -65,7 +73,10 @@ def load_engine(
     num_threads = args.num_threads or max(1, len(os.sched_getaffinity(0)) // comm.size)
     if share.device.type == "cpu":
         _set_threads(num_threads, share.dtype)
-    model = share.read_weights(args.load_format, comm, min(num_threads, _MOST_READERS))
+    with (log or StartLog()).part("loading the weights") as tell:
+        model = share.read_weights(args.load_format, comm, num_threads, tell)
+        if share.device.type == "cuda":
+            torch.cuda.synchronize(share.device)
     if share.is_on_device:
         return _build_device_engine(model, share, args, defaults, comm)
     kv, block_bytes = args.kv_cache_config, share.block_bytes(args.kv_cache_config.tokens_per_block)
@@ -121,11 +132,17 @@ class _ModelShare:
         head_dim = self.config.sizes.head_dim
         return choose_operations(self.device, self.dtype, head_dim, has_plain_attention=self.has_plain_attention)
 
-    def read_weights(self, load_format: str, comm: Comm, num_readers: int) -> Transformer:
+    def read_weights(
+        self, load_format: str, comm: Comm, num_threads: int, on_progress: Callable[[float], object]
+    ) -> Transformer:
         if load_format == "dummy":
-            random = WeightLoader(RandomWeights(tensor_shapes(self.config)), self.dtype, self.device)
-            return build_transformer(self.config, self.place, random, comm, self.operations)
-        with open_weights(self.path, self.config, self.dtype, self.device, self.place, num_readers) as weights:
+            random = RandomWeights(tensor_shapes(self.config), device=self.device)
+            loader = WeightLoader(random, self.dtype, self.device)
+            return build_transformer(self.config, self.place, loader, comm, self.operations)
+        num_readers = min(num_threads, _MOST_READERS[self.device.type])
+        with open_weights(
+            self.path, self.config, self.dtype, self.device, self.place, num_readers, on_progress
+        ) as weights:
             return build_transformer(self.config, self.place, weights, comm, self.operations)
 
 
