@@ -1,0 +1,121 @@
+"""Compiles the Triton kernels of a step in parallel before its first run; called once, while an engine warms up.
+
+Triton compiles a kernel when it is first launched, 0.2 to 1 s each, one after the other. Here a step is called without
+launching anything, so that Triton is handed all kernels at once (its `AsyncCompileMode`). Compiled kernels are kept in
+Triton's cache on disk (`TRITON_CACHE_DIR`, by default ~/.triton/cache), where the next start finds them.
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import os
+import stat
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+logger = logging.getLogger(__name__)
+
+_ALIGNMENT: Final = 16
+_ONE_AT_A_TIME: Final = threading.Lock()
+
+
+def compile_ahead(
+    call_steps: Callable[[], object], num_threads: int, on_progress: Callable[[float], object] = lambda share: None
+) -> int:
+    """Compile all Triton kernels that `call_steps` would launch, and return how many were not in this process yet.
+
+    Args:
+        call_steps: called once, on this thread. None of its Triton kernels runs, so that what torch does in between
+            reads what is in the buffers.
+        num_threads: kernels that are compiled at a time.
+        on_progress: told the share of the kernels that are done.
+
+    Raises:
+        triton.CompilationError: of the first kernel that cannot be compiled.
+    """
+    ensure_kernel_cache()
+    # In a context of its own: a mode that is left by an error stays active in it.
+    return contextvars.copy_context().run(_compile, call_steps, num_threads, on_progress)
+
+
+def _compile(call_steps: Callable[[], object], num_threads: int, on_progress: Callable[[float], object]) -> int:
+    with ThreadPoolExecutor(num_threads, "compile") as executor, triton.AsyncCompileMode(executor) as mode:
+        with _launching_nothing():
+            call_steps()
+        total = len(mode.raw_futures)
+        for done, _ in enumerate(as_completed(mode.raw_futures), 1):
+            on_progress(done / total)
+    return total
+
+
+@contextmanager
+def _launching_nothing() -> Iterator[None]:
+    """On this thread, launches only see to it that their kernel is compiled, each kind of launch once."""
+    run, this_thread, seen = JITFunction.run, threading.get_ident(), set()
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if threading.get_ident() != this_thread:
+            return run(kernel, *args, grid=grid, warmup=warmup, **options)
+        kind = (kernel, *map(_kind, args), *((name, _kind(value)) for name, value in options.items()))
+        if kind not in seen:
+            seen.add(kind)
+            run(kernel, *args, grid=grid, warmup=True, **options)
+        return None
+
+    with _ONE_AT_A_TIME:
+        JITFunction.run = compile_only
+        try:
+            yield
+        finally:
+            JITFunction.run = run
+
+
+def _kind(value: Any) -> Any:
+    """What Triton compiles for, of an argument: equal kinds have the same kernel."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % _ALIGNMENT == 0
+    if isinstance(value, TensorDescriptor):
+        return value.base.dtype, *value.block_shape
+    return float if isinstance(value, float) else value
+
+
+def ensure_kernel_cache() -> Path:
+    """Triton's cache directory; one of this user's own among the temporary files if that cannot be written."""
+    wanted = Path(triton.knobs.cache.dir)
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=wanted).close()
+    except OSError as error:
+        directory = _private_directory()
+        logger.warning(
+            "compiled kernels cannot be kept in %s (%s) but in %s; set TRITON_CACHE_DIR to a directory that lasts",
+            wanted,
+            error.strerror,
+            directory,
+        )
+        triton.knobs.cache.dir = str(directory)
+        return directory
+    return wanted
+
+
+def _private_directory() -> Path:
+    """What lies there is executed on the GPU, so that nobody else may write there."""
+    directory = Path(tempfile.gettempdir()) / f"tensorweave-kernels-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        return Path(tempfile.mkdtemp(prefix="tensorweave-kernels-"))
+    return directory

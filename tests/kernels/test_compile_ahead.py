@@ -1,0 +1,172 @@
+"""Kernels are compiled before their first launch, each once, while nothing runs.
+
+With Triton and without a GPU, the kernels are compiled for an H100 and launches fail, so that what is launched is seen.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from tensorweave.kernels import compile_ahead as module  # noqa: E402
+from tensorweave.kernels.compile_ahead import compile_ahead, ensure_kernel_cache  # noqa: E402
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreter compiles nothing"),
+]
+
+
+@triton.jit(do_not_specialize=["count"])
+def double(x_ptr, out_ptr, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, tl.load(x_ptr + i, mask=i < count) * 2, mask=i < count)
+
+
+@triton.jit
+def wrong(x_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.store(x_ptr + tl.arange(0, BLOCK), tl.no_such_thing)
+
+
+class CompilingDriver:
+    """A GPU that is only compiled for."""
+
+    def get_current_target(self) -> Any:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
+    for kernel in (double, wrong):
+        kernel.device_caches.clear()
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+        return
+    monkeypatch.setattr(triton.runtime.driver, "_active", CompilingDriver())
+    yield torch.device("cpu")
+    for kernel in (double, wrong):
+        kernel.device_caches.clear()
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Kernels in the order in which they are compiled or read from the disk."""
+    names: list[str] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *, repr, **_: names.append(repr))
+    return names
+
+
+def launch(x: Tensor, out: Tensor, block: int) -> None:
+    double[(triton.cdiv(len(x), block),)](x, out, len(x), BLOCK=block)
+
+
+def test_each_kind_of_launch_is_compiled_once_and_nothing_runs(device: torch.device, compiled: list[str]) -> None:
+    x, out = torch.arange(100.0, device=device), torch.full((100,), -1.0, device=device)
+    told: list[float] = []
+
+    def step() -> None:
+        for count in (100, 50, 3):
+            launch(x[:count], out, 32)
+        launch(x, out, 64)
+        launch(x, out[1:], 64)  # of another alignment
+        launch(x.half(), out.half(), 32)
+
+    assert compile_ahead(lambda: [step() for _ in range(3)], 4, told.append) == 4
+    assert len(compiled) == 4
+    assert told == [0.25, 0.5, 0.75, 1.0]
+    assert out.eq(-1.0).all()
+    assert compile_ahead(step, 4) == 0
+    if device.type == "cuda":
+        step()
+        assert torch.equal(out, 2 * x)
+    assert len(compiled) == 4
+
+
+def test_launches_of_other_threads_go_on(device: torch.device) -> None:
+    x, out = torch.arange(100.0, device=device), torch.full((100,), -1.0, device=device)
+    results: list[BaseException | None] = []
+
+    def launch_elsewhere() -> None:
+        try:
+            launch(x, out, 128)
+        except AttributeError as error:  # there is no GPU to launch it on
+            results.append(error)
+        else:
+            results.append(None)
+
+    def step() -> None:
+        other = threading.Thread(target=launch_elsewhere)
+        other.start()
+        other.join(60)
+
+    assert compile_ahead(step, 2) == 0
+    assert len(results) == 1
+    if device.type == "cuda":
+        assert torch.equal(out, 2 * x)
+    else:
+        assert "CompilingDriver" in str(results[0])
+
+
+def test_a_kernel_that_cannot_be_compiled_is_told_and_leaves_nothing_behind(device: torch.device) -> None:
+    x = torch.arange(64.0, device=device)
+    run = triton.runtime.jit.JITFunction.run
+    with pytest.raises(triton.CompilationError, match="no_such_thing"):
+        compile_ahead(lambda: wrong[(1,)](x, BLOCK=64), 2)
+    assert triton.runtime.jit.JITFunction.run is run
+    assert compile_ahead(lambda: launch(x, x, 16), 2) == 1
+
+
+def test_a_second_process_finds_the_kernels_on_disk(device: torch.device, tmp_path: Path) -> None:
+    x = torch.arange(64.0, device=device)
+    assert compile_ahead(lambda: launch(x, x, 16), 2) == 1
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("double*")}
+    assert files
+    double.device_caches.clear()  # as in a new process
+    assert compile_ahead(lambda: launch(x, x, 16), 2) == 1
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("double*")} == files
+
+
+def test_a_cache_that_cannot_be_written_is_replaced_by_one_of_this_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert ensure_kernel_cache() == tmp_path / "cache"
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
+    made = ensure_kernel_cache()
+    assert made == tmp_path / f"tensorweave-kernels-{os.getuid()}"
+    assert made.stat().st_mode & 0o777 == 0o700
+    assert triton.knobs.cache.dir == str(made)
+    assert "set TRITON_CACHE_DIR" in caplog.text
+
+
+def test_a_directory_that_others_can_write_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = tmp_path / f"tensorweave-kernels-{os.getuid()}"
+    planted.mkdir()
+    planted.chmod(0o777)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
+    made = ensure_kernel_cache()
+    assert made != planted
+    assert made.parent == tmp_path
+    assert made.stat().st_mode & 0o777 == 0o700
