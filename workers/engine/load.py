@@ -73,12 +73,13 @@ def load_engine(
     num_threads = args.num_threads or max(1, len(os.sched_getaffinity(0)) // comm.size)
     if share.device.type == "cpu":
         _set_threads(num_threads, share.dtype)
-    with (log or StartLog()).part("loading the weights") as tell:
+    log = log or StartLog()
+    with log.part("loading the weights") as tell:
         model = share.read_weights(args.load_format, comm, num_threads, tell)
         if share.device.type == "cuda":
             torch.cuda.synchronize(share.device)
     if share.is_on_device:
-        return _build_device_engine(model, share, args, defaults, comm)
+        return _build_device_engine(model, share, args, defaults, comm, log)
     kv, block_bytes = args.kv_cache_config, share.block_bytes(args.kv_cache_config.tokens_per_block)
     num_blocks = comm.agree_min(count_blocks(kv, block_bytes, share.device, share.activation_bytes(args)))
     return _assemble_engine(model, share, _describe(share, num_blocks, args, defaults))
@@ -191,7 +192,7 @@ def _make_pool(share: _ModelShare, info: ModelInfo) -> KVPool:
 
 
 def _build_device_engine(
-    model: Transformer, share: _ModelShare, args: TorchLlmArgs, defaults: SamplingDefaults, comm: Comm
+    model: Transformer, share: _ModelShare, args: TorchLlmArgs, defaults: SamplingDefaults, comm: Comm, log: StartLog
 ) -> DeviceEngine:
     kv, device, settings = args.kv_cache_config, share.device, StepSettings.of(args, share.device.type)
     longest = min(args.max_seq_len or share.config.max_seq_len, share.config.max_seq_len)
@@ -213,12 +214,18 @@ def _build_device_engine(
         info = _describe(share, num_blocks, args, defaults)
         return builder.make(_make_pool(share, info), info)
 
-    reserved = 0
-    if device.type == "cuda" and kv.max_tokens is None:
-        reserved = builder.measure(make(-(-settings.max_num_tokens // kv.tokens_per_block) + 1))
+    def reserve() -> int:
+        trial = make(-(-settings.max_num_tokens // kv.tokens_per_block) + 1)
+        builder.compile(trial, log)
+        return builder.measure(trial)
+
+    is_measured = device.type == "cuda" and kv.max_tokens is None
+    reserved = reserve() if is_measured else 0
     num_blocks = comm.agree_min(count_blocks(kv, share.block_bytes(kv.tokens_per_block), device, reserved))
     engine = make(num_blocks)
-    builder.warm_up(engine)
+    if not is_measured:
+        builder.compile(engine, log)
+    builder.warm_up(engine, log)
     return engine
 
 

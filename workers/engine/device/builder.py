@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import time
+import os
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +16,7 @@ from tensorweave.workers.engine.device_memory import CudaMemory, measure_graph_m
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.model import DeviceModel
-
-logger = logging.getLogger(__name__)
+from tensorweave.workers.start_log import StartLog
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +29,15 @@ class DeviceEngineBuilder:
     def make(self, pool: KVPool, info: ModelInfo) -> DeviceEngine:
         return DeviceEngine(self.model, self.operations, pool, info, self.buffers, self.graphs)
 
+    def compile(self, engine: DeviceEngine, log: StartLog) -> None:
+        """Compile the Triton kernels of all steps in parallel, without running a step. On a CPU there are none."""
+        if self.model.device.type != "cuda":
+            return
+        from tensorweave.kernels.compile_ahead import compile_ahead  # Triton is installed where there is a GPU
+
+        with log.part("compiling kernels") as tell:
+            compile_ahead(lambda: self._call_every_step(engine), _num_cores(), tell)
+
     def measure(self, trial: DeviceEngine) -> int:
         """Bytes that must stay free beside the KV cache: for the largest step, and for all graphs. `trial` is an engine
         with a small KV cache, of no use afterwards."""
@@ -39,18 +46,21 @@ class DeviceEngineBuilder:
         step_bytes = measure_step_memory(lambda: run_step(trial, max_tokens, 0), memory)
         return step_bytes + measure_graph_memory(trial.graphs.capture, self.graphs.sizes, memory)
 
-    def warm_up(self, engine: DeviceEngine) -> None:
-        """Compile kernels and capture graphs, so that no request waits for that."""
-        start_s = time.perf_counter()
-        warm_up_mixed_steps(engine, self.buffers.max_rows, self.buffers.max_tokens)
-        if self.graphs.sizes:
-            engine.graphs.capture_all(_report)
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        count = len(self.graphs.sizes)
-        logger.info("warmed up in %.1f s: %d CUDA graphs", time.perf_counter() - start_s, count)
+    def warm_up(self, engine: DeviceEngine, log: StartLog) -> None:
+        """Run steps of each kind and capture graphs, so that no request waits for that."""
+        with log.part("warming up") as tell:
+            warm_up_mixed_steps(engine, self.buffers.max_rows, self.buffers.max_tokens)
+            if self.graphs.sizes:
+                engine.graphs.capture_all(lambda done, total: tell(done / total))
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)
+
+    def _call_every_step(self, engine: DeviceEngine) -> None:
+        with torch.no_grad():
+            warm_up_mixed_steps(engine, self.buffers.max_rows, self.buffers.max_tokens)
+            for num_rows in self.graphs.sizes:
+                engine.graphs.run(num_rows)
 
 
-def _report(done: int, total: int) -> None:
-    if done and (done == total or done % 8 == 0):
-        logger.info("captured %d of %d CUDA graphs", done, total)
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0))
