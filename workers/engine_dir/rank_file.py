@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -92,6 +93,7 @@ class RankFile:
         self._places: dict[str, dict[str, Any]] = json.loads(header)
         self._digests: dict[str, str] = self._places.pop("__metadata__")
         self._unread = set(self._places)
+        self._staging = self._make_staging() if device.type == "cuda" else None
 
     def check(self) -> None:
         """Read and check every tensor, and keep none."""
@@ -140,12 +142,22 @@ class RankFile:
     def _read(self, name: str) -> Tensor:
         place = self._place(name)
         shape, start = place["shape"], place["data_offsets"][0]
-        make = huge_pages if len(shape) == _PACKED_DIMS else torch.empty
-        tensor = make(tuple(shape), dtype=_DTYPES[place["dtype"]])
+        tensor = self._allocate(tuple(shape), _DTYPES[place["dtype"]])
         if read_bytes(self._file.fileno(), self._first + start, bytes_of(tensor), self._pool) != self._digests[name]:
             raise ValueError(f"{self._path} is damaged, the bytes of {name} have changed since saving")
         self._unread.discard(name)
         return tensor
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """On the CPU. For a GPU it is there only until the next tensor is read."""
+        if self._staging is not None:
+            return self._staging[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        return huge_pages(shape, dtype) if len(shape) == _PACKED_DIMS else torch.empty(shape, dtype=dtype)
+
+    def _make_staging(self) -> Tensor:
+        """Pinned memory for the largest tensor. The pages of new memory would take longer than reading into them."""
+        sizes = (stop - start for start, stop in (place["data_offsets"] for place in self._places.values()))
+        return torch.empty(max(sizes, default=0), dtype=torch.uint8, pin_memory=True)
 
     def _place(self, name: str) -> dict[str, Any]:
         if name not in self._places:

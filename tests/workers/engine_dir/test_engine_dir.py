@@ -90,6 +90,17 @@ def test_the_same_tokens_as_from_the_checkpoint(name: str, size: int, tmp_path: 
     assert generate_on_ranks(tmp_path / "engine", size, PROMPTS, NUM_TOKENS, dtype="auto") == expected
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ["llama_tied_9_over_3", "llama_biases"])
+def test_a_gpu_reads_what_was_saved_for_a_cpu(name: str, tmp_path: Path) -> None:
+    model = make_model(name, tmp_path / "model")
+    save_engine_dir(tmp_path / "model", tmp_path / "engine", tensor_parallel_size=1, dtype="float32")
+    expected = their_greedy(model, PROMPTS, NUM_TOKENS)
+    knobs: dict[str, Any] = {"device": "cuda", "num_threads": 4}
+    assert generate_on_ranks(tmp_path / "engine", 1, PROMPTS, NUM_TOKENS, dtype="auto", **knobs) == expected
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_every_dtype_gives_the_bits_of_the_checkpoint(dtype: str, tmp_path: Path) -> None:
     model = make_model("qwen2", tmp_path / "model").bfloat16()
