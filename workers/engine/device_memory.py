@@ -15,6 +15,7 @@ import torch
 
 _SAMPLED_GRAPHS: Final = 4
 GIB: Final = 1 << 30
+GRAPH_KNOBS: Final = "cuda_graph_config.max_batch_size (or set cuda_graph_config to null)"
 
 
 class DeviceMemory(Protocol):
@@ -98,7 +99,7 @@ def measure_graph_memory(capture: Callable[[int], object], sizes: Sequence[int],
         return 0
     largest, *others = sorted(sizes, reverse=True)
     kept = []
-    with naming_knobs("CUDA graphs", "cuda_graph_config.max_batch_size (or set cuda_graph_config to null)"):
+    with naming_knobs("CUDA graphs", GRAPH_KNOBS):
         memory.settle()
         free = [memory.free]
         for batch in ([largest], others[: _SAMPLED_GRAPHS - 1]):

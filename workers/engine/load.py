@@ -22,6 +22,7 @@ from tensorweave.kernels.operations import Operations, choose_device_operations,
 from tensorweave.workers.engine.device.builder import DeviceEngineBuilder
 from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.device.graphs import GraphSizes
+from tensorweave.workers.engine.device_memory import naming_knobs
 from tensorweave.workers.engine.engine import PyTorchModelEngine
 from tensorweave.workers.engine.kv_pool import KVPool, block_bytes
 from tensorweave.workers.engine.memory_need import MemoryNeed, check_memory, kv_bytes, rank_weight_bytes
@@ -179,16 +180,17 @@ def _describe(share: _ModelShare, num_blocks: int, args: TorchLlmArgs, defaults:
 
 def _make_pool(share: _ModelShare, info: ModelInfo) -> KVPool:
     sizes, heads = share.config.sizes, share.heads
-    return KVPool(
-        sizes.num_layers,
-        info.num_blocks,
-        len(heads.kv),
-        info.tokens_per_block,
-        sizes.head_dim,
-        share.dtype,
-        share.device,
-        heads.kv.start,
-    )
+    with naming_knobs("the KV cache", "kv_cache_config.max_tokens or free_gpu_memory_fraction"):
+        return KVPool(
+            sizes.num_layers,
+            info.num_blocks,
+            len(heads.kv),
+            info.tokens_per_block,
+            sizes.head_dim,
+            share.dtype,
+            share.device,
+            heads.kv.start,
+        )
 
 
 def _build_device_engine(

@@ -12,7 +12,13 @@ from tensorweave.kernels.device_operations import DeviceOperations
 from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.device.graphs import GraphSizes
 from tensorweave.workers.engine.device.warm_up import run_step, warm_up_mixed_steps
-from tensorweave.workers.engine.device_memory import CudaMemory, measure_graph_memory, measure_step_memory
+from tensorweave.workers.engine.device_memory import (
+    GRAPH_KNOBS,
+    CudaMemory,
+    measure_graph_memory,
+    measure_step_memory,
+    naming_knobs,
+)
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.model import DeviceModel
@@ -51,7 +57,8 @@ class DeviceEngineBuilder:
         with log.part("warming up") as tell:
             warm_up_mixed_steps(engine, self.buffers.max_rows, self.buffers.max_tokens)
             if self.graphs.sizes:
-                engine.graphs.capture_all(lambda done, total: tell(done / total))
+                with naming_knobs("CUDA graphs", GRAPH_KNOBS):
+                    engine.graphs.capture_all(lambda done, total: tell(done / total))
             if self.model.device.type == "cuda":
                 torch.cuda.synchronize(self.model.device)
 
