@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tensorweave.kernels.attention import cuda_prefill, triton_prefill
 from tensorweave.kernels.attention.triton_decode import DecodeWorkspace, choose_splits, decode_attention
-from tensorweave.kernels.attention.triton_prefill import prefill_attention, tile_queries
+from tensorweave.kernels.attention.triton_prefill import tile_queries
 from tensorweave.kernels.device_operations import DecodeAttention, DecodeRows, PrefillPlan, PromptChunk
 from tensorweave.kernels.heads.rotation import HeadRotation
 from tensorweave.kernels.heads.triton import rope_store
@@ -129,4 +130,6 @@ class TritonPrefillPlan:
         self, heads_TXH: Tensor, cache_BCPH: Tensor, out_TNH: Tensor, *, window: int | None, scale: float
     ) -> None:
         q_TNH = heads_TXH[:, : out_TNH.shape[1]]
-        prefill_attention(q_TNH, cache_BCPH, self.tables_SW, self.tiles_Z4, out_TNH, scale=scale, window=window)
+        is_hopper = cuda_prefill.fits(q_TNH, cache_BCPH)
+        attend = cuda_prefill.prefill_attention if is_hopper else triton_prefill.prefill_attention
+        attend(q_TNH, cache_BCPH, self.tables_SW, self.tiles_Z4, out_TNH, scale=scale, window=window)

@@ -30,6 +30,13 @@ def pdl(device: torch.device) -> bool:
 
 
 @pytest.fixture
+def hopper(device: torch.device) -> torch.device:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    return device
+
+
+@pytest.fixture
 def gpu_only(device: torch.device) -> None:
     if device.type != "cuda":
         pytest.skip("a full-size grid needs a CUDA GPU")

@@ -1,0 +1,131 @@
+"""CUDA C++ kernels for Hopper: compiled by NVRTC when they are first needed (0.7 s each), launched through the driver.
+
+NVRTC and its Python bindings come with torch's CUDA wheels, so that users need no toolkit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_SHARED = Path(__file__).with_name("hopper.cuh")
+_MAX_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_ELEMENTS = {torch.float16: (6, "f16"), torch.bfloat16: (9, "bf16")}  # CU_TENSOR_MAP_DATA_TYPE_..., of PTX
+_SWIZZLE_128_BYTES, _PROMOTE_256_BYTES = 3, 3
+
+
+@cache
+def can_run_hopper_kernels(device: torch.device) -> bool:
+    """Whether the device is a Hopper GPU and NVRTC's bindings are installed."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) == (9, 0)
+        and find_spec("cuda") is not None
+        and find_spec("cuda.bindings") is not None
+    )
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(code: int, doing: str) -> None:
+    if code:
+        name = ctypes.c_char_p()
+        _driver().cuGetErrorName(code, ctypes.byref(name))
+        raise RuntimeError(f"{doing}: {(name.value or b'unknown error').decode()} ({code})")
+
+
+def compile_cubin(source: Path, options: Sequence[str]) -> bytes:
+    """Raises RuntimeError with the compiler's log."""
+    from cuda.bindings import nvrtc
+
+    text = _SHARED.read_bytes() + source.read_bytes()
+    _, program = nvrtc.nvrtcCreateProgram(text, source.name.encode(), 0, [], [])
+    options = ["--gpu-architecture=sm_90a", "-std=c++17", *options]
+    (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if code != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"{source.name} does not compile: {log.decode(errors='replace')}")
+    cubin: bytes = b" " * nvrtc.nvrtcGetCUBINSize(program)[1]
+    nvrtc.nvrtcGetCUBIN(program, cubin)
+    nvrtc.nvrtcDestroyProgram(program)
+    return cubin
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A compiled function of this process's current device."""
+
+    function: ctypes.c_void_p
+    threads: int
+    shared_bytes: int
+
+    @classmethod
+    def load(
+        cls, source: Path, name: str, dtype: torch.dtype, *, threads: int, shared_bytes: int, **constants: int
+    ) -> Kernel:
+        """`constants` are defined for the preprocessor, and TYPE as PTX calls the dtype."""
+        options = [f'-DTYPE="{_ELEMENTS[dtype][1]}"', *(f"-D{key}={int(value)}" for key, value in constants.items())]
+        cubin = compile_cubin(source, options)
+        torch.cuda.current_stream()  # the context exists
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin), f"load {source.name}")
+        _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"find {name}")
+        _check(_driver().cuFuncSetAttribute(function, _MAX_SHARED_BYTES, shared_bytes), f"shared memory of {name}")
+        return cls(function, threads, shared_bytes)
+
+    def launch(self, grid: tuple[int, int], arguments: ctypes.Array[ctypes.c_void_p]) -> None:
+        """On torch's current stream. `arguments` are addresses of the parameters, which are copied."""
+        stream = torch.cuda.current_stream().cuda_stream
+        code = _driver().cuLaunchKernel(
+            self.function, grid[0], grid[1], 1, self.threads, 1, 1, self.shared_bytes, ctypes.c_void_p(stream),
+            arguments, None,
+        )  # fmt: skip
+        if code:
+            _check(code, "launch")
+
+
+class _MapMemory:
+    """Where the driver writes a tensor map, at 64 bytes."""
+
+    def __init__(self) -> None:
+        self._memory = (ctypes.c_char * 192)()
+        self.address = -(-ctypes.addressof(self._memory) // 64) * 64
+
+
+@lru_cache(maxsize=8192)
+def _tensor_map(
+    pointer: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> _MapMemory:
+    rank, size = len(shape), dtype.itemsize
+    assert box[0] * size == 128
+    assert pointer % 16 == 0
+    assert all(stride * size % 16 == 0 for stride in strides)
+    memory = _MapMemory()
+    code = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(memory.address), _ELEMENTS[dtype][0], rank, ctypes.c_void_p(pointer),
+        (ctypes.c_uint64 * rank)(*shape), (ctypes.c_uint64 * max(rank - 1, 1))(*(s * size for s in strides)),
+        (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank),
+        0, _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES, 0,
+    )  # fmt: skip
+    _check(code, f"tensor map of {shape} by {box}")
+    return memory
+
+
+def tensor_map(tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> int:
+    """Describe boxes of a tensor to the copy engine: rows of 128 bytes, swizzled; zeros beyond the tensor. Return the
+    description's address.
+
+    `shape` and `box` begin with the innermost dimension, which is contiguous; `strides` count elements of the others.
+    """
+    return _tensor_map(tensor.data_ptr(), tensor.dtype, shape, strides, box).address
