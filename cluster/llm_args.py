@@ -14,6 +14,7 @@ from pydantic import model_validator
 
 from tensorweave.cluster.cuda_graph_config import CudaGraphConfig
 from tensorweave.cluster.llm_args_refused import CACHE_TRANSCEIVER, KV_CACHE, LLM_ARGS, SCHEDULER, Refusal
+from tensorweave.cluster.quant_config import QuantConfig, weight_quantization
 from tensorweave.cluster.strict_model import Field, StrictBaseModel
 
 
@@ -50,6 +51,12 @@ class KvCacheConfig(StrictBaseModel):
         gt=0,
         le=1,
         description="On a CPU: share of available memory that one rank's KV cache takes.",
+    )
+    dtype: Literal["auto", "fp8"] = Field(
+        "auto",
+        status="prototype",
+        description="'auto': the model's. 'fp8': 8-bit floats (e4m3) without a scale, half the memory of 16 bits; "
+        "magnitudes beyond 448 become 448.",
     )
     tokens_per_block: int = Field(32, status="beta", ge=1, description="Tokens per KV block, a power of two.")
     event_buffer_max_size: int = Field(
@@ -144,6 +151,9 @@ class TorchLlmArgs(StrictBaseModel):
     )
     cache_transceiver_config: CacheTransceiverConfig | None = Field(
         None, status="prototype", description="KV exchange with other gangs. Default: none."
+    )
+    quant_config: QuantConfig | None = Field(
+        None, status="prototype", description="Quantization of weights and KV cache. Default: none."
     )
     max_batch_size: int | None = Field(
         None, status="beta", ge=1, description="Most requests in one step. Default: 512 on a GPU, 256 on a CPU."
@@ -265,10 +275,19 @@ class TorchLlmArgs(StrictBaseModel):
             raise ValueError(
                 f"backend '_autodeploy' runs on one rank; tensor_parallel_size is {self.tensor_parallel_size}"
             )
+        is_quantized = weight_quantization(self.quant_config) or kv_cache_dtype(self) != "auto"
+        if self.backend == "_autodeploy" and is_quantized:
+            raise ValueError("backend '_autodeploy' runs checkpoints as they are: no quant_config, no 8-bit KV cache")
         if self.batched_logits_processor is not None and not callable(self.batched_logits_processor):
             kind = type(self.batched_logits_processor).__name__
             raise ValueError(f"batched_logits_processor is a {kind}, which cannot be called")
         return self
+
+
+def kv_cache_dtype(args: TorchLlmArgs) -> Literal["auto", "fp8"]:
+    """Whichever of the two fields asks for it."""
+    is_asked_for = args.quant_config is not None and args.quant_config.kv_cache_quant_algo == "FP8"
+    return "fp8" if is_asked_for else args.kv_cache_config.dtype
 
 
 LlmArgs = TorchLlmArgs

@@ -71,9 +71,8 @@ LLM_ARGS: Final[Mapping[str, Refusal]] = {
     "enable_autotuner": _off("nothing is tuned while loading"),
     "enable_layerwise_nvtx_marker": _off("py-spy and torch's profiler see the ranks"),
     "enable_min_latency": _off("there is one engine for all loads"),
-    "force_dynamic_quantization": _off("weights are not quantized"),
-    "quant_config": Refusal("weights are not quantized"),
-    "calib_config": Refusal("weights are not quantized"),
+    "force_dynamic_quantization": _off("inputs of quantized weights are always quantized per token; see quant_config"),
+    "calib_config": Refusal("scales are found while loading; nothing is calibrated"),
     "allreduce_strategy": Refusal("the communicator decides", (None, "AUTO")),
     "kv_connector_config": Refusal("cache_transceiver_config exchanges KV between gangs"),
     "orchestrator_type": Refusal("ranks run on Ray", (None, "ray")),
@@ -91,8 +90,20 @@ KV_CACHE: Final[Mapping[str, Refusal]] = {
     "copy_on_partial_reuse": Refusal("a partly matching block is always copied", (None, True)),
     "use_uvm": _off("the cache is in the device's own memory"),
     "max_gpu_total_bytes": Refusal("max_tokens bounds the cache", (None, 0)),
-    "dtype": Refusal("the cache has the model's dtype", (None, "auto")),
     "iteration_stats_interval": Refusal("every step is recorded", (None, 1)),
+}
+
+_FP8_ALONE: Final = "it belongs to algorithms other than FP8"
+
+QUANT: Final[Mapping[str, Refusal]] = {
+    "group_size": Refusal(_FP8_ALONE, (None, 128)),
+    "smoothquant_val": Refusal(_FP8_ALONE, (None, 0.5)),
+    "clamp_val": Refusal("the largest number of each row or channel has the scale"),
+    "use_meta_recipe": _off("every layer is quantized alike"),
+    "has_zero_point": _off(_FP8_ALONE),
+    "pre_quant_scale": _off(_FP8_ALONE),
+    "exclude_modules": Refusal("embedding and output head are left out, all other matrices are quantized"),
+    "mamba_ssm_cache_dtype": Refusal("there are no state-space models here"),
 }
 
 SCHEDULER: Final[Mapping[str, Refusal]] = {

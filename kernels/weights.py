@@ -17,7 +17,8 @@ from tensorweave.kernels.native.library import load_native
 
 # N outputs, K inputs
 
-_FP8: Final = torch.float8_e4m3fn
+FP8: Final = torch.float8_e4m3fn
+_QUANTIZED_AT_ONCE: Final = 1 << 24  # elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +97,25 @@ class Matrix:
 def quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     """Rows in e4m3, and float32 scales [M] by which the largest element of each row becomes e4m3's largest number."""
     wide_MK = x_MK.float()
-    scales_M = (wide_MK.abs().amax(dim=-1) / torch.finfo(_FP8).max).clamp_min(torch.finfo(torch.float32).tiny)
-    return (wide_MK / scales_M.unsqueeze(-1)).to(_FP8), scales_M
+    scales_M = (wide_MK.abs().amax(dim=-1) / torch.finfo(FP8).max).clamp_min(torch.finfo(torch.float32).tiny)
+    return (wide_MK * (1 / scales_M).unsqueeze(-1)).to(FP8), scales_M
 
 
 def quantize_weight(weight_NK: Tensor) -> QuantizedWeight:
-    values_NK, scales_N = quantize_rows(weight_NK)
+    """Some rows at a time: what is computed in float32 on the way takes eight times the memory of its result."""
+    N, K = weight_NK.shape
+    values_NK = torch.empty(N, K, dtype=FP8, device=weight_NK.device)
+    scales_N = torch.empty(N, dtype=torch.float32, device=weight_NK.device)
+    step = max(1, _QUANTIZED_AT_ONCE // K)
+    for rows in (slice(first, first + step) for first in range(0, N, step)):
+        values_NK[rows], scales_N[rows] = quantize_rows(weight_NK[rows])
     return QuantizedWeight(values_NK, scales_N, weight_NK.dtype)
+
+
+def to_fp8(x: Tensor) -> Tensor:
+    """Without a scale: what is beyond e4m3's largest number becomes that."""
+    largest = torch.finfo(FP8).max
+    return x.clamp(-largest, largest).to(FP8)
 
 
 def pack_weight(weight_NK: Tensor) -> PackedWeight | None:

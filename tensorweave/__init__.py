@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         SchedulerConfig,
         TorchLlmArgs,
     )
+    from tensorweave.cluster.quant_config import QuantAlgo, QuantConfig
     from tensorweave.llmapi.completion_output import CompletionOutput, Logprob
     from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
     from tensorweave.llmapi.inputs import PreprocessedInputs
@@ -37,6 +38,8 @@ _HOMES = {
     "LlmArgs": "tensorweave.cluster.llm_args",
     "SchedulerConfig": "tensorweave.cluster.llm_args",
     "TorchLlmArgs": "tensorweave.cluster.llm_args",
+    "QuantAlgo": "tensorweave.cluster.quant_config",
+    "QuantConfig": "tensorweave.cluster.quant_config",
     "CompletionOutput": "tensorweave.llmapi.completion_output",
     "Logprob": "tensorweave.llmapi.completion_output",
     "DisaggregatedParams": "tensorweave.llmapi.disaggregated_params",
@@ -66,6 +69,8 @@ __all__ = [
     "Logprob",
     "PreprocessedInputs",
     "PromptAdapterRequest",
+    "QuantAlgo",
+    "QuantConfig",
     "RequestOutput",
     "SamplingParams",
     "SchedulerConfig",

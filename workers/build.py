@@ -12,6 +12,7 @@ from typing import Any
 
 from tensorweave.cluster.llm_args import CacheTransceiverConfig, TorchLlmArgs
 from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.cluster.quant_config import weight_quantization
 from tensorweave.cluster.step_settings import StepSettings
 from tensorweave.workers.engine.engine import ModelEngine
 from tensorweave.workers.engine.kv_pool import KVPool
@@ -173,7 +174,7 @@ def check_model(args: TorchLlmArgs) -> None:
     load_model_config(path)
     saved = None if args.load_format == "dummy" else EngineManifest.read(path)
     if saved is not None:
-        check_fit(saved, path, args.tensor_parallel_size, args.dtype)
+        check_fit(saved, path, args.tensor_parallel_size, args.dtype, weight_quantization(args.quant_config))
 
 
 def _load_engine(args: TorchLlmArgs, comm: Comm, num_ranks_here: int, log: StartLog | None) -> ModelEngine:
@@ -187,9 +188,17 @@ def _load_engine(args: TorchLlmArgs, comm: Comm, num_ranks_here: int, log: Start
 def _kv_identity(args: TorchLlmArgs, path: Path, engine: ModelEngine) -> tuple[str, int]:
     """What gangs that exchange KV compare: a digest of the model, and its number of KV heads over all ranks."""
     digest = model_digest(path, args.load_format)
+    quantization = weight_quantization(args.quant_config) or _saved_quantization(args, path)
+    if quantization is not None:
+        digest = f"{digest} in {quantization}"
     if args.backend == "_autodeploy":
         return f"{digest} by transformers", engine.pool.cache.shape[2] // 2
     return digest, load_model_config(path).sizes.num_kv_heads
+
+
+def _saved_quantization(args: TorchLlmArgs, path: Path) -> str | None:
+    saved = None if args.load_format == "dummy" else EngineManifest.read(path)
+    return None if saved is None else saved.quantization
 
 
 def _load_class(path: str | None, knob: str, default: type[Any]) -> type[Any]:

@@ -34,12 +34,13 @@ class TorchAttentionPlan:
         out_TKGH = torch.empty(T, K, N // K, H, dtype=q_TNH.dtype, device=q_TNH.device)
         runs = cache_BCPH.view(-1, P * H)
         for group in batch.decodes:
-            k_RKLH, v_RKLH = runs.index_select(0, group.cache_rows).view(2, group.size, K, -1, H)
+            kv = runs.index_select(0, group.cache_rows).to(q_TNH.dtype)
+            k_RKLH, v_RKLH = kv.view(2, group.size, K, -1, H)
             out_TKGH[group.batch_rows] = _attend_decodes(
                 q_TKGH[group.batch_rows], k_RKLH, v_RKLH, group.mask_R11L, scale
             )
         for chunk in batch.chunks:
-            k_KLH, v_KLH = runs.index_select(0, chunk.cache_rows).view(2, K, -1, H)
+            k_KLH, v_KLH = runs.index_select(0, chunk.cache_rows).to(q_TNH.dtype).view(2, K, -1, H)
             _attend_chunk(q_TKGH[chunk.batch_rows], k_KLH, v_KLH, chunk.tiles, scale, out_TKGH[chunk.batch_rows])
         return out_TKGH.view(T, N, H)
 

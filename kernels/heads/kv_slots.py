@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tensorweave.kernels.weights import FP8, to_fp8
+
 # T tokens, B blocks, C = 2 K planes of a block (the keys of K heads, then their values), P tokens per block, H head dim
 
 
@@ -27,5 +29,7 @@ class KvSlots:
 
     def write(self, kv_TCH: Tensor, cache_BCPH: Tensor) -> None:
         """Put each token's keys and values into its slot of one layer's cache."""
+        if cache_BCPH.dtype == FP8:  # torch 2.11 copies its bytes, but not its numbers, by index
+            kv_TCH, cache_BCPH = to_fp8(kv_TCH).view(torch.uint8), cache_BCPH.view(torch.uint8)
         H = cache_BCPH.shape[-1]
         cache_BCPH.view(-1, H).index_copy_(0, self.rows, kv_TCH.reshape(-1, H))

@@ -46,6 +46,7 @@ def add_command(commands: Any) -> None:
     saving.add_argument("out", type=Path, help="the directory to make; new or empty")
     saving.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks (default: 1)")
     saving.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    saving.add_argument("--quantization", choices=("fp8",), help="save weights in 8-bit floats (default: they are not)")
     saving.set_defaults(run=run_save)
 
 
@@ -76,6 +77,12 @@ def run_save(args: argparse.Namespace) -> int:
     from tensorweave.workers.engine_dir.directory import save_engine_dir  # imports torch: seconds
 
     size = args.tensor_parallel_size
-    save_engine_dir(resolve_model(args.name), args.out, tensor_parallel_size=size, dtype=args.dtype)
+    save_engine_dir(
+        resolve_model(args.name),
+        args.out,
+        tensor_parallel_size=size,
+        dtype=args.dtype,
+        quantization=args.quantization,
+    )
     print(args.out)
     return 0

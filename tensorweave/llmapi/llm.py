@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from tensorweave.cluster.quant_config import weight_quantization
 from tensorweave.llmapi.base_llm import BaseLLM
 from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
 from tensorweave.llmapi.inputs import PreprocessedInputs, PromptInputs, as_batch, phases_of, read_prompt, resolve_params
@@ -176,6 +177,7 @@ class _TorchLLM(BaseLLM):
             Path(engine_dir),
             tensor_parallel_size=runtime.args.tensor_parallel_size,
             dtype=runtime.engine.info.dtype,
+            quantization=weight_quantization(runtime.args.quant_config),
         )
 
     def _start(self, prepared: PreparedRequest) -> RequestOutput:

@@ -9,6 +9,7 @@ from tensorweave.cluster.llm_args import (
     SchedulerConfig,
     TorchLlmArgs,
 )
+from tensorweave.cluster.quant_config import QuantAlgo, QuantConfig
 from tensorweave.cluster.strict_model import Field, StrictBaseModel
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "Field",
     "KvCacheConfig",
     "LlmArgs",
+    "QuantAlgo",
+    "QuantConfig",
     "SchedulerConfig",
     "StrictBaseModel",
     "TorchLlmArgs",

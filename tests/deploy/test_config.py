@@ -307,13 +307,13 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ),
         (  # a key that is refused, one that stands elsewhere, one that is no number, one of a group
             "model: m\nengine:\n  torch_compile_config: {}\n  role: both\n  max_seq_len: true\n"
-            "  kv_cache_config:\n    dtype: fp8\n    max_token: 1\npools:\n  main:\n    revision: r\n",
+            "  kv_cache_config:\n    use_uvm: true\n    max_token: 1\npools:\n  main:\n    revision: r\n",
             [],
             [
                 "s.yaml:3: engine.torch_compile_config",
                 "s.yaml:4: engine.role",
                 "s.yaml:5: engine.max_seq_len",
-                "s.yaml:7: engine.kv_cache_config.dtype",
+                "s.yaml:7: engine.kv_cache_config.use_uvm",
                 "s.yaml:8: engine.kv_cache_config.max_token",
                 "s.yaml:11: pools.main.revision",
             ],

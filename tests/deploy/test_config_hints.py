@@ -28,8 +28,9 @@ def told(tmp_path: Path, text: str) -> str:
             "torch.compile is not used",
         ),
         (
-            "engine:\n  kv_cache_config:\n    dtype: fp8\n",
-            "s.yaml:7: engine.kv_cache_config.dtype = 'fp8': is not supported yet: the cache has the model's dtype",
+            "engine:\n  kv_cache_config:\n    use_uvm: true\n",
+            "s.yaml:7: engine.kv_cache_config.use_uvm = True: is not supported yet: the cache is in the device's own "
+            "memory",
         ),
         ("limits:\n  max_queued: yes\n", "s.yaml:6: limits.max_queued = True: is no number"),
         ("limits:\n  request_timeout_s: off\n", "s.yaml:6: limits.request_timeout_s = False: is no number"),

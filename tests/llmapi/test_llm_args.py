@@ -8,19 +8,22 @@ from typing import Any
 
 import pytest
 
-from tensorweave import LLM, SamplingParams, TorchLlmArgs
+from tensorweave import LLM, QuantAlgo, QuantConfig, SamplingParams, TorchLlmArgs
 from tensorweave.cluster.llm_args import (
     CacheTransceiverConfig,
     KvCacheConfig,
     SchedulerConfig,
     StrictBaseModel,
+    kv_cache_dtype,
 )
+from tensorweave.cluster.quant_config import weight_quantization
 from tests.llmapi.small_llm import CACHE, one
 
 CONFIGS = {
     "kv_cache_config": KvCacheConfig,
     "scheduler_config": SchedulerConfig,
     "cache_transceiver_config": CacheTransceiverConfig,
+    "quant_config": QuantConfig,
 }
 
 
@@ -107,3 +110,26 @@ def test_engine_directories_and_workspace(directory: Path) -> None:
     assert llm.workspace is None
     with pytest.raises(RuntimeError, match="shut down"):
         llm.save("elsewhere")
+
+
+def test_quantization() -> None:
+    by_enum = TorchLlmArgs(model="m", quant_config=QuantConfig(quant_algo=QuantAlgo.FP8, kv_cache_quant_algo="FP8"))
+    assert (weight_quantization(by_enum.quant_config), kv_cache_dtype(by_enum)) == ("fp8", "fp8")
+    by_name = TorchLlmArgs(model="m", quant_config={"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "group_size": 128})
+    assert (weight_quantization(by_name.quant_config), kv_cache_dtype(by_name)) == ("fp8", "auto")
+    plain = TorchLlmArgs(model="m", quant_config={}, kv_cache_config={"dtype": "fp8"})
+    assert (weight_quantization(plain.quant_config), kv_cache_dtype(plain)) == (None, "fp8")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"quant_config": {"quant_algo": "NVFP4"}}, "Input should be 'FP8' or 'FP8_PER_CHANNEL_PER_TOKEN'"),
+        ({"quant_config": {"quant_algo": "FP8", "exclude_modules": ["o_proj"]}}, "all other matrices are quantized"),
+        ({"quant_config": {"quant_algo": "FP8"}, "backend": "_autodeploy"}, "'_autodeploy' runs checkpoints as they"),
+        ({"kv_cache_config": {"dtype": "fp8"}, "backend": "_autodeploy"}, "'_autodeploy' runs checkpoints as they"),
+    ],
+)
+def test_quantization_that_is_refused(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TorchLlmArgs(model="m", **knobs)

@@ -60,7 +60,7 @@ class KVPool:
 
     def wipe_blocks(self, block_ids: Sequence[int]) -> None:
         """What was computed there may be NaN, which must not be left in memory (see `_zeros`)."""
-        self.cache[:, list(block_ids)] = 0
+        self.cache.view(torch.uint8)[:, list(block_ids)] = 0
 
 
 def block_bytes(num_layers: int, num_kv_heads: int, tokens_per_block: int, head_dim: int, dtype: torch.dtype) -> int:

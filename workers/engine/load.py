@@ -12,13 +12,15 @@ from typing import Final
 import torch
 
 from tensorweave.cluster.cuda_graph_config import graph_sizes
-from tensorweave.cluster.llm_args import TorchLlmArgs
+from tensorweave.cluster.llm_args import TorchLlmArgs, kv_cache_dtype
 from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.protocol import ModelInfo, SamplingDefaults
+from tensorweave.cluster.quant_config import weight_quantization
 from tensorweave.cluster.step_settings import StepSettings
 from tensorweave.kernels.attention.backend import AttentionShape
 from tensorweave.kernels.native.library import load_native, use_threads
 from tensorweave.kernels.operations import Operations, choose_device_operations, choose_operations, reference_operations
+from tensorweave.kernels.weights import FP8
 from tensorweave.workers.engine.device.builder import DeviceEngineBuilder
 from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.device.graphs import GraphSizes
@@ -38,6 +40,8 @@ from tensorweave.workers.models.device.model import can_take, take_model
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.generation_config import load_sampling_defaults
 from tensorweave.workers.models.loader import WeightLoader
+from tensorweave.workers.models.quantizing import QuantizingWeights
+from tensorweave.workers.models.rank_weights import RankWeights
 from tensorweave.workers.models.rotary import rotary_table
 from tensorweave.workers.models.shards import HeadShard, shard_heads, split_evenly
 from tensorweave.workers.models.transformer import Transformer
@@ -95,6 +99,8 @@ class _ModelShare:
     place: MeshRank
     device: torch.device
     dtype: torch.dtype
+    kv_dtype: torch.dtype
+    quantization: str | None
     has_plain_attention: bool
     is_on_device: bool
 
@@ -106,7 +112,7 @@ class _ModelShare:
     def block_bytes(self, tokens_per_block: int) -> int:
         """Of one KV block on this rank."""
         sizes = self.config.sizes
-        return block_bytes(sizes.num_layers, len(self.heads.kv), tokens_per_block, sizes.head_dim, self.dtype)
+        return block_bytes(sizes.num_layers, len(self.heads.kv), tokens_per_block, sizes.head_dim, self.kv_dtype)
 
     def activation_bytes(self, args: TorchLlmArgs) -> int:
         """An upper bound of one step's temporaries: hidden states, two of the widest products, three of float32
@@ -121,7 +127,7 @@ class _ModelShare:
     def memory_need(self, args: TorchLlmArgs) -> MemoryNeed:
         kv = args.kv_cache_config
         return MemoryNeed(
-            weights=rank_weight_bytes(self.config, self.place, self.dtype),
+            weights=rank_weight_bytes(self.config, self.place, self.dtype, self.quantization),
             kv_cache=kv_bytes(kv, self.block_bytes(kv.tokens_per_block)),
             activations=self.activation_bytes(args) if self.device.type == "cuda" else 0,  # as `count_blocks` does
             kv_tokens=kv.max_tokens,
@@ -129,7 +135,7 @@ class _ModelShare:
 
     @property
     def operations(self) -> Operations:
-        if self.is_on_device:
+        if self.is_on_device or self.kv_dtype != self.dtype:  # the native kernels read a cache of the rows' type
             return reference_operations(self.device, self.dtype)
         head_dim = self.config.sizes.head_dim
         return choose_operations(self.device, self.dtype, head_dim, has_plain_attention=self.has_plain_attention)
@@ -139,18 +145,22 @@ class _ModelShare:
     ) -> Transformer:
         if load_format == "dummy":
             random = RandomWeights(tensor_shapes(self.config), device=self.device)
-            loader = WeightLoader(random, self.dtype, self.device)
-            return build_transformer(self.config, self.place, loader, comm, self.operations)
+            return self._build(WeightLoader(random, self.dtype, self.device), comm)
         num_readers = min(num_threads, _MOST_READERS[self.device.type])
         with open_weights(
             self.path, self.config, self.dtype, self.device, self.place, num_readers, on_progress
         ) as weights:
-            return build_transformer(self.config, self.place, weights, comm, self.operations)
+            return self._build(weights, comm)
+
+    def _build(self, weights: RankWeights, comm: Comm) -> Transformer:
+        wanted = weights if self.quantization is None else QuantizingWeights(weights)
+        return build_transformer(self.config, self.place, wanted, comm, self.operations)
 
 
 def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) -> _ModelShare:
     path = resolve_model(args.model, revision=args.revision)
-    saved = None if args.load_format == "dummy" else check_engine_dir(path, place, args.dtype)
+    quantization = weight_quantization(args.quant_config)
+    saved = None if args.load_format == "dummy" else check_engine_dir(path, place, args.dtype, quantization)
     config = load_model_config(path)
     check_mesh(config, place)
     device = pick_device(args.device)
@@ -160,7 +170,17 @@ def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) 
         sizes, P = config.sizes, args.kv_cache_config.tokens_per_block
         fits = can_take(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, P, place.mesh.size)
         is_on_device = device.type == "cuda" and fits and not has_plain_attention
-    return _ModelShare(path, config, place, device, dtype, has_plain_attention, is_on_device)
+    return _ModelShare(
+        path,
+        config,
+        place,
+        device,
+        dtype,
+        kv_dtype=FP8 if kv_cache_dtype(args) == "fp8" else dtype,
+        quantization=quantization if saved is None else saved.quantization,
+        has_plain_attention=has_plain_attention,
+        is_on_device=is_on_device,
+    )
 
 
 def _describe(share: _ModelShare, num_blocks: int, args: TorchLlmArgs, defaults: SamplingDefaults) -> ModelInfo:
@@ -173,7 +193,7 @@ def _describe(share: _ModelShare, num_blocks: int, args: TorchLlmArgs, defaults:
         tokens_per_block=P,
         num_blocks=num_blocks,
         end_ids=config.end_ids,
-        kv_bytes_per_token=block_bytes(sizes.num_layers, sizes.num_kv_heads, 1, sizes.head_dim, share.dtype),
+        kv_bytes_per_token=block_bytes(sizes.num_layers, sizes.num_kv_heads, 1, sizes.head_dim, share.kv_dtype),
         sampling_defaults=defaults,
     )
 
@@ -187,7 +207,7 @@ def _make_pool(share: _ModelShare, info: ModelInfo) -> KVPool:
             len(heads.kv),
             info.tokens_per_block,
             sizes.head_dim,
-            share.dtype,
+            share.kv_dtype,
             share.device,
             heads.kv.start,
         )

@@ -15,6 +15,7 @@ import torch
 from tensorweave.cluster.host_memory import HostMemory, host_memory
 from tensorweave.cluster.llm_args import KvCacheConfig
 from tensorweave.cluster.mesh import MeshRank
+from tensorweave.kernels.weights import FP8
 from tensorweave.workers.models.assembly import count_weights
 from tensorweave.workers.models.checkpoint import Shapes
 from tensorweave.workers.models.config import ModelConfig
@@ -75,11 +76,13 @@ def kv_bytes(kv: KvCacheConfig, block_bytes: int) -> int:
     return block_bytes * (1 if kv.max_tokens is None else -(-kv.max_tokens // kv.tokens_per_block))
 
 
-def rank_weight_bytes(config: ModelConfig, place: MeshRank, dtype: torch.dtype) -> int:
+def rank_weight_bytes(config: ModelConfig, place: MeshRank, dtype: torch.dtype, quantization: str | None = None) -> int:
     """Bytes of the matrices that one rank keeps; norms, biases and a tied head are left out."""
     narrow = dtype == torch.float32 and config.checkpoint_dtype == "bfloat16"
     weights = count_weights(config, place)
-    return weights.num_looked_up * dtype.itemsize + weights.num_multiplied * (_NARROWED if narrow else dtype.itemsize)
+    each = _NARROWED if narrow else dtype.itemsize
+    in_layers = (weights.num_multiplied - weights.num_in_head) * (each if quantization is None else FP8.itemsize)
+    return weights.num_looked_up * dtype.itemsize + weights.num_in_head * each + in_layers
 
 
 def checkpoint_bytes(shapes: Shapes, dtype: torch.dtype) -> int:

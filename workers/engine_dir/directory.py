@@ -30,6 +30,7 @@ from tensorweave.workers.models.config import ModelConfig
 from tensorweave.workers.models.device_loader import DeviceLoader
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.loader import WeightLoader
+from tensorweave.workers.models.quantizing import QuantizingWeights
 from tensorweave.workers.models.rank_weights import RankWeights
 from tensorweave.workers.models.redundant_tensors import check_redundant_tensors, redundant_tensors
 from tensorweave.workers.store.disk import writing_into
@@ -38,7 +39,9 @@ _COPIED: Final = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py",
 _LEFT: Final = frozenset({"model.safetensors.index.json", "conversion.json"})
 
 
-def save_engine_dir(source: Path, out: Path, *, tensor_parallel_size: int, dtype: str) -> None:
+def save_engine_dir(
+    source: Path, out: Path, *, tensor_parallel_size: int, dtype: str, quantization: str | None = None
+) -> None:
     """Make the engine directory `out` from the model directory `source`, one rank after the other, which needs the
     memory of one rank's share.
 
@@ -47,6 +50,7 @@ def save_engine_dir(source: Path, out: Path, *, tensor_parallel_size: int, dtype
     Args:
         tensor_parallel_size: the only size with which it can be loaded.
         dtype: the only type in which it can be loaded; 'auto' is the type in which this machine would load `source`.
+        quantization: 'fp8': weights are saved quantized, and are loaded so.
 
     Raises:
         ValueError: `out` exists and is not empty, or `source` cannot be loaded with these arguments.
@@ -58,27 +62,33 @@ def save_engine_dir(source: Path, out: Path, *, tensor_parallel_size: int, dtype
     manifest = EngineManifest.read(source)
     with _published(out) as made:
         if manifest is None:
-            _convert(source, made, tensor_parallel_size, dtype)
+            _convert(source, made, tensor_parallel_size, dtype, quantization)
         else:
-            check_fit(manifest, source, tensor_parallel_size, dtype)
+            check_fit(manifest, source, tensor_parallel_size, dtype, quantization)
             _copy(manifest, source, made)
 
 
-def check_engine_dir(directory: Path, place: MeshRank, dtype: str) -> EngineManifest | None:
+def check_engine_dir(
+    directory: Path, place: MeshRank, dtype: str, quantization: str | None = None
+) -> EngineManifest | None:
     """Return the manifest, or None if `directory` is not an engine directory.
 
     Raises:
-        ValueError: it was saved for another size or dtype, or a file that this rank reads is damaged.
+        ValueError: it was saved for another size or dtype or without the quantization that is asked for, or a file that
+            this rank reads is damaged.
     """
     manifest = EngineManifest.read(directory)
     if manifest is not None:
-        check_fit(manifest, directory, place.mesh.tensor, dtype)
+        check_fit(manifest, directory, place.mesh.tensor, dtype, quantization)
         manifest.check_files(directory, manifest.names_for(place.rank))
     return manifest
 
 
-def check_fit(manifest: EngineManifest, directory: Path, tensor_parallel_size: int, dtype: str) -> None:
-    """Raises ValueError if the directory was saved for another size or dtype."""
+def check_fit(
+    manifest: EngineManifest, directory: Path, tensor_parallel_size: int, dtype: str, quantization: str | None
+) -> None:
+    """Raises ValueError if the directory was saved for another size or dtype, or without this quantization. With None,
+    its own is taken."""
     if tensor_parallel_size != manifest.tensor_parallel_size:
         raise ValueError(
             f"engine directory {directory} was saved for tensor_parallel_size {manifest.tensor_parallel_size}, "
@@ -88,6 +98,11 @@ def check_fit(manifest: EngineManifest, directory: Path, tensor_parallel_size: i
         raise ValueError(
             f"engine directory {directory} was saved in {manifest.dtype}, asked for {dtype}; "
             f"save it again from the checkpoint"
+        )
+    if quantization not in (None, manifest.quantization):
+        raise ValueError(
+            f"engine directory {directory} was saved without the quantization that quant_config asks for "
+            f"({quantization}); save it again from the checkpoint"
         )
 
 
@@ -130,14 +145,14 @@ def _copy(manifest: EngineManifest, source: Path, made: Path) -> None:
             file.check()
 
 
-def _convert(source: Path, made: Path, size: int, wanted: str) -> None:
+def _convert(source: Path, made: Path, size: int, wanted: str, quantization: str | None) -> None:
     config = load_model_config(source)
     dtype = pick_dtype(wanted, config.checkpoint_dtype, pick_device("auto"))
     operations = choose_operations(torch.device("cpu"), dtype, config.sizes.head_dim)
     for place in Mesh(tensor=size).ranks():
         check_mesh(config, place)
         with open_weights(source, config, dtype, torch.device("cpu"), place) as weights:
-            recorder = RankRecorder(weights)
+            recorder = RankRecorder(weights if quantization is None else QuantizingWeights(weights))
             build_transformer(config, place, recorder, SoloComm(), operations)  # which is never run
             recorder.save(rank_file(made, place.rank))
     for pattern in _COPIED:
@@ -150,6 +165,7 @@ def _convert(source: Path, made: Path, size: int, wanted: str) -> None:
         dtype=str(dtype).removeprefix("torch."),
         model_digest=model_digest(source),
         files=record_files(made),
+        quantization=quantization,
     ).write(made)
 
 

@@ -24,6 +24,8 @@ _DTYPES: Final = ("float32", "bfloat16", "float16")
 _KEYS: Final = frozenset(
     {"format_version", "tensorweave_version", "tensor_parallel_size", "dtype", "model_digest", "files", "digest"}
 )
+_OPTIONAL_KEYS: Final = frozenset({"quantization"})
+_QUANTIZATIONS: Final = (None, "fp8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +38,20 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class EngineManifest:
-    """`model_digest` is that of the source checkpoint: gangs that exchange KV compare it."""
+    """`model_digest` is that of the source checkpoint: gangs that exchange KV compare it. `quantization` is that of the
+    weights, as in `TorchLlmArgs`; a directory without it is read by versions that do not know it."""
 
     tensorweave_version: str
     tensor_parallel_size: int
     dtype: str
     model_digest: str
     files: Mapping[str, FileRecord]
+    quantization: str | None = None
 
     def write(self, directory: Path) -> None:
         fields = {"format_version": FORMAT_VERSION, **asdict(self)}
+        if self.quantization is None:
+            del fields["quantization"]
         text = json.dumps({**fields, "digest": _digest_fields(fields)}, indent=2)
         (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
@@ -129,7 +135,7 @@ def _checked(fields: Any, source: str) -> dict[str, Any]:
     version = fields.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"{source} has format_version {version!r}; this version of tensorweave reads {FORMAT_VERSION}")
-    if unknown := sorted(set(fields) - _KEYS):
+    if unknown := sorted(set(fields) - _KEYS - _OPTIONAL_KEYS):
         raise ValueError(f"{source} has unknown keys: {', '.join(unknown)}")
     if absent := sorted(_KEYS - set(fields)):
         raise ValueError(f"{source} lacks keys: {', '.join(absent)}")
@@ -139,6 +145,8 @@ def _checked(fields: Any, source: str) -> dict[str, Any]:
     size, dtype, files = body["tensor_parallel_size"], body["dtype"], body["files"]
     if type(size) is not int or size < 1 or dtype not in _DTYPES or not isinstance(files, dict):
         raise ValueError(f"{source} is damaged: tensor_parallel_size {size!r}, dtype {dtype!r}")
+    if body.get("quantization") not in _QUANTIZATIONS:
+        raise ValueError(f"{source} has quantization {body['quantization']!r}, which this version does not read")
     return {
         **{key: value for key, value in body.items() if key not in ("format_version", "files")},
         "files": {_plain(name, source): _record(name, record, source) for name, record in files.items()},

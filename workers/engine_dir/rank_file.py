@@ -2,7 +2,7 @@
 
 A rank file is in safetensors format. Names are those of the checkpoint, joined by '+' if one matrix is made of several.
 A matrix has two dimensions, or four if it is a `PackedWeight`. Float32 values that came from bfloat16 are stored as
-bfloat16. The metadata has every tensor's digest.
+bfloat16. A matrix in 8-bit floats has its scales beside it. The metadata has every tensor's digest.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tensorweave.kernels.weights import PackedWeight, QuantizedWeight, Weight, huge_pages, narrowed, pack_weight
+from tensorweave.kernels.weights import FP8, PackedWeight, QuantizedWeight, Weight, huge_pages, narrowed, pack_weight
 from tensorweave.workers.engine_dir.digest import LENGTH_BYTES, bytes_of, digest_tensor, read_bytes
 from tensorweave.workers.models.rank_weights import RankWeights, TensorRows, stacked_shape
 from tensorweave.workers.models.tensor_names import HEAD
 
 Parts = Sequence[TensorRows]
 _PACKED_DIMS: Final = 4
-_DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": FP8}
+_SCALES: Final = ".scales"
 
 
 class RankRecorder:
@@ -61,7 +62,9 @@ class RankRecorder:
         save_file(self._tensors, file, {name: digest_tensor(tensor) for name, tensor in self._tensors.items()})
 
     def _pack(self, name: str, weight: Weight) -> Weight:
-        assert not isinstance(weight, QuantizedWeight), "rank files have no form for quantized weights"
+        if isinstance(weight, QuantizedWeight):
+            self._tensors[name], self._tensors[name + _SCALES] = weight.values_NK, weight.scales_N
+            return weight
         packed = weight if isinstance(weight, PackedWeight) else pack_weight(weight)
         if packed is None:
             assert isinstance(weight, Tensor)
@@ -129,6 +132,11 @@ class RankFile:
 
     def _matrix(self, name: str, shape: tuple[int, ...]) -> Weight:
         stored = self._place(name)["shape"]
+        if _DTYPES[self._place(name)["dtype"]] == FP8:
+            self._check_shape(name, stored, shape)
+            self._check_shape(name + _SCALES, self._place(name + _SCALES)["shape"], shape[:1])
+            values_NK, scales_N = (self._read(each).to(self._device) for each in (name, name + _SCALES))
+            return QuantizedWeight(values_NK, scales_N, self._dtype)
         if len(stored) != _PACKED_DIMS:
             return self._rows(name, shape)
         num_outputs, num_inputs = shape

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tensorweave.kernels.weights import Weight
+from tensorweave.workers.models.tensor_names import HEAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +75,16 @@ class RankWeights(Protocol):
 class MetaWeights:
     """Tensors of torch's meta device, which have no memory, and a record of what was asked for.
 
-    `shapes` are the whole tensors, `requests` what was asked for, in order; `num_multiplied` and `num_looked_up` count
-    the elements of matrices that the rank keeps. Norms and biases are not counted.
+    `shapes` are the whole tensors, `requests` what was asked for, in order; `num_multiplied` (of it `num_in_head` the
+    output head's) and `num_looked_up` count the elements of matrices that the rank keeps. Norms and biases are not
+    counted.
     """
 
     def __init__(self) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.requests: list[WeightRequest] = []
         self.num_multiplied = 0
+        self.num_in_head = 0
         self.num_looked_up = 0
 
     def vector(self, name: str, size: int) -> Tensor:
@@ -95,6 +98,7 @@ class MetaWeights:
     def matrix_rows(self, parts: Sequence[TensorRows]) -> Tensor:
         matrix = self._note(WeightRequest(tuple(parts)))
         self.num_multiplied += matrix.numel()
+        self.num_in_head += matrix.numel() if parts[0].name == HEAD else 0
         return matrix
 
     def matrix_columns(self, name: str, shape: tuple[int, int], columns: range) -> Tensor:

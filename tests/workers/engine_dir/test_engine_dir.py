@@ -295,7 +295,7 @@ def _drop_dtype(fields: dict[str, Any]) -> None:
     ("change", "message"),
     [
         (lambda fields: fields.update(format_version=2), "has format_version 2; this version of tensorweave reads 1"),
-        (lambda fields: fields.update(quantization="int4", extra=1), "has unknown keys: extra, quantization"),
+        (lambda fields: fields.update(sparsity="2:4", extra=1), "has unknown keys: extra, sparsity"),
         (_drop_dtype, "lacks keys: dtype"),
         (lambda fields: fields.update(model_digest="0" * 32), "is damaged: its fields have changed since saving"),
         (lambda fields: fields["files"].clear(), "is damaged: its fields have changed since saving"),
