@@ -89,6 +89,7 @@ TORCH_FILES = frozenset(
         "tensorweave/cli/bench_transfer_fetches.py",
         "tensorweave/cli/bench_transfer_sockets.py",
         "tensorweave/cli/suite_rates.py",
+        "tensorweave/cli/trace_profiler.py",
     }
 )
 """Benchmarks that act as two ranks, or measure a device; the command line imports them only when they run."""

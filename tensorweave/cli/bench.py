@@ -8,13 +8,15 @@ from typing import Any
 
 from tensorweave.cli import bench_engine, bench_http, bench_link, bench_steps, bench_suite, bench_transfer
 from tensorweave.cli.arguments import add_api_key, add_changes, count, positive, rate
-from tensorweave.cli.suite_run import add_suite_arguments
+from tensorweave.cli.suite_rows import SUITES
+from tensorweave.cli.suite_run import add_quantization, add_suite_arguments
 
 _EXAMPLES = """\
 examples:
   tensorweave bench throughput --model smollm2 --input-len 128 --output-len 64 --dtype float32 --json out.json
   tensorweave bench latency --model smollm2 --batch-size 1
   tensorweave bench suite h100-8b --json out.json --plot out.svg      rows of a table, with the roofline of each
+  tensorweave bench trace --model smollm2 --batch-sizes 1 64     where the time of a decode step goes
   tensorweave bench serve --url http://127.0.0.1:8000 --num-prompts 64 --concurrency 8     any OpenAI endpoint
   tensorweave bench link --url http://127.0.0.1:8000     HTTP's share of the time to first token
   tensorweave bench overhead                             the step loop with an empty model
@@ -35,6 +37,7 @@ def add_command(commands: Any) -> None:
     _add_throughput(kinds)
     _add_latency(kinds)
     _add_suite(kinds)
+    _add_trace(kinds)
     _add_serve(kinds)
     _add_link(kinds)
     _add_overhead(kinds)
@@ -69,6 +72,29 @@ def _add_suite(kinds: Any) -> None:
     parser.add_argument("--plot", type=Path, metavar="OUT", help="write bars of the shares here, as SVG")
     add_changes(parser, "another argument of LLM, for example max_batch_size=256")
     parser.set_defaults(run=bench_suite.run)
+
+
+def _add_trace(kinds: Any) -> None:
+    parser = kinds.add_parser("trace", help="where the time of a decode step goes: the GPU, the host, each kernel")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", help="directory, hub id or smollm2")
+    which.add_argument("--suite", choices=tuple(SUITES), help="random weights and arguments of this suite")
+    add_quantization(parser)
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float16", "bfloat16", "float32"), help="of --model"
+    )
+    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 64, 256], help="default: 1 64 256")
+    parser.add_argument("--input-len", type=positive, default=128, help="prompt tokens (default: %(default)s)")
+    parser.add_argument(
+        "--output-len", type=positive, default=768, help="most generated tokens: longer than the trace takes"
+    )
+    parser.add_argument("--num-steps", type=positive, default=64, help="steps of a trace (default: %(default)s)")
+    parser.add_argument("--top", type=positive, default=15, help="kernels in the table (default: %(default)s)")
+    parser.add_argument("--chrome", type=Path, metavar="OUT", help="also write OUT-bN.json for chrome://tracing")
+    parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
+    add_changes(parser, "another argument of LLM")
+    _json_argument(parser)
+    parser.set_defaults(run=_run_trace)
 
 
 def _add_serve(kinds: Any) -> None:
@@ -180,6 +206,12 @@ def _length_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the whole report here")
+
+
+def _run_trace(args: argparse.Namespace) -> int:
+    from tensorweave.cli.bench_trace import run
+
+    return run(args)
 
 
 def _run_ttft(args: argparse.Namespace) -> int:

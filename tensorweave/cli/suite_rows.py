@@ -127,7 +127,12 @@ SUITES: Final[Mapping[str, Suite]] = {
             dtype="float32",
             rows=(Row("b1_16_8", 1, 16, 8, 2), Row("b4_16_8", 4, 16, 8, 2), Row("prefill_64_1_x4", 4, 64, 1, 1)),
             warmups=(Row("warmup_2x16", 2, 16, 4),),
-            engine={"max_seq_len": 128, "max_batch_size": 8, "max_num_tokens": 256, "kv_cache_config.max_tokens": 2048},
+            engine={
+                "max_seq_len": 32768,
+                "max_batch_size": 8,
+                "max_num_tokens": 256,
+                "kv_cache_config.max_tokens": 131072,
+            },
         ),
     )
 }  # fmt: skip

@@ -40,10 +40,7 @@ def add_suite_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("suite", choices=tuple(SUITES), metavar="SUITE", help=", ".join(SUITES))
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these (default: all of the suite)")
     parser.add_argument("--runs", type=positive, metavar="N", help="of each row, the best counts (default: the row's)")
-    parser.add_argument(
-        "--quantization", choices=("none", "fp8"), default="none", help="weights (default: %(default)s)"
-    )
-    parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="KV cache (default: %(default)s)")
+    add_quantization(parser)
     parser.add_argument("--model", type=Path, metavar="DIR", help="real weights instead of the suite's random ones")
     parser.add_argument(
         "--limit-s", type=rate, default=math.inf, metavar="S", help="start no run that cannot end in this time"
@@ -51,6 +48,13 @@ def add_suite_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures here, anew after each row")
     parser.add_argument("--markdown", type=Path, metavar="OUT", help="write the table here")
+
+
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quantization", choices=("none", "fp8"), default="none", help="weights (default: %(default)s)"
+    )
+    parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="KV cache (default: %(default)s)")
 
 
 def suite_of(args: argparse.Namespace) -> Suite:

@@ -150,7 +150,7 @@ TINY: Final = ModelShape(
         "eos_token_id": 2,
         "hidden_size": 64,
         "intermediate_size": 128,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 65536,
         "num_attention_heads": 4,
         "num_hidden_layers": 2,
         "num_key_value_heads": 2,

@@ -200,10 +200,10 @@ def test_quantization_and_changes_are_arguments_of_the_llm() -> None:
     args = parsed("tiny", "--quantization", "fp8", "--kv-dtype", "fp8", "--set", "max_batch_size=4")
     assert engine_options(SUITES["tiny"], args) == {
         "dtype": "float32",
-        "max_seq_len": 128,
+        "max_seq_len": 32768,
         "max_batch_size": 4,
         "max_num_tokens": 256,
-        "kv_cache_config": {"max_tokens": 2048, "dtype": "fp8"},
+        "kv_cache_config": {"max_tokens": 131072, "dtype": "fp8"},
         "quant_config": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
     }
 

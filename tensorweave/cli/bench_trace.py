@@ -1,0 +1,166 @@
+"""`tensorweave bench trace`: where the time of a decode step goes, on the user's model and machine.
+
+For each batch size, requests decode together. First some steps run as they are: they give the time of a step and the
+host's part in it. Then as many run under torch's profiler: they tell what the GPU did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tensorweave.cli import bench_suite
+from tensorweave.cli.figures import aligned, percentile, publish, report, settings_of
+from tensorweave.cli.prompts import random_prompts
+from tensorweave.cli.suite_figures import card
+from tensorweave.cli.suite_rows import SUITES
+from tensorweave.cli.suite_shapes import ModelShape
+from tensorweave.cli.trace_events import last_part
+from tensorweave.cli.trace_figures import device_steps, operator_shares
+from tensorweave.deploy.config_file import read_document
+from tensorweave.workers.store.model_store import resolve_model
+
+if TYPE_CHECKING:
+    from tensorweave import LLM, RequestOutput
+
+_NUM_WARMUP_STEPS: Final = 16
+_HEAD: Final = (
+    "batch", "step ms", "host ms", "p99", "| traced: step ms", "GPU busy", "idle in graphs", "idle between", "untraced",
+)  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    from tensorweave.cli.trace_profiler import prepare  # imports torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        model_dir, options = _model(args, Path(folder))
+        prepare()
+        from tensorweave import LLM
+
+        with LLM(model=model_dir, skip_tokenizer_init=True, **options) as llm:
+            vocab_size = ModelShape.read(model_dir).vocab_size
+            rows = [_trace(llm, batch_size, vocab_size, args) for batch_size in args.batch_sizes]
+    publish(report("trace", settings_of(args), {"card": card()["name"], "engine": options, "runs": rows}), args.json)
+    print(f"\n{steps_table(rows)}")
+    for row in rows:
+        print(f"\nbatch {row['batch_size']}, by time:\n{shares_table(row['shares'][: args.top])}")
+    return 0
+
+
+def _model(args: argparse.Namespace, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The model's directory, and the arguments of `LLM`: those of a suite, or those that were given."""
+    if args.model is None:
+        suite = SUITES[args.suite]
+        options = bench_suite.engine_options(suite, args)
+        return suite.shape.write(folder, suite.dtype), {"load_format": "dummy", **options}
+    return resolve_model(args.model), read_document(os.devnull, [f"dtype={args.dtype}", *args.changes]).checked().data
+
+
+def _trace(llm: LLM, batch_size: int, vocab_size: int, args: argparse.Namespace) -> dict[str, Any]:
+    from tensorweave import SamplingParams
+    from tensorweave.cli.trace_profiler import recording
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=args.output_len, ignore_eos=True)
+    llm.get_stats()  # those of what ran before
+    *others, watched = random_prompts(batch_size, args.input_len, vocab_size, args.seed + batch_size)
+    outputs = [llm.generate_async(prompt, sampling) for prompt in others]
+    tokens = WatchedTokens(llm.generate_async(watched, sampling, streaming=True))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            tokens.advance(_NUM_WARMUP_STEPS)
+            num_steps, elapsed_s = tokens.advance(args.num_steps)
+            stats = llm.get_stats()
+            path = Path(folder) / "trace.json" if args.chrome is None else chrome_path(args.chrome, batch_size)
+            with recording(path) as recorded:
+                tokens.advance(1)  # with all that came while the profiler started
+                num_traced, traced_s = tokens.advance(args.num_steps)
+    finally:
+        for output in [*outputs, tokens.output]:
+            output.abort()
+    events, step_ms = last_part(recorded, traced_s), elapsed_s * 1e3 / num_steps
+    row = {"batch_size": batch_size, "step_ms": step_ms, "traced_step_ms": traced_s * 1e3 / num_traced}
+    is_gpu = any(event.kind == "kernel" for event in events)
+    row |= host_figures(stats, batch_size, step_ms, is_gpu=is_gpu)
+    if not is_gpu:
+        return row | {"shares": [dataclasses.asdict(share) for share in operator_shares(events, num_traced)]}
+    steps, shares = device_steps(events, num_traced)
+    span_ms = (steps.busy_us + steps.inside_us) / 1e3
+    row |= {**dataclasses.asdict(steps), "untraced_idle": max(0.0, 1 - span_ms / step_ms)}
+    return row | {"shares": [dataclasses.asdict(share) for share in shares]}
+
+
+class WatchedTokens:
+    """The tokens of one streamed request, which tell how far the batch is."""
+
+    def __init__(self, output: RequestOutput) -> None:
+        self.output = output
+        self._pieces = iter(output)
+        self._num_tokens = 0
+        self._arrived_s = time.perf_counter()
+
+    def advance(self, num_tokens: int) -> tuple[int, float]:
+        """Wait for so many more. Return how many came, and the seconds since the last one before them.
+
+        Raises:
+            ValueError: The request ended first.
+        """
+        before, before_s = self._num_tokens, self._arrived_s
+        while self._num_tokens < before + num_tokens:
+            piece = next(self._pieces, None)
+            if piece is None:
+                raise ValueError(f"the requests ended after {self._num_tokens} tokens, too early: raise --output-len")
+            self._num_tokens, self._arrived_s = len(piece.outputs[0].token_ids), time.perf_counter()
+        return self._num_tokens - before, self._arrived_s - before_s
+
+
+def host_figures(stats: Sequence[dict[str, Any]], batch_size: int, step_ms: float, *, is_gpu: bool) -> dict[str, float]:
+    """Median and 99th percentile of what the host does per step: on a GPU all but waiting for it, on a CPU all but the
+    forward. The statistics end before a step's answers are handed over; that is added from the time of a whole step."""
+    rows = [
+        row
+        for row in stats
+        if row["inflightBatchingStats"]["numGenRequests"] == batch_size
+        and row["inflightBatchingStats"]["numContextRequests"] == 0
+    ]
+    if not rows:
+        raise ValueError(f"no step had all {batch_size} requests in it: lower --batch-sizes, or raise max_batch_size")
+    not_host = "waitLatencyMS" if is_gpu else "forwardLatencyMS"
+    after_ms = max(0.0, step_ms - statistics.fmean(row["iterLatencyMS"] for row in rows))
+    host_ms = sorted(row["iterLatencyMS"] - row[not_host] + after_ms for row in rows)
+    return {"host_ms_median": percentile(host_ms, 50), "host_ms_p99": percentile(host_ms, 99)}
+
+
+def steps_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Without a GPU, the columns about it are empty. "untraced" is the share of an untraced step in which the GPU is
+    idle between launches, where it takes as long for a launch as in the trace."""
+    return aligned([_HEAD, *[_cells(row) for row in rows]])
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    cells = [str(row["batch_size"]), *(f"{row[key]:.3f}" for key in ("step_ms", "host_ms_median", "host_ms_p99"))]
+    if "busy_us" not in row:
+        return [*cells, f"{row['traced_step_ms']:.3f}", "–", "–", "–", "–"]
+    shares = [row[key] / row["step_us"] for key in ("busy_us", "inside_us", "between_us")]
+    return [*cells, f"{row['step_us'] / 1e3:.3f}", *(f"{share:.1%}" for share in (*shares, row["untraced_idle"]))]
+
+
+def shares_table(shares: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        [share["name"], f"{share['per_step']:.1f}", f"{share['us_each']:.1f}", f"{share['us_per_step']:.1f}",
+         f"{share['share']:.1%}"]
+        for share in shares
+    ]  # fmt: skip
+    return aligned([["name", "per step", "µs each", "µs per step", "share"], *lines], num_left=1)
+
+
+def chrome_path(path: Path, batch_size: int) -> Path:
+    """One file per batch size: trace.json becomes trace-b64.json."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f"{path.stem}-b{batch_size}{path.suffix}")

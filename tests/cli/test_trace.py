@@ -1,0 +1,188 @@
+"""`bench trace`: figures from made-up traces whose answer is known, and the command on a CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tensorweave.cli.bench_trace import WatchedTokens, chrome_path, host_figures, steps_table
+from tensorweave.cli.main import main
+from tensorweave.cli.trace_events import Event, events_of, last_part
+from tensorweave.cli.trace_figures import device_steps, operator_shares, short_name
+
+
+def kernel(name: str, start_us: float, length_us: float, launch: int) -> Event:
+    return Event("kernel", name, start_us, start_us + length_us, launch, "7")
+
+
+def graph_steps(num_steps: int, *, period_us: float = 100.0) -> list[Event]:
+    """Each step is one launch: embed 0–10, layers 10–40 and 38–70 (they overlap, by dependent launch), argmax 75–90."""
+    events = []
+    for step in range(num_steps):
+        began_us = step * period_us
+        events += [
+            kernel("embed", began_us, 10, step + 1),
+            kernel("layer", began_us + 10, 30, step + 1),
+            kernel("layer", began_us + 38, 32, step + 1),
+            kernel("argmax", began_us + 75, 15, step + 1),
+        ]
+    return events
+
+
+def test_a_replayed_graph_is_busy_idle_inside_and_idle_between() -> None:
+    steps, shares = device_steps(graph_steps(30), num_expected=30)
+    assert (steps.step_us, steps.busy_us, steps.inside_us, steps.between_us) == pytest.approx((100, 85, 5, 10))
+    assert steps.num_steps == 26
+    assert [(share.name, share.per_step, share.us_each) for share in shares] == [
+        ("layer", 2, pytest.approx(31)),
+        ("argmax", 1, 15),
+        ("embed", 1, 10),
+    ]
+    assert shares[0].share == pytest.approx(62 / 87)
+
+
+def test_kernels_that_are_launched_one_by_one_leave_all_gaps_between_launches() -> None:
+    one_by_one = [Event(e.kind, e.name, e.start_us, e.end_us, n, e.thread) for n, e in enumerate(graph_steps(30))]
+    steps, _ = device_steps(one_by_one, num_expected=30)
+    assert (steps.busy_us, steps.inside_us, steps.between_us) == pytest.approx((85, 0, 15))
+
+
+def test_copies_are_told_apart_from_work() -> None:
+    copies = [Event("gpu_memcpy", "Memcpy HtoD", step * 100 + 91, step * 100 + 95, 0, "9") for step in range(30)]
+    events = sorted([*graph_steps(30), *copies], key=lambda event: event.start_us)
+    steps, _ = device_steps(events, num_expected=30)
+    assert (steps.between_us, steps.copies_us) == pytest.approx((10, 4))
+
+
+def test_the_steps_are_found_although_a_trace_starts_and_ends_within_one() -> None:
+    steps, _ = device_steps(graph_steps(30)[2:-1], num_expected=31)
+    assert steps.step_us == pytest.approx(100)
+
+
+def test_one_slow_step_shows_in_the_tail() -> None:
+    late = [Event(e.kind, e.name, e.start_us + 500, e.end_us + 500, e.correlation, "7") for e in graph_steps(30)[80:]]
+    steps, _ = device_steps([*graph_steps(30)[:80], *late], num_expected=30)
+    assert steps.step_p99_us > 400
+    assert steps.between_us == pytest.approx(10 + 500 / 26)
+
+
+def test_a_trace_without_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="no kernel of the trace ran about 64 times"):
+        device_steps(graph_steps(8), num_expected=64)
+    with pytest.raises(ValueError, match="only 2 steps"):
+        device_steps(graph_steps(3), num_expected=3)
+
+
+def test_operators_count_without_those_inside_them() -> None:
+    def operator(name: str, start_us: float, end_us: float, thread: str = "1") -> Event:
+        return Event("cpu_op", name, start_us, end_us, 0, thread)
+
+    events = [operator("linear", 0, 10), operator("mm", 1, 8), operator("empty", 2, 3), operator("mul", 10, 14)]
+    events += [operator("mm", 0, 5, thread="2")]
+    shares = operator_shares(sorted(events, key=lambda event: (event.start_us, -event.end_us)), num_steps=2)
+    assert {share.name: share.us_per_step * 2 for share in shares} == {"linear": 3, "mm": 11, "empty": 1, "mul": 4}
+    assert shares[0].name == "mm"
+    assert sum(share.share for share in shares) == pytest.approx(1)
+
+
+def test_events_of_a_chrome_trace() -> None:
+    entries = [
+        {"ph": "X", "cat": "kernel", "name": "k", "ts": 5.5, "dur": 2, "tid": 7, "args": {"correlation": 9}},
+        {"ph": "X", "cat": "python_function", "name": "f", "ts": 1, "dur": 1, "tid": 1},
+        {"ph": "i", "cat": "kernel", "name": "marker", "ts": 1},
+        {"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 1, "dur": 3, "tid": 4},
+    ]
+    launch, k = events_of(entries)
+    assert (launch.kind, launch.correlation) == ("cuda_runtime", 0)
+    assert (k.start_us, k.end_us, k.correlation, k.thread) == (5.5, 7.5, 9, "7")
+
+
+def test_the_last_part_of_a_trace() -> None:
+    events = graph_steps(10)
+    assert last_part(events, 150e-6) == events[-5:]  # it ends at 990: all that starts from 840 on
+    assert last_part([], 1.0) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("void at::native::(anonymous namespace)::pick<float, 2>(Tensor<float>, int)", "at::native::pick"),
+        ("nvjet_tst_128x8_64x12_2x1_v_bz_splitK_TNT", "nvjet_tst_128x8_64x12_2x1_v_bz_splitK_TNT"),
+        ("a" * 80, "a" * 63 + "…"),
+    ],
+)  # fmt: skip
+def test_kernel_names_are_shortened(name: str, short: str) -> None:
+    assert short_name(name) == short
+
+
+def stats_row(iter_ms: float, wait_ms: float, num_generating: int, num_context: int = 0) -> dict[str, Any]:
+    running = {"numGenRequests": num_generating, "numContextRequests": num_context}
+    times = {"iterLatencyMS": iter_ms, "waitLatencyMS": wait_ms, "forwardLatencyMS": wait_ms + 1}
+    return {**times, "inflightBatchingStats": running}
+
+
+def test_the_host_s_time_is_that_without_a_wait() -> None:
+    rows = [stats_row(5.0, 4.0, 8), stats_row(5.0, 3.5, 8), stats_row(5.0, 4.2, 8), stats_row(90.0, 0.0, 8, 1)]
+    rows += [stats_row(70.0, 0.0, 7)]
+    on_gpu = host_figures(rows, 8, step_ms=5.25, is_gpu=True)
+    assert on_gpu["host_ms_median"] == pytest.approx(1.0 + 0.25)
+    assert on_gpu["host_ms_p99"] == pytest.approx(1.75, abs=0.02)
+    assert host_figures(rows, 8, step_ms=5.0, is_gpu=False)["host_ms_median"] == pytest.approx(0.0)
+    with pytest.raises(ValueError, match="no step had all 9 requests"):
+        host_figures(rows, 9, step_ms=5.0, is_gpu=True)
+
+
+@dataclass
+class StreamedOutput:
+    """A streamed request that gets its tokens in pieces of these sizes."""
+
+    sizes: list[int]
+
+    def __iter__(self) -> Iterator[Any]:
+        tokens = 0
+        for size in self.sizes:
+            tokens += size
+            yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[0] * tokens)])
+
+
+def test_steps_are_counted_by_the_tokens_of_one_request() -> None:
+    tokens = WatchedTokens(StreamedOutput([1, 1, 3, 1, 1]))  # type: ignore[arg-type]
+    assert tokens.advance(2)[0] == 2
+    assert tokens.advance(2)[0] == 3
+    with pytest.raises(ValueError, match="ended after 7 tokens, too early: raise --output-len"):
+        tokens.advance(3)
+
+
+def test_the_table_of_steps() -> None:
+    row = {"batch_size": 8, "step_ms": 5.0, "host_ms_median": 1.0, "host_ms_p99": 1.5, "traced_step_ms": 6.0}
+    gpu = {"step_us": 6000.0, "busy_us": 5700.0, "inside_us": 180.0, "between_us": 120.0, "untraced_idle": 0.015}
+    head, on_cpu, on_gpu = steps_table([row, {**row, **gpu}]).splitlines()
+    assert on_gpu.split() == ["8", "5.000", "1.000", "1.500", "6.000", "95.0%", "3.0%", "2.0%", "1.5%"]
+    assert on_cpu.split()[-5:] == ["6.000", "–", "–", "–", "–"]
+    assert "idle between" in head
+
+
+def test_a_chrome_trace_has_the_batch_size_in_its_name(tmp_path: Path) -> None:
+    assert chrome_path(tmp_path / "a" / "trace.json", 64) == tmp_path / "a" / "trace-b64.json"
+    assert (tmp_path / "a").is_dir()
+
+
+def test_a_trace_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The requests could last for ten seconds, so that a busy machine does not see their end; they are cancelled."""
+    sizes = ["--batch-sizes", "1", "3", "--input-len", "8", "--output-len", "30000", "--num-steps", "12"]
+    out = ["--json", str(tmp_path / "o.json"), "--chrome", str(tmp_path / "t.json")]
+    assert main(["bench", "trace", "--suite", "tiny", *sizes, *out, "--set", "device=cpu"]) == 0
+    rows = json.loads((tmp_path / "o.json").read_text())["runs"]
+    assert [row["batch_size"] for row in rows] == [1, 3]
+    for row in rows:
+        assert 0 < row["host_ms_median"] <= row["host_ms_p99"]
+        assert sum(share["share"] for share in row["shares"]) == pytest.approx(1)
+        assert any(share["name"].startswith("aten::") and share["per_step"] > 1 for share in row["shares"])
+    assert json.loads((tmp_path / "t-b3.json").read_text())["traceEvents"]
+    assert "batch 3, by time" in capsys.readouterr().out
