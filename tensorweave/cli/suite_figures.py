@@ -85,7 +85,7 @@ def how_measured(document: Mapping[str, Any]) -> str:
     sentence = (
         f"{document['side']} {document['version']}, suite {document['suite']} ({weights} weights, "
         f"{document['kv_dtype']} KV), {document['card']['name']}, {document['date'][:10]}. "
-        f"Loaded in {_number(document.get('load_s'), 1)} s, "
+        f"Loaded {_number(document.get('load_s'), 1)} s after its process started, "
         f"first token after {_number(document.get('first_token_s'), 1)} s."
     )
     if rates := document.get("rates"):

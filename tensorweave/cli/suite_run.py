@@ -18,6 +18,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import psutil
+
 from tensorweave.cli.arguments import positive, rate
 from tensorweave.cli.figures import machine
 from tensorweave.cli.suite_figures import RowResult, card, markdown
@@ -76,9 +78,9 @@ def run_suite(
     with tempfile.TemporaryDirectory() as folder:
         model_dir = suite.shape.write(Path(folder), suite.dtype) if args.model is None else args.model
         with open_engine(model_dir) as generate:
-            document["load_s"] = round(time.perf_counter() - began_s, 2)
+            document["load_s"] = process_age_s()
             generate([_FIRST_PROMPT], 1)
-            document["first_token_s"] = round(time.perf_counter() - began_s, 2)
+            document["first_token_s"] = process_age_s()
             print(f"loaded in {document['load_s']} s, first token after {document['first_token_s']} s", flush=True)
             for result in run_rows(suite, rows, generate, args, began_s + args.limit_s, row_s):
                 document["rows"].append(result.as_dict())
@@ -122,6 +124,11 @@ def run_once(row: Row, generate: Generate, prompts: list[list[int]]) -> float:
     if lengths != [row.output_len] * row.num_requests:
         raise AssertionError(f"{row.name}: {sum(lengths)} tokens instead of {row.num_requests * row.output_len}")
     return elapsed_s
+
+
+def process_age_s() -> float:
+    """Imports count too; ours are at a disadvantage by the time of measuring the device."""
+    return round(time.time() - psutil.Process().create_time(), 2)
 
 
 def new_document(args: argparse.Namespace, side: str, version: str) -> dict[str, Any]:
