@@ -14,6 +14,7 @@ from tensorweave.cluster.llm_args import CacheTransceiverConfig, TorchLlmArgs
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.cluster.quant_config import weight_quantization
 from tensorweave.cluster.step_settings import StepSettings
+from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.engine import ModelEngine
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine.load import load_engine
@@ -68,12 +69,16 @@ def build_executor(
     Raises:
         ValueError: the arguments or the model's files are wrong; the message names which.
     """
+    log = log or StartLog()
     settings = StepSettings.of(args, pick_device(args.device).type)
     engine = _load_engine(args, comm, num_ranks_here, log)
     kv_cache = _make_kv_cache(args, engine.info, event_buffer_size)
     scheduler = _make_scheduler(args, settings, kv_cache)
     gc.set_threshold(args.garbage_collection_gen0_threshold, *gc.get_threshold()[1:])
     decoder = SamplingDecoder(device=engine.pool.cache.device)
+    if isinstance(engine, DeviceEngine):
+        with log.part("warming up sampling"):
+            decoder.warm_up(engine.blank_steps())
     executor = PyExecutor(
         engine=engine,
         scheduler=scheduler,
@@ -177,7 +182,7 @@ def check_model(args: TorchLlmArgs) -> None:
         check_fit(saved, path, args.tensor_parallel_size, args.dtype, weight_quantization(args.quant_config))
 
 
-def _load_engine(args: TorchLlmArgs, comm: Comm, num_ranks_here: int, log: StartLog | None) -> ModelEngine:
+def _load_engine(args: TorchLlmArgs, comm: Comm, num_ranks_here: int, log: StartLog) -> ModelEngine:
     if args.backend == "_autodeploy":
         from tensorweave.workers.autodeploy.loader import load_autodeploy  # imports transformers, which takes seconds
 

@@ -82,6 +82,11 @@ class DeviceEngine:
             hidden_TD = self._run_mixed(prompts, num_rows)
             return Ready(self._logits(num_padded, self._prompt_logits(batch.prompt_reads, hidden_TD)))
 
+    def blank_steps(self) -> Iterator[StepLogits]:
+        """Of each number of rows that has a graph: any logits, in the buffers in which a step leaves them."""
+        for num_rows in self.graphs.sizes:
+            yield self._logits(num_rows)
+
     def wipe_blocks(self, block_ids: Sequence[int]) -> None:
         with torch.no_grad():
             self.pool.wipe_blocks(block_ids)

@@ -37,6 +37,11 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._stream: torch.cuda.Stream | None = None
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of rows that have a graph, or will."""
+        return self._sizes.sizes
+
     def padded(self, num_rows: int) -> int:
         """How many rows a step of `num_rows` is computed with."""
         return self._sizes.padded(num_rows)
