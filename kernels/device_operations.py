@@ -100,10 +100,15 @@ class DeviceOperations(Protocol):
         """out = x weightᵀ + bias. A float32 `out` gets the sums of 16-bit products unrounded, where the device can."""
         ...
 
+    def add_product(self, x_TJ: Tensor, matrix: Matrix, sum_TO: Tensor) -> None:
+        """sum += x weightᵀ + bias."""
+        ...
+
     def rope_store(
         self, heads_TXH: Tensor, cache_BCPH: Tensor, slots_T: Tensor, positions_T: Tensor, rotation: HeadRotation
     ) -> None:
-        """Norm and rotate queries and keys in place; store keys and values at the KV slots (-1: not)."""
+        """Norm and rotate queries (if there are any) and keys in place; store keys and values at the KV slots (-1:
+        not)."""
         ...
 
     def decode_attention(self, rows: DecodeRows, num_heads: int, cache_BCPH: Tensor) -> DecodeAttention:

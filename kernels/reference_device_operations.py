@@ -50,6 +50,9 @@ class ReferenceOperations:
         linear = make_linear(matrix.weight_NK, matrix.bias_N)
         out_TO.copy_(linear.to_float32(x_TJ) if out_TO.dtype == torch.float32 else linear(x_TJ))
 
+    def add_product(self, x_TJ: Tensor, matrix: Matrix, sum_TO: Tensor) -> None:
+        sum_TO += make_linear(matrix.weight_NK, matrix.bias_N)(x_TJ)
+
     def rope_store(
         self, heads_TXH: Tensor, cache_BCPH: Tensor, slots_T: Tensor, positions_T: Tensor, rotation: HeadRotation
     ) -> None:

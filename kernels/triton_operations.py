@@ -68,6 +68,13 @@ class TritonOperations:
         else:
             torch.mm(x_TJ, weight.T, out=out_TO)
 
+    def add_product(self, x_TJ: Tensor, matrix: Matrix, sum_TO: Tensor) -> None:
+        weight = matrix.weight_NK
+        assert isinstance(weight, Tensor)
+        torch.addmm(sum_TO, x_TJ, weight.T, out=sum_TO)
+        if matrix.bias_N is not None:
+            sum_TO += matrix.bias_N
+
     def rope_store(
         self, heads_TXH: Tensor, cache_BCPH: Tensor, slots_T: Tensor, positions_T: Tensor, rotation: HeadRotation
     ) -> None:

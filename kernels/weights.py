@@ -88,6 +88,16 @@ class Matrix:
     def num_inputs(self) -> int:
         return self._values.shape[1]
 
+    def outputs_from(self, first: int) -> Matrix:
+        """Outputs [first, N) alone, over the same memory."""
+        weight, bias_N = self.weight_NK, self.bias_N
+        rest: Tensor | QuantizedWeight = (
+            QuantizedWeight(weight.values_NK[first:], weight.scales_N[first:], weight.dtype)
+            if isinstance(weight, QuantizedWeight)
+            else weight[first:]
+        )
+        return Matrix(rest, None if bias_N is None else bias_N[first:])
+
     @property
     def _values(self) -> Tensor:
         weight = self.weight_NK

@@ -48,7 +48,10 @@ def _prefetch_l2(ptr):
     )
 
 
-@triton.jit(do_not_specialize=["row_stride", "table_stride", "window"])
+@triton.jit(
+    do_not_specialize=["row_stride", "table_stride", "window"],
+    do_not_specialize_on_alignment=["slots_ptr", "lengths_ptr"],  # they may begin anywhere in a buffer
+)
 def _decode(
     heads_ptr, out_ptr, cache_ptr, table_ptr, slots_ptr, lengths_ptr, rope_ptr, query_norm_ptr, key_norm_ptr,
     parts_ptr, stats_ptr, arrived_ptr, scale, epsilon, row_stride, table_stride, window,

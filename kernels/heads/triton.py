@@ -16,7 +16,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 _HEADS_PER_PROGRAM = 16
 
 
-@triton.jit(do_not_specialize=["token_stride"])
+@triton.jit(
+    do_not_specialize=["token_stride"],
+    do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"],  # they may begin anywhere in a buffer
+)
 def _rope_store(
     heads_ptr, cache_ptr, slots_ptr, positions_ptr, rope_ptr, query_norm_ptr, key_norm_ptr, epsilon, token_stride,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, P: tl.constexpr, XB: tl.constexpr, NORM: tl.constexpr,

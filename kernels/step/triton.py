@@ -17,7 +17,10 @@ from tensorweave.kernels.step.reference import SequenceState, TableUpdate
 _BLOCK: Final = 256
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(
+    do_not_specialize=["R"],
+    do_not_specialize_on_alignment=["slots_ptr", "given_ptr", "tokens_ptr"],  # they may begin anywhere in a buffer
+)
 def _begin_step(
     slots_ptr, given_ptr, state_tokens_ptr, tokens_ptr, tables_ptr, places_ptr, blocks_ptr, R,
     E: tl.constexpr, BLOCK: tl.constexpr,

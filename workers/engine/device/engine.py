@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from tensorweave.cluster.protocol import ModelInfo
-from tensorweave.kernels.device_operations import DecodeRows, DeviceOperations
+from tensorweave.kernels.device_operations import DecodeAttention, DecodeRows, DeviceOperations
 from tensorweave.kernels.weights import Matrix
 from tensorweave.workers.engine.device.graphs import GraphSizes, StepGraphs
 from tensorweave.workers.engine.device.sequence_tables import SequenceTables
-from tensorweave.workers.engine.device.step_inputs import PromptInputs, StepInputs
+from tensorweave.workers.engine.device.step_inputs import PromptInputs, RowInputs, StepInputs
 from tensorweave.workers.engine.engine import PIECE_LOGITS
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.model import DeviceModel
 from tensorweave.workers.models.device.steps import DecodeSteps
-from tensorweave.workers.models.device.wide import MixedLayerAttention, WideLayers
+from tensorweave.workers.models.device.wide import DecodeLayerAttention, MixedLayerAttention, WideLayers
 from tensorweave.workers.step.pending import DeviceRows, Pending, PendingTokens, Ready, StepLogits
 from tensorweave.workers.step.plan import PromptRead, ScheduledBatch
 from tensorweave.workers.step.resources import BaseResourceManager, ResourceManager
@@ -79,7 +79,7 @@ class DeviceEngine:
                 return Ready(self._logits(num_padded))
             prompts = self._inputs.send_prompts(batch, kv_cache)
             self._inputs.send_rows(batch, kv_cache, num_padded)
-            hidden_TD = self._run_mixed(prompts, num_rows)
+            hidden_TD = self._run_mixed(prompts, num_rows, needs_all=bool(batch.prompt_reads))
             return Ready(self._logits(num_padded, self._prompt_logits(batch.prompt_reads, hidden_TD)))
 
     def blank_steps(self) -> Iterator[StepLogits]:
@@ -107,8 +107,9 @@ class DeviceEngine:
 
         return run
 
-    def _run_mixed(self, prompts: PromptInputs, num_rows: int) -> Tensor:
-        """Leave logits of the rows that sample; return the hidden states of all tokens after the final norm."""
+    def _run_mixed(self, prompts: PromptInputs, num_rows: int, *, needs_all: bool) -> Tensor:
+        """Leave logits of the rows that sample; return hidden states after the final norm, of all tokens if they are
+        needed."""
         state, buffers, operations = self._inputs.state, self._buffers, self._operations
         num_prompt, num_tokens = len(prompts.token_ids_T), len(prompts.positions_T)
         num_decodes = num_tokens - num_prompt
@@ -117,18 +118,23 @@ class DeviceEngine:
         operations.begin_step(
             rows.slots_R, rows.given_tokens_R, state, rows.update, buffers.tokens_T[num_prompt:num_tokens]
         )
-        decode = None
-        if num_decodes:
-            decode_rows = DecodeRows(rows.slots_R, rows.lengths_R, state, self.info.max_seq_len)
-            decode = operations.decode_attention(decode_rows, self._model.num_heads, self.pool.layers[0])
+        decode = self._attention(rows) if num_decodes else None
         plan = operations.plan_prefill(prompts.chunks, state)
         attention = MixedLayerAttention(operations, prompts.kv_slots_T, prompts.positions_T, plan, decode, num_prompt)
-        hidden_TD = self._wide(num_tokens, attention, self.pool.layers)
+        caches, sampled_R = self.pool.layers, prompts.sampled_rows_R
+        if needs_all:
+            hidden_TD = self._wide(num_tokens, attention, caches)
+            hidden_RD = hidden_TD.index_select(0, sampled_R)
+        else:
+            of_rows = DecodeLayerAttention(self._attention(self._inputs.row_inputs(num_rows))) if num_rows else None
+            hidden_TD = hidden_RD = self._wide.of_rows(num_tokens, attention, sampled_R, of_rows, caches)
         if num_rows:
-            hidden_RD = buffers.hidden_RD[:num_rows]
-            torch.index_select(hidden_TD, 0, prompts.sampled_rows_R, out=hidden_RD)
             operations.product(hidden_RD, Matrix(self._model.head_VD), buffers.logits_RV[:num_rows])
         return hidden_TD
+
+    def _attention(self, rows: RowInputs) -> DecodeAttention:
+        decode_rows = DecodeRows(rows.slots_R, rows.lengths_R, self._inputs.state, self.info.max_seq_len)
+        return self._operations.decode_attention(decode_rows, self._model.num_heads, self.pool.layers[0])
 
     def _prompt_logits(self, reads: Sequence[PromptRead], hidden_TD: Tensor) -> Iterator[tuple[PromptRead, Tensor]]:
         for read in reads:

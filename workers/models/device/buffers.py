@@ -14,22 +14,50 @@ from tensorweave.workers.models.device.model import DeviceModel
 
 
 @dataclass(frozen=True, slots=True)
-class StepBuffers:
-    """Steps are computed one after the other, so all of them share these: each takes the first rows."""
+class LayerBuffers:
+    """What a layer's kernels leave each other, for some number of tokens."""
 
-    tokens_T: Tensor
     x_TD: Tensor
     normed_TD: Tensor
-    update_TD: Tensor
     heads_TXH: Tensor
     attended_TNH: Tensor
     gated_TI: Tensor
-    hidden_RD: Tensor
+
+    @classmethod
+    def create(cls, model: DeviceModel, num_tokens: int) -> LayerBuffers:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(num_tokens, *shape, dtype=model.dtype, device=model.device)
+
+        D, H = model.hidden_size, model.head_dim
+        return cls(
+            x_TD=zeros(D),
+            normed_TD=zeros(D),
+            heads_TXH=zeros(model.num_placed_heads, H),
+            attended_TNH=zeros(model.num_heads, H),
+            gated_TI=zeros(model.intermediate_size),
+        )
+
+    def first(self, num_tokens: int) -> LayerBuffers:
+        """Of the first tokens."""
+        parts = (self.x_TD, self.normed_TD, self.heads_TXH, self.attended_TNH, self.gated_TI)
+        return LayerBuffers(*(part[:num_tokens] for part in parts))
+
+
+@dataclass(frozen=True, slots=True)
+class StepBuffers:
+    """Steps are computed one after the other, so all of them share these: each takes the first rows.
+
+    `sampled` is for the rows that sample alone, where a layer is computed for no others.
+    """
+
+    tokens_T: Tensor
+    all: LayerBuffers
+    sampled: LayerBuffers
     logits_RV: Tensor
 
     @property
     def max_tokens(self) -> int:
-        return self.x_TD.shape[0]
+        return self.tokens_T.shape[0]
 
     @property
     def max_rows(self) -> int:
@@ -37,19 +65,9 @@ class StepBuffers:
 
     @classmethod
     def create(cls, model: DeviceModel, max_tokens: int, max_rows: int) -> StepBuffers:
-        device, dtype, D, H = model.device, model.dtype, model.hidden_size, model.head_dim
-
-        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
         return cls(
-            tokens_T=zeros(max_tokens, dtype=torch.int32),
-            x_TD=zeros(max_tokens, D),
-            normed_TD=zeros(max_tokens, D),
-            update_TD=zeros(max_tokens, D),
-            heads_TXH=zeros(max_tokens, model.num_placed_heads, H),
-            attended_TNH=zeros(max_tokens, model.num_heads, H),
-            gated_TI=zeros(max_tokens, model.intermediate_size),
-            hidden_RD=zeros(max_rows, D),
-            logits_RV=zeros(max_rows, model.vocab_size, dtype=torch.float32),
+            tokens_T=torch.zeros(max_tokens, dtype=torch.int32, device=model.device),
+            all=LayerBuffers.create(model, max_tokens),
+            sampled=LayerBuffers.create(model, max_rows),
+            logits_RV=torch.zeros(max_rows, model.vocab_size, dtype=torch.float32, device=model.device),
         )

@@ -57,8 +57,8 @@ class ThinLayers:
     def __call__(self, attention: DecodeLayerAttention, caches: Sequence[Tensor]) -> None:
         """From `tokens_T` of the buffers to `logits_RV`."""
         model, rows, buffers, epsilon = self._model, self._num_rows, self._buffers, self._model.epsilon
-        x, gained = buffers.x_TD[:rows], buffers.normed_TD[:rows]
-        heads, attended, gated = buffers.heads_TXH[:rows], buffers.attended_TNH[:rows], buffers.gated_TI[:rows]
+        part = buffers.all.first(rows)
+        x, gained, heads, attended, gated = part.x_TD, part.normed_TD, part.heads_TXH, part.attended_TNH, part.gated_TI
         layers = model.layers
         embed(buffers.tokens_T[:rows], model.embedding_VD, layers[0].norm_D, x, gained, self._squares, pdl=True)
         for i, (layer, cache_BCPH) in enumerate(zip(layers, caches, strict=True)):

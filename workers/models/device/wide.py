@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from tensorweave.kernels.device_operations import DecodeAttention, DeviceOperations, PrefillPlan
-from tensorweave.workers.models.device.buffers import StepBuffers
+from tensorweave.workers.models.device.buffers import LayerBuffers, StepBuffers
 from tensorweave.workers.models.device.model import DeviceLayer, DeviceModel
 
 # T tokens, R rows, X = N + 2 K heads, N of them queries, H head dim, B blocks, C = 2 K planes of a block
@@ -49,9 +50,13 @@ class MixedLayerAttention:
     decode: DecodeAttention | None
     num_prompt_rows: int
 
+    def store(self, layer: DeviceLayer, heads_TXH: Tensor, cache_BCPH: Tensor) -> None:
+        """Rotate, and put keys and values into the cache. There may be no queries among the heads."""
+        self.operations.rope_store(heads_TXH, cache_BCPH, self.slots_T, self.positions_T, layer.rotation)
+
     def __call__(self, layer: DeviceLayer, heads_TXH: Tensor, cache_BCPH: Tensor, out_TNH: Tensor) -> None:
         scale, num_prompt = heads_TXH.shape[2] ** -0.5, self.num_prompt_rows
-        self.operations.rope_store(heads_TXH, cache_BCPH, self.slots_T, self.positions_T, layer.rotation)
+        self.store(layer, heads_TXH, cache_BCPH)
         self.prefill.attend(heads_TXH, cache_BCPH, out_TNH, window=layer.window, scale=scale)
         if self.decode is not None:
             q_RNH = heads_TXH[num_prompt:, : out_TNH.shape[1]]
@@ -65,25 +70,64 @@ class WideLayers:
         self._model = model
         self._operations = operations
         self._buffers = buffers
+        last, num_heads = model.layers[-1], model.num_heads
+        self._last_keys_and_values = last.qkv.outputs_from(num_heads * model.head_dim)
         self.num_layers_done = 0
 
     def __call__(self, num_tokens: int, attention: LayerAttention, caches: Sequence[Tensor]) -> Tensor:
-        """From `tokens_T` of the buffers to the hidden states after the final norm, [T, D]."""
-        buffers, operations, epsilon = self._buffers, self._operations, self._model.epsilon
-        x, normed, update = (b[:num_tokens] for b in (buffers.x_TD, buffers.normed_TD, buffers.update_TD))
-        heads, attended = buffers.heads_TXH[:num_tokens], buffers.attended_TNH[:num_tokens]
-        flat_heads, flat_attended, gated = heads.flatten(1), attended.flatten(1), buffers.gated_TI[:num_tokens]
-        operations.embed(buffers.tokens_T[:num_tokens], self._model.embedding_VD, x)
-        added: Tensor | None = None
+        """From `tokens_T` of the buffers to the hidden states of all tokens after the final norm, [T, D]."""
+        part = self._embed(num_tokens)
         for layer, cache_BCPH in zip(self._model.layers, caches, strict=True):
-            operations.add_rms_norm(x, added, layer.norm_D, epsilon, normed)
-            operations.product(normed, layer.qkv, flat_heads)
-            attention(layer, heads, cache_BCPH, attended)
-            operations.product(flat_attended, layer.output, update)
-            operations.add_rms_norm(x, update, layer.mlp_norm_D, epsilon, normed)
-            operations.gated_product(normed, layer.gate_up, gated)
-            operations.product(gated, layer.down, update)
-            added = update
-            self.num_layers_done += 1
-        operations.add_rms_norm(x, added, self._model.norm_D, epsilon, normed)
-        return normed
+            self._run_layer(layer, part, attention, cache_BCPH)
+        return self._norm_last(part)
+
+    def of_rows(
+        self,
+        num_tokens: int,
+        attention: MixedLayerAttention,
+        rows_R: Tensor,
+        row_attention: DecodeLayerAttention | None,
+        caches: Sequence[Tensor],
+    ) -> Tensor:
+        """The same for the rows that sample, [R, D]: the last layer computes nothing for the other tokens but their
+        keys and values.
+
+        Args:
+            rows_R: int32; which of the step's tokens sample.
+            row_attention: of these rows, each the newest token of its sequence; None where there are none.
+        """
+        layers, operations, epsilon = self._model.layers, self._operations, self._model.epsilon
+        part = self._embed(num_tokens)
+        for layer, cache_BCPH in zip(layers[:-1], caches, strict=False):
+            self._run_layer(layer, part, attention, cache_BCPH)
+        last, cache_BCPH = layers[-1], caches[-1]
+        operations.add_rms_norm(part.x_TD, None, last.norm_D, epsilon, part.normed_TD)
+        C, H = cache_BCPH.shape[1], cache_BCPH.shape[3]
+        kv_TCH = part.heads_TXH.view(-1)[: num_tokens * C * H].view(num_tokens, C, H)
+        operations.product(part.normed_TD, self._last_keys_and_values, kv_TCH.flatten(1))
+        attention.store(last, kv_TCH, cache_BCPH)
+        sampled = self._buffers.sampled.first(len(rows_R))
+        if row_attention is not None:
+            torch.index_select(part.x_TD, 0, rows_R, out=sampled.x_TD)
+            self._run_layer(last, sampled, row_attention, cache_BCPH)
+        return self._norm_last(sampled)
+
+    def _embed(self, num_tokens: int) -> LayerBuffers:
+        part = self._buffers.all.first(num_tokens)
+        self._operations.embed(self._buffers.tokens_T[:num_tokens], self._model.embedding_VD, part.x_TD)
+        return part
+
+    def _run_layer(self, layer: DeviceLayer, part: LayerBuffers, attention: LayerAttention, cache_BCPH: Tensor) -> None:
+        operations, epsilon = self._operations, self._model.epsilon
+        operations.add_rms_norm(part.x_TD, None, layer.norm_D, epsilon, part.normed_TD)
+        operations.product(part.normed_TD, layer.qkv, part.heads_TXH.flatten(1))
+        attention(layer, part.heads_TXH, cache_BCPH, part.attended_TNH)
+        operations.add_product(part.attended_TNH.flatten(1), layer.output, part.x_TD)
+        operations.add_rms_norm(part.x_TD, None, layer.mlp_norm_D, epsilon, part.normed_TD)
+        operations.gated_product(part.normed_TD, layer.gate_up, part.gated_TI)
+        operations.add_product(part.gated_TI, layer.down, part.x_TD)
+        self.num_layers_done += 1
+
+    def _norm_last(self, part: LayerBuffers) -> Tensor:
+        self._operations.add_rms_norm(part.x_TD, None, self._model.norm_D, self._model.epsilon, part.normed_TD)
+        return part.normed_TD
