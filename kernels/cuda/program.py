@@ -17,7 +17,8 @@ from torch import Tensor
 
 _SHARED = Path(__file__).with_name("hopper.cuh")
 _MAX_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_ELEMENTS = {torch.float16: (6, "f16"), torch.float32: (7, "f32"), torch.bfloat16: (9, "bf16")}  # CU_TENSOR_MAP_DATA_TYPE_..., of PTX
+# CU_TENSOR_MAP_DATA_TYPE_..., of PTX
+_ELEMENTS = {torch.float16: (6, "f16"), torch.float32: (7, "f32"), torch.bfloat16: (9, "bf16")}
 _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES = 3, 3
 
 
