@@ -31,11 +31,8 @@ class Sampler(Protocol):
 def choose_sampler(device: torch.device) -> Sampler:
     """The fastest form on this device."""
     if device.type == "cuda":
-        # Only where there is a GPU.
-        from tensorweave.kernels.cuda.program import can_run_hopper_kernels
-        from tensorweave.kernels.sample.hopper import HopperSampler
-        from tensorweave.kernels.sample.triton import TritonSampler
+        from tensorweave.kernels.sample.triton import TritonSampler  # only where there is a GPU
 
-        return HopperSampler(device) if can_run_hopper_kernels(device) else TritonSampler(device)
+        return TritonSampler(device)
     native = load_native(torch.float32) if device.type == "cpu" else None
     return ReferenceSampler() if native is None else NativeSampler(native)
