@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -84,27 +86,40 @@ class TokenChoices:
         if not largest_first:
             return
         self.parameters.reserve(len(largest_first[0].sampled_RV))
-        pool = stream = None
+        calls = [self._warm(kind, step) for step in largest_first for kind in _KINDS]
         if self._device.type == "cuda":
-            pool = torch.cuda.graph_pool_handle()
-            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        for step in largest_first:
-            for kind in _KINDS:
-                assert step.rows is not None
-                call = self._call(kind, step.sampled_RV, step.rows.positions_R, step.rows)
-                call()
-                if stream is not None:
-                    key = self._key(kind, step.sampled_RV, step.rows)
-                    self._graphs[key] = self._capture(call, pool, stream)
+            with _no_collection():
+                self._graphs.update(self._capture_all(calls))
 
-    def _capture(
-        self, call: Callable[[], Tensor], pool: Any, stream: torch.cuda.Stream
-    ) -> tuple[torch.cuda.CUDAGraph, Callable[[], Tensor], Tensor]:
-        """The call is kept with its graph, for its buffers."""
+    def _warm(self, kind: Kind, step: StepLogits) -> tuple[Any, Callable[[], Tensor]]:
+        assert step.rows is not None
+        call = self._call(kind, step.sampled_RV, step.rows.positions_R, step.rows)
+        call()
+        return self._key(kind, step.sampled_RV, step.rows), call
+
+    def _capture_all(
+        self, calls: Iterable[tuple[Any, Callable[[], Tensor]]]
+    ) -> Iterator[tuple[Any, tuple[torch.cuda.CUDAGraph, Callable[[], Tensor], Tensor]]]:
+        """Each call is kept with its graph, for its buffers."""
         torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            graph.capture_begin(pool=pool)
-            tokens_R = call()
-            graph.capture_end()
-        return graph, call, tokens_R
+        pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.stream(torch.cuda.Stream(self._device)):  # type: ignore[no-untyped-call]
+            for key, call in calls:
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                tokens_R = call()
+                graph.capture_end()
+                yield key, (graph, call, tokens_R)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """What the collector frees may belong to the device, which allows that at no time while it captures."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
