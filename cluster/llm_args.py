@@ -184,8 +184,8 @@ class TorchLlmArgs(StrictBaseModel):
     cuda_graph_config: CudaGraphConfig | None = Field(
         default_factory=CudaGraphConfig,
         status="beta",
-        description="Decode steps on a GPU run as CUDA graphs. None: every kernel is launched by itself. A CPU has no "
-        "graphs.",
+        description="Decode steps run as CUDA graphs, where one GPU has the whole model. None: every kernel is "
+        "launched by itself.",
     )
     attn_backend: Literal["TRTLLM", "VANILLA", "FLASHINFER"] = Field(
         "TRTLLM",

@@ -68,7 +68,7 @@ LLM_ARGS: Final[Mapping[str, Refusal]] = {
     "batch_wait_max_tokens_ratio": Refusal(_ONE_STEP, (None, 0, 0.0)),
     "print_iter_log": _off("get_stats tells of every step"),
     "torch_compile_config": Refusal("our kernels are fused already; torch.compile is not used"),
-    "enable_autotuner": _off("nothing is tuned while loading"),
+    "enable_autotuner": _off("kernels have fixed tilings, so that every gang computes the same tokens"),
     "enable_layerwise_nvtx_marker": _off("py-spy and torch's profiler see the ranks"),
     "enable_min_latency": _off("there is one engine for all loads"),
     "force_dynamic_quantization": _off("inputs of quantized weights are always quantized per token; see quant_config"),
