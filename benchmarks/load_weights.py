@@ -1,6 +1,6 @@
 """How long a GPU's weights take: from files, warm and cold, by several settings, and at random.
 
-    python benchmarks/load_weights.py --directory /tmp/llama8b [--readers 4 8 12 16] [--pieces 8] [--plain] [--cold]
+    python benchmarks/load_weights.py --directory /tmp/llama8b [--readers 4 8 12 16] [--pieces 16 32] [--plain] [--cold]
 
 Writes a checkpoint of Llama-3.1-8B's shape with random weights in bfloat16, 16 GB, if the directory has none.
 Cold: the files' pages were dropped from the page cache before (posix_fadvise), so that they are read from the disk.
@@ -50,12 +50,21 @@ def write_checkpoint(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
-def drop_pages(directory: Path) -> None:
+def cached_bytes() -> int:
+    """Of the host's page cache."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["Cached"].split()[0]) << 10
+
+
+def drop_pages(directory: Path) -> int:
+    """Bytes by which the page cache has become smaller."""
+    before = cached_bytes()
     for file in directory.glob("*.safetensors"):
         fileno = os.open(file, os.O_RDONLY)
         os.fsync(fileno)
         os.posix_fadvise(fileno, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(fileno)
+    return before - cached_bytes()
 
 
 def ask_all(weights: RankWeights, requests: list[WeightRequest]) -> list[object]:
@@ -63,7 +72,9 @@ def ask_all(weights: RankWeights, requests: list[WeightRequest]) -> list[object]
 
 
 def timed(load: Callable[[], list[object]]) -> float:
+    """With pinned memory allocated anew, as in a new process."""
     torch.cuda.synchronize()
+    torch._C._host_emptyCache()
     began_s = time.perf_counter()
     kept = load()
     torch.cuda.synchronize()
@@ -94,7 +105,7 @@ def time_files(directory: Path, requests: list[WeightRequest], options: argparse
             plain = WeightLoader(source, torch.bfloat16, DEVICE)
             told("one thread, mapped files, warm", lambda: ask_all(plain, requests))
         if options.cold:
-            drop_pages(directory)
+            print(f"dropped {drop_pages(directory) / 1e9:.1f} of {num_bytes / 1e9:.1f} GB from the page cache")
             told("cold", partial(load, options.readers[-1], options.pieces[-1]))
 
 
@@ -102,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--readers", type=int, nargs="+", default=[12])
-    parser.add_argument("--pieces", type=int, nargs="+", default=[8], help="MiB per piece")
+    parser.add_argument("--pieces", type=int, nargs="+", default=[32], help="MiB per piece")
     parser.add_argument("--plain", action="store_true", help="also the loader that is used on CPUs")
     parser.add_argument("--cold", action="store_true")
     options = parser.parse_args()

@@ -64,21 +64,24 @@ class Staging(Protocol):
 
 
 class PinnedStaging:
-    """With a stream of its own. One thread at a time may use it."""
+    """With a stream of its own, and memory from its first piece on. One thread at a time may use it."""
 
     def __init__(self, device: torch.device, num_bytes: int) -> None:
-        self._bytes = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        self._view = self._bytes.numpy().data
         self._device = device
+        self._num_bytes = num_bytes
+        self._bytes: Tensor | None = None
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def load(self, piece: Piece, ready: torch.cuda.Event) -> None:
+        if self._bytes is None:
+            self._bytes = torch.empty(self._num_bytes, dtype=torch.uint8, pin_memory=True)
         self._copied.synchronize()  # the buffer is free again
-        piece.file.read_into(self._view[: piece.num_bytes], piece.offset)
+        rows = self._bytes[: piece.num_bytes]
+        piece.file.read_into(rows.numpy().data, piece.offset)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
-            piece.put(self._bytes[: piece.num_bytes])
+            piece.put(rows)
             self._copied.record(self._stream)
 
     def await_copies(self) -> None:
