@@ -40,7 +40,8 @@ def start(directory: Path, load_format: str, settings: dict[str, Any], began_s: 
 
     from tensorweave import LLM, SamplingParams
 
-    torch.cuda.init() if torch.cuda.is_available() else None
+    if torch.cuda.is_available():
+        torch.zeros(1, device="cuda")
     seconds["importing"] = time.time() - began_s
     with LLM(directory, load_format=load_format, skip_tokenizer_init=True, **settings) as llm:
         is_ready_s = time.time()
