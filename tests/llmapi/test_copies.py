@@ -19,6 +19,7 @@ from tensorweave import (
     LLM,
     CacheTransceiverConfig,
     CompletionOutput,
+    CudaGraphConfig,
     DisaggregatedParams,
     KvCacheConfig,
     KvCacheRetentionConfig,
@@ -27,6 +28,8 @@ from tensorweave import (
     LoRARequest,
     PreprocessedInputs,
     PromptAdapterRequest,
+    QuantAlgo,
+    QuantConfig,
     RequestOutput,
     SamplingParams,
     SchedulerConfig,
@@ -188,6 +191,9 @@ EXAMPLES = [
     KvCacheConfig(max_tokens=64),
     SchedulerConfig(),
     CacheTransceiverConfig(backend="DEFAULT"),
+    CudaGraphConfig(batch_sizes=[1, 8]),
+    QuantConfig(quant_algo=QuantAlgo.FP8),
+    QuantAlgo.FP8,
     LlmArgs(model="m", tensor_parallel_size=2, kv_cache_config=KvCacheConfig(max_tokens=64)),
 ]
 
