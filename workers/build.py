@@ -75,7 +75,7 @@ def build_executor(
     kv_cache = _make_kv_cache(args, engine.info, event_buffer_size)
     scheduler = _make_scheduler(args, settings, kv_cache)
     gc.set_threshold(args.garbage_collection_gen0_threshold, *gc.get_threshold()[1:])
-    decoder = SamplingDecoder(device=engine.pool.cache.device)
+    decoder = SamplingDecoder(device=engine.pool.cache.device, keeps_tokens=isinstance(engine, DeviceEngine))
     if isinstance(engine, DeviceEngine):
         with log.part("warming up sampling"):
             decoder.warm_up(engine.blank_steps())

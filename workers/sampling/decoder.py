@@ -21,8 +21,10 @@ from torch import Tensor
 
 from tensorweave.cluster.errors import LogitsNotFinite, RequestRejected, TensorweaveError
 from tensorweave.kernels.argmax.reference import NOTHING_LEFT
+from tensorweave.kernels.penalties.chosen import choose_penalties
 from tensorweave.kernels.sample.chosen import Sampler, choose_sampler
 from tensorweave.workers.sampling.choices import TokenChoices
+from tensorweave.workers.sampling.device_counts import CountedRows, DeviceCounts
 from tensorweave.workers.sampling.host_copies import HostCopies
 from tensorweave.workers.sampling.logit_edits import LogitEdits
 from tensorweave.workers.sampling.logits_processors import LogitsProcessors
@@ -59,6 +61,7 @@ class _Rows:
     requests: tuple[LlmRequest, ...]
     reported: ReportedRows
     edited: Sequence[tuple[int, LlmRequest, SamplingState]]
+    counted: CountedRows | None
     has_random: bool
 
 
@@ -78,14 +81,22 @@ class SamplingDecoder:
         make_rules: Makes the rules that a request's tokens follow.
         device: Where the logits are.
         sampler: Chooses the tokens; by default the fastest form for the device.
+        keeps_tokens: The engine's steps have `DeviceRows`, so that a penalised request's tokens are counted on the
+            device and the host need not know them.
     """
 
     def __init__(
-        self, make_rules: MakeRules = make_rules, *, device: torch.device = _CPU, sampler: Sampler | None = None
+        self,
+        make_rules: MakeRules = make_rules,
+        *,
+        device: torch.device = _CPU,
+        sampler: Sampler | None = None,
+        keeps_tokens: bool = False,
     ) -> None:
         self.processors = LogitsProcessors()
-        self.states = SamplingStates(make_rules)
         self._copies = HostCopies(device)
+        self._counts = DeviceCounts(self._copies, choose_penalties(device))
+        self.states = SamplingStates(make_rules, self._counts, counts_on_device=keeps_tokens)
         self._choices = TokenChoices(sampler or choose_sampler(device), self._copies)
         self._rows = self._sort(())
 
@@ -95,7 +106,7 @@ class SamplingDecoder:
         self._choices.warm_up(steps)
 
     def reads_tokens(self, request: LlmRequest) -> bool:
-        return self.states.state_of(request).edits_logits
+        return self.states.state_of(request).reads_tokens
 
     def launch(self, logits: Pending[StepLogits], batch: ScheduledBatch) -> Pending[StepResult]:
         launched = logits.then(lambda step: self._launch_step(step, batch))
@@ -116,8 +127,10 @@ class SamplingDecoder:
             self._choices.parameters.set([request.sampling for request in requests], {})
         rows, logits_RV = self._rows, step.sampled_RV
         kept_NV = rows.reported.copy(logits_RV) if rows.reported else None
-        edited = self._edit(logits_RV, rows) if rows.edited else None
+        edited = self._edit(logits_RV, rows, batch) if rows.edited else None
         tokens_R = self._choices.choose(logits_RV, self._positions(step, batch), step.rows)
+        if rows.counted is not None:
+            self._counts.count(tokens_R, rows.counted)
         extras = rows.reported.measure(kept_NV, tokens_R) if kept_NV is not None else dict
         launched = _Launched(rows, self._copies.to_host(tokens_R), edited, extras, prompts)
         if self._copies.device.type == "cpu":
@@ -145,14 +158,17 @@ class SamplingDecoder:
             requests,
             reported=ReportedRows(reported, self._copies),
             edited=[(row, requests[row], state) for row, state in enumerate(states) if state.edits_logits],
+            counted=self._counts.rows_of(
+                [(row, requests[row]) for row, state in enumerate(states) if state.is_counted]
+            ),
             has_random=not all(request.sampling.is_greedy for request in requests),
         )
 
-    def _edit(self, logits_RV: Tensor, rows: _Rows) -> _Edited:
+    def _edit(self, logits_RV: Tensor, rows: _Rows, batch: ScheduledBatch) -> _Edited:
         """Edit rows in place. A user's code sees no logits that are not finite, so that it is not blamed for them."""
         largest_R = self._choices.largest(logits_RV)
         edited = _Edited(self._copies.to_host(largest_R))
-        asking = [(row, request) for row, request, _ in rows.edited if _has_processor(request)]
+        asking = [(row, request) for row, request, state in rows.edited if state.has_processor]
         if asking:
             largest = largest_R.tolist()
             asking = [(row, request) for row, request in asking if largest[row] >= 0]
@@ -161,16 +177,16 @@ class SamplingDecoder:
                 logits_RV[row].clamp_max_(torch.finfo(logits_RV.dtype).max)
         edits = LogitEdits()
         for row, request, state in rows.edited:
-            state.follow(request.tokens)
-            state.edit(row, edits)
+            if state.rules:
+                state.follow(request.tokens)
+                state.history.position = batch.sampled[row].stop
+                state.edit(row, edits)
         edits.apply(logits_RV, self._copies)
+        if rows.counted is not None:
+            self._counts.penalise(logits_RV, rows.counted, batch.sampled)
         if edits.top_p:
             self._choices.parameters.set([request.sampling for request in rows.requests], edits.top_p)
         return edited
-
-
-def _has_processor(request: LlmRequest) -> bool:
-    return request.sampling.uses_batched_processor or bool(request.sampling.logits_processors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,17 +213,17 @@ class _Launched:
         if self.edited is not None:
             largest = self.edited.largest_R.tolist()
             failures |= self.edited.failures
-            for row, request, _ in self.rows.edited:
+            for row, _, state in self.rows.edited:
                 if tokens[row] < 0 <= largest[row] and row not in failures:
-                    failures[row] = _blame(request, tokens[row])
+                    failures[row] = _blame(state, tokens[row])
         wrong = [row for row, token in enumerate(tokens) if token < 0 or (largest and largest[row] < 0)]
         return (dict.fromkeys(wrong, LogitsNotFinite.of_model()) | failures).items()
 
 
-def _blame(request: LlmRequest, code: int) -> RequestRejected:
+def _blame(state: SamplingState, code: int) -> RequestRejected:
     """The request's fault that its edited row gives no token, where the model's had one."""
     if code == NOTHING_LEFT:
         return RequestRejected("bans and biases leave no token to choose", param="bad_token_ids")
-    if _has_processor(request):
+    if state.has_processor:
         return RequestRejected("a logits processor has left NaN", param="logits_processor")
     return RequestRejected("the penalties leave no numbers to choose by", param="repetition_penalty")

@@ -7,7 +7,7 @@ repetition penalty, presence and frequency penalties.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.workers.sampling.host_copies import HostCopies
 
 # R rows of logits, V vocabulary
+
+_SMALL: Final = 1e30
+"""Added to the largest number, a bias up to this is lost in rounding."""
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -56,10 +59,7 @@ class LogitEdits:
         """Change the logits in place. No number becomes plus infinity, so that a token which is certain has a score."""
         greatest = torch.finfo(logits_RV.dtype).max
         if self._biases:
-            index = _index([(row, ids) for row, ids, _ in self._biases], copies)
-            values = copies.to_device(np.concatenate([values for _, _, values in self._biases])).to(logits_RV.dtype)
-            logits_RV.index_put_(index, values, accumulate=True)
-            logits_RV.index_put_(index, logits_RV[index].clamp_max_(greatest))
+            self._apply_biases(logits_RV, copies)
         for row, bias_V in self._full_biases:
             logits_RV[row].add_(copies.to_device(bias_V)).clamp_max_(greatest)
         if self._bans:
@@ -67,6 +67,17 @@ class LogitEdits:
             logits_RV.index_put_(_index(self._bans, copies), banned)
         if self._penalties:
             self._apply_penalties(logits_RV, copies)
+
+    def _apply_biases(self, logits_RV: Tensor, copies: HostCopies) -> None:
+        values = np.concatenate([values for _, _, values in self._biases])
+        index = _index([(row, ids) for row, ids, _ in self._biases], copies)
+        biases = copies.to_device(values).to(logits_RV.dtype)
+        if logits_RV.is_contiguous():  # index_put_ would sort, for biases of the same token
+            logits_RV.view(-1).index_add_(0, index[0] * logits_RV.shape[1] + index[1], biases)
+        else:
+            logits_RV.index_put_(index, biases, accumulate=True)
+        if np.abs(values).max() > _SMALL:
+            logits_RV.index_put_(index, logits_RV[index].clamp_max_(torch.finfo(logits_RV.dtype).max))
 
     def _apply_penalties(self, logits_RV: Tensor, copies: HostCopies) -> None:
         lengths = [len(ids) for _, ids, _, _ in self._penalties]

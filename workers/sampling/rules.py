@@ -28,6 +28,8 @@ def make_rules(spec: SamplingSpec, history: TokenHistory) -> Iterator[SamplingRu
 
 
 class Bias(SamplingRule):
+    reads_tokens = False
+
     def __init__(self, spec: SamplingSpec) -> None:
         self._ids: Ints = np.array([token for token, _ in spec.logit_bias], dtype=np.int64)
         self._values: Floats = np.array([bias for _, bias in spec.logit_bias], dtype=np.float32)
@@ -43,12 +45,14 @@ class Bias(SamplingRule):
 class MinTokens(SamplingRule):
     """No stop token before `min_tokens` are out."""
 
+    reads_tokens = False
+
     def __init__(self, spec: SamplingSpec, history: TokenHistory) -> None:
         self._spec = spec
         self._history = history
 
     def edit(self, row: int, edits: LogitEdits) -> None:
-        if self._history.num_output < self._spec.min_tokens:
+        if self._history.position - self._history.prompt_len < self._spec.min_tokens:
             edits.ban(row, self._spec.stop_token_ids)
 
 
@@ -95,6 +99,8 @@ class BadWords(SamplingRule):
 
 class Penalties(SamplingRule):
     """Repetition, presence and frequency penalties. Only the repetition penalty looks at the prompt."""
+
+    only_penalises = True
 
     def __init__(self, spec: SamplingSpec, history: TokenHistory) -> None:
         self._spec = spec

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.workers.sampling.logit_edits import LogitEdits
@@ -16,10 +16,14 @@ from tensorweave.workers.sampling.logit_edits import LogitEdits
 
 @dataclass(slots=True)
 class TokenHistory:
-    """Prompt and output of one request, as far as its sampling has followed them. Rules only read it."""
+    """Prompt and output of one request, as far as its sampling has followed them. Rules only read it.
+
+    `position` is the place of the next token: the number of tokens, and of those that are drawn and not known yet.
+    """
 
     tokens: list[int]
     prompt_len: int
+    position: int
 
     @property
     def num_output(self) -> int:
@@ -32,7 +36,13 @@ class SamplingRule:
 
     A rule is made when the history has the prompt alone. `advance` follows the output as it grows, several tokens at a
     time, and `roll_back` takes back tokens that were drafted and not accepted.
+
+    `reads_tokens`: what it asks for follows from the tokens; else from the history's position alone. `only_penalises`:
+    it asks for the spec's penalties alone, which a device can do by itself.
     """
+
+    reads_tokens: ClassVar[bool] = True
+    only_penalises: ClassVar[bool] = False
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Take in new output, which is already at the end of the history."""
@@ -48,13 +58,24 @@ MakeRules: TypeAlias = Callable[[SamplingSpec, TokenHistory], Iterable[SamplingR
 
 
 class SamplingState:
-    """`edits_logits`: the token is not chosen by the model's logits alone, and the tokens before it must be known."""
+    """Args:
+        counts_on_device: penalties are none of the state's `rules`, because a device applies them by its own counts.
 
-    def __init__(self, spec: SamplingSpec, prompt: Sequence[int], make_rules: MakeRules) -> None:
+    `edits_logits`: the token is not chosen by the model's logits alone. `reads_tokens`: the tokens before it must be
+    known. `is_counted`: the device penalises it.
+    """
+
+    def __init__(
+        self, spec: SamplingSpec, prompt: Sequence[int], make_rules: MakeRules, *, counts_on_device: bool = False
+    ) -> None:
         self.spec = spec
-        self.history = TokenHistory(list(prompt), len(prompt))
-        self.rules = tuple(make_rules(spec, self.history))
-        self.edits_logits = bool(self.rules or spec.logits_processors or spec.uses_batched_processor)
+        self.history = TokenHistory(list(prompt), len(prompt), len(prompt))
+        rules = tuple(make_rules(spec, self.history))
+        self.rules = tuple(rule for rule in rules if not (counts_on_device and rule.only_penalises))
+        self.is_counted = len(self.rules) < len(rules)
+        self.has_processor = bool(spec.logits_processors or spec.uses_batched_processor)
+        self.edits_logits = bool(rules or self.has_processor)
+        self.reads_tokens = self.has_processor or any(rule.reads_tokens for rule in self.rules)
 
     def follow(self, tokens: Sequence[int]) -> None:
         """Advance to the end of `tokens`, prompt and output, or roll back to it."""
@@ -66,6 +87,7 @@ class SamplingState:
 
     def advance(self, tokens: Sequence[int]) -> None:
         self.history.tokens += tokens
+        self.history.position = len(self.history.tokens)
         for rule in self.rules:
             rule.advance(tokens)
 
@@ -74,6 +96,7 @@ class SamplingState:
         for rule in self.rules:
             rule.roll_back(num_tokens)
         del self.history.tokens[len(self.history.tokens) - num_tokens :]
+        self.history.position = len(self.history.tokens)
 
     def edit(self, row: int, edits: LogitEdits) -> None:
         for rule in self.rules:

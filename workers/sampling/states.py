@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from tensorweave.workers.sampling.rules import make_rules
+from tensorweave.workers.sampling.device_counts import DeviceCounts
 from tensorweave.workers.sampling.state import MakeRules, SamplingState
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import BaseResourceManager
 
 
 class SamplingStates(BaseResourceManager):
-    """A state is made when its request is first decoded, and made again after a pause."""
+    """A state is made when its request is first decoded, and made again after a pause.
 
-    def __init__(self, make_rules: MakeRules = make_rules) -> None:
+    Args:
+        counts: Where the device counts tokens for penalties, with `counts_on_device`.
+    """
+
+    def __init__(self, make_rules: MakeRules, counts: DeviceCounts, *, counts_on_device: bool) -> None:
         self._make_rules = make_rules
+        self._counts = counts
+        self._counts_on_device = counts_on_device
         self._by_request: dict[LlmRequest, SamplingState] = {}
 
     def __len__(self) -> int:
@@ -22,8 +28,11 @@ class SamplingStates(BaseResourceManager):
         state = self._by_request.get(request)
         if state is None:
             prompt = request.tokens[: request.prompt_len]
-            state = self._by_request[request] = SamplingState(request.sampling, prompt, self._make_rules)
+            state = self._by_request[request] = SamplingState(
+                request.sampling, prompt, self._make_rules, counts_on_device=self._counts_on_device
+            )
         return state
 
     def free_resources(self, request: LlmRequest) -> None:
         self._by_request.pop(request, None)
+        self._counts.release(request)

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Device:
 
     def __init__(self, place: str) -> None:
         self.device = torch.device(place.split()[0])
-        self.decoder = SamplingDecoder(device=self.device)
+        self.decoder = SamplingDecoder(device=self.device, keeps_tokens=True)
         self.logits_RV = torch.empty(MAX_ROWS, VOCAB, device=self.device)
         self.slots_R, self.positions_R = torch.zeros(2, MAX_ROWS, dtype=torch.int32, device=self.device)
         self.tokens_S = torch.zeros(DUMMY + 1, dtype=torch.int32, device=self.device)
@@ -198,6 +199,54 @@ def test_results_may_be_read_after_later_steps_were_launched(place: str) -> None
         pending.append(on.decoder.launch(Ready(on.fill(logits, requests)[0]), on.fill(logits, requests)[1]))
     assert [tokens_of(each.result()) for each in pending] == expected
     assert tokens_of(pending[0].result()) == expected[0]
+
+
+UNREAD = [
+    PENALISED,
+    SamplingSpec(99, presence_penalty=2.0, logit_bias=((3, 5.0), (4, 4.0), (5, 3.0))),
+    SamplingSpec(99, temperature=1.5, seed=8, repetition_penalty=2.0, min_tokens=5, stop_token_ids=(1, 2, 3)),
+    SamplingSpec(99, frequency_penalty=1.0, embedding_bias=np.linspace(4, 0, VOCAB, dtype="<f4").tobytes()),
+]
+
+
+def test_penalties_and_biases_need_no_tokens_of_launched_steps(place: str) -> None:
+    """Five steps are launched before the first result is read, and two requests come again after a pause."""
+    on = Device(place)
+    requests, twins = ([request(spec, order) for order, spec in enumerate(UNREAD)] for _ in range(2))
+    assert not any(on.decoder.reads_tokens(each) for each in requests)
+    all_logits = torch.randn(10, len(UNREAD), VOCAB, generator=torch.Generator().manual_seed(1)) * 0.5
+    for half in all_logits.split(5):
+        pending = []
+        for ahead, logits in enumerate(half):
+            step, _ = on.fill(logits, requests)
+            on.positions_R += ahead
+            rows = tuple(StepRow(each, len(each.tokens) - 1 + ahead, 1, 1) for each in requests)
+            with no_waiting(on.device, may_wait=False):
+                pending.append(on.decoder.launch(Ready(step), ScheduledBatch(generation=rows)))
+        for logits, launched in zip(half, pending, strict=True):
+            expected = tokens_of(plain(logits, twins))
+            assert tokens_of(launched.result()) == expected
+            for each, token in zip(twins, expected, strict=True):
+                each.take_tokens([token])  # type: ignore[list-item]
+        for each, twin in zip(requests, twins, strict=True):
+            each.tokens[:] = twin.tokens
+        for each in requests[:2]:
+            on.decoder.states.free_resources(each)
+        on.decode(torch.randn(1, VOCAB), [request(PENALISED, 30)])
+
+
+def test_what_follows_from_the_tokens_needs_them(place: str) -> None:
+    on = Device(place)
+    for spec in (
+        SamplingSpec(99, no_repeat_ngram_size=2),
+        SamplingSpec(99, bad_words=((1, 2),)),
+        SamplingSpec(99, temperature=1.0, top_p=0.9, top_p_decay=0.9),
+        SamplingSpec(99, logits_processors=("x",)),
+    ):
+        assert on.decoder.reads_tokens(request(spec, 0))
+    host = SamplingDecoder()
+    assert host.reads_tokens(request(PENALISED, 0))
+    assert not host.reads_tokens(request(SamplingSpec(99, logit_bias=((3, 5.0),)), 1))
 
 
 def test_more_rows_than_were_warmed_up_for(place: str) -> None:
