@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -29,8 +30,8 @@ class TokenChoices:
         self.parameters = RowParameters(copies)
         self._sampler = sampler
         self._device = copies.device
-        self._tokens_R = torch.empty(0, dtype=torch.int64, device=copies.device)
-        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Callable[[], Tensor], Tensor]] = {}
+        self._target = TokenTarget.create(0, copies.device)
+        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, TokenTarget]] = {}
 
     def choose(self, logits_RV: Tensor, positions_R: Tensor | None, rows: DeviceRows | None) -> Tensor:
         """A token for each row, int64 on the device until the next call: the likeliest where `positions_R`, the places
@@ -40,10 +41,27 @@ class TokenChoices:
             kind = "limited" if self.parameters.has_limits else "random"
         captured = self._graphs.get(self._key(kind, logits_RV, rows)) if self._graphs else None
         if captured is None:
-            return self._call(kind, logits_RV, positions_R, rows)()
-        graph, _, tokens_R = captured
-        graph.replay()
-        return tokens_R
+            target = self._target_of(len(logits_RV), rows)
+            self._choose(kind, logits_RV, positions_R, target)
+        else:
+            graph, target = captured
+            graph.replay()
+        return target.tokens_R
+
+    def _choose(self, kind: Kind, logits_RV: Tensor, positions_R: Tensor | None, target: TokenTarget) -> None:
+        if positions_R is None or kind == "greedy":
+            self._sampler.argmax(logits_RV, target)
+        else:
+            parameters = self.parameters.of_rows(positions_R)
+            self._sampler.sample(logits_RV, parameters, target, has_limits=kind == "limited")
+
+    def _target_of(self, num_rows: int, rows: DeviceRows | None) -> TokenTarget:
+        """The next call's tokens overwrite those of the one before."""
+        if len(self._target.tokens_R) != num_rows:
+            self._target = TokenTarget.create(num_rows, self._device)
+        if rows is None:
+            return self._target
+        return TokenTarget(self._target.tokens_R, rows.slots_R, rows.tokens_S)
 
     def largest(self, logits_RV: Tensor) -> Tensor:
         """The place of each row's largest logit, in memory of its own."""
@@ -58,27 +76,6 @@ class TokenChoices:
         addresses = [each.data_ptr() for each in (logits_RV, rows.slots_R, rows.positions_R, rows.tokens_S)]
         return kind, self.parameters.address, logits_RV.dtype, logits_RV.shape, *addresses
 
-    def _call(
-        self, kind: Kind, logits_RV: Tensor, positions_R: Tensor | None, rows: DeviceRows | None
-    ) -> Callable[[], Tensor]:
-        R = len(logits_RV)
-        if len(self._tokens_R) < R:
-            self._tokens_R = torch.empty(2 * R, dtype=torch.int64, device=self._device)
-        tokens_R = self._tokens_R[:R]
-        target = TokenTarget(tokens_R)
-        if rows is not None:
-            target = TokenTarget(tokens_R, rows.slots_R, rows.tokens_S)
-
-        def call() -> Tensor:
-            if kind == "greedy" or positions_R is None:
-                self._sampler.argmax(logits_RV, target)
-            else:
-                parameters = self.parameters.of_rows(positions_R)
-                self._sampler.sample(logits_RV, parameters, target, has_limits=kind == "limited")
-            return tokens_R
-
-        return call
-
     def warm_up(self, steps: Iterable[StepLogits]) -> None:
         """Run each kind of choice once for each of these steps, which compiles its kernels, and capture it. The steps'
         logits may be any numbers; their newest tokens are overwritten."""
@@ -86,30 +83,27 @@ class TokenChoices:
         if not largest_first:
             return
         self.parameters.reserve(len(largest_first[0].sampled_RV))
-        calls = [self._warm(kind, step) for step in largest_first for kind in _KINDS]
+        for step, kind in itertools.product(largest_first, _KINDS):
+            self._warm(kind, step, self._target_of(len(step.sampled_RV), step.rows))
         if self._device.type == "cuda":
             with _no_collection():
-                self._graphs.update(self._capture_all(calls))
+                self._capture_all(largest_first)
 
-    def _warm(self, kind: Kind, step: StepLogits) -> tuple[Any, Callable[[], Tensor]]:
+    def _warm(self, kind: Kind, step: StepLogits, target: TokenTarget) -> None:
         assert step.rows is not None
-        call = self._call(kind, step.sampled_RV, step.rows.positions_R, step.rows)
-        call()
-        return self._key(kind, step.sampled_RV, step.rows), call
+        self._choose(kind, step.sampled_RV, step.rows.positions_R, target)
 
-    def _capture_all(
-        self, calls: Iterable[tuple[Any, Callable[[], Tensor]]]
-    ) -> Iterator[tuple[Any, tuple[torch.cuda.CUDAGraph, Callable[[], Tensor], Tensor]]]:
-        """Each call is kept with its graph, for its buffers."""
+    def _capture_all(self, steps: Iterable[StepLogits]) -> None:
         torch.cuda.synchronize(self._device)
         pool = torch.cuda.graph_pool_handle()
         with torch.cuda.stream(torch.cuda.Stream(self._device)):  # type: ignore[no-untyped-call]
-            for key, call in calls:
+            for step, kind in itertools.product(steps, _KINDS):
+                target = self._target_of(len(step.sampled_RV), step.rows)
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                tokens_R = call()
+                self._warm(kind, step, target)
                 graph.capture_end()
-                yield key, (graph, call, tokens_R)
+                self._graphs[self._key(kind, step.sampled_RV, step.rows)] = graph, target
 
 
 @contextmanager
