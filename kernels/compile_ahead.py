@@ -10,15 +10,10 @@ Triton's cache on disk (`TRITON_CACHE_DIR`, by default ~/.triton/cache), where t
 from __future__ import annotations
 
 import contextvars
-import logging
-import os
-import stat
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -26,7 +21,7 @@ import triton
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-logger = logging.getLogger(__name__)
+from tensorweave.kernels.kernel_cache import ensure_kernel_cache
 
 _ALIGNMENT: Final = 16
 _ONE_AT_A_TIME: Final = threading.Lock()
@@ -90,32 +85,3 @@ def _kind(value: Any) -> Any:
     if isinstance(value, TensorDescriptor):
         return value.base.dtype, *value.block_shape
     return float if isinstance(value, float) else value
-
-
-def ensure_kernel_cache() -> Path:
-    """Triton's cache directory; one of this user's own among the temporary files if that cannot be written."""
-    wanted = Path(triton.knobs.cache.dir)
-    try:
-        wanted.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=wanted).close()
-    except OSError as error:
-        directory = _private_directory()
-        logger.warning(
-            "compiled kernels cannot be kept in %s (%s) but in %s; set TRITON_CACHE_DIR to a directory that lasts",
-            wanted,
-            error.strerror,
-            directory,
-        )
-        triton.knobs.cache.dir = str(directory)
-        return directory
-    return wanted
-
-
-def _private_directory() -> Path:
-    """What lies there is executed on the GPU, so that nobody else may write there."""
-    directory = Path(tempfile.gettempdir()) / f"tensorweave-kernels-{os.getuid()}"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    found = directory.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        return Path(tempfile.mkdtemp(prefix="tensorweave-kernels-"))
-    return directory

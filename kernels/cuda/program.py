@@ -1,4 +1,5 @@
-"""CUDA C++ kernels for Hopper: compiled by NVRTC when they are first needed (0.7 s each), launched through the driver.
+"""CUDA C++ kernels for Hopper: compiled by NVRTC when they are first needed (0.7 s each, then kept on disk), launched
+through the driver.
 
 NVRTC and its Python bindings come with torch's CUDA wheels, so that users need no toolkit.
 """
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from tensorweave.kernels.kernel_cache import cached_binary, ensure_kernel_cache
 
 _SHARED = Path(__file__).with_name("hopper.cuh")
 _MAX_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -50,13 +53,20 @@ def compile_cubin(source: Path, options: Sequence[str]) -> bytes:
     from cuda.bindings import nvrtc
 
     text = _SHARED.read_bytes() + source.read_bytes()
-    _, program = nvrtc.nvrtcCreateProgram(text, source.name.encode(), 0, [], [])
     options = ["--gpu-architecture=sm_90a", "-std=c++17", *options]
+    compiler = f"{nvrtc.nvrtcVersion()} {options}"
+    return cached_binary(ensure_kernel_cache(), text, compiler, lambda: _compile(text, source.name, options))
+
+
+def _compile(text: bytes, name: str, options: Sequence[str]) -> bytes:
+    from cuda.bindings import nvrtc
+
+    _, program = nvrtc.nvrtcCreateProgram(text, name.encode(), 0, [], [])
     (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if code != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"{source.name} does not compile: {log.decode(errors='replace')}")
+        raise RuntimeError(f"{name} does not compile: {log.decode(errors='replace')}")
     cubin: bytes = b" " * nvrtc.nvrtcGetCUBINSize(program)[1]
     nvrtc.nvrtcGetCUBIN(program, cubin)
     nvrtc.nvrtcDestroyProgram(program)

@@ -19,8 +19,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from tensorweave.kernels import compile_ahead as module  # noqa: E402
-from tensorweave.kernels.compile_ahead import compile_ahead, ensure_kernel_cache  # noqa: E402
+from tensorweave.kernels.compile_ahead import compile_ahead  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -142,31 +141,3 @@ def test_a_second_process_finds_the_kernels_on_disk(device: torch.device, tmp_pa
     double.device_caches.clear()  # as in a new process
     assert compile_ahead(lambda: launch(x, x, 16), 2) == 1
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("double*")} == files
-
-
-def test_a_cache_that_cannot_be_written_is_replaced_by_one_of_this_user(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert ensure_kernel_cache() == tmp_path / "cache"
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
-    made = ensure_kernel_cache()
-    assert made == tmp_path / f"tensorweave-kernels-{os.getuid()}"
-    assert made.stat().st_mode & 0o777 == 0o700
-    assert triton.knobs.cache.dir == str(made)
-    assert "set TRITON_CACHE_DIR" in caplog.text
-
-
-def test_a_directory_that_others_can_write_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    planted = tmp_path / f"tensorweave-kernels-{os.getuid()}"
-    planted.mkdir()
-    planted.chmod(0o777)
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
-    made = ensure_kernel_cache()
-    assert made != planted
-    assert made.parent == tmp_path
-    assert made.stat().st_mode & 0o777 == 0o700
