@@ -84,6 +84,7 @@ def _add_trace(kinds: Any) -> None:
         "--dtype", default="auto", choices=("auto", "float16", "bfloat16", "float32"), help="of --model"
     )
     parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 64, 256], help="default: 1 64 256")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="whole rows of the suite in place of decode steps")
     parser.add_argument("--input-len", type=positive, default=128, help="prompt tokens (default: %(default)s)")
     parser.add_argument(
         "--output-len", type=positive, default=768, help="most generated tokens: longer than the trace takes"

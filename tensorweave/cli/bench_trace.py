@@ -1,7 +1,8 @@
 """`tensorweave bench trace`: where the time of a decode step goes, on the user's model and machine.
 
 For each batch size, requests decode together. First some steps run as they are: they give the time of a step and the
-host's part in it. Then as many run under torch's profiler: they tell what the GPU did.
+host's part in it. Then as many run under torch's profiler: they tell what the GPU did. With `--rows`, whole rows of a
+suite are traced instead (`trace_row.py`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ from tensorweave.cli.suite_rows import SUITES
 from tensorweave.cli.suite_shapes import ModelShape
 from tensorweave.cli.trace_events import last_part
 from tensorweave.cli.trace_figures import device_steps, operator_shares
+from tensorweave.cli.trace_row import chrome_path, told_row, trace_row
 from tensorweave.deploy.config_file import read_document
 from tensorweave.workers.store.model_store import resolve_model
 
@@ -39,6 +40,8 @@ _HEAD: Final = (
 def run(args: argparse.Namespace) -> int:
     from tensorweave.cli.trace_profiler import prepare  # imports torch
 
+    if args.rows is not None and args.suite is None:
+        raise ValueError("--rows are those of a suite: give --suite")
     with tempfile.TemporaryDirectory() as folder:
         model_dir, options = _model(args, Path(folder))
         prepare()
@@ -46,11 +49,14 @@ def run(args: argparse.Namespace) -> int:
 
         with LLM(model=model_dir, skip_tokenizer_init=True, **options) as llm:
             vocab_size = ModelShape.read(model_dir).vocab_size
-            rows = [_trace(llm, batch_size, vocab_size, args) for batch_size in args.batch_sizes]
-    publish(report("trace", settings_of(args), {"card": card()["name"], "engine": options, "runs": rows}), args.json)
-    print(f"\n{steps_table(rows)}")
-    for row in rows:
-        print(f"\nbatch {row['batch_size']}, by time:\n{shares_table(row['shares'][: args.top])}")
+            suite_rows = [] if args.rows is None else SUITES[args.suite].choose(args.rows)
+            rows = [trace_row(llm, row, vocab_size, args) for row in suite_rows]
+            steps = [] if suite_rows else [_trace(llm, size, vocab_size, args) for size in args.batch_sizes]
+    figures = {"card": card()["name"], "engine": options, "runs": {"rows": rows, "steps": steps}}
+    publish(report("trace", settings_of(args), figures), args.json)
+    print(f"\n{steps_table(steps)}" if steps else "\n".join(map(told_row, rows)))
+    for traced in (*rows, *steps):
+        print(f"\n{traced['title']}, by time:\n{shares_table(traced['shares'][: args.top])}")
     return 0
 
 
@@ -77,17 +83,22 @@ def _trace(llm: LLM, batch_size: int, vocab_size: int, args: argparse.Namespace)
             tokens.advance(_NUM_WARMUP_STEPS)
             num_steps, elapsed_s = tokens.advance(args.num_steps)
             stats = llm.get_stats()
-            path = Path(folder) / "trace.json" if args.chrome is None else chrome_path(args.chrome, batch_size)
+            path = Path(folder) / "trace.json" if args.chrome is None else chrome_path(args.chrome, f"b{batch_size}")
             with recording(path) as recorded:
                 tokens.advance(1)  # with all that came while the profiler started
                 num_traced, traced_s = tokens.advance(args.num_steps)
     finally:
         for output in [*outputs, tokens.output]:
             output.abort()
-    events, step_ms = last_part(recorded, traced_s), elapsed_s * 1e3 / num_steps
-    row = {"batch_size": batch_size, "step_ms": step_ms, "traced_step_ms": traced_s * 1e3 / num_traced}
+    events, step_ms = last_part(recorded.events, traced_s), elapsed_s * 1e3 / num_steps
+    row: dict[str, Any] = {
+        "title": f"a step of {batch_size}",
+        "batch_size": batch_size,
+        "step_ms": step_ms,
+        "traced_step_ms": traced_s * 1e3 / num_traced,
+    }
     is_gpu = any(event.kind == "kernel" for event in events)
-    row |= host_figures(stats, batch_size, step_ms, is_gpu=is_gpu)
+    row |= host_figures(stats, batch_size, is_gpu=is_gpu)
     if not is_gpu:
         return row | {"shares": [dataclasses.asdict(share) for share in operator_shares(events, num_traced)]}
     steps, shares = device_steps(events, num_traced)
@@ -120,9 +131,9 @@ class WatchedTokens:
         return self._num_tokens - before, self._arrived_s - before_s
 
 
-def host_figures(stats: Sequence[dict[str, Any]], batch_size: int, step_ms: float, *, is_gpu: bool) -> dict[str, float]:
+def host_figures(stats: Sequence[dict[str, Any]], batch_size: int, *, is_gpu: bool) -> dict[str, float]:
     """Median and 99th percentile of what the host does per step: on a GPU all but waiting for it, on a CPU all but the
-    forward. The statistics end before a step's answers are handed over; that is added from the time of a whole step."""
+    forward."""
     rows = [
         row
         for row in stats
@@ -132,8 +143,7 @@ def host_figures(stats: Sequence[dict[str, Any]], batch_size: int, step_ms: floa
     if not rows:
         raise ValueError(f"no step had all {batch_size} requests in it: lower --batch-sizes, or raise max_batch_size")
     not_host = "waitLatencyMS" if is_gpu else "forwardLatencyMS"
-    after_ms = max(0.0, step_ms - statistics.fmean(row["iterLatencyMS"] for row in rows))
-    host_ms = sorted(row["iterLatencyMS"] - row[not_host] + after_ms for row in rows)
+    host_ms = sorted(row["iterLatencyMS"] - row[not_host] for row in rows)
     return {"host_ms_median": percentile(host_ms, 50), "host_ms_p99": percentile(host_ms, 99)}
 
 
@@ -157,10 +167,4 @@ def shares_table(shares: Sequence[dict[str, Any]]) -> str:
          f"{share['share']:.1%}"]
         for share in shares
     ]  # fmt: skip
-    return aligned([["name", "per step", "µs each", "µs per step", "share"], *lines], num_left=1)
-
-
-def chrome_path(path: Path, batch_size: int) -> Path:
-    """One file per batch size: trace.json becomes trace-b64.json."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f"{path.stem}-b{batch_size}{path.suffix}")
+    return aligned([["name", "number", "µs each", "µs in all", "share"], *lines], num_left=1)

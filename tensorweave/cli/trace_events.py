@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,8 +31,20 @@ class Event:
     thread: str
 
 
-def read_trace(path: Path) -> list[Event]:
-    return events_of(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
+@dataclass(slots=True)
+class Trace:
+    """`base_ns` is the time since 1970 from which the events count: their own times would be too large for a float."""
+
+    base_ns: int = 0
+    events: list[Event] = field(default_factory=list)
+
+    def read(self, path: Path) -> None:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        self.base_ns, self.events = int(document["baseTimeNanoseconds"]), events_of(document["traceEvents"])
+
+    def at_us(self, time_ns: int) -> float:
+        """A time of `time.time_ns` on the events' axis."""
+        return (time_ns - self.base_ns) / 1e3
 
 
 def events_of(entries: Iterable[dict[str, Any]]) -> list[Event]:

@@ -71,6 +71,41 @@ def device_steps(events: Sequence[Event], num_expected: int) -> tuple[DeviceStep
     return steps, _shares(durations, num_steps)
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceSpan:
+    """What the GPU does between two times, in milliseconds. `idle_ms` is without the time before its first kernel and
+    that after its last one; `gaps_ms` are its longest parts, as (when, how long)."""
+
+    before_ms: float
+    busy_ms: float
+    idle_ms: float
+    after_ms: float
+    gaps_ms: list[tuple[float, float]]
+
+
+def device_span(
+    events: Sequence[Event], began_us: float, ended_us: float, num_gaps: int = 6
+) -> tuple[DeviceSpan, list[Share]]:
+    """The figures of all that runs between two times. Raises ValueError if no kernel does."""
+    kernels = [event for event in of_kind(events, KERNEL) if began_us <= event.start_us <= ended_us]
+    if not kernels:
+        raise ValueError("no kernel ran on the GPU meanwhile")
+    gaps, end_us = [], kernels[0].end_us
+    for event in kernels[1:]:
+        if event.start_us > end_us:
+            gaps.append(((end_us - began_us) / 1e3, (event.start_us - end_us) / 1e3))
+        end_us = max(end_us, event.end_us)
+    idle_ms = sum(length_ms for _, length_ms in gaps)
+    span = DeviceSpan(
+        before_ms=(kernels[0].start_us - began_us) / 1e3,
+        busy_ms=(end_us - kernels[0].start_us) / 1e3 - idle_ms,
+        idle_ms=idle_ms,
+        after_ms=(ended_us - end_us) / 1e3,
+        gaps_ms=sorted(gaps, key=lambda gap: -gap[1])[:num_gaps],
+    )
+    return span, _shares(((event.name, event.end_us - event.start_us) for event in kernels), 1)
+
+
 def operator_shares(events: Sequence[Event], num_steps: int) -> list[Share]:
     """Operators by their own time, without that of operators inside them."""
     own: list[tuple[str, float]] = []

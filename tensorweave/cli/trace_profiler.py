@@ -13,7 +13,7 @@ import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
-from tensorweave.cli.trace_events import Event, read_trace
+from tensorweave.cli.trace_events import Trace
 
 
 def has_gpu() -> bool:
@@ -30,9 +30,9 @@ def prepare() -> None:
 
 
 @contextmanager
-def recording(path: Path) -> Iterator[list[Event]]:
-    """Write a Chrome trace of what runs meanwhile to `path`; the list has its events afterwards."""
-    events: list[Event] = []
+def recording(path: Path) -> Iterator[Trace]:
+    """Write a Chrome trace of what runs meanwhile to `path`; the object has its events afterwards."""
+    trace = Trace()
     if has_gpu():
         profiler = profile(activities=[ProfilerActivity.CUDA])
     else:
@@ -40,8 +40,8 @@ def recording(path: Path) -> Iterator[list[Event]]:
         profiler = profile(activities=[ProfilerActivity.CPU], experimental_config=config)
     profiler.start()
     try:
-        yield events
+        yield trace
     finally:
         profiler.stop()
     profiler.export_chrome_trace(str(path))
-    events += read_trace(path)
+    trace.read(path)

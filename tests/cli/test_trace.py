@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from tensorweave.cli.bench_trace import WatchedTokens, chrome_path, host_figures, steps_table
+from tensorweave.cli.bench_trace import WatchedTokens, host_figures, steps_table
 from tensorweave.cli.main import main
-from tensorweave.cli.trace_events import Event, events_of, last_part
-from tensorweave.cli.trace_figures import device_steps, operator_shares, short_name
+from tensorweave.cli.trace_events import Event, Trace, events_of, last_part
+from tensorweave.cli.trace_figures import device_span, device_steps, operator_shares, short_name
+from tensorweave.cli.trace_row import chrome_path, told_row
 
 
 def kernel(name: str, start_us: float, length_us: float, launch: int) -> Event:
@@ -130,12 +131,12 @@ def stats_row(iter_ms: float, wait_ms: float, num_generating: int, num_context: 
 def test_the_host_s_time_is_that_without_a_wait() -> None:
     rows = [stats_row(5.0, 4.0, 8), stats_row(5.0, 3.5, 8), stats_row(5.0, 4.2, 8), stats_row(90.0, 0.0, 8, 1)]
     rows += [stats_row(70.0, 0.0, 7)]
-    on_gpu = host_figures(rows, 8, step_ms=5.25, is_gpu=True)
-    assert on_gpu["host_ms_median"] == pytest.approx(1.0 + 0.25)
-    assert on_gpu["host_ms_p99"] == pytest.approx(1.75, abs=0.02)
-    assert host_figures(rows, 8, step_ms=5.0, is_gpu=False)["host_ms_median"] == pytest.approx(0.0)
+    on_gpu = host_figures(rows, 8, is_gpu=True)
+    assert on_gpu["host_ms_median"] == pytest.approx(1.0)
+    assert on_gpu["host_ms_p99"] == pytest.approx(1.5, abs=0.02)
+    assert host_figures(rows, 8, is_gpu=False)["host_ms_median"] == pytest.approx(0.0)
     with pytest.raises(ValueError, match="no step had all 9 requests"):
-        host_figures(rows, 9, step_ms=5.0, is_gpu=True)
+        host_figures(rows, 9, is_gpu=True)
 
 
 @dataclass
@@ -168,9 +169,44 @@ def test_the_table_of_steps() -> None:
     assert "idle between" in head
 
 
-def test_a_chrome_trace_has_the_batch_size_in_its_name(tmp_path: Path) -> None:
-    assert chrome_path(tmp_path / "a" / "trace.json", 64) == tmp_path / "a" / "trace-b64.json"
+def test_a_chrome_trace_has_a_name_of_its_own(tmp_path: Path) -> None:
+    assert chrome_path(tmp_path / "a" / "trace.json", "b64") == tmp_path / "a" / "trace-b64.json"
     assert (tmp_path / "a").is_dir()
+
+
+def test_what_the_gpu_did_between_two_times() -> None:
+    events = [kernel("a", 20, 10, 1), kernel("b", 25, 10, 2), kernel("a", 45, 5, 3), kernel("c", 52, 8, 4)]
+    span, shares = device_span([*events, kernel("late", 200, 9, 5)], began_us=10, ended_us=100)
+    assert (span.before_ms, span.busy_ms, span.idle_ms, span.after_ms) == pytest.approx((0.01, 0.028, 0.012, 0.04))
+    assert span.gaps_ms == [pytest.approx((0.025, 0.01)), pytest.approx((0.04, 0.002))]
+    assert [(share.name, share.per_step) for share in shares] == [("a", 2), ("b", 1), ("c", 1)]
+    with pytest.raises(ValueError, match="no kernel ran"):
+        device_span(events, began_us=61, ended_us=100)
+
+
+def test_the_line_of_a_row() -> None:
+    row = {"row": "b8", "seconds": 1.0, "traced_s": 1.1}
+    span = {"before_ms": 5.0, "busy_ms": 900.0, "idle_ms": 90.0, "after_ms": 5.0, "gaps_ms": [(700.0, 60.0)]}
+    assert told_row(row) == "b8: 1.000 s, 1.100 s traced"
+    assert told_row(row | span).endswith(
+        "GPU busy 900.0 ms, idle 90.0 ms, 5.0 ms after the last kernel; longest gaps, ms: 60.0 at 700"
+    )
+
+
+def test_times_of_the_clock_on_a_trace_s_axis(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(json.dumps({"baseTimeNanoseconds": 5_000_000, "traceEvents": []}))
+    trace = Trace()
+    trace.read(tmp_path / "t.json")
+    assert trace.at_us(5_002_500) == 2.5
+
+
+def test_rows_of_a_suite_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chrome = ["--chrome", str(tmp_path / "t.json")]
+    assert main(["bench", "trace", "--suite", "tiny", "--rows", "b4_16_8", *chrome, "--set", "device=cpu"]) == 0
+    assert "b4_16_8, by time" in capsys.readouterr().out
+    assert json.loads((tmp_path / "t-b4_16_8.json").read_text())["traceEvents"]
+    assert main(["bench", "trace", "--model", "smollm2", "--rows", "b4_16_8"]) == 2
+    assert "--rows are those of a suite" in capsys.readouterr().err
 
 
 def test_a_trace_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,11 +214,11 @@ def test_a_trace_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     sizes = ["--batch-sizes", "1", "3", "--input-len", "8", "--output-len", "30000", "--num-steps", "12"]
     out = ["--json", str(tmp_path / "o.json"), "--chrome", str(tmp_path / "t.json")]
     assert main(["bench", "trace", "--suite", "tiny", *sizes, *out, "--set", "device=cpu"]) == 0
-    rows = json.loads((tmp_path / "o.json").read_text())["runs"]
+    rows = json.loads((tmp_path / "o.json").read_text())["runs"]["steps"]
     assert [row["batch_size"] for row in rows] == [1, 3]
     for row in rows:
         assert 0 < row["host_ms_median"] <= row["host_ms_p99"]
         assert sum(share["share"] for share in row["shares"]) == pytest.approx(1)
         assert any(share["name"].startswith("aten::") and share["per_step"] > 1 for share in row["shares"])
     assert json.loads((tmp_path / "t-b3.json").read_text())["traceEvents"]
-    assert "batch 3, by time" in capsys.readouterr().out
+    assert "a step of 3, by time" in capsys.readouterr().out

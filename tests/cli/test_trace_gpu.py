@@ -65,13 +65,13 @@ def test_steps_of_a_graph_on_another_thread(tmp_path: Path) -> None:
     prepare()
     graph = captured(num_products=40)
     busy_us = busy_us_by_events(graph)
-    with recording(tmp_path / "trace.json") as events:
+    with recording(tmp_path / "trace.json") as trace:
         began_s = time.perf_counter()
         thread = threading.Thread(target=replay, args=(graph, PAUSE_S))
         thread.start()
         thread.join()
         took_s = time.perf_counter() - began_s
-    steps, shares = device_steps(last_part(events, took_s), NUM_STEPS)
+    steps, shares = device_steps(last_part(trace.events, took_s), NUM_STEPS)
     assert steps.num_steps == pytest.approx(NUM_STEPS * 0.9, abs=3)
     assert steps.busy_us + steps.inside_us == pytest.approx(busy_us, rel=0.15)
     assert steps.between_us > PAUSE_S * 1e6
