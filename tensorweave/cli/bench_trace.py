@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ from tensorweave.cli.prompts import random_prompts
 from tensorweave.cli.suite_figures import card
 from tensorweave.cli.suite_rows import SUITES
 from tensorweave.cli.suite_shapes import ModelShape
-from tensorweave.cli.trace_events import last_part
+from tensorweave.cli.trace_events import KERNEL, last_part
 from tensorweave.cli.trace_figures import device_steps, operator_shares
 from tensorweave.cli.trace_row import chrome_path, told_row, trace_row
 from tensorweave.deploy.config_file import read_document
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from tensorweave import LLM, RequestOutput
 
 _NUM_WARMUP_STEPS: Final = 16
+_FIRST_LOOK_S: Final = 0.02
+_PATIENCE_S: Final = 120.0
 _HEAD: Final = (
     "batch", "step ms", "host ms", "p99", "| traced: step ms", "GPU busy", "idle in graphs", "idle between", "untraced",
 )  # fmt: skip
@@ -74,76 +78,71 @@ def _trace(llm: LLM, batch_size: int, vocab_size: int, args: argparse.Namespace)
     from tensorweave.cli.trace_profiler import recording
 
     sampling = SamplingParams(temperature=0.0, max_tokens=args.output_len, ignore_eos=True)
-    llm.get_stats()  # those of what ran before
-    *others, watched = random_prompts(batch_size, args.input_len, vocab_size, args.seed + batch_size)
-    outputs = [llm.generate_async(prompt, sampling) for prompt in others]
-    tokens = WatchedTokens(llm.generate_async(watched, sampling, streaming=True))
+    prompts = random_prompts(batch_size, args.input_len, vocab_size, args.seed + batch_size)
+    outputs = [llm.generate_async(prompt, sampling) for prompt in prompts]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            tokens.advance(_NUM_WARMUP_STEPS)
-            num_steps, elapsed_s = tokens.advance(args.num_steps)
-            stats = llm.get_stats()
+            take_steps(llm, outputs, _NUM_WARMUP_STEPS)
+            plain = take_steps(llm, outputs, args.num_steps)
             path = Path(folder) / "trace.json" if args.chrome is None else chrome_path(args.chrome, f"b{batch_size}")
-            with recording(path) as recorded:
-                tokens.advance(1)  # with all that came while the profiler started
-                num_traced, traced_s = tokens.advance(args.num_steps)
+            with recording(path) as trace:
+                took_s = time.perf_counter()
+                traced = take_steps(llm, outputs, args.num_steps)
+                took_s = time.perf_counter() - took_s
     finally:
-        for output in [*outputs, tokens.output]:
+        for output in outputs:
             output.abort()
-    events, step_ms = last_part(recorded.events, traced_s), elapsed_s * 1e3 / num_steps
-    row: dict[str, Any] = {
-        "title": f"a step of {batch_size}",
-        "batch_size": batch_size,
-        "step_ms": step_ms,
-        "traced_step_ms": traced_s * 1e3 / num_traced,
-    }
-    is_gpu = any(event.kind == "kernel" for event in events)
-    row |= host_figures(stats, batch_size, is_gpu=is_gpu)
+    row: dict[str, Any] = {"title": f"a step of {batch_size}", "batch_size": batch_size}
+    row |= {"step_ms": step_ms(plain), "traced_step_ms": step_ms(traced)}
+    events = last_part(trace.events, took_s)
+    is_gpu = any(event.kind == KERNEL for event in events)
+    row |= host_figures(plain, is_gpu=is_gpu)
     if not is_gpu:
-        return row | {"shares": [dataclasses.asdict(share) for share in operator_shares(events, num_traced)]}
-    steps, shares = device_steps(events, num_traced)
+        return row | {"shares": [dataclasses.asdict(share) for share in operator_shares(events, len(traced))]}
+    steps, shares = device_steps(events, len(traced))
     span_ms = (steps.busy_us + steps.inside_us) / 1e3
-    row |= {**dataclasses.asdict(steps), "untraced_idle": max(0.0, 1 - span_ms / step_ms)}
+    row |= {**dataclasses.asdict(steps), "untraced_idle": max(0.0, 1 - span_ms / row["step_ms"])}
     return row | {"shares": [dataclasses.asdict(share) for share in shares]}
 
 
-class WatchedTokens:
-    """The tokens of one streamed request, which tell how far the batch is."""
+def take_steps(llm: LLM, outputs: Sequence[RequestOutput], num_steps: int) -> list[dict[str, Any]]:
+    """Wait for so many steps from now on in which all requests decode and nothing else runs. Return their statistics,
+    which may be of some more.
 
-    def __init__(self, output: RequestOutput) -> None:
-        self.output = output
-        self._pieces = iter(output)
-        self._num_tokens = 0
-        self._arrived_s = time.perf_counter()
+    Raises:
+        ValueError: The requests ended first, or never ran together.
+    """
+    llm.get_stats()  # those of steps before
+    steps: list[dict[str, Any]] = []
+    deadline_s = time.monotonic() + _PATIENCE_S
+    while len(steps) < num_steps:
+        if any(output.finished for output in outputs):
+            raise ValueError("the requests ended before the trace did: raise --output-len")
+        if time.monotonic() > deadline_s:
+            raise ValueError(
+                f"in {_PATIENCE_S:.0f} s, {len(steps)} steps had all {len(outputs)} requests in them: lower "
+                "--batch-sizes, or raise max_batch_size or the KV cache"
+            )
+        each_s = step_ms(steps) / 1e3 if steps else _FIRST_LOOK_S
+        threading.Event().wait(max(_FIRST_LOOK_S, each_s * (num_steps - len(steps))))
+        steps += [row for row in llm.get_stats() if is_decode_step(row, len(outputs))]
+    return steps
 
-    def advance(self, num_tokens: int) -> tuple[int, float]:
-        """Wait for so many more. Return how many came, and the seconds since the last one before them.
 
-        Raises:
-            ValueError: The request ended first.
-        """
-        before, before_s = self._num_tokens, self._arrived_s
-        while self._num_tokens < before + num_tokens:
-            piece = next(self._pieces, None)
-            if piece is None:
-                raise ValueError(f"the requests ended after {self._num_tokens} tokens, too early: raise --output-len")
-            self._num_tokens, self._arrived_s = len(piece.outputs[0].token_ids), time.perf_counter()
-        return self._num_tokens - before, self._arrived_s - before_s
+def is_decode_step(row: dict[str, Any], batch_size: int) -> bool:
+    running = row["inflightBatchingStats"]
+    return bool(running["numGenRequests"] == batch_size and running["numContextRequests"] == 0)
 
 
-def host_figures(stats: Sequence[dict[str, Any]], batch_size: int, *, is_gpu: bool) -> dict[str, float]:
+def step_ms(steps: Sequence[dict[str, Any]]) -> float:
+    return statistics.fmean(row["iterLatencyMS"] for row in steps)
+
+
+def host_figures(steps: Sequence[dict[str, Any]], *, is_gpu: bool) -> dict[str, float]:
     """Median and 99th percentile of what the host does per step: on a GPU all but waiting for it, on a CPU all but the
     forward."""
-    rows = [
-        row
-        for row in stats
-        if row["inflightBatchingStats"]["numGenRequests"] == batch_size
-        and row["inflightBatchingStats"]["numContextRequests"] == 0
-    ]
-    if not rows:
-        raise ValueError(f"no step had all {batch_size} requests in it: lower --batch-sizes, or raise max_batch_size")
     not_host = "waitLatencyMS" if is_gpu else "forwardLatencyMS"
-    host_ms = sorted(row["iterLatencyMS"] - row[not_host] for row in rows)
+    host_ms = sorted(row["iterLatencyMS"] - row[not_host] for row in steps)
     return {"host_ms_median": percentile(host_ms, 50), "host_ms_p99": percentile(host_ms, 99)}
 
 

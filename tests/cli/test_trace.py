@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tensorweave.cli.bench_trace import WatchedTokens, host_figures, steps_table
+from tensorweave.cli.bench_trace import host_figures, steps_table, take_steps
 from tensorweave.cli.main import main
 from tensorweave.cli.trace_events import Event, Trace, events_of, last_part
 from tensorweave.cli.trace_figures import device_span, device_steps, operator_shares, short_name
@@ -122,42 +121,49 @@ def test_kernel_names_are_shortened(name: str, short: str) -> None:
     assert short_name(name) == short
 
 
-def stats_row(iter_ms: float, wait_ms: float, num_generating: int, num_context: int = 0) -> dict[str, Any]:
+def stats_row(iter_ms: float, wait_ms: float, num_generating: int = 8, num_context: int = 0) -> dict[str, Any]:
     running = {"numGenRequests": num_generating, "numContextRequests": num_context}
     times = {"iterLatencyMS": iter_ms, "waitLatencyMS": wait_ms, "forwardLatencyMS": wait_ms + 1}
     return {**times, "inflightBatchingStats": running}
 
 
 def test_the_host_s_time_is_that_without_a_wait() -> None:
-    rows = [stats_row(5.0, 4.0, 8), stats_row(5.0, 3.5, 8), stats_row(5.0, 4.2, 8), stats_row(90.0, 0.0, 8, 1)]
-    rows += [stats_row(70.0, 0.0, 7)]
-    on_gpu = host_figures(rows, 8, is_gpu=True)
+    steps = [stats_row(5.0, 4.0), stats_row(5.0, 3.5), stats_row(5.0, 4.2)]
+    on_gpu = host_figures(steps, is_gpu=True)
     assert on_gpu["host_ms_median"] == pytest.approx(1.0)
     assert on_gpu["host_ms_p99"] == pytest.approx(1.5, abs=0.02)
-    assert host_figures(rows, 8, is_gpu=False)["host_ms_median"] == pytest.approx(0.0)
-    with pytest.raises(ValueError, match="no step had all 9 requests"):
-        host_figures(rows, 9, is_gpu=True)
+    assert host_figures(steps, is_gpu=False)["host_ms_median"] == pytest.approx(0.0)
 
 
-@dataclass
-class StreamedOutput:
-    """A streamed request that gets its tokens in pieces of these sizes."""
+class Running:
+    """Stands for an LLM and its two requests: each call of `get_stats` takes the next rows."""
 
-    sizes: list[int]
+    def __init__(self, *rows: list[dict[str, Any]], ends: bool = False) -> None:
+        self._rows, self._ends = list(rows), ends
 
-    def __iter__(self) -> Iterator[Any]:
-        tokens = 0
-        for size in self.sizes:
-            tokens += size
-            yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[0] * tokens)])
+    @property
+    def finished(self) -> bool:
+        return self._ends and not self._rows
+
+    def get_stats(self) -> list[dict[str, Any]]:
+        return self._rows.pop(0) if self._rows else []
 
 
-def test_steps_are_counted_by_the_tokens_of_one_request() -> None:
-    tokens = WatchedTokens(StreamedOutput([1, 1, 3, 1, 1]))  # type: ignore[arg-type]
-    assert tokens.advance(2)[0] == 2
-    assert tokens.advance(2)[0] == 3
-    with pytest.raises(ValueError, match="ended after 7 tokens, too early: raise --output-len"):
-        tokens.advance(3)
+def test_steps_count_in_which_all_requests_decode() -> None:
+    old, mixed, alone, good = stats_row(1, 0, 2), stats_row(1, 0, 1, 1), stats_row(1, 0, 1), stats_row(3, 1, 2)
+    running: Any = Running([old, old, old], [mixed, good], [alone, good, good])
+    assert take_steps(running, [running, running], 3) == [good, good, good]
+    over: Any = Running([], [good], ends=True)
+    with pytest.raises(ValueError, match="raise --output-len"):
+        take_steps(over, [over, over], 2)
+
+
+def test_requests_that_never_run_together_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count(step=50)
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
+    running: Any = Running([], [stats_row(1, 0, 1)])
+    with pytest.raises(ValueError, match="0 steps had all 2 requests in them: lower --batch-sizes"):
+        take_steps(running, [running, running], 2)
 
 
 def test_the_table_of_steps() -> None:
