@@ -6,7 +6,6 @@ contracts; the reference forms are in torch, run anywhere, and are what the test
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,16 +62,6 @@ class DecodeRows:
     max_length: int
 
 
-@dataclass(frozen=True, slots=True)
-class PromptChunk:
-    """Rows [first_row, first_row + length) of a step are tokens [start, start + length) of the sequence in a slot."""
-
-    first_row: int
-    start: int
-    length: int
-    slot: int
-
-
 class DeviceOperations(Protocol):
     """`pdl`: a kernel may be launched while the one before still runs, where the device can."""
 
@@ -115,6 +104,7 @@ class DeviceOperations(Protocol):
         """Attention of these rows; `cache_BCPH` is any layer's cache."""
         ...
 
-    def plan_prefill(self, chunks: Sequence[PromptChunk], state: SequenceState) -> PrefillPlan:
-        """Plan the attention of a step's chunks, without synchronising."""
+    def plan_prefill(self, tiles_Z4: Tensor, state: SequenceState) -> PrefillPlan:
+        """Attention of a step's chunks. `tiles_Z4` is int32 on the device, see `kernels.attention.tiles`: sequences are
+        slots, and tiles without rows are padding."""
         ...

@@ -3,14 +3,13 @@ device engine runs on where there is no GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorweave.kernels.device_operations import DecodeAttention, DecodeRows, PrefillPlan, PromptChunk
+from tensorweave.kernels.device_operations import DecodeAttention, DecodeRows, PrefillPlan
 from tensorweave.kernels.heads.kv_slots import KvSlots
 from tensorweave.kernels.heads.reference import HeadNorms, place_heads
 from tensorweave.kernels.heads.rotation import HeadRotation
@@ -67,8 +66,8 @@ class ReferenceOperations:
     def decode_attention(self, rows: DecodeRows, num_heads: int, cache_BCPH: Tensor) -> DecodeAttention:
         return ReferenceDecodeAttention(self, rows)
 
-    def plan_prefill(self, chunks: Sequence[PromptChunk], state: SequenceState) -> PrefillPlan:
-        return ReferencePrefillPlan(tuple(chunks), state)
+    def plan_prefill(self, tiles_Z4: Tensor, state: SequenceState) -> PrefillPlan:
+        return ReferencePrefillPlan(tiles_Z4, state)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +101,18 @@ class ReferenceDecodeAttention:
 
 @dataclass(frozen=True, slots=True)
 class ReferencePrefillPlan:
-    chunks: tuple[PromptChunk, ...]
+    tiles_Z4: Tensor
     state: SequenceState
 
     def attend(
         self, heads_TXH: Tensor, cache_BCPH: Tensor, out_TNH: Tensor, *, window: int | None, scale: float
     ) -> None:
         N = out_TNH.shape[1]
-        for chunk in self.chunks:
-            rows = slice(chunk.first_row, chunk.first_row + chunk.length)
-            table_W = self.state.tables_SW[chunk.slot]
-            _attend(heads_TXH[rows, :N], table_W, chunk.start, cache_BCPH, window, scale, out_TNH[rows])
+        for first_row, position, num_rows, slot in self.tiles_Z4.tolist():
+            rows = slice(first_row, first_row + num_rows)
+            if num_rows:
+                table_W = self.state.tables_SW[slot]
+                _attend(heads_TXH[rows, :N], table_W, position, cache_BCPH, window, scale, out_TNH[rows])
 
 
 def _attend(

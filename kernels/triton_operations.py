@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,8 +11,7 @@ from torch import Tensor
 
 from tensorweave.kernels.attention import cuda_prefill, triton_prefill
 from tensorweave.kernels.attention.triton_decode import DecodeWorkspace, choose_splits, decode_attention
-from tensorweave.kernels.attention.triton_prefill import tile_queries
-from tensorweave.kernels.device_operations import DecodeAttention, DecodeRows, PrefillPlan, PromptChunk
+from tensorweave.kernels.device_operations import DecodeAttention, DecodeRows, PrefillPlan
 from tensorweave.kernels.heads.rotation import HeadRotation
 from tensorweave.kernels.heads.triton import rope_store
 from tensorweave.kernels.linear.triton_swiglu import silu_mul_pairs, swiglu_linear
@@ -97,11 +95,8 @@ class TritonOperations:
             self._workspaces[sizes] = DecodeWorkspace.create(*sizes, 1, self._device)
         return self._workspaces[sizes]
 
-    def plan_prefill(self, chunks: Sequence[PromptChunk], state: SequenceState) -> PrefillPlan:
-        tiles_Z4 = tile_queries([(chunk.first_row, chunk.start, chunk.length) for chunk in chunks])
-        slots = torch.tensor([chunk.slot for chunk in chunks], dtype=torch.int32)
-        tiles_Z4[:, 3] = slots[tiles_Z4[:, 3].long()]
-        return TritonPrefillPlan(state.tables_SW, tiles_Z4.pin_memory().to(self._device, non_blocking=True))
+    def plan_prefill(self, tiles_Z4: Tensor, state: SequenceState) -> PrefillPlan:
+        return TritonPrefillPlan(state.tables_SW, tiles_Z4)
 
 
 @dataclass(frozen=True, slots=True)

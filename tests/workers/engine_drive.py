@@ -73,7 +73,7 @@ def random_prompts(count: int, longest: int, seed: int = 0, vocab: int = VOCAB) 
 
 def logits_of(engine: ModelEngine, batch: ScheduledBatch, resources: Any) -> Tensor:
     """Of the sampled rows of one step, when every step before has settled."""
-    return engine.launch(batch, resources, NothingPending()).result().sampled_RV
+    return engine.launch(batch, resources, NothingPending()).result().sampled_RV[: len(batch.sampled)]
 
 
 def generate(

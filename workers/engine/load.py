@@ -220,7 +220,7 @@ def _build_device_engine(
     longest = min(args.max_seq_len or share.config.max_seq_len, share.config.max_seq_len)
     device_model = take_model(model, rotary_table(share.config.rope, share.config.sizes.head_dim, longest, device))
     graphs = GraphSizes()
-    if args.cuda_graph_config is not None and device.type == "cuda":
+    if args.cuda_graph_config is not None:
         sizes = graph_sizes(args.cuda_graph_config, settings.max_batch_size)
         graphs = GraphSizes(sizes, args.cuda_graph_config.enable_padding)
     builder = DeviceEngineBuilder(

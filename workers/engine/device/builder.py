@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -50,23 +51,24 @@ class DeviceEngineBuilder:
         memory, max_tokens = CudaMemory(self.model.device), self.buffers.max_tokens
         run_step(trial, max_tokens, 0)  # what is left allocated for good is so now
         step_bytes = measure_step_memory(lambda: run_step(trial, max_tokens, 0), memory)
-        return step_bytes + measure_graph_memory(trial.graphs.capture, self.graphs.sizes, memory)
+        graph_bytes = measure_graph_memory(trial.graphs.capture, self.graphs.sizes, memory)
+        share = len(trial.captured_sizes) / max(1, len(self.graphs.sizes))  # all have about as many kernels
+        return step_bytes + math.ceil(graph_bytes * share)
 
     def warm_up(self, engine: DeviceEngine, log: StartLog) -> None:
         """Run steps of each kind and capture graphs, so that no request waits for that."""
         with log.part("warming up") as tell:
             warm_up_mixed_steps(engine, self.buffers.max_rows, self.buffers.max_tokens)
-            if self.graphs.sizes:
-                with naming_knobs("CUDA graphs", GRAPH_KNOBS):
-                    engine.graphs.capture_all(lambda done, total: tell(done / total))
             if self.model.device.type == "cuda":
+                with naming_knobs("CUDA graphs", GRAPH_KNOBS):
+                    engine.graphs.capture_all(engine.captured_sizes, lambda done, total: tell(done / max(total, 1)))
                 torch.cuda.synchronize(self.model.device)
 
     def _call_every_step(self, engine: DeviceEngine) -> None:
         with torch.no_grad():
             warm_up_mixed_steps(engine, self.buffers.max_rows, self.buffers.max_tokens)
-            for num_rows in self.graphs.sizes:
-                engine.graphs.run(num_rows)
+            for size in engine.captured_sizes:
+                engine.graphs.run(size)
 
 
 def _num_cores() -> int:

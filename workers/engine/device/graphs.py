@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,54 +25,41 @@ class GraphSizes:
         return self.sizes[at] if at < len(self.sizes) else num_rows
 
 
-class StepGraphs:
-    """`make_step` returns what launches the step of so many rows, over buffers of fixed address.
+class StepGraphs(Generic[Key]):
+    """`make_step` returns what launches the step of a size, over buffers of fixed address. A step that was not captured
+    is launched kernel by kernel."""
 
-    Where there is no GPU, or where no sizes are given, steps are launched kernel by kernel.
-    """
-
-    def __init__(self, sizes: GraphSizes, make_step: Callable[[int], Callable[[], None]], device: torch.device) -> None:
-        self._sizes = sizes
+    def __init__(self, make_step: Callable[[Key], Callable[[], None]], device: torch.device) -> None:
         self._make_step = make_step
         self._device = device
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._steps: dict[int, Callable[[], None]] = {}
+        self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
+        self._steps: dict[Key, Callable[[], None]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._stream: torch.cuda.Stream | None = None
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Numbers of rows that have a graph, or will."""
-        return self._sizes.sizes
-
-    def padded(self, num_rows: int) -> int:
-        """How many rows a step of `num_rows` is computed with."""
-        return self._sizes.padded(num_rows)
-
-    def run(self, num_padded: int) -> None:
-        """Launch the step of so many rows."""
-        graph = self._graphs.get(num_padded)
+    def run(self, size: Key) -> None:
+        """Launch the step of this size."""
+        graph = self._graphs.get(size)
         if graph is not None:
             graph.replay()
             return
-        step = self._steps.get(num_padded)
+        step = self._steps.get(size)
         if step is None:
-            step = self._steps[num_padded] = self._make_step(num_padded)
+            step = self._steps[size] = self._make_step(size)
         step()
 
-    def capture_all(self, report: Callable[[int, int], None]) -> None:
-        """Capture every size, the largest first. `report` is told how many of how many are done."""
-        total = len(self._sizes.sizes)
-        for done, size in enumerate(reversed(self._sizes.sizes)):
-            report(done, total)
+    def capture_all(self, sizes: Sequence[Key], report: Callable[[int, int], None]) -> None:
+        """Capture each size, the largest first: `sizes` ascend. `report` is told how many of how many are done."""
+        for done, size in enumerate(reversed(sizes)):
+            report(done, len(sizes))
             self.capture(size)
-        report(total, total)
+        report(len(sizes), len(sizes))
 
-    def capture(self, num_rows: int) -> None:
+    def capture(self, size: Key) -> None:
         """Run the step once, which compiles its kernels, then capture it. Needs a GPU."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        step = self._steps[num_rows] = self._make_step(num_rows)
+        step = self._steps[size] = self._make_step(size)
         graph = torch.cuda.CUDAGraph()
         with torch.no_grad():
             step()
@@ -80,5 +70,5 @@ class StepGraphs:
                     step()
                 finally:
                     graph.capture_end()
-        self._graphs[num_rows] = graph
+        self._graphs[size] = graph
         graph.replay()

@@ -1,11 +1,12 @@
-"""`StepInputs`: from a scheduled batch to the numbers of a step in buffers on the device.
+"""`StepInputs`: from a scheduled batch to the numbers of a step in buffers of fixed address on the device.
 
-Rows that sample come first in each array: their slots, their lengths and, for decodes, their tokens. What else a prompt
-chunk needs, a number a token, is in a second buffer.
+Every step has the rows that sample: their slots, their lengths and, for decodes, their tokens. A step with prompt
+chunks has more, which `MixedInputs` describes; small ones have a buffer of their own, so that they can be captured.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,44 +14,105 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.device_operations import PromptChunk
+from tensorweave.kernels.attention.tiles import tile_chunks
 from tensorweave.kernels.step.reference import FROM_DEVICE, SequenceState, TableUpdate
 from tensorweave.workers.engine.device.sequence_tables import Ints, SequenceTables
 from tensorweave.workers.engine.device.staging import Staging
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.resources import KVCache
 
-# R rows that sample, padded; E entries of an update; T tokens of prompt chunks; S slots; W blocks of a table
+# R rows that sample, G decodes, T prompt tokens, Z tiles of queries, all padded; E entries of an update; S slots
+# W blocks of a table
 
 _NUM_ENTRIES: Final = 1024
 """Changes of block tables that a step takes with its other numbers; more are sent before it."""
 
 
 @dataclass(frozen=True, slots=True)
+class MixedSize:
+    """How much of each array a step with prompt chunks uses."""
+
+    num_decodes: int
+    num_prompt_tokens: int
+    num_rows: int
+    num_tiles: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_decodes + self.num_prompt_tokens
+
+    def holds(self, other: MixedSize) -> bool:
+        return (
+            self.num_decodes >= other.num_decodes
+            and self.num_prompt_tokens >= other.num_prompt_tokens
+            and self.num_rows >= other.num_rows
+            and self.num_tiles >= other.num_tiles
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class RowInputs:
-    """Of rows that sample. All int32 on the device, at fixed addresses."""
+    """Of some rows: slots, lengths in tokens with the new one, and tokens or FROM_DEVICE. int32 on the device."""
 
     slots_R: Tensor
     lengths_R: Tensor
     given_tokens_R: Tensor
-    update: TableUpdate
 
 
 @dataclass(frozen=True, slots=True)
-class PromptInputs:
-    """Of a step's tokens, chunks first, then decodes: int32 on the device.
+class MixedInputs:
+    """Of a step with prompt chunks, whose tokens are its decodes first, then the chunks. int32 on the device.
 
     Args:
-        token_ids_T: of the chunks alone.
-        kv_slots_T: block * P + offset.
-        sampled_rows_R: which of the step's tokens sample.
+        decodes: one row a decode.
+        sampled_rows_R: which of the step's tokens sample, in the order of `ScheduledBatch.sampled`.
+        token_ids_T, positions_T: of the chunks' tokens.
+        kv_slots_T: block * P + offset; -1: padding.
+        tiles_Z4: see `kernels.attention.tiles`; rows count from the first chunk's.
     """
 
+    decodes: RowInputs
+    sampled_rows_R: Tensor
     token_ids_T: Tensor
     positions_T: Tensor
     kv_slots_T: Tensor
-    sampled_rows_R: Tensor
-    chunks: tuple[PromptChunk, ...]
+    tiles_Z4: Tensor
+
+
+class MixedBuffer:
+    """Where `MixedInputs` of up to some size lie."""
+
+    def __init__(self, most: MixedSize, device: torch.device) -> None:
+        self.most = most
+        lengths = [most.num_decodes] * 3 + [most.num_rows] + [most.num_prompt_tokens] * 3 + [4 * most.num_tiles]
+        aligned = [-(-length // 4) * 4 for length in lengths]  # arrays begin at 16 bytes
+        self._starts = [sum(aligned[:i]) for i in range(len(lengths))]
+        self._staging = Staging(sum(aligned), device)
+
+    def views(self, size: MixedSize) -> MixedInputs:
+        decodes = [self._view(i, size.num_decodes) for i in range(3)]
+        ids_T, positions_T, kv_slots_T = (self._view(i, size.num_prompt_tokens) for i in (4, 5, 6))
+        return MixedInputs(
+            decodes=RowInputs(*decodes),
+            sampled_rows_R=self._view(3, size.num_rows),
+            token_ids_T=ids_T,
+            positions_T=positions_T,
+            kv_slots_T=kv_slots_T,
+            tiles_Z4=self._view(7, 4 * size.num_tiles).view(-1, 4),
+        )
+
+    def send(self, arrays: Sequence[Sequence[int] | Ints], padding: Sequence[int], size: MixedSize) -> None:
+        """`arrays` in the order of the fields, `padding` what fills each up to `size`."""
+        host = self._staging.next()
+        counts = [size.num_decodes] * 3 + [size.num_rows] + [size.num_prompt_tokens] * 3 + [4 * size.num_tiles]
+        for start, numbers, count, fill in zip(self._starts, arrays, counts, padding, strict=True):
+            host[start : start + len(numbers)] = numbers
+            host[start + len(numbers) : start + count] = fill
+        self._staging.send(self._starts[-1] + counts[-1])
+
+    def _view(self, index: int, count: int) -> Tensor:
+        start = self._starts[index]
+        return self._staging.device_E[start : start + count]
 
 
 class StepInputs:
@@ -63,35 +125,34 @@ class StepInputs:
         self._tokens_per_block = tokens_per_block
         self._max_rows = max_rows
         self._rows = Staging(3 * max_rows + 2 * _NUM_ENTRIES, device)
-        self._prompts = Staging(3 * max_tokens + max_rows, device)
+        most_tiles = max_tokens // 128 + min(max_rows, max_tokens)
+        self.mixed = MixedBuffer(MixedSize(max_rows, max_tokens, max_rows, most_tiles), device)
         num_slots, width = tables.tables_SW.shape
         self.state = SequenceState(
             tables_SW=torch.zeros(num_slots, width, dtype=torch.int32, device=device),
             tokens_S=torch.zeros(num_slots, dtype=torch.int32, device=device),
         )
         self._padding_place = tables.padding_slot * width
+        self.max_length = width * tokens_per_block
 
-    def row_inputs(self, num_rows: int, first: int = 0) -> RowInputs:
-        """Views of the buffers of rows [first, num_rows), at the same addresses in every step."""
-        R, E, device_E = self._max_rows, _NUM_ENTRIES, self._rows.device_E
-        slots, lengths, tokens = (device_E[i * R + first : i * R + num_rows] for i in range(3))
-        places, blocks = (device_E[3 * R + i * E : 3 * R + (i + 1) * E] for i in range(2))
-        return RowInputs(slots, lengths, tokens, TableUpdate(places, blocks))
+    def rows(self, num_rows: int) -> RowInputs:
+        """Of the first rows that sample."""
+        R, device_E = self._max_rows, self._rows.device_E
+        return RowInputs(*(device_E[i * R : i * R + num_rows] for i in range(3)))
+
+    @property
+    def update(self) -> TableUpdate:
+        first, E = 3 * self._max_rows, _NUM_ENTRIES
+        places_E, blocks_E = torch.split(self._rows.device_E[first : first + 2 * E], E)
+        return TableUpdate(places_E, blocks_E)
 
     def send_rows(self, batch: ScheduledBatch, kv_cache: KVCache, num_padded: int) -> None:
-        """Bring slots, lengths and tokens of the rows that sample to the device, and what block tables lack."""
-        slots, lengths, tokens = [], [], []
-        slot_of, block_ids = self._tables.slot_of, kv_cache.block_ids
-        for request, start, length, _ in batch.sampled:
-            slots.append(slot_of(request, block_ids(request)))
-            lengths.append(start + length)
-            known = request.tokens
-            tokens.append(known[start] if start < len(known) else FROM_DEVICE)
-        R, count = self._max_rows, len(slots)
-        host = self._rows.next()
-        for i, (numbers, padding) in enumerate(((slots, self._tables.padding_slot), (lengths, 0), (tokens, 0))):
-            host[i * R : i * R + count] = numbers
-            host[i * R + count : i * R + num_padded] = padding
+        """Bring the numbers of the rows that sample to the device, and what block tables lack there."""
+        R, host = self._max_rows, self._rows.next()
+        described = zip(self._describe(batch.sampled, kv_cache), self._row_padding, strict=True)
+        for i, (numbers, fill) in enumerate(described):
+            host[i * R : i * R + len(numbers)] = numbers
+            host[i * R + len(numbers) : i * R + num_padded] = fill
         places, blocks = self._take_changes()
         first, E = 3 * R, _NUM_ENTRIES
         host[first : first + len(places)] = places
@@ -99,6 +160,21 @@ class StepInputs:
         host[first + E : first + E + len(blocks)] = blocks
         host[first + E + len(blocks) : first + 2 * E] = 0
         self._rows.send(3 * R + 2 * E)
+
+    @property
+    def _row_padding(self) -> tuple[int, int, int]:
+        return self._tables.padding_slot, 0, 0
+
+    def _describe(self, rows: Sequence[StepRow], kv_cache: KVCache) -> tuple[list[int], list[int], list[int]]:
+        """Slots, lengths and tokens."""
+        slots, lengths, tokens = [], [], []
+        slot_of, block_ids = self._tables.slot_of, kv_cache.block_ids
+        for request, start, length, _ in rows:
+            slots.append(slot_of(request, block_ids(request)))
+            lengths.append(start + length)
+            known = request.tokens
+            tokens.append(known[start] if start < len(known) else FROM_DEVICE)
+        return slots, lengths, tokens
 
     def _take_changes(self) -> tuple[Ints, Ints]:
         """At most as many as a step takes; those before are written into the tables now."""
@@ -112,47 +188,34 @@ class StepInputs:
         self.state.tables_SW.view(-1).index_copy_(0, ahead[0].long(), ahead[1])
         return places[-_NUM_ENTRIES:], blocks[-_NUM_ENTRIES:]
 
-    def send_prompts(self, batch: ScheduledBatch, kv_cache: KVCache) -> PromptInputs:
-        """Bring the numbers of a step with prompt chunks to the device. Call it before `send_rows`."""
-        host = self._prompts.next()
-        num_prompt = sum(row.length for row in batch.context)
-        T = num_prompt + len(batch.generation)
-        at = 0
+    def send_chunks(self, batch: ScheduledBatch, kv_cache: KVCache, buffer: MixedBuffer, size: MixedSize) -> None:
+        """Bring what a step with prompt chunks needs beside `send_rows`, which comes after it, to the device."""
+        slots = [self._tables.slot_of(row.request, kv_cache.block_ids(row.request)) for row in batch.context]
+        positions = [np.arange(row.start, row.stop, dtype=np.int32) for row in batch.context]
+        ids: list[int] = []
         sampled: list[int] = []
-        chunks: list[PromptChunk] = []
         for row in batch.context:
-            slot = self._tables.slot_of(row.request, kv_cache.block_ids(row.request))
-            self._write_chunk(host, at, num_prompt, T, row, slot)
-            chunks.append(PromptChunk(at, row.start, row.length, slot))
-            at += row.length
-            sampled += range(at - row.num_samples, at)
-        self._write_decodes(host, num_prompt, T, batch.generation, kv_cache)
-        sampled += range(num_prompt, T)
-        first = num_prompt + 2 * T
-        host[first : first + len(sampled)] = sampled
-        device_E = self._prompts.send(first + len(sampled))
-        ids, positions, slots, rows = torch.split(device_E, [num_prompt, T, T, len(sampled)])
-        return PromptInputs(ids, positions, slots, rows, tuple(chunks))
+            ids += row.request.tokens[row.start : row.stop]
+            stop = size.num_decodes + len(ids)
+            sampled += range(stop - row.num_samples, stop)
+        sampled += range(len(batch.generation))
+        decodes = self._describe(batch.generation, kv_cache)
+        P, tables_SW = self._tokens_per_block, self._tables.tables_SW
+        kv_slots = [tables_SW[slot, at // P] * P + at % P for slot, at in zip(slots, positions, strict=True)]
+        tiles = tile_chunks([(row.start, row.length, slot) for row, slot in zip(batch.context, slots, strict=True)])
+        arrays: list[Sequence[int] | Ints] = [
+            *decodes,
+            sampled,
+            ids,
+            np.concatenate(positions),
+            np.concatenate(kv_slots),
+            tiles.reshape(-1),
+        ]
+        buffer.send(arrays, (*self._row_padding, 0, 0, 0, -1, 0), size)
 
-    def _write_chunk(self, host: Ints, at: int, num_prompt: int, num_tokens: int, row: StepRow, slot: int) -> None:
-        P = self._tokens_per_block
-        stop = at + row.length
-        host[at:stop] = row.request.tokens[row.start : row.stop]
-        positions = np.arange(row.start, row.stop, dtype=np.int32)
-        host[num_prompt + at : num_prompt + stop] = positions
-        blocks = self._tables.tables_SW[slot, positions // P]
-        first = num_prompt + num_tokens
-        host[first + at : first + stop] = blocks * P + positions % P
 
-    def _write_decodes(
-        self, host: Ints, num_prompt: int, num_tokens: int, rows: tuple[StepRow, ...], kv_cache: KVCache
-    ) -> None:
-        if not rows:
-            return
-        P = self._tokens_per_block
-        positions = np.array([row.start for row in rows], dtype=np.int32)
-        slots = [self._tables.slot_of(row.request, kv_cache.block_ids(row.request)) for row in rows]
-        blocks = self._tables.tables_SW[slots, positions // P]
-        first, stop = num_prompt + num_prompt, num_prompt + num_tokens
-        host[first:stop] = positions
-        host[stop + num_prompt : stop + num_tokens] = blocks * P + positions % P
+def size_of(batch: ScheduledBatch) -> MixedSize:
+    """Of a step with prompt chunks, not padded."""
+    num_tiles = sum(-(-row.length // 128) for row in batch.context)
+    num_prompt = sum(row.length for row in batch.context)
+    return MixedSize(len(batch.generation), num_prompt, len(batch.sampled), num_tiles)

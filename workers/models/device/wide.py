@@ -36,10 +36,10 @@ class DecodeLayerAttention:
 
 @dataclass(frozen=True, slots=True)
 class MixedLayerAttention:
-    """Of a step with prompt chunks, whose rows come first, and perhaps decodes from row `num_prompt_rows` on.
+    """Of a step whose first rows are decodes, perhaps none, and whose others are prompt chunks.
 
     Args:
-        slots_T: int32 KV slots, block * P + offset.
+        slots_T: int32 KV slots of the chunks' tokens, block * P + offset; -1: padding.
         positions_T: int32.
     """
 
@@ -48,19 +48,19 @@ class MixedLayerAttention:
     positions_T: Tensor
     prefill: PrefillPlan
     decode: DecodeAttention | None
-    num_prompt_rows: int
+    num_decodes: int
 
     def store(self, layer: DeviceLayer, heads_TXH: Tensor, cache_BCPH: Tensor) -> None:
-        """Rotate, and put keys and values into the cache. There may be no queries among the heads."""
-        self.operations.rope_store(heads_TXH, cache_BCPH, self.slots_T, self.positions_T, layer.rotation)
+        """Rotate the chunks' heads, and put keys and values into the cache. There may be no queries among the heads."""
+        heads = heads_TXH[self.num_decodes :]
+        self.operations.rope_store(heads, cache_BCPH, self.slots_T, self.positions_T, layer.rotation)
 
     def __call__(self, layer: DeviceLayer, heads_TXH: Tensor, cache_BCPH: Tensor, out_TNH: Tensor) -> None:
-        scale, num_prompt = heads_TXH.shape[2] ** -0.5, self.num_prompt_rows
+        scale, first = heads_TXH.shape[2] ** -0.5, self.num_decodes
         self.store(layer, heads_TXH, cache_BCPH)
-        self.prefill.attend(heads_TXH, cache_BCPH, out_TNH, window=layer.window, scale=scale)
+        self.prefill.attend(heads_TXH[first:], cache_BCPH, out_TNH[first:], window=layer.window, scale=scale)
         if self.decode is not None:
-            q_RNH = heads_TXH[num_prompt:, : out_TNH.shape[1]]
-            self.decode(q_RNH, cache_BCPH, out_TNH[num_prompt:], window=layer.window, scale=scale, rotation=None)
+            DecodeLayerAttention(self.decode)(layer, heads_TXH[:first], cache_BCPH, out_TNH[:first])
 
 
 class WideLayers:
