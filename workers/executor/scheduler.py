@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Final, Literal, NamedTuple, Protocol
 
 from tensorweave.cluster.context_length import context_exceeded, prompt_limit_exceeded
+from tensorweave.workers.executor.future_peak import future_peak
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest, RequestState
 from tensorweave.workers.step.resources import BlockBudget, KVCache
@@ -50,16 +51,24 @@ class CapacityPlan(NamedTuple):
 class CapacityScheduler:
     """Lets requests in while their KV blocks fit; in order, and nobody passes one that must wait.
 
-    - GUARANTEED_NO_EVICT reserves blocks to each request's last token; what is in stays in.
+    - GUARANTEED_NO_EVICT lets a request in if the blocks of all suffice in every future step, to each one's last token;
+      what is in stays in. It counts on every request that decodes to do so in every step, one token at a time. With
+      `counts_on_ends` off it counts on no request to end before another has grown.
     - MAX_UTILIZATION counts what the next step needs (of a context all of it, and a block to go on); where that does
       not fit, the last started requests pause.
     - STATIC_BATCH is GUARANTEED_NO_EVICT, but lets requests in only when none runs.
     """
 
-    def __init__(self, kv_cache: KVCache, policy: CapacityPolicy, max_requests: int) -> None:
+    def __init__(
+        self, kv_cache: KVCache, policy: CapacityPolicy, max_requests: int, counts_on_ends: bool = True
+    ) -> None:
         self._kv_cache = kv_cache
         self._policy = policy
         self._max_requests = max_requests
+        self._counts_on_ends = counts_on_ends
+        # What the first waiting request was refused by, and how many blocks were to be had in the step before.
+        self._refused: tuple[int, ...] = ()
+        self._num_available = 0
 
     def schedule_request(self, active: Sequence[LlmRequest]) -> CapacityPlan:
         started = [request for request in active if request.state is not RequestState.WAITING]
@@ -68,10 +77,22 @@ class CapacityScheduler:
         has_room = len(started) < min(len(active), self._max_requests)
         if not has_room or (started and self._policy == "STATIC_BATCH"):
             return CapacityPlan(tuple(started))
+        decoding = [request for request in started if request.state is RequestState.GENERATION]
+        first = next(request for request in active if request.state is RequestState.WAITING)
+        situation = (first.order, first.context_len, len(started), len(decoding))
+        num_available, self._num_available = self._num_available, self._kv_cache.available
+        if situation == self._refused and self._num_available <= num_available:
+            return CapacityPlan(tuple(started))  # nothing has ended since
         budget = self._kv_cache.budget()
         for request in started:
-            budget.reserve(budget.missing(request, request.max_len - 1))
-        return self._admit(active, started, budget, headroom=None)
+            if request.state is not RequestState.GENERATION:
+                budget.reserve(budget.missing(request, request.max_len - 1))
+        peak, total = future_peak(decoding, budget.freed(decoding), self._kv_cache.tokens_per_block)
+        peak = peak if self._counts_on_ends else total
+        budget.reserve(peak)
+        plan = self._admit(active, started, budget, headroom=None, num_ending=total - peak)
+        self._refused = () if plan.starts else situation
+        return plan
 
     def _fill(self, active: Sequence[LlmRequest], started: list[LlmRequest]) -> CapacityPlan:
         budget = self._kv_cache.budget()
@@ -93,9 +114,18 @@ class CapacityScheduler:
         return self._admit(active, started, budget, headroom=self._kv_cache.tokens_per_block)
 
     def _admit(
-        self, active: Sequence[LlmRequest], started: list[LlmRequest], budget: BlockBudget, headroom: int | None
+        self,
+        active: Sequence[LlmRequest],
+        started: list[LlmRequest],
+        budget: BlockBudget,
+        headroom: int | None,
+        num_ending: int = 0,
     ) -> CapacityPlan:
-        """Let waiting requests in, up to the first that does not fit: context and `headroom` tokens, or all of it."""
+        """Let waiting requests in, up to the first that does not fit: context and `headroom` tokens, or all of it.
+
+        The budget counts on `num_ending` blocks that come back when requests end, before others need them. A request
+        that uses an ending one's blocks keeps them; it may still fit without counting on ends.
+        """
         starts: dict[int, int] = {}
         num_left = self._max_requests - len(started)
         for request in active if num_left > 0 else ():
@@ -105,9 +135,12 @@ class CapacityScheduler:
             if headroom is not None:
                 num_tokens = min(num_tokens, request.context_len + headroom)
             quote = budget.quote(request, num_tokens)
-            if quote.num_blocks > budget.num_left:
+            num_kept = min(quote.num_kept, num_ending)
+            if quote.num_blocks + num_kept > budget.num_left:
                 break
             budget.take(quote)
+            budget.reserve(num_kept)
+            num_ending -= num_kept
             starts[request.order] = quote.start
             if len(starts) == num_left:
                 break

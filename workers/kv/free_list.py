@@ -45,7 +45,7 @@ class BlockTable:
     `node`.
 
     `num_slots` is how many tokens `blocks` hold; once `num_computed` reaches `next_full`, another block belongs into
-    the tree.
+    the tree. The first `num_shared` nodes had other users too when the tree's `num_sharings` was `shared_at`.
     """
 
     next_full: int
@@ -53,3 +53,14 @@ class BlockTable:
     num_slots: int = 0
     node: Node | None = None
     num_nodes: int = 0
+    num_shared: int = 0
+    shared_at: int = 0
+
+    def num_own(self, num_sharings: int) -> int:
+        """Blocks that no other request uses."""
+        if self.shared_at != num_sharings:
+            node, num_unshared = self.node, 0
+            while node is not None and node.refs == 1 and node.parent is not None:
+                node, num_unshared = node.parent, num_unshared + 1
+            self.num_shared, self.shared_at = self.num_nodes - num_unshared, num_sharings
+        return len(self.blocks) - self.num_shared

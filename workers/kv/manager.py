@@ -91,7 +91,8 @@ class KVCacheManager(BaseResourceManager):
         return -(-(request.max_len - 1) // self.tokens_per_block)
 
     def budget(self) -> TreeBudget:
-        return TreeBudget(self.available, self.tokens_per_block, self._tables, self._match)
+        num_sharings = self._tree.num_sharings
+        return TreeBudget(self.available, self.tokens_per_block, self._tables, self._match, num_sharings)
 
     def block_ids(self, request: LlmRequest) -> list[int]:
         """The request's block table, as `KVCache.block_ids` says."""
@@ -164,7 +165,8 @@ class KVCacheManager(BaseResourceManager):
             self.store_computed(request)  # it has reached the end of a block
 
     def store_computed(self, request: LlmRequest) -> None:
-        """Each newly full block becomes a node, or is exchanged for the equal one that is there already."""
+        """Each newly full block becomes a node, or is exchanged for the equal one that is there already. The number of
+        blocks to be had never falls by that."""
         table = self._tables.get(request.order)
         if table is None or table.next_full > request.num_computed:
             return
@@ -176,6 +178,10 @@ class KVCacheManager(BaseResourceManager):
             is_new = node is None
             if node is None:
                 node = self._tree.insert(table.node, request.cache_salt, tokens, table.blocks[at])
+            elif not node.refs:  # nobody uses it, and a launched step may read the request's own block
+                self._pool.give(node.block)
+                node.block = table.blocks[at]
+                self._tree.hold(node)
             else:
                 self._tree.hold(node)
                 if table.blocks is blocks:
@@ -264,7 +270,9 @@ class KVCacheManager(BaseResourceManager):
     def _start(self, row: StepRow) -> tuple[BlockTable, Node | None, int]:
         """Hold the cached prefix that the plan counts on; returns what else of it is to be copied."""
         request = row.request
-        match = self._match(request, row.start)
+        match = self._match(request, request.context_len - 1)  # a quote's: a shorter one may copy from another block
+        if len(match.nodes) * self.tokens_per_block + match.num_partial != row.start:
+            match = self._match(request, row.start)
         if len(match.nodes) * self.tokens_per_block + match.num_partial != row.start:
             raise ValueError(
                 f"the schedule starts request {request.request_id} at token {row.start}, beyond what is cached"

@@ -54,6 +54,8 @@ class PrefixTree:
     def __init__(self, tokens_per_block: int, *, allow_partial: bool) -> None:
         self.num_nodes = 0
         self.num_idle = 0
+        self.num_sharings = 0
+        """How often a node has got a second user, or has one left again."""
         self._tokens_per_block = tokens_per_block
         self._allow_partial = allow_partial
         self._roots: dict[str | None, Node] = {}
@@ -111,11 +113,14 @@ class PrefixTree:
         if not node.refs:
             self.num_idle -= 1
             node.expires_s = math.inf
+        elif node.refs == 1:
+            self.num_sharings += 1
         node.refs += 1
 
     def release(self, node: Node, now_s: float) -> None:
         node.refs -= 1
         if node.refs:
+            self.num_sharings += node.refs == 1
             return
         self.num_idle += 1
         self._uses += 1

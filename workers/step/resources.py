@@ -73,12 +73,14 @@ class Quote:
     """What starting a waiting request would take: its context begins at token `start` (all before is cached), at
     `num_blocks` blocks.
 
-    `pins` is the budget's own note of which cached blocks that counts on.
+    `pins` is the budget's own note of which cached blocks that counts on. `num_kept` of these are used by one request
+    now: they do not come back when that one ends.
     """
 
     start: int
     num_blocks: int
     pins: tuple[object, ...] = ()
+    num_kept: int = 0
 
 
 class BlockBudget(Protocol):
@@ -91,6 +93,10 @@ class BlockBudget(Protocol):
 
     def missing(self, request: LlmRequest, num_tokens: int) -> int:
         """Blocks that a started request lacks to hold `num_tokens`."""
+
+    def freed(self, requests: Sequence[LlmRequest]) -> Sequence[int]:
+        """For each of these started requests, the blocks that it holds and no other uses: so many come back for certain
+        when it ends. What it takes from now on comes back too."""
 
     def reserve(self, num_blocks: int) -> None:
         """Count `num_blocks` as given out."""

@@ -10,6 +10,7 @@ import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from tensorweave.cluster.protocol import Retention, RetentionRange, SamplingSpec
 from tensorweave.workers.executor.dry_run import DryRun
-from tensorweave.workers.executor.scheduler import CapacityPolicy, ChunkingPolicy, SimpleScheduler
+from tensorweave.workers.executor.scheduler import CapacityPolicy, CapacityScheduler, ChunkingPolicy, SimpleScheduler
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest
@@ -187,7 +188,13 @@ def test_two_ranks_decide_alike(setting: Setting, arrivals: list[Arrival]) -> No
 
 
 class DraftingScheduler(SimpleScheduler):
-    """Plans several samples for a decode, within what is reserved for its request and the step's budget."""
+    """Plans several samples for a decode, within what is reserved for its request and the step's budget. Its requests
+    grow faster than one token a step, so blocks of others that will have ended cannot be counted on."""
+
+    def __init__(self, kv_cache: KVCacheManager, **knobs: Any) -> None:
+        super().__init__(kv_cache, **knobs)
+        max_requests = min(knobs["max_batch_size"], knobs["max_num_tokens"])
+        self.capacity = CapacityScheduler(kv_cache, knobs["policy"], max_requests, counts_on_ends=False)
 
     def schedule_request(self, active: Sequence[LlmRequest]) -> ScheduledBatch:
         batch = super().schedule_request(active)

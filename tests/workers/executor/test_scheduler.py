@@ -12,7 +12,7 @@ from tensorweave.cluster.errors import ContextTooLong
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.workers.executor.bookkeeping import book_launch, book_result
 from tensorweave.workers.executor.dry_run import DryRun
-from tensorweave.workers.executor.scheduler import CapacityPolicy, SimpleScheduler
+from tensorweave.workers.executor.scheduler import CapacityPolicy, CapacityScheduler, SimpleScheduler
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest, RequestState
@@ -63,6 +63,24 @@ def test_no_evict_reserves_to_completion_and_blocks_the_line() -> None:
     assert _shape(loop.step())[0] == [(2, 0, 8), (3, 0, 1)]
     loop.run()
     assert all(request.num_preemptions == 0 for request in loop.finished)
+
+
+@pytest.mark.parametrize("counts_on_ends", [True, False])
+def test_no_evict_counts_on_what_ends_before_others_need_its_blocks(counts_on_ends: bool) -> None:
+    """13 blocks; the requests need 5, 6 and 3. When the first ends with its fifth, the second has no more than five."""
+    first, second, third = _requests((8, 11), (8, 16), (8, 5))
+    loop = _loop([first], num_blocks=13)
+    scheduler = loop.scheduler
+    assert isinstance(scheduler, SimpleScheduler)
+    kv = loop.resources.kv_cache
+    scheduler.capacity = CapacityScheduler(kv, "GUARANTEED_NO_EVICT", 16, counts_on_ends)
+    for _ in range(2):
+        loop.step()
+    loop.add(second)
+    loop.add(third)
+    assert _shape(loop.step()) == ([(1, 0, 8)], [0], []), "when the second will grow is not known before it decodes"
+    assert _shape(loop.step()) == ([(2, 0, 8)] if counts_on_ends else [], [0, 1], [])
+    loop.run()
 
 
 def test_no_evict_counts_a_prefix_in_use_only_once() -> None:

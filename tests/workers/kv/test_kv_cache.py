@@ -193,6 +193,57 @@ def test_a_block_table_is_another_list_only_where_blocks_were_taken_away() -> No
     assert kv.audit() == []
 
 
+def test_an_idle_node_takes_the_block_that_holds_the_same() -> None:
+    """Its own block is free at once, while that of the request may be read by a launched step: were these exchanged,
+    one block less would be to be had for a step."""
+    kv = KVCacheManager(4, 2)
+    _prefill(kv, old := _request([1, 2, 3]))
+    kv.free_resources(old)
+    request = _request([1, 2, 3])
+    context = ScheduledBatch((StepRow.of_context(request, 0, 3),))
+    kv.prepare_resources(context)
+    book_launch(context)
+    decode = ScheduledBatch((), (StepRow.of_decode(request),))
+    kv.prepare_resources(decode)
+    book_launch(decode)
+    table, num_available = kv.block_ids(request), kv.available
+    book_result(context, StepResult([[7]]))
+    kv.update_resources(context)
+    assert kv.block_ids(request) is table
+    assert kv.available == num_available == 2
+    assert kv.audit() == []
+    kv.free_resources(request)
+    assert _chunk(kv, _request([1, 2, 3])).start == 2
+
+
+def test_a_request_copies_from_the_block_that_its_quote_counts_on() -> None:
+    """Of two that begin alike, the one that is in use: to hold the idle one would take the last block."""
+    kv = KVCacheManager(3, 4)
+    _prefill(kv, idle := _request([1, 0, 0, 0, 9], 1))
+    kv.free_resources(idle)
+    _prefill(kv, used := _request([1, 4, 0, 0, 9], 1))
+    assert kv.available == 1
+    request = _request([1, 5, 5], 1)
+    chunk = _chunk(kv, request)
+    assert chunk.start == 1
+    (copy,) = _step(kv, [chunk], [])
+    assert copy.source == kv.block_ids(used)[0]
+
+
+def test_what_comes_back_is_what_nobody_else_uses() -> None:
+    kv = KVCacheManager(12, 2, enable_partial_reuse=False)
+    first, second, third = (_request([1, 2, 3, 4, 5, tail]) for tail in (6, 7, 8))
+    _prefill(kv, first)
+    assert kv.budget().freed([first]) == [3]
+    quote = kv.budget().quote(second, second.max_len - 1)
+    assert (quote.start, quote.num_kept) == (4, 2)
+    _prefill(kv, second)
+    assert kv.budget().freed([first, second]) == [1, 1]
+    assert kv.budget().quote(third, third.max_len - 1).num_kept == 0, "two use them: they stay when one ends"
+    kv.free_resources(first)
+    assert kv.budget().freed([second]) == [3]
+
+
 def test_a_paused_request_finds_its_blocks_again() -> None:
     kv = KVCacheManager(8, 2)
     request = _request([1, 2, 3, 4, 5])
