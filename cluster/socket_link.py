@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Final
 
 from tensorweave.cluster import wire
+from tensorweave.cluster.chunk_inbox import ChunkInbox
 from tensorweave.cluster.errors import (
     NotReady,
     RequestRejected,
@@ -40,9 +41,6 @@ QUIET_S: Final = 1.5
 _CHECK_INTERVAL_S: Final = 0.25
 
 
-Inbox = asyncio.Queue[TokenChunk]
-
-
 class SocketLink:
     """Every open request has an inbox; one task reads the socket and fills them. An inbox never holds more than its
     request's tokens, so a slow reader uses no more memory than its answer."""
@@ -53,7 +51,7 @@ class SocketLink:
         self.address = address
         self._info = info
         self._writer = writer
-        self._inboxes: dict[str, Inbox] = {}
+        self._inboxes: dict[str, ChunkInbox] = {}
         self._replies = PendingReplies()
         self.kv = KvMirror(info.tokens_per_block, info.num_blocks)
         self.kv_links: Mapping[str, LinkMeasurement] = {}
@@ -119,14 +117,14 @@ class SocketLink:
             frame = wire.pack_frame("add", request.to_wire())
         except (OverflowError, TypeError) as error:
             raise RequestRejected(f"the request does not fit the protocol: {error}", param="prompt") from error
-        inbox = self._inboxes[request.request_id] = Inbox()
+        inbox = self._inboxes[request.request_id] = ChunkInbox()
         self._send(frame)
         reading = self._read(request.request_id, inbox, is_kept=request.grace_s > 0)
         async with contextlib.aclosing(reading) as chunks:
             async for chunk in chunks:
                 yield chunk
 
-    async def _read(self, request_id: str, inbox: Inbox, *, is_kept: bool) -> AsyncGenerator[TokenChunk, None]:
+    async def _read(self, request_id: str, inbox: ChunkInbox, *, is_kept: bool) -> AsyncGenerator[TokenChunk, None]:
         """An open request's chunks; leaving early cancels it. If the gang keeps the answer in case this process is
         lost, it is told at the end that the answer was received."""
         is_over = False
@@ -235,7 +233,7 @@ class SocketLink:
                 for fields in chunks:
                     chunk = TokenChunk.from_wire(fields)
                     if inbox := self._inboxes.get(chunk.request_id):
-                        inbox.put_nowait(chunk)
+                        inbox.put(chunk)
             case ["ping"]:
                 pass
             case ["stats" | "kv_events" | "found", number, answer]:
@@ -260,9 +258,9 @@ class SocketLink:
         elif attempt_id is None or attempt_id in self._inboxes:
             reply.set_exception(NotReady(f"gang {self.gang_id}: there is nothing to attach to"))
         else:
-            inbox = self._inboxes[attempt_id] = Inbox()
+            inbox = self._inboxes[attempt_id] = ChunkInbox()
             if earlier_tokens:
-                inbox.put_nowait(TokenChunk(attempt_id, earlier_tokens))
+                inbox.put(TokenChunk(attempt_id, earlier_tokens))
             reply.set_result((attempt_id, inbox))
 
     async def _watch_silence(self) -> None:
@@ -286,7 +284,7 @@ class SocketLink:
             return
         self._error = error
         for request_id, inbox in self._inboxes.items():
-            inbox.put_nowait(TokenChunk(request_id, error=copy_error(error)))
+            inbox.put(TokenChunk(request_id, error=copy_error(error)))
         self._replies.fail_all(error)
         wire.abort(self._writer)
         self._task.cancel()

@@ -11,6 +11,7 @@ import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
+from tensorweave.cluster.chunk_inbox import ChunkInbox
 from tensorweave.cluster.errors import NotReady, TensorweaveError, WorkerLost
 from tensorweave.cluster.kv_mirror import KvMirror
 from tensorweave.cluster.link import FoundAttempt
@@ -34,7 +35,7 @@ class LocalLink:
         self.kv_source = kv_source
         self.kv = KvMirror(executor.info.tokens_per_block, executor.info.num_blocks)
         self._executor = executor
-        self._streams: dict[str, asyncio.Queue[TokenChunk]] = {}
+        self._streams: dict[str, ChunkInbox] = {}
         self._loop = asyncio.get_running_loop()
         self._is_closing = threading.Event()
         self._pump = threading.Thread(target=self._run_pump, name="local-pump", daemon=True)
@@ -58,7 +59,7 @@ class LocalLink:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """Chunks until the last; leaving early cancels. Raises the error tree."""
-        stream: asyncio.Queue[TokenChunk] = asyncio.Queue()
+        stream = ChunkInbox()
         if request.request_id in self._streams:
             raise ValueError(f"request id {request.request_id!r} is in use")
         self._streams[request.request_id] = stream
@@ -120,4 +121,4 @@ class LocalLink:
         for chunk in chunks:
             stream = self._streams.get(chunk.request_id)
             if stream is not None:
-                stream.put_nowait(chunk)
+                stream.put(chunk)
