@@ -14,9 +14,15 @@ class TimeSlice:
 
     def __init__(self) -> None:
         self._started_s = time.perf_counter()
+        self._used_s = 0.0
+
+    def resume(self) -> None:
+        """The time since the last checkpoint was a wait and does not count."""
+        self._started_s = time.perf_counter() - self._used_s
 
     async def checkpoint(self) -> None:
         """Let other tasks run if the slice is used up."""
-        if time.perf_counter() - self._started_s > _SLICE_S:
+        self._used_s = time.perf_counter() - self._started_s
+        if self._used_s > _SLICE_S:
             await asyncio.sleep(0)
-            self._started_s = time.perf_counter()
+            self._started_s, self._used_s = time.perf_counter(), 0.0

@@ -34,15 +34,17 @@ ARROWS: dict[str, frozenset[str]] = {
 INNER_ARROWS: dict[str, dict[str, str]] = {
     "router": {
         "time_slice.py": "",
+        "deadline.py": "",
         "http/body_memory.py": "",
-        "dispatch": "",
+        "dispatch": "deadline.py",
         "sampling": "",
         "text": "dispatch",
         "openai": "time_slice.py sampling text",
         "bodies": "openai sampling text",
         "service.py": "bodies dispatch http/body_memory.py text",
         "openai/prepare.py": "bodies openai sampling service.py text",
-        "http": "bodies dispatch http/body_memory.py openai openai/prepare.py time_slice.py service.py text",
+        "http": "bodies deadline.py dispatch http/body_memory.py openai openai/prepare.py service.py text "
+        "time_slice.py",
     },
     "workers": {
         "start_log.py": "",

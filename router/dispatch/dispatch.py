@@ -21,6 +21,7 @@ from tensorweave.cluster.errors import NotReady, RequestRejected
 from tensorweave.cluster.fleet import Fleet
 from tensorweave.cluster.link import FoundAttempt, GangLink
 from tensorweave.cluster.protocol import GenerateRequest, Ticket, TokenChunk
+from tensorweave.router.deadline import Deadline
 from tensorweave.router.dispatch.admission import Admission, Limits
 from tensorweave.router.dispatch.attempt import (
     AttemptObserver,
@@ -174,11 +175,11 @@ class Dispatcher:
                 async with asyncio.timeout_at(opened.deadline_s):
                     attempt = await begin(opened)
                 route = attempt.route
-                with attempt.booking:
+                with attempt.booking, Deadline(opened.deadline_s) as deadline:
                     async with aclosing(attempt.chunks) as chunks:
+                        next_chunk = functools.partial(anext, chunks, None)
                         while not transcript.is_over:
-                            async with asyncio.timeout_at(opened.deadline_s):
-                                chunk = await anext(chunks, None)
+                            chunk = await deadline.wait(next_chunk)
                             if chunk is None:
                                 raise ended_early(route.decode)
                             if (new := transcript.take(chunk)) is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -18,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from tensorweave.cluster.errors import DeadlineExceeded, RequestCancelled, TensorweaveError
 from tensorweave.cluster.protocol import FinishReason
+from tensorweave.router.deadline import Deadline
 from tensorweave.router.http import asgi
 from tensorweave.router.http.metrics import RouterMetrics
 from tensorweave.router.openai.answers import DONE
@@ -153,6 +155,7 @@ class GenerateEndpoint:
         time_slice = TimeSlice()
         async with aclosing(generate_all(self._service.dispatcher, plan.jobs)) as deltas:
             async for delta in deltas:
+                time_slice.resume()
                 if not plan.has_output:
                     delta = _without_output(delta)
                 stats.add(delta)
@@ -202,10 +205,12 @@ class GenerateEndpoint:
         await asgi.start_events(send)
         try:
             await asgi.send_event(send, opening + await event(first))
-            async for delta in deltas:
-                if events := await event(delta):
-                    async with asyncio.timeout(_MAX_STALL_S):
-                        await asgi.send_event(send, events)
+            now_s = asyncio.get_running_loop().time
+            with Deadline(now_s() + _MAX_STALL_S) as stalled:
+                async for delta in deltas:
+                    if events := await event(delta):
+                        stalled.move(now_s() + _MAX_STALL_S)
+                        await stalled.wait(functools.partial(asgi.send_event, send, events))
             last = plan.answer.usage_event(stats.usage()) if plan.includes_usage else b""
             await asgi.end_events(send, last + DONE)
         except TensorweaveError as error:
