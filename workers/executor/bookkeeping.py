@@ -74,26 +74,32 @@ def checksum(result: StepResult, before: int) -> int:
 
 def _book_rows(batch: ScheduledBatch, result: StepResult, settled: Settled) -> None:
     chunks, extras = settled.chunks, result.extras
-    for place, (row, outcome) in enumerate(zip(batch.sampled, result.rows, strict=True)):
+    num_sampled = 0
+    for place, row, outcome in zip(range(len(result.rows)), batch.sampled, result.rows, strict=True):
         request, start, length, num_samples = row
         if request.state is _DONE:
             continue
-        settled.num_sampled += 1
+        num_sampled += 1
         if isinstance(outcome, list) and request.failure is None:
-            tokens = request.tokens
-            num_missing = len(tokens) + num_samples
+            num_tokens = len(request.tokens)
             chunk = request.take_tokens(outcome, extras.get(place, ()) if extras else ())
-            num_rejected = num_missing - len(tokens)
-            request.num_computed = start + length - num_rejected
-            if num_rejected:
-                request.num_launched = request.num_computed
-                settled.truncated.append(request)
+            request.num_computed = start + length
+            if num_samples > 1:
+                _reject(request, num_tokens + num_samples - len(request.tokens), settled)
             if chunk is not None:
                 chunks.append(chunk)
         else:
             _fail(request, outcome, chunks)
         if request.finish_reason is not None:
             settled.ended.append(request)
+    settled.num_sampled = num_sampled
+
+
+def _reject(request: LlmRequest, num_rejected: int, settled: Settled) -> None:
+    if num_rejected:
+        request.num_computed -= num_rejected
+        request.num_launched = request.num_computed
+        settled.truncated.append(request)
 
 
 def _fail(request: LlmRequest, outcome: RowResult, chunks: list[TokenChunk]) -> None:
