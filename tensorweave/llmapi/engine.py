@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import sys
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, ExitStack
 from typing import Any, Protocol
@@ -34,6 +35,9 @@ from tensorweave.workers.store.model_store import PinnedModel, pin_model
 logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 600.0
+_SWITCH_INTERVAL_S = 0.0005
+"""How long another thread of this process may keep the step loop waiting for the interpreter: 5 ms, Python's own, would
+leave a GPU without work."""
 _JOIN_TIMEOUT_S = 10.0
 
 
@@ -81,6 +85,7 @@ class LocalEngine:
             event_buffer_size=args.kv_cache_config.event_buffer_max_size,
             log=StartLog(shows_bars=args.enable_tqdm),
         )
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL_S))
         self.executor.start()
         self.kv_source: KvSource | None = None
         if (endpoint := self.executor.kv_endpoint) is not None:

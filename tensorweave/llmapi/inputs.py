@@ -158,10 +158,13 @@ def _checked_ids(token_ids: Any, params: SamplingParams) -> list[int]:
     if isinstance(token_ids, str | bytes | bytearray) or not isinstance(token_ids, Sequence):
         advice = _how_to_list(token_ids)
         raise ValueError(f"token ids must be a list of integers, not {type(token_ids).__name__}{advice}")
-    for token in token_ids:
-        if not isinstance(token, Integral) or isinstance(token, bool):
-            raise ValueError(f"token ids must be integers, {token!r} is not")
-    ids = [int(token) for token in token_ids]  # numpy's integers too
+    if set(map(type, token_ids)) <= {int}:  # 100 times faster to see than by abstract classes
+        ids = list(token_ids)
+    else:
+        for token in token_ids:
+            if not isinstance(token, Integral) or isinstance(token, bool):
+                raise ValueError(f"token ids must be integers, {token!r} is not")
+        ids = [int(token) for token in token_ids]  # numpy's integers too
     keep = _truncation(params.truncate_prompt_tokens)
     return ids if keep is None else ids[-keep:]
 

@@ -73,8 +73,11 @@ def to_fields(params: SamplingParams, tokenizer: Tokenizer | None, processors: S
 
 def as_python_numbers(params: SamplingParams) -> SamplingParams:
     """The same parameters with numpy's numbers, which are neither `int` nor `float`, as Python's."""
-    values = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
-    changed = {name: _as_python(value) for name, value in values.items() if _as_python(value) is not value}
+    changed = {}
+    for field in dataclasses.fields(params):
+        value = getattr(params, field.name)
+        if value is not None and (new := _as_python(value)) is not value:
+            changed[field.name] = new
     return dataclasses.replace(params, **changed) if changed else params
 
 
