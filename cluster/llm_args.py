@@ -91,6 +91,13 @@ class SchedulerConfig(StrictBaseModel):
         status="prototype",
         description="Shares a token budget among prompts that do not all fit.",
     )
+    max_prompt_tokens_beside_decodes: int | None = Field(
+        None,
+        status="prototype",
+        ge=1,
+        description="Most prompt tokens of a step in which answers go on: fewer keep the gaps between their tokens "
+        "short. Default: 2048 on a GPU, max_num_tokens on a CPU.",
+    )
 
 
 class CacheTransceiverConfig(StrictBaseModel):

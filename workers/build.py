@@ -114,6 +114,7 @@ def _make_kv_cache(args: TorchLlmArgs, info: ModelInfo, event_buffer_size: int) 
 def _make_scheduler(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -> Any:
     """A scheduler: ours, or of the user's class, which takes the same arguments."""
     scheduler_class = _load_class(args.scheduler, "scheduler", SimpleScheduler)
+    own = {"max_prompt_tokens_beside_decodes": settings.max_prompt_tokens_beside_decodes}
     return scheduler_class(
         kv_cache,
         policy=args.scheduler_config.capacity_scheduler_policy,
@@ -121,6 +122,7 @@ def _make_scheduler(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -
         max_num_tokens=settings.max_num_tokens,
         enable_chunked_prefill=args.enable_chunked_prefill,
         chunking_policy=args.scheduler_config.context_chunking_policy,
+        **(own if scheduler_class is SimpleScheduler else {}),
     )
 
 

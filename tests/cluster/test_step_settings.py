@@ -10,12 +10,12 @@ from tensorweave.cluster.step_settings import StepSettings
 
 def test_defaults_are_those_of_the_device() -> None:
     args = TorchLlmArgs(model="m")
-    assert StepSettings.of(args, "cuda") == StepSettings(max_batch_size=512, max_num_tokens=8192, overlaps=True)
-    assert StepSettings.of(args, "cpu") == StepSettings(max_batch_size=256, max_num_tokens=2048, overlaps=False)
+    assert StepSettings.of(args, "cuda") == StepSettings(512, 8192, 2048, overlaps=True)
+    assert StepSettings.of(args, "cpu") == StepSettings(256, 2048, 2048, overlaps=False)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("disabled", [True, False])
 def test_what_is_given_stays(device: str, disabled: bool) -> None:
     args = TorchLlmArgs(model="m", max_batch_size=3, max_num_tokens=5, disable_overlap_scheduler=disabled)
-    assert StepSettings.of(args, device) == StepSettings(3, 5, overlaps=not disabled)
+    assert StepSettings.of(args, device) == StepSettings(3, 5, 5, overlaps=not disabled)

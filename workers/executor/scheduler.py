@@ -156,6 +156,8 @@ class MicroBatchScheduler:
     A chunk that does not end its context ends on a block boundary, unless not even one block fits in a step's budget;
     and its step holds at most a multiple of `TILE` tokens, if it holds more than 256. A new context is not split if it
     fits whole into the next step and half of this step's tokens are in use: the attention of whole prompts is faster.
+    Beside decodes, a step has at most `max_prompt_tokens_beside_decodes`, so that none of them waits long for its next
+    token.
     Without chunking a context waits until it fits whole; only one that is longer than any step (after a pause) is
     split.
     """
@@ -167,10 +169,11 @@ class MicroBatchScheduler:
         tokens_per_block: int,
         enable_chunked_prefill: bool = True,
         chunking_policy: ChunkingPolicy = "FIRST_COME_FIRST_SERVED",
+        max_prompt_tokens_beside_decodes: int | None = None,
     ) -> None:
         self._max_batch_size = max_batch_size
         self._max_num_tokens = max_num_tokens
-        self._on_edge = max_num_tokens // TILE * TILE if max_num_tokens > 2 * TILE else max_num_tokens
+        self._max_beside_decodes = max_prompt_tokens_beside_decodes or max_num_tokens
         self._unit = tokens_per_block
         self._is_chunked = enable_chunked_prefill
         self._is_equal = chunking_policy == "EQUAL_PROGRESS"
@@ -190,18 +193,24 @@ class MicroBatchScheduler:
         return tuple(self._chunks(pending, len(generation))), tuple(generation)
 
     def _chunks(self, pending: Sequence[PendingContext], num_decodes: int) -> list[StepRow]:
-        num_tokens = self._max_num_tokens - num_decodes
         if not self._is_chunked:
-            return self._whole(pending, num_tokens, num_decodes)
+            return self._whole(pending, self._max_num_tokens - num_decodes, num_decodes)
         chunks: list[StepRow] = []
-        if self._is_equal and sum(request.context_len - start for request, start in pending) > num_tokens:
-            chunks = self._equal(pending, max(self._on_edge - num_decodes, 0))
-        return chunks or self._first_come(pending, num_decodes)
+        limit = self._limit(num_decodes)
+        if self._is_equal and sum(request.context_len - start for request, start in pending) > limit - num_decodes:
+            chunks = self._equal(pending, max(_edge(limit) - num_decodes, 0))
+        return chunks or self._first_come(pending, num_decodes, limit)
 
-    def _split(self, start: int, num_used: int, has_chunks: bool) -> int:
+    def _limit(self, num_decodes: int) -> int:
+        """Most tokens of a step with so many decodes."""
+        if not num_decodes:
+            return self._max_num_tokens
+        return min(self._max_num_tokens, num_decodes + self._max_beside_decodes)
+
+    def _split(self, start: int, num_used: int, limit: int, *, has_chunks: bool) -> int:
         """Length of a chunk from `start` that does not end its context, in a step of `num_used` tokens."""
-        room = self._max_num_tokens - num_used
-        to_edge = self._on_edge - num_used
+        room = limit - num_used
+        to_edge = _edge(limit) - num_used
         rooms = (to_edge if to_edge >= 0 else room,) if has_chunks else (to_edge, room)
         for each in rooms:
             length = (start + each) // self._unit * self._unit - start
@@ -214,24 +223,23 @@ class MicroBatchScheduler:
         for request, start in pending:
             length = request.context_len - start
             if length > self._max_num_tokens:
-                return chunks or self._first_come([(request, start)], num_decodes)
+                return chunks or self._first_come([(request, start)], num_decodes, self._max_num_tokens)
             if length > num_tokens:
                 break
             chunks.append(StepRow.of_context(request, start, length))
             num_tokens -= length
         return chunks
 
-    def _first_come(self, pending: Sequence[PendingContext], num_decodes: int) -> list[StepRow]:
+    def _first_come(self, pending: Sequence[PendingContext], num_decodes: int, limit: int) -> list[StepRow]:
         chunks: list[StepRow] = []
         num_used = num_decodes
         for request, start in pending:
             length = request.context_len - start
-            if num_used + length > self._max_num_tokens:
+            if num_used + length > limit:
                 is_new = request.state is RequestState.WAITING
-                fits_next = is_new and num_decodes + length <= self._max_num_tokens
-                if fits_next and 2 * num_used >= self._max_num_tokens:
+                if is_new and num_decodes + length <= limit and 2 * num_used >= limit:
                     break
-                length = self._split(start, num_used, bool(chunks))
+                length = self._split(start, num_used, limit, has_chunks=bool(chunks))
                 if length:
                     chunks.append(StepRow.of_context(request, start, length))
                 break
@@ -258,6 +266,11 @@ class MicroBatchScheduler:
         ]
 
 
+def _edge(num_tokens: int) -> int:
+    """The most tokens up to this many that fill whole tiles of a product."""
+    return num_tokens // TILE * TILE if num_tokens > 2 * TILE else num_tokens
+
+
 class SimpleScheduler:
     """Capacity, then micro-batch. At most `max_batch_size` requests hold blocks, so that each can run in every step."""
 
@@ -270,12 +283,18 @@ class SimpleScheduler:
         max_num_tokens: int = 2048,
         enable_chunked_prefill: bool = True,
         chunking_policy: ChunkingPolicy = "FIRST_COME_FIRST_SERVED",
+        max_prompt_tokens_beside_decodes: int | None = None,
     ) -> None:
         if max_batch_size < 1 or max_num_tokens < 1:
             raise ValueError(f"max_batch_size {max_batch_size} and max_num_tokens {max_num_tokens} must be at least 1")
         self.capacity = CapacityScheduler(kv_cache, policy, min(max_batch_size, max_num_tokens))
         self.micro_batch = MicroBatchScheduler(
-            max_batch_size, max_num_tokens, kv_cache.tokens_per_block, enable_chunked_prefill, chunking_policy
+            max_batch_size,
+            max_num_tokens,
+            kv_cache.tokens_per_block,
+            enable_chunked_prefill,
+            chunking_policy,
+            max_prompt_tokens_beside_decodes,
         )
         self._tokens_per_block = kv_cache.tokens_per_block
         self.max_request_tokens = kv_cache.max_request_tokens

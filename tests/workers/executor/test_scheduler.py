@@ -207,6 +207,16 @@ def test_a_tile_that_decodes_have_begun_is_filled() -> None:
     assert loop.step().num_tokens == 340
 
 
+def test_beside_decodes_a_step_has_few_prompt_tokens() -> None:
+    """The first prompt has a step to itself; the second comes in pieces while the first answers."""
+    loop = _loop(_requests((4, 9), (40, 2)), num_blocks=40, max_batch_size=2, max_prompt_tokens_beside_decodes=16)
+    late = loop.active.pop(1)
+    assert _shape(loop.step())[0] == [(0, 0, 4)]
+    loop.add(late)
+    shapes = [_shape(loop.step())[:2] for _ in range(3)]
+    assert shapes == [([(1, 0, 16)], [0]), ([(1, 16, 16)], [0]), ([(1, 32, 8)], [0])]
+
+
 def test_equal_progress_goes_round_by_blocks() -> None:
     knobs: dict[str, Any] = {"max_num_tokens": 22, "chunking_policy": "EQUAL_PROGRESS"}
     loop = _loop(_requests((20, 1), (20, 1), (3, 1)), num_blocks=50, **knobs)
