@@ -10,6 +10,7 @@ Triton's cache on disk (`TRITON_CACHE_DIR`, by default ~/.triton/cache), where t
 from __future__ import annotations
 
 import contextvars
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -28,14 +29,17 @@ _ONE_AT_A_TIME: Final = threading.Lock()
 
 
 def compile_ahead(
-    call_steps: Callable[[], object], num_threads: int, on_progress: Callable[[float], object] = lambda share: None
+    call_steps: Callable[[], object],
+    *,
+    num_threads: int | None = None,
+    on_progress: Callable[[float], object] = lambda share: None,
 ) -> int:
     """Compile all Triton kernels that `call_steps` would launch, and return how many were not in this process yet.
 
     Args:
         call_steps: called once, on this thread. None of its Triton kernels runs, so that what torch does in between
             reads what is in the buffers.
-        num_threads: kernels that are compiled at a time.
+        num_threads: kernels that are compiled at a time. Default: one per core.
         on_progress: told the share of the kernels that are done.
 
     Raises:
@@ -43,6 +47,7 @@ def compile_ahead(
     """
     ensure_kernel_cache()
     # In a context of its own: a mode that is left by an error stays active in it.
+    num_threads = num_threads or len(os.sched_getaffinity(0))
     return contextvars.copy_context().run(_compile, call_steps, num_threads, on_progress)
 
 

@@ -88,11 +88,11 @@ def test_each_kind_of_launch_is_compiled_once_and_nothing_runs(device: torch.dev
         launch(x, out[1:], 64)  # of another alignment
         launch(x.half(), out.half(), 32)
 
-    assert compile_ahead(lambda: [step() for _ in range(3)], 4, told.append) == 4
+    assert compile_ahead(lambda: [step() for _ in range(3)], num_threads=4, on_progress=told.append) == 4
     assert len(compiled) == 4
     assert told == [0.25, 0.5, 0.75, 1.0]
     assert out.eq(-1.0).all()
-    assert compile_ahead(step, 4) == 0
+    assert compile_ahead(step) == 0
     if device.type == "cuda":
         step()
         assert torch.equal(out, 2 * x)
@@ -116,7 +116,7 @@ def test_launches_of_other_threads_go_on(device: torch.device) -> None:
         other.start()
         other.join(60)
 
-    assert compile_ahead(step, 2) == 0
+    assert compile_ahead(step) == 0
     assert len(results) == 1
     if device.type == "cuda":
         assert torch.equal(out, 2 * x)
@@ -128,16 +128,16 @@ def test_a_kernel_that_cannot_be_compiled_is_told_and_leaves_nothing_behind(devi
     x = torch.arange(64.0, device=device)
     run = triton.runtime.jit.JITFunction.run
     with pytest.raises(triton.CompilationError, match="no_such_thing"):
-        compile_ahead(lambda: wrong[(1,)](x, BLOCK=64), 2)
+        compile_ahead(lambda: wrong[(1,)](x, BLOCK=64))
     assert triton.runtime.jit.JITFunction.run is run
-    assert compile_ahead(lambda: launch(x, x, 16), 2) == 1
+    assert compile_ahead(lambda: launch(x, x, 16)) == 1
 
 
 def test_a_second_process_finds_the_kernels_on_disk(device: torch.device, tmp_path: Path) -> None:
     x = torch.arange(64.0, device=device)
-    assert compile_ahead(lambda: launch(x, x, 16), 2) == 1
+    assert compile_ahead(lambda: launch(x, x, 16)) == 1
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("double*")}
     assert files
     double.device_caches.clear()  # as in a new process
-    assert compile_ahead(lambda: launch(x, x, 16), 2) == 1
+    assert compile_ahead(lambda: launch(x, x, 16)) == 1
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("double*")} == files

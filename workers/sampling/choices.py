@@ -83,11 +83,18 @@ class TokenChoices:
         if not largest_first:
             return
         self.parameters.reserve(len(largest_first[0].sampled_RV))
-        for step, kind in itertools.product(largest_first, _KINDS):
-            self._warm(kind, step, self._target_of(len(step.sampled_RV), step.rows))
+        if self._device.type == "cuda":
+            from tensorweave.kernels.compile_ahead import compile_ahead  # Triton is installed where there is a GPU
+
+            compile_ahead(lambda: self._warm_all(largest_first))
+        self._warm_all(largest_first)
         if self._device.type == "cuda":
             with _no_collection():
                 self._capture_all(largest_first)
+
+    def _warm_all(self, steps: Iterable[StepLogits]) -> None:
+        for step, kind in itertools.product(steps, _KINDS):
+            self._warm(kind, step, self._target_of(len(step.sampled_RV), step.rows))
 
     def _warm(self, kind: Kind, step: StepLogits, target: TokenTarget) -> None:
         assert step.rows is not None

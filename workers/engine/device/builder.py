@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +42,7 @@ class DeviceEngineBuilder:
         from tensorweave.kernels.compile_ahead import compile_ahead  # Triton is installed where there is a GPU
 
         with log.part("compiling kernels") as tell:
-            compile_ahead(lambda: self._call_every_step(engine), _num_cores(), tell)
+            compile_ahead(lambda: self._call_every_step(engine), on_progress=tell)
 
     def measure(self, trial: DeviceEngine) -> int:
         """Bytes that must stay free beside the KV cache: for the largest step, and for all graphs. `trial` is an engine
@@ -69,7 +68,3 @@ class DeviceEngineBuilder:
             warm_up_mixed_steps(engine, self.buffers.max_rows, self.buffers.max_tokens)
             for size in engine.captured_sizes:
                 engine.graphs.run(size)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0))
