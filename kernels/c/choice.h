@@ -104,9 +104,9 @@ static uint64_t mix64(uint64_t z) {
     return z ^ (z >> 31);
 }
 
-INLINE vu mix32(vu h) {
+INLINE vu mix32(vu h, uint32_t key) {
     h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
-    h = (h ^ (h >> 13)) * 0xC2B2AE35u;
+    h = (h ^ (h >> 13) ^ key) * 0xC2B2AE35u;
     return h ^ (h >> 16);
 }
 
@@ -222,7 +222,7 @@ static long draw_token(const random_row *row, uint64_t hash, long best) {
             if (!any_of(kept)) continue;
             x = select_vf(kept, x, splat(-INFINITY));
         }
-        vu h = mix32(mix32(first + (uint32_t)v * TOKEN_FACTOR) ^ high);
+        vu h = mix32(first + (uint32_t)v * TOKEN_FACTOR, high);
         vf w = (__builtin_convertvector(h, vf) + 0.5f) * 0x1p-32f;
         w = select_vf(w < 1 - 0x1p-24f, w, splat(1 - 0x1p-24f));
         vf bound = 127 * LN_2 + 0.01f - __builtin_convertvector((vi)w, vf) * (LN_2 * 0x1p-23f);

@@ -20,7 +20,7 @@ _SOURCE: Final = Path(__file__).with_name("choose.cu")
 _CLUSTER: Final = 8
 _THREADS: Final = 512
 _MAX_NUMBERS: Final = 64
-_SHARED_BYTES: Final = 3 * (1024 + 4096) * 4
+_SHARED_BYTES: Final = 3 * (512 + 4096) * 4
 
 
 class _Arguments(ctypes.Structure):

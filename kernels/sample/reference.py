@@ -50,7 +50,7 @@ def gumbel(seed_R: Tensor, position_R: Tensor, vocab_size: int) -> Tensor:
     row_R = _mix64(row_R + (position_R.long() + 1) * _signed(0x9E3779B97F4A7C15))
     low_R1, high_R1 = (row_R & _LOW_32).unsqueeze(1), (row_R >> 32 & _LOW_32).unsqueeze(1)
     token_V = torch.arange(vocab_size, dtype=torch.int64, device=seed_R.device)
-    hash_RV = _mix32(_mix32((token_V * 0x9E3779B1 + low_R1) & _LOW_32) ^ high_R1)
+    hash_RV = _mix32((token_V * 0x9E3779B1 + low_R1) & _LOW_32, high_R1)
     w_RV = ((hash_RV.float() + 0.5) * 2.0**-32).clamp_max_(LARGEST_W).double()
     return -(-(-w_RV).log1p()).log().float()
 
@@ -62,10 +62,10 @@ def _mix64(z: Tensor) -> Tensor:
     return z ^ _shift_right(z, 31)
 
 
-def _mix32(h: Tensor) -> Tensor:
-    """The finaliser of MurmurHash3."""
+def _mix32(h: Tensor, key: Tensor) -> Tensor:
+    """The finaliser of MurmurHash3, with a key in its middle."""
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _LOW_32
-    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & _LOW_32
+    h = ((h ^ (h >> 13) ^ key) * 0xC2B2AE35) & _LOW_32
     return h ^ (h >> 16)
 
 

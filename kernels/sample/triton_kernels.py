@@ -40,10 +40,10 @@ def _mix64(z):
 
 
 @triton.jit
-def _mix32(h):
-    """The finaliser of MurmurHash3."""
+def _mix32(h, key):
+    """The finaliser of MurmurHash3, with a key in its middle."""
     h = (h ^ (h >> 16)) * 0x85EBCA6B
-    h = (h ^ (h >> 13)) * 0xC2B2AE35
+    h = (h ^ (h >> 13) ^ key) * 0xC2B2AE35
     return h ^ (h >> 16)
 
 
@@ -52,7 +52,7 @@ def _gumbel(seed, position, token):
     row = _mix64(seed.to(tl.uint64) * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03)
     row = _mix64(row + (position + 1).to(tl.uint64) * 0x9E3779B97F4A7C15)
     low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
-    h = _mix32(_mix32(token.to(tl.uint32) * 0x9E3779B1 + low) ^ high)
+    h = _mix32(token.to(tl.uint32) * 0x9E3779B1 + low, high)
     w = tl.minimum((h.to(tl.float32) + 0.5) * (1.0 / 4294967296.0), _LARGEST_W)
     # -log(1 - w) without the loss of small w, where the largest Gumbel numbers come from: the series below 1/16.
     series = w * (1 + w * (1 / 2 + w * (1 / 3 + w * (1 / 4 + w * (1 / 5 + w * (1 / 6))))))

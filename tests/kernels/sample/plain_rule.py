@@ -22,9 +22,9 @@ def mix64(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def mix32(h: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def mix32(h: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
     h = ((h ^ (h >> np.uint64(16))) * np.uint64(0x85EBCA6B)) & _LOW_32
-    h = ((h ^ (h >> np.uint64(13))) * np.uint64(0xC2B2AE35)) & _LOW_32
+    h = ((h ^ (h >> np.uint64(13)) ^ np.uint64(key)) * np.uint64(0xC2B2AE35)) & _LOW_32
     return h ^ (h >> np.uint64(16))
 
 
@@ -34,7 +34,7 @@ def uniform(seed: int, position: int, vocab_size: int) -> npt.NDArray[np.float64
     row = mix64((row + (position + 1) * 0x9E3779B97F4A7C15) & _MASK)
     token = np.arange(vocab_size, dtype=np.uint64)
     mixed = (token * np.uint64(0x9E3779B1) + np.uint64(row & 0xFFFFFFFF)) & _LOW_32
-    h = mix32(mix32(mixed) ^ np.uint64(row >> 32))
+    h = mix32(mixed, row >> 32)
     return np.minimum((h.astype(np.float32) + np.float32(0.5)).astype(np.float64) * 2.0**-32, 1 - 2.0**-24)
 
 
