@@ -57,29 +57,22 @@ class LogitEdits:
 
     def apply(self, logits_RV: Tensor, copies: HostCopies) -> None:
         """Change the logits in place. No number becomes plus infinity, so that a token which is certain has a score."""
+        logits_N, V = logits_RV.view(-1), logits_RV.shape[1]
         greatest = torch.finfo(logits_RV.dtype).max
         if self._biases:
-            self._apply_biases(logits_RV, copies)
+            values = np.concatenate([values for _, _, values in self._biases])
+            index = _index([(row, ids) for row, ids, _ in self._biases], V, copies)
+            logits_N.index_add_(0, index, copies.to_device(values).to(logits_RV.dtype))
+            if np.abs(values).max() > _SMALL:
+                logits_N.index_copy_(0, index, logits_N[index].clamp_max_(greatest))
         for row, bias_V in self._full_biases:
             logits_RV[row].add_(copies.to_device(bias_V)).clamp_max_(greatest)
         if self._bans:
-            banned = torch.full((), -torch.inf, dtype=logits_RV.dtype, device=logits_RV.device)
-            logits_RV.index_put_(_index(self._bans, copies), banned)
+            logits_N.index_fill_(0, _index(self._bans, V, copies), -torch.inf)
         if self._penalties:
-            self._apply_penalties(logits_RV, copies)
+            self._apply_penalties(logits_N, V, copies)
 
-    def _apply_biases(self, logits_RV: Tensor, copies: HostCopies) -> None:
-        values = np.concatenate([values for _, _, values in self._biases])
-        index = _index([(row, ids) for row, ids, _ in self._biases], copies)
-        biases = copies.to_device(values).to(logits_RV.dtype)
-        if logits_RV.is_contiguous():  # index_put_ would sort, for biases of the same token
-            logits_RV.view(-1).index_add_(0, index[0] * logits_RV.shape[1] + index[1], biases)
-        else:
-            logits_RV.index_put_(index, biases, accumulate=True)
-        if np.abs(values).max() > _SMALL:
-            logits_RV.index_put_(index, logits_RV[index].clamp_max_(torch.finfo(logits_RV.dtype).max))
-
-    def _apply_penalties(self, logits_RV: Tensor, copies: HostCopies) -> None:
+    def _apply_penalties(self, logits_N: Tensor, vocab_size: int, copies: HostCopies) -> None:
         lengths = [len(ids) for _, ids, _, _ in self._penalties]
         specs = [spec for *_, spec in self._penalties]
 
@@ -90,16 +83,13 @@ class LogitEdits:
         presence = spread([spec.presence_penalty for spec in specs])
         frequency = spread([spec.frequency_penalty for spec in specs])
         counts = copies.to_device(np.concatenate([counts for _, _, counts, _ in self._penalties]))
-        index = _index([(row, ids) for row, ids, _, _ in self._penalties], copies)
-        old = logits_RV[index].float()
+        index = _index([(row, ids) for row, ids, _, _ in self._penalties], vocab_size, copies)
+        old = logits_N[index].float()
         new = torch.where(old > 0, old / repetition, old * repetition)
-        new = (new - presence * (counts > 0) - frequency * counts).clamp_max_(torch.finfo(logits_RV.dtype).max)
-        logits_RV.index_put_(index, new.to(logits_RV.dtype))
+        new = (new - presence * (counts > 0) - frequency * counts).clamp_max_(torch.finfo(logits_N.dtype).max)
+        logits_N.index_copy_(0, index, new.to(logits_N.dtype))
 
 
-def _index(tokens: Sequence[tuple[int, Ints]], copies: HostCopies) -> tuple[Tensor, Tensor]:
-    """An index of (row, token ids) pairs into the logits."""
-    rows = np.repeat([row for row, _ in tokens], [len(ids) for _, ids in tokens])
-    columns = np.concatenate([ids for _, ids in tokens])
-    row_N, column_N = copies.to_device(np.stack([rows, columns]))
-    return row_N, column_N
+def _index(tokens: Sequence[tuple[int, Ints]], vocab_size: int, copies: HostCopies) -> Tensor:
+    """Where these token ids of these rows are in the logits of all rows, one after the other."""
+    return copies.to_device(np.concatenate([ids + row * vocab_size for row, ids in tokens]))

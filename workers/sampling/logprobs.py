@@ -29,38 +29,40 @@ MAX_CHUNK_BYTES: Final = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class TokenMeasures:
-    """What log-probabilities are told from: for each row its token, the token's log-probability and rank, and the
-    likeliest tokens."""
+    """What log-probabilities are told from, for each row.
 
-    tokens_N: Tensor
-    own_N: Tensor
-    ranks_N: Tensor
-    top_Nk: Tensor
-    ids_Nk: Tensor
+    Args:
+        numbers_Nk: int64; the token, its rank, the likeliest tokens.
+        logprobs_Nk: the log-probabilities of the token and of the likeliest.
+    """
+
+    numbers_Nk: Tensor
+    logprobs_Nk: Tensor
 
     @classmethod
     def of(cls, logits_NV: Tensor, tokens_N: Tensor, num_top: int) -> TokenMeasures:
-        """On the logits' device."""
-        logits_NV = logits_NV.double()
-        norm_N1 = logits_NV.logsumexp(dim=-1, keepdim=True)
-        own_N1 = logits_NV.gather(1, tokens_N.unsqueeze(1))
-        ranks_N = (logits_NV > own_N1).sum(dim=-1) + 1
+        """On the logits' device; in float64 on a CPU, in float32 on a GPU, which takes a third of the time."""
+        logits_NV = logits_NV.to(torch.float32 if logits_NV.is_cuda else torch.float64)
+        tokens_N1 = tokens_N.unsqueeze(1)
+        own_N1 = logits_NV.gather(1, tokens_N1)
+        ranks_N1 = (logits_NV > own_N1).sum(dim=-1, keepdim=True) + 1
         top_Nk, ids_Nk = logits_NV.topk(min(num_top, logits_NV.shape[1]), dim=-1)
-        return cls(tokens_N, (own_N1 - norm_N1).squeeze(1), ranks_N, top_Nk - norm_N1, ids_Nk)
+        logprobs_Nk = torch.cat([own_N1, top_Nk], dim=1) - logits_NV.logsumexp(dim=-1, keepdim=True)
+        return cls(torch.cat([tokens_N1, ranks_N1, ids_Nk], dim=1), logprobs_Nk)
 
     def to_host(self, copies: HostCopies) -> TokenMeasures:
-        return TokenMeasures(*map(copies.to_host, (self.tokens_N, self.own_N, self.ranks_N, self.top_Nk, self.ids_Nk)))
+        return TokenMeasures(copies.to_host(self.numbers_Nk), copies.to_host(self.logprobs_Nk))
 
     def logprobs(self) -> list[TokenLogprobs]:
         """For each row, the natural log-probability of its token, then of the likeliest tokens. The rank of the row's
         token is one more than the number of tokens with larger logits."""
-        places = range(1, self.top_Nk.shape[1] + 1)
-        tops = [
-            [*map(Logprob, ids, logprobs, places)]
-            for ids, logprobs in zip(self.ids_Nk.tolist(), self.top_Nk.tolist(), strict=True)
+        places = range(1, self.logprobs_Nk.shape[1])
+        return [
+            (Logprob(token, own, rank), *map(Logprob, ids, logprobs, places))
+            for (token, rank, *ids), (own, *logprobs) in zip(
+                self.numbers_Nk.tolist(), self.logprobs_Nk.tolist(), strict=True
+            )
         ]
-        own = zip(self.tokens_N.tolist(), self.own_N.tolist(), self.ranks_N.tolist(), strict=True)
-        return [(Logprob(*first), *top) for first, top in zip(own, tops, strict=True)]
 
 
 def logprobs_of(logits_NV: Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprobs]:
@@ -91,7 +93,8 @@ class ReportedRows:
             if request.sampling.num_logprobs is not None:
                 wanted.setdefault(request.sampling.num_logprobs, []).append(place)
         self._groups = [
-            (num_top, places, copies.to_device(np.array(places, dtype=np.int64))) for num_top, places in wanted.items()
+            (num_top, places, None if len(places) == len(reported) else copies.to_device(np.array(places)))
+            for num_top, places in wanted.items()
         ]
 
     def __bool__(self) -> bool:
@@ -105,10 +108,10 @@ class ReportedRows:
         """Begin to copy to the host what is told beside the tokens. Returns what reads it, by row, once the copies are
         done."""
         tokens_N = tokens_R.index_select(0, self._rows_N).clamp_min_(0)
-        measured = [
-            (places, TokenMeasures.of(logits_NV[places_n], tokens_N[places_n], num_top).to_host(self._copies))
-            for num_top, places, places_n in self._groups
-        ]
+        measured = []
+        for num_top, places, places_n in self._groups:
+            group = (logits_NV, tokens_N) if places_n is None else (logits_NV[places_n], tokens_N[places_n])
+            measured.append((places, TokenMeasures.of(*group, num_top).to_host(self._copies)))
         wants_logits = any(request.sampling.wants_generation_logits for _, request in self._reported)
         host_NV = self._copies.to_host(logits_NV) if wants_logits else logits_NV
 
