@@ -124,7 +124,8 @@ class SamplingDecoder:
             return Ready(StepResult(prompts=prompts))
         if requests != self._rows.requests:
             self._rows = self._sort(requests)
-            self._choices.parameters.set([request.sampling for request in requests], {})
+            if self._rows.has_random:
+                self._choices.parameters.set([request.sampling for request in requests], {})
         rows, logits_RV = self._rows, step.sampled_RV
         kept_NV = rows.reported.copy(logits_RV) if rows.reported else None
         edited = self._edit(logits_RV, rows, batch) if rows.edited else None
