@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tensorweave.cluster.errors import LogitsNotFinite
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec, TokenChunk
+from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.executor.scheduler import SimpleScheduler
@@ -43,7 +44,7 @@ class Run:
     def __init__(self, engine: Any, *, overlaps: bool, **scheduling: Any) -> None:
         num_events = 100_000
         self.kv = KVCacheManager(engine.info.num_blocks, engine.info.tokens_per_block, event_buffer_max_size=num_events)
-        self.decoder = SamplingDecoder()
+        self.decoder = SamplingDecoder(keeps_tokens=isinstance(engine, DeviceEngine))
         self.batches: list[ScheduledBatch] = []
         self.executor = PyExecutor(
             engine=engine,
@@ -190,6 +191,29 @@ def test_a_models_answers_are_those_of_one_step_at_a_time(
         run = Run(engine, overlaps=overlaps, max_num_tokens=max_num_tokens)
         exact = (lambda chunks: told(chunks)[:1]) if is_on_device else told
         answers.append({name: exact(chunks) for name, chunks in run.answer(requests).items()})
+        run.close()
+    assert answers[0] == answers[1]
+
+
+def test_the_device_counts_tokens_again_after_a_preemption(tmp_path: Path) -> None:
+    """Penalised requests overlap there: their newest tokens are counted before the host knows them."""
+    make_model("llama", tmp_path)
+    spec = SamplingSpec(14, temperature=0.8, repetition_penalty=1.4, frequency_penalty=0.3)
+    requests = [
+        GenerateRequest(f"r{i}", prompt, replace(spec, seed=i))
+        for i, prompt in enumerate(random_prompts(10, 40, vocab=200))
+    ]
+    answers = []
+    for overlaps in (False, True):
+        args = engine_args(tmp_path, kv_cache_config={"max_tokens": 160})
+        run = Run(
+            load_engine(args, SoloComm(), is_on_device=True),
+            overlaps=overlaps,
+            policy="MAX_UTILIZATION",
+            max_batch_size=6,
+        )
+        answers.append({name: tokens_of(chunks) for name, chunks in run.answer(requests).items()})
+        assert run.executor.gauges()["num_preemptions_total"]
         run.close()
     assert answers[0] == answers[1]
 
