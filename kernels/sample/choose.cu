@@ -108,7 +108,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-__device__ __forceinline__ int key_of(float z) { return (int)fminf(z * KEYS_PER_UNIT, (float)LAST_KEY); }
+// A token's key is the whole number in its distance, (largest - x) / temperature in units of 2^-17, or LAST_KEY. So keys are compared as
+// distances: a key is below k where the distance is below k.
+__device__ __forceinline__ int key_of(float distance) { return (int)fminf(distance, (float)LAST_KEY); }
+// What distances of keys up to this are below; beyond the last key nothing is.
+__device__ __forceinline__ float end_of(int key) { return key < LAST_KEY ? (float)(key + 1) : __int_as_float(0x7fc00000); }
+__device__ __forceinline__ bool is_before(float distance, float end) { return !(distance >= end); }
 
 // ---- numbers of a row
 __device__ __forceinline__ uint32_t token_of(int e) {
@@ -174,29 +179,38 @@ __device__ __forceinline__ float find_largest(const float (&x)[E], Shared& s, bo
 
 #if LIMITED
 struct Search {
-  float largest, scale;  // 1 / temperature
+  float largest, scale;  // 2^17 / temperature
   int limit;             // of min-p
   uint32_t top_k;        // 0: off
   float top_p;           // 1: off
 };
 
-__device__ __forceinline__ uint32_t mass_of(float z) { return (uint32_t)(exp2_fast(z * -LOG2_E) * MASS_OF_LARGEST + 0.5f); }
+__device__ __forceinline__ uint32_t mass_of(float distance) {
+  return (uint32_t)(exp2_fast(distance * (-LOG2_E / KEYS_PER_UNIT)) * MASS_OF_LARGEST + 0.5f);
+}
 
 // Count and mass of the row's tokens in all ranges up to each, to all threads in s.sums.
 __device__ __forceinline__ void sum_ranges(float (&x)[E], const Search& search, Shared& s) {
   uint32_t counts[RANGES] = {}, masses[RANGES] = {};
+  const float end = end_of(search.limit);
+  if (search.top_k) {
 #pragma unroll
-  for (int e = 0; e < E; e++) {
-    asm volatile("" : "+f"(x[e]));  // so that nothing is computed ahead and kept
-    float z = (search.largest - x[e]) * search.scale;
-    int key = key_of(z);
-    bool is_kept = key <= search.limit;
-    uint32_t mass = is_kept && search.top_p < 1 ? mass_of(z) : 0;
+    for (int e = 0; e < E; e++) {
+      asm volatile("" : "+f"(x[e]));  // so that nothing is computed ahead and kept
+      float distance = (search.largest - x[e]) * search.scale;
+      bool is_kept = is_before(distance, end);
 #pragma unroll
-    for (int r = 0; r < RANGES; r++) {
-      bool is_below = r == RANGES - 1 || key >> 19 <= r;
-      counts[r] += is_kept && is_below;
-      masses[r] += is_below ? mass : 0;
+      for (int r = 0; r < RANGES; r++) counts[r] += is_kept && (r == RANGES - 1 || distance < (float)((r + 1) << 19));
+    }
+  }
+  if (search.top_p < 1) {
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+      asm volatile("" : "+f"(x[e]));
+      float distance = (search.largest - x[e]) * search.scale;
+      uint32_t mass = is_before(distance, end) ? mass_of(distance) : 0;
+#pragma unroll
+      for (int r = 0; r < RANGES; r++) masses[r] += r == RANGES - 1 || distance < (float)((r + 1) << 19) ? mass : 0;
     }
   }
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -232,15 +246,16 @@ __device__ __forceinline__ int find_range(const Shared& s, uint32_t k, double ta
 
 // Adds a block's tokens of keys from `first` to its own bins of 2^shift keys.
 __device__ __forceinline__ void gather(float (&x)[E], const Search& search, const Bins bins, int first, int size, int shift) {
+  const float begin = (float)first, end = end_of(min(search.limit, first + (size << shift) - 1));
 #pragma unroll
   for (int e = 0; e < E; e++) {
     asm volatile("" : "+f"(x[e]));
-    float z = (search.largest - x[e]) * search.scale;
-    int key = key_of(z), place = (key - first) >> shift;
-    if (key > search.limit || (uint32_t)place >= (uint32_t)size) continue;
+    float distance = (search.largest - x[e]) * search.scale;
+    if (distance < begin || !is_before(distance, end)) continue;
+    int place = (key_of(distance) - first) >> shift;
     if (search.top_k) atomicAdd(&bins.counts[place], 1);
     if (search.top_p < 1) {
-      uint32_t mass = mass_of(z);
+      uint32_t mass = mass_of(distance);
       if (mass && atomicAdd(&bins.lows[place], mass) > ~mass) atomicAdd(&bins.highs[place], 1);
     }
   }
@@ -348,12 +363,12 @@ __device__ __forceinline__ int find_limit(const Arguments& a, int row, float (&x
 __device__ __forceinline__ uint64_t draw(const Arguments& a, int row, float (&x)[E], float largest, float temperature, int limit) {
   const uint64_t hash = mix64(mix64((uint64_t)a.seed[row] * 0x9E3779B97F4A7C15ull + 0xD1B54A32D192ED03ull) +
                               ((uint64_t)(int64_t)a.position[row] + 1) * 0x9E3779B97F4A7C15ull);
-  const float scale = 1 / temperature;
+  const float scale = KEYS_PER_UNIT / temperature, end = end_of(limit);
   float most = -INFINITE;
   int likely = -1;
 #pragma unroll
   for (int e = 0; e < E; e++) {
-    if (LIMITED && key_of((largest - x[e]) * scale) > limit) {
+    if (LIMITED && !is_before((largest - x[e]) * scale, end)) {
       x[e] = -INFINITE;
       continue;
     }
@@ -408,7 +423,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     if (temperature > 0) {
       int limit = LAST_KEY;
 #if LIMITED
-      limit = find_limit(a, row, x, largest, 1 / temperature, (uint32_t*)zeros, s);
+      limit = find_limit(a, row, x, largest, KEYS_PER_UNIT / temperature, (uint32_t*)zeros, s);
 #endif
       best = draw(a, row, x, largest, temperature, limit);
     } else
