@@ -85,8 +85,8 @@ struct Tile {
 __device__ __forceinline__ Tile tile_at(const Arguments& a, int item, uint32_t rank) {
   Tile t;
   int heads = a.N / CLUSTER, z = item / heads;
-  int4 at = *(const int4*)(a.tiles + z * 4);
-  t.row = at.x, t.position = at.y, t.rows = at.z, t.sequence = at.w;
+  const int* at = a.tiles + z * 4;  // perhaps within a larger buffer, not at 16 bytes
+  t.row = at[0], t.position = at[1], t.rows = at[2], t.sequence = at[3];
   t.head = item % heads * CLUSTER + rank;
   t.stop = t.position + t.rows;
   t.begin = max(t.position - a.window + 1, 0);

@@ -19,8 +19,10 @@ def attend(
     q_TNH: Tensor, cache: Tensor, table: Tensor, chunks: list[tuple[int, int, int]], out: Tensor, scale: float,
     window: int | None,
 ) -> None:  # fmt: skip
-    tiles = tile_queries(chunks, num_tiles=len(tile_queries(chunks)) + 3).to(q_TNH.device)
-    prefill_attention(q_TNH, cache, table, tiles, out, scale=scale, window=window)
+    tiles = tile_queries(chunks, num_tiles=len(tile_queries(chunks)) + 3)
+    among_others = torch.zeros(1 + tiles.numel(), dtype=torch.int32, device=q_TNH.device)  # at 4 bytes, not 16
+    among_others[1:] = tiles.flatten()
+    prefill_attention(q_TNH, cache, table, among_others[1:].view(-1, 4), out, scale=scale, window=window)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
