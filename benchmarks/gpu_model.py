@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorweave.kernels.attention.triton_decode import HeadRotation
+from tensorweave.kernels.weights import QuantizedWeight, Weight, quantize_rows
 
 # L layers, R rows of a decode step, T tokens of a prefill step, N heads, K KV heads, X = N + 2 K, H head dim,
 # D hidden size, I intermediate width, V vocabulary, P tokens per block
@@ -21,11 +22,11 @@ DEVICE = torch.device("cuda")
 @dataclass
 class Layer:
     norm: Tensor
-    qkv: Tensor
-    output: Tensor
+    qkv: Weight
+    output: Weight
     mlp_norm: Tensor
-    gate_up: Tensor  # rows alternate gate and up
-    down: Tensor
+    gate_up: Weight  # rows alternate gate and up
+    down: Weight
 
 
 @dataclass
@@ -70,9 +71,18 @@ def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON) * gain.float()
 
 
+def product(x: Tensor, weight: Weight) -> Tensor:
+    """x weightᵀ in float32, of rows in 8 bits with a quantized weight."""
+    if isinstance(weight, QuantizedWeight):
+        values, scales = quantize_rows(x)
+        return (values.float() @ weight.values_NK.float().T) * (scales[:, None] * weight.scales_N)
+    assert isinstance(weight, Tensor)
+    return x @ weight.float().T
+
+
 def mlp(layer: Layer, x: Tensor) -> Tensor:
-    gate, up = (rms_norm(x, layer.mlp_norm) @ layer.gate_up.float().T).view(len(x), I, 2).unbind(-1)
-    return (F.silu(gate) * up) @ layer.down.float().T
+    gate, up = product(rms_norm(x, layer.mlp_norm), layer.gate_up).view(len(x), I, 2).unbind(-1)
+    return product(F.silu(gate) * up, layer.down)
 
 
 def rotate(model: Model, heads: Tensor, positions: Tensor) -> Tensor:
@@ -85,14 +95,15 @@ def reference_decode(model: Model, caches: Tensor, tokens: Tensor, table: Tensor
     """Logits of a decode step in float32. The cache's older keys and values are taken as they are."""
     x = model.embedding[tokens].float()
     for i, layer in enumerate(model.layers):
-        heads = rotate(model, (rms_norm(x, layer.norm) @ layer.qkv.float().T).view(-1, X, H), lengths.long() - 1)
+        heads = rotate(model, product(rms_norm(x, layer.norm), layer.qkv).view(-1, X, H), lengths.long() - 1)
         rows = []
         for row, length in enumerate(lengths.tolist()):
-            old = caches[i][table[row].long()].transpose(0, 1).reshape(2 * K, -1, H)[:, : length - 1].float()
+            blocks = torch.stack([caches[i][block].float() for block in table[row].tolist()])
+            old = blocks.transpose(0, 1).reshape(2 * K, -1, H)[:, : length - 1]
             keys, values = torch.cat([old, heads[row, N:, None]], 1).split(K)
             scores = torch.einsum("kgh,klh->kgl", heads[row, :N].view(K, N // K, H), keys) * H**-0.5
             rows.append((scores.softmax(-1) @ values).reshape(N * H))
-        x = x + torch.stack(rows) @ layer.output.float().T
+        x = x + product(torch.stack(rows), layer.output)
         x = x + mlp(layer, x)
     return rms_norm(x, model.norm) @ model.head.float().T
 
@@ -102,9 +113,9 @@ def reference_prefill(model: Model, tokens: Tensor, num_prompts: int, length: in
     positions = torch.arange(length, device=DEVICE).repeat(num_prompts)
     x = model.embedding[tokens].float()
     for layer in model.layers:
-        heads = rotate(model, (rms_norm(x, layer.norm) @ layer.qkv.float().T).view(-1, X, H), positions)
+        heads = rotate(model, product(rms_norm(x, layer.norm), layer.qkv).view(-1, X, H), positions)
         q, k, v = (part.view(num_prompts, length, -1, H).transpose(1, 2) for part in heads.split([N, K, K], 1))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        x = x + attended.transpose(1, 2).reshape(-1, N * H) @ layer.output.float().T
+        x = x + product(attended.transpose(1, 2).reshape(-1, N * H), layer.output)
         x = x + mlp(layer, x)
     return rms_norm(x[length - 1 :: length], model.norm) @ model.head.float().T

@@ -43,6 +43,7 @@ class DecodeAttention(Protocol):
         window: int | None,
         scale: float,
         rotation: HeadRotation | None,
+        peaks_RA: Tensor | None = None,
     ) -> None: ...
 
 

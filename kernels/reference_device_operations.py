@@ -84,7 +84,9 @@ class ReferenceDecodeAttention:
         window: int | None,
         scale: float,
         rotation: HeadRotation | None,
+        peaks_RA: Tensor | None = None,
     ) -> None:
+        assert peaks_RA is None, "peaks are for products on a GPU"
         rows, N, P = self.rows, out_RNH.shape[1], cache_BCPH.shape[2]
         tables_RW = rows.state.tables_SW.index_select(0, rows.slots_R.long())
         last_R = rows.lengths_R.long() - 1

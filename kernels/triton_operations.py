@@ -14,11 +14,14 @@ from tensorweave.kernels.attention.triton_decode import DecodeWorkspace, choose_
 from tensorweave.kernels.device_operations import DecodeAttention, DecodeRows, PrefillPlan
 from tensorweave.kernels.heads.rotation import HeadRotation
 from tensorweave.kernels.heads.triton import rope_store
+from tensorweave.kernels.linear.quantized import QuantizedRows, can_scale, scaled_linear
+from tensorweave.kernels.linear.reference import QuantizedLinear
+from tensorweave.kernels.linear.triton_quantize import quantize
 from tensorweave.kernels.linear.triton_swiglu import silu_mul_pairs, swiglu_linear
 from tensorweave.kernels.norm.triton import add_rms_norm
 from tensorweave.kernels.step import triton as step
 from tensorweave.kernels.step.reference import SequenceState, TableUpdate
-from tensorweave.kernels.weights import Matrix
+from tensorweave.kernels.weights import Matrix, QuantizedWeight
 
 _TYPICAL_LENGTH: Final = 2048
 """For how many keys a row's attention is split where the lengths are not known yet."""
@@ -50,6 +53,11 @@ class TritonOperations:
 
     def gated_product(self, x_TD: Tensor, gate_up: Matrix, out_TI: Tensor) -> None:
         weight = gate_up.weight_NK
+        if isinstance(weight, QuantizedWeight):
+            gate_up_T2I = torch.empty(len(x_TD), 2 * out_TI.shape[1], dtype=x_TD.dtype, device=x_TD.device)
+            self._quantized_product(x_TD, weight, gate_up.bias_N, gate_up_T2I)
+            silu_mul_pairs(gate_up_T2I, out_TI, pdl=self._has_pdl)
+            return
         assert isinstance(weight, Tensor)
         if len(x_TD) >= _SWIGLU_ROWS and x_TD.dtype == torch.bfloat16 and gate_up.bias_N is None:
             swiglu_linear(x_TD, weight, out_TI)
@@ -58,6 +66,9 @@ class TritonOperations:
 
     def product(self, x_TJ: Tensor, matrix: Matrix, out_TO: Tensor) -> None:
         weight = matrix.weight_NK
+        if isinstance(weight, QuantizedWeight):
+            self._quantized_product(x_TJ, weight, matrix.bias_N, out_TO)
+            return
         assert isinstance(weight, Tensor)
         if matrix.bias_N is not None:
             torch.addmm(matrix.bias_N, x_TJ, weight.T, out=out_TO)
@@ -68,10 +79,24 @@ class TritonOperations:
 
     def add_product(self, x_TJ: Tensor, matrix: Matrix, sum_TO: Tensor) -> None:
         weight = matrix.weight_NK
+        if isinstance(weight, QuantizedWeight):
+            update_TO = torch.empty_like(sum_TO)
+            self._quantized_product(x_TJ, weight, matrix.bias_N, update_TO)
+            sum_TO += update_TO
+            return
         assert isinstance(weight, Tensor)
         torch.addmm(sum_TO, x_TJ, weight.T, out=sum_TO)
         if matrix.bias_N is not None:
             sum_TO += matrix.bias_N
+
+    def _quantized_product(self, x_TJ: Tensor, weight: QuantizedWeight, bias_O: Tensor | None, out_TO: Tensor) -> None:
+        """In a kernel of its own: `WideQuantizedLayers` has what is quantized on the way."""
+        if not can_scale(weight):
+            out_TO.copy_(QuantizedLinear(weight, bias_O)(x_TJ))
+            return
+        rows = QuantizedRows.empty(x_TJ.shape[0], x_TJ.shape[1], self._device)
+        quantize(x_TJ, rows, pdl=self._has_pdl)
+        scaled_linear(rows, weight, out_TO, bias_O)
 
     def rope_store(
         self, heads_TXH: Tensor, cache_BCPH: Tensor, slots_T: Tensor, positions_T: Tensor, rotation: HeadRotation
@@ -115,11 +140,12 @@ class TritonDecodeAttention:
         window: int | None,
         scale: float,
         rotation: HeadRotation | None,
+        peaks_RA: Tensor | None = None,
     ) -> None:
         decode_attention(
             heads_RXH, cache_BCPH, self.rows.state.tables_SW, self.rows.lengths_R, out_RNH, self.workspace,
             scale=scale, num_splits=self.num_splits, rotation=rotation, window=window, slots_R=self.rows.slots_R,
-            pdl=self.pdl,
+            peaks_RA=peaks_RA, pdl=self.pdl,
         )  # fmt: skip
 
 

@@ -107,7 +107,7 @@ class Matrix:
 def quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     """Rows in e4m3, and float32 scales [M] by which the largest element of each row becomes e4m3's largest number."""
     wide_MK = x_MK.float()
-    scales_M = (wide_MK.abs().amax(dim=-1) / torch.finfo(FP8).max).clamp_min(torch.finfo(torch.float32).tiny)
+    scales_M = (wide_MK.abs().amax(dim=-1) * (1 / torch.finfo(FP8).max)).clamp_min(torch.finfo(torch.float32).tiny)
     return (wide_MK * (1 / scales_M).unsqueeze(-1)).to(FP8), scales_M
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tensorweave.kernels.heads.rotation import HeadRotation
+from tensorweave.kernels.linear.triton_quantize import PEAKS_PER_ROW, raise_peaks
 
 __all__ = ["DecodeWorkspace", "HeadRotation", "choose_splits", "decode_attention"]
 
@@ -54,17 +55,21 @@ def _prefetch_l2(ptr):
 )
 def _decode(
     heads_ptr, out_ptr, cache_ptr, table_ptr, slots_ptr, lengths_ptr, rope_ptr, query_norm_ptr, key_norm_ptr,
-    parts_ptr, stats_ptr, arrived_ptr, scale, epsilon, row_stride, table_stride, window,
+    parts_ptr, stats_ptr, arrived_ptr, peaks_ptr, scale, epsilon, row_stride, table_stride, window,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, H: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr, S: tl.constexpr, FUSED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
-    PREFETCH: tl.constexpr, PLACE: tl.constexpr, BY_SLOT: tl.constexpr,
+    PREFETCH: tl.constexpr, PEAKS: tl.constexpr, A: tl.constexpr, PLACE: tl.constexpr, BY_SLOT: tl.constexpr,
 ):  # fmt: skip
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     d = tl.arange(0, H)
     g = tl.arange(0, GP)
     n = tl.arange(0, BN)
     live = (g < G)[:, None]
-    dtype = cache_ptr.dtype.element_ty
+    dtype: tl.constexpr = cache_ptr.dtype.element_ty
+    FP8: tl.constexpr = dtype == tl.float8e4nv
+    wide: tl.constexpr = (
+        tl.float16 if FP8 else dtype
+    )  # float16 has all of e4m3's numbers, and converts at twice the rate
     # Nothing up to the wait is written by the kernel before; .cg, because the level-1 cache may hold the last step's.
     length = tl.load(lengths_ptr + row, cache_modifier=".cg")
     first = tl.maximum(length - window, 0)
@@ -85,10 +90,11 @@ def _decode(
     if PREFETCH and begin < end:
         at = tl.minimum(tl.maximum(begin + n, first), end - 1)
         block = tl.load(row_table + at // P, cache_modifier=".cg").to(PLACE)
+        LINE: tl.constexpr = 128 if FP8 else 64  # elements of 128 bytes
         line = (
             cache_ptr
             + (((block * (2 * K) + head) * P + at % P) * H)[:, None]
-            + tl.arange(0, (H + 63) // 64)[None, :] * 64
+            + tl.arange(0, (H + LINE - 1) // LINE)[None, :] * LINE
         )
         _prefetch_l2(line)
         _prefetch_l2(line + K * P * H)
@@ -103,7 +109,7 @@ def _decode(
     if FUSED:
         q = _rotated(
             query + d[None, :], query + other[None, :], live, cos, sin, query_norm_ptr, d, other, epsilon, H, NORM
-        ).to(dtype)
+        ).to(wide)
         if (last >= begin) & (
             last < begin + per
         ):  # this program has the new token: out of registers, and into the cache
@@ -112,15 +118,15 @@ def _decode(
                 key_ptr + d[None, :], key_ptr + other[None, :], tl.full((1, 1), True, tl.int1), cos, sin,
                 key_norm_ptr, d, other, epsilon, H, NORM,
             ).to(dtype)  # fmt: skip
-            value = tl.load(heads + (K * G + K + head) * H + d[None, :])
+            value = tl.load(heads + (K * G + K + head) * H + d[None, :]).to(dtype)
             slot = (tl.load(row_table + last // P).to(tl.int64) * (2 * K) + head) * P + last % P
             tl.store(cache_ptr + slot * H + d[None, :], key)
-            tl.store(cache_ptr + (slot + K * P) * H + d[None, :], value.to(dtype))
+            tl.store(cache_ptr + (slot + K * P) * H + d[None, :], value)
             high = tl.sum(q.to(tl.float32) * key.to(tl.float32), 1) * scale
             total = tl.full((GP,), 1.0, tl.float32)
             acc += value.to(tl.float32)
     else:
-        q = tl.load(query + d[None, :], mask=live, other=0.0).to(dtype)
+        q = tl.load(query + d[None, :], mask=live, other=0.0).to(wide)
     for start in tl.range(begin, end, BN, num_stages=STAGES):
         at = start + n
         seen = (at >= first) & (at < end)
@@ -133,18 +139,21 @@ def _decode(
         key_ptr = cache_ptr + slot[:, None] * H + d[None, :]
         keys = tl.load(key_ptr, mask=seen[:, None], other=0.0, eviction_policy="evict_first")
         values = tl.load(key_ptr + K * P * H, mask=seen[:, None], other=0.0, eviction_policy="evict_first")
-        scores = tl.dot(q, keys.T, input_precision="ieee") * scale
+        scores = tl.dot(q, keys.to(wide).T, input_precision="ieee") * scale
         scores = tl.where(seen[None, :], scores, float("-inf"))
         higher = tl.maximum(high, tl.max(scores, 1))
         shrink = tl.exp2(high - higher)
         weights = tl.exp2(scores - higher[:, None])
         total = total * shrink + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(dtype), values, acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(weights.to(wide), values.to(wide), acc * shrink[:, None], input_precision="ieee")
         high = higher
     out = out_ptr + (row.to(tl.int64) * K + head) * G * H
     if S == 1:
-        result = acc / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(out + g[:, None] * H + d[None, :], result.to(out_ptr.dtype.element_ty), mask=live)
+        result = (acc / tl.where(total > 0, total, 1.0)[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out + g[:, None] * H + d[None, :], result, mask=live)
+        if PEAKS:
+            peak = tl.max(tl.max(tl.where(live, tl.abs(result.to(tl.float32)), 0.0), 1), 0)
+            raise_peaks(peaks_ptr, row * A + head % A, peak, None)
     else:
         first_part = (row * K + head) * S
         mine = (first_part + split) * G + g
@@ -155,14 +164,20 @@ def _decode(
         if tl.atomic_add(arrived_ptr + row * K + head, 1, sem="acq_rel") == S - 1:
             tl.store(arrived_ptr + row * K + head, 0)
             z = tl.arange(0, S)
+            peak = 0.0
             for i in tl.static_range(G):  # .cg: parts of other multiprocessors, which the level-1 cache does not know
                 part = (first_part + z) * G + i
                 tops = tl.load(stats_ptr + part * 2, cache_modifier=".cg")
                 factor = tl.exp2(tops - tl.max(tops, 0))
                 sums = tl.sum(tl.load(stats_ptr + part * 2 + 1, cache_modifier=".cg") * factor, 0)
                 each = tl.load(parts_ptr + part[:, None] * H + d[None, :], cache_modifier=".cg")
-                result = tl.sum(each * factor[:, None], 0) / tl.where(sums > 0, sums, 1.0)
-                tl.store(out + i * H + d, result.to(out_ptr.dtype.element_ty))
+                merged = (tl.sum(each * factor[:, None], 0) / tl.where(sums > 0, sums, 1.0)).to(
+                    out_ptr.dtype.element_ty
+                )
+                tl.store(out + i * H + d, merged)
+                peak = tl.maximum(peak, tl.max(tl.abs(merged.to(tl.float32)), 0))
+            if PEAKS:
+                raise_peaks(peaks_ptr, row * A + head % A, peak, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +224,7 @@ def decode_attention(
     rotation: HeadRotation | None = None,
     window: int | None = None,
     slots_R: Tensor | None = None,
+    peaks_RA: Tensor | None = None,
     tiling: tuple[int, int, int] | None = None,
     pdl: bool = False,
 ) -> None:
@@ -223,11 +239,13 @@ def decode_attention(
 
     Args:
         cache_BCPH: one layer's blocks, contiguous; keys of all KV heads, then values. Slots past a length are not read.
+            In e4m3, keys and values beyond 448 become 448, and products are made in float16.
         table_RW: int32, block ids.
         lengths_R: int32, keys of each row, the new one included. 0: a padded row, which writes zeros and no key.
         num_splits: a power of two, see `choose_splits`. The same number gives the same bits in any batch.
         window: the newest keys that are seen; None: all.
         slots_R: int32, the row of the block table of each row; None: the same.
+        peaks_RA: raised to the peaks of out's rows [N * H], for a product by a `QuantizedWeight` (`triton_quantize`).
         tiling: keys per step, stages, warps; None: (64, 2, 2), within 3 % of the best at each
             even batch; with one row much longer than the others, (128, 2, 4) is up to 1.6 times faster.
         pdl: launch while the kernel before still runs (Hopper). That kernel must not write lengths, slots, table, or
@@ -247,10 +265,10 @@ def decode_attention(
     rope_LH, epsilon = (None, 0.0) if rotation is None else (rotation.table_LH, rotation.epsilon)
     _decode[(K, num_splits, R)](
         heads_RXH, out_RNH, cache_BCPH, table_RW, slots_R, lengths_R, rope_LH, *norms,
-        workspace.parts, workspace.stats, workspace.arrived, scale * _LOG2_E, epsilon,
+        workspace.parts, workspace.stats, workspace.arrived, peaks_RA, scale * _LOG2_E, epsilon,
         heads_RXH.stride(0), table_RW.stride(0), 2**30 if window is None else window,
         K=K, G=N // K, GP=max(_MIN_ROWS, triton.next_power_of_2(N // K)), H=H, P=P, BN=BN, STAGES=stages, S=num_splits,
         FUSED=rotation is not None, NORM=norms[0] is not None, PDL=pdl, PREFETCH=pdl and R <= _PREFETCH_ROWS,
-        PLACE=tl.int32 if cache_BCPH.numel() < 2**31 else tl.int64, BY_SLOT=slots_R is not None, num_warps=warps,
-        launch_pdl=pdl,
+        PEAKS=peaks_RA is not None, A=PEAKS_PER_ROW, PLACE=tl.int32 if cache_BCPH.numel() < 2**31 else tl.int64,
+        BY_SLOT=slots_R is not None, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip

@@ -39,10 +39,11 @@ def _prefill(
     m = tl.arange(0, BM)
     n = tl.arange(0, BN)
     d = tl.arange(0, H)
-    dtype = cache_ptr.dtype.element_ty
+    dtype: tl.constexpr = cache_ptr.dtype.element_ty
+    wide: tl.constexpr = tl.float16 if dtype == tl.float8e4nv else dtype  # float16 has all of e4m3's numbers
     live = (m < rows)[:, None]
     token = (row0 + m).to(tl.int64)[:, None]
-    q = tl.load(q_ptr + token * query_stride + head * H + d[None, :], mask=live, other=0.0).to(dtype)
+    q = tl.load(q_ptr + token * query_stride + head * H + d[None, :], mask=live, other=0.0).to(wide)
     row_table = table_ptr + sequence * table_stride
     planes = cache_ptr + head // (N // K) * P * H
     high = tl.full((BM,), -1e30, tl.float32)
@@ -70,7 +71,7 @@ def _prefill(
             else:
                 keys = tl.load(key_ptr, mask=seen[:, None], other=0.0)
                 values = tl.load(key_ptr + K * P * H, mask=seen[:, None], other=0.0)
-            scores = tl.dot(q, keys.T, input_precision="ieee") * scale
+            scores = tl.dot(q, keys.to(wide).T, input_precision="ieee") * scale
             distance = (position0 + m)[:, None] - at[None, :]
             if part == 1:
                 scores = tl.where(distance >= 0, scores, float("-inf"))
@@ -80,7 +81,7 @@ def _prefill(
             shrink = tl.exp2(high - higher)
             weights = tl.exp2(scores - higher[:, None])
             total = total * shrink + tl.sum(weights, 1)
-            acc = tl.dot(weights.to(dtype), values, acc * shrink[:, None], input_precision="ieee")
+            acc = tl.dot(weights.to(wide), values.to(wide), acc * shrink[:, None], input_precision="ieee")
             high = higher
     out = out_ptr + (token * N + head) * H + d[None, :]
     tl.store(out, (acc / tl.where(total > 0, total, 1.0)[:, None]).to(out_ptr.dtype.element_ty), mask=live)

@@ -18,7 +18,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tensorweave.kernels.linear.triton_quantize import PEAKS_PER_ROW
 from tensorweave.kernels.linear.triton_thin_kernels import GATED, PLAIN, RESIDUAL, gemm, gemm_few, gemv
+from tensorweave.kernels.weights import QuantizedWeight
 
 # M rows of x, N outputs, K inputs, Q sums of squares per row of x; blocks of BM, BN, BK; S splits of K
 
@@ -99,6 +101,25 @@ def choose_tiling(num_rows: int, num_outputs: int, num_inputs: int, epilogue: in
     return Tiling(block_m, 64, 128, 4, 5 if block_m == 16 else 4)
 
 
+def choose_quantized_tiling(num_rows: int, num_outputs: int, num_inputs: int, epilogue: int) -> Tiling:
+    """The same for a `QuantizedWeight`."""
+    if num_rows == 1:
+        if epilogue == GATED:
+            return Tiling(0, 2, min(2048, _largest_power(num_inputs)), 4)
+        if num_inputs > 2 * num_outputs:
+            return Tiling(0, 4, min(2048, _largest_power(num_inputs)), 8)
+        return Tiling(0, 8, min(1024, _largest_power(num_inputs)), 4)
+    block_m = max(16, triton.next_power_of_2(num_rows))
+    assert block_m <= 128, "a thin product has at most 128 rows"
+    if block_m == 128:
+        return Tiling(block_m, 64, 128, 4, 3 if epilogue == GATED else 4, 2 if epilogue == RESIDUAL else 1)
+    if epilogue == GATED:
+        return Tiling(block_m, 64, 256, 4, 2)
+    if epilogue == RESIDUAL:
+        return Tiling(block_m, 64, 256, 4, 5 if block_m == 16 else 4 if block_m == 32 else 3, 2)
+    return Tiling(block_m, 64, 256, 4, 5 if block_m == 16 else 4 if block_m == 32 else 3)
+
+
 def _largest_power(number: int) -> int:
     """The largest power of two that divides the number; 512 if that is less, and the kernel masks the rest."""
     return max(number & -number, 512)
@@ -106,13 +127,15 @@ def _largest_power(number: int) -> int:
 
 def thin_linear(
     x_MK: Tensor,
-    weight_NK: Tensor,
+    weight: Tensor | QuantizedWeight,
     out: Tensor | ResidualSum,
     *,
     is_gated: bool = False,
     bias_N: Tensor | None = None,
     squares_MQ: Tensor | None = None,
     epsilon: float = 0.0,
+    peaks_MA: Tensor | None = None,
+    out_peaks_MA: Tensor | None = None,
     tiling: Tiling | None = None,
     workspace: SplitWorkspace | None = None,
     pdl: bool = False,
@@ -125,11 +148,14 @@ def thin_linear(
 
     Args:
         x_MK: contiguous; with `squares_MQ`, the residual times the norm's gain.
-        weight_NK: contiguous, at 16 bytes; with `is_gated`, [2 N, K], whose rows alternate gate and up.
+        weight: [N, K], contiguous, at 16 bytes; with `is_gated`, [2 N, K], whose rows alternate gate and up. With a
+            `QuantizedWeight`, x is quantized row by row on the way.
         out: [M, N], or a `ResidualSum`.
         is_gated: out = silu(x gateᵀ) * (x upᵀ); without a bias.
         squares_MQ: float32 sums of squares of the residual whose sum over Q is that of the row; the result is
             multiplied by 1 / sqrt(mean + epsilon).
+        peaks_MA: of x, see `triton_quantize`; needed with a `QuantizedWeight`.
+        out_peaks_MA: raised to the peaks of out, or of `gained`, for a product by a `QuantizedWeight` that follows.
         tiling: from `choose_tiling`; the caller that allocates `ResidualSum.squares_MQ` knows it.
         workspace: needed where the tiling splits K.
 
@@ -140,12 +166,16 @@ def thin_linear(
     result = out.residual_MN if isinstance(out, ResidualSum) else out
     N = result.shape[1]
     epilogue = RESIDUAL if is_residual else GATED if is_gated else PLAIN
-    tiling = tiling or choose_tiling(M, N, K, epilogue)
+    quantized = weight if isinstance(weight, QuantizedWeight) else None
+    weight_NK = weight.values_NK if isinstance(weight, QuantizedWeight) else weight
+    choose = choose_tiling if quantized is None else choose_quantized_tiling
+    tiling = tiling or choose(M, N, K, epilogue)
     assert not (is_gated and (is_residual or bias_N is not None))
     assert x_MK.is_contiguous()
     assert weight_NK.is_contiguous()
     assert weight_NK.shape == (N * 2 if is_gated else N, K)
     assert result.is_contiguous()
+    assert (quantized is None) == (peaks_MA is None), "peaks of x go with a quantized weight"
     sums = (out.residual_MN, out.gain_N, out.gained_MN, out.squares_MQ) if isinstance(out, ResidualSum) else (None,) * 4
     if isinstance(out, ResidualSum):
         assert out.squares_MQ.shape == (M, tiling.num_squares(N))
@@ -155,11 +185,15 @@ def thin_linear(
         "EPILOGUE": epilogue, "SCALED": squares_MQ is not None, "BIAS": bias_N is not None, "PDL": pdl,
         "num_warps": tiling.warps, "launch_pdl": pdl,
     }  # fmt: skip
+    scaling = (None if quantized is None else quantized.scales_N, peaks_MA, out_peaks_MA)
+    scales = {"A": PEAKS_PER_ROW, "QUANTIZED": quantized is not None, "PEAKS": out_peaks_MA is not None}
     tiles = triton.cdiv(N, tiling.block_n)
     if not tiling.block_m:
         assert M == 1
         is_even = N % tiling.block_n == 0 and K % tiling.block_k == 0
-        gemv[(tiles,)](x_MK, weight_NK, result, bias_N, squares_MQ, *sums, epsilon, EVEN=is_even, **shared)
+        gemv[(tiles,)](
+            x_MK, weight_NK, result, bias_N, squares_MQ, *sums, *scaling, epsilon, EVEN=is_even, **shared, **scales
+        )
         return
     assert tiling.block_m >= M
     assert not (tiling.splits > 1 and (is_gated or tiling.block_n < 64))
@@ -168,6 +202,8 @@ def thin_linear(
         assert workspace.parts.numel() >= tiles * tiling.block_n * tiling.block_m * tiling.splits
         assert workspace.arrived.numel() >= tiles
     if tiling.block_n < 64:
+        assert quantized is None
+        assert out_peaks_MA is None
         is_even = weight_NK.shape[0] % tiling.block_n == 0 and K % tiling.block_k == 0
         rows = triton.cdiv(weight_NK.shape[0], tiling.block_n)
         gemm_few[(rows,)](
@@ -180,6 +216,6 @@ def thin_linear(
     gemm[(tiles, tiling.splits)](
         TensorDescriptor.from_tensor(x_MK, [tiling.block_m, tiling.block_k]),
         TensorDescriptor.from_tensor(spread, [tiling.block_n, tiling.block_k]),
-        weight_NK, result, bias_N, squares_MQ, *sums, *parts, M, epsilon,
-        BM=tiling.block_m, S=tiling.splits, STAGES=tiling.stages, **shared,
+        weight_NK, result, bias_N, squares_MQ, *sums, *scaling, *parts, M, epsilon,
+        BM=tiling.block_m, S=tiling.splits, STAGES=tiling.stages, **shared, **scales,
     )  # fmt: skip

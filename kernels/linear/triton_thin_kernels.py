@@ -8,9 +8,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# M rows of x, N outputs, K inputs, Q sums of squares per row of x; blocks of BM, BN, BK; S splits of K
+from tensorweave.kernels.linear.triton_quantize import load_peaks, load_row_scales, raise_peaks, row_scale
+
+# M rows of x, N outputs, K inputs, Q sums of squares and A peaks per row of x; blocks of BM, BN, BK; S splits of K
 
 PLAIN, GATED, RESIDUAL = 0, 1, 2
+_HALF_SUMS = tl.constexpr(8)  # products of e4m3 that are summed in float16, exact each, before the sum goes to float32
+_DOWN, _UP = (
+    tl.constexpr(1 / 256),
+    tl.constexpr(256.0),
+)  # x in float16, so that eight sums stay far from its largest number
 _PLAIN, _GATED, _RESIDUAL = tl.constexpr(PLAIN), tl.constexpr(GATED), tl.constexpr(RESIDUAL)
 
 
@@ -25,10 +32,19 @@ def _silu(x):
 
 
 @triton.jit
+def _fma_half(a, b, c):
+    return tl.inline_asm_elementwise(
+        "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=True, pack=2
+    )
+
+
+@triton.jit
 def gemv(
-    x_ptr, w_ptr, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr, gained_ptr, squares_out_ptr, epsilon,
-    N: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, QP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    EPILOGUE: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, w_ptr, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr, gained_ptr, squares_out_ptr,
+    scales_ptr, peaks_ptr, peaks_out_ptr, epsilon,
+    N: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, QP: tl.constexpr, A: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, QUANTIZED: tl.constexpr,
+    PEAKS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
@@ -40,32 +56,59 @@ def gemv(
         up = tl.load(row + K, mask=first_mask, eviction_policy="evict_first")
     if EPILOGUE == _RESIDUAL:
         gain = tl.load(gain_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    if QUANTIZED:
+        scale = tl.load(scales_ptr + (n * 2 if EPILOGUE == _GATED else n), mask=n < N, other=0.0)
+        if EPILOGUE == _GATED:
+            scale_up = tl.load(scales_ptr + n * 2 + 1, mask=n < N, other=0.0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    if QUANTIZED:
+        x_scale = row_scale(tl.max(load_peaks(peaks_ptr + tl.arange(0, A)), 0))
+        x_inverse = tl.div_rn(1.0, x_scale)
     if SCALED:
         squares = tl.load(squares_ptr + q, mask=q < Q, other=0.0)
     if EPILOGUE == _RESIDUAL:
         residual = tl.load(residual_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     acc = tl.zeros((BN, BK), tl.float32)
     acc_up = tl.zeros((BN, BK), tl.float32)
+    half = tl.zeros((BN, BK), tl.float16)
+    half_up = tl.zeros((BN, BK), tl.float16)
     for start in tl.static_range(0, K, BK):
         mask = None if EVEN else (n < N)[:, None] & (start + k < K)[None, :]
         x_mask = None if EVEN else start + k < K
-        x = tl.load(x_ptr + start + k, mask=x_mask, eviction_policy="evict_last").to(tl.float32)[None, :]
+        x = tl.load(x_ptr + start + k, mask=x_mask, eviction_policy="evict_last").to(tl.float32)
         if start > 0:
             w = tl.load(row + start, mask=mask, eviction_policy="evict_first")
             if EPILOGUE == _GATED:
                 up = tl.load(row + K + start, mask=mask, eviction_policy="evict_first")
-        if EVEN:
-            acc += w.to(tl.float32) * x
+        if QUANTIZED:
+            x16 = ((x * x_inverse).to(tl.float8e4nv).to(tl.float16) * _DOWN)[None, :]
+            if not EVEN:
+                x16 = tl.where((start + k < K)[None, :], x16, 0.0)
+                w = tl.where(mask, w.to(tl.float16), 0.0)
+                if EPILOGUE == _GATED:
+                    up = tl.where(mask, up.to(tl.float16), 0.0)
+            half = _fma_half(w.to(tl.float16), x16, half)
             if EPILOGUE == _GATED:
-                acc_up += up.to(tl.float32) * x
+                half_up = _fma_half(up.to(tl.float16), x16, half_up)
+            if (start // BK) % _HALF_SUMS == _HALF_SUMS - 1 or start + BK >= K:
+                acc += half.to(tl.float32)
+                half = tl.zeros((BN, BK), tl.float16)
+                if EPILOGUE == _GATED:
+                    acc_up += half_up.to(tl.float32)
+                    half_up = tl.zeros((BN, BK), tl.float16)
+        elif EVEN:
+            acc += w.to(tl.float32) * x[None, :]
+            if EPILOGUE == _GATED:
+                acc_up += up.to(tl.float32) * x[None, :]
         else:
-            acc += tl.where(mask, w.to(tl.float32) * x, 0.0)
+            acc += tl.where(mask, w.to(tl.float32) * x[None, :], 0.0)
             if EPILOGUE == _GATED:
-                acc_up += tl.where(mask, up.to(tl.float32) * x, 0.0)
+                acc_up += tl.where(mask, up.to(tl.float32) * x[None, :], 0.0)
     y = tl.sum(acc, 1)
+    if QUANTIZED:
+        y *= scale * (x_scale * _UP)
     if SCALED:
         factor = _rstd(tl.sum(squares, 0), K, epsilon)
         y *= factor
@@ -73,16 +116,23 @@ def gemv(
         y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     if EPILOGUE == _GATED:
         y_up = tl.sum(acc_up, 1)
+        if QUANTIZED:
+            y_up *= scale_up * (x_scale * _UP)
         if SCALED:
             y_up *= factor
         y = _silu(y) * y_up
     if EPILOGUE == _RESIDUAL:
         y = (y + residual).to(residual_ptr.dtype.element_ty).to(tl.float32)
         tl.store(residual_ptr + n, y.to(residual_ptr.dtype.element_ty), mask=n < N)
-        tl.store(gained_ptr + n, (y * gain).to(gained_ptr.dtype.element_ty), mask=n < N)
+        result = (y * gain).to(gained_ptr.dtype.element_ty)
+        tl.store(gained_ptr + n, result, mask=n < N)
         tl.store(squares_out_ptr + tl.program_id(0), tl.sum(y * y, 0))
     else:
-        tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < N)
+        result = y.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + n, result, mask=n < N)
+    if PEAKS:
+        peak = tl.max(tl.where(n < N, tl.abs(result.to(tl.float32)), 0.0), 0)
+        raise_peaks(peaks_out_ptr, tl.program_id(0) % A, peak, None)
 
 
 @triton.jit
@@ -95,13 +145,19 @@ def _prefetch_l2(ptr):
 @triton.jit
 def _finish(
     acc, up, m, n, tile, M, N: tl.constexpr, K: tl.constexpr, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr,
-    gained_ptr, squares_out_ptr, epsilon, Q: tl.constexpr, QP: tl.constexpr, EPILOGUE: tl.constexpr,
-    SCALED: tl.constexpr, BIAS: tl.constexpr,
+    gained_ptr, squares_out_ptr, scales_ptr, x_scale, peaks_out_ptr, epsilon, Q: tl.constexpr, QP: tl.constexpr,
+    A: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, QUANTIZED: tl.constexpr,
+    PEAKS: tl.constexpr,
 ):  # fmt: skip
     """What follows a product: acc and up are [outputs n, rows m]."""
     q = tl.arange(0, QP)
     at = m[None, :].to(tl.int64) * N + n[:, None]
     mask = (m < M)[None, :] & (n < N)[:, None]
+    if QUANTIZED:
+        scales = scales_ptr + (n * 2 if EPILOGUE == _GATED else n)
+        acc *= tl.load(scales, mask=n < N, other=0.0)[:, None] * x_scale[None, :]
+        if EPILOGUE == _GATED:
+            up *= tl.load(scales + 1, mask=n < N, other=0.0)[:, None] * x_scale[None, :]
     if SCALED:
         squares_mask = (m < M)[:, None] & (q < Q)[None, :]
         squares = tl.load(squares_ptr + m[:, None] * Q + q[None, :], mask=squares_mask, other=0.0)
@@ -118,19 +174,24 @@ def _finish(
         acc = acc.to(residual_ptr.dtype.element_ty).to(tl.float32)
         gain = tl.load(gain_ptr + n, mask=n < N, other=0.0).to(tl.float32)
         tl.store(residual_ptr + at, acc.to(residual_ptr.dtype.element_ty), mask=mask)
-        tl.store(gained_ptr + at, (acc * gain[:, None]).to(gained_ptr.dtype.element_ty), mask=mask)
+        result = (acc * gain[:, None]).to(gained_ptr.dtype.element_ty)
+        tl.store(gained_ptr + at, result, mask=mask)
         tl.store(squares_out_ptr + m * tl.num_programs(0) + tile, tl.sum(acc * acc, 0), mask=m < M)
     else:
-        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        result = acc.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, result, mask=mask)
+    if PEAKS:
+        peaks = tl.max(tl.where(mask, tl.abs(result.to(tl.float32)), 0.0), 0)
+        raise_peaks(peaks_out_ptr, m * A + tile % A, peaks, m < M)
 
 
 @triton.jit(do_not_specialize=["M"])
 def gemm(
     x_desc, w_desc, w_ptr, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr, gained_ptr, squares_out_ptr,
-    parts_ptr, arrived_ptr, M, epsilon,
-    N: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, QP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr,
-    BIAS: tl.constexpr, PDL: tl.constexpr,
+    scales_ptr, peaks_ptr, peaks_out_ptr, parts_ptr, arrived_ptr, M, epsilon,
+    N: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, QP: tl.constexpr, A: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, EPILOGUE: tl.constexpr,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, QUANTIZED: tl.constexpr, PEAKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The weight is the left operand, 64 rows or more at a time as the matrix unit wants; x is padded to BM columns."""
     tile = tl.program_id(0)
@@ -139,16 +200,23 @@ def gemm(
     m = tl.arange(0, BM)
     per: tl.constexpr = (K + S * BK - 1) // (S * BK) * BK
     begin = split * per
+    LINE: tl.constexpr = 128 if QUANTIZED else 64  # elements of 128 bytes
     if PDL:
-        line = n.to(tl.int64)[:, None] * K + begin + tl.arange(0, BK // 64)[None, :] * 64
+        line = n.to(tl.int64)[:, None] * K + begin + tl.arange(0, BK // LINE)[None, :] * LINE
         if EPILOGUE != _GATED and N % BN == 0 and K % (S * BK) == 0:
             _prefetch_l2(w_ptr + line)
         gdc_wait()
         gdc_launch_dependents()
+    x_scale = 1.0
+    if QUANTIZED:
+        x_scale, x_inverse = load_row_scales(peaks_ptr, m, M, A)
     acc = tl.zeros((BN, BM), tl.float32)
     up = tl.zeros((BN, BM), tl.float32)
     for k in tl.range(begin, tl.minimum(begin + per, K), BK, num_stages=STAGES):
-        x = x_desc.load([0, k]).T  # zeros past K and M
+        x = x_desc.load([0, k])  # zeros past K and M
+        if QUANTIZED:
+            x = (x.to(tl.float32) * x_inverse[:, None]).to(tl.float8e4nv)
+        x = x.T
         acc = tl.dot(w_desc.load([tile * BN, k]), x, acc)
         if EPILOGUE == _GATED:  # a row of the descriptor is a gate row and its up row, end to end
             up = tl.dot(w_desc.load([tile * BN, K + k]), x, up)
@@ -167,16 +235,18 @@ def gemm(
     if is_last:
         _finish(
             acc, up, m, n, tile, M, N, K, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr, gained_ptr,
-            squares_out_ptr, epsilon, Q, QP, EPILOGUE, SCALED, BIAS,
+            squares_out_ptr, scales_ptr, x_scale, peaks_out_ptr, epsilon, Q, QP, A, EPILOGUE, SCALED, BIAS, QUANTIZED,
+            PEAKS,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
 def gemm_few(
-    x_ptr, w_ptr, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr, gained_ptr, squares_out_ptr, M, epsilon,
-    N: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, QP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr,
-    BIAS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, w_ptr, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr, gained_ptr, squares_out_ptr,
+    M, epsilon,
+    N: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, QP: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, EPILOGUE: tl.constexpr,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Blocks of few rows of the weight load all multiprocessors evenly: a batched product, a part of K per warp."""
     tile = tl.program_id(0)
@@ -206,10 +276,10 @@ def gemm_few(
         n = tile * (BN // 2) + tl.arange(0, BN // 2)
         _finish(
             gate, up, m, n, tile, M, N, K, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr, gained_ptr,
-            squares_out_ptr, epsilon, Q, QP, EPILOGUE, SCALED, BIAS,
+            squares_out_ptr, None, 1.0, None, epsilon, Q, QP, 1, EPILOGUE, SCALED, BIAS, False, False,
         )  # fmt: skip
     else:
         _finish(
             acc, acc, m, row, tile, M, N, K, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr, gained_ptr,
-            squares_out_ptr, epsilon, Q, QP, EPILOGUE, SCALED, BIAS,
+            squares_out_ptr, None, 1.0, None, epsilon, Q, QP, 1, EPILOGUE, SCALED, BIAS, False, False,
         )  # fmt: skip

@@ -35,11 +35,12 @@ def reference(q_LNH: Tensor, cache: Tensor, blocks: Tensor, position: int, windo
 
 def check(
     attend: Attend, lengths: list[tuple[int, int]], N: int, K: int, H: int, P: int, dtype: torch.dtype,
-    window: int | None, device: torch.device, repeats: int = 0,
+    window: int | None, device: torch.device, repeats: int = 0, kv_dtype: torch.dtype | None = None,
 ) -> None:  # fmt: skip
-    """Chunks of (position, length), one sequence each, and equal bits in `repeats` more runs."""
+    """Chunks of (position, length), one sequence each, and equal bits in `repeats` more runs. `kv_dtype`: keys and
+    values are numbers of that type."""
     W = -(-max(sum(each) for each in lengths) // P) + 1
-    cache = torch.randn(len(lengths) * W, 2 * K, P, H, device=device).to(dtype)
+    cache = torch.randn(len(lengths) * W, 2 * K, P, H, device=device).to(kv_dtype or dtype).to(dtype)
     table = torch.randperm(len(lengths) * W, device=device).view(len(lengths), W).int()
     T = sum(length for _, length in lengths)
     heads = torch.randn(T, N + 2 * K, H, device=device).to(dtype)

@@ -16,6 +16,8 @@ from tensorweave.kernels.attention.triton_decode import (
     choose_splits,
     decode_attention,
 )
+from tensorweave.kernels.linear.triton_quantize import make_peaks
+from tensorweave.kernels.weights import FP8
 
 pytestmark = pytest.mark.gpu
 
@@ -39,10 +41,10 @@ class Case:
 
 def make_case(
     lengths: list[int], N: int, K: int, H: int, P: int, dtype: torch.dtype, device: torch.device,
-    *, rotates: bool, normed: bool = False, window: int | None = None,
+    *, rotates: bool, normed: bool = False, window: int | None = None, kv_dtype: torch.dtype | None = None,
 ) -> Case:  # fmt: skip
     R, W = len(lengths), -(-max(lengths) // P) + 2
-    cache = torch.randn(R * W + 1, 2 * K, P, H, device=device).to(dtype)
+    cache = torch.randn(R * W + 1, 2 * K, P, H, device=device).to(kv_dtype or dtype)
     table = torch.randperm(R * W, device=device)[: R * W].view(R, W).int() + 1
     rotation = None
     if rotates:
@@ -62,22 +64,27 @@ def poison_unused(case: Case) -> None:
         last = length - 1 if case.rotation is not None else length
         for at in range(first, last):
             used[case.table_RW[row, at // P], at % P] = True
-    case.cache_BCPH.masked_fill_(~used[:, None, :, None].to(case.cache_BCPH.device), float("nan"))
+    unused = ~used[:, None, :, None].to(case.cache_BCPH.device)
+    if case.cache_BCPH.dtype == FP8:
+        case.cache_BCPH.view(torch.uint8).masked_fill_(unused, 0x7F)
+    else:
+        case.cache_BCPH.masked_fill_(unused, float("nan"))
 
 
-def rotated(x: Tensor, gain: Tensor | None, angles: Tensor) -> Tensor:
-    """float64 heads [.., H] normed and rotated, rounded to x's dtype as the cache holds them."""
+def rotated(x: Tensor, gain: Tensor | None, angles: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 heads [.., H] normed and rotated, rounded as the cache holds them."""
     wide = x.double()
     if gain is not None:
         wide = wide / (wide.square().mean(-1, keepdim=True) + EPSILON).sqrt() * gain.double()
     left, right = wide.chunk(2, -1)
     cos, sin = angles.double().chunk(2, -1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1).to(x.dtype)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1).to(dtype)
 
 
 def reference(case: Case, N: int) -> tuple[Tensor, Tensor]:
     """The result in float64, and what the cache must hold afterwards."""
-    cache = case.cache_BCPH.clone()
+    dtype = case.cache_BCPH.dtype
+    cache = case.cache_BCPH.float() if dtype == FP8 else case.cache_BCPH.clone()
     _, C, P, H = cache.shape
     K = C // 2
     result = torch.zeros(len(case.heads_RXH), N, H, dtype=torch.float64, device=cache.device)
@@ -88,11 +95,11 @@ def reference(case: Case, N: int) -> tuple[Tensor, Tensor]:
         q = heads[:N]
         if case.rotation is not None:
             angles = case.rotation.table_LH[length - 1]
-            q = rotated(q, case.rotation.query_norm_H, angles)
-            key = rotated(heads[N : N + K], case.rotation.key_norm_H, angles)
+            q = rotated(q, case.rotation.query_norm_H, angles, q.dtype)
+            key = rotated(heads[N : N + K], case.rotation.key_norm_H, angles, dtype).to(cache.dtype)
             place = blocks[(length - 1) // P], (length - 1) % P
             cache[place[0], :K, place[1]] = key
-            cache[place[0], K:, place[1]] = heads[N + K :]
+            cache[place[0], K:, place[1]] = heads[N + K :].to(dtype).to(cache.dtype)
         first = 0 if case.window is None else max(0, length - case.window)
         kept = cache[blocks].transpose(0, 1).reshape(C, -1, H)[:, first:length].double()
         scores = torch.einsum("kgh,klh->kgl", q.double().view(K, N // K, H), kept[:K]) * case.scale
@@ -106,11 +113,13 @@ def run(case: Case, N: int, splits: int, pdl: bool) -> Tensor:
     workspace.parts.fill_(float("nan"))
     workspace.stats.fill_(float("nan"))
     out = torch.full((R, N, H), float("nan"), dtype=case.heads_RXH.dtype, device=case.heads_RXH.device)
+    peaks = make_peaks(R, device=case.heads_RXH.device)
     decode_attention(
         case.heads_RXH, case.cache_BCPH, case.table_RW, case.lengths_R, out, workspace,
-        scale=case.scale, num_splits=splits, rotation=case.rotation, window=case.window, pdl=pdl,
+        scale=case.scale, num_splits=splits, rotation=case.rotation, window=case.window, peaks_RA=peaks, pdl=pdl,
     )  # fmt: skip
     assert not workspace.arrived.any(), "counters must be zero again"
+    assert torch.equal(peaks.view(torch.float32).amax(1), out.float().abs().amax((1, 2)))
     return out
 
 
@@ -136,6 +145,23 @@ def test_equals_the_reference(
     error = (case.cache_BCPH.double() - cache.double()).nan_to_num(0.0)
     assert error.abs().max() <= (0.05 if dtype == torch.bfloat16 else 1e-5), "the new key and value are in their slots"
     assert torch.equal(case.cache_BCPH.isnan(), cache.isnan()), "and nothing else was written"
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("rotates", [False, True])
+@pytest.mark.parametrize(("N", "K", "H", "P"), [(32, 8, 128, 32), (9, 3, 64, 16)], ids=str)
+def test_an_8_bit_cache(
+    N: int, K: int, H: int, P: int, rotates: bool, splits: int, device: torch.device, pdl: bool, gpu_only: None
+) -> None:
+    lengths = [1, 2, P, P + 1, 0, 257, 1000]
+    case = make_case(lengths, N, K, H, P, torch.bfloat16, device, rotates=rotates, kv_dtype=FP8)
+    poison_unused(case)
+    expected, cache = reference(case, N)
+    assert relative_error(run(case, N, splits, pdl), expected) < TOLERANCE[torch.bfloat16]
+    stored = case.cache_BCPH.float()
+    assert torch.equal(stored.isnan(), cache.isnan()), "nothing else was written"
+    error = (stored.double() - cache.double()).nan_to_num(0.0).abs()
+    assert (error <= 0.13 * cache.double().nan_to_num(0.0).abs() + 2**-9).all(), "at most a neighbouring number"
 
 
 @pytest.mark.parametrize("splits", [1, 2])

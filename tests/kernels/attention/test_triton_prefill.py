@@ -9,6 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from tensorweave.kernels.attention.triton_prefill import prefill_attention, tile_queries
+from tensorweave.kernels.weights import FP8
 from tests.kernels.attention.prefill_cases import CHUNKS, LARGE_CHUNKS, check
 
 pytestmark = pytest.mark.gpu
@@ -20,6 +21,18 @@ def attend(
 ) -> None:  # fmt: skip
     tiles = tile_queries(chunks, num_tiles=len(tile_queries(chunks)) + 3).to(q_TNH.device)
     prefill_attention(q_TNH, cache, table, tiles, out, scale=scale, window=window)
+
+
+def attend_8_bit(
+    q_TNH: Tensor, cache: Tensor, table: Tensor, chunks: list[tuple[int, int, int]], out: Tensor, scale: float,
+    window: int | None,
+) -> None:  # fmt: skip
+    attend(q_TNH, cache.to(FP8), table, chunks, out, scale, window)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_an_8_bit_cache(window: int | None, device: torch.device, gpu_only: None) -> None:
+    check(attend_8_bit, CHUNKS, 8, 2, 128, 32, torch.bfloat16, window, device, repeats=20, kv_dtype=FP8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from tensorweave.kernels.heads.triton import rope_store
+from tensorweave.kernels.weights import FP8
 
 pytestmark = pytest.mark.gpu
 
@@ -48,3 +49,16 @@ def test_equals_the_reference(
     )
     torch.testing.assert_close(heads.double(), wide, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     torch.testing.assert_close(cache.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], equal_nan=True)
+
+
+def test_an_8_bit_cache(device: torch.device, pdl: bool, gpu_only: None) -> None:
+    heads, cache = torch.randn(3, 4, 64, device=device).bfloat16(), torch.zeros(2, 2, 16, 64, device=device).to(FP8)
+    heads[1, 3, 5], heads[2, 3, 6] = 1000.0, -1e30
+    before, slots = heads.clone(), torch.tensor([3, 17, -1], device=device)
+    table = torch.cat([torch.ones(8, 32, device=device), torch.zeros(8, 32, device=device)], -1)  # no rotation
+    rope_store(heads, cache, slots, torch.arange(3, device=device), table, pdl=pdl)
+    assert torch.equal(heads, before)
+    expected = torch.zeros(2, 2, 16, 64, device=device)
+    expected[0, :, 3] = before[0, 2:].to(FP8).float()
+    expected[1, :, 1] = before[1, 2:].clamp(-448, 448).to(FP8).float()  # what is beyond e4m3 becomes its largest number
+    assert torch.equal(cache.float(), expected)

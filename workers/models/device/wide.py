@@ -29,9 +29,18 @@ class DecodeLayerAttention:
 
     attend: DecodeAttention
 
-    def __call__(self, layer: DeviceLayer, heads_TXH: Tensor, cache_BCPH: Tensor, out_TNH: Tensor) -> None:
+    def __call__(
+        self,
+        layer: DeviceLayer,
+        heads_TXH: Tensor,
+        cache_BCPH: Tensor,
+        out_TNH: Tensor,
+        peaks_TA: Tensor | None = None,
+    ) -> None:
         scale, rotation = heads_TXH.shape[2] ** -0.5, layer.rotation
-        self.attend(heads_TXH, cache_BCPH, out_TNH, window=layer.window, scale=scale, rotation=rotation)
+        self.attend(
+            heads_TXH, cache_BCPH, out_TNH, window=layer.window, scale=scale, rotation=rotation, peaks_RA=peaks_TA
+        )
 
 
 @dataclass(frozen=True, slots=True)
