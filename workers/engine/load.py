@@ -31,7 +31,7 @@ from tensorweave.workers.engine.memory_need import MemoryNeed, check_memory, kv_
 from tensorweave.workers.engine.pool_size import count_blocks
 from tensorweave.workers.engine_dir.directory import check_engine_dir, open_weights
 from tensorweave.workers.gang.comm import Comm
-from tensorweave.workers.gang.device import pick_device, pick_dtype
+from tensorweave.workers.gang.device import check_fp8, pick_device, pick_dtype
 from tensorweave.workers.models.assembly import build_transformer, check_mesh, tensor_shapes
 from tensorweave.workers.models.checkpoint import RandomWeights
 from tensorweave.workers.models.config import ModelConfig
@@ -159,12 +159,16 @@ class _ModelShare:
 
 def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) -> _ModelShare:
     path = resolve_model(args.model, revision=args.revision)
-    quantization = weight_quantization(args.quant_config)
+    quantization: str | None = weight_quantization(args.quant_config)
     saved = None if args.load_format == "dummy" else check_engine_dir(path, place, args.dtype, quantization)
     config = load_model_config(path)
     check_mesh(config, place)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype if saved is None else saved.dtype, config.checkpoint_dtype, device)
+    quantization = quantization if saved is None else saved.quantization
+    kv_dtype = FP8 if kv_cache_dtype(args) == "fp8" else dtype
+    if quantization is not None or kv_dtype == FP8:
+        check_fp8(device)
     has_plain_attention = args.attn_backend == "VANILLA"
     if is_on_device is None:
         sizes, P = config.sizes, args.kv_cache_config.tokens_per_block
@@ -176,8 +180,8 @@ def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) 
         place,
         device,
         dtype,
-        kv_dtype=FP8 if kv_cache_dtype(args) == "fp8" else dtype,
-        quantization=quantization if saved is None else saved.quantization,
+        kv_dtype=kv_dtype,
+        quantization=quantization,
         has_plain_attention=has_plain_attention,
         is_on_device=is_on_device,
     )

@@ -18,6 +18,7 @@ from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.engine_dir.directory import save_engine_dir
 from tensorweave.workers.engine_dir.manifest import EngineManifest, rank_file
 from tensorweave.workers.gang.comm import SoloComm
+from tensorweave.workers.gang.device import check_fp8
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tests.workers.engine_drive import (
     ScatteredBlocks,
@@ -61,6 +62,21 @@ def last_logits(engine: ModelEngine) -> Tensor:
             logits = logits_of(engine, batch, resources)
         rows.append(logits[0].clone())
     return torch.stack(rows)
+
+
+def step_logits(engine: ModelEngine, num_decodes: int = 3) -> list[Tensor]:
+    """Of one step with all prompts, then of steps with a given token for each."""
+    resources: Any = ScatteredBlocks(engine.info.num_blocks, engine.info.tokens_per_block)
+    requests = [make_request(i, prompt) for i, prompt in enumerate(PROMPTS)]
+    batch = ScheduledBatch(tuple(StepRow.of_context(request, 0, len(request.tokens)) for request in requests))
+    steps = [logits_of(engine, batch, resources)[: len(requests)].float().clone()]
+    for step in range(num_decodes):
+        for i, request in enumerate(requests):
+            request.num_computed = request.num_launched = len(request.tokens)
+            request.tokens.append((7 * i + 31 * step + 3) % engine.info.vocab_size)
+        batch = ScheduledBatch((), tuple(StepRow.of_decode(request) for request in requests))
+        steps.append(logits_of(engine, batch, resources)[: len(requests)].float().clone())
+    return steps
 
 
 def their_logits(model: PreTrainedModel) -> Tensor:
@@ -151,6 +167,16 @@ def test_8_bit_blocks_go_from_gang_to_gang(tmp_path: Path) -> None:
     assert answers == expected
 
 
+def test_a_gpu_without_8_bit_floats_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_fp8(torch.device("cpu"))
+    for capability in ((9, 0), (8, 9)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        check_fp8(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    with pytest.raises(ValueError, match=r"need a GPU of compute capability 8\.9 or more; this one has 8\.0"):
+        check_fp8(torch.device("cuda", 0))
+
+
 def test_a_large_matrix_is_quantized_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(37, 20)
     whole = quantize_weight(weight)
@@ -159,3 +185,28 @@ def test_a_large_matrix_is_quantized_part_by_part(monkeypatch: pytest.MonkeyPatc
     assert isinstance(parts, QuantizedWeight)
     assert torch.equal(parts.scales_N, whole.scales_N)
     assert torch.equal(parts.values_NK.view(torch.uint8), whole.values_NK.view(torch.uint8))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
+@pytest.mark.parametrize(("name", "num_prompts"), [("qwen2", 5), ("qwen3", 1), ("llama", 5)])
+def test_kernels_of_a_gpu_give_the_logits_of_torch(
+    name: str, num_prompts: int, kv: str, graphs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few rows and many: prompts of 5 sequences are a step for `WideQuantizedLayers`, decodes one for `ThinLayers`."""
+    sizes: dict[str, Any] = {
+        "initializer_range": 0.05,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+    }
+    make_model(name, tmp_path, **sizes, num_key_value_heads=2, head_dim=64, vocab_size=512)
+    monkeypatch.setattr("tests.workers.engine.test_quantized.PROMPTS", PROMPTS[:num_prompts])
+    knobs: dict[str, Any] = {**FP8_WEIGHTS, "kv_cache_config": {"dtype": kv}, "dtype": "bfloat16", "device": "cuda"}
+    expected = step_logits(load(tmp_path, is_on_device=False, **knobs))
+    ours = step_logits(load(tmp_path, is_on_device=True, **knobs, **({} if graphs else {"cuda_graph_config": None})))
+    # Roundings to bfloat16 move numbers to a neighbour in e4m3, which is 0.04 to 0.09 of the logits.
+    assert [relative_error(one, other) < 0.15 for one, other in zip(ours, expected, strict=True)] == [True] * 4

@@ -23,8 +23,7 @@ from tensorweave.workers.engine.engine import PIECE_LOGITS
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.model import DeviceModel
-from tensorweave.workers.models.device.steps import DecodeSteps
-from tensorweave.workers.models.device.wide import WideLayers
+from tensorweave.workers.models.device.steps import DecodeSteps, make_wide_layers
 from tensorweave.workers.step.pending import DeviceRows, Pending, PendingTokens, Ready, StepLogits
 from tensorweave.workers.step.plan import PromptRead, ScheduledBatch
 from tensorweave.workers.step.resources import BaseResourceManager, KVCache, ResourceManager
@@ -58,7 +57,7 @@ class DeviceEngine:
         self.resource_managers: tuple[BaseResourceManager, ...] = (self._tables,)
         self._inputs = StepInputs(max_rows, buffers.max_tokens, self._tables, P, device)
         self._buffers = buffers
-        self._wide = WideLayers(model, operations, self._buffers)
+        self._wide = make_wide_layers(model, operations, self._buffers)
         self._decodes = DecodeSteps(model, operations, self._buffers, self._wide, pool.layers)
         self._mixed = MixedStep(model, operations, self._buffers, self._inputs, self._wide, pool.layers)
         self._sizes = sizes

@@ -13,7 +13,7 @@ from tensorweave.kernels.weights import Matrix
 from tensorweave.workers.engine.device.step_inputs import MixedBuffer, MixedInputs, MixedSize, RowInputs, StepInputs
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.model import DeviceModel
-from tensorweave.workers.models.device.wide import DecodeLayerAttention, MixedLayerAttention, WideLayers
+from tensorweave.workers.models.device.wide import AllLayers, DecodeLayerAttention, MixedLayerAttention
 
 # T tokens of the step, R rows that sample, D hidden size
 
@@ -52,7 +52,7 @@ class MixedStep:
     operations: DeviceOperations
     buffers: StepBuffers
     inputs: StepInputs
-    wide: WideLayers
+    wide: AllLayers
     caches: Sequence[Tensor]
 
     def run_rows(self, buffer: MixedBuffer, size: MixedSize) -> None:

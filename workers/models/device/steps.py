@@ -10,7 +10,7 @@ from tensorweave.kernels.device_operations import DecodeRows, DeviceOperations
 from tensorweave.kernels.weights import Matrix
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.model import DeviceModel
-from tensorweave.workers.models.device.wide import DecodeLayerAttention, WideLayers
+from tensorweave.workers.models.device.wide import AllLayers, DecodeLayerAttention, WideLayers
 
 
 class DecodeSteps:
@@ -21,7 +21,7 @@ class DecodeSteps:
         model: DeviceModel,
         operations: DeviceOperations,
         buffers: StepBuffers,
-        wide: WideLayers,
+        wide: AllLayers,
         caches: Sequence[Tensor],
     ) -> None:
         self._model = model
@@ -48,15 +48,25 @@ class DecodeSteps:
         return run
 
 
+def make_wide_layers(model: DeviceModel, operations: DeviceOperations, buffers: StepBuffers) -> AllLayers:
+    """The layers of a step of many tokens."""
+    if model.device.type == "cuda":
+        from tensorweave.workers.models.device.wide_quantized import WideQuantizedLayers  # as in `_thin_maker`
+
+        if WideQuantizedLayers.fits(model):
+            return WideQuantizedLayers(model, operations, buffers)
+    return WideLayers(model, operations, buffers)
+
+
 Thin = Callable[[DecodeLayerAttention, Sequence[Tensor]], None]
 
 
 def _thin_maker(model: DeviceModel, buffers: StepBuffers) -> Callable[[int], Thin | None]:
     if model.device.type != "cuda":
         return lambda num_rows: None
-    from tensorweave.workers.models.device.thin import MAX_THIN_ROWS, ThinLayers  # there is no Triton without a GPU
+    from tensorweave.workers.models.device.thin import ThinLayers  # there is no Triton without a GPU
 
     if not ThinLayers.fits(model):
         return lambda num_rows: None
-    workspace = ThinLayers.make_workspace(model)
-    return lambda num_rows: ThinLayers(model, buffers, workspace, num_rows) if num_rows <= MAX_THIN_ROWS else None
+    workspace, max_rows = ThinLayers.make_workspace(model), ThinLayers.max_rows(model)
+    return lambda num_rows: ThinLayers(model, buffers, workspace, num_rows) if num_rows <= max_rows else None

@@ -6,21 +6,42 @@ See `kernels.linear.triton_thin`; only on a GPU, in bfloat16.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, choose_tiling, thin_linear
+from tensorweave.kernels.linear.triton_quantize import make_peaks
+from tensorweave.kernels.linear.triton_thin import (
+    ResidualSum,
+    SplitWorkspace,
+    Tiling,
+    choose_quantized_tiling,
+    choose_tiling,
+    thin_linear,
+)
 from tensorweave.kernels.linear.triton_thin_kernels import GATED, PLAIN, RESIDUAL
 from tensorweave.kernels.norm.triton import embed
-from tensorweave.kernels.weights import Matrix
+from tensorweave.kernels.weights import Matrix, QuantizedWeight
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.model import DeviceModel
 from tensorweave.workers.models.device.wide import DecodeLayerAttention
 
 MAX_THIN_ROWS: Final = 128
+MAX_QUANTIZED_THIN_ROWS: Final = 32
+"""Beyond, `WideQuantizedLayers` is faster: rows are quantized once, not by each block of a product."""
 _MAX_SPLITS: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPeaks:
+    """Peaks [R, A] of what each product of a layer reads, if its weight is quantized: see `triton_quantize`."""
+
+    qkv: Tensor | None = None
+    output: Tensor | None = None
+    gate_up: Tensor | None = None
+    down: Tensor | None = None
 
 
 class ThinLayers:
@@ -33,21 +54,30 @@ class ThinLayers:
         self._num_rows = num_rows
         D, device = model.hidden_size, model.device
         output, down = model.layers[0].output, model.layers[0].down
-        self._output_tiling = choose_tiling(num_rows, D, output.num_inputs, RESIDUAL)
-        self._down_tiling = choose_tiling(num_rows, D, down.num_inputs, RESIDUAL)
+        self._output_tiling = _choose_tiling(output, num_rows, D, output.num_inputs, RESIDUAL)
+        self._down_tiling = _choose_tiling(down, num_rows, D, down.num_inputs, RESIDUAL)
         self._squares = torch.zeros(num_rows, self._down_tiling.num_squares(D), device=device)
         self._mlp_squares = torch.zeros(num_rows, self._output_tiling.num_squares(D), device=device)
+        self._all_peaks = make_peaks(len(model.layers), 4, num_rows, device=device) if _is_quantized(down) else None
+        self._peaks = [
+            LayerPeaks() if self._all_peaks is None else LayerPeaks(*self._all_peaks[i])
+            for i in range(len(model.layers))
+        ]
 
     @staticmethod
     def fits(model: DeviceModel) -> bool:
         """Whether the kernels are for this model."""
         matrices = [matrix for layer in model.layers for matrix in layer.matrices]
-        is_plain = all(isinstance(matrix.weight_NK, Tensor) for matrix in matrices)
+        is_alike = len({_is_quantized(matrix) for matrix in matrices}) == 1
         biased = any(
             matrix.bias_N is not None for layer in model.layers for matrix in (layer.output, layer.gate_up, layer.down)
         )
         is_even = model.hidden_size % 64 == 0 and all(matrix.num_inputs % 64 == 0 for matrix in matrices)
-        return is_plain and is_even and not biased and model.dtype == torch.bfloat16 and model.device.type == "cuda"
+        return is_alike and is_even and not biased and model.dtype == torch.bfloat16 and model.device.type == "cuda"
+
+    @staticmethod
+    def max_rows(model: DeviceModel) -> int:
+        return MAX_QUANTIZED_THIN_ROWS if _is_quantized(model.layers[0].down) else MAX_THIN_ROWS
 
     @staticmethod
     def make_workspace(model: DeviceModel) -> SplitWorkspace:
@@ -59,33 +89,52 @@ class ThinLayers:
         model, rows, buffers, epsilon = self._model, self._num_rows, self._buffers, self._model.epsilon
         part = buffers.all.first(rows)
         x, gained, heads, attended, gated = part.x_TD, part.normed_TD, part.heads_TXH, part.attended_TNH, part.gated_TI
-        layers = model.layers
-        embed(buffers.tokens_T[:rows], model.embedding_VD, layers[0].norm_D, x, gained, self._squares, pdl=True)
+        layers, after_last = model.layers, LayerPeaks()
+        if self._all_peaks is not None:
+            self._all_peaks.zero_()
+        embed(
+            buffers.tokens_T[:rows], model.embedding_VD, layers[0].norm_D, x, gained, self._squares,
+            peaks_TA=self._peaks[0].qkv, pdl=True,
+        )  # fmt: skip
         for i, (layer, cache_BCPH) in enumerate(zip(layers, caches, strict=True)):
             after_D = layers[i + 1].norm_D if i + 1 < len(layers) else model.norm_D
-            self._product(gained, layer.qkv, heads.flatten(1))
-            attention(layer, heads, cache_BCPH, attended)
+            peaks, next_peaks = self._peaks[i], self._peaks[i + 1] if i + 1 < len(layers) else after_last
+            self._product(gained, layer.qkv, heads.flatten(1), peaks.qkv)
+            attention(layer, heads, cache_BCPH, attended, peaks.output)
             middle = ResidualSum(x, layer.mlp_norm_D, gained, self._mlp_squares)
             thin_linear(
-                attended.flatten(1), _weight(layer.output), middle, tiling=self._output_tiling,
-                workspace=self._workspace, pdl=True,
+                attended.flatten(1), _weight(layer.output), middle, peaks_MA=peaks.output, out_peaks_MA=peaks.gate_up,
+                tiling=self._output_tiling, workspace=self._workspace, pdl=True,
             )  # fmt: skip
             thin_linear(
                 gained, _weight(layer.gate_up), gated, is_gated=True, squares_MQ=self._mlp_squares, epsilon=epsilon,
-                tiling=choose_tiling(rows, gated.shape[1], x.shape[1], GATED), pdl=True,
+                peaks_MA=peaks.gate_up, out_peaks_MA=peaks.down,
+                tiling=_choose_tiling(layer.gate_up, rows, gated.shape[1], x.shape[1], GATED), pdl=True,
             )  # fmt: skip
             last = ResidualSum(x, after_D, gained, self._squares)
-            thin_linear(gated, _weight(layer.down), last, tiling=self._down_tiling, workspace=self._workspace, pdl=True)
-        self._product(gained, Matrix(model.head_VD), buffers.logits_RV[:rows])
+            thin_linear(
+                gated, _weight(layer.down), last, peaks_MA=peaks.down, out_peaks_MA=next_peaks.qkv,
+                tiling=self._down_tiling, workspace=self._workspace, pdl=True,
+            )  # fmt: skip
+        self._product(gained, Matrix(model.head_VD), buffers.logits_RV[:rows], None)
 
-    def _product(self, gained_RD: Tensor, matrix: Matrix, out_RO: Tensor) -> None:
-        tiling = choose_tiling(self._num_rows, out_RO.shape[1], gained_RD.shape[1], PLAIN)
+    def _product(self, gained_RD: Tensor, matrix: Matrix, out_RO: Tensor, peaks_RA: Tensor | None) -> None:
+        tiling = _choose_tiling(matrix, self._num_rows, out_RO.shape[1], gained_RD.shape[1], PLAIN)
         thin_linear(
             gained_RD, _weight(matrix), out_RO, bias_N=matrix.bias_N, squares_MQ=self._squares,
-            epsilon=self._model.epsilon, tiling=tiling, workspace=self._workspace, pdl=True,
+            epsilon=self._model.epsilon, peaks_MA=peaks_RA, tiling=tiling, workspace=self._workspace, pdl=True,
         )  # fmt: skip
 
 
-def _weight(matrix: Matrix) -> Tensor:
-    assert isinstance(matrix.weight_NK, Tensor)
+def _weight(matrix: Matrix) -> Tensor | QuantizedWeight:
+    assert isinstance(matrix.weight_NK, Tensor | QuantizedWeight)
     return matrix.weight_NK
+
+
+def _is_quantized(matrix: Matrix) -> bool:
+    return isinstance(matrix.weight_NK, QuantizedWeight)
+
+
+def _choose_tiling(matrix: Matrix, num_rows: int, num_outputs: int, num_inputs: int, epilogue: int) -> Tiling:
+    choose = choose_quantized_tiling if _is_quantized(matrix) else choose_tiling
+    return choose(num_rows, num_outputs, num_inputs, epilogue)

@@ -72,6 +72,21 @@ class MixedLayerAttention:
             DecodeLayerAttention(self.decode)(layer, heads_TXH[:first], cache_BCPH, out_TNH[:first])
 
 
+class AllLayers(Protocol):
+    """`WideLayers`, which has the contracts, or `WideQuantizedLayers`."""
+
+    def __call__(self, num_tokens: int, attention: LayerAttention, caches: Sequence[Tensor]) -> Tensor: ...
+
+    def of_rows(
+        self,
+        num_tokens: int,
+        attention: MixedLayerAttention,
+        rows_R: Tensor,
+        row_attention: DecodeLayerAttention | None,
+        caches: Sequence[Tensor],
+    ) -> Tensor: ...
+
+
 class WideLayers:
     """`num_layers_done` counts since the start; any thread may read it."""
 
