@@ -102,22 +102,24 @@ def choose_tiling(num_rows: int, num_outputs: int, num_inputs: int, epilogue: in
 
 
 def choose_quantized_tiling(num_rows: int, num_outputs: int, num_inputs: int, epilogue: int) -> Tiling:
-    """The same for a `QuantizedWeight`."""
+    """The same for a `QuantizedWeight`, measured inside a whole step."""
+    is_long = num_inputs > 2 * num_outputs
     if num_rows == 1:
+        width = min(2048 if is_long else 1024, _largest_power(num_inputs))
         if epilogue == GATED:
-            return Tiling(0, 2, min(2048, _largest_power(num_inputs)), 4)
-        if num_inputs > 2 * num_outputs:
-            return Tiling(0, 4, min(2048, _largest_power(num_inputs)), 8)
-        return Tiling(0, 8, min(1024, _largest_power(num_inputs)), 4)
+            return Tiling(0, 4, width, 2)
+        return Tiling(0, 4 if is_long else 8, width, 4)
     block_m = max(16, triton.next_power_of_2(num_rows))
     assert block_m <= 128, "a thin product has at most 128 rows"
+    splits = 2 if epilogue == RESIDUAL else 1
     if block_m == 128:
-        return Tiling(block_m, 64, 128, 4, 3 if epilogue == GATED else 4, 2 if epilogue == RESIDUAL else 1)
+        return Tiling(block_m, 64, 128, 4, 3 if epilogue == GATED else 4, splits)
     if epilogue == GATED:
         return Tiling(block_m, 64, 256, 4, 2)
-    if epilogue == RESIDUAL:
-        return Tiling(block_m, 64, 256, 4, 5 if block_m == 16 else 4 if block_m == 32 else 3, 2)
-    return Tiling(block_m, 64, 256, 4, 5 if block_m == 16 else 4 if block_m == 32 else 3)
+    if epilogue == RESIDUAL and block_m == 16:
+        return Tiling(block_m, 64, 512, 4, 3, splits)
+    stages = {16: 4, 32: 5, 64: 4 if is_long else 3}[block_m]
+    return Tiling(block_m, 64, 256, 4, stages, splits)
 
 
 def _largest_power(number: int) -> int:

@@ -29,7 +29,7 @@ from tensorweave.workers.models.device.model import DeviceModel
 from tensorweave.workers.models.device.wide import DecodeLayerAttention
 
 MAX_THIN_ROWS: Final = 128
-MAX_QUANTIZED_THIN_ROWS: Final = 32
+MAX_QUANTIZED_THIN_ROWS: Final = 64
 """Beyond, `WideQuantizedLayers` is faster: rows are quantized once, not by each block of a product."""
 _MAX_SPLITS: Final = 2
 
