@@ -91,7 +91,16 @@ def fit_to_prompt(
     if room < 1 or (asked_tokens is not None and asked_tokens > room and not caps_max_tokens):
         raise context_exceeded(info.max_seq_len, prompt_len, asked_tokens, prompt_param=prompt_param)
     max_tokens = min(spec.max_tokens, room)
+    if max_tokens == spec.max_tokens and spec.min_tokens <= max_tokens:
+        return spec
     return dataclasses.replace(spec, max_tokens=max_tokens, min_tokens=min(spec.min_tokens, max_tokens))
+
+
+def with_new_seed(spec: SamplingSpec, fields: SamplingFields) -> SamplingSpec:
+    """The spec for another request with the same fields: if they have no seed, one of its own."""
+    if fields.seed is not None or spec.is_greedy:
+        return spec
+    return dataclasses.replace(spec, seed=secrets.randbits(SEED_BITS))
 
 
 def with_defaults(

@@ -8,7 +8,7 @@ import secrets
 import sys
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, ExitStack
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.fleet import Fleet, StaticFleet, WatchedFleet
@@ -34,6 +34,9 @@ from tensorweave.workers.store.model_store import PinnedModel, pin_model
 
 logger = logging.getLogger(__name__)
 
+SWITCH_INTERVAL_S: Final = 0.001
+"""As on a rank. The step loop shares the interpreter with the caller and the event loop: each time that it has waited
+for a device, it may wait this long for one of them."""
 _START_TIMEOUT_S = 600.0
 _SWITCH_INTERVAL_S = 0.0005
 """How long another thread of this process may keep the step loop waiting for the interpreter: 5 ms, Python's own, would
@@ -77,6 +80,7 @@ class LocalEngine:
 
     def __init__(self, args: TorchLlmArgs, loop: LoopThread) -> None:
         self._loop = loop
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         secret = secrets.token_hex(16)
         self.executor: PyExecutor = build_executor(
             args,

@@ -11,10 +11,17 @@ from typing import Any, cast
 
 from tensorweave.cluster.protocol import ModelInfo, SamplingSpec
 from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
-from tensorweave.llmapi.sampling_fields import end_ids, to_fields
+from tensorweave.llmapi.sampling_fields import as_python_numbers, end_ids, to_fields
 from tensorweave.llmapi.sampling_params import SamplingParams
 from tensorweave.llmapi.status import set_api_status
-from tensorweave.router.sampling.resolution import check_prompt, fit_to_prompt, resolve_sampling, with_defaults
+from tensorweave.router.sampling.fields import SamplingFields
+from tensorweave.router.sampling.resolution import (
+    check_prompt,
+    fit_to_prompt,
+    resolve_sampling,
+    with_defaults,
+    with_new_seed,
+)
 from tensorweave.router.text.tokens import Tokenizer
 
 PromptInputs = str | Sequence[int] | Mapping[str, Any]
@@ -36,6 +43,16 @@ class PreprocessedInputs:
     prompt_token_ids: Sequence[int]
     sampling_params: SamplingParams | None = None
     disaggregated_params: DisaggregatedParams | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadParams:
+    """Parameters, checked and resolved: the same for each prompt that they are given with, but for the seed."""
+
+    params: SamplingParams
+    fields: SamplingFields
+    info: ModelInfo
+    spec: SamplingSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,22 +117,32 @@ def resolve_params(
     return params
 
 
-def read_prompt(
-    inputs: PromptInputs | PreprocessedInputs,
-    params: SamplingParams,
-    tokenizer: Tokenizer | None,
-    info: ModelInfo,
-    processors: Sequence[str] = (),
-) -> ReadPrompt:
-    """`processors`: the names under which the executor holds this request's logits processors."""
+def read_params(
+    params: SamplingParams, tokenizer: Tokenizer | None, info: ModelInfo, processors: Sequence[str] = ()
+) -> ReadParams:
+    """Check parameters, and resolve them against the model.
+
+    Args:
+        params: What the caller asks for; numpy's numbers are read as Python's.
+        tokenizer: None with skip_tokenizer_init.
+        info: The model.
+        processors: The names under which the executor holds the logits processors.
+    """
     _check_params(params)
+    params = as_python_numbers(params)
     fields = to_fields(params, tokenizer, processors)
-    text, token_ids = tokens_of(inputs, params, tokenizer)
-    check_prompt(token_ids, info)
     info = dataclasses.replace(info, end_ids=end_ids(params, tokenizer, info))
     asked = with_defaults(fields, info.sampling_defaults)
     is_greedy = asked.temperature is None and asked.top_p is None and asked.top_k is None
     spec = resolve_sampling(fields, info, default_temperature=0.0 if is_greedy else 1.0)
+    return ReadParams(params, fields, info, spec)
+
+
+def read_prompt(inputs: PromptInputs | PreprocessedInputs, read: ReadParams, tokenizer: Tokenizer | None) -> ReadPrompt:
+    fields, info = read.fields, read.info
+    text, token_ids = tokens_of(inputs, read.params, tokenizer)
+    check_prompt(token_ids, info)
+    spec = with_new_seed(read.spec, fields)
     sampling = fit_to_prompt(spec, len(token_ids), info, asked_tokens=fields.max_tokens, caps_max_tokens=False)
     return ReadPrompt(text, token_ids, sampling, fields.stop, info.end_ids)
 

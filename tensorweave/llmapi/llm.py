@@ -14,7 +14,15 @@ from tqdm import tqdm
 from tensorweave.cluster.quant_config import weight_quantization
 from tensorweave.llmapi.base_llm import BaseLLM
 from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
-from tensorweave.llmapi.inputs import PreprocessedInputs, PromptInputs, as_batch, phases_of, read_prompt, resolve_params
+from tensorweave.llmapi.inputs import (
+    PreprocessedInputs,
+    PromptInputs,
+    as_batch,
+    phases_of,
+    read_params,
+    read_prompt,
+    resolve_params,
+)
 from tensorweave.llmapi.options import options_per_prompt, refuse_adapters
 from tensorweave.llmapi.outputs import RequestOutput
 from tensorweave.llmapi.request_maker import PreparedRequest
@@ -25,7 +33,6 @@ from tensorweave.llmapi.request_types import (
     PromptAdapterRequest,
     SchedulingParams,
 )
-from tensorweave.llmapi.sampling_fields import as_python_numbers
 from tensorweave.llmapi.sampling_params import SamplingParams
 from tensorweave.workers.engine_dir.directory import save_engine_dir
 
@@ -76,7 +83,7 @@ class _TorchLLM(BaseLLM):
             cache_salt=cache_salt,
         )
         runtime = self._usable_runtime()
-        prepared = [runtime.maker.make(*each) for each in zip(batch, params, options, strict=True)]
+        prepared = runtime.maker.make_all(batch, params, options)
         if len(prepared) > 1:
             runtime.engine.expect_requests(sum(len(each.jobs) for each in prepared))
         outputs = [self._start(each) for each in prepared]
@@ -156,8 +163,8 @@ class _TorchLLM(BaseLLM):
         """
         runtime = self._usable_runtime()
         params = SamplingParams() if sampling_params is None else sampling_params
-        params = as_python_numbers(params) if isinstance(params, SamplingParams) else params
-        prompt = read_prompt(inputs, params, runtime.tokenizer, runtime.engine.info)
+        read = read_params(params, runtime.tokenizer, runtime.engine.info)
+        prompt = read_prompt(inputs, read, runtime.tokenizer)
         return PreprocessedInputs(prompt.text, prompt.token_ids, sampling_params, disaggregated_params)
 
     def save(self, engine_dir: str | Path) -> None:

@@ -16,13 +16,19 @@ from tensorweave.cluster.protocol import GenerateRequest
 from tensorweave.llmapi.completion_output import OutputOptions
 from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
 from tensorweave.llmapi.engine import Engine
-from tensorweave.llmapi.inputs import PreprocessedInputs, PromptInputs, ReadPrompt, read_prompt
+from tensorweave.llmapi.inputs import (
+    PreprocessedInputs,
+    PromptInputs,
+    ReadParams,
+    ReadPrompt,
+    read_params,
+    read_prompt,
+)
 from tensorweave.llmapi.options import RequestOptions
 from tensorweave.llmapi.outputs import RequestOutput
 from tensorweave.llmapi.phases import as_phase
 from tensorweave.llmapi.sampling_fields import (
     LogitsProcessor,
-    as_python_numbers,
     logits_processors,
     num_sequences,
     ranks_sequences,
@@ -69,12 +75,31 @@ class RequestMaker:
         *,
         is_streaming: bool = False,
     ) -> PreparedRequest:
-        params = as_python_numbers(params) if isinstance(params, SamplingParams) else params
+        return self._make(inputs, params, options, {}, is_streaming=is_streaming)
+
+    def make_all(
+        self,
+        batch: Sequence[PromptInputs | PreprocessedInputs],
+        params: Sequence[SamplingParams],
+        options: Sequence[RequestOptions],
+    ) -> list[PreparedRequest]:
+        """One for each prompt. Parameters that several prompts share are read once."""
+        known: dict[int, ReadParams] = {}
+        return [self._make(*each, known, is_streaming=False) for each in zip(batch, params, options, strict=True)]
+
+    def _make(
+        self,
+        inputs: PromptInputs | PreprocessedInputs,
+        params: SamplingParams,
+        options: RequestOptions,
+        known: dict[int, ReadParams],
+        *,
+        is_streaming: bool,
+    ) -> PreparedRequest:
         number = next(self._numbers)
         request_id = f"{self._llm_id}-{number}"
-        callables = logits_processors(params) if isinstance(params, SamplingParams) else []
-        processors = {f"{request_id}.{place}": processor for place, processor in enumerate(callables)}
-        prompt = read_prompt(inputs, params, self._tokenizer, self._engine.info, list(processors))
+        read, processors = self._read_params(params, request_id, known)
+        prompt, params = read_prompt(inputs, read, self._tokenizer), read.params
         self._check_engine(params, is_streaming)
         count, phase = num_sequences(params), options.disaggregated_params
         num_held = 1 if is_streaming else _TOKENS_PER_CHUNK_WITH_STOP if prompt.stop else _TOKENS_PER_CHUNK
@@ -102,6 +127,18 @@ class RequestMaker:
         if params.exclude_input_from_output:
             return PreparedRequest(output, jobs, processors)
         return PreparedRequest(output, jobs, processors, self._prompt_text(params, prompt), prompt.token_ids)
+
+    def _read_params(
+        self, params: SamplingParams, request_id: str, known: dict[int, ReadParams]
+    ) -> tuple[ReadParams, dict[str, LogitsProcessor]]:
+        """Also the logits processors by the names that this request's have. `known` has the parameters read before, by
+        their identity."""
+        callables = logits_processors(params) if isinstance(params, SamplingParams) else []
+        processors = {f"{request_id}.{place}": processor for place, processor in enumerate(callables)}
+        read = known.get(id(params))
+        if read is None or processors:
+            read = known[id(params)] = read_params(params, self._tokenizer, self._engine.info, list(processors))
+        return read, processors
 
     def _as_phase(
         self, request: GenerateRequest, phase: DisaggregatedParams, num_sequences: int

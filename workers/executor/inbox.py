@@ -20,6 +20,8 @@ from tensorweave.workers.step.kv_exchange import KvArrived
 
 EXPECT_WAIT_S: Final = 0.005
 """Putting a request takes about 0.15 ms of the thread that puts it."""
+EXPECTED_TOKENS: Final = 8192
+"""Prompt tokens that fill a large step: nothing is gained by waiting for more."""
 
 
 class StepInput(NamedTuple):
@@ -67,7 +69,7 @@ class Inbox:
         self._deadlines: list[tuple[float, str]] = []
         self._deadline_of: dict[str, float] = {}
         """Of those inside: an id may come again before the deadline of the request that had it first."""
-        self._num_expected = 0
+        self._num_expected = self._num_expected_tokens = 0
         self._is_shutdown = False
         self._closed_by: Exception | None = None
 
@@ -95,15 +97,19 @@ class Inbox:
             if request.deadline_s is not None:
                 deadline_s = self._deadline_of[request.request_id] = self._clock() + request.deadline_s
                 heapq.heappush(self._deadlines, (deadline_s, request.request_id))
-            self._num_expected = max(0, self._num_expected - 1)
+            if self._num_expected:
+                self._num_expected -= 1
+                self._num_expected_tokens += len(request.prompt_token_ids)
+                if self._num_expected_tokens >= EXPECTED_TOKENS:
+                    self._num_expected = 0
             if not self._num_expected or len(self._arrivals) == 1:
                 self._changed.notify()
 
     def expect(self, num_requests: int) -> None:
-        """So many requests are about to be put. A loop that is idle waits for all of them, at most `EXPECT_WAIT_S`
-        after the first, so that they begin in the same step."""
+        """So many requests are about to be put. An idle loop waits for them, so that they begin in the same step: for
+        all of them or `EXPECTED_TOKENS`, and at most `EXPECT_WAIT_S` after the first."""
         with self._changed:
-            self._num_expected = num_requests
+            self._num_expected, self._num_expected_tokens = num_requests, 0
 
     def cancel(self, request_id: str) -> bool:
         """Return False if there is no such request: it has ended, or never came."""

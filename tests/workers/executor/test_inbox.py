@@ -44,6 +44,16 @@ def test_an_idle_loop_waits_for_the_requests_that_it_is_to_expect(monkeypatch: p
     assert len(inbox.gather(0, WAIT_S).arrivals) == 1, "nothing is expected any more"
 
 
+def test_prompts_that_fill_a_step_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox_module, "EXPECT_WAIT_S", WAIT_S)
+    monkeypatch.setattr(inbox_module, "EXPECTED_TOKENS", 6)
+    inbox = Inbox(8)
+    inbox.expect(3)
+    for number in range(2):
+        inbox.put(asks(number))
+    assert len(inbox.gather(0, WAIT_S).arrivals) == 2
+
+
 def test_a_loop_that_runs_waits_for_nobody_and_an_idle_one_not_for_ever() -> None:
     inbox = Inbox(8)
     inbox.expect(3)
