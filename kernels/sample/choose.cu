@@ -6,8 +6,8 @@
 // range where the limit lies; keys of its bin. Blocks gather bins in shared memory and add them to those of the cluster's first block,
 // which searches them.
 //
-// Constants: V vocabulary, a multiple of 4; E numbers per thread; CLUSTER blocks of a row; IS_FLOAT32, else bfloat16;
-// SAMPLED: rows may be random; LIMITED: and have limits.
+// Constants: V vocabulary, a multiple of 4; E numbers per thread; CLUSTER blocks of a row; IS_FLOAT32, else bfloat16; LIMITED: rows may
+// have limits.
 typedef long long int64_t;
 
 #define THREADS 512
@@ -357,7 +357,6 @@ __device__ __forceinline__ int find_limit(const Arguments& a, int row, float (&x
 }
 #endif
 
-#if SAMPLED
 // The best of this thread's tokens. A bound of each score spares nearly all exact logarithms: g = -log(-log(1 - w)) is at most -log(w).
 // The bounds replace the logits.
 __device__ __forceinline__ uint64_t draw(const Arguments& a, int row, float (&x)[E], float largest, float temperature, int limit) {
@@ -396,7 +395,6 @@ __device__ __forceinline__ uint64_t draw(const Arguments& a, int row, float (&x)
   }
   return best;
 }
-#endif
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, E <= 32 ? 2 : 1)
     choose(const __grid_constant__ Arguments a) {
@@ -418,7 +416,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   int token = is_wrong ? NO_PLACE : NOTHING_LEFT;
   if (!is_wrong && largest > -INFINITE) {  // the same for the whole cluster
     uint64_t best = 0;
-#if SAMPLED
     const float temperature = a.temperature[row];
     if (temperature > 0) {
       int limit = LAST_KEY;
@@ -426,9 +423,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       limit = find_limit(a, row, x, largest, KEYS_PER_UNIT / temperature, (uint32_t*)zeros, s);
 #endif
       best = draw(a, row, x, largest, temperature, limit);
-    } else
-#endif
-    {
+    } else {
 #pragma unroll
       for (int e = E - 1; e >= 0; e--)
         if (x[e] == largest) best = pack(largest, token_of(e));

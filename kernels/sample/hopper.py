@@ -33,12 +33,11 @@ class _Arguments(ctypes.Structure):
 
 
 @cache
-def _kernel(vocab_size: int, dtype: torch.dtype, is_sampled: bool, has_limits: bool, device: torch.device) -> Kernel:
+def _kernel(vocab_size: int, dtype: torch.dtype, has_limits: bool, device: torch.device) -> Kernel:
     with torch.cuda.device(device):
         return Kernel.load(
             _SOURCE, "choose", dtype, threads=_THREADS, shared_bytes=_SHARED_BYTES if has_limits else 0, V=vocab_size,
-            E=_numbers_per_thread(vocab_size), CLUSTER=_CLUSTER, IS_FLOAT32=dtype == torch.float32, SAMPLED=is_sampled,
-            LIMITED=has_limits,
+            E=_numbers_per_thread(vocab_size), CLUSTER=_CLUSTER, IS_FLOAT32=dtype == torch.float32, LIMITED=has_limits,
         )  # fmt: skip
 
 
@@ -61,16 +60,14 @@ def fits(logits_RV: Tensor) -> bool:
 
 
 class HopperSampler:
-    """Satisfies `kernels.sample.chosen.Sampler`. Other vocabularies and layouts are left to Triton's kernels."""
+    """Satisfies `kernels.sample.chosen.Sampler`. Left to Triton's kernels are batches of greedy rows, for which they take
+    as long, and other vocabularies and layouts."""
 
     def __init__(self, device: torch.device) -> None:
         self._others = TritonSampler(device)
 
     def argmax(self, logits_RV: Tensor, target: TokenTarget) -> None:
-        if fits(logits_RV):
-            choose(logits_RV, None, target, has_limits=False)
-        else:
-            self._others.argmax(logits_RV, target)
+        self._others.argmax(logits_RV, target)
 
     def sample(
         self, logits_RV: Tensor, parameters: SamplingParameters, target: TokenTarget, *, has_limits: bool
@@ -81,18 +78,17 @@ class HopperSampler:
             self._others.sample(logits_RV, parameters, target, has_limits=has_limits)
 
 
-def choose(logits_RV: Tensor, parameters: SamplingParameters | None, target: TokenTarget, *, has_limits: bool) -> None:
-    """The largest of each row where there are no `parameters`, else a token by the rule."""
+def choose(logits_RV: Tensor, parameters: SamplingParameters, target: TokenTarget, *, has_limits: bool) -> None:
+    """A token per row."""
     R, V = logits_RV.shape
     assert fits(logits_RV)
     assert target.tokens_R.dtype == torch.int64
     p = parameters
-    numbers = () if p is None else (p.temperature_R, p.top_k_R, p.top_p_R, p.min_p_R, p.seed_R, p.position_R)
-    pointers = [each.data_ptr() for each in numbers] or [0] * 6
+    numbers = (p.temperature_R, p.top_k_R, p.top_p_R, p.min_p_R, p.seed_R, p.position_R)
     slots, newest = target.slots_R, target.newest_S
     arguments = _Arguments(
-        logits_RV.data_ptr(), logits_RV.stride(0), *pointers, target.tokens_R.data_ptr(),
+        logits_RV.data_ptr(), logits_RV.stride(0), *(each.data_ptr() for each in numbers), target.tokens_R.data_ptr(),
         None if slots is None else slots.data_ptr(), None if newest is None else newest.data_ptr(),
     )  # fmt: skip
-    kernel = _kernel(V, logits_RV.dtype, p is not None, has_limits, logits_RV.device)
+    kernel = _kernel(V, logits_RV.dtype, has_limits, logits_RV.device)
     kernel.launch((_CLUSTER, R), (ctypes.c_void_p * 1)(ctypes.addressof(arguments)))

@@ -53,7 +53,8 @@ def test_the_largest(R: int, V: int, dtype: torch.dtype, hopper: torch.device) -
             logits[0, V - 1], logits[1, 0], logits[2] = torch.nan, torch.inf, -torch.inf
             first[:3] = torch.tensor([NO_PLACE, NO_PLACE, NOTHING_LEFT])
         target = TokenTarget(torch.full((R,), -77, device=hopper))
-        choose(logits, None, target, has_limits=False)
+        parameters = on_device(make_parameters([(0.0, 0, 1.0, 0.0)] * R, 0), hopper)
+        choose(logits, parameters, target, has_limits=False)
         assert torch.equal(target.tokens_R, first)
 
 
@@ -110,7 +111,8 @@ def test_newest_tokens_go_to_their_slots(hopper: torch.device) -> None:
     slots = torch.tensor([4, 0, 2], dtype=torch.int32, device=hopper)
     target = TokenTarget(torch.empty(3, dtype=torch.int64, device=hopper), slots, newest)
     first, _, last = logits.argmax(-1).tolist()
-    HopperSampler(hopper).argmax(logits, target)
+    parameters = on_device(make_parameters([(0.0, 0, 1.0, 0.0)] * 3, 0), hopper)
+    HopperSampler(hopper).sample(logits, parameters, target, has_limits=True)
     assert target.tokens_R.tolist() == [first, NO_PLACE, last]
     assert newest.tolist() == [0, 9, last, 9, first, 9]
 
