@@ -60,8 +60,8 @@ def fits(logits_RV: Tensor) -> bool:
 
 
 class HopperSampler:
-    """Satisfies `kernels.sample.chosen.Sampler`. Left to Triton's kernels are batches of greedy rows, for which they take
-    as long, and other vocabularies and layouts."""
+    """Satisfies `kernels.sample.chosen.Sampler`. Left to Triton's kernels are batches of greedy rows, for which they
+    take as long, and other vocabularies and layouts."""
 
     def __init__(self, device: torch.device) -> None:
         self._others = TritonSampler(device)
