@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
-from tensorweave import LLM, SamplingParams
+from tensorweave import LLM, QuantAlgo, QuantConfig, SamplingParams
 from tensorweave.workers.engine_dir.directory import save_engine_dir
 from tests.workers.engine_drive import random_prompts
 from tests.workers.tiny_models import SHAPE, make_model, their_greedy
@@ -37,6 +37,19 @@ def test_an_engine_directory(tmp_path: Path) -> None:
         LLM(model=tmp_path / "engine", tensor_parallel_size=2, **KNOBS)
     with pytest.raises(ValueError, match="was saved in float32, asked for bfloat16"):
         LLM(model=tmp_path / "engine", dtype="bfloat16", **KNOBS)
+
+
+def test_a_quantized_model_is_saved_as_it_is(tmp_path: Path) -> None:
+    make_model("llama_8_over_2", tmp_path / "model")
+    quantized = {"quant_config": QuantConfig(quant_algo=QuantAlgo.FP8), "dtype": "float32"}
+    with LLM(model=tmp_path / "model", **KNOBS, **quantized) as llm:
+        expected = [list(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
+        llm.save(tmp_path / "engine")
+    assert answers_of(tmp_path / "engine") == expected
+    with LLM(model=tmp_path / "engine", **KNOBS) as llm:
+        llm.save(tmp_path / "copy")
+    assert answers_of(tmp_path / "copy", **quantized) == expected
+    assert answers_of(tmp_path / "model", dtype="float32") != expected
 
 
 def test_a_model_of_transformers(tmp_path: Path) -> None:
