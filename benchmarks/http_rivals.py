@@ -28,9 +28,10 @@ from benchmarks.http_servers import MODEL_NAME, Server, our_service, running, vl
 from tensorweave.cli.figures import publish, report
 from tensorweave.cli.prompts import random_prompts
 from tensorweave.cli.suite_figures import card, markdown_table
-from tensorweave.cli.suite_shapes import LLAMA_8B_SMALL_VOCABULARY, SMOLLM2_135M, ModelShape
+from tensorweave.cli.suite_shapes import LLAMA_8B_SMALL_VOCABULARY, SMOLLM2_135M, TINY, ModelShape
 
-SHAPES = {"8b": LLAMA_8B_SMALL_VOCABULARY, "smollm2": SMOLLM2_135M}
+TINY_WITH_TOKENIZER = ModelShape({**TINY.config, "vocab_size": 49152})
+SHAPES = {"8b": LLAMA_8B_SMALL_VOCABULARY, "smollm2": SMOLLM2_135M, "tiny": TINY_WITH_TOKENIZER}
 MAX_SEQ_LEN = 8192
 REQUEST_TIMEOUT_S = 240.0
 MIN_PROMPTS = 8
