@@ -15,6 +15,7 @@ from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.cluster.quant_config import weight_quantization
 from tensorweave.cluster.step_settings import StepSettings
 from tensorweave.workers.engine.device.engine import DeviceEngine
+from tensorweave.workers.engine.device_memory import naming_knobs
 from tensorweave.workers.engine.engine import ModelEngine
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine.load import load_engine
@@ -77,7 +78,8 @@ def build_executor(
     gc.set_threshold(args.garbage_collection_gen0_threshold, *gc.get_threshold()[1:])
     decoder = SamplingDecoder(device=engine.pool.cache.device, keeps_tokens=isinstance(engine, DeviceEngine))
     if isinstance(engine, DeviceEngine):
-        with log.part("warming up sampling"):
+        knob = "kv_cache_config.free_gpu_memory_fraction"
+        with log.part("warming up sampling"), naming_knobs("sampling", knob):
             decoder.warm_up(engine.blank_steps())
     executor = PyExecutor(
         engine=engine,
