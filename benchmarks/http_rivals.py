@@ -223,7 +223,9 @@ def main() -> int:
             deadline_s = began_s + args.limit * place / len(args.sides)
             sides[name] = measure(made[name], model_dir, shape, args, deadline_s)
             settings = {key: value for key, value in vars(args).items() if key not in ("json", "logs")}
-            publish(report("http_rivals", settings, {"card": card(), "runs": sides}), args.json)
+            variables = {name: value for name, value in os.environ.items() if name.startswith("VLLM_")}
+            figures = {"card": card(), "environment": variables, "runs": sides}
+            publish(report("http_rivals", settings, figures), args.json)
     print(tables(sides))
     return 0 if all(not row["num_failed"] for side in sides.values() for row in side["rows"]) else 1
 

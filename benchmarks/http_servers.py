@@ -81,7 +81,7 @@ def vllm_server(model_dir: Path, dtype: str, max_model_len: int, path: str) -> S
     arguments += ["--load-format", "dummy", "--dtype", dtype, "--host", "127.0.0.1", "--port", str(port)]
     arguments += ["--max-model-len", str(max_model_len), "--gpu-memory-utilization", "0.92"]
     arguments += ["--generation-config", "vllm", "--disable-uvicorn-access-log"]
-    return Server("vLLM", arguments, port, path, {"VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"})
+    return Server("vLLM", arguments, port, path, {"VLLM_NO_USAGE_STATS": "1"})
 
 
 @contextmanager

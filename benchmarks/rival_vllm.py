@@ -61,7 +61,8 @@ def main() -> int:
     from importlib.metadata import version
 
     options = vllm_options(args)
-    document = {**new_document(args, "vLLM", version("vllm")), "engine": options}
+    variables = {name: value for name, value in os.environ.items() if name.startswith("VLLM_")}
+    document = {**new_document(args, "vLLM", version("vllm")), "engine": options, "environment": variables}
     run_suite(args, document, lambda model_dir: open_vllm(model_dir, options))
     return 0
 

@@ -91,7 +91,7 @@ def how_measured(document: Mapping[str, Any]) -> str:
     if rates := document.get("rates"):
         sentence += (
             f" Measured here: {rates['read_bytes'] / 1e12:.3g} TB/s read, "
-            f"{rates['layer_operations'] / 1e12:.3g} TFLOP/s in products."
+            f"{rates['layer_operations'] / 1e12:,.0f} TFLOP/s in the layers' products."
         )
     return sentence
 
