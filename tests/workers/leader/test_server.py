@@ -275,6 +275,9 @@ def test_a_silent_leader_loses_its_requests_within_ten_seconds(monkeypatch: pyte
     async def serve_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1 << 16)
         writer.write(wire.pack_frame("hello", PROTOCOL_VERSION, FAKE_INFO.to_wire()))
+        writers.append(writer)
+
+    writers: list[asyncio.StreamWriter] = []
 
     async def body() -> None:
         server = await asyncio.start_server(serve_once, HOST, 0)
@@ -283,6 +286,10 @@ def test_a_silent_leader_loses_its_requests_within_ten_seconds(monkeypatch: pyte
         with pytest.raises(WorkerLost, match="silent for 5 s"):
             await tokens_of(link, make_request("a"))
         assert time.monotonic() - before_s > 4.0
+        [writer] = writers
+        writer.close()
+        with contextlib.suppress(OSError):  # the link has reset the connection
+            await writer.wait_closed()
         server.close()
 
     run(body)
