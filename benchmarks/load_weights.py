@@ -112,8 +112,8 @@ def time_files(directory: Path, requests: list[WeightRequest], options: argparse
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, required=True)
-    parser.add_argument("--readers", type=int, nargs="+", default=[12])
-    parser.add_argument("--pieces", type=int, nargs="+", default=[32], help="MiB per piece")
+    parser.add_argument("--readers", type=int, nargs="+", default=[8])
+    parser.add_argument("--pieces", type=int, nargs="+", default=[16], help="MiB per piece")
     parser.add_argument("--plain", action="store_true", help="also the loader that is used on CPUs")
     parser.add_argument("--cold", action="store_true")
     options = parser.parse_args()

@@ -50,7 +50,7 @@ from tensorweave.workers.store.model_store import resolve_model
 
 logger = logging.getLogger(__name__)
 
-_MOST_READERS: Final = {"cpu": 4, "cuda": 12}
+_MOST_READERS: Final = {"cpu": 4, "cuda": 8}
 
 
 def load_engine(

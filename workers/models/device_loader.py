@@ -25,7 +25,7 @@ from tensorweave.workers.models.checkpoint import TensorPlace
 from tensorweave.workers.models.rank_weights import TensorRows, WeightRequest
 from tensorweave.workers.models.staging import OpenFile, Piece, PinnedStaging, Staging
 
-_PIECE_BYTES: Final = 32 << 20
+_PIECE_BYTES: Final = 16 << 20
 _SPARE_STAGINGS: Final = 2
 """Beside one per reader. The device copies a piece in a tenth of the time that it takes to read one."""
 _AHEAD_BYTES: Final = 1 << 30
