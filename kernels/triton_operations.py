@@ -59,7 +59,8 @@ class TritonOperations:
             silu_mul_pairs(gate_up_T2I, out_TI, pdl=self._has_pdl)
             return
         assert isinstance(weight, Tensor)
-        if len(x_TD) >= _SWIGLU_ROWS and x_TD.dtype == torch.bfloat16 and gate_up.bias_N is None:
+        is_wide = len(x_TD) >= _SWIGLU_ROWS and self._has_pdl  # Hopper's copy engine reads its tiles
+        if is_wide and x_TD.dtype == torch.bfloat16 and gate_up.bias_N is None:
             swiglu_linear(x_TD, weight, out_TI)
         else:
             silu_mul_pairs(F.linear(x_TD, weight, gate_up.bias_N), out_TI, pdl=self._has_pdl)

@@ -66,14 +66,16 @@ class ThinLayers:
 
     @staticmethod
     def fits(model: DeviceModel) -> bool:
-        """Whether the kernels are for this model."""
+        """Whether the kernels are for this model and its device: they need Hopper's dependent launch and copy engine."""
+        if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (9, 0):
+            return False
         matrices = [matrix for layer in model.layers for matrix in layer.matrices]
         is_alike = len({_is_quantized(matrix) for matrix in matrices}) == 1
         biased = any(
             matrix.bias_N is not None for layer in model.layers for matrix in (layer.output, layer.gate_up, layer.down)
         )
         is_even = model.hidden_size % 64 == 0 and all(matrix.num_inputs % 64 == 0 for matrix in matrices)
-        return is_alike and is_even and not biased and model.dtype == torch.bfloat16 and model.device.type == "cuda"
+        return is_alike and is_even and not biased and model.dtype == torch.bfloat16
 
     @staticmethod
     def max_rows(model: DeviceModel) -> int:

@@ -101,3 +101,26 @@ def test_greedy_ids_on_a_gpu(name: str, graphs: bool, tmp_path: Path) -> None:
     model = make_model(name, tmp_path)
     knobs: dict[str, Any] = {"device": "cuda"} | ({} if graphs else {"cuda_graph_config": None})
     assert generate(device_engine(tmp_path, **knobs), PROMPTS, 12, chunk=24) == their_greedy(model, PROMPTS, 12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("graphs", [True, False])
+def test_no_step_waits_for_the_gpu(graphs: bool, tmp_path: Path) -> None:
+    """Prompt chunks, decodes and both together; torch raises where it would wait."""
+    make_model("llama_llama3", tmp_path)
+    engine = device_engine(tmp_path, device="cuda", **({} if graphs else {"cuda_graph_config": None}))
+    resources: Any = ScatteredBlocks(engine.info.num_blocks, engine.info.tokens_per_block)
+    first, second = make_request(0, PROMPTS[0]), make_request(1, PROMPTS[1])
+    batches = [
+        ScheduledBatch((StepRow.of_context(first, 0, len(PROMPTS[0])),)),
+        ScheduledBatch((StepRow.of_context(second, 0, len(PROMPTS[1])),), (StepRow(first, len(PROMPTS[0]), 1, 1),)),
+        ScheduledBatch((), (StepRow(first, len(PROMPTS[0]) + 1, 1, 1), StepRow(second, len(PROMPTS[1]), 1, 1))),
+    ]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches:
+            engine.launch(batch, resources, NothingPending())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
