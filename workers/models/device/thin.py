@@ -66,7 +66,7 @@ class ThinLayers:
 
     @staticmethod
     def fits(model: DeviceModel) -> bool:
-        """Whether the kernels are for this model and its device: they need Hopper's dependent launch and copy engine."""
+        """Whether the kernels are for this model and device: they need the dependent launches of Hopper."""
         if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (9, 0):
             return False
         matrices = [matrix for layer in model.layers for matrix in layer.matrices]
