@@ -144,6 +144,7 @@ def load_figures(answers: Sequence[Answer]) -> dict[str, Any]:
         "output_tok_s": sum(answer.num_output for answer in good) / elapsed_s if good else 0.0,
         "ttft_ms": distribution([answer.ttft_s for answer in good], 1e3),
         "tpot_ms": distribution([answer.tpot_s for answer in many], 1e3),
+        "e2e_ms": distribution([answer.arrivals_s[-1] - answer.sent_s for answer in good], 1e3),
         "itl_ms": distribution([gap for answer in many for _, gap in answer.gaps_s], 1e3),
     }
 

@@ -3,8 +3,8 @@
     python benchmarks/http_rivals.py --tokenizer DIR --our-path SITE --rival-path VLLM --json OUT [--client vllm]
 
 Both serve the 8B shape with random weights and a vocabulary of 49,152, whose tokenizer `--tokenizer` has (SmolLM2's).
-First each number of `--clients` sends distinct prompts of 1,000 tokens and reads 200; then, unless `--no-mixed`, 64
-clients decode while prompts of 8,000 tokens arrive at fixed times. The client is `vllm bench serve`, or ours in several
+First, unless `--no-mixed`, 64 clients decode while prompts of 8,000 tokens arrive at fixed times; then each number of
+`--clients` sends distinct prompts of 1,000 tokens and reads 200. The client is `vllm bench serve`, or ours in several
 processes (`--client ours`; always for the mixed load); it is the same for both servers.
 """
 
@@ -45,6 +45,12 @@ def measure(server: Server, model_dir: Path, shape: ModelShape, args: argparse.N
         print(f"{server.name}: first answer after {started_s:.0f} s", flush=True)
         result: dict[str, Any] = {"started_s": started_s, "rows": [], "left_out": []}
         run_clients(server.url, MODEL_NAME, closed_loop(8, 16, shape, args, seed=99), REQUEST_TIMEOUT_S)  # warm-up
+        if args.mixed and time.monotonic() < deadline_s - args.row_reserve:
+            clients = mixed_load(shape, args)
+            result["mixed"] = mixed_figures(run_clients(server.url, MODEL_NAME, clients, REQUEST_TIMEOUT_S))
+            print(f"{server.name}: mixed: {json.dumps(result['mixed'])}", flush=True)
+        elif args.mixed:
+            result["left_out"].append("mixed load: no time left")
         for num_clients in args.clients:
             if time.monotonic() > deadline_s - args.row_reserve:
                 result["left_out"].append(f"{num_clients} clients: no time left")
@@ -52,12 +58,6 @@ def measure(server: Server, model_dir: Path, shape: ModelShape, args: argparse.N
             figures = one_row(server, num_clients, model_dir, shape, args)
             result["rows"].append({"clients": num_clients, **figures})
             print(f"{server.name}: {num_clients} clients: {told(figures)}", flush=True)
-        if args.mixed and time.monotonic() < deadline_s - args.row_reserve:
-            clients = mixed_load(shape, args)
-            result["mixed"] = mixed_figures(run_clients(server.url, MODEL_NAME, clients, REQUEST_TIMEOUT_S))
-            print(f"{server.name}: mixed: {json.dumps(result['mixed'])}", flush=True)
-        elif args.mixed:
-            result["left_out"].append("mixed load: no time left")
     return result
 
 
@@ -96,7 +96,7 @@ def vllm_load(
         command += ["--tokenizer", str(model_dir), "--dataset-name", "random", "--ignore-eos", "--temperature", "0"]
         command += ["--random-input-len", str(args.input_len), "--random-output-len", str(args.output_len)]
         command += ["--num-prompts", str(num_prompts), "--max-concurrency", str(num_clients)]
-        command += ["--seed", str(args.seed + num_clients), "--percentile-metrics", "ttft,tpot,itl"]
+        command += ["--seed", str(args.seed + num_clients), "--percentile-metrics", "ttft,tpot,itl,e2el"]
         command += ["--metric-percentiles", "50,99", "--save-result", "--result-dir", folder]
         command += ["--result-filename", "result.json"]
         environment = {**os.environ, "PYTHONPATH": args.rival_path, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -111,8 +111,8 @@ def vllm_load(
 def from_vllm(result: Mapping[str, Any], num_prompts: int) -> dict[str, Any]:
     """Its figures under our names."""
     latencies = {
-        f"{kind}_ms": {"median": result[f"median_{kind}_ms"], "p99": result[f"p99_{kind}_ms"]}
-        for kind in ("ttft", "tpot", "itl")
+        f"{name}_ms": {"median": result[f"median_{kind}_ms"], "p99": result[f"p99_{kind}_ms"]}
+        for kind, name in (("ttft", "ttft"), ("tpot", "tpot"), ("itl", "itl"), ("e2el", "e2e"))
     }
     return {
         "num_answered": result["completed"],
@@ -135,12 +135,13 @@ def told(figures: Mapping[str, Any]) -> str:
 def tables(sides: Mapping[str, Any]) -> str:
     """Both sides' figures, "ours / rival's (ratio)" where both have them."""
     names = list(sides)
-    head = ["clients", "output tok/s", "median TTFT, ms", "median TPOT, ms", "p99 TPOT, ms"]
+    head = ["clients", "output tok/s", "median TTFT, ms", "median TPOT, ms", "p99 TPOT, ms", "median in all, ms"]
     numbers = list(dict.fromkeys(row["clients"] for side in sides.values() for row in side["rows"]))
     lines = []
     for number in numbers:
         rows = [next((row for row in sides[name]["rows"] if row["clients"] == number), None) for name in names]
         picks = [("output_tok_s", None), ("ttft_ms", "median"), ("tpot_ms", "median"), ("tpot_ms", "p99")]
+        picks.append(("e2e_ms", "median"))
         lines.append([str(number), *(pair([picked(row, *pick) for row in rows]) for pick in picks)])
     text = f"{' / '.join(names)} (ratio)\n\n{markdown_table(head, lines)}"
     mixed = [side.get("mixed") for side in sides.values()]

@@ -68,6 +68,7 @@ def test_rates_and_latencies_of_a_load() -> None:
     assert figures["ttft_ms"]["mean"] == 1500
     assert figures["tpot_ms"]["mean"] == pytest.approx(750)
     assert figures["itl_ms"]["max"] == pytest.approx(1900)
+    assert figures["e2e_ms"]["mean"] == 3000
 
 
 def test_gaps_of_decodes_count_while_prompts_arrive() -> None:
@@ -108,7 +109,7 @@ def test_both_sides_in_one_table() -> None:
     row = {"clients": 8, "output_tok_s": 1100.0, "ttft_ms": {"median": 90.0}, "tpot_ms": {"median": 6.0, "p99": 7.0}}
     rival = from_vllm(
         {
-            **{f"{part}_{kind}_ms": 10.0 for kind in ("ttft", "tpot", "itl") for part in ("median", "p99")},
+            **{f"{part}_{kind}_ms": 10.0 for kind in ("ttft", "tpot", "itl", "e2el") for part in ("median", "p99")},
             "completed": 7,
             "duration": 2.0,
             "output_throughput": 1000.0,
@@ -117,9 +118,12 @@ def test_both_sides_in_one_table() -> None:
     )
     assert rival["num_failed"] == 1
     text = tables({"tensorweave": {"rows": [row]}, "vllm": {"rows": [{"clients": 8, **rival}]}})
-    assert "| 8 | 1,100.0 / 1,000.0 (1.100) | 90.0 / 10.0 (9.000) | 6.0 / 10.0 (0.600) | 7.0 / 10.0 (0.700) |" in text
+    assert (
+        "| 8 | 1,100.0 / 1,000.0 (1.100) | 90.0 / 10.0 (9.000) | 6.0 / 10.0 (0.600) | 7.0 / 10.0 (0.700) | – / 10.0 |"
+        in text
+    )
     alone = tables({"tensorweave": {"rows": [row], "mixed": {"decode_tok_s": 5.0, "gap_ms": {"median": 1.0}}}})
-    assert "| 8 | 1,100.0 | 90.0 | 6.0 | 7.0 |" in alone
+    assert "| 8 | 1,100.0 | 90.0 | 6.0 | 7.0 | – |" in alone
     assert "|  | 5.0 | – | 1.0 | – | – | – |" in alone
 
 
