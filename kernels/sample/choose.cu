@@ -1,10 +1,9 @@
 // Tokens from logits by the rule of kernels/sample/rule.py: a row by a cluster of blocks, which keeps it in registers.
 //
-//     load, largest ─▶ limited rows: largest key that is kept ─▶ draw ─▶ token
+//     load, largest ─▶ limited rows: bins of count and mass ─▶ largest key that is kept ─▶ draw ─▶ token
 //
-// The limit of top-k, and then that of top-p, is sought in three steps: sums of count and mass below a few keys in registers; bins of the
-// range where the limit lies; keys of its bin. Blocks gather bins in shared memory and add them to those of the cluster's first block,
-// which searches them.
+// The blocks gather bins in shared memory and add them to those of the cluster's first block, which searches them: 1,024
+// coarse bins, then the 4,096 keys of the bin where the limit lies.
 //
 // Constants: V vocabulary, a multiple of 4; E numbers per thread; CLUSTER blocks of a row; IS_FLOAT32, else bfloat16; LIMITED: rows may
 // have limits.
@@ -19,9 +18,11 @@ typedef long long int64_t;
 #define KEYS_PER_UNIT 131072.0f
 #define MASS_OF_LARGEST 33554432.0f
 #define LAST_KEY ((1 << 22) - 1)
-#define RANGES 5  // of keys: four of 2^19, and the rest of 2^21, each of as many bins
-#define BINS 512
-#define MOST_KEYS 4096  // of a bin
+#define COARSE 1024
+#define FINE 4096  // keys of a coarse bin
+#define FINE_BITS 12
+#define DONE -2  // in place of a coarse bin
+#define HALF_BITS 12  // a mass is added in halves of 14 and 12 bits, whose sums stay below 2^32 for 2^18 tokens
 #define LOG2_E 1.44269504f
 #define LN_2 0.69314718f
 #define TOKEN_FACTOR 0x9E3779B1u
@@ -40,29 +41,23 @@ struct Arguments {
   int* newest;
 };
 
-struct Bins {  // a mass is low + 2^32 high
-  uint32_t *counts, *lows, *highs;
-};
-
-struct Sums {
-  uint64_t mass;
-  uint32_t count;
+struct Bins {  // of `size` each
+  uint32_t *counts, *highs, *lows;
 };
 
 struct Found {
   int bin;
-  Sums before;
-  uint64_t mass_inside;
+  uint32_t count_before;
+  uint64_t mass_before, mass_inside, total;
 };
 
 struct Shared {
   float largest[CLUSTER], warp_largest[WARPS];
   uint32_t is_wrong[CLUSTER], warp_is_wrong[WARPS];
-  uint64_t best[CLUSTER], warp_best[WARPS];
-  Sums warp_sums[WARPS][RANGES], block_sums[CLUSTER][RANGES], sums[RANGES];
+  uint64_t best[CLUSTER], warp_best[WARPS], warp_mass[WARPS];
+  uint32_t warp_count[WARPS];
+  int wanted_bin, limit;
   Found found;
-  int bin, limit;
-  uint64_t total;
 };
 
 // ---- shared memory of other blocks
@@ -77,10 +72,8 @@ __device__ __forceinline__ void put(const void* at, uint32_t block, uint32_t val
 __device__ __forceinline__ void put_64(const void* at, uint32_t block, uint64_t value) {
   asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(at_block(at, block)), "l"(value) : "memory");
 }
-__device__ __forceinline__ uint32_t add_at_first(const void* at, uint32_t value) {
-  uint32_t old;
-  asm volatile("atom.relaxed.cluster.shared::cluster.add.u32 %0, [%1], %2;" : "=r"(old) : "r"(at_block(at, 0)), "r"(value) : "memory");
-  return old;
+__device__ __forceinline__ void add_at_first(const void* at, uint32_t value) {
+  asm volatile("red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;" ::"r"(at_block(at, 0)), "r"(value) : "memory");
 }
 
 // ---- the rule
@@ -108,12 +101,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// A token's key is the whole number in its distance, (largest - x) / temperature in units of 2^-17, or LAST_KEY. So keys are compared as
-// distances: a key is below k where the distance is below k.
-__device__ __forceinline__ int key_of(float distance) { return (int)fminf(distance, (float)LAST_KEY); }
-// What distances of keys up to this are below; beyond the last key nothing is.
-__device__ __forceinline__ float end_of(int key) { return key < LAST_KEY ? (float)(key + 1) : __int_as_float(0x7fc00000); }
-__device__ __forceinline__ bool is_before(float distance, float end) { return !(distance >= end); }
+__device__ __forceinline__ int key_of(float z) { return (int)fminf(z * KEYS_PER_UNIT, (float)LAST_KEY); }
 
 // ---- numbers of a row
 __device__ __forceinline__ uint32_t token_of(int e) {
@@ -178,85 +166,65 @@ __device__ __forceinline__ float find_largest(const float (&x)[E], Shared& s, bo
 }
 
 #if LIMITED
+// The first bin with which `k` tokens are reached, or, where k is 0, the last before which less mass than `target` lies; bin -1: none.
+// Called by all threads of one block.
+template <int SIZE>
+__device__ Found find_bin(const Bins bins, uint32_t k, double target, uint32_t count_before, uint64_t mass_before, Shared& s) {
+  constexpr int PER = SIZE / THREADS;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = threadIdx.x * PER;
+  uint32_t count = 0;
+  uint64_t mass = 0;
+  for (int i = first; i < first + PER; i++) count += bins.counts[i], mass += ((uint64_t)bins.highs[i] << HALF_BITS) + bins.lows[i];
+  uint32_t counts = count;
+  uint64_t masses = mass;
+  for (int step = 1; step < 32; step *= 2) {
+    uint32_t c = __shfl_up_sync(ALL, counts, step);
+    uint64_t m = __shfl_up_sync(ALL, masses, step);
+    if (lane >= step) counts += c, masses += m;
+  }
+  if (lane == 31) s.warp_count[warp] = counts, s.warp_mass[warp] = masses;
+  if (threadIdx.x == 0) s.found.bin = -1;
+  __syncthreads();
+  uint64_t total = 0;
+  counts += count_before - count, masses += mass_before - mass;
+  for (int w = 0; w < WARPS; w++) {
+    if (w < warp) counts += s.warp_count[w], masses += s.warp_mass[w];
+    total += s.warp_mass[w];
+  }
+  if (threadIdx.x == 0) s.found.total = total;
+  for (int i = first; i < first + PER; i++) {
+    count = bins.counts[i], mass = ((uint64_t)bins.highs[i] << HALF_BITS) + bins.lows[i];
+    bool is_it = k ? counts < k && counts + count >= k : (double)masses < target && (double)(masses + mass) >= target;
+    if (is_it) s.found.bin = i, s.found.count_before = counts, s.found.mass_before = masses, s.found.mass_inside = mass;
+    counts += count, masses += mass;
+  }
+  __syncthreads();
+  Found found = s.found;
+  __syncthreads();
+  return found;
+}
+
 struct Search {
-  float largest, scale;  // 2^17 / temperature
+  float largest, scale;  // 1 / temperature
   int limit;             // of min-p
   uint32_t top_k;        // 0: off
   float top_p;           // 1: off
 };
 
-__device__ __forceinline__ uint32_t mass_of(float distance) {
-  return (uint32_t)(exp2_fast(distance * (-LOG2_E / KEYS_PER_UNIT)) * MASS_OF_LARGEST + 0.5f);
-}
-
-// Count and mass of the row's tokens in all ranges up to each, to all threads in s.sums.
-__device__ __forceinline__ void sum_ranges(float (&x)[E], const Search& search, Shared& s) {
-  uint32_t counts[RANGES] = {}, masses[RANGES] = {};
-  const float end = end_of(search.limit);
-  if (search.top_k) {
-#pragma unroll
-    for (int e = 0; e < E; e++) {
-      asm volatile("" : "+f"(x[e]));  // so that nothing is computed ahead and kept
-      float distance = (search.largest - x[e]) * search.scale;
-      bool is_kept = is_before(distance, end);
-#pragma unroll
-      for (int r = 0; r < RANGES; r++) counts[r] += is_kept && (r == RANGES - 1 || distance < (float)((r + 1) << 19));
-    }
-  }
-  if (search.top_p < 1) {
-#pragma unroll
-    for (int e = 0; e < E; e++) {
-      asm volatile("" : "+f"(x[e]));
-      float distance = (search.largest - x[e]) * search.scale;
-      uint32_t mass = is_before(distance, end) ? mass_of(distance) : 0;
-#pragma unroll
-      for (int r = 0; r < RANGES; r++) masses[r] += r == RANGES - 1 || distance < (float)((r + 1) << 19) ? mass : 0;
-    }
-  }
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-  for (int r = 0; r < RANGES; r++) {
-    uint32_t count = __reduce_add_sync(ALL, counts[r]);
-    uint64_t mass = ((uint64_t)__reduce_add_sync(ALL, masses[r] >> 16) << 16) + __reduce_add_sync(ALL, masses[r] & 0xffff);
-    if (lane == 0) s.warp_sums[warp][r] = {mass, count};
-  }
-  __syncthreads();
-  if (threadIdx.x < RANGES * CLUSTER) {
-    int r = threadIdx.x % RANGES, block = threadIdx.x / RANGES;
-    Sums sum = {0, 0};
-    for (int w = 0; w < WARPS; w++) sum.count += s.warp_sums[w][r].count, sum.mass += s.warp_sums[w][r].mass;
-    put(&s.block_sums[cluster_rank()][r].count, block, sum.count);
-    put_64(&s.block_sums[cluster_rank()][r].mass, block, sum.mass);
-  }
-  cluster_sync();
-  if (threadIdx.x < RANGES) {
-    Sums sum = {0, 0};
-    for (int b = 0; b < CLUSTER; b++) sum.count += s.block_sums[b][threadIdx.x].count, sum.mass += s.block_sums[b][threadIdx.x].mass;
-    s.sums[threadIdx.x] = sum;
-  }
-  __syncthreads();
-}
-
-// The first range with which `k` tokens, or, where k is 0, the mass `target` is reached.
-__device__ __forceinline__ int find_range(const Shared& s, uint32_t k, double target) {
-  int r = 0;
-  while (r < RANGES - 1 && (k ? s.sums[r].count < k : (double)s.sums[r].mass < target)) r++;
-  return r;
-}
-
-// Adds a block's tokens of keys from `first` to its own bins of 2^shift keys.
-__device__ __forceinline__ void gather(float (&x)[E], const Search& search, const Bins bins, int first, int size, int shift) {
-  const float begin = (float)first, end = end_of(min(search.limit, first + (size << shift) - 1));
+// Adds a block's tokens to its own bins: coarse ones, or those of the keys of one coarse bin.
+__device__ __forceinline__ void gather(float (&x)[E], const Search& search, const Bins bins, int coarse_bin) {
 #pragma unroll
   for (int e = 0; e < E; e++) {
-    asm volatile("" : "+f"(x[e]));
-    float distance = (search.largest - x[e]) * search.scale;
-    if (distance < begin || !is_before(distance, end)) continue;
-    int place = (key_of(distance) - first) >> shift;
+    asm volatile("" : "+f"(x[e]));  // so that nothing is computed ahead and kept
+    float z = (search.largest - x[e]) * search.scale;
+    int key = key_of(z);
+    if (key > search.limit || (coarse_bin >= 0 && key >> FINE_BITS != coarse_bin)) continue;
+    int place = coarse_bin >= 0 ? key & (FINE - 1) : key >> FINE_BITS;
     if (search.top_k) atomicAdd(&bins.counts[place], 1);
     if (search.top_p < 1) {
-      uint32_t mass = mass_of(distance);
-      if (mass && atomicAdd(&bins.lows[place], mass) > ~mass) atomicAdd(&bins.highs[place], 1);
+      uint32_t mass = (uint32_t)(exp2_fast(z * -LOG2_E) * MASS_OF_LARGEST + 0.5f);
+      if (mass >> HALF_BITS) atomicAdd(&bins.highs[place], mass >> HALF_BITS);
+      if (mass & ((1 << HALF_BITS) - 1)) atomicAdd(&bins.lows[place], mass & ((1 << HALF_BITS) - 1));
     }
   }
   __syncthreads();
@@ -264,48 +232,49 @@ __device__ __forceinline__ void gather(float (&x)[E], const Search& search, cons
 
 // Adds the bins to those of the first block, and clears them.
 __device__ __forceinline__ void push(const Bins bins, int size) {
-  if (cluster_rank() == 0) return;
   for (int i = threadIdx.x; i < size; i += THREADS) {
-    uint32_t count = bins.counts[i], low = bins.lows[i], high = bins.highs[i];
-    if (count) add_at_first(&bins.counts[i], count);
-    if (low && add_at_first(&bins.lows[i], low) > ~low) high++;
-    if (high) add_at_first(&bins.highs[i], high);
-    bins.counts[i] = bins.lows[i] = bins.highs[i] = 0;
+    if (bins.counts[i]) add_at_first(&bins.counts[i], bins.counts[i]), bins.counts[i] = 0;
+    if (bins.highs[i]) add_at_first(&bins.highs[i], bins.highs[i]), bins.highs[i] = 0;
+    if (bins.lows[i]) add_at_first(&bins.lows[i], bins.lows[i]), bins.lows[i] = 0;
   }
 }
 
-__device__ __forceinline__ void clear(const Bins bins, int size) {
-  for (int i = threadIdx.x; i < size; i += THREADS) bins.counts[i] = bins.lows[i] = bins.highs[i] = 0;
-}
+// What the first block looks for next in bins that have been added up; `limit` so far. Of the whole block.
+struct Progress {
+  bool has_k, has_p;
+  int limit;
+  uint32_t count_before;  // the coarse bin whose keys are looked at
+  uint64_t mass_before;
+  double target;  // of top-p's mass
+};
 
-// The first bin with which `k` tokens, or the mass `target`, is reached. Of all threads of one block; `size` is a multiple of THREADS.
-__device__ __forceinline__ Found find_bin(const Bins bins, int size, uint32_t k, double target, Sums before, Shared& s) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = size / WARPS * warp, end = first + size / WARPS;
-  Sums sum = {0, 0};
-  for (int i = first + lane; i < end; i += 32) sum.count += bins.counts[i], sum.mass += ((uint64_t)bins.highs[i] << 32) + bins.lows[i];
-  sum.count = __reduce_add_sync(ALL, sum.count);
-  for (int step = 16; step; step /= 2) sum.mass += __shfl_xor_sync(ALL, sum.mass, step);
-  if (lane == 0) s.warp_sums[warp][0] = sum;
-  __syncthreads();
-  for (int w = 0; w < warp; w++) before.count += s.warp_sums[w][0].count, before.mass += s.warp_sums[w][0].mass;
-  if (k ? before.count < k && before.count + sum.count >= k
-        : (double)before.mass < target && (double)(before.mass + sum.mass) >= target) {  // it is in this warp's bins
-    for (int i = first + lane; i < end; i += 32) {
-      uint32_t count = bins.counts[i], counts = count;
-      uint64_t mass = ((uint64_t)bins.highs[i] << 32) + bins.lows[i], masses = mass;
-      for (int step = 1; step < 32; step *= 2) {
-        uint32_t c = __shfl_up_sync(ALL, counts, step);
-        uint64_t m = __shfl_up_sync(ALL, masses, step);
-        if (lane >= step) counts += c, masses += m;
-      }
-      Sums here = {before.mass + masses - mass, before.count + counts - count};
-      if (k ? here.count < k && here.count + count >= k : (double)here.mass < target && (double)(here.mass + mass) >= target)
-        s.found = {i, here, mass};
-      before.count += __shfl_sync(ALL, counts, 31), before.mass += __shfl_sync(ALL, masses, 31);
+// The coarse bin whose keys must be gathered next, or DONE. `bin`: those that have just been gathered, or -1.
+__device__ __forceinline__ int advance(Progress& to, const Search& search, const Bins coarse, const Bins fine, int bin, Shared& s) {
+  if (bin < 0 && search.top_k) {
+    Found k = find_bin<COARSE>(coarse, search.top_k, 0, 0, 0, s);
+    to.target = (double)search.top_p * (double)k.total;
+    if (k.bin >= 0) {
+      to.has_k = true, to.count_before = k.count_before, to.mass_before = k.mass_before;
+      return k.bin;
     }
+  } else if (bin < 0) {
+    to.target = (double)search.top_p * (double)find_bin<COARSE>(coarse, 1, 0, 0, 0, s).total;
+  } else {
+    Found key = find_bin<FINE>(fine, to.has_k ? search.top_k : 0, to.target, to.count_before, to.mass_before, s);
+    to.limit = min(to.limit, bin * FINE + key.bin);
+    if (to.has_p) return DONE;
+    to.target = (double)search.top_p * (double)(key.mass_before + key.mass_inside);
   }
-  __syncthreads();
-  return s.found;
+  if (!(search.top_p < 1)) return DONE;
+  to.target = fmax(to.target, 1e-300);  // of top_p 0: the likeliest token stays
+  Found p = find_bin<COARSE>(coarse, 0, to.target, 0, 0, s);
+  to.has_k = false, to.has_p = true, to.mass_before = p.mass_before;
+  if (p.bin == bin) {
+    Found key = find_bin<FINE>(fine, 0, to.target, 0, p.mass_before, s);
+    to.limit = min(to.limit, bin * FINE + key.bin);
+    return DONE;
+  }
+  return p.bin;
 }
 
 // The largest key that min-p, top-k and top-p keep.
@@ -316,44 +285,28 @@ __device__ __forceinline__ int find_limit(const Arguments& a, int row, float (&x
   Search search = {largest, scale, LAST_KEY, top_k > 0 && top_k < V ? (uint32_t)top_k : 0, a.top_p[row]};
   if (min_p > 0) search.limit = (int)fminf(-logf(min_p) * KEYS_PER_UNIT, (float)LAST_KEY);
   if (!search.top_k && !(search.top_p < 1)) return search.limit;
-  const Bins bins = {memory, memory + BINS, memory + 2 * BINS};
-  memory += 3 * BINS;
-  const Bins keys = {memory, memory + MOST_KEYS, memory + 2 * MOST_KEYS};
-  sum_ranges(x, search, s);
-  int limit = search.limit, gathered = -1;
-  uint64_t total = s.sums[RANGES - 1].mass;
-  for (int stage = 0; stage < 2; stage++) {  // top-k, then top-p
-    const uint32_t k = stage ? 0 : search.top_k;
-    if (stage ? !(search.top_p < 1) : !k || s.sums[RANGES - 1].count <= k) continue;
-    const double target = fmax((double)search.top_p * (double)total, 1e-300);  // of top_p 0: the likeliest token stays
-    const int range = find_range(s, k, target), shift = range < RANGES - 1 ? 10 : 12;
-    const Sums before = range ? s.sums[range - 1] : Sums{0, 0};
-    if (range != gathered) {
-      gather(x, search, bins, range << 19, BINS, shift);
-      push(bins, BINS);
-      cluster_sync();
-    }
-    Found found;
-    if (cluster_rank() == 0) {
-      found = find_bin(bins, BINS, k, target, before, s);
-      if (threadIdx.x < CLUSTER) put(&s.bin, threadIdx.x, (uint32_t)found.bin);
-    }
-    cluster_sync();
-    const int first = (range << 19) + (s.bin << shift);
-    gather(x, search, keys, first, 1 << shift, 0);
-    push(keys, 1 << shift);
+  const Bins coarse = {memory, memory + COARSE, memory + 2 * COARSE};
+  memory += 3 * COARSE;
+  const Bins fine = {memory, memory + FINE, memory + 2 * FINE};
+  Progress progress = {false, false, search.limit, 0, 0, 0};
+  for (int bin = -1; bin != DONE;) {
+    const Bins bins = bin < 0 ? coarse : fine;
+    gather(x, search, bins, bin);
+    if (cluster_rank() != 0) push(bins, bin < 0 ? COARSE : FINE);
     cluster_sync();
     if (cluster_rank() == 0) {
-      found = find_bin(keys, 1 << shift, k, target, found.before, s);
-      total = found.before.mass + found.mass_inside;
-      if (threadIdx.x < CLUSTER) put(&s.limit, threadIdx.x, (uint32_t)(first + found.bin)), put_64(&s.total, threadIdx.x, total);
-      if (!stage) clear(keys, 1 << shift);
-      if (!stage && find_range(s, 0, fmax((double)search.top_p * (double)total, 1e-300)) != range) clear(bins, BINS);
+      int next = advance(progress, search, coarse, fine, bin, s);
+      if (bin >= 0 && next != DONE)
+        for (int i = threadIdx.x; i < FINE; i += THREADS) fine.counts[i] = fine.highs[i] = fine.lows[i] = 0;
+      if (threadIdx.x < CLUSTER) {
+        put(&s.wanted_bin, threadIdx.x, (uint32_t)next);
+        put(&s.limit, threadIdx.x, (uint32_t)progress.limit);
+      }
     }
     cluster_sync();
-    limit = min(limit, s.limit), total = s.total, gathered = range;
+    bin = s.wanted_bin;
   }
-  return limit;
+  return s.limit;
 }
 #endif
 
@@ -362,12 +315,12 @@ __device__ __forceinline__ int find_limit(const Arguments& a, int row, float (&x
 __device__ __forceinline__ uint64_t draw(const Arguments& a, int row, float (&x)[E], float largest, float temperature, int limit) {
   const uint64_t hash = mix64(mix64((uint64_t)a.seed[row] * 0x9E3779B97F4A7C15ull + 0xD1B54A32D192ED03ull) +
                               ((uint64_t)(int64_t)a.position[row] + 1) * 0x9E3779B97F4A7C15ull);
-  const float scale = KEYS_PER_UNIT / temperature, end = end_of(limit);
+  const float scale = 1 / temperature;
   float most = -INFINITE;
   int likely = -1;
 #pragma unroll
   for (int e = 0; e < E; e++) {
-    if (LIMITED && !is_before((largest - x[e]) * scale, end)) {
+    if (LIMITED && key_of((largest - x[e]) * scale) > limit) {
       x[e] = -INFINITE;
       continue;
     }
@@ -409,7 +362,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   }
 #if LIMITED
   extern __shared__ uint4 zeros[];
-  for (int i = threadIdx.x; i < 3 * (BINS + MOST_KEYS) / 4; i += THREADS) zeros[i] = make_uint4(0, 0, 0, 0);
+  for (int i = threadIdx.x; i < 3 * (COARSE + FINE) / 4; i += THREADS) zeros[i] = make_uint4(0, 0, 0, 0);
 #endif
   bool is_wrong;
   const float largest = find_largest(x, s, &is_wrong);
@@ -420,7 +373,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     if (temperature > 0) {
       int limit = LAST_KEY;
 #if LIMITED
-      limit = find_limit(a, row, x, largest, KEYS_PER_UNIT / temperature, (uint32_t*)zeros, s);
+      limit = find_limit(a, row, x, largest, 1 / temperature, (uint32_t*)zeros, s);
 #endif
       best = draw(a, row, x, largest, temperature, limit);
     } else {

@@ -31,8 +31,11 @@ class Sampler(Protocol):
 def choose_sampler(device: torch.device) -> Sampler:
     """The fastest form on this device."""
     if device.type == "cuda":
-        from tensorweave.kernels.sample.triton import TritonSampler  # only where there is a GPU
+        # Only where there is a GPU.
+        from tensorweave.kernels.cuda.program import can_run_hopper_kernels
+        from tensorweave.kernels.sample.hopper import HopperSampler
+        from tensorweave.kernels.sample.triton import TritonSampler
 
-        return TritonSampler(device)
+        return HopperSampler(device) if can_run_hopper_kernels(device) else TritonSampler(device)
     native = load_native(torch.float32) if device.type == "cpu" else None
     return ReferenceSampler() if native is None else NativeSampler(native)

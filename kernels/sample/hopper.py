@@ -20,7 +20,7 @@ _SOURCE: Final = Path(__file__).with_name("choose.cu")
 _CLUSTER: Final = 8
 _THREADS: Final = 512
 _MAX_NUMBERS: Final = 64
-_SHARED_BYTES: Final = 3 * (512 + 4096) * 4
+_SHARED_BYTES: Final = 3 * (1024 + 4096) * 4
 
 
 class _Arguments(ctypes.Structure):
@@ -79,7 +79,16 @@ class HopperSampler:
 
 
 def choose(logits_RV: Tensor, parameters: SamplingParameters, target: TokenTarget, *, has_limits: bool) -> None:
-    """A token per row."""
+    """A token per row.
+
+    128,256 tokens in float32, 1 / 64 / 256 rows (H100, 2026-11-27), and by Triton's kernels:
+
+        plain    7.6 / 34 / 105 µs    4.3 / 38 / 125
+        min-p    7.7 / 29 / 89        9 / 71 / 212
+        top-p    27 / 94 / 300        38 / 250 / 790
+        top-k    20 / 69 / 215        41 / 252 / 790
+        both     32 / 105 / 338       52 / 270 / 867
+    """
     R, V = logits_RV.shape
     assert fits(logits_RV)
     assert target.tokens_R.dtype == torch.int64

@@ -108,7 +108,8 @@ def sample(
     """A token per row.
 
     128,256 tokens, 1 / 64 / 256 rows (H100, 2026-11-26): plain 4.7 / 39 / 133 µs, min-p 9 / 65 / 224, top-p 36 / 241 /
-    814, top-k and top-p 49 / 270 / 892. The histogram's additions in the level-2 cache bound the last two.
+    814, top-k and top-p 49 / 270 / 892. The histogram's additions in the level-2 cache bound the last two; `hopper` has
+    them in shared memory.
 
     Args:
         logits_RV: bfloat16 or float32, edited already; -inf: a banned token.
