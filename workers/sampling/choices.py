@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from tensorweave.kernels.cuda.capture import no_collection
 from tensorweave.kernels.sample.chosen import Sampler
 from tensorweave.kernels.sample.rule import TokenTarget
 from tensorweave.workers.sampling.host_copies import HostCopies
@@ -89,7 +88,7 @@ class TokenChoices:
             compile_ahead(lambda: self._warm_all(largest_first))
         self._warm_all(largest_first)
         if self._device.type == "cuda":
-            with _no_collection():
+            with no_collection():
                 self._capture_all(largest_first)
 
     def _warm_all(self, steps: Iterable[StepLogits]) -> None:
@@ -111,16 +110,3 @@ class TokenChoices:
                 self._warm(kind, step, target)
                 graph.capture_end()
                 self._graphs[self._key(kind, step.sampled_RV, step.rows)] = graph, target
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """What the collector frees may belong to the device, which allows that at no time while it captures."""
-    gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -9,6 +9,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from tensorweave.kernels.cuda.capture import no_collection
+
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -50,9 +52,10 @@ class StepGraphs(Generic[Key]):
 
     def capture_all(self, sizes: Sequence[Key], report: Callable[[int, int], None]) -> None:
         """Capture each size, the largest first: `sizes` ascend. `report` is told how many of how many are done."""
-        for done, size in enumerate(reversed(sizes)):
-            report(done, len(sizes))
-            self.capture(size)
+        with no_collection():
+            for done, size in enumerate(reversed(sizes)):
+                report(done, len(sizes))
+                self.capture(size)
         report(len(sizes), len(sizes))
 
     def capture(self, size: Key) -> None:
