@@ -203,6 +203,8 @@ def _kv_identity(args: TorchLlmArgs, path: Path, engine: ModelEngine) -> tuple[s
     quantization = weight_quantization(args.quant_config) or _saved_quantization(args, path)
     if quantization is not None:
         digest = f"{digest} in {quantization}"
+    if args.load_format == "dummy":  # a CPU and a GPU draw other weights
+        digest = f"{digest} on {engine.pool.cache.device.type}"
     if args.backend == "_autodeploy":
         return f"{digest} by transformers", engine.pool.cache.shape[2] // 2
     return digest, load_model_config(path).sizes.num_kv_heads

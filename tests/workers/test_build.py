@@ -48,6 +48,20 @@ def test_an_executor_is_built_with_transfer(tmp_path: Path) -> None:
         rank._transfers.shutdown()
 
 
+def test_random_weights_are_those_of_a_kind_of_device(tmp_path: Path) -> None:
+    """A CPU and a GPU draw different ones, so that gangs on both must not exchange KV."""
+    make_model("llama", tmp_path)
+    config = CacheTransceiverConfig(backend="DEFAULT")
+    told = []
+    for load_format in ("dummy", "auto"):
+        args = engine_args(tmp_path, cache_transceiver_config=config, load_format=load_format)
+        executor = build_executor(args, SoloComm(), transfer_host="127.0.0.1", transfer_secret="s")
+        told.append(executor.kv_fingerprint["model"])
+        executor._transfers.shutdown()
+    assert told[0].endswith(" on cpu")
+    assert not told[1].endswith(" on cpu")
+
+
 @needs_native
 @pytest.mark.parametrize("backend", ["pytorch", "_autodeploy"])
 @pytest.mark.parametrize(("attn_backend", "form"), [("TRTLLM", NativeAttention), ("VANILLA", TorchAttention)])
