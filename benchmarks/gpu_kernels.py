@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tensorweave.kernels.attention.tiles import tile_queries
 from tensorweave.kernels.attention.triton_decode import DecodeWorkspace, HeadRotation, choose_splits, decode_attention
-from tensorweave.kernels.attention.triton_prefill import prefill_attention, tile_queries
+from tensorweave.kernels.attention.triton_prefill import prefill_attention
 from tensorweave.kernels.heads.triton import rope_store
 from tensorweave.kernels.linear import triton_thin_kernels as thin
 from tensorweave.kernels.linear.triton_swiglu import silu_mul_pairs, swiglu_linear

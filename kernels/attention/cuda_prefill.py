@@ -68,7 +68,7 @@ def prefill_attention(
     window: int | None = None,
     cluster: int = 1,
 ) -> None:
-    """See `triton_prefill.prefill_attention`; the tiles are those of `tile_queries`.
+    """See `triton_prefill.prefill_attention`; the tiles are those of `tiles.tile_queries`.
 
     TFLOP/s with 32 + 8 heads of 128, blocks of 32 / 64 tokens (H100, 2026-11-27): 4 x 2,048 tokens 520 / 550, 8,192
     600 / 627, 16 x 1,000 397 / 430, 2,048 after 6,144 591 / 628; cuDNN, which cannot read a paged prefix and plans each

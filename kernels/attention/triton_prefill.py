@@ -8,17 +8,16 @@ Fresh prompts without a window are faster through cuDNN's scaled_dot_product_att
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tensorweave.kernels.attention.tiles import TILE_QUERIES
+
 # T tokens, N query heads, K KV heads, G = N / K, H head dim, Z tiles of queries
 # B blocks of the pool, P tokens per block, C = 2 K planes of a block, W blocks per row of the block table
 
-TILE_QUERIES = 128
 # Keys per step, stages, warps. 8,192 tokens, blocks of 32, H100: 1,418 µs with (64, 3, 4), 1,518 with (32, 4, 4); with
 # a window of 1,024: 685 and 466.
 _TILING, _TILING_WINDOWED, _TILING_WIDE = (64, 3, 4), (32, 4, 4), (32, 1, 8)
@@ -85,26 +84,6 @@ def _prefill(
             high = higher
     out = out_ptr + (token * N + head) * H + d[None, :]
     tl.store(out, (acc / tl.where(total > 0, total, 1.0)[:, None]).to(out_ptr.dtype.element_ty), mask=live)
-
-
-def tile_queries(chunks: Sequence[tuple[int, int, int]], num_tiles: int | None = None) -> Tensor:
-    """[Z, 4] int32 on the CPU: first row, its position, rows and sequence of each tile, those with many keys first.
-
-    Args:
-        chunks: (first row of the batch, its position, length) of each sequence, in the order of the block table.
-        num_tiles: pad with empty tiles to this many, for a graph. Raises ValueError if there are more.
-    """
-    tiles = [
-        (row + offset, position + offset, min(TILE_QUERIES, length - offset), sequence)
-        for sequence, (row, position, length) in enumerate(chunks)
-        for offset in range(0, length, TILE_QUERIES)
-    ]
-    tiles.sort(key=lambda tile: -(tile[1] + tile[2]))
-    if num_tiles is not None:
-        if len(tiles) > num_tiles:
-            raise ValueError(f"{len(tiles)} tiles of queries do not fit in {num_tiles}")
-        tiles += [(0, 0, 0, 0)] * (num_tiles - len(tiles))
-    return torch.tensor(tiles, dtype=torch.int32).view(-1, 4)
 
 
 def prefill_attention(

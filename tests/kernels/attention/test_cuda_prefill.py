@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from tensorweave.kernels.attention.cuda_prefill import prefill_attention
-from tensorweave.kernels.attention.triton_prefill import tile_queries
+from tensorweave.kernels.attention.tiles import tile_queries
 from tests.kernels.attention.prefill_cases import CHUNKS, LARGE_CHUNKS, check
 
 pytestmark = pytest.mark.gpu

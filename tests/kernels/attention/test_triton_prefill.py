@@ -8,7 +8,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from tensorweave.kernels.attention.triton_prefill import prefill_attention, tile_queries
+from tensorweave.kernels.attention.tiles import tile_queries
+from tensorweave.kernels.attention.triton_prefill import prefill_attention
 from tensorweave.kernels.weights import FP8
 from tests.kernels.attention.prefill_cases import CHUNKS, LARGE_CHUNKS, check
 

@@ -8,6 +8,7 @@ from typing import Final
 
 from torch import Tensor
 
+from tensorweave.kernels.attention.tiles import count_tiles
 from tensorweave.kernels.device_operations import DecodeAttention, DecodeRows, DeviceOperations
 from tensorweave.kernels.weights import Matrix
 from tensorweave.workers.engine.device.step_inputs import MixedBuffer, MixedInputs, MixedSize, RowInputs, StepInputs
@@ -26,7 +27,7 @@ _MORE_CHUNKS: Final = 16
 def mixed_sizes(max_rows: int, max_tokens: int) -> tuple[MixedSize, ...]:
     """Sizes that are captured, ascending: of longer steps, a GPU computes for longer than launching them takes."""
     sizes = [
-        MixedSize(decodes, tokens, min(decodes + _MORE_CHUNKS, max_rows), tokens // 128 + _MORE_CHUNKS)
+        MixedSize(decodes, tokens, min(decodes + _MORE_CHUNKS, max_rows), count_tiles(tokens) + _MORE_CHUNKS)
         for decodes in _DECODES
         for tokens in _PROMPT_TOKENS
         if decodes <= max_rows and decodes + tokens <= max_tokens

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.attention.tiles import tile_chunks
+from tensorweave.kernels.attention.tiles import count_tiles, tile_chunks
 from tensorweave.kernels.step.reference import FROM_DEVICE, SequenceState, TableUpdate
 from tensorweave.workers.engine.device.sequence_tables import Ints, SequenceTables
 from tensorweave.workers.engine.device.staging import Staging
@@ -125,7 +125,7 @@ class StepInputs:
         self._tokens_per_block = tokens_per_block
         self._max_rows = max_rows
         self._rows = Staging(3 * max_rows + 2 * _NUM_ENTRIES, device)
-        most_tiles = max_tokens // 128 + min(max_rows, max_tokens)
+        most_tiles = count_tiles(max_tokens) + min(max_rows, max_tokens)
         self.mixed = MixedBuffer(MixedSize(max_rows, max_tokens, max_rows, most_tiles), device)
         num_slots, width = tables.tables_SW.shape
         self.state = SequenceState(
@@ -216,6 +216,6 @@ class StepInputs:
 
 def size_of(batch: ScheduledBatch) -> MixedSize:
     """Of a step with prompt chunks, not padded."""
-    num_tiles = sum(-(-row.length // 128) for row in batch.context)
     num_prompt = sum(row.length for row in batch.context)
-    return MixedSize(len(batch.generation), num_prompt, len(batch.sampled), num_tiles)
+    most_tiles = sum(count_tiles(row.length) for row in batch.context)
+    return MixedSize(len(batch.generation), num_prompt, len(batch.sampled), most_tiles)
