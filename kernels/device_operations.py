@@ -72,14 +72,8 @@ class DeviceOperations(Protocol):
         """See `kernels.step.reference.begin_step`."""
         ...
 
-    def embed(self, tokens_T: Tensor, table_VD: Tensor, x_TD: Tensor) -> None:
-        """x = table[tokens]."""
-        ...
-
-    def add_rms_norm(
-        self, x_TD: Tensor, update_TD: Tensor | None, weight_D: Tensor, epsilon: float, out_TD: Tensor
-    ) -> None:
-        """x += update, in place; out = x normed."""
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, epsilon: float, out_TD: Tensor) -> None:
+        """out = x normed."""
         ...
 
     def gated_product(self, x_TD: Tensor, gate_up: Matrix, out_TI: Tensor) -> None:

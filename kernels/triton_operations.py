@@ -43,13 +43,8 @@ class TritonOperations:
     ) -> None:
         step.begin_step(slots_R, given_tokens_R, state, update, tokens_R)
 
-    def embed(self, tokens_T: Tensor, table_VD: Tensor, x_TD: Tensor) -> None:
-        torch.index_select(table_VD, 0, tokens_T, out=x_TD)
-
-    def add_rms_norm(
-        self, x_TD: Tensor, update_TD: Tensor | None, weight_D: Tensor, epsilon: float, out_TD: Tensor
-    ) -> None:
-        add_rms_norm(x_TD, update_TD, weight_D, epsilon, out_TD, pdl=self._has_pdl)
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, epsilon: float, out_TD: Tensor) -> None:
+        add_rms_norm(x_TD, None, weight_D, epsilon, out_TD, pdl=self._has_pdl)
 
     def gated_product(self, x_TD: Tensor, gate_up: Matrix, out_TI: Tensor) -> None:
         weight = gate_up.weight_NK

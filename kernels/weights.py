@@ -104,6 +104,11 @@ class Matrix:
         return weight.values_NK if isinstance(weight, QuantizedWeight) else weight
 
 
+def interleave_gate_up(gate_IK: Tensor, up_IK: Tensor) -> Tensor:
+    """[2 I, K] with rows that alternate gate and up, as GPU kernels read them; of a bias, [2 I]."""
+    return torch.stack([gate_IK, up_IK], 1).flatten(0, 1)
+
+
 def quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     """Rows in e4m3, and float32 scales [M] by which the largest element of each row becomes e4m3's largest number."""
     wide_MK = x_MK.float()

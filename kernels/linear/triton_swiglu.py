@@ -118,11 +118,6 @@ def swiglu_linear(x_MK: Tensor, weight_2IK: Tensor, out_MI: Tensor) -> None:
     )  # fmt: skip
 
 
-def interleave_gate_up(gate_IK: Tensor, up_IK: Tensor) -> Tensor:
-    """[2 I, K] with rows that alternate gate and up, as `swiglu_linear` and `thin_linear` read them."""
-    return torch.stack([gate_IK, up_IK], 1).flatten(0, 1)
-
-
 def silu_mul_pairs(
     gate_up: Tensor | UnscaledProduct,
     out: Tensor | QuantizedRows,

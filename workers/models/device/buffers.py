@@ -55,6 +55,12 @@ class StepBuffers:
     sampled: LayerBuffers
     logits_RV: Tensor
 
+    def embed(self, model: DeviceModel, num_tokens: int) -> LayerBuffers:
+        """Buffers of the first tokens, x of which is the embedding of `tokens_T`."""
+        part = self.all.first(num_tokens)
+        torch.index_select(model.embedding_VD, 0, self.tokens_T[:num_tokens], out=part.x_TD)
+        return part
+
     @property
     def max_tokens(self) -> int:
         return self.tokens_T.shape[0]

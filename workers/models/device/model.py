@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tensorweave.kernels.heads.rotation import HeadRotation
 from tensorweave.kernels.linear.reference import Linear, QuantizedLinear, TorchLinear
-from tensorweave.kernels.weights import Matrix, QuantizedWeight
+from tensorweave.kernels.weights import Matrix, QuantizedWeight, interleave_gate_up
 from tensorweave.workers.models.decoder_layer import DecoderLayer
 from tensorweave.workers.models.layers import VocabEmbedding
 from tensorweave.workers.models.stack import TorchStack
@@ -144,7 +144,7 @@ def _interleave(gate_up: Matrix) -> Matrix:
 
 
 def _interleave_halves(rows: Tensor) -> None:
-    rows.copy_(torch.stack(rows.chunk(2), 1).flatten(0, 1))
+    rows.copy_(interleave_gate_up(*rows.chunk(2)))
 
 
 def _is_power_of_two(number: int) -> bool:

@@ -54,7 +54,7 @@ def make_wide_layers(model: DeviceModel, operations: DeviceOperations, buffers: 
         from tensorweave.workers.models.device.wide_quantized import WideQuantizedLayers  # as in `_thin_maker`
 
         if WideQuantizedLayers.fits(model):
-            return WideQuantizedLayers(model, operations, buffers)
+            return WideQuantizedLayers(model, buffers)
     return WideLayers(model, operations, buffers)
 
 

@@ -88,7 +88,7 @@ class AllLayers(Protocol):
 
 
 class WideLayers:
-    """`num_layers_done` counts since the start; any thread may read it."""
+    """Of weights in any form; `WideQuantizedLayers` is faster where it fits."""
 
     def __init__(self, model: DeviceModel, operations: DeviceOperations, buffers: StepBuffers) -> None:
         self._model = model
@@ -96,11 +96,10 @@ class WideLayers:
         self._buffers = buffers
         last, num_heads = model.layers[-1], model.num_heads
         self._last_keys_and_values = last.qkv.outputs_from(num_heads * model.head_dim)
-        self.num_layers_done = 0
 
     def __call__(self, num_tokens: int, attention: LayerAttention, caches: Sequence[Tensor]) -> Tensor:
         """From `tokens_T` of the buffers to the hidden states of all tokens after the final norm, [T, D]."""
-        part = self._embed(num_tokens)
+        part = self._buffers.embed(self._model, num_tokens)
         for layer, cache_BCPH in zip(self._model.layers, caches, strict=True):
             self._run_layer(layer, part, attention, cache_BCPH)
         return self._norm_last(part)
@@ -121,11 +120,11 @@ class WideLayers:
             row_attention: of these rows, each the newest token of its sequence; None where there are none.
         """
         layers, operations, epsilon = self._model.layers, self._operations, self._model.epsilon
-        part = self._embed(num_tokens)
+        part = self._buffers.embed(self._model, num_tokens)
         for layer, cache_BCPH in zip(layers[:-1], caches, strict=False):
             self._run_layer(layer, part, attention, cache_BCPH)
         last, cache_BCPH = layers[-1], caches[-1]
-        operations.add_rms_norm(part.x_TD, None, last.norm_D, epsilon, part.normed_TD)
+        operations.rms_norm(part.x_TD, last.norm_D, epsilon, part.normed_TD)
         C, H = cache_BCPH.shape[1], cache_BCPH.shape[3]
         kv_TCH = part.heads_TXH.view(-1)[: num_tokens * C * H].view(num_tokens, C, H)
         operations.product(part.normed_TD, self._last_keys_and_values, kv_TCH.flatten(1))
@@ -136,22 +135,16 @@ class WideLayers:
             self._run_layer(last, sampled, row_attention, cache_BCPH)
         return self._norm_last(sampled)
 
-    def _embed(self, num_tokens: int) -> LayerBuffers:
-        part = self._buffers.all.first(num_tokens)
-        self._operations.embed(self._buffers.tokens_T[:num_tokens], self._model.embedding_VD, part.x_TD)
-        return part
-
     def _run_layer(self, layer: DeviceLayer, part: LayerBuffers, attention: LayerAttention, cache_BCPH: Tensor) -> None:
         operations, epsilon = self._operations, self._model.epsilon
-        operations.add_rms_norm(part.x_TD, None, layer.norm_D, epsilon, part.normed_TD)
+        operations.rms_norm(part.x_TD, layer.norm_D, epsilon, part.normed_TD)
         operations.product(part.normed_TD, layer.qkv, part.heads_TXH.flatten(1))
         attention(layer, part.heads_TXH, cache_BCPH, part.attended_TNH)
         operations.add_product(part.attended_TNH.flatten(1), layer.output, part.x_TD)
-        operations.add_rms_norm(part.x_TD, None, layer.mlp_norm_D, epsilon, part.normed_TD)
+        operations.rms_norm(part.x_TD, layer.mlp_norm_D, epsilon, part.normed_TD)
         operations.gated_product(part.normed_TD, layer.gate_up, part.gated_TI)
         operations.add_product(part.gated_TI, layer.down, part.x_TD)
-        self.num_layers_done += 1
 
     def _norm_last(self, part: LayerBuffers) -> Tensor:
-        self._operations.add_rms_norm(part.x_TD, None, self._model.norm_D, self._model.epsilon, part.normed_TD)
+        self._operations.rms_norm(part.x_TD, self._model.norm_D, self._model.epsilon, part.normed_TD)
         return part.normed_TD

@@ -12,7 +12,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.device_operations import DeviceOperations
 from tensorweave.kernels.linear.quantized import (
     QuantizedRows,
     UnscaledProduct,
@@ -59,14 +58,12 @@ class EightBitRows:
 class WideQuantizedLayers:
     """The counterpart of `WideLayers`, which has the contracts."""
 
-    def __init__(self, model: DeviceModel, operations: DeviceOperations, buffers: StepBuffers) -> None:
+    def __init__(self, model: DeviceModel, buffers: StepBuffers) -> None:
         self._model = model
-        self._operations = operations
         self._buffers = buffers
         self._ones = torch.ones((), device=model.device)
         self._has_pdl = torch.cuda.get_device_capability(model.device) >= (9, 0)
         self._last_keys_and_values = model.layers[-1].qkv.outputs_from(model.num_heads * model.head_dim)
-        self.num_layers_done = 0
 
     @staticmethod
     def fits(model: DeviceModel) -> bool:
@@ -76,8 +73,9 @@ class WideQuantizedLayers:
         return is_quantized and not biased and model.device.type == "cuda"
 
     def __call__(self, num_tokens: int, attention: LayerAttention, caches: Sequence[Tensor]) -> Tensor:
-        part, rows, update = self._embed(num_tokens), EightBitRows.empty(self._model, num_tokens), None
-        for layer, cache_BCPH in zip(self._model.layers, caches, strict=True):
+        model = self._model
+        part, rows, update = self._buffers.embed(model, num_tokens), EightBitRows.empty(model, num_tokens), None
+        for layer, cache_BCPH in zip(model.layers, caches, strict=True):
             update = self._run_layer(layer, part, rows, attention, cache_BCPH, update)
         return self._norm_last(part, update)
 
@@ -90,7 +88,7 @@ class WideQuantizedLayers:
         caches: Sequence[Tensor],
     ) -> Tensor:
         model = self._model
-        part, rows, update = self._embed(num_tokens), EightBitRows.empty(model, num_tokens), None
+        part, rows, update = self._buffers.embed(model, num_tokens), EightBitRows.empty(model, num_tokens), None
         for layer, cache_BCPH in zip(model.layers[:-1], caches, strict=False):
             update = self._run_layer(layer, part, rows, attention, cache_BCPH, update)
         last, cache_BCPH = model.layers[-1], caches[-1]
@@ -106,11 +104,6 @@ class WideQuantizedLayers:
             few = EightBitRows.empty(model, len(rows_R))
             update = self._run_layer(last, sampled, few, row_attention, cache_BCPH, None)
         return self._norm_last(sampled, update)
-
-    def _embed(self, num_tokens: int) -> LayerBuffers:
-        part = self._buffers.all.first(num_tokens)
-        self._operations.embed(self._buffers.tokens_T[:num_tokens], self._model.embedding_VD, part.x_TD)
-        return part
 
     def _run_layer(
         self,
@@ -135,7 +128,6 @@ class WideQuantizedLayers:
         else:
             gate_up = unscaled_linear(rows.normed, _weight(layer.gate_up), self._ones, rows.gate_up_T2I)
         silu_mul_pairs(gate_up, rows.gated, pdl=pdl)
-        self.num_layers_done += 1
         return unscaled_linear(rows.gated, _weight(layer.down), self._ones, rows.update_TD)
 
     def _norm_last(self, part: LayerBuffers, update: UnscaledProduct | None) -> Tensor:
