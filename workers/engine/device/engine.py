@@ -85,7 +85,7 @@ class DeviceEngine:
             num_padded = self._sizes.padded(num_rows) if num_rows else 0
             if batch.context:
                 return Ready(self._launch_mixed(batch, kv_cache, num_padded))
-            self._inputs.send_rows(batch, kv_cache, num_padded)
+            self._inputs.send_decodes(batch, kv_cache, num_padded)
             self.graphs.run(num_padded)
             return Ready(self._logits(num_padded))
 
@@ -124,12 +124,10 @@ class DeviceEngine:
         if not batch.prompt_reads:
             captured = next((each for each in self._mixed_sizes if each.holds(size)), None)
             if captured is not None:
-                self._inputs.send_chunks(batch, kv_cache, self._small, captured)
-                self._inputs.send_rows(batch, kv_cache, max(num_padded, captured.num_rows))
+                self._inputs.send_mixed(batch, kv_cache, self._small, captured, max(num_padded, captured.num_rows))
                 self.graphs.run(captured)
                 return self._logits(num_padded)
-        self._inputs.send_chunks(batch, kv_cache, self._inputs.mixed, size)
-        self._inputs.send_rows(batch, kv_cache, num_padded)
+        self._inputs.send_mixed(batch, kv_cache, self._inputs.mixed, size, num_padded)
         if not batch.prompt_reads:
             self._mixed.run_rows(self._inputs.mixed, size)
             return self._logits(num_padded)

@@ -146,11 +146,24 @@ class StepInputs:
         places_E, blocks_E = torch.split(self._rows.device_E[first : first + 2 * E], E)
         return TableUpdate(places_E, blocks_E)
 
-    def send_rows(self, batch: ScheduledBatch, kv_cache: KVCache, num_padded: int) -> None:
-        """Bring the numbers of the rows that sample to the device, and what block tables lack there."""
+    def send_decodes(self, batch: ScheduledBatch, kv_cache: KVCache, num_padded: int) -> None:
+        """Bring a step of decodes alone to the device."""
+        self._send_rows(self._describe(batch.sampled, kv_cache), num_padded)
+
+    def send_mixed(
+        self, batch: ScheduledBatch, kv_cache: KVCache, buffer: MixedBuffer, size: MixedSize, num_padded: int
+    ) -> None:
+        """Bring a step with prompt chunks to the device. Rows that sample are padded to `num_padded`."""
+        slots = [self._tables.slot_of(row.request, kv_cache.block_ids(row.request)) for row in batch.context]
+        sampled = self._describe(batch.sampled, kv_cache)
+        first = len(batch.sampled) - len(batch.generation)
+        self._send_chunks(batch, slots, [numbers[first:] for numbers in sampled], buffer, size)
+        self._send_rows(sampled, num_padded)
+
+    def _send_rows(self, described: Sequence[list[int]], num_padded: int) -> None:
+        """Slots, lengths and tokens of the rows that sample, and what block tables lack."""
         R, host = self._max_rows, self._rows.next()
-        described = zip(self._describe(batch.sampled, kv_cache), self._row_padding, strict=True)
-        for i, (numbers, fill) in enumerate(described):
+        for i, (numbers, fill) in enumerate(zip(described, self._row_padding, strict=True)):
             host[i * R : i * R + len(numbers)] = numbers
             host[i * R + len(numbers) : i * R + num_padded] = fill
         places, blocks = self._take_changes()
@@ -188,9 +201,15 @@ class StepInputs:
         self.state.tables_SW.view(-1).index_copy_(0, ahead[0].long(), ahead[1])
         return places[-_NUM_ENTRIES:], blocks[-_NUM_ENTRIES:]
 
-    def send_chunks(self, batch: ScheduledBatch, kv_cache: KVCache, buffer: MixedBuffer, size: MixedSize) -> None:
-        """Bring what a step with prompt chunks needs beside `send_rows`, which comes after it, to the device."""
-        slots = [self._tables.slot_of(row.request, kv_cache.block_ids(row.request)) for row in batch.context]
+    def _send_chunks(
+        self,
+        batch: ScheduledBatch,
+        slots: Sequence[int],
+        decodes: Sequence[list[int]],
+        buffer: MixedBuffer,
+        size: MixedSize,
+    ) -> None:
+        """`slots` are those of the chunks; `decodes` are slots, lengths and tokens of the others."""
         positions = [np.arange(row.start, row.stop, dtype=np.int32) for row in batch.context]
         ids: list[int] = []
         sampled: list[int] = []
@@ -199,7 +218,6 @@ class StepInputs:
             stop = size.num_decodes + len(ids)
             sampled += range(stop - row.num_samples, stop)
         sampled += range(len(batch.generation))
-        decodes = self._describe(batch.generation, kv_cache)
         P, tables_SW = self._tokens_per_block, self._tables.tables_SW
         kv_slots = [tables_SW[slot, at // P] * P + at % P for slot, at in zip(slots, positions, strict=True)]
         tiles = tile_chunks([(row.start, row.length, slot) for row, slot in zip(batch.context, slots, strict=True)])
