@@ -47,7 +47,7 @@ __all__ = [
     "unpack_tokens",
 ]
 
-PROTOCOL_VERSION: Final = 5
+PROTOCOL_VERSION: Final = 6
 
 FinishReason = Literal["stop", "length", "timeout", "cancelled", "not_finished"]
 Role = Literal["prefill", "decode", "both"]

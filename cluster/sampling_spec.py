@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from tensorweave.cluster.errors import WireError
 from tensorweave.cluster.fields import as_bytes, as_flag, as_int, as_int_or_none, as_number, checked, tuple_of
+from tensorweave.cluster.guide import Guide, guide_or_none
 
 MAX_INT: Final = 2**31 - 1
 
@@ -150,6 +151,7 @@ class SamplingSpec:
         wants_generation_logits: Report the logits that each output token was sampled from, as the model gave them.
         logits_processors: Names of callables that the executor holds; each edits this request's logits first.
         uses_batched_processor: The executor's batched processor edits this request's logits too.
+        guide: The grammar that the output follows. It counts the replayed tokens too.
     """
 
     max_tokens: int
@@ -176,6 +178,7 @@ class SamplingSpec:
     wants_generation_logits: bool = False
     logits_processors: tuple[str, ...] = ()
     uses_batched_processor: bool = False
+    guide: Guide | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -194,7 +197,10 @@ class SamplingSpec:
     def to_wire(self) -> dict[str, Any]:
         """What differs from the defaults."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if name not in SPEC_OFF or value != SPEC_OFF[name]}
+        values = {name: value for name, value in values.items() if name not in SPEC_OFF or value != SPEC_OFF[name]}
+        if self.guide is not None:
+            values["guide"] = self.guide.to_wire()
+        return values
 
     @classmethod
     def from_wire(cls, fields: Any) -> SamplingSpec:
@@ -233,4 +239,5 @@ _READERS: Final[dict[str, Callable[[Any, str], Any]]] = {
     "wants_generation_logits": as_flag,
     "logits_processors": tuple_of(lambda value, name: checked(value, name, str)),
     "uses_batched_processor": as_flag,
+    "guide": guide_or_none,
 }
