@@ -38,6 +38,7 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
         "http/body_memory.py": "",
         "dispatch": "deadline.py",
         "sampling": "",
+        "chat_formats": "",
         "text": "dispatch",
         "openai": "time_slice.py sampling text",
         "bodies": "openai sampling text",

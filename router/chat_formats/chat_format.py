@@ -1,0 +1,122 @@
+"""`ChatFormat`: how a family of models writes reasoning and calls of tools; from it a parser and a guide."""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tensorweave.cluster.guide import Guide
+from tensorweave.router.chat_formats.answer import Answer
+from tensorweave.router.chat_formats.guide import answer_tag, whole_guide
+from tensorweave.router.chat_formats.parser import AnswerParser, CallSyntax, parse_answer
+from tensorweave.router.chat_formats.source import Source
+from tensorweave.router.chat_formats.structural_tags import any_text
+from tensorweave.router.chat_formats.thinking import Thinking, ThinkingState
+from tensorweave.router.chat_formats.tools import FunctionTool, ToolChoice
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallIds:
+    """What the ids of calls look like that the model does not write itself."""
+
+    prefix: str = "call_"
+    num_chars: int = 24
+
+    def draw(self, source: random.Random) -> str:
+        return self.prefix + "".join(source.choices(string.ascii_letters + string.digits, k=self.num_chars))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatFormat:
+    """The format of a family's answers. It is data (`families.py`), shared by all requests.
+
+    Args:
+        name: Of the family, for messages.
+        calls: The ways in which it writes calls, the usual one first; none: tools are not recognized.
+        thinking: The markers of its reasoning; None: it has none.
+        turn_begins: Markers in the prompt at which the assistant's turn begins.
+        call_ids: The ids of calls.
+    """
+
+    name: str
+    calls: tuple[CallSyntax, ...] = ()
+    thinking: Thinking | None = None
+    turn_begins: tuple[str, ...] = ()
+    call_ids: CallIds = CallIds()
+
+    @property
+    def markers(self) -> frozenset[str]:
+        """The texts that must reach the parser. Some are special tokens of the model: the text of an answer must
+        contain these, also if the request says `skip_special_tokens`, and no other special tokens then."""
+        thinking = (self.thinking.begin, self.thinking.end) if self.thinking else ()
+        return frozenset([*thinking, *(marker for calls in self.calls for marker in calls.markers)])
+
+    def parser(
+        self,
+        prompt_tail: str = "",
+        tools: Sequence[FunctionTool] = (),
+        tool_choice: ToolChoice = ToolChoice.AUTO,
+        *,
+        rng: random.Random | None = None,
+    ) -> AnswerParser:
+        """A parser for one answer.
+
+        Args:
+            prompt_tail: The end of the prompt's text, at least all that it has of the assistant's turn: it shows
+                whether the template has opened the reasoning. A tail from before the turn does no harm.
+            tools: The request's functions. Without tools, or with `tool_choice` none, nothing is a call.
+            rng: For ids; the system's randomness by default.
+        """
+        source, ids = Source(), rng or random.SystemRandom()
+        state = self.thinking_state(prompt_tail)
+        answer = Answer(lambda: self.call_ids.draw(ids), is_after_marker=state != "unopened")
+        names = frozenset(tool.name for tool in tools if tool_choice.mode != "none")
+        steps = parse_answer(source, answer, self.thinking, state, self.calls, names)
+        return AnswerParser(source, answer, steps)
+
+    def thinking_state(self, prompt_tail: str) -> ThinkingState:
+        """Whether an answer to this prompt begins within the reasoning. Without reasoning: `unopened`."""
+        if self.thinking is None:
+            return "unopened"
+        turn_begins = max((prompt_tail.rfind(marker) for marker in self.turn_begins), default=-1)
+        return self.thinking.state(prompt_tail[max(turn_begins, 0) :])
+
+    def guide(
+        self,
+        tools: Sequence[FunctionTool] = (),
+        tool_choice: ToolChoice = ToolChoice.AUTO,
+        *,
+        is_parallel: bool = True,
+        prompt_tail: str = "",
+        answer_guide: Guide | None = None,
+        max_thinking_tokens: int | None = None,
+    ) -> Guide | None:
+        """The guide that the whole answer must follow, reasoning included; None if it is free.
+
+        There is one if a call is required, if a function is strict, if not all tools are allowed, or not several calls,
+        if the answer has a form, or if the reasoning has a limit.
+
+        Args:
+            tools: The request's functions.
+            is_parallel: The answer may have several calls.
+            prompt_tail: As in `parser`.
+            answer_guide: The form of the answer, if it is not a call.
+            max_thinking_tokens: The limit of the reasoning; then its end is forced.
+
+        Raises:
+            RequestRejected: Tools without a known format, or an `answer_guide` that cannot be part of another guide.
+        """
+        state = self.thinking_state(prompt_tail)
+        thinking = None if self.thinking is None else self.thinking.tag(state, max_thinking_tokens)
+        if answer_guide is not None and thinking is None and not (tools and tool_choice.mode != "none"):
+            return answer_guide
+        syntax = self.calls[0] if self.calls else None
+        excludes = (self.thinking.begin, self.thinking.end) if self.thinking else ()
+        answer = answer_tag(
+            syntax, tools, tool_choice, is_parallel=is_parallel, answer_guide=answer_guide, excludes=excludes
+        )
+        if answer is None and (thinking is None or max_thinking_tokens is None):
+            return None
+        return whole_guide(thinking, answer or any_text(excludes=excludes))

@@ -1,0 +1,55 @@
+"""Chooses the format of a model: by the names that an operator gives, or by the chat template."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Final
+
+from tensorweave.router.chat_formats.chat_format import ChatFormat
+from tensorweave.router.chat_formats.families import PLAIN, REASONING_PARSERS, TEMPLATE_MARKS, TOOL_PARSERS
+
+NONE: Final = "none"
+"""As the name of a parser: nothing is recognized, whatever the chat template says."""
+
+
+def choose_format(
+    chat_template: str | None, *, tool_parser: str | None = None, reasoning_parser: str | None = None
+) -> ChatFormat:
+    """The format of a model's answers.
+
+    Args:
+        chat_template: Of its tokenizer.
+        tool_parser: The name of a format of calls, as vLLM, SGLang or TensorRT-LLM have it; `none`; None: the chat
+            template tells.
+        reasoning_parser: The same for reasoning.
+
+    Raises:
+        ValueError: An unknown name.
+    """
+    detected = detect_format(chat_template or "")
+    chosen = detected if tool_parser is None else _named(tool_parser, TOOL_PARSERS, "tool_parser")
+    reasons = detected if reasoning_parser is None else _named(reasoning_parser, REASONING_PARSERS, "reasoning_parser")
+    turn_begins = (*chosen.turn_begins, *reasons.turn_begins, *detected.turn_begins)
+    return dataclasses.replace(chosen, thinking=reasons.thinking, turn_begins=tuple(dict.fromkeys(turn_begins)))
+
+
+def detect_format(chat_template: str) -> ChatFormat:
+    """The first family whose marks are all in the template. Its reasoning counts only if the template knows it."""
+    found = next(
+        (family for marks, family in TEMPLATE_MARKS if all(mark in chat_template for mark in marks)),
+        PLAIN,
+    )
+    has_thinking = found.thinking is not None and found.thinking.end in chat_template
+    return found if has_thinking else dataclasses.replace(found, thinking=None)
+
+
+def _named(name: str, table: Mapping[str, ChatFormat], field: str) -> ChatFormat:
+    known = {NONE: PLAIN, **table}
+    key = name.lower().replace("-", "_")
+    if key not in known:
+        nearest = difflib.get_close_matches(key, known, 1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"{field}: unknown format {name!r}{hint}. Known: {', '.join(sorted(known))}")
+    return known[key]

@@ -1,0 +1,117 @@
+"""`AnswerParser`: an answer's text, piece by piece, to deltas of content, reasoning and calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, Protocol
+
+from tensorweave.router.chat_formats.answer import Answer
+from tensorweave.router.chat_formats.deltas import Delta
+from tensorweave.router.chat_formats.source import Markers, NoCall, Source, Step
+from tensorweave.router.chat_formats.structural_tags import CallTags
+from tensorweave.router.chat_formats.thinking import Thinking, ThinkingState
+
+
+class AnswerParser:
+    """Parses one answer. The deltas of all calls together are the same for all cuts of the text into pieces.
+
+    Text is held back only while it may be part of a marker, of the beginning of a call or of white space before one.
+    Whatever is not a call comes back as content.
+    """
+
+    def __init__(self, source: Source, answer: Answer, steps: Step[None]) -> None:
+        self._source = source
+        self._answer = answer
+        self._steps: Step[None] | None = steps
+
+    def feed(self, text: str) -> list[Delta]:
+        """The deltas that the next piece of the text completes."""
+        self._source.push(text)
+        return self._advance()
+
+    def finish(self) -> list[Delta]:
+        """The remaining deltas; the text has ended, perhaps in the middle of a call."""
+        self._source.end()
+        self._advance_steps()
+        self._answer.finish()
+        return self._answer.take()
+
+    def _advance(self) -> list[Delta]:
+        self._advance_steps()
+        return self._answer.take()
+
+    def _advance_steps(self) -> None:
+        if self._steps is not None and next(self._steps, self) is self:
+            self._steps = None
+
+
+class CallSyntax(Protocol):
+    """How a family writes calls."""
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """The texts at which a call may begin."""
+
+    def parse(self, source: Source, answer: Answer, names: Set[str]) -> Step[None]:
+        """Read the calls at a marker. Raises NoCall, before anything is passed on, if the text has none there."""
+
+    @property
+    def trigger(self) -> str:
+        """The text at which a guide stops to be free text."""
+
+    def call_tags(self, schemas: Mapping[str, Mapping[str, Any]]) -> CallTags:
+        """The tags of a guide: a call of each function, by its name and the schema of its arguments."""
+
+
+def parse_answer(
+    source: Source,
+    answer: Answer,
+    thinking: Thinking | None,
+    state: ThinkingState,
+    syntaxes: Sequence[CallSyntax],
+    names: Set[str],
+) -> Step[None]:
+    """The steps of an answer: reasoning, then content and calls. Without `names` nothing is a call."""
+    calls = _Calls(syntaxes if names else (), names)
+    if thinking is not None and (yield from thinking.read_begin(source, answer, state)):
+        yield from _read_reasoning(source, answer, thinking, calls)
+    markers = Markers(calls.markers)
+    while (marker := (yield from source.until(markers, answer.content))) is not None:
+        if not (yield from calls.read(source, answer, marker)):
+            source.skip(len(marker))
+            answer.content(marker)
+
+
+def _read_reasoning(source: Source, answer: Answer, thinking: Thinking, calls: _Calls) -> Step[None]:
+    markers = Markers([thinking.end, *(calls.markers if thinking.ends_at_calls else ())])
+    while (marker := (yield from source.until(markers, answer.reasoning))) is not None:
+        if marker == thinking.end:
+            source.skip(len(marker))
+            answer.marker()
+            return
+        if (yield from calls.read(source, answer, marker)):
+            return
+        source.skip(len(marker))
+        answer.reasoning(marker)
+
+
+class _Calls:
+    """The ways in which a family writes calls, tried in their order."""
+
+    def __init__(self, syntaxes: Sequence[CallSyntax], names: Set[str]) -> None:
+        self._syntaxes = syntaxes
+        self._names = names
+        self.markers = tuple(marker for syntax in syntaxes for marker in syntax.markers)
+
+    def read(self, source: Source, answer: Answer, marker: str) -> Step[bool]:
+        """Read the calls at `marker`, which comes next. Return whether there are any."""
+        for syntax in self._syntaxes:
+            if marker in syntax.markers:
+                source.mark()
+                try:
+                    yield from syntax.parse(source, answer, self._names)
+                except NoCall:
+                    source.reset()
+                else:
+                    return True
+        return False

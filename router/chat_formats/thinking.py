@@ -1,0 +1,59 @@
+"""`Thinking`: the markers around a model's reasoning, and whether the prompt has opened it already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tensorweave.router.chat_formats.answer import Answer
+from tensorweave.router.chat_formats.source import Source, Step
+from tensorweave.router.chat_formats.structural_tags import TagFormat, any_text, matching, optional, sequence, tag
+
+ThinkingState = Literal["open", "closed", "unopened"]
+"""Where an answer begins: within the reasoning, after it, or before a reasoning that the model may open itself."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Thinking:
+    """Reasoning stands at the beginning of an answer.
+
+    Args:
+        begin: Opens it: in the prompt, written by the chat template, or in the answer.
+        end: Closes it.
+        is_implied: An answer begins within the reasoning although the prompt does not open it.
+        ends_at_calls: The model also calls tools out of its reasoning, without closing it.
+    """
+
+    begin: str = "<think>"
+    end: str = "</think>"
+    is_implied: bool = False
+    ends_at_calls: bool = False
+
+    def state(self, turn: str) -> ThinkingState:
+        """`turn`: what the prompt has of the assistant's turn, which the answer continues."""
+        begin, end = turn.rfind(self.begin), turn.rfind(self.end)
+        if begin > end:
+            return "open"
+        if end >= 0:
+            return "closed"
+        return "open" if self.is_implied else "unopened"
+
+    def read_begin(self, source: Source, answer: Answer, state: ThinkingState) -> Step[bool]:
+        """Read what opens the reasoning. Return whether the answer begins with reasoning."""
+        source.mark()
+        yield from source.spaces()
+        has_begin = (yield from source.take(self.begin)) is not None
+        if has_begin:
+            source.release()
+            answer.marker()
+        else:
+            source.reset()
+        return has_begin or state == "open"
+
+    def tag(self, state: ThinkingState, max_tokens: int | None = None) -> TagFormat | None:
+        """The reasoning in a guide, of at most `max_tokens` tokens. None: there is none any more."""
+        if state == "closed":
+            return None
+        begin = "" if state == "open" else self.begin
+        part = sequence(tag(begin, any_text(max_tokens), self.end), matching(r"\n{0,2}"))
+        return part if state == "open" else optional(part)

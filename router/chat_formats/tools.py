@@ -1,0 +1,56 @@
+"""The functions that a request offers to the model, and which of them the answer may or must call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionTool:
+    """A function of the request's `tools`.
+
+    Args:
+        name: Letters, digits, `_`, `-` and `.`; checked by the routes.
+        parameters: The JSON schema of its arguments; None: an object without known properties.
+        is_strict: The arguments must follow the schema, also if the model chooses freely whether to call.
+    """
+
+    name: str
+    parameters: Mapping[str, Any] | None = None
+    is_strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """The request's `tool_choice`.
+
+    Args:
+        mode: `none`: no call is recognized; `auto`: the model chooses; `required`: one call at least; `named`: exactly
+            one call, of the one function in `names`.
+        names: The functions that may be called (`allowed_tools`); None: all.
+    """
+
+    mode: Literal["none", "auto", "required", "named"]
+    names: frozenset[str] | None = None
+
+    NONE: ClassVar[ToolChoice]
+    AUTO: ClassVar[ToolChoice]
+    REQUIRED: ClassVar[ToolChoice]
+
+    @classmethod
+    def named(cls, name: str) -> ToolChoice:
+        return cls("named", frozenset({name}))
+
+    @property
+    def must_call(self) -> bool:
+        return self.mode in ("required", "named")
+
+    def allows(self, tool: FunctionTool) -> bool:
+        return self.mode != "none" and (self.names is None or tool.name in self.names)
+
+
+ToolChoice.NONE = ToolChoice("none")
+ToolChoice.AUTO = ToolChoice("auto")
+ToolChoice.REQUIRED = ToolChoice("required")
