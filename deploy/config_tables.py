@@ -28,6 +28,14 @@ class PoolConfig(LlmArgs):
         description="What its gangs do. Default: the pool's name if that is 'prefill' or 'decode'; else 'both'.",
     )
     replicas: int = Field(1, status="prototype", ge=1, description="Gangs in the pool.")
+    gpus_per_rank: float = Field(
+        1.0,
+        status="prototype",
+        gt=0,
+        le=1,
+        description="Share of a GPU that Ray reserves for a rank, where ranks run on GPUs. Below 1, gangs of one rank "
+        "share a GPU: set kv_cache_config.max_tokens, because each rank would else take what the ranks before it left.",
+    )
     max_faults: int = Field(
         5,
         status="prototype",
@@ -51,6 +59,15 @@ class PoolConfig(LlmArgs):
         if skip:
             raise ValueError("the HTTP service needs the tokenizer")
         return skip
+
+    @model_validator(mode="after")
+    def _check_shared_gpu(self) -> Self:
+        if self.gpus_per_rank < 1 and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"gpus_per_rank is {self.gpus_per_rank:g} and tensor_parallel_size {self.tensor_parallel_size}: the "
+                "ranks of a gang need a whole GPU each (NCCL connects no two ranks of one GPU)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _refuse_llm_class_arguments(self) -> Self:

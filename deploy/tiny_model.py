@@ -21,7 +21,8 @@ _CHAT_TEMPLATE: Final = (
 
 
 def write_tiny_model(directory: Path) -> Path:
-    """Six query and three KV heads, so that it splits evenly over 1 and 3 ranks and unevenly over 2."""
+    """Six query and three KV heads, so that it splits evenly over 1 and 3 ranks and unevenly over 2; head_dim 16, the
+    least that the kernels for GPUs take."""
     tokenizer = _byte_tokenizer()
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
@@ -32,7 +33,7 @@ def write_tiny_model(directory: Path) -> Path:
         "num_hidden_layers": 2,
         "num_attention_heads": 6,
         "num_key_value_heads": 3,
-        "head_dim": 8,
+        "head_dim": 16,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tensorweave.cluster.cluster_resources import ClusterResources, NodeResources
 from tensorweave.deploy.config import ServeConfig, load_config
 from tensorweave.deploy.pools import explain_shortage, needed_resources, pool_specs
@@ -43,6 +45,19 @@ def test_device_auto_takes_gpus_where_there_are_some(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     assert pool_specs(config, has_gpus=True)[0].gang.gpus_per_rank == 1.0
     assert pool_specs(config, has_gpus=False)[0].gang.gpus_per_rank == 0.0
+
+
+def test_gangs_share_a_gpu(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "pools.main.replicas=4", "engine.device=cuda", "engine.gpus_per_rank=0.25")
+    specs = pool_specs(config, has_gpus=True)
+    assert needed_resources(specs) == {"CPU": 4.0, "GPU": 1.0}
+    assert explain_shortage(specs, one_node({"CPU": 4.0, "GPU": 1.0})) is None
+    on_cpus = make_config(tmp_path, "engine.device=cpu", "engine.gpus_per_rank=0.25")
+    assert pool_specs(on_cpus, has_gpus=True)[0].gang.gpus_per_rank == 0.0
+    with pytest.raises(ValueError, match="need a whole GPU each"):
+        make_config(tmp_path, "engine.gpus_per_rank=0.25", "engine.tensor_parallel_size=2")
+    with pytest.raises(ValueError, match="gpus_per_rank"):
+        make_config(tmp_path, "engine.gpus_per_rank=2")
 
 
 def test_ranks_receive_what_was_written(tmp_path: Path) -> None:
