@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from tensorweave.cli.serve import config_path
 from tests.e2e.service_process import (
@@ -26,6 +27,7 @@ from tests.e2e.service_process import (
 CHAOS_YAML = config_path(None).parent / "chaos.yaml"
 KEYS = ["fault", "injected", "requests", "failed", "changed", "recover_s_median", "recover_s_max"]
 AGGREGATED = ["pools={main: {replicas: 2}}"]
+ON_ONE_GPU = ["engine.device=cuda", "engine.gpus_per_rank=0.25"]
 RUN_TIMEOUT_S = 420.0
 END_TIMEOUT_S = 150.0
 NUM_LINES = 60
@@ -94,6 +96,23 @@ def test_clients_notice_no_fault(tmp_path: Path) -> None:
         assert row["recover_s_max"] is not None, told
         assert row["recover_s_max"] < 60, told
     assert [line.split()[0] for line in table.splitlines()] == ["fault", *faults]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_clients_notice_no_fault_on_a_gpu(tmp_path: Path) -> None:
+    """Two gangs of each role share one GPU; one of each role is killed."""
+    out = tmp_path / "out.json"
+    arguments = ("--rounds", "1", "--faults", "kill", "--clients", "16", "--jobs", "24")
+    with chaos(out, *arguments, changes=ON_ONE_GPU) as process:
+        _, told = process.communicate(timeout=RUN_TIMEOUT_S)
+        told = all_told(told, out)
+    assert process.returncode == 0, told
+    rows = json.loads(out.read_text())
+    assert [row["fault"] for row in rows] == ["kill-prefill-0", "kill-decode-0"]
+    for row in rows:
+        assert row["injected"] == 1
+        assert (row["failed"], row["changed"]) == (0, 0), told
 
 
 def test_failures_are_reported_and_a_signal_ends_all(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Prefill and decode gangs on a private Ray: the tokens of one engine, whatever fails."""
+"""Prefill and decode gangs on a private Ray: the tokens of one engine and of transformers, whatever fails. On CPUs, and
+on one GPU that all gangs share.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ray.actor import ActorHandle
+from transformers import PreTrainedModel
 
 from tensorweave import LLM, CacheTransceiverConfig, DisaggregatedParams, KvCacheConfig, RequestOutput, SamplingParams
 from tensorweave.cluster.errors import NotReady
@@ -30,11 +34,14 @@ from tensorweave.router.dispatch.policy import build_policy
 from tensorweave.workers.build import build_executor
 from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.rank import RankWorker
-from tests.workers.tiny_models import VOCAB, make_model
+from tests.workers.tiny_models import VOCAB, make_model, their_greedy
 
 START_TIMEOUT_S = 150.0
 WAIT_S = 60.0
 MAX_TURNS = 10
+GPU_SHARE = 0.25
+"""Of a GPU, per rank: up to three gangs run at once, and tests here compute beside them."""
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 GREEDY = SamplingSpec(max_tokens=24)
 SAMPLED = SamplingSpec(max_tokens=24, temperature=1.2, top_k=50, seed=11)
 
@@ -51,9 +58,11 @@ class Setup:
 
     supervisor: ActorHandle[PoolSupervisor]
     model: Path
+    theirs: PreTrainedModel
+    device: str
 
     def expected(self, requests: Sequence[GenerateRequest]) -> list[list[int]]:
-        executor = build_executor(TorchLlmArgs(**args_of(self.model)), SoloComm())
+        executor = build_executor(TorchLlmArgs(**args_of(self.model, self.device)), SoloComm())
         executor.start()
         try:
             answers: dict[str, list[int]] = {request.request_id: [] for request in requests}
@@ -68,33 +77,38 @@ class Setup:
             executor.shutdown()
 
 
-def args_of(model: Path, **more: Any) -> dict[str, Any]:
+def args_of(model: Path, device: str, **more: Any) -> dict[str, Any]:
+    """On a GPU, steps of both kinds are replayed as CUDA graphs: some chunks fill 128 tokens."""
     return {
         "model": str(model),
         "dtype": "float32",
-        "device": "cpu",
+        "device": device,
         "num_threads": 1,
-        "max_num_tokens": 64,
+        "max_num_tokens": 64 if device == "cpu" else 160,
+        "max_batch_size": 32,
         "kv_cache_config": {"max_tokens": 16384, "tokens_per_block": 16},
         **more,
     }
 
 
-def pool_of(role: Role, model: Path, size: int, replicas: int = 1) -> PoolSpec:
-    args = args_of(model, cache_transceiver_config={"backend": "DEFAULT"})
-    gang = GangSpec(role=role, mesh=Mesh(tensor=size), args=args, start_timeout_s=START_TIMEOUT_S)
-    return PoolSpec(role, gang, replicas, max_faults=100)
+def pool_of(role: Role, model: Path, device: str, size: int) -> PoolSpec:
+    args = args_of(model, device, cache_transceiver_config={"backend": "DEFAULT"})
+    share = 0.0 if device == "cpu" else GPU_SHARE
+    gang = GangSpec(role=role, mesh=Mesh(tensor=size), args=args, gpus_per_rank=share, start_timeout_s=START_TIMEOUT_S)
+    return PoolSpec(role, gang, max_faults=100)
 
 
-@pytest.fixture(scope="module")
-def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
-    """One prefill rank and two decode ranks, of 9 heads over 3: neither size divides them alike."""
-    model = tmp_path_factory.mktemp("model")
-    make_model("llama_tied_9_over_3", model, eos_token_id=None)
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=ON_GPU)])
+def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
+    """On CPUs one prefill rank and two decode ranks, of 9 heads over 3: neither size divides them alike. On a GPU, one
+    rank of each role."""
+    model, device = tmp_path_factory.mktemp("model"), request.param
+    theirs = make_model("llama_tied_9_over_3", model, eos_token_id=None, head_dim=16)
     with start_or_join_ray(num_cpus=8):
-        supervisor = start_supervisor([pool_of("prefill", model, 1), pool_of("decode", model, 2)], RankWorker)
+        pools = [pool_of("prefill", model, device, 1), pool_of("decode", model, device, 2 if device == "cpu" else 1)]
+        supervisor = start_supervisor(pools, RankWorker)
         try:
-            yield Setup(supervisor, model)
+            yield Setup(supervisor, model, theirs, device)
         finally:
             stop_supervisor(supervisor)
 
@@ -210,6 +224,7 @@ def test_pairs_answer_as_one_engine(setup: Setup) -> None:
         for kind, spec in (("greedy", GREEDY), ("sampled", SAMPLED))
     ]
     expected = setup.expected(requests)
+    assert expected[::2] == their_greedy(setup.theirs, [prompt_of(length, n) for n, length in enumerate(lengths)], 24)
 
     async def body() -> None:
         async with routed(setup) as (fleet, dispatcher):
@@ -243,7 +258,8 @@ def start_all(dispatcher: Dispatcher, requests: Sequence[GenerateRequest], name:
 
 
 def test_the_death_of_a_prefill_gang_changes_no_token(setup: Setup) -> None:
-    requests = [GenerateRequest(f"p-lost-{n}", prompt_of(3000, 50 + n), GREEDY) for n in range(3)]
+    count = 3 if setup.device == "cpu" else 24  # for a second: the process that is to be killed is stopped before
+    requests = [GenerateRequest(f"p-lost-{n}", prompt_of(3000, 50 + n), GREEDY) for n in range(count)]
     expected = setup.expected(requests)
 
     async def body() -> None:
@@ -265,7 +281,9 @@ def test_the_death_of_a_prefill_gang_changes_no_token(setup: Setup) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_death_of_a_decode_gang_changes_no_token(setup: Setup, rank: int) -> None:
-    long = replace(SAMPLED, max_tokens=400)
+    if rank and setup.device != "cpu":
+        pytest.skip("gangs that share a GPU have one rank")
+    long = replace(SAMPLED, max_tokens=400 if setup.device == "cpu" else 3000)
     requests = [GenerateRequest(f"d-lost-{rank}-{n}", prompt_of(100, 90 + n), long) for n in range(3)]
     expected = setup.expected(requests)
 
@@ -276,7 +294,7 @@ def test_the_death_of_a_decode_gang_changes_no_token(setup: Setup, rank: int) ->
                 return (await pids_of(fleet, "decode"))[rank]
 
             def is_midway(jobs: list[Running]) -> bool:
-                return all(0 < len(job.tokens) < 300 for job in jobs)
+                return all(0 < len(job.tokens) < long.max_tokens - 100 for job in jobs)
 
             jobs = await kill_midway(find_pid, lambda name: start_all(dispatcher, requests, name), is_midway)
             async with asyncio.timeout(WAIT_S):
@@ -349,6 +367,8 @@ def test_the_service_goes_on_without_a_prefill_gang(setup: Setup) -> None:
 
 
 def test_two_llms_by_hand_one_of_them_a_gang(setup: Setup) -> None:
+    if setup.device != "cpu":
+        pytest.skip("two ranks of a gang need a GPU each")
     exchange = CacheTransceiverConfig(backend="DEFAULT")
     cache = KvCacheConfig(max_tokens=4096, tokens_per_block=16)
     knobs: dict[str, Any] = {"dtype": "float32", "device": "cpu", "num_threads": 1, "kv_cache_config": cache}

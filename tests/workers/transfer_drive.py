@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 
 from tensorweave.cluster.protocol import GenerateRequest, KvSource, SamplingSpec, Ticket, TokenChunk, TokenLogprobs
+from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.executor.scheduler import SimpleScheduler
@@ -106,11 +107,11 @@ class Gang:
                 max_num_tokens=max_num_tokens,
                 enable_chunked_prefill=chunked,
             )
-            decoder = SamplingDecoder()
+            decoder = SamplingDecoder(device=engine.pool.cache.device, keeps_tokens=isinstance(engine, DeviceEngine))
             executor = PyExecutor(
                 engine=engine,
                 scheduler=scheduler,
-                resources=ResourceManager([decoder.states, kv_cache]),
+                resources=ResourceManager([decoder.states, *engine.resource_managers, kv_cache]),
                 decoder=decoder,
                 comm=comm,
                 info=info,

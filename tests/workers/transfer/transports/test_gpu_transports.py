@@ -15,8 +15,6 @@ import torch
 from tensorweave.cli.bench_transfer_fetches import SHAPES, Shape, fetch, make_carrier, running_sender
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import SamplingSpec
-from tensorweave.kernels.blocks.operations import choose_block_operations
-from tensorweave.kernels.blocks.reference import as_blocks, digest_blocks, pack_blocks, unpack_blocks
 from tensorweave.workers.store.model_store import resolve_model
 from tests.workers.engine_drive import random_prompts
 from tests.workers.gang_process import GangProcess, Tokens, run_alone, run_pair, start_pair
@@ -151,27 +149,3 @@ def test_the_sender_is_killed_during_a_read(transport: str) -> None:
         num_rounds += 1
     carrier.shutdown()
     assert failures > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("layers", "num_heads", "P", "H"), [(3, 3, 16, 64), (2, 8, 32, 128), (2, 1, 4, 6)])
-def test_pack_and_digest(layers: int, num_heads: int, P: int, H: int, dtype: torch.dtype) -> None:
-    pool = torch.randn((layers, 40, 2, num_heads, P, H)).to(dtype).to("cuda:1")
-    block_ids = random.sample(range(40), 17)
-    num_tokens = [random.randint(0, P) for _ in block_ids]
-    for heads in (range(num_heads), range(num_heads - 1, num_heads)):
-        out, right = (
-            torch.full((17 * layers * 2 * len(heads) * P * H * dtype.itemsize,), 7, dtype=torch.uint8) for _ in "ab"
-        )
-        out, operations = out.to("cuda:1"), choose_block_operations(pool)
-        operations.pack(pool, block_ids, heads, out)
-        pack_blocks(pool.cpu(), block_ids, heads, right)
-        assert torch.equal(out.cpu(), right)
-        target, target_right = torch.zeros_like(pool), torch.zeros_like(pool.cpu())
-        operations.unpack(target, block_ids, heads, out)
-        unpack_blocks(target_right, block_ids, heads, right)
-        assert torch.equal(target.cpu(), target_right)
-        found = operations.digest(as_blocks(out, pool, len(heads)).transpose(0, 1), range(17), num_tokens)
-        digests = digest_blocks(pool.cpu(), block_ids, num_tokens)
-        assert torch.equal(found.cpu(), digests[:, :, heads.start : heads.stop])
-        assert torch.equal(operations.digest(pool, block_ids, num_tokens).cpu(), digests)
