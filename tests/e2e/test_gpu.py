@@ -12,13 +12,16 @@ import httpx
 import openai
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tensorweave import LLM, KvCacheConfig
 from tensorweave.workers.store.model_store import resolve_model
+from tests.e2e.bfloat16_logprobs import measure
 from tests.e2e.service_process import END_TIMEOUT_S, free_ports, running_service, wait_until
 from tests.e2e.test_smollm2 import GREEDY, GREEDY_64, IDS, chat_prompts, token_ids
 
+MEAN_ERROR, LARGEST_ERROR = 0.1, 0.8
+"""Of log-probabilities in bfloat16, natural logarithms."""
 NUM_GPUS = torch.cuda.device_count()
 
 pytestmark = [pytest.mark.gpu, pytest.mark.model]
@@ -53,6 +56,18 @@ def test_bfloat16_answers(model: Path, size: int) -> None:
         outputs = llm.generate(chat_prompts(llm), GREEDY_64, use_tqdm=False)
         assert isinstance(outputs, list)
         assert "Paris" in outputs[0].outputs[0].text
+
+
+@needs(1)
+def test_bfloat16_log_probabilities(model: Path) -> None:
+    cache = KvCacheConfig(max_tokens=65536)
+    with LLM(model, dtype="bfloat16", device="cuda", kv_cache_config=cache) as llm:
+        prompts = [llm.tokenizer.encode(prompt, add_special_tokens=False) for prompt in chat_prompts(llm)]
+        ours, theirs = measure(llm, AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), prompts)
+    print(f"ours {ours}, transformers in bfloat16 {theirs}")
+    assert ours.mean < MEAN_ERROR
+    assert ours.largest < LARGEST_ERROR
+    assert ours.mean < 1.5 * theirs.mean
 
 
 def gauges_of(url: str, role: str) -> tuple[int, dict[str, float]]:
