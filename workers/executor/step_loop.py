@@ -89,9 +89,11 @@ class StepLoop:
         self._resources.prepare_resources(batch)
         self._fetch(batch.fetching)
         self._launch(batch, timer)
+        self.answer()
         self._settle(0 if batch.is_empty else self._depth, timer)
         self._is_stuck = batch.is_empty and not timer.num_settled and bool(self.requests.active)
-        self.answer()
+        if not self._flights:
+            self.answer()
         return True
 
     def end(self, refusal: TensorweaveError) -> None:
@@ -104,7 +106,9 @@ class StepLoop:
         self.answer()
 
     def answer(self) -> None:
-        """Hand over what is to be told."""
+        """Hand over what is to be told. Other threads work on it, and share the interpreter with this one: so while
+        steps overlap, it waits for the next launch, after which this thread waits for a device. Launching prompts takes
+        as long as many decodes, so what is to be told goes first."""
         if self._answers:
             self._outbox.put(self._watch.without_probes(self._answers))
             self._answers = []
@@ -195,6 +199,8 @@ class StepLoop:
     def _launch(self, batch: ScheduledBatch, timer: StepTimer) -> None:
         if batch.is_empty:
             return
+        if batch.context:
+            self.answer()
         before: PendingTokens = self._flights[-1] if self._flights else self._nothing_pending
         timer.begin_forward()
         logits = self._engine.launch(batch, self._resources, before)

@@ -306,6 +306,27 @@ class _NotedEngine(LateEngine):
         return super().compute(step)
 
 
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_tokens_are_told_once_the_next_step_is_launched(overlaps: bool) -> None:
+    """Whoever is told of them needs the interpreter, which the step loop leaves while it waits for the engine."""
+    events: list[str] = []
+    run = Run(_NotedEngine(events), overlaps=overlaps)
+    put = run.executor._outbox.put
+
+    def noted(chunks: Sequence[TokenChunk]) -> None:
+        events.append("tell")
+        put(chunks)
+
+    run.executor._outbox.put = noted  # type: ignore[method-assign]
+    run.answer([GenerateRequest("r", [1, 2], SamplingSpec(3))])
+    run.close()
+    if overlaps:
+        assert events[:5] == ["launch 1", "launch 2", "compute 1", "launch 3", "tell"]
+        assert events[5:] == ["compute 2", "tell", "compute 3", "tell"], "no step is left to be launched"
+    else:
+        assert events == [verb for n in range(1, 4) for verb in (f"launch {n}", f"compute {n}", "tell")]
+
+
 def test_the_host_works_while_the_engines_thread_computes() -> None:
     """With gates, not by time: step 2 is launched before step 1 is let go."""
     engine = _GatedEngine(VOCAB, 100, BLOCK)
