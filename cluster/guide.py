@@ -14,6 +14,8 @@ from tensorweave.cluster.fields import as_int, checked
 
 GuideKind = Literal["json_schema", "regex", "ebnf", "lark", "structural_tag"]
 GuideBackend = Literal["xgrammar", "llguidance"]
+BackendChoice = Literal["auto", "xgrammar", "llguidance"]
+"""What an operator asks for. `auto`: xgrammar, and llguidance for what xgrammar would not enforce."""
 
 GUIDE_KINDS: Final[tuple[GuideKind, ...]] = get_args(GuideKind)
 GUIDE_BACKENDS: Final[tuple[GuideBackend, ...]] = get_args(GuideBackend)

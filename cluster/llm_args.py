@@ -207,6 +207,13 @@ class TorchLlmArgs(StrictBaseModel):
         description="Requests an executor holds, running and waiting; one more is answered 'overloaded', or waits its "
         "turn in the LLM class.",
     )
+    guided_decoding_backend: Literal["auto", "xgrammar", "llguidance"] | None = Field(
+        "auto",
+        status="prototype",
+        description="Library that makes outputs follow a schema, a regular expression or a grammar, imported when the "
+        "first such request comes. 'auto': xgrammar, and llguidance for what xgrammar would not enforce; None: such "
+        "requests are refused.",
+    )
     generation_config: Literal["auto", "none", "trtllm"] = Field(
         "none",
         status="prototype",

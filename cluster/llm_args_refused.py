@@ -44,7 +44,6 @@ LLM_ARGS: Final[Mapping[str, Refusal]] = {
     "lora_config": Refusal(_LORA),
     "peft_cache_config": Refusal(_LORA),
     "enable_prompt_adapter": _off("put the prompt's text or token ids into inputs"),
-    "guided_decoding_backend": Refusal("a SamplingParams.logits_processor can restrict the tokens"),
     "speculative_config": Refusal("decoding is one token at a time"),
     "decoding_config": Refusal("decoding is one token at a time"),
     "max_beam_width": Refusal("use SamplingParams.n and best_of with a temperature", (None, 1)),

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, get_args
 
 from tensorweave.cluster.errors import TensorweaveError, WireError, error_from_wire
 from tensorweave.cluster.fields import as_bytes, checked
+from tensorweave.cluster.guide import BackendChoice
 from tensorweave.cluster.kv_source import KvEndpoint, KvSource, LinkMeasurement, Ticket
 from tensorweave.cluster.logprobs import Logprob, TokenLogprobs, logprobs_from_wire, logprobs_to_wire
 from tensorweave.cluster.packed_logprobs import PackedLogprobs
@@ -232,7 +233,8 @@ class ModelInfo:
     """What a front end must know of the model behind a gang. `max_seq_len` counts prompt and generated tokens;
     `kv_bytes_per_token` is over all layers and ranks, 0 where it is not known. `end_ids` are those that the model's
     files name; whoever has the tokenizer adds its own. `sampling_defaults` hold for the fields that a request leaves
-    out."""
+    out. `guided_decoding_backend` says which library guides may name; None: none.
+    """
 
     model: str
     vocab_size: int
@@ -243,6 +245,7 @@ class ModelInfo:
     end_ids: tuple[int, ...] = ()
     kv_bytes_per_token: int = 0
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    guided_decoding_backend: BackendChoice | None = None
 
     def to_wire(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "sampling_defaults": self.sampling_defaults.to_wire()}

@@ -32,6 +32,7 @@ _SHARED_KEYS: Final = (
     "revision",
     "tokenizer_revision",
     "generation_config",
+    "guided_decoding_backend",
 )
 _FIRST_REVISION: Final = "main"
 _NOT_IN_ENGINE: Final = ("model", "role", "replicas")

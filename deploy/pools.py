@@ -34,7 +34,7 @@ def _gang_spec(pool: PoolConfig, limits: LimitsConfig, has_gpus: bool, digest: s
     return GangSpec(
         role=pool.role,
         mesh=Mesh(tensor=pool.tensor_parallel_size),
-        args=pool.llm_args().model_dump(mode="json", exclude={"tokenizer"}, exclude_unset=True),
+        args=pool.llm_args().model_dump(mode="json", exclude_unset=True),
         gpus_per_rank=pool.gpus_per_rank if wants_gpu else 0.0,
         place_timeout_s=limits.place_timeout_s,
         start_timeout_s=limits.start_timeout_s,

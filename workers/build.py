@@ -5,6 +5,7 @@ Called by the ranks of a gang and by the LLM class.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib
 from pathlib import Path
@@ -28,6 +29,9 @@ from tensorweave.workers.executor.scheduler import SimpleScheduler
 from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.gang.device import pick_device
 from tensorweave.workers.gang.report_channel import open_report_channel
+from tensorweave.workers.guided.guides import Guides, NoGuides, RankGuides
+from tensorweave.workers.guided.trials import Trials
+from tensorweave.workers.guided.vocabulary import TokenizerSource
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.models.checkpoint import refuse_adapters
 from tensorweave.workers.models.families.table import load_model_config
@@ -87,7 +91,8 @@ def build_executor(
         resources=ResourceManager([decoder.states, *engine.resource_managers, kv_cache]),
         decoder=decoder,
         comm=comm,
-        info=engine.info,
+        info=dataclasses.replace(engine.info, guided_decoding_backend=args.guided_decoding_backend),
+        guides=_make_guides(args, engine.info, comm, transfer_host),
         transfers=_make_transfers(args, engine, kv_cache, comm, transfer_host, transfer_secret),
         disable_overlap_scheduler=not settings.overlaps,
         max_requests=args.max_queued_requests,
@@ -126,6 +131,19 @@ def _make_scheduler(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -
         chunking_policy=args.scheduler_config.context_chunking_policy,
         **(own if scheduler_class is SimpleScheduler else {}),
     )
+
+
+def _make_guides(args: TorchLlmArgs, info: ModelInfo, comm: Comm, host: str) -> Guides:
+    if args.guided_decoding_backend is None:
+        return NoGuides()
+    source = TokenizerSource.of(
+        args.tokenizer,
+        str(resolve_model(args.model, revision=args.revision)),
+        args.tokenizer_revision,
+        args.trust_remote_code,
+        args.tokenizer_mode != "slow",
+    )
+    return RankGuides(comm.rank, comm.size, Trials(source, info.vocab_size), open_report_channel(comm, host))
 
 
 def _make_transfers(

@@ -86,6 +86,36 @@ void argmax_f32(const float *x, int64_t *out, long R, long V) {
     run_loop(choose_rows, &c, R, PARTS_FOR(R * V));
 }
 
+/* ---- rows that keep the tokens of a mask alone */
+
+typedef struct {
+    float *x;
+    const int32_t *masks, *rows;
+    long V;
+} masked;
+
+/* x[n], n <= 32, keeps the numbers whose bits are set. */
+INLINE void keep_bits(float *x, uint32_t bits, long n) {
+    if (bits == UINT32_MAX) return;
+    for (long i = 0; i < n; i++) x[i] = (bits >> i) & 1 ? x[i] : -INFINITY;
+}
+
+static void mask_rows(void *context, long first, long last) {
+    const masked *m = context;
+    long words = (m->V + 31) / 32, whole = m->V / 32;
+    for (long n = first; n < last; n++) {
+        float *x = m->x + m->rows[n] * m->V;
+        const uint32_t *bits = (const uint32_t *)m->masks + n * words;
+        for (long w = 0; w < whole; w++) keep_bits(x + 32 * w, bits[w], 32);
+        if (whole < words) keep_bits(x + 32 * whole, bits[whole], m->V - 32 * whole);
+    }
+}
+
+void mask_tokens_f32(float *x, const int32_t *masks, const int32_t *rows, long N, long V) {
+    masked m = {x, masks, rows, V};
+    run_loop(mask_rows, &m, N, PARTS_FOR(N * V));
+}
+
 /* ---- random rows */
 
 #define KEYS_PER_UNIT 131072.0f

@@ -55,8 +55,8 @@ class NativeKernels:
     """The kernels for one element type. A pointer is a `data_ptr()` of a contiguous tensor, or None for null; where a
     kernel takes structures, `ctypes.byref` of one.
 
-    `linear_by_bf16` takes float32 rows and weights packed as bfloat16; it, `argmax` and `sample` are None for other
-    types.
+    `linear_by_bf16` takes float32 rows and weights packed as bfloat16; it, `argmax`, `sample` and `mask_tokens` are
+    None for other types.
     """
 
     dtype: torch.dtype
@@ -72,6 +72,7 @@ class NativeKernels:
     linear_by_bf16: Any | None
     argmax: Any | None
     sample: Any | None
+    mask_tokens: Any | None
 
 
 @functools.cache
@@ -82,13 +83,17 @@ def load_native(dtype: torch.dtype) -> NativeKernels | None:
         return None
     kernels = {name: _function(library, name, _SUFFIXES[dtype]) for name in _SIGNATURES}
     library.layers_scratch.argtypes, library.layers_scratch.restype = (_POINTER, ctypes.c_int64), ctypes.c_int64
-    kernels |= {"layers_scratch": library.layers_scratch, "linear_by_bf16": None, "argmax": None, "sample": None}
+    kernels |= {"layers_scratch": library.layers_scratch}
+    kernels |= dict.fromkeys(("linear_by_bf16", "argmax", "sample", "mask_tokens"))
     if dtype == torch.float32:
         argmax = library.argmax_f32
         argmax.argtypes, argmax.restype = (*[_POINTER] * 2, *[_LONG] * 2), None
         sample = library.sample_f32
         sample.argtypes, sample.restype = (*[_POINTER] * 8, *[_LONG] * 2), None
-        kernels |= {"linear_by_bf16": _function(library, "linear", "f32_by_bf16"), "argmax": argmax, "sample": sample}
+        mask = library.mask_tokens_f32
+        mask.argtypes, mask.restype = (*[_POINTER] * 3, *[_LONG] * 2), None
+        kernels |= {"argmax": argmax, "sample": sample, "mask_tokens": mask}
+        kernels["linear_by_bf16"] = _function(library, "linear", "f32_by_bf16")
     return NativeKernels(dtype, library.vector_length(), **kernels)
 
 

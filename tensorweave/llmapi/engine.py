@@ -8,6 +8,7 @@ import secrets
 import sys
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from tensorweave.cluster.errors import TensorweaveError
@@ -189,8 +190,13 @@ class GangEngine:
 
 
 def _gang_args(args: TorchLlmArgs, pinned: PinnedModel) -> dict[str, Any]:
-    """Fields for the ranks: no tokenizer object, and a model name that each rank resolves on its own host."""
+    """Fields for the ranks: a model name that each rank resolves on its own host, and no tokenizer object. Without the
+    tokenizer the ranks cannot read the vocabulary, so they take no guides."""
     fields = args.model_dump(exclude={"tokenizer", "batched_logits_processor"}, exclude_unset=True)
+    if isinstance(args.tokenizer, str | Path):
+        fields["tokenizer"] = str(args.tokenizer)
+    elif args.tokenizer is not None:
+        fields["guided_decoding_backend"] = None
     if args.batched_logits_processor is not None:
         fields["batched_logits_processor"] = args.batched_logits_processor
     return {**fields, "model": pinned.name, "revision": pinned.revision}

@@ -30,6 +30,7 @@ from tensorweave.workers.executor.outbox import FollowerOutbox, Outbox
 from tensorweave.workers.executor.scheduler import RequestScheduler
 from tensorweave.workers.executor.step_loop import StepLoop
 from tensorweave.workers.gang.comm import Comm
+from tensorweave.workers.guided.guides import Guides, NoGuides
 from tensorweave.workers.sampling.decoder import Decoder
 from tensorweave.workers.sampling.logits_processors import BatchedLogitsProcessor, LogitsProcessor
 from tensorweave.workers.step.kv_exchange import NoTransfers, Transfers
@@ -56,6 +57,7 @@ class PyExecutor:
         comm: Comm,
         info: ModelInfo,
         transfers: Transfers | None = None,
+        guides: Guides | None = None,
         disable_overlap_scheduler: bool = True,
         max_requests: int = 1024,
         max_stats: int = 1000,
@@ -70,6 +72,7 @@ class PyExecutor:
         self._resources = resources
         self._decoder = decoder
         self._transfers = transfers or NoTransfers()
+        self._guides = guides or NoGuides()
         is_leader = comm.rank == 0
         self._inbox: Inbox | FollowerInbox = Inbox(max_requests, clock) if is_leader else FollowerInbox()
         self._outbox: Outbox | FollowerOutbox = Outbox() if is_leader else FollowerOutbox()
@@ -82,6 +85,7 @@ class PyExecutor:
             decoder=decoder,
             comm=comm,
             transfers=self._transfers,
+            guides=self._guides,
             inbox=self._inbox,
             outbox=self._outbox,
             watch=self._watch,
@@ -97,6 +101,7 @@ class PyExecutor:
 
     def start(self) -> None:
         self._transfers.start(self._inbox)
+        self._guides.start(self._inbox, self._refuse_held)
         self._progress_s = time.monotonic()
         self._thread.start()
 
@@ -150,12 +155,22 @@ class PyExecutor:
             check_fits(request, self.info)
             self._decoder.processors.check(request.sampling)
             self._check_schedulable(request)
-            self._inbox.put(request)
+            if request.sampling.guide is None:
+                self._inbox.put(request)
+            else:
+                self._guides.admit(request)
         except TensorweaveError:
             if request.offer is not None:
                 self._transfers.decline(request.offer)
             raise
         return request.request_id
+
+    def _refuse_held(self, request: GenerateRequest, error: TensorweaveError) -> None:
+        """From any thread: end a request that has not arrived in the loop."""
+        if self._inbox.drop(request.request_id):
+            if request.offer is not None:
+                self._transfers.decline(request.offer)
+            self._outbox.put([TokenChunk(request.request_id, error=error)])
 
     def _check_schedulable(self, request: GenerateRequest) -> None:
         """A user's scheduler may raise what it likes: of one request, and on the thread that serves them all."""
@@ -221,6 +236,7 @@ class PyExecutor:
             **self._stats.totals(),
             "requests_not_finite_total": self._watch.num_failed,
             **self._transfers.gauges(),
+            **self._guides.gauges(),
         }
 
     def shutdown(self, timeout_s: float = 30.0) -> None:
@@ -239,6 +255,7 @@ class PyExecutor:
             while self._step():
                 self._progress_s = time.monotonic()
             self._loop.end(NotReady("the executor has been shut down"))
+            self._guides.shutdown()
             self._transfers.shutdown()
             self._resources.shutdown()
         except BaseException as error:  # the loop's boundary: whatever happened, everyone who waits must hear of it
@@ -258,6 +275,7 @@ class PyExecutor:
         else:
             logger.error("rank %d: the step loop ends: %s", self.comm.rank, error)
         self.failure = error
+        self._guides.shutdown()
         self._transfers.shutdown()
         self._loop.answer()
         orphans = self._inbox.close(error)

@@ -16,6 +16,7 @@ import msgpack
 
 from tensorweave.cluster.errors import NotReady, Overloaded
 from tensorweave.cluster.protocol import GenerateRequest
+from tensorweave.workers.guided.orders import GuideOrder
 from tensorweave.workers.step.kv_exchange import KvArrived
 
 EXPECT_WAIT_S: Final = 0.01
@@ -36,21 +37,24 @@ class StepInput(NamedTuple):
     arrived: Sequence[KvArrived] = ()
     released: Sequence[str] = ()
     is_shutdown: bool = False
+    guide_orders: Sequence[GuideOrder] = ()
 
     def pack(self) -> bytes:
         arrivals = [request.to_wire() for request in self.arrivals]
         arrived = [item.to_wire() for item in self.arrived]
-        ends = [self.cancelled, self.expired, arrived, self.released, self.is_shutdown]
+        orders = [order.to_wire() for order in self.guide_orders]
+        ends = [self.cancelled, self.expired, arrived, self.released, self.is_shutdown, orders]
         fields = [self.now_s, self.token_check, arrivals, *ends]
         packed: bytes = msgpack.packb(fields)
         return packed
 
     @classmethod
     def unpack(cls, data: bytes) -> StepInput:
-        now_s, token_check, arrivals, cancelled, expired, arrived, released, is_shutdown = msgpack.unpackb(data)
+        now_s, token_check, arrivals, cancelled, expired, arrived, released, is_shutdown, orders = msgpack.unpackb(data)
         requests = [GenerateRequest.from_wire(fields) for fields in arrivals]
         arrivals = [KvArrived.from_wire(fields) for fields in arrived]
-        return cls(now_s, token_check, requests, cancelled, expired, arrivals, released, is_shutdown)
+        guides = [GuideOrder.from_wire(fields) for fields in orders]
+        return cls(now_s, token_check, requests, cancelled, expired, arrivals, released, is_shutdown, guides)
 
 
 class Inbox:
@@ -63,6 +67,8 @@ class Inbox:
         self._max_requests = max_requests
         self._inside: set[str] = set()
         self._arrivals: list[GenerateRequest] = []
+        self._held: dict[str, GenerateRequest] = {}
+        self._guide_orders: list[GuideOrder] = []
         self._cancelled: list[str] = []
         self._arrived: list[KvArrived] = []
         self._released: list[str] = []
@@ -81,8 +87,9 @@ class Inbox:
     def has_room(self) -> bool:
         return len(self._inside) < self._max_requests and not self._is_shutdown and self._closed_by is None
 
-    def put(self, request: GenerateRequest) -> None:
-        """Raises Overloaded when full, NotReady when shutting down, ValueError for an id that is inside already."""
+    def put(self, request: GenerateRequest, *, is_held: bool = False) -> None:
+        """A held request arrives when it is released, or with its cancel or the end of its deadline. Raises Overloaded
+        when full, NotReady when shutting down, ValueError for an id that is inside already."""
         with self._changed:
             if self._closed_by is not None:
                 raise self._closed_by
@@ -93,7 +100,10 @@ class Inbox:
             if len(self._inside) >= self._max_requests:
                 raise Overloaded(f"{self._max_requests} requests are waiting or running", retry_after_s=1.0)
             self._inside.add(request.request_id)
-            self._arrivals.append(request)
+            if is_held:
+                self._held[request.request_id] = request
+            else:
+                self._arrivals.append(request)
             if request.deadline_s is not None:
                 deadline_s = self._deadline_of[request.request_id] = self._clock() + request.deadline_s
                 heapq.heappush(self._deadlines, (deadline_s, request.request_id))
@@ -110,6 +120,27 @@ class Inbox:
         all of them or `EXPECTED_TOKENS`, and at most `EXPECT_WAIT_S` after the first."""
         with self._changed:
             self._num_expected, self._num_expected_tokens = num_requests, 0
+
+    def release(self, request_id: str) -> None:
+        """Let a held request arrive, if it has not ended."""
+        with self._changed:
+            if (request := self._held.pop(request_id, None)) is not None:
+                self._arrivals.append(request)
+                self._changed.notify()
+
+    def drop(self, request_id: str) -> bool:
+        """End a held request, which then never arrives. Return False if it is held no more."""
+        with self._changed:
+            if self._held.pop(request_id, None) is None:
+                return False
+            self._inside.discard(request_id)
+            self._deadline_of.pop(request_id, None)
+            return True
+
+    def put_guide_order(self, order: GuideOrder) -> None:
+        with self._changed:
+            self._guide_orders.append(order)
+            self._changed.notify()
 
     def cancel(self, request_id: str) -> bool:
         """Return False if there is no such request: it has ended, or never came."""
@@ -147,6 +178,7 @@ class Inbox:
             self._closed_by = error
             orphans = sorted(self._inside)
             self._inside.clear()
+            self._held.clear()
             self._deadline_of.clear()
             return orphans
 
@@ -163,11 +195,16 @@ class Inbox:
             cancelled, self._cancelled = self._cancelled, []
             arrived, self._arrived = self._arrived, []
             released, self._released = self._released, []
+            orders, self._guide_orders = self._guide_orders, []
             expired = list(self._pop_expired(now_s))
-        return StepInput(now_s, token_check, arrivals, cancelled, expired, arrived, released, self._is_shutdown)
+            if self._held:
+                ends = [self._held.pop(request_id, None) for request_id in (*cancelled, *expired)]
+                arrivals += [request for request in ends if request is not None]
+        return StepInput(now_s, token_check, arrivals, cancelled, expired, arrived, released, self._is_shutdown, orders)
 
     def _has_input(self) -> bool:
-        return bool(self._arrivals or self._cancelled or self._arrived or self._released or self._is_shutdown)
+        has_new = self._arrivals or self._cancelled or self._arrived or self._released or self._guide_orders
+        return bool(has_new or self._is_shutdown)
 
     def _until_deadline(self, limit_s: float) -> float:
         if not self._deadlines:
@@ -187,8 +224,17 @@ class FollowerInbox:
     num_inside = 0
     has_room = False
 
-    def put(self, request: GenerateRequest) -> None:
+    def put(self, request: GenerateRequest, *, is_held: bool = False) -> None:
         raise AssertionError("only rank 0 takes requests")
+
+    def release(self, request_id: str) -> None:
+        raise AssertionError("only rank 0 takes requests")
+
+    def drop(self, request_id: str) -> bool:
+        raise AssertionError("only rank 0 takes requests")
+
+    def put_guide_order(self, order: GuideOrder) -> None:
+        raise AssertionError("only rank 0 gives orders")
 
     def expect(self, num_requests: int) -> None:
         raise AssertionError("only rank 0 takes requests")

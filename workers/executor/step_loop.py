@@ -26,6 +26,7 @@ from tensorweave.workers.executor.outbox import FollowerOutbox, Outbox
 from tensorweave.workers.executor.request_table import RequestTable
 from tensorweave.workers.executor.scheduler import RequestScheduler
 from tensorweave.workers.gang.comm import Comm
+from tensorweave.workers.guided.guides import Guides
 from tensorweave.workers.sampling.decoder import Decoder
 from tensorweave.workers.step.kv_exchange import KvArrived, Transfers
 from tensorweave.workers.step.pending import NothingPending, PendingTokens
@@ -49,6 +50,7 @@ class StepLoop:
         decoder: Decoder,
         comm: Comm,
         transfers: Transfers,
+        guides: Guides,
         inbox: Inbox | FollowerInbox,
         outbox: Outbox | FollowerOutbox,
         watch: LogitsWatch,
@@ -62,6 +64,7 @@ class StepLoop:
         self._decoder = decoder
         self._comm = comm
         self._transfers = transfers
+        self._guides = guides
         self._inbox = inbox
         self._outbox = outbox
         self._watch = watch
@@ -132,10 +135,13 @@ class StepLoop:
         for probe in self._watch.start_probes(self.requests.num_arrived, agreed.now_s):
             self.requests.add(probe)
         for arrival in agreed.arrivals:
-            order, can_fetch = self.requests.num_arrived + 1, self._transfers.can_fetch
-            self.requests.add(LlmRequest.of(arrival, order, agreed.now_s, can_fetch=can_fetch))
+            order, can_fetch, guide = self.requests.num_arrived + 1, self._transfers.can_fetch, arrival.sampling.guide
+            grammar = None if guide is None else self._guides.grammar_of(guide)
+            self.requests.add(LlmRequest.of(arrival, order, agreed.now_s, can_fetch=can_fetch, grammar=grammar))
         if agreed.arrivals:
             self.requests.sort()
+        if agreed.guide_orders:
+            self._guides.follow(agreed.guide_orders)
         for request_id in agreed.cancelled:
             self._end_early(request_id, "cancelled")
         for request_id in agreed.expired:

@@ -183,6 +183,7 @@ class SamplingDecoder:
                 state.history.position = batch.sampled[row].stop
                 state.edit(row, edits)
         edits.apply(logits_RV, self._copies)
+        edited.failures |= edits.failures
         if rows.counted is not None:
             self._counts.penalise(logits_RV, rows.counted, batch.sampled)
         if edits.top_p:
@@ -223,6 +224,12 @@ class _Launched:
 
 def _blame(state: SamplingState, code: int) -> RequestRejected:
     """The request's fault that its edited row gives no token, where the model's had one."""
+    if code == NOTHING_LEFT and state.spec.guide is not None:
+        return RequestRejected(
+            "no token is left that the grammar allows: bans and biases forbid them, or the answer is complete and"
+            " must not end yet (min_tokens, ignore_eos)",
+            param="guided_decoding",
+        )
     if code == NOTHING_LEFT:
         return RequestRejected("bans and biases leave no token to choose", param="bad_token_ids")
     if state.has_processor:

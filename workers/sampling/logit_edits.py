@@ -1,7 +1,7 @@
 """`LogitEdits`: what the sampling rules of many requests ask of their rows of logits, applied to all rows together.
 
-A rule asks row by row, and each kind of edit is one indexed operation on the whole batch. Order: biases, bans,
-repetition penalty, presence and frequency penalties.
+A rule asks row by row, and each kind of edit is one indexed operation on the whole batch. Order: biases, grammars,
+bans, repetition penalty, presence and frequency penalties.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tensorweave.cluster.errors import RequestRejected, TensorweaveError
 from tensorweave.cluster.protocol import SamplingSpec
+from tensorweave.kernels.token_mask.chosen import choose_mask_tokens
 from tensorweave.workers.sampling.host_copies import HostCopies
+from tensorweave.workers.step.grammar import MaskFiller, Matcher
 
 # R rows of logits, V vocabulary
 
@@ -27,10 +30,12 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 
 
 class LogitEdits:
-    """`top_p` holds, by row, what replaces the top_p of the row's request."""
+    """`top_p` holds, by row, what replaces the top_p of the row's request, and `failures` why a row gives no token."""
 
     def __init__(self) -> None:
         self.top_p: dict[int, float] = {}
+        self.failures: dict[int, TensorweaveError] = {}
+        self._guided: dict[MaskFiller, list[tuple[int, Matcher]]] = {}
         self._biases: list[tuple[int, Ints, Floats]] = []
         self._full_biases: list[tuple[int, Tensor]] = []
         self._bans: list[tuple[int, Ints]] = []
@@ -43,6 +48,10 @@ class LogitEdits:
     def add_to_all(self, row: int, bias_V: Tensor) -> None:
         """Add a number to the logit of every token."""
         self._full_biases.append((row, bias_V))
+
+    def follow_grammar(self, row: int, matcher: Matcher) -> None:
+        """The next token is one that the grammar allows."""
+        self._guided.setdefault(matcher.filler, []).append((row, matcher))
 
     def ban(self, row: int, ids: Sequence[int]) -> None:
         """These tokens must not come next."""
@@ -67,10 +76,22 @@ class LogitEdits:
                 logits_N.index_copy_(0, index, logits_N[index].clamp_max_(greatest))
         for row, bias_V in self._full_biases:
             logits_RV[row].add_(copies.to_device(bias_V)).clamp_max_(greatest)
+        for filler, guided in self._guided.items():
+            self._apply_grammars(filler, guided, logits_RV, copies)
         if self._bans:
             logits_N.index_fill_(0, _index(self._bans, V, copies), -torch.inf)
         if self._penalties:
             self._apply_penalties(logits_N, V, copies)
+
+    def _apply_grammars(
+        self, filler: MaskFiller, guided: Sequence[tuple[int, Matcher]], logits_RV: Tensor, copies: HostCopies
+    ) -> None:
+        rows = np.array([row for row, _ in guided], dtype=np.int32)
+        masks_NW = torch.empty(len(guided), (logits_RV.shape[1] + 31) // 32, dtype=torch.int32)
+        for place, problem in filler.fill([matcher for _, matcher in guided], masks_NW).items():
+            refusal = RequestRejected(f"the grammar cannot be followed further: {problem}", param="guided_decoding")
+            self.failures[int(rows[place])] = refusal
+        choose_mask_tokens(logits_RV.device)(logits_RV, copies.to_device(masks_NW), copies.to_device(rows))
 
     def _apply_penalties(self, logits_N: Tensor, vocab_size: int, copies: HostCopies) -> None:
         lengths = [len(ids) for _, ids, _, _ in self._penalties]

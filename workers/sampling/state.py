@@ -60,17 +60,24 @@ MakeRules: TypeAlias = Callable[[SamplingSpec, TokenHistory], Iterable[SamplingR
 class SamplingState:
     """Args:
         counts_on_device: penalties are none of the state's `rules`, because a device applies them by its own counts.
+        more_rules: beside those that `make_rules` makes.
 
     `edits_logits`: the token is not chosen by the model's logits alone. `reads_tokens`: the tokens before it must be
     known. `is_counted`: the device penalises it.
     """
 
     def __init__(
-        self, spec: SamplingSpec, prompt: Sequence[int], make_rules: MakeRules, *, counts_on_device: bool = False
+        self,
+        spec: SamplingSpec,
+        prompt: Sequence[int],
+        make_rules: MakeRules,
+        *,
+        counts_on_device: bool = False,
+        more_rules: Sequence[SamplingRule] = (),
     ) -> None:
         self.spec = spec
         self.history = TokenHistory(list(prompt), len(prompt), len(prompt))
-        rules = tuple(make_rules(spec, self.history))
+        rules = (*make_rules(spec, self.history), *more_rules)
         self.rules = tuple(rule for rule in rules if not (counts_on_device and rule.only_penalises))
         self.is_counted = len(self.rules) < len(rules)
         self.has_processor = bool(spec.logits_processors or spec.uses_batched_processor)

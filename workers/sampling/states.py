@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tensorweave.workers.sampling.device_counts import DeviceCounts
-from tensorweave.workers.sampling.state import MakeRules, SamplingState
+from tensorweave.workers.sampling.grammar_rule import GrammarRule
+from tensorweave.workers.sampling.state import MakeRules, SamplingRule, SamplingState
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import BaseResourceManager
 
@@ -29,10 +32,21 @@ class SamplingStates(BaseResourceManager):
         if state is None:
             prompt = request.tokens[: request.prompt_len]
             state = self._by_request[request] = SamplingState(
-                request.sampling, prompt, self._make_rules, counts_on_device=self._counts_on_device
+                request.sampling,
+                prompt,
+                self._make_rules,
+                counts_on_device=self._counts_on_device,
+                more_rules=_grammar_rules(request),
             )
         return state
 
     def free_resources(self, request: LlmRequest) -> None:
         self._by_request.pop(request, None)
         self._counts.release(request)
+
+
+def _grammar_rules(request: LlmRequest) -> Sequence[SamplingRule]:
+    if request.sampling.guide is None:
+        return ()
+    assert request.grammar is not None, f"request {request.request_id} has arrived without its grammar"
+    return (GrammarRule(request.grammar.matcher(request.sampling.stop_token_ids)),)

@@ -30,6 +30,7 @@ from tensorweave.cluster.protocol import (
     logprobs_from_wire,
     logprobs_to_wire,
 )
+from tensorweave.workers.step.grammar import Grammar
 
 
 class RequestState(enum.IntEnum):
@@ -78,6 +79,8 @@ class LlmRequest:
     `extras` is what is told with the newest token beside its id. Logits at the first `num_prompt_rows` tokens are told;
     those of `num_rows_read` have been read. With a `failure` the request ends at its next token, without it. What the
     sampling remembers of the tokens is the decoder's.
+
+    `grammar` is the sampling's guide, compiled: it is there on every rank when the request arrives.
     """
 
     request_id: str
@@ -101,6 +104,7 @@ class LlmRequest:
     arrival_s: float = field(default=0.0)
     answer_every: int = 1
     num_held: int = 0
+    grammar: Grammar | None = None
     closes_at: int = field(init=False)
     extras: TokenExtras | None = None
     failure: TensorweaveError | None = None
@@ -123,7 +127,9 @@ class LlmRequest:
             self.num_prompt_rows = self.prompt_len
 
     @classmethod
-    def of(cls, arrival: GenerateRequest, order: int, now_s: float, *, can_fetch: bool) -> LlmRequest:
+    def of(
+        cls, arrival: GenerateRequest, order: int, now_s: float, *, can_fetch: bool, grammar: Grammar | None = None
+    ) -> LlmRequest:
         """A new request, waiting. Where `can_fetch` is False its ticket is of no use: the prompt is computed here."""
         tokens = list(arrival.prompt_token_ids)
         return cls(
@@ -139,6 +145,7 @@ class LlmRequest:
             fetch=arrival.fetch if can_fetch else None,
             arrival_s=now_s,
             answer_every=arrival.answer_every,
+            grammar=grammar,
         )
 
     @property

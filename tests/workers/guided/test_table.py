@@ -1,0 +1,57 @@
+"""A rank's table of grammars follows rank 0's orders one after the other and reports each compilation once."""
+
+from __future__ import annotations
+
+import queue
+
+import pytest
+
+from tensorweave.cluster.errors import RequestRejected
+from tensorweave.cluster.guide import Guide
+from tensorweave.workers.guided.orders import GuideOrder, GuideReport
+from tensorweave.workers.guided.table import GrammarTable
+from tensorweave.workers.guided.vocabulary import Vocabulary
+from tests.workers.guided.vocabularies import vocabulary
+from tests.workers.waiting import WAIT_S, wait_until
+
+GOOD, BAD = Guide("regex", "a"), Guide("regex", "(a")
+
+
+def test_orders_are_carried_out_and_reported() -> None:
+    reports: queue.Queue[GuideReport] = queue.Queue()
+    table = GrammarTable(3, vocabulary, reports.put)
+    table.follow([GuideOrder("load"), GuideOrder("compile", GOOD), GuideOrder("compile", BAD)])
+    assert reports.get(timeout=WAIT_S) == GuideReport(GOOD.digest, 3)
+    failed = reports.get(timeout=WAIT_S)
+    assert failed.digest == BAD.digest
+    assert "parenthesis" in failed.problem
+    assert table.get(GOOD) is not None
+    assert table.get(BAD) is None
+    table.follow([GuideOrder("forget", digest=GOOD.digest), GuideOrder("forget", digest=b"unknown")])
+    wait_until(lambda: table.get(GOOD) is None)
+    table.close()
+
+
+def test_a_vocabulary_that_cannot_be_read_is_reported_and_tried_again() -> None:
+    reports: queue.Queue[GuideReport] = queue.Queue()
+    is_there = [False]
+
+    def read() -> Vocabulary:
+        if not is_there[0]:
+            raise RequestRejected("no tokenizer here")
+        return vocabulary()
+
+    table = GrammarTable(0, read, reports.put)
+    table.follow([GuideOrder("load"), GuideOrder("compile", GOOD)])
+    assert "no tokenizer" in reports.get(timeout=WAIT_S).problem
+    is_there[0] = True
+    table.follow([GuideOrder("compile", GOOD)])
+    assert reports.get(timeout=WAIT_S).problem == ""
+    table.close()
+
+
+@pytest.mark.parametrize("order", [GuideOrder("load"), GuideOrder("compile", GOOD), GuideOrder("forget", digest=b"x")])
+def test_orders_and_reports_cross_the_wire(order: GuideOrder) -> None:
+    assert GuideOrder.from_wire(order.to_wire()) == order
+    report = GuideReport(b"d", 1, "why")
+    assert GuideReport.from_wire(report.to_wire()) == report

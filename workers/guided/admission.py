@@ -1,0 +1,217 @@
+"""`GuideAdmission`: rank 0 holds requests with a grammar until all ranks have compiled it.
+
+    tried in a process of its own ─▶ compiled on every rank ─▶ its requests arrive
+             │                              │
+             └── refused, or too late ──────┴──▶ its requests end with that error
+
+So a request that arrives in the step loop has its grammar on every rank, and all admit it in the same step.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from tensorweave.cluster.errors import NotReady, Overloaded, RequestRejected, TensorweaveError
+from tensorweave.cluster.guide import Guide
+from tensorweave.cluster.protocol import GenerateRequest
+from tensorweave.workers.guided.limits import (
+    CACHE_BYTES,
+    CACHE_GRAMMARS,
+    MAX_TEXT_BYTES,
+    NUM_TRIALS,
+    QUEUE_TIMEOUT_S,
+    READY_TIMEOUT_S,
+)
+from tensorweave.workers.guided.orders import GuideOrder, GuideReport
+from tensorweave.workers.guided.trial import TrialResult
+
+PARAM: Final = "guided_decoding"
+"""What errors name; the router knows by which field a grammar came."""
+_MAX_REFUSED: Final = 256
+
+
+class GuideInbox(Protocol):
+    """Of rank 0's `Inbox`."""
+
+    def put(self, request: GenerateRequest, *, is_held: bool = False) -> None: ...
+
+    def release(self, request_id: str) -> None: ...
+
+    def put_guide_order(self, order: GuideOrder) -> None: ...
+
+
+class Trier(Protocol):
+    def run(self, guide: Guide) -> TrialResult: ...
+
+
+Refuse = Callable[[GenerateRequest, TensorweaveError], None]
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A guide that is ready, or will be. `missing` are the ranks that have not compiled it."""
+
+    guide: Guide
+    missing: set[int]
+    queued_s: float
+    held: list[GenerateRequest] = field(default_factory=list)
+    num_bytes: int = 0
+    is_ready: bool = False
+    is_over: threading.Event = field(default_factory=threading.Event)
+
+
+class GuideAdmission:
+    """For any thread.
+
+    Args:
+        size: Ranks of the gang.
+        trials: Where guides are tried.
+        inbox: Of the step loop.
+        refuse: Ends a held request with an error, unless it has ended already.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        trials: Trier,
+        inbox: GuideInbox,
+        refuse: Refuse,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._size = size
+        self._trials = trials
+        self._inbox = inbox
+        self._refuse = refuse
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._entries: collections.OrderedDict[bytes, _Entry] = collections.OrderedDict()
+        self._refused: collections.OrderedDict[bytes, TensorweaveError] = collections.OrderedDict()
+        self._threads = ThreadPoolExecutor(NUM_TRIALS, thread_name_prefix="guide-admission")
+        self._has_loaded = self._is_closed = False
+        self.num_refused = 0
+
+    @property
+    def num_ready(self) -> int:
+        with self._lock:
+            return sum(entry.is_ready for entry in self._entries.values())
+
+    def admit(self, request: GenerateRequest) -> None:
+        """Put a request with a guide into the inbox, now or once its grammar is ready everywhere.
+
+        Raises:
+            RequestRejected: the guide is known to be wrong. What the inbox raises.
+        """
+        guide = request.sampling.guide
+        assert guide is not None
+        if len(guide.text.encode("utf-8", "surrogatepass")) > MAX_TEXT_BYTES:
+            raise RequestRejected(f"the grammar's text is over the limit of {MAX_TEXT_BYTES} bytes", param=PARAM)
+        digest = guide.digest
+        with self._lock:
+            if (refusal := self._refused.get(digest)) is not None:
+                raise refusal
+            entry = self._entries.get(digest)
+            self._inbox.put(request, is_held=entry is None or not entry.is_ready)
+            if entry is None:
+                entry = self._entries[digest] = _Entry(guide, set(range(self._size)), self._clock())
+                self._begin(entry)
+            self._entries.move_to_end(digest)
+            if not entry.is_ready:
+                entry.held.append(request)
+
+    def take_report(self, report: GuideReport) -> None:
+        """A rank has compiled a guide, or could not."""
+        with self._lock:
+            entry = self._entries.get(report.digest)
+            if entry is None or entry.is_ready:
+                return
+            if report.problem:
+                self._fail(entry, _refusal(report.problem))
+                return
+            entry.missing.discard(report.rank)
+            if not entry.missing:
+                entry.is_ready = True
+                entry.is_over.set()
+                for request in entry.held:
+                    self._inbox.release(request.request_id)
+                entry.held.clear()
+                self._evict()
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_closed = True
+            for entry in list(self._entries.values()):
+                if not entry.is_ready:
+                    self._fail(entry, NotReady("the executor has been shut down"))
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, entry: _Entry) -> None:
+        if not self._has_loaded:
+            self._has_loaded = True
+            self._inbox.put_guide_order(GuideOrder("load"))
+        self._threads.submit(self._prepare, entry)
+
+    def _prepare(self, entry: _Entry) -> None:
+        """On a thread, until the guide is ready or refused."""
+        if self._clock() - entry.queued_s > QUEUE_TIMEOUT_S:
+            self._fail(entry, Overloaded("too many grammars wait to be compiled", retry_after_s=5.0))
+            return
+        try:
+            result = self._trials.run(entry.guide)
+        except TensorweaveError as error:
+            self._fail(entry, error)
+            return
+        if result.problem:
+            self._fail(entry, _refusal(result.problem) if not result.is_late else _late(result.problem))
+            return
+        with self._lock:
+            if entry.is_over.is_set():
+                return
+            entry.num_bytes = result.num_bytes
+            self._inbox.put_guide_order(GuideOrder("compile", entry.guide))
+        if not entry.is_over.wait(READY_TIMEOUT_S):
+            with self._lock:
+                ranks = ", ".join(map(str, sorted(entry.missing)))
+                self._fail(entry, _late(f"ranks {ranks} have not compiled it within {READY_TIMEOUT_S:g} s"))
+
+    def _fail(self, entry: _Entry, error: TensorweaveError) -> None:
+        with self._lock:
+            if entry.is_over.is_set():
+                return
+            entry.is_over.set()
+            digest = entry.guide.digest
+            del self._entries[digest]
+            self.num_refused += 1
+            if isinstance(error, RequestRejected):
+                self._refused[digest] = error
+                while len(self._refused) > _MAX_REFUSED:
+                    self._refused.popitem(last=False)
+            if not self._is_closed:
+                self._inbox.put_guide_order(GuideOrder("forget", digest=digest))
+            held, entry.held = entry.held, []
+            for request in held:
+                self._refuse(request, error)
+
+    def _evict(self) -> None:
+        """Let go of the grammars that were not asked for longest. Requests inside keep theirs."""
+        ready = [entry for entry in self._entries.values() if entry.is_ready]
+        num_bytes = sum(entry.num_bytes for entry in ready)
+        for num_left, entry in zip(range(len(ready), 1, -1), ready, strict=False):
+            if num_bytes <= CACHE_BYTES and num_left <= CACHE_GRAMMARS:
+                return
+            num_bytes -= entry.num_bytes
+            del self._entries[entry.guide.digest]
+            self._inbox.put_guide_order(GuideOrder("forget", digest=entry.guide.digest))
+
+
+def _refusal(problem: str) -> RequestRejected:
+    return RequestRejected(f"the grammar was refused: {problem}", param=PARAM)
+
+
+def _late(problem: str) -> NotReady:
+    return NotReady(f"the grammar is not ready: {problem}", param=PARAM, retry_after_s=5.0)

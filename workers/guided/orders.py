@@ -1,0 +1,48 @@
+"""`GuideOrder`: what rank 0 tells all ranks of grammars, in a step's agreement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from tensorweave.cluster.errors import WireError
+from tensorweave.cluster.guide import Guide, guide_or_none
+
+
+@dataclass(frozen=True, slots=True)
+class GuideOrder:
+    """`load`: read the vocabulary, the first guide is on its way. `compile`: compile this guide and report. `forget`:
+    let go of the grammar with this digest, which no request that comes later has."""
+
+    verb: Literal["load", "compile", "forget"]
+    guide: Guide | None = None
+    digest: bytes = b""
+
+    def to_wire(self) -> list[Any]:
+        return [self.verb, None if self.guide is None else self.guide.to_wire(), self.digest]
+
+    @classmethod
+    def from_wire(cls, fields: Any) -> Self:
+        match fields:
+            case ["load" | "compile" | "forget" as verb, guide, bytes(digest)]:
+                return cls(verb, guide_or_none(guide, "guide"), digest)
+        raise WireError("malformed order for guides")
+
+
+@dataclass(frozen=True, slots=True)
+class GuideReport:
+    """A rank has compiled a guide; with a `problem`, it could not."""
+
+    digest: bytes
+    rank: int
+    problem: str = ""
+
+    def to_wire(self) -> list[Any]:
+        return [self.digest, self.rank, self.problem]
+
+    @classmethod
+    def from_wire(cls, fields: Any) -> Self:
+        match fields:
+            case [bytes(digest), int(rank), str(problem)]:
+                return cls(digest, rank, problem)
+        raise WireError("malformed report of a guide")

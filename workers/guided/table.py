@@ -1,0 +1,98 @@
+"""`GrammarTable`: the grammars that one rank has compiled, by rank 0's orders, on a thread of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from tensorweave.cluster.errors import TensorweaveError
+from tensorweave.cluster.guide import Guide
+from tensorweave.workers.guided.compilers import Compilers
+from tensorweave.workers.guided.limits import NICENESS
+from tensorweave.workers.guided.orders import GuideOrder, GuideReport
+from tensorweave.workers.guided.vocabulary import Vocabulary
+from tensorweave.workers.step.grammar import Grammar
+
+logger = logging.getLogger(__name__)
+
+_MAX_PROBLEM: Final = 1000
+_EXIT_TIMEOUT_S: Final = 5.0
+
+
+class GrammarTable:
+    """The step loop calls `follow` and `get`; all else happens on the thread, which starts with the first order.
+
+    Args:
+        rank: For reports.
+        read_vocabulary: Called once, on the thread, until it succeeds. Raises TensorweaveError.
+        report: Called on the thread, once for each order to compile.
+    """
+
+    def __init__(
+        self, rank: int, read_vocabulary: Callable[[], Vocabulary], report: Callable[[GuideReport], None]
+    ) -> None:
+        self._rank = rank
+        self._read_vocabulary = read_vocabulary
+        self._report = report
+        self._orders: queue.SimpleQueue[GuideOrder | None] = queue.SimpleQueue()
+        self._grammars: dict[bytes, Grammar] = {}
+        self._compilers: Compilers | None = None
+        self._thread: threading.Thread | None = None
+
+    def __len__(self) -> int:
+        return len(self._grammars)
+
+    def follow(self, orders: Sequence[GuideOrder]) -> None:
+        """Take orders, which are carried out one after the other."""
+        if orders and self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=f"guide-compiler-{self._rank}", daemon=True)
+            self._thread.start()
+        for order in orders:
+            self._orders.put(order)
+
+    def get(self, guide: Guide) -> Grammar | None:
+        return self._grammars.get(guide.digest)
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._orders.put(None)
+            self._thread.join(_EXIT_TIMEOUT_S)
+
+    def _run(self) -> None:
+        _yield_to_others()
+        while (order := self._orders.get()) is not None:
+            if order.guide is not None:
+                self._report(GuideReport(order.guide.digest, self._rank, self._compile(order.guide)))
+            elif order.verb == "forget":
+                self._grammars.pop(order.digest, None)
+            else:
+                self._load()
+
+    def _load(self) -> None:
+        with contextlib.suppress(TensorweaveError):  # the guide that follows tries again, and reports it
+            self._compilers = self._compilers or Compilers(self._read_vocabulary())
+            self._compilers.open("xgrammar")
+
+    def _compile(self, guide: Guide) -> str:
+        """Return what went wrong."""
+        try:
+            compilers = self._compilers = self._compilers or Compilers(self._read_vocabulary())
+            self._grammars[guide.digest] = compilers.compile(guide)
+        except (TensorweaveError, ValueError) as error:
+            return str(error)[:_MAX_PROBLEM]
+        except Exception as error:  # the request's boundary: whatever a library raises
+            logger.exception("rank %d: a guide of kind %s was not compiled", self._rank, guide.kind)
+            return f"{type(error).__name__}: {error}"[:_MAX_PROBLEM]
+        return ""
+
+
+def _yield_to_others() -> None:
+    """Where threads have priorities of their own, as on Linux, this one leaves the cores to the step loop."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
