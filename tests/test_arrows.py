@@ -40,9 +40,10 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
         "sampling": "",
         "chat_formats": "",
         "text": "dispatch",
-        "openai": "time_slice.py sampling text",
-        "bodies": "openai sampling text",
-        "service.py": "bodies dispatch http/body_memory.py text",
+        "guided": "",
+        "openai": "guided time_slice.py sampling text",
+        "bodies": "guided openai sampling text",
+        "service.py": "bodies dispatch guided http/body_memory.py text",
         "openai/prepare.py": "bodies openai sampling service.py text",
         "http": "bodies deadline.py dispatch http/body_memory.py openai openai/prepare.py service.py text "
         "time_slice.py",

@@ -1,0 +1,179 @@
+"""`settle`: the shapes that are generated for a schema: what it leaves open is decided, what is impossible is gone.
+
+An object that has properties and says nothing of others gets no others; so do items after a prefix. That is a part of
+what the schema allows, and what people mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from tensorweave.router.guided.refusal import Refusal
+from tensorweave.router.guided.shapes import ANYTHING, Array, Object, Reference, Shape, Union
+
+ROOT: Final = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SettledSchema:
+    """The union of the root, and by pointer those that are referred to."""
+
+    root: Union
+    referred: dict[str, Union]
+
+    def unions(self) -> Iterator[Union]:
+        yield self.root
+        yield from self.referred.values()
+
+
+def settle(union_at: Callable[[str], Union], *, closes_objects: bool = False) -> SettledSchema:
+    """`closes_objects`: no object gets other properties than it declares. Raises Refusal if no value is valid."""
+    if closes_objects:
+        union_at = _closing(union_at)
+    read = {ROOT: union_at(ROOT)}
+    waiting = [read[ROOT]]
+    while waiting:
+        for pointer in _references(waiting.pop()):
+            if pointer not in read:
+                read[pointer] = union_at(pointer)
+                waiting.append(read[pointer])
+    possible = _possible_pointers(read)
+    root = _settled(read[ROOT], possible)
+    if not root:
+        raise Refusal(None, "", "no value is valid under the schema")
+    referred: dict[str, Union] = {}
+    waiting = [root]
+    while waiting:
+        for pointer in _references(waiting.pop()):
+            if pointer not in referred:
+                referred[pointer] = _settled(read[pointer], possible)
+                waiting.append(referred[pointer])
+    return SettledSchema(root, referred)
+
+
+def _references(union: Union) -> Iterator[str]:
+    for shape in union:
+        if isinstance(shape, Reference):
+            yield shape.pointer
+        for inner in inner_unions(shape):
+            yield from _references(inner)
+
+
+def inner_unions(shape: Shape) -> Iterator[Union]:
+    """Those of its items or properties."""
+    if isinstance(shape, Array):
+        yield from shape.prefix
+    elif isinstance(shape, Object):
+        yield from shape.properties.values()
+        yield from (union for _, union in shape.patterns)
+    if isinstance(shape, Array | Object) and shape.rest:
+        yield shape.rest
+
+
+def _possible_pointers(read: dict[str, Union]) -> set[str]:
+    """Those for which a finite value exists: the least fixed point."""
+    possible: set[str] = set()
+    while found := {p for p, union in read.items() if p not in possible and _is_possible(union, possible)}:
+        possible |= found
+    return possible
+
+
+def _is_possible(union: Union, possible: set[str]) -> bool:
+    return any(_is_shape_possible(shape, possible) for shape in union)
+
+
+def _is_shape_possible(shape: Shape, possible: set[str]) -> bool:
+    match shape:
+        case Reference(pointer):
+            return pointer in possible
+        case Array():
+            rest = ANYTHING if shape.rest is None else shape.rest
+            has_rest = shape.least <= len(shape.prefix) or _is_possible(rest, possible)
+            return has_rest and all(_is_possible(item, possible) for item in shape.prefix[: shape.least])
+        case Object():
+            rest = ANYTHING if shape.rest is None else shape.rest
+            return all(_is_possible(shape.properties.get(name, rest), possible) for name in shape.required)
+    return True
+
+
+def _settled(union: Union, possible: set[str]) -> Union:
+    return tuple(
+        settled for shape in union if _is_shape_possible(shape, possible) for settled in _settled_shape(shape, possible)
+    )
+
+
+def _settled_shape(shape: Shape, possible: set[str]) -> Union:
+    match shape:
+        case Array():
+            return _settled_array(shape, possible)
+        case Object():
+            return _settled_object(shape, possible)
+    return (shape,)
+
+
+def _settled_array(array: Array, possible: set[str]) -> Union:
+    prefix: list[Union] = []
+    for item in array.prefix[: array.most]:
+        if not (settled := _settled(item, possible)):
+            break
+        prefix.append(settled)
+    if len(prefix) < len(array.prefix):  # an item is impossible, or beyond maxItems
+        rest: Union = ()
+    elif array.rest is None:
+        rest = () if prefix and array.least <= len(prefix) else ANYTHING
+    else:
+        rest = _settled(array.rest, possible)
+    most = array.most if rest else min(len(prefix), len(prefix) if array.most is None else array.most)
+    if most is not None and array.least > most:
+        return ()
+    return (Array(tuple(prefix), rest, array.least, most),)
+
+
+def _settled_object(shape: Object, possible: set[str]) -> Union:
+    undeclared = [name for name in shape.required if name not in shape.properties]
+    if undeclared and shape.patterns:
+        raise Refusal("required", "", f"names {undeclared[0]!r}, which is not in properties, beside patternProperties")
+    rest = ANYTHING if shape.rest is None else _settled(shape.rest, possible)
+    properties = {name: _settled(union, possible) for name, union in shape.properties.items()}
+    properties |= dict.fromkeys(undeclared, rest)
+    if not all(properties[name] for name in shape.required):
+        return ()
+    if shape.rest is None and (properties or shape.patterns):
+        rest = ()
+    if rest and not all(properties.values()):
+        raise Refusal("properties", "", "with a property that no value fits is not enforced beside additional ones")
+    kept = {name: union for name, union in properties.items() if union}
+    patterns = tuple((key, settled) for key, union in shape.patterns if (settled := _settled(union, possible)))
+    if len(patterns) < len(shape.patterns) and (rest or patterns):
+        raise Refusal("patternProperties", "", "that no value fits is not enforced beside additional ones")
+    if not rest and not patterns:
+        most = len(kept) if shape.most is None else min(shape.most, len(kept))
+        if max(shape.least, len(shape.required)) > most:
+            return ()
+        shape = replace(shape, most=None if most >= len(kept) else most)
+    least = shape.least if shape.least > len(shape.required) else 0
+    return (replace(shape, properties=kept, patterns=patterns, rest=rest, least=least),)
+
+
+def _closing(union_at: Callable[[str], Union]) -> Callable[[str], Union]:
+    return lambda pointer: _without_additional(union_at(pointer))
+
+
+def _without_additional(union: Union) -> Union:
+    return tuple(_closed(shape) for shape in union)
+
+
+def _closed(shape: Shape) -> Shape:
+    """With all objects in it closed that declare properties."""
+    match shape:
+        case Array():
+            rest = None if shape.rest is None else _without_additional(shape.rest)
+            return replace(shape, prefix=tuple(map(_without_additional, shape.prefix)), rest=rest)
+        case Object():
+            properties = {name: _without_additional(union) for name, union in shape.properties.items()}
+            patterns = tuple((name, _without_additional(union)) for name, union in shape.patterns)
+            rest = None if shape.rest is None else () if properties or patterns else _without_additional(shape.rest)
+            return replace(shape, properties=properties, patterns=patterns, rest=rest)
+    return shape
