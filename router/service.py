@@ -10,9 +10,12 @@ from tensorweave.cluster.fleet import Fleet
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.router.bodies.pool import BodyPool
 from tensorweave.router.bodies.served import ServedModel
+from tensorweave.router.chat.settings import ChatSettings
+from tensorweave.router.chat_formats.chat_format import ChatFormat
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.http.body_memory import BodyMemory
+from tensorweave.router.openai.chat_form import chat_format
 from tensorweave.router.text.tokens import Tokenizer
 
 
@@ -20,12 +23,15 @@ from tensorweave.router.text.tokens import Tokenizer
 class RouterService:
     """One model's service. Its `info` is read from the gangs once, since it does not change.
 
+    Raises ValueError for a parser's name that is unknown.
+
     Attributes:
         model_name: The model's name in answers.
         accepts_phases: Clients may send a request's two phases themselves, with tickets that name hosts to connect to.
         key_digests: Digests of the API keys, one of which a client must have (`router/http/keys.py`); none: no key is
             required.
         other_names: Other names by which clients may request the model.
+        chat: What the configuration says about chats.
         cors_origins: Origins of web pages whose scripts may call the service (`router/http/middleware.py`); "*": any.
     """
 
@@ -40,17 +46,20 @@ class RouterService:
     key_digests: Sequence[str] = ()
     other_names: Sequence[str] = ()
     cors_origins: Sequence[str] = ()
+    chat: ChatSettings = field(default_factory=ChatSettings)
     _info: ModelInfo | None = None
     bodies: BodyPool = field(init=False)
     body_memory: BodyMemory = field(init=False)
+    chat_format: ChatFormat = field(init=False)
 
     def __post_init__(self) -> None:
-        self.bodies = BodyPool(self.tokenizer)
+        self.bodies = BodyPool(self.tokenizer, reads_inline=not self.chat.accepts_templates)
+        self.chat_format = chat_format(self.tokenizer, self.chat)
         self.body_memory = BodyMemory(self.limits.max_held_body_bytes)
 
     async def served(self) -> ServedModel:
         """What request bodies are checked against. Raises NotReady if no gang is there in time."""
-        return ServedModel(self.names, await self.info(), self.limits.max_sequences)
+        return ServedModel(self.names, await self.info(), self.limits.max_sequences, self.chat)
 
     @property
     def names(self) -> list[str]:

@@ -41,12 +41,16 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
         "chat_formats": "",
         "text": "dispatch",
         "guided": "",
-        "openai": "guided time_slice.py sampling text",
-        "bodies": "guided openai sampling text",
-        "service.py": "bodies dispatch guided http/body_memory.py text",
-        "openai/prepare.py": "bodies openai sampling service.py text",
-        "http": "bodies deadline.py dispatch http/body_memory.py openai openai/prepare.py service.py text "
-        "time_slice.py",
+        "chat": "chat_formats text",
+        "openai": "chat chat_formats guided sampling text time_slice.py",
+        "anthropic": "chat openai sampling text",
+        "responses": "chat openai text",
+        "bodies": "anthropic chat guided openai responses sampling text",
+        "service.py": "bodies chat chat_formats dispatch guided http/body_memory.py openai text",
+        "openai/new_answer.py": "anthropic bodies openai responses service.py",
+        "openai/prepare.py": "bodies chat openai openai/new_answer.py sampling service.py text",
+        "http": "anthropic bodies deadline.py dispatch http/body_memory.py openai openai/prepare.py responses "
+        "service.py text time_slice.py",
     },
     "workers": {
         "start_log.py": "",

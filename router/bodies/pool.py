@@ -56,15 +56,21 @@ class BodyTooCostly(RequestRejected):
 
 
 class BodyPool:
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    """`reads_inline`: small bodies are read in the event loop. A body with a chat template of its own may take long
+    whatever its size."""
+
+    def __init__(self, tokenizer: Tokenizer, *, reads_inline: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._inline_bytes = 0
+        if reads_inline:
+            self._inline_bytes = INLINE_BYTES if tokenizer.is_rust else _SLOW_INLINE_BYTES
         self._state = b""
         self._usual = _WorkerQueue(self, _MAX_WAITING["usual"])
         self._large = _WorkerQueue(self, _MAX_WAITING["large"])
 
     async def run(self, task: BodyTask[ResultT], body: bytes, served: ServedModel) -> ResultT:
         """Raises RequestRejected, Overloaded if too many bodies wait, and DeadlineExceeded."""
-        if len(body) <= (INLINE_BYTES if self._tokenizer.is_rust else _SLOW_INLINE_BYTES):
+        if len(body) <= self._inline_bytes:
             return task.run(body, self._tokenizer, served)
         queue = self._usual if len(body) <= USUAL_BYTES else self._large
         return task.unpack(await queue.run(pack_frame("run", task.name, served.to_wire(), body)))

@@ -9,22 +9,25 @@ from __future__ import annotations
 import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import orjson
 
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.protocol import ModelInfo, SamplingSpec
 from tensorweave.router.bodies.served import ServedModel, check_name, check_text
+from tensorweave.router.openai.chat_form import chat_format, chat_guide
+from tensorweave.router.openai.chat_request import ChatCompletionRequest
 from tensorweave.router.openai.field_types import MAX_LOGPROBS
 from tensorweave.router.openai.parsing import check_fields, parse_request
-from tensorweave.router.openai.requests import ChatCompletionRequest, CompletionRequest
+from tensorweave.router.openai.requests import CompletionRequest
 from tensorweave.router.sampling.resolution import check_prompt, fit_to_prompt, resolve_sampling
 from tensorweave.router.text.choices import Prompt
 from tensorweave.router.text.echo import Echo, EchoRequest, read_echo
 from tensorweave.router.text.tokens import Tokenizer
 
 AnyRequest = CompletionRequest | ChatCompletionRequest
+Api = Literal["completions", "chat", "messages", "responses"]
 
 _MAX_BAD_WORD_TOKENS: Final = 16_384
 """Of all bad words of a request together, in each of their spellings."""
@@ -34,11 +37,24 @@ _TOKENS: Final = "i"
 @dataclass(frozen=True, slots=True)
 class RequestBody:
     """A checked body, its prompts, and for each prompt how its answer is sampled. Seeds are drawn later: without one of
-    the client's, a spec has 0."""
+    the client's, a spec has 0.
+
+    Attributes:
+        request: The body, or the chat that it was translated to.
+        prompts: Their token ids.
+        specs: One for each prompt.
+        api: Whose body it was.
+        repeated: JSON of fields of the body that the answer repeats.
+    """
 
     request: AnyRequest
     prompts: Sequence[Prompt]
     specs: Sequence[SamplingSpec]
+    api: Api
+    repeated: bytes = b""
+
+    def with_repeated(self, repeated: bytes) -> RequestBody:
+        return replace(self, repeated=repeated)
 
     def pack(self) -> list[Any]:
         """As msgpack fields, without what prompts and bad words were made from: that may be the whole body. The specs
@@ -49,21 +65,24 @@ class RequestBody:
             for prompt in self.prompts
         ]
         lengths = [[spec.max_tokens, spec.min_tokens] for spec in self.specs]
-        is_chat = isinstance(self.request, ChatCompletionRequest)
-        return [is_chat, fields, prompts, [self.specs[0].to_wire(), lengths]]
+        return [self.api, self.repeated, fields, prompts, [self.specs[0].to_wire(), lengths]]
 
     @classmethod
     def unpack(cls, packed: Sequence[Any]) -> RequestBody:
-        is_chat, fields, prompts, (first, lengths) = packed
+        api, repeated, fields, prompts, (first, lengths) = packed
         known: dict[str, Any] = orjson.loads(fields)
         spec = SamplingSpec.from_wire(first)
         return cls(
-            check_fields(ChatCompletionRequest, known) if is_chat else check_fields(CompletionRequest, known),
+            check_fields(CompletionRequest, known)
+            if api == "completions"
+            else check_fields(ChatCompletionRequest, known),
             [
                 Prompt(array.array(_TOKENS, token_ids).tolist(), echo and Echo.unpack(echo))
                 for token_ids, echo in prompts
             ],
             [replace(spec, max_tokens=max_tokens, min_tokens=min_tokens) for max_tokens, min_tokens in lengths],
+            api,
+            repeated,
         )
 
 
@@ -73,23 +92,39 @@ def read_completion(body: bytes, tokenizer: Tokenizer, served: ServedModel) -> R
     check_name(served.model_names, request.model)
     _check_count(served, request, len(request.prompts))
     prompts = [_completion_prompt(tokenizer, served, request, prompt) for prompt in request.prompts]
-    return _checked(tokenizer, served, request, prompts)
+    specs = _checked_specs(tokenizer, served, request, prompts)
+    return RequestBody(request, prompts, specs, "completions")
 
 
 def read_chat(body: bytes, tokenizer: Tokenizer, served: ServedModel) -> RequestBody:
     """Raises RequestRejected."""
-    request = parse_request(ChatCompletionRequest, body)
+    return read_chat_request(parse_request(ChatCompletionRequest, body), tokenizer, served, "chat")
+
+
+def read_chat_request(
+    request: ChatCompletionRequest, tokenizer: Tokenizer, served: ServedModel, api: Api, repeated: bytes = b""
+) -> RequestBody:
+    """Raises RequestRejected."""
     check_name(served.model_names, request.model)
     _check_count(served, request, 1)
-    token_ids = request.prompt_token_ids
-    if token_ids is None:
-        text = tokenizer.render_chat(
-            [message.for_template() for message in request.messages],
-            add_generation_prompt=request.add_generation_prompt is not False,
-            template_kwargs=request.chat_template_kwargs,
+    token_ids = chat_token_ids(request, tokenizer, served)
+    prompt = Prompt(_cut(token_ids, request.truncate_prompt_tokens))
+    [spec] = _checked_specs(tokenizer, served, request, [prompt])
+    form = chat_format(tokenizer, served.chat)
+    guide = chat_guide(form, request, prompt.token_ids, tokenizer, spec.guide)
+    return RequestBody(request, [prompt], [replace(spec, guide=guide)], api, repeated)
+
+
+def chat_token_ids(request: ChatCompletionRequest, tokenizer: Tokenizer, served: ServedModel) -> list[int]:
+    """The prompt, which may be too long."""
+    if request.prompt_token_ids is not None:
+        return request.prompt_token_ids
+    if request.chat_template is not None and not served.chat.accepts_templates:
+        raise RequestRejected(
+            "chat_template is not enabled here (security.enable_request_chat_template)", param="chat_template"
         )
-        token_ids = _encode(text, tokenizer, served, request, add_special_tokens=bool(request.add_special_tokens))
-    return _checked(tokenizer, served, request, [Prompt(_cut(token_ids, request.truncate_prompt_tokens))])
+    text = tokenizer.render_chat(request.chat_prompt)
+    return _encode(text, tokenizer, served, request, add_special_tokens=bool(request.add_special_tokens))
 
 
 def _completion_prompt(
@@ -124,13 +159,15 @@ def _cut(token_ids: list[int], num_kept: int | None) -> list[int]:
     return token_ids if num_kept is None else token_ids[-num_kept:]
 
 
-def _checked(tokenizer: Tokenizer, served: ServedModel, request: AnyRequest, prompts: Sequence[Prompt]) -> RequestBody:
+def _checked_specs(
+    tokenizer: Tokenizer, served: ServedModel, request: AnyRequest, prompts: Sequence[Prompt]
+) -> list[SamplingSpec]:
     """Everything that planning refuses is refused here: what comes through is no longer than the model's context."""
     for prompt in prompts:
         check_prompt(prompt.token_ids, served.info, param=request.prompt_param)
     words = _bad_words(tokenizer, request)
     try:
-        return RequestBody(request, prompts, _resolve_sampling(request, prompts, words, served.info))
+        return _resolve_sampling(request, prompts, words, served.info)
     except RequestRejected as error:
         if error.param is None or (name := request.field_names.get(error.param)) is None:
             raise

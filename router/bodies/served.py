@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tensorweave.cluster.context_length import context_exceeded_by_at_least
 from tensorweave.cluster.errors import ModelNotFound
 from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.router.chat.settings import ChatSettings
 from tensorweave.router.text.tokens import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model, its names, and the most sequences that one request may ask for."""
+    """A model, its names, the most sequences that one request may ask for, and what chats are like."""
 
     model_names: Sequence[str]
     info: ModelInfo
     max_sequences: int
+    chat: ChatSettings = field(default_factory=ChatSettings)
 
     def to_wire(self) -> list[Any]:
-        return [list(self.model_names), self.info.to_wire(), self.max_sequences]
+        return [list(self.model_names), self.info.to_wire(), self.max_sequences, self.chat.to_wire()]
 
     @classmethod
     def from_wire(cls, fields: Sequence[Any]) -> ServedModel:
-        names, info, max_sequences = fields
-        return cls(names, ModelInfo.from_wire(info), max_sequences)
+        names, info, max_sequences, chat = fields
+        return cls(names, ModelInfo.from_wire(info), max_sequences, ChatSettings.from_wire(chat))
 
 
 def check_name(model_names: Sequence[str], name: str) -> None:

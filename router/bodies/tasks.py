@@ -9,6 +9,7 @@ from typing import Any, Final, Generic, TypeVar
 from tensorweave.router.bodies.request_body import RequestBody, read_chat, read_completion
 from tensorweave.router.bodies.served import ServedModel
 from tensorweave.router.bodies.tokenize import detokenize, tokenize
+from tensorweave.router.bodies.translated import count_tokens, read_messages, read_response
 from tensorweave.router.text.tokens import Tokenizer
 
 ResultT = TypeVar("ResultT")
@@ -32,5 +33,10 @@ COMPLETION: Final = BodyTask("completion", read_completion, RequestBody.pack, Re
 CHAT: Final = BodyTask("chat", read_chat, RequestBody.pack, RequestBody.unpack)
 TOKENIZE: Final = _answering("tokenize", tokenize)
 DETOKENIZE: Final = _answering("detokenize", detokenize)
+MESSAGES: Final = BodyTask("messages", read_messages, RequestBody.pack, RequestBody.unpack)
+COUNT_TOKENS: Final = _answering("count_tokens", count_tokens)
+RESPONSES: Final = BodyTask("responses", read_response, RequestBody.pack, RequestBody.unpack)
 
-BY_NAME: Final[dict[str, BodyTask[Any]]] = {task.name: task for task in (COMPLETION, CHAT, TOKENIZE, DETOKENIZE)}
+BY_NAME: Final[dict[str, BodyTask[Any]]] = {
+    task.name: task for task in (COMPLETION, CHAT, TOKENIZE, DETOKENIZE, MESSAGES, COUNT_TOKENS, RESPONSES)
+}

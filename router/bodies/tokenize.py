@@ -10,9 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.router.bodies.served import ServedModel, check_name
 from tensorweave.router.openai.field_types import Integers
-from tensorweave.router.openai.messages import ChatMessage, check_messages
+from tensorweave.router.openai.messages import ChatMessage, check_messages, for_template
 from tensorweave.router.openai.not_built import NotBuilt
 from tensorweave.router.openai.parsing import ParsedRequest, describe_unbuilt_fields, parse_request
+from tensorweave.router.openai.tools import MAX_TOOLS, ToolDefinition
+from tensorweave.router.text.chat_template import ChatPrompt
 from tensorweave.router.text.tokens import Tokenizer
 
 _MAX_ANSWER_BYTES: Final = 16 << 20
@@ -31,8 +33,6 @@ class TokenizeRequest(ParsedRequest):
 
     OFF: ClassVar[NotBuilt] = {
         "chat_template": (),
-        "continue_final_message": (False,),
-        "tools": ([],),
     }
 
     model: str | None = None
@@ -40,6 +40,8 @@ class TokenizeRequest(ParsedRequest):
     messages: list[ChatMessage] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = Field(None, description="Default: true for a prompt, false for messages.")
     add_generation_prompt: bool | None = Field(None, description="Default true.")
+    continue_final_message: bool | None = Field(None, description="The prompt ends within the last message.")
+    tools: list[ToolDefinition] | None = Field(None, max_length=MAX_TOOLS)
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Passed to the chat template.")
     return_token_strs: bool | None = None
 
@@ -72,10 +74,14 @@ def tokenize(body: bytes, tokenizer: Tokenizer, served: ServedModel) -> bytes:
         ids = tokenizer.encode(asked.prompt, add_special_tokens=asked.add_special_tokens is not False)
     else:
         ids = tokenizer.chat(
-            [message.for_template() for message in asked.messages],
-            add_generation_prompt=asked.add_generation_prompt is not False,
+            ChatPrompt(
+                for_template(asked.messages),
+                tools=[tool.for_template() for tool in asked.tools or ()],
+                adds_generation_prompt=asked.add_generation_prompt is not False and not asked.continue_final_message,
+                continues_last=bool(asked.continue_final_message),
+                arguments=asked.chat_template_kwargs or {},
+            ),
             add_special_tokens=bool(asked.add_special_tokens),
-            template_kwargs=asked.chat_template_kwargs,
         )
     names = tokenizer.token_names(ids) if asked.return_token_strs else None
     answer = {"count": len(ids), "max_model_len": served.info.max_seq_len, "tokens": ids, "token_strs": names}

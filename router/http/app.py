@@ -1,7 +1,7 @@
 """`build_app`: the HTTP front end as one ASGI application, over a `RouterService`.
 
-It runs under uvicorn and inside Ray Serve. Every path, unknown ones included, answers errors in OpenAI's form and with
-`x-request-id`. Prompt text is never logged.
+It runs under uvicorn and inside Ray Serve. Every path, unknown ones included, answers errors in OpenAI's form (those of
+`/v1/messages` in Anthropic's) and with `x-request-id`. Prompt text is never logged.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 import orjson
 from fastapi import FastAPI, Request, Response
@@ -21,8 +21,18 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from tensorweave.cluster.errors import NotReady, RequestCancelled, RequestRejected, TensorweaveError
+from tensorweave.router.bodies.request_body import RequestBody
 from tensorweave.router.bodies.served import check_name
-from tensorweave.router.bodies.tasks import DETOKENIZE, TOKENIZE, BodyTask
+from tensorweave.router.bodies.tasks import (
+    CHAT,
+    COMPLETION,
+    COUNT_TOKENS,
+    DETOKENIZE,
+    MESSAGES,
+    RESPONSES,
+    TOKENIZE,
+    BodyTask,
+)
 from tensorweave.router.http import asgi
 from tensorweave.router.http.endpoint import GenerateEndpoint
 from tensorweave.router.http.health import check_health
@@ -30,12 +40,24 @@ from tensorweave.router.http.keys import ApiKeys, may_see_operations
 from tensorweave.router.http.metrics import RouterMetrics
 from tensorweave.router.http.middleware import with_middleware
 from tensorweave.router.http.openapi import openapi_document
-from tensorweave.router.openai.prepare import plan_chat, plan_completion
 from tensorweave.router.service import RouterService
 
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
+
+_GENERATING: Final[Mapping[str, BodyTask[RequestBody]]] = {
+    "/v1/completions": COMPLETION,
+    "/v1/chat/completions": CHAT,
+    asgi.MESSAGES_PATH: MESSAGES,
+    "/v1/responses": RESPONSES,
+}
+_ANSWERING: Final[Mapping[str, BodyTask[bytes]]] = {
+    f"{asgi.MESSAGES_PATH}/count_tokens": COUNT_TOKENS,
+    "/tokenize": TOKENIZE,
+    "/detokenize": DETOKENIZE,
+}
+"""Routes whose answer is computed from the body alone."""
 
 
 class UnknownRoute(RequestRejected):
@@ -86,15 +108,13 @@ def build_app(service: RouterService, *, server_echoes_ids: bool = False, genera
         generated_id_prefix=generated_id_prefix,
     )
     app = _App(service, wrap)
-    for path, plan in (("/v1/completions", plan_completion), ("/v1/chat/completions", plan_chat)):
-        app.router.routes.append(Route(path, GenerateEndpoint(path, plan, service, metrics), methods=["POST"]))
+    for path, task in _GENERATING.items():
+        app.router.routes.append(Route(path, GenerateEndpoint(path, task, service, metrics), methods=["POST"]))
     for path, handler in _handlers(service, metrics).items():
         methods = ["GET", "POST"] if path == "/ping" else ["GET"]
         app.router.routes.append(Route(path, handler, methods=methods))
-    for task in (TOKENIZE, DETOKENIZE):
-        app.router.routes.append(
-            Route(f"/{task.name}", functools.partial(_answer_body, service, task), methods=["POST"])
-        )
+    for path, answering in _ANSWERING.items():
+        app.router.routes.append(Route(path, functools.partial(_answer_body, service, answering), methods=["POST"]))
     if service.key_digests:
         app.add_middleware(ApiKeys, digests=service.key_digests)
     app.add_exception_handler(HTTPException, _answer_http_exception)
@@ -163,7 +183,6 @@ def _lifespan_of(service: RouterService) -> Callable[[FastAPI], AbstractAsyncCon
 
 
 async def _answer_body(service: RouterService, task: BodyTask[bytes], request: Request) -> Response:
-    """A route whose answer is computed from the body alone."""
     limits = service.limits
     with service.body_memory.share() as share:
         body = await asgi.read_json_body(
@@ -189,7 +208,9 @@ def _json(content: dict[str, Any], *, status: int = 200) -> Response:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, TensorweaveError)
-    response = Response(asgi.error_body(error), status_code=error.http_status, media_type="application/json")
+    response = Response(
+        asgi.error_body(request.scope, error), status_code=error.http_status, media_type="application/json"
+    )
     for name, value in asgi.error_headers(error):
         response.headers[name.decode()] = value.decode()
     return response

@@ -8,13 +8,14 @@ import re
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Final
 
-import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tensorweave.cluster.errors import RequestRejected, TensorweaveError
+from tensorweave.router.anthropic import errors as anthropic_errors
 from tensorweave.router.http.body_memory import BodyShare
+from tensorweave.router.openai import error_body as openai_errors
 
 Headers = list[tuple[bytes, bytes]]
 _JSON: Final = (b"content-type", b"application/json")
@@ -23,6 +24,7 @@ _EVENT_STREAM: Final[Headers] = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+MESSAGES_PATH: Final = "/v1/messages"
 CLOSE: Final = (b"connection", b"close")
 REQUEST_ID_HEADER: Final = b"x-request-id"
 _RETRY_AFTER_S: Final = 5.0
@@ -171,14 +173,12 @@ async def cancelled_on_disconnect(receive: Receive) -> AsyncIterator[None]:
         watcher.cancel()
 
 
-def error_body(error: TensorweaveError) -> bytes:
-    fields: dict[str, Any] = {
-        "message": error.message,
-        "type": error.openai_type,
-        "param": error.param,
-        "code": error.code,
-    }
-    return orjson.dumps({"error": fields})
+def error_body(scope: Scope, error: TensorweaveError) -> bytes:
+    """In the form of the API that the path belongs to: Anthropic's or OpenAI's."""
+    path: str = scope["path"]
+    if path == MESSAGES_PATH or path.startswith(f"{MESSAGES_PATH}/"):
+        return anthropic_errors.error_body(error)
+    return openai_errors.error_body(error)
 
 
 def error_headers(error: TensorweaveError) -> Headers:
@@ -196,8 +196,8 @@ async def send_json(send: Send, body: bytes, *, status: int = 200, headers: Head
     await send({"type": "http.response.body", "body": body})
 
 
-async def send_error(send: Send, error: TensorweaveError) -> None:
-    await send_json(send, error_body(error), status=error.http_status, headers=error_headers(error))
+async def send_error(scope: Scope, send: Send, error: TensorweaveError) -> None:
+    await send_json(send, error_body(scope, error), status=error.http_status, headers=error_headers(error))
 
 
 async def start_events(send: Send) -> None:

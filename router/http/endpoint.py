@@ -1,7 +1,7 @@
 """`GenerateEndpoint`: one POST route, from the body to the last byte of its answer, streamed or whole.
 
-It is the request boundary: every error is answered with OpenAI's error object, or, once a stream has begun, with an
-error event.
+It is the request boundary: every error is answered with the error object of the route's API, or, once a stream has
+begun, with an error event.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Final
 
@@ -19,12 +19,13 @@ from starlette.types import Receive, Scope, Send
 
 from tensorweave.cluster.errors import DeadlineExceeded, RequestCancelled, TensorweaveError
 from tensorweave.cluster.protocol import FinishReason
+from tensorweave.router.bodies.request_body import RequestBody
+from tensorweave.router.bodies.tasks import BodyTask
 from tensorweave.router.deadline import Deadline
 from tensorweave.router.http import asgi
 from tensorweave.router.http.metrics import RouterMetrics
-from tensorweave.router.openai.answers import DONE
 from tensorweave.router.openai.disaggregated import ContextPhase, params_of
-from tensorweave.router.openai.prepare import Plan
+from tensorweave.router.openai.prepare import Plan, make_plan
 from tensorweave.router.openai.schemas import Usage
 from tensorweave.router.service import RouterService
 from tensorweave.router.text.generation import TextDelta, generate_all, generate_first
@@ -84,21 +85,22 @@ class RequestStats:
     def _usage(self, num_tokens: int) -> Usage:
         """A prompt counts once for all of its sequences, and so do its cached tokens."""
         cached = sum(self._cached[:: self._plan.num_sequences])
-        return Usage.of(prompt=sum(self._plan.prompt_lens), completion=num_tokens, cached=cached)
+        reasoning = min(num_tokens, sum([choice.num_reasoning_tokens for choice in self._plan.choices]))
+        return Usage.of(prompt=sum(self._plan.prompt_lens), completion=num_tokens, cached=cached, reasoning=reasoning)
 
 
 class GenerateEndpoint:
-    """An ASGI application for one path. `plan` turns a body into the sequences to run and the form of the answer."""
+    """An ASGI application for one path. `task` reads its body."""
 
     def __init__(
         self,
         path: str,
-        plan: Callable[[RouterService, bytes, str | None], Awaitable[Plan]],
+        task: BodyTask[RequestBody],
         service: RouterService,
         metrics: RouterMetrics,
     ) -> None:
         self._path = path
-        self._plan = plan
+        self._task = task
         self._service = service
         self._metrics = metrics
 
@@ -112,11 +114,11 @@ class GenerateEndpoint:
         except TensorweaveError as error:
             status = error.http_status
             self._metrics.count_error(error)
-            await asgi.send_error(send, error)
+            await asgi.send_error(scope, send, error)
         except (Exception, SystemExit):  # the request boundary
             logger.exception("request %s: internal error", asgi.request_id_of(scope))
             status = 500
-            await asgi.send_error(send, TensorweaveError(_INTERNAL))
+            await asgi.send_error(scope, send, TensorweaveError(_INTERNAL))
         self._metrics.count_answer(self._path, status)
         logger.info(
             "request %s: %s %d in %.3f s",
@@ -133,7 +135,7 @@ class GenerateEndpoint:
                 scope, receive, share, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s
             )
             async with asgi.cancelled_on_disconnect(receive):
-                plan = await self._plan(self._service, body, asgi.client_request_id(scope))
+                plan = await make_plan(self._service, self._task, body, asgi.client_request_id(scope))
                 del body
                 share.release()
                 await self._answer(plan, RequestStats(plan, self._metrics, started_s), scope, send)
@@ -193,15 +195,12 @@ class GenerateEndpoint:
         scope: Scope,
         send: Send,
     ) -> None:
-        running = stats.usage if plan.has_running_usage else lambda: None
-
         async def event(delta: TextDelta) -> bytes:
-            piece = plan.choices[delta.index].add(delta)
-            return b"" if piece is None else await plan.answer.event(piece, running())
+            chunk = plan.choices[delta.index].add(delta)
+            return b"" if chunk is None else await plan.answer.event(chunk, stats.usage)
 
         prompt = plan.jobs[0].request.prompt_token_ids
-        before = stats.prompt_usage() if plan.has_running_usage else None
-        opening = plan.answer.opening(len(plan.jobs), prompt, before)
+        opening = plan.answer.opening(len(plan.jobs), prompt, stats.prompt_usage())
         await asgi.start_events(send)
         try:
             await asgi.send_event(send, opening + await event(first))
@@ -211,16 +210,15 @@ class GenerateEndpoint:
                     if events := await event(delta):
                         stalled.move(now_s() + _MAX_STALL_S)
                         await stalled.wait(functools.partial(asgi.send_event, send, events))
-            last = plan.answer.usage_event(stats.usage()) if plan.includes_usage else b""
-            await asgi.end_events(send, last + DONE)
+            await asgi.end_events(send, plan.answer.closing(stats.usage()))
         except TensorweaveError as error:
             self._metrics.count_error(error)
-            await asgi.end_events(send, b"data: " + asgi.error_body(error) + b"\n\n")
+            await asgi.end_events(send, plan.answer.failure(error))
         except TimeoutError:
             raise asgi.ClientGone from None
         except (Exception, SystemExit):  # the request boundary, once the answer has begun
             logger.exception("request %s: internal error in a stream", asgi.request_id_of(scope))
-            await asgi.end_events(send, b"data: " + asgi.error_body(TensorweaveError(_INTERNAL)) + b"\n\n")
+            await asgi.end_events(send, plan.answer.failure(TensorweaveError(_INTERNAL)))
 
 
 def _without_output(delta: TextDelta) -> TextDelta:

@@ -1,4 +1,4 @@
-"""API keys: `ApiKeys` admits a request if its `Authorization: Bearer` is one of the service's keys.
+"""API keys: `ApiKeys` admits a request if its `Authorization: Bearer` or its `x-api-key` is one of the service's keys.
 
 A request without a key is answered and its connection closed, so that unauthenticated clients keep no connections open.
 `may_see_operations` decides whether a request may see hosts, processes and paths.
@@ -47,16 +47,21 @@ class ApiKeys:
             await self._app(scope, receive, _closing(send))
         else:
             error = InvalidApiKey(
-                "this server requires an API key, as 'Authorization: Bearer KEY'; the request has none that is valid"
+                "this server requires an API key, as 'Authorization: Bearer KEY' or 'x-api-key: KEY'; the request has "
+                "none that is valid"
             )
             headers = [(b"www-authenticate", b"Bearer"), asgi.CLOSE]
-            await asgi.send_json(send, asgi.error_body(error), status=error.http_status, headers=headers)
+            await asgi.send_json(send, asgi.error_body(scope, error), status=error.http_status, headers=headers)
 
     def _has_key(self, scope: Scope) -> bool:
         scheme, _, key = (asgi.header(scope, b"authorization") or b"").partition(b" ")
+        is_bearer = self._is_key(key) and scheme.lower() == b"bearer"
+        return self._is_key(asgi.header(scope, b"x-api-key") or b"") or is_bearer
+
+    def _is_key(self, key: bytes) -> bool:
         given = hashlib.sha256(key.strip()).digest()
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return scheme.lower() == b"bearer" and any(matches)
+        return any(matches)
 
 
 def _is_open(scope: Scope) -> bool:

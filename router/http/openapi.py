@@ -8,11 +8,17 @@ from typing import Any, Final
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from tensorweave.router.anthropic import schemas as anthropic
+from tensorweave.router.anthropic.request import CountTokensRequest, MessagesRequest
 from tensorweave.router.bodies.tokenize import DetokenizeRequest, TokenizeRequest
+from tensorweave.router.http import asgi
 from tensorweave.router.http.keys import OPEN_PATHS
 from tensorweave.router.openai import schemas
+from tensorweave.router.openai.chat_request import ChatCompletionRequest
 from tensorweave.router.openai.parsing import ParsedRequest
-from tensorweave.router.openai.requests import ChatCompletionRequest, CompletionRequest
+from tensorweave.router.openai.requests import CompletionRequest
+from tensorweave.router.responses import schemas as responses
+from tensorweave.router.responses.request import ResponsesRequest
 
 _HEALTH: Final = "200 while a gang's step loop steps"
 _REF: Final = "#/components/schemas/{model}"
@@ -30,7 +36,15 @@ _ERRORS: Final = {
     "503": "No gang can take the request now.",
 }
 _BODY_ERRORS: Final = ("400", "404", "408", "413", "415", "500", "503")
-_REQUESTS: Final = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
+_REQUESTS: Final = (
+    CompletionRequest,
+    ChatCompletionRequest,
+    ResponsesRequest,
+    MessagesRequest,
+    CountTokensRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
 
 Operation = dict[str, Any]
 
@@ -38,10 +52,37 @@ Operation = dict[str, Any]
 def openapi_document(title: str, version: str, *, model_names: Sequence[str], has_keys: bool) -> dict[str, Any]:
     paths: dict[str, dict[str, Operation]] = {
         "/v1/completions": {
-            "post": _post("Complete prompts", CompletionRequest, schemas.Completion, schemas.CompletionChunk)
+            "post": _post("Complete prompts", CompletionRequest, schemas.Completion, _chunks(schemas.CompletionChunk))
         },
         "/v1/chat/completions": {
-            "post": _post("Answer a conversation", ChatCompletionRequest, schemas.ChatCompletion, schemas.ChatChunk)
+            "post": _post(
+                "Answer a conversation", ChatCompletionRequest, schemas.ChatCompletion, _chunks(schemas.ChatChunk)
+            )
+        },
+        "/v1/responses": {
+            "post": _post(
+                "Answer a conversation, sent whole",
+                ResponsesRequest,
+                responses.ResponseObject,
+                _named_events(responses.EVENTS),
+            )
+        },
+        asgi.MESSAGES_PATH: {
+            "post": _post(
+                "Answer a conversation, in Anthropic's form",
+                MessagesRequest,
+                anthropic.AnswerMessage,
+                _named_events([*anthropic.EVENTS, anthropic.MessagesError]),
+                error=anthropic.MessagesError,
+            )
+        },
+        f"{asgi.MESSAGES_PATH}/count_tokens": {
+            "post": _post(
+                "The number of a conversation's tokens",
+                CountTokensRequest,
+                anthropic.TokenCount,
+                error=anthropic.MessagesError,
+            )
         },
         "/v1/models": {"get": _get("The served model, by each of its names", schemas.ModelList)},
         "/v1/models/{model_id}": {"get": _get("One model", schemas.ModelCard, parameter="model_id", errors=("404",))},
@@ -75,7 +116,8 @@ def _require_key(document: dict[str, Any]) -> None:
             if path in OPEN_PATHS:
                 operation["security"] = []
             else:
-                operation["responses"] |= _errors(("401",))
+                error = anthropic.MessagesError if path.startswith(asgi.MESSAGES_PATH) else schemas.ErrorAnswer
+                operation["responses"] |= _errors(("401",), error)
 
 
 def _schemas() -> dict[str, Any]:
@@ -93,6 +135,12 @@ def _schemas() -> dict[str, Any]:
         schemas.Load,
         schemas.Version,
         schemas.ErrorAnswer,
+        responses.ResponseObject,
+        *responses.EVENTS,
+        anthropic.AnswerMessage,
+        anthropic.TokenCount,
+        anthropic.MessagesError,
+        *anthropic.EVENTS,
     )
     _, document = models_json_schema(
         [*((model, "validation") for model in _REQUESTS), *((model, "serialization") for model in answers)],
@@ -106,36 +154,49 @@ def _reference(model: type[BaseModel]) -> dict[str, str]:
     return {"$ref": _REF.format(model=model.__name__)}
 
 
-def _errors(statuses: Sequence[str]) -> dict[str, Any]:
-    content = {"application/json": {"schema": _reference(schemas.ErrorAnswer)}}
+def _errors(statuses: Sequence[str], error: type[BaseModel] = schemas.ErrorAnswer) -> dict[str, Any]:
+    content = {"application/json": {"schema": _reference(error)}}
     return {status: {"description": _ERRORS[status], "content": content} for status in statuses}
 
 
 def _post(
-    summary: str, request: type[ParsedRequest], answer: type[BaseModel], chunk: type[BaseModel] | None = None
+    summary: str,
+    request: type[ParsedRequest],
+    answer: type[BaseModel],
+    event: dict[str, Any] | None = None,
+    error: type[BaseModel] = schemas.ErrorAnswer,
 ) -> Operation:
-    """With `chunk`, the answer may be streamed."""
+    """With `event`, the answer may be streamed."""
     content: dict[str, Any] = {"application/json": {"schema": _reference(answer)}}
     errors = set(_BODY_ERRORS)
-    if chunk is not None:
-        content["text/event-stream"] = {"itemSchema": _event(chunk)}
+    if event is not None:
+        content["text/event-stream"] = {"itemSchema": event}
         errors |= {"429", "502"}
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": {"schema": _reference(request)}}},
-        "responses": {"200": {"description": "The answer", "content": content}, **_errors(sorted(errors))},
+        "responses": {"200": {"description": "The answer", "content": content}, **_errors(sorted(errors), error)},
     }
 
 
-def _event(chunk: type[BaseModel]) -> dict[str, Any]:
+def _chunks(chunk: type[BaseModel]) -> dict[str, Any]:
     """Server-sent events: chunks, then '[DONE]'; or an error, which ends the stream."""
-    chunk_or_error = {
+    data = {"anyOf": [{"const": "[DONE]"}, _json_of([chunk, schemas.ErrorAnswer])]}
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
+
+
+def _named_events(events: Sequence[type[BaseModel]]) -> dict[str, Any]:
+    """Server-sent events with the type of their data as their name."""
+    properties = {"event": {"type": "string"}, "data": _json_of(events)}
+    return {"type": "object", "properties": properties, "required": ["event", "data"]}
+
+
+def _json_of(models: Sequence[type[BaseModel]]) -> dict[str, Any]:
+    return {
         "type": "string",
         "contentMediaType": "application/json",
-        "contentSchema": {"anyOf": [_reference(chunk), _reference(schemas.ErrorAnswer)]},
+        "contentSchema": {"anyOf": [_reference(model) for model in models]},
     }
-    data = {"anyOf": [{"const": "[DONE]"}, chunk_or_error]}
-    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 
 def _get(

@@ -28,27 +28,20 @@ IN_BOTH: Final[NotBuilt] = {
     "return_context_logits": (False,),
     "return_tokens_as_token_ids": (False,),
     "structured_outputs": (),
-    "thinking_token_budget": (),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
 }
 
-IN_COMPLETIONS: Final[NotBuilt] = {**IN_BOTH, "prompt_embeds": (), "suffix": ("",)}
+IN_COMPLETIONS: Final[NotBuilt] = {**IN_BOTH, "prompt_embeds": (), "suffix": ("",), "thinking_token_budget": ()}
 
 IN_CHATS: Final[NotBuilt] = {
     **IN_BOTH,
     "audio": (),
     "best_of": (1,),
-    "chat_template": (),
-    "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "include_reasoning": (True, False),
     "modalities": (["text"],),
     "moderation": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
+    "stream_reasoning": (True,),
     "web_search_options": (),
 }

@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.protocol import GenerateRequest, ModelInfo, SamplingSpec
 from tensorweave.router.bodies.request_body import AnyRequest, RequestBody
-from tensorweave.router.bodies.tasks import CHAT, COMPLETION
-from tensorweave.router.openai.answers import CHAT_SHAPE, COMPLETION_SHAPE, Answer, AnswerShape
+from tensorweave.router.bodies.tasks import BodyTask
+from tensorweave.router.chat.parsed_choice import ParsedChoice
+from tensorweave.router.openai.answer import Answer
+from tensorweave.router.openai.chat_form import chat_parser, shown_ids
+from tensorweave.router.openai.chat_request import ChatCompletionRequest
 from tensorweave.router.openai.disaggregated import DisaggregatedParams, check_phase
+from tensorweave.router.openai.new_answer import ID_PREFIXES, new_answer
 from tensorweave.router.openai.request_names import RequestNames
-from tensorweave.router.openai.token_shapes import TokenShapes
 from tensorweave.router.sampling.resolution import SEED_BITS, nth_seed
 from tensorweave.router.service import RouterService
 from tensorweave.router.text.choices import ChoiceStream, Prompt
@@ -30,14 +32,12 @@ class Plan:
     sequences of each prompt."""
 
     jobs: Sequence[Job]
-    choices: Sequence[ChoiceStream]
+    choices: Sequence[ParsedChoice]
     answer: Answer
     prompt_lens: Sequence[int]
     n: int
     num_sequences: int
     is_streamed: bool
-    includes_usage: bool
-    has_running_usage: bool
     has_output: bool
     is_context_only: bool
 
@@ -52,40 +52,32 @@ class Plan:
         return best
 
 
-async def plan_completion(service: RouterService, body: bytes, client_id: str | None = None) -> Plan:
-    """`client_id`: the client's own name for the request. If it asks again under it after its router was lost, it gets
-    the answer that was begun for it."""
-    read = await service.bodies.run(COMPLETION, body, await service.served())
-    return await _plan(service, read, COMPLETION_SHAPE, client_id)
+async def make_plan(
+    service: RouterService, task: BodyTask[RequestBody], body: bytes, client_id: str | None = None
+) -> Plan:
+    """`task` reads the body. `client_id`: the client's own name for the request. If it asks again under it after its
+    router was lost, it gets the answer that was begun for it.
 
-
-async def plan_chat(service: RouterService, body: bytes, client_id: str | None = None) -> Plan:
-    read = await service.bodies.run(CHAT, body, await service.served())
-    return await _plan(service, read, CHAT_SHAPE, client_id)
-
-
-async def _plan(service: RouterService, read: RequestBody, shape: AnswerShape, client_id: str | None) -> Plan:
-    """Yields to the event loop between sequences: there may be hundreds, with a long prompt each."""
+    Yields to the event loop between sequences: there may be hundreds, with a long prompt each."""
+    read = await service.bodies.run(task, body, await service.served())
     request, prompts, phase = read.request, read.prompts, read.request.disaggregated_params
     if phase is not None:
         _check_phase(service, request, phase, len(prompts))
-    names = _names(shape.id_prefix, request, client_id)
+    names = _names(ID_PREFIXES[read.api], request, client_id)
     planner = _Planner(service, await service.info(), request, names)
     for prompt, spec in zip(prompts, read.specs, strict=True):
-        context = prompt.left_context(service.tokenizer, skip_special_tokens=planner.skips_special_tokens)
+        context = planner.left_context(prompt)
         for own in _own_specs(spec, request):
             planner.add(prompt, context, own)
             await asyncio.sleep(0)
     return Plan(
         jobs=planner.jobs,
         choices=planner.choices,
-        answer=_answer(service, shape, names, request),
+        answer=new_answer(service, read, names.answer_id),
         prompt_lens=[len(prompt.token_ids) for prompt in prompts],
         n=request.n or 1,
         num_sequences=request.num_sequences,
         is_streamed=bool(request.stream),
-        includes_usage=request.includes_usage,
-        has_running_usage=request.has_running_usage,
         has_output=request.telling.has_output,
         is_context_only=phase is not None and phase.is_context_only,
     )
@@ -104,19 +96,7 @@ def _names(kind: str, request: AnyRequest, client_id: str | None) -> RequestName
     """One phase alone cannot be found again: its ticket is used once."""
     phase = request.disaggregated_params
     is_one_phase = phase is not None and (phase.is_context_only or phase.is_generation_only)
-    return RequestNames(f"{kind}-{secrets.token_hex(16)}", None if is_one_phase else client_id)
-
-
-def _answer(service: RouterService, shape: AnswerShape, names: RequestNames, request: AnyRequest) -> Answer:
-    return Answer(
-        shape,
-        request.telling,
-        TokenShapes(service.tokenizer),
-        answer_id=names.answer_id,
-        created_s=int(time.time()),
-        model_name=service.model_name,
-        includes_usage=request.includes_usage,
-    )
+    return RequestNames(kind + secrets.token_hex(16), None if is_one_phase else client_id)
 
 
 def _own_specs(spec: SamplingSpec, request: AnyRequest) -> Iterator[SamplingSpec]:
@@ -139,7 +119,13 @@ class _Planner:
     request: AnyRequest
     names: RequestNames
     jobs: list[Job] = field(default_factory=list)
-    choices: list[ChoiceStream] = field(default_factory=list)
+    choices: list[ParsedChoice] = field(default_factory=list)
+    shown: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shown = frozenset()
+        if isinstance(self.request, ChatCompletionRequest):
+            self.shown = shown_ids(self.service.chat_format, self.request, self.service.tokenizer)
 
     @property
     def skips_special_tokens(self) -> bool:
@@ -148,6 +134,11 @@ class _Planner:
     @property
     def spaces_special_tokens(self) -> bool:
         return self.request.spaces_between_special_tokens is not False
+
+    def left_context(self, prompt: Prompt) -> Sequence[int]:
+        return prompt.left_context(
+            self.service.tokenizer, skip_special_tokens=self.skips_special_tokens, shown=self.shown
+        )
 
     def add(self, prompt: Prompt, context: Sequence[int], spec: SamplingSpec) -> None:
         """One sequence more. `context`: the tokens that its text goes on from."""
@@ -159,17 +150,24 @@ class _Planner:
             request = replace(job.request, sampling=sampling, fetch=state.ticket)
             job = replace(job, request=request, first_tokens=first_tokens)
         self.jobs.append(job)
-        self.choices.append(
-            ChoiceStream(
-                job.index,
-                self.request.telling,
-                prompt,
-                self.service.tokenizer,
-                context,
-                skip_special_tokens=self.skips_special_tokens,
-                spaces_between_special_tokens=self.spaces_special_tokens,
-            )
+        self.choices.append(self._choice(job.index, prompt, context))
+
+    def _choice(self, index: int, prompt: Prompt, context: Sequence[int]) -> ParsedChoice:
+        service, request = self.service, self.request
+        stream = ChoiceStream(
+            index,
+            request.telling,
+            prompt,
+            service.tokenizer,
+            context,
+            skip_special_tokens=self.skips_special_tokens,
+            spaces_between_special_tokens=self.spaces_special_tokens,
+            shown=self.shown,
         )
+        if not isinstance(request, ChatCompletionRequest):
+            return ParsedChoice(stream)
+        parser = chat_parser(service.chat_format, request, prompt.token_ids, service.tokenizer)
+        return ParsedChoice(stream, parser, shows_reasoning=request.include_reasoning is not False)
 
     def _job(self, prompt: Sequence[int], context: Sequence[int], spec: SamplingSpec) -> Job:
         request, limits, index = self.request, self.service.limits, len(self.jobs)
@@ -194,6 +192,7 @@ class _Planner:
             context,
             skip_special_tokens=self.skips_special_tokens,
             spaces_between_special_tokens=self.spaces_special_tokens,
+            shown=self.shown,
             stop=self.request.stop_strings,
             include_stop_str_in_output=bool(self.request.include_stop_str_in_output),
             min_tokens=spec.min_tokens,

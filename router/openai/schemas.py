@@ -17,8 +17,15 @@ class Shape(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+ChatFinishReason = FinishReason | Literal["tool_calls", "function_call"]
+
+
 class PromptTokensDetails(Shape):
     cached_tokens: int = Field(description="Prompt tokens whose KV was found in the prefix cache.")
+
+
+class CompletionTokensDetails(Shape):
+    reasoning_tokens: int = Field(description="Tokens of the reasoning, with the mark that opens it.")
 
 
 class Usage(Shape):
@@ -26,15 +33,16 @@ class Usage(Shape):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
     @classmethod
-    def of(cls, *, prompt: int, completion: int, cached: int) -> Usage:
-        details = PromptTokensDetails(cached_tokens=cached)
+    def of(cls, *, prompt: int, completion: int, cached: int, reasoning: int) -> Usage:
         return cls(
             prompt_tokens=prompt,
             completion_tokens=completion,
             total_tokens=prompt + completion,
-            prompt_tokens_details=details,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+            completion_tokens_details=CompletionTokensDetails(reasoning_tokens=reasoning),
         )
 
 
@@ -78,10 +86,25 @@ class Completion(Shape):
     prompt_token_ids: list[int] | SkipJsonSchema[None] = Field(None, description="Of a context_only request.")
 
 
+class FunctionCall(Shape):
+    name: str
+    arguments: str = Field(description="JSON, as the model wrote it; incomplete if the answer was cut short.")
+
+
+class ToolCall(Shape):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class AssistantMessage(Shape):
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="null if there are only calls.")
     refusal: None
+    tool_calls: list[ToolCall] | SkipJsonSchema[None] = None
+    function_call: FunctionCall | SkipJsonSchema[None] = Field(None, description="Where `functions` were given.")
+    reasoning: str | SkipJsonSchema[None] = None
+    reasoning_content: str | SkipJsonSchema[None] = Field(None, description="The same as `reasoning`.")
 
 
 class ChatToken(Shape):
@@ -103,7 +126,7 @@ class ChatChoice(Shape):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     stop_reason: int | str | None
     token_ids: list[int] | SkipJsonSchema[None] = None
     disaggregated_params: DisaggregatedParams | None = None
@@ -143,17 +166,35 @@ class CompletionChunk(Shape):
     usage: Usage | None = None
 
 
+class FunctionCallDelta(Shape):
+    name: str | SkipJsonSchema[None] = None
+    arguments: str
+
+
+class ToolCallDelta(Shape):
+    """The first of a call has its id, type and name."""
+
+    index: int
+    id: str | SkipJsonSchema[None] = None
+    type: Literal["function"] | SkipJsonSchema[None] = None
+    function: FunctionCallDelta
+
+
 class ChatDelta(Shape):
     role: Literal["assistant"] | SkipJsonSchema[None] = None
     content: str | SkipJsonSchema[None] = None
     refusal: None = None
+    tool_calls: list[ToolCallDelta] | SkipJsonSchema[None] = None
+    function_call: FunctionCallDelta | SkipJsonSchema[None] = None
+    reasoning: str | SkipJsonSchema[None] = None
+    reasoning_content: str | SkipJsonSchema[None] = None
 
 
 class ChatChunkChoice(Shape):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
     stop_reason: int | str | None = None
     token_ids: list[int] | SkipJsonSchema[None] = None
 

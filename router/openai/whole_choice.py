@@ -12,6 +12,8 @@ from typing import Any, Final, TypeVar
 
 import orjson
 
+from tensorweave.router.chat.blocks import Blocks
+from tensorweave.router.chat.parsed_choice import ParsedChunk
 from tensorweave.router.openai.token_shapes import TokenShapes
 from tensorweave.router.text.choices import ChoiceChunk, PromptDetails, Telling
 from tensorweave.router.text.token_offsets import PlacedToken
@@ -66,35 +68,31 @@ class WholeChoice:
         self._shapes = shapes
         self._logprobs = logprobs
         self._time_slice = TimeSlice()
-        self._texts: list[str] = []
         self._token_ids = JsonList()
-        self._last: ChoiceChunk | None = None
+        self._last: ParsedChunk | None = None
+        self.blocks = Blocks()
         self.prompt_fields = b""
         """The prompt's JSON fields, each after a comma."""
 
-    async def add(self, chunk: ChoiceChunk) -> None:
-        self._last = chunk
-        self._texts.append(chunk.text)
+    async def add(self, chunk: ParsedChunk) -> None:
+        self._last, piece = chunk, chunk.piece
+        self.blocks.collect(chunk.deltas)
         if self._telling.has_token_ids:
-            self._token_ids.extend([token.token_id for token in chunk.tokens])
+            self._token_ids.extend([token.token_id for token in piece.tokens])
         if self._logprobs is not None:
-            await self._logprobs.add(chunk, self._time_slice)
-        if chunk.prompt is not None:
-            self.prompt_fields = await prompt_fields(chunk.prompt, self._telling, self._shapes, self._time_slice)
+            await self._logprobs.add(piece, self._time_slice)
+        if piece.prompt is not None:
+            self.prompt_fields = await prompt_fields(piece.prompt, self._telling, self._shapes, self._time_slice)
 
     @property
-    def text(self) -> bytes:
-        return orjson.dumps("".join(self._texts))
+    def last(self) -> ParsedChunk:
+        """The chunk with the finish reason."""
+        assert self._last is not None, "a choice has at least one chunk"
+        return self._last
 
     @property
     def logprobs(self) -> bytes:
         return b"null" if self._logprobs is None else self._logprobs.json()
-
-    @property
-    def ending(self) -> bytes:
-        """`finish_reason` and `stop_reason` as JSON fields, each after a comma."""
-        assert self._last is not None, "a choice has at least one chunk"
-        return ending(self._last)
 
     @property
     def token_fields(self) -> bytes:
@@ -115,13 +113,6 @@ async def prompt_fields(prompt: PromptDetails, telling: Telling, shapes: TokenSh
             await time_slice.checkpoint()
         fields += b',"prompt_logprobs":' + rows_json.json()
     return fields
-
-
-def ending(chunk: ChoiceChunk | None) -> bytes:
-    """The chunk's `finish_reason` and `stop_reason` as JSON fields, each after a comma; None: the choice goes on."""
-    if chunk is None or chunk.finish_reason is None:
-        return b',"finish_reason":null'
-    return b',"finish_reason":"%b","stop_reason":%b' % (chunk.finish_reason.encode(), orjson.dumps(chunk.stop_reason))
 
 
 def slices(rows: Sequence[T]) -> Iterator[Sequence[T]]:

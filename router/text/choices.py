@@ -65,11 +65,13 @@ class Prompt:
     token_ids: Sequence[int]
     echo: Echo | None = None
 
-    def left_context(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> Sequence[int]:
+    def left_context(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool, shown: frozenset[int] = frozenset()
+    ) -> Sequence[int]:
         """The last ids of the prompt, after which an answer's text continues."""
         if self.echo is not None:
             return self.echo.context
-        return tokenizer.left_context(self.token_ids, skip_special_tokens=skip_special_tokens)
+        return tokenizer.left_context(self.token_ids, skip_special_tokens=skip_special_tokens, shown=shown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,7 @@ class ChoiceStream:
         context: These three as in the sequence's `IncrementalDetokenizer`.
         skip_special_tokens: See there.
         spaces_between_special_tokens: See there.
+        shown: See there.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class ChoiceStream:
         *,
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
         self._index = index
         self._telling = telling
@@ -130,8 +134,10 @@ class ChoiceStream:
                 context,
                 skip_special_tokens=skip_special_tokens,
                 spaces_between_special_tokens=spaces_between_special_tokens,
+                shown=shown,
             )
-            self._tokens = TokenOffsets(tokenizer, assembler, self._num_chars, skip_special_tokens=skip_special_tokens)
+            skipped = tokenizer.skipped_ids(skip_special_tokens=skip_special_tokens, shown=shown)
+            self._tokens = TokenOffsets(tokenizer, assembler, self._num_chars, skipped)
         self._prompt_logprobs: Sequence[TokenLogprobs] | None = None
         self._sum_logprobs = 0.0
         self._num_tokens = 0

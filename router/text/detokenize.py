@@ -65,6 +65,7 @@ class IncrementalDetokenizer:
         tokenizer: The model's tokenizer.
         context: The prompt's `Tokenizer.left_context`, after which the text continues.
         skip_special_tokens: Special tokens have no text.
+        shown: These special tokens have their text all the same.
         spaces_between_special_tokens: For tokenizers without a Rust backend; others ignore it.
         stop: Stop strings. The first that is complete ends the text and becomes `stop_reason`.
         include_stop_str_in_output: Keep the stop string, or the text of a stop token, at the end.
@@ -78,6 +79,7 @@ class IncrementalDetokenizer:
         *,
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
         stop: Sequence[str] = (),
         include_stop_str_in_output: bool = False,
         min_tokens: int = 0,
@@ -86,6 +88,7 @@ class IncrementalDetokenizer:
             context,
             skip_special_tokens=skip_special_tokens,
             spaces_between_special_tokens=spaces_between_special_tokens,
+            shown=shown,
         )
         self._stops = StopStrings(stop, is_included=include_stop_str_in_output)
         self._keeps_stop = include_stop_str_in_output

@@ -106,7 +106,7 @@ def read_echo(tokenizer: Tokenizer, asked: EchoRequest) -> Echo:
     context = tuple(tokenizer.left_context(asked.token_ids[first:last], skip_special_tokens=False))
     if asked.given is not None and not asked.has_tokens:
         return Echo(asked.given, context)
-    tokens = TokenOffsets(tokenizer, tokenizer.assembler(skip_special_tokens=False), 0, skip_special_tokens=False)
+    tokens = TokenOffsets(tokenizer, tokenizer.assembler(skip_special_tokens=False), 0)
     text = tokens.add(asked.token_ids[first:last])
     if asked.is_all:
         text += tokens.finish()

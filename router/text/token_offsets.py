@@ -36,12 +36,16 @@ class TokenOffsets:
     """Takes the same tokens as an `IncrementalDetokenizer`, with an assembler like its own."""
 
     def __init__(
-        self, tokenizer: Tokenizer, assembler: TextAssembler, num_chars: int, *, skip_special_tokens: bool
+        self,
+        tokenizer: Tokenizer,
+        assembler: TextAssembler,
+        num_chars: int,
+        skipped: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
         self._assembler = assembler
         self._num_chars = num_chars
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._skipped = skipped
         self._waiting: list[tuple[PlacedToken, int | None]] = []
         """Each with the end of its text; None if the token ends within a character."""
 

@@ -9,37 +9,20 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import tokenizers
-from jinja2.exceptions import TemplateError
 
-from tensorweave.cluster.errors import RequestRejected
 from tensorweave.router.text.assembly import TextAssembler, assemble
+from tensorweave.router.text.chat_template import ChatPrompt, render
 from tensorweave.router.text.pieces import Pieces, WindowedPieces, read_pieces
 from tensorweave.router.text.text_bound import max_chars_per_token
 
-ChatMessage = Mapping[str, Any]
 _LONG_TEXT_CHARS: Final = 4096
 """From about 1 ms of encoding on, the interpreter's lock is released meanwhile; below, that costs more than it
 gains."""
-
-
-def flatten_content(content: str | Sequence[Mapping[str, Any]] | None) -> str:
-    """A message's content as one string. Raises RequestRejected for parts that are not text."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    texts: list[str] = []
-    for part in content:
-        text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
-        if not isinstance(text, str):
-            raise RequestRejected("only parts of type 'text' are supported in a message's content", param="messages")
-        texts.append(text)
-    return "\n".join(texts)
 
 
 class Tokenizer:
@@ -125,6 +108,12 @@ class Tokenizer:
         return len(self.backend)
 
     @property
+    def chat_template(self) -> str | Mapping[str, str] | None:
+        """One, or several by name."""
+        template: str | Mapping[str, str] | None = self.backend.chat_template
+        return template
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(self.backend.chat_template)
 
@@ -151,39 +140,13 @@ class Tokenizer:
         """See `text_bound.max_chars_per_token`."""
         return None if self._rust is None else max_chars_per_token(self._rust)
 
-    def render_chat(
-        self,
-        messages: Sequence[ChatMessage],
-        *,
-        add_generation_prompt: bool = True,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> str:
-        """The chat template's text. Raises RequestRejected (param 'messages') if the template refuses."""
-        if not self.has_chat_template:
-            raise RequestRejected("this model's tokenizer has no chat template; use /v1/completions", param="messages")
-        extra = template_kwargs or {}
-        if own := (self._template_arguments | {"messages"}) & extra.keys():
-            raise RequestRejected(f"chat_template_kwargs may not set {sorted(own)[0]!r}", param="chat_template_kwargs")
-        flat = [{**message, "content": flatten_content(message.get("content"))} for message in messages]
-        try:
-            text: str = self.backend.apply_chat_template(
-                flat, tokenize=False, add_generation_prompt=add_generation_prompt, **extra
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise RequestRejected(f"the chat template refused the messages: {error}", param="messages") from error
-        return text
+    def render_chat(self, prompt: ChatPrompt) -> str:
+        """The chat template's text. Raises RequestRejected if the template refuses."""
+        return render(self.backend, prompt, self._template_arguments)
 
-    def chat(
-        self,
-        messages: Sequence[ChatMessage],
-        *,
-        add_generation_prompt: bool = True,
-        add_special_tokens: bool = False,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
+    def chat(self, prompt: ChatPrompt, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a conversation. The template writes the special tokens itself."""
-        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs)
-        return self.encode(text, add_special_tokens=add_special_tokens)
+        return self.encode(self.render_chat(prompt), add_special_tokens=add_special_tokens)
 
     def decode(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
@@ -255,15 +218,28 @@ class Tokenizer:
         *,
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
     ) -> TextAssembler:
-        """Text from ids, a few at a time, after `context`, which is a prompt's `left_context`."""
-        skipped = self.special_ids if skip_special_tokens else frozenset[int]()
+        """Text from ids, a few at a time, after `context`, which is a prompt's `left_context`. Ids in `shown` are not
+        skipped."""
+        skipped = self.skipped_ids(skip_special_tokens=skip_special_tokens, shown=shown)
         return assemble(self.pieces(spaces_between_special_tokens=spaces_between_special_tokens), skipped, context)
 
-    def left_context(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> Sequence[int]:
+    def left_context(
+        self, prompt: Sequence[int], *, skip_special_tokens: bool = True, shown: frozenset[int] = frozenset()
+    ) -> Sequence[int]:
         """The last ids of a prompt, enough that an answer has the same text after them as after all of it."""
-        hidden = self.special_ids if skip_special_tokens else frozenset[int]()
-        return self.pieces(spaces_between_special_tokens=True).left_context(prompt, hidden)
+        skipped = self.skipped_ids(skip_special_tokens=skip_special_tokens, shown=shown)
+        return self.pieces(spaces_between_special_tokens=True).left_context(prompt, skipped)
+
+    def skipped_ids(self, *, skip_special_tokens: bool, shown: frozenset[int] = frozenset()) -> frozenset[int]:
+        """The tokens that have no text in an answer."""
+        return self.special_ids - shown if skip_special_tokens else frozenset()
+
+    def special_ids_in(self, texts: Iterable[str]) -> frozenset[int]:
+        """The special tokens that these texts have."""
+        ids = [token_id for text in texts for token_id in self.encode(text, add_special_tokens=False)]
+        return self.special_ids.intersection(ids)
 
     def pieces(self, *, spaces_between_special_tokens: bool) -> Pieces:
         """What an assembler uses: a table of the tokens, or a window over `decode`."""

@@ -26,9 +26,28 @@ CHAT_TEMPLATE = (
 )
 
 
+HERMES_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}"
+    "{{ message.content or '' }}"
+    "{% for call in message.tool_calls or [] %}"
+    '<tool_call>{{ {"name": call.function.name, "arguments": call.function.arguments} | tojson }}</tool_call>'
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""Reasoning and tools as in Hermes' and Qwen3's templates."""
+
+
 @functools.cache
 def byte_level() -> Tokenizer:
     return byte_level_with(CHAT_TEMPLATE)
+
+
+@functools.cache
+def hermes() -> Tokenizer:
+    return byte_level_with(HERMES_TEMPLATE)
 
 
 def byte_level_with(chat_template: str) -> Tokenizer:

@@ -109,11 +109,11 @@ def test_what_a_body_was_made_from_stays_in_the_worker() -> None:
         "prompt_cache_options": {"a": "b" * 10_000},
     }
     body = sent(completion("The capital " * 500, user="u" * 10_000, **unread))
-    _, fields, prompts, _ = COMPLETION.run(body, byte_level(), SERVED).pack()
+    _, _, fields, prompts, _ = COMPLETION.run(body, byte_level(), SERVED).pack()
     assert len(fields) < 500
     assert [echo for _, echo in prompts] == [None]
     body = sent(chat(prediction={"type": "content", "content": "p" * 10_000}, **unread))
-    _, fields, _, _ = CHAT.run(body, byte_level(), SERVED).pack()
+    _, _, fields, _, _ = CHAT.run(body, byte_level(), SERVED).pack()
     assert len(fields) < 500
 
 

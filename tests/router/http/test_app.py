@@ -61,6 +61,7 @@ def test_chat_answer() -> None:
         "completion_tokens": out,
         "total_tokens": len(prompt) + out,
         "prompt_tokens_details": {"cached_tokens": 3},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
     sampling = link.requests[0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (1.0, 1.0, 512 - len(prompt))

@@ -12,7 +12,8 @@ import pytest
 
 from tensorweave.cluster.errors import NotReady
 from tensorweave.router.http.app import build_app
-from tensorweave.router.openai.requests import ChatCompletionRequest, CompletionRequest
+from tensorweave.router.openai.chat_request import ChatCompletionRequest
+from tensorweave.router.openai.requests import CompletionRequest
 from tensorweave.router.openai.schemas import (
     DetokenizeAnswer,
     ErrorAnswer,

@@ -11,6 +11,7 @@ from tensorweave.router.http.app import build_app
 from tests.router.calls import CHAT, COMPLETIONS, check_error, post, scripted
 from tests.router.fake_fleet import FakeLink
 from tests.router.serving import chat, completion, make_service, model_info
+from tests.router.small_tokenizers import hermes
 
 BODIES: dict[str, dict[str, Any]] = {
     CHAT: chat(max_tokens=3, seed=1), COMPLETIONS: completion(max_tokens=3, seed=1), "/detokenize": {"tokens": [5]},
@@ -21,7 +22,7 @@ BOTH: dict[str, Any] = {
 }  # fmt: skip
 VALUES: dict[str, dict[str, Any]] = {
     CHAT: {
-        **BOTH, "max_completion_tokens": 2, "top_logprobs": 0, "prompt_token_ids": [5, 6],
+        **BOTH, "max_completion_tokens": 2, "thinking_token_budget": 3, "top_logprobs": 0, "prompt_token_ids": [5, 6],
     },
     COMPLETIONS: {**BOTH, "best_of": 2, "logprobs": 1, "prompt": [5, 6]},
     "/detokenize": {"tokens": [5, 6]},
@@ -52,7 +53,7 @@ def as_floats(value: Any) -> Any:
 def asked(path: str, name: str, value: Any) -> Any:
     """What the gang is asked for, or what is answered."""
     link = FakeLink(model_info())
-    answer = post(path, BODIES[path] | {name: value}, link)
+    answer = post(path, BODIES[path] | {name: value}, link, tokenizer=hermes())
     assert answer.status_code == 200, answer.text
     return [(list(r.prompt_token_ids), r.sampling, r.priority) for r in link.requests] or answer.json()
 

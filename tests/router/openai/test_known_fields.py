@@ -8,7 +8,8 @@ import pytest
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
-from tensorweave.router.openai.requests import ChatCompletionRequest, CompletionRequest
+from tensorweave.router.openai.chat_request import ChatCompletionRequest
+from tensorweave.router.openai.requests import CompletionRequest
 from tests.router.calls import CHAT, COMPLETIONS, check_error, post, scripted
 from tests.router.fake_fleet import FakeLink
 from tests.router.serving import chat, completion, model_info
@@ -25,7 +26,6 @@ KNOWN_ELSEWHERE = [
     "return_context_logits",
     "return_tokens_as_token_ids",
     "structured_outputs",
-    "thinking_token_budget",
     "vllm_xargs",
 ]
 
@@ -49,6 +49,13 @@ SERVICES: dict[str, list[Any]] = {
 }
 CHAT_SERVICES: dict[str, list[Any]] = {
     "parallel_tool_calls": [True, False],
+    "include_reasoning": [True, False],
+    "separate_reasoning": [True, False],
+    "tools": [[]],
+    "functions": [[]],
+    "tool_choice": ["none", "auto"],
+    "function_call": ["none", "auto"],
+    "continue_final_message": [False],
     "prediction": [{"type": "content", "content": "Paris"}],
     "reasoning_effort": ["none", "minimal", "low", "medium", "high", "xhigh", "max"],
     "verbosity": ["low", "medium", "high"],

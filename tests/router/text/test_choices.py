@@ -241,7 +241,7 @@ def characters_of(raw: bytes) -> list[int]:
 @given(ids=ids_of(byte_level()))
 def test_a_token_is_at_the_character_of_its_first_byte(ids: list[int]) -> None:
     tokenizer = byte_level()
-    track = TokenOffsets(tokenizer, tokenizer.assembler(skip_special_tokens=False), 0, skip_special_tokens=False)
+    track = TokenOffsets(tokenizer, tokenizer.assembler(skip_special_tokens=False), 0)
     text = track.add(ids) + track.finish()
     assert text == tokenizer.decode(ids, skip_special_tokens=False)
     parts = [tokenizer.token_bytes(token_id) for token_id in ids]
@@ -264,7 +264,7 @@ def test_each_byte_of_a_malformed_run_is_at_its_own_replacement(which: Callable[
     tokenizer = which()
     [word] = tokenizer.encode("b", add_special_tokens=False)[-1:]
     ids = [word, *map(byte_id, "😀".encode()[:3]), word, *map(byte_id, "日".encode()), word]
-    track = TokenOffsets(tokenizer, tokenizer.assembler(), 0, skip_special_tokens=True)
+    track = TokenOffsets(tokenizer, tokenizer.assembler(), 0, tokenizer.special_ids)
     assert track.add(ids) == f"b{REPLACEMENT * 3}b日b"
     told = track.end(100)
     assert [token.offset for token in told] == [0, 1, 2, 3, 4, 5, 5, 5, 6]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorweave.cluster.errors import RequestRejected
+from tensorweave.router.text.chat_template import ChatPrompt
 from tensorweave.router.text.tokens import Tokenizer
 from tests.router.small_tokenizers import byte_fallback, byte_level, llama2, metaspace
 
@@ -33,9 +34,9 @@ def test_truncation_keeps_the_end() -> None:
 def test_chat_agrees_with_transformers() -> None:
     tokenizer = byte_level()
     expected = tokenizer.backend.apply_chat_template(USER, add_generation_prompt=True, return_dict=False)
-    assert tokenizer.chat(USER) == expected
+    assert tokenizer.chat(ChatPrompt(USER)) == expected
     assert (
-        tokenizer.chat(USER, add_generation_prompt=False)
+        tokenizer.chat(ChatPrompt(USER, adds_generation_prompt=False))
         == expected[: -len(tokenizer.encode("<|im_start|>assistant\n"))]
     )
 
@@ -45,12 +46,12 @@ def test_chats_that_the_template_refuses() -> None:
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]
     for messages in (late_system, image):
         with pytest.raises(RequestRejected) as refused:
-            byte_level().chat(messages)
+            byte_level().chat(ChatPrompt(messages))
         assert refused.value.param == "messages"
     with pytest.raises(RequestRejected, match="no chat template"):
-        byte_fallback().chat(USER)
+        byte_fallback().chat(ChatPrompt(USER))
     with pytest.raises(RequestRejected, match="tokenize"):
-        byte_level().chat(USER, template_kwargs={"tokenize": True})
+        byte_level().chat(ChatPrompt(USER, arguments={"tokenize": True}))
 
 
 def test_ids_and_texts() -> None:
@@ -75,7 +76,7 @@ def test_loading_from_a_directory_an_instance_and_itself(tmp_path: Path) -> None
     tokenizer.backend.save_pretrained(tmp_path)
     loaded = Tokenizer.load(tmp_path)
     assert loaded.encode("Grüße 東京") == tokenizer.encode("Grüße 東京")
-    assert loaded.chat(USER) == tokenizer.chat(USER)
+    assert loaded.chat(ChatPrompt(USER)) == tokenizer.chat(ChatPrompt(USER))
     assert Tokenizer.load(str(tmp_path), tokenizer_mode="slow").encode("a b") == tokenizer.encode("a b")
     assert Tokenizer.load(tokenizer) is tokenizer
     assert Tokenizer.load(tokenizer.backend).encode("x") == tokenizer.encode("x")
