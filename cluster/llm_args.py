@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from tensorweave.cluster.cuda_graph_config import CudaGraphConfig
 from tensorweave.cluster.llm_args_refused import CACHE_TRANSCEIVER, KV_CACHE, LLM_ARGS, SCHEDULER, Refusal
 from tensorweave.cluster.quant_config import QuantConfig, weight_quantization
+from tensorweave.cluster.speculation_config import NGramDecodingConfig, UserProvidedDecodingConfig, check_decoding_type
 from tensorweave.cluster.strict_model import Field, StrictBaseModel
 
 
@@ -162,6 +163,12 @@ class TorchLlmArgs(StrictBaseModel):
     quant_config: QuantConfig | None = Field(
         None, status="prototype", description="Quantization of weights and KV cache. Default: none."
     )
+    speculative_config: NGramDecodingConfig | UserProvidedDecodingConfig | None = Field(
+        None,
+        status="prototype",
+        discriminator="decoding_type",
+        description="Draft tokens and verify several in one step; the tokens are the same. On CPUs. Default: none.",
+    )
     max_batch_size: int | None = Field(
         None, status="beta", ge=1, description="Most requests in one step. Default: 512 on a GPU, 256 on a CPU."
     )
@@ -275,8 +282,17 @@ class TorchLlmArgs(StrictBaseModel):
         description="'package.module:Class' of your own KV cache manager; see docs/kv_cache_manager.md.",
     )
 
+    @field_validator("speculative_config", mode="before")
+    @classmethod
+    def _check_speculation(cls, value: Any) -> Any:
+        return check_decoding_type(value)
+
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
+        if self.speculative_config is not None and self.disable_overlap_scheduler is False:
+            raise ValueError(
+                "speculative_config drafts from tokens that have settled; leave disable_overlap_scheduler out, or True"
+            )
         if self.backend == "tensorrt":
             raise ValueError("backend 'tensorrt' is not part of tensorweave; use backend='pytorch' (the default)")
         if self.enable_tqdm and self.tensor_parallel_size > 1:

@@ -44,8 +44,7 @@ LLM_ARGS: Final[Mapping[str, Refusal]] = {
     "lora_config": Refusal(_LORA),
     "peft_cache_config": Refusal(_LORA),
     "enable_prompt_adapter": _off("put the prompt's text or token ids into inputs"),
-    "speculative_config": Refusal("decoding is one token at a time"),
-    "decoding_config": Refusal("decoding is one token at a time"),
+    "decoding_config": Refusal("use speculative_config"),
     "max_beam_width": Refusal("use SamplingParams.n and best_of with a temperature", (None, 1)),
     "max_input_len": Refusal("max_seq_len bounds prompt and output together"),
     "stream_interval": Refusal("every step's tokens are streamed", (None, 1)),
@@ -115,4 +114,13 @@ CACHE_TRANSCEIVER: Final[Mapping[str, Refusal]] = {
     "kv_transfer_sender_future_timeout_ms": Refusal("kv_lease_timeout_ms bounds what a sender keeps"),
     "kv_transfer_poll_interval_ms": Refusal("nothing is polled"),
     "transceiver_runtime": Refusal("there is one", (None, "auto")),
+}
+
+_NO_DRAFT_MODEL: Final = "drafts are made without a model, by 'NGram' or a drafter of your own"
+
+SPECULATION: Final[Mapping[str, Refusal]] = {
+    "speculative_model": Refusal(_NO_DRAFT_MODEL),
+    "speculative_model_dir": Refusal(_NO_DRAFT_MODEL),
+    "load_format": Refusal(_NO_DRAFT_MODEL),
+    "draft_len_schedule": Refusal("draft lengths follow from how many drafts were accepted"),
 }

@@ -40,5 +40,5 @@ class StepSettings:
             max_batch_size=args.max_batch_size or max_batch_size,
             max_num_tokens=max_num_tokens,
             max_prompt_tokens_beside_decodes=args.scheduler_config.max_prompt_tokens_beside_decodes or most_beside,
-            overlaps=is_gpu if disabled is None else not disabled,
+            overlaps=args.speculative_config is None and (is_gpu if disabled is None else not disabled),
         )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         TorchLlmArgs,
     )
     from tensorweave.cluster.quant_config import QuantAlgo, QuantConfig
+    from tensorweave.cluster.speculation_config import NGramDecodingConfig, UserProvidedDecodingConfig
     from tensorweave.llmapi.completion_output import CompletionOutput, Logprob
     from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
     from tensorweave.llmapi.inputs import PreprocessedInputs
@@ -40,6 +41,8 @@ _HOMES = {
     "TorchLlmArgs": "tensorweave.cluster.llm_args",
     "QuantAlgo": "tensorweave.cluster.quant_config",
     "QuantConfig": "tensorweave.cluster.quant_config",
+    "NGramDecodingConfig": "tensorweave.cluster.speculation_config",
+    "UserProvidedDecodingConfig": "tensorweave.cluster.speculation_config",
     "CompletionOutput": "tensorweave.llmapi.completion_output",
     "Logprob": "tensorweave.llmapi.completion_output",
     "DisaggregatedParams": "tensorweave.llmapi.disaggregated_params",
@@ -67,6 +70,7 @@ __all__ = [
     "LlmArgs",
     "LoRARequest",
     "Logprob",
+    "NGramDecodingConfig",
     "PreprocessedInputs",
     "PromptAdapterRequest",
     "QuantAlgo",
@@ -77,6 +81,7 @@ __all__ = [
     "SchedulingParams",
     "TokenRangeRetentionConfig",
     "TorchLlmArgs",
+    "UserProvidedDecodingConfig",
     "__version__",
 ]
 

@@ -14,6 +14,7 @@ from typing import Any
 from tensorweave.cluster.llm_args import CacheTransceiverConfig, TorchLlmArgs
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.cluster.quant_config import weight_quantization
+from tensorweave.cluster.speculation_config import UserProvidedDecodingConfig
 from tensorweave.cluster.step_settings import StepSettings
 from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.device_memory import naming_knobs
@@ -37,6 +38,7 @@ from tensorweave.workers.models.checkpoint import refuse_adapters
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.generation_config import load_sampling_defaults
 from tensorweave.workers.sampling.decoder import SamplingDecoder
+from tensorweave.workers.speculation.build import build_speculation
 from tensorweave.workers.start_log import StartLog
 from tensorweave.workers.step.kv_exchange import NoTransfers, Transfers
 from tensorweave.workers.step.resources import KVCache, ResourceManager
@@ -75,7 +77,13 @@ def build_executor(
         ValueError: the arguments or the model's files are wrong; the message names which.
     """
     log = log or StartLog()
-    settings = StepSettings.of(args, pick_device(args.device).type)
+    device_type = pick_device(args.device).type
+    settings = StepSettings.of(args, device_type)
+    if args.speculative_config is not None and device_type != "cpu":
+        raise ValueError(
+            "speculative_config is for CPUs so far: a GPU's steps keep their tokens on the device. Leave it out, or "
+            "set device to 'cpu'"
+        )
     engine = _load_engine(args, comm, num_ranks_here, log)
     kv_cache = _make_kv_cache(args, engine.info, event_buffer_size)
     scheduler = _make_scheduler(args, settings, kv_cache)
@@ -85,11 +93,23 @@ def build_executor(
         knob = "kv_cache_config.free_gpu_memory_fraction"
         with log.part("warming up sampling"), naming_knobs("sampling", knob):
             decoder.warm_up(engine.blank_steps())
+    speculating = build_speculation(
+        args.speculative_config,
+        decoder,
+        comm,
+        max_num_tokens=settings.max_num_tokens,
+        tokens_per_block=engine.info.tokens_per_block,
+        vocab_size=engine.info.vocab_size,
+        make_drafter=_make_drafter,
+    )
     executor = PyExecutor(
         engine=engine,
         scheduler=scheduler,
-        resources=ResourceManager([decoder.states, *engine.resource_managers, kv_cache]),
-        decoder=decoder,
+        resources=ResourceManager(
+            [decoder.states, *engine.resource_managers, *speculating.resource_managers, kv_cache]
+        ),
+        decoder=speculating.decoder,
+        speculation=speculating.speculation,
         comm=comm,
         info=dataclasses.replace(engine.info, guided_decoding_backend=args.guided_decoding_backend),
         guides=_make_guides(args, engine.info, comm, transfer_host),
@@ -121,7 +141,8 @@ def _make_kv_cache(args: TorchLlmArgs, info: ModelInfo, event_buffer_size: int) 
 def _make_scheduler(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -> Any:
     """A scheduler: ours, or of the user's class, which takes the same arguments."""
     scheduler_class = _load_class(args.scheduler, "scheduler", SimpleScheduler)
-    own = {"max_prompt_tokens_beside_decodes": settings.max_prompt_tokens_beside_decodes}
+    own: dict[str, Any] = {"max_prompt_tokens_beside_decodes": settings.max_prompt_tokens_beside_decodes}
+    own["counts_on_ends"] = args.speculative_config is None
     return scheduler_class(
         kv_cache,
         policy=args.scheduler_config.capacity_scheduler_policy,
@@ -231,6 +252,13 @@ def _kv_identity(args: TorchLlmArgs, path: Path, engine: ModelEngine) -> tuple[s
 def _saved_quantization(args: TorchLlmArgs, path: Path) -> str | None:
     saved = None if args.load_format == "dummy" else EngineManifest.read(path)
     return None if saved is None else saved.quantization
+
+
+def _make_drafter(config: UserProvidedDecodingConfig) -> Any:
+    """The user's object, or one of the user's class."""
+    if not isinstance(config.drafter, str):
+        return config.drafter
+    return _load_class(config.drafter, "speculative_config.drafter", object)(config)
 
 
 def _load_class(path: str | None, knob: str, default: type[Any]) -> type[Any]:

@@ -29,6 +29,11 @@ _OF_GANGS: Final = {
     "num_preemptions_total": ("gang_preemptions", "Sequences paused for want of KV blocks, since the gang began."),
     "computed_prompt_tokens_total": ("gang_computed_prompt_tokens", "Prompt tokens computed since the gang began."),
     "generation_tokens_total": ("gang_generation_tokens", "Tokens generated since the gang began."),
+    "draft_tokens_total": ("gang_draft_tokens", "Tokens drafted and verified since the gang began."),
+    "accepted_draft_tokens_total": (
+        "gang_accepted_draft_tokens",
+        "Drafted tokens that were right, since the gang began.",
+    ),
     "requests_not_finite_total": (
         "gang_requests_not_finite",
         "Sequences that ended because the model's logits were NaN or infinite, since the gang began.",

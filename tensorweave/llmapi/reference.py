@@ -13,6 +13,7 @@ from typing import Any, Final
 from tensorweave.cluster.cuda_graph_config import CudaGraphConfig
 from tensorweave.cluster.llm_args import CacheTransceiverConfig, KvCacheConfig, SchedulerConfig, TorchLlmArgs
 from tensorweave.cluster.quant_config import QuantConfig
+from tensorweave.cluster.speculation_config import NGramDecodingConfig, UserProvidedDecodingConfig
 from tensorweave.llmapi.api_surface import FACTORY, REQUIRED, Method, Parameter, surface_of
 from tensorweave.llmapi.completion_output import CompletionOutput
 from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
@@ -29,6 +30,8 @@ CLASSES: Final[tuple[type[Any], ...]] = (
     SchedulerConfig,
     CudaGraphConfig,
     QuantConfig,
+    NGramDecodingConfig,
+    UserProvidedDecodingConfig,
     CacheTransceiverConfig,
     SamplingParams,
     RequestOutput,

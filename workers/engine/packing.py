@@ -13,7 +13,8 @@ from tensorweave.workers.step.request import LlmRequest
 
 @dataclass(slots=True)
 class PackedBatch:
-    """One entry a token, chunks first. A slot is block * tokens_per_block + offset; `sampled_rows` need logits."""
+    """One entry a token, chunks first. A slot is block * tokens_per_block + offset. `sampled_rows` need logits, in the
+    order of `StepLogits.sampled_RV`."""
 
     token_ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -38,18 +39,33 @@ def pack(
         packed.token_ids += request.tokens[start:stop]
         packed.positions += range(start, stop)
         packed.slots += _slots(blocks, start, stop, tokens_per_block)
-        end = len(packed.token_ids)
-        packed.sampled_rows += range(end - num_samples, end)
-    for request, start, length, num_samples in batch.generation:
-        assert length == num_samples == 1, "no drafts yet"
+        if num_samples:
+            packed.sampled_rows.append(len(packed.token_ids) - 1)
+    for request, start, length, _ in batch.generation:
         blocks = block_ids(request)
         row = len(packed.token_ids)
-        packed.spans.append(Span(row, 1, start, blocks))
+        packed.spans.append(Span(row, length, start, blocks))
         packed.token_ids.append(request.tokens[start] if start < len(request.tokens) else before.token_of(request))
-        packed.positions.append(start)
-        packed.slots.append(blocks[start // tokens_per_block] * tokens_per_block + start % tokens_per_block)
         packed.sampled_rows.append(row)
+        if length > 1:
+            packed.token_ids += batch.drafts[request.order]
+            packed.positions += range(start, start + length)
+            packed.slots += _slots(blocks, start, start + length, tokens_per_block)
+        else:
+            packed.positions.append(start)
+            packed.slots.append(blocks[start // tokens_per_block] * tokens_per_block + start % tokens_per_block)
+    if batch.drafts:
+        packed.sampled_rows += _drafted_rows(batch)
     return packed
+
+
+def _drafted_rows(batch: ScheduledBatch) -> list[int]:
+    """The rows of all first drafts, then of all second ones, and so on."""
+    row, places = sum(row.length for row in batch.context), []
+    for _, _, length, _ in batch.generation:
+        places += [(wave, row + wave) for wave in range(1, length)]
+        row += length
+    return [row for _, row in sorted(places)]
 
 
 def _slots(blocks: list[int], start: int, stop: int, tokens_per_block: int) -> list[int]:

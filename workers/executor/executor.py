@@ -35,6 +35,7 @@ from tensorweave.workers.sampling.decoder import Decoder
 from tensorweave.workers.sampling.logits_processors import BatchedLogitsProcessor, LogitsProcessor
 from tensorweave.workers.step.kv_exchange import NoTransfers, Transfers
 from tensorweave.workers.step.resources import ResourceManager
+from tensorweave.workers.step.speculation import NoSpeculation, Speculation
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class PyExecutor:
         info: ModelInfo,
         transfers: Transfers | None = None,
         guides: Guides | None = None,
+        speculation: Speculation | None = None,
         disable_overlap_scheduler: bool = True,
         max_requests: int = 1024,
         max_stats: int = 1000,
@@ -86,6 +88,7 @@ class PyExecutor:
             comm=comm,
             transfers=self._transfers,
             guides=self._guides,
+            speculation=NoSpeculation() if speculation is None else speculation,
             inbox=self._inbox,
             outbox=self._outbox,
             watch=self._watch,

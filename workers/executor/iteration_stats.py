@@ -19,6 +19,7 @@ import torch
 from tensorweave.workers.executor.flight import Flight
 from tensorweave.workers.step.plan import StepRow
 from tensorweave.workers.step.resources import KVCache
+from tensorweave.workers.step.speculation import DraftCounts
 
 _MB = 1 << 20
 
@@ -72,6 +73,7 @@ class StepRecord:
     num_completed: int
     free_blocks: int
     used_blocks: int
+    drafts: DraftCounts
 
 
 class IterationStats:
@@ -86,6 +88,8 @@ class IterationStats:
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
         self._num_preemptions = 0
+        self._num_drafted = 0
+        self._num_accepted = 0
         self._step_s = 0.0
         self._forward_s = 0.0
         self._kv: KVCache | None = None
@@ -95,6 +99,7 @@ class IterationStats:
         timer: StepTimer,
         flight: Flight,
         kv: KVCache,
+        drafts: DraftCounts,
         num_active: int,
         num_inside: int,
         num_completed: int,
@@ -112,7 +117,9 @@ class IterationStats:
         free_blocks = kv.available
         step_s = time.perf_counter() - timer.began_s
         self._num_prompt_tokens += num_context_tokens
-        self._num_generated_tokens += len(batch.sampled)
+        self._num_generated_tokens += len(batch.sampled) + drafts.num_accepted
+        self._num_drafted += drafts.num_drafted
+        self._num_accepted += drafts.num_accepted
         self._num_preemptions += len(batch.paused)
         self._step_s += step_s
         self._forward_s += timer.forward_s
@@ -133,6 +140,7 @@ class IterationStats:
             num_completed=num_completed,
             free_blocks=free_blocks,
             used_blocks=kv.num_blocks - free_blocks,
+            drafts=drafts,
         )
         with self._lock:
             self._records.append(record)
@@ -156,6 +164,8 @@ class IterationStats:
             "computed_prompt_tokens_total": self._num_prompt_tokens,
             "generation_tokens_total": self._num_generated_tokens,
             "num_preemptions_total": self._num_preemptions,
+            "draft_tokens_total": self._num_drafted,
+            "accepted_draft_tokens_total": self._num_accepted,
         }
 
 
@@ -206,8 +216,24 @@ def _as_dict(record: StepRecord, shared: Mapping[str, float], kv_stats: dict[str
             "numPausedRequests": record.num_paused,
             "numCtxTokens": record.num_context_tokens,
             "microBatchId": 0,
-            "avgNumDecodedTokensPerIter": 1.0 if record.num_generation else 0.0,
+            "avgNumDecodedTokensPerIter": _mean_decoded(record),
         },
         "staticBatchingStats": None,
-        "specDecodingStats": None,
+        "specDecodingStats": _draft_stats(record) if record.drafts.num_requests else None,
+    }
+
+
+def _mean_decoded(record: StepRecord) -> float:
+    return 1.0 + record.drafts.num_accepted / record.num_generation if record.num_generation else 0.0
+
+
+def _draft_stats(record: StepRecord) -> dict[str, float]:
+    num_requests, num_drafted, num_accepted, draft_s = record.drafts
+    return {
+        "numDraftTokens": num_drafted,
+        "numAcceptedTokens": num_accepted,
+        "numRequestsWithDraftTokens": num_requests,
+        "acceptanceLength": 1.0 + num_accepted / num_requests,
+        "iterLatencyMS": draft_s * 1e3,
+        "draftOverhead": draft_s / record.step_s,
     }

@@ -272,7 +272,10 @@ def _edge(num_tokens: int) -> int:
 
 
 class SimpleScheduler:
-    """Capacity, then micro-batch. At most `max_batch_size` requests hold blocks, so that each can run in every step."""
+    """Capacity, then micro-batch. At most `max_batch_size` requests hold blocks, so that each can run in every step.
+
+    `counts_on_ends` must be off where decodes have drafts: then one request may grow faster than others.
+    """
 
     def __init__(
         self,
@@ -284,10 +287,11 @@ class SimpleScheduler:
         enable_chunked_prefill: bool = True,
         chunking_policy: ChunkingPolicy = "FIRST_COME_FIRST_SERVED",
         max_prompt_tokens_beside_decodes: int | None = None,
+        counts_on_ends: bool = True,
     ) -> None:
         if max_batch_size < 1 or max_num_tokens < 1:
             raise ValueError(f"max_batch_size {max_batch_size} and max_num_tokens {max_num_tokens} must be at least 1")
-        self.capacity = CapacityScheduler(kv_cache, policy, min(max_batch_size, max_num_tokens))
+        self.capacity = CapacityScheduler(kv_cache, policy, min(max_batch_size, max_num_tokens), counts_on_ends)
         self.micro_batch = MicroBatchScheduler(
             max_batch_size,
             max_num_tokens,

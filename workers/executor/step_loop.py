@@ -33,6 +33,7 @@ from tensorweave.workers.step.pending import NothingPending, PendingTokens
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest, RequestState
 from tensorweave.workers.step.resources import ResourceManager
+from tensorweave.workers.step.speculation import Speculation
 
 IDLE_AGREEMENT_S: Final = 0.5
 """How often an idle rank 0 agrees on nothing new, so that the other ranks know that it is alive."""
@@ -51,6 +52,7 @@ class StepLoop:
         comm: Comm,
         transfers: Transfers,
         guides: Guides,
+        speculation: Speculation,
         inbox: Inbox | FollowerInbox,
         outbox: Outbox | FollowerOutbox,
         watch: LogitsWatch,
@@ -65,6 +67,7 @@ class StepLoop:
         self._comm = comm
         self._transfers = transfers
         self._guides = guides
+        self._speculation = speculation
         self._inbox = inbox
         self._outbox = outbox
         self._watch = watch
@@ -175,7 +178,7 @@ class StepLoop:
         if self._flights and self._needs_settled(batch):
             self._settle(0, timer)
             batch = self._scheduler.schedule_request(self.requests.active)
-        return batch
+        return self._speculation.add_drafts(batch)
 
     def _needs_settled(self, batch: ScheduledBatch) -> bool:
         """Whether all launched steps must settle before this one: it pauses a request, whose blocks and tokens they
@@ -229,6 +232,7 @@ class StepLoop:
         timer.begin_forward()
         result = flight.result()
         timer.end_wait()
+        drafts = self._speculation.settle(flight.batch, result)
         settled = book_result(flight.batch, result)
         self._answers += settled.chunks
         self._resources.update_resources(flight.batch)
@@ -243,7 +247,7 @@ class StepLoop:
         if self._ended or settled.ended:
             self._free_ended()
         num_active, num_inside, num_ended = len(self.requests.active), self._inbox.num_inside, len(settled.ended)
-        self._stats.add(timer, flight, self._resources.kv_cache, num_active, num_inside, num_ended)
+        self._stats.add(timer, flight, self._resources.kv_cache, drafts, num_active, num_inside, num_ended)
 
     def _is_wiping(self) -> bool:
         return any(isinstance(request.failure, LogitsNotFinite) for request in self._ended)

@@ -81,9 +81,10 @@ class HashEngine:
         packed = pack(step.batch, lambda request: step.tables[request.order], block_size, step.before)
         self._cache_BP[np.divmod(packed.slots, block_size)] = packed.token_ids
         contexts = [
-            self._context(step, row.request.order, row.stop - row.num_samples + 1 + place)
+            self._context(step, row.request.order, row.stop - row.num_samples + 1 + wave)
+            for wave in range(max((row.num_samples for row in step.batch.sampled), default=0))
             for row in step.batch.sampled
-            for place in range(row.num_samples)
+            if wave < row.num_samples
         ]
         rows = [self.logits_after(context) for context in contexts]
         sampled_RV = torch.stack(rows) if rows else torch.zeros(0, self.info.vocab_size)
@@ -189,7 +190,8 @@ class EmptyEngine:
 
     def _logits(self, batch: ScheduledBatch) -> StepLogits:
         reads = [(read, torch.zeros(read.stop - read.start, self.info.vocab_size)) for read in batch.prompt_reads]
-        return StepLogits(torch.zeros(len(batch.sampled), self.info.vocab_size), reads)
+        num_samples = len(batch.sampled) + sum(len(draft) for draft in batch.drafts.values())
+        return StepLogits(torch.zeros(num_samples, self.info.vocab_size), reads)
 
     def wipe_blocks(self, block_ids: Sequence[int]) -> None:
         return None

@@ -6,7 +6,7 @@ earlier steps that settle while this one is computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,7 +17,8 @@ class StepRow(NamedTuple):
     """Tokens [start, start + length) of a request are computed; each of the last `num_samples` of them gives logits,
     from which the token after it is sampled.
 
-    A chunk of a context samples once where it ends the context, else not at all; a decode is one token and one sample.
+    A chunk of a context samples once where it ends the context, else not at all. A decode is one token and as many as
+    are drafted to follow it, and samples after each.
     """
 
     request: LlmRequest
@@ -67,6 +68,7 @@ class ScheduledBatch:
     """Chunks of contexts first, then the decodes; `paused` give their KV back before the step.
 
     `fetching` get blocks for the rest of their context now and its KV from another gang; they compute nothing.
+    `drafts` are the tokens that follow a decode's first one, by its request's `order`.
 
     Derived: `sampled` are the rows that sample, in the order of the logits. `prompt_reads` are the prompt tokens whose
     logits are told for the first time, in the order of the batch.
@@ -76,6 +78,7 @@ class ScheduledBatch:
     generation: tuple[StepRow, ...] = ()
     paused: tuple[LlmRequest, ...] = ()
     fetching: tuple[StepRow, ...] = ()
+    drafts: Mapping[int, Sequence[int]] = field(default_factory=dict)
     sampled: tuple[StepRow, ...] = field(init=False, repr=False)
     prompt_reads: tuple[PromptRead, ...] = field(init=False, repr=False)
 

@@ -17,6 +17,7 @@ from tensorweave import (
     DisaggregatedParams,
     KvCacheConfig,
     KvCacheRetentionConfig,
+    NGramDecodingConfig,
     PreprocessedInputs,
     QuantConfig,
     RequestOutput,
@@ -25,6 +26,7 @@ from tensorweave import (
     SchedulingParams,
     TokenRangeRetentionConfig,
     TorchLlmArgs,
+    UserProvidedDecodingConfig,
 )
 from tensorweave.cluster.strict_model import Field
 from tensorweave.llmapi.llm import _TorchLLM
@@ -50,6 +52,8 @@ CLASSES: dict[str, type[Any]] = {
     "scheduler_config": SchedulerConfig,
     "cuda_graph_config": CudaGraphConfig,
     "quant_config": QuantConfig,
+    "ngram_decoding_config": NGramDecodingConfig,
+    "user_provided_decoding_config": UserProvidedDecodingConfig,
     "cache_transceiver_config": CacheTransceiverConfig,
     "kv_cache_retention_config": KvCacheRetentionConfig,
     "token_range_retention_config": TokenRangeRetentionConfig,

@@ -1,0 +1,98 @@
+"""Whatever is drafted, the answers are those of one token per step, bit by bit: tokens, log-probabilities, reasons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
+from tensorweave.workers.engine.load import load_engine
+from tensorweave.workers.gang.comm import SoloComm
+from tests.workers.engine_drive import engine_args, random_prompts
+from tests.workers.speculation.drafted_run import (
+    DraftedRun,
+    guesses,
+    ngram_config,
+    recording,
+    told,
+    user_config,
+)
+from tests.workers.tiny_models import VOCAB, make_model
+
+STOPS = tuple(range(3, VOCAB, 40))
+FEATURES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "random": {"temperature": 1.0, "seed": 5},
+    "limited": {"temperature": 0.9, "top_p": 0.9, "top_k": 30, "min_p": 0.02, "seed": 6},
+    "repetition penalty": {"repetition_penalty": 1.3},
+    "presence and frequency": {"temperature": 0.7, "presence_penalty": 0.4, "frequency_penalty": 0.2, "seed": 7},
+    "no repeated n-gram": {"no_repeat_ngram_size": 3},
+    "bad words": {"bad_words": ((1, 2), (3,), (7, 8, 9))},
+    "biases": {"logit_bias": ((4, 5.0), (9, -100.0)), "temperature": 0.5, "seed": 8},
+    "stop tokens": {"stop_token_ids": STOPS, "temperature": 0.8, "seed": 9},
+    "stop tokens, at least some": {"stop_token_ids": STOPS, "min_tokens": 9, "temperature": 0.8, "seed": 10},
+    "decaying top-p": {"temperature": 1.0, "top_p": 0.9, "top_p_decay": 0.9, "top_p_min": 0.3, "seed": 11},
+    "log-probabilities": {"num_logprobs": 3, "num_prompt_logprobs": 1},
+    "random log-probabilities": {"num_logprobs": 0, "temperature": 1.0, "seed": 12},
+    "logits": {"wants_generation_logits": True, "wants_context_logits": True},
+    "processor": {"logits_processors": ("odd",), "temperature": 1.0, "seed": 13},
+}
+DRAFTERS = ["ngram", "right", "wrong", "mixed", "anything"]
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "roomy": {},
+    "chunked": {"max_num_tokens": 19},
+    "few at a time": {"max_batch_size": 3},
+    "preempted": {"policy": "MAX_UTILIZATION", "max_batch_size": 8, "max_num_tokens": 40},
+}
+
+
+def odd(req_id: int, logits: Any, token_ids: list[list[int]], stream_ptr: object, client_id: object) -> None:
+    """A user's processor that looks at all tokens."""
+    logits[..., sum(token_ids[0]) % VOCAB] += 3.0
+
+
+def all_features(max_tokens: int = 24) -> list[GenerateRequest]:
+    """Prompts that repeat themselves, so that n-grams are found."""
+    prompts = random_prompts(len(FEATURES), 20, seed=4, vocab=VOCAB)
+    return [
+        GenerateRequest(name, prompt * 3, SamplingSpec(max_tokens, **fields), answer_every=1 + i % 2 * 7)
+        for i, (prompt, (name, fields)) in enumerate(zip(prompts, FEATURES.items(), strict=True))
+    ]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    make_model("llama", path, head_dim=32)  # what the native kernels take: rows have the same bits in any batch
+    return path
+
+
+def run_model(model: Path, requests: list[GenerateRequest], config: Any, **knobs: Any) -> tuple[dict[str, Any], Any]:
+    max_tokens = 192 if knobs.get("policy") else 16384
+    engine = load_engine(engine_args(model, kv_cache_config={"max_tokens": max_tokens}), SoloComm())
+    run = DraftedRun(engine, config, **knobs)
+    run.executor.set_logits_processor("odd", odd)
+    answers = run.answer(requests)
+    run.close()
+    return {name: told(chunks) for name, chunks in answers.items()}, (run, recording(requests, answers))
+
+
+@pytest.fixture(scope="module")
+def plain(model: Path) -> Any:
+    return run_model(model, all_features(), None)
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_feature_gives_what_it_gives_without_drafts(drafter: str, schedule: str, model: Path, plain: Any) -> None:
+    want, (_, recorded) = plain
+    config = ngram_config() if drafter == "ngram" else user_config(guesses(recorded, VOCAB)[drafter])
+    got, (run, _) = run_model(model, all_features(), config, **SCHEDULES[schedule])
+    assert got == want
+    assert any(batch.drafts for batch in run.batches)
+    if schedule == "preempted":
+        assert run.num_preemptions
+    if drafter == "right":
+        assert run.num_accepted > len(want)

@@ -1,0 +1,152 @@
+"""`DraftedSpeculation`: adds drafts to a plan's decodes, within what the plan leaves free, and learns from what became
+of them."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from tensorweave.workers.speculation.drafter import Draft, Drafter
+from tensorweave.workers.speculation.pace import DraftPace, RequestPace
+from tensorweave.workers.step.plan import ScheduledBatch, StepRow
+from tensorweave.workers.step.request import LlmRequest
+from tensorweave.workers.step.resources import BaseResourceManager
+from tensorweave.workers.step.result import StepResult
+from tensorweave.workers.step.speculation import DraftCounts
+
+MOST_ROWS: Final = 256
+"""Draft tokens of one step: each has a row of logits, of 0.2 to 0.6 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftLimits:
+    """Of one draft `max_draft_len` tokens, of a step `max_num_tokens` with prompts and decodes. Nothing is drafted in
+    steps of more than `max_concurrency` requests. Tokens are below `vocab_size`."""
+
+    max_draft_len: int
+    max_num_tokens: int
+    tokens_per_block: int
+    vocab_size: int
+    max_concurrency: int | None = None
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request that has had drafts: `num_steps` and the tokens accepted in them; `kind` is its last draft's."""
+
+    pace: RequestPace
+    kind: int = 0
+    num_steps: int = 0
+    num_accepted: int = 0
+
+
+class AcceptanceWindow:
+    """Closes for good once the last `size` requests had fewer accepted draft tokens per step than `threshold` on
+    average. A size of 0 never closes."""
+
+    def __init__(self, size: int, threshold: float) -> None:
+        self.is_closed = False
+        self._threshold = threshold
+        self._lengths: collections.deque[float] = collections.deque(maxlen=size)
+
+    def note(self, num_accepted: int, num_steps: int) -> None:
+        """A request has ended."""
+        lengths = self._lengths
+        lengths.append(num_accepted / num_steps)
+        if lengths and len(lengths) == lengths.maxlen:
+            self.is_closed |= sum(lengths) / len(lengths) < self._threshold
+
+
+class DraftedSpeculation(BaseResourceManager):
+    """A `Speculation`, and a resource manager to learn of requests' ends.
+
+    Drafts take what is left: a step's tokens after all decodes and prompts' chunks, and slots of the KV block that the
+    request's newest token goes to. So no request is paused, waits or loses cached blocks for drafts.
+    """
+
+    def __init__(self, drafter: Drafter, limits: DraftLimits, window: AcceptanceWindow) -> None:
+        self._drafter = drafter
+        self._limits = limits
+        self._window = window
+        self._pace = DraftPace()
+        self._running: dict[LlmRequest, _Running] = {}
+        self._draft_s = 0.0
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def add_drafts(self, batch: ScheduledBatch) -> ScheduledBatch:
+        began_s = time.perf_counter()
+        drafted = self._add_drafts(batch)
+        self._draft_s = time.perf_counter() - began_s
+        return drafted
+
+    def _add_drafts(self, batch: ScheduledBatch) -> ScheduledBatch:
+        num_left = min(self._limits.max_num_tokens - batch.num_tokens, MOST_ROWS)
+        if num_left < 1 or not batch.generation or self._rests(batch):
+            return batch
+        wanted = [(row.request, self._room(row)) for row in batch.generation]
+        drafts: dict[int, Sequence[int]] = {}
+        for (request, room), draft in zip(wanted, self._drafter.draft(wanted), strict=True):
+            tokens = self._choose(request, draft, min(room, num_left), len(batch.generation))
+            if tokens:
+                drafts[request.order] = tokens
+                num_left -= len(tokens)
+        if not drafts:
+            return batch
+        return replace(batch, generation=tuple(_lengthen(row, drafts) for row in batch.generation), drafts=drafts)
+
+    def settle(self, batch: ScheduledBatch, result: StepResult) -> DraftCounts:
+        num_drafted = num_accepted = 0
+        for row, outcome in zip(batch.sampled, result.rows, strict=True):
+            running = self._running.get(row.request)
+            if running is None or not isinstance(outcome, list):
+                continue
+            running.num_steps += 1
+            num_verified = row.num_samples - 1
+            if num_verified:
+                accepted = len(outcome) - 1
+                running.num_accepted += accepted
+                self._pace.note(running.pace, running.kind, num_verified, accepted)
+                num_drafted += num_verified
+                num_accepted += accepted
+        return DraftCounts(len(batch.drafts), num_drafted, num_accepted, self._draft_s)
+
+    def free_resources(self, request: LlmRequest) -> None:
+        running = self._running.pop(request, None)
+        self._drafter.forget(request)
+        if running is not None and running.num_steps and request.finish_reason is not None:
+            self._window.note(running.num_accepted, running.num_steps)
+
+    def _rests(self, batch: ScheduledBatch) -> bool:
+        most = self._limits.max_concurrency
+        is_crowded = most is not None and len(batch.context) + len(batch.generation) > most
+        return is_crowded or self._window.is_closed
+
+    def _room(self, row: StepRow) -> int:
+        """Most tokens that can be drafted: those before the request's last one, in the block of the newest. None where
+        logits are told, which come in messages of one row."""
+        limits = self._limits
+        if row.request.sampling.wants_generation_logits:
+            return 0
+        before_last = row.request.max_len - 1 - row.stop
+        in_block = -row.stop % limits.tokens_per_block
+        return max(0, min(limits.max_draft_len, before_last, in_block))
+
+    def _choose(self, request: LlmRequest, draft: Draft, most: int, num_decodes: int) -> Sequence[int]:
+        """The part of a draft that is verified. It ends before a stop token, which nothing follows."""
+        running = self._running.get(request)
+        if running is None:
+            running = self._running[request] = _Running(self._pace.begin(request.order))
+        tokens, stops, vocab_size = draft.tokens[:most], request.sampling.stop_token_ids, self._limits.vocab_size
+        num_valid = next((i for i, t in enumerate(tokens) if t in stops or not 0 <= t < vocab_size), len(tokens))
+        running.kind = draft.kind
+        return tokens[: self._pace.worth(running.pace, draft.kind, num_valid, num_decodes)]
+
+
+def _lengthen(row: StepRow, drafts: dict[int, Sequence[int]]) -> StepRow:
+    num_drafted = len(drafts.get(row.request.order, ()))
+    return StepRow(row.request, row.start, 1 + num_drafted, 1 + num_drafted) if num_drafted else row

@@ -1,0 +1,91 @@
+"""`UserDrafter`: a user's object drafts, on rank 0; the other ranks are told what.
+
+So a user's code may keep a state and ask others, and need not give the same on every rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgpack
+
+from tensorweave.workers.gang.comm import Comm
+from tensorweave.workers.speculation.drafter import NOTHING, Draft
+from tensorweave.workers.step.request import LlmRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class DraftRequest:
+    """A request that may be given drafts: set `py_draft_tokens`, up to `max_draft_len` tokens that may follow `tokens`.
+
+    Args:
+        request_id: its number in its gang.
+        tokens: prompt and output so far; read only.
+        prompt_len: how many of them are the prompt's.
+        max_draft_len: tokens beyond these are not used.
+    """
+
+    request_id: int
+    tokens: Sequence[int]
+    prompt_len: int
+    max_draft_len: int
+    py_draft_tokens: Sequence[int] = field(default=())
+
+    def get_tokens(self, beam: int = 0) -> list[int]:
+        """A copy of the tokens; there is one beam."""
+        return list(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBatch:
+    """What `prepare_draft_tokens` gets: the requests that decode in the next step."""
+
+    generation_requests: Sequence[DraftRequest]
+
+
+class PreparesDrafts(Protocol):
+    def prepare_draft_tokens(self, scheduled_requests: DraftBatch) -> object:
+        """Set `py_draft_tokens` of the requests for which there are drafts."""
+
+
+class UserDrafter:
+    """If the user's code raises, it is asked no more and nothing is drafted; the answers stay the same."""
+
+    def __init__(self, drafter: PreparesDrafts, comm: Comm) -> None:
+        self._drafter: PreparesDrafts | None = drafter
+        self._comm = comm
+
+    def draft(self, wanted: Sequence[tuple[LlmRequest, int]]) -> Sequence[Draft]:
+        drafts = self._ask(wanted) if self._comm.rank == 0 else None
+        if self._comm.size > 1:
+            drafts = msgpack.unpackb(self._comm.agree(None if drafts is None else msgpack.packb(drafts)))
+        assert drafts is not None
+        return [Draft(tokens) if tokens else NOTHING for tokens in drafts]
+
+    def forget(self, request: LlmRequest) -> None:
+        """The user's `resource_manager` is told of it."""
+
+    def _ask(self, wanted: Sequence[tuple[LlmRequest, int]]) -> list[list[int]]:
+        if self._drafter is None:
+            return [[] for _ in wanted]
+        requests = [DraftRequest(each.order, tuple(each.tokens), each.prompt_len, limit) for each, limit in wanted]
+        try:
+            self._drafter.prepare_draft_tokens(DraftBatch(tuple(requests)))
+            return [_token_ids(request) for request in requests]
+        except Exception:  # the boundary of a user's code, without which answers come as well
+            logger.exception("the drafter of speculative_config failed; nothing is drafted any more")
+            self._drafter = None
+            return [[] for _ in wanted]
+
+
+def _token_ids(request: DraftRequest) -> list[int]:
+    """Plain integers that fit into 8 bytes."""
+    tokens: Any = request.py_draft_tokens
+    ids = [operator.index(token) for token in list(tokens)[: request.max_draft_len]]
+    return [token if 0 <= token < 1 << 31 else -1 for token in ids]
