@@ -68,8 +68,8 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
         "autodeploy": "engine engine_dir gang models step store",
         "transfer": "engine gang step",
         "executor": "engine gang guided sampling step",
-        "build.py": "autodeploy engine engine_dir executor gang guided kv models sampling speculation start_log.py step "
-        "store transfer",
+        "build.py": "autodeploy engine engine_dir executor gang guided kv models sampling speculation start_log.py "
+        "step store transfer",
         "rank_process.py": "",
         "rank.py": "build.py engine_dir executor gang leader rank_process.py sampling start_log.py step store transfer",
         "fakes": "engine executor gang kv rank.py sampling step",

@@ -113,16 +113,17 @@ class LlguidanceFiller:
 
 
 def _grammar(guide: Guide) -> str:
+    matcher, text = llguidance.LLMatcher, guide.text
     match guide.kind:
         case "json_schema":
-            return llguidance.LLMatcher.grammar_from_json_schema(
-                guide.text, overrides=_whitespace(guide.max_whitespace)
-            )
+            grammar: str = matcher.grammar_from_json_schema(text, overrides=_whitespace(guide.max_whitespace))
         case "regex":
-            return llguidance.LLMatcher.grammar_from_regex(guide.text)
+            grammar = matcher.grammar_from_regex(text)
         case "lark":
-            return llguidance.LLMatcher.grammar_from_lark(guide.text)
-    raise ValueError(f"llguidance does not read guides of kind {guide.kind}")
+            grammar = matcher.grammar_from_lark(text)
+        case _:
+            raise ValueError(f"llguidance does not read guides of kind {guide.kind}")
+    return grammar
 
 
 def _whitespace(most: int) -> Any:
