@@ -56,21 +56,26 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows of a batch by what is done with their logits. Computed again when other requests decode."""
+    """Rows of a batch by what is done with their logits. Computed again when other requests decode.
+
+    `only_bans`: the edited rows lose tokens and are otherwise the model's.
+    """
 
     requests: tuple[LlmRequest, ...]
     reported: ReportedRows
     edited: Sequence[tuple[int, LlmRequest, SamplingState]]
     counted: CountedRows | None
     has_random: bool
+    only_bans: bool
 
 
 @dataclass(slots=True)
 class _Edited:
     """What became of the edited rows: `largest_R` are the places of the model's own largest logits, on the way to the
-    host; `failures` by row are those of users' processors."""
+    host, None if tokens were forbidden and no more; `failures` by row are those of users' processors and of grammars.
+    """
 
-    largest_R: Tensor
+    largest_R: Tensor | None
     failures: dict[int, TensorweaveError] = field(default_factory=dict)
 
 
@@ -163,19 +168,12 @@ class SamplingDecoder:
                 [(row, requests[row]) for row, state in enumerate(states) if state.is_counted]
             ),
             has_random=not all(request.sampling.is_greedy for request in requests),
+            only_bans=all(state.only_bans for state in states),
         )
 
     def _edit(self, logits_RV: Tensor, rows: _Rows, batch: ScheduledBatch) -> _Edited:
-        """Edit rows in place. A user's code sees no logits that are not finite, so that it is not blamed for them."""
-        largest_R = self._choices.largest(logits_RV)
-        edited = _Edited(self._copies.to_host(largest_R))
-        asking = [(row, request) for row, request, state in rows.edited if state.has_processor]
-        if asking:
-            largest = largest_R.tolist()
-            asking = [(row, request) for row, request in asking if largest[row] >= 0]
-            edited.failures |= self.processors.run(logits_RV, asking)
-            for row, _ in asking:
-                logits_RV[row].clamp_max_(torch.finfo(logits_RV.dtype).max)
+        """Edit rows in place."""
+        edited = _Edited(None) if rows.only_bans else self._look_and_process(logits_RV, rows)
         edits = LogitEdits()
         for row, request, state in rows.edited:
             if state.rules:
@@ -188,6 +186,20 @@ class SamplingDecoder:
             self._counts.penalise(logits_RV, rows.counted, batch.sampled)
         if edits.top_p:
             self._choices.parameters.set([request.sampling for request in rows.requests], edits.top_p)
+        return edited
+
+    def _look_and_process(self, logits_RV: Tensor, rows: _Rows) -> _Edited:
+        """Look at the logits before they are changed, and run users' processors. These see no logits that are not
+        finite, so that they are not blamed for them."""
+        largest_R = self._choices.largest(logits_RV)
+        edited = _Edited(self._copies.to_host(largest_R))
+        asking = [(row, request) for row, request, state in rows.edited if state.has_processor]
+        if asking:
+            largest = largest_R.tolist()
+            asking = [(row, request) for row, request in asking if largest[row] >= 0]
+            edited.failures |= self.processors.run(logits_RV, asking)
+            for row, _ in asking:
+                logits_RV[row].clamp_max_(torch.finfo(logits_RV.dtype).max)
         return edited
 
 
@@ -210,13 +222,16 @@ class _Launched:
         return StepResult(result, {row: (each,) for row, each in self.extras().items()}, self.prompts)
 
     def _failures(self, tokens: Sequence[int]) -> Iterable[tuple[int, TensorweaveError]]:
+        """A row that only lost tokens, and has none left, is not looked at: its model's logits were numbers, unless all
+        of them were minus infinity."""
         failures: dict[int, TensorweaveError] = {}
         largest: list[int] = []
         if self.edited is not None:
-            largest = self.edited.largest_R.tolist()
+            largest = [] if self.edited.largest_R is None else self.edited.largest_R.tolist()
             failures |= self.edited.failures
             for row, _, state in self.rows.edited:
-                if tokens[row] < 0 <= largest[row] and row not in failures:
+                is_its_own = largest[row] >= 0 if largest else tokens[row] == NOTHING_LEFT
+                if tokens[row] < 0 and is_its_own and row not in failures:
                     failures[row] = _blame(state, tokens[row])
         wrong = [row for row, token in enumerate(tokens) if token < 0 or (largest and largest[row] < 0)]
         return (dict.fromkeys(wrong, LogitsNotFinite.of_model()) | failures).items()

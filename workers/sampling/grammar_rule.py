@@ -13,6 +13,8 @@ from tensorweave.workers.step.grammar import Matcher
 class GrammarRule(SamplingRule):
     """`matcher` is before the first token of the output."""
 
+    only_bans = True
+
     def __init__(self, matcher: Matcher) -> None:
         self._matcher = matcher
         self._failure: RequestRejected | None = None

@@ -46,6 +46,7 @@ class MinTokens(SamplingRule):
     """No stop token before `min_tokens` are out."""
 
     reads_tokens = False
+    only_bans = True
 
     def __init__(self, spec: SamplingSpec, history: TokenHistory) -> None:
         self._spec = spec
@@ -58,6 +59,8 @@ class MinTokens(SamplingRule):
 
 class NoRepeatedNgram(SamplingRule):
     """Remembers which tokens have followed each sequence of n - 1 tokens."""
+
+    only_bans = True
 
     def __init__(self, spec: SamplingSpec, history: TokenHistory) -> None:
         self._size = spec.no_repeat_ngram_size
@@ -87,6 +90,8 @@ class NoRepeatedNgram(SamplingRule):
 
 class BadWords(SamplingRule):
     """No word is completed; its beginning may stand in the prompt."""
+
+    only_bans = True
 
     def __init__(self, spec: SamplingSpec, history: TokenHistory) -> None:
         self._words = spec.bad_words

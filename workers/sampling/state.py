@@ -38,10 +38,12 @@ class SamplingRule:
     time, and `roll_back` takes back tokens that were drafted and not accepted.
 
     `reads_tokens`: what it asks for follows from the tokens; else from the history's position alone. `only_penalises`:
-    it asks for the spec's penalties alone, which a device can do by itself.
+    it asks for the spec's penalties alone, which a device can do by itself. `only_bans`: it forbids tokens, and changes
+    no other logit.
     """
 
     reads_tokens: ClassVar[bool] = True
+    only_bans: ClassVar[bool] = False
     only_penalises: ClassVar[bool] = False
 
     def advance(self, tokens: Sequence[int]) -> None:
@@ -62,8 +64,8 @@ class SamplingState:
         counts_on_device: penalties are none of the state's `rules`, because a device applies them by its own counts.
         more_rules: beside those that `make_rules` makes.
 
-    `edits_logits`: the token is not chosen by the model's logits alone. `reads_tokens`: the tokens before it must be
-    known. `is_counted`: the device penalises it.
+    `edits_logits`: the token is not chosen by the model's logits alone. `only_bans`: all that its rules do is to forbid
+    tokens. `reads_tokens`: the tokens before it must be known. `is_counted`: the device penalises it.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class SamplingState:
         self.is_counted = len(self.rules) < len(rules)
         self.has_processor = bool(spec.logits_processors or spec.uses_batched_processor)
         self.edits_logits = bool(rules or self.has_processor)
+        self.only_bans = not self.has_processor and all(rule.only_bans for rule in rules)
         self.reads_tokens = self.has_processor or any(rule.reads_tokens for rule in self.rules)
 
     def follow(self, tokens: Sequence[int]) -> None:
