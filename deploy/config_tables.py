@@ -14,6 +14,7 @@ from tensorweave.cluster.strict_model import Field, StrictBaseModel
 from tensorweave.deploy.api_keys import digest_of, read_keys
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.policy import PolicyName
+from tensorweave.router.guided.limits import GuidedLimits
 
 _ORIGIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@*]+")
 
@@ -170,6 +171,33 @@ class LimitsConfig(StrictBaseModel):
     max_sequences: int = Field(
         256, status="prototype", ge=1, description="Most sequences of one request, prompts times n."
     )
+    max_guide_bytes: int = Field(
+        64 << 10,
+        status="prototype",
+        ge=1,
+        le=256 << 10,
+        description="Largest JSON schema, regular expression or grammar that an answer must follow, as text.",
+    )
+    max_guide_depth: int = Field(
+        64, status="prototype", ge=1, le=120, description="Most levels of nesting of such a schema's JSON."
+    )
+    max_guide_alternatives: int = Field(
+        4096, status="prototype", ge=1, description="Most alternatives of such a schema, its unions written out."
+    )
+    max_pattern_size: int = Field(
+        10_000,
+        status="prototype",
+        ge=1,
+        description="Most characters of a regular expression with its bounded repetitions written out.",
+    )
+    max_json_whitespace: int = Field(
+        8,
+        status="prototype",
+        ge=0,
+        le=1024,
+        description="Most white-space characters between two elements of a JSON answer that follows a schema; 0: the "
+        "compact form.",
+    )
     start_timeout_s: float = Field(
         900.0, status="prototype", gt=0, description="A service that is not ready by then ends with exit code 1."
     )
@@ -217,6 +245,15 @@ class LimitsConfig(StrictBaseModel):
                 f"max_held_body_bytes is {self.max_held_body_bytes}, less than max_body_bytes ({self.max_body_bytes})"
             )
         return self
+
+    def guided_limits(self) -> GuidedLimits:
+        return GuidedLimits(
+            max_bytes=self.max_guide_bytes,
+            max_depth=self.max_guide_depth,
+            max_shapes=self.max_guide_alternatives,
+            max_pattern_size=self.max_pattern_size,
+            max_whitespace=self.max_json_whitespace,
+        )
 
     def router_limits(self) -> Limits:
         """Limits of one replica. A request may not have more sequences than can be admitted together: it would get 429

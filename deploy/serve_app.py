@@ -114,6 +114,7 @@ class Router:
             key_digests=config.security.api_keys,
             other_names=config.model_names[1:],
             cors_origins=config.security.cors_origins,
+            guided=config.limits.guided_limits(),
         )
         # All objects of the start stay alive: keep the garbage collector from scanning them, which takes 0.2 s each
         # time.

@@ -14,6 +14,7 @@ from tensorweave.router.chat.settings import ChatSettings
 from tensorweave.router.chat_formats.chat_format import ChatFormat
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.dispatch import Dispatcher
+from tensorweave.router.guided.limits import GuidedLimits
 from tensorweave.router.http.body_memory import BodyMemory
 from tensorweave.router.openai.chat_form import chat_format
 from tensorweave.router.text.tokens import Tokenizer
@@ -32,6 +33,7 @@ class RouterService:
             required.
         other_names: Other names by which clients may request the model.
         chat: What the configuration says about chats.
+        guided: Bounds of schemas, expressions and grammars.
         cors_origins: Origins of web pages whose scripts may call the service (`router/http/middleware.py`); "*": any.
     """
 
@@ -47,6 +49,7 @@ class RouterService:
     other_names: Sequence[str] = ()
     cors_origins: Sequence[str] = ()
     chat: ChatSettings = field(default_factory=ChatSettings)
+    guided: GuidedLimits = field(default_factory=GuidedLimits)
     _info: ModelInfo | None = None
     bodies: BodyPool = field(init=False)
     body_memory: BodyMemory = field(init=False)
@@ -59,7 +62,7 @@ class RouterService:
 
     async def served(self) -> ServedModel:
         """What request bodies are checked against. Raises NotReady if no gang is there in time."""
-        return ServedModel(self.names, await self.info(), self.limits.max_sequences, self.chat)
+        return ServedModel(self.names, await self.info(), self.limits.max_sequences, self.chat, self.guided)
 
     @property
     def names(self) -> list[str]:

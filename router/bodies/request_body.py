@@ -14,8 +14,10 @@ from typing import Any, Final, Literal
 import orjson
 
 from tensorweave.cluster.errors import RequestRejected
-from tensorweave.cluster.protocol import ModelInfo, SamplingSpec
+from tensorweave.cluster.guide import Guide
+from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.router.bodies.served import ServedModel, check_name, check_text
+from tensorweave.router.guided.guide import guide_for
 from tensorweave.router.openai.chat_form import chat_format, chat_guide
 from tensorweave.router.openai.chat_request import ChatCompletionRequest
 from tensorweave.router.openai.field_types import MAX_LOGPROBS
@@ -167,7 +169,7 @@ def _checked_specs(
         check_prompt(prompt.token_ids, served.info, param=request.prompt_param)
     words = _bad_words(tokenizer, request)
     try:
-        return _resolve_sampling(request, prompts, words, served.info)
+        return _resolve_sampling(request, prompts, words, served)
     except RequestRejected as error:
         if error.param is None or (name := request.field_names.get(error.param)) is None:
             raise
@@ -184,9 +186,9 @@ def _bad_words(tokenizer: Tokenizer, request: AnyRequest) -> list[list[int]]:
 
 
 def _resolve_sampling(
-    request: AnyRequest, prompts: Sequence[Prompt], bad_words: Sequence[Sequence[int]], info: ModelInfo
+    request: AnyRequest, prompts: Sequence[Prompt], bad_words: Sequence[Sequence[int]], served: ServedModel
 ) -> list[SamplingSpec]:
-    fields = request.sampling(request.telling, bad_words)
+    fields, info = request.sampling(request.telling, bad_words), served.info
     spec = resolve_sampling(
         fields,
         info,
@@ -194,6 +196,7 @@ def _resolve_sampling(
         max_logprobs=MAX_LOGPROBS,
         draw_seed=lambda num_bits: 0,
     )
+    spec = replace(spec, guide=_guide(request, served))
     return [
         fit_to_prompt(
             spec,
@@ -205,6 +208,17 @@ def _resolve_sampling(
         )
         for prompt in prompts
     ]
+
+
+def _guide(request: AnyRequest, served: ServedModel) -> Guide | None:
+    if (asked := request.guide_params) is None:
+        return None
+    params, param = asked
+    if request.ignore_eos:
+        raise RequestRejected(
+            f"ignore_eos and {param} exclude each other: a guide says where to end", param="ignore_eos"
+        )
+    return guide_for(params, served.info.guided_decoding_backend, served.guided, param=param)
 
 
 def _check_count(served: ServedModel, request: AnyRequest, num_prompts: int) -> None:

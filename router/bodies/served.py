@@ -10,25 +10,29 @@ from tensorweave.cluster.context_length import context_exceeded_by_at_least
 from tensorweave.cluster.errors import ModelNotFound
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.router.chat.settings import ChatSettings
+from tensorweave.router.guided.limits import GuidedLimits
 from tensorweave.router.text.tokens import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model, its names, the most sequences that one request may ask for, and what chats are like."""
+    """A model, its names, how many sequences a request may ask for, what chats are like, how large a guide may be."""
 
     model_names: Sequence[str]
     info: ModelInfo
     max_sequences: int
     chat: ChatSettings = field(default_factory=ChatSettings)
+    guided: GuidedLimits = field(default_factory=GuidedLimits)
 
     def to_wire(self) -> list[Any]:
-        return [list(self.model_names), self.info.to_wire(), self.max_sequences, self.chat.to_wire()]
+        rest = [self.max_sequences, self.chat.to_wire(), self.guided.to_wire()]
+        return [list(self.model_names), self.info.to_wire(), *rest]
 
     @classmethod
     def from_wire(cls, fields: Sequence[Any]) -> ServedModel:
-        names, info, max_sequences, chat = fields
-        return cls(names, ModelInfo.from_wire(info), max_sequences, ChatSettings.from_wire(chat))
+        names, info, max_sequences, chat, guided = fields
+        settings = ChatSettings.from_wire(chat), GuidedLimits.from_wire(guided)
+        return cls(names, ModelInfo.from_wire(info), max_sequences, *settings)
 
 
 def check_name(model_names: Sequence[str], name: str) -> None:

@@ -8,14 +8,14 @@ from typing import Any, Final
 import orjson
 
 from tensorweave.cluster.errors import RequestRejected
-from tensorweave.cluster.guide import Guide, GuideBackend
+from tensorweave.cluster.guide import BackendChoice, Guide, GuideBackend
 from tensorweave.router.guided import pattern
 from tensorweave.router.guided.document import SchemaDocument, check_size, read_document
 from tensorweave.router.guided.families import check_pattern_size
 from tensorweave.router.guided.features import FEATURES, features_of
 from tensorweave.router.guided.limits import GuidedLimits
 from tensorweave.router.guided.params import GuideParams
-from tensorweave.router.guided.pattern import PatternError
+from tensorweave.router.guided.pattern import Expression, PatternError
 from tensorweave.router.guided.read import SchemaReader
 from tensorweave.router.guided.refusal import Refusal
 from tensorweave.router.guided.settle import SettledSchema, settle
@@ -23,18 +23,19 @@ from tensorweave.router.guided.structural_tag import write_structural_tag
 from tensorweave.router.guided.write import write_schema, written_schema
 
 _ANY_OBJECT: Final = {"type": "object"}
-_BACKENDS: Final[dict[GuideBackend, tuple[GuideBackend, ...]]] = {
-    "xgrammar": ("xgrammar", "llguidance"),
+_BACKENDS: Final[dict[BackendChoice, tuple[GuideBackend, ...]]] = {
+    "auto": ("xgrammar", "llguidance"),
+    "xgrammar": ("xgrammar",),
     "llguidance": ("llguidance",),
 }
-"""The backends that may be used where one is configured, in this order."""
+"""The backends that may be used, in this order."""
 _MAX_XGRAMMAR_PATTERN: Final = 1000
 
 
 class _Writer:
-    def __init__(self, params: GuideParams, backend: GuideBackend, limits: GuidedLimits) -> None:
+    def __init__(self, params: GuideParams, backend: BackendChoice, limits: GuidedLimits) -> None:
         self._params = params
-        self._backend = backend
+        self._backends = _BACKENDS[backend]
         self._limits = limits
         asked = params.max_whitespace
         self._max_whitespace = limits.max_whitespace if asked is None else min(asked, limits.max_whitespace)
@@ -51,7 +52,7 @@ class _Writer:
         return writers[kind]()
 
     def _json(self, schema: Any) -> Guide:
-        settled, backend = self._settled(schema, _BACKENDS[self._backend])
+        settled, backend = self._settled(schema, self._backends)
         return Guide("json_schema", write_schema(settled, backend), backend, self._max_whitespace)
 
     def _settled(self, schema: Any, allowed: Sequence[GuideBackend]) -> tuple[SettledSchema, GuideBackend]:
@@ -62,13 +63,14 @@ class _Writer:
     def _regex(self) -> Guide:
         assert self._params.regex is not None
         check_size(self._params.regex, self._limits)
+        if not self._params.regex:
+            raise Refusal(None, "", "the regular expression is empty")
         try:
             parsed = pattern.parse_match(self._params.regex)
             check_pattern_size(parsed, self._limits.max_pattern_size)
         except PatternError as error:
             raise Refusal(None, "", f"the regular expression cannot be enforced: {error}") from None
-        is_large = pattern.size(parsed) > _MAX_XGRAMMAR_PATTERN
-        return Guide("regex", pattern.write(parsed), "llguidance" if is_large else self._backend)
+        return Guide("regex", pattern.write(parsed), self._backends[-1 if _is_large(parsed) else 0])
 
     def _choice(self) -> Guide:
         choices = self._params.choice
@@ -81,18 +83,18 @@ class _Writer:
             parsed = pattern.Choice(tuple(map(pattern.literal, dict.fromkeys(choices))))
         except PatternError as error:
             raise Refusal(None, "", str(error)) from None
-        return Guide("regex", pattern.write(parsed), self._backend)
+        return Guide("regex", pattern.write(parsed), self._backends[0])
 
     def _grammar(self) -> Guide:
         assert self._params.grammar is not None
         check_size(self._params.grammar, self._limits)
         if not self._params.grammar.strip():
             raise Refusal(None, "", "the grammar is empty")
-        is_lark = self._backend == "llguidance"
-        return Guide("lark" if is_lark else "ebnf", self._params.grammar, self._backend)
+        backend = self._backends[0]
+        return Guide("lark" if backend == "llguidance" else "ebnf", self._params.grammar, backend)
 
     def _structural_tag(self) -> Guide:
-        if self._backend == "llguidance":
+        if self._backends[0] == "llguidance":
             raise Refusal(None, "", "structural tags need the backend xgrammar; this service has llguidance")
         tag = self._params.structural_tag
         check_size(tag if isinstance(tag, str) else orjson.dumps(tag), self._limits)
@@ -106,7 +108,7 @@ class _Writer:
 
 def guide_for(
     params: GuideParams,
-    backend: GuideBackend | None = "xgrammar",
+    backend: BackendChoice | None = "auto",
     limits: GuidedLimits | None = None,
     *,
     param: str | None = None,
@@ -115,7 +117,8 @@ def guide_for(
 
     Args:
         params: What the request says: exactly one of json, regex, choice, grammar, json_object, structural_tag.
-        backend: The operator's. xgrammar leaves to llguidance what it does not enforce; None: no guides.
+        backend: The operator's choice. `auto`: xgrammar, and llguidance for what xgrammar would not enforce; None: no
+            guides.
         limits: Bounds of size, depth and white space; default: `GuidedLimits()`.
         param: The request's own name for the field, for errors.
 
@@ -134,6 +137,11 @@ def guide_for(
         return _Writer(params, backend, limits or GuidedLimits()).write(given[0])
     except Refusal as refusal:
         raise RequestRejected(f"{name}: {refusal.message}", param=name) from None
+
+
+def _is_large(expression: Expression) -> bool:
+    """xgrammar takes more than 0.3 s to compile 1,000 repetitions of a class."""
+    return pattern.size(expression) > _MAX_XGRAMMAR_PATTERN
 
 
 def read_settled(document: SchemaDocument, limits: GuidedLimits, *, closes_objects: bool = False) -> SettledSchema:

@@ -29,9 +29,9 @@ from tensorweave.router.openai.field_types import (
     TokenKey,
     knob_fields,
 )
+from tensorweave.router.openai.guided_fields import GuidedFields
 from tensorweave.router.openai.not_built import IN_BOTH, NotBuilt
 from tensorweave.router.openai.parsing import Strict
-from tensorweave.router.openai.service_fields import ServiceFields
 from tensorweave.router.sampling.checks import check_stop_strings
 from tensorweave.router.sampling.fields import SamplingFields
 from tensorweave.router.text.choices import Telling
@@ -49,9 +49,9 @@ class StreamOptions(Strict):
 
 # The knobs are fields by definition, not by declaration; a type checker sees the body without them.
 if TYPE_CHECKING:
-    KnobFields = ServiceFields
+    KnobFields = GuidedFields
 else:
-    KnobFields = create_model("KnobFields", __base__=ServiceFields, **knob_fields())
+    KnobFields = create_model("KnobFields", __base__=GuidedFields, **knob_fields())
 
 
 class GenerateBody(KnobFields):
@@ -122,12 +122,13 @@ class GenerateBody(KnobFields):
         return self.n or 1
 
     def without_bulk(self) -> Self:
-        """A copy without what may be as large as a body: prompts and bad words, which are known as tokens by then, and
-        fields that change nothing. It is still valid, and `session` still tells sessions apart."""
+        """A copy without what may be as large as a body: prompts and bad words, which are known as tokens by then, what
+        the guide was made from, and fields that change nothing. It is still valid, and `session` still tells sessions
+        apart."""
         session = self.session
         if session is not None and len(session) > _MAX_SESSION_CHARS:
             session = blake2b(session.encode(), digest_size=16).hexdigest()
-        unread = dict.fromkeys((*ServiceFields.model_fields, "bad_words", "user"))
+        unread = dict.fromkeys((*GuidedFields.model_fields, "bad_words", "user"))
         return self.model_copy(update={**unread, "prompt_cache_key": session})
 
     @field_validator("stop")

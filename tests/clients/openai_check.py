@@ -1,16 +1,18 @@
 """The official Python client (2.x or 3.x) against a running service: python openai_check.py URL MODEL.
 
-Needs nothing but `openai`, and OPENAI_API_KEY where the service asks for a key. Whole and streamed answers must be the
-same, and every error must name its field.
+Needs nothing but `openai`, which brings pydantic, and OPENAI_API_KEY where the service asks for a key. Whole and
+streamed answers must be the same, and every error must name its field.
 """
 
 from __future__ import annotations
 
+import datetime
 import os
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 
 PARTS: list[Any] = [{"role": "user", "content": [{"type": "text", "text": "Say hello in Japanese and add an emoji."}]}]
 EXTENSIONS = {
@@ -71,13 +73,34 @@ def check_chats(client: openai.OpenAI, model: str) -> None:
     assert sum(len(choice.model_extra["token_ids"]) for choice in again.choices) == again.usage.completion_tokens
 
 
+class Event(pydantic.BaseModel):
+    name: str = pydantic.Field(max_length=30)
+    day: datetime.date
+    guests: list[str] = pydantic.Field(max_length=3)
+    kind: Literal["work", "party"]
+
+
+def check_forms(client: openai.OpenAI, model: str) -> None:
+    """The client's own parsing: what ends validates, and what `max_tokens` cuts off is the client's error."""
+    fields: dict[str, Any] = {"model": model, "messages": PARTS, "max_completion_tokens": 300, "seed": 5}
+    for _ in range(4):
+        try:
+            parsed = client.chat.completions.parse(**fields, response_format=Event).choices[0].message.parsed
+            assert isinstance(parsed, Event)
+        except openai.LengthFinishReasonError:
+            fields["seed"] += 1
+    choice = client.chat.completions.create(**fields, extra_body={"structured_outputs": {"choice": ["yes", "no"]}})
+    assert choice.choices[0].message.content in ("yes", "no")
+    assert choice.choices[0].finish_reason == "stop"
+
+
 def check_errors(client: openai.OpenAI, model: str) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     for fields, kind, param in (
         ({"temperature": -1}, openai.BadRequestError, "temperature"),
         ({"model": "no-such-model"}, openai.NotFoundError, "model"),
         ({"tools": [tool]}, openai.BadRequestError, "tools"),
-        ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format"),
+        ({"response_format": {"type": "json"}}, openai.BadRequestError, "response_format.schema"),
     ):
         assert refusal(client, {"model": model, "messages": PARTS, **fields}, kind).param == param
     (card,) = [card for card in client.models.list() if card.id == model]
@@ -102,6 +125,7 @@ def main() -> None:
     assert model in [card.id for card in client.models.list()]
     check_completions(client, model)
     check_chats(client, model)
+    check_forms(client, model)
     check_errors(client, model)
     print(f"openai {openai.__version__}: ok")
 

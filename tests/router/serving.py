@@ -39,6 +39,7 @@ def model_info(max_seq_len: int = 512, vocab_size: int | None = None) -> ModelIn
         tokens_per_block=32,
         num_blocks=100,
         end_ids=(IM_END,),
+        guided_decoding_backend="auto",
     )
 
 

@@ -51,6 +51,8 @@ def sent(fields: dict[str, Any], num_bytes: int = 0) -> bytes:
 GOOD: list[tuple[BodyTask[RequestBody], dict[str, Any]]] = [
     (CHAT, chat("Grüße", temperature=0.5, seed=2**64 - 1, stop=["a", "é"], logit_bias={"5": 1.5})),
     (CHAT, chat("Hi", prompt_token_ids=[5, 6, 7], user="u" * 1000, bad_words=["capital", "é"])),
+    (CHAT, chat("Hi", response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": {}}})),
+    (COMPLETION, completion("Hi", structured_outputs={"choice": ["a", "b"]}, n=2)),
     (CHAT, chat("Hi", chat_template_kwargs={"x": [1]}, max_completion_tokens=3, prompt_cache_key="k")),
     (COMPLETION, completion("The capital", echo=True, n=2, best_of=3, stop_token_ids=[4, 5])),
     (COMPLETION, completion(["one", "two"], stream=True, stream_options={"include_usage": True})),
@@ -66,6 +68,7 @@ BAD: list[tuple[BodyTask[Any], dict[str, Any], type[RequestRejected], str]] = [
     (COMPLETION, completion(n=9), RequestRejected, "n"),
     (COMPLETION, completion(stop_token_ids=[5] * 2000), RequestRejected, "stop_token_ids"),
     (COMPLETION, completion(bad_words=["日本語" * 100] * 50), RequestRejected, "bad_words"),
+    (CHAT, chat(guided_json={"not": {}}), RequestRejected, "guided_json"),
     (TOKENIZE, {"prompt": 5}, RequestRejected, "prompt"),
 ]
 

@@ -20,12 +20,10 @@ NOT_BUILT = [(path, name, values) for path, model in MODELS.items() for name, va
 KNOWN_ELSEWHERE = [
     "allowed_token_ids",
     "detokenize",
-    "guided_json",
     "kv_transfer_params",
     "logits_processors",
     "return_context_logits",
     "return_tokens_as_token_ids",
-    "structured_outputs",
     "vllm_xargs",
 ]
 
