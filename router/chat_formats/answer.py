@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from typing import Any
-
-import orjson
 
 from tensorweave.router.chat_formats.deltas import CallArguments, CallEnd, CallStart, Content, Delta, Reasoning
 
@@ -106,7 +104,6 @@ def _joined(deltas: list[Delta]) -> list[Delta]:
 
 def _is_object(text: str) -> bool:
     try:
-        value: Any = orjson.loads(text)
-    except orjson.JSONDecodeError:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
         return False
-    return isinstance(value, dict)

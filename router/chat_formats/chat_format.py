@@ -7,14 +7,16 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.guide import Guide
 from tensorweave.router.chat_formats.answer import Answer
-from tensorweave.router.chat_formats.guide import answer_tag, whole_guide
+from tensorweave.router.chat_formats.channels import Channels
+from tensorweave.router.chat_formats.guide import WantedAnswer, structural_guide, wanted_answer
 from tensorweave.router.chat_formats.parser import AnswerParser, CallSyntax, parse_answer
 from tensorweave.router.chat_formats.source import Source
-from tensorweave.router.chat_formats.structural_tags import any_text
+from tensorweave.router.chat_formats.structural_tags import TagFormat
 from tensorweave.router.chat_formats.thinking import Thinking, ThinkingState
-from tensorweave.router.chat_formats.tools import FunctionTool, ToolChoice
+from tensorweave.router.chat_formats.tools import FunctionTool, OfferedTools, ToolChoice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +38,7 @@ class ChatFormat:
         name: Of the family, for messages.
         calls: The ways in which it writes calls, the usual one first; none: tools are not recognized.
         thinking: The markers of its reasoning; None: it has none.
+        channels: Its answers are messages in channels; it has no `calls` and no `thinking` then.
         turn_begins: Markers in the prompt at which the assistant's turn begins.
         call_ids: The ids of calls.
     """
@@ -43,6 +46,7 @@ class ChatFormat:
     name: str
     calls: tuple[CallSyntax, ...] = ()
     thinking: Thinking | None = None
+    channels: Channels | None = None
     turn_begins: tuple[str, ...] = ()
     call_ids: CallIds = CallIds()
 
@@ -51,7 +55,8 @@ class ChatFormat:
         """The texts that must reach the parser. Some are special tokens of the model: the text of an answer must
         contain these, also if the request says `skip_special_tokens`, and no other special tokens then."""
         thinking = (self.thinking.begin, self.thinking.end) if self.thinking else ()
-        return frozenset([*thinking, *(marker for calls in self.calls for marker in calls.markers)])
+        channels = self.channels.markers if self.channels else ()
+        return frozenset([*thinking, *channels, *(marker for calls in self.calls for marker in calls.markers)])
 
     def parser(
         self,
@@ -72,9 +77,10 @@ class ChatFormat:
         source, ids = Source(), rng or random.SystemRandom()
         state = self.thinking_state(prompt_tail)
         answer = Answer(lambda: self.call_ids.draw(ids), is_after_marker=state != "unopened")
-        names = frozenset(tool.name for tool in tools if tool_choice.mode != "none")
-        steps = parse_answer(source, answer, self.thinking, state, self.calls, names)
-        return AnswerParser(source, answer, steps)
+        offered = OfferedTools.of(tools, tool_choice)
+        if self.channels is not None:
+            return AnswerParser(source, answer, self.channels.steps(source, answer, offered, prompt_tail))
+        return AnswerParser(source, answer, parse_answer(source, answer, self.thinking, state, self.calls, offered))
 
     def thinking_state(self, prompt_tail: str) -> ThinkingState:
         """Whether an answer to this prompt begins within the reasoning. Without reasoning: `unopened`."""
@@ -108,15 +114,24 @@ class ChatFormat:
         Raises:
             RequestRejected: Tools without a known format, or an `answer_guide` that cannot be part of another guide.
         """
-        state = self.thinking_state(prompt_tail)
-        thinking = None if self.thinking is None else self.thinking.tag(state, max_thinking_tokens)
-        if answer_guide is not None and thinking is None and not (tools and tool_choice.mode != "none"):
+        allowed = [tool for tool in tools if tool_choice.allows(tool)]
+        if allowed and not self.calls and self.channels is None:
+            raise RequestRejected("this model has no known format for calls; see tool_parser", param="tools")
+        thinking = self._thinking_tag(prompt_tail, max_thinking_tokens)
+        if answer_guide is not None and thinking is None and not allowed:
             return answer_guide
-        syntax = self.calls[0] if self.calls else None
-        excludes = (self.thinking.begin, self.thinking.end) if self.thinking else ()
-        answer = answer_tag(
-            syntax, tools, tool_choice, is_parallel=is_parallel, answer_guide=answer_guide, excludes=excludes
-        )
-        if answer is None and (thinking is None or max_thinking_tokens is None):
+        wanted = wanted_answer(tools, tool_choice, is_parallel=is_parallel, answer_guide=answer_guide)
+        if wanted.is_free and (thinking is None or max_thinking_tokens is None):
             return None
-        return whole_guide(thinking, answer or any_text(excludes=excludes))
+        return structural_guide(thinking, self._tag(wanted))
+
+    def _thinking_tag(self, prompt_tail: str, max_tokens: int | None) -> TagFormat | None:
+        if self.channels is not None:
+            return self.channels.thinking(max_tokens)
+        return None if self.thinking is None else self.thinking.tag(self.thinking_state(prompt_tail), max_tokens)
+
+    def _tag(self, wanted: WantedAnswer) -> TagFormat:
+        if self.channels is not None:
+            return self.channels.tag(wanted)
+        excludes = (self.thinking.begin, self.thinking.end) if self.thinking else ()
+        return wanted.tag(self.calls[0] if self.calls else None, excludes)

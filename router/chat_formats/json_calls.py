@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import orjson
+from typing import Any, Final
 
 from tensorweave.router.chat_formats.answer import Answer
-from tensorweave.router.chat_formats.json_text import copy_value, read_string, skip_value
+from tensorweave.router.chat_formats.json_text import copy_value, read_string, skip_to_end, skip_value
 from tensorweave.router.chat_formats.source import NoCall, Source, Step
-from tensorweave.router.chat_formats.structural_tags import CallTags, json_text, tag
+from tensorweave.router.chat_formats.structural_tags import TagFormat, calls_in_text, json_text, separated, tag
+from tensorweave.router.chat_formats.tools import OfferedTools
+
+_BARE_BEGIN: Final = '{"name": "'
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,32 +41,39 @@ class JsonCalls:
     def markers(self) -> tuple[str, ...]:
         return (self.begin or "{",)
 
-    @property
-    def trigger(self) -> str:
-        return self.begin or '{"name": '
+    def required(self, schemas: Mapping[str, Mapping[str, Any]], *, is_parallel: bool) -> TagFormat:
+        if self.in_list:
+            calls = separated(self._tags(schemas, "", "}"), ", ", is_parallel=is_parallel)
+            return tag(f"{self.begin}[", calls, f"]{self.end}")
+        return separated(self._whole_tags(schemas), self.separator, is_parallel=is_parallel)
 
-    def call_tags(self, schemas: Mapping[str, Mapping[str, Any]]) -> CallTags:
-        before, after = (self.begin + self.gap, self.gap + self.end) if not self.in_list else ("", "")
-        tags = [
-            tag(f'{before}{{"name": "{name}", "{self.arguments_key}": ', json_text(schema), "}" + after)
+    def possible(
+        self, schemas: Mapping[str, Mapping[str, Any]], *, is_parallel: bool, excludes: Sequence[str]
+    ) -> TagFormat:
+        tags = [self.required(schemas, is_parallel=is_parallel)] if self.in_list else self._whole_tags(schemas)
+        trigger = self.begin or _BARE_BEGIN
+        return calls_in_text([trigger], tags, is_parallel=is_parallel, excludes=excludes)
+
+    def _whole_tags(self, schemas: Mapping[str, Mapping[str, Any]]) -> list[TagFormat]:
+        return self._tags(schemas, self.begin + self.gap, "}" + self.gap + self.end)
+
+    def _tags(self, schemas: Mapping[str, Mapping[str, Any]], before: str, after: str) -> list[TagFormat]:
+        return [
+            tag(f'{before}{_BARE_BEGIN}{name}", "{self.arguments_key}": ', json_text(schema), after)
             for name, schema in schemas.items()
         ]
-        if self.in_list:
-            return CallTags(tags, f"{self.begin}[", f"]{self.end}", ", ")
-        return CallTags(tags, separator=self.separator)
 
-    def parse(self, source: Source, answer: Answer, names: Set[str]) -> Step[None]:
-        """Read the calls at a marker. Raises NoCall, before anything is passed on, if the text has none there."""
+    def parse(self, source: Source, answer: Answer, tools: OfferedTools) -> Step[None]:
         if self.begin:
             yield from source.take(self.begin)
         in_list = bool(self.begin) and (yield from source.spaces()) == "["
         source.skip(1 if in_list else 0)
-        known = None if self.begin else names
-        yield from _parse_object(source, answer, known, self.end)
+        call = _Call(source, answer, self, tools)
+        yield from call.read()
         while (yield from _finds_another(source, in_list)):
             source.mark()
             try:
-                yield from _parse_object(source, answer, known, self.end)
+                yield from _Call(source, answer, self, tools).read()
             except NoCall:
                 source.reset()
                 return
@@ -72,7 +81,7 @@ class JsonCalls:
 
 
 def _finds_another(source: Source, in_list: bool) -> Step[bool]:
-    """Read what may stand between two calls."""
+    """Read what may stand between two calls. Return whether an object follows."""
     source.mark()
     following = yield from source.spaces()
     if following in (",", ";"):
@@ -90,85 +99,83 @@ def _finds_another(source: Source, in_list: bool) -> Step[bool]:
 
 def _close(source: Source, in_list: bool, end: str) -> Step[None]:
     """Read the end of the calls: brackets, of which models write too many or too few, and the marker."""
-    source.mark()
-    while (following := (yield from source.spaces())) in (("}", "]") if end else ("]",) if in_list else ()):
-        source.skip(1)
-        if not end:
+    if end:
+        yield from skip_to_end(source, end)
+    elif in_list:
+        source.mark()
+        if (yield from source.spaces()) in ("]", ""):
+            source.skip(len((yield from source.peek(1))))
             source.release()
-            return
-    if end and ((yield from source.take_closing(end)) or following == ""):
-        source.release()
-    else:
-        source.reset()
-
-
-def _parse_object(source: Source, answer: Answer, known: Set[str] | None, end: str) -> Step[None]:
-    call = _Call(source, answer, known, end or None)
-    try:
-        yield from call.read()
-    except NoCall:
-        if not call.has_started:
-            raise
-    answer.end_call()
+        else:
+            source.reset()
 
 
 class _Call:
     """The object of one call, key after key. The call starts as soon as its name is known and its arguments begin.
 
-    Args:
-        known: The call's name must be one of these; None: any.
-        stop: The marker that ends the arguments wherever it stands outside of their strings.
+    A call without a marker must be one of the request's functions; and if that is strict, it must be spelled as in the
+    guide, because a model that writes free text is held to the schema by that spelling only.
     """
 
-    def __init__(self, source: Source, answer: Answer, known: Set[str] | None, stop: str | None) -> None:
+    def __init__(self, source: Source, answer: Answer, syntax: JsonCalls, tools: OfferedTools) -> None:
         self._source = source
         self._answer = answer
-        self._known = known
-        self._stop = stop
+        self._tools = tools
+        self._is_bare = not syntax.begin
+        self._is_as_guided = False
+        self._stops = (syntax.end,) if syntax.end else ()
         self._name: str | None = None
         self._id: str | None = None
         self._early_arguments = ""
-        self.has_started = False
+        self._has_started = False
 
     def read(self) -> Step[None]:
-        """Raises NoCall where the object is not what it should be, also after the call has started."""
+        """Raises NoCall if no call has started."""
+        try:
+            yield from self._read_object()
+        except NoCall:
+            if not self._has_started:
+                raise
+        self._answer.end_call()
+
+    def _read_object(self) -> Step[None]:
         source = self._source
-        yield from self._expect("{")
+        if self._is_bare:
+            self._is_as_guided = (yield from source.next_of(_BARE_BEGIN)) is not None
+        yield from source.expect("{")
         while True:
             key = yield from read_string(source)
-            yield from self._expect(":")
+            yield from source.expect(":")
             yield from source.spaces()
             yield from self._read_value(key)
             if (yield from source.spaces()) != ",":
                 break
             source.skip(1)
-        if self._stop is None or not (yield from source.next_of(self._stop)):
-            yield from self._expect("}")
-        if not self.has_started:
+        if not self._stops or not (yield from source.next_of(*self._stops)):
+            yield from source.expect("}")
+        if not self._has_started:
             self._start()
             self._answer.arguments(self._early_arguments or "{}")
-
-    def _expect(self, char: str) -> Step[None]:
-        if (yield from self._source.spaces()) != char:
-            raise NoCall
-        self._source.skip(1)
 
     def _read_value(self, key: str) -> Step[None]:
         match key:
             case "name":
                 self._name = yield from read_string(self._source)
-                if self._known is not None and self._name not in self._known:
-                    raise NoCall
-            case "arguments" | "parameters" if not self.has_started:
+                self._check_name(self._name)
+            case "arguments" | "parameters" if not self._has_started:
                 yield from self._read_arguments()
             case "id" if (yield from self._source.peek(1)) == '"':
                 self._id = yield from read_string(self._source)
             case "type" | "id":
                 yield from skip_value(self._source)
-            case _ if self._known is None or self._name is not None:
-                yield from skip_value(self._source)
-            case _:
+            case _ if self._is_bare and self._name is None:
                 raise NoCall
+            case _:
+                yield from skip_value(self._source)
+
+    def _check_name(self, name: str) -> None:
+        if self._is_bare and (name not in self._tools or (self._tools.is_strict(name) and not self._is_as_guided)):
+            raise NoCall
 
     def _read_arguments(self) -> Step[None]:
         first = yield from self._source.peek(1)
@@ -176,21 +183,21 @@ class _Call:
             self._early_arguments = yield from self._read_odd_arguments()
         elif self._name is not None:
             self._start()
-            if not (yield from copy_value(self._source, self._answer.arguments, self._stop)):
+            if not (yield from copy_value(self._source, self._answer.arguments, self._stops)):
                 raise NoCall
         else:
             pieces: list[str] = []
-            yield from copy_value(self._source, pieces.append, self._stop)
+            yield from copy_value(self._source, pieces.append, self._stops)
             self._early_arguments = "".join(pieces)
 
     def _read_odd_arguments(self) -> Step[str]:
         """Arguments that are not an object: null, or a string that holds the object."""
         pieces: list[str] = []
-        if not (yield from copy_value(self._source, pieces.append, self._stop)):
+        if not (yield from copy_value(self._source, pieces.append, self._stops)):
             raise NoCall
         text = "".join(pieces)
         if text.startswith('"'):
-            inner: str = orjson.loads(text)
+            inner: str = json.loads(text)
             return inner if inner.lstrip().startswith("{") else text
         return "{}" if text == "null" else text
 
@@ -199,4 +206,4 @@ class _Call:
             raise NoCall
         self._source.release()
         self._answer.start_call(self._name, self._id)
-        self.has_started = True
+        self._has_started = True

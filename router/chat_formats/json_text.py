@@ -23,25 +23,25 @@ _FOUR_HEX: Final = re.compile(r"[0-9a-fA-F]{4}")
 
 
 @functools.cache
-def _structure(stop: str | None) -> Markers:
-    return Markers(['"', "{", "}", "[", "]", *([stop] if stop else [])])
+def _structure(stops: tuple[str, ...]) -> Markers:
+    return Markers(['"', "{", "}", "[", "]", *stops])
 
 
-def copy_value(source: Source, emit: Emit, stop: str | None = None) -> Step[bool]:
-    """Read a value and pass its text to `emit`. Return whether it is complete: its end was found before `stop`, which
-    ends it outside of strings, and before the end of the text."""
+def copy_value(source: Source, emit: Emit, stops: tuple[str, ...] = ()) -> Step[bool]:
+    """Read a value and pass its text to `emit`. Return whether it is complete: its end was found before one of `stops`,
+    which end it outside of strings, and before the end of the text."""
     first = yield from source.peek(1)
     if first == '"':
         return (yield from copy_string(source, emit))
     if first in ("{", "["):
-        return (yield from _copy_nested(source, emit, stop))
+        return (yield from _copy_nested(source, emit, stops))
     after = yield from source.run(_SCALAR_TEXT, emit)
     return after != ""
 
 
-def _copy_nested(source: Source, emit: Emit, stop: str | None) -> Step[bool]:
-    markers, depth = _structure(stop), 0
-    while (marker := (yield from source.until(markers, emit))) is not None and marker != stop:
+def _copy_nested(source: Source, emit: Emit, stops: tuple[str, ...]) -> Step[bool]:
+    markers, depth = _structure(stops), 0
+    while (marker := (yield from source.until(markers, emit, drops_cut=True))) is not None and marker not in stops:
         if marker == '"':
             yield from copy_string(source, emit)
             continue
@@ -107,3 +107,15 @@ def skip_value(source: Source) -> Step[None]:
     yield from source.spaces()
     if not (yield from copy_value(source, lambda text: None)):
         raise NoCall
+
+
+def skip_to_end(source: Source, end: str) -> Step[None]:
+    """Read the marker after a value, also if there are some closing brackets too many before it. If it does not come,
+    nothing is read."""
+    source.mark()
+    while (yield from source.spaces()) in ("}", "]"):
+        source.skip(1)
+    if (yield from source.take_closing(end)) or (yield from source.peek(1)) == "":
+        source.release()
+    else:
+        source.reset()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from tensorweave.router.chat_formats.answer import Answer
 from tensorweave.router.chat_formats.deltas import Delta
 from tensorweave.router.chat_formats.source import Markers, NoCall, Source, Step
-from tensorweave.router.chat_formats.structural_tags import CallTags
+from tensorweave.router.chat_formats.structural_tags import TagFormat
 from tensorweave.router.chat_formats.thinking import Thinking, ThinkingState
+from tensorweave.router.chat_formats.tools import OfferedTools
 
 
 class AnswerParser:
@@ -52,15 +53,16 @@ class CallSyntax(Protocol):
     def markers(self) -> tuple[str, ...]:
         """The texts at which a call may begin."""
 
-    def parse(self, source: Source, answer: Answer, names: Set[str]) -> Step[None]:
+    def parse(self, source: Source, answer: Answer, tools: OfferedTools) -> Step[None]:
         """Read the calls at a marker. Raises NoCall, before anything is passed on, if the text has none there."""
 
-    @property
-    def trigger(self) -> str:
-        """The text at which a guide stops to be free text."""
+    def required(self, schemas: Mapping[str, Mapping[str, Any]], *, is_parallel: bool) -> TagFormat:
+        """A guide's form of at least one call and nothing else. `schemas`: of the arguments, by the function's name."""
 
-    def call_tags(self, schemas: Mapping[str, Mapping[str, Any]]) -> CallTags:
-        """The tags of a guide: a call of each function, by its name and the schema of its arguments."""
+    def possible(
+        self, schemas: Mapping[str, Mapping[str, Any]], *, is_parallel: bool, excludes: Sequence[str]
+    ) -> TagFormat:
+        """A guide's form of free text, without `excludes`, with or without calls."""
 
 
 def parse_answer(
@@ -69,10 +71,10 @@ def parse_answer(
     thinking: Thinking | None,
     state: ThinkingState,
     syntaxes: Sequence[CallSyntax],
-    names: Set[str],
+    tools: OfferedTools,
 ) -> Step[None]:
-    """The steps of an answer: reasoning, then content and calls. Without `names` nothing is a call."""
-    calls = _Calls(syntaxes if names else (), names)
+    """The steps of an answer: reasoning, then content and calls."""
+    calls = _Calls(syntaxes if tools else (), tools)
     if thinking is not None and (yield from thinking.read_begin(source, answer, state)):
         yield from _read_reasoning(source, answer, thinking, calls)
     markers = Markers(calls.markers)
@@ -98,9 +100,9 @@ def _read_reasoning(source: Source, answer: Answer, thinking: Thinking, calls: _
 class _Calls:
     """The ways in which a family writes calls, tried in their order."""
 
-    def __init__(self, syntaxes: Sequence[CallSyntax], names: Set[str]) -> None:
+    def __init__(self, syntaxes: Sequence[CallSyntax], tools: OfferedTools) -> None:
         self._syntaxes = syntaxes
-        self._names = names
+        self._tools = tools
         self.markers = tuple(marker for syntax in syntaxes for marker in syntax.markers)
 
     def read(self, source: Source, answer: Answer, marker: str) -> Step[bool]:
@@ -109,7 +111,7 @@ class _Calls:
             if marker in syntax.markers:
                 source.mark()
                 try:
-                    yield from syntax.parse(source, answer, self._names)
+                    yield from syntax.parse(source, answer, self._tools)
                 except NoCall:
                     source.reset()
                 else:

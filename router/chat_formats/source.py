@@ -7,7 +7,8 @@ depend on the text alone, so the result is the same however the text is cut into
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Final, TypeVar
 
 _T = TypeVar("_T")
@@ -70,6 +71,11 @@ class Source:
     def is_marked(self) -> bool:
         return self._mark is not None
 
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the text has ended and all of it was read."""
+        return self._has_ended and self._position == len(self._text)
+
     def release(self) -> None:
         """Forget the mark."""
         self._mark = None
@@ -78,6 +84,20 @@ class Source:
         """Return to the mark."""
         assert self._mark is not None, "no mark"
         self._position, self._mark = self._mark, None
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """If NoCall is raised within, return to the position before, unless the text has ended: what the end has cut
+        is dropped then."""
+        self.mark()
+        try:
+            yield
+        except NoCall:
+            if not self.is_exhausted:
+                self.reset()
+            raise
+        finally:
+            self.release()
 
     def more(self) -> Step[bool]:
         """Wait for more text; False if the text has ended. Raises NoCall if too much is held back."""
@@ -100,19 +120,24 @@ class Source:
         self._position += size
         assert self._position <= len(self._text), "skipped more than there is"
 
-    def until(self, markers: Markers, emit: Callable[[str], None]) -> Step[str | None]:
+    def skip_rest(self) -> None:
+        """Read all of the text that there is."""
+        self._position = len(self._text)
+
+    def until(self, markers: Markers, emit: Callable[[str], None], *, drops_cut: bool = False) -> Step[str | None]:
         """Pass the text before the first marker to `emit`, as it comes. Return the marker, which is not read; None at
-        the end of the text."""
+        the end of the text. `drops_cut`: a marker that the end of the text has cut is not passed on."""
         while True:
             text, start = self._text, self._position
             if match := markers.pattern.search(text, start):
                 self._position = match.start()
                 self._pass(text[start : match.start()], emit)
                 return match.group()
-            num_held = 0 if self._has_ended else markers.num_held(text, start)
+            num_held = 0 if self._has_ended and not drops_cut else markers.num_held(text, start)
             self._position = len(text) - num_held
             self._pass(text[start : self._position], emit)
             if not (yield from self.more()):
+                self._position = len(text)
                 return None
 
     def run(self, pattern: re.Pattern[str], emit: Callable[[str], None]) -> Step[str]:
@@ -147,6 +172,24 @@ class Source:
             may_grow = any(len(option) > len(unread) and option.startswith(unread) for option in options)
             if not may_grow or not (yield from self.more()):
                 return best
+
+    def ends_in(self, *options: str) -> bool:
+        """Whether the text has ended, before one of `options` was complete that may have come next."""
+        unread = self._text[self._position :]
+        return self._has_ended and any(option.startswith(unread) for option in options)
+
+    def word(self, pattern: re.Pattern[str]) -> Step[str]:
+        """Read what `run` passes on, as one text."""
+        pieces: list[str] = []
+        yield from self.run(pattern, pieces.append)
+        return "".join(pieces)
+
+    def expect(self, *options: str) -> Step[str]:
+        """Read white space and then one of `options`. Raises NoCall if none of them comes."""
+        yield from self.spaces()
+        if (found := (yield from self.take(*options))) is None:
+            raise NoCall
+        return found
 
     def take(self, *options: str) -> Step[str | None]:
         """Read one of `options` if it comes next."""

@@ -6,7 +6,6 @@ Written here because xgrammar's own builders import torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tensorweave.cluster.guide import DEFAULT_MAX_WHITESPACE
@@ -31,10 +30,18 @@ def optional(content: TagFormat) -> TagFormat:
     return {"type": "optional", "content": content}
 
 
+def any_number_of(content: TagFormat) -> TagFormat:
+    return {"type": "star", "content": content}
+
+
 def any_text(max_tokens: int | None = None, excludes: Sequence[str] = ()) -> TagFormat:
     """`excludes`: texts that do not occur in it."""
     limit = {} if max_tokens is None else {"max_tokens": max_tokens}
     return {"type": "any_text", **limit, **({"excludes": list(excludes)} if excludes else {})}
+
+
+def constant(text: str) -> TagFormat:
+    return {"type": "const_string", "value": text}
 
 
 def matching(pattern: str) -> TagFormat:
@@ -55,32 +62,25 @@ def json_text(
     }
 
 
-@dataclass(frozen=True, slots=True)
-class CallTags:
-    """One tag for each tool that may be called, and what stands around and between the calls of an answer."""
+def separated(tags: Sequence[TagFormat], separator: str, *, is_parallel: bool) -> TagFormat:
+    """At least one of the tags; several only if `is_parallel`."""
+    return {
+        "type": "tags_with_separator",
+        "tags": list(tags),
+        "separator": separator,
+        "at_least_one": True,
+        "stop_after_first": not is_parallel,
+    }
 
-    tags: Sequence[TagFormat]
-    begin: str = ""
-    end: str = ""
-    separator: str = "\n"
 
-    def required(self, *, is_parallel: bool) -> TagFormat:
-        """At least one call and nothing else."""
-        calls = {
-            "type": "tags_with_separator",
-            "tags": list(self.tags),
-            "separator": self.separator,
-            "at_least_one": True,
-            "stop_after_first": not is_parallel,
-        }
-        return tag(self.begin, calls, self.end) if self.begin else calls
-
-    def possible(self, trigger: str, *, is_parallel: bool, excludes: Sequence[str] = ()) -> TagFormat:
-        """Free text without `excludes`, in which `trigger` begins a call."""
-        return {
-            "type": "triggered_tags",
-            "triggers": [trigger],
-            "tags": [self.required(is_parallel=is_parallel)] if self.begin else list(self.tags),
-            "stop_after_first": not is_parallel,
-            "excludes": list(excludes),
-        }
+def calls_in_text(
+    triggers: Sequence[str], tags: Sequence[TagFormat], *, is_parallel: bool, excludes: Sequence[str]
+) -> TagFormat:
+    """Free text without `excludes`, in which each trigger begins a tag, the first only unless `is_parallel`."""
+    return {
+        "type": "triggered_tags",
+        "triggers": list(triggers),
+        "tags": list(tags),
+        "stop_after_first": not is_parallel,
+        "excludes": list(excludes),
+    }

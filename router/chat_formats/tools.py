@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -54,3 +54,28 @@ class ToolChoice:
 ToolChoice.NONE = ToolChoice("none")
 ToolChoice.AUTO = ToolChoice("auto")
 ToolChoice.REQUIRED = ToolChoice("required")
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedTools:
+    """What a parser knows of the request's functions, by name. Empty: nothing is a call."""
+
+    by_name: Mapping[str, FunctionTool]
+
+    @classmethod
+    def of(cls, tools: Sequence[FunctionTool], choice: ToolChoice) -> OfferedTools:
+        return cls({tool.name: tool for tool in tools} if choice.mode != "none" else {})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.by_name
+
+    def __len__(self) -> int:
+        return len(self.by_name)
+
+    def parameters(self, name: str) -> Mapping[str, Any]:
+        tool = self.by_name.get(name)
+        return (tool.parameters if tool is not None else None) or {}
+
+    def is_strict(self, name: str) -> bool:
+        tool = self.by_name.get(name)
+        return tool is not None and tool.is_strict
