@@ -228,6 +228,17 @@ class TorchLlmArgs(StrictBaseModel):
         "generation_config.json. 'none', which TensorRT-LLM calls 'trtllm': they are not. A service's default is "
         "'auto'.",
     )
+    reasoning_parser: str | None = Field(
+        None,
+        status="prototype",
+        description="The family of models in whose form this one writes its reasoning, such as 'qwen3'; 'none': "
+        "answers are not searched for it. Default: the tokenizer's chat template tells.",
+    )
+    tool_parser: str | None = Field(
+        None,
+        status="prototype",
+        description="The same for calls of tools, which chats over HTTP may have.",
+    )
     load_format: Literal["auto", "dummy"] = Field(
         "auto", status="prototype", description="'dummy': random weights, for speed tests."
     )

@@ -54,7 +54,6 @@ LLM_ARGS: Final[Mapping[str, Refusal]] = {
     "gather_generation_logits": Refusal("SamplingParams.return_generation_logits asks for them", (None, False, True)),
     "num_postprocess_workers": Refusal("text is made on the event loop; over HTTP use router.replicas", (None, 0)),
     "postprocess_tokenizer_dir": Refusal("there are no postprocess workers"),
-    "reasoning_parser": Refusal("outputs are not parsed"),
     "fail_fast_on_attention_window_too_large": _off("the KV cache keeps whole prompts, whatever the window"),
     "build_config": Refusal("nothing is built; LLM.save makes an engine directory"),
     "checkpoint_loader": Refusal("safetensors in Hugging Face's layout are what is read"),

@@ -33,6 +33,8 @@ _SHARED_KEYS: Final = (
     "tokenizer_revision",
     "generation_config",
     "guided_decoding_backend",
+    "reasoning_parser",
+    "tool_parser",
 )
 _FIRST_REVISION: Final = "main"
 _NOT_IN_ENGINE: Final = ("model", "role", "replicas")

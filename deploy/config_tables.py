@@ -6,12 +6,13 @@ import re
 from pathlib import Path
 from typing import Final, Literal, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from tensorweave.cluster.llm_args import LlmArgs
 from tensorweave.cluster.protocol import Role
 from tensorweave.cluster.strict_model import Field, StrictBaseModel
 from tensorweave.deploy.api_keys import digest_of, read_keys
+from tensorweave.router.chat_formats.choice import choose_format
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.policy import PolicyName
 from tensorweave.router.guided.limits import GuidedLimits
@@ -53,6 +54,12 @@ class PoolConfig(LlmArgs):
     fault_window_s: float = Field(
         300.0, status="prototype", gt=0, description="The time within which a gang's faults are counted."
     )
+
+    @field_validator("tool_parser", "reasoning_parser")
+    @classmethod
+    def _check_parser(cls, name: str | None, info: ValidationInfo) -> str | None:
+        choose_format(None, **{str(info.field_name): name})
+        return name
 
     @field_validator("skip_tokenizer_init")
     @classmethod
@@ -284,11 +291,17 @@ class SecurityConfig(StrictBaseModel):
         description="Let clients send the two phases of a request themselves. A ticket names the hosts that a decode "
         "gang connects to and gives access to a prefill gang's KV: enable this only if every client is trusted.",
     )
+    enable_request_chat_template: bool = Field(
+        False,
+        status="prototype",
+        description="Let a request bring a chat template of its own, a program in Jinja's sandbox. Every body is then "
+        "read in a process of its own, with a limit of processor time.",
+    )
     api_keys: list[str] = Field(
         default_factory=list,
         status="prototype",
         description="API keys, one of which every route but /health, /ready and /ping then requires as 'Authorization: "
-        "Bearer'. A key may be given as 'sha256:' and its hex digest; only digests are kept.",
+        "Bearer' or 'x-api-key'. A key may be given as 'sha256:' and its hex digest; only digests are kept.",
     )
     api_keys_file: str | None = Field(
         None,

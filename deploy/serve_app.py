@@ -89,6 +89,7 @@ class Router:
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once, before it listens. The imports are here because deploying this class needs no
         fastapi."""
+        from tensorweave.router.chat.settings import ChatSettings
         from tensorweave.router.dispatch.dispatch import Dispatcher
         from tensorweave.router.dispatch.policy import PolicySettings, build_policy
         from tensorweave.router.http.app import build_app
@@ -115,6 +116,11 @@ class Router:
             other_names=config.model_names[1:],
             cors_origins=config.security.cors_origins,
             guided=config.limits.guided_limits(),
+            chat=ChatSettings(
+                config.shared_args.tool_parser,
+                config.shared_args.reasoning_parser,
+                config.security.enable_request_chat_template,
+            ),
         )
         # All objects of the start stay alive: keep the garbage collector from scanning them, which takes 0.2 s each
         # time.

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 import orjson
 from pydantic import BeforeValidator, ConfigDict, Field
 
-from tensorweave.router.openai.parsing import Strict
+from tensorweave.router.openai.history import HistoryModel
 
 _ERROR_MARK: Final = "Error: "
 
@@ -18,7 +18,7 @@ def _as_blocks(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-class Block(Strict):
+class Block(HistoryModel):
     """A content block. Marks for prompt caches are accepted, and our cache does not need them."""
 
     cache_control: dict[str, Any] | None = None
@@ -76,7 +76,7 @@ AssistantBlocks = Annotated[
 ]
 
 
-class SystemMessage(Strict):
+class SystemMessage(HistoryModel):
     model_config = ConfigDict(title="AnthropicSystemMessage")
 
     role: Literal["system"]
@@ -86,7 +86,7 @@ class SystemMessage(Strict):
         yield {"role": "system", "content": joined(self.content)}
 
 
-class UserMessage(Strict):
+class UserMessage(HistoryModel):
     model_config = ConfigDict(title="AnthropicUserMessage")
 
     role: Literal["user"]
@@ -105,7 +105,7 @@ class UserMessage(Strict):
         yield from _user(texts)
 
 
-class AssistantMessage(Strict):
+class AssistantMessage(HistoryModel):
     model_config = ConfigDict(title="AnthropicAssistantMessage")
 
     role: Literal["assistant"]

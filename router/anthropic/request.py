@@ -73,12 +73,14 @@ class ToolChoice(Strict):
 
 
 class Thinking(Strict):
-    """Whether the model reasons first. Anthropic's budget is a target, and no bound."""
+    """Whether the model reasons first."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: AtLeast1 | None = Field(None, description=NO_CHANGE)
+    budget_tokens: AtLeast1 | None = Field(
+        None, description="At most so many tokens of reasoning, if the model's form of reasoning is known."
+    )
     display: Literal["summarized", "omitted"] | None = Field(
-        None, description="'omitted': thinking blocks are empty. Otherwise they have the whole reasoning."
+        None, description="'omitted': there are no thinking blocks. Otherwise they have the whole reasoning."
     )
 
 
@@ -144,14 +146,19 @@ class PromptBody(ParsedRequest):
             fields["response_format"] = {"type": "json_schema", "json_schema": schema}
         return fields
 
+    @property
+    def thinking_budget(self) -> int | None:
+        return self.thinking.budget_tokens if self.thinking is not None and self.is_thinking else None
+
     def _reasoning(self) -> Fields:
-        if not self.is_thinking:
+        if self.thinking is None or not self.is_thinking:
             return {"reasoning_effort": "none"}
-        effort = self.output_config and self.output_config.effort
-        return {
-            "chat_template_kwargs": {"enable_thinking": True, "thinking": True},
-            **({"reasoning_effort": effort} if effort else {}),
-        }
+        fields: Fields = {"chat_template_kwargs": {"enable_thinking": True, "thinking": True}}
+        if self.output_config is not None and self.output_config.effort is not None:
+            fields["reasoning_effort"] = self.output_config.effort
+        if self.thinking.display == "omitted":
+            fields["include_reasoning"] = False
+        return fields
 
 
 class CountTokensRequest(PromptBody):

@@ -13,6 +13,7 @@ from tensorweave.router.anthropic import request as anthropic
 from tensorweave.router.anthropic.request import CountTokensRequest, MessagesRequest
 from tensorweave.router.bodies.request_body import RequestBody, chat_token_ids, read_chat_request
 from tensorweave.router.bodies.served import ServedModel, check_name
+from tensorweave.router.openai.chat_form import chat_format
 from tensorweave.router.openai.chat_request import ChatCompletionRequest
 from tensorweave.router.openai.parsing import check_fields, parse_request
 from tensorweave.router.responses import request as responses
@@ -23,8 +24,11 @@ from tensorweave.router.text.tokens import Tokenizer
 def read_messages(body: bytes, tokenizer: Tokenizer, served: ServedModel) -> RequestBody:
     """The body of /v1/messages. Raises RequestRejected."""
     asked = parse_request(MessagesRequest, body)
+    fields = asked.translated()
+    if asked.thinking_budget is not None and chat_format(tokenizer, served.chat).thinking is not None:
+        fields["thinking_token_budget"] = asked.thinking_budget
     with _named_as(anthropic.FIELD_NAMES):
-        request = check_fields(ChatCompletionRequest, asked.translated())
+        request = check_fields(ChatCompletionRequest, fields)
         return read_chat_request(request, tokenizer, served, "messages")
 
 

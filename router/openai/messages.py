@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from tensorweave.cluster.errors import RequestRejected
+from tensorweave.router.openai.history import HistoryModel, says_nothing
 
 # Marks for prompt caches, which our cache does not need.
 _CACHE_MARKS: Final = ("cache_control", "prompt_cache_breakpoint")
@@ -24,34 +25,11 @@ _TEXT_PART: Final = {
 _CONTENT: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}, {"type": "null"}]}
 
 
-def says_nothing(value: Any) -> bool:
-    """Whether it is null, empty, or an object of such values. It may be nested deeply, so there is no recursion."""
-    values = [value]
-    while values:
-        value = values.pop()
-        if isinstance(value, dict):
-            values.extend(value.values())
-        elif value is not None and value != "" and value != []:
-            return False
-    return True
-
-
 def _absent(value: Any) -> Any:
     return None if says_nothing(value) else value
 
 
-class _HistoryModel(BaseModel):
-    """Part of a history. Other keys are accepted if they are null or empty: answers that are sent back have many."""
-
-    model_config = ConfigDict(strict=True, extra="allow", hide_input_in_errors=True)
-
-    def check_extra(self, param: str) -> None:
-        for key, value in (self.model_extra or {}).items():
-            if not says_nothing(value):
-                raise _refusal(f"{param}.{key[:64]}", "is not supported")
-
-
-class CalledFunction(_HistoryModel):
+class CalledFunction(HistoryModel):
     """What an assistant called. `arguments` are JSON, as the model wrote them."""
 
     name: str = Field(min_length=1)
@@ -66,7 +44,7 @@ class CalledFunction(_HistoryModel):
         return {"name": self.name, "arguments": arguments if isinstance(arguments, dict) else self.arguments}
 
 
-class MessageToolCall(_HistoryModel):
+class MessageToolCall(HistoryModel):
     """One call of an assistant's message."""
 
     id: str | None = None
@@ -79,7 +57,7 @@ class MessageToolCall(_HistoryModel):
         return {"id": self.id, **call} if self.id else call
 
 
-class ChatMessage(_HistoryModel):
+class ChatMessage(HistoryModel):
     """One message."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -149,7 +127,6 @@ def check_messages(messages: list[ChatMessage]) -> list[ChatMessage]:
 
 
 def _check_message(param: str, message: ChatMessage) -> None:
-    message.check_extra(param)
     if message.role != "assistant":
         for key in ("reasoning", "reasoning_content", "refusal", "tool_calls", "function_call"):
             if getattr(message, key):
@@ -158,9 +135,6 @@ def _check_message(param: str, message: ChatMessage) -> None:
         raise _refusal(f"{param}.tool_call_id", "is only for a tool's message")
     if message.role == "tool" and message.tool_call_id is None:
         raise _refusal(f"{param}.tool_call_id", "is missing")
-    for index, call in enumerate(message.tool_calls or ()):
-        call.check_extra(f"{param}.tool_calls[{index}]")
-        call.function.check_extra(f"{param}.tool_calls[{index}].function")
     _check_content(f"{param}.content", message)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from tensorweave.router.openai.parsing import Strict
+from tensorweave.router.openai.history import HistoryModel
 
 _ITEM_KINDS: Final = ("message", "function_call", "function_call_output", "reasoning")
 
@@ -17,13 +17,13 @@ def _as_parts(content: Any) -> Any:
     return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
 
 
-class InputText(Strict):
+class InputText(HistoryModel):
     type: Literal["input_text"]
     text: str
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
-class OutputText(Strict):
+class OutputText(HistoryModel):
     """A text of an earlier answer."""
 
     type: Literal["output_text"]
@@ -32,7 +32,7 @@ class OutputText(Strict):
     logprobs: list[Any] | None = None
 
 
-class RefusalPart(Strict):
+class RefusalPart(HistoryModel):
     type: Literal["refusal"]
     refusal: str
 
@@ -41,7 +41,7 @@ class RefusalPart(Strict):
         return self.refusal
 
 
-class ReasoningPart(Strict):
+class ReasoningPart(HistoryModel):
     type: Literal["reasoning_text", "summary_text"]
     text: str
 
@@ -51,7 +51,7 @@ Parts = Annotated[list[Part], BeforeValidator(_as_parts, json_schema_input_type=
 Texts = Annotated[list[InputText], BeforeValidator(_as_parts, json_schema_input_type=str | list[InputText])]
 
 
-class Item(Strict):
+class Item(HistoryModel):
     """What items of earlier answers have: neither is read."""
 
     id: str | None = None
@@ -74,7 +74,6 @@ class CallItem(Item):
     call_id: str = Field(min_length=1)
     name: str = Field(min_length=1)
     arguments: str
-    namespace: None = None
 
     def as_call(self) -> dict[str, Any]:
         return {"id": self.call_id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}

@@ -152,7 +152,7 @@ class ResponsesRequest(ServiceFields):
         }
         for name in ("temperature", "top_p", "seed", "stream", "parallel_tool_calls", "user", "prompt_cache_key"):
             fields[name] = getattr(self, name)
-        if self.text is not None and self.text.format is not None:
+        if self.text is not None and self.text.format is not None and self.text.format.type != "text":
             fields["response_format"] = self.text.format.translated()
         return {name: value for name, value in fields.items() if value is not None}
 

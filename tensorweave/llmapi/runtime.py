@@ -21,6 +21,7 @@ from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.llmapi.engine import Engine, open_engine
 from tensorweave.llmapi.loop_thread import LoopThread
 from tensorweave.llmapi.request_maker import RequestMaker
+from tensorweave.router.chat_formats.choice import choose_format
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.text.tokens import Tokenizer
@@ -79,6 +80,7 @@ def start_runtime(llm_id: str, values: Mapping[str, Any]) -> LlmRuntime:
     """
     args = _parse(values)
     model_dir = resolve_model(args.model, revision=args.revision)
+    choose_format(None, tool_parser=args.tool_parser, reasoning_parser=args.reasoning_parser)  # refuses unknown names
     check_model(args)  # a wrong model is refused before anything is loaded
     tokenizer = None if args.skip_tokenizer_init else _load_tokenizer(args, model_dir)
     with ExitStack() as undo:

@@ -68,6 +68,14 @@ def test_a_service_takes_the_models_sampling_fields_unless_told_not_to(
     assert LlmArgs(model="m").generation_config == "none"
 
 
+@pytest.mark.parametrize("key", ["tool_parser", "reasoning_parser"])
+def test_a_parser_has_a_known_name(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(write(tmp_path, f"model: m\nengine: {{{key}: qwen33}}"))
+    where = f"service.yaml:2: engine.{key} = 'qwen33': {key}: unknown format 'qwen33'; did you mean 'qwen3'?"
+    assert where in str(refused.value)
+
+
 def test_a_role_may_have_another_name_and_an_aggregated_pool_exchanges_nothing(tmp_path: Path) -> None:
     text = "model: m\npools: {big: {role: prefill}, small: {role: prefill}, d: {role: decode}}"
     config = load_config(write(tmp_path, text))
@@ -183,6 +191,11 @@ def test_origins_of_web_pages(tmp_path: Path, written: str, origins: list[str]) 
             [],
             "service.yaml:2: security.cors_origins: 'https://a/' is not an origin: scheme://host or scheme://host:port,"
             " without a path",
+        ),
+        (
+            "model: m\npools: {main: {reasoning_parser: qwen3}}",
+            [],
+            "service.yaml:2: pools.main.reasoning_parser = 'qwen3': 'reasoning_parser' belongs under 'engine'",
         ),
         (
             "model: m\nengin: {}",

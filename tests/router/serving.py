@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.router.chat.settings import ChatSettings
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.http.app import build_app
@@ -48,7 +49,11 @@ def script_of(text: str) -> list[int]:
 
 
 def make_service(
-    *links: FakeLink, limits: Limits | None = None, accepts_phases: bool = True, tokenizer: Tokenizer | None = None
+    *links: FakeLink,
+    limits: Limits | None = None,
+    accepts_phases: bool = True,
+    tokenizer: Tokenizer | None = None,
+    chat: ChatSettings | None = None,
 ) -> RouterService:
     limits = limits or Limits(ready_timeout_s=0.05)
     fleet = FakeFleet(*links)
@@ -60,6 +65,7 @@ def make_service(
         version="1.2.3",
         limits=limits,
         accepts_phases=accepts_phases,
+        chat=chat or ChatSettings(),
     )
 
 

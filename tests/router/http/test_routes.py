@@ -63,12 +63,14 @@ def test_a_chat_has_the_tokens_that_the_model_is_given() -> None:
 # ---- keys
 
 
-def call_with_key(method: str, path: str, authorization: str | None, body: Any = None) -> httpx.Response:
+def call_with_key(
+    method: str, path: str, authorization: str | None, body: Any = None, name: str = "authorization"
+) -> httpx.Response:
     service = make_service(scripted())
     service.key_digests = [f"sha256:{hashlib.sha256(key.encode()).hexdigest()}" for key in KEYS]
 
     async def call() -> httpx.Response:
-        headers = {} if authorization is None else {"authorization": authorization}
+        headers = {} if authorization is None else {name: authorization}
         async with client_of(build_app(service)) as client:
             return await client.request(method, path, json=body, headers=headers)
 
@@ -76,6 +78,7 @@ def call_with_key(method: str, path: str, authorization: str | None, body: Any =
 
 
 ROUTES = [
+    ("POST", "/v1/responses", {"model": MODEL, "input": "Hi"}),
     ("POST", COMPLETIONS, completion()), ("POST", CHAT, chat()), ("POST", "/tokenize", {"prompt": "a"}),
     ("POST", "/detokenize", {"tokens": [1]}), ("GET", "/v1/models", None), ("GET", f"/v1/models/{MODEL}", None),
     ("GET", "/version", None), ("GET", "/load", None),
@@ -91,6 +94,22 @@ def test_every_route_but_health_needs_a_key(method: str, path: str, body: Any) -
         answer = call_with_key(method, path, wrong, body)
         check_error(answer, 401, None, "invalid_api_key")
         assert answer.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens", "/v1/models"])
+def test_a_key_may_come_as_anthropics_clients_send_it(path: str) -> None:
+    """And on their routes, its absence is answered in their form."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+    if path == "/v1/messages":
+        body["max_tokens"] = 3
+    method = "GET" if path == "/v1/models" else "POST"
+    for key in KEYS:
+        assert call_with_key(method, path, key, body, "x-api-key").status_code == 200
+    for wrong in ("", "x", f"Bearer {KEYS[0]}"):
+        answer = call_with_key(method, path, wrong, body, "x-api-key")
+        assert answer.status_code == 401
+        if method == "POST":
+            assert answer.json()["error"]["type"] == "authentication_error"
 
 
 @pytest.mark.parametrize("path", ["/health", "/health/", "/ready", "/ping"])
