@@ -37,9 +37,11 @@ class PlainText:
 PLAIN_TEXT: Final = PlainText()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ParsedChunk:
-    """A part of a choice. `piece` has its text as the model wrote it, and its tokens."""
+    """A part of a choice. `piece` has its text as the model wrote it, and its tokens.
+
+    Like `TextDelta` it is not frozen, because there is one per token."""
 
     piece: ChoiceChunk
     deltas: Sequence[Delta]
@@ -89,11 +91,15 @@ class ParsedChoice:
     def _counted(self, deltas: list[Delta]) -> list[Delta]:
         if not deltas:
             return deltas
-        if any(isinstance(delta, Reasoning) for delta in deltas):
+        kinds = {type(delta) for delta in deltas}
+        if Reasoning in kinds:
             self.num_reasoning_tokens += self._num_undecided
+            if not self._shows_reasoning:
+                deltas = [delta for delta in deltas if not isinstance(delta, Reasoning)]
         self._num_undecided = 0
-        self._has_called = self._has_called or any(isinstance(delta, CallStart) for delta in deltas)
-        return deltas if self._shows_reasoning else [delta for delta in deltas if not isinstance(delta, Reasoning)]
+        if CallStart in kinds:
+            self._has_called = True
+        return deltas
 
     def _ending(self, piece: ChoiceChunk) -> AnswerEnd | None:
         return "tool_calls" if self._has_called and piece.finish_reason == "stop" else piece.finish_reason
