@@ -22,6 +22,7 @@ _TEXT_PART: Final = {
     "required": ["type", "text"],
     "additionalProperties": False,
 }
+NOTES: Final = "Accepted: litellm notes here what else an answer had."
 _CONTENT: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}, {"type": "null"}]}
 
 
@@ -50,6 +51,7 @@ class MessageToolCall(HistoryModel):
     id: str | None = None
     type: Literal["function"] | None = None
     index: int | None = Field(None, description="Accepted, since streamed calls have it.")
+    provider_specific_fields: Any = Field(None, description=NOTES)
     function: CalledFunction
 
     def for_template(self) -> dict[str, Any]:
@@ -78,6 +80,7 @@ class ChatMessage(HistoryModel):
     reasoning_content: str | None = Field(
         None, description="Extension. Only in an assistant's message, for templates that use it."
     )
+    provider_specific_fields: Any = Field(None, description=NOTES)
     reasoning: str | None = Field(
         None, description="Extension. Another name of `reasoning_content`; it has precedence."
     )

@@ -24,7 +24,7 @@ for _ in range(900):  # as deep as the parser lets it be
 NOTHING: list[Any] = [None, "", [], {}, {"refusal": None}, {"a": {"b": "", "c": []}}, DEEP]
 SOMETHING: list[Any] = ["x", [{}], [None], {"a": 0}, {"a": {"b": False}}, 0, False, 1.5]
 TEXTS = ("name", "reasoning", "reasoning_content")
-READ = (*TEXTS, "refusal", "tool_calls", "function_call")
+READ = (*TEXTS, "refusal", "tool_calls", "function_call", "provider_specific_fields")
 
 
 def with_history(**keys: Any) -> dict[str, Any]:
@@ -96,7 +96,13 @@ def test_calls_and_their_results_are_for_the_template() -> None:
 
 def test_what_other_clients_put_beside_calls_is_taken() -> None:
     plain = rendered(with_calls())
-    for keys in ({"function_call": None}, {"annotations": []}, {"refusal": None}, {"audio": None}):
+    for keys in (
+        {"function_call": None},
+        {"annotations": []},
+        {"refusal": None},
+        {"audio": None},
+        {"provider_specific_fields": {"reasoning": "hm"}},
+    ):
         assert rendered(with_calls(**keys)) == plain
     assert rendered(with_calls(tool_calls=[{**CALL, "index": 0, "provider_specific_fields": None}])) == plain
     legacy = with_calls(tool_calls=None, function_call=CALL["function"])
