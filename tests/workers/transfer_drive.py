@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 
 from tensorweave.cluster.protocol import GenerateRequest, KvSource, SamplingSpec, Ticket, TokenChunk, TokenLogprobs
+from tensorweave.cluster.speculation_config import SpeculativeConfig
 from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.executor.executor import PyExecutor
@@ -23,6 +24,7 @@ from tensorweave.workers.gang.comm import Comm, SoloComm
 from tensorweave.workers.gang.report_channel import open_report_channel
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.sampling.decoder import SamplingDecoder
+from tensorweave.workers.speculation.build import build_speculation
 from tensorweave.workers.step.resources import ResourceManager
 from tensorweave.workers.transfer.carrier import Carrier
 from tensorweave.workers.transfer.carriers.faulty import FaultyCarrier
@@ -74,6 +76,7 @@ class Gang:
         chunked: bool = True,
         reuse: bool = True,
         policy: Any = "GUARANTEED_NO_EVICT",
+        speculative: SpeculativeConfig | None = None,
         **transferring: Any,
     ) -> None:
         self.name = name
@@ -106,13 +109,26 @@ class Gang:
                 policy=policy,
                 max_num_tokens=max_num_tokens,
                 enable_chunked_prefill=chunked,
+                counts_on_ends=speculative is None,
             )
             decoder = SamplingDecoder(device=engine.pool.cache.device, keeps_tokens=isinstance(engine, DeviceEngine))
+            speculating = build_speculation(
+                speculative,
+                decoder,
+                comm,
+                max_num_tokens=max_num_tokens,
+                tokens_per_block=info.tokens_per_block,
+                vocab_size=info.vocab_size,
+                make_drafter=lambda config: config.drafter,
+            )
             executor = PyExecutor(
                 engine=engine,
                 scheduler=scheduler,
-                resources=ResourceManager([decoder.states, *engine.resource_managers, kv_cache]),
-                decoder=decoder,
+                resources=ResourceManager(
+                    [decoder.states, *engine.resource_managers, *speculating.resource_managers, kv_cache]
+                ),
+                decoder=speculating.decoder,
+                speculation=speculating.speculation,
                 comm=comm,
                 info=info,
                 transfers=transfers,

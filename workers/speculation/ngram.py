@@ -23,28 +23,32 @@ class NGramIndex:
 
     def __init__(self, size: int, *, keeps_newest: bool) -> None:
         self.num_indexed = 0
+        self._size = size
         self._keeps_newest = keeps_newest
-        self._places: list[dict[tuple[int, ...], int]] = [{} for _ in range(size)]
+        self._places: dict[tuple[int, ...], int] = {}
 
     def take_in(self, tokens: Sequence[int], limit: int) -> None:
         """Index the n-grams that end before up to `limit` tokens which are new."""
+        size, places, note = self._size, self._places, self._places.setdefault
         stop = min(len(tokens), self.num_indexed + limit)
-        for size, places in enumerate(self._places, 1):
-            for at in range(max(self.num_indexed, size), stop):
-                ngram = tuple(tokens[at - size : at])
+        for at in range(self.num_indexed, stop):
+            for first in range(at - size if at > size else 0, at):
                 if self._keeps_newest:
-                    places[ngram] = at
+                    places[tuple(tokens[first:at])] = at
                 else:
-                    places.setdefault(ngram, at)
+                    note(tuple(tokens[first:at]), at)
         self.num_indexed = stop
 
     def find(self, tokens: Sequence[int]) -> tuple[int, int]:
-        """The place after the longest n-gram that also ends `tokens`, and its size; size 0 where there is none."""
-        for size in range(min(len(self._places), len(tokens)), 0, -1):
-            at = self._places[size - 1].get(tuple(tokens[-size:]))
-            if at is not None:
-                return at, size
-        return 0, 0
+        """The place after the longest n-gram that also ends `tokens`, and its size; size 0 where there is none. Where
+        an n-gram stood, its end stood too, so that the search ends at the first one which did not."""
+        place, places = (0, 0), self._places
+        for size in range(1, min(self._size, len(tokens)) + 1):
+            at = places.get(tuple(tokens[-size:]))
+            if at is None:
+                break
+            place = at, size
+        return place
 
 
 class NGramDrafter:

@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Final
 
-FREE_ROWS: Final = 24
+FREE_ROWS: Final = 16
 """a / b: rows that take as long as what a step takes without any. Of SmolLM2-135M on one thread of an EPYC with bf16, a
-step of one row takes 7.1 ms, of 16 requests 12.3 ms, of 48 27.9 ms, and of 8 rows of one request 8.6 ms."""
+step of one row takes 7.1 ms, of 8 rows of one request 8.6 ms, of 16 requests 12.3 ms, of 48 27.9 ms."""
 TOKENS_PER_PROBE: Final = 64
 """Of a request for whose drafts it does not pay, one token is drafted about this often, to see whether it does now."""
 
@@ -38,9 +38,9 @@ class _Acceptance:
 
 @dataclass(slots=True)
 class RequestPace:
-    """`credit` grows with each token; a probe takes 1 of it, and gives it back if it is right."""
+    """`probes_at` is the number of tokens from which on a draft that does not pay may be tried, one token long."""
 
-    credit: float
+    probes_at: int
     by_kind: dict[int, _Acceptance] = field(default_factory=dict)
 
 
@@ -51,25 +51,21 @@ class DraftPace:
         self._free_rows = free_rows
         self._of_gang: dict[int, _Acceptance] = {}
 
-    def begin(self, order: int) -> RequestPace:
-        """For a new request. Requests of one time probe at different times."""
-        return RequestPace(credit=order % TOKENS_PER_PROBE / TOKENS_PER_PROBE)
+    def begin(self, order: int, num_tokens: int) -> RequestPace:
+        """For a request that has its first draft. Requests of one time probe at different times."""
+        return RequestPace(num_tokens + order % TOKENS_PER_PROBE)
 
-    def worth(self, request: RequestPace, kind: int, num_drafted: int, num_decodes: int) -> int:
-        """How many of `num_drafted` tokens to verify in a step of `num_decodes` decodes."""
-        request.credit = min(request.credit + 1 / TOKENS_PER_PROBE, 1.0)
-        if not num_drafted:
-            return 0
+    def worth(self, request: RequestPace, kind: int, num_drafted: int, num_decodes: int, num_tokens: int) -> int:
+        """How many of `num_drafted` tokens to verify in a step of `num_decodes` decodes, when the request has
+        `num_tokens`."""
         num_worth = self._num_worth(self._estimate(request, kind).estimate, num_decodes)
-        if num_worth:
-            return min(num_worth, num_drafted)
-        return int(request.credit >= 1.0)
+        return min(num_worth, num_drafted) if num_worth else int(num_tokens >= request.probes_at)
 
-    def note(self, request: RequestPace, kind: int, num_verified: int, num_accepted: int) -> None:
-        """What became of a draft."""
+    def note(self, request: RequestPace, kind: int, num_verified: int, num_accepted: int, num_tokens: int) -> None:
+        """What became of a draft that the request had at `num_tokens`."""
         has_ended = num_accepted < num_verified
-        if num_verified == 1 and request.credit >= 1.0 and has_ended:
-            request.credit = 0.0
+        if has_ended and num_tokens >= request.probes_at:
+            request.probes_at = num_tokens + TOKENS_PER_PROBE
         gang, own = self._gang(kind), self._estimate(request, kind)
         for is_right in [True] * num_accepted + [False] * has_ended:
             gang.note(is_right)

@@ -34,12 +34,11 @@ class DraftLimits:
 
 
 @dataclass(slots=True)
-class _Running:
-    """A request that has had drafts: `num_steps` and the tokens accepted in them; `kind` is its last draft's."""
+class _Drafted:
+    """A request that has had drafts: `kind` is its last one's, `num_accepted` counts the tokens of all."""
 
     pace: RequestPace
     kind: int = 0
-    num_steps: int = 0
     num_accepted: int = 0
 
 
@@ -72,11 +71,11 @@ class DraftedSpeculation(BaseResourceManager):
         self._limits = limits
         self._window = window
         self._pace = DraftPace()
-        self._running: dict[LlmRequest, _Running] = {}
+        self._drafted: dict[LlmRequest, _Drafted] = {}
         self._draft_s = 0.0
 
     def __len__(self) -> int:
-        return len(self._running)
+        return len(self._drafted)
 
     def add_drafts(self, batch: ScheduledBatch) -> ScheduledBatch:
         began_s = time.perf_counter()
@@ -91,6 +90,8 @@ class DraftedSpeculation(BaseResourceManager):
         wanted = [(row.request, self._room(row)) for row in batch.generation]
         drafts: dict[int, Sequence[int]] = {}
         for (request, room), draft in zip(wanted, self._drafter.draft(wanted), strict=True):
+            if not draft.tokens:
+                continue
             tokens = self._choose(request, draft, min(room, num_left), len(batch.generation))
             if tokens:
                 drafts[request.order] = tokens
@@ -100,26 +101,24 @@ class DraftedSpeculation(BaseResourceManager):
         return replace(batch, generation=tuple(_lengthen(row, drafts) for row in batch.generation), drafts=drafts)
 
     def settle(self, batch: ScheduledBatch, result: StepResult) -> DraftCounts:
+        if not batch.drafts:
+            return DraftCounts(draft_s=self._draft_s)
         num_drafted = num_accepted = 0
         for row, outcome in zip(batch.sampled, result.rows, strict=True):
-            running = self._running.get(row.request)
-            if running is None or not isinstance(outcome, list):
+            if row.num_samples < 2 or not isinstance(outcome, list):
                 continue
-            running.num_steps += 1
-            num_verified = row.num_samples - 1
-            if num_verified:
-                accepted = len(outcome) - 1
-                running.num_accepted += accepted
-                self._pace.note(running.pace, running.kind, num_verified, accepted)
-                num_drafted += num_verified
-                num_accepted += accepted
+            drafted, num_verified, num_right = self._drafted[row.request], row.num_samples - 1, len(outcome) - 1
+            drafted.num_accepted += num_right
+            self._pace.note(drafted.pace, drafted.kind, num_verified, num_right, row.start + 1)
+            num_drafted += num_verified
+            num_accepted += num_right
         return DraftCounts(len(batch.drafts), num_drafted, num_accepted, self._draft_s)
 
     def free_resources(self, request: LlmRequest) -> None:
-        running = self._running.pop(request, None)
+        drafted = self._drafted.pop(request, None)
         self._drafter.forget(request)
-        if running is not None and running.num_steps and request.finish_reason is not None:
-            self._window.note(running.num_accepted, running.num_steps)
+        if drafted is not None and request.finish_reason is not None:
+            self._window.note(drafted.num_accepted, max(1, request.num_output - drafted.num_accepted))
 
     def _rests(self, batch: ScheduledBatch) -> bool:
         most = self._limits.max_concurrency
@@ -138,13 +137,14 @@ class DraftedSpeculation(BaseResourceManager):
 
     def _choose(self, request: LlmRequest, draft: Draft, most: int, num_decodes: int) -> Sequence[int]:
         """The part of a draft that is verified. It ends before a stop token, which nothing follows."""
-        running = self._running.get(request)
-        if running is None:
-            running = self._running[request] = _Running(self._pace.begin(request.order))
+        drafted, num_tokens = self._drafted.get(request), len(request.tokens)
+        if drafted is None:
+            drafted = self._drafted[request] = _Drafted(self._pace.begin(request.order, num_tokens))
         tokens, stops, vocab_size = draft.tokens[:most], request.sampling.stop_token_ids, self._limits.vocab_size
         num_valid = next((i for i, t in enumerate(tokens) if t in stops or not 0 <= t < vocab_size), len(tokens))
-        running.kind = draft.kind
-        return tokens[: self._pace.worth(running.pace, draft.kind, num_valid, num_decodes)]
+        drafted.kind = draft.kind
+        num_worth = self._pace.worth(drafted.pace, draft.kind, num_valid, num_decodes, num_tokens) if num_valid else 0
+        return tokens[:num_worth]
 
 
 def _lengthen(row: StepRow, drafts: dict[int, Sequence[int]]) -> StepRow:
