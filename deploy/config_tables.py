@@ -10,6 +10,7 @@ from pydantic import ValidationInfo, field_validator, model_validator
 
 from tensorweave.cluster.llm_args import LlmArgs
 from tensorweave.cluster.protocol import Role
+from tensorweave.cluster.speculation_config import UserProvidedDecodingConfig
 from tensorweave.cluster.strict_model import Field, StrictBaseModel
 from tensorweave.deploy.api_keys import digest_of, read_keys
 from tensorweave.router.chat_formats.choice import choose_format
@@ -80,7 +81,11 @@ class PoolConfig(LlmArgs):
     @model_validator(mode="after")
     def _refuse_llm_class_arguments(self) -> Self:
         events = self.kv_cache_config.event_buffer_max_size
+        drafts = self.speculative_config
+        of_user = drafts if isinstance(drafts, UserProvidedDecodingConfig) else None
         given = {
+            "speculative_config.drafter as an object": of_user is not None and not isinstance(of_user.drafter, str),
+            "speculative_config.resource_manager": of_user is not None and of_user.resource_manager is not None,
             "batched_logits_processor": self.batched_logits_processor is not None,
             "return_perf_metrics": self.return_perf_metrics,
             "enable_tqdm": self.enable_tqdm,

@@ -192,13 +192,13 @@ class GangEngine:
 def _gang_args(args: TorchLlmArgs, pinned: PinnedModel) -> dict[str, Any]:
     """Fields for the ranks: a model name that each rank resolves on its own host, and no tokenizer object. Without the
     tokenizer the ranks cannot read the vocabulary, so they take no guides."""
-    fields = args.model_dump(exclude={"tokenizer", "batched_logits_processor"}, exclude_unset=True)
+    of_user = {"batched_logits_processor", "speculative_config"}
+    fields = args.model_dump(exclude={"tokenizer", *of_user}, exclude_unset=True)
+    fields |= {name: value for name in of_user if (value := getattr(args, name)) is not None}
     if isinstance(args.tokenizer, str | Path):
         fields["tokenizer"] = str(args.tokenizer)
     elif args.tokenizer is not None:
         fields["guided_decoding_backend"] = None
-    if args.batched_logits_processor is not None:
-        fields["batched_logits_processor"] = args.batched_logits_processor
     return {**fields, "model": pinned.name, "revision": pinned.revision}
 
 

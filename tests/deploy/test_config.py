@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorweave.cluster.llm_args import LlmArgs
+from tensorweave.cluster.speculation_config import NGramDecodingConfig, UserProvidedDecodingConfig
 from tensorweave.deploy.config import ServeConfig, load_config
 from tensorweave.deploy.config_file import ConfigError, parse_document, read_document
 from tensorweave.deploy.pools import pool_specs
@@ -101,6 +102,33 @@ def test_a_pool_goes_before_the_engine(tmp_path: Path) -> None:
     assert (pool.replicas, pool.dtype) == (3, "float32")
     assert (pool.kv_cache_config.tokens_per_block, pool.kv_cache_config.max_tokens) == (16, 1024)
     assert not hasattr(pool.llm_args(), "replicas")
+
+
+def test_a_services_speculation(tmp_path: Path) -> None:
+    """Ranks get what was written, whole; a drafter is a class by its name."""
+    text = """
+    model: m
+    engine: {speculative_config: {decoding_type: NGram, max_draft_len: 4}}
+    pools:
+      prefill: {}
+      decode: {speculative_config: {decoding_type: User_Provided, max_draft_len: 3, drafter: "mine:Drafter"}}
+    """
+    config = load_config(write(tmp_path, text))
+    specs = {
+        spec.gang.role: LlmArgs(**spec.gang.args).speculative_config for spec in pool_specs(config, has_gpus=False)
+    }
+    assert specs["prefill"] == NGramDecodingConfig(max_draft_len=4)
+    assert specs["decode"] == UserProvidedDecodingConfig(max_draft_len=3, drafter="mine:Drafter")
+
+
+def test_a_service_takes_no_drafter_that_is_an_object() -> None:
+    class Drafter:
+        def prepare_draft_tokens(self, scheduled_requests: object) -> None:
+            return None
+
+    config = UserProvidedDecodingConfig(max_draft_len=3, drafter=Drafter())
+    with pytest.raises(ValueError, match="drafter as an object is for the LLM class"):
+        ServeConfig.model_validate({"model": "m", "pools": {"both": {"speculative_config": config}}})
 
 
 def test_overrides_have_yaml_types(tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ def args_of(model: Path, device: str, **more: Any) -> dict[str, Any]:
 
 def pool_of(role: Role, model: Path, device: str, size: int) -> PoolSpec:
     args = args_of(model, device, cache_transceiver_config={"backend": "DEFAULT"})
+    if device == "cpu":
+        args["speculative_config"] = {"decoding_type": "NGram", "max_draft_len": 4}
     share = 0.0 if device == "cpu" else GPU_SHARE
     gang = GangSpec(role=role, mesh=Mesh(tensor=size), args=args, gpus_per_rank=share, start_timeout_s=START_TIMEOUT_S)
     return PoolSpec(role, gang, max_faults=100)
@@ -100,8 +102,8 @@ def pool_of(role: Role, model: Path, device: str, size: int) -> PoolSpec:
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=ON_GPU)])
 def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
-    """On CPUs one prefill rank and two decode ranks, of 9 heads over 3: neither size divides them alike. On a GPU, one
-    rank of each role."""
+    """On CPUs one prefill rank and two decode ranks, of 9 heads over 3: neither size divides them alike; with drafts,
+    which the engine that answers are compared with has not. On a GPU, one rank of each role."""
     model, device = tmp_path_factory.mktemp("model"), request.param
     theirs = make_model("llama_tied_9_over_3", model, eos_token_id=None, head_dim=16)
     with start_or_join_ray(num_cpus=8):
@@ -240,6 +242,9 @@ def test_pairs_answer_as_one_engine(setup: Setup) -> None:
             while not are_leases_over(await gauges_of(fleet, "prefill"), sum(n for n in lengths if n >= 64)):
                 assert asyncio.get_running_loop().time() < give_up_s, "leases end"
                 await asyncio.sleep(0.1)
+            if setup.device == "cpu":
+                assert (await gauges_of(fleet, "decode"))["accepted_draft_tokens_total"] > 0
+                assert (await gauges_of(fleet, "prefill"))["draft_tokens_total"] == 0
 
     run(body)
 

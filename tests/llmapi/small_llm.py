@@ -12,8 +12,8 @@ from tests.workers.tiny_models import make_model
 CACHE = KvCacheConfig(max_tokens=8192)
 
 
-def write_small_model(path: Path) -> Path:
-    make_model("llama", path, vocab_size=len(byte_level().backend), eos_token_id=None)
+def write_small_model(path: Path, **changes: Any) -> Path:
+    make_model("llama", path, vocab_size=len(byte_level().backend), eos_token_id=None, **changes)
     byte_level().backend.save_pretrained(path)
     return path
 
