@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.cuda.capture import no_collection
+from tensorweave.kernels.cuda.capture import GraphCapture, no_collection
 from tensorweave.kernels.sample.chosen import Sampler
 from tensorweave.kernels.sample.rule import TokenTarget
 from tensorweave.workers.sampling.host_copies import HostCopies
@@ -100,13 +101,8 @@ class TokenChoices:
         self._choose(kind, step.sampled_RV, step.rows.positions_R, target)
 
     def _capture_all(self, steps: Iterable[StepLogits]) -> None:
-        torch.cuda.synchronize(self._device)
-        pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.stream(torch.cuda.Stream(self._device)):  # type: ignore[no-untyped-call]
-            for step, kind in itertools.product(steps, _KINDS):
-                target = self._target_of(len(step.sampled_RV), step.rows)
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                self._warm(kind, step, target)
-                graph.capture_end()
-                self._graphs[self._key(kind, step.sampled_RV, step.rows)] = graph, target
+        capture = GraphCapture(self._device)
+        for step, kind in itertools.product(steps, _KINDS):
+            target = self._target_of(len(step.sampled_RV), step.rows)
+            graph = capture(functools.partial(self._warm, kind, step, target))
+            self._graphs[self._key(kind, step.sampled_RV, step.rows)] = graph, target

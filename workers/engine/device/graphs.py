@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from tensorweave.kernels.cuda.capture import no_collection
+from tensorweave.kernels.cuda.capture import GraphCapture, no_collection
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -33,11 +33,9 @@ class StepGraphs(Generic[Key]):
 
     def __init__(self, make_step: Callable[[Key], Callable[[], None]], device: torch.device) -> None:
         self._make_step = make_step
-        self._device = device
         self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
         self._steps: dict[Key, Callable[[], None]] = {}
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._stream: torch.cuda.Stream | None = None
+        self._capture = GraphCapture(device) if device.type == "cuda" else None
 
     def run(self, size: Key) -> None:
         """Launch the step of this size."""
@@ -60,18 +58,9 @@ class StepGraphs(Generic[Key]):
 
     def capture(self, size: Key) -> None:
         """Run the step once, which compiles its kernels, then capture it. Needs a GPU."""
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        assert self._capture is not None
         step = self._steps[size] = self._make_step(size)
-        graph = torch.cuda.CUDAGraph()
         with torch.no_grad():
             step()
-            torch.cuda.synchronize(self._device)
-            with torch.cuda.stream(self._stream):
-                graph.capture_begin(pool=self._pool)
-                try:
-                    step()
-                finally:
-                    graph.capture_end()
-        self._graphs[size] = graph
+        graph = self._graphs[size] = self._capture(step)
         graph.replay()
