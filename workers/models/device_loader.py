@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tensorweave.workers.models.checkpoint import TensorPlace
 from tensorweave.workers.models.rank_weights import TensorRows, WeightRequest
-from tensorweave.workers.models.staging import OpenFile, Piece, PinnedStaging, Staging
+from tensorweave.workers.models.staging import OpenFile, Piece, PinnedStaging, WeightStaging
 
 _PIECE_BYTES: Final = 16 << 20
 _SPARE_STAGINGS: Final = 2
@@ -59,7 +59,7 @@ class DeviceLoader:
         num_readers: int,
         *,
         on_progress: Callable[[float], object] = lambda share: None,
-        make_staging: Callable[[torch.device, int], Staging] = PinnedStaging,
+        make_staging: Callable[[torch.device, int], WeightStaging] = PinnedStaging,
         piece_bytes: int = _PIECE_BYTES,
         ahead_bytes: int = _AHEAD_BYTES,
     ) -> None:
@@ -70,7 +70,7 @@ class DeviceLoader:
         self._ahead_bytes = ahead_bytes
         self._piece_bytes = max(piece_bytes, *(_row_bytes(place) for place in places.values()), 0)
         self._stagings = [make_staging(device, self._piece_bytes) for _ in range(num_readers + _SPARE_STAGINGS)]
-        self._free: SimpleQueue[Staging] = SimpleQueue()
+        self._free: SimpleQueue[WeightStaging] = SimpleQueue()
         for staging in self._stagings:
             self._free.put(staging)
         self._pool = ThreadPoolExecutor(num_readers, "weights")

@@ -53,7 +53,7 @@ class Piece:
         self.target.copy_(there if self.columns is None else there[:, self.columns], non_blocking=True)
 
 
-class Staging(Protocol):
+class WeightStaging(Protocol):
     def load(self, piece: Piece, ready: Any) -> None:
         """Read a piece and begin to copy it, once what was begun on the device before the event `ready` is done."""
         ...

@@ -1,4 +1,4 @@
-"""`Staging`: brings a step's numbers from the host to a buffer of fixed address on the device, without waiting."""
+"""`StepStaging`: brings a step's numbers from the host to a buffer of fixed address on the device, without waiting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RING: Final = 4
 Ints = npt.NDArray[np.int32]
 
 
-class Staging:
+class StepStaging:
     """int32 numbers, `length` at most. A ring of pinned buffers, so that a copy that still runs is not overwritten."""
 
     def __init__(self, length: int, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tensorweave.kernels.attention.tiles import count_tiles, tile_chunks
 from tensorweave.kernels.step.reference import FROM_DEVICE, SequenceState, TableUpdate
 from tensorweave.workers.engine.device.sequence_tables import Ints, SequenceTables
-from tensorweave.workers.engine.device.staging import Staging
+from tensorweave.workers.engine.device.staging import StepStaging
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.resources import KVCache
 
@@ -87,7 +87,7 @@ class MixedBuffer:
         lengths = [most.num_decodes] * 3 + [most.num_rows] + [most.num_prompt_tokens] * 3 + [4 * most.num_tiles]
         aligned = [-(-length // 4) * 4 for length in lengths]  # arrays begin at 16 bytes
         self._starts = [sum(aligned[:i]) for i in range(len(lengths))]
-        self._staging = Staging(sum(aligned), device)
+        self._staging = StepStaging(sum(aligned), device)
 
     def views(self, size: MixedSize) -> MixedInputs:
         decodes = [self._view(i, size.num_decodes) for i in range(3)]
@@ -124,7 +124,7 @@ class StepInputs:
         self._tables = tables
         self._tokens_per_block = tokens_per_block
         self._max_rows = max_rows
-        self._rows = Staging(3 * max_rows + 2 * _NUM_ENTRIES, device)
+        self._rows = StepStaging(3 * max_rows + 2 * _NUM_ENTRIES, device)
         most_tiles = count_tiles(max_tokens) + min(max_rows, max_tokens)
         self.mixed = MixedBuffer(MixedSize(max_rows, max_tokens, max_rows, most_tiles), device)
         num_slots, width = tables.tables_SW.shape
