@@ -26,6 +26,7 @@ from tensorweave import (
     LlmArgs,
     Logprob,
     LoRARequest,
+    NGramDecodingConfig,
     PreprocessedInputs,
     PromptAdapterRequest,
     QuantAlgo,
@@ -35,6 +36,7 @@ from tensorweave import (
     SchedulerConfig,
     SchedulingParams,
     TokenRangeRetentionConfig,
+    UserProvidedDecodingConfig,
 )
 from tensorweave.cluster.errors import Overloaded, WorkerLost, error_from_wire
 from tensorweave.llmapi.completion_output import Update
@@ -194,6 +196,8 @@ EXAMPLES = [
     CudaGraphConfig(batch_sizes=[1, 8]),
     QuantConfig(quant_algo=QuantAlgo.FP8),
     QuantAlgo.FP8,
+    NGramDecodingConfig(max_draft_len=4),
+    UserProvidedDecodingConfig(max_draft_len=4, drafter="package.module:Drafter"),
     LlmArgs(model="m", tensor_parallel_size=2, kv_cache_config=KvCacheConfig(max_tokens=64)),
 ]
 

@@ -28,7 +28,8 @@ def trials() -> Iterator[Trials]:
 
 def test_it_reads_the_vocabulary(trials: Trials) -> None:
     read = trials.vocabulary()
-    assert (read.size, read.tokenizer_json) == (SIZE, vocabulary().tokenizer_json)
+    assert read.size == SIZE
+    assert json.loads(read.tokenizer_json)["model"] == json.loads(vocabulary().tokenizer_json)["model"]
     assert len(read.special) == 3
 
 
