@@ -18,7 +18,8 @@ from tensorweave.cluster.guide import Guide
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.router.bodies.served import ServedModel, check_name, check_text
 from tensorweave.router.guided.guide import guide_for
-from tensorweave.router.openai.chat_form import chat_format, chat_guide
+from tensorweave.router.openai.chat_form import chat_format
+from tensorweave.router.openai.chat_guide import GuideWriter
 from tensorweave.router.openai.chat_request import ChatCompletionRequest
 from tensorweave.router.openai.field_types import MAX_LOGPROBS
 from tensorweave.router.openai.parsing import check_fields, parse_request
@@ -112,8 +113,8 @@ def read_chat_request(
     token_ids = chat_token_ids(request, tokenizer, served)
     prompt = Prompt(_cut(token_ids, request.truncate_prompt_tokens))
     [spec] = _checked_specs(tokenizer, served, request, [prompt])
-    form = chat_format(tokenizer, served.chat)
-    guide = chat_guide(form, request, prompt.token_ids, tokenizer, spec.guide)
+    form, backend = chat_format(tokenizer, served.chat), served.info.guided_decoding_backend
+    guide = GuideWriter(form, tokenizer, backend, served.guided).write(request, prompt.token_ids, spec.guide)
     return RequestBody(request, [prompt], [replace(spec, guide=guide)], api, repeated)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -290,3 +291,50 @@ def test_an_answer_may_continue_a_message() -> None:
 )
 def test_what_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
     check_error(ask("", FakeLink(model_info()), **fields), 400, param)
+
+
+# ---- schemas of functions
+
+
+def with_schema(schema: dict[str, Any], **function: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "look", "parameters": schema, **function}}
+
+
+def test_a_schema_that_is_enforced_is_enforced_whole() -> None:
+    """As in a response format: nothing is dropped in silence."""
+    schema = {"type": "object", "properties": {"at": {"type": "array", "uniqueItems": True, "items": {}}}}
+    plain = with_schema(schema)
+    assert sent(tools=[plain])[1] is None
+    for fields in ({"tools": [plain], "tool_choice": "required"}, {"tools": [with_schema(schema, strict=True)]}):
+        error = check_error(ask("", FakeLink(model_info()), **fields), 400, "tools[0].function.parameters")
+        assert "'uniqueItems'" in error["message"]
+
+
+def test_calls_and_a_form_of_the_text_go_together() -> None:
+    """Either calls or the text."""
+    schema = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "f", "schema": schema}}
+    _, guide = sent(tools=[LOOK], response_format=form)
+    assert guide.kind == "structural_tag"
+    assert '"look"' in guide.text.replace("\\", "")
+    assert '"x"' in guide.text
+    _, alone = sent(response_format=form, reasoning_effort="none")
+    assert alone.kind == "json_schema"
+    _, reasoned = sent(response_format=form)
+    assert "</think>" in reasoned.text
+
+
+def test_a_guide_says_where_to_end() -> None:
+    fields = {"tools": [LOOK], "tool_choice": "required", "ignore_eos": True}
+    check_error(ask("", FakeLink(model_info()), **fields), 400, "ignore_eos")
+
+
+@pytest.mark.parametrize("backend", [None, "llguidance"])
+def test_a_service_without_the_backend_refuses_what_it_cannot_enforce(backend: Any) -> None:
+    info = dataclasses.replace(model_info(), guided_decoding_backend=backend)
+    for fields, param in (
+        ({"tools": [LOOK], "tool_choice": "required"}, "tools"),
+        ({"thinking_token_budget": 5}, "thinking_token_budget"),
+    ):
+        check_error(ask("", FakeLink(info), **fields), 400, param)
+    assert ask("Yes.", FakeLink(info, script=script_of("Yes.")), tools=[LOOK]).status_code == 200
