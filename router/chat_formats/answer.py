@@ -16,11 +16,13 @@ class Answer:
 
     Args:
         new_id: Makes the id of a call that has none in the text.
+        has_markers: Whether there can be any; otherwise nothing is held back.
         is_after_marker: The prompt ends with a marker, such as the one that opens the reasoning.
     """
 
-    def __init__(self, new_id: NewId, *, is_after_marker: bool = False) -> None:
+    def __init__(self, new_id: NewId, *, has_markers: bool = True, is_after_marker: bool = False) -> None:
         self._new_id = new_id
+        self._has_markers = has_markers
         self._deltas: list[Delta] = []
         self._drops_space = is_after_marker
         self._held: tuple[type[Content] | type[Reasoning], str] | None = None
@@ -81,7 +83,7 @@ class Answer:
         if self._held is not None:
             assert self._held[0] is kind, "a marker lies between content and reasoning"
             text = self._held[1] + text
-        visible = text.rstrip()
+        visible = text.rstrip() if self._has_markers else text
         self._held = (kind, text[len(visible) :]) if len(visible) < len(text) else None
         if visible:
             self._deltas.append(kind(visible))

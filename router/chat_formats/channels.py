@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from tensorweave.router.chat_formats.answer import Answer
 from tensorweave.router.chat_formats.guide import WantedAnswer
 from tensorweave.router.chat_formats.json_text import copy_value
 from tensorweave.router.chat_formats.source import Markers, NoCall, Source, Step
 from tensorweave.router.chat_formats.structural_tags import (
+    JsonForm,
     TagFormat,
     any_text,
     constant,
-    json_text,
     one_of,
     optional,
     sequence,
@@ -117,6 +116,6 @@ def _copy_arguments(source: Source, answer: Answer) -> Step[None]:
         yield from source.until(_BETWEEN, answer.arguments, drops_cut=True)
 
 
-def _call_tag(name: str, schema: Mapping[str, Any]) -> TagFormat:
+def _call_tag(name: str, schema: JsonForm) -> TagFormat:
     begin = f"{_CHANNEL_MARK}commentary to=functions.{name} <|constrain|>json{_MESSAGE}"
-    return sequence(constant(begin), json_text(schema))
+    return sequence(constant(begin), schema.tag())

@@ -11,12 +11,13 @@ from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.guide import Guide
 from tensorweave.router.chat_formats.answer import Answer
 from tensorweave.router.chat_formats.channels import Channels
-from tensorweave.router.chat_formats.guide import WantedAnswer, structural_guide, wanted_answer
+from tensorweave.router.chat_formats.guide import TagWriter, WantedAnswer
 from tensorweave.router.chat_formats.parser import AnswerParser, CallSyntax, parse_answer
 from tensorweave.router.chat_formats.source import Source
 from tensorweave.router.chat_formats.structural_tags import TagFormat
 from tensorweave.router.chat_formats.thinking import Thinking, ThinkingState
 from tensorweave.router.chat_formats.tools import FunctionTool, OfferedTools, ToolChoice
+from tensorweave.router.guided.limits import GuidedLimits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +40,6 @@ class ChatFormat:
         calls: The ways in which it writes calls, the usual one first; none: tools are not recognized.
         thinking: The markers of its reasoning; None: it has none.
         channels: Its answers are messages in channels; it has no `calls` and no `thinking` then.
-        turn_begins: Markers in the prompt at which the assistant's turn begins.
         call_ids: The ids of calls.
     """
 
@@ -47,16 +47,21 @@ class ChatFormat:
     calls: tuple[CallSyntax, ...] = ()
     thinking: Thinking | None = None
     channels: Channels | None = None
-    turn_begins: tuple[str, ...] = ()
     call_ids: CallIds = CallIds()
 
     @property
+    def has_reasoning(self) -> bool:
+        """Whether answers may have reasoning."""
+        return self.thinking is not None or self.channels is not None
+
+    @property
     def markers(self) -> frozenset[str]:
-        """The texts that must reach the parser. Some are special tokens of the model: the text of an answer must
-        contain these, also if the request says `skip_special_tokens`, and no other special tokens then."""
+        """The texts that the parser looks for. Where they are special tokens of the model, or contain one, the text of
+        an answer must have them even if the request says `skip_special_tokens`; other special tokens it need not."""
         thinking = (self.thinking.begin, self.thinking.end) if self.thinking else ()
         channels = self.channels.markers if self.channels else ()
-        return frozenset([*thinking, *channels, *(marker for calls in self.calls for marker in calls.markers)])
+        calls = [text for syntax in self.calls for text in syntax.texts]
+        return frozenset(filter(None, (*thinking, *channels, *calls)))
 
     def parser(
         self,
@@ -76,18 +81,19 @@ class ChatFormat:
         """
         source, ids = Source(), rng or random.SystemRandom()
         state = self.thinking_state(prompt_tail)
-        answer = Answer(lambda: self.call_ids.draw(ids), is_after_marker=state != "unopened")
         offered = OfferedTools.of(tools, tool_choice)
+        answer = Answer(
+            lambda: self.call_ids.draw(ids),
+            has_markers=bool(self.thinking or self.channels or (self.calls and offered)),
+            is_after_marker=state != "unopened",
+        )
         if self.channels is not None:
             return AnswerParser(source, answer, self.channels.steps(source, answer, offered, prompt_tail))
         return AnswerParser(source, answer, parse_answer(source, answer, self.thinking, state, self.calls, offered))
 
     def thinking_state(self, prompt_tail: str) -> ThinkingState:
         """Whether an answer to this prompt begins within the reasoning. Without reasoning: `unopened`."""
-        if self.thinking is None:
-            return "unopened"
-        turn_begins = max((prompt_tail.rfind(marker) for marker in self.turn_begins), default=-1)
-        return self.thinking.state(prompt_tail[max(turn_begins, 0) :])
+        return "unopened" if self.thinking is None else self.thinking.state(prompt_tail)
 
     def guide(
         self,
@@ -98,8 +104,10 @@ class ChatFormat:
         prompt_tail: str = "",
         answer_guide: Guide | None = None,
         max_thinking_tokens: int | None = None,
+        limits: GuidedLimits | None = None,
     ) -> Guide | None:
-        """The guide that the whole answer must follow, reasoning included; None if it is free.
+        """The guide that the whole answer must follow, reasoning included; None if it is free. It needs the backend
+        xgrammar, unless it is `answer_guide` itself.
 
         There is one if a call is required, if a function is strict, if not all tools are allowed, or not several calls,
         if the answer has a form, or if the reasoning has a limit.
@@ -110,9 +118,11 @@ class ChatFormat:
             prompt_tail: As in `parser`.
             answer_guide: The form of the answer, if it is not a call.
             max_thinking_tokens: The limit of the reasoning; then its end is forced.
+            limits: Of the functions' schemas.
 
         Raises:
-            RequestRejected: Tools without a known format, or an `answer_guide` that cannot be part of another guide.
+            RequestRejected: Tools without a known format, a strict function whose schema is not enforced, or an
+                `answer_guide` that cannot be part of another guide.
         """
         allowed = [tool for tool in tools if tool_choice.allows(tool)]
         if allowed and not self.calls and self.channels is None:
@@ -120,10 +130,12 @@ class ChatFormat:
         thinking = self._thinking_tag(prompt_tail, max_thinking_tokens)
         if answer_guide is not None and thinking is None and not allowed:
             return answer_guide
-        wanted = wanted_answer(tools, tool_choice, is_parallel=is_parallel, answer_guide=answer_guide)
+        is_flat = bool(self.calls) and self.calls[0].is_flat
+        writer = TagWriter(limits or GuidedLimits())
+        wanted = writer.wanted(tools, tool_choice, is_parallel=is_parallel, answer_guide=answer_guide, is_flat=is_flat)
         if wanted.is_free and (thinking is None or max_thinking_tokens is None):
             return None
-        return structural_guide(thinking, self._tag(wanted))
+        return writer.write(thinking, self._tag(wanted))
 
     def _thinking_tag(self, prompt_tail: str, max_tokens: int | None) -> TagFormat | None:
         if self.channels is not None:

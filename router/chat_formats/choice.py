@@ -26,13 +26,26 @@ def choose_format(
         reasoning_parser: The same for reasoning.
 
     Raises:
-        ValueError: An unknown name.
+        ValueError: An unknown name, or gpt-oss's, whose channels hold reasoning and calls, with another one.
     """
     detected = detect_format(chat_template or "")
     chosen = detected if tool_parser is None else _named(tool_parser, TOOL_PARSERS, "tool_parser")
     reasons = detected if reasoning_parser is None else _named(reasoning_parser, REASONING_PARSERS, "reasoning_parser")
-    turn_begins = (*chosen.turn_begins, *reasons.turn_begins, *detected.turn_begins)
-    return dataclasses.replace(chosen, thinking=reasons.thinking, turn_begins=tuple(dict.fromkeys(turn_begins)))
+    if chosen.channels or reasons.channels:
+        return _with_channels(chosen, reasons, tool_parser, reasoning_parser)
+    return dataclasses.replace(chosen, thinking=reasons.thinking)
+
+
+def _with_channels(
+    chosen: ChatFormat, reasons: ChatFormat, tool_parser: str | None, reasoning_parser: str | None
+) -> ChatFormat:
+    if chosen.channels and (reasons.channels or reasoning_parser in (None, NONE)):
+        return chosen
+    if reasons.channels and tool_parser is None:
+        return reasons
+    if reasoning_parser is None:  # the template is gpt-oss's, the operator says that the model is not
+        return chosen
+    raise ValueError(f"tool_parser {tool_parser!r} and reasoning_parser {reasoning_parser!r} do not go together")
 
 
 def detect_format(chat_template: str) -> ChatFormat:
@@ -50,6 +63,6 @@ def _named(name: str, table: Mapping[str, ChatFormat], field: str) -> ChatFormat
     key = name.lower().replace("-", "_")
     if key not in known:
         nearest = difflib.get_close_matches(key, known, 1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"{field}: unknown format {name!r}{hint}. Known: {', '.join(sorted(known))}")
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+        raise ValueError(f"{field}: unknown format {name!r}{hint} Known: {', '.join(sorted(known))}")
     return known[key]

@@ -14,17 +14,14 @@ from tensorweave.router.chat_formats.tagged_parameters import TaggedParameters
 from tensorweave.router.chat_formats.thinking import Thinking
 
 _THINK: Final = Thinking()
-_CHATML: Final = ("<|im_start|>",)
-_DEEPSEEK_TURNS: Final = ("<｜Assistant｜>", "<｜User｜>")
 _DEEPSEEK_SECTION: Final = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
 
 PLAIN: Final = ChatFormat(name="plain")
-THINK: Final = ChatFormat(name="think", thinking=_THINK, turn_begins=_CHATML)
+THINK: Final = ChatFormat(name="think", thinking=_THINK)
 HERMES: Final = ChatFormat(
     name="hermes",
     calls=(JsonCalls(begin="<tool_call>", end="</tool_call>", gap="\n"),),
     thinking=_THINK,
-    turn_begins=_CHATML,
 )
 QWEN3_CODER: Final = ChatFormat(
     name="qwen3_coder",
@@ -42,33 +39,35 @@ QWEN3_CODER: Final = ChatFormat(
         ),
     ),
     thinking=Thinking(ends_at_calls=True),
-    turn_begins=_CHATML,
 )
 LLAMA3: Final = ChatFormat(
     name="llama3_json",
     calls=(
-        JsonCalls(begin="", arguments_key="parameters", separator="; "),
-        JsonCalls(begin="<|python_tag|>", arguments_key="parameters"),
+        JsonCalls(begin="", arguments_key="parameters", separator="; ", strict_spelling="as guided"),
+        JsonCalls(begin="<|python_tag|>", arguments_key="parameters", strict_spelling="as guided"),
     ),
-    turn_begins=("<|start_header_id|>",),
 )
 LLAMA4: Final = ChatFormat(
     name="llama4_pythonic",
     calls=(
         PythonCalls(),
         PythonCalls(section=("<|python_start|>", "<|python_end|>")),
-        JsonCalls(begin="", arguments_key="parameters"),
+        JsonCalls(begin="", arguments_key="parameters", strict_spelling="none"),
     ),
-    turn_begins=("<|header_start|>",),
 )
 OLMO3: Final = ChatFormat(
     name="olmo3",
     calls=(
-        PythonCalls(section=("<function_calls>", "</function_calls>"), begin="", separator="\n", end=""),
-        PythonCalls(),
+        PythonCalls(
+            section=("<function_calls>", "</function_calls>"),
+            begin="",
+            separator="\n",
+            end="",
+            strict_spelling="any",
+        ),
+        PythonCalls(strict_spelling="none"),
     ),
     thinking=_THINK,
-    turn_begins=_CHATML,
 )
 MISTRAL: Final = ChatFormat(
     name="mistral",
@@ -83,14 +82,12 @@ MISTRAL: Final = ChatFormat(
         JsonCalls(begin="[TOOL_CALLS]", in_list=True),
     ),
     thinking=Thinking(begin="[THINK]", end="[/THINK]"),
-    turn_begins=("[/INST]", "[/TOOL_RESULTS]"),
     call_ids=CallIds(prefix="", num_chars=9),
 )
 MISTRAL_LIST: Final = ChatFormat(
     name="mistral_list",
     calls=MISTRAL.calls[::-1],
     thinking=MISTRAL.thinking,
-    turn_begins=MISTRAL.turn_begins,
     call_ids=MISTRAL.call_ids,
 )
 DEEPSEEK_V3: Final = ChatFormat(
@@ -110,7 +107,6 @@ DEEPSEEK_V3: Final = ChatFormat(
         ),
     ),
     thinking=_THINK,
-    turn_begins=_DEEPSEEK_TURNS,
 )
 DEEPSEEK_V31: Final = ChatFormat(
     name="deepseek_v31",
@@ -124,7 +120,6 @@ DEEPSEEK_V31: Final = ChatFormat(
         ),
     ),
     thinking=_THINK,
-    turn_begins=_DEEPSEEK_TURNS,
 )
 DEEPSEEK_V32: Final = ChatFormat(
     name="deepseek_v32",
@@ -145,11 +140,8 @@ DEEPSEEK_V32: Final = ChatFormat(
         ),
     ),
     thinking=_THINK,
-    turn_begins=_DEEPSEEK_TURNS,
 )
-DEEPSEEK_R1: Final = ChatFormat(
-    name="deepseek_r1", calls=DEEPSEEK_V3.calls, thinking=Thinking(is_implied=True), turn_begins=_DEEPSEEK_TURNS
-)
+DEEPSEEK_R1: Final = ChatFormat(name="deepseek_r1", calls=DEEPSEEK_V3.calls, thinking=Thinking(is_implied=True))
 GLM4: Final = ChatFormat(
     name="glm4",
     calls=(
@@ -164,7 +156,6 @@ GLM4: Final = ChatFormat(
         ),
     ),
     thinking=_THINK,
-    turn_begins=("<|assistant|>", "<|user|>", "<|observation|>"),
 )
 KIMI_K2: Final = ChatFormat(
     name="kimi_k2",
@@ -183,7 +174,6 @@ KIMI_K2: Final = ChatFormat(
         ),
     ),
     thinking=Thinking(ends_at_calls=True),
-    turn_begins=("<|im_assistant|>", "<|im_user|>"),
 )
 MINIMAX_M2: Final = ChatFormat(
     name="minimax_m2",
@@ -200,7 +190,6 @@ MINIMAX_M2: Final = ChatFormat(
         ),
     ),
     thinking=_THINK,
-    turn_begins=("]~b]ai", "]~b]user", "]~b]tool"),
 )
 GPT_OSS: Final = ChatFormat(name="gpt_oss", channels=Channels())
 

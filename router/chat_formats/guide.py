@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.guide import Guide
 from tensorweave.router.chat_formats.parser import CallSyntax
-from tensorweave.router.chat_formats.structural_tags import TagFormat, any_text, json_text, matching, one_of, sequence
+from tensorweave.router.chat_formats.relaxed_schema import relaxed
+from tensorweave.router.chat_formats.structural_tags import JsonForm, TagFormat, any_text, matching, one_of, sequence
 from tensorweave.router.chat_formats.tools import FunctionTool, ToolChoice
+from tensorweave.router.guided.guide import guide_for
+from tensorweave.router.guided.limits import GuidedLimits
+from tensorweave.router.guided.params import GuideParams
 
-_ANY_ARGUMENTS: Final[Mapping[str, Any]] = {"type": "object"}
+_ANY_OBJECT: Final = JsonForm({"type": "object"})
+_MAX_SCHEMAS: Final = 8
+"""Schemas of the largest size that a request's tools may have together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +35,7 @@ class WantedAnswer:
         is_free: Nothing has to be enforced.
     """
 
-    schemas: Mapping[str, Mapping[str, Any]]
+    schemas: Mapping[str, JsonForm]
     must_call: bool
     is_parallel: bool
     form: TagFormat | None
@@ -47,27 +54,69 @@ class WantedAnswer:
         return syntax.possible(self.schemas, is_parallel=self.is_parallel, excludes=excludes)
 
 
-def wanted_answer(
-    tools: Sequence[FunctionTool], choice: ToolChoice, *, is_parallel: bool, answer_guide: Guide | None
-) -> WantedAnswer:
-    allowed = [tool for tool in tools if choice.allows(tool)]
-    must_call = choice.must_call and bool(allowed)
-    follows_schema = must_call or answer_guide is not None
-    is_free = len(allowed) == len(tools) and is_parallel and not any(tool.is_strict for tool in allowed)
-    return WantedAnswer(
-        schemas={tool.name: _schema(tool, follows_schema) for tool in allowed},
-        must_call=must_call,
-        is_parallel=is_parallel and choice.mode != "named",
-        form=None if answer_guide is None else guide_tag(answer_guide),
-        is_free=not follows_schema and (not allowed or is_free),
-    )
+@dataclass(frozen=True, slots=True)
+class TagWriter:
+    """Writes structural tags, whose schemas are within `limits`."""
 
+    limits: GuidedLimits = field(default_factory=GuidedLimits)
 
-def _schema(tool: FunctionTool, follows_schema: bool) -> Mapping[str, Any]:
-    """A model that calls freely is held to the schemas of strict functions only."""
-    if tool.parameters is None or not (tool.is_strict or follows_schema):
-        return _ANY_ARGUMENTS
-    return {**_ANY_ARGUMENTS, **tool.parameters}
+    def wanted(
+        self,
+        tools: Sequence[FunctionTool],
+        choice: ToolChoice,
+        *,
+        is_parallel: bool,
+        answer_guide: Guide | None,
+        is_flat: bool,
+    ) -> WantedAnswer:
+        """`is_flat`: calls have each argument for itself. Raises RequestRejected."""
+        allowed = [tool for tool in tools if choice.allows(tool)]
+        must_call = choice.must_call and bool(allowed)
+        follows = must_call or answer_guide is not None
+        is_free = len(allowed) == len(tools) and is_parallel and not any(tool.is_strict for tool in allowed)
+        return WantedAnswer(
+            schemas={
+                tool.name: self._schema(tool, f"tools[{place}].function.parameters", follows, is_flat)
+                for place, tool in enumerate(tools)
+                if choice.allows(tool)
+            },
+            must_call=must_call,
+            is_parallel=is_parallel and choice.mode != "named",
+            form=None if answer_guide is None else guide_tag(answer_guide),
+            is_free=not follows and (not allowed or is_free),
+        )
+
+    def write(self, *parts: TagFormat | None) -> Guide:
+        """The guide of an answer that consists of these parts. Raises RequestRejected."""
+        whole = sequence(*[part for part in parts if part is not None])
+        text = json.dumps({"type": "structural_tag", "format": whole})
+        if len(text) > (limit := _MAX_SCHEMAS * self.limits.max_bytes):
+            raise RequestRejected(f"the schemas of the tools have more than {limit} bytes together", param="tools")
+        return Guide("structural_tag", text)
+
+    def _schema(self, tool: FunctionTool, param: str, follows: bool, is_flat: bool) -> JsonForm:
+        """A model that calls freely is held to the schemas of strict functions only. Of a function that is not strict,
+        the keywords are followed that can be enforced."""
+        if tool.parameters is None or not (tool.is_strict or follows):
+            return _ANY_OBJECT
+        schema = {**tool.parameters, "type": "object"}
+        if tool.is_strict:
+            return self._enforced(schema, param, is_flat)
+        for candidate in (schema, relaxed(schema)):
+            with contextlib.suppress(RequestRejected):
+                return self._enforced(candidate, param, is_flat)
+        return _ANY_OBJECT
+
+    def _enforced(self, schema: Mapping[str, Any], param: str, is_flat: bool) -> JsonForm:
+        guide = guide_for(GuideParams(json=dict(schema)), "xgrammar", self.limits, param=param)
+        if guide.backend != "xgrammar":
+            raise RequestRejected(f"{param}: the schema is enforced by llguidance only", param=param)
+        form = JsonForm(json.loads(guide.text), guide.max_whitespace)
+        if not is_flat:
+            return form
+        if (flat := form.flattened()) is None:
+            raise RequestRejected(f"{param}: this model's calls need one object with properties", param=param)
+        return flat
 
 
 def guide_tag(guide: Guide) -> TagFormat:
@@ -79,10 +128,7 @@ def guide_tag(guide: Guide) -> TagFormat:
         )
     match guide.kind:
         case "json_schema":
-            schema = json.loads(guide.text)
-            if not isinstance(schema, dict):
-                schema = {} if schema else {"not": {}}
-            return json_text(schema, max_whitespace=guide.max_whitespace)
+            return JsonForm(json.loads(guide.text), guide.max_whitespace).tag()
         case "regex":
             return matching(guide.text)
         case "ebnf":
@@ -94,9 +140,3 @@ def guide_tag(guide: Guide) -> TagFormat:
             raise RequestRejected(
                 f"a {kind} grammar cannot be combined with tools or reasoning", param="response_format"
             )
-
-
-def structural_guide(*parts: TagFormat | None) -> Guide:
-    """The guide of an answer that consists of these parts."""
-    whole = sequence(*[part for part in parts if part is not None])
-    return Guide("structural_tag", json.dumps({"type": "structural_tag", "format": whole}))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from tensorweave.router.chat_formats.answer import Answer
 from tensorweave.router.chat_formats.json_text import copy_value, read_string, skip_to_end, skip_value
 from tensorweave.router.chat_formats.source import NoCall, Source, Step
-from tensorweave.router.chat_formats.structural_tags import TagFormat, calls_in_text, json_text, separated, tag
-from tensorweave.router.chat_formats.tools import OfferedTools
+from tensorweave.router.chat_formats.structural_tags import JsonForm, TagFormat, calls_in_text, separated, tag
+from tensorweave.router.chat_formats.tools import OfferedTools, StrictSpelling
 
 _BARE_BEGIN: Final = '{"name": "'
 
@@ -28,6 +28,7 @@ class JsonCalls:
             so both are read.
         gap: White space between the markers and the object.
         in_list: The objects stand in a list; otherwise each has its own markers, or `separator` lies between.
+        strict_spelling: See there.
     """
 
     begin: str
@@ -36,30 +37,37 @@ class JsonCalls:
     gap: str = ""
     in_list: bool = False
     separator: str = "\n"
+    strict_spelling: StrictSpelling = "any"
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.begin, self.end)
+
+    @property
+    def is_flat(self) -> bool:
+        return False
 
     @property
     def markers(self) -> tuple[str, ...]:
         return (self.begin or "{",)
 
-    def required(self, schemas: Mapping[str, Mapping[str, Any]], *, is_parallel: bool) -> TagFormat:
+    def required(self, schemas: Mapping[str, JsonForm], *, is_parallel: bool) -> TagFormat:
         if self.in_list:
             calls = separated(self._tags(schemas, "", "}"), ", ", is_parallel=is_parallel)
             return tag(f"{self.begin}[", calls, f"]{self.end}")
         return separated(self._whole_tags(schemas), self.separator, is_parallel=is_parallel)
 
-    def possible(
-        self, schemas: Mapping[str, Mapping[str, Any]], *, is_parallel: bool, excludes: Sequence[str]
-    ) -> TagFormat:
+    def possible(self, schemas: Mapping[str, JsonForm], *, is_parallel: bool, excludes: Sequence[str]) -> TagFormat:
         tags = [self.required(schemas, is_parallel=is_parallel)] if self.in_list else self._whole_tags(schemas)
         trigger = self.begin or _BARE_BEGIN
         return calls_in_text([trigger], tags, is_parallel=is_parallel, excludes=excludes)
 
-    def _whole_tags(self, schemas: Mapping[str, Mapping[str, Any]]) -> list[TagFormat]:
+    def _whole_tags(self, schemas: Mapping[str, JsonForm]) -> list[TagFormat]:
         return self._tags(schemas, self.begin + self.gap, "}" + self.gap + self.end)
 
-    def _tags(self, schemas: Mapping[str, Mapping[str, Any]], before: str, after: str) -> list[TagFormat]:
+    def _tags(self, schemas: Mapping[str, JsonForm], before: str, after: str) -> list[TagFormat]:
         return [
-            tag(f'{before}{_BARE_BEGIN}{name}", "{self.arguments_key}": ', json_text(schema), after)
+            tag(f'{before}{_BARE_BEGIN}{name}", "{self.arguments_key}": ', schema.tag(), after)
             for name, schema in schemas.items()
         ]
 
@@ -111,17 +119,14 @@ def _close(source: Source, in_list: bool, end: str) -> Step[None]:
 
 
 class _Call:
-    """The object of one call, key after key. The call starts as soon as its name is known and its arguments begin.
-
-    A call without a marker must be one of the request's functions; and if that is strict, it must be spelled as in the
-    guide, because a model that writes free text is held to the schema by that spelling only.
-    """
+    """The object of one call, key after key. The call starts as soon as its name is known and its arguments begin."""
 
     def __init__(self, source: Source, answer: Answer, syntax: JsonCalls, tools: OfferedTools) -> None:
         self._source = source
         self._answer = answer
         self._tools = tools
         self._is_bare = not syntax.begin
+        self._spelling = syntax.strict_spelling
         self._is_as_guided = False
         self._stops = (syntax.end,) if syntax.end else ()
         self._name: str | None = None
@@ -140,7 +145,7 @@ class _Call:
 
     def _read_object(self) -> Step[None]:
         source = self._source
-        if self._is_bare:
+        if self._spelling == "as guided":
             self._is_as_guided = (yield from source.next_of(_BARE_BEGIN)) is not None
         yield from source.expect("{")
         while True:
@@ -174,7 +179,8 @@ class _Call:
                 yield from skip_value(self._source)
 
     def _check_name(self, name: str) -> None:
-        if self._is_bare and (name not in self._tools or (self._tools.is_strict(name) and not self._is_as_guided)):
+        is_known = not self._is_bare or name in self._tools
+        if not is_known or not self._tools.permits(name, self._spelling, is_as_guided=self._is_as_guided):
             raise NoCall
 
     def _read_arguments(self) -> Step[None]:

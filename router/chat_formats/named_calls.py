@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from tensorweave.router.chat_formats.answer import Answer
 from tensorweave.router.chat_formats.json_text import copy_value, skip_to_end
 from tensorweave.router.chat_formats.source import NoCall, Source, Step
 from tensorweave.router.chat_formats.structural_tags import (
+    JsonForm,
     TagFormat,
     calls_in_text,
     constant,
-    json_text,
     matching,
     separated,
     sequence,
@@ -53,6 +53,15 @@ class NamedCalls:
     name_prefix: str = ""
     id_mark: str = ""
     name_is_id: bool = False
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        own = (self.begin, self.name_prefix, self.name_end, self.id_mark, self.end, *(self.section or ()))
+        return own if self.parameters is None else (*own, *self.parameters.texts)
+
+    @property
+    def is_flat(self) -> bool:
+        return self.parameters is not None
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -129,21 +138,19 @@ class NamedCalls:
             yield from source.take_closing("```")
             yield from skip_to_end(source, self.end)
 
-    def required(self, schemas: Mapping[str, Mapping[str, Any]], *, is_parallel: bool) -> TagFormat:
+    def required(self, schemas: Mapping[str, JsonForm], *, is_parallel: bool) -> TagFormat:
         calls = separated(self._tags(schemas), self.written[2], is_parallel=is_parallel)
         return calls if self.section is None or self.wraps_each else tag(self.section[0], calls, self.section[1])
 
-    def possible(
-        self, schemas: Mapping[str, Mapping[str, Any]], *, is_parallel: bool, excludes: Sequence[str]
-    ) -> TagFormat:
+    def possible(self, schemas: Mapping[str, JsonForm], *, is_parallel: bool, excludes: Sequence[str]) -> TagFormat:
         is_group = self.section is not None and not self.wraps_each
         tags = [self.required(schemas, is_parallel=is_parallel)] if is_group else self._tags(schemas)
         excludes = (*excludes, *self.markers[1:])
         return calls_in_text([self.markers[0]], tags, is_parallel=is_parallel, excludes=excludes)
 
-    def _tags(self, schemas: Mapping[str, Mapping[str, Any]]) -> list[TagFormat]:
+    def _tags(self, schemas: Mapping[str, JsonForm]) -> list[TagFormat]:
         style = self.parameters.style if self.parameters else "json"
-        return [self._tag(name, json_text(schema, style=style)) for name, schema in schemas.items()]
+        return [self._tag(name, schema.tag(style)) for name, schema in schemas.items()]
 
     def _tag(self, name: str, arguments: TagFormat) -> TagFormat:
         before, after, _ = self.written

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from tensorweave.router.chat_formats.answer import Answer
 from tensorweave.router.chat_formats.deltas import Delta
 from tensorweave.router.chat_formats.source import Markers, NoCall, Source, Step
-from tensorweave.router.chat_formats.structural_tags import TagFormat
+from tensorweave.router.chat_formats.structural_tags import JsonForm, TagFormat
 from tensorweave.router.chat_formats.thinking import Thinking, ThinkingState
 from tensorweave.router.chat_formats.tools import OfferedTools
 
@@ -53,15 +53,21 @@ class CallSyntax(Protocol):
     def markers(self) -> tuple[str, ...]:
         """The texts at which a call may begin."""
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All texts that it is made of, which may be special tokens."""
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether each argument stands for itself, not within one JSON object."""
+
     def parse(self, source: Source, answer: Answer, tools: OfferedTools) -> Step[None]:
         """Read the calls at a marker. Raises NoCall, before anything is passed on, if the text has none there."""
 
-    def required(self, schemas: Mapping[str, Mapping[str, Any]], *, is_parallel: bool) -> TagFormat:
+    def required(self, schemas: Mapping[str, JsonForm], *, is_parallel: bool) -> TagFormat:
         """A guide's form of at least one call and nothing else. `schemas`: of the arguments, by the function's name."""
 
-    def possible(
-        self, schemas: Mapping[str, Mapping[str, Any]], *, is_parallel: bool, excludes: Sequence[str]
-    ) -> TagFormat:
+    def possible(self, schemas: Mapping[str, JsonForm], *, is_parallel: bool, excludes: Sequence[str]) -> TagFormat:
         """A guide's form of free text, without `excludes`, with or without calls."""
 
 

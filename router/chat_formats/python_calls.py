@@ -7,17 +7,17 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from tensorweave.router.chat_formats.answer import Answer
 from tensorweave.router.chat_formats.python_values import copy_python
 from tensorweave.router.chat_formats.source import NoCall, Source, Step
 from tensorweave.router.chat_formats.structural_tags import (
+    JsonForm,
     TagFormat,
     any_number_of,
     calls_in_text,
     constant,
-    json_text,
     matching,
     one_of,
     optional,
@@ -25,9 +25,16 @@ from tensorweave.router.chat_formats.structural_tags import (
     sequence,
     tag,
 )
-from tensorweave.router.chat_formats.tools import OfferedTools
+from tensorweave.router.chat_formats.tools import OfferedTools, StrictSpelling
 
 _NAME: Final = re.compile(r"[\w.\-]+")
+_ANY_ARGUMENTS: Final = optional(
+    sequence(
+        matching(r"[A-Za-z_]\w*="),
+        JsonForm(True).tag(),
+        any_number_of(sequence(matching(r", [A-Za-z_]\w*="), JsonForm(True).tag())),
+    )
+)
 _KEYWORD: Final = re.compile(r"[\w.$\-]+")
 
 
@@ -38,13 +45,23 @@ class PythonCalls:
     Args:
         section: Markers around the calls; None: the list stands in the content, and only a list that begins with one of
             the request's functions is one of calls.
+        strict_spelling: See there.
         begin, separator, end: Around and between the calls, as a guide writes them.
     """
 
     section: tuple[str, str] | None = None
+    strict_spelling: StrictSpelling = "as guided"
     begin: str = "["
     separator: str = ", "
     end: str = "]"
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.section or ()
+
+    @property
+    def is_flat(self) -> bool:
+        return True
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -55,11 +72,11 @@ class PythonCalls:
             yield from source.take(self.section[0])
             yield from source.spaces()
         in_list = (yield from source.take("[")) is not None
-        yield from self._parse_call(source, answer, tools, is_first=True)
+        yield from self._parse_call(source, answer, tools, is_first=True, in_list=in_list)
         while (yield from _finds_another(source, in_list)):
             source.mark()
             try:
-                yield from self._parse_call(source, answer, tools, is_first=False)
+                yield from self._parse_call(source, answer, tools, is_first=False, in_list=in_list)
             except NoCall:
                 source.reset()
                 return
@@ -71,18 +88,19 @@ class PythonCalls:
             else:
                 source.reset()
 
-    def _parse_call(self, source: Source, answer: Answer, tools: OfferedTools, *, is_first: bool) -> Step[None]:
-        """The call starts with its first keyword, so that text with brackets stays text. A strict function without a
-        marker must be spelled as in the guide, because a model that writes free text is held to the schema by that
-        spelling only."""
+    def _parse_call(
+        self, source: Source, answer: Answer, tools: OfferedTools, *, is_first: bool, in_list: bool
+    ) -> Step[None]:
+        """The call starts with its first keyword, so that text with brackets stays text."""
         begins_with_space = (yield from source.peek(1)).isspace()
         yield from source.spaces()
         name = yield from source.word(_NAME)
-        is_guided = not is_first or ((yield from source.peek(1)) == "(" and not begins_with_space)
+        is_guided = not is_first or (in_list and not begins_with_space and (yield from source.peek(1)) == "(")
         yield from source.expect("(")
         if not name:
             raise NoCall
-        if self.section is None and (name not in tools or (tools.is_strict(name) and not is_guided)):
+        is_known = self.section is not None or name in tools
+        if not is_known or not tools.permits(name, self.strict_spelling, is_as_guided=is_guided):
             raise NoCall
         keyword = yield from _read_keyword(source)
         source.release()
@@ -91,7 +109,7 @@ class PythonCalls:
             yield from _copy_arguments(source, answer, keyword)
         answer.end_call()
 
-    def required(self, schemas: Mapping[str, Mapping[str, Any]], *, is_parallel: bool) -> TagFormat:
+    def required(self, schemas: Mapping[str, JsonForm], *, is_parallel: bool) -> TagFormat:
         calls = separated(
             [tag(f"{name}(", _arguments_tag(schema), ")") for name, schema in schemas.items()],
             self.separator,
@@ -100,9 +118,7 @@ class PythonCalls:
         before, after = self.section or ("", "")
         return tag(before + self.begin, calls, self.end + after)
 
-    def possible(
-        self, schemas: Mapping[str, Mapping[str, Any]], *, is_parallel: bool, excludes: Sequence[str]
-    ) -> TagFormat:
+    def possible(self, schemas: Mapping[str, JsonForm], *, is_parallel: bool, excludes: Sequence[str]) -> TagFormat:
         if self.section:
             tags, triggers = [self.required(schemas, is_parallel=is_parallel)], [self.section[0]]
         else:
@@ -110,7 +126,7 @@ class PythonCalls:
             triggers = [f"[{name}(" for name in schemas]
         return calls_in_text(triggers, tags, is_parallel=is_parallel, excludes=excludes)
 
-    def _list_from(self, name: str, schemas: Mapping[str, Mapping[str, Any]], *, is_parallel: bool) -> TagFormat:
+    def _list_from(self, name: str, schemas: Mapping[str, JsonForm], *, is_parallel: bool) -> TagFormat:
         """A list whose first call is of `name`."""
         calls = [tag(f"{self.separator}{one}(", _arguments_tag(schema), ")") for one, schema in schemas.items()]
         others = [any_number_of(one_of(*calls))] if is_parallel else []
@@ -161,34 +177,24 @@ def _copy_arguments(source: Source, answer: Answer, keyword: str) -> Step[None]:
     answer.arguments("}")
 
 
-def _arguments_tag(schema: Mapping[str, Any]) -> TagFormat:
+def _arguments_tag(form: JsonForm) -> TagFormat:
     """Keyword arguments: the required ones, then the others, each in the schema's order; values as JSON, which is
     Python but for true, false and null."""
-    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    properties = {
-        name: {**one, **definitions} if isinstance(one, Mapping) else one
-        for name, one in (schema.get("properties") or {}).items()
-    }
-    required = [name for name in properties if name in (schema.get("required") or ())]
+    assert isinstance(form.schema, Mapping)
+    properties = form.properties
+    required = [name for name in properties if name in form.schema.get("required", ())]
     others = [name for name in properties if name not in required]
 
-    def argument(name: str, before: str) -> TagFormat:
-        return sequence(constant(f"{before}{name}="), json_text(properties[name]))
+    def argument(name: str, before: str = ", ") -> TagFormat:
+        return sequence(constant(f"{before}{name}="), properties[name].tag())
 
     def rest(names: Sequence[str]) -> list[TagFormat]:
-        return [optional(argument(name, ", ")) for name in names]
+        return [optional(argument(name)) for name in names]
 
     if required:
         first, *more = required
-        return sequence(argument(first, ""), *[argument(name, ", ") for name in more], *rest(others))
+        return sequence(argument(first, ""), *map(argument, more), *rest(others))
     if others:
-        return optional(
-            one_of(*[sequence(argument(name, ""), *rest(others[place + 1 :])) for place, name in enumerate(others)])
-        )
-    return _any_arguments() if schema.get("additionalProperties", True) is not False else constant("")
-
-
-def _any_arguments() -> TagFormat:
-    value = json_text({})
-    more = any_number_of(sequence(matching(r", [A-Za-z_]\w*="), value))
-    return optional(sequence(matching(r"[A-Za-z_]\w*="), value, more))
+        alternatives = [sequence(argument(name, ""), *rest(others[n + 1 :])) for n, name in enumerate(others)]
+        return optional(one_of(*alternatives))
+    return constant("") if form.schema.get("additionalProperties") is False else _ANY_ARGUMENTS

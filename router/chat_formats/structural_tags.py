@@ -6,10 +6,12 @@ Written here because xgrammar's own builders import torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 from tensorweave.cluster.guide import DEFAULT_MAX_WHITESPACE
 
+_FLAT_KEYWORDS: Final = frozenset({"$defs", "type", "properties", "required", "additionalProperties"})
 TagFormat = dict[str, Any]
 """A format of xgrammar's `structural_tag` module, in its JSON form."""
 
@@ -48,18 +50,41 @@ def matching(pattern: str) -> TagFormat:
     return {"type": "regex", "pattern": pattern}
 
 
-def json_text(
-    schema: Mapping[str, Any], *, style: str = "json", max_whitespace: int = DEFAULT_MAX_WHITESPACE
-) -> TagFormat:
-    """JSON, or its counterpart in a family's `style`, that follows the schema. White space has to be possible here:
-    a maximum of 0 is read as 1."""
-    style_part = {} if style == "json" else {"style": style}
-    return {
-        "type": "json_schema",
-        "json_schema": dict(schema),
-        "max_whitespace_cnt": max(1, max_whitespace),
-        **style_part,
-    }
+@dataclass(frozen=True, slots=True)
+class JsonForm:
+    """JSON that follows a schema.
+
+    Args:
+        schema: In the form that `router/guided/` writes for xgrammar.
+        max_whitespace: Between two elements. White space has to be possible here: 0 is read as 1.
+    """
+
+    schema: Mapping[str, Any] | bool
+    max_whitespace: int = DEFAULT_MAX_WHITESPACE
+
+    def tag(self, style: str = "json") -> TagFormat:
+        """`style`: xgrammar's name for what is written instead of the JSON of an object."""
+        form = {"type": "json_schema", "json_schema": self.schema, "max_whitespace_cnt": max(1, self.max_whitespace)}
+        return form if style == "json" else {**form, "style": style}
+
+    @property
+    def properties(self) -> dict[str, JsonForm]:
+        """The forms of an object's properties."""
+        assert isinstance(self.schema, Mapping)
+        definitions = {"$defs": self.schema["$defs"]} if "$defs" in self.schema else {}
+        return {
+            name: JsonForm({**schema, **definitions} if isinstance(schema, Mapping) else schema, self.max_whitespace)
+            for name, schema in self.schema.get("properties", {}).items()
+        }
+
+    def flattened(self) -> JsonForm | None:
+        """The same, as one object of which each property stands for itself; None if it is not one."""
+        schema = self.schema
+        while isinstance(schema, Mapping) and set(schema) <= {"$ref", "$defs"}:
+            definitions = schema["$defs"]
+            schema = {**definitions[schema["$ref"].removeprefix("#/$defs/")], "$defs": definitions}
+        is_flat = isinstance(schema, Mapping) and set(schema) <= _FLAT_KEYWORDS and schema.get("type") == "object"
+        return JsonForm(schema, self.max_whitespace) if is_flat else None
 
 
 def separated(tags: Sequence[TagFormat], separator: str, *, is_parallel: bool) -> TagFormat:

@@ -39,6 +39,10 @@ class TaggedParameters:
     is_padded: bool = False
     says_type: bool = False
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.begin, self.name_end, self.value_begin, self.end)
+
     def is_next(self, source: Source, ends: Sequence[str]) -> Step[bool]:
         """Whether a parameter, or the end of a call without parameters, comes next."""
         return (yield from source.next_of(self.begin, *ends)) is not None

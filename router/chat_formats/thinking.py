@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from tensorweave.router.chat_formats.answer import Answer
 from tensorweave.router.chat_formats.source import Source, Step
 from tensorweave.router.chat_formats.structural_tags import TagFormat, any_text, matching, optional, sequence, tag
 
+_TURN_BEGINS: Final = (
+    *("<|im_start|>", "<|start_header_id|>", "<|header_start|>", "<｜Assistant｜>", "[/INST]", "[/TOOL_RESULTS]"),
+    *(
+        "<|assistant|>",
+        "<|im_assistant|>",
+        "]~b]ai",
+        "<start_of_turn>",
+        "<|start_of_role|>",
+        "[|assistant|]",
+        "<|turn>",
+    ),
+)
+"""What templates write before an answer. What users wrote about reasoning stands before that."""
 ThinkingState = Literal["open", "closed", "unopened"]
 """Where an answer begins: within the reasoning, after it, or before a reasoning that the model may open itself."""
 
@@ -29,8 +42,9 @@ class Thinking:
     is_implied: bool = False
     ends_at_calls: bool = False
 
-    def state(self, turn: str) -> ThinkingState:
-        """`turn`: what the prompt has of the assistant's turn, which the answer continues."""
+    def state(self, prompt_tail: str) -> ThinkingState:
+        """By the last of the markers in the assistant's turn, which the prompt has begun and the answer continues."""
+        turn = prompt_tail[max(0, *map(prompt_tail.rfind, _TURN_BEGINS)) :]
         begin, end = turn.rfind(self.begin), turn.rfind(self.end)
         if begin > end:
             return "open"

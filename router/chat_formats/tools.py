@@ -56,6 +56,12 @@ ToolChoice.AUTO = ToolChoice("auto")
 ToolChoice.REQUIRED = ToolChoice("required")
 
 
+StrictSpelling = Literal["any", "as guided", "none"]
+"""How a strict function may be called in free text. A guide holds a model to the function's schema from its trigger on.
+`any`: that is the marker; `as guided`: that is the beginning of the call, as the guide writes it; `none`: the guide
+does not know this way of calling, so it is none for strict functions."""
+
+
 @dataclass(frozen=True, slots=True)
 class OfferedTools:
     """What a parser knows of the request's functions, by name. Empty: nothing is a call."""
@@ -76,6 +82,7 @@ class OfferedTools:
         tool = self.by_name.get(name)
         return (tool.parameters if tool is not None else None) or {}
 
-    def is_strict(self, name: str) -> bool:
+    def permits(self, name: str, spelling: StrictSpelling, *, is_as_guided: bool) -> bool:
+        """Whether this may be a call of `name`, which is spelled like the guide's calls or not."""
         tool = self.by_name.get(name)
-        return tool is not None and tool.is_strict
+        return tool is None or not tool.is_strict or spelling == "any" or (spelling == "as guided" and is_as_guided)

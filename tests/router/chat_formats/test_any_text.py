@@ -1,0 +1,154 @@
+"""Whatever a model writes: nothing fails, nothing is lost, and the cut of the text does not matter."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tensorweave.router.chat_formats.chat_format import ChatFormat
+from tensorweave.router.chat_formats.deltas import CallArguments, CallStart, Content
+from tensorweave.router.chat_formats.families import HERMES, LLAMA3, MISTRAL, PLAIN, TOOL_PARSERS
+from tensorweave.router.chat_formats.tools import FunctionTool
+from tests.router.chat_formats.splits import parse, pieces
+
+FAMILIES = list({id(family): family for family in TOOL_PARSERS.values()}.values())
+TOOLS = [FunctionTool("f", {"properties": {"a": {"type": "string"}, "n": {"type": "integer"}}}), FunctionTool("g.h")]
+COMMON = (
+    *(
+        "f",
+        "g.h",
+        "(",
+        ")",
+        "[",
+        "]",
+        "{",
+        "}",
+        '"',
+        "'",
+        "\\",
+        "\\u12",
+        ",",
+        ";",
+        ":",
+        "=",
+        ".",
+        "<",
+        ">",
+        "\n",
+        " ",
+        "\t",
+    ),
+    *(
+        '"name"',
+        '"arguments"',
+        '"parameters"',
+        '{"name": "f", "arguments": {',
+        "a=",
+        "n",
+        "1",
+        "None",
+        "```json",
+        "é😀",
+    ),
+    *("\x00", "\u2028", "to=functions.f", "functions.f:0", "x"),
+)
+
+
+def named(family: ChatFormat) -> str:
+    return family.name
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=named)
+@settings(max_examples=120)
+@given(data=st.data())
+def test_any_text_parses_alike_in_all_cuts(family: ChatFormat, data: st.DataObject) -> None:
+    fragments = st.sampled_from([*sorted(family.markers), *COMMON])
+    text = "".join(data.draw(st.lists(fragments, max_size=30)))
+    tail = data.draw(st.sampled_from(["", family.thinking.begin if family.thinking else ""]))
+    whole = parse(family, [text], TOOLS, tail)
+    for size in (1, 2, 5):
+        assert parse(family, pieces(text, size), TOOLS, tail) == whole
+    cut = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    bounds = [0, *cut, len(text)]
+    parts = [text[start:end] for start, end in itertools.pairwise(bounds)]
+    assert parse(family, parts, TOOLS, tail) == whole
+    if not whole.calls and not whole.reasoning and not tail and family.channels is None:
+        begin = family.thinking.begin if family.thinking else "\0none"
+        assert whole.content == text or text.lstrip().startswith(begin), "content is passed on as it is"
+    for call in whole.calls:
+        if call.is_complete:
+            assert isinstance(json.loads(call.arguments), dict)
+
+
+def test_text_without_markers_is_not_held_back() -> None:
+    for family in (HERMES, LLAMA3, MISTRAL, PLAIN):
+        parser = family.parser("", TOOLS)
+        for word in ("Hello", ",", "wor", "ld", "!"):
+            assert parser.feed(word) == [Content(word)]
+        assert parser.finish() == []
+
+
+def test_a_marker_is_held_back_only_as_long_as_it_may_be_one() -> None:
+    parser = HERMES.parser("", TOOLS)
+    assert parser.feed("a <") == [Content("a")]
+    assert parser.feed("tool") == []
+    assert parser.feed("box>") == [Content(" <toolbox>")]
+    assert parser.feed(" ") == []
+    assert parser.finish() == [Content(" ")]
+
+
+def test_arguments_are_passed_on_as_they_come() -> None:
+    parser = HERMES.parser("", TOOLS)
+    assert parser.feed('<tool_call>\n{"name": "f", "arguments": ') == []
+    start, *pieces_of_first = parser.feed("{")
+    assert isinstance(start, CallStart)
+    assert pieces_of_first == [CallArguments(0, "{")]
+    assert [parser.feed(text) for text in ('"a": "b', "cd", 'e"', ', "n": 1}')] == [
+        [CallArguments(0, '"a": "b')],
+        [CallArguments(0, "cd")],
+        [CallArguments(0, 'e"')],
+        [CallArguments(0, ', "n": 1}')],
+    ]
+
+
+def test_plain_text_is_passed_on_at_once_with_its_white_space() -> None:
+    parser = PLAIN.parser("")
+    assert parser.feed(" a \n") == [Content(" a \n")]
+    assert parser.feed(" ") == [Content(" ")]
+
+
+def test_very_long_and_deep_texts() -> None:
+    """No recursion with the text, nothing quadratic, and what may be a call is not held back without end."""
+    deep = "[" * 20_000
+    for text in (
+        f'<tool_call>{{"name": "f", "arguments": {{"a": {deep}',
+        f'<tool_call>{{"arguments": {{"a": {deep}',
+        f"<tool_call>{' ' * 100_000}",
+        f'<tool_call>{{"name": "{"f" * 100_000}',
+    ):
+        assert parse(HERMES, pieces(text, 7), TOOLS) == parse(HERMES, [text], TOOLS)
+    whole = parse(TOOL_PARSERS["llama4_pythonic"], [f"[f(a={deep}"], TOOLS)
+    assert whole.calls
+    assert whole.content.startswith("[[")
+    long = '<tool_call>{"name": "f", "arguments": {"a": "' + "word " * 100_000
+    assert parse(HERMES, pieces(long, 5), TOOLS).calls[0].arguments == '{"a": "' + "word " * 100_000
+
+
+def test_ids() -> None:
+    def ids(family: ChatFormat, text: str, seed: int | None = None) -> list[str]:
+        parser = family.parser("", TOOLS, rng=None if seed is None else random.Random(seed))
+        deltas = [*parser.feed(text), *parser.finish()]
+        return [delta.call_id for delta in deltas if hasattr(delta, "call_id")]
+
+    call = '<tool_call>{"name": "f"}</tool_call>'
+    assert len(set(ids(HERMES, call) + ids(HERMES, call))) == 2
+    assert ids(HERMES, call, 1) == ids(HERMES, call, 1)
+    (call_id,) = ids(MISTRAL, "[TOOL_CALLS]f[ARGS]{}")
+    assert len(call_id) == 9
+    assert call_id.isalnum()
+    assert call_id.isascii()
