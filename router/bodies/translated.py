@@ -25,7 +25,7 @@ def read_messages(body: bytes, tokenizer: Tokenizer, served: ServedModel) -> Req
     """The body of /v1/messages. Raises RequestRejected."""
     asked = parse_request(MessagesRequest, body)
     fields = asked.translated()
-    if asked.thinking_budget is not None and chat_format(tokenizer, served.chat).thinking is not None:
+    if asked.thinking_budget is not None and chat_format(tokenizer, served.chat).has_reasoning:
         fields["thinking_token_budget"] = asked.thinking_budget
     with _named_as(anthropic.FIELD_NAMES):
         request = check_fields(ChatCompletionRequest, fields)

@@ -40,7 +40,7 @@ def chat_parser(
 ) -> Parser:
     """A parser for one answer."""
     form = parsed_form(form, request)
-    if form.thinking is None and not request.tool_use.tools:
+    if not form.has_reasoning and not request.tool_use.tools:
         return PLAIN_TEXT
     use = request.tool_use
     return form.parser(prompt_tail(request, prompt, tokenizer), use.functions(), use.choice)
@@ -49,7 +49,7 @@ def chat_parser(
 def shown_ids(form: ChatFormat, request: ChatCompletionRequest, tokenizer: Tokenizer) -> frozenset[int]:
     """The special tokens that the parser must see."""
     form = parsed_form(form, request)
-    return tokenizer.special_ids_in(form.markers) if form.thinking or request.tool_use.tools else frozenset()
+    return tokenizer.special_ids_in(form.markers) if form.has_reasoning or request.tool_use.tools else frozenset()
 
 
 def parsed_form(form: ChatFormat, request: ChatCompletionRequest) -> ChatFormat:

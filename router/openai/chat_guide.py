@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.guide import BackendChoice, Guide
 from tensorweave.router.chat_formats.chat_format import ChatFormat
-from tensorweave.router.chat_formats.tools import FunctionTool
-from tensorweave.router.guided.guide import guide_for
 from tensorweave.router.guided.limits import GuidedLimits
-from tensorweave.router.guided.params import GuideParams
 from tensorweave.router.openai.chat_form import prompt_tail
 from tensorweave.router.openai.chat_request import ChatCompletionRequest
-from tensorweave.router.openai.tools import ToolUse
 from tensorweave.router.text.tokens import Tokenizer
 
 
@@ -43,19 +37,20 @@ class GuideWriter:
         use, budget = request.tool_use, request.thinking_token_budget
         if not use.tools and answer_guide is None and budget is None:
             return None
-        if budget is not None and self.form.thinking is None:
+        if budget is not None and not self.form.has_reasoning:
             raise RequestRejected(
                 "thinking_token_budget: this model has no known form of reasoning (see reasoning_parser)",
                 param="thinking_token_budget",
             )
         try:
             guide = self.form.guide(
-                self._functions(use, has_form=answer_guide is not None),
+                use.functions(),
                 use.choice,
                 is_parallel=use.is_parallel,
                 prompt_tail=prompt_tail(request, prompt, self.tokenizer),
                 answer_guide=answer_guide,
                 max_thinking_tokens=budget,
+                limits=self.limits,
             )
         except RequestRejected as error:
             if not (use.is_legacy and error.param is not None and error.param.startswith("tools")):
@@ -64,22 +59,6 @@ class GuideWriter:
         if guide is not None and guide is not answer_guide:
             self._check(request, budget)
         return guide
-
-    def _functions(self, use: ToolUse, *, has_form: bool) -> list[FunctionTool]:
-        """The functions, and for those whose schema is enforced, the schema that the backend enforces all of."""
-        return [
-            self._enforced(place, tool)
-            if use.choice.allows(tool) and (tool.is_strict or use.choice.must_call or has_form)
-            else tool
-            for place, tool in enumerate(use.functions())
-        ]
-
-    def _enforced(self, place: int, tool: FunctionTool) -> FunctionTool:
-        if tool.parameters is None or self.backend is None:
-            return tool
-        params = GuideParams(json={"type": "object", **tool.parameters})
-        written = guide_for(params, "xgrammar", self.limits, param=f"tools[{place}].function.parameters")
-        return dataclasses.replace(tool, parameters=json.loads(written.text))
 
     def _check(self, request: ChatCompletionRequest, budget: int | None) -> None:
         """That the service and the request's other fields allow a structural tag."""

@@ -300,14 +300,19 @@ def with_schema(schema: dict[str, Any], **function: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "look", "parameters": schema, **function}}
 
 
-def test_a_schema_that_is_enforced_is_enforced_whole() -> None:
-    """As in a response format: nothing is dropped in silence."""
+def test_a_strict_schema_is_enforced_whole() -> None:
+    """Otherwise it is followed as far as it can be enforced, where a call is required."""
     schema = {"type": "object", "properties": {"at": {"type": "array", "uniqueItems": True, "items": {}}}}
-    plain = with_schema(schema)
+    plain, strict = with_schema(schema), with_schema(schema, strict=True)
     assert sent(tools=[plain])[1] is None
-    for fields in ({"tools": [plain], "tool_choice": "required"}, {"tools": [with_schema(schema, strict=True)]}):
-        error = check_error(ask("", FakeLink(model_info()), **fields), 400, "tools[0].function.parameters")
+    for choice in ("auto", "required"):
+        error = check_error(
+            ask("", FakeLink(model_info()), tools=[strict], tool_choice=choice), 400, "tools[0].function.parameters"
+        )
         assert "'uniqueItems'" in error["message"]
+    guide = sent(tools=[plain], tool_choice="required")[1]
+    assert '"at"' in guide.text
+    assert "uniqueItems" not in guide.text
 
 
 def test_calls_and_a_form_of_the_text_go_together() -> None:
