@@ -9,19 +9,20 @@ from tensorweave.workers.step.result import StepResult
 
 
 class Flight:
-    """Satisfies `PendingTokens` for the step that is launched next. `launched_s` is the agreed time of its launch."""
+    """Satisfies `PendingTokens` for the step that is launched next. `launched_s` is the agreed time of its launch.
+    `pending` is there once its logits are decoded or will be."""
 
-    __slots__ = ("_orders", "_pending", "_places", "batch", "launched_s")
+    __slots__ = ("_orders", "_places", "batch", "launched_s", "pending")
 
-    def __init__(self, batch: ScheduledBatch, pending: Pending[StepResult], launched_s: float) -> None:
+    def __init__(self, batch: ScheduledBatch, launched_s: float) -> None:
         self.batch = batch
         self.launched_s = launched_s
-        self._pending = pending
+        self.pending: Pending[StepResult]
         self._places: dict[int, int] | None = None
         self._orders: frozenset[int] | None = None
 
     def result(self) -> StepResult:
-        return self._pending.result()
+        return self.pending.result()
 
     def holds(self, request: LlmRequest) -> bool:
         """Whether the step computes tokens of this request."""
@@ -32,5 +33,5 @@ class Flight:
     def token_of(self, request: LlmRequest) -> int:
         if self._places is None:
             self._places = {row.request.order: place for place, row in enumerate(self.batch.sampled)}
-        outcome = self._pending.result().rows[self._places[request.order]]
+        outcome = self.pending.result().rows[self._places[request.order]]
         return outcome[-1] if isinstance(outcome, list) else 0

@@ -175,16 +175,13 @@ class StepLoop:
 
     def _schedule(self, timer: StepTimer) -> ScheduledBatch:
         batch = self._scheduler.schedule_request(self.requests.active)
-        if self._flights and self._needs_settled(batch):
+        if self._flights and batch.paused:  # launched steps still use the blocks and tokens of those
             self._settle(0, timer)
             batch = self._scheduler.schedule_request(self.requests.active)
         return self._speculation.add_drafts(batch)
 
-    def _needs_settled(self, batch: ScheduledBatch) -> bool:
-        """Whether all launched steps must settle before this one: it pauses a request, whose blocks and tokens they
-        still use; or it samples with rules or processors of a user that read a token which is pending."""
-        if batch.paused:
-            return True
+    def _reads_pending(self, batch: ScheduledBatch) -> bool:
+        """Whether the step samples with rules or processors of a user that read a token which is pending."""
         sampled = [row[0] for row in batch.sampled]
         if sampled != self._sampled:  # else the same requests decode as in the step before
             self._sampled = sampled
@@ -214,10 +211,14 @@ class StepLoop:
         timer.begin_forward()
         logits = self._engine.launch(batch, self._resources, before)
         timer.end_forward()
-        pending = self._decoder.launch(logits, batch)
-        self._flights.append(Flight(batch, pending, launched_s=self._resources.kv_cache.now_s))
+        reads_pending = bool(self._flights) and self._reads_pending(batch)
+        flight = Flight(batch, launched_s=self._resources.kv_cache.now_s)
+        self._flights.append(flight)
         if book_launch(batch):
             self.requests.prune()
+        if reads_pending:
+            self._settle_before(flight, timer)
+        flight.pending = self._decoder.launch(logits, batch)
 
     # ---- settle
 
@@ -225,6 +226,12 @@ class StepLoop:
         """Settle launched steps, oldest first, until `num_left` are open. What a request has computed whose logits were
         not finite is wiped before anything else is planned, so then none is left open."""
         while len(self._flights) > num_left or (self._flights and self._is_wiping()):
+            self._settle_flight(self._flights.popleft(), timer)
+            timer.num_settled += 1
+
+    def _settle_before(self, flight: Flight, timer: StepTimer) -> None:
+        """Settle the steps before this one, while it is computed: to choose its tokens, theirs must be known."""
+        while self._flights[0] is not flight:
             self._settle_flight(self._flights.popleft(), timer)
             timer.num_settled += 1
 

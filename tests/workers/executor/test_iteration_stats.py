@@ -17,10 +17,8 @@ from tensorweave.workers.fakes.fake_engine import HashEngine
 from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.sampling.decoder import SamplingDecoder
-from tensorweave.workers.step.pending import Ready
 from tensorweave.workers.step.plan import ScheduledBatch
 from tensorweave.workers.step.resources import ResourceManager
-from tensorweave.workers.step.result import StepResult
 from tensorweave.workers.step.speculation import NO_DRAFTS
 
 PATIENCE_S = 60.0
@@ -106,7 +104,7 @@ def test_no_time_is_counted_twice_when_two_steps_settle_in_one_iteration(monkeyp
         timer.begin_forward()
         now_s[0] += wait_s
         timer.end_wait()
-        stats.add(timer, Flight(ScheduledBatch(), Ready(StepResult()), 0.0), kv_cache, NO_DRAFTS, 0, 0, 0)
+        stats.add(timer, Flight(ScheduledBatch(), 0.0), kv_cache, NO_DRAFTS, 0, 0, 0)
     assert [(row["iterLatencyMS"], row["hostLatencyMS"]) for row in stats.take()] == [(6e3, 1e3), (2.5e3, 0.5e3)]
     assert stats.totals()["step_seconds_total"] == 8.5
     assert stats.totals()["forward_seconds_total"] == 7.0
