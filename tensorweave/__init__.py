@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tensorweave.cluster.speculation_config import NGramDecodingConfig, UserProvidedDecodingConfig
     from tensorweave.llmapi.completion_output import CompletionOutput, Logprob
     from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
+    from tensorweave.llmapi.guided_decoding import GuidedDecodingParams
     from tensorweave.llmapi.inputs import PreprocessedInputs
     from tensorweave.llmapi.iteration_result import IterationResult
     from tensorweave.llmapi.llm import LLM
@@ -46,6 +47,7 @@ _HOMES = {
     "CompletionOutput": "tensorweave.llmapi.completion_output",
     "Logprob": "tensorweave.llmapi.completion_output",
     "DisaggregatedParams": "tensorweave.llmapi.disaggregated_params",
+    "GuidedDecodingParams": "tensorweave.llmapi.guided_decoding",
     "PreprocessedInputs": "tensorweave.llmapi.inputs",
     "IterationResult": "tensorweave.llmapi.iteration_result",
     "LLM": "tensorweave.llmapi.llm",
@@ -64,6 +66,7 @@ __all__ = [
     "CompletionOutput",
     "CudaGraphConfig",
     "DisaggregatedParams",
+    "GuidedDecodingParams",
     "IterationResult",
     "KvCacheConfig",
     "KvCacheRetentionConfig",

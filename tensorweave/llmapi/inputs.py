@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from tensorweave.cluster.protocol import ModelInfo, SamplingSpec
 from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
+from tensorweave.llmapi.guided_decoding import read_guide
 from tensorweave.llmapi.sampling_fields import as_python_numbers, end_ids, to_fields
 from tensorweave.llmapi.sampling_params import SamplingParams
 from tensorweave.llmapi.status import set_api_status
@@ -135,6 +136,8 @@ def read_params(
     asked = with_defaults(fields, info.sampling_defaults)
     is_greedy = asked.temperature is None and asked.top_p is None and asked.top_k is None
     spec = resolve_sampling(fields, info, default_temperature=0.0 if is_greedy else 1.0)
+    if params.guided_decoding is not None:
+        spec = dataclasses.replace(spec, guide=read_guide(params.guided_decoding, info.guided_decoding_backend))
     return ReadParams(params, fields, info, spec)
 
 

@@ -17,6 +17,7 @@ from tensorweave.cluster.speculation_config import NGramDecodingConfig, UserProv
 from tensorweave.llmapi.api_surface import FACTORY, REQUIRED, Method, Parameter, surface_of
 from tensorweave.llmapi.completion_output import CompletionOutput
 from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
+from tensorweave.llmapi.guided_decoding import GuidedDecodingParams
 from tensorweave.llmapi.inputs import PreprocessedInputs
 from tensorweave.llmapi.llm import LLM
 from tensorweave.llmapi.outputs import RequestOutput
@@ -34,6 +35,7 @@ CLASSES: Final[tuple[type[Any], ...]] = (
     UserProvidedDecodingConfig,
     CacheTransceiverConfig,
     SamplingParams,
+    GuidedDecodingParams,
     RequestOutput,
     CompletionOutput,
     SchedulingParams,

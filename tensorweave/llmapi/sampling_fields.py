@@ -38,7 +38,6 @@ _REFUSED: Final = {
     "early_stopping": _BEAM_SEARCH,
     "beam_width_array": _BEAM_SEARCH,
     "length_penalty": _BEAM_SEARCH,
-    "guided_decoding": "a logits_processor can restrict the tokens",
     "lookahead_config": "decoding is one token at a time",
     "return_encoder_output": "there are no encoder models here",
     "additional_model_outputs": "return_context_logits and return_generation_logits are what a model gives",

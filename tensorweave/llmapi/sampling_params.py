@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from tensorweave.cluster.sampling_spec import KNOBS, SamplingKnobs
+from tensorweave.llmapi.guided_decoding import GuidedDecodingParams
 
 _T = TypeVar("_T")
 _PROTOTYPE = {"status": "prototype"}
@@ -54,7 +55,7 @@ class SamplingParams(SamplingKnobs):
             `token_ids[0]`. It runs on every rank and must do the same on all.
         apply_batched_logits_processor: Edit this request's logits with the `batched_logits_processor` that `LLM` was
             given.
-        guided_decoding: Not supported yet.
+        guided_decoding: The form that the output must have: a JSON schema, a regular expression, a grammar.
         embedding_bias: Added to the logits: a float32 tensor with one number per token of the vocabulary.
         lookahead_config: Not supported yet.
         detokenize: Make text of the tokens.
@@ -91,7 +92,7 @@ class SamplingParams(SamplingKnobs):
     ignore_eos: bool = False
     logits_processor: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None
     apply_batched_logits_processor: bool = False
-    guided_decoding: Any = None
+    guided_decoding: GuidedDecodingParams | None = None
     embedding_bias: Any = None
     lookahead_config: Any = None
     detokenize: bool = True
