@@ -22,6 +22,7 @@ from tensorweave.workers.executor.scheduler import SimpleScheduler
 from tensorweave.workers.fakes.fake_engine import HashEngine
 from tensorweave.workers.gang.comm import Comm, SoloComm
 from tensorweave.workers.gang.report_channel import open_report_channel
+from tensorweave.workers.guided.guides import Guides
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.sampling.decoder import SamplingDecoder
 from tensorweave.workers.speculation.build import build_speculation
@@ -77,6 +78,8 @@ class Gang:
         reuse: bool = True,
         policy: Any = "GUARANTEED_NO_EVICT",
         speculative: SpeculativeConfig | None = None,
+        overlaps: bool = False,
+        make_guides: Callable[[Comm], Guides] | None = None,
         **transferring: Any,
     ) -> None:
         self.name = name
@@ -132,6 +135,8 @@ class Gang:
                 comm=comm,
                 info=info,
                 transfers=transfers,
+                guides=None if make_guides is None else make_guides(comm),
+                disable_overlap_scheduler=not overlaps,
             )
             built[comm.rank] = (executor, kv_cache, transfers)
             return executor
@@ -225,8 +230,12 @@ def stepped_gang(
 
 
 def model_gang(path: Path, size: int = 1, make_carrier: MakeCarrier | None = tcp_carriers, **knobs: Any) -> Gang:
-    kv = knobs.pop("kv_cache_config", {})
-    return Gang(lambda comm: load_engine(engine_args(path, kv_cache_config=kv), comm), size, make_carrier, **knobs)
+    kv, on_device = knobs.pop("kv_cache_config", {}), knobs.pop("is_on_device", False)
+
+    def make_engine(comm: Comm) -> Any:
+        return load_engine(engine_args(path, kv_cache_config=kv), comm, is_on_device=on_device)
+
+    return Gang(make_engine, size, make_carrier, **knobs)
 
 
 @dataclass
