@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tensorweave import LLM, SamplingParams
+from tensorweave import LLM, GuidedDecodingParams, SamplingParams
 from tensorweave.cluster.errors import NotReady
 from tests.llmapi.small_llm import CACHE, one, write_small_model
 
@@ -32,6 +33,18 @@ def counting_up(hurry: Path | None = None) -> Callable[..., None]:
         if hurry is not None and not hurry.exists():
             time.sleep(0.15)
         logits[..., 20 + len(token_ids[0])] += 1000.0
+
+    return processor
+
+
+def dawdling(hurry: Path) -> Callable[..., None]:
+    """Changes nothing, slowly, until the file `hurry` is there."""
+
+    def processor(req_id: int, logits: Any, token_ids: list[list[int]], stream_ptr: Any, client_id: Any) -> None:
+        import time
+
+        if not hurry.exists():
+            time.sleep(0.1)
 
     return processor
 
@@ -80,6 +93,13 @@ def test_processors_reach_every_rank_and_a_replaced_gang(tmp_path: Path) -> None
         with pytest.raises(ValueError, match="lock"):
             llm.generate(PROMPT, SamplingParams(logits_processor=lambda *given: lock))
         hurry = tmp_path / "hurry"
+        numbers = GuidedDecodingParams(json={"type": "array", "items": {"type": "integer"}, "minItems": 150})
+        object_of = SamplingParams(max_tokens=160, temperature=1.0, seed=3, guided_decoding=numbers)
+        expected = one(llm.generate(PROMPT, object_of)).outputs[0].token_ids
+        in_object = llm.generate_async(
+            PROMPT, dataclasses.replace(object_of, logits_processor=dawdling(hurry)), streaming=True
+        )
+        next(beginning := iter(in_object))
         slow = SamplingParams(max_tokens=200, ignore_eos=True, logits_processor=counting_up(hurry))
         running = llm.generate_async(PROMPT, slow, streaming=True)
         iterator = iter(running)  # kept: dropping it early would cancel the request
@@ -87,6 +107,8 @@ def test_processors_reach_every_rank_and_a_replaced_gang(tmp_path: Path) -> None
         os.kill(pids_of(llm)[1], signal.SIGKILL)
         hurry.touch()
         assert running.result(600).outputs[0].token_ids == list(range(23, 223))
+        assert in_object.result(600).outputs[0].token_ids == expected
+        del beginning  # kept for the same reason
         assert sum(llm._runtime.dispatcher.counts.retries.values()) >= 1
         assert one(llm.generate(PROMPT, odd)).outputs[0].token_ids == second.outputs[0].token_ids
         rows = asyncio.run(gather(llm))
