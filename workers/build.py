@@ -97,8 +97,8 @@ def build_executor(
         args.speculative_config,
         decoder,
         comm,
+        kv_cache,
         max_num_tokens=settings.max_num_tokens,
-        tokens_per_block=engine.info.tokens_per_block,
         vocab_size=engine.info.vocab_size,
         make_drafter=_make_drafter,
     )

@@ -119,8 +119,8 @@ class Gang:
                 speculative,
                 decoder,
                 comm,
+                kv_cache,
                 max_num_tokens=max_num_tokens,
-                tokens_per_block=info.tokens_per_block,
                 vocab_size=info.vocab_size,
                 make_drafter=lambda config: config.drafter,
             )

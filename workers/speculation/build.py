@@ -18,7 +18,7 @@ from tensorweave.workers.speculation.ngram import NGramDrafter
 from tensorweave.workers.speculation.public_patterns import PublicPatterns
 from tensorweave.workers.speculation.speculation import AcceptanceWindow, DraftedSpeculation, DraftLimits
 from tensorweave.workers.speculation.user_drafter import UserDrafter
-from tensorweave.workers.step.resources import BaseResourceManager
+from tensorweave.workers.step.resources import BaseResourceManager, KVCache
 from tensorweave.workers.step.speculation import NoSpeculation, Speculation
 
 MakeDrafter = Callable[[UserProvidedDecodingConfig], Any]
@@ -36,18 +36,18 @@ def build_speculation(
     config: SpeculativeConfig | None,
     decoder: Decoder,
     comm: Comm,
+    kv_cache: KVCache,
     *,
     max_num_tokens: int,
-    tokens_per_block: int,
     vocab_size: int,
     make_drafter: MakeDrafter,
 ) -> Speculating:
     """`make_drafter` gives a user's drafter: the object itself, or one of the class that its path names."""
     if config is None:
         return Speculating(NoSpeculation(), decoder)
-    limits = DraftLimits(config.max_draft_len, max_num_tokens, tokens_per_block, vocab_size, config.max_concurrency)
+    limits = DraftLimits(config.max_draft_len, max_num_tokens, vocab_size, config.max_concurrency)
     window = AcceptanceWindow(config.acceptance_window or 0, config.acceptance_length_threshold or 0.0)
-    speculation = DraftedSpeculation(_make_drafter(config, comm, make_drafter), limits, window)
+    speculation = DraftedSpeculation(_make_drafter(config, comm, make_drafter), limits, window, kv_cache)
     of_user: tuple[BaseResourceManager, ...] = ()
     if isinstance(config, UserProvidedDecodingConfig) and config.resource_manager is not None:
         of_user = (config.resource_manager,)

@@ -13,7 +13,7 @@ from tensorweave.workers.speculation.drafter import Draft, Drafter
 from tensorweave.workers.speculation.pace import DraftPace, RequestPace
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest
-from tensorweave.workers.step.resources import BaseResourceManager
+from tensorweave.workers.step.resources import BaseResourceManager, KVCache
 from tensorweave.workers.step.result import StepResult
 from tensorweave.workers.step.speculation import DraftCounts
 
@@ -28,7 +28,6 @@ class DraftLimits:
 
     max_draft_len: int
     max_num_tokens: int
-    tokens_per_block: int
     vocab_size: int
     max_concurrency: int | None = None
 
@@ -63,11 +62,14 @@ class DraftedSpeculation(BaseResourceManager):
     """A `Speculation`, and a resource manager to learn of requests' ends.
 
     Drafts take what is left: a step's tokens after all decodes and prompts' chunks, and slots of the KV block that the
-    request's newest token goes to. So no request is paused, waits or loses cached blocks for drafts.
+    request's newest token goes to. In steps of decodes alone, whose need of blocks is known, they also take the next
+    block where one can be had; if it is not needed it comes back when the step settles. So no request is paused or
+    waits for drafts.
     """
 
-    def __init__(self, drafter: Drafter, limits: DraftLimits, window: AcceptanceWindow) -> None:
+    def __init__(self, drafter: Drafter, limits: DraftLimits, window: AcceptanceWindow, kv_cache: KVCache) -> None:
         self._drafter = drafter
+        self._kv_cache = kv_cache
         self._limits = limits
         self._window = window
         self._pace = DraftPace()
@@ -88,14 +90,17 @@ class DraftedSpeculation(BaseResourceManager):
         if num_left < 1 or not batch.generation or self._rests(batch):
             return batch
         wanted = [(row.request, self._room(row)) for row in batch.generation]
+        size, spare = self._kv_cache.tokens_per_block, self._spare_blocks(batch)
         drafts: dict[int, Sequence[int]] = {}
-        for (request, room), draft in zip(wanted, self._drafter.draft(wanted), strict=True):
+        for row, (request, room), draft in zip(batch.generation, wanted, self._drafter.draft(wanted), strict=True):
             if not draft.tokens:
                 continue
-            tokens = self._choose(request, draft, min(room, num_left), len(batch.generation))
-            if tokens:
+            in_block = -row.stop % size
+            most = min(room, num_left, in_block + spare * size)
+            if tokens := self._choose(request, draft, most, len(batch.generation)):
                 drafts[request.order] = tokens
                 num_left -= len(tokens)
+                spare -= -(-max(0, len(tokens) - in_block) // size)
         if not drafts:
             return batch
         return replace(batch, generation=tuple(_lengthen(row, drafts) for row in batch.generation), drafts=drafts)
@@ -126,14 +131,18 @@ class DraftedSpeculation(BaseResourceManager):
         return is_crowded or self._window.is_closed
 
     def _room(self, row: StepRow) -> int:
-        """Most tokens that can be drafted: those before the request's last one, in the block of the newest. None where
-        logits are told, which come in messages of one row."""
-        limits = self._limits
+        """Most tokens that may be drafted: those before the request's last one. None where logits are told, which come
+        in messages of one row."""
         if row.request.sampling.wants_generation_logits:
             return 0
-        before_last = row.request.max_len - 1 - row.stop
-        in_block = -row.stop % limits.tokens_per_block
-        return max(0, min(limits.max_draft_len, before_last, in_block))
+        return min(self._limits.max_draft_len, row.request.max_len - 1 - row.stop)
+
+    def _spare_blocks(self, batch: ScheduledBatch) -> int:
+        """Blocks that can be had beyond what the plan takes."""
+        if batch.context or batch.fetching:
+            return 0
+        size = self._kv_cache.tokens_per_block
+        return max(0, self._kv_cache.available - sum(row.start % size == 0 for row in batch.generation))
 
     def _choose(self, request: LlmRequest, draft: Draft, most: int, num_decodes: int) -> Sequence[int]:
         """The part of a draft that is verified. It ends before a stop token, which nothing follows."""

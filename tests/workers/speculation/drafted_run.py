@@ -80,8 +80,8 @@ class DraftedRun:
             config,
             self.states,
             SoloComm(),
+            self.kv,
             max_num_tokens=max_num_tokens,
-            tokens_per_block=info.tokens_per_block,
             vocab_size=info.vocab_size,
             make_drafter=lambda config: config.drafter,
         )

@@ -58,14 +58,33 @@ def test_an_always_right_drafter_gives_all_its_tokens_and_one_more_in_every_step
     assert gauges["generation_tokens_total"] == 65
 
 
-@pytest.mark.parametrize("max_tokens", range(1, 12))
-def test_drafts_end_before_the_last_token_and_in_the_newest_tokens_block(max_tokens: int) -> None:
+@pytest.mark.parametrize("max_tokens", range(1, 20))
+def test_drafts_end_before_the_last_token(max_tokens: int) -> None:
     drafted, answers = run([GenerateRequest("r", [3] * 6, SamplingSpec(max_tokens))], user_config(right), block=8)
     assert tokens_of(answers["r"]) == oracle([3] * 6, max_tokens)[6:]
-    for batch in drafted.batches[1:]:
-        for row in batch.generation:
-            assert row.start // 8 == (row.stop - 1) // 8
-            assert row.stop <= 6 + max_tokens - 1
+    lengths = [row.length for batch in drafted.batches[1:] for row in batch.generation]
+    assert lengths == [8] * ((max_tokens - 1) // 8) + [(max_tokens - 1) % 8] * bool((max_tokens - 1) % 8)
+
+
+def test_without_a_spare_block_drafts_stay_in_the_newest_tokens_block() -> None:
+    """The cache holds both requests to their ends, and no more."""
+    requests = [GenerateRequest(f"r{i}", [i] * 6, SamplingSpec(19)) for i in range(2)]
+    drafted, answers = run(requests, user_config(right), block=4, num_blocks=12)
+    for request in requests:
+        assert tokens_of(answers[request.request_id]) == oracle(request.prompt_token_ids, 19)[6:]
+    assert not drafted.num_preemptions
+    tight, answers = run(requests, user_config(right), block=4, num_blocks=8, policy="MAX_UTILIZATION")
+    for request in requests:
+        assert tokens_of(answers[request.request_id]) == oracle(request.prompt_token_ids, 19)[6:]
+    assert tight.num_preemptions, "for tokens that were right"
+
+
+def test_beside_prompts_drafts_stay_in_the_newest_tokens_block() -> None:
+    requests = [GenerateRequest(f"r{i}", [i] * (5 + 30 * i), SamplingSpec(40)) for i in range(4)]
+    drafted, _ = run(requests, user_config(right), block=4, max_num_tokens=16)
+    mixed = [row for batch in drafted.batches if batch.context for row in batch.generation]
+    assert any(row.length > 1 for row in mixed)
+    assert all(row.start // 4 == (row.stop - 1) // 4 for row in mixed)
 
 
 def test_drafts_have_what_prompts_leave_of_a_step() -> None:
