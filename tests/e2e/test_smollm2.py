@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tensorweave import LLM, KvCacheConfig, RequestOutput, SamplingParams, SchedulerConfig
+from tensorweave import LLM, KvCacheConfig, NGramDecodingConfig, RequestOutput, SamplingParams, SchedulerConfig
 from tensorweave.workers.store.model_store import resolve_model
 
 pytestmark = pytest.mark.model
@@ -96,6 +96,26 @@ def test_a_pool_so_small_that_it_preempts(model: Path) -> None:
         outputs = llm.generate([sea, sea, colors, sea, france], GREEDY_64, use_tqdm=False)
         assert token_ids(outputs) == [IDS[1], IDS[1], IDS[2], IDS[1], IDS[0]]
         assert sum(row["inflightBatchingStats"]["numPausedRequests"] for row in llm.get_stats()) > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_speculation_changes_no_token(model: Path, dtype: str) -> None:
+    """Copied text, where drafts are right, and sampled answers, where most are wrong, in one batch."""
+    copied = "Repeat this: one red fox, two red foxes, three red foxes, four red foxes, five red foxes."
+    params = [GREEDY_64] * 4 + [SamplingParams(max_tokens=40, temperature=1.0, seed=i, n=2) for i in range(4)]
+    told, accepted = [], 0
+    for config in (None, NGramDecodingConfig(max_draft_len=6)):
+        with LLM(model, dtype=dtype, kv_cache_config=KvCacheConfig(max_tokens=4096), speculative_config=config) as llm:
+            prompts = [*chat_prompts(llm), copied]
+            outputs = llm.generate([*prompts, *prompts], params, use_tqdm=False)
+            assert isinstance(outputs, list)
+            told.append([each.token_ids for output in outputs for each in output.outputs])
+            rows = [row["specDecodingStats"] for row in llm.get_stats() if row["specDecodingStats"]]
+            accepted = sum(row["numAcceptedTokens"] for row in rows)
+    assert told[0] == told[1]
+    if dtype == "float32":
+        assert told[0][:3] == IDS
+    assert accepted > 10
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,24 @@ def test_every_feature_gives_what_it_gives_without_drafts(drafter: str, schedule
         assert run.num_preemptions
     if drafter == "right":
         assert run.num_accepted > len(want)
+
+
+@pytest.mark.parametrize("num_requests", [1, 2, 5, 16, 64])
+@pytest.mark.parametrize("drafter", ["ngram", "mixed"])
+def test_any_mixture_of_features_in_batches_of_any_size(num_requests: int, drafter: str, model: Path) -> None:
+    """Features are combined at random, and every third request is one of several sequences of the same prompt."""
+    rng = random.Random(num_requests)
+    requests: list[GenerateRequest] = []
+    for i in range(num_requests):
+        chosen = [fields for fields in FEATURES.values() if "processors" not in str(fields) and rng.random() < 0.25]
+        fields = {name: value for each in chosen for name, value in each.items()} | {"seed": rng.randrange(1 << 40)}
+        prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 12))] * rng.randint(1, 4)
+        if i % 3 == 2:
+            prompt = list(requests[-1].prompt_token_ids)
+        requests.append(GenerateRequest(f"r{i}", prompt, SamplingSpec(rng.randint(1, 30), **fields)))
+    want, (_, recorded) = run_model(model, requests, None)
+    config = ngram_config(max_draft_len=4) if drafter == "ngram" else user_config(guesses(recorded, VOCAB)[drafter])
+    got, (run, _) = run_model(model, requests, config, max_num_tokens=rng.choice([32, 256]))
+    assert got == want
+    if drafter == "mixed" and num_requests > 1:
+        assert run.num_accepted
