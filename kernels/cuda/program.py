@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -73,6 +74,27 @@ def _compile(text: bytes, name: str, options: Sequence[str]) -> bytes:
     return cubin
 
 
+class _LaunchAttribute(ctypes.Structure):
+    _fields_ = [
+        ("id", ctypes.c_int),
+        ("padding", ctypes.c_int),
+        ("value", ctypes.c_int * 3),
+        ("rest", ctypes.c_int * 13),
+    ]
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("num_attributes", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+_PDL: Final = _LaunchAttribute(6, 0, (1, 0, 0))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_CLUSTER_DIMENSION: Final = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """A compiled function of this process's current device."""
@@ -95,13 +117,27 @@ class Kernel:
         _check(_driver().cuFuncSetAttribute(function, _MAX_SHARED_BYTES, shared_bytes), f"shared memory of {name}")
         return cls(function, threads, shared_bytes)
 
-    def launch(self, grid: tuple[int, int], arguments: ctypes.Array[ctypes.c_void_p]) -> None:
-        """On torch's current stream. `arguments` are addresses of the parameters, which are copied."""
-        stream = torch.cuda.current_stream().cuda_stream
-        code = _driver().cuLaunchKernel(
-            self.function, grid[0], grid[1], 1, self.threads, 1, 1, self.shared_bytes, ctypes.c_void_p(stream),
-            arguments, None,
+    def max_clusters(self, cluster: int) -> int:
+        """How many clusters of so many blocks run at once on the current device."""
+        attribute = _LaunchAttribute(_CLUSTER_DIMENSION, 0, (cluster, 1, 1))
+        config = _LaunchConfig(
+            cluster, 1, 1, self.threads, 1, 1, self.shared_bytes, None, ctypes.pointer(attribute), 1
         )  # fmt: skip
+        count = ctypes.c_int()
+        code = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), self.function, ctypes.byref(config))
+        _check(code, f"clusters of {cluster}")
+        return count.value
+
+    def launch(self, grid: tuple[int, int], arguments: ctypes.Array[ctypes.c_void_p], *, pdl: bool = False) -> None:
+        """On torch's current stream. `arguments` are addresses of the parameters, which are copied.
+
+        `pdl`: while the kernel before still runs; this one waits for it where it must.
+        """
+        config = _LaunchConfig(
+            *grid, 1, self.threads, 1, 1, self.shared_bytes, torch.cuda.current_stream().cuda_stream,
+            ctypes.pointer(_PDL), int(pdl),
+        )  # fmt: skip
+        code = _driver().cuLaunchKernelEx(ctypes.byref(config), self.function, arguments, None)
         if code:
             _check(code, "launch")
 
