@@ -9,13 +9,12 @@ Shapes of Llama-3.1-8B. --tune tries other tilings too; their compilation is spr
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from gpu_timing import DEVICE, Job, compile_all, compile_tilings, median_us, run_parts, time_tilings
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -23,16 +22,16 @@ from tensorweave.kernels.attention.tiles import tile_queries
 from tensorweave.kernels.attention.triton_decode import DecodeWorkspace, HeadRotation, choose_splits, decode_attention
 from tensorweave.kernels.attention.triton_prefill import prefill_attention
 from tensorweave.kernels.heads.triton import rope_store
-from tensorweave.kernels.linear import triton_thin_kernels as thin
+from tensorweave.kernels.linear import thin_tiling as thin
+from tensorweave.kernels.linear.thin_tiling import Tiling, choose_tiling
 from tensorweave.kernels.linear.triton_swiglu import silu_mul_pairs, swiglu_linear
-from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, Tiling, choose_tiling, thin_linear
+from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, thin_linear
 from tensorweave.kernels.norm.triton import add_rms_norm
 from tensorweave.kernels.sample.rule import SamplingParameters, TokenTarget
 from tensorweave.kernels.sample.triton import SamplingWorkspace, argmax, sample
 
 N, K, H, D, WIDTH, V, P = 32, 8, 128, 4096, 14336, 128256, 32
 X = N + 2 * K
-DEVICE = torch.device("cuda")
 PRODUCTS = {  # outputs, inputs, epilogue
     "qkv": (X * H, D, thin.PLAIN),
     "o": (D, N * H, thin.RESIDUAL),
@@ -44,26 +43,6 @@ PRODUCTS = {  # outputs, inputs, epilogue
 
 def numbers(*shape: int) -> Tensor:
     return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
-
-
-def median_us(runs: list[Callable[[], object]], repeats: int = 1, count: int = 11) -> float:
-    """Of one launch, in a graph of all runs, `repeats` times over."""
-    for run in runs:
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            for run in runs:
-                run()
-    graph.replay()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    for start, stop in events:
-        start.record()
-        graph.replay()
-        stop.record()
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(stop) for start, stop in events)[count // 2] * 1e3 / len(runs) / repeats
 
 
 class Attention:
@@ -169,38 +148,24 @@ def shared_bytes(m: int, name: str, block_n: int, block_k: int, warps: int, stag
     return stages * block_k * 2 * (m + block_n * (2 if name == "gate_up" else 1))
 
 
-def compile_products(job: tuple[str, int]) -> None:
-    product = Product(*job)
-    for tiling in dict.fromkeys(tilings(*job)):
-        try:
-            product.launch(product.weights[0], tiling)
-        except Exception as error:
-            print(f"{job} {tiling}: {error!r:.200}")
-    torch.cuda.synchronize()
+def compile_products(job: Job) -> None:
+    compile_tilings(job, Product, tilings(*job))
 
 
 def time_linear(tune: bool) -> Iterator[str]:
     jobs = list(itertools.product(PRODUCTS, (1, 8, 32, 64, 128)))
     if tune:
-        with multiprocessing.get_context("spawn").Pool(14) as pool:
-            pool.map(compile_products, jobs, chunksize=1)
+        compile_all(compile_products, jobs)
     for name, rows in jobs:
         product = Product(name, rows)
-        weight_bytes = product.weights[0].nbytes
-        results = []
-        for tiling in dict.fromkeys(tilings(name, rows) if tune else [choose_tiling(rows, *PRODUCTS[name])]):
-            try:
-                results.append((product.us(tiling), tiling))
-            except Exception as error:
-                yield f"{name} {rows} {tiling}: {error!r:.200}"
-        library = product.library_us()
-        chosen = results[0][0]
-        yield (
-            f"{name:8s} {rows:3d} rows: {chosen:6.1f} µs, {weight_bytes / chosen / 1e6:.2f} TB/s; cuBLAS {library:6.1f}"
-        )
-        for us, tiling in sorted(results, key=lambda result: result[0])[:4]:
+        chosen = choose_tiling(rows, *PRODUCTS[name], has_few=True)
+        times, problems = time_tilings((name, rows), product, [chosen, *(tilings(name, rows) if tune else [])])
+        yield from problems
+        us, weight_bytes, library = times[chosen], product.weights[0].nbytes, product.library_us()
+        yield f"{name:8s} {rows:3d} rows: {us:6.1f} µs, {weight_bytes / us / 1e6:.2f} TB/s; cuBLAS {library:6.1f}"
+        for tiling in sorted(times, key=times.__getitem__)[:4]:
             cut = (tiling.block_n, tiling.block_k, tiling.warps, tiling.stages, tiling.splits)
-            yield f"    {us:6.1f} µs {cut}"
+            yield f"    {times[tiling]:6.1f} µs {cut}"
         del product
         torch.cuda.empty_cache()
 
@@ -289,17 +254,5 @@ PARTS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--tune", action="store_true")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    print(torch.cuda.get_device_name())
-    for part in options.parts:
-        for line in PARTS[part](options.tune):
-            print(line, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS)

@@ -9,29 +9,24 @@ As gpu_kernels.py, whose shapes and clock it uses. --tune tries other tilings to
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import multiprocessing
 from collections.abc import Iterator
 from operator import itemgetter
 
 import torch
-from gpu_kernels import ATTENTION, DEVICE, PRODUCTS, WIDTH, Attention, D, H, K, P, X, median_us, numbers
+from gpu_kernels import ATTENTION, PRODUCTS, WIDTH, Attention, D, H, K, P, X, numbers
+from gpu_timing import DEVICE, Job, compile_all, compile_tilings, median_us, run_parts, time_tilings
 from torch import Tensor
 
 from tensorweave.kernels.attention.triton_decode import choose_splits
 from tensorweave.kernels.heads.triton import rope_store
-from tensorweave.kernels.linear import triton_thin_kernels as thin
+from tensorweave.kernels.linear import thin_tiling as thin
 from tensorweave.kernels.linear.quantized import QuantizedRows, UnscaledProduct, scaled_linear, unscaled_linear
+from tensorweave.kernels.linear.thin_tiling import Tiling, choose_quantized_tiling
 from tensorweave.kernels.linear.triton_quantize import make_peaks, quantize
 from tensorweave.kernels.linear.triton_swiglu import silu_mul_pairs
-from tensorweave.kernels.linear.triton_thin import (
-    ResidualSum,
-    SplitWorkspace,
-    Tiling,
-    choose_quantized_tiling,
-    thin_linear,
-)
+from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, thin_linear
 from tensorweave.kernels.norm.triton import add_rms_norm
 from tensorweave.kernels.weights import FP8, QuantizedWeight, quantize_rows
 
@@ -116,34 +111,24 @@ def shared_bytes(name: str, tiling: Tiling) -> int:
     return tiling.block_k * (tiling.stages * (2 * tiling.block_m + weight) + tiling.block_m)
 
 
-def compile_products(job: tuple[str, int]) -> None:
-    product = Product(*job, count=1)
-    for tiling in dict.fromkeys(tilings(*job)):
-        try:
-            product.launch(product.weights[0], tiling)
-        except Exception as error:
-            print(f"{job} {tiling}: {error!r:.200}")
-    torch.cuda.synchronize()
+def compile_products(job: Job) -> None:
+    compile_tilings(job, lambda name, rows: Product(name, rows, count=1), tilings(*job))
 
 
 def time_thin(tune: bool) -> Iterator[str]:
     jobs = list(itertools.product(BLOCKS, (1, 8, 16, 32, 64, 128)))
     if tune:
-        with multiprocessing.get_context("spawn").Pool(14) as pool:
-            pool.map(compile_products, jobs, chunksize=1)
+        compile_all(compile_products, jobs)
     for name, rows in jobs:
-        product, results = Product(name, rows), []
-        for tiling in dict.fromkeys(tilings(name, rows) if tune else [choose_quantized_tiling(rows, *BLOCKS[name])]):
-            try:
-                results.append((product.us(tiling), tiling))
-            except Exception as error:
-                yield f"{name} {rows} {tiling}: {error!r:.200}"
-        chosen = results[0][0]
+        product, chosen = Product(name, rows), choose_quantized_tiling(rows, *BLOCKS[name])
+        times, problems = time_tilings((name, rows), product, [chosen, *(tilings(name, rows) if tune else [])])
+        yield from problems
         best = " ".join(
-            f"{us:.1f}:{t.block_n},{t.block_k},{t.warps},{t.stages},{t.splits}"
-            for us, t in sorted(results, key=itemgetter(0))[:4]
+            f"{times[t]:.1f}:{t.block_n},{t.block_k},{t.warps},{t.stages},{t.splits}"
+            for t in sorted(times, key=times.__getitem__)[:4]
         )
-        yield f"{name:8s} {rows:3d} rows: {chosen:6.1f} µs, {product.weight_bytes / chosen / 1e6:.2f} TB/s; {best}"
+        us = times[chosen]
+        yield f"{name:8s} {rows:3d} rows: {us:6.1f} µs, {product.weight_bytes / us / 1e6:.2f} TB/s; {best}"
         del product
         torch.cuda.empty_cache()
 
@@ -217,17 +202,5 @@ def time_attention(tune: bool) -> Iterator[str]:
 PARTS = {"thin": time_thin, "wide": time_wide, "small": time_small, "attention": time_attention}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--tune", action="store_true")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    print(torch.cuda.get_device_name())
-    for part in options.parts:
-        for line in PARTS[part](options.tune):
-            print(line, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS)

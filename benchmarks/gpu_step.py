@@ -10,7 +10,7 @@ large batches, their operations at the rate of a large product. The check compar
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from gpu_model import (
     reference_decode,
     reference_prefill,
 )
+from gpu_timing import capture, median_ms, relative_error
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -39,9 +40,9 @@ from tensorweave.kernels.attention.tiles import tile_queries
 from tensorweave.kernels.attention.triton_decode import DecodeWorkspace, choose_splits, decode_attention
 from tensorweave.kernels.attention.triton_prefill import prefill_attention
 from tensorweave.kernels.heads.triton import rope_store
+from tensorweave.kernels.linear.thin_tiling import GATED, PLAIN, RESIDUAL, choose_tiling
 from tensorweave.kernels.linear.triton_swiglu import silu_mul_pairs, swiglu_linear
-from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, choose_tiling, thin_linear
-from tensorweave.kernels.linear.triton_thin_kernels import GATED, PLAIN, RESIDUAL
+from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, thin_linear
 from tensorweave.kernels.norm.triton import add_rms_norm, embed
 from tensorweave.kernels.sample.rule import TokenTarget
 from tensorweave.kernels.sample.triton import SamplingWorkspace, argmax
@@ -65,8 +66,8 @@ class DecodeStep:
         self.gated, self.gate_up = numbers(num_rows, I), numbers(num_rows, 2 * I)
         self.logits = numbers(num_rows, V)
         if is_thin:
-            self.output_tiling = choose_tiling(num_rows, D, N * H, RESIDUAL)
-            self.down_tiling = choose_tiling(num_rows, D, I, RESIDUAL)
+            self.output_tiling = choose_tiling(num_rows, D, N * H, RESIDUAL, has_few=True)
+            self.down_tiling = choose_tiling(num_rows, D, I, RESIDUAL, has_few=True)
             self.squares = torch.empty(num_rows, self.down_tiling.num_squares(D), device=DEVICE)
             self.mlp_squares = torch.empty(num_rows, self.output_tiling.num_squares(D), device=DEVICE)
 
@@ -89,7 +90,9 @@ class DecodeStep:
         embed(self.tokens, self.model.embedding, self.model.layers[0].norm, self.x, self.gained, self.squares, pdl=True)
         for i, layer in enumerate(self.model.layers):
             after = self.model.layers[i + 1].norm if i + 1 < L else self.model.norm
-            thin_linear(self.gained, layer.qkv, heads, tiling=choose_tiling(rows, X * H, D, PLAIN), **scaled)
+            thin_linear(
+                self.gained, layer.qkv, heads, tiling=choose_tiling(rows, X * H, D, PLAIN, has_few=True), **scaled
+            )
             self.attend(i)
             middle = ResidualSum(self.x, layer.mlp_norm, self.gained, self.mlp_squares)
             thin_linear(
@@ -97,11 +100,13 @@ class DecodeStep:
             )
             thin_linear(
                 self.gained, layer.gate_up, self.gated, is_gated=True, squares_MQ=self.mlp_squares, epsilon=EPSILON,
-                tiling=choose_tiling(rows, I, D, GATED), pdl=True,
+                tiling=choose_tiling(rows, I, D, GATED, has_few=True), pdl=True,
             )  # fmt: skip
             last = ResidualSum(self.x, after, self.gained, self.squares)
             thin_linear(self.gated, layer.down, last, tiling=self.down_tiling, workspace=self.split_workspace, pdl=True)
-        thin_linear(self.gained, self.model.head, self.logits, tiling=choose_tiling(rows, V, D, PLAIN), **scaled)
+        thin_linear(
+            self.gained, self.model.head, self.logits, tiling=choose_tiling(rows, V, D, PLAIN, has_few=True), **scaled
+        )
         self.pick()
 
     def run_wide(self) -> None:
@@ -167,30 +172,6 @@ class PrefillStep:
         torch.mm(self.normed[self.last_rows], self.model.head.T, out=self.logits)
 
 
-def median_ms(run: Callable[[], object], count: int = 15) -> float:
-    run()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    for start, stop in events:
-        start.record()
-        run()
-        stop.record()
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(stop) for start, stop in events)[count // 2]
-
-
-def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
-
-
-def relative_error(ours: Tensor, expected: Tensor) -> float:
-    return ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
 def measure_rates() -> tuple[float, float]:
     """(bytes per ms of a long read, operations per ms of a large product)."""
     w, x, out = numbers(1 << 19, D), numbers(1, D), numbers(1, 1 << 19)
@@ -222,14 +203,18 @@ def time_decode(model: Model, rows: int, context: int, read_rate: float, operati
     for is_thin in [True, False]:
         if is_thin and rows > 128:
             continue
-        step = DecodeStep(model, caches, rows, context, is_thin=is_thin)
-        graph = capture(step.run)
-        step.lengths.fill_(context)
-        ms = median_ms(graph.replay)
-        yield (
-            f"decode batch {rows:3d} context {context:5d} {'thin' if is_thin else 'cuBLAS':6s} {ms:7.3f} ms "
-            f"{rows / ms * 1e3:7.0f} tok/s, roofline {roof_ms:6.3f} ms, share {roof_ms / ms:.1%}"
-        )
+        name = "thin" if is_thin else "cuBLAS"
+        yield time_step(DecodeStep(model, caches, rows, context, is_thin=is_thin), context, name, roof_ms)
+
+
+def time_step(step: DecodeStep, context: int, name: str, roof_ms: float) -> str:
+    rows, graph = len(step.x), capture(step.run)
+    step.lengths.fill_(context)
+    ms = median_ms(graph.replay)
+    return (
+        f"decode batch {rows:3d} context {context:5d} {name:6s} {ms:7.3f} ms {rows / ms * 1e3:7.0f} tok/s, "
+        f"roofline {roof_ms:6.3f} ms, share {roof_ms / ms:.1%}"
+    )
 
 
 def time_prefill(model: Model, operation_rate: float) -> Iterator[str]:
@@ -249,13 +234,17 @@ def time_prefill(model: Model, operation_rate: float) -> Iterator[str]:
             )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def step_arguments(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--no-prefill", action="store_true")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = step_arguments(__doc__).parse_args()
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
     read_rate, operation_rate = measure_rates()

@@ -8,7 +8,6 @@ for it. Checks compare logits with float32 steps: of the same 8-bit weights and 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -32,16 +31,17 @@ from gpu_model import (
     reference_decode,
     reference_prefill,
 )
-from gpu_step import DecodeStep, PrefillStep, capture, measure_rates, median_ms, relative_error
+from gpu_step import DecodeStep, PrefillStep, measure_rates, step_arguments, time_step
+from gpu_timing import median_ms, relative_error
 from torch import Tensor
 
 from tensorweave.kernels.attention.triton_decode import decode_attention
 from tensorweave.kernels.heads.triton import rope_store
 from tensorweave.kernels.linear.quantized import QuantizedRows, UnscaledProduct, scaled_linear, unscaled_linear
+from tensorweave.kernels.linear.thin_tiling import GATED, PLAIN, RESIDUAL, choose_quantized_tiling, choose_tiling
 from tensorweave.kernels.linear.triton_quantize import make_peaks, quantize
 from tensorweave.kernels.linear.triton_swiglu import silu_mul_pairs
-from tensorweave.kernels.linear.triton_thin import ResidualSum, choose_quantized_tiling, choose_tiling, thin_linear
-from tensorweave.kernels.linear.triton_thin_kernels import GATED, PLAIN, RESIDUAL
+from tensorweave.kernels.linear.triton_thin import ResidualSum, thin_linear
 from tensorweave.kernels.norm.triton import add_rms_norm, embed
 from tensorweave.kernels.weights import FP8, QuantizedWeight, quantize_weight
 
@@ -108,7 +108,9 @@ class QuantizedDecodeStep(DecodeStep):
                 self.gated, layer.down, last, tiling=self.down_tiling, peaks_MA=peaks[3],
                 out_peaks_MA=self.peaks[i + 1, 0], **shared,
             )  # fmt: skip
-        thin_linear(self.gained, self.model.head, self.logits, tiling=choose_tiling(rows, V, D, PLAIN), **scaled)
+        thin_linear(
+            self.gained, self.model.head, self.logits, tiling=choose_tiling(rows, V, D, PLAIN, has_few=True), **scaled
+        )
         self.pick()
 
     def run_wide(self) -> None:
@@ -192,14 +194,8 @@ def time_decode(model: Model, rows: int, context: int, kv: str, read_rate: float
     for is_thin in [True, False]:
         if is_thin and rows > MOST_THIN_ROWS:
             continue
-        step = QuantizedDecodeStep(model, caches, rows, context, is_thin=is_thin)
-        graph = capture(step.run)
-        step.lengths.fill_(context)
-        ms = median_ms(graph.replay)
-        yield (
-            f"decode batch {rows:3d} context {context:5d} KV {kv:4s} {'thin' if is_thin else 'scaled':6s} {ms:7.3f} ms "
-            f"{rows / ms * 1e3:7.0f} tok/s, roofline {roof_ms:6.3f} ms, share {roof_ms / ms:.1%}"
-        )
+        name = f"{'thin' if is_thin else 'scaled'}, KV {kv}"
+        yield time_step(QuantizedDecodeStep(model, caches, rows, context, is_thin=is_thin), context, name, roof_ms)
 
 
 def weight_of(layer: Layer, name: str) -> QuantizedWeight:
@@ -226,12 +222,8 @@ def time_prefill(plain: Model, model: Model, kv: str) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024])
+    parser = step_arguments(__doc__)
     parser.add_argument("--kv", nargs="+", default=["auto", "fp8"], choices=["auto", "fp8"])
-    parser.add_argument("--no-check", action="store_true")
-    parser.add_argument("--no-prefill", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False

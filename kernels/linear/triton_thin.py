@@ -12,37 +12,28 @@ W (x * gain) by 1 / rms (`squares_MQ`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tensorweave.kernels.linear.cuda_few import Residual, few_linear
+from tensorweave.kernels.linear.thin_tiling import (
+    FEW_TILING,
+    GATED,
+    PLAIN,
+    RESIDUAL,
+    Tiling,
+    choose_quantized_tiling,
+    choose_tiling,
+)
 from tensorweave.kernels.linear.triton_quantize import PEAKS_PER_ROW
-from tensorweave.kernels.linear.triton_thin_kernels import GATED, PLAIN, RESIDUAL, gemm, gemm_few, gemv
+from tensorweave.kernels.linear.triton_thin_kernels import gemm, gemm_few, gemv
 from tensorweave.kernels.weights import QuantizedWeight
 
 # M rows of x, N outputs, K inputs, Q sums of squares per row of x; blocks of BM, BN, BK; S splits of K
-
-
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """How a product is cut: blocks of `block_n` rows of the weight, `block_k` of its columns at a time.
-
-    block_m 0: one row of x, by a kernel without the matrix unit. Less than 64 rows of the weight in a block: by warps'
-    matrix instructions, for few rows of x; 64 or more: by wgmma, and then K may be split over several blocks.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int = 1
-    splits: int = 1
-
-    def num_squares(self, num_outputs: int) -> int:
-        """Sums of squares per row that a product with a `ResidualSum` writes."""
-        return -(-num_outputs // self.block_n)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,58 +64,6 @@ class ResidualSum:
     gain_N: Tensor
     gained_MN: Tensor
     squares_MQ: Tensor
-
-
-def choose_tiling(num_rows: int, num_outputs: int, num_inputs: int, epilogue: int) -> Tiling:
-    """Measured best on an H100 for the shapes of an 8B model (benchmarks/gpu_kernels.md); a guess elsewhere."""
-    if num_rows == 1:
-        wide = min(2048, _largest_power(num_inputs))
-        if epilogue == GATED:
-            return Tiling(0, 1, wide, 4)
-        return Tiling(0, 2, wide, 4) if epilogue == PLAIN and num_outputs < 65536 else Tiling(0, 4, wide, 8)
-    if num_rows <= 16 and num_outputs < 65536:
-        if num_rows <= 8:
-            return Tiling(8, 16, 512, 4, 4) if epilogue == PLAIN else Tiling(8, 16, 1024, 4, 3)
-        return Tiling(16, 16, 512, 4, 3 if epilogue == PLAIN else 4)
-    block_m = max(16, triton.next_power_of_2(num_rows))
-    assert block_m <= 128, "a thin product has at most 128 rows"
-    # So many stages that two or three blocks (to 16 rows), or one, fit on a multiprocessor: the early blocks of a
-    # dependent launch would pile up on the first that fall free (a step of 8 rows took 6.4 rather than 5.8 ms).
-    is_widest = block_m == 128
-    if num_outputs >= 65536:
-        return Tiling(block_m, 128, 64, 4, 6) if is_widest else Tiling(block_m, 128, 128, 4, 4)
-    if epilogue == GATED:
-        return Tiling(block_m, 64, 128, 4, 3 if is_widest else 4)
-    if epilogue == RESIDUAL:
-        splits = 2 if is_widest or num_inputs > 2 * num_outputs else 1
-        return Tiling(block_m, 64, 128, 4, 4 if is_widest else 6, splits)
-    return Tiling(block_m, 64, 128, 4, 5 if block_m == 16 else 4)
-
-
-def choose_quantized_tiling(num_rows: int, num_outputs: int, num_inputs: int, epilogue: int) -> Tiling:
-    """The same for a `QuantizedWeight`, measured inside a whole step."""
-    is_long = num_inputs > 2 * num_outputs
-    if num_rows == 1:
-        width = min(2048 if is_long else 1024, _largest_power(num_inputs))
-        if epilogue == GATED:
-            return Tiling(0, 4, width, 2)
-        return Tiling(0, 4 if is_long else 8, width, 4)
-    block_m = max(16, triton.next_power_of_2(num_rows))
-    assert block_m <= 128, "a thin product has at most 128 rows"
-    splits = 2 if epilogue == RESIDUAL else 1
-    if block_m == 128:
-        return Tiling(block_m, 64, 128, 4, 3 if epilogue == GATED else 4, splits)
-    if epilogue == GATED:
-        return Tiling(block_m, 64, 256, 4, 2)
-    if epilogue == RESIDUAL and block_m == 16:
-        return Tiling(block_m, 64, 512, 4, 3, splits)
-    stages = {16: 4, 32: 5, 64: 4 if is_long else 3}[block_m]
-    return Tiling(block_m, 64, 256, 4, stages, splits)
-
-
-def _largest_power(number: int) -> int:
-    """The largest power of two that divides the number; 512 if that is less, and the kernel masks the rest."""
-    return max(number & -number, 512)
 
 
 def thin_linear(
@@ -163,61 +102,143 @@ def thin_linear(
 
     Equal bits for a row whatever the other rows are, as long as the tiling is the same but for `block_m`.
     """
-    M, K = x_MK.shape
-    is_residual = isinstance(out, ResidualSum)
-    result = out.residual_MN if isinstance(out, ResidualSum) else out
-    N = result.shape[1]
-    epilogue = RESIDUAL if is_residual else GATED if is_gated else PLAIN
-    quantized = weight if isinstance(weight, QuantizedWeight) else None
-    weight_NK = weight.values_NK if isinstance(weight, QuantizedWeight) else weight
-    choose = choose_tiling if quantized is None else choose_quantized_tiling
-    tiling = tiling or choose(M, N, K, epilogue)
-    assert not (is_gated and (is_residual or bias_N is not None))
-    assert x_MK.is_contiguous()
-    assert weight_NK.is_contiguous()
-    assert weight_NK.shape == (N * 2 if is_gated else N, K)
-    assert result.is_contiguous()
-    assert (quantized is None) == (peaks_MA is None), "peaks of x go with a quantized weight"
-    sums = (out.residual_MN, out.gain_N, out.gained_MN, out.squares_MQ) if isinstance(out, ResidualSum) else (None,) * 4
-    if isinstance(out, ResidualSum):
-        assert out.squares_MQ.shape == (M, tiling.num_squares(N))
-    Q = 1 if squares_MQ is None else squares_MQ.shape[1]
-    shared = {
-        "N": N, "K": K, "Q": Q, "QP": triton.next_power_of_2(Q), "BN": tiling.block_n, "BK": tiling.block_k,
-        "EPILOGUE": epilogue, "SCALED": squares_MQ is not None, "BIAS": bias_N is not None, "PDL": pdl,
-        "num_warps": tiling.warps, "launch_pdl": pdl,
-    }  # fmt: skip
-    scaling = (None if quantized is None else quantized.scales_N, peaks_MA, out_peaks_MA)
-    scales = {"A": PEAKS_PER_ROW, "QUANTIZED": quantized is not None, "PEAKS": out_peaks_MA is not None}
-    tiles = triton.cdiv(N, tiling.block_n)
-    if not tiling.block_m:
-        assert M == 1
-        is_even = N % tiling.block_n == 0 and K % tiling.block_k == 0
-        gemv[(tiles,)](
-            x_MK, weight_NK, result, bias_N, squares_MQ, *sums, *scaling, epsilon, EVEN=is_even, **shared, **scales
-        )
-        return
-    assert tiling.block_m >= M
-    assert not (tiling.splits > 1 and (is_gated or tiling.block_n < 64))
-    if tiling.splits > 1:
-        assert workspace is not None, "a split product needs a workspace"
-        assert workspace.parts.numel() >= tiles * tiling.block_n * tiling.block_m * tiling.splits
-        assert workspace.arrived.numel() >= tiles
-    if tiling.block_n < 64:
-        assert quantized is None
-        assert out_peaks_MA is None
-        is_even = weight_NK.shape[0] % tiling.block_n == 0 and K % tiling.block_k == 0
-        rows = triton.cdiv(weight_NK.shape[0], tiling.block_n)
-        gemm_few[(rows,)](
-            x_MK, weight_NK, result, bias_N, squares_MQ, *sums, M, epsilon,
-            BM=tiling.block_m, WARPS=tiling.warps, STAGES=tiling.stages, EVEN=is_even, **shared,
-        )  # fmt: skip
-        return
-    spread = weight_NK.view(N, 2 * K) if is_gated else weight_NK
-    parts = (None, None) if workspace is None else (workspace.parts, workspace.arrived)
-    gemm[(tiles, tiling.splits)](
-        TensorDescriptor.from_tensor(x_MK, [tiling.block_m, tiling.block_k]),
-        TensorDescriptor.from_tensor(spread, [tiling.block_n, tiling.block_k]),
-        weight_NK, result, bias_N, squares_MQ, *sums, *scaling, *parts, M, epsilon,
-        BM=tiling.block_m, S=tiling.splits, STAGES=tiling.stages, **shared, **scales,
+    choose = choose_quantized_tiling if isinstance(weight, QuantizedWeight) else choose_tiling
+    rows = out.residual_MN if isinstance(out, ResidualSum) else out
+    epilogue = RESIDUAL if isinstance(out, ResidualSum) else GATED if is_gated else PLAIN
+    tiling = tiling or choose(rows.shape[0], rows.shape[1], x_MK.shape[1], epilogue)
+    product = _Product(
+        x_MK, weight, out, epilogue, bias_N, squares_MQ, epsilon, peaks_MA, out_peaks_MA,
+        tiling, workspace, pdl,
     )  # fmt: skip
+    product.check()
+    product.launch()
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """A call of `thin_linear`."""
+
+    x_MK: Tensor
+    weight: Tensor | QuantizedWeight
+    out: Tensor | ResidualSum
+    epilogue: int
+    bias_N: Tensor | None
+    squares_MQ: Tensor | None
+    epsilon: float
+    peaks_MA: Tensor | None
+    out_peaks_MA: Tensor | None
+    tiling: Tiling
+    workspace: SplitWorkspace | None
+    pdl: bool
+
+    @property
+    def weight_NK(self) -> Tensor:
+        return self.weight.values_NK if isinstance(self.weight, QuantizedWeight) else self.weight
+
+    @property
+    def scales_N(self) -> Tensor | None:
+        return self.weight.scales_N if isinstance(self.weight, QuantizedWeight) else None
+
+    @property
+    def result_MN(self) -> Tensor:
+        return self.out.residual_MN if isinstance(self.out, ResidualSum) else self.out
+
+    @property
+    def num_tiles(self) -> int:
+        return -(-self.result_MN.shape[1] // self.tiling.block_n)
+
+    def check(self) -> None:
+        (M, N), tiling, workspace = self.result_MN.shape, self.tiling, self.workspace
+        is_gated = self.epilogue == GATED
+        assert not (is_gated and self.bias_N is not None)
+        assert self.x_MK.is_contiguous()
+        assert self.weight_NK.is_contiguous()
+        assert self.weight_NK.shape == (N * 2 if is_gated else N, self.x_MK.shape[1])
+        assert self.result_MN.is_contiguous()
+        assert (self.scales_N is None) == (self.peaks_MA is None), "peaks of x go with a quantized weight"
+        assert tiling.block_m >= M or (M == 1 and not tiling.block_m)
+        if isinstance(self.out, ResidualSum):
+            assert self.out.squares_MQ.shape == (M, tiling.num_squares(N))
+        if tiling.block_m > 0 and tiling.block_n < 64:
+            assert self.scales_N is None
+            assert self.out_peaks_MA is None
+        if tiling.splits > 1:
+            assert not is_gated
+            assert tiling.block_n >= 64
+            assert workspace is not None, "a split product needs a workspace"
+            assert workspace.parts.numel() >= self.num_tiles * tiling.block_n * tiling.block_m * tiling.splits
+            assert workspace.arrived.numel() >= self.num_tiles
+
+    def launch(self) -> None:
+        if self.tiling == FEW_TILING:
+            self._run_few()
+        elif not self.tiling.block_m:
+            self._run_gemv()
+        elif self.tiling.block_n < 64:
+            self._run_gemm_few()
+        else:
+            self._run_gemm()
+
+    def _run_few(self) -> None:
+        residual = self._residual if isinstance(self.out, ResidualSum) else None
+        few_linear(
+            self.x_MK, self.weight_NK, None if residual else self.result_MN, is_gated=self.epilogue == GATED,
+            bias_N=self.bias_N, squares_MQ=self.squares_MQ, epsilon=self.epsilon, residual=residual, pdl=self.pdl,
+        )  # fmt: skip
+
+    def _run_gemv(self) -> None:
+        N, K, tiling = self.result_MN.shape[1], self.x_MK.shape[1], self.tiling
+        is_even = N % tiling.block_n == 0 and K % tiling.block_k == 0
+        gemv[(self.num_tiles,)](
+            self.x_MK, self.weight_NK, *self._operands, *self._scaling, self.epsilon, EVEN=is_even, **self._constants,
+            **self._scaling_constants,
+        )  # fmt: skip
+
+    def _run_gemm_few(self) -> None:
+        (rows, K), tiling = self.weight_NK.shape, self.tiling
+        is_even = rows % tiling.block_n == 0 and K % tiling.block_k == 0
+        gemm_few[(triton.cdiv(rows, tiling.block_n),)](
+            self.x_MK, self.weight_NK, *self._operands, len(self.x_MK), self.epsilon,
+            BM=tiling.block_m, WARPS=tiling.warps, STAGES=tiling.stages, EVEN=is_even, **self._constants,
+        )  # fmt: skip
+
+    def _run_gemm(self) -> None:
+        N, K, tiling, weight_NK = self.result_MN.shape[1], self.x_MK.shape[1], self.tiling, self.weight_NK
+        spread = weight_NK.view(N, 2 * K) if self.epilogue == GATED else weight_NK
+        parts = (None, None) if self.workspace is None else (self.workspace.parts, self.workspace.arrived)
+        gemm[(self.num_tiles, tiling.splits)](
+            TensorDescriptor.from_tensor(self.x_MK, [tiling.block_m, tiling.block_k]),
+            TensorDescriptor.from_tensor(spread, [tiling.block_n, tiling.block_k]),
+            weight_NK, *self._operands, *self._scaling, *parts, len(self.x_MK), self.epsilon,
+            BM=tiling.block_m, S=tiling.splits, STAGES=tiling.stages, **self._constants, **self._scaling_constants,
+        )  # fmt: skip
+
+    @property
+    def _residual(self) -> Residual:
+        assert isinstance(self.out, ResidualSum)
+        return self.out.residual_MN, self.out.gain_N, self.out.gained_MN, self.out.squares_MQ
+
+    @property
+    def _operands(self) -> tuple[Tensor | None, ...]:
+        residual = self._residual if isinstance(self.out, ResidualSum) else (None,) * 4
+        return self.result_MN, self.bias_N, self.squares_MQ, *residual
+
+    @property
+    def _scaling(self) -> tuple[Tensor | None, ...]:
+        return self.scales_N, self.peaks_MA, self.out_peaks_MA
+
+    @property
+    def _constants(self) -> dict[str, Any]:
+        Q, tiling = 1 if self.squares_MQ is None else self.squares_MQ.shape[1], self.tiling
+        return {
+            "N": self.result_MN.shape[1], "K": self.x_MK.shape[1], "Q": Q, "QP": triton.next_power_of_2(Q),
+            "BN": tiling.block_n, "BK": tiling.block_k, "EPILOGUE": self.epilogue,
+            "SCALED": self.squares_MQ is not None, "BIAS": self.bias_N is not None, "PDL": self.pdl,
+            "num_warps": tiling.warps, "launch_pdl": self.pdl,
+        }  # fmt: skip
+
+    @property
+    def _scaling_constants(self) -> dict[str, Any]:
+        return {
+            "A": PEAKS_PER_ROW, "QUANTIZED": self.scales_N is not None, "PEAKS": self.out_peaks_MA is not None
+        }  # fmt: skip

@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tensorweave.kernels.linear.thin_tiling import GATED, PLAIN, RESIDUAL
 from tensorweave.kernels.linear.triton_quantize import load_peaks, load_row_scales, raise_peaks, row_scale
 
 # M rows of x, N outputs, K inputs, Q sums of squares and A peaks per row of x; blocks of BM, BN, BK; S splits of K
 
-PLAIN, GATED, RESIDUAL = 0, 1, 2
 _HALF_SUMS = tl.constexpr(8)  # products of e4m3 that are summed in float16, exact each, before the sum goes to float32
 _DOWN, _UP = (
     tl.constexpr(1 / 256),

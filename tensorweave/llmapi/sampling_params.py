@@ -29,8 +29,9 @@ class SamplingParams(SamplingKnobs):
     """Greedy when temperature, top_p and top_k are all unset, or with temperature 0, top_p 0, top_k 1 or min_p 1.
 
     Order of the transforms: logits processors, biases and banned words, penalties, temperature, min_p, top_k, top_p.
-    The same seed, prompt and settings give the same tokens in any batch, on any gang, and after a recovery. Everything
-    is checked when a generation is started: what is wrong, or not supported yet, is a ValueError that names it.
+    The same seed, prompt and settings give the same tokens in any batch, on any gang, and after a recovery, as far as
+    the logits round alike: always on CPUs; docs/models.md has what holds on GPUs. Everything is checked when a
+    generation is started: what is wrong, or not supported yet, is a ValueError that names it.
 
     Args:
         end_id: End-of-sequence id instead of the tokenizer's and the model's.

@@ -25,9 +25,10 @@ fields marked *extension*.
 The logits are edited in this order: logits processors, biases and banned words, penalties, temperature, min_p, top_k,
 top_p. A request is greedy with temperature 0, top_p 0, top_k 1 or min_p 1; then the fields marked *random* have no
 effect. Without a temperature, requests over HTTP have 1, and those of the `LLM` class are greedy unless they give top_p
-or top_k. The same seed, prompt and fields give the same tokens in any batch, on any gang, and after a recovery; on a
-CPU and on a GPU too, as far as their logits round alike. Tokens whose logits differ by less than 2⁻¹⁷ times the
-temperature may count as equally likely, and top_k and top_p keep or drop such tokens together.
+or top_k. The same seed, prompt and fields give the same tokens in any batch, on any gang, and after a recovery, as far
+as the logits round alike: on CPUs they do, on GPUs it depends on how much a step has to do
+([models.md](models.md#equal-results-in-any-batch)). Tokens whose logits differ by less than 2⁻¹⁷ times the temperature
+may count as equally likely, and top_k and top_p keep or drop such tokens together.
 
 | field | range | | meaning |
 |---|---|---|---|

@@ -194,7 +194,16 @@ def test_full_grid_repeats_its_bits(num_rows: int, device: torch.device, pdl: bo
 
 @pytest.mark.parametrize(
     ("rows", "longest", "splits"),
-    [(1, 100, 1), (1, 8192, 32), (8, 1024, 8), (32, 1024, 1), (64, 1024, 2), (256, 8192, 1)],
+    [
+        (1, 100, 1),
+        (1, 8192, 32),
+        (2, 1024, 8),
+        (8, 1024, 8),
+        (16, 1024, 8),
+        (32, 1024, 1),
+        (64, 1024, 2),
+        (256, 8192, 1),
+    ],
 )
 def test_number_of_splits(rows: int, longest: int, splits: int) -> None:
     assert choose_splits(rows, 8, longest) == splits

@@ -9,16 +9,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from tensorweave.kernels.linear.quantized import QuantizedRows, UnscaledProduct, scaled_linear, unscaled_linear
+from tensorweave.kernels.linear.thin_tiling import PLAIN, RESIDUAL, Tiling, choose_quantized_tiling
 from tensorweave.kernels.linear.triton_quantize import PEAKS_PER_ROW, make_peaks, quantize
 from tensorweave.kernels.linear.triton_swiglu import silu_mul_pairs
-from tensorweave.kernels.linear.triton_thin import (
-    ResidualSum,
-    SplitWorkspace,
-    Tiling,
-    choose_quantized_tiling,
-    thin_linear,
-)
-from tensorweave.kernels.linear.triton_thin_kernels import PLAIN, RESIDUAL
+from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, thin_linear
 from tensorweave.kernels.weights import QuantizedWeight, quantize_rows, quantize_weight
 from tests.kernels.linear.test_triton_thin import EPSILON, make_squares, numbers, poisoned, relative_error
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from tensorweave.kernels.linear.thin_tiling import PLAIN, RESIDUAL, Tiling, choose_tiling
 from tensorweave.kernels.linear.triton_swiglu import silu_mul_pairs, swiglu_linear
-from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, Tiling, choose_tiling, thin_linear
-from tensorweave.kernels.linear.triton_thin_kernels import PLAIN, RESIDUAL
+from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, thin_linear
 from tensorweave.kernels.weights import interleave_gate_up
 
 pytestmark = pytest.mark.gpu

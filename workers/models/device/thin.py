@@ -12,16 +12,17 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.linear.triton_quantize import make_peaks
-from tensorweave.kernels.linear.triton_thin import (
-    ResidualSum,
-    SplitWorkspace,
+from tensorweave.kernels.cuda.program import can_run_hopper_kernels
+from tensorweave.kernels.linear.thin_tiling import (
+    GATED,
+    PLAIN,
+    RESIDUAL,
     Tiling,
     choose_quantized_tiling,
     choose_tiling,
-    thin_linear,
 )
-from tensorweave.kernels.linear.triton_thin_kernels import GATED, PLAIN, RESIDUAL
+from tensorweave.kernels.linear.triton_quantize import make_peaks
+from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, thin_linear
 from tensorweave.kernels.norm.triton import embed
 from tensorweave.kernels.weights import Matrix, QuantizedWeight
 from tensorweave.workers.models.device.buffers import StepBuffers
@@ -54,8 +55,9 @@ class ThinLayers:
         self._num_rows = num_rows
         D, device = model.hidden_size, model.device
         output, down = model.layers[0].output, model.layers[0].down
-        self._output_tiling = _choose_tiling(output, num_rows, D, output.num_inputs, RESIDUAL)
-        self._down_tiling = _choose_tiling(down, num_rows, D, down.num_inputs, RESIDUAL)
+        self._has_few = can_run_hopper_kernels(device)
+        self._output_tiling = self._choose_tiling(output, D, output.num_inputs, RESIDUAL)
+        self._down_tiling = self._choose_tiling(down, D, down.num_inputs, RESIDUAL)
         self._squares = torch.zeros(num_rows, self._down_tiling.num_squares(D), device=device)
         self._mlp_squares = torch.zeros(num_rows, self._output_tiling.num_squares(D), device=device)
         self._all_peaks = make_peaks(len(model.layers), 4, num_rows, device=device) if _is_quantized(down) else None
@@ -111,7 +113,7 @@ class ThinLayers:
             thin_linear(
                 gained, _weight(layer.gate_up), gated, is_gated=True, squares_MQ=self._mlp_squares, epsilon=epsilon,
                 peaks_MA=peaks.gate_up, out_peaks_MA=peaks.down,
-                tiling=_choose_tiling(layer.gate_up, rows, gated.shape[1], x.shape[1], GATED), pdl=True,
+                tiling=self._choose_tiling(layer.gate_up, gated.shape[1], x.shape[1], GATED), pdl=True,
             )  # fmt: skip
             last = ResidualSum(x, after_D, gained, self._squares)
             thin_linear(
@@ -121,11 +123,16 @@ class ThinLayers:
         self._product(gained, Matrix(model.head_VD), buffers.logits_RV[:rows], None)
 
     def _product(self, gained_RD: Tensor, matrix: Matrix, out_RO: Tensor, peaks_RA: Tensor | None) -> None:
-        tiling = _choose_tiling(matrix, self._num_rows, out_RO.shape[1], gained_RD.shape[1], PLAIN)
+        tiling = self._choose_tiling(matrix, out_RO.shape[1], gained_RD.shape[1], PLAIN)
         thin_linear(
             gained_RD, _weight(matrix), out_RO, bias_N=matrix.bias_N, squares_MQ=self._squares,
             epsilon=self._model.epsilon, peaks_MA=peaks_RA, tiling=tiling, workspace=self._workspace, pdl=True,
         )  # fmt: skip
+
+    def _choose_tiling(self, matrix: Matrix, num_outputs: int, num_inputs: int, epilogue: int) -> Tiling:
+        if _is_quantized(matrix):
+            return choose_quantized_tiling(self._num_rows, num_outputs, num_inputs, epilogue)
+        return choose_tiling(self._num_rows, num_outputs, num_inputs, epilogue, has_few=self._has_few)
 
 
 def _weight(matrix: Matrix) -> Tensor | QuantizedWeight:
@@ -135,8 +142,3 @@ def _weight(matrix: Matrix) -> Tensor | QuantizedWeight:
 
 def _is_quantized(matrix: Matrix) -> bool:
     return isinstance(matrix.weight_NK, QuantizedWeight)
-
-
-def _choose_tiling(matrix: Matrix, num_rows: int, num_outputs: int, num_inputs: int, epilogue: int) -> Tiling:
-    choose = choose_quantized_tiling if _is_quantized(matrix) else choose_tiling
-    return choose(num_rows, num_outputs, num_inputs, epilogue)
