@@ -97,7 +97,7 @@ class SchedulerConfig(StrictBaseModel):
         status="prototype",
         ge=1,
         description="Most prompt tokens of a step in which answers go on: fewer keep the gaps between their tokens "
-        "short. Default: 2048 on a GPU, max_num_tokens on a CPU.",
+        "short. Default: on a GPU by what waits and what runs (docs/scheduler.md), on a CPU max_num_tokens.",
     )
 
 

@@ -19,12 +19,14 @@ _GPU_BESIDE_DECODES: Final = 2048
 @dataclass(frozen=True, slots=True)
 class StepSettings:
     """At most `max_batch_size` requests and `max_num_tokens` tokens in one step, of which at most
-    `max_prompt_tokens_beside_decodes` are prompts' where requests decode. `overlaps`: a step is launched before the one
-    before it has settled."""
+    `max_prompt_tokens_beside_decodes` are prompts' where requests decode: as many as there are, or, with
+    `balances_prompts`, as many as suit what waits and what runs. `overlaps`: a step is launched before the one before
+    it has settled."""
 
     max_batch_size: int
     max_num_tokens: int
     max_prompt_tokens_beside_decodes: int
+    balances_prompts: bool
     overlaps: bool
 
     @classmethod
@@ -36,9 +38,11 @@ class StepSettings:
         disabled = args.disable_overlap_scheduler
         max_num_tokens = args.max_num_tokens or max_num_tokens
         most_beside = min(max_num_tokens, _GPU_BESIDE_DECODES) if is_gpu else max_num_tokens
+        given_beside = args.scheduler_config.max_prompt_tokens_beside_decodes
         return cls(
             max_batch_size=args.max_batch_size or max_batch_size,
             max_num_tokens=max_num_tokens,
-            max_prompt_tokens_beside_decodes=args.scheduler_config.max_prompt_tokens_beside_decodes or most_beside,
+            max_prompt_tokens_beside_decodes=given_beside or most_beside,
+            balances_prompts=is_gpu and given_beside is None,
             overlaps=args.speculative_config is None and (is_gpu if disabled is None else not disabled),
         )

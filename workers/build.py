@@ -26,6 +26,7 @@ from tensorweave.workers.engine_dir.manifest import EngineManifest
 from tensorweave.workers.engine_dir.model_digest import model_digest
 from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.executor.iteration_stats import step_limits
+from tensorweave.workers.executor.prompt_share import BalancedShare, FixedShare
 from tensorweave.workers.executor.scheduler import SimpleScheduler
 from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.gang.device import pick_device
@@ -141,7 +142,9 @@ def _make_kv_cache(args: TorchLlmArgs, info: ModelInfo, event_buffer_size: int) 
 def _make_scheduler(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -> Any:
     """A scheduler: ours, or of the user's class, which takes the same arguments."""
     scheduler_class = _load_class(args.scheduler, "scheduler", SimpleScheduler)
-    own: dict[str, Any] = {"max_prompt_tokens_beside_decodes": settings.max_prompt_tokens_beside_decodes}
+    most_beside, most = settings.max_prompt_tokens_beside_decodes, settings.max_num_tokens
+    balanced = BalancedShare(kv_cache, most_beside, most)
+    own: dict[str, Any] = {"share": balanced if settings.balances_prompts else FixedShare(most_beside)}
     own["counts_on_ends"] = args.speculative_config is None
     return scheduler_class(
         kv_cache,

@@ -10,22 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Final, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from tensorweave.cluster.context_length import context_exceeded, prompt_limit_exceeded
 from tensorweave.workers.executor.future_peak import future_peak
+from tensorweave.workers.executor.prompt_share import FixedShare, PendingContext, PromptLoad, PromptShare
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest, RequestState
 from tensorweave.workers.step.resources import BlockBudget, KVCache
+from tensorweave.workers.step.tiles import whole_tiles
 
 CapacityPolicy = Literal["GUARANTEED_NO_EVICT", "MAX_UTILIZATION", "STATIC_BATCH"]
 ChunkingPolicy = Literal["FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS"]
-
-# A request and the token at which its next chunk begins.
-PendingContext = tuple[LlmRequest, int]
-
-TILE: Final = 128
-"""Rows of a tile of a GPU's matrix products: a step of one token more computes a whole tile more."""
 
 
 class RequestScheduler(Protocol):
@@ -156,8 +152,7 @@ class MicroBatchScheduler:
     A chunk that does not end its context ends on a block boundary, unless not even one block fits in a step's budget;
     and its step holds at most a multiple of `TILE` tokens, if it holds more than 256. A new context is not split if it
     fits whole into the next step and half of this step's tokens are in use: the attention of whole prompts is faster.
-    Beside decodes, a step has at most `max_prompt_tokens_beside_decodes`, so that none of them waits long for its next
-    token.
+    How many prompt tokens it has beside decodes, `share` says.
     Without chunking a context waits until it fits whole; only one that is longer than any step (after a pause) is
     split.
     """
@@ -169,18 +164,19 @@ class MicroBatchScheduler:
         tokens_per_block: int,
         enable_chunked_prefill: bool = True,
         chunking_policy: ChunkingPolicy = "FIRST_COME_FIRST_SERVED",
-        max_prompt_tokens_beside_decodes: int | None = None,
+        share: PromptShare | None = None,
     ) -> None:
         self._max_batch_size = max_batch_size
         self._max_num_tokens = max_num_tokens
-        self._max_beside_decodes = max_prompt_tokens_beside_decodes or max_num_tokens
+        self._share = share or FixedShare(max_num_tokens)
         self._unit = tokens_per_block
         self._is_chunked = enable_chunked_prefill
         self._is_equal = chunking_policy == "EQUAL_PROGRESS"
 
     def schedule(
-        self, fitting: Sequence[LlmRequest], starts: Mapping[int, int]
+        self, fitting: Sequence[LlmRequest], starts: Mapping[int, int], refused: Sequence[LlmRequest] = ()
     ) -> tuple[tuple[StepRow, ...], tuple[StepRow, ...]]:
+        """Chunks and decodes of the step. `starts` are those of new contexts; `refused` have no room yet."""
         decoding, fetching = RequestState.GENERATION, RequestState.FETCHING
         generation = StepRow.of_decodes(fitting)
         is_all_decoding = len(generation) == len(fitting)
@@ -190,27 +186,25 @@ class MicroBatchScheduler:
         num_left = self._max_batch_size - len(generation)
         contexts = [r for r in fitting if r.state is not decoding and r.state is not fetching]
         pending = [(r, starts.get(r.order, r.num_launched)) for r in contexts[:num_left]]
-        return tuple(self._chunks(pending, len(generation))), tuple(generation)
+        limit = self._max_num_tokens
+        if generation and pending:
+            load = PromptLoad([row[0] for row in generation], pending, refused)
+            limit = min(limit, len(generation) + self._share.most_tokens(load))
+        return tuple(self._chunks(pending, len(generation), limit)), tuple(generation)
 
-    def _chunks(self, pending: Sequence[PendingContext], num_decodes: int) -> list[StepRow]:
+    def _chunks(self, pending: Sequence[PendingContext], num_decodes: int, limit: int) -> list[StepRow]:
+        """`limit` bounds the step's tokens, decodes included."""
         if not self._is_chunked:
             return self._whole(pending, self._max_num_tokens - num_decodes, num_decodes)
         chunks: list[StepRow] = []
-        limit = self._limit(num_decodes)
         if self._is_equal and sum(request.context_len - start for request, start in pending) > limit - num_decodes:
-            chunks = self._equal(pending, max(_edge(limit) - num_decodes, 0))
+            chunks = self._equal(pending, max(whole_tiles(limit, num_decodes) - num_decodes, 0))
         return chunks or self._first_come(pending, num_decodes, limit)
 
-    def _limit(self, num_decodes: int) -> int:
-        """Most tokens of a step with so many decodes."""
-        if not num_decodes:
-            return self._max_num_tokens
-        return min(self._max_num_tokens, num_decodes + self._max_beside_decodes)
-
-    def _split(self, start: int, num_used: int, limit: int, *, has_chunks: bool) -> int:
+    def _split(self, start: int, num_used: int, limit: int, edge: int, *, has_chunks: bool) -> int:
         """Length of a chunk from `start` that does not end its context, in a step of `num_used` tokens."""
         room = limit - num_used
-        to_edge = _edge(limit) - num_used
+        to_edge = edge - num_used
         rooms = (to_edge if to_edge >= 0 else room,) if has_chunks else (to_edge, room)
         for each in rooms:
             length = (start + each) // self._unit * self._unit - start
@@ -232,14 +226,14 @@ class MicroBatchScheduler:
 
     def _first_come(self, pending: Sequence[PendingContext], num_decodes: int, limit: int) -> list[StepRow]:
         chunks: list[StepRow] = []
-        num_used = num_decodes
+        num_used, edge = num_decodes, whole_tiles(limit, num_decodes)
         for request, start in pending:
             length = request.context_len - start
             if num_used + length > limit:
                 is_new = request.state is RequestState.WAITING
                 if is_new and num_decodes + length <= limit and 2 * num_used >= limit:
                     break
-                length = self._split(start, num_used, limit, has_chunks=bool(chunks))
+                length = self._split(start, num_used, limit, edge, has_chunks=bool(chunks))
                 if length:
                     chunks.append(StepRow.of_context(request, start, length))
                 break
@@ -266,9 +260,8 @@ class MicroBatchScheduler:
         ]
 
 
-def _edge(num_tokens: int) -> int:
-    """The most tokens up to this many that fill whole tiles of a product."""
-    return num_tokens // TILE * TILE if num_tokens > 2 * TILE else num_tokens
+def _has_room(request: LlmRequest, starts: Mapping[int, int]) -> bool:
+    return request.state is not RequestState.WAITING or request.order in starts
 
 
 class SimpleScheduler:
@@ -286,7 +279,7 @@ class SimpleScheduler:
         max_num_tokens: int = 2048,
         enable_chunked_prefill: bool = True,
         chunking_policy: ChunkingPolicy = "FIRST_COME_FIRST_SERVED",
-        max_prompt_tokens_beside_decodes: int | None = None,
+        share: PromptShare | None = None,
         counts_on_ends: bool = True,
     ) -> None:
         if max_batch_size < 1 or max_num_tokens < 1:
@@ -298,7 +291,7 @@ class SimpleScheduler:
             kv_cache.tokens_per_block,
             enable_chunked_prefill,
             chunking_policy,
-            max_prompt_tokens_beside_decodes,
+            share,
         )
         self._tokens_per_block = kv_cache.tokens_per_block
         self.max_request_tokens = kv_cache.max_request_tokens
@@ -311,7 +304,8 @@ class SimpleScheduler:
             fetching = [fetch for request in here if (fetch := self._fetch_of(request, plan.starts))]
             away = {row.request.order for row in fetching}
             here = tuple(request for request in here if request.order not in away)
-        context, generation = self.micro_batch.schedule(here, plan.starts)
+        refused = () if len(plan.fitting) == len(active) else [r for r in active if not _has_room(r, plan.starts)]
+        context, generation = self.micro_batch.schedule(here, plan.starts, refused)
         return ScheduledBatch(context, generation, plan.paused, tuple(fetching))
 
     def _fetch_of(self, request: LlmRequest, starts: Mapping[int, int]) -> StepRow | None:

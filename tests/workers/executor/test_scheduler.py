@@ -12,6 +12,7 @@ from tensorweave.cluster.errors import ContextTooLong
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.workers.executor.bookkeeping import book_launch, book_result
 from tensorweave.workers.executor.dry_run import DryRun
+from tensorweave.workers.executor.prompt_share import FixedShare
 from tensorweave.workers.executor.scheduler import CapacityPolicy, CapacityScheduler, SimpleScheduler
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
@@ -202,14 +203,14 @@ def test_steps_with_cut_prompts_end_on_the_edge_of_a_tile(policy: str) -> None:
 
 
 def test_a_tile_that_decodes_have_begun_is_filled() -> None:
-    loop = _loop(_requests(*[(1, 9)] * 260, (90, 1)), num_blocks=900, max_num_tokens=340, max_batch_size=300)
+    loop = _loop(_requests(*[(1, 9)] * 260, (90, 1)), num_blocks=900, max_num_tokens=312, max_batch_size=300)
     loop.step()
-    assert loop.step().num_tokens == 340
+    assert loop.step().num_tokens == 312
 
 
 def test_beside_decodes_a_step_has_few_prompt_tokens() -> None:
     """The first prompt has a step to itself; the second comes in pieces while the first answers."""
-    loop = _loop(_requests((4, 9), (40, 2)), num_blocks=40, max_batch_size=2, max_prompt_tokens_beside_decodes=16)
+    loop = _loop(_requests((4, 9), (40, 2)), num_blocks=40, max_batch_size=2, share=FixedShare(16))
     late = loop.active.pop(1)
     assert _shape(loop.step())[0] == [(0, 0, 4)]
     loop.add(late)

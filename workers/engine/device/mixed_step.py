@@ -15,22 +15,21 @@ from tensorweave.workers.engine.device.step_inputs import MixedBuffer, MixedInpu
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.model import DeviceModel
 from tensorweave.workers.models.device.wide import AllLayers, DecodeLayerAttention, MixedLayerAttention
+from tensorweave.workers.step.tiles import DECODE_ROWS, MOST_CAPTURED_ROWS, prompt_tokens_beside
 
 # T tokens of the step, R rows that sample, D hidden size
 
-_DECODES: Final = (0, 8, 32, 64, 128, 256, 512)
-_PROMPT_TOKENS: Final = (128, 256, 512)
 _MORE_CHUNKS: Final = 16
 """Chunks of a captured step beyond those that fill whole tiles."""
 
 
 def mixed_sizes(max_rows: int, max_tokens: int) -> tuple[MixedSize, ...]:
-    """Sizes that are captured, ascending: of longer steps, a GPU computes for longer than launching them takes."""
+    """Sizes that are captured, ascending: the whole steps of up to `MOST_CAPTURED_ROWS` rows that schedulers plan."""
     sizes = [
         MixedSize(decodes, tokens, min(decodes + _MORE_CHUNKS, max_rows), count_tiles(tokens) + _MORE_CHUNKS)
-        for decodes in _DECODES
-        for tokens in _PROMPT_TOKENS
-        if decodes <= max_rows and decodes + tokens <= max_tokens
+        for decodes in DECODE_ROWS
+        for tokens in prompt_tokens_beside(decodes)
+        if decodes <= max_rows and decodes + tokens <= min(max_tokens, MOST_CAPTURED_ROWS)
     ]
     return tuple(sorted(sizes, key=lambda size: (size.num_tokens, size.num_decodes)))
 
