@@ -14,6 +14,8 @@ from tensorweave.kernels.attention.triton_decode import DecodeWorkspace, choose_
 from tensorweave.kernels.device_operations import DecodeAttention, DecodeRows, PrefillPlan
 from tensorweave.kernels.heads.rotation import HeadRotation
 from tensorweave.kernels.heads.triton import rope_store
+from tensorweave.kernels.linear import cuda_wide
+from tensorweave.kernels.linear.cuda_wide import choose_wide_tiling, wide_gated_linear
 from tensorweave.kernels.linear.quantized import QuantizedRows, can_scale, scaled_linear
 from tensorweave.kernels.linear.reference import QuantizedLinear
 from tensorweave.kernels.linear.triton_quantize import quantize
@@ -55,8 +57,11 @@ class TritonOperations:
             return
         assert isinstance(weight, Tensor)
         is_wide = len(x_TD) >= _SWIGLU_ROWS and self._has_pdl  # Hopper's copy engine reads its tiles
+        tiling = choose_wide_tiling(len(x_TD))
         if is_wide and x_TD.dtype == torch.bfloat16 and gate_up.bias_N is None:
             swiglu_linear(x_TD, weight, out_TI)
+        elif tiling is not None and gate_up.bias_N is None and cuda_wide.fits(x_TD, weight):
+            wide_gated_linear(x_TD, weight, out_TI, tiling, pdl=True)
         else:
             silu_mul_pairs(F.linear(x_TD, weight, gate_up.bias_N), out_TI, pdl=self._has_pdl)
 

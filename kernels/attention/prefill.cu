@@ -101,7 +101,7 @@ __device__ __forceinline__ int item_of(int round, int cluster, int clusters) {
 }
 
 __device__ __forceinline__ void load_box(uint32_t to, const TensorMap* map, int x, int y, uint32_t barrier) {
-  if (CLUSTER == 2) load_2d_both(to, map, x, y, barrier);
+  if (CLUSTER == 2) load_2d_to(to, map, x, y, barrier, 3);
   else load_2d(to, map, x, y, barrier);
 }
 

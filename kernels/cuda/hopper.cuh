@@ -53,25 +53,23 @@ __device__ __forceinline__ void load_2d(uint32_t to, const TensorMap* map, int x
       "r"(x), "r"(y), "r"(barrier)
       : "memory");
 }
-__device__ __forceinline__ void load_2d_both(uint32_t to, const TensorMap* map, int x, int y, uint32_t barrier) {
+__device__ __forceinline__ void load_2d_to(uint32_t to, const TensorMap* map, int x, int y, uint32_t barrier, uint16_t mask) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(barrier), "h"((uint16_t)3)
+      "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(mask)
       : "memory");
 }
-__device__ __forceinline__ void load_4d_both(uint32_t to, const TensorMap* map, int x, int y, int z, int w, uint32_t barrier) {
+__device__ __forceinline__ void load_4d_to(uint32_t to, const TensorMap* map, int x, int y, int z, int w, uint32_t barrier, uint16_t mask) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(
           to),
-      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier), "h"((uint16_t)3)
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier), "h"(mask)
       : "memory");
 }
-__device__ __forceinline__ void load_5d_both(
-    uint32_t to, const TensorMap* map, int x, int y, int z, int w, int v, uint32_t barrier) {
+__device__ __forceinline__ void load_4d(uint32_t to, const TensorMap* map, int x, int y, int z, int w, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(
-          to),
-      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v), "r"(barrier), "h"((uint16_t)3)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to), "l"(map),
+      "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
       : "memory");
 }
 __device__ __forceinline__ void store_2d(const TensorMap* map, uint32_t from, int x, int y) {
@@ -83,7 +81,6 @@ __device__ __forceinline__ void store_wait_read() { asm volatile("cp.async.bulk.
 __device__ __forceinline__ void store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // Between ordinary stores to shared memory and what reads them through the copy engine or the matrix unit.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // Dependent launch.
 __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -117,9 +114,6 @@ __device__ __forceinline__ void fewer_registers() {
 // 8 x 8 matrices of 2-byte numbers: lane i has the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void store_matrices(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
-__device__ __forceinline__ void load_matrices(uint32_t at, uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(at) : "memory");
 }
 // Two numbers of 2 bytes, the first in the low half. TYPE is "bf16" or "f16".
 __device__ __forceinline__ uint32_t pack(float low, float high) {

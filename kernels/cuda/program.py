@@ -20,7 +20,8 @@ from torch import Tensor
 from tensorweave.kernels.kernel_cache import cached_binary, ensure_kernel_cache
 
 _SHARED = Path(__file__).with_name("hopper.cuh")
-_MAX_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+# CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, _PREFERRED_SHARED_MEMORY_CARVEOUT (percent)
+_MAX_SHARED_BYTES, _SHARED_SHARE = 8, 9
 # CU_TENSOR_MAP_DATA_TYPE_..., of PTX
 _ELEMENTS = {torch.float16: (6, "f16"), torch.float32: (7, "f32"), torch.bfloat16: (9, "bf16")}
 _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES = 3, 3
@@ -105,16 +106,25 @@ class Kernel:
 
     @classmethod
     def load(
-        cls, source: Path, name: str, dtype: torch.dtype, *, threads: int, shared_bytes: int, **constants: int
+        cls,
+        source: Path,
+        name: str,
+        dtype: torch.dtype,
+        *,
+        threads: int,
+        shared_bytes: int,
+        **constants: int | str,
     ) -> Kernel:
         """`constants` are defined for the preprocessor, and TYPE as PTX calls the dtype."""
-        options = [f'-DTYPE="{_ELEMENTS[dtype][1]}"', *(f"-D{key}={int(value)}" for key, value in constants.items())]
+        defined = {key: value if isinstance(value, str) else int(value) for key, value in constants.items()}
+        options = [f'-DTYPE="{_ELEMENTS[dtype][1]}"', *(f"-D{key}={value}" for key, value in defined.items())]
         cubin = compile_cubin(source, options)
         torch.cuda.current_stream()  # the context exists
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin), f"load {source.name}")
         _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"find {name}")
         _check(_driver().cuFuncSetAttribute(function, _MAX_SHARED_BYTES, shared_bytes), f"shared memory of {name}")
+        _check(_driver().cuFuncSetAttribute(function, _SHARED_SHARE, 100), f"share of shared memory of {name}")
         return cls(function, threads, shared_bytes)
 
     def max_clusters(self, cluster: int) -> int:
@@ -128,13 +138,13 @@ class Kernel:
         _check(code, f"clusters of {cluster}")
         return count.value
 
-    def launch(self, grid: tuple[int, int], arguments: ctypes.Array[ctypes.c_void_p], *, pdl: bool = False) -> None:
+    def launch(self, grid: tuple[int, ...], arguments: ctypes.Array[ctypes.c_void_p], *, pdl: bool = False) -> None:
         """On torch's current stream. `arguments` are addresses of the parameters, which are copied.
 
         `pdl`: while the kernel before still runs; this one waits for it where it must.
         """
         config = _LaunchConfig(
-            *grid, 1, self.threads, 1, 1, self.shared_bytes, torch.cuda.current_stream().cuda_stream,
+            *(*grid, 1, 1)[:3], self.threads, 1, 1, self.shared_bytes, torch.cuda.current_stream().cuda_stream,
             ctypes.pointer(_PDL), int(pdl),
         )  # fmt: skip
         code = _driver().cuLaunchKernelEx(ctypes.byref(config), self.function, arguments, None)

@@ -1,7 +1,4 @@
-"""Matrix products of many rows with what follows them, on Hopper: the counterpart of `triton_thin` for prompt chunks.
-
-The norms are folded into the products as there. The kernel is in `wide.cu`.
-"""
+"""Gated products of 193 to 1,024 rows on Hopper: `wide.cu`."""
 
 from __future__ import annotations
 
@@ -14,152 +11,128 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.cuda.program import Kernel, tensor_map
-from tensorweave.kernels.linear.triton_thin import ResidualSum
+from tensorweave.kernels.cuda.program import Kernel, can_run_hopper_kernels, tensor_map
 
-# M rows of x, N outputs, K inputs, Q sums of squares per row of x, X heads, H head dim, L positions
-# B blocks, P tokens per block, C planes of a block: keys of its heads, then their values
+# M rows of x, N rows of the weight, K inputs, I = N / 2 outputs
 
 _SOURCE: Final = Path(__file__).with_name("wide.cu")
-_PLAIN, _GATED, _RESIDUAL, _HEADS = 0, 1, 2, 3
-_BM, _BN, _BK = 128, 256, 64
+_BM, _BK = 128, 64
 _CHUNK_BYTES: Final = 64 * 64 * 2
-_STAGES: Final = {_PLAIN: 3, _GATED: 4, _RESIDUAL: 3, _HEADS: 3}
-_CHUNKS: Final = {_PLAIN: 4, _GATED: 2, _RESIDUAL: 5, _HEADS: 4}
-_GROUP_PAIRS: Final = 8
+_SHARED_BYTES: Final = 227 * 1024
+_OTHER_BYTES: Final = 1280  # of shared memory: barriers and alignment
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedHeads:
-    """Where a product's result goes when it is the query, key and value heads of tokens.
-
-    Queries and keys are rotated. Queries are written to `heads_MXH` (contiguous; its keys and values are left as they
-    were), keys and values into the cache.
+class WideTiling:
+    """How a product is cut: blocks of a cluster compute a tile each and share what they read.
 
     Args:
-        cache_BCPH: one layer's blocks, contiguous.
-        slots_M: int32, block * P + offset of each token; -1: not stored.
-        positions_M: int32.
-        rope_LH: float32, a row per position: cosines of the H/2 angles, then their sines.
+        block_n: rows of the weight in a tile, a multiple of 16 `cluster_m`, at most 256.
+        cluster_m: blocks, 1 to 3, for tiles of 128 rows below each other.
     """
 
-    heads_MXH: Tensor
-    cache_BCPH: Tensor
-    slots_M: Tensor
-    positions_M: Tensor
-    rope_LH: Tensor
+    block_n: int
+    cluster_m: int
+
+    def num_tiles(self, num_rows: int, num_weight_rows: int) -> int:
+        """Of clusters."""
+        return -(-num_rows // (self.cluster_m * _BM)) * -(-num_weight_rows // self.block_n)
+
+    @property
+    def stage_bytes(self) -> int:
+        return (_BM + self.block_n) * _BK * 2
+
+    @property
+    def result_bytes(self) -> int:
+        return 2 * -(-self.block_n // 128) * _CHUNK_BYTES
+
+    @property
+    def num_stages(self) -> int:
+        """As many as fit into shared memory beside the results."""
+        return min(8, (_SHARED_BYTES - _OTHER_BYTES - self.result_bytes) // self.stage_bytes)
+
+
+_TILINGS: Final = (
+    (193, 256, WideTiling(224, 2)),
+    (369, 384, WideTiling(224, 1)),
+    (433, 512, WideTiling(224, 2)),
+    (625, 640, WideTiling(224, 1)),
+    (753, 768, WideTiling(224, 2)),
+    (1009, 1024, WideTiling(224, 2)),
+)
+"""First and last number of rows. Between them, cuBLAS and a kernel for the activation are as fast or faster: a tile of
+128 rows of which few are there takes longer than a whole one."""
+
+
+def choose_wide_tiling(num_rows: int) -> WideTiling | None:
+    """None: cuBLAS and a kernel for the activation are not slower (benchmarks/gpu_kernels.md)."""
+    return next((tiling for first, last, tiling in _TILINGS if first <= num_rows <= last), None)
 
 
 class _Arguments(ctypes.Structure):
-    _fields_ = [
-        ("squares", ctypes.c_void_p), ("gain", ctypes.c_void_p), ("squares_out", ctypes.c_void_p),
-        ("epsilon", ctypes.c_float), ("num_squares", ctypes.c_int),
-        ("M", ctypes.c_int), ("N", ctypes.c_int), ("K", ctypes.c_int), ("group_pairs", ctypes.c_int),
-        ("rope", ctypes.c_void_p), ("positions", ctypes.c_void_p), ("slots", ctypes.c_void_p),
-        ("cache", ctypes.c_void_p), ("query_heads", ctypes.c_int), ("kv_heads", ctypes.c_int),
-        ("block_shift", ctypes.c_int),
-    ]  # fmt: skip
+    _fields_ = [("out", ctypes.c_void_p), *((name, ctypes.c_int) for name in ("M", "N", "K"))]
 
 
 @cache
-def _kernel(epilogue: int, is_scaled: bool, head_dim: int, dtype: torch.dtype, device: torch.device) -> Kernel:
-    shared_bytes = _STAGES[epilogue] * (_BM + _BN) * _BK * 2 + 2 * _CHUNKS[epilogue] * _CHUNK_BYTES + 1024 + 128
-    constants = {"EPILOGUE": epilogue, "SCALED": int(is_scaled), "H": head_dim}
+def _kernel(tiling: WideTiling, dtype: torch.dtype, device: torch.device) -> Kernel:
+    num_sums = tiling.block_n // 2
+    shared_bytes = tiling.num_stages * tiling.stage_bytes + tiling.result_bytes + _OTHER_BYTES
+    constants: dict[str, int | str] = {
+        "BN": tiling.block_n, "CM": tiling.cluster_m, "STAGES": tiling.num_stages,
+        "SUM_REGISTERS": '"{}"'.format(", ".join(f"%{i}" for i in range(num_sums))),
+        "SUM_OPERANDS": ", ".join(f'"+f"(d[{i}])' for i in range(num_sums)),
+        **{name: f'"%{num_sums + i}"' for i, name in enumerate(("X_OPERAND", "W_OPERAND", "ADDS_OPERAND"))},
+    }  # fmt: skip
     with torch.cuda.device(device):
         return Kernel.load(_SOURCE, "wide", dtype, threads=384, shared_bytes=shared_bytes, **constants)
 
 
 @cache
-def _num_clusters(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count // 2
+def _max_clusters(tiling: WideTiling, dtype: torch.dtype, device: torch.device) -> int:
+    """How many the device computes at once."""
+    with torch.cuda.device(device):
+        if tiling.cluster_m == 1:
+            return torch.cuda.get_device_properties(device).multi_processor_count
+        return _kernel(tiling, dtype, device).max_clusters(tiling.cluster_m)
 
 
-def num_wide_squares(num_outputs: int) -> int:
-    """Sums of squares per row that a product with a `ResidualSum` writes."""
-    return -(-num_outputs // _BN)
+def fits(x_MK: Tensor, weight_NK: Tensor) -> bool:
+    """Whether the kernel is for this device, type and shape."""
+    N, K = weight_NK.shape
+    is_16_bit = x_MK.dtype == weight_NK.dtype and x_MK.dtype in (torch.bfloat16, torch.float16)
+    return is_16_bit and N % 16 == 0 and K % 8 == 0 and can_run_hopper_kernels(x_MK.device)
 
 
-def wide_linear(
-    x_MK: Tensor,
-    weight_NK: Tensor,
-    out: Tensor | ResidualSum | PlacedHeads,
-    *,
-    is_gated: bool = False,
-    squares_MQ: Tensor | None = None,
-    epsilon: float = 0.0,
-    group_pairs: int = _GROUP_PAIRS,
+def wide_gated_linear(
+    x_MK: Tensor, weight_NK: Tensor, out_MI: Tensor, tiling: WideTiling, *, pdl: bool = False
 ) -> None:
-    """out = x Wᵀ for many rows, bfloat16 or float16 with float32 sums. See `thin_linear`.
+    """out = silu(x gateᵀ) * (x upᵀ), bfloat16 or float16 with float32 sums; the weight's rows alternate gate and up.
+
+    28,672 x 4,096, µs (cuBLAS and the activation), H100, 2026-11-27: 256 rows 95 (110), 384 127 (142), 448 159 (305),
+    512 161 (172), 640 202 (227), 768 238 (278), 1,024 318 (344).
 
     Args:
-        x_MK: contiguous, as all others; K a multiple of 8; with `squares_MQ`, the residual times the norm's gain.
-        weight_NK: with `is_gated`, [2 N, K], whose rows alternate gate and up, N a multiple of 8.
-        squares_MQ: float32 sums of squares of the residual whose sum over Q is that of the row; the result is
-            multiplied by 1 / sqrt(mean + epsilon).
-        group_pairs: pairs of tiles of 128 rows that share what they read of the weight.
+        x_MK: contiguous, as all others; K a multiple of 8, N of 16.
+        pdl: launch while the kernel before still runs. That kernel must not write the weight.
 
-    Equal bits for a row whatever the other rows are.
+    Equal bits for a row whatever the other rows and the tiling are.
     """
     M, K = x_MK.shape
-    rows = weight_NK.shape[0]
+    N = weight_NK.shape[0]
+    assert fits(x_MK, weight_NK)
     assert x_MK.is_contiguous()
     assert weight_NK.is_contiguous()
     assert weight_NK.shape[1] == K
+    assert out_MI.is_contiguous()
+    assert out_MI.shape == (M, N // 2)
+    assert tiling.block_n % (16 * tiling.cluster_m) == 0, "the kernel would wait for rows that no box has"
     if not M:
         return
-    arguments = _Arguments(epsilon=epsilon, M=M, N=rows, K=K, group_pairs=group_pairs)
-    head_dim = 128
-    if isinstance(out, PlacedHeads):
-        epilogue, result = _HEADS, out.heads_MXH.view(M, -1)
-        head_dim = _place(out, arguments)
-        w_map = _heads_map(weight_NK, head_dim)
-    elif is_gated:
-        assert isinstance(out, Tensor)
-        assert rows % 16 == 0
-        epilogue, result = _GATED, out
-        w_map = tensor_map(weight_NK, (K, 8, 2, rows // 16), (2 * K, K, 16 * K), (_BK, 8, 2, _BN // 32))
-    else:
-        w_map = tensor_map(weight_NK, (K, rows), (K,), (_BK, _BN // 2))
-        epilogue, result = (_PLAIN, out) if isinstance(out, Tensor) else (_RESIDUAL, out.residual_MN)
-    assert result.is_contiguous()
-    assert result.shape == (M, rows // 2 if is_gated else rows)
-    out_map = gained_map = _result_map(result)
-    if isinstance(out, ResidualSum):
-        assert out.gained_MN.is_contiguous()
-        assert out.squares_MQ.shape == (M, num_wide_squares(rows))
-        gained_map = _result_map(out.gained_MN)
-        arguments.gain, arguments.squares_out = out.gain_N.data_ptr(), out.squares_MQ.data_ptr()
-    if squares_MQ is not None:
-        arguments.squares, arguments.num_squares = squares_MQ.data_ptr(), squares_MQ.shape[1]
+    box = (_BK, 8, 2, tiling.block_n // tiling.cluster_m // 16)
+    w_map = tensor_map(weight_NK, (K, 8, 2, N // 16), (2 * K, K, 16 * K), box)
     x_map = tensor_map(x_MK, (K, M), (K,), (_BK, _BM))
-    addresses = (ctypes.c_void_p * 5)(x_map, w_map, out_map, gained_map, ctypes.addressof(arguments))
-    tiles = -(-M // (2 * _BM)) * -(-rows // _BN)
-    kernel = _kernel(epilogue, squares_MQ is not None, head_dim, x_MK.dtype, x_MK.device)
-    kernel.launch((2 * min(_num_clusters(x_MK.device), tiles), 1), addresses)
-
-
-def _result_map(result_MN: Tensor) -> int:
-    M, N = result_MN.shape
-    return tensor_map(result_MN, (N, M), (N,), (64, 64))
-
-
-def _heads_map(weight_NK: Tensor, head_dim: int) -> int:
-    """Rows in the order in which a thread needs them: 8 of a head's left half, the 8 that are rotated with them."""
-    N, K = weight_NK.shape
-    shape = (K, 8, 2, head_dim // 16, N // head_dim)
-    strides = (K, head_dim // 2 * K, 8 * K, head_dim * K)
-    return tensor_map(weight_NK, shape, strides, (_BK, 8, 2, head_dim // 16, _BN // 2 // head_dim))
-
-
-def _place(out: PlacedHeads, arguments: _Arguments) -> int:
-    _, X, H = out.heads_MXH.shape
-    _, C, P, _ = out.cache_BCPH.shape
-    assert H in (64, 128)
-    assert P & (P - 1) == 0
-    assert out.cache_BCPH.is_contiguous()
-    assert out.heads_MXH.is_contiguous()
-    assert out.slots_M.dtype == out.positions_M.dtype == torch.int32
-    arguments.rope, arguments.positions = out.rope_LH.data_ptr(), out.positions_M.data_ptr()
-    arguments.slots, arguments.cache = out.slots_M.data_ptr(), out.cache_BCPH.data_ptr()
-    arguments.query_heads, arguments.kv_heads, arguments.block_shift = X - C, C // 2, P.bit_length() - 1
-    return H
+    arguments = _Arguments(out_MI.data_ptr(), M, N, K)
+    addresses = (ctypes.c_void_p * 3)(x_map, w_map, ctypes.addressof(arguments))
+    num_clusters = min(tiling.num_tiles(M, N), _max_clusters(tiling, x_MK.dtype, x_MK.device))
+    kernel = _kernel(tiling, x_MK.dtype, x_MK.device)
+    kernel.launch((tiling.cluster_m * num_clusters,), addresses, pdl=pdl)

@@ -1,4 +1,4 @@
-"""Products of many rows by the kernel for Hopper against float64, with what follows them; equal bits at full size."""
+"""Gated products of many rows by the kernel for Hopper against float64; equal bits at full size."""
 
 from __future__ import annotations
 
@@ -7,130 +7,78 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-pytest.importorskip("triton")
-
-from tensorweave.kernels.linear.cuda_wide import PlacedHeads, num_wide_squares, wide_linear
-from tensorweave.kernels.linear.triton_thin import ResidualSum
-
-pytestmark = pytest.mark.gpu
+from tensorweave.kernels.linear.cuda_wide import WideTiling, choose_wide_tiling, wide_gated_linear
 
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 5e-4}
-EPSILON = 1e-5
-
-DTYPES = [torch.bfloat16, torch.float16]
-SHAPES = [(1, 256, 64), (300, 1040, 1000), (1000, 4096, 4096), (777, 768, 512)]
+TILINGS = [WideTiling(224, 2), WideTiling(224, 1), WideTiling(256, 1), WideTiling(192, 3), WideTiling(128, 2)]
+SHAPES = [(1, 256, 128), (129, 1520, 200), (300, 1040, 1000), (777, 768, 512)]
 
 
 def error(ours: Tensor, expected: Tensor) -> float:
-    return ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def numbers(*shape: int, device: torch.device, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, device=device) * scale).to(dtype)
-
-
-def poisoned(*shape: int, like: Tensor) -> Tensor:
-    return torch.full(shape, float("nan"), device=like.device, dtype=like.dtype)
+    return ((ours.double() - expected).norm() / expected.norm()).item()
 
 
 class Case:
-    """x, a weight and their product in float64; `factor_M1` is 1 / rms of the rows by `squares_MQ`."""
+    """x, a weight whose rows alternate gate and up, and what must come out in float64."""
 
-    def __init__(self, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.x = numbers(M, K, device=device, dtype=dtype)
-        self.weight = numbers(N, K, device=device, dtype=dtype, scale=K**-0.5)
-        self.squares_MQ = torch.rand(M, 5, device=device) * K
-        self.product = self.x.double() @ self.weight.double().T
-        self.factor_M1 = torch.rsqrt(self.squares_MQ.double().sum(1, keepdim=True) / K + EPSILON)
+    def __init__(self, M: int, N: int, K: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.x = torch.randn(M, K, device=device).to(dtype)
+        self.weight = (torch.randn(N, K, device=device) * K**-0.5).to(dtype)
+        product = self.x.double() @ self.weight.double().T
+        self.expected = F.silu(product[:, 0::2]) * product[:, 1::2]
 
-    def expected(self, is_scaled: bool) -> Tensor:
-        return self.product * self.factor_M1 if is_scaled else self.product
+    def run(self, tiling: WideTiling, rows: slice = slice(None)) -> Tensor:
+        x = self.x[rows].contiguous()
+        out = torch.full((len(x), len(self.weight) // 2), float("nan"), dtype=x.dtype, device=x.device)
+        wide_gated_linear(x, self.weight, out, tiling, pdl=True)
+        return out
 
-    def squares(self, is_scaled: bool) -> Tensor | None:
-        return self.squares_MQ if is_scaled else None
 
-
-@pytest.mark.parametrize("is_scaled", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.gpu
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
 @pytest.mark.parametrize(("M", "N", "K"), SHAPES)
-def test_product(M: int, N: int, K: int, dtype: torch.dtype, is_scaled: bool, hopper: torch.device) -> None:
-    case = Case(M, N, K, dtype, hopper)
-    out = poisoned(M, N, like=case.x)
-    wide_linear(case.x, case.weight, out, squares_MQ=case.squares(is_scaled), epsilon=EPSILON)
-    assert error(out, case.expected(is_scaled)) < TOLERANCE[dtype]
+def test_equals_the_reference(M: int, N: int, K: int, tiling: WideTiling, hopper: torch.device) -> None:
+    case = Case(M, N, K, hopper)
+    assert error(case.run(tiling), case.expected) < TOLERANCE[torch.bfloat16]
 
 
-@pytest.mark.parametrize("is_scaled", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
-def test_gated_product(M: int, N: int, K: int, dtype: torch.dtype, is_scaled: bool, hopper: torch.device) -> None:
-    case = Case(M, N, K, dtype, hopper)
-    out = poisoned(M, N // 2, like=case.x)
-    wide_linear(case.x, case.weight, out, is_gated=True, squares_MQ=case.squares(is_scaled), epsilon=EPSILON)
-    expected = case.expected(is_scaled)
-    assert error(out, F.silu(expected[:, 0::2]) * expected[:, 1::2]) < TOLERANCE[dtype]
+@pytest.mark.gpu
+def test_half_precision(hopper: torch.device) -> None:
+    case = Case(200, 1040, 520, hopper, torch.float16)
+    assert error(case.run(TILINGS[0]), case.expected) < TOLERANCE[torch.float16]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
-def test_sum_with_the_residual(M: int, N: int, K: int, dtype: torch.dtype, hopper: torch.device) -> None:
-    case = Case(M, N, K, dtype, hopper)
-    residual, gain = numbers(M, N, device=hopper, dtype=dtype), numbers(N, device=hopper, dtype=dtype)
-    expected = case.product + residual.double()
-    gained = poisoned(M, N, like=case.x)
-    squares = torch.full((M, num_wide_squares(N)), float("nan"), device=hopper)
-    wide_linear(case.x, case.weight, ResidualSum(residual, gain, gained, squares))
-    assert error(residual, expected) < TOLERANCE[dtype]
-    assert error(gained, expected * gain.double()) < 2 * TOLERANCE[dtype]
-    assert error(squares.sum(1), residual.double().square().sum(1)) < 1e-5
+@pytest.mark.gpu
+def test_a_row_has_the_same_bits_in_any_batch_and_tiling(hopper: torch.device) -> None:
+    case = Case(500, 4096, 1024, hopper)
+    whole = case.run(WideTiling(224, 2))
+    assert torch.equal(whole, case.run(WideTiling(192, 3)))
+    assert torch.equal(case.run(WideTiling(224, 1), slice(200, 330)), whole[200:330])
 
 
-@pytest.mark.parametrize("is_scaled", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("M", "N", "K", "H", "P", "D"),
-    [(300, 4, 2, 128, 32, 512), (333, 9, 3, 64, 16, 576), (200, 3, 1, 128, 128, 1000), (1, 2, 1, 64, 8, 64)],
-    ids=str,
-)
-def test_placed_heads(
-    M: int, N: int, K: int, H: int, P: int, D: int, dtype: torch.dtype, is_scaled: bool, hopper: torch.device
-) -> None:
-    case = Case(M, (N + 2 * K) * H, D, dtype, hopper)
-    positions = torch.randint(0, 500, (M,), device=hopper, dtype=torch.int32)
-    angles = torch.rand(500, H // 2, device=hopper) * 6
-    rope = torch.cat([angles.cos(), angles.sin()], -1)
-    num_blocks = -(-M // P) + 1
-    slots = torch.randperm(num_blocks * P, device=hopper)[:M].int()
-    slots[5::7] = -1
-    heads = poisoned(M, N + 2 * K, H, like=case.x)
-    cache = torch.zeros(num_blocks, 2 * K, P, H, device=hopper, dtype=dtype)
-    placed = PlacedHeads(heads, cache, slots, positions, rope)
-    wide_linear(case.x, case.weight, placed, squares_MQ=case.squares(is_scaled), epsilon=EPSILON)
-    expected = case.expected(is_scaled).view(M, -1, H)
-    cos, sin = rope[positions.long(), None].double().chunk(2, -1)
-    left, right = expected[:, : N + K].chunk(2, -1)
-    rotated = torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
-    assert error(heads[:, :N], rotated[:, :N]) < TOLERANCE[dtype]
-    expected_cache = torch.zeros(cache.shape, device=hopper, dtype=torch.float64)
-    kept = slots[slots >= 0].long()
-    expected_cache[kept // P, :, kept % P] = torch.cat([rotated[:, N:], expected[:, N + K :]], 1)[slots >= 0]
-    assert error(cache, expected_cache) < TOLERANCE[dtype]
-    assert torch.equal(cache != 0, expected_cache != 0)
-
-
-def test_a_row_has_the_same_bits_in_any_batch(hopper: torch.device) -> None:
-    case = Case(1000, 4096, 1024, torch.bfloat16, hopper)
-    whole, part = poisoned(1000, 4096, like=case.x), poisoned(130, 4096, like=case.x)
-    wide_linear(case.x, case.weight, whole)
-    wide_linear(case.x[300:430].contiguous(), case.weight, part)
-    assert torch.equal(whole[300:430], part)
-
-
+@pytest.mark.gpu
 def test_full_size_repeats_its_bits(hopper: torch.device) -> None:
-    case = Case(8192, 28672, 4096, torch.bfloat16, hopper)
-    first = poisoned(8192, 14336, like=case.x)
-    wide_linear(case.x, case.weight, first, is_gated=True)
-    for _ in range(20):
-        again = poisoned(8192, 14336, like=case.x)
-        wide_linear(case.x, case.weight, again, is_gated=True)
-        assert torch.equal(again, first)
+    case = Case(256, 28672, 4096, hopper)
+    first = case.run(WideTiling(224, 2))
+    assert error(first, case.expected) < TOLERANCE[torch.bfloat16]
+    for _ in range(50):
+        assert torch.equal(case.run(WideTiling(224, 2)), first)
+
+
+@pytest.mark.gpu
+def test_a_tiling_that_no_box_of_rows_fits(hopper: torch.device) -> None:
+    with pytest.raises(AssertionError, match="no box"):
+        Case(200, 1040, 520, hopper).run(WideTiling(144, 2))
+
+
+@pytest.mark.parametrize("rows", [193, 256, 384, 448, 512, 640, 768, 1024])
+def test_chosen_tilings_are_possible(rows: int) -> None:
+    tiling = choose_wide_tiling(rows)
+    assert tiling is not None
+    assert tiling.block_n % (16 * tiling.cluster_m) == 0
+    assert tiling.num_stages >= 3
+
+
+@pytest.mark.parametrize("rows", [1, 128, 136, 192, 257, 320, 400, 513, 700, 1025, 8192])
+def test_other_numbers_of_rows_are_for_cublas(rows: int) -> None:
+    assert choose_wide_tiling(rows) is None

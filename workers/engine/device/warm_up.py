@@ -16,6 +16,8 @@ from tensorweave.workers.step.resources import BlockCopy
 _DECODES: Final = (0, 1, 2, 4, 8, 16, 32, 64)
 """Decodes beside chunks: attention is compiled for each way in which it splits the keys of so many rows."""
 _CHUNK: Final = 64
+_PROMPTS: Final = (384, 256)
+"""Products of about so many tokens have kernels of their own (`kernels.linear.cuda_wide`)."""
 
 
 @dataclass(slots=True)
@@ -61,6 +63,9 @@ def run_step(engine: DeviceEngine, num_prompt_tokens: int, num_decodes: int) -> 
 def warm_up_mixed_steps(engine: DeviceEngine, max_rows: int, max_tokens: int) -> None:
     """Compile what steps with prompt chunks need. The largest step comes first."""
     run_step(engine, max_tokens, 0)
+    for num_tokens in _PROMPTS:
+        if num_tokens < max_tokens:
+            run_step(engine, num_tokens, 0)
     for num_decodes in _DECODES:
         if num_decodes < min(max_rows, max_tokens):
             run_step(engine, min(_CHUNK, max_tokens - num_decodes), num_decodes)
