@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorweave.kernels.attention import cuda_prefill, triton_prefill
+from tensorweave.kernels.attention import cuda_decode, cuda_prefill, triton_prefill
 from tensorweave.kernels.attention.triton_decode import DecodeWorkspace, choose_splits, decode_attention
 from tensorweave.kernels.device_operations import DecodeAttention, DecodeRows, PrefillPlan
 from tensorweave.kernels.heads.rotation import HeadRotation
@@ -143,6 +143,13 @@ class TritonDecodeAttention:
         rotation: HeadRotation | None,
         peaks_RA: Tensor | None = None,
     ) -> None:
+        is_whole = self.num_splits == 1 and rotation is not None
+        if is_whole and cuda_decode.fits(heads_RXH, cache_BCPH, out_RNH.shape[1]):
+            cuda_decode.decode_attention(
+                heads_RXH, cache_BCPH, self.rows.state.tables_SW, self.rows.lengths_R, out_RNH, scale=scale,
+                rotation=rotation, window=window, slots_R=self.rows.slots_R, peaks_RA=peaks_RA, pdl=self.pdl,
+            )  # fmt: skip
+            return
         decode_attention(
             heads_RXH, cache_BCPH, self.rows.state.tables_SW, self.rows.lengths_R, out_RNH, self.workspace,
             scale=scale, num_splits=self.num_splits, rotation=rotation, window=window, slots_R=self.rows.slots_R,
