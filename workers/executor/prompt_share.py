@@ -22,11 +22,13 @@ PendingContext = tuple[LlmRequest, int]
 
 
 class PromptLoad(NamedTuple):
-    """What a step could compute: `pending` have room in the KV cache, `refused` have none yet."""
+    """What a step could compute. `waiting` are the requests beside `pending`, and `has_room` says whether the KV cache
+    has room for all of them."""
 
     decodes: Sequence[LlmRequest]
     pending: Sequence[PendingContext]
-    refused: Sequence[LlmRequest]
+    waiting: Sequence[LlmRequest] = ()
+    has_room: bool = True
 
 
 class PromptShare(Protocol):
@@ -80,15 +82,16 @@ class BalancedShare:
 
     def most_tokens(self, load: PromptLoad) -> int:
         num_decodes = len(load.decodes)
-        if load.refused:
+        if not load.has_room:
             return self._pace(load)
-        if len(load.pending) >= num_decodes:
+        if len(load.pending) + len(load.waiting) >= num_decodes:
             return self._full
         now_s = self._kv_cache.now_s
-        waited_s = now_s - min(request.arrival_s for request, _ in load.pending)
-        if waited_s >= _PATIENCE * (now_s - fmean(request.arrival_s for request in load.decodes)):
+        waited_s = now_s - min([request.arrival_s for request, _ in load.pending])
+        if waited_s >= _PATIENCE * (now_s - fmean([request.arrival_s for request in load.decodes])):
             return self._whole(num_decodes, self._most)
-        num_waiting = sum(request.context_len - start for request, start in load.pending)
+        num_waiting = sum([request.context_len - start for request, start in load.pending])
+        num_waiting += sum([request.context_len for request in load.waiting])
         least = (4 if num_decodes > _FEW_DECODES else 2) * TILE - rows_of_decodes(num_decodes)
         return self._whole(num_decodes, max(least, _EAGERNESS * math.sqrt(num_waiting * num_decodes)))
 
@@ -106,8 +109,8 @@ class BalancedShare:
         begins within s steps, where n (c + o - s / 2) tokens fit. Outputs may become shorter than `max_tokens`, and
         then this is too slow: so it is never less than a few tiles a step.
         """
-        prompt = fmean(request.context_len for request in load.refused)
-        output = fmean(request.max_len - request.context_len for request in load.refused)
+        prompt = fmean([request.context_len for request in load.waiting])
+        output = fmean([request.max_len - request.context_len for request in load.waiting])
         num_tokens = _ROOM * self._kv_cache.num_blocks * self._kv_cache.tokens_per_block
         fitting = num_tokens / (prompt + output / 2)
         num_decodes = len(load.decodes)
@@ -115,7 +118,7 @@ class BalancedShare:
             if num_decodes >= _WIDE:
                 return 0
             fitting = _WIDE
-        num_requests = num_decodes + len(load.pending) + len(load.refused)
+        num_requests = num_decodes + len(load.pending) + len(load.waiting)
         num_each = num_requests / math.ceil(num_requests / fitting)
         num_steps = min(output, 2 * (prompt + output - num_tokens / num_each))
         rate = num_each / num_steps if num_steps > 0 else fitting / output

@@ -8,6 +8,7 @@ scheduler of your own in its place.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
@@ -37,11 +38,13 @@ class RequestScheduler(Protocol):
 
 
 class CapacityPlan(NamedTuple):
-    """`fitting` may run, in the order of `active`; `starts` says where the contexts of new ones begin, by `order`."""
+    """`fitting` may run, in the order of `active`; `starts` says where the contexts of new ones begin, by `order`. With
+    `has_room`, the waiting ones that are not among them would fit, too."""
 
     fitting: tuple[LlmRequest, ...]
     starts: Mapping[int, int] = MappingProxyType({})
     paused: tuple[LlmRequest, ...] = ()
+    has_room: bool = False
 
 
 class CapacityScheduler:
@@ -53,15 +56,24 @@ class CapacityScheduler:
     - MAX_UTILIZATION counts what the next step needs (of a context all of it, and a block to go on); where that does
       not fit, the last started requests pause.
     - STATIC_BATCH is GUARANTEED_NO_EVICT, but lets requests in only when none runs.
+
+    It lets no more in once those that it has let in have `max_new_tokens` prompt tokens to compute: a step does not
+    begin more, and looking at hundreds takes longer than a small model's step.
     """
 
     def __init__(
-        self, kv_cache: KVCache, policy: CapacityPolicy, max_requests: int, counts_on_ends: bool = True
+        self,
+        kv_cache: KVCache,
+        policy: CapacityPolicy,
+        max_requests: int,
+        counts_on_ends: bool = True,
+        max_new_tokens: int = sys.maxsize,
     ) -> None:
         self._kv_cache = kv_cache
         self._policy = policy
         self._max_requests = max_requests
         self._counts_on_ends = counts_on_ends
+        self._max_new_tokens = max_new_tokens
         # What the first waiting request was refused by, and how many blocks were to be had in the step before.
         self._refused: tuple[int, ...] = ()
         self._num_available = 0
@@ -123,27 +135,31 @@ class CapacityScheduler:
         that uses an ending one's blocks keeps them; it may still fit without counting on ends.
         """
         starts: dict[int, int] = {}
-        num_left = self._max_requests - len(started)
-        for request in active if num_left > 0 else ():
-            if request.state is not RequestState.WAITING:
-                continue
+        num_left, num_new_tokens, has_room = self._max_requests - len(started), 0, True
+        waiting = iter([r for r in active if r.state is RequestState.WAITING] if num_left > 0 else ())
+        for request in waiting:
             num_tokens = request.max_len - 1
             if headroom is not None:
                 num_tokens = min(num_tokens, request.context_len + headroom)
             quote = budget.quote(request, num_tokens)
             num_kept = min(quote.num_kept, num_ending)
             if quote.num_blocks + num_kept > budget.num_left:
+                has_room = False
                 break
             budget.take(quote)
             budget.reserve(num_kept)
             num_ending -= num_kept
             starts[request.order] = quote.start
-            if len(starts) == num_left:
+            num_new_tokens += request.context_len - quote.start if request.fetch is None else 0
+            if len(starts) == num_left or num_new_tokens >= self._max_new_tokens:
                 break
         if not starts:
             return CapacityPlan(tuple(started))
-        waiting = RequestState.WAITING
-        return CapacityPlan(tuple(r for r in active if r.order in starts or r.state is not waiting), starts)
+        rest, size = list(waiting), self._kv_cache.tokens_per_block
+        has_room &= len(starts) + len(rest) <= num_left
+        has_room = has_room and sum([r.max_len // size + 1 for r in rest]) <= budget.num_left
+        fitting = tuple([r for r in active if r.order in starts or r.state is not RequestState.WAITING])
+        return CapacityPlan(fitting, starts, has_room=has_room)
 
 
 class MicroBatchScheduler:
@@ -174,9 +190,15 @@ class MicroBatchScheduler:
         self._is_equal = chunking_policy == "EQUAL_PROGRESS"
 
     def schedule(
-        self, fitting: Sequence[LlmRequest], starts: Mapping[int, int], refused: Sequence[LlmRequest] = ()
+        self,
+        fitting: Sequence[LlmRequest],
+        starts: Mapping[int, int],
+        waiting: Sequence[LlmRequest] = (),
+        *,
+        has_room: bool = True,
     ) -> tuple[tuple[StepRow, ...], tuple[StepRow, ...]]:
-        """Chunks and decodes of the step. `starts` are those of new contexts; `refused` have no room yet."""
+        """Chunks and decodes of the step. `starts` are those of new contexts; `waiting` are other requests, for which
+        there is room or not."""
         decoding, fetching = RequestState.GENERATION, RequestState.FETCHING
         generation = StepRow.of_decodes(fitting)
         is_all_decoding = len(generation) == len(fitting)
@@ -188,7 +210,7 @@ class MicroBatchScheduler:
         pending = [(r, starts.get(r.order, r.num_launched)) for r in contexts[:num_left]]
         limit = self._max_num_tokens
         if generation and pending:
-            load = PromptLoad([row[0] for row in generation], pending, refused)
+            load = PromptLoad([row[0] for row in generation], pending, waiting, has_room)
             limit = min(limit, len(generation) + self._share.most_tokens(load))
         return tuple(self._chunks(pending, len(generation), limit)), tuple(generation)
 
@@ -260,10 +282,6 @@ class MicroBatchScheduler:
         ]
 
 
-def _has_room(request: LlmRequest, starts: Mapping[int, int]) -> bool:
-    return request.state is not RequestState.WAITING or request.order in starts
-
-
 class SimpleScheduler:
     """Capacity, then micro-batch. At most `max_batch_size` requests hold blocks, so that each can run in every step.
 
@@ -284,7 +302,9 @@ class SimpleScheduler:
     ) -> None:
         if max_batch_size < 1 or max_num_tokens < 1:
             raise ValueError(f"max_batch_size {max_batch_size} and max_num_tokens {max_num_tokens} must be at least 1")
-        self.capacity = CapacityScheduler(kv_cache, policy, min(max_batch_size, max_num_tokens), counts_on_ends)
+        max_new_tokens = max_num_tokens if chunking_policy == "FIRST_COME_FIRST_SERVED" else sys.maxsize
+        max_requests = min(max_batch_size, max_num_tokens)
+        self.capacity = CapacityScheduler(kv_cache, policy, max_requests, counts_on_ends, max_new_tokens)
         self.micro_batch = MicroBatchScheduler(
             max_batch_size,
             max_num_tokens,
@@ -304,8 +324,11 @@ class SimpleScheduler:
             fetching = [fetch for request in here if (fetch := self._fetch_of(request, plan.starts))]
             away = {row.request.order for row in fetching}
             here = tuple(request for request in here if request.order not in away)
-        refused = () if len(plan.fitting) == len(active) else [r for r in active if not _has_room(r, plan.starts)]
-        context, generation = self.micro_batch.schedule(here, plan.starts, refused)
+        waiting: list[LlmRequest] = []
+        if len(plan.fitting) < len(active):
+            waiting = [r for r in active if r.state is RequestState.WAITING and r.order not in plan.starts]
+        has_room = plan.has_room or not waiting
+        context, generation = self.micro_batch.schedule(here, plan.starts, waiting, has_room=has_room)
         return ScheduledBatch(context, generation, plan.paused, tuple(fetching))
 
     def _fetch_of(self, request: LlmRequest, starts: Mapping[int, int]) -> StepRow | None:

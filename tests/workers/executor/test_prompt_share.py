@@ -40,7 +40,7 @@ def _asked(
     kv = KVCacheManager(blocks, 32)
     kv.now_s = NOW_S
     share = BalancedShare(kv, MOST, FULL)
-    return share.most_tokens(PromptLoad(decodes, [(request, 0) for request in pending], refused))
+    return share.most_tokens(PromptLoad(decodes, [(request, 0) for request in pending], refused, has_room=not refused))
 
 
 def test_a_prompt_alone_fills_what_its_step_leaves() -> None:
@@ -96,7 +96,7 @@ def test_no_decode_is_begun_that_costs_a_tile_more_than_it_gains() -> None:
 
 
 def test_a_number_that_was_given_stays() -> None:
-    assert FixedShare(300).most_tokens(PromptLoad(_requests(8, 1.0), [(_request(9, 10, 1), 0)], ())) == 300
+    assert FixedShare(300).most_tokens(PromptLoad(_requests(8, 1.0), [(_request(9, 10, 1), 0)])) == 300
 
 
 # ---- sizes

@@ -120,6 +120,19 @@ def test_max_utilization_pauses_the_least_urgent() -> None:
     assert paused == [0]
 
 
+@pytest.mark.parametrize(("num_blocks", "has_room"), [(200, True), (190, False), (20, False)])
+def test_no_more_are_let_in_than_a_step_begins(num_blocks: int, has_room: bool) -> None:
+    """Ten requests of 20 blocks; what a plan does not look at is counted without what is cached."""
+    kv = KVCacheManager(num_blocks, 4)
+    scheduler = CapacityScheduler(kv, "GUARANTEED_NO_EVICT", 16, max_new_tokens=100)
+    plan = scheduler.schedule_request(_requests(*[(50, 29)] * 10))
+    num_let_in = min(2, num_blocks // 20)
+    assert list(plan.starts) == list(range(num_let_in))
+    assert plan.has_room is has_room
+    few = CapacityScheduler(kv, "GUARANTEED_NO_EVICT", 9, max_new_tokens=100)
+    assert not few.schedule_request(_requests(*[(50, 29)] * 10)).has_room, "nine at most"
+
+
 def test_no_evict_would_not_have_let_the_second_in() -> None:
     loop = _loop(_requests((8, 13), (8, 13)), num_blocks=8)
     assert _shape(loop.step())[0] == [(0, 0, 8)]
