@@ -50,6 +50,38 @@ def _prefetch_l2(ptr):
     )
 
 
+@triton.jit
+def _merge(
+    acc, high, total, out, parts_ptr, stats_ptr, arrived_ptr, peaks_ptr, row, head, split, K: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, H: tl.constexpr, S: tl.constexpr, PEAKS: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    """Leave this program's part for the last program of the row and head to arrive, which adds them all."""
+    d = tl.arange(0, H)
+    g = tl.arange(0, GP)
+    live = (g < G)[:, None]
+    first_part = (row * K + head) * S
+    mine = (first_part + split) * G + g
+    tl.store(parts_ptr + mine[:, None] * H + d[None, :], acc, mask=live)
+    tl.store(stats_ptr + mine * 2, high, mask=g < G)
+    tl.store(stats_ptr + mine * 2 + 1, total, mask=g < G)
+    tl.debug_barrier()  # all threads' parts are written before this program is counted
+    if tl.atomic_add(arrived_ptr + row * K + head, 1, sem="acq_rel") == S - 1:
+        tl.store(arrived_ptr + row * K + head, 0)
+        z = tl.arange(0, S)
+        peak = 0.0
+        for i in tl.static_range(G):  # .cg: parts of other multiprocessors, which the level-1 cache does not know
+            part = (first_part + z) * G + i
+            tops = tl.load(stats_ptr + part * 2, cache_modifier=".cg")
+            factor = tl.exp2(tops - tl.max(tops, 0))
+            sums = tl.sum(tl.load(stats_ptr + part * 2 + 1, cache_modifier=".cg") * factor, 0)
+            each = tl.load(parts_ptr + part[:, None] * H + d[None, :], cache_modifier=".cg")
+            merged = (tl.sum(each * factor[:, None], 0) / tl.where(sums > 0, sums, 1.0)).to(out.dtype.element_ty)
+            tl.store(out + i * H + d, merged)
+            peak = tl.maximum(peak, tl.max(tl.abs(merged.to(tl.float32)), 0))
+        if PEAKS:
+            raise_peaks(peaks_ptr, row * A + head % A, peak, None)
+
+
 @triton.jit(
     do_not_specialize=["row_stride", "table_stride", "window"],
     do_not_specialize_on_alignment=["slots_ptr", "lengths_ptr"],  # they may begin anywhere in a buffer
@@ -156,29 +188,10 @@ def _decode(
             peak = tl.max(tl.max(tl.where(live, tl.abs(result.to(tl.float32)), 0.0), 1), 0)
             raise_peaks(peaks_ptr, row * A + head % A, peak, None)
     else:
-        first_part = (row * K + head) * S
-        mine = (first_part + split) * G + g
-        tl.store(parts_ptr + mine[:, None] * H + d[None, :], acc, mask=live)
-        tl.store(stats_ptr + mine * 2, high, mask=g < G)
-        tl.store(stats_ptr + mine * 2 + 1, total, mask=g < G)
-        tl.debug_barrier()  # all threads' parts are written before this program is counted
-        if tl.atomic_add(arrived_ptr + row * K + head, 1, sem="acq_rel") == S - 1:
-            tl.store(arrived_ptr + row * K + head, 0)
-            z = tl.arange(0, S)
-            peak = 0.0
-            for i in tl.static_range(G):  # .cg: parts of other multiprocessors, which the level-1 cache does not know
-                part = (first_part + z) * G + i
-                tops = tl.load(stats_ptr + part * 2, cache_modifier=".cg")
-                factor = tl.exp2(tops - tl.max(tops, 0))
-                sums = tl.sum(tl.load(stats_ptr + part * 2 + 1, cache_modifier=".cg") * factor, 0)
-                each = tl.load(parts_ptr + part[:, None] * H + d[None, :], cache_modifier=".cg")
-                merged = (tl.sum(each * factor[:, None], 0) / tl.where(sums > 0, sums, 1.0)).to(
-                    out_ptr.dtype.element_ty
-                )
-                tl.store(out + i * H + d, merged)
-                peak = tl.maximum(peak, tl.max(tl.abs(merged.to(tl.float32)), 0))
-            if PEAKS:
-                raise_peaks(peaks_ptr, row * A + head % A, peak, None)
+        _merge(
+            acc, high, total, out, parts_ptr, stats_ptr, arrived_ptr, peaks_ptr, row, head, split, K, G, GP, H, S,
+            PEAKS, A,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,54 @@ def _fma_half(a, b, c):
 
 
 @triton.jit
+def _empty_half(acc, half, BN: tl.constexpr, BK: tl.constexpr):
+    """Sums in float16 go to those in float32."""
+    return acc + half.to(tl.float32), tl.zeros((BN, BK), tl.float16)
+
+
+@triton.jit
+def _products(w, x, mask, EVEN: tl.constexpr):
+    products = w.to(tl.float32) * x[None, :]
+    return products if EVEN else tl.where(mask, products, 0.0)
+
+
+@triton.jit
+def _finish_one(
+    acc, acc_up, n, squares, scale, scale_up, x_scale, residual, gain, epsilon, out_ptr, bias_ptr, residual_ptr,
+    gained_ptr, squares_out_ptr, peaks_out_ptr, N: tl.constexpr, K: tl.constexpr, A: tl.constexpr,
+    EPILOGUE: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, QUANTIZED: tl.constexpr, PEAKS: tl.constexpr,
+):  # fmt: skip
+    """What follows the product of one row."""
+    y = tl.sum(acc, 1)
+    if QUANTIZED:
+        y *= scale * (x_scale * _UP)
+    if SCALED:
+        factor = _rstd(tl.sum(squares, 0), K, epsilon)
+        y *= factor
+    if BIAS:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    if EPILOGUE == _GATED:
+        y_up = tl.sum(acc_up, 1)
+        if QUANTIZED:
+            y_up *= scale_up * (x_scale * _UP)
+        if SCALED:
+            y_up *= factor
+        y = _silu(y) * y_up
+    if EPILOGUE == _RESIDUAL:
+        y = (y + residual).to(residual_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(residual_ptr + n, y.to(residual_ptr.dtype.element_ty), mask=n < N)
+        result = (y * gain).to(gained_ptr.dtype.element_ty)
+        tl.store(gained_ptr + n, result, mask=n < N)
+        tl.store(squares_out_ptr + tl.program_id(0), tl.sum(y * y, 0))
+    else:
+        result = y.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + n, result, mask=n < N)
+    if PEAKS:
+        peak = tl.max(tl.where(n < N, tl.abs(result.to(tl.float32)), 0.0), 0)
+        raise_peaks(peaks_out_ptr, tl.program_id(0) % A, peak, None)
+
+
+@triton.jit
 def gemv(
     x_ptr, w_ptr, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr, gained_ptr, squares_out_ptr,
     scales_ptr, peaks_ptr, peaks_out_ptr, epsilon,
@@ -54,6 +102,7 @@ def gemv(
     w = tl.load(row, mask=first_mask, eviction_policy="evict_first")  # weights do not change: before the wait
     if EPILOGUE == _GATED:
         up = tl.load(row + K, mask=first_mask, eviction_policy="evict_first")
+    gain, residual, squares, scale, scale_up, x_scale = None, None, None, None, None, None
     if EPILOGUE == _RESIDUAL:
         gain = tl.load(gain_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     if QUANTIZED:
@@ -93,46 +142,17 @@ def gemv(
             if EPILOGUE == _GATED:
                 half_up = _fma_half(up.to(tl.float16), x16, half_up)
             if (start // BK) % _HALF_SUMS == _HALF_SUMS - 1 or start + BK >= K:
-                acc += half.to(tl.float32)
-                half = tl.zeros((BN, BK), tl.float16)
+                acc, half = _empty_half(acc, half, BN, BK)
                 if EPILOGUE == _GATED:
-                    acc_up += half_up.to(tl.float32)
-                    half_up = tl.zeros((BN, BK), tl.float16)
-        elif EVEN:
-            acc += w.to(tl.float32) * x[None, :]
-            if EPILOGUE == _GATED:
-                acc_up += up.to(tl.float32) * x[None, :]
+                    acc_up, half_up = _empty_half(acc_up, half_up, BN, BK)
         else:
-            acc += tl.where(mask, w.to(tl.float32) * x[None, :], 0.0)
+            acc += _products(w, x, mask, EVEN)
             if EPILOGUE == _GATED:
-                acc_up += tl.where(mask, up.to(tl.float32) * x[None, :], 0.0)
-    y = tl.sum(acc, 1)
-    if QUANTIZED:
-        y *= scale * (x_scale * _UP)
-    if SCALED:
-        factor = _rstd(tl.sum(squares, 0), K, epsilon)
-        y *= factor
-    if BIAS:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    if EPILOGUE == _GATED:
-        y_up = tl.sum(acc_up, 1)
-        if QUANTIZED:
-            y_up *= scale_up * (x_scale * _UP)
-        if SCALED:
-            y_up *= factor
-        y = _silu(y) * y_up
-    if EPILOGUE == _RESIDUAL:
-        y = (y + residual).to(residual_ptr.dtype.element_ty).to(tl.float32)
-        tl.store(residual_ptr + n, y.to(residual_ptr.dtype.element_ty), mask=n < N)
-        result = (y * gain).to(gained_ptr.dtype.element_ty)
-        tl.store(gained_ptr + n, result, mask=n < N)
-        tl.store(squares_out_ptr + tl.program_id(0), tl.sum(y * y, 0))
-    else:
-        result = y.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + n, result, mask=n < N)
-    if PEAKS:
-        peak = tl.max(tl.where(n < N, tl.abs(result.to(tl.float32)), 0.0), 0)
-        raise_peaks(peaks_out_ptr, tl.program_id(0) % A, peak, None)
+                acc_up += _products(up, x, mask, EVEN)
+    _finish_one(
+        acc, acc_up, n, squares, scale, scale_up, x_scale, residual, gain, epsilon, out_ptr, bias_ptr, residual_ptr,
+        gained_ptr, squares_out_ptr, peaks_out_ptr, N, K, A, EPILOGUE, SCALED, BIAS, QUANTIZED, PEAKS,
+    )  # fmt: skip
 
 
 @triton.jit
