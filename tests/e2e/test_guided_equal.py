@@ -16,6 +16,7 @@ import pytest
 
 from tensorweave.cluster.guide import Guide
 from tensorweave.cluster.protocol import SamplingSpec
+from tensorweave.cluster.speculation_config import NGramDecodingConfig
 from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.gang.report_channel import open_report_channel
 from tensorweave.workers.guided.guides import Guides, RankGuides
@@ -175,8 +176,9 @@ def test_what_ends_has_its_form(asked: Any, expected: list[Answer]) -> None:
         {"overlaps": True},
         {"overlaps": True, "is_on_device": True},
         {"policy": "MAX_UTILIZATION", "kv_cache_config": {"max_tokens": 1024}, "size": 2},
+        {"speculative": NGramDecodingConfig(max_draft_len=3)},
     ],
-    ids=["two ranks", "three ranks", "chunks of a block", "overlap", "device", "preempted"],
+    ids=["two ranks", "three ranks", "chunks of a block", "overlap", "device", "preempted", "drafts"],
 )
 def test_the_same_seeds_give_the_same_tokens(
     way: dict[str, Any], make_gang: Callable[..., Gang], asked: Any, expected: list[Answer]
