@@ -13,6 +13,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 
 from tensorweave.cluster.guide import Guide
 from tensorweave.cluster.protocol import SamplingSpec
@@ -24,7 +25,10 @@ from tensorweave.workers.guided.trials import Trials
 from tensorweave.workers.guided.vocabulary import TokenizerSource
 from tests.llmapi.small_llm import write_small_model
 from tests.router.small_tokenizers import byte_level
+from tests.workers.tiny_models import make_model
 from tests.workers.transfer_drive import Answer, Gang, model_gang, run_aggregated, run_disaggregated, tcp_carriers
+
+MakeGuides = Callable[[Comm], Guides]
 
 NUM_SEEDS = 6
 MAX_TOKENS = 100
@@ -116,10 +120,12 @@ def trials(model: Path) -> Iterator[SharedTrials]:
 
 
 @pytest.fixture(scope="module")
-def make_gang(model: Path, trials: SharedTrials) -> Callable[..., Gang]:
-    def guides(comm: Comm) -> Guides:
-        return RankGuides(comm.rank, comm.size, trials, open_report_channel(comm, "127.0.0.1"))
+def guides(trials: SharedTrials) -> MakeGuides:
+    return lambda comm: RankGuides(comm.rank, comm.size, trials, open_report_channel(comm, "127.0.0.1"))
 
+
+@pytest.fixture(scope="module")
+def make_gang(model: Path, guides: MakeGuides) -> Callable[..., Gang]:
     def make(size: int = 1, make_carrier: Any = None, **knobs: Any) -> Gang:
         return model_gang(model, size, make_carrier, make_guides=guides, **{"kv_cache_config": CACHE, **knobs})
 
@@ -146,13 +152,10 @@ def expected(make_gang: Callable[..., Gang], asked: Any) -> list[Answer]:
         return run_aggregated(gang, asked[0], asked[1])
 
 
-def told(answers: Sequence[Answer]) -> list[Any]:
-    return [(answer.tokens, answer.finish_reason, answer.stop_reason) for answer in answers]
-
-
-def test_what_ends_has_its_form(asked: Any, expected: list[Answer]) -> None:
+def check_forms(asked: Any, answers: Sequence[Answer]) -> dict[str, set[str]]:
+    """Return the texts that have ended, by guide."""
     ended: dict[str, set[str]] = {}
-    for name, sampling, answer in zip(asked[2], asked[1], expected, strict=True):
+    for name, sampling, answer in zip(asked[2], asked[1], answers, strict=True):
         if answer.finish_reason != "stop":
             assert answer.finish_reason == "length"
             assert len(answer.tokens) == MAX_TOKENS
@@ -163,6 +166,15 @@ def test_what_ends_has_its_form(asked: Any, expected: list[Answer]) -> None:
         ended.setdefault(name, set()).add(text)
         if sampling.num_logprobs is not None:
             assert len(answer.logprobs) == len(answer.tokens)
+    return ended
+
+
+def told(answers: Sequence[Answer]) -> list[Any]:
+    return [(answer.tokens, answer.finish_reason, answer.stop_reason) for answer in answers]
+
+
+def test_what_ends_has_its_form(asked: Any, expected: list[Answer]) -> None:
+    ended = check_forms(asked, expected)
     assert ended.keys() == GUIDES.keys(), "each guide has an answer that has ended"
     assert sum(map(len, ended.values())) > 2 * len(GUIDES)
 
@@ -197,3 +209,15 @@ def test_the_prefill_gang_chooses_the_first_token_with_the_grammar(
 ) -> None:
     with make_gang(sizes[0], tcp_carriers, name="P") as prefill, make_gang(sizes[1], tcp_carriers, name="D") as decode:
         assert told(run_disaggregated(prefill, decode, asked[0], asked[1])) == told(expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_on_a_gpu(overlaps: bool, asked: Any, guides: MakeGuides, tmp_path: Path) -> None:
+    """Steps are replayed from CUDA graphs; the bits are applied between the forward's and the sampling's."""
+    make_model("llama_llama3", tmp_path, vocab_size=len(byte_level().backend), eos_token_id=None)
+    knobs = {"device": "cuda", "is_on_device": True, "overlaps": overlaps, "kv_cache_config": CACHE}
+    with model_gang(tmp_path, 1, None, make_guides=guides, **knobs) as gang:
+        assert check_forms(asked, run_aggregated(gang, asked[0], asked[1])).keys() == GUIDES.keys()
+        gang.wait_idle()

@@ -231,9 +231,10 @@ def stepped_gang(
 
 def model_gang(path: Path, size: int = 1, make_carrier: MakeCarrier | None = tcp_carriers, **knobs: Any) -> Gang:
     kv, on_device = knobs.pop("kv_cache_config", {}), knobs.pop("is_on_device", False)
+    device = knobs.pop("device", "cpu")
 
     def make_engine(comm: Comm) -> Any:
-        return load_engine(engine_args(path, kv_cache_config=kv), comm, is_on_device=on_device)
+        return load_engine(engine_args(path, kv_cache_config=kv, device=device), comm, is_on_device=on_device)
 
     return Gang(make_engine, size, make_carrier, **knobs)
 
