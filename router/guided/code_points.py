@@ -14,6 +14,7 @@ ANY: Final[Ranges] = ((0, 0xD7FF), (0xE000, 0x10FFFF))
 LINE_ENDS: Final[Ranges] = ((0x0A, 0x0A), (0x0D, 0x0D), (0x2028, 0x2029))
 DIGITS: Final[Ranges] = ((0x30, 0x39),)
 WORD: Final[Ranges] = ((0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A))
+ESCAPED_IN_JSON: Final[Ranges] = ((0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C))
 SPACE: Final[Ranges] = ((0x09, 0x0D), (0x20, 0x20))
 _UNICODE_SPACE: Final[Ranges] = (
     (0x09, 0x0D),
@@ -55,6 +56,10 @@ def without(ranges: Ranges, removed: Ranges) -> Ranges:
     return tuple(kept)
 
 
+def overlap(ranges: Ranges, others: Ranges) -> Ranges:
+    return without(ranges, complement(others))
+
+
 def complement(ranges: Ranges) -> Ranges:
     return without(ANY, ranges)
 
@@ -62,6 +67,12 @@ def complement(ranges: Ranges) -> Ranges:
 def not_space() -> Ranges:
     """`\\S`."""
     return complement(_UNICODE_SPACE)
+
+
+def widest(ranges: Ranges) -> Ranges:
+    """What any dialect counts to `\\d`, `\\w` or `\\s`, if `ranges` is one of them; for classes that are negated."""
+    narrow: dict[Ranges, Callable[[], Ranges]] = {DIGITS: not_digit, WORD: not_word, SPACE: not_space}
+    return complement(narrow[ranges]()) if ranges in narrow else ranges
 
 
 @functools.cache

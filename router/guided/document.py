@@ -14,10 +14,11 @@ Schema = bool | dict[str, Any]
 
 
 class SchemaDocument:
-    """Made by `read_document`."""
+    """Made by `read_document`. `has_unevaluated`: it may have unevaluatedProperties somewhere."""
 
-    def __init__(self, root: Schema) -> None:
+    def __init__(self, root: Schema, *, has_unevaluated: bool = False) -> None:
         self.root = root
+        self.has_unevaluated = has_unevaluated
         self._id = root.get("$id") if isinstance(root, dict) else None
 
     def pointer_of(self, reference: Any, at: str) -> str:
@@ -63,7 +64,8 @@ def read_document(schema: str | dict[str, Any] | bool, limits: GuidedLimits) -> 
         raise Refusal(None, "", f"the schema is no JSON: {error.msg} at byte {error.pos}") from None
     if (depth := depth_of(root)) > limits.max_depth:
         raise Refusal(None, "", f"the schema is nested {depth} levels deep; the limit is {limits.max_depth}")
-    return SchemaDocument(as_schema(root, ""))
+    has_unevaluated = ("unevaluated" if isinstance(text, str) else b"unevaluated") in text  # type: ignore[operator]
+    return SchemaDocument(as_schema(root, ""), has_unevaluated=has_unevaluated)
 
 
 def check_size(text: str | bytes, limits: GuidedLimits) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any, Final
 
-from tensorweave.router.guided import pattern
+from tensorweave.router.guided import expressions, pattern
 from tensorweave.router.guided.document import step
+from tensorweave.router.guided.expressions import Expression, PatternError
 from tensorweave.router.guided.formats import (
     FORMATS,
     FORMATS_OF_PATTERNS,
@@ -16,7 +17,6 @@ from tensorweave.router.guided.formats import (
     UNBOUND_ENCODINGS,
     UNBOUND_FORMATS,
 )
-from tensorweave.router.guided.pattern import Expression, PatternError
 from tensorweave.router.guided.refusal import Refusal
 from tensorweave.router.guided.shapes import ANYTHING, Array, Bound, Number, Object, Text, Union, Values
 
@@ -132,7 +132,7 @@ class FamilyReader:
                     raise Refusal("propertyNames", at, "is not enforced beside properties and patternProperties")
                 if patterns and (least or most is not None):
                     raise Refusal("propertyNames", at, "with both an expression and a length is not enforced")
-                name = patterns[0] if patterns else pattern.Repeat(pattern.ANY_CHAR, least, most)
+                name = patterns[0] if patterns else expressions.Repeat(expressions.ANY_CHAR, least, most)
                 value = ANYTHING if shape.rest is None else shape.rest
                 return Object({}, shape.required, ((name, value),), (), shape.least, shape.most, at)
         if names == ANYTHING:
@@ -163,7 +163,7 @@ class FamilyReader:
 
 
 def check_pattern_size(parsed: Expression, limit: int) -> None:
-    if (num_chars := pattern.size(parsed)) > limit:
+    if (num_chars := expressions.size(parsed)) > limit:
         raise PatternError(f"with its repetitions written out it has {num_chars} characters; the limit is {limit}")
 
 

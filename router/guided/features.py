@@ -1,7 +1,9 @@
-"""Which backend enforces what, as data: the result of the experiments that tests/router/guided repeats.
+"""Which form of a guide enforces what, as data: the result of the experiments that tests/router/guided repeats.
 
-A shape has some of these features; a backend that enforces all features of a schema gets it, xgrammar first, because
-it takes a tenth of the time per token.
+A schema has some of these features; the first form that enforces all of them is used. Per token of SmolLM2's vocabulary
+(49,152), on one core of an EPYC, xgrammar takes 10 to 20 µs, but 25 ms within a string of bounded length and up to 70
+ms within a URI; llguidance takes 20 to 100 µs, at times 8 ms. So what xgrammar does not read itself goes to llguidance,
+except where only xgrammar can be used.
 """
 
 from __future__ import annotations
@@ -9,66 +11,93 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Final
+from typing import Any, Final, Literal
 
-from tensorweave.cluster.guide import GUIDE_BACKENDS, GuideBackend
+from tensorweave.cluster.guide import BackendChoice
+from tensorweave.router.guided import code_points
+from tensorweave.router.guided.expressions import Chars, Choice, Expression, Repeat, alphabet, size
+from tensorweave.router.guided.expressions import Sequence as Parts
 from tensorweave.router.guided.settle import inner_unions
-from tensorweave.router.guided.shapes import Bound, Number, Object, Text, Union
+from tensorweave.router.guided.shapes import Bound, Number, Object, Text, Union, Values
+
+Form = Literal["schema", "grammar", "llguidance"]
+"""A schema for xgrammar, our own grammar for xgrammar (`ebnf.py`), a schema for llguidance."""
+
+FORMS: Final[dict[BackendChoice, tuple[Form, ...]]] = {
+    "auto": ("schema", "llguidance"),
+    "xgrammar": ("schema", "grammar"),
+    "llguidance": ("llguidance",),
+}
+"""The forms that each backend of a configuration allows, in the order of preference."""
 
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """One of `keywords` in this position or combination, and who enforces it there."""
+    """One of `keywords` in this position or combination, and the forms that enforce it there."""
 
     keywords: tuple[str, ...]
     where: str
-    backends: frozenset[GuideBackend]
+    forms: frozenset[Form]
 
 
-_BOTH: Final = frozenset(GUIDE_BACKENDS)
-_XGRAMMAR: Final = frozenset[GuideBackend]({"xgrammar"})
-_LLGUIDANCE: Final = frozenset[GuideBackend]({"llguidance"})
-_NOBODY: Final = frozenset[GuideBackend]()
+_ALL: Final = frozenset[Form]({"schema", "grammar", "llguidance"})
+_NOT_SCHEMA: Final = frozenset[Form]({"grammar", "llguidance"})
+_SCHEMA: Final = frozenset[Form]({"schema"})
+_LLGUIDANCE: Final = frozenset[Form]({"llguidance"})
+_NOBODY: Final = frozenset[Form]()
 
 _BOUNDS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _COUNTS: Final = ("minProperties", "maxProperties")
 
+_STRINGS: Final = ("pattern", "format", "contentEncoding", "minLength", "maxLength", "propertyNames")
+
 FEATURES: Final[dict[str, Feature]] = {
     "length": Feature(("minLength", "maxLength", "propertyNames"), "", _LLGUIDANCE),
-    "pattern": Feature(("pattern", "format", "contentEncoding", "propertyNames"), "", _LLGUIDANCE),
-    "bounds": Feature(_BOUNDS, "within 15 digits", _BOTH),
-    "small bounds": Feature(_BOUNDS, "with more than 6 decimals", _LLGUIDANCE),
-    "int64 bounds": Feature(_BOUNDS, "of more than 15 digits", _XGRAMMAR),
-    "large bounds": Feature(_BOUNDS, "of more than 15 digits", _NOBODY),
+    "pattern": Feature(_STRINGS, "", _NOT_SCHEMA),
+    "heavy pattern": Feature(_STRINGS, "of this size, or that quotes, backslashes or line ends match", _LLGUIDANCE),
+    "several": Feature(_STRINGS, "beside another keyword of these", _LLGUIDANCE),
+    "control characters": Feature(
+        ("enum", "const", "properties", "required"), "with control characters", frozenset({"schema", "grammar"})
+    ),
+    "bounds": Feature(_BOUNDS, "within 15 digits", _ALL),
+    "small bounds": Feature(_BOUNDS, "with more than 6 decimals", _NOT_SCHEMA),
+    "int64 bounds": Feature(_BOUNDS, "of more than 15 digits", _SCHEMA),
+    "large bounds": Feature(_BOUNDS, "of more than 15 digits, or 12 decimals", _NOBODY),
     "multiple": Feature(("multipleOf",), "", _LLGUIDANCE),
     "fine multiple": Feature(("multipleOf",), "with more than 6 decimals", _NOBODY),
-    "closed object": Feature(("properties",), "without others", _BOTH),
-    "map": Feature(("additionalProperties",), "without properties", _BOTH),
-    "open object": Feature(("additionalProperties",), "beside properties", _LLGUIDANCE),
-    "key pattern": Feature(("patternProperties", "propertyNames"), "", _LLGUIDANCE),
+    "closed object": Feature(("properties",), "without others", _ALL),
+    "map": Feature(("additionalProperties",), "without properties", _ALL),
+    "open object": Feature(("additionalProperties",), "beside properties", _NOT_SCHEMA),
+    "key pattern": Feature(("patternProperties", "propertyNames"), "", _NOT_SCHEMA),
+    "key pattern and others": Feature(("patternProperties", "propertyNames"), "of this kind", _LLGUIDANCE),
     "key patterns": Feature(("patternProperties",), "with several expressions", _NOBODY),
-    "number of properties": Feature(_COUNTS, "without additional properties", _XGRAMMAR),
-    "number of keys": Feature(_COUNTS, "of a map", _BOTH),
+    "number of properties": Feature(_COUNTS, "without additional properties", _SCHEMA),
+    "number of keys": Feature(_COUNTS, "of a map", _ALL),
     "number of any properties": Feature(_COUNTS, "in this combination", _NOBODY),
 }
 
 _MAX_DIGITS: Final = Decimal(10) ** 15
 _INT64: Final = 2**63
+_MAX_LIGHT_SIZE: Final = 200
+_MAX_LIGHT_REPEATS: Final = 8
 _MAX_DECIMALS: Final = 6
+_MAX_GRAMMAR_DECIMALS: Final = 12
 
 
 def features_of(union: Union) -> Iterator[tuple[str, str]]:
     """The features of a union and of all that is in it, each with the JSON pointer of its schema; what the union refers
     to is not followed."""
     for shape in union:
-        if isinstance(shape, Text | Number | Object):
+        if isinstance(shape, Text | Number | Object | Values):
             yield from ((name, shape.at) for name in _features(shape))
         for inner in inner_unions(shape):
             yield from features_of(inner)
 
 
-def _features(shape: Text | Number | Object) -> Iterator[str]:
+def _features(shape: Text | Number | Object | Values) -> Iterator[str]:
     match shape:
+        case Values():
+            return iter(["control characters"] if _has_controls(shape.values) else [])
         case Text():
             return _of_text(shape)
         case Number():
@@ -76,11 +105,42 @@ def _features(shape: Text | Number | Object) -> Iterator[str]:
     return _of_object(shape)
 
 
+def _has_controls(value: Any) -> bool:
+    """Characters that JSON writes with \\u, which llguidance leaves out if it may not write \\u."""
+    match value:
+        case str():
+            return any(char < " " and char not in "\b\f\n\r\t" for char in value)
+        case list() | tuple():
+            return any(map(_has_controls, value))
+        case dict():
+            return _has_controls([*value, *value.values()])
+    return False
+
+
 def _of_text(text: Text) -> Iterator[str]:
-    if text.least or text.most is not None:
+    has_length = text.least > 0 or text.most is not None
+    if len(text.patterns) > 1 or (text.patterns and has_length):
+        yield "several"
+    elif text.patterns:
+        yield "heavy pattern" if _is_heavy(text.patterns[0]) else "pattern"
+    elif has_length:
         yield "length"
-    if text.patterns:
-        yield "pattern"
+
+
+def _is_heavy(expression: Expression) -> bool:
+    """Whether xgrammar may take more than 10 ms per token for it, in a grammar of ours."""
+    has_escapes = code_points.overlap(alphabet(expression), code_points.ESCAPED_IN_JSON)
+    return bool(has_escapes) or size(expression) > _MAX_LIGHT_SIZE or _has_long_repeats(expression)
+
+
+def _has_long_repeats(expression: Expression) -> bool:
+    match expression:
+        case Repeat(part, _, most):
+            is_long = not isinstance(part, Chars) and most is not None and most > _MAX_LIGHT_REPEATS
+            return is_long or _has_long_repeats(part)
+        case Parts(parts) | Choice(parts):
+            return any(map(_has_long_repeats, parts))
+    return False
 
 
 def _of_number(number: Number) -> Iterator[str]:
@@ -94,7 +154,10 @@ def _of_number(number: Number) -> Iterator[str]:
 def _bound_feature(bound: Bound, is_integer: bool) -> str:
     if abs(bound.value) >= _MAX_DIGITS:
         return "int64 bounds" if is_integer and -_INT64 <= bound.value < _INT64 else "large bounds"
-    return "bounds" if is_integer or _num_decimals(bound.value) <= _MAX_DECIMALS else "small bounds"
+    num_decimals = 0 if is_integer else _num_decimals(bound.value)
+    if num_decimals > _MAX_GRAMMAR_DECIMALS:
+        return "large bounds"
+    return "bounds" if num_decimals <= _MAX_DECIMALS else "small bounds"
 
 
 def _num_decimals(value: Decimal) -> int:
@@ -104,8 +167,11 @@ def _num_decimals(value: Decimal) -> int:
 
 
 def _of_object(shape: Object) -> Iterator[str]:
+    if _has_controls(list(shape.properties)):
+        yield "control characters"
     if shape.patterns:
-        yield "key pattern"
+        is_alone = not shape.properties and not shape.rest and not _is_heavy(shape.patterns[0][0])
+        yield "key pattern" if is_alone else "key pattern and others"
         if len(shape.patterns) > 1:
             yield "key patterns"
     elif not shape.rest:

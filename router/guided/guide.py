@@ -8,14 +8,15 @@ from typing import Any, Final
 import orjson
 
 from tensorweave.cluster.errors import RequestRejected
-from tensorweave.cluster.guide import BackendChoice, Guide, GuideBackend
-from tensorweave.router.guided import pattern
+from tensorweave.cluster.guide import BackendChoice, Guide, GuideBackend, GuideKind
+from tensorweave.router.guided import expressions, pattern
 from tensorweave.router.guided.document import SchemaDocument, check_size, read_document
+from tensorweave.router.guided.ebnf import write_grammar
+from tensorweave.router.guided.expressions import PatternError
 from tensorweave.router.guided.families import check_pattern_size
-from tensorweave.router.guided.features import FEATURES, features_of
+from tensorweave.router.guided.features import FEATURES, FORMS, Form, features_of
 from tensorweave.router.guided.limits import GuidedLimits
 from tensorweave.router.guided.params import GuideParams
-from tensorweave.router.guided.pattern import Expression, PatternError
 from tensorweave.router.guided.read import SchemaReader
 from tensorweave.router.guided.refusal import Refusal
 from tensorweave.router.guided.settle import SettledSchema, settle
@@ -23,19 +24,15 @@ from tensorweave.router.guided.structural_tag import write_structural_tag
 from tensorweave.router.guided.write import write_schema, written_schema
 
 _ANY_OBJECT: Final = {"type": "object"}
-_BACKENDS: Final[dict[BackendChoice, tuple[GuideBackend, ...]]] = {
-    "auto": ("xgrammar", "llguidance"),
-    "xgrammar": ("xgrammar",),
-    "llguidance": ("llguidance",),
-}
-"""The backends that may be used, in this order."""
 _MAX_XGRAMMAR_PATTERN: Final = 1000
+"""Its compilation takes 0.3 s for so many repetitions of a class."""
 
 
 class _Writer:
     def __init__(self, params: GuideParams, backend: BackendChoice, limits: GuidedLimits) -> None:
         self._params = params
-        self._backends = _BACKENDS[backend]
+        self._forms = FORMS[backend]
+        self._backend: GuideBackend = "llguidance" if backend == "llguidance" else "xgrammar"
         self._limits = limits
         asked = params.max_whitespace
         self._max_whitespace = limits.max_whitespace if asked is None else min(asked, limits.max_whitespace)
@@ -52,13 +49,16 @@ class _Writer:
         return writers[kind]()
 
     def _json(self, schema: Any) -> Guide:
-        settled, backend = self._settled(schema, self._backends)
+        settled, form = self._settled(schema, self._forms)
+        if form == "grammar":
+            return Guide("ebnf", write_grammar(settled, self._max_whitespace))
+        backend: GuideBackend = "xgrammar" if form == "schema" else "llguidance"
         return Guide("json_schema", write_schema(settled, backend), backend, self._max_whitespace)
 
-    def _settled(self, schema: Any, allowed: Sequence[GuideBackend]) -> tuple[SettledSchema, GuideBackend]:
+    def _settled(self, schema: Any, allowed: Sequence[Form]) -> tuple[SettledSchema, Form]:
         document = read_document(schema, self._limits)
         settled = read_settled(document, self._limits, closes_objects=self._params.disable_additional_properties)
-        return settled, choose_backend(document, settled, allowed)
+        return settled, choose_form(document, settled, allowed)
 
     def _regex(self) -> Guide:
         assert self._params.regex is not None
@@ -70,7 +70,8 @@ class _Writer:
             check_pattern_size(parsed, self._limits.max_pattern_size)
         except PatternError as error:
             raise Refusal(None, "", f"the regular expression cannot be enforced: {error}") from None
-        return Guide("regex", pattern.write(parsed), self._backends[-1 if _is_large(parsed) else 0])
+        is_large = "llguidance" in self._forms and expressions.size(parsed) > _MAX_XGRAMMAR_PATTERN
+        return Guide("regex", expressions.write(parsed), "llguidance" if is_large else self._backend)
 
     def _choice(self) -> Guide:
         choices = self._params.choice
@@ -80,30 +81,32 @@ class _Writer:
             raise Refusal(None, "", "must be a list of strings")
         check_size("".join(choices), self._limits)
         try:
-            parsed = pattern.Choice(tuple(map(pattern.literal, dict.fromkeys(choices))))
+            parsed = expressions.Choice(tuple(map(expressions.literal, dict.fromkeys(choices))))
         except PatternError as error:
             raise Refusal(None, "", str(error)) from None
-        return Guide("regex", pattern.write(parsed), self._backends[0])
+        return Guide("regex", expressions.write(parsed), self._backend)
 
     def _grammar(self) -> Guide:
         assert self._params.grammar is not None
         check_size(self._params.grammar, self._limits)
         if not self._params.grammar.strip():
             raise Refusal(None, "", "the grammar is empty")
-        backend = self._backends[0]
-        return Guide("lark" if backend == "llguidance" else "ebnf", self._params.grammar, backend)
+        kind: GuideKind = "lark" if self._backend == "llguidance" else "ebnf"
+        return Guide(kind, self._params.grammar, self._backend)
 
     def _structural_tag(self) -> Guide:
-        if self._backends[0] == "llguidance":
+        if self._backend == "llguidance":
             raise Refusal(None, "", "structural tags need the backend xgrammar; this service has llguidance")
         tag = self._params.structural_tag
         check_size(tag if isinstance(tag, str) else orjson.dumps(tag), self._limits)
         text = write_structural_tag(tag, self._limits, self._max_whitespace, self._schema_in_tag)
         return Guide("structural_tag", text, "xgrammar")
 
-    def _schema_in_tag(self, schema: Any) -> dict[str, Any]:
-        settled, backend = self._settled(schema, ("xgrammar",))
-        return written_schema(settled, backend)
+    def _schema_in_tag(self, schema: Any, *, is_json: bool) -> dict[str, Any]:
+        settled, form = self._settled(schema, ("schema", "grammar") if is_json else ("schema",))
+        if form == "grammar":
+            return {"type": "grammar", "grammar": write_grammar(settled, self._max_whitespace)}
+        return {"json_schema": written_schema(settled, "xgrammar")}
 
 
 def guide_for(
@@ -139,31 +142,25 @@ def guide_for(
         raise RequestRejected(f"{name}: {refusal.message}", param=name) from None
 
 
-def _is_large(expression: Expression) -> bool:
-    """xgrammar takes more than 0.3 s to compile 1,000 repetitions of a class."""
-    return pattern.size(expression) > _MAX_XGRAMMAR_PATTERN
-
-
 def read_settled(document: SchemaDocument, limits: GuidedLimits, *, closes_objects: bool = False) -> SettledSchema:
     """Raises Refusal."""
     return settle(SchemaReader(document, limits).union_at, closes_objects=closes_objects)
 
 
-def choose_backend(document: SchemaDocument, schema: SettledSchema, allowed: Sequence[GuideBackend]) -> GuideBackend:
-    """The first backend that enforces all of the schema. Raises a Refusal that names what none of them enforces."""
-    found = dict.fromkeys(pair for union in schema.unions() for pair in features_of(union))
-    missing = {b: [pair for pair in found if b not in FEATURES[pair[0]].backends] for b in allowed}
-    for backend in allowed:
-        if not missing[backend]:
-            return backend
-    everywhere = [pair for pair in missing[allowed[0]] if all(pair in others for others in missing.values())]
-    (name, at), whom = (everywhere or missing[allowed[0]])[0], "any backend" if len(allowed) > 1 else allowed[0]
-    where = FEATURES[name].where
-    if everywhere:
-        raise Refusal(_keyword(document, name, at), at, f"{where} is not enforced by {whom}".strip())
-    other, other_at = missing["llguidance"][0]
-    reason = f"{where} is enforced by llguidance only, and {_keyword(document, other, other_at)!r} at {other_at!r}"
-    raise Refusal(_keyword(document, name, at), at, f"{reason} {FEATURES[other].where} by xgrammar only".strip())
+def choose_form(document: SchemaDocument, schema: SettledSchema, allowed: Sequence[Form]) -> Form:
+    """The first form that enforces all of the schema. Raises a Refusal that names what none of them enforces."""
+    found = list(dict.fromkeys(pair for union in schema.unions() for pair in features_of(union)))
+    missing = {form: [pair for pair in found if form not in FEATURES[pair[0]].forms] for form in allowed}
+    for form in allowed:
+        if not missing[form]:
+            return form
+    whom = "any backend" if allowed == FORMS["auto"] else "llguidance" if "llguidance" in allowed else "xgrammar"
+    for name, at in found:
+        if not FEATURES[name].forms & set(allowed):
+            raise Refusal(_keyword(document, name, at), at, f"{FEATURES[name].where} is not enforced by {whom}".strip())
+    (name, at), (other, other_at) = missing[allowed[0]][0], missing[allowed[-1]][0]
+    reason = f"{FEATURES[name].where} is not enforced together with {_keyword(document, other, other_at)!r}".strip()
+    raise Refusal(_keyword(document, name, at), at, f"{reason} at {other_at!r} {FEATURES[other].where}".strip())
 
 
 def _keyword(document: SchemaDocument, name: str, at: str) -> str:

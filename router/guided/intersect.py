@@ -61,10 +61,10 @@ class Intersection:
                 return self._expanded(pointer, right)
             case _, Reference(pointer):
                 return self._expanded(pointer, left)
-            case Values(values), Values(others):
-                return _values(value for value in values if any(same_json(value, other) for other in others))
-            case (Values(values), other) | (other, Values(values)):
-                return _values(value for value in values if _allows(other, value))
+            case Values(values, at), Values(others):
+                return _values((value for value in values if any(same_json(value, other) for other in others)), at)
+            case (Values(values, at), other) | (other, Values(values, at)):
+                return _values((value for value in values if _allows(other, value)), at)
             case Text(), Text():
                 return _texts(left, right)
             case Number(), Number():
@@ -164,9 +164,9 @@ def _as_written(union: Union) -> Union:
     )
 
 
-def _values(values: Iterable[Any]) -> Union:
+def _values(values: Iterable[Any], at: str) -> Union:
     kept = tuple(values)
-    return (Values(kept),) if kept else ()
+    return (Values(kept, at),) if kept else ()
 
 
 def _allows(shape: Shape, value: Any) -> bool:

@@ -8,11 +8,21 @@ is written in a small dialect: groups, alternatives, repetitions and classes of 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Final
 
 from tensorweave.router.guided import code_points
 from tensorweave.router.guided.code_points import Ranges
+from tensorweave.router.guided.expressions import (
+    ANY_TEXT,
+    Anchor,
+    Chars,
+    Choice,
+    Expression,
+    PatternError,
+    Repeat,
+    Sequence,
+    single_point,
+)
 
 MAX_REPEAT: Final = 100_000
 MAX_GROUP_DEPTH: Final = 50
@@ -30,49 +40,6 @@ _HEX: Final = re.compile(r"x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1
 _LOW_SURROGATE: Final = re.compile(r"\\u([dD][c-fC-F][0-9A-Fa-f]{2})")
 
 
-class PatternError(ValueError):
-    """The expression is malformed, or nobody enforces what it asks for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chars:
-    """One character of a set."""
-
-    ranges: Ranges
-
-
-@dataclass(frozen=True, slots=True)
-class Sequence:
-    parts: tuple[Expression, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    parts: tuple[Expression, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Repeat:
-    """`most` None: without bound."""
-
-    part: Expression
-    least: int
-    most: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Anchor:
-    """`^` or `$`."""
-
-    is_start: bool
-
-
-Expression = Chars | Sequence | Choice | Repeat | Anchor
-
-ANY_CHAR: Final = Chars(code_points.ANY)
-ANY_TEXT: Final = Repeat(ANY_CHAR, 0, None)
-
-
 def parse_search(text: str) -> Expression:
     """The language of all strings in which the expression matches somewhere, as JSON Schema's `pattern` means it."""
     return Choice(tuple(_whole(alternative, ANY_TEXT) for alternative in _alternatives(_Parser(text).parse())))
@@ -83,86 +50,15 @@ def parse_match(text: str) -> Expression:
     return Choice(tuple(_whole(alternative, Sequence(())) for alternative in _alternatives(_Parser(text).parse())))
 
 
-def literal(text: str) -> Expression:
-    return Sequence(tuple(Chars(_point(ord(char))) for char in text))
-
-
-def alphabet(expression: Expression) -> Ranges:
-    """All characters that the expression names."""
-    match expression:
-        case Chars(ranges):
-            return ranges
-        case Repeat(part):
-            return alphabet(part)
-        case Sequence(parts) | Choice(parts):
-            return code_points.union(*map(alphabet, parts))
-        case Anchor():
-            return ()
-
-
-def size(expression: Expression) -> int:
-    """How many characters it has with all bounded repetitions written out: what an automaton of it grows with."""
-    match expression:
-        case Chars():
-            return 1
-        case Repeat(part, least, most):
-            return size(part) * max(1, least + 1 if most is None else most)
-        case Sequence(parts) | Choice(parts):
-            return sum(map(size, parts))
-        case Anchor():
-            return 0
-
-
-def write(expression: Expression) -> str:
-    """In the dialect of both backends."""
-    match expression:
-        case Chars(ranges):
-            return _write_class(ranges)
-        case Sequence(parts):
-            return "".join(f"(?:{write(part)})" if isinstance(part, Choice) else write(part) for part in parts)
-        case Choice(parts):
-            return "|".join(map(write, parts))
-        case Repeat(part, 0, most) if most is not None:
-            return f"(?:{write(Repeat(part, 1, most))}|)" if most else ""
-        case Repeat(part, 1, 1):
-            return write(Sequence((part,)))
-        case Repeat(part, least, most):
-            inner = write(part) if isinstance(part, Chars) else f"(?:{write(part)})"
-            return inner + _write_count(least, most)
-        case Anchor():
-            raise AssertionError("anchors are gone by now")
-
-
-def _write_count(least: int, most: int | None) -> str:
-    match least, most:
-        case 0, None:
-            return "*"
-        case 1, None:
-            return "+"
-        case _, None:
-            return f"{{{least},}}"
-    return f"{{{least},{most}}}"
-
-
-def _write_class(ranges: Ranges) -> str:
-    if len(ranges) == 1 and ranges[0][0] == ranges[0][1]:
-        return _write_point(ranges[0][0])
-    ends = (_write_point(low) if low == high else f"{_write_point(low)}-{_write_point(high)}" for low, high in ranges)
-    return f"[{''.join(ends)}]"
-
-
-def _write_point(point: int) -> str:
-    char = chr(point)
-    return char if char.isascii() and char.isalnum() else f"\\u{{{point:x}}}"
-
-
 def _alternatives(expression: Expression) -> list[tuple[Expression, ...]]:
     """The alternatives of the top level: anchors may stand at their ends."""
     match expression:
         case Choice(parts):
             return [alternative for part in parts for alternative in _alternatives(part)]
-        case Sequence((Choice() | Sequence() as only,)):
-            return _alternatives(only)
+        case Sequence((*before, Choice() | Sequence() as last)) if _has_anchor(last):
+            return [done for part in _alternatives(last) for done in _alternatives(Sequence((*before, *part)))]
+        case Sequence((Choice() | Sequence() as first, *after)) if _has_anchor(first):
+            return [done for part in _alternatives(first) for done in _alternatives(Sequence((*part, *after)))]
         case Sequence(parts):
             return [parts]
     return [(expression,)]
@@ -262,7 +158,7 @@ class _Parser:
                 return Chars(self._escape(in_class=False))
             case "*" | "+" | "?":
                 raise PatternError(f"nothing to repeat at character {self._at - 1}")
-        return Chars(_point(ord(char)))
+        return Chars(single_point(ord(char)))
 
     def _group(self) -> Expression:
         for start, name in _NOT_REGULAR.items():
@@ -286,7 +182,8 @@ class _Parser:
         is_negated = self._take("^")
         ranges: list[Ranges] = []
         while not self._take("]"):
-            ranges.append(self._class_item())
+            item = self._class_item()
+            ranges.append(code_points.widest(item) if is_negated else item)
         if not ranges:
             raise PatternError("an empty class of characters means different things to different libraries")
         chosen = code_points.union(*ranges)
@@ -305,7 +202,7 @@ class _Parser:
         self._at += 1
         high = self._class_char()
         if not _is_single(high):
-            return code_points.union(low, _point(ord("-")), high)
+            return code_points.union(low, single_point(ord("-")), high)
         if high[0][0] < low[0][0]:
             raise PatternError("a range of characters has its ends the wrong way round")
         return code_points.without(((low[0][0], high[0][0]),), ((0xD800, 0xDFFF),))
@@ -315,7 +212,7 @@ class _Parser:
             raise PatternError("a class of characters is not closed")
         char = self._text[self._at]
         self._at += 1
-        return self._escape(in_class=True) if char == "\\" else _point(ord(char))
+        return self._escape(in_class=True) if char == "\\" else single_point(ord(char))
 
     def _escape(self, *, in_class: bool) -> Ranges:
         if self._at >= len(self._text):
@@ -328,22 +225,22 @@ class _Parser:
         if (ranges := _class_escape(char)) is not None:
             return ranges
         if char in _SINGLE and not (char == "0" and self._text[self._at : self._at + 1].isdigit()):
-            return _point(_SINGLE[char])
+            return single_point(_SINGLE[char])
         if char == "b" and in_class:
-            return _point(8)
+            return single_point(8)
         if char == "c" and re.match(r"[A-Za-z]", self._text[self._at : self._at + 1]):
             self._at += 1
-            return _point(ord(self._text[self._at - 1]) % 32)
+            return single_point(ord(self._text[self._at - 1]) % 32)
         if char.isascii() and (char.isalnum() or char == "_"):
             raise PatternError(f"'\\{char}' {_why_refused(char)}")
-        return _point(ord(char))
+        return single_point(ord(char))
 
     def _code_point(self, point: int) -> Ranges:
         """The escaped character; two escaped surrogates are one."""
         if 0xD800 <= point <= 0xDBFF and (low := _LOW_SURROGATE.match(self._text, self._at)):
             self._at = low.end()
             point = 0x10000 + ((point - 0xD800) << 10) + int(low[1], 16) - 0xDC00
-        return _point(point)
+        return single_point(point)
 
     def _take(self, text: str) -> bool:
         if not self._text.startswith(text, self._at):
@@ -375,12 +272,6 @@ def _why_refused(char: str) -> str:
     if char in "bB":
         return "(a word boundary) is not supported"
     return "(a class of Unicode) is not supported" if char in "pP" else "is no escape of ECMA 262"
-
-
-def _point(point: int) -> Ranges:
-    if 0xD800 <= point <= 0xDFFF or point > 0x10FFFF:
-        raise PatternError(f"U+{point:04X} is no character")
-    return ((point, point),)
 
 
 def _is_single(ranges: Ranges) -> bool:

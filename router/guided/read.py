@@ -75,11 +75,11 @@ class SchemaReader:
         """What each keyword, or group of keywords, allows."""
         yield self._own(fields, at)
         if "const" in fields:
-            yield (Values((fields["const"],)),)
+            yield (Values((fields["const"],), at),)
         if "enum" in fields:
             if not isinstance(fields["enum"], list):
                 raise Refusal("enum", at, "must be a list")
-            yield (Values(tuple(fields["enum"])),) if fields["enum"] else ()
+            yield (Values(tuple(fields["enum"]), at),) if fields["enum"] else ()
         if "$ref" in fields:
             yield (self._reference(fields["$ref"], at),)
         for i, schema in enumerate(self._list_of(fields, "allOf", at)):
@@ -121,6 +121,14 @@ class SchemaReader:
     def _shape(self, type_name: str, fields: dict[str, Any], at: str) -> Shape:
         match type_name:
             case "object":
+                if (
+                    "propertyNames" in fields
+                    and "additionalProperties" not in fields
+                    and self._document.has_unevaluated
+                ):
+                    raise Refusal(
+                        "propertyNames", at, "needs additionalProperties beside it, with unevaluatedProperties"
+                    )
                 return self._families.object(fields, at)
             case "array":
                 return self._families.array(fields, at)

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
+from tensorweave.router.guided.expressions import longest, shortest
 from tensorweave.router.guided.refusal import Refusal
-from tensorweave.router.guided.shapes import ANYTHING, Array, Object, Reference, Shape, Union
+from tensorweave.router.guided.shapes import ANYTHING, Array, Object, Reference, Shape, Text, Union
 
 ROOT: Final = ""
 
@@ -110,7 +111,19 @@ def _settled_shape(shape: Shape, possible: set[str]) -> Union:
             return _settled_array(shape, possible)
         case Object():
             return _settled_object(shape, possible)
+        case Text():
+            return _settled_text(shape)
     return (shape,)
+
+
+def _settled_text(text: Text) -> Union:
+    """Without a length that every match of an expression has."""
+    lengths = [(shortest(expression), longest(expression)) for expression in text.patterns]
+    if any(most < text.least or (text.most is not None and least > text.most) for least, most in lengths):
+        return ()
+    has_least = any(least >= text.least for least, _ in lengths)
+    has_most = text.most is not None and any(most <= text.most for _, most in lengths)
+    return (replace(text, least=0 if has_least else text.least, most=None if has_most else text.most),)
 
 
 def _settled_array(array: Array, possible: set[str]) -> Union:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from tensorweave.router.guided.pattern import Expression
+from tensorweave.router.guided.expressions import Expression
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class Values:
     """One of these values. `boolean` is true and false, `null` is null."""
 
     values: tuple[Any, ...]
+    at: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

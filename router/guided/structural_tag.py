@@ -6,17 +6,16 @@ keywords that only llguidance enforces are refused in them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import orjson
 
-from tensorweave.router.guided import pattern
+from tensorweave.router.guided import expressions, pattern
 from tensorweave.router.guided.document import depth_of, step
+from tensorweave.router.guided.expressions import PatternError
 from tensorweave.router.guided.families import check_pattern_size
 from tensorweave.router.guided.limits import GuidedLimits
-from tensorweave.router.guided.pattern import PatternError
 from tensorweave.router.guided.refusal import Refusal
 
 _FIELDS: Final[dict[str, frozenset[str]]] = {
@@ -47,8 +46,11 @@ _FIELDS: Final[dict[str, frozenset[str]]] = {
 }
 """The fields of each kind of format, beside `type`. xgrammar ignores unknown ones."""
 
-SchemaWriter = Callable[[Any], dict[str, Any]]
-"""A schema as a client wrote it, to one that xgrammar enforces. Raises Refusal."""
+
+class SchemaWriter(Protocol):
+    """A schema as a client wrote it, to fields of a format that xgrammar enforces. Raises Refusal."""
+
+    def __call__(self, schema: Any, *, is_json: bool) -> dict[str, Any]: ...
 
 
 def write_structural_tag(
@@ -107,7 +109,8 @@ class _FormatWriter:
         if "rules" in form:
             written["rules"] = [self._rule(r, step(at, "rules", i)) for i, r in enumerate(_as_list(form, "rules", at))]
         if "json_schema" in form:
-            written |= self._json_schema(form, at)
+            fields = self._json_schema(form, at)
+            written = fields if "grammar" in fields else written | fields
         if "pattern" in form:
             written["pattern"] = self._pattern(form["pattern"], at)
         return written
@@ -120,15 +123,16 @@ class _FormatWriter:
     def _json_schema(self, form: dict[str, Any], at: str) -> dict[str, Any]:
         if form.get("any_order"):
             raise Refusal("any_order", at, "enforces neither required nor unique properties")
+        is_json = form["type"] == "json_schema" and form.get("style", "json") == "json" and not form.get("excludes")
         try:
-            schema = self.write(form["json_schema"])
+            fields = self.write(form["json_schema"], is_json=is_json)
         except Refusal as refusal:
             raise Refusal(refusal.keyword, step(at, "json_schema") + refusal.pointer, refusal.reason) from None
-        if form["type"] == "qwen_xml_parameter":
-            return {"json_schema": schema}
+        if form["type"] == "qwen_xml_parameter" or "grammar" in fields:
+            return fields
         most = form.get("max_whitespace_cnt")
         is_bound = isinstance(most, int) and not isinstance(most, bool) and 0 < most < self.max_whitespace
-        return {"json_schema": schema, "max_whitespace_cnt": most if is_bound else max(1, self.max_whitespace)}
+        return {**fields, "max_whitespace_cnt": most if is_bound else max(1, self.max_whitespace)}
 
     def _pattern(self, text: Any, at: str) -> str:
         try:
@@ -136,7 +140,7 @@ class _FormatWriter:
             check_pattern_size(parsed, self.limits.max_pattern_size)
         except PatternError as error:
             raise Refusal("pattern", at, f"cannot be enforced: {error}") from None
-        return pattern.write(parsed)
+        return expressions.write(parsed)
 
 
 def _as_list(form: dict[str, Any], name: str, at: str) -> list[Any]:

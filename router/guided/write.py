@@ -12,9 +12,9 @@ from typing import Any, Final
 import orjson
 
 from tensorweave.cluster.guide import GuideBackend
-from tensorweave.router.guided import pattern
+from tensorweave.router.guided import expressions
+from tensorweave.router.guided.expressions import Expression
 from tensorweave.router.guided.intersect import least_integer, most_integer
-from tensorweave.router.guided.pattern import Expression
 from tensorweave.router.guided.settle import SettledSchema
 from tensorweave.router.guided.shapes import (
     Anything,
@@ -43,6 +43,8 @@ def written_schema(schema: SettledSchema, backend: GuideBackend) -> dict[str, An
     if schema.referred:
         root["$defs"] = {writer.names[pointer]: writer.union(union) for pointer, union in schema.referred.items()}
     if backend == "llguidance":
+        if "$ref" in root:  # which may have nothing beside it if it is recursive
+            root = {"anyOf": [{"$ref": root.pop("$ref")}], **root}
         root["x-guidance"] = {"json_allowed_escapes": _ESCAPES}
     return root
 
@@ -117,7 +119,7 @@ class _Writer:
 
 
 def anchored(expression: Expression) -> str:
-    return f"^(?:{pattern.write(expression)})$"
+    return f"^(?:{expressions.write(expression)})$"
 
 
 def _number(number: Number) -> dict[str, Any]:

@@ -6,6 +6,7 @@ guides over a tokenizer's vocabulary.
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -74,9 +75,7 @@ class XgrammarWalk:
 
 class LlguidanceWalk:
     def __init__(self, guide: Guide) -> None:
-        self._matcher = llguidance.LLMatcher(_TOKENIZER, _llguidance_grammar(guide), log_level=0)
-        if self._matcher.is_error():
-            raise ValueError(self._matcher.get_error())
+        self._matcher = _compile_llguidance(guide).deep_copy()
 
     def allowed(self) -> np.ndarray[Any, Any]:
         allowed = _set_bits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8))
@@ -139,6 +138,15 @@ def _set_bits(mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.flatnonzero(np.unpackbits(mask.reshape(-1), bitorder="little")[:SIZE])
 
 
+@functools.lru_cache(64)
+def _compile_llguidance(guide: Guide) -> llguidance.LLMatcher:
+    matcher = llguidance.LLMatcher(_TOKENIZER, _llguidance_grammar(guide), log_level=0)
+    if matcher.is_error():
+        raise ValueError(matcher.get_error())
+    return matcher
+
+
+@functools.lru_cache(64)
 def _compile_xgrammar(guide: Guide) -> xgrammar.CompiledGrammar:
     match guide.kind:
         case "json_schema":

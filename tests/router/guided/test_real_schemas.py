@@ -9,6 +9,7 @@ from typing import Any, Final
 import pytest
 
 from tensorweave.cluster.errors import RequestRejected
+from tensorweave.cluster.guide import GuideBackend
 from tensorweave.router.guided.guide import guide_for
 from tensorweave.router.guided.params import GuideParams
 from tests.router.guided.matchers import accepts, answers, compact, validator
@@ -62,14 +63,15 @@ def test_the_compact_form_has_no_free_white_space(case: dict[str, Any]) -> None:
     )
 
 
+@pytest.mark.parametrize("backend", ["xgrammar", "llguidance"])
 @pytest.mark.parametrize("case", REAL, ids=by_name)
-def test_the_other_backend_enforces_it_or_says_what_it_does_not(case: dict[str, Any]) -> None:
+def test_one_backend_enforces_it_or_says_what_it_does_not(case: dict[str, Any], backend: GuideBackend) -> None:
     try:
-        guide = guide_for(GuideParams(json=case["schema"]), "llguidance")
+        guide = guide_for(GuideParams(json=case["schema"]), backend)
     except RequestRejected as error:
-        assert "is not enforced by llguidance" in error.message  # noqa: PT017
+        assert f"is not enforced by {backend}" in error.message  # noqa: PT017
         return
-    assert guide.backend == "llguidance"
+    assert guide.backend == backend
     check = validator(case["schema"])
     for answer in answers(guide, range(3)):
         check.validate(json.loads(answer))
