@@ -175,7 +175,10 @@ class SchemaReader:
                 continue
             if fields[name] is not False:
                 raise Refusal(name, at, "is supported with true and false only")
-            union = tuple(self._without_rest(shape, kind) for shape in self._expanded(union))
+            union = self._expanded(union)
+            if any(isinstance(shape, Values) and _holds(shape.values, kind) for shape in union):
+                raise Refusal(name, at, "is not supported beside enum and const of arrays or objects")
+            union = tuple(self._without_rest(shape, kind) for shape in union)
         return union
 
     def _expanded(self, union: Union) -> Union:
@@ -207,6 +210,10 @@ class SchemaReader:
         self._num_shapes += 1
         if self._num_shapes > self._limits.max_shapes:
             raise Refusal(None, "", f"the schema has more than {self._limits.max_shapes} alternatives")
+
+
+def _holds(values: tuple[Any, ...], kind: type[Shape]) -> bool:
+    return any(isinstance(value, dict if kind is Object else list) for value in values)
 
 
 def _one_of(branches: list[Union]) -> Union:

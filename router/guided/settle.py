@@ -6,6 +6,7 @@ what the schema allows, and what people mean.
 
 from __future__ import annotations
 
+import graphlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
@@ -40,10 +41,28 @@ def settle(union_at: Callable[[str], Union], *, closes_objects: bool = False) ->
             if pointer not in read:
                 read[pointer] = union_at(pointer)
                 waiting.append(read[pointer])
+    _check_progress(read)
     possible = _possible_pointers(read)
+    while True:
+        settled = _settled_from_root(read, possible)
+        if not settled.root:
+            raise Refusal(None, "", "no value is valid under the schema")
+        if not (impossible := {pointer for pointer, union in settled.referred.items() if not union}):
+            return settled
+        possible -= impossible
+
+
+def _check_progress(read: dict[str, Union]) -> None:
+    """A schema may refer to itself from within an object or an array only."""
+    direct = {p: {shape.pointer for shape in union if isinstance(shape, Reference)} for p, union in read.items()}
+    try:
+        graphlib.TopologicalSorter(direct).prepare()
+    except graphlib.CycleError as error:
+        raise Refusal("$ref", error.args[1][0], "refers to itself without an object or an array between") from None
+
+
+def _settled_from_root(read: dict[str, Union], possible: set[str]) -> SettledSchema:
     root = _settled(read[ROOT], possible)
-    if not root:
-        raise Refusal(None, "", "no value is valid under the schema")
     referred: dict[str, Union] = {}
     waiting = [root]
     while waiting:
@@ -159,8 +178,8 @@ def _settled_object(shape: Object, possible: set[str]) -> Union:
         raise Refusal("properties", "", "with a property that no value fits is not enforced beside additional ones")
     kept = {name: union for name, union in properties.items() if union}
     patterns = tuple((key, settled) for key, union in shape.patterns if (settled := _settled(union, possible)))
-    if len(patterns) < len(shape.patterns) and (rest or patterns):
-        raise Refusal("patternProperties", "", "that no value fits is not enforced beside additional ones")
+    if len(patterns) < len(shape.patterns) and (rest or patterns or kept):
+        raise Refusal("patternProperties", "", "that no value fits is not enforced beside other properties")
     if not rest and not patterns:
         most = len(kept) if shape.most is None else min(shape.most, len(kept))
         if max(shape.least, len(shape.required)) > most:

@@ -54,7 +54,7 @@ BOMBS: list[tuple[str, GuideParams, str]] = [
     ("grammar", GuideParams(grammar='root ::= "' + "a" * 70_000 + '"'), "bytes; the limit is 65536"),
     ("choices", GuideParams(choice=["ab" * 100] * 400), "bytes; the limit is 65536"),
     ("tag", GuideParams(structural_tag={"format": nested(200)}), "levels deep; the limit is 128"),
-    ("recursion", GuideParams(json={"$ref": "#"}), "no value is valid"),
+    ("recursion", GuideParams(json={"$ref": "#"}), "refers to itself"),
     ("recursive allOf", GuideParams(json={"properties": {"a": {"allOf": [{"$ref": "#"}, {"$ref": "#"}]}}}), ""),
     ("endless", GuideParams(json={"properties": {"a": {"$ref": "#"}}, "required": ["a"]}), "no value is valid"),
 ]
