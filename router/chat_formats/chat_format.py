@@ -135,7 +135,7 @@ class ChatFormat:
         wanted = writer.wanted(tools, tool_choice, is_parallel=is_parallel, answer_guide=answer_guide, is_flat=is_flat)
         if wanted.is_free and (thinking is None or max_thinking_tokens is None):
             return None
-        return writer.write(thinking, self._tag(wanted))
+        return writer.write(self.markers, thinking, self._tag(wanted))
 
     def _thinking_tag(self, prompt_tail: str, max_tokens: int | None) -> TagFormat | None:
         if self.channels is not None:

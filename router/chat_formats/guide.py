@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from tensorweave.router.guided.limits import GuidedLimits
 from tensorweave.router.guided.params import GuideParams
 
 _ANY_OBJECT: Final = JsonForm({"type": "object"})
+_NO_ARGUMENTS: Final = JsonForm({"type": "object", "properties": {}, "additionalProperties": False})
 _MAX_SCHEMAS: Final = 8
 """Schemas of the largest size that a request's tools may have together."""
 
@@ -86,20 +87,29 @@ class TagWriter:
             is_free=not follows and (not allowed or is_free),
         )
 
-    def write(self, *parts: TagFormat | None) -> Guide:
-        """The guide of an answer that consists of these parts. Raises RequestRejected."""
+    def write(self, markers: Iterable[str], *parts: TagFormat | None) -> Guide:
+        """The guide of an answer that consists of these parts. Raises RequestRejected.
+
+        The workers let a model use only those special tokens whose text the guide has. Therefore it has `markers` in a
+        field that xgrammar does not read: some of them come from its styles.
+        """
         whole = sequence(*[part for part in parts if part is not None])
-        text = json.dumps({"type": "structural_tag", "format": whole})
+        tag = {"type": "structural_tag", "format": whole, "markers": sorted(markers)}
+        text = json.dumps(tag, ensure_ascii=False)
         if len(text) > (limit := _MAX_SCHEMAS * self.limits.max_bytes):
             raise RequestRejected(f"the schemas of the tools have more than {limit} bytes together", param="tools")
         return Guide("structural_tag", text)
 
     def _schema(self, tool: FunctionTool, param: str, follows: bool, is_flat: bool) -> JsonForm:
         """A model that calls freely is held to the schemas of strict functions only. Of a function that is not strict,
-        the keywords are followed that can be enforced."""
-        if tool.parameters is None or not (tool.is_strict or follows):
+        the keywords are followed that can be enforced. A function whose schema declares no properties has none."""
+        if not (tool.is_strict or follows):
             return _ANY_OBJECT
+        if not tool.parameters:
+            return _NO_ARGUMENTS
         schema = {**tool.parameters, "type": "object"}
+        if schema.get("properties") == {}:
+            schema.setdefault("additionalProperties", False)
         if tool.is_strict:
             return self._enforced(schema, param, is_flat)
         for candidate in (schema, relaxed(schema)):

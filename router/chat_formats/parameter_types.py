@@ -32,8 +32,8 @@ class ParameterType:
 
     @property
     def is_text(self) -> bool:
-        """Whether its text is a string, whatever it is."""
-        return self.types == ("string",)
+        """Whether its text is a string as it stands. One of listed values may have white space around it."""
+        return self.types == ("string",) and not self.values
 
     def to_json(self, text: str) -> str:
         """The JSON of a parameter that was written as `text`. What fits no type is a string."""

@@ -13,7 +13,7 @@ class FunctionTool:
 
     Args:
         name: Letters, digits, `_`, `-` and `.`; checked by the routes.
-        parameters: The JSON schema of its arguments; None: an object without known properties.
+        parameters: The JSON schema of its arguments; None: it has none.
         is_strict: The arguments must follow the schema, also if the model chooses freely whether to call.
     """
 

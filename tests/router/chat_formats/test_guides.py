@@ -33,6 +33,8 @@ WEATHER = {
         "city": {"type": "string"},
         "days": {"type": "integer", "minimum": 1, "maximum": 14},
         "unit": {"enum": ["c", "f", 3]},
+        "sky": {"enum": ["clear", "half clear"]},
+        "kind": {"type": "string", "const": "weather"},
         "zone": {"anyOf": [{"type": "string"}, {"type": "null"}]},
         "tags": {"type": "array", "items": {"type": "string"}, "maxItems": 2},
         "exact": {"type": "boolean"},
@@ -59,7 +61,7 @@ TOOLS = [
     FunctionTool("walk.tree-1", NESTED),
     FunctionTool("optional", OPTIONAL),
     FunctionTool("now", NOTHING),
-    FunctionTool("free"),
+    FunctionTool("free", {"type": "object"}),
 ]
 SCHEMAS = {tool.name: tool.parameters or {"type": "object"} for tool in TOOLS}
 FAMILIES = list({id(family): family for family in TOOL_PARSERS.values()}.values())
@@ -126,6 +128,24 @@ def test_a_strict_function_is_called_as_its_schema_says_or_not_at_all(family: Ch
     assert not accepts(guide, unknown) or not parse(family, [unknown], TOOLS, tail).calls
     free = [FunctionTool(tool.name, tool.parameters) for tool in TOOLS]
     assert family.guide(free, prompt_tail=tail) is None, "nothing is to be enforced"
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=named)
+def test_special_tokens_stand_in_the_guide_as_they_are(family: ChatFormat) -> None:
+    """The workers let a model use those special tokens whose text the guide has."""
+    guide = family.guide(TOOLS, ToolChoice.REQUIRED, prompt_tail="")
+    assert guide is not None
+    assert [marker for marker in family.markers if '"' not in marker and marker not in guide.text] == []
+
+
+def test_a_function_without_parameters_gets_none() -> None:
+    call = '<tool_call>\n{"name": "f", "arguments": %s}\n</tool_call>'
+    for parameters in (None, {}, {"type": "object", "properties": {}}):
+        guide = HERMES.guide([FunctionTool("f", parameters)], ToolChoice.REQUIRED, prompt_tail="<think></think>")
+        assert accepts(guide, call % "{}")
+        assert not accepts(guide, call % '{"a": 1}')
+    anything = HERMES.guide([FunctionTool("f", {"type": "object"})], ToolChoice.REQUIRED, prompt_tail="<think></think>")
+    assert accepts(anything, call % '{"a": 1}')
 
 
 def test_one_call_or_several() -> None:
