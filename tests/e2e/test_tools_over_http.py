@@ -6,6 +6,8 @@ import asyncio
 import json
 import secrets
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +19,7 @@ from tensorweave.cluster.llm_args import KvCacheConfig, TorchLlmArgs
 from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.http.app import build_app
 from tensorweave.router.service import RouterService
+from tensorweave.router.text.tokens import Tokenizer
 from tensorweave.workers.build import build_executor
 from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.executor.local import LocalLink
@@ -48,11 +51,11 @@ SEEDS = range(4)
 class Service:
     """The HTTP application over an executor in this process; all requests are of one event loop."""
 
-    def __init__(self, runner: asyncio.Runner, executor: PyExecutor) -> None:
+    def __init__(self, runner: asyncio.Runner, executor: PyExecutor, tokenizer: Tokenizer) -> None:
         self._runner = runner
         self._link = runner.run(self._open(executor))
         fleet = StaticFleet({"both": [self._link]})
-        self._service = RouterService(NAME, hermes(), Dispatcher(fleet), fleet, "1.2.3")
+        self._service = RouterService(NAME, tokenizer, Dispatcher(fleet), fleet, "1.2.3")
         self._app = build_app(self._service)
 
     def ask(self, path: str, *bodies: dict[str, Any]) -> list[httpx.Response]:
@@ -73,11 +76,11 @@ class Service:
         return list(answers)
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    path = tmp_path_factory.mktemp("model")
-    make_model("llama", path, vocab_size=len(hermes().backend), eos_token_id=2)
-    hermes().backend.save_pretrained(path)
+@contextmanager
+def random_service(path: Path, tokenizer: Tokenizer) -> Iterator[Service]:
+    """A random model in `path` with this tokenizer."""
+    make_model("llama", path, vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id)
+    tokenizer.backend.save_pretrained(path)
     executor = build_executor(
         TorchLlmArgs(model=path, kv_cache_config=KvCacheConfig(max_tokens=8192)),
         SoloComm(),
@@ -87,10 +90,16 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     )
     executor.start()
     with asyncio.Runner() as runner:
-        service = Service(runner, executor)
+        service = Service(runner, executor, tokenizer)
         yield service
         service.close()
         executor.shutdown()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with random_service(tmp_path_factory.mktemp("model"), hermes()) as service:
+        yield service
 
 
 def chat(**fields: Any) -> dict[str, Any]:
