@@ -69,6 +69,7 @@ class ChatFormat:
         tools: Sequence[FunctionTool] = (),
         tool_choice: ToolChoice = ToolChoice.AUTO,
         *,
+        is_parallel: bool = True,
         rng: random.Random | None = None,
     ) -> AnswerParser:
         """A parser for one answer.
@@ -77,11 +78,12 @@ class ChatFormat:
             prompt_tail: The end of the prompt's text, at least all that it has of the assistant's turn: it shows
                 whether the template has opened the reasoning. A tail from before the turn does no harm.
             tools: The request's functions. Without tools, or with `tool_choice` none, nothing is a call.
+            is_parallel: The answer may have several calls.
             rng: For ids; the system's randomness by default.
         """
         source, ids = Source(), rng or random.SystemRandom()
         state = self.thinking_state(prompt_tail)
-        offered = OfferedTools.of(tools, tool_choice)
+        offered = OfferedTools.of(tools, tool_choice, is_parallel=is_parallel)
         answer = Answer(
             lambda: self.call_ids.draw(ids),
             has_markers=bool(self.thinking or self.channels or (self.calls and offered)),
@@ -140,7 +142,10 @@ class ChatFormat:
     def _thinking_tag(self, prompt_tail: str, max_tokens: int | None) -> TagFormat | None:
         if self.channels is not None:
             return self.channels.thinking(max_tokens)
-        return None if self.thinking is None else self.thinking.tag(self.thinking_state(prompt_tail), max_tokens)
+        if self.thinking is None:
+            return None
+        markers = [marker for syntax in self.calls for marker in syntax.markers]
+        return self.thinking.tag(self.thinking_state(prompt_tail), markers, max_tokens)
 
     def _tag(self, wanted: WantedAnswer) -> TagFormat:
         if self.channels is not None:

@@ -43,8 +43,8 @@ QWEN3_CODER: Final = ChatFormat(
 LLAMA3: Final = ChatFormat(
     name="llama3_json",
     calls=(
-        JsonCalls(begin="", arguments_key="parameters", separator="; ", strict_spelling="as guided"),
-        JsonCalls(begin="<|python_tag|>", arguments_key="parameters", strict_spelling="as guided"),
+        JsonCalls(begin="", arguments_key="parameters", separator="; ", guided_spelling="as guided"),
+        JsonCalls(begin="<|python_tag|>", arguments_key="parameters", guided_spelling="as guided"),
     ),
 )
 LLAMA4: Final = ChatFormat(
@@ -52,7 +52,7 @@ LLAMA4: Final = ChatFormat(
     calls=(
         PythonCalls(),
         PythonCalls(section=("<|python_start|>", "<|python_end|>")),
-        JsonCalls(begin="", arguments_key="parameters", strict_spelling="none"),
+        JsonCalls(begin="", arguments_key="parameters", guided_spelling="none"),
     ),
 )
 OLMO3: Final = ChatFormat(
@@ -63,9 +63,9 @@ OLMO3: Final = ChatFormat(
             begin="",
             separator="\n",
             end="",
-            strict_spelling="any",
+            guided_spelling="any",
         ),
-        PythonCalls(strict_spelling="none"),
+        PythonCalls(guided_spelling="none"),
     ),
     thinking=_THINK,
 )

@@ -13,7 +13,7 @@ from tensorweave.cluster.guide import Guide
 from tensorweave.router.chat_formats.parser import CallSyntax
 from tensorweave.router.chat_formats.relaxed_schema import relaxed
 from tensorweave.router.chat_formats.structural_tags import JsonForm, TagFormat, any_text, matching, one_of, sequence
-from tensorweave.router.chat_formats.tools import FunctionTool, ToolChoice
+from tensorweave.router.chat_formats.tools import FunctionTool, ToolChoice, are_calls_guided
 from tensorweave.router.guided.guide import guide_for
 from tensorweave.router.guided.limits import GuidedLimits
 from tensorweave.router.guided.params import GuideParams
@@ -74,7 +74,6 @@ class TagWriter:
         allowed = [tool for tool in tools if choice.allows(tool)]
         must_call = choice.must_call and bool(allowed)
         follows = must_call or answer_guide is not None
-        is_free = len(allowed) == len(tools) and is_parallel and not any(tool.is_strict for tool in allowed)
         return WantedAnswer(
             schemas={
                 tool.name: self._schema(tool, f"tools[{place}].function.parameters", follows, is_flat)
@@ -84,7 +83,7 @@ class TagWriter:
             must_call=must_call,
             is_parallel=is_parallel and choice.mode != "named",
             form=None if answer_guide is None else guide_tag(answer_guide),
-            is_free=not follows and (not allowed or is_free),
+            is_free=not follows and not are_calls_guided(tools, choice, is_parallel=is_parallel),
         )
 
     def write(self, markers: Iterable[str], *parts: TagFormat | None) -> Guide:

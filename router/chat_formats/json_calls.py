@@ -11,7 +11,7 @@ from tensorweave.router.chat_formats.answer import Answer
 from tensorweave.router.chat_formats.json_text import copy_value, read_string, skip_to_end, skip_value
 from tensorweave.router.chat_formats.source import NoCall, Source, Step
 from tensorweave.router.chat_formats.structural_tags import JsonForm, TagFormat, calls_in_text, separated, tag
-from tensorweave.router.chat_formats.tools import OfferedTools, StrictSpelling
+from tensorweave.router.chat_formats.tools import GuidedSpelling, OfferedTools
 
 _BARE_BEGIN: Final = '{"name": "'
 
@@ -28,7 +28,7 @@ class JsonCalls:
             so both are read.
         gap: White space between the markers and the object.
         in_list: The objects stand in a list; otherwise each has its own markers, or `separator` lies between.
-        strict_spelling: See there.
+        guided_spelling: See there.
     """
 
     begin: str
@@ -37,7 +37,7 @@ class JsonCalls:
     gap: str = ""
     in_list: bool = False
     separator: str = "\n"
-    strict_spelling: StrictSpelling = "any"
+    guided_spelling: GuidedSpelling = "any"
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -126,7 +126,7 @@ class _Call:
         self._answer = answer
         self._tools = tools
         self._is_bare = not syntax.begin
-        self._spelling = syntax.strict_spelling
+        self._spelling = syntax.guided_spelling
         self._is_as_guided = False
         self._stops = (syntax.end,) if syntax.end else ()
         self._name: str | None = None
@@ -180,7 +180,7 @@ class _Call:
 
     def _check_name(self, name: str) -> None:
         is_known = not self._is_bare or name in self._tools
-        if not is_known or not self._tools.permits(name, self._spelling, is_as_guided=self._is_as_guided):
+        if not is_known or not self._tools.permit(self._spelling, is_as_guided=self._is_as_guided):
             raise NoCall
 
     def _read_arguments(self) -> Step[None]:

@@ -156,5 +156,5 @@ class NamedCalls:
         before, after, _ = self.written
         begin, _, rest = before.replace("{name}", name).partition("{number}")
         if rest:
-            arguments = sequence(matching(r"\d+"), constant(rest), arguments)
+            arguments = sequence(matching(r"\d{1,3}"), constant(rest), arguments)
         return tag(begin, arguments, after)

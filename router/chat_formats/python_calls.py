@@ -25,7 +25,7 @@ from tensorweave.router.chat_formats.structural_tags import (
     sequence,
     tag,
 )
-from tensorweave.router.chat_formats.tools import OfferedTools, StrictSpelling
+from tensorweave.router.chat_formats.tools import GuidedSpelling, OfferedTools
 
 _NAME: Final = re.compile(r"[\w.\-]+")
 _ANY_ARGUMENTS: Final = optional(
@@ -45,12 +45,12 @@ class PythonCalls:
     Args:
         section: Markers around the calls; None: the list stands in the content, and only a list that begins with one of
             the request's functions is one of calls.
-        strict_spelling: See there.
+        guided_spelling: See there.
         begin, separator, end: Around and between the calls, as a guide writes them.
     """
 
     section: tuple[str, str] | None = None
-    strict_spelling: StrictSpelling = "as guided"
+    guided_spelling: GuidedSpelling = "as guided"
     begin: str = "["
     separator: str = ", "
     end: str = "]"
@@ -100,7 +100,7 @@ class PythonCalls:
         if not name:
             raise NoCall
         is_known = self.section is not None or name in tools
-        if not is_known or not tools.permits(name, self.strict_spelling, is_as_guided=is_guided):
+        if not is_known or not tools.permit(self.guided_spelling, is_as_guided=is_guided):
             raise NoCall
         keyword = yield from _read_keyword(source)
         source.release()

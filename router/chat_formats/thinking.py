@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -64,10 +65,12 @@ class Thinking:
             source.reset()
         return has_begin or state == "open"
 
-    def tag(self, state: ThinkingState, max_tokens: int | None = None) -> TagFormat | None:
-        """The reasoning in a guide, of at most `max_tokens` tokens. None: there is none any more."""
+    def tag(self, state: ThinkingState, call_markers: Sequence[str], max_tokens: int | None = None) -> TagFormat | None:
+        """The reasoning in a guide, of at most `max_tokens` tokens. None: there is none any more. A guide holds calls
+        to their schemas only after the reasoning, so if the model may call out of it, it has to close it first."""
         if state == "closed":
             return None
         begin = "" if state == "open" else self.begin
-        part = sequence(tag(begin, any_text(max_tokens), self.end), matching(r"\n{0,2}"))
+        text = any_text(max_tokens, call_markers if self.ends_at_calls else ())
+        part = sequence(tag(begin, text, self.end), matching(r"\n{0,2}"))
         return part if state == "open" else optional(part)

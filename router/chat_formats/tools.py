@@ -56,21 +56,35 @@ ToolChoice.AUTO = ToolChoice("auto")
 ToolChoice.REQUIRED = ToolChoice("required")
 
 
-StrictSpelling = Literal["any", "as guided", "none"]
-"""How a strict function may be called in free text. A guide holds a model to the function's schema from its trigger on.
-`any`: that is the marker; `as guided`: that is the beginning of the call, as the guide writes it; `none`: the guide
-does not know this way of calling, so it is none for strict functions."""
+def are_calls_guided(tools: Sequence[FunctionTool], choice: ToolChoice, *, is_parallel: bool) -> bool:
+    """Whether a guide has to hold the model to what the request says about calls."""
+    allowed = [tool for tool in tools if choice.allows(tool)]
+    is_restricted = len(allowed) < len(tools) or not is_parallel or choice.must_call
+    return bool(allowed) and (is_restricted or any(tool.is_strict for tool in allowed))
+
+
+GuidedSpelling = Literal["any", "as guided", "none"]
+"""How calls may be written in free text where a guide holds the model to what the request says about them. It does so
+from its trigger on. `any`: that is the marker; `as guided`: that is the beginning of the call, as the guide writes it;
+`none`: the guide does not know this way of calling, so it is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class OfferedTools:
-    """What a parser knows of the request's functions, by name. Empty: nothing is a call."""
+    """What a parser knows of the request's functions, by name. Empty: nothing is a call.
+
+    Args:
+        are_guided: See `are_calls_guided`.
+    """
 
     by_name: Mapping[str, FunctionTool]
+    are_guided: bool = False
 
     @classmethod
-    def of(cls, tools: Sequence[FunctionTool], choice: ToolChoice) -> OfferedTools:
-        return cls({tool.name: tool for tool in tools} if choice.mode != "none" else {})
+    def of(cls, tools: Sequence[FunctionTool], choice: ToolChoice, *, is_parallel: bool = True) -> OfferedTools:
+        if choice.mode == "none":
+            return cls({})
+        return cls({tool.name: tool for tool in tools}, are_calls_guided(tools, choice, is_parallel=is_parallel))
 
     def __contains__(self, name: str) -> bool:
         return name in self.by_name
@@ -82,7 +96,6 @@ class OfferedTools:
         tool = self.by_name.get(name)
         return (tool.parameters if tool is not None else None) or {}
 
-    def permits(self, name: str, spelling: StrictSpelling, *, is_as_guided: bool) -> bool:
-        """Whether this may be a call of `name`, which is spelled like the guide's calls or not."""
-        tool = self.by_name.get(name)
-        return tool is None or not tool.is_strict or spelling == "any" or (spelling == "as guided" and is_as_guided)
+    def permit(self, spelling: GuidedSpelling, *, is_as_guided: bool) -> bool:
+        """Whether this may be a call, which is spelled like the guide's calls or not."""
+        return not self.are_guided or spelling == "any" or (spelling == "as guided" and is_as_guided)

@@ -43,7 +43,9 @@ def chat_parser(
     if not form.has_reasoning and not request.tool_use.tools:
         return PLAIN_TEXT
     use = request.tool_use
-    return form.parser(prompt_tail(request, prompt, tokenizer), use.functions(), use.choice)
+    return form.parser(
+        prompt_tail(request, prompt, tokenizer), use.functions(), use.choice, is_parallel=use.is_parallel
+    )
 
 
 def shown_ids(form: ChatFormat, request: ChatCompletionRequest, tokenizer: Tokenizer) -> frozenset[int]:

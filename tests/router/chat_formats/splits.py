@@ -70,9 +70,11 @@ def parse(
     tools: Sequence[FunctionTool] = (),
     prompt_tail: str = "",
     choice: ToolChoice = ToolChoice.AUTO,
+    *,
+    is_parallel: bool = True,
 ) -> Whole:
     whole = Whole()
-    parser = chat_format.parser(prompt_tail, tools, choice, rng=random.Random(0))
+    parser = chat_format.parser(prompt_tail, tools, choice, is_parallel=is_parallel, rng=random.Random(0))
     for part in parts:
         for delta in parser.feed(part):
             whole.add(delta)

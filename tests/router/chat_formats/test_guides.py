@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 
@@ -81,9 +82,13 @@ def closed(family: ChatFormat) -> str:
     return f"{family.thinking.begin}{family.thinking.end}" if family.thinking else ""
 
 
-def accepts(guide: Guide | None, text: str) -> bool:
+def guide_text(guide: Guide | None) -> str:
     assert guide is not None
-    return bool(_is_grammar_accept_string(xgrammar.Grammar.from_structural_tag(guide.text), text))
+    return guide.text
+
+
+def accepts(guide: Guide | None, text: str) -> bool:
+    return bool(_is_grammar_accept_string(xgrammar.Grammar.from_structural_tag(guide_text(guide)), text))
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=named)
@@ -298,12 +303,14 @@ def test_very_large_tools_are_refused() -> None:
         (LLAMA4, "[now (x=1)]"),
     ],
 )
-def test_without_a_marker_only_the_guided_spelling_calls_a_strict_function(family: ChatFormat, text: str) -> None:
-    """The guide cannot see that free text becomes a call; so it is none."""
-    strict, free = FunctionTool("now", NOTHING, is_strict=True), FunctionTool("now", NOTHING)
+def test_without_a_marker_only_the_guided_spelling_is_a_call(family: ChatFormat, text: str) -> None:
+    """The guide cannot see that other text becomes a call; so it is none."""
+    strict, free, other = FunctionTool("now", NOTHING, is_strict=True), FunctionTool("now", NOTHING), FunctionTool("x")
     assert parse(family, [text], [free]).calls
     assert parse(family, [text], [strict]).content == text
     assert accepts(family.guide([strict]), text)
+    assert parse(family, [text], [free], is_parallel=False).content == text
+    assert parse(family, [text], [free, other], choice=ToolChoice("auto", frozenset({"x"}))).content == text
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=named)
@@ -311,7 +318,7 @@ def test_there_is_no_way_around_a_guide(family: ChatFormat) -> None:
     """Whatever the parser takes for a call of a strict function, with other arguments than its schema's, the guide has
     forbidden."""
     tools = [FunctionTool("now", NOTHING, is_strict=True)]
-    guide = family.guide(tools, prompt_tail=closed(family))
+    tails = (closed(family), family.thinking.begin) if family.thinking else ("",)
     forms = (
         "now(x=1)",
         "[now(x=1)]",
@@ -331,11 +338,12 @@ def test_there_is_no_way_around_a_guide(family: ChatFormat) -> None:
         'commentary to=now<|message|>{"x": 1}',
     )
     num_calls = 0
-    for marker in ("", *family.markers):
-        for form in forms:
-            for end in ("", *family.markers):
-                text = f"{marker}{form}{end}"
-                if parse(family, [text], tools, closed(family)).calls:
-                    num_calls += 1
-                    assert not accepts(guide, text), text
+    for tail in tails:
+        grammar = xgrammar.Grammar.from_structural_tag(guide_text(family.guide(tools, prompt_tail=tail)))
+        for begin, form, end in itertools.product(("", *family.markers), forms, ("", *family.markers)):
+            text = f"{begin}{form}{end}"
+            if parse(family, [text], tools, tail).calls:
+                num_calls += 1
+                for rest in ("", family.thinking.end if family.thinking else ""):
+                    assert not _is_grammar_accept_string(grammar, text + rest), text
     assert num_calls
