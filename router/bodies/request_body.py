@@ -126,8 +126,17 @@ def chat_token_ids(request: ChatCompletionRequest, tokenizer: Tokenizer, served:
         raise RequestRejected(
             "chat_template is not enabled here (security.enable_request_chat_template)", param="chat_template"
         )
+    _check_calls(request, tokenizer)
     text = tokenizer.render_chat(request.chat_prompt)
     return _encode(text, tokenizer, served, request, add_special_tokens=bool(request.add_special_tokens))
+
+
+def _check_calls(request: ChatCompletionRequest, tokenizer: Tokenizer) -> None:
+    """Calls that the template would leave out of the prompt without a word are refused."""
+    places = [place for place, message in enumerate(request.messages) if message.calls]
+    if places and request.chat_template is None and not tokenizer.writes_calls:
+        param = f"messages[{places[0]}].tool_calls"
+        raise RequestRejected(f"{param}: the model's chat template does not write calls of tools", param=param)
 
 
 def _completion_prompt(

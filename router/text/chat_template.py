@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import orjson
 from jinja2.exceptions import TemplateError
 
 from tensorweave.cluster.errors import RequestRejected
 
 ChatMessage = Mapping[str, Any]
 
+_PROBE: Final = "probe_of_calls"
 _PART_TEXTS: Final = {"text": "text", "refusal": "refusal"}
 _FAILURES: Final = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 """What a template raises on purpose, and what one raises that does not fit the messages."""
@@ -48,6 +51,18 @@ def render(backend: Any, prompt: ChatPrompt, own_arguments: frozenset[str]) -> s
         raise RequestRejected("this model's tokenizer has no chat template; use /v1/completions", param="messages")
     if own := (own_arguments | {"messages"}) & prompt.arguments.keys():
         raise RequestRejected(f"chat_template_kwargs may not set {sorted(own)[0]!r}", param="chat_template_kwargs")
+    messages = [{**message, "content": flatten_content(message.get("content"))} for message in prompt.messages]
+    try:
+        return _apply(backend, messages, prompt)
+    except _FAILURES as error:
+        if any(message.get("tool_calls") for message in messages):
+            with contextlib.suppress(*_FAILURES):
+                return _apply(backend, list(map(_with_arguments_as_text, messages)), prompt)
+        param = "messages" if prompt.template is None else "chat_template"
+        raise RequestRejected(f"the chat template refused the messages: {error}", param=param) from error
+
+
+def _apply(backend: Any, messages: list[dict[str, Any]], prompt: ChatPrompt) -> str:
     extra: dict[str, Any] = dict(prompt.arguments)
     if prompt.template is not None:
         extra["chat_template"] = prompt.template
@@ -55,24 +70,38 @@ def render(backend: Any, prompt: ChatPrompt, own_arguments: frozenset[str]) -> s
         extra["tools"] = list(prompt.tools)
     if prompt.continues_last:
         extra["continue_final_message"] = True
-    try:
-        text: str = backend.apply_chat_template(
-            [_flat(message) for message in prompt.messages],
-            tokenize=False,
-            add_generation_prompt=prompt.adds_generation_prompt,
-            **extra,
-        )
-    except _FAILURES as error:
-        param = "messages" if prompt.template is None else "chat_template"
-        raise RequestRejected(f"the chat template refused the messages: {error}", param=param) from error
+    text: str = backend.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=prompt.adds_generation_prompt, **extra
+    )
     return text
 
 
-def _flat(message: ChatMessage) -> dict[str, Any]:
-    """Where an assistant only calls tools, its content stays null: some templates know it by that."""
-    content = message.get("content")
-    is_call = content is None and bool(message.get("tool_calls"))
-    return {**message, "content": None if is_call else flatten_content(content)}
+def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """DeepSeek's templates take the arguments of calls as JSON; all others write an object as JSON themselves."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = call["function"]["arguments"]
+        text = arguments if isinstance(arguments, str) else orjson.dumps(arguments).decode()
+        calls.append({**call, "function": {**call["function"], "arguments": text}})
+    return {**message, "tool_calls": calls}
+
+
+def writes_calls(backend: Any) -> bool:
+    """Whether the tokenizer's template writes the calls of an assistant's message, found out by a conversation with
+    one."""
+    call = {"id": "call00001", "type": "function", "function": {"name": _PROBE, "arguments": {}}}
+    messages: list[ChatMessage] = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": call["id"], "name": _PROBE[::-1], "content": "b"},
+    ]
+    tool = {"type": "function", "function": {"name": "other", "description": "c", "parameters": {"type": "object"}}}
+    try:
+        return _PROBE in render(backend, ChatPrompt(messages, tools=[tool]), frozenset())
+    except RequestRejected:
+        return False
 
 
 def flatten_content(content: str | Sequence[Mapping[str, Any]] | None) -> str:

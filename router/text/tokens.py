@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 import tokenizers
 
 from tensorweave.router.text.assembly import TextAssembler, assemble
-from tensorweave.router.text.chat_template import ChatPrompt, render
+from tensorweave.router.text.chat_template import ChatPrompt, render, writes_calls
 from tensorweave.router.text.pieces import Pieces, WindowedPieces, read_pieces
 from tensorweave.router.text.text_bound import max_chars_per_token
 
@@ -116,6 +116,11 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return bool(self.backend.chat_template)
+
+    @functools.cached_property
+    def writes_calls(self) -> bool:
+        """Whether the chat template writes the calls of tools in a conversation."""
+        return writes_calls(self.backend)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, truncate: int | None = None) -> list[int]:
         """Token ids of `text`, only the last `truncate` if that is given."""

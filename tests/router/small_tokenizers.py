@@ -30,7 +30,7 @@ HERMES_TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}"
-    "{{ message.content or '' }}"
+    "{{ message.content.strip() }}"
     "{% for call in message.tool_calls or [] %}"
     '<tool_call>{{ {"name": call.function.name, "arguments": call.function.arguments} | tojson }}</tool_call>'
     "{% endfor %}<|im_end|>\n{% endfor %}"

@@ -119,6 +119,22 @@ def test_arguments_that_are_no_object_are_passed_on_as_they_are() -> None:
         assert f'"arguments": {expected if arguments else {}}' in text
 
 
+def test_a_template_may_take_arguments_as_text() -> None:
+    tokenizer = byte_level_with(
+        "{% for m in messages %}{{ m.content }}{% for call in m.tool_calls or [] %}"
+        "{{ call.function.name + call.function.arguments }}{% endfor %}{% endfor %}"
+    )
+    link = FakeLink(model_info())
+    assert post(CHAT, with_calls(), link, tokenizer=tokenizer).status_code == 200
+    assert tokenizer.decode(link.requests[0].prompt_token_ids) == 'alook{"at":[1,"ü"]}'
+
+
+def test_a_template_that_leaves_calls_out_is_not_asked_to() -> None:
+    answer = post(CHAT, with_calls(), FakeLink(model_info()))
+    error = check_error(answer, 400, "messages[1].tool_calls")
+    assert "does not write calls" in error["message"]
+
+
 @pytest.mark.parametrize(
     ("message", "param"),
     [
