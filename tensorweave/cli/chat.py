@@ -15,7 +15,7 @@ from typing import Any, Final, TextIO
 import httpx
 
 from tensorweave.cli.arguments import add_api_key, bearer
-from tensorweave.cli.sse import error_message, event_data, event_text
+from tensorweave.cli.sse import error_message, event_data, event_reasoning, event_text
 from tensorweave.cluster.errors import TensorweaveError
 
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -78,7 +78,7 @@ class Conversation:
         self.messages = list(self._opening)
 
     def ask(self, text: str, options: dict[str, Any]) -> Iterator[str]:
-        """Yield pieces of the answer as they arrive.
+        """Yield pieces of the answer as they arrive, those of its reasoning first.
 
         Raises:
             ChatFailed: no connection, an error answer, an error in the stream, or a stream that ends too early.
@@ -88,15 +88,19 @@ class Conversation:
         answer = ""
         with _failures_named(self._client), self._client.stream("POST", "/v1/chat/completions", json=body) as response:
             _check(response)
-            is_over = False
+            is_over = is_thinking = False
             for line in response.iter_lines():
                 event = event_data(line) or {}
                 if "error" in event:
                     raise ChatFailed(error_message(event, "the answer ended early"))
                 is_over = is_over or any(choice.get("finish_reason") for choice in event.get("choices") or ())
+                if thought := event_reasoning(event):
+                    is_thinking = True
+                    yield thought
                 if piece := event_text(event):
                     answer += piece
-                    yield piece
+                    yield f"\n\n{piece}" if is_thinking else piece
+                    is_thinking = False
         if not is_over:
             raise ChatFailed("the connection ended before the answer did")
         self.messages = [*messages, {"role": "assistant", "content": answer}]

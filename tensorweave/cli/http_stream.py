@@ -14,7 +14,7 @@ import urllib.parse
 from dataclasses import dataclass, field
 from typing import Any
 
-from tensorweave.cli.sse import error_message, event_data, event_text
+from tensorweave.cli.sse import error_message, event_data, event_reasoning, event_text
 
 
 class RequestFailed(Exception):
@@ -57,7 +57,7 @@ class Timeline:
             raise RequestFailed("error event", error_message(event, "in the stream"))
         self.usage = event.get("usage") or self.usage
         reasons = [str(choice["finish_reason"]) for choice in event.get("choices") or () if choice.get("finish_reason")]
-        text = event_text(event)
+        text = event_reasoning(event) + event_text(event)
         if text or reasons:
             self.piece_s.append(now_s)
         self.text += text

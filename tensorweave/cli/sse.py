@@ -34,6 +34,15 @@ def event_text(event: dict[str, Any]) -> str:
     return ""
 
 
+def event_reasoning(event: dict[str, Any]) -> str:
+    """New reasoning in a chat chunk; empty where it brings none."""
+    for choice in event.get("choices") or ():
+        delta = choice.get("delta") or {}
+        if text := delta.get("reasoning") or delta.get("reasoning_content"):
+            return str(text)
+    return ""
+
+
 def error_message(body: Any, fallback: str) -> str:
     """The message of OpenAI's error object, wherever the server nested it."""
     error = body.get("error") if isinstance(body, dict) else None

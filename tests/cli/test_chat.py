@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 import httpx
@@ -39,6 +40,19 @@ def test_a_conversation_keeps_its_messages_but_not_those_of_a_failed_answer(endp
         ]
         conversation.reset()
         assert conversation.messages == []
+
+
+def test_reasoning_is_shown_and_not_sent_back() -> None:
+    deltas = [{"role": "assistant", "content": ""}, {"reasoning": "Hm", "reasoning_content": "Hm"}]
+    deltas += [{"reasoning": ".", "reasoning_content": "."}, {"content": "Par"}, {"content": "is."}]
+    chunks = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas]
+    chunks.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+    body = "".join([f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]) + "data: [DONE]\n\n"
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, text=body))
+    with httpx.Client(base_url="http://server", transport=transport) as client:
+        conversation = Conversation(client, "m")
+        assert "".join(conversation.ask("Capital?", OPTIONS)) == "Hm.\n\nParis."
+        assert conversation.messages[-1] == {"role": "assistant", "content": "Paris."}
 
 
 def test_a_typed_session(endpoint: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,9 +60,9 @@ def check_agent(model: Any) -> None:
 
 
 def check_structured(model: Any) -> None:
-    for method in ("function_calling",):
-        person = model.with_structured_output(Person, method=method).invoke('CALL Person {"name": "Ada", "age": 36}')
-        assert person == Person(name="Ada", age=36)
+    person = '{"name": "Ada", "age": 36}'
+    for method, told in (("function_calling", f"CALL Person {person}"), ("json_schema", f"SAY {person}")):
+        assert model.with_structured_output(Person, method=method).invoke(told) == Person(name="Ada", age=36)
 
 
 def main() -> None:

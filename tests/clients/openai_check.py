@@ -94,6 +94,22 @@ def check_forms(client: openai.OpenAI, model: str) -> None:
     assert choice.choices[0].finish_reason == "stop"
 
 
+def check_responses(client: openai.OpenAI, model: str) -> None:
+    """Whole and streamed alike, held to a form."""
+    fields: dict[str, Any] = {
+        "model": model, "input": "Say hello.", "instructions": "Be brief.", "max_output_tokens": 200, "temperature": 0,
+        "text": {"format": {"type": "json_schema", "name": "f", "schema": Event.model_json_schema()}}, "store": False,
+    }  # fmt: skip
+    whole = client.responses.create(**fields)
+    events = list(client.responses.create(**fields, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join([event.delta for event in events if event.type == "response.output_text.delta"]) == whole.output_text
+    assert events[-1].type == f"response.{whole.status}"
+    assert events[-1].response.usage == whole.usage
+    if whole.status == "completed":
+        Event.model_validate_json(whole.output_text)
+
+
 def check_errors(client: openai.OpenAI, model: str) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     for fields, kind, param in (
@@ -126,6 +142,7 @@ def main() -> None:
     check_completions(client, model)
     check_chats(client, model)
     check_forms(client, model)
+    check_responses(client, model)
     check_errors(client, model)
     print(f"openai {openai.__version__}: ok")
 

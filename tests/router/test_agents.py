@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 from anthropic import AsyncAnthropic
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, pydantic_function_tool
 from pydantic import BaseModel
 
 from tensorweave.router.http.app import build_app
@@ -141,16 +141,29 @@ def test_parsed_calls() -> None:
     """`parse` makes strict functions of classes, and objects of their calls."""
 
     async def use(url: str) -> Any:
-        import openai
-
         async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
             answer = await client.chat.completions.parse(
                 model=MODEL,
                 messages=[{"role": "user", "content": 'CALL Sum {"a": 1, "b": 2}'}],
-                tools=[openai.pydantic_function_tool(Sum)],
+                tools=[pydantic_function_tool(Sum)],
             )
             calls = answer.choices[0].message.tool_calls
             assert calls is not None
             return calls[0].function.parsed_arguments
 
     assert with_service(use) == Sum(a=1, b=2)
+
+
+def test_parsed_texts() -> None:
+    """`parse` asks for a form, and makes objects of the text."""
+
+    async def use(url: str) -> tuple[Any, Any]:
+        told = 'SAY {"a": 1, "b": 2}'
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            chat = await client.chat.completions.parse(
+                model=MODEL, messages=[{"role": "user", "content": told}], response_format=Sum
+            )
+            response = await client.responses.parse(model=MODEL, input=told, text_format=Sum)
+            return chat.choices[0].message.parsed, response.output_parsed
+
+    assert with_service(use) == (Sum(a=1, b=2), Sum(a=1, b=2))
