@@ -110,6 +110,7 @@ def read_chat_request(
     """Raises RequestRejected."""
     check_name(served.model_names, request.model)
     _check_count(served, request, 1)
+    request.check_size_of_tools()
     token_ids = chat_token_ids(request, tokenizer, served)
     prompt = Prompt(_cut(token_ids, request.truncate_prompt_tokens))
     [spec] = _checked_specs(tokenizer, served, request, [prompt])

@@ -103,11 +103,15 @@ class ChatCompletionRequest(GenerateBody):
     def _check_tools(self) -> ChatCompletionRequest:
         if (self.functions or self.function_call) and (self.tools or self.tool_choice):
             raise RequestRejected("functions are deprecated names of tools: give one of both", param="functions")
-        for name in ("tools", "functions"):
-            if (size := _json_size(self, name)) > _MAX_TOOLS_BYTES:
-                raise RequestRejected(f"{name} have {size} bytes; the limit is {_MAX_TOOLS_BYTES}", param=name)
         _ = self.tool_use
         return self
+
+    def check_size_of_tools(self) -> None:
+        """They are read a second time, by the event loop. Raises RequestRejected."""
+        for name, given in (("tools", self.tools), ("functions", self.functions)):
+            size = len(orjson.dumps([one.model_dump() for one in given or ()]))
+            if size > _MAX_TOOLS_BYTES:
+                raise RequestRejected(f"{name} have {size} bytes; the limit is {_MAX_TOOLS_BYTES}", param=name)
 
     @cached_property
     def tool_use(self) -> ToolUse:
@@ -154,13 +158,17 @@ class ChatCompletionRequest(GenerateBody):
 
     def without_bulk(self) -> Self:
         token_ids = None if self.prompt_token_ids is None else [0]
-        short = {
+        short: dict[str, Any] = {
             "messages": [ChatMessage(role="assistant", content="")],
             "prompt_token_ids": token_ids,
             "chat_template": None,
             "chat_template_kwargs": None,
             "prediction": None,
         }
+        if self.tools:
+            short["tools"] = [tool.without_bulk() for tool in self.tools]
+        if self.functions:
+            short["functions"] = [function.without_bulk() for function in self.functions]
         return super().without_bulk().model_copy(update=short)
 
     @property
@@ -174,8 +182,3 @@ class ChatCompletionRequest(GenerateBody):
             num_prompt_logprobs=self.prompt_logprobs,
             has_token_ids=bool(self.return_token_ids),
         )
-
-
-def _json_size(request: ChatCompletionRequest, name: str) -> int:
-    given = getattr(request, name)
-    return len(orjson.dumps([one.model_dump() for one in given])) if given else 0

@@ -62,6 +62,10 @@ class FunctionDefinition(Strict):
     parameters: Schema | None = Field(None, description="The JSON schema of its arguments; without one, any object.")
     strict: bool | None = Field(None, description="Calls follow `parameters`, also if the model may choose to call.")
 
+    def without_bulk(self) -> FunctionDefinition:
+        """What the answer's parser needs."""
+        return FunctionDefinition(name=self.name, parameters=self.parameters)
+
 
 class ToolDefinition(Strict):
     """A tool. Only functions are supported."""
@@ -73,6 +77,9 @@ class ToolDefinition(Strict):
     @property
     def name(self) -> str:
         return self.function.name
+
+    def without_bulk(self) -> ToolDefinition:
+        return ToolDefinition(type="function", function=self.function.without_bulk())
 
     def for_template(self) -> dict[str, Any]:
         return {"type": "function", "function": self.function.model_dump(exclude_none=True)}
