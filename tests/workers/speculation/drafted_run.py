@@ -15,6 +15,7 @@ from tensorweave.cluster.speculation_config import (
 from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.executor.scheduler import SimpleScheduler
 from tensorweave.workers.gang.comm import SoloComm
+from tensorweave.workers.guided.guides import Guides
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.sampling.decoder import SamplingDecoder
 from tensorweave.workers.speculation.build import build_speculation
@@ -70,7 +71,13 @@ class DraftedRun:
     """An executor that is given all requests before its first step."""
 
     def __init__(
-        self, engine: Any, config: SpeculativeConfig | None, *, max_num_tokens: int = 256, **knobs: Any
+        self,
+        engine: Any,
+        config: SpeculativeConfig | None,
+        *,
+        max_num_tokens: int = 256,
+        guides: Guides | None = None,
+        **knobs: Any,
     ) -> None:
         info = engine.info
         self.kv = KVCacheManager(info.num_blocks, info.tokens_per_block, event_buffer_max_size=100_000)
@@ -91,6 +98,7 @@ class DraftedRun:
             resources=ResourceManager([self.states.states, *self.speculating.resource_managers, self.kv]),
             decoder=self.speculating.decoder,
             speculation=self.speculating.speculation,
+            guides=guides,
             comm=SoloComm(),
             info=info,
         )
