@@ -100,8 +100,10 @@ def build_executor(
         comm,
         kv_cache,
         max_num_tokens=settings.max_num_tokens,
+        max_samples=settings.max_samples,
         vocab_size=engine.info.vocab_size,
         make_drafter=_make_drafter,
+        on_gpu=device_type == "cuda",
     )
     executor = PyExecutor(
         engine=engine,

@@ -121,6 +121,7 @@ class Gang:
                 comm,
                 kv_cache,
                 max_num_tokens=max_num_tokens,
+                max_samples=max_num_tokens,
                 vocab_size=info.vocab_size,
                 make_drafter=lambda config: config.drafter,
             )

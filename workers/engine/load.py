@@ -122,7 +122,7 @@ class _ModelShare:
         intermediate = len(split_evenly(sizes.intermediate_size, tensor)[self.place.tensor])
         widest = max(2 * intermediate, 2 * len(self.heads.query) * sizes.head_dim)
         hidden = most.max_num_tokens * (4 * sizes.hidden_size + 2 * widest) * self.dtype.itemsize
-        return hidden + 3 * most.max_batch_size * sizes.vocab_size * torch.float32.itemsize
+        return hidden + 3 * most.max_samples * sizes.vocab_size * torch.float32.itemsize
 
     def memory_need(self, args: TorchLlmArgs) -> MemoryNeed:
         kv = args.kv_cache_config
@@ -230,9 +230,7 @@ def _build_device_engine(
     builder = DeviceEngineBuilder(
         device_model,
         choose_device_operations(device),
-        StepBuffers.create(
-            device_model, max(settings.max_num_tokens, settings.max_batch_size), settings.max_batch_size
-        ),
+        StepBuffers.create(device_model, max(settings.max_num_tokens, settings.max_samples), settings.max_samples),
         graphs,
     )
 

@@ -190,8 +190,7 @@ class EmptyEngine:
 
     def _logits(self, batch: ScheduledBatch) -> StepLogits:
         reads = [(read, torch.zeros(read.stop - read.start, self.info.vocab_size)) for read in batch.prompt_reads]
-        num_samples = len(batch.sampled) + sum(len(draft) for draft in batch.drafts.values())
-        return StepLogits(torch.zeros(num_samples, self.info.vocab_size), reads)
+        return StepLogits(torch.zeros(batch.num_samples, self.info.vocab_size), reads)
 
     def wipe_blocks(self, block_ids: Sequence[int]) -> None:
         return None

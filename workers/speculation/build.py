@@ -15,6 +15,7 @@ from tensorweave.workers.sampling.decoder import Decoder
 from tensorweave.workers.sampling.verifying_decoder import VerifyingDecoder
 from tensorweave.workers.speculation.drafter import Drafter
 from tensorweave.workers.speculation.ngram import NGramDrafter
+from tensorweave.workers.speculation.pace import CPU_FREE_ROWS, GPU_FREE_ROWS, DraftPace
 from tensorweave.workers.speculation.public_patterns import PublicPatterns
 from tensorweave.workers.speculation.speculation import AcceptanceWindow, DraftedSpeculation, DraftLimits
 from tensorweave.workers.speculation.user_drafter import UserDrafter
@@ -39,15 +40,18 @@ def build_speculation(
     kv_cache: KVCache,
     *,
     max_num_tokens: int,
+    max_samples: int,
     vocab_size: int,
     make_drafter: MakeDrafter,
+    on_gpu: bool = False,
 ) -> Speculating:
     """`make_drafter` gives a user's drafter: the object itself, or one of the class that its path names."""
     if config is None:
         return Speculating(NoSpeculation(), decoder)
-    limits = DraftLimits(config.max_draft_len, max_num_tokens, vocab_size, config.max_concurrency)
+    limits = DraftLimits(config.max_draft_len, max_num_tokens, max_samples, vocab_size, config.max_concurrency)
     window = AcceptanceWindow(config.acceptance_window or 0, config.acceptance_length_threshold or 0.0)
-    speculation = DraftedSpeculation(_make_drafter(config, comm, make_drafter), limits, window, kv_cache)
+    pace = DraftPace(GPU_FREE_ROWS if on_gpu else CPU_FREE_ROWS)
+    speculation = DraftedSpeculation(_make_drafter(config, comm, make_drafter), limits, window, pace, kv_cache)
     of_user: tuple[BaseResourceManager, ...] = ()
     if isinstance(config, UserProvidedDecodingConfig) and config.resource_manager is not None:
         of_user = (config.resource_manager,)

@@ -7,7 +7,6 @@ import collections
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 from tensorweave.workers.speculation.drafter import Draft, Drafter
 from tensorweave.workers.speculation.pace import DraftPace, RequestPace
@@ -17,17 +16,15 @@ from tensorweave.workers.step.resources import BaseResourceManager, KVCache
 from tensorweave.workers.step.result import StepResult
 from tensorweave.workers.step.speculation import DraftCounts
 
-MOST_ROWS: Final = 256
-"""Draft tokens of one step: each has a row of logits, of 0.2 to 0.6 MB."""
-
 
 @dataclass(frozen=True, slots=True)
 class DraftLimits:
-    """Of one draft `max_draft_len` tokens, of a step `max_num_tokens` with prompts and decodes. Nothing is drafted in
-    steps of more than `max_concurrency` requests. Tokens are below `vocab_size`."""
+    """Of one draft `max_draft_len` tokens, of a step `max_num_tokens` with prompts and decodes, and `max_samples` with
+    logits. Nothing is drafted in steps of more than `max_concurrency` requests. Tokens are below `vocab_size`."""
 
     max_draft_len: int
     max_num_tokens: int
+    max_samples: int
     vocab_size: int
     max_concurrency: int | None = None
 
@@ -67,12 +64,14 @@ class DraftedSpeculation(BaseResourceManager):
     waits for drafts.
     """
 
-    def __init__(self, drafter: Drafter, limits: DraftLimits, window: AcceptanceWindow, kv_cache: KVCache) -> None:
+    def __init__(
+        self, drafter: Drafter, limits: DraftLimits, window: AcceptanceWindow, pace: DraftPace, kv_cache: KVCache
+    ) -> None:
         self._drafter = drafter
         self._kv_cache = kv_cache
         self._limits = limits
         self._window = window
-        self._pace = DraftPace()
+        self._pace = pace
         self._drafted: dict[LlmRequest, _Drafted] = {}
         self._draft_s = 0.0
 
@@ -86,7 +85,7 @@ class DraftedSpeculation(BaseResourceManager):
         return drafted
 
     def _add_drafts(self, batch: ScheduledBatch) -> ScheduledBatch:
-        num_left = min(self._limits.max_num_tokens - batch.num_tokens, MOST_ROWS)
+        num_left = min(self._limits.max_num_tokens - batch.num_tokens, self._limits.max_samples - len(batch.sampled))
         if num_left < 1 or not batch.generation or self._rests(batch):
             return batch
         wanted = [(row.request, self._room(row)) for row in batch.generation]
@@ -103,7 +102,9 @@ class DraftedSpeculation(BaseResourceManager):
                 spare -= -(-max(0, len(tokens) - in_block) // size)
         if not drafts:
             return batch
-        return replace(batch, generation=tuple(_lengthen(row, drafts) for row in batch.generation), drafts=drafts)
+        single = [row for row in batch.generation if row.request.order not in drafts]
+        drafted = [_lengthen(row, drafts) for row in batch.generation if row.request.order in drafts]
+        return replace(batch, generation=(*single, *drafted), drafts=drafts)
 
     def settle(self, batch: ScheduledBatch, result: StepResult) -> DraftCounts:
         if not batch.drafts:
@@ -157,5 +158,5 @@ class DraftedSpeculation(BaseResourceManager):
 
 
 def _lengthen(row: StepRow, drafts: dict[int, Sequence[int]]) -> StepRow:
-    num_drafted = len(drafts.get(row.request.order, ()))
-    return StepRow(row.request, row.start, 1 + num_drafted, 1 + num_drafted) if num_drafted else row
+    length = 1 + len(drafts[row.request.order])
+    return StepRow(row.request, row.start, length, length)

@@ -68,7 +68,7 @@ class ScheduledBatch:
     """Chunks of contexts first, then the decodes; `paused` give their KV back before the step.
 
     `fetching` get blocks for the rest of their context now and its KV from another gang; they compute nothing.
-    `drafts` are the tokens that follow a decode's first one, by its request's `order`.
+    `drafts` are the tokens that follow a decode's first one, by its request's `order`; decodes with drafts come last.
 
     Derived: `sampled` are the rows that sample, in the order of the logits. `prompt_reads` are the prompt tokens whose
     logits are told for the first time, in the order of the batch.
@@ -95,6 +95,10 @@ class ScheduledBatch:
     def is_empty(self) -> bool:
         """Nothing is computed."""
         return not (self.context or self.generation)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.sampled) + sum(map(len, self.drafts.values()))
 
     @property
     def num_tokens(self) -> int:

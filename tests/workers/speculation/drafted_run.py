@@ -12,6 +12,7 @@ from tensorweave.cluster.speculation_config import (
     SpeculativeConfig,
     UserProvidedDecodingConfig,
 )
+from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.executor.scheduler import SimpleScheduler
 from tensorweave.workers.gang.comm import SoloComm
@@ -81,7 +82,7 @@ class DraftedRun:
     ) -> None:
         info = engine.info
         self.kv = KVCacheManager(info.num_blocks, info.tokens_per_block, event_buffer_max_size=100_000)
-        self.states = SamplingDecoder()
+        self.states = SamplingDecoder(device=engine.pool.cache.device, keeps_tokens=isinstance(engine, DeviceEngine))
         self.batches: list[ScheduledBatch] = []
         self.speculating = build_speculation(
             config,
@@ -89,13 +90,16 @@ class DraftedRun:
             SoloComm(),
             self.kv,
             max_num_tokens=max_num_tokens,
+            max_samples=max_num_tokens,
             vocab_size=info.vocab_size,
             make_drafter=lambda config: config.drafter,
         )
         self.executor = PyExecutor(
             engine=engine,
             scheduler=SimpleScheduler(self.kv, max_num_tokens=max_num_tokens, counts_on_ends=config is None, **knobs),
-            resources=ResourceManager([self.states.states, *self.speculating.resource_managers, self.kv]),
+            resources=ResourceManager(
+                [self.states.states, *engine.resource_managers, *self.speculating.resource_managers, self.kv]
+            ),
             decoder=self.speculating.decoder,
             speculation=self.speculating.speculation,
             guides=guides,

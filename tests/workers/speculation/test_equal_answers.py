@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tensorweave.cluster.guide import Guide
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
@@ -23,11 +24,13 @@ from tests.workers.speculation.drafted_run import (
     guesses,
     ngram_config,
     recording,
+    tokens_of,
     told,
     user_config,
 )
 from tests.workers.tiny_models import VOCAB, make_model
 
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 STOPS = tuple(range(3, VOCAB, 40))
 FEATURES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -124,6 +127,35 @@ def test_any_mixture_of_features_in_batches_of_any_size(num_requests: int, draft
     assert got == want
     if drafter == "mixed" and num_requests > 1:
         assert run.num_accepted
+
+
+ON_DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
+
+
+def run_on_device(model: Path, device: str, config: Any, **knobs: Any) -> tuple[dict[str, Any], Any]:
+    """Tokens alone: there the bits of logits depend on the number of rows."""
+    max_tokens = 192 if knobs.get("policy") else 16384
+    args = engine_args(model, device=device, kv_cache_config={"max_tokens": max_tokens}, max_batch_size=64)
+    engine = load_engine(args, SoloComm(), is_on_device=True)
+    run = DraftedRun(engine, config, **{"max_num_tokens": 64, **knobs})
+    run.executor.set_logits_processor("odd", odd)
+    answers = run.answer(all_features())
+    run.close()
+    tokens = {name: (tokens_of(chunks), chunks[-1].finish_reason) for name, chunks in answers.items()}
+    return tokens, (run, recording(all_features(), answers))
+
+
+@pytest.mark.parametrize("device", ON_DEVICES)
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_an_engine_whose_steps_stay_on_a_device(drafter: str, device: str, model: Path) -> None:
+    """Drafts are computed as chunks are, beside decodes and prompts. The model is in float32, its choices are clear."""
+    want, (_, recorded) = run_on_device(model, device, None)
+    for schedule in SCHEDULES.values():
+        config = ngram_config() if drafter == "ngram" else user_config(guesses(recorded, VOCAB)[drafter])
+        got, (run, _) = run_on_device(model, device, config, **schedule)
+        assert got == want
+        assert any(batch.drafts for batch in run.batches)
+        assert any(batch.drafts and len(batch.drafts) < len(batch.generation) for batch in run.batches)
 
 
 GUIDES = [

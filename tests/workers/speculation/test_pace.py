@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tensorweave.workers.speculation.pace import FREE_ROWS, TOKENS_PER_PROBE, DraftPace
+from tensorweave.workers.speculation.pace import CPU_FREE_ROWS, TOKENS_PER_PROBE, DraftPace
 
 
 class Request:
@@ -40,11 +40,11 @@ def run(pace: DraftPace, order: int, num_tokens: int, num_decodes: int, right: f
 
 @pytest.mark.parametrize("num_decodes", [1, 16, 64])
 def test_where_nothing_is_right_little_is_lost(num_decodes: int) -> None:
-    """Rows cost a FREE_ROWS-th of a step each; in the long run less than 2 % of the time goes to drafts."""
+    """Rows cost a CPU_FREE_ROWS-th of a step each; in the long run less than 2 % of the time goes to drafts."""
     pace, wasted = DraftPace(), 0
     for order in range(200):
         wasted += run(pace, order, 100, num_decodes, right=0.0)[0]
-    time_per_token = FREE_ROWS / num_decodes + 1
+    time_per_token = CPU_FREE_ROWS / num_decodes + 1
     assert wasted / (200 * 100 * time_per_token) < 0.02
 
 

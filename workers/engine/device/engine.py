@@ -81,9 +81,9 @@ class DeviceEngine:
         self._num_launched += 1
         with torch.no_grad():
             self.pool.copy_blocks(kv_cache.take_copies())
-            num_rows = len(batch.sampled)
+            num_rows = batch.num_samples
             num_padded = self._sizes.padded(num_rows) if num_rows else 0
-            if batch.context:
+            if batch.context or batch.drafts:
                 return Ready(self._launch_mixed(batch, kv_cache, num_padded))
             self._inputs.send_decodes(batch, kv_cache, num_padded)
             self.graphs.run(num_padded)

@@ -18,6 +18,7 @@ from tensorweave.kernels.attention.tiles import count_tiles, tile_chunks
 from tensorweave.kernels.step.reference import FROM_DEVICE, SequenceState, TableUpdate
 from tensorweave.workers.engine.device.sequence_tables import Ints, SequenceTables
 from tensorweave.workers.engine.device.staging import StepStaging
+from tensorweave.workers.engine.device.step_layout import StepLayout
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.resources import KVCache
 
@@ -153,11 +154,12 @@ class StepInputs:
     def send_mixed(
         self, batch: ScheduledBatch, kv_cache: KVCache, buffer: MixedBuffer, size: MixedSize, num_padded: int
     ) -> None:
-        """Bring a step with prompt chunks to the device. Rows that sample are padded to `num_padded`."""
-        slots = [self._tables.slot_of(row.request, kv_cache.block_ids(row.request)) for row in batch.context]
-        sampled = self._describe(batch.sampled, kv_cache)
-        first = len(batch.sampled) - len(batch.generation)
-        self._send_chunks(batch, slots, [numbers[first:] for numbers in sampled], buffer, size)
+        """Bring a step with chunks to the device. Rows that sample are padded to `num_padded`."""
+        layout = StepLayout.of(batch)
+        slots = [self._tables.slot_of(row.request, kv_cache.block_ids(row.request)) for row in layout.chunks]
+        sampled = self._describe(layout.samples, kv_cache)
+        decodes = [numbers[layout.decodes] for numbers in sampled]
+        self._send_chunks(layout, slots, decodes, buffer, size)
         self._send_rows(sampled, num_padded)
 
     def _send_rows(self, described: Sequence[list[int]], num_padded: int) -> None:
@@ -203,28 +205,22 @@ class StepInputs:
 
     def _send_chunks(
         self,
-        batch: ScheduledBatch,
+        layout: StepLayout,
         slots: Sequence[int],
         decodes: Sequence[list[int]],
         buffer: MixedBuffer,
         size: MixedSize,
     ) -> None:
         """`slots` are those of the chunks; `decodes` are slots, lengths and tokens of the others."""
-        positions = [np.arange(row.start, row.stop, dtype=np.int32) for row in batch.context]
-        ids: list[int] = []
-        sampled: list[int] = []
-        for row in batch.context:
-            ids += row.request.tokens[row.start : row.stop]
-            stop = size.num_decodes + len(ids)
-            sampled += range(stop - row.num_samples, stop)
-        sampled += range(len(batch.generation))
+        chunks = layout.chunks
+        positions = [np.arange(row.start, row.stop, dtype=np.int32) for row in chunks]
         P, tables_SW = self._tokens_per_block, self._tables.tables_SW
         kv_slots = [tables_SW[slot, at // P] * P + at % P for slot, at in zip(slots, positions, strict=True)]
-        tiles = tile_chunks([(row.start, row.length, slot) for row, slot in zip(batch.context, slots, strict=True)])
+        tiles = tile_chunks([(row.start, row.length, slot) for row, slot in zip(chunks, slots, strict=True)])
         arrays: list[Sequence[int] | Ints] = [
             *decodes,
-            sampled,
-            ids,
+            layout.places(size.num_decodes),
+            layout.token_ids(),
             np.concatenate(positions),
             np.concatenate(kv_slots),
             tiles.reshape(-1),
@@ -233,7 +229,9 @@ class StepInputs:
 
 
 def size_of(batch: ScheduledBatch) -> MixedSize:
-    """Of a step with prompt chunks, not padded."""
-    num_prompt = sum(row.length for row in batch.context)
-    most_tiles = sum(count_tiles(row.length) for row in batch.context)
-    return MixedSize(len(batch.generation), num_prompt, len(batch.sampled), most_tiles)
+    """Of a step with chunks, not padded."""
+    chunks = StepLayout.of(batch).chunks
+    num_tokens = sum(row.length for row in chunks)
+    most_tiles = sum(count_tiles(row.length) for row in chunks)
+    num_decodes = len(batch.context) + len(batch.generation) - len(chunks)
+    return MixedSize(num_decodes, num_tokens, batch.num_samples, most_tiles)
