@@ -1,8 +1,8 @@
 """The kernels in CUDA C++ for Hopper beside cuBLAS and Triton's: µs, medians, in CUDA graphs, of an 8B model's shapes.
 
-    python benchmarks/gpu_kernels_hopper.py [products] [attention]
+    python benchmarks/gpu_kernels_hopper.py [products] [attention] [--tune]
 
-Weights take turns, so that none is in the level-2 cache. `products`: wide.cu by tiling, and cuBLAS with what follows;
+Weights take turns, so that none is in the level-2 cache. `products`: gate_up by wide.cu, and cuBLAS with what follows;
 `attention`: decode.cu and Triton's over an 8-bit cache.
 """
 
@@ -11,19 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from gpu_kernels import PRODUCTS, Attention, numbers
 from gpu_timing import median_us, run_parts
 from torch import Tensor
 
 from tensorweave.kernels.attention import cuda_decode
-from tensorweave.kernels.linear.cuda_wide import WideTiling, wide_linear
+from tensorweave.kernels.linear.cuda_wide import WideTiling, wide_gated_linear
 from tensorweave.kernels.linear.triton_swiglu import silu_mul_pairs
 from tensorweave.kernels.weights import FP8
 
-GATED = [WideTiling(224, 2), WideTiling(256, 2), WideTiling(192, 2), WideTiling(192, 3), WideTiling(256, 1)]
-SUMS = [WideTiling(128, 2, 2), WideTiling(144, 2, 2), WideTiling(160, 2, 2), WideTiling(128, 1, 2)]
+TILINGS = [
+    WideTiling(224, 2),
+    WideTiling(224, 1),
+    WideTiling(256, 2),
+    WideTiling(256, 1),
+    WideTiling(192, 2),
+    WideTiling(192, 3),
+]
 ROWS = (136, 192, 256, 320, 384, 448, 512, 640, 768, 1024)
 LENGTHS = {
     "450 x 1000 to 2000": [1000 + i * 20 // 9 for i in range(450)],
@@ -32,32 +37,24 @@ LENGTHS = {
 }
 
 
-def library_us(x: Tensor, weights: list[Tensor], out: Tensor, is_gated: bool) -> float:
-    def run(w: Tensor) -> None:
-        if is_gated:
-            silu_mul_pairs(F.linear(x, w), out, pdl=True)
-        else:
-            torch.addmm(out, x, w.T, out=out)
-
-    return median_us([partial(run, w) for w in weights], 3)
+def library_us(x: Tensor, weights: list[Tensor], out: Tensor) -> float:
+    return median_us([partial(lambda w: silu_mul_pairs(F.linear(x, w), out, pdl=True), w) for w in weights], 3)
 
 
-def wide_us(x: Tensor, weights: list[Tensor], out: Tensor, is_gated: bool, tiling: WideTiling) -> float:
-    options = {"is_gated": is_gated, "tiling": tiling, "pdl": True}
-    return median_us([partial(wide_linear, x, w, out, **options) for w in weights], 3)
+def wide_us(x: Tensor, weights: list[Tensor], out: Tensor, tiling: WideTiling) -> float:
+    return median_us([partial(wide_gated_linear, x, w, out, tiling, pdl=True) for w in weights], 3)
 
 
 def time_products(tune: bool) -> Iterator[str]:
-    for name, tilings, is_gated in (("gate_up", GATED, True), ("down", SUMS, False)):
-        outputs, inputs, _ = PRODUCTS[name]
-        weights = [numbers(outputs * (2 if is_gated else 1), inputs) * 0.02 for _ in range(3)]
-        for rows in ROWS:
-            x, out = numbers(rows, inputs), numbers(rows, outputs)
-            parts = [f"cuBLAS {library_us(x, weights, out, is_gated):.1f}"]
-            for tiling in tilings:
-                us = wide_us(x, weights, out, is_gated, tiling)
-                parts.append(f"{tiling.block_n}:{tiling.cluster_m}:{tiling.cluster_k} {us:.1f}")
-            yield f"{name} {rows} rows: {', '.join(parts)}"
+    outputs, inputs, _ = PRODUCTS["gate_up"]
+    weights = [numbers(outputs * 2, inputs) * 0.02 for _ in range(3)]
+    for rows in ROWS:
+        x, out = numbers(rows, inputs), numbers(rows, outputs)
+        parts = [f"cuBLAS and the activation {library_us(x, weights, out):.1f}"]
+        for tiling in TILINGS if tune else TILINGS[:2]:
+            us = wide_us(x, weights, out, tiling)
+            parts.append(f"{tiling.block_n} columns, clusters of {tiling.cluster_m} {us:.1f}")
+        yield f"gate_up {rows} rows: {', '.join(parts)}"
 
 
 def decode_us(case: Attention) -> float:
