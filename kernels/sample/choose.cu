@@ -61,6 +61,9 @@ struct Shared {
 };
 
 // ---- shared memory of other blocks
+// It is there once they have entered the kernel: each thread calls the first at its start, the second before the first `put`.
+__device__ __forceinline__ void cluster_enter() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+__device__ __forceinline__ void await_cluster() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 __device__ __forceinline__ uint32_t at_block(const void* at, uint32_t block) {
   uint32_t to;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(at)), "r"(block));
@@ -149,6 +152,7 @@ __device__ __forceinline__ float find_largest(const float (&x)[E], Shared& s, bo
   wrong = __any_sync(ALL, wrong);
   if (lane == 0) s.warp_largest[warp] = largest, s.warp_is_wrong[warp] = wrong;
   __syncthreads();
+  await_cluster();
   if (warp == 0) {
     largest = lane < WARPS ? s.warp_largest[lane] : -INFINITE;
     for (int step = 16; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, step));
@@ -353,6 +357,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     choose(const __grid_constant__ Arguments a) {
   static_assert(E <= 64, "a bit for each number of a thread");
   __shared__ Shared s;
+  cluster_enter();
   const int row = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float x[E];
 #pragma unroll
