@@ -34,12 +34,13 @@ def model() -> Path:
 
 
 def chat_prompts(llm: LLM) -> list[str]:
-    return [
-        llm.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-        )
-        for text in GREEDY
-    ]
+    return [chat_prompt(llm, text) for text in GREEDY]
+
+
+def chat_prompt(llm: LLM, text: str) -> str:
+    message = {"role": "user", "content": text}
+    prompt: str = llm.tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    return prompt
 
 
 def token_ids(outputs: Any) -> list[list[int]]:
@@ -100,16 +101,17 @@ def test_a_pool_so_small_that_it_preempts(model: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_speculation_changes_no_token(model: Path, dtype: str) -> None:
-    """Copied text, where drafts are right, and sampled answers, where most are wrong, in one batch."""
-    copied = "Repeat this: one red fox, two red foxes, three red foxes, four red foxes, five red foxes."
-    params = [GREEDY_64] * 4 + [SamplingParams(max_tokens=40, temperature=1.0, seed=i, n=2) for i in range(4)]
+    """A text that is copied, where drafts are right, and greedy and sampled answers in one batch, where few are."""
+    copying = "Repeat the following text exactly, word for word: The harbour master keeps a ledger of every ship."
+    params = [GREEDY_64] * 3 + [SamplingParams(max_tokens=40, temperature=1.0, seed=i, n=2) for i in range(3)]
     told, accepted = [], 0
     for config in (None, NGramDecodingConfig(max_draft_len=6)):
         with LLM(model, dtype=dtype, kv_cache_config=KvCacheConfig(max_tokens=4096), speculative_config=config) as llm:
-            prompts = [*chat_prompts(llm), copied]
-            outputs = llm.generate([*prompts, *prompts], params, use_tqdm=False)
+            outputs = llm.generate([*chat_prompts(llm), *chat_prompts(llm)], params, use_tqdm=False)
+            copied = llm.generate([chat_prompt(llm, copying)], GREEDY_64, use_tqdm=False)
             assert isinstance(outputs, list)
-            told.append([each.token_ids for output in outputs for each in output.outputs])
+            assert isinstance(copied, list)
+            told.append([each.token_ids for output in [*outputs, *copied] for each in output.outputs])
             rows = [row["specDecodingStats"] for row in llm.get_stats() if row["specDecodingStats"]]
             accepted = sum(row["numAcceptedTokens"] for row in rows)
     assert told[0] == told[1]
