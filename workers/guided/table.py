@@ -9,6 +9,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Final
 
 from tensorweave.cluster.errors import TensorweaveError
@@ -65,7 +66,6 @@ class GrammarTable:
             self._thread.join(_EXIT_TIMEOUT_S)
 
     def _run(self) -> None:
-        _yield_to_others()
         while (order := self._orders.get()) is not None:
             if order.guide is not None:
                 self._report(GuideReport(order.guide.digest, self._rank, self._compile(order.guide)))
@@ -83,7 +83,8 @@ class GrammarTable:
         """Return what went wrong."""
         try:
             compilers = self._compilers = self._compilers or Compilers(self._read_vocabulary())
-            self._grammars[guide.digest] = compilers.compile(guide)
+            compilers.open(guide.backend)
+            self._grammars[guide.digest] = _at_low_priority(lambda: compilers.compile(guide))
         except (TensorweaveError, ValueError) as error:
             return str(error)[:_MAX_PROBLEM]
         except Exception as error:  # the request's boundary: whatever a library raises
@@ -92,7 +93,18 @@ class GrammarTable:
         return ""
 
 
-def _yield_to_others() -> None:
-    """Where threads have priorities of their own, as on Linux, this one leaves the cores to the step loop."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+def _at_low_priority(compute: Callable[[], Grammar]) -> Grammar:
+    """Compute on a thread of its own that leaves the cores to the step loop, where threads have priorities as on Linux.
+    Only what runs without the interpreter's lock may do so: a thread that waits for a core would keep it."""
+    result: Future[Grammar] = Future()
+
+    def run() -> None:
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        try:
+            result.set_result(compute())
+        except Exception as error:  # whatever a library raises, for the caller
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="guide-compilation", daemon=True).start()
+    return result.result()
