@@ -38,6 +38,8 @@ _OF_GANGS: Final = {
         "gang_requests_not_finite",
         "Sequences that ended because the model's logits were NaN or infinite, since the gang began.",
     ),
+    "grammars_cached": ("gang_grammars_cached", "Grammars that are compiled and kept for later requests."),
+    "grammars_refused_total": ("gang_grammars_refused", "Grammars that were refused, since the gang began."),
     "iterations_total": ("gang_iterations", "Steps since the gang began."),
     "step_seconds_total": ("gang_step_seconds", "Time in steps since the gang began."),
     "forward_seconds_total": ("gang_forward_seconds", "Time in forward passes since the gang began."),
