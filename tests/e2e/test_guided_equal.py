@@ -15,18 +15,21 @@ import jsonschema
 import pytest
 import torch
 
+from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.guide import Guide
-from tensorweave.cluster.protocol import SamplingSpec
+from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
 from tensorweave.cluster.speculation_config import NGramDecodingConfig
 from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.gang.report_channel import open_report_channel
 from tensorweave.workers.guided.guides import Guides, RankGuides
 from tensorweave.workers.guided.trials import Trials
 from tensorweave.workers.guided.vocabulary import TokenizerSource
+from tensorweave.workers.sampling import grammar_rule
 from tests.llmapi.small_llm import write_small_model
 from tests.router.small_tokenizers import byte_level
 from tests.workers.tiny_models import make_model
 from tests.workers.transfer_drive import Answer, Gang, model_gang, run_aggregated, run_disaggregated, tcp_carriers
+from tests.workers.waiting import WAIT_S
 
 MakeGuides = Callable[[Comm], Guides]
 
@@ -209,6 +212,27 @@ def test_the_prefill_gang_chooses_the_first_token_with_the_grammar(
 ) -> None:
     with make_gang(sizes[0], tcp_carriers, name="P") as prefill, make_gang(sizes[1], tcp_carriers, name="D") as decode:
         assert told(run_disaggregated(prefill, decode, asked[0], asked[1])) == told(expected)
+
+
+def test_a_grammar_that_is_slow_to_follow_ends_its_requests_on_all_ranks(
+    make_gang: Callable[..., Gang], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_rule, "_SLOW_S", -1.0)
+    guided = SamplingSpec(200, stop_token_ids=(end_id(),), guide=Guide("regex", "[a-z]{190}"))
+    with make_gang(2) as gang:
+        gang.leader.enqueue_requests(
+            [GenerateRequest("free", [5, 6], SamplingSpec(150)), GenerateRequest("slow", [5, 6], guided)]
+        )
+        ends: dict[str, Any] = {}
+        while len(ends) < 2:
+            chunks = gang.leader.await_responses(timeout_s=WAIT_S)
+            assert chunks, "nothing comes"
+            ends |= {chunk.request_id: chunk.error or chunk.finish_reason for chunk in chunks if chunk.is_last}
+        assert ends["free"] == "length"
+        assert "too long" in str(ends["slow"])
+        with pytest.raises(RequestRejected, match="too long"):
+            gang.leader.enqueue_request(GenerateRequest("again", [5, 6], guided))
+        gang.wait_idle()
 
 
 @pytest.mark.gpu

@@ -278,8 +278,8 @@ class PyExecutor:
         else:
             logger.error("rank %d: the step loop ends: %s", self.comm.rank, error)
         self.failure = error
-        self._guides.shutdown()
         self._transfers.shutdown()
         self._loop.answer()
         orphans = self._inbox.close(error)
         self._outbox.put([TokenChunk(request_id, error=error) for request_id in orphans])
+        self._guides.shutdown()

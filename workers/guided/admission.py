@@ -29,6 +29,7 @@ from tensorweave.workers.guided.limits import (
     READY_TIMEOUT_S,
 )
 from tensorweave.workers.guided.orders import GuideOrder, GuideReport
+from tensorweave.workers.guided.table import TOO_SLOW
 from tensorweave.workers.guided.trial import TrialResult
 
 PARAM: Final = "guided_decoding"
@@ -142,6 +143,18 @@ class GuideAdmission:
                 entry.held.clear()
                 self._evict()
 
+    def stop(self, digest: bytes) -> None:
+        """End the requests with this grammar on all ranks, in the same step, and refuse those that come."""
+        refusal = RequestRejected(TOO_SLOW, param=PARAM)
+        with self._lock:
+            entry = self._entries.get(digest)
+            if entry is not None and not entry.is_ready:  # it was forgotten, and is compiled again
+                self._fail(entry, refusal)
+            self._entries.pop(digest, None)
+            self._remember(digest, refusal)
+            self.num_refused += 1
+            self._inbox.put_guide_order(GuideOrder("stop", digest=digest))
+
     def close(self) -> None:
         with self._lock:
             self._is_closed = True
@@ -188,14 +201,17 @@ class GuideAdmission:
             del self._entries[digest]
             self.num_refused += 1
             if isinstance(error, RequestRejected):
-                self._refused[digest] = error
-                while len(self._refused) > _MAX_REFUSED:
-                    self._refused.popitem(last=False)
+                self._remember(digest, error)
             if not self._is_closed:
                 self._inbox.put_guide_order(GuideOrder("forget", digest=digest))
             held, entry.held = entry.held, []
             for request in held:
                 self._refuse(request, error)
+
+    def _remember(self, digest: bytes, refusal: RequestRejected) -> None:
+        self._refused[digest] = refusal
+        while len(self._refused) > _MAX_REFUSED:
+            self._refused.popitem(last=False)
 
     def _evict(self) -> None:
         """Let go of the grammars that were not asked for longest. Requests inside keep theirs."""

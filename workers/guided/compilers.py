@@ -3,6 +3,7 @@ trials and on every rank."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from tensorweave.cluster.guide import Guide, GuideBackend
@@ -11,6 +12,8 @@ from tensorweave.workers.step.grammar import Grammar
 
 
 class SizedGrammar(Grammar, Protocol):
+    on_slow: Callable[[], None] | None
+
     @property
     def num_bytes(self) -> int:
         """About how much memory it takes."""

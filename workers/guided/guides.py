@@ -72,7 +72,7 @@ class RankGuides:
         self._size = size
         self._trials = trials
         self._reports = reports
-        self._table = GrammarTable(rank, self._read_vocabulary, self._report)
+        self._table = GrammarTable(rank, self._read_vocabulary, self._report, self._stop)
         self._admission: GuideAdmission | None = None
 
     def start(self, inbox: GuideInbox, refuse: Refuse) -> None:
@@ -108,6 +108,10 @@ class RankGuides:
         if self._rank:
             self._trials.close()  # guides are tried by rank 0
         return vocabulary
+
+    def _stop(self, digest: bytes) -> None:
+        if self._admission is not None:  # rank 0 measures for all
+            self._admission.stop(digest)
 
     def _report(self, report: GuideReport) -> None:
         try:

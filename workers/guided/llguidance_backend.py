@@ -11,6 +11,7 @@ from torch import Tensor
 from tensorweave.cluster.guide import Guide
 from tensorweave.workers.guided.mask_bits import clear_bits, set_bits
 from tensorweave.workers.guided.vocabulary import Vocabulary
+from tensorweave.workers.guided.watched import WatchedGrammar
 
 # N rows, W words of bits
 
@@ -44,10 +45,11 @@ class LlguidanceCompiler:
         return LlguidanceGrammar(first, self._filler, self._end_id)
 
 
-class LlguidanceGrammar:
+class LlguidanceGrammar(WatchedGrammar):
     num_bytes = _GRAMMAR_BYTES
 
     def __init__(self, first: llguidance.LLMatcher, filler: LlguidanceFiller, end_id: int) -> None:
+        super().__init__()
         self._first = first
         self._filler = filler
         self._end_id = end_id

@@ -12,9 +12,10 @@ from tensorweave.cluster.guide import Guide, guide_or_none
 @dataclass(frozen=True, slots=True)
 class GuideOrder:
     """`load`: read the vocabulary, the first guide is on its way. `compile`: compile this guide and report. `forget`:
-    let go of the grammar with this digest, which no request that comes later has."""
+    let go of the grammar with this digest, which no request that comes later has. `stop`: requests with this grammar
+    end, because it takes too long to follow."""
 
-    verb: Literal["load", "compile", "forget"]
+    verb: Literal["load", "compile", "forget", "stop"]
     guide: Guide | None = None
     digest: bytes = b""
 
@@ -24,7 +25,7 @@ class GuideOrder:
     @classmethod
     def from_wire(cls, fields: Any) -> Self:
         match fields:
-            case ["load" | "compile" | "forget" as verb, guide, bytes(digest)]:
+            case ["load" | "compile" | "forget" | "stop" as verb, guide, bytes(digest)]:
                 return cls(verb, guide_or_none(guide, "guide"), digest)
         raise WireError("malformed order for guides")
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import queue
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Final
 
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.guide import Guide
-from tensorweave.workers.guided.compilers import Compilers
+from tensorweave.workers.guided.compilers import Compilers, SizedGrammar
 from tensorweave.workers.guided.limits import NICENESS
 from tensorweave.workers.guided.orders import GuideOrder, GuideReport
 from tensorweave.workers.guided.vocabulary import Vocabulary
@@ -22,6 +24,7 @@ from tensorweave.workers.step.grammar import Grammar
 
 logger = logging.getLogger(__name__)
 
+TOO_SLOW: Final = "the grammar was refused: it takes too long to find the tokens that may come next"
 _MAX_PROBLEM: Final = 1000
 _EXIT_TIMEOUT_S: Final = 5.0
 
@@ -33,16 +36,24 @@ class GrammarTable:
         rank: For reports.
         read_vocabulary: Called once, on the thread, until it succeeds. Raises TensorweaveError.
         report: Called on the thread, once for each order to compile.
+        on_slow: Called by the step loop when an output with the grammar of this digest takes too long.
     """
 
     def __init__(
-        self, rank: int, read_vocabulary: Callable[[], Vocabulary], report: Callable[[GuideReport], None]
+        self,
+        rank: int,
+        read_vocabulary: Callable[[], Vocabulary],
+        report: Callable[[GuideReport], None],
+        on_slow: Callable[[bytes], None] = lambda digest: None,
     ) -> None:
         self._rank = rank
         self._read_vocabulary = read_vocabulary
         self._report = report
+        self._on_slow = on_slow
         self._orders: queue.SimpleQueue[GuideOrder | None] = queue.SimpleQueue()
         self._grammars: dict[bytes, Grammar] = {}
+        self._alive: weakref.WeakValueDictionary[bytes, Grammar] = weakref.WeakValueDictionary()
+        """Also those that are forgotten here, and that a request still follows."""
         self._compilers: Compilers | None = None
         self._thread: threading.Thread | None = None
 
@@ -50,11 +61,14 @@ class GrammarTable:
         return len(self._grammars)
 
     def follow(self, orders: Sequence[GuideOrder]) -> None:
-        """Take orders, which are carried out one after the other."""
+        """Take orders. Those to stop are carried out at once, as at the same step of every rank; the others on the
+        thread, one after the other."""
         if orders and self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"guide-compiler-{self._rank}", daemon=True)
             self._thread.start()
         for order in orders:
+            if order.verb == "stop" and (grammar := self._alive.get(order.digest)) is not None:
+                grammar.problem = TOO_SLOW
             self._orders.put(order)
 
     def get(self, guide: Guide) -> Grammar | None:
@@ -69,10 +83,10 @@ class GrammarTable:
         while (order := self._orders.get()) is not None:
             if order.guide is not None:
                 self._report(GuideReport(order.guide.digest, self._rank, self._compile(order.guide)))
-            elif order.verb == "forget":
-                self._grammars.pop(order.digest, None)
-            else:
+            elif order.verb == "load":
                 self._load()
+            else:
+                self._grammars.pop(order.digest, None)
 
     def _load(self) -> None:
         with contextlib.suppress(TensorweaveError):  # the guide that follows tries again, and reports it
@@ -84,7 +98,9 @@ class GrammarTable:
         try:
             compilers = self._compilers = self._compilers or Compilers(self._read_vocabulary())
             compilers.open(guide.backend)
-            self._grammars[guide.digest] = _at_low_priority(lambda: compilers.compile(guide))
+            grammar = _at_low_priority(lambda: compilers.compile(guide))
+            grammar.on_slow = functools.partial(self._on_slow, guide.digest)
+            self._grammars[guide.digest] = self._alive[guide.digest] = grammar
         except (TensorweaveError, ValueError) as error:
             return str(error)[:_MAX_PROBLEM]
         except Exception as error:  # the request's boundary: whatever a library raises
@@ -93,10 +109,10 @@ class GrammarTable:
         return ""
 
 
-def _at_low_priority(compute: Callable[[], Grammar]) -> Grammar:
+def _at_low_priority(compute: Callable[[], SizedGrammar]) -> SizedGrammar:
     """Compute on a thread of its own that leaves the cores to the step loop, where threads have priorities as on Linux.
     Only what runs without the interpreter's lock may do so: a thread that waits for a core would keep it."""
-    result: Future[Grammar] = Future()
+    result: Future[SizedGrammar] = Future()
 
     def run() -> None:
         if sys.platform == "linux":

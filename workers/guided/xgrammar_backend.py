@@ -13,6 +13,7 @@ from torch import Tensor
 from tensorweave.cluster.guide import Guide
 from tensorweave.workers.guided.mask_bits import clear_bits
 from tensorweave.workers.guided.vocabulary import Vocabulary
+from tensorweave.workers.guided.watched import WatchedGrammar
 
 # N rows, W words of bits
 
@@ -59,7 +60,7 @@ class XgrammarCompiler:
                 return compiler.compile_structural_tag(text)
 
 
-class XgrammarGrammar:
+class XgrammarGrammar(WatchedGrammar):
     """`unnamed` are the special tokens that the guide's text does not have: to xgrammar they are tokens like others,
     but an answer's text is without them."""
 
@@ -70,6 +71,7 @@ class XgrammarGrammar:
         vocabulary: Vocabulary,
         unnamed: Sequence[int],
     ) -> None:
+        super().__init__()
         self._compiled = compiled
         self._filler = filler
         self._vocabulary = vocabulary

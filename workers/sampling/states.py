@@ -49,4 +49,4 @@ def _grammar_rules(request: LlmRequest) -> Sequence[SamplingRule]:
     if request.sampling.guide is None:
         return ()
     assert request.grammar is not None, f"request {request.request_id} has arrived without its grammar"
-    return (GrammarRule(request.grammar.matcher(request.sampling.stop_token_ids)),)
+    return (GrammarRule(request.grammar, request.sampling.stop_token_ids),)

@@ -44,7 +44,15 @@ class MaskFiller(Protocol):
 
 
 class Grammar(Protocol):
-    """A grammar, compiled for the model's vocabulary. May be used by several threads."""
+    """A grammar, compiled for the model's vocabulary. May be used by several threads.
+
+    With a `problem` no output follows it any further: all ranks have agreed on that.
+    """
+
+    problem: str
+
+    def report_slow(self) -> None:
+        """Tell rank 0 that tokens of an output took too long to accept; it decides what becomes of the grammar."""
 
     def matcher(self, stop_token_ids: Sequence[int]) -> Matcher:
         """A matcher before the first token. These tokens are allowed at the grammar's end and nowhere else."""

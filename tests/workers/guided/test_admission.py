@@ -195,6 +195,19 @@ def test_a_text_that_is_too_long_is_refused_before_it_is_tried(bench: Bench) -> 
     assert bench.trier.tried == []
 
 
+@pytest.mark.parametrize("is_ready", [True, False])
+def test_a_grammar_that_is_stopped_is_refused_from_then_on(bench: Bench, is_ready: bool) -> None:
+    bench.ask("r1")
+    if is_ready:
+        bench.make_ready(GUIDE)
+    bench.admission.stop(GUIDE.digest)
+    assert bench.verbs()[-1] == "stop"
+    assert bench.arrived == (["r1"] if is_ready else [])
+    assert ("r1" in bench.refused) != is_ready
+    with pytest.raises(RequestRejected, match="too long"):
+        bench.ask("r2")
+
+
 def test_closing_ends_what_is_held(bench: Bench) -> None:
     bench.trier.is_open.clear()
     bench.ask("r1")

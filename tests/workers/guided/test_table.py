@@ -32,6 +32,24 @@ def test_orders_are_carried_out_and_reported() -> None:
     table.close()
 
 
+def test_a_grammar_is_stopped_at_once_even_if_it_was_forgotten() -> None:
+    reports: queue.Queue[GuideReport] = queue.Queue()
+    slow: list[bytes] = []
+    table = GrammarTable(0, vocabulary, reports.put, slow.append)
+    table.follow([GuideOrder("compile", GOOD)])
+    reports.get(timeout=WAIT_S)
+    grammar = table.get(GOOD)
+    assert grammar is not None
+    grammar.report_slow()
+    grammar.report_slow()
+    assert slow == [GOOD.digest]
+    table.follow([GuideOrder("forget", digest=GOOD.digest)])
+    wait_until(lambda: table.get(GOOD) is None)
+    table.follow([GuideOrder("stop", digest=GOOD.digest)])
+    assert "too long" in grammar.problem
+    table.close()
+
+
 def test_a_vocabulary_that_cannot_be_read_is_reported_and_tried_again() -> None:
     reports: queue.Queue[GuideReport] = queue.Queue()
     is_there = [False]
@@ -50,7 +68,7 @@ def test_a_vocabulary_that_cannot_be_read_is_reported_and_tried_again() -> None:
     table.close()
 
 
-@pytest.mark.parametrize("order", [GuideOrder("load"), GuideOrder("compile", GOOD), GuideOrder("forget", digest=b"x")])
+@pytest.mark.parametrize("order", [GuideOrder("load"), GuideOrder("compile", GOOD), GuideOrder("stop", digest=b"x")])
 def test_orders_and_reports_cross_the_wire(order: GuideOrder) -> None:
     assert GuideOrder.from_wire(order.to_wire()) == order
     report = GuideReport(b"d", 1, "why")
