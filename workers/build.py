@@ -115,7 +115,7 @@ def build_executor(
         speculation=speculating.speculation,
         comm=comm,
         info=dataclasses.replace(engine.info, guided_decoding_backend=args.guided_decoding_backend),
-        guides=_make_guides(args, engine.info, comm, transfer_host),
+        guides=_make_guides(args, engine, comm, transfer_host),
         transfers=_make_transfers(args, engine, kv_cache, comm, transfer_host, transfer_secret),
         disable_overlap_scheduler=not settings.overlaps,
         max_requests=args.max_queued_requests,
@@ -159,7 +159,7 @@ def _make_scheduler(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -
     )
 
 
-def _make_guides(args: TorchLlmArgs, info: ModelInfo, comm: Comm, host: str) -> Guides:
+def _make_guides(args: TorchLlmArgs, engine: ModelEngine, comm: Comm, host: str) -> Guides:
     if args.guided_decoding_backend is None:
         return NoGuides()
     source = TokenizerSource.of(
@@ -169,7 +169,8 @@ def _make_guides(args: TorchLlmArgs, info: ModelInfo, comm: Comm, host: str) -> 
         args.trust_remote_code,
         args.tokenizer_mode != "slow",
     )
-    return RankGuides(comm.rank, comm.size, Trials(source, info.vocab_size), open_report_channel(comm, host))
+    trials = Trials(source, engine.info.vocab_size)
+    return RankGuides(comm.rank, comm.size, trials, open_report_channel(comm, host), engine.pool.cache.device)
 
 
 def _make_transfers(

@@ -27,3 +27,10 @@ def choose_mask_tokens(device: torch.device) -> MaskTokens:
     if native is None or native.mask_tokens is None:
         return reference.mask_tokens
     return NativeMaskTokens(native.mask_tokens)
+
+
+def compile_mask_tokens(device: torch.device) -> None:
+    """Compile what the first call would compile."""
+    logits_RV = torch.zeros(1, 64, device=device)
+    masks_NW = torch.full((1, 2), -1, dtype=torch.int32, device=device)
+    choose_mask_tokens(device)(logits_RV, masks_NW, torch.zeros(1, dtype=torch.int32, device=device))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
+
+import torch
 
 from tensorweave.cluster.errors import RequestRejected, WorkerLost
 from tensorweave.cluster.guide import Guide
 from tensorweave.cluster.protocol import GenerateRequest
+from tensorweave.kernels.token_mask.chosen import compile_mask_tokens
 from tensorweave.workers.gang.report_channel import ReportChannel
 from tensorweave.workers.guided.admission import PARAM, GuideAdmission, GuideInbox, Refuse
 from tensorweave.workers.guided.orders import GuideOrder, GuideReport
@@ -15,6 +19,8 @@ from tensorweave.workers.guided.table import GrammarTable
 from tensorweave.workers.guided.trials import Trials
 from tensorweave.workers.guided.vocabulary import Vocabulary
 from tensorweave.workers.step.grammar import Grammar
+
+_CPU: Final = torch.device("cpu")
 
 
 class Guides(Protocol):
@@ -65,14 +71,18 @@ class RankGuides:
         size: Ranks of the gang.
         trials: Reads the tokenizer; on rank 0 it tries guides too.
         reports: How the other ranks tell rank 0 what they have compiled.
+        device: Where the logits are.
     """
 
-    def __init__(self, rank: int, size: int, trials: Trials, reports: ReportChannel) -> None:
+    def __init__(
+        self, rank: int, size: int, trials: Trials, reports: ReportChannel, device: torch.device = _CPU
+    ) -> None:
         self._rank = rank
         self._size = size
         self._trials = trials
         self._reports = reports
-        self._table = GrammarTable(rank, self._read_vocabulary, self._report, self._stop)
+        prepare = functools.partial(compile_mask_tokens, device)
+        self._table = GrammarTable(rank, self._read_vocabulary, self._report, self._stop, prepare)
         self._admission: GuideAdmission | None = None
 
     def start(self, inbox: GuideInbox, refuse: Refuse) -> None:
