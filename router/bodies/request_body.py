@@ -229,7 +229,8 @@ def _guide(request: AnyRequest, served: ServedModel) -> Guide | None:
         raise RequestRejected(
             f"ignore_eos and {param} exclude each other: a guide says where to end", param="ignore_eos"
         )
-    return guide_for(params, served.info.guided_decoding_backend, served.guided, param=param)
+    backend = served.info.guided_decoding_backend
+    return guide_for(params, backend, served.guided, param=param, may_be_grammar=True)
 
 
 def _check_count(served: ServedModel, request: AnyRequest, num_prompts: int) -> None:

@@ -25,10 +25,12 @@ Form = Literal["schema", "grammar", "llguidance"]
 
 FORMS: Final[dict[BackendChoice, tuple[Form, ...]]] = {
     "auto": ("schema", "llguidance"),
-    "xgrammar": ("schema", "grammar"),
+    "xgrammar": ("schema",),
     "llguidance": ("llguidance",),
 }
 """The forms that each backend of a configuration allows, in the order of preference."""
+XGRAMMAR_FORMS: Final[tuple[Form, ...]] = ("schema", "grammar")
+"""Where a grammar of ours can be used: in structural tags, and by callers that say so."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from tensorweave.router.guided.document import SchemaDocument, check_size, read_
 from tensorweave.router.guided.ebnf import write_grammar
 from tensorweave.router.guided.expressions import PatternError
 from tensorweave.router.guided.families import check_pattern_size
-from tensorweave.router.guided.features import FEATURES, FORMS, Form, features_of
+from tensorweave.router.guided.features import FEATURES, FORMS, XGRAMMAR_FORMS, Form, features_of
 from tensorweave.router.guided.limits import GuidedLimits
 from tensorweave.router.guided.params import GuideParams
 from tensorweave.router.guided.read import SchemaReader
@@ -29,9 +29,11 @@ _MAX_XGRAMMAR_PATTERN: Final = 1000
 
 
 class _Writer:
-    def __init__(self, params: GuideParams, backend: BackendChoice, limits: GuidedLimits) -> None:
+    def __init__(
+        self, params: GuideParams, backend: BackendChoice, limits: GuidedLimits, *, may_be_grammar: bool
+    ) -> None:
         self._params = params
-        self._forms = FORMS[backend]
+        self._forms = XGRAMMAR_FORMS if may_be_grammar and backend == "xgrammar" else FORMS[backend]
         self._backend: GuideBackend = "llguidance" if backend == "llguidance" else "xgrammar"
         self._limits = limits
         asked = params.max_whitespace
@@ -103,7 +105,7 @@ class _Writer:
         return Guide("structural_tag", text, "xgrammar")
 
     def _schema_in_tag(self, schema: Any, *, is_json: bool) -> dict[str, Any]:
-        settled, form = self._settled(schema, ("schema", "grammar") if is_json else ("schema",))
+        settled, form = self._settled(schema, XGRAMMAR_FORMS if is_json else FORMS["xgrammar"])
         if form == "grammar":
             return {"type": "grammar", "grammar": write_grammar(settled, self._max_whitespace)}
         return {"json_schema": written_schema(settled, "xgrammar")}
@@ -115,6 +117,7 @@ def guide_for(
     limits: GuidedLimits | None = None,
     *,
     param: str | None = None,
+    may_be_grammar: bool = False,
 ) -> Guide:
     """The guide that enforces `params`.
 
@@ -124,6 +127,8 @@ def guide_for(
             guides.
         limits: Bounds of size, depth and white space; default: `GuidedLimits()`.
         param: The request's own name for the field, for errors.
+        may_be_grammar: With the backend xgrammar, the guide of a schema with expressions may be a grammar (of kind
+            ebnf); else it is always a schema.
 
     Raises:
         RequestRejected: Nobody enforces a keyword (the message names it and its JSON pointer), or the schema,
@@ -137,7 +142,7 @@ def guide_for(
         raise RequestRejected(f"exactly one kind of guide must be given, not {found}", param=param)
     name = param or given[0]
     try:
-        return _Writer(params, backend, limits or GuidedLimits()).write(given[0])
+        return _Writer(params, backend, limits or GuidedLimits(), may_be_grammar=may_be_grammar).write(given[0])
     except Refusal as refusal:
         raise RequestRejected(f"{name}: {refusal.message}", param=name) from None
 

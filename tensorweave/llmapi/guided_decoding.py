@@ -54,7 +54,9 @@ def read_guide(params: Any, backend: BackendChoice | None) -> Guide | None:
         json_object=params.json_object,
         structural_tag=params.structural_tag,
     )
-    return guide_for(read, backend, param=f"{_FIELD}.{read.given[0]}") if read.given else None
+    if not read.given:
+        return None
+    return guide_for(read, backend, param=f"{_FIELD}.{read.given[0]}", may_be_grammar=True)
 
 
 def _check(params: GuidedDecodingParams) -> None:

@@ -70,7 +70,7 @@ def cases(draft: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def guide_or_reason(schema: Any, backend: BackendChoice = "auto") -> Guide | str:
     try:
-        return guide_for(GuideParams(json=schema), backend)
+        return guide_for(GuideParams(json=schema), backend, may_be_grammar=True)
     except RequestRejected as error:
         return error.message
 

@@ -60,6 +60,14 @@ def test_expressions_become_a_grammar() -> None:
         assert not accepts(guide, f"<think></think>{bad}"), bad
 
 
+def test_only_who_says_so_gets_a_grammar() -> None:
+    params = GuideParams(json={"type": "string", "format": "date"})
+    assert guide_for(params, "xgrammar", may_be_grammar=True).kind == "ebnf"
+    assert guide_for(params, "auto", may_be_grammar=True).backend == "llguidance"
+    with pytest.raises(RequestRejected, match="is not enforced by xgrammar"):
+        guide_for(params, "xgrammar")
+
+
 def test_expressions_are_written_in_the_dialect() -> None:
     guide = tagged({"type": "regex", "pattern": "^(?:a.c)?b$"})
     assert accepts(guide, "axcb")
