@@ -52,20 +52,23 @@ def as_schema(value: Any, at: str) -> Schema:
 
 def read_document(schema: str | dict[str, Any] | bool, limits: GuidedLimits) -> SchemaDocument:
     """Raises Refusal for a schema that is malformed, too large or too deep."""
-    text: str | bytes
-    try:
-        text = schema if isinstance(schema, str) else orjson.dumps(schema)
-    except (TypeError, ValueError) as error:  # orjson's own errors are TypeErrors
-        raise Refusal(None, "", f"the schema is no JSON: {error}") from None
-    check_size(text, limits)
-    try:
-        root = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise Refusal(None, "", f"the schema is no JSON: {error.msg} at byte {error.pos}") from None
+    root = read_json(schema, limits)
     if (depth := depth_of(root)) > limits.max_depth:
         raise Refusal(None, "", f"the schema is nested {depth} levels deep; the limit is {limits.max_depth}")
-    has_unevaluated = ("unevaluated" if isinstance(text, str) else b"unevaluated") in text  # type: ignore[operator]
-    return SchemaDocument(as_schema(root, ""), has_unevaluated=has_unevaluated)
+    return SchemaDocument(as_schema(root, ""), has_unevaluated=b"unevaluated" in orjson.dumps(root))
+
+
+def read_json(given: Any, limits: GuidedLimits) -> Any:
+    """JSON as text or as data, bounded in size. Raises Refusal."""
+    try:
+        text = given.encode() if isinstance(given, str) else orjson.dumps(given)
+    except (TypeError, ValueError) as error:  # orjson's own errors are TypeErrors
+        raise Refusal(None, "", f"this is no JSON: {error}") from None
+    check_size(text, limits)
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise Refusal(None, "", f"this is no JSON: {error.msg} at byte {error.pos}") from None
 
 
 def check_size(text: str | bytes, limits: GuidedLimits) -> None:

@@ -39,8 +39,8 @@ class FamilyReader:
         patterns: list[Expression] = []
         if (written := fields.get("pattern", _NONE)) is not _NONE:
             patterns.append(self.expression(written, at))
-        if (name := fields.get("format", _NONE)) is not _NONE and name not in NUMBER_FORMATS:
-            patterns += self._format(name, at, has_pattern=bool(patterns))
+        if "format" in fields:
+            patterns += self._format(fields["format"], at, has_pattern=bool(patterns))
         if (name := fields.get("contentEncoding", _NONE)) is not _NONE:
             patterns += self._encoding(name, at)
         patterns = [expression for i, expression in enumerate(patterns) if expression not in patterns[:i]]
@@ -146,7 +146,7 @@ class FamilyReader:
         return {key: self._read(schema, step(at, name, key)) for key, schema in schemas.items()}
 
     def _encoding(self, name: Any, at: str) -> list[Expression]:
-        if name in UNBOUND_ENCODINGS:
+        if isinstance(name, str) and name in UNBOUND_ENCODINGS:
             return []
         if name not in ("base64", "base64url"):
             raise Refusal("contentEncoding", at, f"{str(name)[:64]!r} is not enforced by any backend")
@@ -155,7 +155,7 @@ class FamilyReader:
     def _format(self, name: Any, at: str, *, has_pattern: bool) -> list[Expression]:
         if not isinstance(name, str):
             raise Refusal("format", at, "must be a string")
-        if name in UNBOUND_FORMATS or (has_pattern and name in FORMATS_OF_PATTERNS):
+        if name in UNBOUND_FORMATS or name in NUMBER_FORMATS or (has_pattern and name in FORMATS_OF_PATTERNS):
             return []
         if name not in FORMATS:
             raise Refusal("format", at, f"{name[:64]!r} is not enforced by any backend")

@@ -66,7 +66,7 @@ FEATURES: Final[dict[str, Feature]] = {
     "int64 bounds": Feature(_BOUNDS, "of more than 15 digits", _SCHEMA),
     "large bounds": Feature(_BOUNDS, "of more than 15 digits, or 12 decimals", _NOBODY),
     "multiple": Feature(("multipleOf",), "", _LLGUIDANCE),
-    "fine multiple": Feature(("multipleOf",), "with more than 6 decimals", _NOBODY),
+    "unusual multiple": Feature(("multipleOf",), "of 10^9 and more, or with more than 6 decimals,", _NOBODY),
     "closed object": Feature(("properties",), "without others", _ALL),
     "map": Feature(("additionalProperties",), "without properties", _ALL),
     "open object": Feature(("additionalProperties",), "beside properties", _NOT_SCHEMA),
@@ -83,6 +83,7 @@ _INT64: Final = 2**63
 _MAX_LIGHT_SIZE: Final = 200
 _MAX_LIGHT_REPEATS: Final = 8
 _MAX_DECIMALS: Final = 6
+_MAX_MULTIPLE: Final = 10**9
 _MAX_GRAMMAR_DECIMALS: Final = 12
 
 
@@ -150,7 +151,8 @@ def _of_number(number: Number) -> Iterator[str]:
         if bound is not None:
             yield _bound_feature(bound, number.is_integer)
     for multiple in number.multiples:
-        yield "multiple" if _num_decimals(multiple) <= _MAX_DECIMALS else "fine multiple"
+        is_usual = _num_decimals(multiple) <= _MAX_DECIMALS and multiple < _MAX_MULTIPLE
+        yield "multiple" if is_usual else "unusual multiple"
 
 
 def _bound_feature(bound: Bound, is_integer: bool) -> str:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-import orjson
-
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.guide import BackendChoice, Guide, GuideBackend, GuideKind
 from tensorweave.router.guided import expressions, pattern
-from tensorweave.router.guided.document import SchemaDocument, check_size, read_document
+from tensorweave.router.guided.document import SchemaDocument, check_size, read_document, read_json
 from tensorweave.router.guided.ebnf import write_grammar
 from tensorweave.router.guided.expressions import PatternError
 from tensorweave.router.guided.families import check_pattern_size
@@ -99,8 +97,7 @@ class _Writer:
     def _structural_tag(self) -> Guide:
         if self._backend == "llguidance":
             raise Refusal(None, "", "structural tags need the backend xgrammar; this service has llguidance")
-        tag = self._params.structural_tag
-        check_size(tag if isinstance(tag, str) else orjson.dumps(tag), self._limits)
+        tag = read_json(self._params.structural_tag, self._limits)
         text = write_structural_tag(tag, self._limits, self._max_whitespace, self._schema_in_tag)
         return Guide("structural_tag", text, "xgrammar")
 

@@ -53,14 +53,8 @@ class SchemaWriter(Protocol):
     def __call__(self, schema: Any, *, is_json: bool) -> dict[str, Any]: ...
 
 
-def write_structural_tag(
-    tag: str | dict[str, Any] | None, limits: GuidedLimits, max_whitespace: int, write: SchemaWriter
-) -> str:
+def write_structural_tag(data: Any, limits: GuidedLimits, max_whitespace: int, write: SchemaWriter) -> str:
     """The tag as JSON text, its schemas in the form of `write.py`. Raises Refusal."""
-    try:
-        data = orjson.loads(tag) if isinstance(tag, str) else tag
-    except orjson.JSONDecodeError as error:
-        raise Refusal(None, "", f"the structural tag is no JSON: {error.msg} at byte {error.pos}") from None
     if not isinstance(data, dict):
         raise Refusal(None, "", "a structural tag must be an object")
     if (depth := depth_of(data)) > 2 * limits.max_depth:
