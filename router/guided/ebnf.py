@@ -1,8 +1,8 @@
 """`write_grammar`: settled shapes as a grammar of ours for xgrammar, where no other library can be used.
 
 xgrammar's own reading of schemas does not enforce expressions; its grammars do. Lengths of strings are not written
-here: xgrammar takes 25 ms per token for them. No character of a string is written in two ways (there is no \\u and no
-\\/), so that names can be told apart.
+here, but for a small minLength: xgrammar takes 25 ms per token for them. No character of a string is written in two
+ways (there is no \\u and no \\/), so that names can be told apart.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ class _Writer:
         if text.patterns:
             (expression,) = text.patterns
             return rf'"\"" {self._expression(expression)} "\""'
-        return rf'"\"" {self._char()}* "\""'
+        char = self._char()
+        return rf'"\"" {f"{char} " * text.least}{char}* "\""'
 
     def _expression(self, expression: Expression) -> str:
         match expression:

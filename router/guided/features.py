@@ -54,6 +54,7 @@ _COUNTS: Final = ("minProperties", "maxProperties")
 _STRINGS: Final = ("pattern", "format", "contentEncoding", "minLength", "maxLength", "propertyNames")
 
 FEATURES: Final[dict[str, Feature]] = {
+    "small minLength": Feature(("minLength", "propertyNames"), "up to 2", _NOT_SCHEMA),
     "length": Feature(("minLength", "maxLength", "propertyNames"), "", _LLGUIDANCE),
     "pattern": Feature(_STRINGS, "", _NOT_SCHEMA),
     "heavy pattern": Feature(_STRINGS, "of this size, or that quotes, backslashes or line ends match", _LLGUIDANCE),
@@ -80,6 +81,7 @@ FEATURES: Final[dict[str, Feature]] = {
 
 _MAX_DIGITS: Final = Decimal(10) ** 15
 _INT64: Final = 2**63
+_SMALL_LENGTH: Final = 2
 _MAX_LIGHT_SIZE: Final = 200
 _MAX_LIGHT_REPEATS: Final = 8
 _MAX_DECIMALS: Final = 6
@@ -127,7 +129,7 @@ def _of_text(text: Text) -> Iterator[str]:
     elif text.patterns:
         yield "heavy pattern" if _is_heavy(text.patterns[0]) else "pattern"
     elif has_length:
-        yield "length"
+        yield "small minLength" if text.most is None and text.least <= _SMALL_LENGTH else "length"
 
 
 def _is_heavy(expression: Expression) -> bool:
