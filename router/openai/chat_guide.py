@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.guide import BackendChoice, Guide
 from tensorweave.router.chat_formats.chat_format import ChatFormat
+from tensorweave.router.guided.guide import guide_for
 from tensorweave.router.guided.limits import GuidedLimits
 from tensorweave.router.openai.chat_form import prompt_tail
 from tensorweave.router.openai.chat_request import ChatCompletionRequest
@@ -43,15 +44,7 @@ class GuideWriter:
                 param="thinking_token_budget",
             )
         try:
-            guide = self.form.guide(
-                use.functions(),
-                use.choice,
-                is_parallel=use.is_parallel,
-                prompt_tail=prompt_tail(request, prompt, self.tokenizer),
-                answer_guide=answer_guide,
-                max_thinking_tokens=budget,
-                limits=self.limits,
-            )
+            guide = self._of_answer(request, prompt, answer_guide)
         except RequestRejected as error:
             if not (use.is_legacy and error.param is not None and error.param.startswith("tools")):
                 raise
@@ -59,6 +52,38 @@ class GuideWriter:
         if guide is not None and guide is not answer_guide:
             self._check(request, budget)
         return guide
+
+    def _of_answer(
+        self, request: ChatCompletionRequest, prompt: Sequence[int], answer_guide: Guide | None
+    ) -> Guide | None:
+        """Reasoning and calls are a structural tag, which only xgrammar reads: where llguidance would enforce the form
+        of the answer, xgrammar's guide of it is a part of the tag, if there is one."""
+        try:
+            return self._of_whole(request, prompt, answer_guide)
+        except RequestRejected:
+            asked = request.guide_params
+            if asked is None or answer_guide is None or answer_guide.backend == "xgrammar":
+                raise
+        params, param = asked
+        try:
+            in_tag = guide_for(params, "xgrammar", self.limits, param=param, may_be_grammar=True)
+        except RequestRejected as error:
+            raise RequestRejected(f"{error.message}, which reasoning and calls of tools need", param=param) from None
+        return self._of_whole(request, prompt, in_tag)
+
+    def _of_whole(
+        self, request: ChatCompletionRequest, prompt: Sequence[int], answer_guide: Guide | None
+    ) -> Guide | None:
+        use = request.tool_use
+        return self.form.guide(
+            use.functions(),
+            use.choice,
+            is_parallel=use.is_parallel,
+            prompt_tail=prompt_tail(request, prompt, self.tokenizer),
+            answer_guide=answer_guide,
+            max_thinking_tokens=request.thinking_token_budget,
+            limits=self.limits,
+        )
 
     def _check(self, request: ChatCompletionRequest, budget: int | None) -> None:
         """That the service and the request's other fields allow a structural tag."""

@@ -13,6 +13,7 @@ from tensorweave.cluster.guide import Guide
 from tests.router.calls import CHAT, COMPLETIONS, check_error, post
 from tests.router.fake_fleet import FakeLink
 from tests.router.serving import chat, completion, model_info, script_of
+from tests.router.small_tokenizers import hermes
 
 BODIES = {CHAT: chat(max_tokens=9), COMPLETIONS: completion(max_tokens=9)}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -117,6 +118,33 @@ def test_options_of_structured_outputs() -> None:
     assert guide is not None
     assert guide.max_whitespace == 0
     assert json.loads(guide.text) == WRITTEN
+
+
+def format_of(name: str, value: Any) -> dict[str, Any]:
+    schema = {"type": "object", "properties": {"x": {"type": "string", name: value}}, "required": ["x"]}
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}
+
+
+@pytest.mark.parametrize(("name", "value"), [("format", "date"), ("pattern", "^[a-z]+$"), ("minLength", 1)])
+def test_a_form_that_llguidance_enforces_beside_reasoning(name: str, value: Any) -> None:
+    """There it is a grammar for xgrammar, within the tag."""
+    alone = guide_of(CHAT, format_of(name, value))
+    assert alone is not None
+    assert alone.backend == "llguidance"
+    link = FakeLink(model_info(max_seq_len=4096), script=script_of("x"))
+    answer = post(CHAT, BODIES[CHAT] | format_of(name, value), link, tokenizer=hermes())
+    assert answer.status_code == 200, answer.text
+    [request] = link.requests
+    guide = request.sampling.guide
+    assert (guide.kind, guide.backend) == ("structural_tag", "xgrammar")
+    assert '"grammar"' in guide.text
+
+
+def test_a_form_that_only_llguidance_enforces_is_refused_beside_reasoning() -> None:
+    fields = BODIES[CHAT] | format_of("maxLength", 5)
+    answer = post(CHAT, fields, FakeLink(model_info(max_seq_len=4096)), tokenizer=hermes())
+    error = check_error(answer, 400, "response_format.json_schema.schema")
+    assert "'maxLength' at '/properties/x' is not enforced by xgrammar, which reasoning" in error["message"]
 
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
