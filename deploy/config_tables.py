@@ -194,7 +194,7 @@ class LimitsConfig(StrictBaseModel):
         64, status="prototype", ge=1, le=120, description="Most levels of nesting of such a schema's JSON."
     )
     max_guide_alternatives: int = Field(
-        4096, status="prototype", ge=1, description="Most alternatives of such a schema, its unions written out."
+        16_384, status="prototype", ge=1, description="Most alternatives of such a schema, its unions written out."
     )
     max_pattern_size: int = Field(
         10_000,

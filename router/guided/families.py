@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any, Final
@@ -34,6 +35,7 @@ class FamilyReader:
         self._read = read
         self._merge = merge
         self._max_pattern_size = max_pattern_size
+        self._parsed: dict[str, Expression] = {}
 
     def text(self, fields: Fields, at: str) -> Text:
         patterns: list[Expression] = []
@@ -49,12 +51,14 @@ class FamilyReader:
     def expression(self, written: Any, at: str, keyword: str = "pattern") -> Expression:
         if not isinstance(written, str):
             raise Refusal(keyword, at, "must be a string")
-        try:
-            parsed = pattern.parse_search(KNOWN_PATTERNS.get(written, written))
-            check_pattern_size(parsed, self._max_pattern_size)
-        except PatternError as error:
-            raise Refusal(keyword, at, f"cannot be enforced: {error}") from None
-        return parsed
+        if written not in self._parsed:
+            try:
+                parsed = pattern.parse_search(KNOWN_PATTERNS.get(written, written))
+                check_pattern_size(parsed, self._max_pattern_size)
+            except PatternError as error:
+                raise Refusal(keyword, at, f"cannot be enforced: {error}") from None
+            self._parsed[written] = parsed
+        return self._parsed[written]
 
     def number(self, fields: Fields, at: str, *, is_integer: bool) -> Number:
         lows = [bound for name in ("minimum", "exclusiveMinimum") if (bound := _bound(fields, name, at))]
@@ -150,7 +154,7 @@ class FamilyReader:
             return []
         if name not in ("base64", "base64url"):
             raise Refusal("contentEncoding", at, f"{str(name)[:64]!r} is not enforced by any backend")
-        return [pattern.parse_match(FORMATS[name])]
+        return [_format_expression(name)]
 
     def _format(self, name: Any, at: str, *, has_pattern: bool) -> list[Expression]:
         if not isinstance(name, str):
@@ -159,7 +163,12 @@ class FamilyReader:
             return []
         if name not in FORMATS:
             raise Refusal("format", at, f"{name[:64]!r} is not enforced by any backend")
-        return [pattern.parse_match(FORMATS[name])]
+        return [_format_expression(name)]
+
+
+@functools.cache
+def _format_expression(name: str) -> Expression:
+    return pattern.parse_match(FORMATS[name])
 
 
 def check_pattern_size(parsed: Expression, limit: int) -> None:

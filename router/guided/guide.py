@@ -13,7 +13,7 @@ from tensorweave.router.guided.ebnf import write_grammar
 from tensorweave.router.guided.expressions import PatternError
 from tensorweave.router.guided.families import check_pattern_size
 from tensorweave.router.guided.features import FEATURES, FORMS, XGRAMMAR_FORMS, Form, features_of
-from tensorweave.router.guided.limits import GuidedLimits
+from tensorweave.router.guided.limits import MAX_TEXT_BYTES, GuidedLimits
 from tensorweave.router.guided.params import GuideParams
 from tensorweave.router.guided.read import SchemaReader
 from tensorweave.router.guided.refusal import Refusal
@@ -139,9 +139,12 @@ def guide_for(
         raise RequestRejected(f"exactly one kind of guide must be given, not {found}", param=param)
     name = param or given[0]
     try:
-        return _Writer(params, backend, limits or GuidedLimits(), may_be_grammar=may_be_grammar).write(given[0])
+        guide = _Writer(params, backend, limits or GuidedLimits(), may_be_grammar=may_be_grammar).write(given[0])
+        if (num_bytes := len(guide.text.encode("utf-8", "surrogatepass"))) > MAX_TEXT_BYTES:
+            raise Refusal(None, "", f"as a guide it has {num_bytes} bytes; the limit is {MAX_TEXT_BYTES}")
     except Refusal as refusal:
         raise RequestRejected(f"{name}: {refusal.message}", param=name) from None
+    return guide
 
 
 def read_settled(document: SchemaDocument, limits: GuidedLimits, *, closes_objects: bool = False) -> SettledSchema:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any, Final
 
-from tensorweave.router.guided.refusal import Refusal
+from tensorweave.router.guided.refusal import Refusal, TooComplex
 from tensorweave.router.guided.shapes import (
     ANYTHING,
     Anything,
@@ -23,6 +23,8 @@ from tensorweave.router.guided.shapes import (
     Values,
 )
 
+_VALUES_PER_SHAPE: Final = 16
+"""Values that take as long as a pair of other shapes."""
 _MAX_EXPANDED: Final = 24
 """References inside one another that an intersection goes through; deeper, the schema is probably recursive."""
 
@@ -30,10 +32,10 @@ _MAX_EXPANDED: Final = 24
 class Intersection:
     """Args:
     resolve: The union of the schema at a pointer.
-    spend: Called once for each pair of shapes; raises Refusal when there were too many.
+    spend: Called for each pair of shapes, with what it costs; raises TooComplex when that was too much.
     """
 
-    def __init__(self, resolve: Callable[[str], Union], spend: Callable[[], None]) -> None:
+    def __init__(self, resolve: Callable[[str], Union], spend: Callable[[int], None]) -> None:
         self._resolve = resolve
         self._spend = spend
         self._num_expanded = 0
@@ -47,11 +49,13 @@ class Intersection:
         """Whether no value that is generated for one is valid for the other. False if that is not known."""
         try:
             return not self.of(_as_written(left), right) and not self.of(left, _as_written(right))
+        except TooComplex:
+            raise
         except Refusal:
             return False
 
     def _pair(self, left: Shape, right: Shape) -> Union:
-        self._spend()
+        self._spend(1)
         match left, right:
             case (Anything(), other) | (other, Anything()):
                 return (other,)
@@ -62,8 +66,10 @@ class Intersection:
             case _, Reference(pointer):
                 return self._expanded(pointer, left)
             case Values(values, at), Values(others):
-                return _values((value for value in values if any(same_json(value, other) for other in others)), at)
+                self._spend((len(values) + len(others)) // _VALUES_PER_SHAPE)
+                return _values(_common(values, others), at)
             case (Values(values, at), other) | (other, Values(values, at)):
+                self._spend(len(values) // _VALUES_PER_SHAPE)
                 return _values((value for value in values if _allows(other, value)), at)
             case Text(), Text():
                 return _texts(left, right)
@@ -132,6 +138,18 @@ def same_json(left: Any, right: Any) -> bool:
     if isinstance(left, dict) and isinstance(right, dict):
         return left.keys() == right.keys() and all(same_json(value, right[key]) for key, value in left.items())
     return type(left) is type(right) and left == right if not _is_number(left) else _is_number(right) and left == right
+
+
+def _common(values: tuple[Any, ...], others: tuple[Any, ...]) -> Iterable[Any]:
+    """Those of `values` that are among `others`."""
+    scalars = {(isinstance(other, bool), other) for other in others if not isinstance(other, list | dict)}
+    nested = [other for other in others if isinstance(other, list | dict)]
+    for value in values:
+        if not isinstance(value, list | dict):
+            if (isinstance(value, bool), value) in scalars:
+                yield value
+        elif any(same_json(value, other) for other in nested):
+            yield value
 
 
 def number_is_empty(number: Number) -> bool:

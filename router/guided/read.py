@@ -13,7 +13,7 @@ from tensorweave.router.guided.families import FamilyReader
 from tensorweave.router.guided.intersect import Intersection, number_is_empty
 from tensorweave.router.guided.keywords import ANNOTATIONS, FAMILIES, KNOWN, NEUTRAL, REMEDIES, TYPES
 from tensorweave.router.guided.limits import GuidedLimits
-from tensorweave.router.guided.refusal import Refusal, not_enforced
+from tensorweave.router.guided.refusal import Refusal, TooComplex, not_enforced
 from tensorweave.router.guided.shapes import (
     ANYTHING,
     EVERY_TYPE,
@@ -65,6 +65,8 @@ class SchemaReader:
             union = ANYTHING
             for part in self._parts(fields, at):
                 union = self._sets.of(union, part)
+        except TooComplex:
+            raise
         except Refusal as refusal:
             if refusal.pointer:
                 raise
@@ -206,10 +208,10 @@ class SchemaReader:
             raise Refusal(name, at, "must be a list of schemas that is not empty")
         return value
 
-    def _spend(self) -> None:
-        self._num_shapes += 1
+    def _spend(self, num_shapes: int = 1) -> None:
+        self._num_shapes += num_shapes
         if self._num_shapes > self._limits.max_shapes:
-            raise Refusal(None, "", f"the schema has more than {self._limits.max_shapes} alternatives")
+            raise TooComplex(None, "", f"the schema has more than {self._limits.max_shapes} alternatives")
 
 
 def _holds(values: tuple[Any, ...], kind: type[Shape]) -> bool:

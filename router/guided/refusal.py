@@ -24,6 +24,10 @@ class Refusal(Exception):
         return f"{self.keyword!r}{place} {self.reason}" if self.keyword else f"{self.reason}{place}"
 
 
+class TooComplex(Refusal):
+    """Reading the schema further would take too long."""
+
+
 def not_enforced(keyword: str, pointer: str, remedy: str | None = None) -> Refusal:
     """For a keyword that no backend enforces."""
     return Refusal(keyword, pointer, "is not enforced by any backend" + (f"; {remedy}" if remedy else ""))

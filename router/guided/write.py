@@ -51,7 +51,15 @@ def written_schema(schema: SettledSchema, backend: GuideBackend) -> dict[str, An
 
 class _Writer:
     def __init__(self, pointers: list[str]) -> None:
+        self._written: dict[int, tuple[Expression, str]] = {}
         self.names = {pointer: f"d{i}" for i, pointer in enumerate(pointers)}
+
+    def _anchored(self, expression: Expression) -> str:
+        """Written once: expressions are large, and formats come often."""
+        known = self._written.get(id(expression))
+        if known is None or known[0] is not expression:
+            known = self._written[id(expression)] = (expression, anchored(expression))
+        return known[1]
 
     def union(self, union: Union) -> dict[str, Any]:
         values = [value for shape in union if isinstance(shape, Values) for value in shape.values]
@@ -86,9 +94,9 @@ class _Writer:
         if text.most is not None:
             written["maxLength"] = text.most
         if text.patterns:
-            written["pattern"] = anchored(text.patterns[0])
+            written["pattern"] = self._anchored(text.patterns[0])
         if text.patterns[1:]:
-            written["allOf"] = [{"pattern": anchored(expression)} for expression in text.patterns[1:]]
+            written["allOf"] = [{"pattern": self._anchored(expression)} for expression in text.patterns[1:]]
         return written
 
     def _array(self, array: Array) -> dict[str, Any]:
@@ -110,7 +118,7 @@ class _Writer:
             written["required"] = [name for name in shape.properties if name in shape.required]
         written["additionalProperties"] = self.union(shape.rest) if shape.rest else False
         if shape.patterns:
-            written["patternProperties"] = {anchored(name): self.union(value) for name, value in shape.patterns}
+            written["patternProperties"] = {self._anchored(name): self.union(value) for name, value in shape.patterns}
         if shape.least:
             written["minProperties"] = shape.least
         if shape.most is not None:

@@ -46,7 +46,18 @@ BOMBS: list[tuple[str, GuideParams, str]] = [
     ("1 MB of text", GuideParams(json='{"description": "' + "x" * 2**20 + '"}'), "bytes; the limit is 65536"),
     ("100 deep", GuideParams(json=nested(100)), "levels deep; the limit is 64"),
     ("1,000 deep as text", GuideParams(json='{"items":' * 1000 + "{}" + "}" * 1000), "1001 levels deep"),
-    ("product of unions", GuideParams(json=wide_union(10, 8)), "more than 4096 alternatives"),
+    ("product of unions", GuideParams(json=wide_union(10, 8)), "more than 16384 alternatives"),
+    ("many branches", GuideParams(json={"oneOf": [{"const": i} for i in range(300)]}), "more than 16384 alternatives"),
+    (
+        "two large lists",
+        GuideParams(json={"oneOf": [{"enum": list(range(0, 9000, 2))}, {"enum": list(range(1, 9000, 2))}]}),
+        "",
+    ),
+    (
+        "large classes",
+        GuideParams(json={"properties": {f"f{i}": {"pattern": f"^\\W{{{i}}}$"} for i in range(1, 300)}}),
+        "as a guide it has",
+    ),
     ("growing references", GuideParams(json=growing_references(60)), "is combined with another"),
     ("repetition", GuideParams(json={"type": "string", "pattern": "^((a{100}){100}){100}$"}), "the limit is 10000"),
     ("regex", GuideParams(regex="(([a-z]{1,100}){1,100}){1,100}"), "the limit is 10000"),
@@ -73,7 +84,7 @@ def test_what_is_too_much_is_refused_quickly(params: GuideParams, reason: str) -
 
 def test_limits_can_be_raised_and_lowered() -> None:
     loose = GuidedLimits(max_bytes=2**21, max_depth=120, max_pattern_size=10**6, max_whitespace=2)
-    assert guide_for(GuideParams(json={"enum": ["x" * 1000] * 1000}), limits=loose).max_whitespace == 2
+    assert guide_for(GuideParams(json={"enum": ["x" * 1000] * 200}), limits=loose).max_whitespace == 2
     guide_for(GuideParams(json=nested(50)), limits=loose)
     guide_for(GuideParams(json={"type": "string", "pattern": "^(a{100}){200}$"}), limits=loose)
     with pytest.raises(RequestRejected, match="the limit is 10"):
