@@ -41,6 +41,7 @@ _AUTHORITY: Final = rf"//(?:{_HOSTNAME}|{_IPV4})(?::[0-9]{{1,4}})?"
 _URI: Final = rf"[A-Za-z][A-Za-z0-9+.\-]*:(?:{_AUTHORITY}{_PATH}|/(?:{_URL_CHAR}+{_PATH})?|{_URL_CHAR}+{_PATH}){_QUERY}"
 _SEGMENT: Final = r"(?:[A-Za-z0-9\-._~!$&'()*+,;=@]|%[0-9A-Fa-f]{2})+"
 _POINTER: Final = r"(?:/(?:[ !#-.0-\[\]-}]|~[01])*)*"
+_UUID: Final = "[0-9A-Fa-f]{{8}}-[0-9A-Fa-f]{{4}}-{}[0-9A-Fa-f]{{3}}-[89ABab][0-9A-Fa-f]{{3}}-[0-9A-Fa-f]{{12}}"
 _BASE64: Final = r"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
 
 FORMATS: Final[dict[str, str]] = {
@@ -55,11 +56,13 @@ FORMATS: Final[dict[str, str]] = {
     "hostname": _HOSTNAME,
     "ipv4": _IPV4,
     "ipv6": _IPV6,
+    "ipvanyaddress": rf"{_IPV4}|{_IPV6}",
     "json-pointer": _POINTER,
     "relative-json-pointer": rf"(?:0|[1-9][0-9]?)(?:#|{_POINTER})",
     "time": _TIME,
     "uri": _URI,
     "uri-reference": rf"(?:{_URI}|(?:{_AUTHORITY}{_PATH}|/(?:{_URL_CHAR}+{_PATH})?|{_SEGMENT}{_PATH})?{_QUERY})",
+    **{f"uuid{version}": _UUID.format(version) for version in "1345678"},
     "uuid": r"[0-9A-Fa-f]{8}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{12}",
 }
 
@@ -102,5 +105,7 @@ KNOWN_PATTERNS: Final[dict[str, str]] = {
     r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$": (
         r"^(?:[A-Za-z0-9_'+\-]+\.)*[A-Za-z0-9_'+\-]*[A-Za-z0-9_+\-]@(?:[A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
     ),
+    # pydantic's decimal number, whose lookahead forbids one without digits
+    r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$": r"^[+\-]?(?:\d+\.?\d*|\.\d+)$",
 }
 """Expressions with lookaround that widely used libraries write, each with an equal one without."""
