@@ -114,7 +114,7 @@ def _has_controls(value: Any) -> bool:
     """Characters that JSON writes with \\u, which llguidance leaves out if it may not write \\u."""
     match value:
         case str():
-            return any(char < " " and char not in "\b\f\n\r\t" for char in value)
+            return any((char < " " and char not in "\b\f\n\r\t") or char == "\x7f" for char in value)
         case list() | tuple():
             return any(map(_has_controls, value))
         case dict():

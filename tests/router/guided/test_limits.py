@@ -110,3 +110,12 @@ def test_exactly_one_kind() -> None:
 def test_no_backend_no_guides() -> None:
     with pytest.raises(RequestRejected, match="guided_decoding_backend"):
         guide_for(GuideParams(regex="a"), None)
+
+
+@pytest.mark.parametrize("char", ["\x00", "\x1f", "\x7f"])
+def test_constants_with_control_characters_are_not_for_llguidance(char: str) -> None:
+    """It would leave them out."""
+    for schema in ({"const": f"a{char}"}, {"enum": [{"k": [char]}]}, {"properties": {char: {}}}):
+        assert guide_for(GuideParams(json=schema)).backend == "xgrammar"
+        with pytest.raises(RequestRejected, match="with control characters is not enforced by llguidance"):
+            guide_for(GuideParams(json=schema), "llguidance")
