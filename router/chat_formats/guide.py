@@ -117,9 +117,11 @@ class TagWriter:
         return _ANY_OBJECT
 
     def _enforced(self, schema: Mapping[str, Any], param: str, is_flat: bool) -> JsonForm:
-        guide = guide_for(GuideParams(json=dict(schema)), "xgrammar", self.limits, param=param)
-        if guide.backend != "xgrammar":
-            raise RequestRejected(f"{param}: the schema is enforced by llguidance only", param=param)
+        """Where each argument stands for itself, its schema has to stay one."""
+        params = GuideParams(json=dict(schema))
+        guide = guide_for(params, "xgrammar", self.limits, param=param, may_be_grammar=not is_flat)
+        if guide.kind == "ebnf":
+            return JsonForm(True, grammar=guide.text)
         form = JsonForm(json.loads(guide.text), guide.max_whitespace)
         if not is_flat:
             return form

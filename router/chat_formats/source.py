@@ -15,7 +15,7 @@ _T = TypeVar("_T")
 Step = Generator[None, None, _T]
 """A part of a parser: yields to wait for more text, returns a result."""
 
-_MAX_HELD_CHARS: Final = 65_536
+_MAX_HELD_CHARS: Final = 16_384
 """More text is not held back in order to find out whether a call has begun; it becomes content."""
 _NOT_SPACE: Final = re.compile(r"\S")
 

@@ -57,13 +57,18 @@ class JsonForm:
     Args:
         schema: In the form that `router/guided/` writes for xgrammar.
         max_whitespace: Between two elements. White space has to be possible here: 0 is read as 1.
+        grammar: Used instead of the schema, where xgrammar would not enforce all of that.
     """
 
     schema: Mapping[str, Any] | bool
     max_whitespace: int = DEFAULT_MAX_WHITESPACE
+    grammar: str | None = None
 
     def tag(self, style: str = "json") -> TagFormat:
         """`style`: xgrammar's name for what is written instead of the JSON of an object."""
+        if self.grammar is not None:
+            assert style == "json", "a grammar is one of JSON"
+            return {"type": "grammar", "grammar": self.grammar}
         form = {"type": "json_schema", "json_schema": self.schema, "max_whitespace_cnt": max(1, self.max_whitespace)}
         return form if style == "json" else {**form, "style": style}
 

@@ -260,6 +260,28 @@ def test_a_strict_schema_that_nobody_enforces_is_refused_by_name() -> None:
         QWEN3_CODER.guide([FunctionTool("f", alternatives, is_strict=True)])
 
 
+@pytest.mark.parametrize("family", [HERMES, LLAMA3, GPT_OSS], ids=named)
+def test_expressions_are_enforced_where_arguments_are_json(family: ChatFormat) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "code": {"type": "string", "pattern": "^[A-Z]{2}[0-9]$"},
+            "day": {"type": "string", "format": "date"},
+        },
+        "required": ["code"],
+    }
+    tools = [FunctionTool("f", schema, is_strict=True), FunctionTool("g", schema, is_strict=True), TOOLS[0]]
+    guide = family.guide(tools, ToolChoice.REQUIRED, prompt_tail=closed(family))
+    assert guide is not None
+    texts = list(filter(None, (SAMPLER.draw(guide, random.Random(seed)) for seed in range(12))))
+    assert texts
+    for text in texts:
+        for call in parse(family, [text], tools, closed(family)).calls:
+            jsonschema.validate(json.loads(call.arguments), WEATHER if call.name == "get_weather" else schema)
+    with pytest.raises(RequestRejected, match="pattern"):
+        QWEN3_CODER.guide(tools)
+
+
 def test_other_functions_follow_what_can_be_enforced() -> None:
     schema = {
         "type": "object",
