@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,19 +91,17 @@ class JsonCalls:
 
 def _finds_another(source: Source, in_list: bool) -> Step[bool]:
     """Read what may stand between two calls. Return whether an object follows."""
-    source.mark()
     following = yield from source.spaces()
-    if following in (",", ";"):
+    if following == "," and in_list:
         source.skip(1)
         following = yield from source.spaces()
-        if in_list or following == "":
-            source.release()
-    if following == "{":
-        source.release()
-        return True
-    if source.is_marked:
-        source.reset()
-    return False
+    elif following in (",", ";"):
+        with contextlib.suppress(NoCall), source.restored():
+            source.skip(1)
+            following = yield from source.spaces()
+            if following != "{":
+                raise NoCall
+    return following == "{"
 
 
 def _close(source: Source, in_list: bool, end: str) -> Step[None]:
@@ -110,12 +109,8 @@ def _close(source: Source, in_list: bool, end: str) -> Step[None]:
     if end:
         yield from skip_to_end(source, end)
     elif in_list:
-        source.mark()
-        if (yield from source.spaces()) in ("]", ""):
-            source.skip(len((yield from source.peek(1))))
-            source.release()
-        else:
-            source.reset()
+        yield from source.spaces()
+        yield from source.take("]")
 
 
 class _Call:
@@ -169,10 +164,9 @@ class _Call:
                 self._check_name(self._name)
             case "arguments" | "parameters" if not self._has_started:
                 yield from self._read_arguments()
-            case "id" if (yield from self._source.peek(1)) == '"':
-                self._id = yield from read_string(self._source)
-            case "type" | "id":
-                yield from skip_value(self._source)
+            case "id" | "type" if (yield from self._source.peek(1)) == '"':
+                text = yield from read_string(self._source)
+                self._id = text if key == "id" else self._id
             case _ if self._is_bare and self._name is None:
                 raise NoCall
             case _:

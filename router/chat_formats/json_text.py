@@ -7,6 +7,7 @@ not escaped, and backslashes that escape nothing (`"\\d+"`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -112,10 +113,9 @@ def skip_value(source: Source) -> Step[None]:
 def skip_to_end(source: Source, end: str) -> Step[None]:
     """Read the marker after a value, also if there are some closing brackets too many before it. If it does not come,
     nothing is read."""
-    source.mark()
-    while (yield from source.spaces()) in ("}", "]"):
-        source.skip(1)
-    if (yield from source.take_closing(end)) or (yield from source.peek(1)) == "":
-        source.release()
-    else:
-        source.reset()
+    yield from source.spaces()
+    with contextlib.suppress(NoCall), source.restored():
+        while (yield from source.spaces()) in ("}", "]"):
+            source.skip(1)
+        if not (yield from source.take_closing(end)):
+            raise NoCall

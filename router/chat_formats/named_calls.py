@@ -76,11 +76,10 @@ class NamedCalls:
         must_know = self.section is not None and not in_section
         yield from self._parse_call(source, answer, tools, must_know=must_know)
         while True:
-            source.mark()
             yield from source.spaces()
             if self.section and (yield from source.take_closing(self.section[1])):
-                source.release()
                 return
+            source.mark()
             try:
                 yield from self._parse_call(source, answer, tools, must_know=must_know)
             except NoCall:

@@ -81,12 +81,8 @@ class PythonCalls:
                 source.reset()
                 return
         if self.section:
-            source.mark()
             yield from source.spaces()
-            if (yield from source.take_closing(self.section[1])):
-                source.release()
-            else:
-                source.reset()
+            yield from source.take_closing(self.section[1])
 
     def _parse_call(
         self, source: Source, answer: Answer, tools: OfferedTools, *, is_first: bool, in_list: bool
@@ -135,17 +131,9 @@ class PythonCalls:
 
 def _finds_another(source: Source, in_list: bool) -> Step[bool]:
     """Read what stands between two calls, or the end of the list. Return whether a call follows."""
-    if not in_list:
-        source.mark()
-        following = yield from source.spaces()
-        source.reset()
-        return following.isidentifier()
-    source.mark()
     following = yield from source.spaces()
-    if following not in (",", "]", ""):
-        source.reset()
-        return False
-    source.release()
+    if not in_list:
+        return following.isidentifier()
     yield from source.take(",", "]")
     return following == ","
 

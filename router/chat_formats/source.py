@@ -15,8 +15,8 @@ _T = TypeVar("_T")
 Step = Generator[None, None, _T]
 """A part of a parser: yields to wait for more text, returns a result."""
 
-_MAX_HELD_CHARS: Final = 16_384
-"""More text is not held back in order to find out whether a call has begun; it becomes content."""
+_MAX_HELD_CHARS: Final = 4096
+"""More text is not read in order to find out whether a call has begun; it is content then."""
 _NOT_SPACE: Final = re.compile(r"\S")
 
 
@@ -100,13 +100,18 @@ class Source:
             self.release()
 
     def more(self) -> Step[bool]:
-        """Wait for more text; False if the text has ended. Raises NoCall if too much is held back."""
+        """Wait for more text; False if the text has ended."""
         if self._has_ended:
             return False
-        if self._mark is not None and len(self._text) - self._mark > _MAX_HELD_CHARS:
-            raise NoCall
         yield
         return True
+
+    def _move(self, position: int) -> None:
+        """Raises NoCall if too much was read since the mark. It depends on the position alone, not on how much text
+        there is already, so that the cut of the text makes no difference."""
+        self._position = position
+        if self._mark is not None and position - self._mark > _MAX_HELD_CHARS:
+            raise NoCall
 
     def peek(self, size: int) -> Step[str]:
         """The next `size` characters, fewer only at the end of the text."""
@@ -117,8 +122,8 @@ class Source:
 
     def skip(self, size: int) -> None:
         """Read `size` characters that `peek` has returned."""
-        self._position += size
-        assert self._position <= len(self._text), "skipped more than there is"
+        assert self._position + size <= len(self._text), "skips more than there is"
+        self._move(self._position + size)
 
     def skip_rest(self) -> None:
         """Read all of the text that there is."""
@@ -130,14 +135,14 @@ class Source:
         while True:
             text, start = self._text, self._position
             if match := markers.pattern.search(text, start):
-                self._position = match.start()
+                self._move(match.start())
                 self._pass(text[start : match.start()], emit)
                 return match.group()
             num_held = 0 if self._has_ended and not drops_cut else markers.num_held(text, start)
-            self._position = len(text) - num_held
+            self._move(len(text) - num_held)
             self._pass(text[start : self._position], emit)
             if not (yield from self.more()):
-                self._position = len(text)
+                self._move(len(text))
                 return None
 
     def run(self, pattern: re.Pattern[str], emit: Callable[[str], None]) -> Step[str]:
@@ -146,7 +151,7 @@ class Source:
         while True:
             match = pattern.match(self._text, self._position)
             if match:
-                self._position = match.end()
+                self._move(match.end())
                 self._pass(match.group(), emit)
             if self._position < len(self._text):
                 return self._text[self._position]
@@ -157,9 +162,9 @@ class Source:
         """Read white space and return the character after it, which is not read; "" at the end of the text."""
         while True:
             if match := _NOT_SPACE.search(self._text, self._position):
-                self._position = match.start()
+                self._move(match.start())
                 return match.group()
-            self._position = len(self._text)
+            self._move(len(self._text))
             if not (yield from self.more()):
                 return ""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from tensorweave.router.chat_formats.answer import Answer
-from tensorweave.router.chat_formats.source import Source, Step
+from tensorweave.router.chat_formats.source import NoCall, Source, Step
 from tensorweave.router.chat_formats.structural_tags import TagFormat, any_text, matching, optional, sequence, tag
 
 _TURN_BEGINS: Final = (
@@ -56,14 +56,14 @@ class Thinking:
     def read_begin(self, source: Source, answer: Answer, state: ThinkingState) -> Step[bool]:
         """Read what opens the reasoning. Return whether the answer begins with reasoning."""
         source.mark()
-        yield from source.spaces()
-        has_begin = (yield from source.take(self.begin)) is not None
-        if has_begin:
-            source.release()
-            answer.marker()
-        else:
+        try:
+            yield from source.expect(self.begin)
+        except NoCall:
             source.reset()
-        return has_begin or state == "open"
+            return state == "open"
+        source.release()
+        answer.marker()
+        return True
 
     def tag(self, state: ThinkingState, call_markers: Sequence[str], max_tokens: int | None = None) -> TagFormat | None:
         """The reasoning in a guide, of at most `max_tokens` tokens. None: there is none any more. A guide holds calls

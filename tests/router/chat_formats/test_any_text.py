@@ -123,20 +123,45 @@ def test_plain_text_is_passed_on_at_once_with_its_white_space() -> None:
 
 
 def test_very_long_and_deep_texts() -> None:
-    """No recursion with the text, nothing quadratic, and what may be a call is not held back without end."""
-    deep = "[" * 20_000
+    """No recursion with the text, and what may be a call is not read without end; all cuts give the same."""
+    deep, spaces = "[" * 20_000, " " * 20_000
     for text in (
         f'<tool_call>{{"name": "f", "arguments": {{"a": {deep}',
         f'<tool_call>{{"arguments": {{"a": {deep}',
-        f"<tool_call>{' ' * 100_000}",
-        f'<tool_call>{{"name": "{"f" * 100_000}',
+        f'<tool_call>{{"arguments": {{"a": "{spaces}"}}, "name": "f"}}</tool_call>',
+        f'<tool_call>{{"name": "{"f" * 20_000}", "arguments": {{}}}}</tool_call>',
+        f'<tool_call>{spaces}{{"name": "f", "arguments": {{}}}}</tool_call>',
+        f'<tool_call>{{"name": "f", "arguments": {{}}}}{spaces}}}{spaces}</tool_call>{spaces}x',
+        f'<tool_call>[{{"name": "f"}}{spaces},{spaces}{{"name": "f"}}{spaces}]{spaces}</tool_call>',
+        f"{spaces}<think>{spaces}x{spaces}</think>{spaces}y",
+        spaces,
     ):
-        assert parse(HERMES, pieces(text, 7), TOOLS) == parse(HERMES, [text], TOOLS)
+        whole = parse(HERMES, [text], TOOLS)
+        assert parse(HERMES, pieces(text, 7), TOOLS) == whole
+        assert parse(HERMES, pieces(text, 4093), TOOLS) == whole
+    for family, text in (
+        (TOOL_PARSERS["llama4_pythonic"], f"[f(a=1{spaces}){spaces},{spaces}f(){spaces}]{spaces}x"),
+        (TOOL_PARSERS["qwen3_coder"], f"<tool_call>{spaces}<function=f>{spaces}</function>{spaces}</tool_call>"),
+        (
+            TOOL_PARSERS["qwen3_coder"],
+            f"<function=f>\n<parameter=a>x</parameter>{spaces}<parameter=n>1</parameter>\n</function>{spaces}x",
+        ),
+        (TOOL_PARSERS["gpt_oss"], f"<|channel|>{spaces}<|message|>x{spaces}<|end|>{spaces}y"),
+    ):
+        whole = parse(family, [text], TOOLS)
+        assert parse(family, pieces(text, 7), TOOLS) == whole
     whole = parse(TOOL_PARSERS["llama4_pythonic"], [f"[f(a={deep}"], TOOLS)
     assert whole.calls
     assert whole.content.startswith("[[")
-    long = '<tool_call>{"name": "f", "arguments": {"a": "' + "word " * 100_000
-    assert parse(HERMES, pieces(long, 5), TOOLS).calls[0].arguments == '{"a": "' + "word " * 100_000
+
+
+def test_the_time_of_a_text_is_linear() -> None:
+    """Whatever a text repeats, the beginning of a call is given up soon. Quadratic time would take minutes here."""
+    long = '<tool_call>{"name": "f", "arguments": {"a": "' + "word " * 50_000
+    assert parse(HERMES, pieces(long, 5), TOOLS).calls[0].arguments == '{"a": "' + "word " * 50_000
+    for text in ('<tool_call>{"arguments": [' * 700, '{"type": ' * 2_000, "[f(" * 2_000, "</parameter>" * 2_000):
+        for family in (HERMES, LLAMA3, TOOL_PARSERS["llama4_pythonic"], TOOL_PARSERS["qwen3_coder"]):
+            assert parse(family, pieces(text, 9), TOOLS).content == text
 
 
 def test_ids() -> None:
