@@ -13,6 +13,7 @@ NewId = Callable[[], str]
 class Answer:
     """White space beside a marker (the end of the reasoning, a call) belongs to the format and is dropped; therefore
     white space at the end of a text is held back until the next character. All other text is passed on as it is.
+    Between content before and after a call, the white space before the call stays, or a line break stands.
 
     Args:
         new_id: Makes the id of a call that has none in the text.
@@ -26,6 +27,8 @@ class Answer:
         self._deltas: list[Delta] = []
         self._drops_space = is_after_marker
         self._held: tuple[type[Content] | type[Reasoning], str] | None = None
+        self._has_content = False
+        self._gap = ""
         self._arguments: list[str] | None = None
         self.num_calls = 0
 
@@ -37,6 +40,8 @@ class Answer:
 
     def marker(self) -> None:
         """A marker was read: white space before and after it has no meaning."""
+        if self._has_content:
+            self._gap = self._gap or (self._held[1] if self._held else "\n")
         self._held = None
         self._drops_space = True
 
@@ -83,6 +88,9 @@ class Answer:
         if self._held is not None:
             assert self._held[0] is kind, "a marker lies between content and reasoning"
             text = self._held[1] + text
+        if kind is Content:
+            text = self._gap + text
+            self._gap, self._has_content = "", True
         visible = text.rstrip() if self._has_markers else text
         self._held = (kind, text[len(visible) :]) if len(visible) < len(text) else None
         if visible:
