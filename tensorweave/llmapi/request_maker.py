@@ -34,11 +34,14 @@ from tensorweave.llmapi.sampling_fields import (
     ranks_sequences,
 )
 from tensorweave.llmapi.sampling_params import SamplingParams
+from tensorweave.router.chat_formats.chat_format import ChatFormat
+from tensorweave.router.chat_formats.choice import choose_format
 from tensorweave.router.sampling.resolution import nth_seed
 from tensorweave.router.text.detokenize import IncrementalDetokenizer
 from tensorweave.router.text.generation import Job, TokensOnly
 from tensorweave.router.text.tokens import Tokenizer
 
+_TAIL_TOKENS: Final = 8192
 _TOKENS_PER_CHUNK: Final = 32
 _TOKENS_PER_CHUNK_WITH_STOP: Final = 4
 """Of an answer that is not streamed. A chunk costs about 20 µs of this process, in which the engine's steps run too: 9
@@ -66,6 +69,9 @@ class RequestMaker:
         self._tokenizer = tokenizer
         self._engine = engine
         self._numbers = itertools.count()
+        self._reasoning: ChatFormat | None = None
+        if args.reasoning_parser is not None:
+            self._reasoning = choose_format(None, reasoning_parser=args.reasoning_parser)
 
     def make(
         self,
@@ -99,7 +105,7 @@ class RequestMaker:
         number = next(self._numbers)
         request_id = f"{self._llm_id}-{number}"
         read, processors = self._read_params(params, request_id, known)
-        prompt, params = read_prompt(inputs, read, self._tokenizer), read.params
+        prompt, params = self._with_reasoning(read_prompt(inputs, read, self._tokenizer)), read.params
         self._check_engine(params, is_streaming)
         count, phase = num_sequences(params), options.disaggregated_params
         num_held = 1 if is_streaming else _TOKENS_PER_CHUNK_WITH_STOP if prompt.stop else _TOKENS_PER_CHUNK
@@ -127,6 +133,15 @@ class RequestMaker:
         if params.exclude_input_from_output:
             return PreparedRequest(output, jobs, processors)
         return PreparedRequest(output, jobs, processors, self._prompt_text(params, prompt), prompt.token_ids)
+
+    def _with_reasoning(self, prompt: ReadPrompt) -> ReadPrompt:
+        """Where the model's form of reasoning is named, the form of an output is that of the text after it."""
+        guide = prompt.sampling.guide
+        if guide is None or self._reasoning is None or self._tokenizer is None:
+            return prompt
+        tail = self._tokenizer.decode(prompt.token_ids[-_TAIL_TOKENS:], skip_special_tokens=False)
+        guide = self._reasoning.guide(answer_guide=guide, prompt_tail=tail)
+        return dataclasses.replace(prompt, sampling=dataclasses.replace(prompt.sampling, guide=guide))
 
     def _read_params(
         self, params: SamplingParams, request_id: str, known: dict[int, ReadParams]

@@ -56,7 +56,8 @@ class SamplingParams(SamplingKnobs):
             `token_ids[0]`. It runs on every rank and must do the same on all.
         apply_batched_logits_processor: Edit this request's logits with the `batched_logits_processor` that `LLM` was
             given.
-        guided_decoding: The form that the output must have: a JSON schema, a regular expression, a grammar.
+        guided_decoding: The form that the output must have: a JSON schema, a regular expression, a grammar. With the
+            LLM's `reasoning_parser`, that of the output after its reasoning.
         embedding_bias: Added to the logits: a float32 tensor with one number per token of the vocabulary.
         lookahead_config: Not supported yet.
         detokenize: Make text of the tokens.

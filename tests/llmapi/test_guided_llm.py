@@ -163,3 +163,21 @@ def test_it_can_be_switched_off(directory: Path) -> None:
         with pytest.raises(ValueError, match="guided_decoding_backend"):
             off.generate(PROMPT, asks(regex="a"))
         assert isinstance(off.generate(PROMPT, SamplingParams(max_tokens=2)), RequestOutput)
+
+
+def test_the_form_is_that_of_the_text_after_the_reasoning(directory: Path) -> None:
+    """If the model's form of reasoning is named; the prompt may have opened it, or closed it."""
+    with LLM(directory, dtype="float32", kv_cache_config=CACHE, reasoning_parser="qwen3") as llm:
+        for seed in range(8):
+            params = asks(regex="[ab]{2,4}", seed=seed, max_tokens=100)
+            assert text_of(llm.generate("<think>Hm.</think>", params)).strip("ab") == ""
+            for prompt in (PROMPT, "<think>"):
+                [answer] = one(llm.generate(prompt, params)).outputs
+                _, end, text = answer.text.rpartition("</think>")
+                if answer.finish_reason == "stop":
+                    assert set(text.strip("\n")) <= set("ab")
+                    assert end or prompt == PROMPT
+                else:
+                    assert not answer.text.startswith(("aa", "ab", "ba", "bb"))
+    with pytest.raises(ValueError, match="reasoning_parser: unknown format 'qwen33'"):
+        LLM(directory, reasoning_parser="qwen33")
