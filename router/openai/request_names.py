@@ -24,6 +24,7 @@ class RequestNames:
         id, because a repeated request draws another one."""
         if self.client_id is None:
             return f"{self.answer_id}-{index}"
-        content = repr((self.client_id, list(prompt), dataclasses.replace(spec, seed=0), seed, salt)).encode()
+        guide = None if spec.guide is None else spec.guide.digest  # its text is not part of its representation
+        content = repr((self.client_id, list(prompt), dataclasses.replace(spec, seed=0), guide, seed, salt)).encode()
         digest = blake2b(content, digest_size=12).hexdigest()
         return f"{self.client_id.replace('/', '_')}-{digest}-{index}"
