@@ -158,7 +158,7 @@ class OpenAIAnswer:
         if piece.prompt is not None and shape.has_prompt_in_choice:
             fields = await prompt_fields(piece.prompt, self._telling, self._tokens, TimeSlice()) + fields
         deltas = shape.deltas(chunk.deltas)
-        if shape.last_delta and (chunk.finish_reason is not None or not deltas):
+        if shape.last_delta and (chunk.finish_reason is not None or (piece.tokens and not deltas)):
             deltas.append(shape.last_delta)
         written = b""
         for place, delta in enumerate(deltas, start=1):

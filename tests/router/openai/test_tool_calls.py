@@ -43,6 +43,7 @@ def summed(answer: httpx.Response) -> dict[str, Any]:
     """What a client makes of a streamed choice."""
     *chunks, done = events_of(answer.text)
     assert done == "[DONE]"
+    assert all(choice["delta"] or choice["finish_reason"] for chunk in chunks for choice in chunk["choices"])
     message: dict[str, Any] = {}
     for chunk in chunks:
         for choice in chunk["choices"]:
