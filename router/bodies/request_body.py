@@ -18,7 +18,7 @@ from tensorweave.cluster.guide import Guide
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.router.bodies.served import ServedModel, check_name, check_text
 from tensorweave.router.guided.guide import guide_for
-from tensorweave.router.openai.chat_form import chat_format
+from tensorweave.router.openai.chat_form import chat_format, check_form
 from tensorweave.router.openai.chat_guide import GuideWriter
 from tensorweave.router.openai.chat_request import ChatCompletionRequest
 from tensorweave.router.openai.field_types import MAX_LOGPROBS
@@ -115,6 +115,7 @@ def read_chat_request(
     prompt = Prompt(_cut(token_ids, request.truncate_prompt_tokens))
     [spec] = _checked_specs(tokenizer, served, request, [prompt])
     form, backend = chat_format(tokenizer, served.chat), served.info.guided_decoding_backend
+    check_form(form, request)
     guide = GuideWriter(form, tokenizer, backend, served.guided).write(request, prompt.token_ids, spec.guide)
     return RequestBody(request, [prompt], [replace(spec, guide=guide)], api, repeated)
 

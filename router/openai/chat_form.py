@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from tensorweave.cluster.errors import RequestRejected
 from tensorweave.router.chat.parsed_choice import PLAIN_TEXT, Parser
 from tensorweave.router.chat.settings import ChatSettings
 from tensorweave.router.chat_formats.chat_format import ChatFormat
@@ -33,6 +34,15 @@ def _chosen(template: str, tool_parser: str | None, reasoning_parser: str | None
 def _template_text(template: str | Mapping[str, str] | None) -> str:
     """A tokenizer may have several templates, by name."""
     return "\n".join(template.values()) if isinstance(template, Mapping) else template or ""
+
+
+def check_form(form: ChatFormat, request: ChatCompletionRequest) -> None:
+    """Raises RequestRejected for what the model's format cannot do."""
+    if request.separate_reasoning is False and form.channels is not None:
+        raise RequestRejected(
+            "separate_reasoning: this model's reasoning has a channel of its own, which is no part of the content",
+            param="separate_reasoning",
+        )
 
 
 def chat_parser(

@@ -17,7 +17,7 @@ from tensorweave.router.bodies import pool as body_pool
 from tensorweave.router.bodies.pool import INLINE_BYTES, USUAL_BYTES, BodyPool, BodyTooCostly
 from tensorweave.router.bodies.request_body import RequestBody
 from tensorweave.router.bodies.served import ServedModel
-from tensorweave.router.bodies.tasks import CHAT, COMPLETION, TOKENIZE, BodyTask
+from tensorweave.router.bodies.tasks import CHAT, COMPLETION, MESSAGES, RESPONSES, TOKENIZE, BodyTask
 from tests.router.serving import MODEL, PATIENCE_S, chat, completion, model_info, until
 from tests.router.small_tokenizers import byte_level
 
@@ -48,12 +48,16 @@ def sent(fields: dict[str, Any], num_bytes: int = 0) -> bytes:
     return orjson.dumps(fields).ljust(num_bytes)
 
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 GOOD: list[tuple[BodyTask[RequestBody], dict[str, Any]]] = [
     (CHAT, chat("Grüße", temperature=0.5, seed=2**64 - 1, stop=["a", "é"], logit_bias={"5": 1.5})),
     (CHAT, chat("Hi", prompt_token_ids=[5, 6, 7], user="u" * 1000, bad_words=["capital", "é"])),
     (CHAT, chat("Hi", response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": {}}})),
     (COMPLETION, completion("Hi", structured_outputs={"choice": ["a", "b"]}, n=2)),
     (CHAT, chat("Hi", chat_template_kwargs={"x": [1]}, max_completion_tokens=3, prompt_cache_key="k")),
+    (CHAT, chat("Hi", tools=[TOOL], tool_choice="none", response_format={"type": "json_object"})),
+    (MESSAGES, {**chat("Hi"), "max_tokens": 5, "stop_sequences": ["x"], "metadata": {"user_id": "u"}}),
+    (RESPONSES, {"model": MODEL, "input": "Hi", "instructions": "S", "metadata": {"a": "b"}, "max_output_tokens": 9}),
     (COMPLETION, completion("The capital", echo=True, n=2, best_of=3, stop_token_ids=[4, 5])),
     (COMPLETION, completion(["one", "two"], stream=True, stream_options={"include_usage": True})),
     (COMPLETION, completion([[5, 6], [7]], echo=True, logprobs=3)),
@@ -89,6 +93,7 @@ def check_same(inline: RequestBody, outside: RequestBody) -> None:
     assert (outside.request.session is None) == (inline.request.session is None)
     assert outside.request.without_bulk() == inline.request.without_bulk()
     assert outside.specs == inline.specs
+    assert (outside.api, outside.repeated) == (inline.api, inline.repeated)
 
 
 def test_a_worker_refuses_what_the_event_loop_refuses() -> None:

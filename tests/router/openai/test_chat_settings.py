@@ -47,6 +47,11 @@ def test_a_parser_may_be_named_or_switched_off() -> None:
         make_service(chat=ChatSettings(tool_parser="x"))
 
 
+def test_reasoning_in_a_channel_is_no_part_of_the_content() -> None:
+    settings = ChatSettings(reasoning_parser="gpt_oss", tool_parser="gpt_oss")
+    check_error(ask(settings, separate_reasoning=False), 400, "separate_reasoning")
+
+
 def test_a_request_may_bring_its_template_where_the_operator_lets_it() -> None:
     link = FakeLink(model_info(), script=script_of("Yes."))
     template = "{{ messages[0].content }}{{ word }}"

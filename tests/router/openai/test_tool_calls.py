@@ -344,3 +344,25 @@ def test_a_service_without_the_backend_refuses_what_it_cannot_enforce(backend: A
     ):
         check_error(ask("", FakeLink(info), **fields), 400, param)
     assert ask("Yes.", FakeLink(info, script=script_of("Yes.")), tools=[LOOK]).status_code == 200
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}])
+def test_a_call_goes_on_after_its_gang_is_lost(fields: dict[str, Any]) -> None:
+    """The text is parsed once, whichever gangs wrote it."""
+    info = model_info(max_seq_len=4096)
+    for after in (5, 40, 75):
+        links = [
+            FakeLink(info, gang_id=gang_id, script=script_of(ALL), faults=[Fault("error", after=after)])
+            for gang_id in ("gang-a", "gang-b")
+        ]
+        answer = post(CHAT, chat(tools=TOOLS, **fields), *links, tokenizer=hermes())
+        assert answer.status_code == 200, answer.text
+        message = summed(answer) if fields else answer.json()["choices"][0]["message"]
+        assert message["reasoning"] == "Hm, ü."
+        calls = [call["function"] for call in message["tool_calls"]]
+        assert [(call["name"], json.loads(call["arguments"])) for call in calls] == [
+            ("look", {"at": "Köln"}),
+            ("add", {}),
+        ]
+        assert sum(len(link.requests) for link in links) >= 2
+        assert any(request.num_replayed for link in links for request in link.requests)
