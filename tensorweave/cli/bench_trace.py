@@ -115,8 +115,12 @@ def take_steps(llm: LLM, outputs: Sequence[RequestOutput], num_steps: int) -> li
     llm.get_stats()  # those of steps before
     steps: list[dict[str, Any]] = []
     deadline_s = time.monotonic() + _PATIENCE_S
-    while len(steps) < num_steps:
-        if any(output.finished for output in outputs):
+    while True:
+        are_over = any(map(has_ended, outputs))  # before the statistics, so that those of the last step are counted
+        steps += [row for row in llm.get_stats() if is_decode_step(row, len(outputs))]
+        if len(steps) >= num_steps:
+            return steps
+        if are_over:
             raise ValueError("the requests ended before the trace did: raise --output-len")
         if time.monotonic() > deadline_s:
             raise ValueError(
@@ -125,8 +129,15 @@ def take_steps(llm: LLM, outputs: Sequence[RequestOutput], num_steps: int) -> li
             )
         each_s = step_ms(steps) / 1e3 if steps else _FIRST_LOOK_S
         threading.Event().wait(max(_FIRST_LOOK_S, each_s * (num_steps - len(steps))))
-        steps += [row for row in llm.get_stats() if is_decode_step(row, len(outputs))]
-    return steps
+
+
+def has_ended(output: RequestOutput) -> bool:
+    """Read what has come for the request: nobody else does, and `finished` says what has been read."""
+    try:
+        output.result(timeout=0)
+    except TimeoutError:
+        return False
+    return True
 
 
 def is_decode_step(row: dict[str, Any], batch_size: int) -> bool:

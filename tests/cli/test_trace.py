@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from tensorweave import RequestOutput
 from tensorweave.cli.bench_trace import host_figures, steps_table, take_steps
 from tensorweave.cli.main import main
 from tensorweave.cli.trace_events import Event, Trace, events_of, last_part
 from tensorweave.cli.trace_figures import device_span, device_steps, operator_shares, short_name
 from tensorweave.cli.trace_row import chrome_path, told_row
+from tensorweave.llmapi.completion_output import Update
 
 
 def kernel(name: str, start_us: float, length_us: float, launch: int) -> Event:
@@ -141,9 +143,9 @@ class Running:
     def __init__(self, *rows: list[dict[str, Any]], ends: bool = False) -> None:
         self._rows, self._ends = list(rows), ends
 
-    @property
-    def finished(self) -> bool:
-        return self._ends and not self._rows
+    def result(self, timeout: float) -> None:
+        if self._rows or not self._ends:
+            raise TimeoutError
 
     def get_stats(self) -> list[dict[str, Any]]:
         return self._rows.pop(0) if self._rows else []
@@ -156,6 +158,15 @@ def test_steps_count_in_which_all_requests_decode() -> None:
     over: Any = Running([], [good], ends=True)
     with pytest.raises(ValueError, match="raise --output-len"):
         take_steps(over, [over, over], 2)
+
+
+def test_the_end_of_a_request_is_seen_although_nobody_reads_its_tokens() -> None:
+    running: Any = Running([], [stats_row(3, 1, 2)])
+    outputs = [RequestOutput(number, None, [1, 2]) for number in range(2)]
+    outputs[1]._push(Update(index=0, token_ids=[7], finish_reason="length"))
+    assert not outputs[1].finished
+    with pytest.raises(ValueError, match="raise --output-len"):
+        take_steps(running, outputs, 2)
 
 
 def test_requests_that_never_run_together_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
