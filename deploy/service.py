@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 import ray
@@ -23,7 +22,6 @@ from ray.serve.exceptions import RayServeException
 
 from tensorweave.cluster.cluster_resources import can_grow, read_cluster_resources
 from tensorweave.cluster.errors import TensorweaveError
-from tensorweave.cluster.kv_links import SLOW_BYTES_PER_S
 from tensorweave.cluster.process_sentinel import OwnSentinel
 from tensorweave.cluster.ray_auth import refuse_open_ray
 from tensorweave.cluster.ray_noise import without_noise
@@ -35,6 +33,7 @@ from tensorweave.deploy.ingress import ingress_env
 from tensorweave.deploy.monitor import RayCluster, RayLost, ServiceFailed, abandon_ray, monitor
 from tensorweave.deploy.pinned_model import PinnedModel
 from tensorweave.deploy.pools import explain_shortage, needed_resources, pool_specs
+from tensorweave.deploy.progress import PoolReporter, report, report_links
 from tensorweave.deploy.serve_app import build
 from tensorweave.deploy.service_actor import DRAIN_SLACK_S, SERVE_SHUTDOWN_TIMEOUT_S, ServiceActor, find_service_actor
 from tensorweave.deploy.stop_signal import StopSignal
@@ -44,16 +43,12 @@ _PROGRESS_INTERVAL_S: Final = 0.25
 _LINKS_TIMEOUT_S: Final = 5.0
 
 
-class StartFailed(Exception):
+class StartFailed(TensorweaveError):
     """The service cannot start here; the message says why."""
 
 
 class StoppedEarly(Exception):
     """A signal came before the service was ready."""
-
-
-def report(line: str) -> None:
-    print(f"tensorweave: {line}", file=sys.stderr, flush=True)
 
 
 def run(config: ServeConfig, on_ready: Callable[[str], None] | None = None) -> int:
@@ -80,10 +75,30 @@ def run(config: ServeConfig, on_ready: Callable[[str], None] | None = None) -> i
     return code
 
 
+@contextmanager
+def running(config: ServeConfig) -> Iterator[str]:
+    """A service for what this process does itself: its URL, once it answers. At the end of the context it has drained
+    and is gone. Call it from the main thread.
+
+    Raises:
+        TensorweaveError, ValueError, OSError: It does not start.
+        KeyboardInterrupt: A signal came before it was ready.
+    """
+    with ExitStack() as ending:
+        try:
+            with StopSignal() as stop:
+                url, _ = _start(PinnedModel.find(config), stop, ending)
+        except (RayError, RayServeException) as error:
+            raise StartFailed(_sentence(error)) from None
+        except StoppedEarly:
+            raise KeyboardInterrupt from None
+        yield url
+
+
 def _keep_up(config: ServeConfig, service_actor: ActorHandle[Any], stop: StopSignal, ending: ExitStack) -> int:
     """Return the exit code when the service has been asked to stop, or cannot go on."""
     try:
-        monitor(RayCluster(service_actor), stop, config.limits.outage_timeout_s, _PoolReporter())
+        monitor(RayCluster(service_actor), stop, config.limits.outage_timeout_s, PoolReporter())
     except ServiceFailed as failure:
         report(f"giving up: {failure}")
         return 1
@@ -96,19 +111,6 @@ def _keep_up(config: ServeConfig, service_actor: ActorHandle[Any], stop: StopSig
     name = "asked to stop" if stop.received is None else stop.received.name
     report(f"{name}: finishing running requests (up to {config.limits.drain_timeout_s:g} s), then stopping")
     return 0
-
-
-class _PoolReporter:
-    """Prints the pools' state whenever it has changed."""
-
-    def __init__(self) -> None:
-        self.last_line = ""
-
-    def __call__(self, pools: Sequence[dict[str, Any]]) -> None:
-        line = "; ".join(_pool_line(pool) for pool in pools)
-        if line and line != self.last_line:
-            report(line)
-            self.last_line = line
 
 
 def _start(model: PinnedModel, stop: StopSignal, ending: ExitStack) -> tuple[str, ActorHandle[Any]]:
@@ -127,7 +129,7 @@ def _start(model: PinnedModel, stop: StopSignal, ending: ExitStack) -> tuple[str
     target = serve.RunTarget(build(model, replica_env=env), name=APP_NAME, route_prefix="/")
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     _await_ready(config, service_actor, stop, deadline_s)
-    _report_links(_await_links(service_actor, stop))
+    report_links(_await_links(service_actor, stop))
     return f"http://{config.router.reachable_host}:{config.router.port}", service_actor
 
 
@@ -206,7 +208,7 @@ def _check_ports(config: ServeConfig, service_actor: ActorHandle[Any]) -> None:
 def _await_ready(config: ServeConfig, service_actor: ActorHandle[Any], stop: StopSignal, deadline_s: float) -> None:
     """Wait until router and proxy report the service as ready, and every pool has a gang or is known to have failed.
     Report changes of the pools meanwhile."""
-    reporter, router = _PoolReporter(), config.router
+    reporter, router = PoolReporter(), config.router
     while True:
         _raise_failures()
         pools = ray.get(service_actor.describe_pools.remote(), timeout=_CONTROL_TIMEOUT_S) or []
@@ -254,29 +256,6 @@ def _is_starting(pool: dict[str, Any]) -> bool:
     for, nor is one that has failed: the service can do without it for a while."""
     states = [gang["state"] for gang in pool["gangs"]]
     return "ready" not in states and any(gang["state"] == "starting" and not gang["reason"] for gang in pool["gangs"])
-
-
-def _report_links(pools: Sequence[dict[str, Any]]) -> None:
-    """Report what the self-test measured on the links from prefill to decode gangs."""
-    for gang in (gang for pool in pools for gang in pool["gangs"]):
-        for source, link in gang.get("kv_links", {}).items():
-            if link["error"]:
-                report(f"no KV from {source} to {gang['gang_id']}, which computes prompts itself: {link['error']}")
-            else:
-                rate = f"{link['megabytes_per_s']:.0f} MB/s, {link['latency_ms']:.2f} ms"
-                is_slow = link["megabytes_per_s"] * 1e6 < SLOW_BYTES_PER_S
-                report(f"KV from {source} to {gang['gang_id']}: {rate}" + (", a slow link" if is_slow else ""))
-
-
-def _pool_line(pool: dict[str, Any]) -> str:
-    gangs = ", ".join(map(_gang_line, pool["gangs"]))
-    is_whole = all(gang["state"] == "ready" for gang in pool["gangs"])
-    return f"pool {pool['pool']}: {gangs}" + (f" ({pool['trouble']})" if pool["trouble"] and not is_whole else "")
-
-
-def _gang_line(gang: dict[str, Any]) -> str:
-    line = f"{gang.get('gang_id', 'gang')} {gang['state']}"
-    return f"{line} [{gang['starting']}]" if gang.get("starting") else line
 
 
 def _sentence(error: Exception) -> str:
