@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tensorweave.cluster.llm_args import CacheTransceiverConfig
+from tensorweave.cluster.llm_args import CacheTransceiverConfig, SchedulerConfig
 from tensorweave.cluster.protocol import KvSource
+from tensorweave.cluster.quant_config import QuantConfig
+from tensorweave.cluster.step_settings import StepSettings
 from tensorweave.kernels.attention.backend import AttentionBackend
 from tensorweave.kernels.attention.native import NativeAttention
 from tensorweave.kernels.attention.torch_backend import TorchAttention
 from tensorweave.workers.autodeploy.engine import AutodeployEngine
-from tensorweave.workers.build import build_executor
+from tensorweave.workers.build import _prompt_share, build_executor
 from tensorweave.workers.engine.engine import PyTorchModelEngine
 from tensorweave.workers.executor.executor import PyExecutor
+from tensorweave.workers.executor.prompt_share import BalancedShare, FixedShare
 from tensorweave.workers.gang.comm import Comm, SoloComm
+from tensorweave.workers.kv.manager import KVCacheManager
 from tests.kernels.forms import needs_native
 from tests.workers.engine_drive import engine_args, run_ranks
 from tests.workers.tiny_models import make_model
@@ -79,6 +84,25 @@ def test_on_a_cpu_steps_overlap_only_if_that_is_asked_for(tmp_path: Path, disabl
     make_model("llama", tmp_path)
     executor = build_executor(engine_args(tmp_path, disable_overlap_scheduler=disabled), SoloComm())
     assert executor._loop._depth == depth
+
+
+@pytest.mark.parametrize(
+    ("options", "is_balanced"),
+    [
+        ({}, True),
+        ({"quant_config": QuantConfig(quant_algo="FP8")}, False),
+        ({"kv_cache_config": {"dtype": "fp8"}}, False),
+        ({"scheduler_config": SchedulerConfig(max_prompt_tokens_beside_decodes=64)}, False),
+    ],
+)
+def test_prompts_of_16_bit_models_are_balanced_on_a_gpu(
+    tmp_path: Path, options: dict[str, Any], is_balanced: bool
+) -> None:
+    make_model("llama", tmp_path)
+    args = engine_args(tmp_path, **options)
+    share = _prompt_share(args, StepSettings.of(args, "cuda"), KVCacheManager(8, 32))
+    assert isinstance(share, BalancedShare) == is_balanced
+    assert isinstance(share, FixedShare) != is_balanced
 
 
 def test_transfer_without_a_secret_is_refused(tmp_path: Path) -> None:
