@@ -29,11 +29,10 @@ _NONE: Final = object()
 
 
 class FamilyReader:
-    """`read` reads the schemas below; `merge` intersects two unions."""
+    """`read` reads the schemas below."""
 
-    def __init__(self, read: Read, merge: Callable[[Union, Union], Union], max_pattern_size: int) -> None:
+    def __init__(self, read: Read, max_pattern_size: int) -> None:
         self._read = read
-        self._merge = merge
         self._max_pattern_size = max_pattern_size
         self._parsed: dict[str, Expression] = {}
 

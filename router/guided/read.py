@@ -44,7 +44,7 @@ class SchemaReader:
         self._read_at: dict[str, Union] = {}
         self._reading: list[str] = []
         self._sets = Intersection(self.union_at, self._spend)
-        self._families = FamilyReader(self._read, self._sets.of, limits.max_pattern_size)
+        self._families = FamilyReader(self._read, limits.max_pattern_size)
 
     def union_at(self, pointer: str) -> Union:
         if pointer not in self._read_at:
@@ -123,14 +123,9 @@ class SchemaReader:
     def _shape(self, type_name: str, fields: dict[str, Any], at: str) -> Shape:
         match type_name:
             case "object":
-                if (
-                    "propertyNames" in fields
-                    and "additionalProperties" not in fields
-                    and self._document.has_unevaluated
-                ):
-                    raise Refusal(
-                        "propertyNames", at, "needs additionalProperties beside it, with unevaluatedProperties"
-                    )
+                has_names = "propertyNames" in fields and "additionalProperties" not in fields
+                if has_names and self._document.has_unevaluated:
+                    raise Refusal("propertyNames", at, "needs additionalProperties, with unevaluatedProperties")
                 return self._families.object(fields, at)
             case "array":
                 return self._families.array(fields, at)
