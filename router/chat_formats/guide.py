@@ -20,6 +20,8 @@ from tensorweave.router.guided.params import GuideParams
 
 _ANY_OBJECT: Final = JsonForm({"type": "object"})
 _NO_ARGUMENTS: Final = JsonForm({"type": "object", "properties": {}, "additionalProperties": False})
+_FORM_PARAM: Final = "response_format"
+_NOT_COMBINED: Final = "cannot be combined with tools or reasoning; without them it is enforced"
 _MAX_SCHEMAS: Final = 8
 """Schemas of the largest size that a request's tools may have together."""
 
@@ -82,7 +84,7 @@ class TagWriter:
             },
             must_call=must_call,
             is_parallel=is_parallel and choice.mode != "named",
-            form=None if answer_guide is None else guide_tag(answer_guide),
+            form=None if answer_guide is None else guide_tag(answer_guide, self.limits),
             is_free=not follows and not are_calls_guided(tools, choice, is_parallel=is_parallel),
         )
 
@@ -130,13 +132,10 @@ class TagWriter:
         return flat
 
 
-def guide_tag(guide: Guide) -> TagFormat:
-    """A guide as a part of a structural tag. Raises RequestRejected for one that xgrammar does not compile."""
+def guide_tag(guide: Guide, limits: GuidedLimits) -> TagFormat:
+    """A guide as a part of a structural tag. Raises RequestRejected for one that xgrammar does not enforce."""
     if guide.backend != "xgrammar":
-        raise RequestRejected(
-            "this response_format needs llguidance, which cannot combine it with tools or reasoning",
-            param="response_format",
-        )
+        guide = _for_xgrammar(guide, limits)
     match guide.kind:
         case "json_schema":
             return JsonForm(json.loads(guide.text), guide.max_whitespace).tag()
@@ -148,6 +147,18 @@ def guide_tag(guide: Guide) -> TagFormat:
             form: TagFormat = json.loads(guide.text)["format"]
             return form
         case kind:
-            raise RequestRejected(
-                f"a {kind} grammar cannot be combined with tools or reasoning", param="response_format"
-            )
+            raise RequestRejected(f"a {kind} grammar {_NOT_COMBINED}", param=_FORM_PARAM)
+
+
+def _for_xgrammar(guide: Guide, limits: GuidedLimits) -> Guide:
+    """The same for xgrammar, where it enforces all of it: a schema with expressions, as a grammar."""
+    if guide.kind == "json_schema":
+        params = GuideParams(json=guide.text, max_whitespace=guide.max_whitespace)
+    elif guide.kind == "regex":
+        params = GuideParams(regex=guide.text)
+    else:
+        raise RequestRejected(f"a grammar for llguidance {_NOT_COMBINED}", param=_FORM_PARAM)
+    try:
+        return guide_for(params, "xgrammar", limits, param=_FORM_PARAM, may_be_grammar=True)
+    except RequestRejected as error:
+        raise RequestRejected(f"{error.message}: a schema for llguidance {_NOT_COMBINED}", param=_FORM_PARAM) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -25,6 +26,8 @@ from tensorweave.router.chat_formats.families import (
     TOOL_PARSERS,
 )
 from tensorweave.router.chat_formats.tools import FunctionTool, ToolChoice
+from tensorweave.router.guided.guide import guide_for
+from tensorweave.router.guided.params import GuideParams
 from tests.router.chat_formats.grammar_samples import small_vocabulary
 from tests.router.chat_formats.splits import parse, pieces
 
@@ -300,11 +303,30 @@ def test_other_functions_follow_what_can_be_enforced() -> None:
         assert not accepts(guide, call % wrong)
 
 
+def form_of(schema: dict[str, Any]) -> Guide:
+    return guide_for(GuideParams(json={"type": "object", "properties": {"a": schema}, "required": ["a"]}))
+
+
+def test_a_form_for_llguidance_is_written_for_xgrammar_where_that_enforces_it() -> None:
+    date = form_of({"type": "string", "format": "date"})
+    assert date.backend == "llguidance"
+    assert HERMES.guide(answer_guide=date, prompt_tail="<think></think>") is date
+    guide = HERMES.guide(answer_guide=date, prompt_tail="<think>")
+    assert accepts(guide, 'Hm</think>{"a": "2026-11-27"}')
+    assert not accepts(guide, 'Hm</think>{"a": "today"}')
+    length = form_of({"type": "string", "maxLength": 3})
+    assert HERMES.guide(answer_guide=length, prompt_tail="<think></think>") is length
+    with pytest.raises(
+        RequestRejected, match=r"'maxLength' at '/properties/a'.*cannot be combined with tools or reason"
+    ):
+        HERMES.guide(answer_guide=length, prompt_tail="<think>")
+
+
 def test_what_cannot_be_part_of_another_guide_is_refused() -> None:
-    for guide in (Guide("lark", "start: /a/", "llguidance"), Guide("json_schema", "{}", "llguidance")):
-        with pytest.raises(RequestRejected, match="llguidance"):
-            HERMES.guide(answer_guide=guide, prompt_tail="<think>")
-        assert HERMES.guide(answer_guide=guide, prompt_tail="<think></think>") is guide
+    lark = Guide("lark", "start: /a/", "llguidance")
+    with pytest.raises(RequestRejected, match="llguidance cannot be combined"):
+        HERMES.guide(answer_guide=lark, prompt_tail="<think>")
+    assert HERMES.guide(answer_guide=lark, prompt_tail="<think></think>") is lark
     with pytest.raises(RequestRejected, match="tool_parser"):
         PLAIN.guide(TOOLS, ToolChoice.REQUIRED)
 
