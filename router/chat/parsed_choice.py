@@ -11,7 +11,6 @@ from tensorweave.cluster.protocol import FinishReason
 from tensorweave.router.chat_formats.deltas import CallStart, Content, Delta, Reasoning
 from tensorweave.router.text.choices import ChoiceChunk, ChoiceStream
 from tensorweave.router.text.generation import TextDelta
-from tensorweave.router.text.token_offsets import PlacedToken
 
 AnswerEnd = FinishReason | Literal["tool_calls"]
 
@@ -62,7 +61,7 @@ class ParsedChoice:
         self._parser = parser
         self._shows_reasoning = shows_reasoning
         self._has_called = False
-        self._held: list[PlacedToken] = []
+        self._held: list[ChoiceChunk] = []
         self._num_undecided = 0
         self.num_reasoning_tokens = 0
         """Tokens of the reasoning, with the mark that opens it."""
@@ -80,11 +79,13 @@ class ParsedChoice:
         if piece.finish_reason is not None:
             deltas += self._parser.finish()
         deltas = self._counted(deltas)
-        if not deltas and piece.finish_reason is None and piece.prompt is None:
-            self._held += piece.tokens  # they are sent with the next text
+        if not deltas and piece.finish_reason is None:
+            self._held.append(piece)  # it is sent with the next text
             return None
         if self._held:
-            piece = dataclasses.replace(piece, tokens=[*self._held, *piece.tokens])
+            tokens = [token for held in self._held for token in held.tokens]
+            prompt = self._held[0].prompt or piece.prompt
+            piece = dataclasses.replace(piece, tokens=[*tokens, *piece.tokens], prompt=prompt)
             self._held = []
         return ParsedChunk(piece, deltas, self._ending(piece))
 

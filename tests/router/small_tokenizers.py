@@ -50,6 +50,15 @@ def hermes() -> Tokenizer:
     return byte_level_with(HERMES_TEMPLATE)
 
 
+@functools.cache
+def hermes_with_special_marks() -> Tokenizer:
+    """The marks of its format are special tokens, as Mistral's and DeepSeek's are, and there is another one."""
+    tokenizer = byte_level_with(HERMES_TEMPLATE)
+    marks = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<other>"]
+    tokenizer.backend.add_special_tokens({"additional_special_tokens": marks})
+    return Tokenizer(tokenizer.backend)
+
+
 def byte_level_with(chat_template: str) -> Tokenizer:
     rust = RustTokenizer(models.BPE())
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -12,7 +12,7 @@ import pytest
 from tests.router.calls import CHAT, check_error, post
 from tests.router.fake_fleet import FakeLink, Fault
 from tests.router.serving import ONE_ATTEMPT, chat, events_of, model_info, script_of
-from tests.router.small_tokenizers import hermes
+from tests.router.small_tokenizers import hermes, hermes_with_special_marks
 
 LOOK = {
     "type": "function",
@@ -43,7 +43,8 @@ def summed(answer: httpx.Response) -> dict[str, Any]:
     """What a client makes of a streamed choice."""
     *chunks, done = events_of(answer.text)
     assert done == "[DONE]"
-    assert all(choice["delta"] or choice["finish_reason"] for chunk in chunks for choice in chunk["choices"])
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert all(choice["delta"] or choice["finish_reason"] or choice["logprobs"] for choice in choices)
     message: dict[str, Any] = {}
     for chunk in chunks:
         for choice in chunk["choices"]:
@@ -366,3 +367,24 @@ def test_a_call_goes_on_after_its_gang_is_lost(fields: dict[str, Any]) -> None:
         ]
         assert sum(len(link.requests) for link in links) >= 2
         assert any(request.num_replayed for link in links for request in link.requests)
+
+
+def test_marks_that_are_special_tokens_reach_the_parser_and_no_others_do() -> None:
+    tokenizer = hermes_with_special_marks()
+    text = ALL.replace("see.", "see<other>.")
+    script = [*tokenizer.encode(text), tokenizer.encode("<|im_end|>")[0]]
+    link = FakeLink(model_info(max_seq_len=4096, vocab_size=tokenizer.vocab_size), script=script)
+    fields: dict[str, Any] = {"tools": TOOLS, "logprobs": True, "return_token_ids": True}
+    [choice] = post(CHAT, chat(**fields), link, tokenizer=tokenizer).json()["choices"]
+    message, _ = message_of(ALL, tools=TOOLS)
+    for key in ("reasoning", "content"):
+        assert choice["message"][key] == message[key]
+    assert [call["function"] for call in choice["message"]["tool_calls"]] == [
+        call["function"] for call in message["tool_calls"]
+    ]
+    assert choice["token_ids"] == script
+    assert len(choice["logprobs"]["content"]) == len(script)
+    streamed = summed(post(CHAT, chat(**fields, stream=True), link, tokenizer=tokenizer))
+    assert streamed["content"] == message["content"]
+    plain = post(CHAT, chat(include_reasoning=False, tools=TOOLS), link, tokenizer=tokenizer).json()["choices"][0]
+    assert plain["message"]["content"] == "Let me see."
