@@ -192,12 +192,12 @@ def command_of(process: psutil.Process) -> str:
         return ""
 
 
-def wait_until(holds: Callable[[], bool], timeout_s: float, what: str) -> float:
+def wait_until(holds: Callable[[], bool], timeout_s: float, what: str, every_s: float = 0.1) -> float:
     """Wait until `holds()`; return the seconds."""
     started_s = time.monotonic()
     while not holds():
         assert time.monotonic() - started_s < timeout_s, f"not within {timeout_s:g} s: {what}"
-        time.sleep(0.1)
+        time.sleep(every_s)
     return time.monotonic() - started_s
 
 
