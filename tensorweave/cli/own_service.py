@@ -7,9 +7,13 @@ import contextlib
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tensorweave.cli.arguments import add_api_key, add_changes
 from tensorweave.cli.serve import config_changes, config_path
+
+if TYPE_CHECKING:
+    from tensorweave.deploy.config import ServeConfig
 
 
 def add_service(parser: argparse.ArgumentParser) -> None:
@@ -35,15 +39,20 @@ def service_url(args: argparse.Namespace) -> Iterator[str]:
             raise ValueError("--config and --set are for a service of this command's own: leave --url out, or those")
         yield checked_url(args.url)
         return
-    from tensorweave.deploy.config import load_config
-
-    port, proxy_port = _free_ports(2)
-    own = ["router.host=127.0.0.1", "router.replicas=1", f"router.port={port}", f"router.proxy_port={proxy_port}"]
-    config = load_config(config_path(args.config), [*own, *config_changes(args)])
+    config = service_config(args)
     from tensorweave.deploy.service import running  # imports ray for a second, after the file was checked
 
     with running(config) as url:
         yield url
+
+
+def service_config(args: argparse.Namespace) -> ServeConfig:
+    """Of a service of this command's own. Its ports are other ones each time."""
+    from tensorweave.deploy.config import load_config
+
+    port, proxy_port = _free_ports(2)
+    own = ["router.host=127.0.0.1", "router.replicas=1", f"router.port={port}", f"router.proxy_port={proxy_port}"]
+    return load_config(config_path(args.config), [*own, *config_changes(args)])
 
 
 def checked_url(url: str) -> str:

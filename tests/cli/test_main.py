@@ -15,6 +15,8 @@ from tensorweave.cli.serve import config_changes, config_path
 COMMANDS = [
     ["serve"],
     ["chat"],
+    ["batch"],
+    ["eval"],
     ["bench", "throughput"],
     ["bench", "latency"],
     ["bench", "serve"],

@@ -40,6 +40,7 @@ check openai-3 openai3 "$clients/openai3/bin/python" "$here/openai_check.py" "$u
 check openai-npm npm/node_modules/openai node_check
 check litellm litellm "$clients/litellm/bin/python" "$here/litellm_check.py" "$url" "$model"
 check lm-eval lmeval "$clients/lmeval/bin/python" "$here/lm_eval_check.py" "$url" "$model" "$dir"
+check eval eval "$clients/eval/bin/python" "$here/eval_check.py" "$url" "$model" "$dir"
 check vllm-completions vllm bench_serve openai /v1/completions
 check vllm-chat vllm bench_serve openai-chat /v1/chat/completions
 check aiperf aiperf "$clients/aiperf/bin/aiperf" profile --model "$model" --url "$url" --endpoint-type chat --streaming \
