@@ -11,6 +11,7 @@ import contextlib
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
@@ -52,8 +53,15 @@ class Sender:
     """Sets `stopping` when there is no use in going on; `reason` then says why. Somebody else may set it too: then
     nothing is tried again."""
 
-    def __init__(self, client: httpx.AsyncClient, retry_for_s: float, stopping: asyncio.Event) -> None:
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        retry_for_s: float,
+        stopping: asyncio.Event,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._client = client
+        self._now_s = now_s
         self._retry_for_s = retry_for_s
         self._stopping = stopping
         self._last_answer_s = float("-inf")
@@ -66,7 +74,7 @@ class Sender:
         pause_s = _FIRST_PAUSE_S
         while True:
             outcome = await self._try(request)
-            now_s = time.monotonic()
+            now_s = self._now_s()
             if isinstance(outcome, Answer):
                 return self._checked(outcome, now_s)
             began_s = now_s if began_s is None else began_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import errno
 import json
@@ -14,10 +15,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from tensorweave.cli.batch_input import ENDPOINTS, LineIndex, read_lines
+from tensorweave.cli.batch_input import ENDPOINTS, BatchRequest, LineIndex, read_lines
 from tensorweave.cli.batch_output import ResultFile
+from tensorweave.cli.batch_sender import Answer, Sender
 from tensorweave.cli.main import main
 
 PATIENCE_S = 60.0
@@ -334,6 +337,35 @@ def test_a_full_disk_ends_the_run_and_nothing_follows_half_a_line(
     assert "No space left" in capsys.readouterr().err
     assert batch.run() == 0
     assert len(set(batch.names())) == len(batch.names()) == 20
+
+
+@pytest.mark.parametrize(("status", "others_are_answered"), [(429, True), (429, False), (503, True)])
+def test_a_full_queue_is_waited_for_as_long_as_others_are_answered(status: int, others_are_answered: bool) -> None:
+    """Each attempt takes 10 s, the fourth one succeeds, and --retry-for-s is 15."""
+    waiting, other = (BatchRequest(number, name, "/v1/completions", {}) for number, name in enumerate(("a", "b"), 1))
+    now_s, num_attempts = 0.0, 0
+
+    async def reply(request: httpx.Request) -> httpx.Response:
+        nonlocal now_s, num_attempts
+        if "other" in request.headers:
+            return httpx.Response(200, json={})
+        now_s, num_attempts = now_s + 10, num_attempts + 1
+        if others_are_answered:
+            client.headers["other"] = "1"
+            assert await sender.send(other) is not None
+            del client.headers["other"]
+        return httpx.Response(200, json={}) if num_attempts == 4 else httpx.Response(status)
+
+    async def send() -> Answer | None:
+        async with client:
+            return await sender.send(waiting)
+
+    stopping = asyncio.Event()
+    client = httpx.AsyncClient(transport=httpx.MockTransport(reply), base_url="http://service")
+    sender = Sender(client, 15.0, stopping, lambda: now_s)
+    is_answered = asyncio.run(send()) is not None
+    assert is_answered == (status == 429 and others_are_answered)
+    assert stopping.is_set() == (not others_are_answered)
 
 
 def test_an_input_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
