@@ -18,16 +18,18 @@ from tensorweave.cluster.guide import Guide
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.router.bodies.served import ServedModel, check_name, check_text
 from tensorweave.router.guided.guide import guide_for
-from tensorweave.router.openai.chat_form import chat_format, check_form
+from tensorweave.router.openai.chat_form import chat_format, check_form, has_tools_as_text
 from tensorweave.router.openai.chat_guide import GuideWriter
 from tensorweave.router.openai.chat_request import ChatCompletionRequest
 from tensorweave.router.openai.field_types import MAX_LOGPROBS
 from tensorweave.router.openai.parsing import check_fields, parse_request
 from tensorweave.router.openai.requests import CompletionRequest
 from tensorweave.router.sampling.resolution import check_prompt, fit_to_prompt, resolve_sampling
+from tensorweave.router.text.chat_template import ChatPrompt
 from tensorweave.router.text.choices import Prompt
 from tensorweave.router.text.echo import Echo, EchoRequest, read_echo
 from tensorweave.router.text.tokens import Tokenizer
+from tensorweave.router.text.tools_as_text import with_tools_as_text
 
 AnyRequest = CompletionRequest | ChatCompletionRequest
 Api = Literal["completions", "chat", "messages", "responses"]
@@ -128,17 +130,22 @@ def chat_token_ids(request: ChatCompletionRequest, tokenizer: Tokenizer, served:
         raise RequestRejected(
             "chat_template is not enabled here (security.enable_request_chat_template)", param="chat_template"
         )
-    _check_calls(request, tokenizer)
-    text = tokenizer.render_chat(request.chat_prompt)
+    text = tokenizer.render_chat(_chat_prompt(request, tokenizer, served))
     return _encode(text, tokenizer, served, request, add_special_tokens=bool(request.add_special_tokens))
 
 
-def _check_calls(request: ChatCompletionRequest, tokenizer: Tokenizer) -> None:
-    """Calls that the template would leave out of the prompt without a word are refused."""
+def _chat_prompt(request: ChatCompletionRequest, tokenizer: Tokenizer, served: ServedModel) -> ChatPrompt:
+    """With tools as text, where the template leaves them out and the answer is read in that text's form. Otherwise,
+    calls that it would leave out of the prompt without a word are refused."""
+    if request.chat_template is not None or tokenizer.written_of_tools.calls:
+        return request.chat_prompt
+    if has_tools_as_text(chat_format(tokenizer, served.chat), tokenizer):
+        return with_tools_as_text(request.chat_prompt)
     places = [place for place, message in enumerate(request.messages) if message.calls]
-    if places and request.chat_template is None and not tokenizer.writes_calls:
+    if places:
         param = f"messages[{places[0]}].tool_calls"
         raise RequestRejected(f"{param}: the model's chat template does not write calls of tools", param=param)
+    return request.chat_prompt
 
 
 def _completion_prompt(

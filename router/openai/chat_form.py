@@ -12,6 +12,7 @@ from tensorweave.router.chat.parsed_choice import PLAIN_TEXT, Parser
 from tensorweave.router.chat.settings import ChatSettings
 from tensorweave.router.chat_formats.chat_format import ChatFormat
 from tensorweave.router.chat_formats.choice import choose_format
+from tensorweave.router.chat_formats.families import HERMES
 from tensorweave.router.openai.chat_request import ChatCompletionRequest
 from tensorweave.router.text.tokens import Tokenizer
 
@@ -22,8 +23,20 @@ _LONG_TAIL_TOKENS: Final = 8192
 
 
 def chat_format(tokenizer: Tokenizer, settings: ChatSettings) -> ChatFormat:
-    """The format of the model's answers. Raises ValueError for a parser's name that is unknown."""
-    return _chosen(_template_text(tokenizer.chat_template), settings.tool_parser, settings.reasoning_parser)
+    """The format of the model's answers. Raises ValueError for a parser's name that is unknown.
+
+    Where the chat template leaves tools out and no format of calls is named, they are written in Hermes' form
+    (`router/text/tools_as_text.py`).
+    """
+    form = _chosen(_template_text(tokenizer.chat_template), settings.tool_parser, settings.reasoning_parser)
+    if settings.tool_parser is None and not form.calls and form.channels is None and tokenizer.leaves_tools_out:
+        return dataclasses.replace(HERMES, thinking=form.thinking)
+    return form
+
+
+def has_tools_as_text(form: ChatFormat, tokenizer: Tokenizer) -> bool:
+    """Whether a conversation's tools are text of its messages, which has Hermes' form and no other."""
+    return tokenizer.leaves_tools_out and form.name == HERMES.name
 
 
 @functools.lru_cache(maxsize=16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 from jinja2.exceptions import TemplateError
@@ -15,6 +15,7 @@ from tensorweave.cluster.errors import RequestRejected
 ChatMessage = Mapping[str, Any]
 
 _PROBE: Final = "probe_of_calls"
+_TOOL_PROBE: Final = "function_of_probe"
 _PART_TEXTS: Final = {"text": "text", "refusal": "refusal"}
 _FAILURES: Final = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 """What a template raises on purpose, and what one raises that does not fit the messages."""
@@ -39,6 +40,13 @@ class ChatPrompt:
     continues_last: bool = False
     template: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+class WrittenOfTools(NamedTuple):
+    """Whether a template writes the calls of assistants' messages, and the tools that there are."""
+
+    calls: bool
+    tools: bool
 
 
 def render(backend: Any, prompt: ChatPrompt, own_arguments: frozenset[str]) -> str:
@@ -88,20 +96,25 @@ def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": calls}
 
 
-def writes_calls(backend: Any) -> bool:
-    """Whether the tokenizer's template writes the calls of an assistant's message, found out by a conversation with
-    one."""
+def written_of_tools(backend: Any) -> WrittenOfTools:
+    """What the tokenizer's template writes of a conversation with tools, found out by one."""
     call = {"id": "call00001", "type": "function", "function": {"name": _PROBE, "arguments": {}}}
     messages: list[ChatMessage] = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": call["id"], "name": _PROBE[::-1], "content": "b"},
     ]
-    tool = {"type": "function", "function": {"name": "other", "description": "c", "parameters": {"type": "object"}}}
+    parameters = {"type": "object", "properties": {}}
+    tool = {"type": "function", "function": {"name": _TOOL_PROBE, "description": "c", "parameters": parameters}}
+    with_calls, without = (_probe(backend, ChatPrompt(each, tools=[tool])) for each in (messages, messages[:1]))
+    return WrittenOfTools(_PROBE in with_calls, _TOOL_PROBE in with_calls or _TOOL_PROBE in without)
+
+
+def _probe(backend: Any, prompt: ChatPrompt) -> str:
     try:
-        return _PROBE in render(backend, ChatPrompt(messages, tools=[tool]), frozenset())
+        return render(backend, prompt, frozenset())
     except RequestRejected:
-        return False
+        return ""
 
 
 def flatten_content(content: str | Sequence[Mapping[str, Any]] | None) -> str:

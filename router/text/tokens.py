@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 import tokenizers
 
 from tensorweave.router.text.assembly import TextAssembler, assemble
-from tensorweave.router.text.chat_template import ChatPrompt, render, writes_calls
+from tensorweave.router.text.chat_template import ChatPrompt, WrittenOfTools, render, written_of_tools
 from tensorweave.router.text.pieces import Pieces, WindowedPieces, read_pieces
 from tensorweave.router.text.text_bound import max_chars_per_token
 
@@ -118,9 +118,14 @@ class Tokenizer:
         return bool(self.backend.chat_template)
 
     @functools.cached_property
-    def writes_calls(self) -> bool:
-        """Whether the chat template writes the calls of tools in a conversation."""
-        return writes_calls(self.backend)
+    def written_of_tools(self) -> WrittenOfTools:
+        """What the chat template writes of a conversation with tools."""
+        return written_of_tools(self.backend)
+
+    @property
+    def leaves_tools_out(self) -> bool:
+        """Whether there is a chat template, which knows no tools."""
+        return self.has_chat_template and not any(self.written_of_tools)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, truncate: int | None = None) -> list[int]:
         """Token ids of `text`, only the last `truncate` if that is given."""

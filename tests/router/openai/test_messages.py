@@ -130,7 +130,8 @@ def test_a_template_may_take_arguments_as_text() -> None:
 
 
 def test_a_template_that_leaves_calls_out_is_not_asked_to() -> None:
-    answer = post(CHAT, with_calls(), FakeLink(model_info()))
+    tokenizer = byte_level_with("{{ tools }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    answer = post(CHAT, with_calls(), FakeLink(model_info()), tokenizer=tokenizer)
     error = check_error(answer, 400, "messages[1].tool_calls")
     assert "does not write calls" in error["message"]
 
