@@ -43,6 +43,7 @@ class _Writer:
     def __init__(self, schema: SettledSchema, max_whitespace: int) -> None:
         self._names = {pointer: f"d{i}" for i, pointer in enumerate(schema.referred)}
         self._rules: dict[str, str] = {}
+        self._names_of_bodies: dict[str, str] = {}
         is_free = max_whitespace > 0
         space = "ws" if is_free else _EMPTY
         self._space = space
@@ -58,12 +59,10 @@ class _Writer:
 
     def _rule(self, prefix: str, body: str) -> str:
         """The name of a new rule, or of the one that has this body."""
-        for name, known in self._rules.items():
-            if known == body:
-                return name
-        name = f"{prefix}{len(self._rules)}"
-        self._rules[name] = body
-        return name
+        if body not in self._names_of_bodies:
+            self._names_of_bodies[body] = name = f"{prefix}{len(self._rules)}"
+            self._rules[name] = body
+        return self._names_of_bodies[body]
 
     def _union(self, union: Union) -> str:
         return " | ".join(self._shape(shape) for shape in union)

@@ -71,6 +71,9 @@ FEATURES: Final[dict[str, Feature]] = {
     "closed object": Feature(("properties",), "without others", _ALL),
     "map": Feature(("additionalProperties",), "without properties", _ALL),
     "open object": Feature(("additionalProperties",), "beside properties", _NOT_SCHEMA),
+    "long names": Feature(
+        ("additionalProperties",), "beside names of more than 128 characters, or 2000 together,", _LLGUIDANCE
+    ),
     "key pattern": Feature(("patternProperties", "propertyNames"), "", _NOT_SCHEMA),
     "key pattern and others": Feature(("patternProperties", "propertyNames"), "of this kind", _LLGUIDANCE),
     "key patterns": Feature(("patternProperties",), "with several expressions", _NOBODY),
@@ -87,6 +90,9 @@ _MAX_LIGHT_REPEATS: Final = 8
 _MAX_DECIMALS: Final = 6
 _MAX_MULTIPLE: Final = 10**9
 _MAX_GRAMMAR_DECIMALS: Final = 12
+_MAX_NAME_CHARS: Final = 128
+_MAX_ALL_NAMES_CHARS: Final = 2000
+"""Of properties beside which others are possible: each character is a rule of a grammar."""
 
 
 def features_of(union: Union) -> Iterator[tuple[str, str]]:
@@ -184,6 +190,9 @@ def _of_object(shape: Object) -> Iterator[str]:
         yield "closed object"
     else:
         yield "open object" if shape.properties else "map"
+        lengths = list(map(len, shape.properties))
+        if max(lengths, default=0) > _MAX_NAME_CHARS or sum(lengths) > _MAX_ALL_NAMES_CHARS:
+            yield "long names"
     if shape.least or shape.most is not None:
         yield _count_feature(shape)
 

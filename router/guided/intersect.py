@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any, Final
 
 from tensorweave.router.guided.refusal import Refusal, TooComplex
@@ -214,7 +215,7 @@ def _number_allows(number: Number, value: Decimal) -> bool:
         return False
     if high is not None and (value > high.value or (high.is_open and value == high.value)):
         return False
-    return all(value % multiple == 0 for multiple in number.multiples)
+    return all((Fraction(value) / Fraction(multiple)).denominator == 1 for multiple in number.multiples)
 
 
 def _is_number(value: Any) -> bool:

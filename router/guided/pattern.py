@@ -26,6 +26,11 @@ from tensorweave.router.guided.expressions import (
 
 MAX_REPEAT: Final = 100_000
 MAX_GROUP_DEPTH: Final = 50
+_MAX_SPLITS: Final = 64
+_MAX_SPLIT_PARTS: Final = 20_000
+"""Alternatives that groups with anchors are split into are written out, each with all that stands beside the group."""
+_MAX_CLASS_RANGES: Final = 1 << 16
+"""Of `\\W` and the like, which have up to 750 each."""
 
 _SINGLE: Final = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
 _NOT_REGULAR: Final = {
@@ -52,16 +57,31 @@ def parse_match(text: str) -> Expression:
 
 def _alternatives(expression: Expression) -> list[tuple[Expression, ...]]:
     """The alternatives of the top level: anchors may stand at their ends."""
-    match expression:
-        case Choice(parts):
-            return [alternative for part in parts for alternative in _alternatives(part)]
-        case Sequence((*before, Choice() | Sequence() as last)) if _has_anchor(last):
-            return [done for part in _alternatives(last) for done in _alternatives(Sequence((*before, *part)))]
-        case Sequence((Choice() | Sequence() as first, *after)) if _has_anchor(first):
-            return [done for part in _alternatives(first) for done in _alternatives(Sequence((*part, *after)))]
-        case Sequence(parts):
-            return [parts]
-    return [(expression,)]
+    found: list[tuple[Expression, ...]] = []
+    waiting, num_splits, num_parts = [expression], 0, 0
+    while waiting:
+        match waiting.pop():
+            case Choice(parts):
+                waiting += reversed(parts)
+                continue
+            case Sequence((*before, Choice() | Sequence() as group)) if _has_anchor(group):
+                after: list[Expression] = []
+            case Sequence((Choice() | Sequence() as group, *after)) if _has_anchor(group):
+                before = []
+            case one:
+                found.append(_parts(one))
+                continue
+        branches = [_parts(branch) for branch in (group.parts if isinstance(group, Choice) else (group,))]
+        num_splits += 1
+        num_parts += sum(map(len, branches)) + len(branches) * (len(before) + len(after))
+        if num_splits > _MAX_SPLITS or num_parts > _MAX_SPLIT_PARTS:
+            raise PatternError("'^' and '$' stand in too many groups, or in groups that are too large")
+        waiting += [Sequence((*before, *branch, *after)) for branch in reversed(branches)]
+    return found
+
+
+def _parts(expression: Expression) -> tuple[Expression, ...]:
+    return expression.parts if isinstance(expression, Sequence) else (expression,)
 
 
 def _whole(parts: tuple[Expression, ...], around: Expression) -> Expression:
@@ -95,6 +115,7 @@ class _Parser:
         self._text = text
         self._at = 0
         self._depth = 0
+        self._num_class_ranges = 0
 
     def parse(self) -> Expression:
         parsed = self._choice()
@@ -223,6 +244,9 @@ class _Parser:
         char = self._text[self._at]
         self._at += 1
         if (ranges := _class_escape(char)) is not None:
+            self._num_class_ranges += len(ranges)
+            if self._num_class_ranges > _MAX_CLASS_RANGES:
+                raise PatternError("it has too many classes of characters such as '\\W'")
             return ranges
         if char in _SINGLE and not (char == "0" and self._text[self._at : self._at + 1].isdigit()):
             return single_point(_SINGLE[char])

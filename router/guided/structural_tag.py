@@ -89,11 +89,12 @@ class _FormatWriter:
     write: SchemaWriter
 
     def format(self, form: Any, at: str) -> dict[str, Any]:
-        if not isinstance(form, dict) or form.get("type") not in _FIELDS:
-            kind = str(form.get("type"))[:64] if isinstance(form, dict) else type(form).__name__
-            raise Refusal("type", at, f"is {kind!r}, which is no kind of format")
-        if unknown := form.keys() - _FIELDS[form["type"]] - {"type"}:
-            raise Refusal(min(unknown)[:64], at, f"is no field of a {form['type']}")
+        if not isinstance(form, dict):
+            raise Refusal(None, at, "a format must be an object")
+        if not isinstance(kind := form.get("type"), str) or kind not in _FIELDS:
+            raise Refusal("type", at, f"is {str(kind)[:64]!r}, which is no kind of format")
+        if unknown := form.keys() - _FIELDS[kind] - {"type"}:
+            raise Refusal(min(unknown)[:64], at, f"is no field of a {kind}")
         written = dict(form)
         for name in ("elements", "tags"):
             if name in form:

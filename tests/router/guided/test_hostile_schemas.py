@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 
 from tensorweave.cluster.errors import RequestRejected
-from tensorweave.cluster.guide import Guide
+from tensorweave.cluster.guide import BackendChoice, Guide
 from tensorweave.router.guided.guide import guide_for
 from tensorweave.router.guided.keywords import KNOWN
 from tensorweave.router.guided.params import GuideParams
@@ -62,6 +62,7 @@ def test_odd_values_instead_of_a_schema(value: Any) -> None:
     attempt(GuideParams(structural_tag=value))
     attempt(GuideParams(structural_tag={"format": value}))
     for kind in ("json_schema", "regex", "tag", "sequence", "triggered_tags", "dispatch", "grammar"):
+        attempt(GuideParams(structural_tag={"format": {"type": value}}))
         for name in ("json_schema", "pattern", "content", "elements", "tags", "rules", "grammar"):
             attempt(GuideParams(structural_tag={"format": {"type": kind, name: value}}))
     if isinstance(value, list):
@@ -103,3 +104,26 @@ def test_any_text_as_json() -> None:
     for text in ("", "{", "[]", "null", '"x"', "NaN", '{"a":1,}', "\ud800", json.dumps("x" * 100_000)):
         attempt(GuideParams(json=text))
         attempt(GuideParams(structural_tag=text))
+
+
+@pytest.mark.parametrize("backend", ["auto", "xgrammar", "llguidance"])
+@pytest.mark.parametrize(("num_names", "num_chars"), [(1, 128), (1, 129), (1, 60_000), (500, 100)])
+def test_long_names_beside_others(backend: BackendChoice, num_names: int, num_chars: int) -> None:
+    """A grammar has a rule for each of their characters."""
+    names = [f"{i:03}" + "x" * (num_chars - 3) for i in range(num_names)]
+    schema = {"properties": {name: {"pattern": "^a$"} for name in names}, "additionalProperties": {"type": "integer"}}
+    if backend == "xgrammar" and num_names * num_chars > 128:
+        with pytest.raises(RequestRejected, match="beside names of more than 128 characters"):
+            guide_for(GuideParams(json=schema), backend, may_be_grammar=True)
+    else:
+        assert guide_for(GuideParams(json=schema), backend, may_be_grammar=True)
+
+
+def test_values_that_are_far_from_a_multiple() -> None:
+    for value, multiple, is_possible in ((1e300, 1e-5, True), (1e22, 3, False), (0.3, 0.1, True)):
+        params = GuideParams(json={"type": "number", "enum": [value, 0.05], "multipleOf": multiple})
+        if is_possible:
+            assert json.loads(guide_for(params).text)["enum"][0] == value
+        else:
+            with pytest.raises(RequestRejected, match="no value is valid"):
+                guide_for(params)

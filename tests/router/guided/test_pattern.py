@@ -126,6 +126,7 @@ def test_single_expressions(text: str, yes: list[str], no: list[str]) -> None:
         ("\\ud83d", "no character"),
         ("a{100001}", "at most"),
         ("(" * 60 + ")" * 60, "deep"),
+        ("(|$)" * 700, "too many groups"),
     ],
 )
 def test_what_is_not_supported_is_named(text: str, reason: str) -> None:
