@@ -49,12 +49,13 @@ class Answer:
         assert self._arguments is None, "the call before has not ended"
         self.marker()
         self._arguments = []
-        self._deltas.append(CallStart(self.num_calls, call_id or self._new_id(), name))
+        self._deltas.append(CallStart(self.num_calls, _encodable(call_id or self._new_id()), _encodable(name)))
         self.num_calls += 1
 
     def arguments(self, text: str) -> None:
         assert self._arguments is not None, "no call is open"
         if text:
+            text = _encodable(text)
             self._arguments.append(text)
             self._deltas.append(CallArguments(self.num_calls - 1, text))
 
@@ -110,6 +111,11 @@ def _joined(deltas: list[Delta]) -> list[Delta]:
             case _:
                 joined.append(delta)
     return joined
+
+
+def _encodable(text: str) -> str:
+    """Half of a surrogate pair, which a model can write as `\\ud800` but UTF-8 cannot express, stays an escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_object(text: str) -> bool:

@@ -164,6 +164,29 @@ def test_the_time_of_a_text_is_linear() -> None:
             assert parse(family, pieces(text, 9), TOOLS).content == text
 
 
+HALF_A_PAIR = [
+    (HERMES, '<tool_call>{"name": "f\\ud800", "arguments": {"a": "\\ud800"}}</tool_call>'),
+    (HERMES, '<tool_call>{"id": "\\ud800", "name": "f", "arguments": "{\\"a\\": \\"\\ud800\\"}"}</tool_call>'),
+    (
+        TOOL_PARSERS["qwen3_coder"],
+        "<tool_call><function=f><parameter=l>['\\ud800',]</parameter></function></tool_call>",
+    ),
+    (TOOL_PARSERS["llama4_pythonic"], '[f(a="\\ud800", b="\\U0000d800")]'),
+]
+
+
+@pytest.mark.parametrize(("family", "text"), HALF_A_PAIR)
+def test_half_a_surrogate_pair_stays_an_escape(family: ChatFormat, text: str) -> None:
+    """UTF-8 has no such character, so that an answer with one could not be sent."""
+    tools = [FunctionTool("f", {"properties": {"l": {"type": "array"}}})]
+    parser = family.parser("", tools)
+    deltas = [*parser.feed(text), *parser.finish()]
+    written = "".join(str(getattr(delta, key, "")) for delta in deltas for key in ("text", "name", "call_id"))
+    assert "ud800" in written
+    assert written.encode().decode() == written
+    assert json.loads("".join(delta.text for delta in deltas if isinstance(delta, CallArguments)))
+
+
 def test_ids() -> None:
     def ids(family: ChatFormat, text: str, seed: int | None = None) -> list[str]:
         parser = family.parser("", TOOLS, rng=None if seed is None else random.Random(seed))
