@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import orjson
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.router.anthropic.errors import error_fields
@@ -81,9 +81,12 @@ def _whole_block(block: Block) -> dict[str, Any]:
 
 
 def _input(arguments: str) -> dict[str, Any]:
-    """The object that the arguments are. Of an answer that was cut short, as much of it as there is."""
+    """The object that the arguments are. Of an answer that was cut short, as much of it as there is. An integer of more
+    than 64 bits becomes a float, as in all JSON that is read here."""
     try:
-        read = from_json(arguments or "{}", allow_partial="trailing-strings")
+        read = orjson.loads(
+            to_json(from_json(arguments or "{}", allow_partial="trailing-strings"), inf_nan_mode="null")
+        )
     except ValueError:
         read = None
     return read if isinstance(read, dict) else {}

@@ -123,6 +123,18 @@ def test_input_of_a_call_that_is_cut_short_is_as_much_as_there_is() -> None:
                 assert block["input"] in ({}, *({"at": "Bonn"[:end]} for end in range(5)))
 
 
+def test_input_of_numbers_that_are_large() -> None:
+    """Models write integers of more than 64 bits, and NaN. Neither can be sent."""
+    call = CALL.replace('"Köln"', '123456789012345678901234567890, "b": NaN')
+    message = post(
+        MESSAGES,
+        {"model": MODEL, "max_tokens": 500, "messages": USER, "tools": [LOOK]},
+        scripted(call),
+        tokenizer=hermes(),
+    ).json()
+    assert message["content"][0]["input"] == {"at": 1.2345678901234568e29, "b": None}
+
+
 def prompt_of(**fields: Any) -> str:
     link = scripted("Yes.")
     create(link, **fields)
