@@ -188,6 +188,15 @@ def test_prompts_have_their_turn_in_time(num_clients: int) -> None:
     assert max(run.waits_s) < total_s / 3, "nobody waits as long as a request takes"
 
 
+def test_a_step_has_the_rows_that_were_planned_though_prompts_are_cut() -> None:
+    """263 decodes and one prompt of 1,000 tokens are 1,263 rows, and two are more than 2,048."""
+    run = _Run(_balanced)
+    active = [_request(order, 8, 9) for order in range(263)]
+    run._step(active)
+    active += [_request(order, 1000, 9) for order in range(263, 300)]
+    assert MOST - 32 < run.scheduler.schedule_request(active).num_tokens <= MOST
+
+
 @pytest.mark.parametrize("policy", ["GUARANTEED_NO_EVICT", "MAX_UTILIZATION", "STATIC_BATCH"])
 @pytest.mark.parametrize("chunking_policy", ["FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS"])
 def test_every_request_ends_under_every_policy(policy: str, chunking_policy: str) -> None:

@@ -185,23 +185,23 @@ def test_first_come_fills_in_order_and_ends_chunks_on_blocks() -> None:
 
 
 def test_a_new_prompt_waits_for_a_step_that_holds_it_whole() -> None:
-    loop = _loop(_requests((10, 1), (20, 2), (3, 1)), num_blocks=50, max_num_tokens=20)
-    assert _shape(loop.step())[0] == [(0, 0, 10)]
+    loop = _loop(_requests((15, 1), (20, 2), (3, 1)), num_blocks=50, max_num_tokens=20)
+    assert _shape(loop.step())[0] == [(0, 0, 15)]
     assert _shape(loop.step())[0] == [(1, 0, 20)]
     assert _shape(loop.step()) == ([(2, 0, 3)], [1], [])
 
 
-def test_a_new_prompt_is_cut_where_half_the_step_would_stay_empty() -> None:
-    loop = _loop(_requests((9, 1), (20, 1)), num_blocks=50, max_num_tokens=20)
-    assert _shape(loop.step())[0] == [(0, 0, 9), (1, 0, 8)]
+def test_a_new_prompt_is_cut_where_a_quarter_of_the_step_would_stay_empty() -> None:
+    loop = _loop(_requests((12, 1), (20, 1)), num_blocks=50, max_num_tokens=20)
+    assert _shape(loop.step())[0] == [(0, 0, 12), (1, 0, 8)]
     assert _shape(loop.step())[0] == [(1, 8, 12)]
 
 
 def test_a_new_prompt_that_decodes_leave_no_room_for_is_cut() -> None:
-    """It would wait for ever: each step has twelve decodes, so none has room for all of it."""
-    loop = _loop(_requests(*[(1, 90)] * 12, (9, 1)), num_blocks=400, max_num_tokens=20)
+    """It would wait for ever: each step has fifteen decodes, so none has room for all of it."""
+    loop = _loop(_requests(*[(1, 90)] * 15, (9, 1)), num_blocks=400, max_num_tokens=20)
     loop.step()
-    assert _shape(loop.step())[0] == [(12, 0, 8)]
+    assert _shape(loop.step())[0] == [(15, 0, 4)]
 
 
 @pytest.mark.parametrize("policy", ["FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS"])
