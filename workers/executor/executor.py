@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from tensorweave.cluster.errors import NotReady, RequestRejected, TensorweaveError, WorkerLost
+from tensorweave.cluster.guide import Guide
 from tensorweave.cluster.protocol import (
     GenerateRequest,
     KvEndpoint,
@@ -168,9 +169,9 @@ class PyExecutor:
             raise
         return request.request_id
 
-    def _refuse_held(self, request: GenerateRequest, error: TensorweaveError) -> None:
-        """From any thread: end a request that has not arrived in the loop."""
-        if self._inbox.drop(request.request_id):
+    def _refuse_held(self, guide: Guide, error: TensorweaveError) -> None:
+        """From any thread: end the requests that are held for this guide."""
+        for request in self._inbox.drop(guide):
             if request.offer is not None:
                 self._transfers.decline(request.offer)
             self._outbox.put([TokenChunk(request.request_id, error=error)])

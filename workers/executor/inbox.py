@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 import msgpack
 
 from tensorweave.cluster.errors import NotReady, Overloaded
+from tensorweave.cluster.guide import Guide
 from tensorweave.cluster.protocol import GenerateRequest
 from tensorweave.workers.guided.orders import GuideOrder
 from tensorweave.workers.step.kv_exchange import KvArrived
@@ -88,11 +89,11 @@ class Inbox:
         return len(self._inside) < self._max_requests and not self._is_shutdown and self._closed_by is None
 
     def put(self, request: GenerateRequest, *, is_held: bool = False) -> None:
-        """A held request arrives when it is released, or with its cancel or the end of its deadline. Raises Overloaded
-        when full, NotReady when shutting down, ValueError for an id that is inside already."""
+        """A held request arrives when its guide is released, or with its cancel or the end of its deadline. Raises
+        Overloaded when full, NotReady when shutting down, ValueError for an id that is inside already."""
         with self._changed:
             if self._closed_by is not None:
-                raise self._closed_by
+                raise self._closed_by.with_traceback(None)  # else each raise adds to it
             if self._is_shutdown:
                 raise NotReady("the executor is shutting down")
             if request.request_id in self._inside:
@@ -121,21 +122,26 @@ class Inbox:
         with self._changed:
             self._num_expected, self._num_expected_tokens = num_requests, 0
 
-    def release(self, request_id: str) -> None:
-        """Let a held request arrive, if it has not ended."""
+    def release(self, guide: Guide) -> None:
+        """Let the requests that are held for this guide arrive."""
         with self._changed:
-            if (request := self._held.pop(request_id, None)) is not None:
-                self._arrivals.append(request)
-                self._changed.notify()
+            self._arrivals += self._pop_held(guide)
+            self._changed.notify()
 
-    def drop(self, request_id: str) -> bool:
-        """End a held request, which then never arrives. Return False if it is held no more."""
+    def drop(self, guide: Guide) -> list[GenerateRequest]:
+        """End the requests that are held for this guide, which then never arrive. Return them."""
         with self._changed:
-            if self._held.pop(request_id, None) is None:
-                return False
-            self._inside.discard(request_id)
-            self._deadline_of.pop(request_id, None)
-            return True
+            dropped = self._pop_held(guide)
+            for request in dropped:
+                self._inside.discard(request.request_id)
+                self._deadline_of.pop(request.request_id, None)
+            return dropped
+
+    def _pop_held(self, guide: Guide) -> list[GenerateRequest]:
+        popped = [request for request in self._held.values() if request.sampling.guide == guide]
+        for request in popped:
+            del self._held[request.request_id]
+        return popped
 
     def put_guide_order(self, order: GuideOrder) -> None:
         with self._changed:
@@ -227,10 +233,10 @@ class FollowerInbox:
     def put(self, request: GenerateRequest, *, is_held: bool = False) -> None:
         raise AssertionError("only rank 0 takes requests")
 
-    def release(self, request_id: str) -> None:
+    def release(self, guide: Guide) -> None:
         raise AssertionError("only rank 0 takes requests")
 
-    def drop(self, request_id: str) -> bool:
+    def drop(self, guide: Guide) -> list[GenerateRequest]:
         raise AssertionError("only rank 0 takes requests")
 
     def put_guide_order(self, order: GuideOrder) -> None:

@@ -10,6 +10,8 @@ So a request that arrives in the step loop has its grammar on every rank, and al
 from __future__ import annotations
 
 import collections
+import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +34,8 @@ from tensorweave.workers.guided.orders import GuideOrder, GuideReport
 from tensorweave.workers.guided.table import TOO_SLOW
 from tensorweave.workers.guided.trial import TrialResult
 
+logger = logging.getLogger(__name__)
+
 PARAM: Final = "guided_decoding"
 """What errors name; the router knows by which field a grammar came."""
 _MAX_REFUSED: Final = 256
@@ -42,7 +46,7 @@ class GuideInbox(Protocol):
 
     def put(self, request: GenerateRequest, *, is_held: bool = False) -> None: ...
 
-    def release(self, request_id: str) -> None: ...
+    def release(self, guide: Guide) -> None: ...
 
     def put_guide_order(self, order: GuideOrder) -> None: ...
 
@@ -51,17 +55,18 @@ class Trier(Protocol):
     def run(self, guide: Guide) -> TrialResult: ...
 
 
-Refuse = Callable[[GenerateRequest, TensorweaveError], None]
+Refuse = Callable[[Guide, TensorweaveError], None]
 
 
 @dataclass(slots=True)
 class _Entry:
-    """A guide that is ready, or will be. `missing` are the ranks that have not compiled it."""
+    """A guide that is ready, or will be. `missing` are the ranks that have not compiled it by the order with this
+    number."""
 
     guide: Guide
+    number: int
     missing: set[int]
     queued_s: float
-    held: list[GenerateRequest] = field(default_factory=list)
     num_bytes: int = 0
     is_ready: bool = False
     is_over: threading.Event = field(default_factory=threading.Event)
@@ -74,7 +79,7 @@ class GuideAdmission:
         size: Ranks of the gang.
         trials: Where guides are tried.
         inbox: Of the step loop.
-        refuse: Ends a held request with an error, unless it has ended already.
+        refuse: Ends the requests that are held for a guide with an error.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class GuideAdmission:
         self._entries: collections.OrderedDict[bytes, _Entry] = collections.OrderedDict()
         self._refused: collections.OrderedDict[bytes, TensorweaveError] = collections.OrderedDict()
         self._threads = ThreadPoolExecutor(NUM_TRIALS, thread_name_prefix="guide-admission")
+        self._numbers = itertools.count(1)
         self._has_loaded = self._is_closed = False
         self.num_refused = 0
 
@@ -115,21 +121,20 @@ class GuideAdmission:
         digest = guide.digest
         with self._lock:
             if (refusal := self._refused.get(digest)) is not None:
-                raise refusal
+                raise refusal.with_traceback(None)  # else each raise adds to it, and keeps that request
             entry = self._entries.get(digest)
             self._inbox.put(request, is_held=entry is None or not entry.is_ready)
             if entry is None:
-                entry = self._entries[digest] = _Entry(guide, set(range(self._size)), self._clock())
+                ranks = set(range(self._size))
+                entry = self._entries[digest] = _Entry(guide, next(self._numbers), ranks, self._clock())
                 self._begin(entry)
             self._entries.move_to_end(digest)
-            if not entry.is_ready:
-                entry.held.append(request)
 
     def take_report(self, report: GuideReport) -> None:
         """A rank has compiled a guide, or could not."""
         with self._lock:
             entry = self._entries.get(report.digest)
-            if entry is None or entry.is_ready:
+            if entry is None or entry.is_ready or entry.number != report.number:
                 return
             if report.problem:
                 self._fail(entry, _refusal(report.problem))
@@ -138,9 +143,7 @@ class GuideAdmission:
             if not entry.missing:
                 entry.is_ready = True
                 entry.is_over.set()
-                for request in entry.held:
-                    self._inbox.release(request.request_id)
-                entry.held.clear()
+                self._inbox.release(entry.guide)
                 self._evict()
 
     def stop(self, digest: bytes) -> None:
@@ -150,9 +153,10 @@ class GuideAdmission:
             entry = self._entries.get(digest)
             if entry is not None and not entry.is_ready:  # it was forgotten, and is compiled again
                 self._fail(entry, refusal)
-            self._entries.pop(digest, None)
-            self._remember(digest, refusal)
-            self.num_refused += 1
+            else:
+                self._entries.pop(digest, None)
+                self._remember(digest, refusal)
+                self.num_refused += 1
             self._inbox.put_guide_order(GuideOrder("stop", digest=digest))
 
     def close(self) -> None:
@@ -171,26 +175,27 @@ class GuideAdmission:
 
     def _prepare(self, entry: _Entry) -> None:
         """On a thread, until the guide is ready or refused."""
-        if self._clock() - entry.queued_s > QUEUE_TIMEOUT_S:
-            self._fail(entry, Overloaded("too many grammars wait to be compiled", retry_after_s=5.0))
-            return
         try:
+            if self._clock() - entry.queued_s > QUEUE_TIMEOUT_S:
+                raise Overloaded("too many grammars wait to be compiled", retry_after_s=5.0)
             result = self._trials.run(entry.guide)
+            if result.problem:
+                raise _late(result.problem) if result.is_late else _refusal(result.problem)
+            self._order(entry, result.num_bytes)
+            if not entry.is_over.wait(READY_TIMEOUT_S):
+                ranks = ", ".join(map(str, sorted(entry.missing)))
+                raise _late(f"ranks {ranks} have not compiled it within {READY_TIMEOUT_S:g} s")
         except TensorweaveError as error:
             self._fail(entry, error)
-            return
-        if result.problem:
-            self._fail(entry, _refusal(result.problem) if not result.is_late else _late(result.problem))
-            return
+        except Exception as error:  # the request's boundary: the process of the trials may not start
+            logger.exception("a guide of kind %s was not tried", entry.guide.kind)
+            self._fail(entry, _late(f"{type(error).__name__}: {error}"))
+
+    def _order(self, entry: _Entry, num_bytes: int) -> None:
         with self._lock:
-            if entry.is_over.is_set():
-                return
-            entry.num_bytes = result.num_bytes
-            self._inbox.put_guide_order(GuideOrder("compile", entry.guide))
-        if not entry.is_over.wait(READY_TIMEOUT_S):
-            with self._lock:
-                ranks = ", ".join(map(str, sorted(entry.missing)))
-                self._fail(entry, _late(f"ranks {ranks} have not compiled it within {READY_TIMEOUT_S:g} s"))
+            if not entry.is_over.is_set():
+                entry.num_bytes = num_bytes
+                self._inbox.put_guide_order(GuideOrder("compile", entry.guide, number=entry.number))
 
     def _fail(self, entry: _Entry, error: TensorweaveError) -> None:
         with self._lock:
@@ -204,9 +209,7 @@ class GuideAdmission:
                 self._remember(digest, error)
             if not self._is_closed:
                 self._inbox.put_guide_order(GuideOrder("forget", digest=digest))
-            held, entry.held = entry.held, []
-            for request in held:
-                self._refuse(request, error)
+            self._refuse(entry.guide, error)
 
     def _remember(self, digest: bytes, refusal: RequestRejected) -> None:
         self._refused[digest] = refusal

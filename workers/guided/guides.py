@@ -109,8 +109,8 @@ class RankGuides:
     def shutdown(self) -> None:
         if self._admission is not None:
             self._admission.close()
+        self._trials.close()  # first: the table's thread may wait for it
         self._table.close()
-        self._trials.close()
         self._reports.close()
 
     def _read_vocabulary(self) -> Vocabulary:

@@ -11,39 +11,42 @@ from tensorweave.cluster.guide import Guide, guide_or_none
 
 @dataclass(frozen=True, slots=True)
 class GuideOrder:
-    """`load`: read the vocabulary, the first guide is on its way. `compile`: compile this guide and report. `forget`:
+    """`load`: read the vocabulary, the first guide is on its way. `compile`: compile this guide and report, with the
+    order's `number`, which tells it from earlier orders to compile the same guide. `forget`:
     let go of the grammar with this digest, which no request that comes later has. `stop`: requests with this grammar
     end, because it takes too long to follow."""
 
     verb: Literal["load", "compile", "forget", "stop"]
     guide: Guide | None = None
     digest: bytes = b""
+    number: int = 0
 
     def to_wire(self) -> list[Any]:
-        return [self.verb, None if self.guide is None else self.guide.to_wire(), self.digest]
+        return [self.verb, None if self.guide is None else self.guide.to_wire(), self.digest, self.number]
 
     @classmethod
     def from_wire(cls, fields: Any) -> Self:
         match fields:
-            case ["load" | "compile" | "forget" | "stop" as verb, guide, bytes(digest)]:
-                return cls(verb, guide_or_none(guide, "guide"), digest)
+            case ["load" | "compile" | "forget" | "stop" as verb, guide, bytes(digest), int(number)]:
+                return cls(verb, guide_or_none(guide, "guide"), digest, number)
         raise WireError("malformed order for guides")
 
 
 @dataclass(frozen=True, slots=True)
 class GuideReport:
-    """A rank has compiled a guide; with a `problem`, it could not."""
+    """A rank has carried out the order to compile with this number; with a `problem`, it could not."""
 
     digest: bytes
+    number: int
     rank: int
     problem: str = ""
 
     def to_wire(self) -> list[Any]:
-        return [self.digest, self.rank, self.problem]
+        return [self.digest, self.number, self.rank, self.problem]
 
     @classmethod
     def from_wire(cls, fields: Any) -> Self:
         match fields:
-            case [bytes(digest), int(rank), str(problem)]:
-                return cls(digest, rank, problem)
+            case [bytes(digest), int(number), int(rank), str(problem)]:
+                return cls(digest, number, rank, problem)
         raise WireError("malformed report of a guide")

@@ -84,7 +84,8 @@ class GrammarTable:
     def _run(self) -> None:
         while (order := self._orders.get()) is not None:
             if order.guide is not None:
-                self._report(GuideReport(order.guide.digest, self._rank, self._compile(order.guide)))
+                problem = self._compile(order.guide)
+                self._report(GuideReport(order.guide.digest, order.number, self._rank, problem))
             elif order.verb == "load":
                 self._load()
             else:
@@ -127,6 +128,8 @@ def _at_low_priority(compute: Callable[[], SizedGrammar]) -> SizedGrammar:
             result.set_result(compute())
         except Exception as error:  # whatever a library raises, for the caller
             result.set_exception(error)
+        except BaseException as error:  # a panic of a library in Rust is no Exception
+            result.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
 
     threading.Thread(target=run, name="guide-compilation", daemon=True).start()
     return result.result()

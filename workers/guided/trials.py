@@ -35,9 +35,11 @@ class Trials:
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._process: _TrialProcess | None = None
+        self._is_closed = False
 
     def vocabulary(self) -> Vocabulary:
-        """Raises RequestRejected if the tokenizer cannot be loaded, NotReady if the process does not answer."""
+        """Raises RequestRejected if the tokenizer cannot be loaded, NotReady if the process does not answer or this is
+        closed."""
         return self._running().vocabulary()
 
     def run(self, guide: Guide) -> TrialResult:
@@ -46,12 +48,15 @@ class Trials:
 
     def close(self) -> None:
         with self._lock:
+            self._is_closed = True
             process, self._process = self._process, None
         if process is not None:
             process.close()
 
     def _running(self) -> _TrialProcess:
         with self._lock:
+            if self._is_closed:
+                raise _gone()
             if self._process is None or not self._process.is_alive:
                 self._process = _TrialProcess(self._source, self._vocab_size)
             return self._process
@@ -77,7 +82,7 @@ class _TrialProcess:
 
     @property
     def is_alive(self) -> bool:
-        return not self._has_ended
+        return not self._has_ended and self._process.poll() is None
 
     def vocabulary(self) -> Vocabulary:
         return _result(self._vocabulary, START_TIMEOUT_S, "the process that reads the tokenizer for grammars")

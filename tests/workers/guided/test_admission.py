@@ -25,7 +25,7 @@ class Trier:
     """Answers once `is_open`."""
 
     def __init__(self) -> None:
-        self.result: TrialResult | TensorweaveError = TrialResult("", 1000)
+        self.result: TrialResult | Exception = TrialResult("", 1000)
         self.tried: list[Guide] = []
         self.is_open = threading.Event()
         self.is_open.set()
@@ -33,7 +33,7 @@ class Trier:
     def run(self, guide: Guide) -> TrialResult:
         self.tried.append(guide)
         assert self.is_open.wait(WAIT_S)
-        if isinstance(self.result, TensorweaveError):
+        if isinstance(self.result, Exception):
             raise self.result
         return self.result
 
@@ -48,9 +48,8 @@ class Bench:
         self.orders: list[GuideOrder] = []
         self.arrived: list[str] = []
 
-    def _refuse(self, request: GenerateRequest, error: TensorweaveError) -> None:
-        if self.inbox.drop(request.request_id):
-            self.refused[request.request_id] = error
+    def _refuse(self, guide: Guide, error: TensorweaveError) -> None:
+        self.refused |= {request.request_id: error for request in self.inbox.drop(guide)}
 
     def ask(self, name: str, guide: Guide = GUIDE) -> None:
         self.admission.admit(GenerateRequest(name, (1,), SamplingSpec(4, guide=guide)))
@@ -65,7 +64,8 @@ class Bench:
         return [order.verb for order in self.orders]
 
     def report(self, rank: int, guide: Guide = GUIDE, problem: str = "") -> None:
-        self.admission.take_report(GuideReport(guide.digest, rank, problem))
+        numbers = [order.number for order in self.orders if order.guide == guide]
+        self.admission.take_report(GuideReport(guide.digest, numbers[-1], rank, problem))
 
     def make_ready(self, guide: Guide) -> None:
         wait_until(lambda: guide in [order.guide for order in self.orders] or self.verbs() is None)
@@ -159,6 +159,57 @@ def test_a_held_request_that_is_cancelled_arrives_with_its_cancel_and_no_more(be
     assert bench.arrived == ["r2"]
 
 
+def test_a_cancelled_requests_id_may_come_again_with_another_grammar(bench: Bench) -> None:
+    other = Guide("regex", "b")
+    bench.ask("r1")
+    wait_until(lambda: "compile" in bench.verbs())
+    bench.inbox.cancel("r1")
+    bench.inbox.gather(0, 0.0)
+    bench.inbox.forget("r1")
+    bench.ask("r1", other)
+    bench.make_ready(GUIDE)
+    bench.gather()
+    assert bench.arrived == [], "its grammar is not ready"
+    bench.make_ready(other)
+    bench.gather()
+    assert bench.arrived == ["r1"]
+
+
+def test_reports_of_an_earlier_order_do_not_count(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(admission_module, "READY_TIMEOUT_S", 0.05)
+        bench.ask("r1")
+        wait_until(lambda: "r1" in bench.refused)
+    bench.ask("r2")
+    wait_until(lambda: bench.verbs().count("compile") == 2)
+    first, second = (order.number for order in bench.orders if order.verb == "compile")
+    for number in (first, second):
+        bench.gather()
+        assert bench.arrived == [], "the ranks forget what they have compiled by the first order"
+        for rank in range(2):
+            bench.admission.take_report(GuideReport(GUIDE.digest, number, rank))
+    bench.gather()
+    assert bench.arrived == ["r2"]
+
+
+def test_refusals_keep_no_requests_alive(bench: Bench) -> None:
+    bench.admission.stop(GUIDE.digest)
+    lengths = set()
+    for number in range(3):
+        with pytest.raises(RequestRejected) as refusal:
+            bench.ask(f"r{number}")
+        lengths.add(len(refusal.traceback))
+    assert len(lengths) == 1
+
+
+def test_a_process_that_cannot_be_started_is_the_requests_error(bench: Bench) -> None:
+    bench.trier.result = OSError("no memory for a process")
+    bench.ask("r1")
+    wait_until(lambda: "r1" in bench.refused)
+    assert isinstance(bench.refused["r1"], NotReady)
+    assert "no memory" in bench.refused["r1"].message
+
+
 def test_a_process_that_has_died_is_the_requests_error(bench: Bench) -> None:
     bench.trier.result = NotReady("the process has ended")
     bench.ask("r1")
@@ -183,6 +234,7 @@ def test_the_cache_is_bounded_and_what_it_forgets_is_compiled_again(
     assert bench.verbs().count("forget") == 1
     assert bench.orders[-1].digest == guides[1].digest
     assert bench.admission.num_ready == 2
+    bench.orders.clear()
     bench.ask("b again", guides[1])
     bench.make_ready(guides[1])
     bench.gather()

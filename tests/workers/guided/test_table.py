@@ -20,8 +20,8 @@ GOOD, BAD = Guide("regex", "a"), Guide("regex", "(a")
 def test_orders_are_carried_out_and_reported() -> None:
     reports: queue.Queue[GuideReport] = queue.Queue()
     table = GrammarTable(3, vocabulary, reports.put)
-    table.follow([GuideOrder("load"), GuideOrder("compile", GOOD), GuideOrder("compile", BAD)])
-    assert reports.get(timeout=WAIT_S) == GuideReport(GOOD.digest, 3)
+    table.follow([GuideOrder("load"), GuideOrder("compile", GOOD, number=7), GuideOrder("compile", BAD)])
+    assert reports.get(timeout=WAIT_S) == GuideReport(GOOD.digest, 7, 3)
     failed = reports.get(timeout=WAIT_S)
     assert failed.digest == BAD.digest
     assert "parenthesis" in failed.problem
@@ -68,8 +68,10 @@ def test_a_vocabulary_that_cannot_be_read_is_reported_and_tried_again() -> None:
     table.close()
 
 
-@pytest.mark.parametrize("order", [GuideOrder("load"), GuideOrder("compile", GOOD), GuideOrder("stop", digest=b"x")])
+@pytest.mark.parametrize(
+    "order", [GuideOrder("load"), GuideOrder("compile", GOOD, number=2), GuideOrder("stop", digest=b"x")]
+)
 def test_orders_and_reports_cross_the_wire(order: GuideOrder) -> None:
     assert GuideOrder.from_wire(order.to_wire()) == order
-    report = GuideReport(b"d", 1, "why")
+    report = GuideReport(b"d", 2, 1, "why")
     assert GuideReport.from_wire(report.to_wire()) == report

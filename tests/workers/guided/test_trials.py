@@ -42,7 +42,7 @@ def test_a_guide_in_order_passes_and_a_wrong_one_does_not(backend: str, trials: 
 BOMBS = {
     "takes minutes to compile": Guide("json_schema", json.dumps({"enum": [f"value_{i}" for i in range(400_000)]})),
     "nested deep": Guide("json_schema", '{"type": "array", "items": ' * 20_000 + "{}" + "}" * 20_000),
-    "more readings with each token": Guide("regex", "(.*)*x(.*)*y(.*)*z"),
+    "more readings with each token": Guide("regex", "".join(f"(.*)*{letter}" for letter in "opqrstuvwxyz")),
     "no end": Guide("ebnf", 'root ::= "b" root'),
     "nothing at all": Guide("regex", "[^\\x00-\\U0010ffff]"),
 }
@@ -83,3 +83,11 @@ def test_a_tokenizer_that_cannot_be_loaded_is_the_requests_error() -> None:
     with pytest.raises(RequestRejected, match="tokenizer"):
         trials.run(Guide("regex", "a"))
     trials.close()
+
+
+def test_none_is_started_once_it_is_closed() -> None:
+    trials = Trials(TokenizerSource("/nowhere/at/all"), SIZE)
+    trials.close()
+    with pytest.raises(NotReady):
+        trials.run(Guide("regex", "a"))
+    assert trials._process is None
