@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tensorweave.cluster.errors import RequestRejected
+from tensorweave.router.guided.document import depth_of
 from tensorweave.router.openai.not_built import NotBuilt
+
+_MAX_DEPTH: Final = 200
+"""Levels of nesting of a body. orjson writes 254, and bodies are written in other forms."""
 
 
 def describe_unbuilt_fields(schema: dict[str, Any], model: type[BaseModel]) -> None:
@@ -62,6 +66,8 @@ def known_fields(model: type[ParsedRequest], body: bytes) -> dict[str, Any]:
         raise RequestRejected(f"the body is not valid JSON: {error.msg} at byte {error.pos}") from None
     if not isinstance(fields, dict):
         raise RequestRejected("the body must be a JSON object")
+    if (depth := depth_of(fields)) > _MAX_DEPTH:
+        raise RequestRejected(f"the body is nested {depth} levels deep; the limit is {_MAX_DEPTH}")
     known: dict[str, Any] = {}
     for name, value in fields.items():
         if name in model.model_fields:

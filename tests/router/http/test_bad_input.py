@@ -202,6 +202,35 @@ def test_bad_input(path: str, body: Any, status: int, param: str | None) -> None
     assert link.requests == []
 
 
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+DEEP = nested(500)
+FUNCTION = {"name": "f", "parameters": DEEP}
+CALL = {"type": "tool_use", "id": "c", "name": "f", "input": DEEP}
+DEEP_BODIES: list[tuple[str, Any]] = [
+    (COMPLETIONS, completion(metadata=DEEP)),
+    (CHAT, chat(tools=[{"type": "function", "function": FUNCTION}])),
+    (CHAT, chat(functions=[FUNCTION])),
+    ("/v1/messages", chat(max_tokens=5, tools=[{"name": "f", "input_schema": DEEP}])),
+    ("/v1/messages", chat(max_tokens=5, messages=[{"role": "assistant", "content": [CALL]}])),
+    ("/v1/messages/count_tokens", chat(tools=[{"name": "f", "input_schema": DEEP}])),
+    ("/v1/responses", {"model": MODEL, "input": "Hi", "metadata": DEEP}),
+    ("/v1/responses", {"model": MODEL, "input": [{"type": DEEP}]}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), DEEP_BODIES)
+def test_bodies_that_are_nested_deeply(path: str, body: Any) -> None:
+    response = post(path, body, scripted())
+    assert response.status_code == 400
+    assert "levels deep; the limit is 200" in response.json()["error"]["message"]
+
+
 def test_unknown_field_names_the_nearest() -> None:
     assert "max_tokens" in check_error(post(CHAT, chat(max_token=5), scripted()), 400, "max_token")["message"]
 
