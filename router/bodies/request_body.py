@@ -58,9 +58,6 @@ class RequestBody:
     api: Api
     repeated: bytes = b""
 
-    def with_repeated(self, repeated: bytes) -> RequestBody:
-        return replace(self, repeated=repeated)
-
     def pack(self) -> list[Any]:
         """As msgpack fields, without what prompts and bad words were made from: that may be the whole body. The specs
         differ only in their lengths."""
@@ -107,7 +104,7 @@ def read_chat(body: bytes, tokenizer: Tokenizer, served: ServedModel) -> Request
 
 
 def read_chat_request(
-    request: ChatCompletionRequest, tokenizer: Tokenizer, served: ServedModel, api: Api, repeated: bytes = b""
+    request: ChatCompletionRequest, tokenizer: Tokenizer, served: ServedModel, api: Api
 ) -> RequestBody:
     """Raises RequestRejected."""
     check_name(served.model_names, request.model)
@@ -119,7 +116,7 @@ def read_chat_request(
     form, backend = chat_format(tokenizer, served.chat), served.info.guided_decoding_backend
     check_form(form, request)
     guide = GuideWriter(form, tokenizer, backend, served.guided).write(request, prompt.token_ids, spec.guide)
-    return RequestBody(request, [prompt], [replace(spec, guide=guide)], api, repeated)
+    return RequestBody(request, [prompt], [replace(spec, guide=guide)], api)
 
 
 def chat_token_ids(request: ChatCompletionRequest, tokenizer: Tokenizer, served: ServedModel) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import orjson
 
@@ -47,7 +48,7 @@ def read_response(body: bytes, tokenizer: Tokenizer, served: ServedModel) -> Req
     with _named_as(responses.FIELD_NAMES):
         request = check_fields(ChatCompletionRequest, asked.translated())
         read = read_chat_request(request, tokenizer, served, "responses")
-    return read.with_repeated(orjson.dumps(asked.repeated(read.specs[0])))
+    return replace(read, repeated=orjson.dumps(asked.repeated(read.specs[0])))
 
 
 @contextmanager
