@@ -8,12 +8,11 @@ ways (there is no \\u and no \\/), so that names can be told apart.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any, Final
 
 from tensorweave.router.guided import code_points
 from tensorweave.router.guided.code_points import ESCAPED_IN_JSON, Ranges
-from tensorweave.router.guided.expressions import ANY_CHAR, Anchor, Chars, Choice, Expression, Repeat
+from tensorweave.router.guided.expressions import ANY_CHAR, Anchor, Chars, Choice, Expression, Repeat, write_count
 from tensorweave.router.guided.expressions import Sequence as Parts
 from tensorweave.router.guided.number_ranges import MAX_DIGITS, number_grammar
 from tensorweave.router.guided.settle import SettledSchema
@@ -137,12 +136,7 @@ class _Writer:
                 raise AssertionError("anchors are gone by now")
 
     def _repeated(self, part: Expression, least: int, most: int | None) -> str:
-        if most == 0:
-            return _EMPTY
-        symbol = self._rule("x", self._expression(part))
-        if least == 0 and most is not None:
-            return f"({symbol}{_count(1, most)} | {_EMPTY})"
-        return symbol + _count(least, most)
+        return _EMPTY if most == 0 else _several(self._rule("x", self._expression(part)), least, most)
 
     def _number(self, number: Number) -> str:
         if number.low is None and number.high is None:
@@ -163,7 +157,7 @@ class _Writer:
                 return self._list("[", "]", item, least, most)
             if most_left != 0:
                 more = self._rule("m", f"{self._comma} {item}")
-                tail = _optional(more, max(0, least - num_prefix), most_left)
+                tail = _several(more, max(0, least - num_prefix), most_left)
         for place in range(len(prefix) - 1, 0, -1):
             here = f"{self._comma} {self._group(prefix[place])} {tail}"
             tail = self._rule("t", here if place < least else f"{here} | {_EMPTY}")
@@ -179,7 +173,7 @@ class _Writer:
         if most == 0:
             return empty
         more = self._rule("m", f"{self._comma} {item}")
-        rest = _optional(more, max(0, least - 1), None if most is None else most - 1)
+        rest = _several(more, max(0, least - 1), None if most is None else most - 1)
         whole = f'"{opening}" {self._space} {item} {rest} {self._space} "{closing}"'
         return whole if least else f"({whole} | {empty})"
 
@@ -203,7 +197,7 @@ class _Writer:
         `first` where nothing is written yet, `after` where something is."""
         first, after = _EMPTY, _EMPTY
         if shape.rest:
-            key = rf'"\"" {self._other_name(shape.properties)} "\""'
+            key = rf'"\"" {self._other_name(set(shape.properties))} "\""'
             pair = self._pair(key, shape.rest)
             more = self._rule("m", f"{self._comma} {pair}")
             first, after = f"({pair} {more}* | {_EMPTY})", f"{more}*"
@@ -215,33 +209,24 @@ class _Writer:
             first, after = self._rule("f", here), self._rule("a", here_after)
         return first
 
-    def _other_name(self, names: Iterable[str]) -> str:
+    def _other_name(self, names: set[str]) -> str:
         """The inside of a string that is none of `names`: a trie that is left at every character."""
-        return self._not_in(set(names))
-
-    def _not_in(self, names: set[str]) -> str:
         heads = sorted({name[0] for name in names if name})
         others = code_points.complement(code_points.union(tuple((ord(head), ord(head)) for head in heads)))
         branches = [] if "" in names else [_EMPTY]
         branches.append(f"({_in_json(others)}) {self._char()}*")
         for head in heads:
-            rest = self._not_in({name[1:] for name in names if name.startswith(head)})
+            rest = self._other_name({name[1:] for name in names if name.startswith(head)})
             branches.append(f"({_in_json(((ord(head), ord(head)),))}) {rest}")
         return self._rule("o", " | ".join(branches))
 
 
-def _optional(symbol: str, least: int, most: int | None) -> str:
+def _several(symbol: str, least: int, most: int | None) -> str:
     if most == 0:
         return _EMPTY
     if least == 0 and most is not None:
-        return f"({symbol}{_count(1, most)} | {_EMPTY})"
-    return symbol + _count(least, most)
-
-
-def _count(least: int, most: int | None) -> str:
-    if most is None:
-        return "*" if least == 0 else "+" if least == 1 else f"{{{least},}}"
-    return f"{{{least},{most}}}"
+        return f"({symbol}{write_count(1, most)} | {_EMPTY})"
+    return symbol + write_count(least, most)
 
 
 def _name(name: str) -> str:

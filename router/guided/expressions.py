@@ -131,12 +131,12 @@ def write(expression: Expression) -> str:
             return write(Sequence((part,)))
         case Repeat(part, least, most):
             inner = write(part) if isinstance(part, Chars) else f"(?:{write(part)})"
-            return inner + _write_count(least, most)
+            return inner + write_count(least, most)
         case Anchor():
             raise AssertionError("anchors are gone by now")
 
 
-def _write_count(least: int, most: int | None) -> str:
+def write_count(least: int, most: int | None) -> str:
     match least, most:
         case 0, None:
             return "*"

@@ -27,10 +27,8 @@ from tensorweave.router.guided.expressions import (
 MAX_REPEAT: Final = 100_000
 MAX_GROUP_DEPTH: Final = 50
 _MAX_SPLITS: Final = 64
-_MAX_SPLIT_PARTS: Final = 20_000
-"""Alternatives that groups with anchors are split into are written out, each with all that stands beside the group."""
-_MAX_CLASS_RANGES: Final = 1 << 16
-"""Of `\\W` and the like, which have up to 750 each."""
+_MAX_SPLIT_PARTS: Final = 20_000  # of groups with anchors, whose alternatives are each written out with all around
+_MAX_CLASS_RANGES: Final = 1 << 16  # of classes such as \W, which has 750
 
 _SINGLE: Final = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
 _NOT_REGULAR: Final = {
