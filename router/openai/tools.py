@@ -158,7 +158,10 @@ def _read_choice(choice: Any) -> ToolChoice:
             return ToolChoice.REQUIRED
         case {"type": "function", "function": {"name": str(name)}}:
             return ToolChoice.named(name)
-        case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*allowed]}}:
+        case {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [_, *_] as allowed},
+        }:
             return ToolChoice(mode, frozenset(map(_name_in, allowed)))
         case {"type": "custom"}:
             raise _wrong_choice("custom tools are not supported")

@@ -29,6 +29,8 @@ from tests.router.stepped_loop import run_stepped
 
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 LONG_PROMPT = [5] * 600
+TOOL = {"type": "function", "function": {"name": "f"}}
+NO_TOOL_ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}}
 BAD_INPUT: list[tuple[str, Any, int, str | None]] = [
     (CHAT, chat(temperature=-1), 400, "temperature"),
     (CHAT, chat(temperature=2.5), 400, "temperature"),
@@ -61,6 +63,7 @@ BAD_INPUT: list[tuple[str, Any, int, str | None]] = [
     (CHAT, chat(response_format={"type": "json"}), 400, "response_format.schema"),
     (CHAT, chat(tool_choice={"type": "function", "function": {"name": "f"}}), 400, "tool_choice"),
     (CHAT, chat(functions=[{"name": "f"}]), 400, "functions"),
+    (CHAT, chat(tools=[TOOL], tool_choice=NO_TOOL_ALLOWED), 400, "tool_choice"),
     (CHAT, chat(response_format={"type": "json_schema", "json_schema": {}}), 400, "response_format.json_schema.name"),
     (CHAT, chat(logprobs=5), 400, "logprobs"),
     (CHAT, chat(top_logprobs=2), 400, "top_logprobs"),
