@@ -197,5 +197,6 @@ FIELD_NAMES: Final[Mapping[str, str]] = {
     "response_format": "output_config.format",
     "reasoning_effort": "thinking",
     "chat_template_kwargs": "thinking",
+    "thinking_token_budget": "thinking.budget_tokens",
 }
 """The names of this API for fields of a chat, in errors."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -231,6 +232,14 @@ def test_errors_have_anthropics_form(fields: dict[str, Any], words: str) -> None
     error = MessagesError.model_validate(answer.json()).error
     assert error.type == "invalid_request_error"
     assert words in error.message
+
+
+def test_a_budget_that_the_service_cannot_enforce_is_named_as_it_was_sent() -> None:
+    link = FakeLink(dataclasses.replace(model_info(max_seq_len=4096), guided_decoding_backend=None))
+    thinking = {"type": "enabled", "budget_tokens": 77}
+    body = {"model": MODEL, "max_tokens": 5, "messages": USER, "thinking": thinking}
+    error = MessagesError.model_validate(post(MESSAGES, body, link, tokenizer=hermes()).json()).error
+    assert error.message.startswith("thinking.budget_tokens: ")
 
 
 def test_a_client_sees_errors_of_their_kind() -> None:
