@@ -18,6 +18,8 @@ from tensorweave.router.chat_formats.source import Markers, NoCall, Source, Step
 
 Emit = Callable[[str], None]
 
+JSON_NUMBER: Final = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
+
 _STRING_TEXT: Final = re.compile(r'[^"\\\x00-\x1f]+')
 _SCALAR_TEXT: Final = re.compile(r'[^\s,:;\[\]{}"<]+')
 _FOUR_HEX: Final = re.compile(r"[0-9a-fA-F]{4}")

@@ -11,10 +11,11 @@ from typing import Any, Final
 
 import orjson
 
+from tensorweave.router.chat_formats.json_text import JSON_NUMBER
+
 _MAX_REFERENCES: Final = 32
 _MAX_LITERAL_CHARS: Final = 65_536
-_NUMBER: Final = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?")
-_WHOLE: Final = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0+)?")
+_WHOLE: Final = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0+)?", re.ASCII)
 _WORDS: Final = {"boolean": {"true": "true", "false": "false"}, "null": {"null": "null", "none": "null"}}
 
 
@@ -123,7 +124,7 @@ def _convert(text: str, type_name: str) -> str | None:
             whole = _WHOLE.fullmatch(text)
             return whole.group(1) if whole else None
         case "number":
-            return text if _NUMBER.fullmatch(text) else None
+            return text if JSON_NUMBER.fullmatch(text) else None
         case "boolean" | "null":
             return _WORDS[type_name].get(text.lower())
         case "object" | "array":

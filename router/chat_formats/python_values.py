@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from typing import Final
 
+from tensorweave.router.chat_formats.json_text import JSON_NUMBER, Emit
 from tensorweave.router.chat_formats.source import NoCall, Source, Step
-
-Emit = Callable[[str], None]
 
 _MAX_DEPTH: Final = 64
 _WORD: Final = re.compile(r"[\w.+\-]+")
 _TEXT_OF: Final = {quote: re.compile(rf"[^\\\n{quote}]+") for quote in ("'", '"')}
-_JSON_NUMBER: Final = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?")
 _CONSTANTS: Final = {"True": "true", "true": "true", "False": "false", "false": "false", "None": "null", "null": "null"}
 _ESCAPES: Final = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0", "\n": ""}
 _CODE_SIZES: Final = {"x": 2, "u": 4, "U": 8}
@@ -40,7 +37,7 @@ def copy_python(source: Source, emit: Emit, depth: int = 0) -> Step[None]:
 
 def _number(word: str) -> str | None:
     word = word.replace("_", "")
-    if _JSON_NUMBER.fullmatch(word):
+    if JSON_NUMBER.fullmatch(word):
         return word
     try:
         return json.dumps(float(word), allow_nan=False)

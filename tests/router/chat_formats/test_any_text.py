@@ -187,6 +187,15 @@ def test_half_a_surrogate_pair_stays_an_escape(family: ChatFormat, text: str) ->
     assert json.loads("".join(delta.text for delta in deltas if isinstance(delta, CallArguments)))
 
 
+def test_digits_of_other_scripts_are_no_json() -> None:
+    tools = [FunctionTool("f", {"properties": {"n": {"type": "integer"}, "x": {"type": "number"}}})]
+    text = "<tool_call><function=f><parameter=n>1١</parameter><parameter=x>٢.٥</parameter></function></tool_call>"
+    (call,) = parse(TOOL_PARSERS["qwen3_coder"], [text], tools).calls
+    assert json.loads(call.arguments) == {"n": "1١", "x": "٢.٥"}
+    (call,) = parse(TOOL_PARSERS["llama4_pythonic"], ["[f(n=١٢)]"], tools).calls
+    assert json.loads(call.arguments) == {"n": 12}
+
+
 def test_ids() -> None:
     def ids(family: ChatFormat, text: str, seed: int | None = None) -> list[str]:
         parser = family.parser("", TOOLS, rng=None if seed is None else random.Random(seed))
