@@ -113,10 +113,6 @@ class Tokenizer:
         template: str | Mapping[str, str] | None = self.backend.chat_template
         return template
 
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(self.backend.chat_template)
-
     @functools.cached_property
     def written_of_tools(self) -> WrittenOfTools:
         """What the chat template writes of a conversation with tools."""

@@ -291,7 +291,7 @@ def test_the_tiny_model_has_a_tokenizer_and_a_chat_template(tmp_path: Path) -> N
     text = "naïve 東京 😀\n"
     assert tokenizer.backend.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode(text)) == len(text.encode())
-    assert tokenizer.has_chat_template
+    assert tokenizer.chat_template
     assert tokenizer.eos_id == 2
     config = json.loads((tmp_path / "tiny" / "config.json").read_text())
     assert config["vocab_size"] == tokenizer.vocab_size == 259
