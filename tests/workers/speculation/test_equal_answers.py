@@ -74,7 +74,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_model(model: Path, requests: list[GenerateRequest], config: Any, **knobs: Any) -> tuple[dict[str, Any], Any]:
-    max_tokens = 192 if knobs.get("policy") else 16384
+    max_tokens = 160 if knobs.get("policy") else 16384
     engine = load_engine(engine_args(model, kv_cache_config={"max_tokens": max_tokens}), SoloComm())
     run = DraftedRun(engine, config, **knobs)
     run.executor.set_logits_processor("odd", odd)
@@ -128,7 +128,7 @@ ON_DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
 
 def run_on_device(model: Path, device: str, config: Any, **knobs: Any) -> tuple[dict[str, Any], Any]:
     """Tokens alone: there the bits of logits depend on the number of rows."""
-    max_tokens = 192 if knobs.get("policy") else 16384
+    max_tokens = 160 if knobs.get("policy") else 16384
     args = engine_args(model, device=device, kv_cache_config={"max_tokens": max_tokens}, max_batch_size=64)
     engine = load_engine(args, SoloComm(), is_on_device=True)
     run = DraftedRun(engine, config, **{"max_num_tokens": 64, **knobs})
