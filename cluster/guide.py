@@ -20,6 +20,8 @@ BackendChoice = Literal["auto", "xgrammar", "llguidance"]
 GUIDE_KINDS: Final[tuple[GuideKind, ...]] = get_args(GuideKind)
 GUIDE_BACKENDS: Final[tuple[GuideBackend, ...]] = get_args(GuideBackend)
 DEFAULT_MAX_WHITESPACE: Final = 8
+GUIDE_PARAM: Final = "guided_decoding"
+"""What a worker's errors name as the wrong field; the router knows by which of a request's fields the guide came."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from tensorweave.cluster.errors import NotReady, Overloaded, RequestRejected, TensorweaveError
-from tensorweave.cluster.guide import Guide
+from tensorweave.cluster.guide import GUIDE_PARAM, Guide
 from tensorweave.cluster.protocol import GenerateRequest
 from tensorweave.workers.guided.limits import (
     CACHE_BYTES,
@@ -36,8 +36,6 @@ from tensorweave.workers.guided.trial import TrialResult
 
 logger = logging.getLogger(__name__)
 
-PARAM: Final = "guided_decoding"
-"""What errors name; the router knows by which field a grammar came."""
 _MAX_REFUSED: Final = 256
 
 
@@ -117,7 +115,7 @@ class GuideAdmission:
         guide = request.sampling.guide
         assert guide is not None
         if len(guide.text.encode("utf-8", "surrogatepass")) > MAX_TEXT_BYTES:
-            raise RequestRejected(f"the grammar's text is over the limit of {MAX_TEXT_BYTES} bytes", param=PARAM)
+            raise RequestRejected(f"the grammar's text is over the limit of {MAX_TEXT_BYTES} bytes", param=GUIDE_PARAM)
         digest = guide.digest
         with self._lock:
             if (refusal := self._refused.get(digest)) is not None:
@@ -148,7 +146,7 @@ class GuideAdmission:
 
     def stop(self, digest: bytes) -> None:
         """End the requests with this grammar on all ranks, in the same step, and refuse those that come."""
-        refusal = RequestRejected(TOO_SLOW, param=PARAM)
+        refusal = RequestRejected(TOO_SLOW, param=GUIDE_PARAM)
         with self._lock:
             entry = self._entries.get(digest)
             if entry is not None and not entry.is_ready:  # it was forgotten, and is compiled again
@@ -229,8 +227,8 @@ class GuideAdmission:
 
 
 def _refusal(problem: str) -> RequestRejected:
-    return RequestRejected(f"the grammar was refused: {problem}", param=PARAM)
+    return RequestRejected(f"the grammar was refused: {problem}", param=GUIDE_PARAM)
 
 
 def _late(problem: str) -> NotReady:
-    return NotReady(f"the grammar is not ready: {problem}", param=PARAM, retry_after_s=5.0)
+    return NotReady(f"the grammar is not ready: {problem}", param=GUIDE_PARAM, retry_after_s=5.0)

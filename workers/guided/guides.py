@@ -9,11 +9,11 @@ from typing import Final, Protocol
 import torch
 
 from tensorweave.cluster.errors import RequestRejected, WorkerLost
-from tensorweave.cluster.guide import Guide
+from tensorweave.cluster.guide import GUIDE_PARAM, Guide
 from tensorweave.cluster.protocol import GenerateRequest
 from tensorweave.kernels.token_mask.chosen import compile_mask_tokens
 from tensorweave.workers.gang.report_channel import ReportChannel
-from tensorweave.workers.guided.admission import PARAM, GuideAdmission, GuideInbox, Refuse
+from tensorweave.workers.guided.admission import GuideAdmission, GuideInbox, Refuse
 from tensorweave.workers.guided.orders import GuideOrder, GuideReport
 from tensorweave.workers.guided.table import GrammarTable
 from tensorweave.workers.guided.trials import Trials
@@ -48,7 +48,7 @@ class NoGuides:
         return None
 
     def admit(self, request: GenerateRequest) -> None:
-        raise RequestRejected("grammars are switched off here (guided_decoding_backend)", param=PARAM)
+        raise RequestRejected("grammars are switched off here (guided_decoding_backend)", param=GUIDE_PARAM)
 
     def grammar_of(self, guide: Guide) -> Grammar | None:
         return None

@@ -15,7 +15,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, Final, TypeVar
 
 from tensorweave.cluster.errors import NotReady, RequestRejected
-from tensorweave.cluster.guide import Guide
+from tensorweave.cluster.guide import GUIDE_PARAM, Guide
 from tensorweave.cluster.wire import READ_BYTES, FrameDecoder, pack_frame
 from tensorweave.workers.guided.limits import START_TIMEOUT_S, TRIAL_WALL_S
 from tensorweave.workers.guided.trial import TrialResult
@@ -133,7 +133,7 @@ class _TrialProcess:
                 self._vocabulary.set_result(Vocabulary.from_wire(vocabulary))
             case "failed", [message]:
                 refusal = f"grammars need the model's tokenizer, which cannot be loaded here: {message}"
-                self._vocabulary.set_exception(RequestRejected(refusal, param="guided_decoding"))
+                self._vocabulary.set_exception(RequestRejected(refusal, param=GUIDE_PARAM))
             case "tried", [number, result]:
                 with self._lock:
                     tried = self._tried.pop(number, None)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tensorweave.cluster.errors import LogitsNotFinite, RequestRejected, TensorweaveError
+from tensorweave.cluster.guide import GUIDE_PARAM
 from tensorweave.kernels.argmax.reference import NOTHING_LEFT
 from tensorweave.kernels.penalties.chosen import choose_penalties
 from tensorweave.kernels.sample.chosen import Sampler, choose_sampler
@@ -243,7 +244,7 @@ def _blame(state: SamplingState, code: int) -> RequestRejected:
         return RequestRejected(
             "no token is left that the grammar allows: bans and biases forbid them, or the answer is complete and"
             " must not end yet (min_tokens, ignore_eos)",
-            param="guided_decoding",
+            param=GUIDE_PARAM,
         )
     if code == NOTHING_LEFT:
         return RequestRejected("bans and biases leave no token to choose", param="bad_token_ids")

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from tensorweave.cluster.errors import RequestRejected
+from tensorweave.cluster.guide import GUIDE_PARAM
 from tensorweave.workers.sampling.logit_edits import LogitEdits
 from tensorweave.workers.sampling.state import SamplingRule
 from tensorweave.workers.step.grammar import Grammar
 
-_PARAM: Final = "guided_decoding"
 _SLOW_S: Final = 0.05
 """For one token, which takes 2 µs as a rule. With some grammars each token takes longer than the one before."""
 _NUM_SLOW: Final = 3
@@ -37,7 +37,7 @@ class GrammarRule(SamplingRule):
             return
         started_s = self._clock()
         if not self._matcher.accept(tokens):
-            self._failure = RequestRejected("the output does not follow its grammar", param=_PARAM)
+            self._failure = RequestRejected("the output does not follow its grammar", param=GUIDE_PARAM)
         if self._clock() - started_s > _SLOW_S * len(tokens):
             self._num_slow += 1
             if self._num_slow == _NUM_SLOW:
@@ -49,7 +49,7 @@ class GrammarRule(SamplingRule):
 
     def edit(self, row: int, edits: LogitEdits) -> None:
         if self._grammar.problem:
-            edits.failures[row] = RequestRejected(self._grammar.problem, param=_PARAM)
+            edits.failures[row] = RequestRejected(self._grammar.problem, param=GUIDE_PARAM)
         elif self._failure is not None:
             edits.failures[row] = self._failure
         else:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tensorweave.cluster.errors import RequestRejected, TensorweaveError
+from tensorweave.cluster.guide import GUIDE_PARAM
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.kernels.token_mask.chosen import choose_mask_tokens
 from tensorweave.workers.sampling.host_copies import HostCopies
@@ -89,7 +90,7 @@ class LogitEdits:
         rows = np.array([row for row, _ in guided], dtype=np.int32)
         masks_NW = torch.empty(len(guided), (logits_RV.shape[1] + 31) // 32, dtype=torch.int32)
         for place, problem in filler.fill([matcher for _, matcher in guided], masks_NW).items():
-            refusal = RequestRejected(f"the grammar cannot be followed further: {problem}", param="guided_decoding")
+            refusal = RequestRejected(f"the grammar cannot be followed further: {problem}", param=GUIDE_PARAM)
             self.failures[int(rows[place])] = refusal
         choose_mask_tokens(logits_RV.device)(logits_RV, copies.to_device(masks_NW), copies.to_device(rows))
 
