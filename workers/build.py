@@ -160,8 +160,8 @@ def _make_scheduler(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -
 
 
 def _prompt_share(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -> PromptShare:
-    """`BalancedShare` was made from step times of 16-bit weights and KV; with FP8, 2,048 tokens are faster (1k/1k:
-    15,262 against 13,043 tok/s)."""
+    """`BalancedShare` was made from step times of 16-bit weights and KV. With FP8, 2,048 tokens were faster (1k/1k:
+    15,262 against 13,043 tok/s); the cause is probably mended (benchmarks/log.md), but has not been run on a card."""
     path = resolve_model(args.model, revision=args.revision)
     is_quantized = _weight_quantization(args, path) is not None or kv_cache_dtype(args) != "auto"
     if settings.balances_prompts and not is_quantized:
