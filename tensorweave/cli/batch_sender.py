@@ -1,7 +1,7 @@
 """`Sender`: sends one request of a batch until it is answered or refused, or until it is time to leave it.
 
 What is temporary is tried again with growing pauses: no connection, a connection that breaks, an answer that takes too
-long, 408, 425, 429, 499 and 5xx.
+long or cannot be decoded, 408, 425, 429, 499 and 5xx.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Sender:
     async def _try(self, request: BatchRequest) -> Answer | Failure:
         try:
             response = await self._client.post(request.url, content=json.dumps(request.body), headers=_JSON)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             return Failure(f"{type(error).__name__} {error}".strip())
         status = response.status_code
         if status in _TEMPORARY or status >= 500:

@@ -368,6 +368,22 @@ def test_a_full_queue_is_waited_for_as_long_as_others_are_answered(status: int, 
     assert stopping.is_set() == (not others_are_answered)
 
 
+def test_an_answer_that_cannot_be_decoded_is_asked_for_again() -> None:
+    replies: list[httpx.Response | Exception] = [httpx.Response(200, json={}), httpx.DecodingError("not gzip")]
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        if isinstance(answer := replies.pop(), Exception):
+            raise answer
+        return answer
+
+    async def send() -> Answer | None:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(reply), base_url="http://service") as client:
+            return await Sender(client, 15.0, asyncio.Event()).send(BatchRequest(1, "a", "/v1/completions", {}))
+
+    assert asyncio.run(send()) is not None
+    assert replies == []
+
+
 def test_an_input_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text("".join(json.dumps(line(name)) + "\n" for name in "abc"))
