@@ -121,7 +121,7 @@ class Tokenizer:
     @property
     def leaves_tools_out(self) -> bool:
         """Whether there is a chat template, which knows no tools."""
-        return self.has_chat_template and not any(self.written_of_tools)
+        return bool(self.chat_template) and not any(self.written_of_tools)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, truncate: int | None = None) -> list[int]:
         """Token ids of `text`, only the last `truncate` if that is given."""

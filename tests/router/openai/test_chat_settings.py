@@ -47,6 +47,15 @@ def test_a_parser_may_be_named_or_switched_off() -> None:
         make_service(chat=ChatSettings(tool_parser="x"))
 
 
+def test_tools_are_refused_where_no_format_is_wanted() -> None:
+    function = {"name": "f", "parameters": {"type": "object"}}
+    for given in ({"tools": [{"type": "function", "function": function}]}, {"functions": [function]}):
+        [param] = given
+        link = FakeLink(model_info())
+        check_error(ask(ChatSettings(tool_parser="none"), link, **given), 400, param)
+        assert not link.requests
+
+
 def test_reasoning_in_a_channel_is_no_part_of_the_content() -> None:
     settings = ChatSettings(reasoning_parser="gpt_oss", tool_parser="gpt_oss")
     check_error(ask(settings, separate_reasoning=False), 400, "separate_reasoning")
