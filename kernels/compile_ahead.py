@@ -26,6 +26,8 @@ from tensorweave.kernels.kernel_cache import ensure_kernel_cache
 
 _ALIGNMENT: Final = 16
 _ONE_AT_A_TIME: Final = threading.Lock()
+_PARSING: Final = threading.Lock()
+"""Python 3.11's `ast.parse` may fail where two threads are in it: "AST constructor recursion depth mismatch"."""
 
 
 def compile_ahead(
@@ -52,13 +54,32 @@ def compile_ahead(
 
 
 def _compile(call_steps: Callable[[], object], num_threads: int, on_progress: Callable[[float], object]) -> int:
-    with ThreadPoolExecutor(num_threads, "compile") as executor, triton.AsyncCompileMode(executor) as mode:
+    with (
+        _parsing_alone(),
+        ThreadPoolExecutor(num_threads, "compile") as executor,
+        triton.AsyncCompileMode(executor) as mode,
+    ):
         with _launching_nothing():
             call_steps()
         total = len(mode.raw_futures)
         for done, _ in enumerate(as_completed(mode.raw_futures), 1):
             on_progress(done / total)
     return total
+
+
+@contextmanager
+def _parsing_alone() -> Iterator[None]:
+    parse = JITFunction.parse
+
+    def parse_alone(kernel: Any) -> Any:
+        with _PARSING:
+            return parse(kernel)
+
+    JITFunction.parse = parse_alone
+    try:
+        yield
+    finally:
+        JITFunction.parse = parse
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
 
-from tensorweave.kernels.compile_ahead import compile_ahead  # noqa: E402
+from tensorweave.kernels.compile_ahead import _PARSING, compile_ahead  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -98,6 +99,20 @@ def test_each_kind_of_launch_is_compiled_once_and_nothing_runs(device: torch.dev
         launch(x, out, 32)
         assert torch.equal(out, 2 * x)
     assert len(compiled) == 4
+
+
+def test_one_thread_parses_at_a_time(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, parse, was_alone = torch.arange(100.0, device=device), JITFunction.parse, list[bool]()
+
+    def watched(kernel: JITFunction[Any]) -> Any:
+        was_alone.append(_PARSING.locked())
+        return parse(kernel)
+
+    monkeypatch.setattr(JITFunction, "parse", watched)
+    assert compile_ahead(lambda: [launch(x, x.clone(), block) for block in (32, 64)], num_threads=2) == 2
+    assert was_alone
+    assert all(was_alone)
+    assert JITFunction.parse is watched
 
 
 def test_launches_of_other_threads_go_on(device: torch.device) -> None:
