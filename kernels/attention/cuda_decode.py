@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.cuda.program import Kernel, can_run_hopper_kernels
+from tensorweave.kernels.cuda.program import Kernel, can_run_hopper_kernels, pointer
 from tensorweave.kernels.heads.rotation import HeadRotation
 from tensorweave.kernels.linear.triton_quantize import PEAKS_PER_ROW
 from tensorweave.kernels.weights import FP8
@@ -91,16 +91,12 @@ def decode_attention(
     if not R:
         return
     arguments = _Arguments(
-        heads_RXH.data_ptr(), out_RNH.data_ptr(), cache_BCPH.data_ptr(), table_RW.data_ptr(), _pointer(slots_R),
-        lengths_R.data_ptr(), rotation.table_LH.data_ptr(), _pointer(rotation.query_norm_H),
-        _pointer(rotation.key_norm_H), _pointer(peaks_RA), scale * _LOG2_E, rotation.epsilon, heads_RXH.stride(0),
+        heads_RXH.data_ptr(), out_RNH.data_ptr(), cache_BCPH.data_ptr(), table_RW.data_ptr(), pointer(slots_R),
+        lengths_R.data_ptr(), rotation.table_LH.data_ptr(), pointer(rotation.query_norm_H),
+        pointer(rotation.key_norm_H), pointer(peaks_RA), scale * _LOG2_E, rotation.epsilon, heads_RXH.stride(0),
         table_RW.stride(0), 2**30 if window is None else window, C // 2, N // (C // 2), P.bit_length() - 1,
         PEAKS_PER_ROW,
     )  # fmt: skip
     kernel = _kernel(rotation.query_norm_H is not None, peaks_RA is not None, heads_RXH.dtype, heads_RXH.device)
     addresses = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
     kernel.launch((C // 2, R), addresses, pdl=pdl)
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -152,6 +152,11 @@ class Kernel:
             _check(code, "launch")
 
 
+def pointer(tensor: Tensor | None) -> int | None:
+    """A kernel's argument; None is a null pointer."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 class _MapMemory:
     """Where the driver writes a tensor map, at 64 bytes."""
 

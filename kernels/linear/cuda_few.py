@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.cuda.program import Kernel
+from tensorweave.kernels.cuda.program import Kernel, pointer
 
 # M rows of x, N rows of the weight, K inputs, Q sums of squares per row of x
 
@@ -78,7 +78,7 @@ def few_linear(
     assert 1 <= M <= MAX_FEW_ROWS
     assert K % 64 == 0
     arguments = _Arguments(
-        weight_NK.data_ptr(), x_MK.data_ptr(), _pointer(squares_MQ), _pointer(bias_N), _pointer(out_MN),
+        weight_NK.data_ptr(), x_MK.data_ptr(), pointer(squares_MQ), pointer(bias_N), pointer(out_MN),
         epsilon=epsilon, num_squares=0 if squares_MQ is None else squares_MQ.shape[1], M=M, N=N, K=K,
     )  # fmt: skip
     if residual is not None:
@@ -91,7 +91,3 @@ def few_linear(
     kernel = _kernel(epilogue, squares_MQ is not None, bias_N is not None, is_wide, row_groups, x_MK.dtype, x_MK.device)
     addresses = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
     kernel.launch((min(_num_blocks(x_MK.device), -(-N // FEW_OUTPUTS)), 1), addresses, pdl=pdl)
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

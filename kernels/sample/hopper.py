@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.cuda.program import Kernel, can_run_hopper_kernels
+from tensorweave.kernels.cuda.program import Kernel, can_run_hopper_kernels, pointer
 from tensorweave.kernels.sample.rule import SamplingParameters, TokenTarget
 from tensorweave.kernels.sample.triton import TritonSampler
 
@@ -97,7 +97,7 @@ def choose(logits_RV: Tensor, parameters: SamplingParameters, target: TokenTarge
     slots, newest = target.slots_R, target.newest_S
     arguments = _Arguments(
         logits_RV.data_ptr(), logits_RV.stride(0), *(each.data_ptr() for each in numbers), target.tokens_R.data_ptr(),
-        None if slots is None else slots.data_ptr(), None if newest is None else newest.data_ptr(),
+        pointer(slots), pointer(newest),
     )  # fmt: skip
     kernel = _kernel(V, logits_RV.dtype, has_limits, logits_RV.device)
     kernel.launch((_CLUSTER, R), (ctypes.c_void_p * 1)(ctypes.addressof(arguments)))
