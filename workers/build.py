@@ -162,11 +162,12 @@ def _make_scheduler(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -
 def _prompt_share(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -> PromptShare:
     """`BalancedShare` was made from step times of 16-bit weights and KV. With FP8, 2,048 tokens were faster (1k/1k:
     15,262 against 13,043 tok/s); the cause is probably mended (benchmarks/log.md), but has not been run on a card."""
-    path = resolve_model(args.model, revision=args.revision)
-    is_quantized = _weight_quantization(args, path) is not None or kv_cache_dtype(args) != "auto"
-    if settings.balances_prompts and not is_quantized:
-        return BalancedShare(kv_cache, settings.max_prompt_tokens_beside_decodes, settings.max_num_tokens)
-    return FixedShare(settings.max_prompt_tokens_beside_decodes)
+    most = settings.max_prompt_tokens_beside_decodes
+    if not settings.balances_prompts or kv_cache_dtype(args) != "auto":
+        return FixedShare(most)
+    if _weight_quantization(args, resolve_model(args.model, revision=args.revision)) is not None:
+        return FixedShare(most)
+    return BalancedShare(kv_cache, most, settings.max_num_tokens)
 
 
 def _make_guides(args: TorchLlmArgs, engine: ModelEngine, comm: Comm, host: str) -> Guides:

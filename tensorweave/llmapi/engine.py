@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.fleet import Fleet, StaticFleet, WatchedFleet
@@ -35,13 +35,10 @@ from tensorweave.workers.store.model_store import PinnedModel, pin_model
 
 logger = logging.getLogger(__name__)
 
-SWITCH_INTERVAL_S: Final = 0.001
-"""As on a rank. The step loop shares the interpreter with the caller and the event loop: each time that it has waited
-for a device, it may wait this long for one of them."""
 _START_TIMEOUT_S = 600.0
 _SWITCH_INTERVAL_S = 0.0005
-"""How long another thread of this process may keep the step loop waiting for the interpreter: 5 ms, Python's own, would
-leave a GPU without work."""
+"""How long the caller or the event loop, which share the interpreter with the step loop, may keep it waiting each time
+that it has waited for a device: 5 ms, Python's own, would leave a GPU without work."""
 _JOIN_TIMEOUT_S = 10.0
 
 
@@ -81,7 +78,6 @@ class LocalEngine:
 
     def __init__(self, args: TorchLlmArgs, loop: LoopThread) -> None:
         self._loop = loop
-        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         secret = secrets.token_hex(16)
         self.executor: PyExecutor = build_executor(
             args,
