@@ -6,7 +6,7 @@ from __future__ import annotations
 import collections
 import random
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tensorweave.workers.step.pending import Pending, PendingTokens, StepLogits
 from tensorweave.workers.step.plan import ScheduledBatch
 from tensorweave.workers.step.resources import ResourceManager
 from tests.workers.engine_drive import engine_args, random_prompts
+from tests.workers.executor_answers import Answers, collect_answers
 from tests.workers.stepped_engine import SteppedEngine
 from tests.workers.tiny_models import make_model
 from tests.workers.transfer_drive import hash_gang, run_disaggregated
@@ -35,7 +36,6 @@ from tests.workers.waiting import WAIT_S, wait_until
 
 VOCAB, BLOCK = 97, 4
 ENGINES = [HashEngine, LateEngine, ThreadedEngine]
-Answers = Mapping[str, Sequence[TokenChunk]]
 
 
 class Run:
@@ -72,15 +72,7 @@ class Run:
         return self.collect([request.request_id for request in requests])
 
     def collect(self, names: Sequence[str]) -> Answers:
-        chunks: dict[str, list[TokenChunk]] = {name: [] for name in names}
-        num_open = len(names)
-        while num_open:
-            came = self.executor.await_responses(timeout_s=WAIT_S)
-            assert came, "nothing comes"
-            for chunk in came:
-                chunks[chunk.request_id].append(chunk)
-                num_open -= chunk.is_last
-        return chunks
+        return collect_answers(self.executor, names)
 
     def close(self) -> None:
         """All blocks are free, nothing is remembered, and the books are right."""

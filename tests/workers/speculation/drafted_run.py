@@ -24,9 +24,9 @@ from tensorweave.workers.speculation.user_drafter import DraftBatch
 from tensorweave.workers.step.pending import Pending, PendingTokens, StepLogits
 from tensorweave.workers.step.plan import ScheduledBatch
 from tensorweave.workers.step.resources import ResourceManager
+from tests.workers.executor_answers import Answers, collect_answers
 from tests.workers.waiting import WAIT_S, wait_until
 
-Answers = Mapping[str, Sequence[TokenChunk]]
 Guess = Callable[[int, Sequence[int], int], Sequence[int]]
 """(a request's number, its tokens, how many to draft)"""
 
@@ -126,15 +126,7 @@ class DraftedRun:
     def answer(self, requests: Sequence[GenerateRequest]) -> Answers:
         self.executor.enqueue_requests(requests)
         self.executor.start()
-        chunks: dict[str, list[TokenChunk]] = {request.request_id: [] for request in requests}
-        num_open = len(requests)
-        while num_open:
-            came = self.executor.await_responses(timeout_s=WAIT_S)
-            assert came, "nothing comes"
-            for chunk in came:
-                chunks[chunk.request_id].append(chunk)
-                num_open -= chunk.is_last
-        return chunks
+        return collect_answers(self.executor, [request.request_id for request in requests])
 
     def close(self) -> None:
         """All blocks are free, nothing is remembered, and the books are right."""
