@@ -230,10 +230,7 @@ def _guide(request: AnyRequest, served: ServedModel) -> Guide | None:
     if (asked := request.guide_params) is None:
         return None
     params, param = asked
-    if request.ignore_eos:
-        raise RequestRejected(
-            f"ignore_eos and {param} exclude each other: a guide says where to end", param="ignore_eos"
-        )
+    request.check_may_end(param)
     backend = served.info.guided_decoding_backend
     return guide_for(params, backend, served.guided, param=param, may_be_grammar=True)
 

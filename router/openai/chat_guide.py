@@ -94,7 +94,4 @@ class GuideWriter:
                 "(guided_decoding_backend)",
                 param=param,
             )
-        if request.ignore_eos:
-            raise RequestRejected(
-                f"ignore_eos and {param} exclude each other: a guide says where to end", param="ignore_eos"
-            )
+        request.check_may_end(param)

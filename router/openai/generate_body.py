@@ -99,6 +99,13 @@ class GenerateBody(KnobFields):
     prompt_cache_key: Any = Field(None, description="As `user`, which it overrides.")
     disaggregated_params: DisaggregatedParams | None = Field(None, description="Extension. One phase sent by hand.")
 
+    def check_may_end(self, param: str) -> None:
+        """Raises RequestRejected if a request with a guide, by its field `param`, asks to go on behind the end."""
+        if self.ignore_eos:
+            raise RequestRejected(
+                f"ignore_eos and {param} exclude each other: a guide says where to end", param="ignore_eos"
+            )
+
     @property
     def session(self) -> str | None:
         return next((key for key in (self.prompt_cache_key, self.user) if isinstance(key, str) and key), None)
