@@ -34,6 +34,7 @@ from tensorweave.router.dispatch.policy import build_policy
 from tensorweave.workers.build import build_executor
 from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.rank import RankWorker
+from tensorweave.workers.speculation.pace import TOKENS_PER_PROBE
 from tests.workers.tiny_models import VOCAB, make_model, their_greedy
 
 START_TIMEOUT_S = 150.0
@@ -227,6 +228,9 @@ def test_pairs_answer_as_one_engine(setup: Setup) -> None:
     ]
     expected = setup.expected(requests)
     assert expected[::2] == their_greedy(setup.theirs, [prompt_of(length, n) for n, length in enumerate(lengths)], 24)
+    # Its prompt has every token, so that each of its steps can draft; and it is long enough for a draft that does not pay.
+    drafted = GenerateRequest("drafted", list(range(VOCAB)), replace(GREEDY, max_tokens=2 * TOKENS_PER_PROBE))
+    [expected_drafted] = setup.expected([drafted])
 
     async def body() -> None:
         async with routed(setup) as (fleet, dispatcher):
@@ -243,6 +247,7 @@ def test_pairs_answer_as_one_engine(setup: Setup) -> None:
                 assert asyncio.get_running_loop().time() < give_up_s, "leases end"
                 await asyncio.sleep(0.1)
             if setup.device == "cpu":
+                assert await tokens_of(dispatcher, drafted) == expected_drafted
                 assert (await gauges_of(fleet, "decode"))["draft_tokens_total"] > 0
                 assert (await gauges_of(fleet, "prefill"))["draft_tokens_total"] == 0
 
