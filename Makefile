@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install serve chat test lint types shell lines pytest quick coverage bench clean
+.PHONY: help install serve chat test lint lines pytest quick bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -52,7 +52,7 @@ serve: install ## Serve a model on 127.0.0.1:8000, ask it one question, stay up 
 chat: install ## Talk to the service that `make serve` started
 	@exec $(BIN)/tensorweave chat --url http://127.0.0.1:$(or $(PORT),8000) $(if $(API_KEY),--api-key '$(API_KEY)')
 
-test: lint lines pytest ## Everything that CI runs
+test: lint lines pytest ## Everything that CI runs; with COVERAGE=1, also which lines the unit tests run
 
 lint: install ## Format, lint, types, shell scripts
 	$(BIN)/ruff format --check .
@@ -63,17 +63,27 @@ lint: install ## Format, lint, types, shell scripts
 lines: install
 	@$(BIN)/python .ci/line_table.py
 
+# COVERAGE=1 traces the unit tests, runs the others without, and says which share of each room's lines the unit tests ran.
+# Tracing costs more than half of the processor time of what it traces; where Python has sys.monitoring (3.12), less.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+UNIT := not slow and not model and not hypothesis
+COVERAGE ?=
+
+ifdef COVERAGE
+pytest: export COVERAGE_CORE ?= $(shell $(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')
+endif
+
 pytest: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+ifdef COVERAGE
+	$(PYTEST) -m '$(UNIT)' --cov --cov-report=
+	@$(BIN)/python .ci/coverage_table.py
+	$(PYTEST) -m 'not ($(UNIT))'
+else
+	$(PYTEST)
+endif
 
 quick: install ## The tests that start no service and no real model: less than two minutes on two free cores
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not slow and not model'
-
-# Where Python has sys.monitoring (3.12), coverage uses it: it costs less than tracing.
-coverage: export COVERAGE_CORE ?= $(shell $(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')
-coverage: install ## Lines that the unit tests run, by room
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not slow and not model and not hypothesis' -q --cov --cov-report=
-	@$(BIN)/python .ci/coverage_table.py
+	$(PYTEST) -m 'not slow and not model'
 
 bench: install ## Throughput, latency and step overhead of the small model, as JSON in build/bench
 	$(BIN)/tensorweave bench overhead --json build/bench/overhead.json

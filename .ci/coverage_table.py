@@ -1,4 +1,4 @@
-"""Prints which share of each room's lines `make coverage` has run, from the data that pytest-cov has left."""
+"""Prints which share of each room's lines `make test COVERAGE=1` has run, from the data that pytest-cov has left."""
 
 from __future__ import annotations
 
