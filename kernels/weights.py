@@ -13,6 +13,8 @@ from typing import Final, TypeAlias
 import torch
 from torch import Tensor
 
+from tensorweave.kernels.grouped_weight import GroupedWeight as GroupedWeight
+from tensorweave.kernels.grouped_weight import stack_grouped as stack_grouped
 from tensorweave.kernels.native.library import load_native
 
 # N outputs, K inputs
@@ -69,8 +71,8 @@ class QuantizedWeight:
         return (self.values_NK.float() * self.scales_N.unsqueeze(1)).to(self.dtype)
 
 
-Weight: TypeAlias = Tensor | PackedWeight | QuantizedWeight
-"""A plain matrix [N, K], a packed one, or a quantized one."""
+Weight: TypeAlias = Tensor | PackedWeight | QuantizedWeight | GroupedWeight
+"""A plain matrix [N, K], a packed one, one in 8-bit floats, or one of integers in groups."""
 
 
 @dataclass(frozen=True, slots=True)

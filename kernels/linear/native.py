@@ -11,7 +11,7 @@ from torch import Tensor
 from tensorweave.kernels.linear import reference
 from tensorweave.kernels.linear.reference import Linear
 from tensorweave.kernels.native.library import NativeKernels
-from tensorweave.kernels.weights import PackedWeight, QuantizedWeight, Weight, pack_weight
+from tensorweave.kernels.weights import GroupedWeight, PackedWeight, QuantizedWeight, Weight, pack_weight
 
 # M rows, N outputs, K inputs
 
@@ -52,7 +52,7 @@ class MakeNativeLinear:
 
     def __call__(self, weight: Weight, bias_N: Tensor | None = None) -> Linear:
         """A weight that comes packed must suit this machine."""
-        if isinstance(weight, QuantizedWeight):
+        if isinstance(weight, QuantizedWeight | GroupedWeight):
             return reference.make_linear(weight, bias_N)
         packed = weight if isinstance(weight, PackedWeight) else pack_weight(weight)
         if packed is None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorweave.kernels.weights import PackedWeight, QuantizedWeight, Weight, quantize_rows
+from tensorweave.kernels.weights import GroupedWeight, PackedWeight, QuantizedWeight, Weight, quantize_rows
 
 # M rows, N outputs, K inputs
 
@@ -54,10 +54,27 @@ class QuantizedLinear:
         return out_MN if self.bias_N is None else out_MN + self.bias_N
 
 
+@dataclass(frozen=True, slots=True)
+class GroupedLinear:
+    """The product of unquantized rows and weights that are dequantized in every call, in float32."""
+
+    weight: GroupedWeight
+    bias_N: Tensor | None
+
+    def __call__(self, x_MK: Tensor) -> Tensor:
+        return self.to_float32(x_MK).to(x_MK.dtype)
+
+    def to_float32(self, x_MK: Tensor) -> Tensor:
+        out_MN = x_MK.float() @ self.weight.wide_rows().T
+        return out_MN if self.bias_N is None else out_MN + self.bias_N
+
+
 def make_linear(weight: Weight, bias_N: Tensor | None = None) -> Linear:
     match weight:
         case QuantizedWeight():
             return QuantizedLinear(weight, bias_N)
+        case GroupedWeight():
+            return GroupedLinear(weight, bias_N)
         case PackedWeight():
             return TorchLinear(weight.rows().to(weight.dtype), bias_N)
         case _:

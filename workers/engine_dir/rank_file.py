@@ -20,7 +20,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tensorweave.kernels.weights import FP8, PackedWeight, QuantizedWeight, Weight, huge_pages, narrowed, pack_weight
+from tensorweave.kernels.weights import (
+    FP8,
+    GroupedWeight,
+    PackedWeight,
+    QuantizedWeight,
+    Weight,
+    huge_pages,
+    narrowed,
+    pack_weight,
+)
 from tensorweave.workers.engine_dir.digest import LENGTH_BYTES, bytes_of, digest_tensor, read_bytes
 from tensorweave.workers.models.rank_weights import RankWeights, TensorRows, stacked_shape
 from tensorweave.workers.models.tensor_names import HEAD
@@ -65,6 +74,8 @@ class RankRecorder:
         if isinstance(weight, QuantizedWeight):
             self._tensors[name], self._tensors[name + _SCALES] = weight.values_NK, weight.scales_N
             return weight
+        if isinstance(weight, GroupedWeight):
+            raise ValueError(f"{name} is of integers in groups, which engine directories do not hold")
         packed = weight if isinstance(weight, PackedWeight) else pack_weight(weight)
         if packed is None:
             assert isinstance(weight, Tensor)
