@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # N outputs, K inputs, G groups of inputs, S inputs of a group
 
 ZERO_OF_8_BITS: Final = 128
+_ROW_BLOCKS: Final = (64, 32, 16)
+_TINY: Final = 1e-30  # below it a block counts as zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,8 @@ class GroupedWeight:
 
     `codes` are unsigned: uint8 [N, K] of 8 bits, whose `zero` is always 128, or [N, ceil(K / 2)] of two 4-bit codes
     each, the input of even number in the lower bits. `scales_NG` and `minimums_NG` (None: no minimums) are float32,
-    float16 or bfloat16. `dtype` is that of the rows it multiplies.
+    float16 or bfloat16. `dtype` is that of the rows it multiplies. Rows are quantized to integers of `row_bits` on
+    the way (`round_rows`).
     """
 
     codes: Tensor
@@ -38,6 +42,7 @@ class GroupedWeight:
     bits: Literal[4, 8]
     zero: int
     dtype: torch.dtype
+    row_bits: Literal[8, 16] = 16
 
     def __post_init__(self) -> None:
         N, K, G = self.num_outputs, self.num_inputs, -(-self.num_inputs // self.group_size)
@@ -58,11 +63,12 @@ class GroupedWeight:
         bits: Literal[4, 8],
         zero: int,
         dtype: torch.dtype,
+        row_bits: Literal[8, 16] = 16,
     ) -> Self:
         """Of one code per byte, also for 4 bits."""
         K = codes_NK.shape[1]
         codes = codes_NK if bits == 8 else pack_nibbles(codes_NK)
-        return cls(codes, scales_NG, minimums_NG, K, min(group_size, K), bits, zero, dtype)
+        return cls(codes, scales_NG, minimums_NG, K, min(group_size, K), bits, zero, dtype, row_bits)
 
     @property
     def num_outputs(self) -> int:
@@ -99,14 +105,13 @@ class GroupedWeight:
         fine = self.regrouped(size)
         codes_NK = fine.codes_NK()[:, columns.start : columns.stop].contiguous()
         groups = slice(0, 1) if has_one_group else slice(columns.start // size, -(-columns.stop // size))
-        return GroupedWeight.of_codes(
-            codes_NK,
-            fine.scales_NG[:, groups],
-            None if fine.minimums_NG is None else fine.minimums_NG[:, groups],
-            group_size=size,
-            bits=self.bits,
-            zero=self.zero,
-            dtype=self.dtype,
+        return replace(
+            fine,
+            codes=codes_NK if self.bits == 8 else pack_nibbles(codes_NK),
+            scales_NG=fine.scales_NG[:, groups],
+            minimums_NG=None if fine.minimums_NG is None else fine.minimums_NG[:, groups],
+            num_inputs=len(columns),
+            group_size=min(size, len(columns)),
         )
 
     def regrouped(self, size: int) -> GroupedWeight:
@@ -130,6 +135,27 @@ class GroupedWeight:
         if self.num_groups == 1:
             return numbers_NG.float()
         return numbers_NG.float().repeat_interleave(self.group_size, dim=1)[:, : self.num_inputs]
+
+
+def round_rows(x_MK: Tensor, row_bits: Literal[8, 16], block: int) -> Tensor:
+    """Rows in float32 as products with a `GroupedWeight` see them: in every `block` inputs of a row, multiples of the
+    largest magnitude divided by 127, or by 127 * 256."""
+    whole = 127 if row_bits == 8 else 127 * 256
+    M, K = x_MK.shape
+    blocks_MGS = F.pad(x_MK.float(), (0, -K % block)).view(M, -1, block)
+    largest_MG1 = blocks_MGS.abs().amax(2, keepdim=True)
+    # A number divided by a tensor would be a product with rounded reciprocals.
+    inverse_MG1 = torch.where(largest_MG1 < _TINY, 0, torch.full_like(largest_MG1, whole) / largest_MG1)
+    numbers_MGS = (
+        (blocks_MGS.double() * inverse_MG1).round().float()
+    )  # of the exact product, as a fused multiply-add has it
+    return (numbers_MGS * (largest_MG1 / whole)).view(M, -1)[:, :K]
+
+
+def row_block(weight: GroupedWeight) -> int | None:
+    """Inputs of a row that are rounded together: the most of 64, 32 and 16 that divides the groups, if one does."""
+    has_one_group = weight.group_size >= weight.num_inputs
+    return next((each for each in _ROW_BLOCKS if has_one_group or weight.group_size % each == 0), None)
 
 
 def stack_grouped(parts: Sequence[GroupedWeight]) -> GroupedWeight:

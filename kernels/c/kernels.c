@@ -12,6 +12,7 @@
 int vector_length(void) { return VL; }
 
 #include "choice.h"
+#include "grouped.h"
 
 #define ELEM float
 #define WEIGHT bf16
@@ -31,6 +32,7 @@ int vector_length(void) { return VL; }
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "grouped_rows.h"
 #include "layers.h"
 #undef ELEM
 #undef WEIGHT
@@ -44,6 +46,7 @@ int vector_length(void) { return VL; }
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "grouped_rows.h"
 #include "layers.h"
 
 const int64_t sizeof_query_tile = sizeof(query_tile), sizeof_window_plan = sizeof(window_plan), sizeof_matrix = sizeof(matrix),

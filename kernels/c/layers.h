@@ -5,16 +5,11 @@
 
 #ifndef LAYERS_ONCE
 #define LAYERS_ONCE
+#define CACHE_LINE 64
 #define ROWS_AT_ONCE 448 /* whole tiles of a product */
 
 /* The structures that kernels/native/structures.py fills; it compares their sizes with those given at the end of kernels.c. Elements are
    those of the function that gets them. */
-typedef struct {
-    const void *packed, *bias;
-    int64_t num_outputs, num_inputs;
-    int64_t is_narrow; /* weights in bfloat16, rows in float32 */
-} matrix;
-
 typedef struct {
     const void *attention_norm, *query_norm, *key_norm, *mlp_norm; /* query_norm and key_norm are null where heads have no norms */
     matrix qkv, output, gate_up, down;
@@ -38,16 +33,32 @@ typedef struct {
 
 static long rows_at_once(long num_tokens) { return num_tokens < ROWS_AT_ONCE ? num_tokens : ROWS_AT_ONCE; }
 
+/* Elements that a product of `rows` rows needs beside its rows and its results. */
+static int64_t product_scratch(const matrix *m, int64_t rows) {
+    return m->form == GROUPED ? (grouped_scratch(m, rows) + 1) / (int64_t)sizeof(bf16) : rows * m->num_inputs;
+}
+
 /* Elements of scratch that run_layers needs. */
-int64_t layers_scratch(const decoder_layer *layer, int64_t num_tokens) {
-    int64_t D = layer->qkv.num_inputs, Q = layer->output.num_inputs, I = layer->down.num_inputs, widest = D > Q ? D : Q;
-    return num_tokens * (layer->qkv.num_outputs + Q + D) + rows_at_once(num_tokens) * (D + 3 * I + (widest > I ? widest : I));
+int64_t layers_scratch(const decoder_layer *layers, int64_t num_layers, int64_t num_tokens) {
+    int64_t D = layers->qkv.num_inputs, Q = layers->output.num_inputs, I = layers->down.num_inputs, rows = rows_at_once(num_tokens), most = 0;
+    for (const decoder_layer *l = layers; l < layers + num_layers; l++) {
+        const matrix *matrices[] = {&l->qkv, &l->output, &l->gate_up, &l->down};
+        for (int i = 0; i < 4; i++) {
+            int64_t size = product_scratch(matrices[i], rows);
+            most = size > most ? size : most;
+        }
+    }
+    return num_tokens * (layers->qkv.num_outputs + Q + D) + rows * (D + 3 * I) + most + CACHE_LINE;
 }
 #endif
 
 static void NAME(multiply_by)(const matrix *m, const ELEM *a, ELEM *out, ELEM *a_packed, long rows) {
+    if (m->form == GROUPED) {
+        NAME(grouped_linear)(m, a, m->num_inputs, out, 0, a_packed, rows);
+        return;
+    }
 #ifndef ELEM_IS_BF16
-    if (m->is_narrow) {
+    if (m->form == NARROW) {
         linear_f32_by_bf16(a, m->num_inputs, m->packed, m->bias, out, 0, a_packed, rows, m->num_outputs, m->num_inputs);
         return;
     }
@@ -61,6 +72,7 @@ void NAME(run_layers)(const stack_step *s, const decoder_layer *layers) {
     long most = rows_at_once(T);
     ELEM *x = s->x, *heads = s->scratch, *attended = heads + T * X, *update = attended + T * Q, *normed = update + T * D;
     ELEM *wide = normed + most * D, *active = wide + most * 2 * I, *a_packed = active + most * I;
+    a_packed = (ELEM *)(((uintptr_t)a_packed + CACHE_LINE - 1) & -(uintptr_t)CACHE_LINE);
     for (const decoder_layer *l = layers; l < layers + s->num_layers; l++) {
         ELEM *cache = s->caches[l - layers];
         for (long t = 0; t < T; t += most) {

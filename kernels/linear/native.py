@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from tensorweave.kernels.linear import reference
+from tensorweave.kernels.linear.grouped import PackedGroupedLinear
 from tensorweave.kernels.linear.reference import Linear
 from tensorweave.kernels.native.library import NativeKernels
+from tensorweave.kernels.native.structures import Matrix, MatrixForm
 from tensorweave.kernels.weights import GroupedWeight, PackedWeight, QuantizedWeight, Weight, pack_weight
 
 # M rows, N outputs, K inputs
@@ -38,6 +40,18 @@ class PackedLinear:
         self._multiply(x_MK, None, wide_MN.data_ptr())
         return wide_MN
 
+    @property
+    def matrix(self) -> Matrix:
+        """For kernels that multiply by it among other things. It must not outlive this object."""
+        weight = self.weight
+        return Matrix(
+            packed=weight.values.data_ptr(),
+            bias=None if self.bias_N is None else self.bias_N.data_ptr(),
+            num_outputs=weight.num_outputs,
+            num_inputs=weight.num_inputs,
+            form=MatrixForm.PACKED if weight.values.dtype == weight.dtype else MatrixForm.NARROW,
+        )
+
     def _multiply(self, x_MK: Tensor, out: int | None, wide: int | None) -> None:
         M, K = x_MK.shape
         scratch = torch.empty(M, K, dtype=x_MK.dtype)
@@ -52,8 +66,11 @@ class MakeNativeLinear:
 
     def __call__(self, weight: Weight, bias_N: Tensor | None = None) -> Linear:
         """A weight that comes packed must suit this machine."""
-        if isinstance(weight, QuantizedWeight | GroupedWeight):
+        if isinstance(weight, QuantizedWeight):
             return reference.make_linear(weight, bias_N)
+        if isinstance(weight, GroupedWeight):
+            grouped = PackedGroupedLinear.of(self.native, weight, bias_N)
+            return reference.make_linear(weight, bias_N) if grouped is None else grouped
         packed = weight if isinstance(weight, PackedWeight) else pack_weight(weight)
         if packed is None:
             return reference.make_linear(weight, bias_N)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tensorweave.kernels.grouped_weight import round_rows, row_block
 from tensorweave.kernels.weights import GroupedWeight, PackedWeight, QuantizedWeight, Weight, quantize_rows
 
 # M rows, N outputs, K inputs
@@ -56,7 +57,7 @@ class QuantizedLinear:
 
 @dataclass(frozen=True, slots=True)
 class GroupedLinear:
-    """The product of unquantized rows and weights that are dequantized in every call, in float32."""
+    """The product of quantized rows and of weights that are dequantized in every call, in float32."""
 
     weight: GroupedWeight
     bias_N: Tensor | None
@@ -65,7 +66,9 @@ class GroupedLinear:
         return self.to_float32(x_MK).to(x_MK.dtype)
 
     def to_float32(self, x_MK: Tensor) -> Tensor:
-        out_MN = x_MK.float() @ self.weight.wide_rows().T
+        block = row_block(self.weight)
+        rows_MK = x_MK.float() if block is None else round_rows(x_MK, self.weight.row_bits, block)
+        out_MN = rows_MK @ self.weight.wide_rows().T
         return out_MN if self.bias_N is None else out_MN + self.bias_N
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from tensorweave.kernels.attention.native import NativeAttentionPlan
 from tensorweave.kernels.heads.native import NativePlaceHeads
 from tensorweave.kernels.heads.reference import HeadNorms
+from tensorweave.kernels.linear.grouped import PackedGroupedLinear
 from tensorweave.kernels.linear.native import PackedLinear
 from tensorweave.kernels.linear.reference import Linear
 from tensorweave.kernels.native.library import NativeKernels, load_native
@@ -103,7 +104,7 @@ class NativeLayers:
         return x_TD
 
     def _reserve(self, num_tokens: int, num_partial: int) -> None:
-        size = self._native.layers_scratch(ctypes.addressof(self._layers), num_tokens)
+        size = self._native.layers_scratch(ctypes.addressof(self._layers), len(self._layers), num_tokens)
         if size > len(self._scratch):
             self._scratch = huge_pages((size,), self._scratch.dtype)
         if num_partial > len(self._partial):
@@ -116,24 +117,17 @@ def native_layers(layers: Sequence[LayerParts], head_dim: int, epsilon: float) -
     native = load_native(weight_D.dtype) if weight_D.device.type == "cpu" else None
     if native is None or not NativePlaceHeads.fits(native, head_dim):
         return None
-    if not all(isinstance(linear, PackedLinear) for layer in layers for linear in layer.linears):
+    if not all(isinstance(linear, PackedLinear | PackedGroupedLinear) for layer in layers for linear in layer.linears):
         return None
     is_alike = len({tuple(_shape(linear) for linear in layer.linears) for layer in layers}) == 1
     return NativeLayers(native, layers, head_dim, epsilon) if is_alike else None
 
 
-def _shape(linear: Linear) -> tuple[int, int]:
-    assert isinstance(linear, PackedLinear)
-    return linear.weight.num_outputs, linear.weight.num_inputs
-
-
 def _matrix(linear: Linear) -> Matrix:
-    assert isinstance(linear, PackedLinear)
-    weight, bias_N = linear.weight, linear.bias_N
-    return Matrix(
-        packed=weight.values.data_ptr(),
-        bias=None if bias_N is None else bias_N.data_ptr(),
-        num_outputs=weight.num_outputs,
-        num_inputs=weight.num_inputs,
-        is_narrow=weight.values.dtype != weight.dtype,
-    )
+    assert isinstance(linear, PackedLinear | PackedGroupedLinear)
+    return linear.matrix
+
+
+def _shape(linear: Linear) -> tuple[int, int]:
+    matrix = _matrix(linear)
+    return matrix.num_outputs, matrix.num_inputs

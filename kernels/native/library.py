@@ -40,6 +40,16 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "place_heads": (*[_POINTER] * 6, _FLOAT, *[_LONG] * 5),
     "attend": (_POINTER, _LONG, *[_POINTER] * 5, *[_LONG] * 5, _FLOAT),
     "run_layers": (*[_POINTER] * 2,),
+    "grouped_linear": (_POINTER, _POINTER, _LONG, *[_POINTER] * 3, _LONG),
+}
+_INT64 = ctypes.c_int64
+# These do not depend on the type of rows.
+_COMMON_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "layers_scratch": (_INT64, (_POINTER, _INT64, _INT64)),
+    "grouped_bytes": (_INT64, (_POINTER,)),
+    "grouped_scratch": (_INT64, (_POINTER, _INT64)),
+    "pack_grouped": (None, (*[_POINTER] * 5,)),
+    "reads_half_scales": (ctypes.c_int, ()),
 }
 # These work on bytes, whatever the element type.
 _BYTE_SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -69,6 +79,11 @@ class NativeKernels:
     attend: Any
     run_layers: Any
     layers_scratch: Any
+    grouped_linear: Any
+    grouped_bytes: Any
+    grouped_scratch: Any
+    pack_grouped: Any
+    reads_half_scales: Any
     linear_by_bf16: Any | None
     argmax: Any | None
     sample: Any | None
@@ -82,8 +97,10 @@ def load_native(dtype: torch.dtype) -> NativeKernels | None:
     if library is None:
         return None
     kernels = {name: _function(library, name, _SUFFIXES[dtype]) for name in _SIGNATURES}
-    library.layers_scratch.argtypes, library.layers_scratch.restype = (_POINTER, ctypes.c_int64), ctypes.c_int64
-    kernels |= {"layers_scratch": library.layers_scratch}
+    for name, (result, arguments) in _COMMON_SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, result
+        kernels[name] = function
     kernels |= dict.fromkeys(("linear_by_bf16", "argmax", "sample", "mask_tokens"))
     if dtype == torch.float32:
         argmax = library.argmax_f32

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+from enum import IntEnum
 from typing import Final
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -37,16 +38,36 @@ class WindowPlan(ctypes.Structure):
     num_tasks: int
 
 
+class MatrixForm(IntEnum):
+    """What a `Matrix` points to: weights of the rows' type, bfloat16 for float32 rows, or integers in groups."""
+
+    PACKED = 0
+    NARROW = 1
+    GROUPED = 2
+
+
 class Matrix(ctypes.Structure):
-    """`matrix` in layers.h."""
+    """`matrix` in grouped.h. The fields from `bits` on are those of `MatrixForm.GROUPED`."""
 
     _fields_ = (
         ("packed", _POINTER),
         ("bias", _POINTER),
         ("num_outputs", _INT),
         ("num_inputs", _INT),
-        ("is_narrow", _INT),
+        ("form", _INT),
+        ("bits", _INT),
+        ("zero", _INT),
+        ("group", _INT),
+        ("block", _INT),
+        ("digits", _INT),
+        ("has_minimums", _INT),
+        ("has_half_scales", _INT),
     )
+    packed: int
+    bias: int | None
+    num_outputs: int
+    num_inputs: int
+    form: int
 
 
 class DecoderLayer(ctypes.Structure):

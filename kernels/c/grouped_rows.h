@@ -1,0 +1,95 @@
+/* What products with grouped weights (grouped.h) do to rows: quantize them, and store results. Included once for each element type, after
+   linear.h. */
+
+/* One block of a row, `count` of whose elements exist, to its digits, `stride` words of four bytes apart, and its factors. */
+INLINE void NAME(quantize_block)(const matrix *m, const ELEM *a, long count, int32_t *digits, long stride, block_factors *factors) {
+    ELEM filled[MOST_BLOCK];
+    if (count < m->block) {
+        memset(filled, 0, sizeof filled);
+        memcpy(filled, a, count * sizeof *a);
+        a = filled;
+    }
+    vf x[MOST_BLOCK / VL];
+    vi most = {0}, total = {0};
+    for (long i = 0; i < m->block / VL; i++) {
+        x[i] = NAME(load)(a + i * VL);
+        most = max_vi(most, (vi)x[i] & 0x7fffffff);
+    }
+    int32_t bits = largest_lane(most);
+    float largest, whole = m->digits == 2 ? 32512 : 127; /* 127 * 256 */
+    memcpy(&largest, &bits, sizeof bits);
+    float inverse = largest < 1e-30f ? 0 : whole / largest, scale = largest < 1e-30f ? 0 : largest / whole;
+    if (bits >= 0x7f800000) scale = NAN; /* the block has a NaN or an infinity */
+    for (long i = 0; i < m->block / VL; i++) {
+        vi number = (vi)(x[i] * inverse + 12582912.0f) - 0x4b400000; /* 1.5 * 2^23: rounds to the nearest whole number */
+        total += number;
+        place_bytes(number, digits, stride);
+        if (m->digits == 2) place_bytes((number + 128) >> 8, digits + 1, stride);
+        digits += VL / 4 * stride;
+    }
+    int32_t sum = sum_lanes(total);
+    *factors = (block_factors){scale, -(int32_t)m->zero * sum, scale * (float)sum};
+}
+
+typedef struct {
+    const matrix *m;
+    const ELEM *a;
+    ELEM *out;
+    float *wide;
+    int32_t *digits;
+    block_factors *factors;
+    long lda, M, tiles, tiles_a_band, bands;
+} NAME(grouped_product);
+
+static void NAME(quantize_tiles)(void *context, long first_tile, long last_tile) {
+    const NAME(grouped_product) *p = context;
+    const matrix *m = p->m;
+    long blocks = grouped_blocks(m), words = m->block / 4 * m->digits;
+    for (long i = first_tile; i < last_tile; i++) {
+        long first = tile_start(p->M, p->tiles, i), rows = tile_start(p->M, p->tiles, i + 1) - first;
+        for (long b = 0; b < blocks; b++)
+            for (long r = 0; r < rows; r++) {
+                long k = b * m->block, count = m->num_inputs - k < m->block ? m->num_inputs - k : m->block;
+                int32_t *digits = p->digits + first * blocks * words + b * words * rows + r * m->digits;
+                NAME(quantize_block)(m, p->a + (first + r) * p->lda + k, count, digits, rows * m->digits, p->factors + first * blocks + b * rows + r);
+            }
+    }
+}
+
+/* Tasks go band by band, as in linear.h. */
+static void NAME(multiply_grouped)(void *context, long first_task, long last_task) {
+    const NAME(grouped_product) *p = context;
+    const matrix *m = p->m;
+    long N = m->num_outputs, panels = (N + NR - 1) / NR, blocks = grouped_blocks(m), words = m->block / 4 * m->digits;
+    float sums[TILE_OF_1_DIGIT * NR];
+    for (long task = first_task; task < last_task; task++) {
+        long band = task / panels, panel = task % panels;
+        const uint8_t *w = (const uint8_t *)m->packed + panel * panel_bytes(m);
+        const ELEM *bias = m->bias ? (const ELEM *)m->bias + panel * NR : 0;
+        long last = (band + 1) * p->tiles_a_band < p->tiles ? (band + 1) * p->tiles_a_band : p->tiles;
+        for (long i = band * p->tiles_a_band; i < last; i++) {
+            long first = tile_start(p->M, p->tiles, i), rows = tile_start(p->M, p->tiles, i + 1) - first, place = first * N + panel * NR;
+            any_grouped_tile(rows, m, p->digits + first * blocks * words, p->factors + first * blocks, w, sums);
+            if (p->wide)
+                NAME(store_wide)(sums, rows, p->wide + place, N, bias, N - panel * NR);
+            else
+                NAME(store_tile)(sums, rows, p->out + place, N, bias, N - panel * NR);
+        }
+    }
+}
+
+/* out[M, N] = a[M, K] w^T + bias, or to `wide`, if there. scratch: grouped_scratch bytes. */
+void NAME(grouped_linear)(const matrix *m, const ELEM *a, long lda, ELEM *out, float *wide, void *scratch, long M) {
+    if (M == 0) return;
+    long blocks = grouped_blocks(m), most = m->digits == 2 ? TILE_OF_2_DIGITS : TILE_OF_1_DIGIT;
+    long tiles = (M + most - 1) / most, tiles_a_band = BAND_BYTES / (most * blocks * m->block * m->digits) + 1;
+    long bands = (tiles + tiles_a_band - 1) / tiles_a_band;
+    int32_t *digits = scratch;
+    block_factors *factors = (block_factors *)(digits + M * blocks * m->block / 4 * m->digits);
+    NAME(grouped_product) p = {m, a, out, wide, digits, factors, lda, M, tiles, tiles_a_band, bands};
+    if (M * m->num_inputs < ENOUGH_FOR_THREADS)
+        NAME(quantize_tiles)(&p, 0, tiles);
+    else
+        run_loop(NAME(quantize_tiles), &p, tiles, 4);
+    run_loop(NAME(multiply_grouped), &p, (m->num_outputs + NR - 1) / NR * bands, 8);
+}
