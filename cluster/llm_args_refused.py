@@ -90,16 +90,15 @@ KV_CACHE: Final[Mapping[str, Refusal]] = {
     "iteration_stats_interval": Refusal("every step is recorded", (None, 1)),
 }
 
-_FP8_ALONE: Final = "it belongs to algorithms other than FP8"
+_OTHER_ALGORITHMS: Final = "it belongs to algorithms that are not here"
 
 QUANT: Final[Mapping[str, Refusal]] = {
-    "group_size": Refusal(_FP8_ALONE, (None, 128)),
-    "smoothquant_val": Refusal(_FP8_ALONE, (None, 0.5)),
+    "smoothquant_val": Refusal(_OTHER_ALGORITHMS, (None, 0.5)),
     "clamp_val": Refusal("the largest number of each row or channel has the scale"),
     "use_meta_recipe": _off("every layer is quantized alike"),
-    "has_zero_point": _off(_FP8_ALONE),
-    "pre_quant_scale": _off(_FP8_ALONE),
-    "exclude_modules": Refusal("embedding and output head are left out, all other matrices are quantized"),
+    "has_zero_point": _off(_OTHER_ALGORITHMS),
+    "pre_quant_scale": _off(_OTHER_ALGORITHMS),
+    "exclude_modules": Refusal("all matrices of the layers are quantized"),
     "mamba_ssm_cache_dtype": Refusal("there are no state-space models here"),
 }
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from tensorweave.cluster.quant_config import QuantAlgo, QuantConfig, weight_quantization
 from tensorweave.workers.store.model_store import (
     FETCHABLE,
     damage,
@@ -15,6 +16,14 @@ from tensorweave.workers.store.model_store import (
     find_fetchable,
     resolve_model,
 )
+
+_ALGORITHMS: Final = {
+    "fp8": QuantAlgo.FP8,
+    "w8a16": QuantAlgo.W8A16,
+    "w4a16": QuantAlgo.W4A16,
+    "w8a8": QuantAlgo.INT8,
+    "w4a8": QuantAlgo.W4A8_QSERVE_PER_GROUP,
+}
 
 _EXAMPLES = """\
 examples:
@@ -46,7 +55,12 @@ def add_command(commands: Any) -> None:
     saving.add_argument("out", type=Path, help="the directory to make; new or empty")
     saving.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks (default: 1)")
     saving.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    saving.add_argument("--quantization", choices=("fp8",), help="save weights in 8-bit floats (default: they are not)")
+    saving.add_argument(
+        "--quantization",
+        choices=tuple(_ALGORITHMS),
+        help="save weights in 8-bit floats, or for CPUs in integers of 8 bits, or of 4 bits in groups of 32; w: of "
+        "weights, a: of their inputs (default: they are not quantized)",
+    )
     saving.set_defaults(run=run_save)
 
 
@@ -82,7 +96,7 @@ def run_save(args: argparse.Namespace) -> int:
         args.out,
         tensor_parallel_size=size,
         dtype=args.dtype,
-        quantization=args.quantization,
+        quantization=weight_quantization(QuantConfig(quant_algo=_ALGORITHMS.get(args.quantization))),
     )
     print(args.out)
     return 0

@@ -31,7 +31,7 @@ from tensorweave.workers.engine.memory_need import MemoryNeed, check_memory, kv_
 from tensorweave.workers.engine.pool_size import count_blocks
 from tensorweave.workers.engine_dir.directory import check_engine_dir, open_weights
 from tensorweave.workers.gang.comm import Comm
-from tensorweave.workers.gang.device import check_fp8, pick_device, pick_dtype
+from tensorweave.workers.gang.device import check_fp8, check_quantization, pick_device, pick_dtype
 from tensorweave.workers.models.assembly import build_transformer, check_mesh, tensor_shapes
 from tensorweave.workers.models.checkpoint import RandomWeights
 from tensorweave.workers.models.config import ModelConfig
@@ -40,7 +40,7 @@ from tensorweave.workers.models.device.model import can_take, take_model
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.generation_config import load_sampling_defaults
 from tensorweave.workers.models.loader import WeightLoader
-from tensorweave.workers.models.quantizing import QuantizingWeights
+from tensorweave.workers.models.quantizing import quantizing
 from tensorweave.workers.models.rank_weights import RankWeights
 from tensorweave.workers.models.rotary import rotary_table
 from tensorweave.workers.models.shards import HeadShard, shard_heads, split_evenly
@@ -153,7 +153,7 @@ class _ModelShare:
             return self._build(weights, comm)
 
     def _build(self, weights: RankWeights, comm: Comm) -> Transformer:
-        wanted = weights if self.quantization is None else QuantizingWeights(weights)
+        wanted = quantizing(weights, self.quantization)
         return build_transformer(self.config, self.place, wanted, comm, self.operations)
 
 
@@ -167,7 +167,8 @@ def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) 
     dtype = pick_dtype(args.dtype if saved is None else saved.dtype, config.checkpoint_dtype, device)
     quantization = quantization if saved is None else saved.quantization
     kv_dtype = FP8 if kv_cache_dtype(args) == "fp8" else dtype
-    if quantization is not None or kv_dtype == FP8:
+    check_quantization(device, quantization)
+    if kv_dtype == FP8:
         check_fp8(device)
     has_plain_attention = args.attn_backend == "VANILLA"
     if is_on_device is None:

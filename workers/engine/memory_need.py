@@ -15,6 +15,7 @@ import torch
 from tensorweave.cluster.host_memory import HostMemory, host_memory
 from tensorweave.cluster.llm_args import KvCacheConfig
 from tensorweave.cluster.mesh import MeshRank
+from tensorweave.cluster.quant_config import IntegerWeights
 from tensorweave.kernels.weights import FP8
 from tensorweave.workers.models.assembly import count_weights
 from tensorweave.workers.models.checkpoint import Shapes
@@ -81,8 +82,14 @@ def rank_weight_bytes(config: ModelConfig, place: MeshRank, dtype: torch.dtype, 
     narrow = dtype == torch.float32 and config.checkpoint_dtype == "bfloat16"
     weights = count_weights(config, place)
     each = _NARROWED if narrow else dtype.itemsize
-    in_layers = (weights.num_multiplied - weights.num_in_head) * (each if quantization is None else FP8.itemsize)
-    return weights.num_looked_up * dtype.itemsize + weights.num_in_head * each + in_layers
+    in_layers = weights.num_multiplied - weights.num_in_head
+    looked_up = weights.num_looked_up * dtype.itemsize
+    integers = None if quantization is None else IntegerWeights.parse(quantization)
+    if integers is not None:
+        head = weights.num_looked_up if config.has_tied_embeddings else weights.num_in_head
+        scale_bits = 0 if integers.group_size is None else 16 / integers.group_size
+        return looked_up + head + int(in_layers * (integers.bits + scale_bits) / 8)
+    return looked_up + weights.num_in_head * each + in_layers * (each if quantization is None else FP8.itemsize)
 
 
 def checkpoint_bytes(shapes: Shapes, dtype: torch.dtype) -> int:

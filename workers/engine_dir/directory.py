@@ -30,7 +30,7 @@ from tensorweave.workers.models.config import ModelConfig
 from tensorweave.workers.models.device_loader import DeviceLoader
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.loader import WeightLoader
-from tensorweave.workers.models.quantizing import QuantizingWeights
+from tensorweave.workers.models.quantizing import quantizing
 from tensorweave.workers.models.rank_weights import RankWeights
 from tensorweave.workers.models.redundant_tensors import check_redundant_tensors, redundant_tensors
 from tensorweave.workers.store.disk import writing_into
@@ -50,7 +50,7 @@ def save_engine_dir(
     Args:
         tensor_parallel_size: the only size with which it can be loaded.
         dtype: the only type in which it can be loaded; 'auto' is the type in which this machine would load `source`.
-        quantization: 'fp8': weights are saved quantized, and are loaded so.
+        quantization: as `weight_quantization` names it: weights are saved quantized, and are loaded so.
 
     Raises:
         ValueError: `out` exists and is not empty, or `source` cannot be loaded with these arguments.
@@ -152,7 +152,7 @@ def _convert(source: Path, made: Path, size: int, wanted: str, quantization: str
     for place in Mesh(tensor=size).ranks():
         check_mesh(config, place)
         with open_weights(source, config, dtype, torch.device("cpu"), place) as weights:
-            recorder = RankRecorder(weights if quantization is None else QuantizingWeights(weights))
+            recorder = RankRecorder(quantizing(weights, quantization))
             build_transformer(config, place, recorder, SoloComm(), operations)  # which is never run
             recorder.save(rank_file(made, place.rank))
     for pattern in _COPIED:

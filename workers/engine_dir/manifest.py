@@ -13,6 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final, Self
 
+from tensorweave.cluster.quant_config import IntegerWeights
 from tensorweave.workers.engine_dir.digest import digest_file, digest_header
 from tensorweave.workers.engine_dir.model_digest import MANIFEST_NAME
 
@@ -25,7 +26,6 @@ _KEYS: Final = frozenset(
     {"format_version", "tensorweave_version", "tensor_parallel_size", "dtype", "model_digest", "files", "digest"}
 )
 _OPTIONAL_KEYS: Final = frozenset({"quantization"})
-_QUANTIZATIONS: Final = (None, "fp8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +145,18 @@ def _checked(fields: Any, source: str) -> dict[str, Any]:
     size, dtype, files = body["tensor_parallel_size"], body["dtype"], body["files"]
     if type(size) is not int or size < 1 or dtype not in _DTYPES or not isinstance(files, dict):
         raise ValueError(f"{source} is damaged: tensor_parallel_size {size!r}, dtype {dtype!r}")
-    if body.get("quantization") not in _QUANTIZATIONS:
+    if not _is_known(body.get("quantization")):
         raise ValueError(f"{source} has quantization {body['quantization']!r}, which this version does not read")
     return {
         **{key: value for key, value in body.items() if key not in ("format_version", "files")},
         "files": {_plain(name, source): _record(name, record, source) for name, record in files.items()},
     }
+
+
+def _is_known(quantization: Any) -> bool:
+    if not isinstance(quantization, str):
+        return quantization is None
+    return quantization == "fp8" or IntegerWeights.parse(quantization) is not None
 
 
 def _plain(name: str, source: str) -> str:

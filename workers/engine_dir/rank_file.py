@@ -2,7 +2,9 @@
 
 A rank file is in safetensors format. Names are those of the checkpoint, joined by '+' if one matrix is made of several.
 A matrix has two dimensions, or four if it is a `PackedWeight`. Float32 values that came from bfloat16 are stored as
-bfloat16. A matrix in 8-bit floats has its scales beside it. The metadata has every tensor's digest.
+bfloat16. A matrix in 8-bit floats has its scales beside it; one of integers in groups has its codes under its own name,
+and beside it its scales, its minimums if there are any, and its form: inputs, group size, bits, zero and bits of rows.
+The metadata has every tensor's digest.
 """
 
 from __future__ import annotations
@@ -36,8 +38,17 @@ from tensorweave.workers.models.tensor_names import HEAD
 
 Parts = Sequence[TensorRows]
 _PACKED_DIMS: Final = 4
-_DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": FP8}
+_DTYPES: Final = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": FP8,
+    "U8": torch.uint8,
+    "I64": torch.int64,
+}
 _SCALES: Final = ".scales"
+_MINIMUMS: Final = ".minimums"
+_FORM: Final = ".form"
 
 
 class RankRecorder:
@@ -60,7 +71,10 @@ class RankRecorder:
         return self._pack(name, self._weights.matrix_columns(name, shape, columns))
 
     def tied_head(self, embedding_VD: Tensor) -> Weight:
-        """A packed head is stored beside the embedding: reading it takes less time than packing it again."""
+        """A quantized or packed head is stored beside the embedding: reading it is faster than making it again."""
+        head = self._weights.tied_head(embedding_VD)
+        if isinstance(head, GroupedWeight):
+            return self._note_grouped(HEAD, head)
         packed = pack_weight(embedding_VD)
         if packed is None:
             return embedding_VD
@@ -75,13 +89,21 @@ class RankRecorder:
             self._tensors[name], self._tensors[name + _SCALES] = weight.values_NK, weight.scales_N
             return weight
         if isinstance(weight, GroupedWeight):
-            raise ValueError(f"{name} is of integers in groups, which engine directories do not hold")
+            return self._note_grouped(name, weight)
         packed = weight if isinstance(weight, PackedWeight) else pack_weight(weight)
         if packed is None:
             assert isinstance(weight, Tensor)
             return self._note(name, weight)
         self._tensors[name] = packed.values
         return packed
+
+    def _note_grouped(self, name: str, weight: GroupedWeight) -> GroupedWeight:
+        form = (weight.num_inputs, weight.group_size, weight.bits, weight.zero, weight.row_bits)
+        self._tensors[name], self._tensors[name + _SCALES] = weight.codes.contiguous(), weight.scales_NG.contiguous()
+        self._tensors[name + _FORM] = torch.tensor(form, dtype=torch.int64)
+        if weight.minimums_NG is not None:
+            self._tensors[name + _MINIMUMS] = weight.minimums_NG.contiguous()
+        return weight
 
     def _note(self, name: str, tensor: Tensor) -> Tensor:
         narrow = narrowed(tensor)
@@ -135,7 +157,7 @@ class RankFile:
 
     def tied_head(self, embedding_VD: Tensor) -> Weight:
         head = self._matrix(HEAD, tuple(embedding_VD.shape)) if HEAD in self._places else embedding_VD
-        return head if isinstance(head, PackedWeight) else embedding_VD
+        return head if isinstance(head, PackedWeight | GroupedWeight) else embedding_VD
 
     def _rows(self, name: str, shape: tuple[int, ...]) -> Tensor:
         self._check_shape(name, self._place(name)["shape"], shape)
@@ -148,6 +170,8 @@ class RankFile:
             self._check_shape(name + _SCALES, self._place(name + _SCALES)["shape"], shape[:1])
             values_NK, scales_N = (self._read(each).to(self._device) for each in (name, name + _SCALES))
             return QuantizedWeight(values_NK, scales_N, self._dtype)
+        if name + _FORM in self._places:
+            return self._grouped(name, shape)
         if len(stored) != _PACKED_DIMS:
             return self._rows(name, shape)
         num_outputs, num_inputs = shape
@@ -157,6 +181,24 @@ class RankFile:
         if self._device.type == "cpu" and packed.suits():
             return packed
         return PackedWeight(packed.values.to(self._device), num_outputs, self._dtype).rows().to(self._dtype)
+
+    def _grouped(self, name: str, shape: tuple[int, ...]) -> GroupedWeight:
+        if self._device.type != "cpu":
+            raise ValueError(f"{self._path}: {name} is of integers in groups, which are for CPUs")
+        num_inputs, group_size, bits, zero, row_bits = self._read(name + _FORM).tolist()
+        self._check_shape(name, (self._place(name)["shape"][0], num_inputs), shape)
+        has_minimums = name + _MINIMUMS in self._places
+        return GroupedWeight(
+            self._read(name),
+            self._read(name + _SCALES),
+            self._read(name + _MINIMUMS) if has_minimums else None,
+            num_inputs,
+            group_size,
+            bits,
+            zero,
+            self._dtype,
+            row_bits,
+        )
 
     def _read(self, name: str) -> Tensor:
         place = self._place(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,10 @@ def test_an_engine_directory_without_quantization_is_refused(tmp_path: Path) -> 
 def test_a_manifest_of_another_quantization_is_refused(tmp_path: Path) -> None:
     make_model("llama", tmp_path / "model")
     out = tmp_path / "engine"
-    save_engine_dir(tmp_path / "model", out, tensor_parallel_size=1, dtype="float32", quantization="int3")
+    save_engine_dir(tmp_path / "model", out, tensor_parallel_size=1, dtype="float32", quantization="fp8")
+    manifest = EngineManifest.read(out)
+    assert manifest is not None
+    replace(manifest, quantization="int3").write(out)
     with pytest.raises(ValueError, match="has quantization 'int3', which this version does not read"):
         load(out)
 
