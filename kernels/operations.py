@@ -42,8 +42,8 @@ MakeLinear = Callable[[Weight, Tensor | None], Linear]
 """(weight[N, K], bias[N] or None): x[M, K] to x weightᵀ + bias."""
 AddRmsNorm = Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
 """(x[T, D], update[T, D] or None, weight[D], epsilon): x += update, in place; returns x / rms(x) * weight."""
-SiluMul = Callable[[Tensor], Tensor]
-"""[T, 2 I], the gate in the first half, to silu(gate) * up: [T, I]."""
+GatedActivation = Callable[[Tensor], Tensor]
+"""[T, 2 I], the gate in the first half, to activation(gate) * up: [T, I]."""
 PlaceHeads = Callable[[Tensor, Tensor, Tensor, KvSlots, HeadNorms | None], Tensor]
 """See `kernels.heads.reference.place_heads`."""
 MakeAttention = Callable[[AttentionShape], AttentionBackend]
@@ -55,7 +55,7 @@ Argmax = Callable[[Tensor], Tensor]
 class Operations:
     make_linear: MakeLinear
     add_rms_norm: AddRmsNorm
-    silu_mul: SiluMul
+    silu_mul: GatedActivation
     place_heads: PlaceHeads
     make_attention: MakeAttention
 

@@ -1,15 +1,17 @@
-"""One layer of a decoder-only transformer: attention and a gated MLP, each behind a norm."""
+"""One layer of a decoder-only transformer: attention and an MLP, which add to the residual stream."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from tensorweave.kernels.heads.reference import HeadNorms
-from tensorweave.kernels.operations import PlaceHeads, SiluMul
+from tensorweave.kernels.operations import GatedActivation, PlaceHeads
 from tensorweave.workers.models.forward_inputs import ForwardInputs
-from tensorweave.workers.models.layers import ColumnLinear, RmsNorm, RowLinear
+from tensorweave.workers.models.layers import ColumnLinear, RowLinear
+from tensorweave.workers.models.residual import UNCHANGED, InputNorm, OutputChange
 
 # T tokens, D hidden size, N query heads and K KV heads of this rank, X = N + 2 K, H head dim
 # B blocks, P tokens per block, C = 2 K planes of a KV block
@@ -34,24 +36,39 @@ class Attention:
         return self.output(out_TNH.flatten(1), inputs)
 
 
+class Mlp(Protocol):
+    """`GatedMlp`, or a mixture of experts."""
+
+    def __call__(self, x_TD: Tensor, inputs: ForwardInputs) -> Tensor:
+        """Of the layer's normalised input, which it does not change, a new tensor [T, D], summed over ranks."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class GatedMlp:
+    """`gate_up` returns gates, then as many values that they multiply."""
+
     gate_up: ColumnLinear
-    silu_mul: SiluMul
+    activate: GatedActivation
     down: RowLinear
 
     def __call__(self, x_TD: Tensor, inputs: ForwardInputs) -> Tensor:
-        return self.down(self.silu_mul(self.gate_up(x_TD, inputs)), inputs)
+        return self.down(self.activate(self.gate_up(x_TD, inputs)), inputs)
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    attention_norm: RmsNorm
+    """`attention_norm` and `mlp_norm` stand before attention and MLP, `after_attention` and `after_mlp` behind them."""
+
+    attention_norm: InputNorm
     attention: Attention
-    mlp_norm: RmsNorm
-    mlp: GatedMlp
+    mlp_norm: InputNorm
+    mlp: Mlp
+    after_attention: OutputChange = UNCHANGED
+    after_mlp: OutputChange = UNCHANGED
 
     def __call__(self, x_TD: Tensor, update_TD: Tensor | None, inputs: ForwardInputs, cache_BCPH: Tensor) -> Tensor:
         """Add the last layer's update to the residual stream x, in place; return this layer's."""
         attended_TD = self.attention(self.attention_norm(x_TD, update_TD), inputs, cache_BCPH)
-        return self.mlp(self.mlp_norm(x_TD, attended_TD), inputs)
+        input_TD = self.mlp_norm(x_TD, self.after_attention(attended_TD))
+        return self.after_mlp(self.mlp(input_TD, inputs))

@@ -80,7 +80,7 @@ class LayerBuilder:
         parts = [LinearRows(f"{name}.{part}_proj", width, rows) for part in ("gate", "up")]
         return GatedMlp(
             gate_up=self.column_linear(parts, has_bias=has_bias),
-            silu_mul=self.operations.silu_mul,
+            activate=self.operations.silu_mul,
             down=self.row_linear(f"{name}.down_proj", width, rows, has_bias=has_bias),
         )
 

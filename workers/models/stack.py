@@ -7,10 +7,13 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tensorweave.kernels.activation.native import NativeSiluMul
 from tensorweave.kernels.attention.native import NativeAttentionPlan
 from tensorweave.kernels.native.layers import LayerParts, NativeLayers, native_layers
-from tensorweave.workers.models.decoder_layer import DecoderLayer
+from tensorweave.workers.models.decoder_layer import DecoderLayer, GatedMlp
 from tensorweave.workers.models.forward_inputs import ForwardInputs
+from tensorweave.workers.models.layers import RmsNorm
+from tensorweave.workers.models.residual import Unchanged
 
 # T tokens, D hidden size, B blocks, P tokens per block, C = 2 K planes of a KV block, H head dim
 
@@ -66,22 +69,33 @@ class NativeStack:
 def make_stack(layers: Sequence[DecoderLayer], *, has_whole_layers: bool) -> DecoderStack:
     """`has_whole_layers`: no layer is split over ranks, so that nothing is exchanged between two kernels."""
     native = None
-    if has_whole_layers:
-        native = native_layers(
-            [_parts(layer) for layer in layers], layers[0].attention.head_dim, layers[0].mlp_norm.epsilon
-        )
+    parts = [part for layer in layers if (part := _native_parts(layer)) is not None]
+    if has_whole_layers and len(parts) == len(layers):
+        native = native_layers(parts, layers[0].attention.head_dim, _epsilon(layers[0]))
     return TorchStack(layers) if native is None else NativeStack(native)
 
 
-def _parts(layer: DecoderLayer) -> LayerParts:
-    attention, mlp = layer.attention, layer.mlp
+def _native_parts(layer: DecoderLayer) -> LayerParts | None:
+    """None for a layer of a form that `NativeLayers` does not compute."""
+    attention, mlp, before_attention, before_mlp = layer.attention, layer.mlp, layer.attention_norm, layer.mlp_norm
+    if not isinstance(before_attention, RmsNorm) or not isinstance(before_mlp, RmsNorm):
+        return None
+    if not isinstance(mlp, GatedMlp) or not isinstance(mlp.activate, NativeSiluMul):
+        return None
+    if not isinstance(layer.after_attention, Unchanged) or not isinstance(layer.after_mlp, Unchanged):
+        return None
     return LayerParts(
-        attention_norm_D=layer.attention_norm.weight_D,
+        attention_norm_D=before_attention.weight_D,
         qkv=attention.qkv.linear,
         head_norms=attention.norms,
         output=attention.output.linear,
-        mlp_norm_D=layer.mlp_norm.weight_D,
+        mlp_norm_D=before_mlp.weight_D,
         gate_up=mlp.gate_up.linear,
         down=mlp.down.linear,
         window=attention.window,
     )
+
+
+def _epsilon(layer: DecoderLayer) -> float:
+    assert isinstance(layer.mlp_norm, RmsNorm)
+    return layer.mlp_norm.epsilon

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tensorweave.kernels.activation.reference import silu_mul
 from tensorweave.kernels.heads.rotation import HeadRotation
 from tensorweave.kernels.linear.reference import Linear, QuantizedLinear, TorchLinear
 from tensorweave.kernels.weights import Matrix, QuantizedWeight, interleave_gate_up
-from tensorweave.workers.models.decoder_layer import DecoderLayer
-from tensorweave.workers.models.layers import VocabEmbedding
+from tensorweave.workers.models.decoder_layer import DecoderLayer, GatedMlp
+from tensorweave.workers.models.layers import RmsNorm, VocabEmbedding
+from tensorweave.workers.models.residual import Unchanged
 from tensorweave.workers.models.stack import TorchStack
 from tensorweave.workers.models.transformer import Transformer
 
@@ -105,7 +107,13 @@ def can_take(num_heads: int, num_kv_heads: int, head_dim: int, tokens_per_block:
 
 
 def _take_layer(layer: DecoderLayer, rope_table_LH: Tensor) -> DeviceLayer:
-    attention, norms = layer.attention, layer.attention.norms
+    attention, norms, mlp = layer.attention, layer.attention.norms, layer.mlp
+    if not isinstance(layer.attention_norm, RmsNorm) or not isinstance(layer.mlp_norm, RmsNorm):
+        raise _refusal("layers that read the residual stream without a norm")
+    if not isinstance(layer.after_attention, Unchanged) or not isinstance(layer.after_mlp, Unchanged):
+        raise _refusal("norms or factors behind attention and MLP")
+    if not isinstance(mlp, GatedMlp) or mlp.activate is not silu_mul:
+        raise _refusal("other MLPs than silu(gate) * up")
     rotation = (
         HeadRotation(rope_table_LH)
         if norms is None
@@ -117,10 +125,14 @@ def _take_layer(layer: DecoderLayer, rope_table_LH: Tensor) -> DeviceLayer:
         rotation=rotation,
         output=_matrix(attention.output.linear),
         mlp_norm_D=layer.mlp_norm.weight_D,
-        gate_up=_interleave(_matrix(layer.mlp.gate_up.linear)),
-        down=_matrix(layer.mlp.down.linear),
+        gate_up=_interleave(_matrix(mlp.gate_up.linear)),
+        down=_matrix(mlp.down.linear),
         window=attention.window,
     )
+
+
+def _refusal(what: str) -> ValueError:
+    return ValueError(f"a device engine does not compute {what}")
 
 
 def _matrix(linear: Linear) -> Matrix:
