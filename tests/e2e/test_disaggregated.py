@@ -228,7 +228,7 @@ def test_pairs_answer_as_one_engine(setup: Setup) -> None:
     ]
     expected = setup.expected(requests)
     assert expected[::2] == their_greedy(setup.theirs, [prompt_of(length, n) for n, length in enumerate(lengths)], 24)
-    # Its prompt has every token, so that each of its steps can draft; and it is long enough for a draft that does not pay.
+    # Its prompt has every token, so that each step can draft; and it is long enough for a draft that does not pay.
     drafted = GenerateRequest("drafted", list(range(VOCAB)), replace(GREEDY, max_tokens=2 * TOKENS_PER_PROBE))
     [expected_drafted] = setup.expected([drafted])
 
