@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.activation.native import NativeSiluMul
-from tensorweave.kernels.activation.reference import silu_mul
+from tensorweave.kernels.activation.native import NativeGeluMul, NativeSiluMul
+from tensorweave.kernels.activation.reference import gelu_mul, silu_mul
 from tensorweave.kernels.argmax.native import NativeArgmax
 from tensorweave.kernels.argmax.reference import argmax
 from tensorweave.kernels.attention.backend import AttentionBackend, AttentionShape
@@ -30,32 +31,54 @@ from tensorweave.kernels.heads.reference import HeadNorms, place_heads
 from tensorweave.kernels.linear.native import MakeNativeLinear
 from tensorweave.kernels.linear.reference import Linear, make_linear
 from tensorweave.kernels.native.library import load_native
-from tensorweave.kernels.norm.native import NativeAddRmsNorm
-from tensorweave.kernels.norm.reference import add_rms_norm
+from tensorweave.kernels.norm.native import NativeAddRmsNorm, NativeSplitNorm
+from tensorweave.kernels.norm.reference import SplitNorm, add_rms_norm
 from tensorweave.kernels.reference_device_operations import ReferenceOperations
 from tensorweave.kernels.weights import Weight
 
-# T tokens, D width, I intermediate width, X = N + 2 K heads, N of them queries, H head dim, R rows, V vocabulary
+# T tokens, D width, I intermediate width, X = N + 2 K heads, N of them queries, H head dim, W rotated elements
+# R rows, V vocabulary
 # M rows, N outputs, K inputs of a product; B blocks, C planes of a block, P tokens per block
 
 MakeLinear = Callable[[Weight, Tensor | None], Linear]
 """(weight[N, K], bias[N] or None): x[M, K] to x weightᵀ + bias."""
-AddRmsNorm = Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
-"""(x[T, D], update[T, D] or None, weight[D], epsilon): x += update, in place; returns x / rms(x) * weight."""
 GatedActivation = Callable[[Tensor], Tensor]
 """[T, 2 I], the gate in the first half, to activation(gate) * up: [T, I]."""
-PlaceHeads = Callable[[Tensor, Tensor, Tensor, KvSlots, HeadNorms | None], Tensor]
-"""See `kernels.heads.reference.place_heads`."""
 MakeAttention = Callable[[AttentionShape], AttentionBackend]
 Argmax = Callable[[Tensor], Tensor]
 """See `kernels.argmax.reference.argmax`: of float32 logits [R, V], contiguous."""
+
+
+class AddRmsNorm(Protocol):
+    """x += update, in place, where there is one; returns x / rms(x) * (weight + offset)."""
+
+    def __call__(
+        self, x_TD: Tensor, update_TD: Tensor | None, weight_D: Tensor, epsilon: float, offset: float = 0.0
+    ) -> Tensor: ...
+
+
+class PlaceHeads(Protocol):
+    """See `kernels.heads.reference.place_heads`."""
+
+    def __call__(
+        self,
+        heads_TXH: Tensor,
+        rope_table_TW: Tensor,
+        cache_BCPH: Tensor,
+        slots: KvSlots,
+        norms: HeadNorms | None,
+        *,
+        has_neighbours: bool = False,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Operations:
     make_linear: MakeLinear
     add_rms_norm: AddRmsNorm
+    split_norm: SplitNorm | NativeSplitNorm
     silu_mul: GatedActivation
+    gelu_mul: GatedActivation
     place_heads: PlaceHeads
     make_attention: MakeAttention
 
@@ -72,7 +95,9 @@ def choose_operations(
     return Operations(
         make_linear=MakeNativeLinear(native),
         add_rms_norm=NativeAddRmsNorm(native),
+        split_norm=NativeSplitNorm(native),
         silu_mul=NativeSiluMul(native),
+        gelu_mul=NativeGeluMul(native),
         place_heads=NativePlaceHeads(native) if NativePlaceHeads.fits(native, head_dim) else reference.place_heads,
         make_attention=(
             partial(NativeAttention, native)
@@ -87,7 +112,9 @@ def reference_operations(device: torch.device, dtype: torch.dtype) -> Operations
     return Operations(
         make_linear=make_linear,
         add_rms_norm=add_rms_norm,
+        split_norm=SplitNorm(),
         silu_mul=silu_mul,
+        gelu_mul=gelu_mul,
         place_heads=place_heads,
         make_attention=partial(TorchAttention, device, dtype),
     )

@@ -263,7 +263,10 @@ def _kv_identity(args: TorchLlmArgs, path: Path, engine: ModelEngine) -> tuple[s
         digest = f"{digest} on {engine.pool.cache.device.type}"
     if args.backend == "_autodeploy":
         return f"{digest} by transformers", engine.pool.cache.shape[2] // 2
-    return digest, load_model_config(path).sizes.num_kv_heads
+    config = load_model_config(path)
+    if engine.info.max_seq_len > config.default_seq_len:  # keys of the same tokens are rotated by other factors
+        digest = f"{digest} with long factors"
+    return digest, config.sizes.num_kv_heads
 
 
 def _weight_quantization(args: TorchLlmArgs, path: Path) -> str | None:

@@ -62,10 +62,23 @@ class AttentionPlan(Protocol):
         """Put the batch's keys and values, as they are, into one layer's cache."""
         ...
 
-    def attend(self, q_TNH: Tensor, cache_BCPH: Tensor, window: int | None, scale: float) -> Tensor:
+    def attend(
+        self,
+        q_TNH: Tensor,
+        cache_BCPH: Tensor,
+        window: int | None,
+        scale: float,
+        *,
+        soft_cap: float | None = None,
+        sinks_N: Tensor | None = None,
+    ) -> Tensor:
         """softmax(q kᵀ scale) v of every query over its own sequence, causal, within `window`: [T, N, H].
 
         The keys and values of the queries' own tokens must be in the cache already.
+
+        Args:
+            soft_cap: scores are soft_cap * tanh(q kᵀ scale / soft_cap) (Gemma 2, arXiv 2408.00118).
+            sinks_N: float32; a score for each head that takes part in its softmax, but has no value (gpt-oss).
         """
         ...
 

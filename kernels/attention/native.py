@@ -49,7 +49,16 @@ class NativeAttentionPlan:
     def write(self, kv_TCH: Tensor, cache_BCPH: Tensor) -> None:
         self.slots.write(kv_TCH, cache_BCPH)
 
-    def attend(self, q_TNH: Tensor, cache_BCPH: Tensor, window: int | None, scale: float) -> Tensor:
+    def attend(
+        self,
+        q_TNH: Tensor,
+        cache_BCPH: Tensor,
+        window: int | None,
+        scale: float,
+        *,
+        soft_cap: float | None = None,
+        sinks_N: Tensor | None = None,
+    ) -> Tensor:
         T, N, H = q_TNH.shape
         _, C, P, _ = cache_BCPH.shape
         R = len(self.read_heads_R)
@@ -65,7 +74,8 @@ class NativeAttentionPlan:
             partial.data_ptr(),
             out_TNH.data_ptr(),
             *(R, N // R, C // 2, P, H),
-            scale,
+            *(scale, soft_cap or 0.0),
+            None if sinks_N is None else sinks_N.data_ptr(),
         )
         return out_TNH
 

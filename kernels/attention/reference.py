@@ -20,6 +20,9 @@ def paged_attention_reference(
     kv_of_query: Sequence[int],
     window: int | None,
     scale: float,
+    *,
+    soft_cap: float | None = None,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
     """`kv_of_query` has the KV head of each query head."""
     K, P = cache_BCPH.shape[1] // 2, cache_BCPH.shape[2]
@@ -34,5 +37,10 @@ def paged_attention_reference(
             last = span.start + row - span.first_row
             seen = slice(0 if window is None else max(0, last - window + 1), last + 1)
             scores_NL = torch.einsum("nh,lnh->nl", q_TNH[row].float(), k_LNH[seen]) * scale
-            out_TNH[row] = torch.einsum("nl,lnh->nh", torch.softmax(scores_NL, dim=-1), v_LNH[seen]).to(out_TNH.dtype)
+            if soft_cap is not None:
+                scores_NL = soft_cap * torch.tanh(scores_NL / soft_cap)
+            if sinks_N is not None:
+                scores_NL = torch.cat([scores_NL, sinks_N.unsqueeze(1)], dim=1)
+            weights_NL = torch.softmax(scores_NL, dim=-1)[:, : last + 1 - seen.start]
+            out_TNH[row] = torch.einsum("nl,lnh->nh", weights_NL, v_LNH[seen]).to(out_TNH.dtype)
     return out_TNH

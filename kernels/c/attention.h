@@ -25,6 +25,10 @@ INLINE const ELEM *NAME(row_of)(const NAME(attention) *c, long row, long head) {
     return c->q + row / c->G * c->q_stride + (head * c->G + row % c->G) * c->H;
 }
 
+INLINE const float *NAME(sink_of)(const NAME(attention) *c, long head, long query) {
+    return c->sinks ? c->sinks + head * c->G + query : 0;
+}
+
 static void NAME(copy_rows)(const NAME(attention) *c, long first, long head, long rows, NAME(cell) *q) {
     for (long r = 0; r < rows; r++)
         for (long h = 0; h < c->H; h += CELL_SIZE * VL, q += VL)
@@ -66,7 +70,7 @@ static void NAME(attend_lone)(const NAME(attention) *c, const query_tile *tile, 
     NAME(find_sight)(c, tile, 0, G, G, low, high);
     NAME(copy_rows)(c, tile->row * G, head, G, q);
     NAME(find_run)(c, c->blocks + tile->first_block, c->read_heads[head], run_number, low[0], high[0], &run);
-    NAME(attend_few_rows)(q, &run, G, low, high, H, c->factor, partial + G * H, partial + G * H + G, partial);
+    NAME(attend_few_rows)(q, &run, G, low, high, H, c->scores, partial + G * H, partial + G * H + G, partial);
 }
 
 /* Runs [first_run, last_run), joined, for rows [begin, begin + rows) of a tile, at most MOST_ROW_GROUPS * ROWS. */
@@ -91,11 +95,11 @@ static void NAME(attend_tile_rows)(const NAME(attention) *c, const query_tile *t
             long here = rows - at < ROWS ? rows - at : ROWS;
             if (low[at] >= run.last || high[at + here - 1] <= run.first) continue;
             if (is_few)
-                NAME(attend_few_rows)(q, &run, rows, low, high, H, c->factor, run_largest, run_total, run_values);
+                NAME(attend_few_rows)(q, &run, rows, low, high, H, c->scores, run_largest, run_total, run_values);
             else
-                NAME(attend_row_group)(q + at * cells, &run_cells, &run, here, low + at, high + at, H, c->factor, run_largest, run_total,
+                NAME(attend_row_group)(q + at * cells, &run_cells, &run, here, low + at, high + at, H, c->scores, run_largest, run_total,
                                    run_values);
-            join_sums(largest + at, total + at, run_largest, run_total, c->factor, old, more, UP_TO(here, VL));
+            join_sums(largest + at, total + at, run_largest, run_total, c->scores.factor, old, more, UP_TO(here, VL));
             for (long r = 0; r < here; r++) join_values(values + (at + r) * H, run_values + r * H, old[r], more[r], H);
         }
     }
@@ -129,7 +133,8 @@ static void NAME(attend_tile)(const NAME(attention) *c, const query_tile *tile, 
         }
         for (long r = begin; r < begin + rows; r++) {
             ELEM *to = c->out + (((tile->row + r / G) * c->R + head) * G + r % G) * H;
-            for (long h = 0; h < H; h += VL) NAME(store)(to + h, load_f32(values + (r - begin) * H + h) / total[r - begin]);
+            float divisor = divisor_of(total[r - begin], largest[r - begin], NAME(sink_of)(c, head, r % G), c->scores.factor);
+            for (long h = 0; h < H; h += VL) NAME(store)(to + h, load_f32(values + (r - begin) * H + h) / divisor);
         }
     }
 }
@@ -165,24 +170,26 @@ static void NAME(join_runs)(void *context, long first, long last) {
             const float *part = c->partial + (tile->first_task + run * R + i % R) * G * (H + 2);
             memcpy(sums[2], part + G * H, G * sizeof *part);
             memcpy(sums[3], part + G * H + G, G * sizeof *part);
-            join_sums(sums[0], sums[1], sums[2], sums[3], c->factor, sums[4], sums[5], lanes);
+            join_sums(sums[0], sums[1], sums[2], sums[3], c->scores.factor, sums[4], sums[5], lanes);
             for (long g = 0; g < G; g++) join_values(values + g * H, part + g * H, sums[4][g], sums[5][g], H);
         }
         for (long g = 0; g < G; g++) {
             ELEM *to = c->out + ((tile->row * R + i % R) * G + g) * H;
-            for (long h = 0; h < H; h += VL) NAME(store)(to + h, load_f32(values + g * H + h) / sums[1][g]);
+            float divisor = divisor_of(sums[1][g], sums[0][g], NAME(sink_of)(c, i % R, g), c->scores.factor);
+            for (long h = 0; h < H; h += VL) NAME(store)(to + h, load_f32(values + g * H + h) / divisor);
         }
     }
 }
 
 /* q: rows of q_stride elements, R heads of G queries each; read_heads[R] names the KV head that each reads. partial: room for
-   plan->num_tasks * G * (H + 2). out: rows of R G H elements. H % VL = 0. */
+   plan->num_tasks * G * (H + 2). out: rows of R G H elements. cap: see scoring; 0: none. sinks[R G]: a score for each query head that
+   takes part in its softmax without a key; or null. H % VL = 0. */
 void NAME(attend)(const ELEM *q, long q_stride, const ELEM *cache, const window_plan *plan, const int64_t *read_heads, float *partial,
-                  ELEM *out, long R, long G, long K, long P, long H, float scale) {
-    float factor = scale * 1.44269504f;
+                  ELEM *out, long R, long G, long K, long P, long H, float scale, float cap, const float *sinks) {
+    scoring scores = cap != 0 ? (scoring){1.44269504f, cap, scale / cap} : (scoring){scale * 1.44269504f, 0, 0};
     NAME(attention)
-    c = {q, cache, plan->tiles, plan->blocks, read_heads, partial, out, q_stride, plan->num_tiles, plan->num_tasks, plan->window,
-         R, G,     K,           P,            H,          factor};
+    c = {q,     cache,         plan->tiles,     plan->blocks,    read_heads,   sinks, partial, out,
+         q_stride, plan->num_tiles, plan->num_tasks, plan->window, R, G, K, P, H, scores};
     run_loop(NAME(attend_tasks), &c, plan->num_tasks, 16);
     run_loop(NAME(join_runs), &c, plan->num_tiles * R, PARTS_FOR(plan->num_tiles * R * G * H));
 }

@@ -41,6 +41,21 @@ INLINE vf weight_of(vf x, float factor) {
     return p * (vf)((vi)n << 23);
 }
 
+/* How products of queries and keys become scores: times scale / ln 2, for powers of 2 (see weight_of). With a cap, which is not 0, they are
+   first cap tanh(product * inner), `inner` being the scale over the cap; then their scale is 1. */
+typedef struct {
+    float factor, cap, inner;
+} scoring;
+
+NOIPA void cap_scores(float *scores, long count, float cap, float inner) {
+    for (long j = 0; j < count; j += VL) store_f32(scores + j, cap * tanh_vf(load_f32(scores + j) * inner));
+}
+
+/* What the weights of a row are divided by: their sum and, where there is a sink, the weight of its score, which has no key. */
+NOIPA float divisor_of(float total, float largest, const float *sink, float factor) {
+    return sink ? total + expf(*sink - largest * (factor / 1.44269504f)) : total;
+}
+
 /* What is taken off scores whose largest is x: nothing where a row has seen no key. */
 INLINE vf shift_of(vf x) { return select_vf(x == -INFINITY, splat(0), x); }
 
@@ -120,10 +135,11 @@ typedef struct {
     const query_tile *tiles;
     const int32_t *blocks;
     const int64_t *read_heads;
+    const float *sinks; /* of each query head, or null */
     float *partial;
     ELEM *out;
     long q_stride, num_tiles, num_tasks, window, R, G, K, P, H;
-    float factor;
+    scoring scores;
 } NAME(attention);
 
 /* Keys [first, last) of a run, both multiples of VL; those outside of [low, high) stand for their nearest inside. */

@@ -76,12 +76,13 @@ INLINE void NAME(weigh_few)(const int rows, const int width, const int with_tota
 
 /* Row r sees keys at positions [low[r], high[r]). */
 INLINE void NAME(attend_few)(const int rows, const NAME(cell) *q, const NAME(run) *run, const int32_t *low, const int32_t *high, long H,
-                             float factor, float *largest, float *total, float *values) {
+                             scoring form, float *largest, float *total, float *values) {
     float scores[FEW * RUN];
     long count = run->last - run->first;
     NAME(score_few)(rows, q, run, H / CELL_SIZE, scores);
     for (int r = 0; r < rows; r++) {
         float *score = scores + r * RUN;
+        if (form.cap != 0) cap_scores(score, count, form.cap, form.inner);
         for (long j = 0; j < count && j < low[r] - run->first; j++) score[j] = -INFINITY;
         for (long j = high[r] > run->first ? high[r] - run->first : 0; j < count; j++) score[j] = -INFINITY;
         vf most = splat(-INFINITY);
@@ -91,7 +92,7 @@ INLINE void NAME(attend_few)(const int rows, const NAME(cell) *q, const NAME(run
         largest[r] = top;
         vf shift = shift_of(splat(top));
         for (long j = 0; j < count; j += VL) {
-            vf weight = weight_of(load_f32(score + j) - shift, factor);
+            vf weight = weight_of(load_f32(score + j) - shift, form.factor);
 #if CELL_SIZE == 2
             vh narrow = __builtin_convertvector(round_weight(weight) >> 16, vh);
             memcpy((ELEM *)score + j, &narrow, sizeof narrow);
@@ -111,9 +112,9 @@ INLINE void NAME(attend_few)(const int rows, const NAME(cell) *q, const NAME(run
 
 /* values[rows][H], largest[rows] and total[rows] of a run; q: [rows][cells]. */
 static void NAME(attend_few_rows)(const NAME(cell) *q, const NAME(run) *run, long rows, const int32_t *low, const int32_t *high, long H,
-                                  float factor, float *largest, float *total, float *values) {
+                                  scoring form, float *largest, float *total, float *values) {
     for (long r = 0; r < rows; r += FEW) {
-#define FORM(n) NAME(attend_few)(n, q + r * (H / CELL_SIZE), run, low + r, high + r, H, factor, largest + r, total + r, values + r * H)
+#define FORM(n) NAME(attend_few)(n, q + r * (H / CELL_SIZE), run, low + r, high + r, H, form, largest + r, total + r, values + r * H)
         switch (rows - r) {
             case 1: FORM(1); break;
             case 2: FORM(2); break;

@@ -158,15 +158,16 @@ static __attribute__((noinline)) void NAME(weights_of_rows)(long count, long str
 
 /* Keys [first, first + count) of the run for `rows` rows; row r sees keys at positions [low[r], high[r]). */
 static void NAME(attend_row_group)(const NAME(cell) *q, const NAME(run_cells) *cells, const NAME(run) *run, long rows, const int32_t *low,
-                               const int32_t *high, long H, float factor, float *largest, float *total, float *values) {
+                               const int32_t *high, long H, scoring form, float *largest, float *total, float *values) {
     float scores[RUN * ROWS + LINES];
     const NAME(cell) *moved[RUN / CELL_SIZE], *weights = (const NAME(cell) *)scores;
     long first = low[0] > run->first ? low[0] / VL * VL : run->first;
     long last = high[rows - 1] < run->last ? UP_TO(high[rows - 1], VL) : run->last;
     long offset = first - run->first, count = last - first, vectors = (rows + VL - 1) / VL, stride = vectors * VL;
     NAME(score_block)(vectors, q, cells->keys + offset, H / CELL_SIZE, count, scores, largest);
-    if (low[rows - 1] > first || high[0] < last) hide_unseen(low, high, first, count, stride, scores, largest);
-    NAME(weights_of_rows)(count, stride, factor, scores, largest, total);
+    if (form.cap != 0) cap_scores(scores, count * stride, form.cap, form.inner);
+    if (form.cap != 0 || low[rows - 1] > first || high[0] < last) hide_unseen(low, high, first, count, stride, scores, largest);
+    NAME(weights_of_rows)(count, stride, form.factor, scores, largest, total);
     for (long h = 0; h < H;) {
         long width = h + WIDTH * VL <= H ? WIDTH : 1;
         for (long j = 0; j < count / CELL_SIZE; j++) moved[j] = cells->values[offset / CELL_SIZE + j] + h;

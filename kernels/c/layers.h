@@ -12,19 +12,24 @@
    those of the function that gets them. */
 typedef struct {
     const void *attention_norm, *query_norm, *key_norm, *mlp_norm; /* query_norm and key_norm are null where heads have no norms */
+    const void *after_attention, *after_mlp;                       /* norms, or null */
+    const float *sinks;                                            /* see attend */
     matrix qkv, output, gate_up, down;
     int64_t window; /* which of a step's window_plans */
+    int64_t rope;   /* which of its rope_tables */
 } decoder_layer;
 
 typedef struct {
     int64_t num_layers, query_heads, kv_heads, block_tokens, head_dim, num_read_heads, group;
     const int64_t *read_heads;
-    float epsilon, scale;
+    float epsilon, norm_offset, scale, cap; /* see add_rms_norm and attend */
+    float update_factor;                    /* of what attention and MLP add */
+    int64_t is_gelu, turned, has_neighbours; /* see gelu_mul and place_heads */
     volatile int64_t *num_done; /* one more after every layer, for other threads to read */
     void *const *caches;        /* of each layer */
     const window_plan *windows;
     int64_t num_tokens;
-    const float *rope_table; /* see place_heads */
+    const float *const *rope_tables; /* see place_heads */
     const int64_t *slots;    /* see place_heads */
     void *x;                 /* [num_tokens, D], the residual stream, changed in place */
     void *scratch;           /* layers_scratch elements */
@@ -66,7 +71,13 @@ static void NAME(multiply_by)(const matrix *m, const ELEM *a, ELEM *out, ELEM *a
     NAME(linear)(a, m->num_inputs, m->packed, m->bias, out, 0, a_packed, rows, m->num_outputs, m->num_inputs);
 }
 
-/* The layers are alike in all but their window. */
+/* `update` to what is added to the stream. */
+static void NAME(finish_update)(const stack_step *s, const ELEM *norm, ELEM *update, long rows, long D) {
+    if (norm) NAME(add_rms_norm)(update, 0, norm, update, rows, D, s->epsilon, s->norm_offset);
+    if (s->update_factor != 1) NAME(times)(update, s->update_factor, rows * D);
+}
+
+/* The layers are alike in all but what decoder_layer says. */
 void NAME(run_layers)(const stack_step *s, const decoder_layer *layers) {
     long T = s->num_tokens, D = layers->qkv.num_inputs, X = layers->qkv.num_outputs, Q = layers->output.num_inputs, I = layers->down.num_inputs;
     long most = rows_at_once(T);
@@ -77,20 +88,24 @@ void NAME(run_layers)(const stack_step *s, const decoder_layer *layers) {
         ELEM *cache = s->caches[l - layers];
         for (long t = 0; t < T; t += most) {
             long rows = T - t < most ? T - t : most;
-            NAME(add_rms_norm)(x + t * D, l == layers ? 0 : update + t * D, l->attention_norm, normed, rows, D, s->epsilon);
+            NAME(add_rms_norm)(x + t * D, l == layers ? 0 : update + t * D, l->attention_norm, normed, rows, D, s->epsilon,
+                               s->norm_offset);
             NAME(multiply_by)(&l->qkv, normed, heads + t * X, a_packed, rows);
-            NAME(place_heads)(heads + t * X, s->rope_table + t * s->head_dim, s->slots + t, cache, l->query_norm, l->key_norm, s->epsilon,
-                              rows, s->query_heads, s->kv_heads, s->block_tokens, s->head_dim);
+            NAME(place_heads)(heads + t * X, s->rope_tables[l->rope] + t * s->turned, s->slots + t, cache, l->query_norm, l->key_norm,
+                              s->epsilon, s->norm_offset, rows, s->query_heads, s->kv_heads, s->block_tokens, s->head_dim, s->turned,
+                              s->has_neighbours);
         }
         NAME(attend)(heads, X, cache, s->windows + l->window, s->read_heads, s->partial, attended, s->num_read_heads, s->group,
-                     s->kv_heads, s->block_tokens, s->head_dim, s->scale);
+                     s->kv_heads, s->block_tokens, s->head_dim, s->scale, s->cap, l->sinks);
         for (long t = 0; t < T; t += most) {
             long rows = T - t < most ? T - t : most;
             NAME(multiply_by)(&l->output, attended + t * Q, update + t * D, a_packed, rows);
-            NAME(add_rms_norm)(x + t * D, update + t * D, l->mlp_norm, normed, rows, D, s->epsilon);
+            NAME(finish_update)(s, l->after_attention, update + t * D, rows, D);
+            NAME(add_rms_norm)(x + t * D, update + t * D, l->mlp_norm, normed, rows, D, s->epsilon, s->norm_offset);
             NAME(multiply_by)(&l->gate_up, normed, wide, a_packed, rows);
-            NAME(silu_mul)(wide, active, rows, I);
+            (s->is_gelu ? NAME(gelu_mul) : NAME(silu_mul))(wide, active, rows, I);
             NAME(multiply_by)(&l->down, active, update + t * D, a_packed, rows);
+            NAME(finish_update)(s, l->after_mlp, update + t * D, rows, D);
         }
         ++*s->num_done;
     }

@@ -10,7 +10,8 @@ from tensorweave.kernels.heads.kv_slots import KvSlots
 from tensorweave.kernels.heads.reference import HeadNorms
 from tensorweave.kernels.native.library import NativeKernels
 
-# T tokens, N query heads, K KV heads, X = N + 2 K, H head dim, B blocks, P tokens per block, C = 2 K planes of a block
+# T tokens, N query heads, K KV heads, X = N + 2 K, H head dim, W elements of a head that are rotated
+# B blocks, P tokens per block, C = 2 K planes of a block
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,14 @@ class NativePlaceHeads:
         return head_dim % (2 * native.vector_length) == 0
 
     def __call__(
-        self, heads_TXH: Tensor, rope_table_TH: Tensor, cache_BCPH: Tensor, slots: KvSlots, norms: HeadNorms | None
+        self,
+        heads_TXH: Tensor,
+        rope_table_TW: Tensor,
+        cache_BCPH: Tensor,
+        slots: KvSlots,
+        norms: HeadNorms | None,
+        *,
+        has_neighbours: bool = False,
     ) -> Tensor:
         T, X, H = heads_TXH.shape
         _, C, P, _ = cache_BCPH.shape
@@ -31,12 +39,13 @@ class NativePlaceHeads:
         query_norm, key_norm = (None, None) if norms is None else (norms.query_H.data_ptr(), norms.key_H.data_ptr())
         self.native.place_heads(
             heads_TXH.data_ptr(),
-            rope_table_TH.data_ptr(),
+            rope_table_TW.data_ptr(),
             slots.slots_T.data_ptr(),
             cache_BCPH.data_ptr(),
             query_norm,
             key_norm,
             0.0 if norms is None else norms.epsilon,
-            *(T, N, K, P, H),
+            0.0 if norms is None else norms.offset,
+            *(T, N, K, P, H, rope_table_TW.shape[1], has_neighbours),
         )
         return heads_TXH[:, :N]

@@ -29,7 +29,7 @@ from tensorweave.kernels.weights import huge_pages
 
 @dataclass(frozen=True, slots=True)
 class LayerParts:
-    """What one decoder layer is made of."""
+    """What one decoder layer is made of. `rope` is the place of its table among the step's."""
 
     attention_norm_D: Tensor
     qkv: Linear
@@ -39,17 +39,36 @@ class LayerParts:
     gate_up: Linear
     down: Linear
     window: int | None
+    rope: int = 0
+    after_attention_D: Tensor | None = None
+    after_mlp_D: Tensor | None = None
+    sinks_N: Tensor | None = None
 
     @property
     def linears(self) -> tuple[Linear, Linear, Linear, Linear]:
         return self.qkv, self.output, self.gate_up, self.down
 
 
+@dataclass(frozen=True, slots=True)
+class LayerForm:
+    """What is alike in all layers. `norm_offset` is added to the weights of all norms, `update_factor` multiplies what
+    attention and MLP add to the stream; for the rest see the operations' references."""
+
+    head_dim: int
+    epsilon: float
+    scale: float
+    norm_offset: float = 0.0
+    soft_cap: float | None = None
+    update_factor: float = 1.0
+    is_gelu: bool = False
+    has_neighbours: bool = False
+
+
 class NativeLayers:
     """Layers whose matrices are alike. Working memory grows to the largest step seen, and is kept. One caller at a
     time."""
 
-    def __init__(self, native: NativeKernels, layers: Sequence[LayerParts], head_dim: int, epsilon: float) -> None:
+    def __init__(self, native: NativeKernels, layers: Sequence[LayerParts], form: LayerForm) -> None:
         self._native = native
         self._parts = tuple(layers)  # what the structures point to
         self._window_order = tuple(dict.fromkeys(part.window for part in layers))
@@ -57,9 +76,14 @@ class NativeLayers:
         self._num_done = ctypes.c_int64(0)
         self._step = StackStep(
             num_layers=len(layers),
-            head_dim=head_dim,
-            epsilon=epsilon,
-            scale=head_dim**-0.5,
+            head_dim=form.head_dim,
+            epsilon=form.epsilon,
+            norm_offset=form.norm_offset,
+            scale=form.scale,
+            cap=form.soft_cap or 0.0,
+            update_factor=form.update_factor,
+            is_gelu=form.is_gelu,
+            has_neighbours=form.has_neighbours,
             num_done=ctypes.addressof(self._num_done),
         )
         self._scratch = torch.empty(0, dtype=native.dtype)
@@ -72,11 +96,15 @@ class NativeLayers:
             query_norm=None if norms is None else norms.query_H.data_ptr(),
             key_norm=None if norms is None else norms.key_H.data_ptr(),
             mlp_norm=part.mlp_norm_D.data_ptr(),
+            after_attention=_pointer(part.after_attention_D),
+            after_mlp=_pointer(part.after_mlp_D),
+            sinks=_pointer(part.sinks_N),
             qkv=_matrix(part.qkv),
             output=_matrix(part.output),
             gate_up=_matrix(part.gate_up),
             down=_matrix(part.down),
             window=self._window_order.index(part.window),
+            rope=part.rope,
         )
 
     @property
@@ -85,20 +113,21 @@ class NativeLayers:
         return self._num_done.value
 
     def __call__(
-        self, x_TD: Tensor, rope_table_TH: Tensor, plan: NativeAttentionPlan, caches: Sequence[Tensor]
+        self, x_TD: Tensor, rope_tables: Sequence[Tensor], plan: NativeAttentionPlan, caches: Sequence[Tensor]
     ) -> Tensor:
         """Change x in place into the hidden states after the last layer, and return it."""
-        T, H = len(x_TD), rope_table_TH.shape[1]
-        _, C, P, _ = caches[0].shape
+        T, (_, C, P, H) = len(x_TD), caches[0].shape
         query_heads, R = self._layers[0].output.num_inputs // H, len(plan.read_heads_R)
         self._reserve(T, plan.num_tasks * (query_heads // R) * (H + 2))
         pointers, windows = array("q", [cache.data_ptr() for cache in caches]), plan.in_order(self._window_order)
+        tables = array("q", [table.data_ptr() for table in rope_tables])
         step = self._step
         step.query_heads, step.kv_heads, step.block_tokens = query_heads, C // 2, P
         step.num_read_heads, step.group, step.read_heads = R, query_heads // R, plan.read_heads_R.data_ptr()
         step.caches, step.windows = pointers.buffer_info()[0], ctypes.addressof(windows)
         step.num_tokens, step.x = T, x_TD.data_ptr()
-        step.rope_table, step.slots = rope_table_TH.data_ptr(), plan.slots.slots_T.data_ptr()
+        step.rope_tables, step.turned = tables.buffer_info()[0], rope_tables[0].shape[1]
+        step.slots = plan.slots.slots_T.data_ptr()
         step.scratch, step.partial = self._scratch.data_ptr(), self._partial.data_ptr()
         self._native.run_layers(ctypes.addressof(step), ctypes.addressof(self._layers))
         return x_TD
@@ -111,16 +140,20 @@ class NativeLayers:
             self._partial = torch.empty(num_partial)
 
 
-def native_layers(layers: Sequence[LayerParts], head_dim: int, epsilon: float) -> NativeLayers | None:
+def native_layers(layers: Sequence[LayerParts], form: LayerForm) -> NativeLayers | None:
     """None where a linear is not packed, or the kernels do not take such heads or elements."""
     weight_D = layers[0].attention_norm_D
     native = load_native(weight_D.dtype) if weight_D.device.type == "cpu" else None
-    if native is None or not NativePlaceHeads.fits(native, head_dim):
+    if native is None or not NativePlaceHeads.fits(native, form.head_dim):
         return None
     if not all(isinstance(linear, PackedLinear | PackedGroupedLinear) for layer in layers for linear in layer.linears):
         return None
     is_alike = len({tuple(_shape(linear) for linear in layer.linears) for layer in layers}) == 1
-    return NativeLayers(native, layers, head_dim, epsilon) if is_alike else None
+    return NativeLayers(native, layers, form) if is_alike else None
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _matrix(linear: Linear) -> Matrix:

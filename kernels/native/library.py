@@ -35,10 +35,13 @@ _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pack_weight": (*[_POINTER] * 2, *[_LONG] * 2),
     "linear": (_POINTER, _LONG, *[_POINTER] * 5, *[_LONG] * 3),
-    "add_rms_norm": (*[_POINTER] * 4, *[_LONG] * 2, _FLOAT),
+    "add_rms_norm": (*[_POINTER] * 4, *[_LONG] * 2, *[_FLOAT] * 2),
+    "square_sums": (_POINTER, _LONG, _POINTER, *[_LONG] * 2),
+    "scale_by_rms": (_POINTER, _LONG, *[_POINTER] * 2, *[_LONG] * 3, _FLOAT),
     "silu_mul": (*[_POINTER] * 2, *[_LONG] * 2),
-    "place_heads": (*[_POINTER] * 6, _FLOAT, *[_LONG] * 5),
-    "attend": (_POINTER, _LONG, *[_POINTER] * 5, *[_LONG] * 5, _FLOAT),
+    "gelu_mul": (*[_POINTER] * 2, *[_LONG] * 2),
+    "place_heads": (*[_POINTER] * 6, *[_FLOAT] * 2, *[_LONG] * 7),
+    "attend": (_POINTER, _LONG, *[_POINTER] * 5, *[_LONG] * 5, *[_FLOAT] * 2, _POINTER),
     "run_layers": (*[_POINTER] * 2,),
     "grouped_linear": (_POINTER, _POINTER, _LONG, *[_POINTER] * 3, _LONG),
 }
@@ -74,7 +77,10 @@ class NativeKernels:
     pack_weight: Any
     linear: Any
     add_rms_norm: Any
+    square_sums: Any
+    scale_by_rms: Any
     silu_mul: Any
+    gelu_mul: Any
     place_heads: Any
     attend: Any
     run_layers: Any

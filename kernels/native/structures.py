@@ -78,11 +78,15 @@ class DecoderLayer(ctypes.Structure):
         ("query_norm", _POINTER),
         ("key_norm", _POINTER),
         ("mlp_norm", _POINTER),
+        ("after_attention", _POINTER),
+        ("after_mlp", _POINTER),
+        ("sinks", _POINTER),
         ("qkv", Matrix),
         ("output", Matrix),
         ("gate_up", Matrix),
         ("down", Matrix),
         ("window", _INT),
+        ("rope", _INT),
     )
 
 
@@ -99,12 +103,18 @@ class StackStep(ctypes.Structure):
         ("group", _INT),
         ("read_heads", _POINTER),
         ("epsilon", _FLOAT),
+        ("norm_offset", _FLOAT),
         ("scale", _FLOAT),
+        ("cap", _FLOAT),
+        ("update_factor", _FLOAT),
+        ("is_gelu", _INT),
+        ("turned", _INT),
+        ("has_neighbours", _INT),
         ("num_done", _POINTER),
         ("caches", _POINTER),
         ("windows", _POINTER),
         ("num_tokens", _INT),
-        ("rope_table", _POINTER),
+        ("rope_tables", _POINTER),
         ("slots", _POINTER),
         ("x", _POINTER),
         ("scratch", _POINTER),
@@ -117,10 +127,11 @@ class StackStep(ctypes.Structure):
     num_read_heads: int
     group: int
     read_heads: int
+    turned: int
     caches: int
     windows: int
     num_tokens: int
-    rope_table: int
+    rope_tables: int
     slots: int
     x: int
     scratch: int

@@ -65,10 +65,10 @@ class PlainModel:
         angles = (
             torch.arange(x.shape[0])
             .double()
-            .outer(inverse_frequencies(self.config.rope, self.config.sizes.head_dim).double())
+            .outer(inverse_frequencies(self.config.ropes[0], self.config.sizes.head_dim).double())
         )
         turned = torch.complex(*x.double().chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
-        return (torch.cat([turned.real, turned.imag], -1) * self.config.rope.attention_factor).float()
+        return (torch.cat([turned.real, turned.imag], -1) * self.config.ropes[0].attention_factor).float()
 
     def _attention(self, x: Tensor, layer: int) -> Tensor:
         prefix, sizes = f"model.layers.{layer}.self_attn", self.config.sizes

@@ -22,7 +22,7 @@ from tensorweave.workers.step.pending import Pending, PendingTokens, Ready, Step
 from tensorweave.workers.step.plan import PromptRead, ScheduledBatch
 from tensorweave.workers.step.resources import BaseResourceManager, ResourceManager
 
-# T tokens, D hidden size, H head dim, R and N rows of logits, V vocabulary
+# T tokens, D hidden size, W rotated elements of a head, R and N rows of logits, V vocabulary
 
 PIECE_LOGITS: Final = 4 << 20
 """Logits of a prompt that are computed at a time."""
@@ -64,7 +64,7 @@ class PyTorchModelEngine:
         model: this rank's share.
         pool: where keys and values live.
         attention: plans the attention of each step.
-        rope_table: [max_seq_len, H] float32 cosines and sines.
+        rope_tables: one for each of the model's rotations, [max_seq_len, W] float32: cosines and sines.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class PyTorchModelEngine:
         model: Transformer,
         pool: KVPool,
         attention: AttentionBackend,
-        rope_table: Tensor,
+        rope_tables: Sequence[Tensor],
         info: ModelInfo,
     ) -> None:
         self.info = info
@@ -80,8 +80,8 @@ class PyTorchModelEngine:
         self.resource_managers: tuple[BaseResourceManager, ...] = ()
         self._model = model
         self._attention = attention
-        self._rope_table = rope_table
-        self._device = rope_table.device
+        self._rope_tables = tuple(rope_tables)
+        self._device = rope_tables[0].device
         self._num_pieces = 0
 
     @property
@@ -120,6 +120,6 @@ class PyTorchModelEngine:
         )
         return ForwardInputs(
             token_ids_T=ids_T,
-            rope_table_TH=self._rope_table.index_select(0, positions_T),
+            rope_tables=tuple(table.index_select(0, positions_T) for table in self._rope_tables),
             attention=self._attention.plan(packed.spans, slots_T),
         )

@@ -32,11 +32,11 @@ from tensorweave.workers.engine.pool_size import count_blocks
 from tensorweave.workers.engine_dir.directory import check_engine_dir, open_weights
 from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.gang.device import check_fp8, check_quantization, pick_device, pick_dtype
-from tensorweave.workers.models.assembly import build_transformer, check_mesh, tensor_shapes
+from tensorweave.workers.models.assembly import build_transformer, build_without_memory, check_mesh, tensor_shapes
 from tensorweave.workers.models.checkpoint import RandomWeights
 from tensorweave.workers.models.config import ModelConfig
 from tensorweave.workers.models.device.buffers import StepBuffers
-from tensorweave.workers.models.device.model import can_take, take_model
+from tensorweave.workers.models.device.model import can_take, take_model, what_is_missing
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.generation_config import load_sampling_defaults
 from tensorweave.workers.models.loader import WeightLoader
@@ -172,9 +172,7 @@ def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) 
         check_fp8(device)
     has_plain_attention = args.attn_backend == "VANILLA"
     if is_on_device is None:
-        sizes, P = config.sizes, args.kv_cache_config.tokens_per_block
-        fits = can_take(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, P, place.mesh.size)
-        is_on_device = device.type == "cuda" and fits and not has_plain_attention
+        is_on_device = device.type == "cuda" and not has_plain_attention and _fits_device_engine(config, args, place)
     return _ModelShare(
         path,
         config,
@@ -188,12 +186,25 @@ def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) 
     )
 
 
+def _fits_device_engine(config: ModelConfig, args: TorchLlmArgs, place: MeshRank) -> bool:
+    sizes, P = config.sizes, args.kv_cache_config.tokens_per_block
+    if not can_take(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, P, place.mesh.size):
+        return False
+    widths = [rope.width(sizes.head_dim) for rope in config.ropes]
+    missing = what_is_missing(build_without_memory(config, place), widths)
+    if missing is not None:
+        logger.warning("steps are computed by PyTorch, which is slower: there are no GPU kernels for %s", missing)
+    return missing is None
+
+
 def _describe(share: _ModelShare, num_blocks: int, args: TorchLlmArgs, defaults: SamplingDefaults) -> ModelInfo:
     config, sizes, P = share.config, share.config.sizes, args.kv_cache_config.tokens_per_block
     return ModelInfo(
         model=str(args.model),
         vocab_size=sizes.vocab_size,
-        max_seq_len=_limit_length(args.max_seq_len, config.max_seq_len, num_blocks * P),
+        max_seq_len=_limit_length(
+            args.max_seq_len, config.max_seq_len if args.max_seq_len else config.default_seq_len, num_blocks * P
+        ),
         dtype=str(share.dtype).removeprefix("torch."),
         tokens_per_block=P,
         num_blocks=num_blocks,
@@ -222,8 +233,9 @@ def _build_device_engine(
     model: Transformer, share: _ModelShare, args: TorchLlmArgs, defaults: SamplingDefaults, comm: Comm, log: StartLog
 ) -> DeviceEngine:
     kv, device, settings = args.kv_cache_config, share.device, StepSettings.of(args, share.device.type)
-    longest = min(args.max_seq_len or share.config.max_seq_len, share.config.max_seq_len)
-    device_model = take_model(model, rotary_table(share.config.rope, share.config.sizes.head_dim, longest, device))
+    longest = min(args.max_seq_len or share.config.default_seq_len, share.config.max_seq_len)
+    head_dim = share.config.sizes.head_dim
+    device_model = take_model(model, [rotary_table(rope, head_dim, longest, device) for rope in share.config.ropes])
     graphs = GraphSizes()
     if args.cuda_graph_config is not None:
         sizes = graph_sizes(args.cuda_graph_config, settings.max_batch_size)
@@ -264,7 +276,7 @@ def _assemble_engine(model: Transformer, share: _ModelShare, info: ModelInfo) ->
         attention=share.operations.make_attention(
             AttentionShape(len(heads.kv), heads.read_heads, H, P, frozenset(config.windows))
         ),
-        rope_table=rotary_table(config.rope, H, info.max_seq_len, device),
+        rope_tables=[rotary_table(rope, H, info.max_seq_len, device) for rope in config.ropes],
         info=info,
     )
 

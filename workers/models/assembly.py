@@ -8,12 +8,15 @@ What a model asks for while it is built is also what its checkpoint must have (`
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from tensorweave.cluster.mesh import MeshRank
+from tensorweave.kernels.linear.reference import Linear
 from tensorweave.kernels.operations import Operations, reference_operations
 from tensorweave.workers.gang.comm import Comm, SoloComm
 from tensorweave.workers.models.checkpoint import Shapes
-from tensorweave.workers.models.config import ModelConfig
+from tensorweave.workers.models.config import ModelConfig, ModelEnds
+from tensorweave.workers.models.ends import Embedding, Head, ScaledEmbedding, ScaledHead
 from tensorweave.workers.models.layer_builder import LayerBuilder
 from tensorweave.workers.models.layers import OutputHead, RmsNorm, SplitVocabEmbedding, VocabEmbedding
 from tensorweave.workers.models.rank_weights import MetaWeights, RankWeights, TensorRows
@@ -27,9 +30,8 @@ def build_transformer(
     config: ModelConfig, place: MeshRank, weights: RankWeights, comm: Comm, operations: Operations
 ) -> Transformer:
     """Read one rank's share of the weights and put the layers around it."""
-    sizes = config.sizes
-    shares = split_evenly(sizes.vocab_size, place.mesh.tensor)
-    vocab = shares[place.tensor]
+    sizes, ends = config.sizes, config.ends
+    vocab = split_evenly(sizes.vocab_size, place.mesh.tensor)[place.tensor]
     shape = (sizes.vocab_size, sizes.hidden_size)
     embedding_VD = weights.rows([TensorRows(EMBEDDING, shape, vocab)])
     layers = [
@@ -39,15 +41,25 @@ def build_transformer(
     is_tied = config.has_tied_embeddings
     head_VD = weights.tied_head(embedding_VD) if is_tied else weights.matrix_rows([TensorRows(HEAD, shape, vocab)])
     final_norm_D = weights.vector(FINAL_NORM, sizes.hidden_size)
-    has_all_words = len(vocab) == sizes.vocab_size
     return Transformer(
-        embedding=VocabEmbedding(embedding_VD)
-        if has_all_words
-        else SplitVocabEmbedding(embedding_VD, vocab.start, comm),
+        embedding=_embedding(embedding_VD, sizes.vocab_size, vocab, ends.embedding_factor, comm),
         stack=make_stack(layers, has_whole_layers=place.mesh.tensor == 1),
-        final_norm=RmsNorm(operations.add_rms_norm, final_norm_D, sizes.norm_epsilon),
-        head=OutputHead(operations.make_linear(head_VD, None), tuple(len(share) for share in shares), comm),
+        final_norm=RmsNorm(operations.add_rms_norm, final_norm_D, sizes.norm_epsilon, sizes.norm_offset),
+        head=_head(operations.make_linear(head_VD, None), sizes.vocab_size, place, ends, comm),
     )
+
+
+def _embedding(weight_VD: Tensor, vocab_size: int, vocab: range, factor: float, comm: Comm) -> Embedding:
+    has_all_words = len(vocab) == vocab_size
+    table = VocabEmbedding(weight_VD) if has_all_words else SplitVocabEmbedding(weight_VD, vocab.start, comm)
+    return table if factor == 1.0 else ScaledEmbedding(table, factor)
+
+
+def _head(linear: Linear, vocab_size: int, place: MeshRank, ends: ModelEnds, comm: Comm) -> Head:
+    shares = split_evenly(vocab_size, place.mesh.tensor)
+    head = OutputHead(linear, tuple(len(share) for share in shares), comm)
+    is_plain = ends.logit_factor == 1.0 and ends.logit_cap is None
+    return head if is_plain else ScaledHead(head, ends.logit_factor, ends.logit_cap)
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
@@ -58,9 +70,14 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
 def count_weights(config: ModelConfig, place: MeshRank) -> MetaWeights:
     """What the rank at `place` asks for of a checkpoint."""
     weights = MetaWeights()
-    operations = reference_operations(torch.device("meta"), torch.float32)
-    build_transformer(config, place, weights, SoloComm(), operations)
+    build_without_memory(config, place, weights)
     return weights
+
+
+def build_without_memory(config: ModelConfig, place: MeshRank, weights: MetaWeights | None = None) -> Transformer:
+    """The model as the rank at `place` builds it, on torch's meta device."""
+    operations = reference_operations(torch.device("meta"), torch.float32)
+    return build_transformer(config, place, weights or MetaWeights(), SoloComm(), operations)
 
 
 def check_mesh(config: ModelConfig, place: MeshRank) -> None:

@@ -6,7 +6,8 @@ each is a `LayerDesign`, which says what KV the layer keeps and builds it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from tensorweave.workers.models.decoder_layer import DecoderLayer
@@ -30,17 +31,39 @@ class LayerDesign(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class ModelEnds:
+    """What is done to embedded tokens and to logits: both multiplied by a factor; then, with a cap, logits become
+    cap * tanh(logits / cap)."""
+
+    embedding_factor: float = 1.0
+    logit_factor: float = 1.0
+    logit_cap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """`max_seq_len` counts the positions that the model may use, `end_ids` are the tokens that end a sequence."""
+    """`max_seq_len` counts the positions that the model may use, `end_ids` are the tokens that end a sequence.
+
+    `ropes` are the rotations of its layers, each of which names one (`LayerKv.rope`). For `nested_names` see `Family`.
+    """
 
     architecture: str
     sizes: ModelSizes
     layers: tuple[LayerDesign, ...]
-    rope: RopeConfig
+    ropes: tuple[RopeConfig, ...]
     max_seq_len: int
+    ends: ModelEnds = field(default_factory=ModelEnds)
+    nested_names: Mapping[str, str] = field(default_factory=dict)
     has_tied_embeddings: bool = False
     checkpoint_dtype: str = "float32"
     end_ids: tuple[int, ...] = ()
+
+    @property
+    def default_seq_len(self) -> int:
+        """The longest sequence where nobody says: not beyond the length at which longrope changes its factors for all
+        positions, since shorter sequences are meant to have the others."""
+        lengths = [rope.original_max_len for rope in self.ropes if rope.kind == "longrope"]
+        return min([self.max_seq_len, *lengths])
 
     @property
     def kv(self) -> LayerKv:

@@ -36,12 +36,22 @@ class ConfigFields:
             raise self.wrong(key, "true or false")
         return value
 
+    def number(self, key: str, default: float) -> float:
+        """Above 0."""
+        value = self.raw.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise self.wrong(key, "a number above 0")
+        return float(value)
+
+    def optional_number(self, key: str) -> float | None:
+        return None if self.raw.get(key) is None else self.number(key, 0.0)
+
     def require(self, key: str, implied: bool, family: str) -> None:
         """A key that the family's class in transformers does not read must say what is so anyway."""
         if self.raw.get(key) not in (None, implied):
             raise self.wrong(key, f"{str(implied).lower()}, which {family} models have without saying")
 
-    def sizes(self, default_kv_heads: int | None, default_head_dim: int | None) -> ModelSizes:
+    def sizes(self, default_kv_heads: int | None, default_head_dim: int | None, norm_offset: float = 0.0) -> ModelSizes:
         """The defaults are what a family's class takes where the key is not there at all."""
         heads, hidden = self.count("num_attention_heads"), self.count("hidden_size")
         return ModelSizes(
@@ -53,6 +63,7 @@ class ConfigFields:
             num_kv_heads=self._kv_heads(heads, default_kv_heads),
             head_dim=self._head_dim(hidden, heads, default_head_dim),
             norm_epsilon=self._epsilon(),
+            norm_offset=norm_offset,
         )
 
     def dtype(self) -> str:

@@ -125,6 +125,8 @@ _OF_GENERATION: Final = frozenset(
 # Keys of other models, with the value at which they change nothing.
 _NEUTRAL: Final[Mapping[str, float]] = {
     "embedding_multiplier": 1,
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
     "logit_scale": 1,
     "logits_scaling": 1,
     "residual_multiplier": 1,
@@ -133,11 +135,14 @@ _NEUTRAL: Final[Mapping[str, float]] = {
 _TRAINING_WORDS: Final = ("dropout", "pdrop", "aux_loss", "z_loss")
 
 
-def refuse_unknown_keys(raw: Mapping[str, Any], family_keys: Collection[str], source: str) -> None:
-    """Raises ValueError that names the first key which may change what the model computes, and its value."""
+def refuse_unknown_keys(
+    raw: Mapping[str, Any], family_keys: Collection[str], source: str, own_code: Collection[str] = ()
+) -> None:
+    """Raises ValueError that names the first key which may change what the model computes, and its value. `own_code`
+    are the classes of repositories that compute what transformers' own class does."""
     for key, value in raw.items():
         if key == "auto_map":
-            _check_own_code(value, source)
+            _check_own_code(value, source, own_code)
         elif not _is_harmless(key, value, family_keys):
             raise ValueError(
                 f"{source}: {key} is {value!r}, a key that may change what the model computes and that is not "
@@ -153,11 +158,12 @@ def _is_harmless(key: str, value: Any, family_keys: Collection[str]) -> bool:
     return value == _NEUTRAL.get(key) or any(word in key for word in _TRAINING_WORDS)
 
 
-def _check_own_code(auto_map: Any, source: str) -> None:
+def _check_own_code(auto_map: Any, source: str, known: Collection[str]) -> None:
     """Raises ValueError if the repository has a model class of its own; configuration and tokenizer classes of its own
     change nothing here."""
     names = auto_map if isinstance(auto_map, Mapping) else {}
-    if own := [name for name in names if name == "AutoModel" or name.startswith("AutoModelForCausalLM")]:
+    models = [name for name in names if name == "AutoModel" or name.startswith("AutoModelForCausalLM")]
+    if own := [name for name in models if names[name] not in known]:
         raise ValueError(
             f"{source}: auto_map names the repository's own code for {', '.join(own)}, which is not run here; if the "
             f"architecture is transformers' own, take auto_map out of the file"

@@ -14,25 +14,43 @@ from tensorweave.workers.models.layers import ColumnLinear, RowLinear
 from tensorweave.workers.models.residual import UNCHANGED, InputNorm, OutputChange
 
 # T tokens, D hidden size, N query heads and K KV heads of this rank, X = N + 2 K, H head dim
+# W elements of a head that are rotated
 # B blocks, P tokens per block, C = 2 K planes of a KV block
+
+
+class Projection(Protocol):
+    """`ColumnLinear`, or `NormedProjection`."""
+
+    def __call__(self, x_TD: Tensor, inputs: ForwardInputs) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """`qkv` returns N query heads, K keys and K values, in that order, from one matrix product."""
+    """`qkv` returns N query heads, K keys and K values, in that order, from one matrix product.
 
-    qkv: ColumnLinear
+    `rope` is the place of the layer's rotation among the model's, `has_neighbours` how its pairs lie (see
+    `kernels.heads.rope`); scale, soft cap and sinks are those of `AttentionPlan.attend`.
+    """
+
+    qkv: Projection
     place_heads: PlaceHeads
     output: RowLinear
     norms: HeadNorms | None
     head_dim: int
     window: int | None
+    scale: float
+    rope: int = 0
+    has_neighbours: bool = False
+    soft_cap: float | None = None
+    sinks_N: Tensor | None = None
 
     def __call__(self, x_TD: Tensor, inputs: ForwardInputs, cache_BCPH: Tensor) -> Tensor:
-        plan = inputs.attention
+        plan, table_TW = inputs.attention, inputs.rope_tables[self.rope]
         heads_TXH = self.qkv(x_TD, inputs).view(x_TD.shape[0], -1, self.head_dim)
-        q_TNH = self.place_heads(heads_TXH, inputs.rope_table_TH, cache_BCPH, plan.slots, self.norms)
-        out_TNH = plan.attend(q_TNH, cache_BCPH, self.window, self.head_dim**-0.5)
+        q_TNH = self.place_heads(
+            heads_TXH, table_TW, cache_BCPH, plan.slots, self.norms, has_neighbours=self.has_neighbours
+        )
+        out_TNH = plan.attend(q_TNH, cache_BCPH, self.window, self.scale, soft_cap=self.soft_cap, sinks_N=self.sinks_N)
         return self.output(out_TNH.flatten(1), inputs)
 
 

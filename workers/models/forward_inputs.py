@@ -8,14 +8,16 @@ from torch import Tensor
 
 from tensorweave.kernels.attention.backend import AttentionPlan
 
-# T tokens, H head dim
+# T tokens
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardInputs:
     """A packed batch on the device. Every layer gets all of it: an adapter, for one, multiplies each row by the
-    matrices of the row's own request, and the mapping from rows to adapters is a further field here."""
+    matrices of the row's own request, and the mapping from rows to adapters is a further field here.
+
+    `rope_tables`, one for each of the model's rotations, have a row of cosines and sines for each token."""
 
     token_ids_T: Tensor
-    rope_table_TH: Tensor
+    rope_tables: tuple[Tensor, ...]
     attention: AttentionPlan

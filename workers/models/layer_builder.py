@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tensorweave.cluster.mesh import MeshRank
 from tensorweave.kernels.heads.reference import HeadNorms
 from tensorweave.kernels.operations import Operations
 from tensorweave.workers.gang.comm import Comm
-from tensorweave.workers.models.decoder_layer import Attention, GatedMlp
+from tensorweave.workers.models.decoder_layer import Attention, GatedMlp, Projection
 from tensorweave.workers.models.layers import ColumnLinear, RmsNorm, RowLinear
+from tensorweave.workers.models.normed_projection import NormedProjection, PartNorm
 from tensorweave.workers.models.rank_weights import RankWeights, TensorRows
 from tensorweave.workers.models.shards import HeadShard, shard_heads, split_evenly
 from tensorweave.workers.models.sizes import LayerKv, ModelSizes
@@ -43,45 +46,96 @@ class LayerBuilder:
     def norm(self, name: str) -> RmsNorm:
         """Over the hidden states."""
         weight_D = self.weights.vector(self._full(f"{name}.weight"), self.sizes.hidden_size)
-        return RmsNorm(self.operations.add_rms_norm, weight_D, self.sizes.norm_epsilon)
+        return RmsNorm(self.operations.add_rms_norm, weight_D, self.sizes.norm_epsilon, self.sizes.norm_offset)
 
     def head_norms(self, name: str) -> HeadNorms:
         """RMSNorms of each query head and of each key head, as Qwen3 names them."""
         query_H, key_H = (
             self.weights.vector(self._full(f"{name}.{kind}_norm.weight"), self.sizes.head_dim) for kind in "qk"
         )
-        return HeadNorms(query_H, key_H, self.sizes.norm_epsilon)
+        return HeadNorms(query_H, key_H, self.sizes.norm_epsilon, self.sizes.norm_offset)
 
     def attention(
-        self, name: str, kv: LayerKv, *, has_qkv_bias: bool, has_output_bias: bool, norms: HeadNorms | None = None
+        self,
+        name: str,
+        kv: LayerKv,
+        *,
+        has_output_bias: bool,
+        has_qkv_bias: bool = False,
+        qkv: Projection | None = None,
+        norms: HeadNorms | None = None,
+        scale: float | None = None,
+        soft_cap: float | None = None,
+        has_neighbours: bool = False,
+        has_sinks: bool = False,
     ) -> Attention:
-        """With q_proj, k_proj, v_proj and o_proj, the first three in one product."""
-        H, heads = kv.head_dim, self.heads(kv)
-        query, keys = (range(part.start * H, part.stop * H) for part in (heads.query, heads.kv))
-        num_query, num_keys = self.sizes.num_heads * H, kv.num_heads * H
+        """With o_proj and, unless another projection is given, q_proj, k_proj and v_proj in one product. `scale` is
+        head_dim ** -0.5 where it is None; sinks are a tensor of that name."""
+        query = self._query_rows(kv)
+        return Attention(
+            qkv=qkv or self.qkv(name, kv, has_bias=has_qkv_bias),
+            place_heads=self.operations.place_heads,
+            output=self.row_linear(
+                f"{name}.o_proj", self.sizes.num_heads * kv.head_dim, query, has_bias=has_output_bias
+            ),
+            norms=norms,
+            head_dim=kv.head_dim,
+            window=kv.window,
+            scale=kv.head_dim**-0.5 if scale is None else scale,
+            rope=kv.rope,
+            has_neighbours=has_neighbours,
+            soft_cap=soft_cap,
+            sinks_N=self._sinks(f"{name}.sinks", kv) if has_sinks else None,
+        )
+
+    def qkv(self, name: str, kv: LayerKv, *, has_bias: bool) -> ColumnLinear:
+        """q_proj, k_proj and v_proj in one product."""
+        query, keys = self._query_rows(kv), self._key_rows(kv)
+        num_query, num_keys = self.sizes.num_heads * kv.head_dim, kv.num_heads * kv.head_dim
         parts = [
             LinearRows(f"{name}.q_proj", num_query, query),
             LinearRows(f"{name}.k_proj", num_keys, keys),
             LinearRows(f"{name}.v_proj", num_keys, keys),
         ]
-        return Attention(
-            qkv=self.column_linear(parts, has_bias=has_qkv_bias),
-            place_heads=self.operations.place_heads,
-            output=self.row_linear(f"{name}.o_proj", num_query, query, has_bias=has_output_bias),
-            norms=norms,
-            head_dim=H,
-            window=kv.window,
-        )
+        return self.column_linear(parts, has_bias=has_bias)
 
-    def gated_mlp(self, name: str, *, has_bias: bool) -> GatedMlp:
+    def fused_qkv(self, name: str, kv: LayerKv) -> ColumnLinear:
+        """Of one tensor qkv_proj: all queries, all keys, all values."""
+        query, keys = self._query_rows(kv), self._key_rows(kv)
+        num_query, num_keys = self.sizes.num_heads * kv.head_dim, kv.num_heads * kv.head_dim
+        firsts = ((query, 0), (keys, num_query), (keys, num_query + num_keys))
+        return self._parts_of_one(f"{name}.qkv_proj", num_query + 2 * num_keys, firsts)
+
+    def normed_qkv(self, name: str, kv: LayerKv, *, has_bias: bool) -> NormedProjection:
+        """q_proj, k_proj, v_proj, and q_norm and k_norm over all heads together."""
+        query, keys = self._query_rows(kv), self._key_rows(kv)
+        num_query, num_keys = self.sizes.num_heads * kv.head_dim, kv.num_heads * kv.head_dim
+        projection = self.qkv(name, kv, has_bias=has_bias)
+        query_norm = self._part_norm(f"{name}.q_norm", num_query, query)
+        key_norm = self._part_norm(f"{name}.k_norm", num_keys, keys)
+        epsilon, norm = self.sizes.norm_epsilon, self.operations.split_norm
+        return NormedProjection(projection, query_norm, key_norm, self._owned_keys(kv), epsilon, norm, self.comm)
+
+    def gated_mlp(self, name: str, *, has_bias: bool = False, has_gelu: bool = False) -> GatedMlp:
         """With gate_proj, up_proj and down_proj, the first two in one product."""
         width = self.sizes.intermediate_size
-        rows = self.share(width)
-        parts = [LinearRows(f"{name}.{part}_proj", width, rows) for part in ("gate", "up")]
+        parts = [LinearRows(f"{name}.{part}_proj", width, self.share(width)) for part in ("gate", "up")]
+        gate_up = self.column_linear(parts, has_bias=has_bias)
+        return self._mlp(gate_up, f"{name}.down_proj", has_bias=has_bias, has_gelu=has_gelu)
+
+    def fused_mlp(self, name: str, gate_up: str = "gate_up_proj", down: str = "down_proj") -> GatedMlp:
+        """All gates and all ups are in one tensor."""
+        width = self.sizes.intermediate_size
+        share = self.share(width)
+        linear = self._parts_of_one(f"{name}.{gate_up}", 2 * width, ((share, 0), (share, width)))
+        return self._mlp(linear, f"{name}.{down}", has_bias=False, has_gelu=False)
+
+    def _mlp(self, gate_up: ColumnLinear, down: str, *, has_bias: bool, has_gelu: bool) -> GatedMlp:
+        width = self.sizes.intermediate_size
         return GatedMlp(
-            gate_up=self.column_linear(parts, has_bias=has_bias),
-            activate=self.operations.silu_mul,
-            down=self.row_linear(f"{name}.down_proj", width, rows, has_bias=has_bias),
+            gate_up=gate_up,
+            activate=self.operations.gelu_mul if has_gelu else self.operations.silu_mul,
+            down=self.row_linear(down, width, self.share(width), has_bias=has_bias),
         )
 
     def column_linear(self, parts: Sequence[LinearRows], *, has_bias: bool) -> ColumnLinear:
@@ -105,6 +159,32 @@ class LayerBuilder:
 
     def heads(self, kv: LayerKv) -> HeadShard:
         return shard_heads(self.sizes.num_heads, kv.num_heads, self.place.mesh.tensor)[self.place.tensor]
+
+    def _query_rows(self, kv: LayerKv) -> range:
+        heads = self.heads(kv).query
+        return range(heads.start * kv.head_dim, heads.stop * kv.head_dim)
+
+    def _key_rows(self, kv: LayerKv) -> range:
+        heads = self.heads(kv).kv
+        return range(heads.start * kv.head_dim, heads.stop * kv.head_dim)
+
+    def _owned_keys(self, kv: LayerKv) -> slice:
+        """Of this rank's elements of the keys, those that no rank before it has: KV heads may be on several."""
+        heads, group = self.heads(kv), self.sizes.num_heads // kv.num_heads
+        first = -(-heads.query.start // group) - heads.kv.start
+        return slice(first * kv.head_dim, len(heads.kv) * kv.head_dim)
+
+    def _part_norm(self, name: str, width: int, rows: range) -> PartNorm:
+        return PartNorm(self.weights.rows([TensorRows(self._full(f"{name}.weight"), (width,), rows)]), width)
+
+    def _sinks(self, name: str, kv: LayerKv) -> Tensor:
+        rows = TensorRows(self._full(name), (self.sizes.num_heads,), self.heads(kv).query)
+        return self.weights.rows([rows]).float()
+
+    def _parts_of_one(self, name: str, num_outputs: int, parts: Sequence[tuple[range, int]]) -> ColumnLinear:
+        """Rows of one tensor, each range from an offset on."""
+        rows = [range(part.start + first, part.stop + first) for part, first in parts]
+        return self.column_linear([LinearRows(name, num_outputs, each) for each in rows], has_bias=False)
 
     def _rows(self, part: LinearRows, kind: str, *columns: int) -> TensorRows:
         return TensorRows(self._full(f"{part.name}.{kind}"), (part.num_outputs, *columns), part.rows)

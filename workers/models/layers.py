@@ -26,10 +26,11 @@ class RmsNorm:
     add_rms_norm: AddRmsNorm
     weight_D: Tensor
     epsilon: float
+    offset: float = 0.0
 
     def __call__(self, x_TD: Tensor, update_TD: Tensor | None = None) -> Tensor:
         """Add the update to x in place; return x normalised."""
-        return self.add_rms_norm(x_TD, update_TD, self.weight_D, self.epsilon)
+        return self.add_rms_norm(x_TD, update_TD, self.weight_D, self.epsilon, self.offset)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,8 +35,8 @@ def check_redundant_tensors(source: WeightSource, config: ModelConfig) -> None:
             f"the checkpoint's {HEAD} differs from {EMBEDDING}, and config.json says tie_word_embeddings true: set it "
             f"to false to use the head, or take the head out of the checkpoint"
         )
-    rope = config.rope
-    allowed = [inverse_frequencies(each, config.sizes.head_dim) for each in (rope, RopeConfig(theta=rope.theta))]
+    ropes = [each for rope in config.ropes for each in (rope, RopeConfig(theta=rope.theta, part=rope.part))]
+    allowed = [inverse_frequencies(each, config.sizes.head_dim) for each in ropes]
     for name in source.shapes:
         if name.endswith(ROTATION_SUFFIX):
             stored = source.read(name).float()

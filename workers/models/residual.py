@@ -22,7 +22,7 @@ class OutputChange(Protocol):
     """What becomes of an output, summed over ranks, before it is added to the stream: `Unchanged`, `Scaled`, or
     `RmsNorm`."""
 
-    def __call__(self, update_TD: Tensor) -> Tensor:
+    def __call__(self, update_TD: Tensor, /) -> Tensor:
         """May change the update in place."""
         ...
 

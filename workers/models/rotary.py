@@ -1,4 +1,4 @@
-"""Inverse frequencies of the four kinds of RoPE, and the table from which the engine takes the rows of a batch."""
+"""Inverse frequencies of the kinds of RoPE, and the table from which the engine takes the rows of a batch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch import Tensor
 from tensorweave.workers.models.rope_config import RopeConfig
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """[head_dim / 2] float32, in radians per position."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+def inverse_frequencies(rope: RopeConfig, head_dim: int, num_positions: int = 0) -> Tensor:
+    """[W / 2] float32, in radians per position, for the W elements of a head that are rotated. `num_positions` of the
+    table choose between longrope's two sets."""
+    width = rope.width(head_dim)
+    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     plain = 1.0 / (rope.theta**exponents)
     match rope.kind:
         case "linear":
@@ -20,14 +22,20 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
         case "llama3":
             return _llama3(plain, rope)
         case "yarn":
-            return _yarn(plain, rope, head_dim)
+            return _yarn(plain, rope, width)
+        case "longrope":
+            factors = rope.long_factors if num_positions > rope.original_max_len else rope.short_factors
+            return 1.0 / (torch.tensor(factors) * rope.theta**exponents)
+        case "none":
+            return torch.zeros_like(plain)
         case _:
             return plain
 
 
 def rotary_table(rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device) -> Tensor:
-    """[num_positions, head_dim] float32: cosines of each pair, then sines, both times the attention factor."""
-    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), inverse_frequencies(rope, head_dim))
+    """[num_positions, W] float32: cosines of each pair, then sines, both times the attention factor."""
+    frequencies = inverse_frequencies(rope, head_dim, num_positions)
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
     return (torch.cat([angles.cos(), angles.sin()], dim=-1) * rope.attention_factor).to(device)
 
 

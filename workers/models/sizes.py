@@ -9,17 +9,20 @@ from dataclasses import dataclass
 class LayerKv:
     """What one layer keeps of each token: a key and a value per KV head.
 
-    `window` is the number of positions that a token attends to, its own included; None: all before it.
+    `window` is the number of positions that a token attends to, its own included; None: all before it. Keys are
+    rotated by the model's `ropes[rope]`.
     """
 
     num_heads: int
     head_dim: int
     window: int | None = None
+    rope: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """Sizes over all ranks. `norm_epsilon` is added to the mean square in every RMSNorm."""
+    """Sizes over all ranks. In every RMSNorm, `norm_epsilon` is added to the mean square and `norm_offset` to the
+    weights."""
 
     vocab_size: int
     hidden_size: int
@@ -29,6 +32,7 @@ class ModelSizes:
     num_kv_heads: int
     head_dim: int
     norm_epsilon: float
+    norm_offset: float = 0.0
 
-    def kv(self, window: int | None = None) -> LayerKv:
-        return LayerKv(self.num_kv_heads, self.head_dim, window)
+    def kv(self, window: int | None = None, rope: int = 0) -> LayerKv:
+        return LayerKv(self.num_kv_heads, self.head_dim, window, rope)

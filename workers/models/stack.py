@@ -7,13 +7,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tensorweave.kernels.activation.native import NativeSiluMul
 from tensorweave.kernels.attention.native import NativeAttentionPlan
-from tensorweave.kernels.native.layers import LayerParts, NativeLayers, native_layers
-from tensorweave.workers.models.decoder_layer import DecoderLayer, GatedMlp
+from tensorweave.kernels.native.layers import NativeLayers, native_layers
+from tensorweave.workers.models.decoder_layer import DecoderLayer
 from tensorweave.workers.models.forward_inputs import ForwardInputs
-from tensorweave.workers.models.layers import RmsNorm
-from tensorweave.workers.models.residual import Unchanged
+from tensorweave.workers.models.native_form import native_form
 
 # T tokens, D hidden size, B blocks, P tokens per block, C = 2 K planes of a KV block, H head dim
 
@@ -63,39 +61,14 @@ class NativeStack:
 
     def __call__(self, x_TD: Tensor, inputs: ForwardInputs, caches: Sequence[Tensor]) -> Tensor:
         assert isinstance(inputs.attention, NativeAttentionPlan)
-        return self._layers(x_TD, inputs.rope_table_TH, inputs.attention, caches)
+        return self._layers(x_TD, inputs.rope_tables, inputs.attention, caches)
 
 
 def make_stack(layers: Sequence[DecoderLayer], *, has_whole_layers: bool) -> DecoderStack:
     """`has_whole_layers`: no layer is split over ranks, so that nothing is exchanged between two kernels."""
     native = None
-    parts = [part for layer in layers if (part := _native_parts(layer)) is not None]
-    if has_whole_layers and len(parts) == len(layers):
-        native = native_layers(parts, layers[0].attention.head_dim, _epsilon(layers[0]))
+    taken = [native_form(layer) for layer in layers] if has_whole_layers else []
+    forms = {each[1] for each in taken if each is not None}
+    if len(forms) == 1 and None not in taken:
+        native = native_layers([each[0] for each in taken if each is not None], forms.pop())
     return TorchStack(layers) if native is None else NativeStack(native)
-
-
-def _native_parts(layer: DecoderLayer) -> LayerParts | None:
-    """None for a layer of a form that `NativeLayers` does not compute."""
-    attention, mlp, before_attention, before_mlp = layer.attention, layer.mlp, layer.attention_norm, layer.mlp_norm
-    if not isinstance(before_attention, RmsNorm) or not isinstance(before_mlp, RmsNorm):
-        return None
-    if not isinstance(mlp, GatedMlp) or not isinstance(mlp.activate, NativeSiluMul):
-        return None
-    if not isinstance(layer.after_attention, Unchanged) or not isinstance(layer.after_mlp, Unchanged):
-        return None
-    return LayerParts(
-        attention_norm_D=before_attention.weight_D,
-        qkv=attention.qkv.linear,
-        head_norms=attention.norms,
-        output=attention.output.linear,
-        mlp_norm_D=before_mlp.weight_D,
-        gate_up=mlp.gate_up.linear,
-        down=mlp.down.linear,
-        window=attention.window,
-    )
-
-
-def _epsilon(layer: DecoderLayer) -> float:
-    assert isinstance(layer.mlp_norm, RmsNorm)
-    return layer.mlp_norm.epsilon

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tensorweave.workers.models.ends import Embedding, Head
 from tensorweave.workers.models.forward_inputs import ForwardInputs
-from tensorweave.workers.models.layers import OutputHead, RmsNorm, SplitVocabEmbedding, VocabEmbedding
+from tensorweave.workers.models.layers import RmsNorm
 from tensorweave.workers.models.stack import DecoderStack
 
 # T tokens, D hidden size, H head dim, R rows of logits, V vocabulary
@@ -23,10 +24,10 @@ from tensorweave.workers.models.stack import DecoderStack
 class Transformer:
     """One rank's share of a model."""
 
-    embedding: VocabEmbedding | SplitVocabEmbedding
+    embedding: Embedding
     stack: DecoderStack
     final_norm: RmsNorm
-    head: OutputHead
+    head: Head
 
     @property
     def num_layers_done(self) -> int:

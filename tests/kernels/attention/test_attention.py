@@ -9,7 +9,7 @@ from tensorweave.kernels.attention.native import NativeAttentionPlan
 from tensorweave.kernels.attention.reference import paged_attention_reference
 from tensorweave.kernels.attention.torch_backend import TorchAttentionPlan
 from tests.kernels.attention.spans import MIXES, make_spans, plan_of
-from tests.kernels.forms import TOLERANCE, operations_of
+from tests.kernels.forms import NATIVE, TOLERANCE, assert_close, operations_of
 
 
 @pytest.mark.parametrize("window", [None, 1, 6, 100])
@@ -27,6 +27,28 @@ def test_torch_attention(
     kv_of_query = [head for head in read_heads for _ in range(group)]
     expected = paged_attention_reference(q, cache, spans, kv_of_query, window, 0.4)
     torch.testing.assert_close(plan.attend(q, cache, window, 0.4), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("form", "dtype"), [("reference", torch.float32), *[("native", each) for each in NATIVE]])
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize(("soft_cap", "has_sinks"), [(0.7, False), (None, True), (30.0, True)])
+@pytest.mark.parametrize("mix", ["decodes of unlike lengths", "later chunks"])
+def test_soft_caps_and_sinks(
+    mix: str, soft_cap: float | None, has_sinks: bool, window: int | None, form: str, dtype: torch.dtype
+) -> None:
+    """Scores reach far beyond a cap, and sinks from nothing to nearly all of a softmax."""
+    P, H, num_blocks, scale = 8, 32, 110, 1.5
+    spans = make_spans(MIXES[mix], P, num_blocks)
+    cache = torch.randn(num_blocks, 4, P, H).to(dtype)
+    q = (torch.randn(sum(span.length for span in spans), 6, H) / H**0.25).to(dtype)
+    sinks = torch.tensor([-90.0, -3.0, 0.0, 2.0, 9.0, 90.0]) if has_sinks else None
+    plan = plan_of(operations_of(form, dtype, H), spans, 2, (0, 1), H, P, {window})
+    assert isinstance(plan, NativeAttentionPlan if form == "native" else TorchAttentionPlan)
+    expected = paged_attention_reference(
+        q.double(), cache.double(), spans, [0] * 3 + [1] * 3, window, scale, soft_cap=soft_cap, sinks_N=sinks
+    )
+    ours = plan.attend(q, cache, window, scale, soft_cap=soft_cap, sinks_N=sinks)
+    assert_close(ours, expected, form, factor=10)
 
 
 @pytest.mark.parametrize("form", ["reference", "native"])

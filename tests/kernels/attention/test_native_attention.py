@@ -42,20 +42,24 @@ def test_attention(
 
 @pytest.mark.parametrize("dtype", NATIVE)
 @pytest.mark.parametrize("window", [None, 40, 300])
-@pytest.mark.parametrize(("group", "H", "P"), [(1, 32, 16), (3, 64, 16), (5, 48, 7), (20, 64, 1)])
+@pytest.mark.parametrize(
+    ("group", "H", "P", "soft_cap"),
+    [(1, 32, 16, None), (3, 64, 16, None), (5, 48, 7, None), (20, 64, 1, None), (3, 64, 16, 2.0)],
+)
 def test_attention_has_the_same_bits_in_any_batch_any_chunks_and_on_any_number_of_threads(
-    group: int, H: int, P: int, window: int | None, dtype: torch.dtype
+    group: int, H: int, P: int, soft_cap: float | None, window: int | None, dtype: torch.dtype
 ) -> None:
     lengths = [(0, 700), (3, 1), (90, 40), (513, 1)]
     num_blocks = 2100 // P + 8
     spans = make_spans(lengths, P, num_blocks)
     cache, q = torch.randn(num_blocks, 4, P, H).to(dtype), torch.randn(742, 2 * group, H).to(dtype)
     operations = operations_of("native", dtype, H)
+    sinks = None if soft_cap is None else torch.randn(2 * group)
 
     def attend(spans: list[Span], q: Tensor) -> Tensor:
         plan: AttentionPlan = plan_of(operations, spans, 2, (0, 1), H, P, {window})
         assert isinstance(plan, NativeAttentionPlan)
-        return plan.attend(q, cache, window, 0.125)
+        return plan.attend(q, cache, window, 0.125, soft_cap=soft_cap, sinks_N=sinks)
 
     whole = attend(spans, q)
     assert use_threads(3)

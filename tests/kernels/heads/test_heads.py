@@ -58,6 +58,27 @@ def test_place_heads(T: int, N: int, K: int, H: int, has_norms: bool, form: str,
     assert_close(cache, exact_cache.transpose(1, 2), form, factor=3)
 
 
+@pytest.mark.parametrize(("form", "dtype"), FORMS)
+@pytest.mark.parametrize("has_neighbours", [False, True])
+@pytest.mark.parametrize(("H", "W"), [(64, 64), (64, 48), (32, 2), (128, 96)])
+def test_part_of_each_head_is_rotated(H: int, W: int, has_neighbours: bool, form: str, dtype: torch.dtype) -> None:
+    T, N, K, P, num_blocks = 5, 3, 2, 8, 4
+    heads, cache = torch.randn(T, N + 2 * K, H).to(dtype), torch.zeros(num_blocks, 2 * K, P, H, dtype=dtype)
+    angles, slots = torch.rand(T, W // 2) * 6, torch.randperm(num_blocks * P)[:T]
+    exact = heads.double()
+    turned = exact[:, : N + K, :W]
+    paired = turned.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if has_neighbours else turned
+    paired = turn(paired, angles)
+    exact[:, : N + K, :W] = paired.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if has_neighbours else paired
+    exact_cache = torch.zeros(num_blocks, P, 2 * K, H, dtype=torch.float64)
+    exact_cache.view(-1, 2 * K, H)[slots] = exact[:, N:]
+
+    table, place_heads = torch.cat([angles.cos(), angles.sin()], -1), operations_of(form, dtype, H).place_heads
+    queries = place_heads(heads, table, cache, KvSlots(slots, 2 * K, P), None, has_neighbours=has_neighbours)
+    assert_close(queries, exact[:, :N], form, factor=3)
+    assert_close(cache, exact_cache.transpose(1, 2), form, factor=3)
+
+
 def test_slots_are_filled_and_nothing_else() -> None:
     cache, kv = torch.zeros(5, 4, 8, 3), torch.randn(3, 4, 3)
     slots = KvSlots(torch.tensor([2 * 8 + 7, 4 * 8, 0]), 4, 8)

@@ -36,6 +36,27 @@ def test_add_rms_norm(shape: tuple[int, int], form: str, dtype: torch.dtype) -> 
     assert torch.equal(x, total)
 
 
+@pytest.mark.parametrize(("form", "dtype"), FORMS)
+def test_weights_that_count_from_an_offset(form: str, dtype: torch.dtype) -> None:
+    """What is added to them is not rounded to the type of the weights."""
+    x, weight = torch.randn(7, 100).to(dtype), (torch.randn(100) / 10).to(dtype)
+    exact = exact_norm(x, 1 + weight.double())
+    assert_close(operations_of(form, dtype).add_rms_norm(x, None, weight, EPSILON, 1.0), exact, form, factor=2)
+
+
+@pytest.mark.parametrize(("form", "dtype"), FORMS)
+def test_a_norm_of_rows_in_two_parts(form: str, dtype: torch.dtype) -> None:
+    norm = operations_of(form, dtype).split_norm
+    rows, weight = torch.randn(7, 70).to(dtype), torch.rand(52).to(dtype)
+    exact = rows.double()
+    exact[:, :52] = exact_norm(rows[:, :52], weight)
+    parts = (rows[:, :33], weight[:33]), (rows[:, 33:52], weight[33:])
+    squares = norm.squares(parts[0][0]) + norm.squares(parts[1][0])
+    for part, its_weight in parts:
+        norm.scale(part, squares, its_weight, 52, EPSILON)
+    assert_close(rows, exact, form, factor=2)
+
+
 @pytest.mark.parametrize("dtype", NATIVE)
 def test_a_nan_stays_one(dtype: torch.dtype) -> None:
     x = torch.ones(1, 64, dtype=dtype)

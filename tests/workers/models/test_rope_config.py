@@ -36,9 +36,9 @@ def test_yarn_states_its_length_before_stretching() -> None:
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
     config = read("Qwen2ForCausalLM", rope_scaling=scaling)
     assert config.max_seq_len == 2048
-    assert config.rope.attention_factor == pytest.approx(1.1386294361)
+    assert config.ropes[0].attention_factor == pytest.approx(1.1386294361)
     explicit = read("Qwen2ForCausalLM", rope_scaling={**scaling, "attention_factor": 0.5})
-    assert explicit.rope.attention_factor == 0.5
+    assert explicit.ropes[0].attention_factor == 0.5
 
 
 @pytest.mark.parametrize(

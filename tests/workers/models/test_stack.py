@@ -39,6 +39,7 @@ def make_layer(operations: Operations, window: int | None) -> DecoderLayer:
             None,
             H,
             window,
+            H**-0.5,
         ),
         norm(),
         GatedMlp(ColumnLinear(linear(2 * WIDTH, HIDDEN)), operations.silu_mul, RowLinear(linear(HIDDEN, WIDTH), comm)),
@@ -52,7 +53,7 @@ def run(stack: DecoderStack, operations: Operations, x: Tensor, caches: list[Ten
     shape = AttentionShape(KV_HEADS, (0, 1), H, P, frozenset(WINDOWS))
     angles = torch.linspace(0, 3, 8 * H // 2).view(8, H // 2)
     table = torch.cat([angles.cos(), angles.sin()], -1)
-    inputs = ForwardInputs(torch.zeros(8), table, operations.make_attention(shape).plan(spans, slots))
+    inputs = ForwardInputs(torch.zeros(8), (table,), operations.make_attention(shape).plan(spans, slots))
     return stack(x.clone(), inputs, caches)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from tensorweave.kernels.heads.rotation import HeadRotation
 from tensorweave.kernels.linear.reference import Linear, QuantizedLinear, TorchLinear
 from tensorweave.kernels.weights import Matrix, QuantizedWeight, interleave_gate_up
 from tensorweave.workers.models.decoder_layer import DecoderLayer, GatedMlp
-from tensorweave.workers.models.layers import RmsNorm, VocabEmbedding
+from tensorweave.workers.models.layers import ColumnLinear, OutputHead, RmsNorm, VocabEmbedding
 from tensorweave.workers.models.residual import Unchanged
 from tensorweave.workers.models.stack import TorchStack
 from tensorweave.workers.models.transformer import Transformer
@@ -80,22 +81,65 @@ class DeviceModel:
         return self.layers[0].output.num_inputs // self.head_dim
 
 
-def take_model(transformer: Transformer, rope_table_LH: Tensor) -> DeviceModel:
+def take_model(transformer: Transformer, rope_tables: Sequence[Tensor]) -> DeviceModel:
     """Take over a transformer that one rank holds whole. Its gate and up rows are interleaved in place, so that it is
-    of no use afterwards."""
-    stack, embedding, head = transformer.stack, transformer.embedding, transformer.head.linear
+    of no use afterwards.
+
+    Args:
+        rope_tables: one for each of the model's rotations, [L, H].
+
+    Raises:
+        ValueError: names what the kernels do not compute.
+    """
+    stack, embedding, head = transformer.stack, transformer.embedding, transformer.head
+    head_dim = rope_tables[0].shape[1]
+    if (missing := what_is_missing(transformer, [table_LH.shape[1] for table_LH in rope_tables])) is not None:
+        raise ValueError(f"a device engine has no kernels for {missing}")
     assert isinstance(stack, TorchStack)
     assert isinstance(embedding, VocabEmbedding)
-    assert isinstance(head, TorchLinear)
-    layers = tuple(_take_layer(layer, rope_table_LH) for layer in stack.layers)
+    assert isinstance(head, OutputHead)
+    assert isinstance(head.linear, TorchLinear)
+    layers = tuple(_take_layer(layer, rope_tables[layer.attention.rope]) for layer in stack.layers)
     return DeviceModel(
         layers=layers,
         embedding_VD=embedding.weight_VD,
         norm_D=transformer.final_norm.weight_D,
-        head_VD=head.weight_NK,
-        head_dim=rope_table_LH.shape[1],
+        head_VD=head.linear.weight_NK,
+        head_dim=head_dim,
         epsilon=transformer.final_norm.epsilon,
     )
+
+
+def what_is_missing(transformer: Transformer, rope_widths: Sequence[int]) -> str | None:
+    """What the kernels do not compute of a model, which may be without memory, or None. `rope_widths` are the elements
+    of a head that each of its rotations turns."""
+    if not isinstance(transformer.embedding, VocabEmbedding) or not isinstance(transformer.head, OutputHead):
+        return "factors of embeddings or logits, soft caps, or vocabularies split over ranks"
+    assert isinstance(transformer.stack, TorchStack)
+    found = (_missing_of_layer(layer, rope_widths) for layer in transformer.stack.layers)
+    return next((missing for missing in found if missing is not None), None)
+
+
+def _missing_of_layer(layer: DecoderLayer, rope_widths: Sequence[int]) -> str | None:
+    attention, norm, mlp_norm, mlp = layer.attention, layer.attention_norm, layer.mlp_norm, layer.mlp
+    has_norms = isinstance(norm, RmsNorm) and isinstance(mlp_norm, RmsNorm)
+    if not has_norms or not isinstance(layer.after_attention, Unchanged) or not isinstance(layer.after_mlp, Unchanged):
+        return "norms or factors behind attention and MLP"
+    if any(isinstance(each, RmsNorm) and each.offset for each in (norm, mlp_norm)):
+        return "norms whose weights have an offset"
+    if not isinstance(mlp, GatedMlp):
+        return f"a {type(mlp).__name__} in place of an MLP"
+    if mlp.activate is not silu_mul:
+        return "gates other than silu"
+    if not isinstance(attention.qkv, ColumnLinear):
+        return "norms over all heads together"
+    if attention.soft_cap is not None or attention.sinks_N is not None:
+        return "soft caps and sinks in attention"
+    if attention.has_neighbours or rope_widths[attention.rope] != attention.head_dim:
+        return "rotations of neighbouring elements or of part of a head"
+    if attention.scale != attention.head_dim**-0.5:
+        return "scores with a scale of their own"
+    return None
 
 
 def can_take(num_heads: int, num_kv_heads: int, head_dim: int, tokens_per_block: int, num_ranks: int) -> bool:
@@ -108,12 +152,10 @@ def can_take(num_heads: int, num_kv_heads: int, head_dim: int, tokens_per_block:
 
 def _take_layer(layer: DecoderLayer, rope_table_LH: Tensor) -> DeviceLayer:
     attention, norms, mlp = layer.attention, layer.attention.norms, layer.mlp
-    if not isinstance(layer.attention_norm, RmsNorm) or not isinstance(layer.mlp_norm, RmsNorm):
-        raise _refusal("layers that read the residual stream without a norm")
-    if not isinstance(layer.after_attention, Unchanged) or not isinstance(layer.after_mlp, Unchanged):
-        raise _refusal("norms or factors behind attention and MLP")
-    if not isinstance(mlp, GatedMlp) or mlp.activate is not silu_mul:
-        raise _refusal("other MLPs than silu(gate) * up")
+    assert isinstance(layer.attention_norm, RmsNorm)
+    assert isinstance(layer.mlp_norm, RmsNorm)
+    assert isinstance(mlp, GatedMlp)
+    assert isinstance(attention.qkv, ColumnLinear)
     rotation = (
         HeadRotation(rope_table_LH)
         if norms is None
@@ -129,10 +171,6 @@ def _take_layer(layer: DecoderLayer, rope_table_LH: Tensor) -> DeviceLayer:
         down=_matrix(mlp.down.linear),
         window=attention.window,
     )
-
-
-def _refusal(what: str) -> ValueError:
-    return ValueError(f"a device engine does not compute {what}")
 
 
 def _matrix(linear: Linear) -> Matrix:

@@ -24,9 +24,14 @@ from tensorweave.workers.models.generation_config import (
     read_json,
     unite_end_ids,
 )
-from tensorweave.workers.models.rope_config import RopeConfig
 
-FAMILIES: Final = {family.architecture: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+_ALL: Final = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+)
+FAMILIES: Final = {family.architecture: family for family in _ALL}
 
 
 def load_model_config(path: str | Path) -> ModelConfig:
@@ -45,19 +50,21 @@ def load_model_config(path: str | Path) -> ModelConfig:
 
 def read_model_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
     """From a parsed config.json; `source` names it in errors, which are `load_model_config`'s."""
-    fields = ConfigFields(raw, source)
-    family = _find_family(fields)
-    refuse_unknown_keys(raw, family.keys, source)
-    _refuse_what_no_family_has(fields)
-    sizes = fields.sizes(family.default_kv_heads, family.default_head_dim)
-    max_len = fields.count("max_position_embeddings")
-    rope = RopeConfig.from_hf(raw, max_len, source)
+    family = _find_family(ConfigFields(raw, source))
+    raw = family.common(raw)
+    refuse_unknown_keys(raw, family.keys, source, family.own_code)
+    fields = ConfigFields({**family.defaults, **raw}, source)
+    _refuse_what_no_family_has(fields, family)
+    sizes = fields.sizes(family.default_kv_heads, family.default_head_dim, family.norm_offset)
+    max_len, ropes = fields.count("max_position_embeddings"), family.ropes(fields)
     return ModelConfig(
         architecture=family.architecture,
         sizes=sizes,
         layers=family.layers(fields, sizes),
-        rope=rope,
-        max_seq_len=rope.max_len(max_len),
+        ropes=ropes,
+        max_seq_len=min((rope.max_len(max_len) for rope in ropes if rope.kind != "none"), default=max_len),
+        ends=family.ends(fields, sizes),
+        nested_names=family.nested_names,
         has_tied_embeddings=fields.flag("tie_word_embeddings"),
         checkpoint_dtype=fields.dtype(),
         end_ids=unite_end_ids(sizes.vocab_size, GenerationConfig(raw, source).end_ids),
@@ -78,9 +85,9 @@ def _find_family(fields: ConfigFields) -> Family:
     return family
 
 
-def _refuse_what_no_family_has(fields: ConfigFields) -> None:
-    if fields.raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise fields.wrong("hidden_act", "silu")
+def _refuse_what_no_family_has(fields: ConfigFields, family: Family) -> None:
+    if fields.raw.get("hidden_act", "silu") not in family.activations:
+        raise fields.wrong("hidden_act", ", ".join(sorted(family.activations)))
     for key in ("quantization_config", "compression_config"):
         if fields.raw.get(key):
             raise fields.wrong(key, "checkpoints that are not quantized (float32, bfloat16, float16)")

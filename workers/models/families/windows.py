@@ -11,7 +11,7 @@ WINDOW_KEYS: Final = frozenset({"layer_types", "max_window_layers", "sliding_win
 Windows = tuple[int | None, ...]
 
 
-def read_window(fields: ConfigFields, default: int) -> int | None:
+def read_window(fields: ConfigFields, default: int | None) -> int | None:
     window = fields.raw.get("sliding_window", default)
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise fields.wrong("sliding_window", "a whole number of at least 1, or null")

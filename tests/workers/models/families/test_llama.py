@@ -17,7 +17,7 @@ def test_llama_with_defaults() -> None:
     assert config.windows == (None,) * 4
     assert biases(config) == set()
     assert config.has_tied_embeddings is False
-    assert config.rope == RopeConfig()
+    assert config.ropes == (RopeConfig(),)
     assert config.checkpoint_dtype == "float32"
 
 
