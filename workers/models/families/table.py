@@ -16,6 +16,7 @@ from tensorweave.workers.models.config_keys import refuse_unknown_keys
 from tensorweave.workers.models.families.family import Family
 from tensorweave.workers.models.families.llama import LLAMA
 from tensorweave.workers.models.families.mistral import MISTRAL
+from tensorweave.workers.models.families.phi3 import PHI3
 from tensorweave.workers.models.families.qwen2 import QWEN2
 from tensorweave.workers.models.families.qwen3 import QWEN3
 from tensorweave.workers.models.generation_config import (
@@ -30,6 +31,7 @@ _ALL: Final = (
     MISTRAL,
     QWEN2,
     QWEN3,
+    PHI3,
 )
 FAMILIES: Final = {family.architecture: family for family in _ALL}
 
