@@ -14,6 +14,7 @@ from tensorweave.workers.models.config import ModelConfig
 from tensorweave.workers.models.config_fields import ConfigFields
 from tensorweave.workers.models.config_keys import refuse_unknown_keys
 from tensorweave.workers.models.families.family import Family
+from tensorweave.workers.models.families.granite import GRANITE, GRANITE_HYBRID
 from tensorweave.workers.models.families.llama import LLAMA
 from tensorweave.workers.models.families.mistral import MISTRAL
 from tensorweave.workers.models.families.phi3 import PHI3
@@ -32,6 +33,8 @@ _ALL: Final = (
     QWEN2,
     QWEN3,
     PHI3,
+    GRANITE,
+    GRANITE_HYBRID,
 )
 FAMILIES: Final = {family.architecture: family for family in _ALL}
 
