@@ -20,6 +20,7 @@ from tensorweave.workers.models.families.mistral import MISTRAL
 from tensorweave.workers.models.families.phi3 import PHI3
 from tensorweave.workers.models.families.qwen2 import QWEN2
 from tensorweave.workers.models.families.qwen3 import QWEN3
+from tensorweave.workers.models.families.smollm3 import SMOLLM3
 from tensorweave.workers.models.generation_config import (
     GenerationConfig,
     load_generation_config,
@@ -35,6 +36,7 @@ _ALL: Final = (
     PHI3,
     GRANITE,
     GRANITE_HYBRID,
+    SMOLLM3,
 )
 FAMILIES: Final = {family.architecture: family for family in _ALL}
 
