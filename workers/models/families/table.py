@@ -14,6 +14,7 @@ from tensorweave.workers.models.config import ModelConfig
 from tensorweave.workers.models.config_fields import ConfigFields
 from tensorweave.workers.models.config_keys import refuse_unknown_keys
 from tensorweave.workers.models.families.family import Family
+from tensorweave.workers.models.families.glm import GLM, GLM4
 from tensorweave.workers.models.families.granite import GRANITE, GRANITE_HYBRID
 from tensorweave.workers.models.families.llama import LLAMA
 from tensorweave.workers.models.families.mistral import MISTRAL
@@ -37,6 +38,8 @@ _ALL: Final = (
     GRANITE,
     GRANITE_HYBRID,
     SMOLLM3,
+    GLM,
+    GLM4,
 )
 FAMILIES: Final = {family.architecture: family for family in _ALL}
 
