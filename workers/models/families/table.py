@@ -18,6 +18,7 @@ from tensorweave.workers.models.families.glm import GLM, GLM4
 from tensorweave.workers.models.families.granite import GRANITE, GRANITE_HYBRID
 from tensorweave.workers.models.families.llama import LLAMA
 from tensorweave.workers.models.families.mistral import MISTRAL
+from tensorweave.workers.models.families.olmo import OLMO2, OLMO3
 from tensorweave.workers.models.families.phi3 import PHI3
 from tensorweave.workers.models.families.qwen2 import QWEN2
 from tensorweave.workers.models.families.qwen3 import QWEN3
@@ -38,6 +39,8 @@ _ALL: Final = (
     GRANITE,
     GRANITE_HYBRID,
     SMOLLM3,
+    OLMO2,
+    OLMO3,
     GLM,
     GLM4,
 )
