@@ -10,15 +10,35 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Glm4Config,
+    Glm4ForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 VOCAB = 211
@@ -35,6 +55,17 @@ SHAPE = {
     "bos_token_id": 1,
 }
 THETA = {"rope_theta": 10000.0}
+
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+LONGROPE = {
+    **THETA,
+    "rope_type": "longrope",
+    "short_factor": [1.0 + i / 10 for i in range(12)],
+    "long_factor": [2.0 + i for i in range(12)],
+}
 
 MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
@@ -85,6 +116,78 @@ MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
                 "factor": 4.0,
                 "original_max_position_embeddings": 1024,
             },
+        },
+    ),
+    "phi3_window": (Phi3Config, Phi3ForCausalLM, {"pad_token_id": 0, "sliding_window": 29}),
+    "phi4_mini": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            "pad_token_id": 0,
+            "hidden_size": 192,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 1024,
+            "partial_rotary_factor": 0.75,
+            "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.75},
+        },
+    ),
+    "granite": (
+        GraniteConfig,
+        GraniteForCausalLM,
+        {
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "head_dim": 32,
+            "logits_scaling": 4.0,
+            "residual_multiplier": 0.4,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite4": (
+        GraniteMoeHybridConfig,
+        GraniteMoeHybridForCausalLM,
+        {
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "layer_types": ["full_attention"] * 3,
+            "logits_scaling": 4.0,
+            "mamba_n_heads": 6,
+            "num_local_experts": 0,
+            "position_embedding_type": "rope",
+            "residual_multiplier": 0.4,
+            "shared_intermediate_size": 74,
+        },
+    ),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {"pad_token_id": 0, "head_dim": 32, "no_rope_layer_interval": 2}),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {"pad_token_id": 0}),
+    "olmo3": (
+        Olmo3Config,
+        Olmo3ForCausalLM,
+        {"pad_token_id": 0, "num_hidden_layers": 4, "sliding_window": 29, "rope_parameters": TWO_ROPES},
+    ),
+    "glm": (GlmConfig, GlmForCausalLM, {"pad_token_id": 0, "head_dim": 16}),
+    "glm4": (Glm4Config, Glm4ForCausalLM, {"pad_token_id": 0, "head_dim": 32}),
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        {
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 5.0,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 11,
+            "sliding_window": 29,
+        },
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            "head_dim": 32,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "query_pre_attn_scalar": 20,
+            "rope_parameters": TWO_ROPES,
+            "sliding_window": 29,
         },
     ),
 }

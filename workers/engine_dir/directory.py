@@ -30,6 +30,7 @@ from tensorweave.workers.models.config import ModelConfig
 from tensorweave.workers.models.device_loader import DeviceLoader
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.loader import WeightLoader
+from tensorweave.workers.models.nested_tensors import NestedTensors
 from tensorweave.workers.models.quantizing import quantizing
 from tensorweave.workers.models.rank_weights import RankWeights
 from tensorweave.workers.models.redundant_tensors import check_redundant_tensors, redundant_tensors
@@ -124,7 +125,8 @@ def open_weights(
             file.check_all_read()
         return
     refuse_adapters(path)
-    with SafetensorsDirectory(path) as source:
+    with SafetensorsDirectory(path) as files:
+        source = NestedTensors(files, config.nested_names) if config.nested_names else files
         check_tensors(source, tensor_shapes(config), ignored=redundant_tensors(config))
         check_redundant_tensors(source, config)
         if device.type != "cuda":

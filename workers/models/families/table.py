@@ -14,6 +14,7 @@ from tensorweave.workers.models.config import ModelConfig
 from tensorweave.workers.models.config_fields import ConfigFields
 from tensorweave.workers.models.config_keys import refuse_unknown_keys
 from tensorweave.workers.models.families.family import Family
+from tensorweave.workers.models.families.gemma import GEMMA2, GEMMA3, GEMMA3_WITH_VISION
 from tensorweave.workers.models.families.glm import GLM, GLM4
 from tensorweave.workers.models.families.granite import GRANITE, GRANITE_HYBRID
 from tensorweave.workers.models.families.llama import LLAMA
@@ -43,6 +44,9 @@ _ALL: Final = (
     OLMO3,
     GLM,
     GLM4,
+    GEMMA2,
+    GEMMA3,
+    GEMMA3_WITH_VISION,
 )
 FAMILIES: Final = {family.architecture: family for family in _ALL}
 
