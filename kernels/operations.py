@@ -30,6 +30,9 @@ from tensorweave.kernels.heads.native import NativePlaceHeads
 from tensorweave.kernels.heads.reference import HeadNorms, place_heads
 from tensorweave.kernels.linear.native import MakeNativeLinear
 from tensorweave.kernels.linear.reference import Linear, make_linear
+from tensorweave.kernels.mixture.gated_sum import NativeAddGated, add_gated
+from tensorweave.kernels.mixture.native import MakeNativeExperts
+from tensorweave.kernels.mixture.reference import EachExpert, ExpertGroup, Experts
 from tensorweave.kernels.native.library import load_native
 from tensorweave.kernels.norm.native import NativeAddRmsNorm, NativeSplitNorm
 from tensorweave.kernels.norm.reference import SplitNorm, add_rms_norm
@@ -44,6 +47,10 @@ MakeLinear = Callable[[Weight, Tensor | None], Linear]
 """(weight[N, K], bias[N] or None): x[M, K] to x weightᵀ + bias."""
 GatedActivation = Callable[[Tensor], Tensor]
 """[T, 2 I], the gate in the first half, to activation(gate) * up: [T, I]."""
+MakeExperts = Callable[[ExpertGroup], Experts]
+"""The mixture of experts of one layer: see `kernels.mixture.reference.Experts`."""
+AddGated = Callable[[Tensor, Tensor, Tensor], None]
+"""(out[T, D], gate[T, 1], x[T, D]): out += sigmoid(gate) * x, in place."""
 MakeAttention = Callable[[AttentionShape], AttentionBackend]
 Argmax = Callable[[Tensor], Tensor]
 """See `kernels.argmax.reference.argmax`: of float32 logits [R, V], contiguous."""
@@ -81,6 +88,8 @@ class Operations:
     gelu_mul: GatedActivation
     place_heads: PlaceHeads
     make_attention: MakeAttention
+    make_experts: MakeExperts
+    add_gated: AddGated
 
 
 def choose_operations(
@@ -104,6 +113,8 @@ def choose_operations(
             if NativeAttention.fits(native, head_dim) and not has_plain_attention
             else reference.make_attention
         ),
+        make_experts=MakeNativeExperts(native),
+        add_gated=NativeAddGated(native),
     )
 
 
@@ -117,6 +128,8 @@ def reference_operations(device: torch.device, dtype: torch.dtype) -> Operations
         gelu_mul=gelu_mul,
         place_heads=place_heads,
         make_attention=partial(TorchAttention, device, dtype),
+        make_experts=EachExpert,
+        add_gated=add_gated,
     )
 
 

@@ -23,6 +23,7 @@ int vector_length(void) { return VL; }
 #define put_f32_by_bf16 put_f32
 #define get_f32_by_bf16 get_f32
 #include "linear.h"
+#include "mixture.h"
 #undef WEIGHT
 #undef WEIGHT_IS_BF16
 #undef NAME
@@ -34,6 +35,7 @@ int vector_length(void) { return VL; }
 #include "linear.h"
 #include "grouped_rows.h"
 #include "layers.h"
+#include "mixture.h"
 #undef ELEM
 #undef WEIGHT
 #undef NAME
@@ -48,6 +50,8 @@ int vector_length(void) { return VL; }
 #include "linear.h"
 #include "grouped_rows.h"
 #include "layers.h"
+#include "mixture.h"
 
 const int64_t sizeof_query_tile = sizeof(query_tile), sizeof_window_plan = sizeof(window_plan), sizeof_matrix = sizeof(matrix),
-              sizeof_decoder_layer = sizeof(decoder_layer), sizeof_stack_step = sizeof(stack_step);
+              sizeof_decoder_layer = sizeof(decoder_layer), sizeof_stack_step = sizeof(stack_step), sizeof_expert = sizeof(expert),
+              sizeof_mixture = sizeof(mixture);

@@ -217,20 +217,26 @@ static void NAME(multiply)(void *context, long first_task, long last_task) {
     }
 }
 
+/* How the rows are divided: M and K are set. */
+INLINE void NAME(tile_product)(NAME(product) *p) {
+    p->tiles = (p->M + MR - 1) / MR;
+    p->tiles_a_band = BAND_BYTES / (MR * p->K * (long)sizeof(ELEM)) + 1;
+    p->bands = (p->tiles + p->tiles_a_band - 1) / p->tiles_a_band;
+}
+
 /* To `wide`, if there, else to `out`. a_packed: room for M * K elements. K is even. */
 void NAME(linear)(const ELEM *a, long lda, const WEIGHT *w, const ELEM *bias, ELEM *out, float *wide, ELEM *a_packed, long M, long N,
                   long K) {
     if (M == 0) return;
-    long tiles = (M + MR - 1) / MR, tiles_a_band = BAND_BYTES / (MR * K * (long)sizeof(ELEM)) + 1;
-    long bands = (tiles + tiles_a_band - 1) / tiles_a_band;
-    NAME(product) p = {a, bias, w, out, a_packed, wide, lda, M, N, K, tiles, tiles_a_band, bands};
+    NAME(product) p = {.a = a, .bias = bias, .w = w, .out = out, .a_packed = a_packed, .wide = wide, .lda = lda, .M = M, .N = N, .K = K};
+    NAME(tile_product)(&p);
     if (M == 1)
         p.a_packed = (ELEM *)a; /* packed as it is */
     else if (M * K < ENOUGH_FOR_THREADS)
-        NAME(pack_tiles)(&p, 0, tiles);
+        NAME(pack_tiles)(&p, 0, p.tiles);
     else
-        run_loop(NAME(pack_tiles), &p, tiles, 4);
-    run_loop(NAME(multiply), &p, (N + NR - 1) / NR * bands, 8);
+        run_loop(NAME(pack_tiles), &p, p.tiles, 4);
+    run_loop(NAME(multiply), &p, (N + NR - 1) / NR * p.bands, 8);
 }
 
 #undef A_STEP

@@ -44,6 +44,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "attend": (_POINTER, _LONG, *[_POINTER] * 5, *[_LONG] * 5, *[_FLOAT] * 2, _POINTER),
     "run_layers": (*[_POINTER] * 2,),
     "grouped_linear": (_POINTER, _POINTER, _LONG, *[_POINTER] * 3, _LONG),
+    "mixture": (*[_POINTER] * 5, _LONG),
+    "add_gated": (*[_POINTER] * 3, *[_LONG] * 2),
 }
 _INT64 = ctypes.c_int64
 # These do not depend on the type of rows.
@@ -51,6 +53,7 @@ _COMMON_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "layers_scratch": (_INT64, (_POINTER, _INT64, _INT64)),
     "grouped_bytes": (_INT64, (_POINTER,)),
     "grouped_scratch": (_INT64, (_POINTER, _INT64)),
+    "mixture_scratch": (_INT64, (_POINTER, _INT64, _INT64)),
     "pack_grouped": (None, (*[_POINTER] * 5,)),
     "reads_half_scales": (ctypes.c_int, ()),
 }
@@ -68,8 +71,8 @@ class NativeKernels:
     """The kernels for one element type. A pointer is a `data_ptr()` of a contiguous tensor, or None for null; where a
     kernel takes structures, `ctypes.byref` of one.
 
-    `linear_by_bf16` takes float32 rows and weights packed as bfloat16; it, `argmax`, `sample` and `mask_tokens` are
-    None for other types.
+    `linear_by_bf16` and `mixture_by_bf16` take float32 rows and weights packed as bfloat16; they, `argmax`, `sample`
+    and `mask_tokens` are None for other types.
     """
 
     dtype: torch.dtype
@@ -90,7 +93,11 @@ class NativeKernels:
     grouped_scratch: Any
     pack_grouped: Any
     reads_half_scales: Any
+    mixture: Any
+    add_gated: Any
+    mixture_scratch: Any
     linear_by_bf16: Any | None
+    mixture_by_bf16: Any | None
     argmax: Any | None
     sample: Any | None
     mask_tokens: Any | None
@@ -107,7 +114,7 @@ def load_native(dtype: torch.dtype) -> NativeKernels | None:
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, result
         kernels[name] = function
-    kernels |= dict.fromkeys(("linear_by_bf16", "argmax", "sample", "mask_tokens"))
+    kernels |= dict.fromkeys(("linear_by_bf16", "mixture_by_bf16", "argmax", "sample", "mask_tokens"))
     if dtype == torch.float32:
         argmax = library.argmax_f32
         argmax.argtypes, argmax.restype = (*[_POINTER] * 2, *[_LONG] * 2), None
@@ -117,6 +124,7 @@ def load_native(dtype: torch.dtype) -> NativeKernels | None:
         mask.argtypes, mask.restype = (*[_POINTER] * 3, *[_LONG] * 2), None
         kernels |= {"argmax": argmax, "sample": sample, "mask_tokens": mask}
         kernels["linear_by_bf16"] = _function(library, "linear", "f32_by_bf16")
+        kernels["mixture_by_bf16"] = _function(library, "mixture", "f32_by_bf16")
     return NativeKernels(dtype, library.vector_length(), **kernels)
 
 

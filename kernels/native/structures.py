@@ -138,12 +138,44 @@ class StackStep(ctypes.Structure):
     partial: int
 
 
+class Expert(ctypes.Structure):
+    """`expert` in mixture.h: packed matrices, and their biases or null."""
+
+    _fields_ = (
+        ("gate_up", _POINTER),
+        ("gate_up_bias", _POINTER),
+        ("down", _POINTER),
+        ("down_bias", _POINTER),
+    )
+
+
+class Mixture(ctypes.Structure):
+    """`mixture` in mixture.h."""
+
+    _fields_ = (
+        ("experts", _POINTER),
+        ("num_experts", _INT),
+        ("first", _INT),
+        ("num_here", _INT),
+        ("num_chosen", _INT),
+        ("hidden", _INT),
+        ("width", _INT),
+        ("is_renormalized", _INT),
+        ("is_rounded", _INT),
+        ("alpha", _FLOAT),
+        ("limit", _FLOAT),
+        ("shift", _FLOAT),
+    )
+
+
 _C_NAMES: Final[dict[str, type[ctypes.Structure]]] = {
     "query_tile": QueryTile,
     "window_plan": WindowPlan,
     "matrix": Matrix,
     "decoder_layer": DecoderLayer,
     "stack_step": StackStep,
+    "expert": Expert,
+    "mixture": Mixture,
 }
 
 
