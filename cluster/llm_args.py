@@ -14,6 +14,8 @@ from pydantic import field_validator, model_validator
 
 from tensorweave.cluster.cuda_graph_config import CudaGraphConfig
 from tensorweave.cluster.llm_args_refused import CACHE_TRANSCEIVER, KV_CACHE, LLM_ARGS, SCHEDULER, Refusal
+from tensorweave.cluster.mesh import Mesh
+from tensorweave.cluster.moe_config import MoeConfig, expert_groups
 from tensorweave.cluster.quant_config import QuantConfig, weight_quantization
 from tensorweave.cluster.speculation_config import NGramDecodingConfig, UserProvidedDecodingConfig, check_decoding_type
 from tensorweave.cluster.strict_model import Field, StrictBaseModel
@@ -144,6 +146,20 @@ class TorchLlmArgs(StrictBaseModel):
     tensor_parallel_size: int = Field(
         1, ge=1, description="Ranks that share each layer. Head counts that it does not divide are split unevenly."
     )
+    moe_tensor_parallel_size: int | None = Field(
+        None,
+        status="beta",
+        ge=1,
+        description="Ranks that share each expert of a mixture. Times moe_expert_parallel_size it is "
+        "tensor_parallel_size. Default: what follows from the other; where neither is given, all ranks.",
+    )
+    moe_expert_parallel_size: int | None = Field(
+        None,
+        status="beta",
+        ge=1,
+        description="Groups of ranks that have different experts. Default: what follows from "
+        "moe_tensor_parallel_size; where neither is given, 1.",
+    )
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto", description="'auto': the checkpoint's; float32 on a CPU without fast bfloat16."
     )
@@ -162,6 +178,9 @@ class TorchLlmArgs(StrictBaseModel):
     )
     quant_config: QuantConfig | None = Field(
         None, status="prototype", description="Quantization of weights and KV cache. Default: none."
+    )
+    moe_config: MoeConfig = Field(
+        default_factory=MoeConfig, status="beta", description="How mixtures of experts are computed."
     )
     speculative_config: NGramDecodingConfig | UserProvidedDecodingConfig | None = Field(
         None,
@@ -323,6 +342,18 @@ class TorchLlmArgs(StrictBaseModel):
             kind = type(self.batched_logits_processor).__name__
             raise ValueError(f"batched_logits_processor is a {kind}, which cannot be called")
         return self
+
+    @model_validator(mode="after")
+    def _check_expert_groups(self) -> Self:
+        gang_mesh(self)
+        return self
+
+
+def gang_mesh(args: TorchLlmArgs) -> Mesh:
+    """How the ranks of a gang divide the model."""
+    tensor = args.tensor_parallel_size
+    expert = expert_groups(tensor, args.moe_tensor_parallel_size, args.moe_expert_parallel_size)
+    return Mesh(tensor=tensor, expert=expert)
 
 
 def kv_cache_dtype(args: TorchLlmArgs) -> Literal["auto", "fp8"]:

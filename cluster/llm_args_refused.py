@@ -24,7 +24,6 @@ def _off(advice: str) -> Refusal:
 
 
 _ONE_RANK: Final = "gangs are tensor-parallel only; use tensor_parallel_size"
-_DENSE: Final = "there are no mixture-of-experts models here yet"
 _LORA: Final = "merge the adapter into the checkpoint and load that"
 _ONE_STEP: Final = "a step starts as soon as there is work"
 
@@ -36,10 +35,7 @@ LLM_ARGS: Final[Mapping[str, Refusal]] = {
     "enable_attention_dp": _off("gangs have no data-parallel ranks"),
     "enable_lm_head_tp_in_adp": _off("gangs have no data-parallel ranks"),
     "attention_dp_config": Refusal("gangs have no data-parallel ranks"),
-    "moe_tensor_parallel_size": Refusal(_DENSE),
-    "moe_expert_parallel_size": Refusal(_DENSE),
-    "moe_cluster_parallel_size": Refusal(_DENSE),
-    "moe_config": Refusal(_DENSE),
+    "moe_cluster_parallel_size": Refusal("use moe_tensor_parallel_size and moe_expert_parallel_size", (None, 1)),
     "enable_lora": _off(_LORA),
     "lora_config": Refusal(_LORA),
     "peft_cache_config": Refusal(_LORA),
@@ -100,6 +96,13 @@ QUANT: Final[Mapping[str, Refusal]] = {
     "pre_quant_scale": _off(_OTHER_ALGORITHMS),
     "exclude_modules": Refusal("all matrices of the layers are quantized"),
     "mamba_ssm_cache_dtype": Refusal("there are no state-space models here"),
+}
+
+MOE: Final[Mapping[str, Refusal]] = {
+    "max_num_tokens": Refusal("experts take the tokens of a step in pieces that bound their memory"),
+    "load_balancer": Refusal("each expert is on the ranks of one group"),
+    "disable_finalize_fusion": _off("there is one way in which experts are added"),
+    "use_low_precision_moe_combine": _off("experts are added in float32"),
 }
 
 SCHEDULER: Final[Mapping[str, Refusal]] = {

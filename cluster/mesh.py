@@ -2,7 +2,7 @@
 
 The axes are those of the field: `tensor` ranks share each layer, `pipeline` ranks hold successive layers, `data` ranks
 hold the same layers and other requests. `expert` divides the tensor axis: in a mixture of experts, `expert` groups of
-`tensor / expert` ranks hold different experts, so that it adds no ranks.
+`tensor / expert` ranks (`moe_tensor`) hold different experts, so that it adds no ranks.
 """
 
 from __future__ import annotations
@@ -31,8 +31,14 @@ class Mesh:
         return self.tensor * self.pipeline * self.data
 
     @property
+    def moe_tensor(self) -> int:
+        """The ranks that share one expert."""
+        return self.tensor // self.expert
+
+    @property
     def is_tensor_only(self) -> bool:
-        return self.pipeline == self.expert == self.data == 1
+        """Whether all ranks share each layer, of a mixture of experts perhaps by its experts."""
+        return self.pipeline == self.data == 1
 
     def ranks(self) -> tuple[MeshRank, ...]:
         return tuple(MeshRank(rank, self) for rank in range(self.size))
@@ -59,6 +65,11 @@ class MeshRank:
     @property
     def expert(self) -> int:
         return self.tensor % self.mesh.expert
+
+    @property
+    def moe_tensor(self) -> int:
+        """Its number among the ranks that share its experts."""
+        return self.tensor // self.mesh.expert
 
     @property
     def data(self) -> int:

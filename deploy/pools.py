@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from tensorweave.cluster.cluster_resources import ClusterResources
 from tensorweave.cluster.gang_spec import GangSpec
-from tensorweave.cluster.mesh import Mesh
+from tensorweave.cluster.llm_args import gang_mesh
 from tensorweave.cluster.pool import PoolSpec
 from tensorweave.deploy.config import ServeConfig
 from tensorweave.deploy.config_tables import LimitsConfig, PoolConfig
@@ -33,7 +33,7 @@ def _gang_spec(pool: PoolConfig, limits: LimitsConfig, has_gpus: bool, digest: s
     wants_gpu = pool.device == "cuda" or (pool.device == "auto" and has_gpus)
     return GangSpec(
         role=pool.role,
-        mesh=Mesh(tensor=pool.tensor_parallel_size),
+        mesh=gang_mesh(pool),
         args=pool.llm_args().model_dump(mode="json", exclude_unset=True),
         gpus_per_rank=pool.gpus_per_rank if wants_gpu else 0.0,
         place_timeout_s=limits.place_timeout_s,

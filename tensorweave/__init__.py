@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         SchedulerConfig,
         TorchLlmArgs,
     )
+    from tensorweave.cluster.moe_config import MoeConfig
     from tensorweave.cluster.quant_config import QuantAlgo, QuantConfig
     from tensorweave.cluster.speculation_config import NGramDecodingConfig, UserProvidedDecodingConfig
     from tensorweave.llmapi.completion_output import CompletionOutput, Logprob
@@ -40,6 +41,7 @@ _HOMES = {
     "LlmArgs": "tensorweave.cluster.llm_args",
     "SchedulerConfig": "tensorweave.cluster.llm_args",
     "TorchLlmArgs": "tensorweave.cluster.llm_args",
+    "MoeConfig": "tensorweave.cluster.moe_config",
     "QuantAlgo": "tensorweave.cluster.quant_config",
     "QuantConfig": "tensorweave.cluster.quant_config",
     "NGramDecodingConfig": "tensorweave.cluster.speculation_config",
@@ -73,6 +75,7 @@ __all__ = [
     "LlmArgs",
     "LoRARequest",
     "Logprob",
+    "MoeConfig",
     "NGramDecodingConfig",
     "PreprocessedInputs",
     "PromptAdapterRequest",

@@ -11,7 +11,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from tensorweave.cluster.llm_args import CacheTransceiverConfig, TorchLlmArgs, kv_cache_dtype
+from tensorweave.cluster.llm_args import CacheTransceiverConfig, TorchLlmArgs, gang_mesh, kv_cache_dtype
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.cluster.quant_config import weight_quantization
 from tensorweave.cluster.speculation_config import UserProvidedDecodingConfig
@@ -242,7 +242,7 @@ def check_model(args: TorchLlmArgs) -> None:
     load_model_config(path)
     saved = None if args.load_format == "dummy" else EngineManifest.read(path)
     if saved is not None:
-        check_fit(saved, path, args.tensor_parallel_size, args.dtype, weight_quantization(args.quant_config))
+        check_fit(saved, path, gang_mesh(args), args.dtype, weight_quantization(args.quant_config))
 
 
 def _load_engine(args: TorchLlmArgs, comm: Comm, num_ranks_here: int, log: StartLog) -> ModelEngine:

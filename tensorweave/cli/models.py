@@ -54,6 +54,13 @@ def add_command(commands: Any) -> None:
     saving.add_argument("name", help="a directory, a name from the list, or a hub id")
     saving.add_argument("out", type=Path, help="the directory to make; new or empty")
     saving.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks (default: 1)")
+    saving.add_argument(
+        "--moe-expert-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="groups of ranks that have different experts (default: 1)",
+    )
     saving.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     saving.add_argument(
         "--quantization",
@@ -97,6 +104,7 @@ def run_save(args: argparse.Namespace) -> int:
         tensor_parallel_size=size,
         dtype=args.dtype,
         quantization=weight_quantization(QuantConfig(quant_algo=_ALGORITHMS.get(args.quantization))),
+        moe_expert_parallel_size=args.moe_expert_parallel_size,
     )
     print(args.out)
     return 0

@@ -14,8 +14,7 @@ from typing import Any, Protocol
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.fleet import Fleet, StaticFleet, WatchedFleet
 from tensorweave.cluster.gang_spec import GangSpec
-from tensorweave.cluster.llm_args import TorchLlmArgs
-from tensorweave.cluster.mesh import Mesh
+from tensorweave.cluster.llm_args import TorchLlmArgs, gang_mesh
 from tensorweave.cluster.pool import PoolSpec
 from tensorweave.cluster.process_sentinel import OwnSentinel
 from tensorweave.cluster.protocol import KvSource, ModelInfo
@@ -130,7 +129,7 @@ class GangEngine:
             self._ray.warn_if_open()
             wants_gpu = args.device == "cuda" or (args.device == "auto" and self._ray.has_gpus)
             spec = GangSpec(
-                mesh=Mesh(tensor=args.tensor_parallel_size),
+                mesh=gang_mesh(args),
                 args=_gang_args(args, pinned),
                 gpus_per_rank=1.0 if wants_gpu else 0.0,
                 hang_timeout_s=args.hang_timeout_s,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from tensorweave.cluster.llm_args import gang_mesh
 from tensorweave.cluster.quant_config import weight_quantization
 from tensorweave.llmapi.base_llm import BaseLLM
 from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
@@ -185,6 +186,7 @@ class _TorchLLM(BaseLLM):
             tensor_parallel_size=runtime.args.tensor_parallel_size,
             dtype=runtime.engine.info.dtype,
             quantization=weight_quantization(runtime.args.quant_config),
+            moe_expert_parallel_size=gang_mesh(runtime.args).expert,
         )
 
     def _start(self, prepared: PreparedRequest) -> RequestOutput:

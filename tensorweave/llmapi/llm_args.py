@@ -9,6 +9,7 @@ from tensorweave.cluster.llm_args import (
     SchedulerConfig,
     TorchLlmArgs,
 )
+from tensorweave.cluster.moe_config import MoeConfig
 from tensorweave.cluster.quant_config import QuantAlgo, QuantConfig
 from tensorweave.cluster.strict_model import Field, StrictBaseModel
 
@@ -18,6 +19,7 @@ __all__ = [
     "Field",
     "KvCacheConfig",
     "LlmArgs",
+    "MoeConfig",
     "QuantAlgo",
     "QuantConfig",
     "SchedulerConfig",

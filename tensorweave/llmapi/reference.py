@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from tensorweave.cluster.cuda_graph_config import CudaGraphConfig
 from tensorweave.cluster.llm_args import CacheTransceiverConfig, KvCacheConfig, SchedulerConfig, TorchLlmArgs
+from tensorweave.cluster.moe_config import MoeConfig
 from tensorweave.cluster.quant_config import QuantConfig
 from tensorweave.cluster.speculation_config import NGramDecodingConfig, UserProvidedDecodingConfig
 from tensorweave.llmapi.api_surface import FACTORY, REQUIRED, Method, Parameter, surface_of
@@ -30,6 +31,7 @@ CLASSES: Final[tuple[type[Any], ...]] = (
     KvCacheConfig,
     SchedulerConfig,
     CudaGraphConfig,
+    MoeConfig,
     QuantConfig,
     NGramDecodingConfig,
     UserProvidedDecodingConfig,

@@ -23,13 +23,16 @@ def test_experts_divide_the_tensor_axis() -> None:
     mesh = Mesh(tensor=4, expert=2)
     assert mesh.size == 4
     assert [place.expert for place in mesh.ranks()] == [0, 1, 0, 1]
+    assert [place.moe_tensor for place in mesh.ranks()] == [0, 0, 1, 1]
+    assert mesh.moe_tensor == 2
     with pytest.raises(ValueError, match="expert must divide tensor"):
         Mesh(tensor=4, expert=3)
 
 
 def test_only_the_tensor_axis() -> None:
     assert Mesh(tensor=8).is_tensor_only
-    assert not any(mesh.is_tensor_only for mesh in (Mesh(pipeline=2), Mesh(tensor=2, expert=2), Mesh(data=2)))
+    assert Mesh(tensor=2, expert=2).is_tensor_only
+    assert not any(mesh.is_tensor_only for mesh in (Mesh(pipeline=2), Mesh(data=2)))
 
 
 @pytest.mark.parametrize("axis", ["tensor", "pipeline", "expert", "data"])

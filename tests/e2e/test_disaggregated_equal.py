@@ -123,7 +123,7 @@ def test_a_few(
 
 # ---- at full size
 
-SMALL = ("llama", "llama_tied_9_over_3", "qwen3", "mistral_window")
+SMALL = ("llama", "llama_tied_9_over_3", "qwen3", "mistral_window", "qwen3_moe")
 
 
 @LONG

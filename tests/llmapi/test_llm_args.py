@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
-from tensorweave import LLM, QuantAlgo, QuantConfig, SamplingParams, TorchLlmArgs
+from tensorweave import LLM, MoeConfig, QuantAlgo, QuantConfig, SamplingParams, TorchLlmArgs
 from tensorweave.cluster.llm_args import (
     CacheTransceiverConfig,
     KvCacheConfig,
     SchedulerConfig,
     StrictBaseModel,
+    gang_mesh,
     kv_cache_dtype,
 )
+from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.quant_config import weight_quantization
 from tests.llmapi.small_llm import CACHE, one
 
@@ -24,6 +26,7 @@ CONFIGS = {
     "scheduler_config": SchedulerConfig,
     "cache_transceiver_config": CacheTransceiverConfig,
     "quant_config": QuantConfig,
+    "moe_config": MoeConfig,
 }
 
 
@@ -52,6 +55,14 @@ def test_what_is_not_supported_is_refused_by_name(config: type[StrictBaseModel])
         ({"attn_backend": "FLASHINFER"}, "attn_backend 'FLASHINFER' is not part of tensorweave; use 'TRTLLM'"),
         ({"cuda_graph_config": {"batch_sizes": [4, 0]}}, "batch_sizes has 0, must be at least 1"),
         ({"cuda_graph_config": {"batch_sizes": [1, 4], "max_batch_size": 8}}, "the largest of batch_sizes 4: give one"),
+        (
+            {"moe_expert_parallel_size": 2},
+            r"moe_tensor_parallel_size is None and moe_expert_parallel_size 2; their product must be "
+            r"tensor_parallel_size \(1\)",
+        ),
+        ({"moe_config": {"backend": "CUTLASS"}}, "backend 'CUTLASS' is not part of tensorweave; use 'AUTO'"),
+        ({"moe_config": {"backend": "FAST"}}, "Input should be 'AUTO', 'VANILLA'"),
+        ({"moe_cluster_parallel_size": 2}, "use moe_tensor_parallel_size and moe_expert_parallel_size"),
         ({"iter_stats_max_iteration": 5}, "did you mean 'iter_stats_max_iterations'"),
     ],
 )
@@ -110,6 +121,25 @@ def test_engine_directories_and_workspace(directory: Path) -> None:
     assert llm.workspace is None
     with pytest.raises(RuntimeError, match="shut down"):
         llm.save("elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tensor", "expert", "groups"),
+    [(1, None, None, 1), (4, None, None, 1), (4, 4, None, 1), (4, 1, None, 4), (4, None, 2, 2), (6, 2, 3, 3)],
+)
+def test_ranks_share_experts(ranks: int, tensor: int | None, expert: int | None, groups: int) -> None:
+    args = TorchLlmArgs(
+        model="m", tensor_parallel_size=ranks, moe_tensor_parallel_size=tensor, moe_expert_parallel_size=expert
+    )
+    assert gang_mesh(args) == Mesh(tensor=ranks, expert=groups)
+
+
+@pytest.mark.parametrize(("tensor", "expert"), [(3, None), (8, None), (None, 3), (None, 8), (2, 1), (4, 2)])
+def test_groups_of_ranks_must_be_all_ranks(tensor: int | None, expert: int | None) -> None:
+    with pytest.raises(ValueError, match=r"their product must be tensor_parallel_size \(4\)"):
+        TorchLlmArgs(
+            model="m", tensor_parallel_size=4, moe_tensor_parallel_size=tensor, moe_expert_parallel_size=expert
+        )
 
 
 def test_quantization() -> None:

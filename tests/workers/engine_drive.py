@@ -115,6 +115,9 @@ class ThreadComm:
         self.rank, self.size = rank, len(shared)
         self._shared, self._barrier = shared, barrier
 
+    def divide_experts(self, groups: int) -> None:
+        self.place = MeshRank(self.rank, Mesh(tensor=self.size, expert=groups))
+
     def _exchange(self, mine: Any) -> list[Any]:
         self._shared[self.rank] = mine
         self._barrier.wait(PEER_TIMEOUT_S)
@@ -142,15 +145,17 @@ class ThreadComm:
         return None
 
 
-def run_ranks(size: int, work: Callable[[Comm], T]) -> list[T]:
-    """What `work` gives on each rank of a gang of threads."""
+def run_ranks(size: int, work: Callable[[Comm], T], expert: int = 1) -> list[T]:
+    """What `work` gives on each rank of a gang of threads, of `expert` groups that have different experts."""
     shared: list[Any] = [None] * size
     barrier = threading.Barrier(size)
 
     def one_rank(rank: int) -> T:
         torch.set_num_threads(1)
         try:
-            return work(ThreadComm(rank, shared, barrier))
+            comm = ThreadComm(rank, shared, barrier)
+            comm.divide_experts(expert)
+            return work(comm)
         except BaseException:
             barrier.abort()
             raise
@@ -177,13 +182,20 @@ def engine_args(path: Path, **knobs: Any) -> TorchLlmArgs:
 
 
 def generate_on_ranks(
-    path: Path, size: int, prompts: Sequence[Sequence[int]], num_tokens: int, *, chunk: int = 64, **knobs: Any
+    path: Path,
+    size: int,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    *,
+    chunk: int = 64,
+    expert: int = 1,
+    **knobs: Any,
 ) -> list[list[int]]:
-    """Greedy tokens through `size` ranks, which must all agree."""
+    """Greedy tokens through `size` ranks, of `expert` groups that have different experts. All must agree."""
 
     def work(comm: Comm) -> list[list[int]]:
         return generate(load_engine(engine_args(path, **knobs), comm), prompts, num_tokens, chunk=chunk)
 
-    first, *others = run_ranks(size, work)
+    first, *others = run_ranks(size, work, expert)
     assert all(other == first for other in others)
     return first

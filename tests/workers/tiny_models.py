@@ -26,6 +26,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Olmo3Config,
@@ -35,8 +37,12 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -67,7 +73,7 @@ LONGROPE = {
     "long_factor": [2.0 + i for i in range(12)],
 }
 
-MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
+DENSE: dict[str, tuple[type, type, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "llama_tied_9_over_3": (
         LlamaConfig,
@@ -191,6 +197,50 @@ MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
         },
     ),
 }
+EAGER = {"experts_implementation": "eager"}
+"""Grouped products, transformers' default, take no sizes that are odd multiples of 8 bytes."""
+MIXTURES: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"intermediate_size": 40, "num_local_experts": 5}),
+    "mixtral_window": (
+        MixtralConfig,
+        MixtralForCausalLM,
+        {**EAGER, "intermediate_size": 30, "num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 37},
+    ),
+    "qwen2_moe": (
+        Qwen2MoeConfig,
+        Qwen2MoeForCausalLM,
+        {"moe_intermediate_size": 40, "shared_expert_intermediate_size": 56, "num_experts": 7},
+    ),
+    "qwen2_moe_some_dense": (
+        Qwen2MoeConfig,
+        Qwen2MoeForCausalLM,
+        {
+            **EAGER,
+            "moe_intermediate_size": 30,
+            "shared_expert_intermediate_size": 34,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+            "qkv_bias": False,
+            "use_sliding_window": True,
+            "sliding_window": 20,
+        },
+    ),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {
+            "moe_intermediate_size": 24,
+            "num_experts": 9,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+            "head_dim": 16,
+        },
+    ),
+}
+MODELS = DENSE | MIXTURES
 
 
 def make_model(name: str, path: Path, seed: int = 0, **changes: Any) -> PreTrainedModel:

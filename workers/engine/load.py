@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +18,7 @@ from tensorweave.cluster.protocol import ModelInfo, SamplingDefaults
 from tensorweave.cluster.quant_config import weight_quantization
 from tensorweave.cluster.step_settings import StepSettings
 from tensorweave.kernels.attention.backend import AttentionShape
+from tensorweave.kernels.mixture.reference import EachExpert
 from tensorweave.kernels.native.library import load_native, use_threads
 from tensorweave.kernels.operations import Operations, choose_device_operations, choose_operations, reference_operations
 from tensorweave.kernels.weights import FP8
@@ -102,6 +103,7 @@ class _ModelShare:
     kv_dtype: torch.dtype
     quantization: str | None
     has_plain_attention: bool
+    has_plain_experts: bool
     is_on_device: bool
 
     @property
@@ -138,7 +140,8 @@ class _ModelShare:
         if self.is_on_device or self.kv_dtype != self.dtype:  # the native kernels read a cache of the rows' type
             return reference_operations(self.device, self.dtype)
         head_dim = self.config.sizes.head_dim
-        return choose_operations(self.device, self.dtype, head_dim, has_plain_attention=self.has_plain_attention)
+        chosen = choose_operations(self.device, self.dtype, head_dim, has_plain_attention=self.has_plain_attention)
+        return replace(chosen, make_experts=EachExpert) if self.has_plain_experts else chosen
 
     def read_weights(
         self, load_format: str, comm: Comm, num_threads: int, on_progress: Callable[[float], object]
@@ -164,6 +167,11 @@ def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) 
     config = load_model_config(path)
     check_mesh(config, place)
     device = pick_device(args.device)
+    if config.sizes.experts is not None and (device.type == "cuda" or is_on_device):
+        raise ValueError(
+            f"{config.architecture} is a mixture of experts, which runs on CPUs only (device='cpu'): there are no "
+            f"kernels for experts on a GPU yet"
+        )
     dtype = pick_dtype(args.dtype if saved is None else saved.dtype, config.checkpoint_dtype, device)
     quantization = quantization if saved is None else saved.quantization
     kv_dtype = FP8 if kv_cache_dtype(args) == "fp8" else dtype
@@ -182,6 +190,7 @@ def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) 
         kv_dtype=kv_dtype,
         quantization=quantization,
         has_plain_attention=has_plain_attention,
+        has_plain_experts=args.moe_config.backend == "VANILLA",
         is_on_device=is_on_device,
     )
 

@@ -41,7 +41,13 @@ _LEFT: Final = frozenset({"model.safetensors.index.json", "conversion.json"})
 
 
 def save_engine_dir(
-    source: Path, out: Path, *, tensor_parallel_size: int, dtype: str, quantization: str | None = None
+    source: Path,
+    out: Path,
+    *,
+    tensor_parallel_size: int,
+    dtype: str,
+    quantization: str | None = None,
+    moe_expert_parallel_size: int = 1,
 ) -> None:
     """Make the engine directory `out` from the model directory `source`, one rank after the other, which needs the
     memory of one rank's share.
@@ -52,20 +58,28 @@ def save_engine_dir(
         tensor_parallel_size: the only size with which it can be loaded.
         dtype: the only type in which it can be loaded; 'auto' is the type in which this machine would load `source`.
         quantization: as `weight_quantization` names it: weights are saved quantized, and are loaded so.
+        moe_expert_parallel_size: groups of ranks that have different experts, the only number of them with which it can
+            be loaded; it divides tensor_parallel_size.
 
     Raises:
         ValueError: `out` exists and is not empty, or `source` cannot be loaded with these arguments.
     """
     if tensor_parallel_size < 1:
         raise ValueError(f"tensor_parallel_size is {tensor_parallel_size}, must be at least 1")
+    if moe_expert_parallel_size < 1 or tensor_parallel_size % moe_expert_parallel_size:
+        raise ValueError(
+            f"moe_expert_parallel_size is {moe_expert_parallel_size}, must divide tensor_parallel_size "
+            f"({tensor_parallel_size})"
+        )
+    mesh = Mesh(tensor=tensor_parallel_size, expert=moe_expert_parallel_size)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already; give a new or an empty directory")
     manifest = EngineManifest.read(source)
     with _published(out) as made:
         if manifest is None:
-            _convert(source, made, tensor_parallel_size, dtype, quantization)
+            _convert(source, made, mesh, dtype, quantization)
         else:
-            check_fit(manifest, source, tensor_parallel_size, dtype, quantization)
+            check_fit(manifest, source, mesh, dtype, quantization)
             _copy(manifest, source, made)
 
 
@@ -80,21 +94,23 @@ def check_engine_dir(
     """
     manifest = EngineManifest.read(directory)
     if manifest is not None:
-        check_fit(manifest, directory, place.mesh.tensor, dtype, quantization)
+        check_fit(manifest, directory, place.mesh, dtype, quantization)
         manifest.check_files(directory, manifest.names_for(place.rank))
     return manifest
 
 
-def check_fit(
-    manifest: EngineManifest, directory: Path, tensor_parallel_size: int, dtype: str, quantization: str | None
-) -> None:
-    """Raises ValueError if the directory was saved for another size or dtype, or without this quantization. With None,
-    its own is taken."""
-    if tensor_parallel_size != manifest.tensor_parallel_size:
-        raise ValueError(
-            f"engine directory {directory} was saved for tensor_parallel_size {manifest.tensor_parallel_size}, "
-            f"asked for {tensor_parallel_size}; save it again from the checkpoint"
-        )
+def check_fit(manifest: EngineManifest, directory: Path, mesh: Mesh, dtype: str, quantization: str | None) -> None:
+    """Raises ValueError if the directory was saved for other sizes or another dtype, or without this quantization. With
+    None, its own is taken."""
+    for name, saved, asked in (
+        ("tensor_parallel_size", manifest.tensor_parallel_size, mesh.tensor),
+        ("moe_expert_parallel_size", manifest.moe_expert_parallel_size, mesh.expert),
+    ):
+        if saved != asked:
+            raise ValueError(
+                f"engine directory {directory} was saved for {name} {saved}, asked for {asked}; save it again from the "
+                f"checkpoint"
+            )
     if dtype not in ("auto", manifest.dtype):
         raise ValueError(
             f"engine directory {directory} was saved in {manifest.dtype}, asked for {dtype}; "
@@ -147,11 +163,11 @@ def _copy(manifest: EngineManifest, source: Path, made: Path) -> None:
             file.check()
 
 
-def _convert(source: Path, made: Path, size: int, wanted: str, quantization: str | None) -> None:
+def _convert(source: Path, made: Path, mesh: Mesh, wanted: str, quantization: str | None) -> None:
     config = load_model_config(source)
     dtype = pick_dtype(wanted, config.checkpoint_dtype, pick_device("auto"))
     operations = choose_operations(torch.device("cpu"), dtype, config.sizes.head_dim)
-    for place in Mesh(tensor=size).ranks():
+    for place in mesh.ranks():
         check_mesh(config, place)
         with open_weights(source, config, dtype, torch.device("cpu"), place) as weights:
             recorder = RankRecorder(quantizing(weights, quantization))
@@ -163,11 +179,12 @@ def _convert(source: Path, made: Path, size: int, wanted: str, quantization: str
                 shutil.copyfile(file, made / file.name)
     EngineManifest(
         tensorweave_version=sys.modules["tensorweave"].__version__,
-        tensor_parallel_size=size,
+        tensor_parallel_size=mesh.tensor,
         dtype=str(dtype).removeprefix("torch."),
         model_digest=model_digest(source),
         files=record_files(made),
         quantization=quantization,
+        moe_expert_parallel_size=mesh.expert,
     ).write(made)
 
 

@@ -25,7 +25,7 @@ _DTYPES: Final = ("float32", "bfloat16", "float16")
 _KEYS: Final = frozenset(
     {"format_version", "tensorweave_version", "tensor_parallel_size", "dtype", "model_digest", "files", "digest"}
 )
-_OPTIONAL_KEYS: Final = frozenset({"quantization"})
+_OPTIONAL_KEYS: Final = frozenset({"quantization", "moe_expert_parallel_size"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ class FileRecord:
 @dataclass(frozen=True, slots=True)
 class EngineManifest:
     """`model_digest` is that of the source checkpoint: gangs that exchange KV compare it. `quantization` is that of the
-    weights, as in `TorchLlmArgs`; a directory without it is read by versions that do not know it."""
+    weights, as in `TorchLlmArgs`, and so is `moe_expert_parallel_size`; a directory without them is read by versions
+    that do not know them."""
 
     tensorweave_version: str
     tensor_parallel_size: int
@@ -47,11 +48,14 @@ class EngineManifest:
     model_digest: str
     files: Mapping[str, FileRecord]
     quantization: str | None = None
+    moe_expert_parallel_size: int = 1
 
     def write(self, directory: Path) -> None:
         fields = {"format_version": FORMAT_VERSION, **asdict(self)}
         if self.quantization is None:
             del fields["quantization"]
+        if self.moe_expert_parallel_size == 1:
+            del fields["moe_expert_parallel_size"]
         text = json.dumps({**fields, "digest": _digest_fields(fields)}, indent=2)
         (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
@@ -145,6 +149,9 @@ def _checked(fields: Any, source: str) -> dict[str, Any]:
     size, dtype, files = body["tensor_parallel_size"], body["dtype"], body["files"]
     if type(size) is not int or size < 1 or dtype not in _DTYPES or not isinstance(files, dict):
         raise ValueError(f"{source} is damaged: tensor_parallel_size {size!r}, dtype {dtype!r}")
+    expert = body.get("moe_expert_parallel_size", 1)
+    if type(expert) is not int or expert < 1 or size % expert:
+        raise ValueError(f"{source} is damaged: moe_expert_parallel_size {expert!r} of {size} ranks")
     if not _is_known(body.get("quantization")):
         raise ValueError(f"{source} has quantization {body['quantization']!r}, which this version does not read")
     return {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tensorweave.cluster.mesh import MeshRank
+from tensorweave.cluster.mesh import Mesh, MeshRank
 from tensorweave.kernels.linear.reference import Linear
 from tensorweave.kernels.operations import Operations, reference_operations
 from tensorweave.workers.gang.comm import Comm, SoloComm
@@ -21,6 +21,7 @@ from tensorweave.workers.models.layer_builder import LayerBuilder
 from tensorweave.workers.models.layers import OutputHead, RmsNorm, SplitVocabEmbedding, VocabEmbedding
 from tensorweave.workers.models.rank_weights import MetaWeights, RankWeights, TensorRows
 from tensorweave.workers.models.shards import split_evenly
+from tensorweave.workers.models.sizes import ExpertSizes
 from tensorweave.workers.models.stack import make_stack
 from tensorweave.workers.models.tensor_names import EMBEDDING, FINAL_NORM, HEAD
 from tensorweave.workers.models.transformer import Transformer
@@ -92,4 +93,22 @@ def check_mesh(config: ModelConfig, place: MeshRank) -> None:
     if mesh.tensor > min(sizes.intermediate_size, sizes.vocab_size):
         raise ValueError(
             f"tensor_parallel_size is {mesh.tensor}; larger than the model's intermediate or vocabulary size"
+        )
+    _check_expert_mesh(sizes.experts, mesh)
+
+
+def _check_expert_mesh(experts: ExpertSizes | None, mesh: Mesh) -> None:
+    if experts is None:
+        if mesh.expert > 1:
+            raise ValueError(f"moe_expert_parallel_size is {mesh.expert}; this model has no experts to share")
+        return
+    if mesh.expert > experts.num_experts:
+        raise ValueError(f"moe_expert_parallel_size is {mesh.expert}; this model has {experts.num_experts} experts")
+    if mesh.moe_tensor > experts.width:
+        raise ValueError(
+            f"moe_tensor_parallel_size is {mesh.moe_tensor}; an expert of this model is {experts.width} wide"
+        )
+    if experts.shared_width and mesh.tensor > experts.shared_width:
+        raise ValueError(
+            f"tensor_parallel_size is {mesh.tensor}; this model's shared expert is {experts.shared_width} wide"
         )

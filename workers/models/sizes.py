@@ -20,9 +20,19 @@ class LayerKv:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertSizes:
+    """Of the layers that have experts. `width` is the intermediate size of one, `shared_width` that of the expert for
+    all tokens; 0: there is none."""
+
+    num_experts: int
+    width: int
+    shared_width: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSizes:
     """Sizes over all ranks. In every RMSNorm, `norm_epsilon` is added to the mean square and `norm_offset` to the
-    weights."""
+    weights. `experts` is None where no layer has any."""
 
     vocab_size: int
     hidden_size: int
@@ -33,6 +43,7 @@ class ModelSizes:
     head_dim: int
     norm_epsilon: float
     norm_offset: float = 0.0
+    experts: ExpertSizes | None = None
 
     def kv(self, window: int | None = None, rope: int = 0) -> LayerKv:
         return LayerKv(self.num_kv_heads, self.head_dim, window, rope)

@@ -27,7 +27,7 @@ from tests.workers.engine_drive import (
     run_ranks,
 )
 from tests.workers.plain_forward import PlainModel
-from tests.workers.tiny_models import MODELS, VOCAB, make_model, their_greedy
+from tests.workers.tiny_models import DENSE, MIXTURES, MODELS, VOCAB, make_model, their_greedy
 
 PROMPTS = [*random_prompts(5, 90), [7], [5] * 32, list(range(100, 133))]
 
@@ -38,6 +38,14 @@ def test_greedy_ids_equal_those_of_transformers(name: str, tmp_path: Path) -> No
     expected = their_greedy(model, PROMPTS, 12)
     assert generate_on_ranks(tmp_path, 1, PROMPTS, 12, chunk=24) == expected
     assert generate_on_ranks(tmp_path, 2, PROMPTS, 12, chunk=1000) == expected
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_ranks_may_have_different_experts(name: str, tmp_path: Path) -> None:
+    make_model(name, tmp_path)
+    expected = generate_on_ranks(tmp_path, 1, PROMPTS, 12)
+    for size, expert in ((2, 2), (3, 3), (4, 2)):
+        assert generate_on_ranks(tmp_path, size, PROMPTS, 12, chunk=50, expert=expert) == expected
 
 
 @pytest.mark.parametrize(
@@ -59,7 +67,7 @@ def test_chunks_of_a_prompt_change_nothing(chunk: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "mistral_window", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "qwen2", "qwen3", *MIXTURES])
 def test_long_prompts_equal_transformers(name: str, tmp_path: Path) -> None:
     model = make_model(name, tmp_path)
     prompts = random_prompts(50, 3000, seed=1)
@@ -71,7 +79,7 @@ def test_long_prompts_equal_transformers(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", DENSE)
 def test_greedy_ids_on_a_gpu_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     model = make_model(name, tmp_path)
     expected = their_greedy(model, PROMPTS, 12)

@@ -10,6 +10,7 @@ from tensorweave.cluster.mesh import Mesh, MeshRank
 from tensorweave.workers.models.assembly import check_mesh, count_weights, tensor_shapes
 from tensorweave.workers.models.checkpoint import SafetensorsDirectory
 from tensorweave.workers.models.families.table import load_model_config
+from tensorweave.workers.models.shards import split_evenly
 from tests.workers.tiny_models import MODELS, make_model
 
 
@@ -35,7 +36,7 @@ def test_ranks_share_all_matrices(size: int, tmp_path: Path) -> None:
     ("mesh", "message"),
     [
         (Mesh(pipeline=2), "ranks share a model along the tensor axis only"),
-        (Mesh(tensor=2, expert=2), "ranks share a model along the tensor axis only"),
+        (Mesh(tensor=2, expert=2), "moe_expert_parallel_size is 2; this model has no experts to share"),
         (Mesh(tensor=7), "tensor_parallel_size is 7; this model has 6 attention heads to share"),
     ],
 )
@@ -43,3 +44,32 @@ def test_what_cannot_be_shared_is_refused(mesh: Mesh, message: str, tmp_path: Pa
     make_model("llama", tmp_path)
     with pytest.raises(ValueError, match=message):
         check_mesh(load_model_config(tmp_path), MeshRank(0, mesh))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (Mesh(tensor=4, expert=4), "moe_expert_parallel_size is 4; this model has 3 experts"),
+        (Mesh(tensor=6, expert=2), "moe_tensor_parallel_size is 3; an expert of this model is 2 wide"),
+        (Mesh(tensor=6, expert=3), "tensor_parallel_size is 6; this model's shared expert is 5 wide"),
+    ],
+)
+def test_experts_that_cannot_be_shared_are_refused(mesh: Mesh, message: str, tmp_path: Path) -> None:
+    sizes = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 2}
+    make_model("qwen2_moe", tmp_path, **sizes, shared_expert_intermediate_size=5)
+    config = load_model_config(tmp_path)
+    check_mesh(config, MeshRank(0, Mesh(tensor=3, expert=3)))
+    with pytest.raises(ValueError, match=message):
+        check_mesh(config, MeshRank(0, mesh))
+
+
+@pytest.mark.parametrize("mesh", [Mesh(tensor=2, expert=2), Mesh(tensor=4, expert=2), Mesh(tensor=3)])
+def test_each_rank_reads_its_experts_alone(mesh: Mesh, tmp_path: Path) -> None:
+    make_model("qwen2_moe", tmp_path, num_key_value_heads=6)
+    config = load_model_config(tmp_path)
+    whole = count_weights(config, MeshRank())
+    parts = [count_weights(config, place) for place in mesh.ranks()]
+    assert sum(part.num_multiplied for part in parts) == whole.num_multiplied
+    for place, part in zip(mesh.ranks(), parts, strict=True):
+        numbers = {int(name.split(".")[5]) for name in part.shapes if ".mlp.experts." in name}
+        assert numbers == set(split_evenly(7, mesh.expert)[place.expert])

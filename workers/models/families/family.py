@@ -10,7 +10,7 @@ from typing import Any
 from tensorweave.workers.models.config import LayerDesign, ModelEnds
 from tensorweave.workers.models.config_fields import ConfigFields
 from tensorweave.workers.models.rope_config import DEFAULT_THETA, RopeConfig, RopeDefaults
-from tensorweave.workers.models.sizes import ModelSizes
+from tensorweave.workers.models.sizes import ExpertSizes, ModelSizes
 
 ReadLayers = Callable[[ConfigFields, ModelSizes], tuple[LayerDesign, ...]]
 
@@ -42,12 +42,15 @@ class Family:
     `common` gives config.json in the spelling of the others. Repositories may name `own_code` as theirs: it is what
     transformers' class was made of. Where the model is part of a larger one, the names of its tensors begin with one of
     `nested_names`, each of which stands for what it is mapped to; other tensors are left.
+
+    `experts` reads the sizes of experts, for families whose layers have them, before `layers` is called.
     """
 
     architecture: str
     model_type: str
     keys: frozenset[str]
     layers: ReadLayers
+    experts: Callable[[ConfigFields], ExpertSizes] | None = None
     default_kv_heads: int | None = None
     default_head_dim: int | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)

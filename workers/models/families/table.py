@@ -19,10 +19,13 @@ from tensorweave.workers.models.families.glm import GLM, GLM4
 from tensorweave.workers.models.families.granite import GRANITE, GRANITE_HYBRID
 from tensorweave.workers.models.families.llama import LLAMA
 from tensorweave.workers.models.families.mistral import MISTRAL
+from tensorweave.workers.models.families.mixtral import MIXTRAL
 from tensorweave.workers.models.families.olmo import OLMO2, OLMO3
 from tensorweave.workers.models.families.phi3 import PHI3
 from tensorweave.workers.models.families.qwen2 import QWEN2
+from tensorweave.workers.models.families.qwen2_moe import QWEN2_MOE
 from tensorweave.workers.models.families.qwen3 import QWEN3
+from tensorweave.workers.models.families.qwen3_moe import QWEN3_MOE
 from tensorweave.workers.models.families.smollm3 import SMOLLM3
 from tensorweave.workers.models.generation_config import (
     GenerationConfig,
@@ -36,6 +39,9 @@ _ALL: Final = (
     MISTRAL,
     QWEN2,
     QWEN3,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
     PHI3,
     GRANITE,
     GRANITE_HYBRID,
@@ -73,6 +79,8 @@ def read_model_config(raw: Mapping[str, Any], source: str = "config.json") -> Mo
     fields = ConfigFields({**family.defaults, **raw}, source)
     _refuse_what_no_family_has(fields, family)
     sizes = fields.sizes(family.default_kv_heads, family.default_head_dim, family.norm_offset)
+    if family.experts is not None:
+        sizes = replace(sizes, experts=family.experts(fields))
     max_len, ropes = fields.count("max_position_embeddings"), family.ropes(fields)
     return ModelConfig(
         architecture=family.architecture,

@@ -1,0 +1,63 @@
+"""Mixtral: Mistral's layers with a mixture of experts for an MLP, and one sliding window in every layer, if any."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from tensorweave.kernels.mixture.routing import Routing
+from tensorweave.workers.models.config_fields import ConfigFields
+from tensorweave.workers.models.decoder_layer import DecoderLayer
+from tensorweave.workers.models.families.experts import EXPERT_KEYS, read_experts, read_num_chosen
+from tensorweave.workers.models.families.family import Family
+from tensorweave.workers.models.families.windows import WINDOW_KEYS, read_layer_types, read_window
+from tensorweave.workers.models.layer_builder import LayerBuilder
+from tensorweave.workers.models.mixture import ExpertNames, MixtureBuilder
+from tensorweave.workers.models.sizes import ExpertSizes, LayerKv, ModelSizes
+
+_NAMES: Final = ExpertNames(
+    router="block_sparse_moe.gate",
+    gate="block_sparse_moe.experts.{}.w1",
+    up="block_sparse_moe.experts.{}.w3",
+    down="block_sparse_moe.experts.{}.w2",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MixtralLayer:
+    kv: LayerKv
+    experts: ExpertSizes
+    routing: Routing
+
+    def build(self, layer: LayerBuilder) -> DecoderLayer:
+        builder = MixtureBuilder(layer, self.experts)
+        return DecoderLayer(
+            attention_norm=layer.norm("input_layernorm"),
+            attention=layer.attention("self_attn", self.kv, has_qkv_bias=False, has_output_bias=False),
+            mlp_norm=layer.norm("post_attention_layernorm"),
+            mlp=builder.mixture(builder.routed_experts(_NAMES, self.routing)),
+        )
+
+
+def _read_experts(fields: ConfigFields) -> ExpertSizes:
+    return read_experts(fields, width=fields.count("intermediate_size"))
+
+
+def _read_layers(fields: ConfigFields, sizes: ModelSizes) -> tuple[MixtralLayer, ...]:
+    window = read_window(fields, None)
+    windows = (window,) * sizes.num_layers
+    if read_layer_types(fields, windows, window) != windows:
+        raise fields.wrong("layer_types", "the same kind in every layer for Mixtral, as sliding_window says")
+    assert sizes.experts is not None
+    routing = Routing(read_num_chosen(fields, sizes.experts), is_renormalized=True, is_rounded=False)
+    return (MixtralLayer(sizes.kv(window), sizes.experts, routing),) * sizes.num_layers
+
+
+MIXTRAL: Final = Family(
+    "MixtralForCausalLM",
+    "mixtral",
+    keys=WINDOW_KEYS | EXPERT_KEYS | {"router_jitter_noise"},  # which is for training
+    layers=_read_layers,
+    experts=_read_experts,
+    default_kv_heads=8,
+)
