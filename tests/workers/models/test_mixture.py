@@ -11,6 +11,8 @@ from safetensors import safe_open
 
 from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.protocol import SamplingSpec
+from tensorweave.kernels.linear.native import PackedLinear
+from tensorweave.kernels.linear.reference import TorchLinear
 from tensorweave.kernels.mixture.native import NativeExperts
 from tensorweave.kernels.mixture.reference import EachExpert
 from tensorweave.kernels.native.library import load_native
@@ -145,3 +147,20 @@ def test_experts_of_a_dense_model_cannot_be_divided(tmp_path: Path) -> None:
     make_model("llama", tmp_path)
     with pytest.raises(ValueError, match="moe_expert_parallel_size is 2; this model has no experts to share"):
         run_ranks(2, lambda comm: load_engine(engine_args(tmp_path), comm), expert=2)
+
+
+def test_experts_may_be_quantized(tmp_path: Path) -> None:
+    """Routers and the gates of shared experts stay as they are."""
+    make_model("qwen2_moe", tmp_path / "model")
+    engine = load_engine(engine_args(tmp_path / "model", quant_config={"quant_algo": "W8A16"}), SoloComm())
+    mlp = engine._model.stack.layers[0].mlp  # type: ignore[union-attr]
+    assert isinstance(mlp, Mixture)
+    assert isinstance(mlp.routed.experts, EachExpert)
+    linears = [linear for expert in mlp.routed.experts.group.experts for linear in (expert.gate_up, expert.down)]
+    assert not any(isinstance(linear, PackedLinear | TorchLinear) for linear in linears)
+    assert all(isinstance(linear, PackedLinear | TorchLinear) for linear in (mlp.routed.router, mlp.shared[0].gate))
+    out = tmp_path / "engine"
+    save_engine_dir(tmp_path / "model", out, tensor_parallel_size=1, dtype="float32", quantization="w8a16")
+    knobs = {"quant_config": {"quant_algo": "W8A16"}}
+    expected = generate_on_ranks(tmp_path / "model", 1, PROMPTS, NUM_TOKENS, **knobs)
+    assert generate_on_ranks(out, 1, PROMPTS, NUM_TOKENS, dtype="auto") == expected
