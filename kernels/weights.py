@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import functools
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
 
+from tensorweave.kernels.grouped_float_weight import GroupedFloatWeight as GroupedFloatWeight
+from tensorweave.kernels.grouped_float_weight import stack_grouped_floats
 from tensorweave.kernels.grouped_weight import GroupedWeight as GroupedWeight
 from tensorweave.kernels.grouped_weight import stack_grouped as stack_grouped
 from tensorweave.kernels.native.library import load_native
+from tensorweave.kernels.reordered_weight import ReorderedWeight as ReorderedWeight
 
 # N outputs, K inputs
 
@@ -71,8 +75,59 @@ class QuantizedWeight:
         return (self.values_NK.float() * self.scales_N.unsqueeze(1)).to(self.dtype)
 
 
-Weight: TypeAlias = Tensor | PackedWeight | QuantizedWeight | GroupedWeight
-"""A plain matrix [N, K], a packed one, one in 8-bit floats, or one of integers in groups."""
+@dataclass(frozen=True, slots=True)
+class StackedWeight:
+    """Several forms, one below the other: a fused matrix of which some parts are quantized otherwise, or not at all."""
+
+    parts: tuple[Weight, ...]
+
+    @property
+    def num_outputs(self) -> int:
+        return sum(num_outputs(part) for part in self.parts)
+
+    def rows(self) -> Tensor:
+        """[N, K] in `dtype`."""
+        return torch.cat([part if isinstance(part, Tensor) else part.rows() for part in self.parts])
+
+
+Weight: TypeAlias = (
+    Tensor | PackedWeight | QuantizedWeight | GroupedWeight | GroupedFloatWeight | ReorderedWeight | StackedWeight
+)
+"""A plain matrix [N, K], a packed one, one in 8-bit floats, one of integers or of floats in groups, or one made of
+these."""
+
+
+def num_outputs(weight: Weight) -> int:
+    match weight:
+        case Tensor():
+            return weight.shape[0]
+        case QuantizedWeight():
+            return weight.values_NK.shape[0]
+        case _:
+            return weight.num_outputs
+
+
+def stack_weights(parts: Sequence[Weight]) -> Weight:
+    """One below the other, exactly; in one form if the parts allow it."""
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, GroupedWeight) for part in parts):
+        return stack_grouped([part for part in parts if isinstance(part, GroupedWeight)])
+    floats = [part for part in parts if isinstance(part, GroupedFloatWeight)]
+    if len(floats) == len(parts) and len({part.kind for part in floats}) == 1:
+        return stack_grouped_floats(floats)
+    scaled = [part for part in parts if isinstance(part, QuantizedWeight)]
+    if len(scaled) == len(parts):
+        values_NK, scales_N = torch.cat([p.values_NK for p in scaled]), torch.cat([p.scales_N for p in scaled])
+        return QuantizedWeight(values_NK, scales_N, scaled[0].dtype)
+    plain = [part for part in parts if isinstance(part, Tensor)]
+    if len(plain) == len(parts):
+        return torch.cat(plain)
+    ordered = [part for part in parts if isinstance(part, ReorderedWeight)]
+    if len(ordered) == len(parts) and all(torch.equal(part.order_P, ordered[0].order_P) for part in ordered):
+        whole = stack_grouped([part.weight for part in ordered])
+        return ReorderedWeight(whole, ordered[0].order_P, ordered[0].num_inputs)
+    return StackedWeight(tuple(parts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,14 @@ from tensorweave.kernels.linear.grouped import PackedGroupedLinear
 from tensorweave.kernels.linear.reference import Linear
 from tensorweave.kernels.native.library import NativeKernels
 from tensorweave.kernels.native.structures import Matrix, MatrixForm
-from tensorweave.kernels.weights import GroupedWeight, PackedWeight, QuantizedWeight, Weight, pack_weight
+from tensorweave.kernels.weights import (
+    GroupedWeight,
+    PackedWeight,
+    ReorderedWeight,
+    StackedWeight,
+    Weight,
+    pack_weight,
+)
 
 # M rows, N outputs, K inputs
 
@@ -66,7 +73,9 @@ class MakeNativeLinear:
 
     def __call__(self, weight: Weight, bias_N: Tensor | None = None) -> Linear:
         """A weight that comes packed must suit this machine."""
-        if isinstance(weight, QuantizedWeight):
+        if isinstance(weight, StackedWeight | ReorderedWeight):
+            return reference.make_composite(weight, bias_N, self)
+        if not isinstance(weight, PackedWeight | GroupedWeight | Tensor):
             return reference.make_linear(weight, bias_N)
         if isinstance(weight, GroupedWeight):
             grouped = PackedGroupedLinear.of(self.native, weight, bias_N)

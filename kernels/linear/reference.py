@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,9 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensorweave.kernels.grouped_weight import round_rows, row_block
-from tensorweave.kernels.weights import GroupedWeight, PackedWeight, QuantizedWeight, Weight, quantize_rows
+from tensorweave.kernels.weights import (
+    GroupedFloatWeight,
+    GroupedWeight,
+    PackedWeight,
+    QuantizedWeight,
+    ReorderedWeight,
+    StackedWeight,
+    Weight,
+    num_outputs,
+    quantize_rows,
+)
 
-# M rows, N outputs, K inputs
+# M rows, N outputs, K inputs, P places of inputs in another order
 
 
 class Linear(Protocol):
@@ -72,13 +83,77 @@ class GroupedLinear:
         return out_MN if self.bias_N is None else out_MN + self.bias_N
 
 
+@dataclass(frozen=True, slots=True)
+class GroupedFloatLinear:
+    """The product of rows as they are and of weights that are dequantized in every call, in float32."""
+
+    weight: GroupedFloatWeight
+    bias_N: Tensor | None
+
+    def __call__(self, x_MK: Tensor) -> Tensor:
+        return self.to_float32(x_MK).to(x_MK.dtype)
+
+    def to_float32(self, x_MK: Tensor) -> Tensor:
+        out_MN = x_MK.float() @ self.weight.wide_rows().T
+        return out_MN if self.bias_N is None else out_MN + self.bias_N
+
+
+@dataclass(frozen=True, slots=True)
+class StackedLinear:
+    """One product for each part, its outputs beside those of the part before."""
+
+    parts: tuple[Linear, ...]
+
+    def __call__(self, x_MK: Tensor) -> Tensor:
+        return torch.cat([part(x_MK) for part in self.parts], dim=1)
+
+    def to_float32(self, x_MK: Tensor) -> Tensor:
+        return torch.cat([part.to_float32(x_MK) for part in self.parts], dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class ReorderedLinear:
+    """`has_zeros`: `order_P` has places beyond the inputs, which are 0."""
+
+    linear: Linear
+    order_P: Tensor
+    has_zeros: bool
+
+    def __call__(self, x_MK: Tensor) -> Tensor:
+        return self.linear(self._ordered(x_MK))
+
+    def to_float32(self, x_MK: Tensor) -> Tensor:
+        return self.linear.to_float32(self._ordered(x_MK))
+
+    def _ordered(self, x_MK: Tensor) -> Tensor:
+        return (F.pad(x_MK, (0, 1)) if self.has_zeros else x_MK).index_select(1, self.order_P)
+
+
 def make_linear(weight: Weight, bias_N: Tensor | None = None) -> Linear:
     match weight:
         case QuantizedWeight():
             return QuantizedLinear(weight, bias_N)
         case GroupedWeight():
             return GroupedLinear(weight, bias_N)
+        case GroupedFloatWeight():
+            return GroupedFloatLinear(weight, bias_N)
         case PackedWeight():
             return TorchLinear(weight.rows().to(weight.dtype), bias_N)
+        case StackedWeight() | ReorderedWeight():
+            return make_composite(weight, bias_N, make_linear)
         case _:
             return TorchLinear(weight, bias_N)
+
+
+def make_composite(
+    weight: StackedWeight | ReorderedWeight, bias_N: Tensor | None, make: Callable[[Weight, Tensor | None], Linear]
+) -> Linear:
+    """Of weights made of other forms, whose products `make` makes."""
+    if isinstance(weight, ReorderedWeight):
+        return ReorderedLinear(make(weight.weight, bias_N), weight.order_P, weight.has_zeros)
+    linears, first = [], 0
+    for part in weight.parts:
+        last = first + num_outputs(part)
+        linears.append(make(part, None if bias_N is None else bias_N[first:last]))
+        first = last
+    return StackedLinear(tuple(linears))

@@ -90,6 +90,8 @@ class RankRecorder:
             return weight
         if isinstance(weight, GroupedWeight):
             return self._note_grouped(name, weight)
+        if not isinstance(weight, Tensor | PackedWeight):
+            raise ValueError(f"{name} is a {type(weight).__name__}, which engine directories do not hold")
         packed = weight if isinstance(weight, PackedWeight) else pack_weight(weight)
         if packed is None:
             assert isinstance(weight, Tensor)
