@@ -41,6 +41,7 @@ from tensorweave.workers.models.device.model import can_take, take_model, what_i
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.generation_config import load_sampling_defaults
 from tensorweave.workers.models.loader import WeightLoader
+from tensorweave.workers.models.quantized.checkpoint_quantization import CheckpointQuantization, check_kv_scales
 from tensorweave.workers.models.quantizing import quantizing
 from tensorweave.workers.models.rank_weights import RankWeights
 from tensorweave.workers.models.rotary import rotary_table
@@ -149,6 +150,8 @@ class _ModelShare:
         if load_format == "dummy":
             random = RandomWeights(tensor_shapes(self.config), device=self.device)
             return self._build(WeightLoader(random, self.dtype, self.device), comm)
+        if self.kv_dtype == FP8 and self.config.quantization is not None:
+            check_kv_scales(self.path)
         num_readers = min(num_threads, _MOST_READERS[self.device.type])
         with open_weights(
             self.path, self.config, self.dtype, self.device, self.place, num_readers, on_progress
@@ -172,6 +175,8 @@ def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) 
             f"{config.architecture} is a mixture of experts, which runs on CPUs only (device='cpu'): there are no "
             f"kernels for experts on a GPU yet"
         )
+    if config.quantization is not None:
+        _check_quantized(config.quantization, quantization, args.load_format, device)
     dtype = pick_dtype(args.dtype if saved is None else saved.dtype, config.checkpoint_dtype, device)
     quantization = quantization if saved is None else saved.quantization
     kv_dtype = FP8 if kv_cache_dtype(args) == "fp8" else dtype
@@ -204,6 +209,20 @@ def _fits_device_engine(config: ModelConfig, args: TorchLlmArgs, place: MeshRank
     if missing is not None:
         logger.warning("steps are computed by PyTorch, which is slower: there are no GPU kernels for %s", missing)
     return missing is None
+
+
+def _check_quantized(found: CheckpointQuantization, wanted: str | None, load_format: str, device: torch.device) -> None:
+    """Raises ValueError for what is not computed of checkpoints that come quantized."""
+    where = f"the checkpoint comes quantized (quant_method {found.method!r})"
+    if wanted is not None:
+        raise ValueError(f"{where}: leave quant_config.quant_algo out, or take a checkpoint that is not quantized")
+    if load_format == "dummy":
+        raise ValueError(f"{where}: load_format 'dummy' makes weights that are not quantized; take such a config.json")
+    if device.type != "cpu":
+        raise ValueError(
+            f"{where}, which is computed on CPUs so far: set device to 'cpu', or take a checkpoint that is not "
+            f"quantized (with quant_config.quant_algo FP8, if it is to be)"
+        )
 
 
 def _describe(share: _ModelShare, num_blocks: int, args: TorchLlmArgs, defaults: SamplingDefaults) -> ModelInfo:

@@ -84,6 +84,9 @@ def rank_weight_bytes(config: ModelConfig, place: MeshRank, dtype: torch.dtype, 
     each = _NARROWED if narrow else dtype.itemsize
     in_layers = weights.num_multiplied - weights.num_in_head
     looked_up = weights.num_looked_up * dtype.itemsize
+    if config.quantization is not None:
+        bits = config.quantization.bits
+        return looked_up + (weights.num_in_head * min(8 * each, bits) + in_layers * bits) // 8
     integers = None if quantization is None else IntegerWeights.parse(quantization)
     if integers is not None:
         head = weights.num_looked_up if config.has_tied_embeddings else weights.num_in_head

@@ -25,19 +25,22 @@ from tensorweave.workers.engine_dir.rank_file import RankFile, RankRecorder
 from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.gang.device import pick_device, pick_dtype
 from tensorweave.workers.models.assembly import build_transformer, check_mesh, count_weights, tensor_shapes
-from tensorweave.workers.models.checkpoint import SafetensorsDirectory, check_tensors, refuse_adapters
+from tensorweave.workers.models.checkpoint import SafetensorsDirectory, WeightSource, check_tensors, refuse_adapters
 from tensorweave.workers.models.config import ModelConfig
 from tensorweave.workers.models.device_loader import DeviceLoader
 from tensorweave.workers.models.families.table import load_model_config
+from tensorweave.workers.models.gguf.file import INDEX_NAME, GgufFile
+from tensorweave.workers.models.gguf.loader import GgufLoader
 from tensorweave.workers.models.loader import WeightLoader
 from tensorweave.workers.models.nested_tensors import NestedTensors
+from tensorweave.workers.models.quantized.loader import QuantizedLoader
 from tensorweave.workers.models.quantizing import quantizing
 from tensorweave.workers.models.rank_weights import RankWeights
 from tensorweave.workers.models.redundant_tensors import check_redundant_tensors, redundant_tensors
 from tensorweave.workers.store.disk import writing_into
 
 _COPIED: Final = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
-_LEFT: Final = frozenset({"model.safetensors.index.json", "conversion.json"})
+_LEFT: Final = frozenset({"model.safetensors.index.json", "conversion.json", INDEX_NAME})
 
 
 def save_engine_dir(
@@ -141,16 +144,30 @@ def open_weights(
             file.check_all_read()
         return
     refuse_adapters(path)
-    with SafetensorsDirectory(path) as files:
+    if (path / INDEX_NAME).is_file():
+        blocks = GgufFile(path)
+        _check(blocks, config)
+        yield GgufLoader(blocks, dtype)
+        return
+    with SafetensorsDirectory(path, is_quantized=config.quantization is not None) as files:
+        if config.quantization is not None:
+            config.quantization.check(files, tensor_shapes(config), ignored=redundant_tensors(config))
+            check_redundant_tensors(files, config)
+            yield QuantizedLoader(files, config.quantization, WeightLoader(files, dtype, device))
+            return
         source = NestedTensors(files, config.nested_names) if config.nested_names else files
-        check_tensors(source, tensor_shapes(config), ignored=redundant_tensors(config))
-        check_redundant_tensors(source, config)
+        _check(source, config)
         if device.type != "cuda":
             yield WeightLoader(source, dtype, device)
             return
         requests = count_weights(config, place).requests
         with DeviceLoader(source.places(), requests, dtype, device, num_threads, on_progress=on_progress) as loader:
             yield loader
+
+
+def _check(source: WeightSource, config: ModelConfig) -> None:
+    check_tensors(source, tensor_shapes(config), ignored=redundant_tensors(config))
+    check_redundant_tensors(source, config)
 
 
 def _copy(manifest: EngineManifest, source: Path, made: Path) -> None:

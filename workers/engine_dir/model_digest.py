@@ -30,7 +30,8 @@ def model_digest(path: Path, load_format: str = "auto") -> str:
     digest = blake2b(load_format.encode(), digest_size=16)
     try:
         digest.update((path / "config.json").read_bytes())
-        for file in sorted(path.glob("*.safetensors")) if load_format != "dummy" else ():
+        weights = (*path.glob("*.safetensors"), *path.glob("*.gguf")) if load_format != "dummy" else ()
+        for file in sorted(weights):
             digest.update(_sample(file))
     except OSError as error:
         raise ValueError(f"{error.filename or path} cannot be read: {error.strerror}") from None

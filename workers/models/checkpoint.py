@@ -23,6 +23,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 _MOST_NAMED = 8
 _INDEX = "model.safetensors.index.json"
 _PLAIN_DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_QUANTIZED_DTYPES: Final = {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+_DTYPES: Final = _PLAIN_DTYPES | _QUANTIZED_DTYPES
 _LENGTH_BYTES: Final = 8
 _ADAPTER = "adapter_config.json"
 
@@ -50,11 +59,16 @@ class TensorPlace:
 
 
 class SafetensorsDirectory:
-    """`model.safetensors`, or the files that `model.safetensors.index.json` lists; memory-mapped."""
+    """`model.safetensors`, or the files that `model.safetensors.index.json` lists; memory-mapped.
 
-    def __init__(self, path: str | Path) -> None:
+    `dtypes` are in safetensors' names. With `is_quantized`, tensors may be of types that need scales.
+    """
+
+    def __init__(self, path: str | Path, *, is_quantized: bool = False) -> None:
         self.path = Path(path)
         self.shapes: Shapes = {}
+        self.dtypes: Mapping[str, str] = {}
+        self._known = _DTYPES if is_quantized else _PLAIN_DTYPES
         self._files = ExitStack()
         self._file_of: dict[str, Any] = {}
         self._path_of: dict[str, Path] = {}
@@ -68,8 +82,8 @@ class SafetensorsDirectory:
             raise
 
     def read(self, name: str, *index: slice) -> Tensor:
-        part = self._file_of[name].get_slice(name)
-        tensor: Tensor = part[index] if index else part[:]
+        file = self._file_of[name]
+        tensor: Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
         return tensor
 
     def places(self) -> Mapping[str, TensorPlace]:
@@ -90,9 +104,12 @@ class SafetensorsDirectory:
             what = "lists tensors that are not in the file it names"
             raise ValueError(f"{self.path / _INDEX} {what}: {', '.join(moved[:_MOST_NAMED])}")
         slices = {name: handle.get_slice(name) for name, handle in self._file_of.items()}
-        if other := [name for name, part in slices.items() if part.get_dtype() not in _PLAIN_DTYPES]:
-            kinds = ", ".join(f"{name} {slices[name].get_dtype()}" for name in other[:_MOST_NAMED])
-            raise ValueError(f"{self.path} has tensors that are no plain numbers: {kinds}; quantized ones are not read")
+        self.dtypes = {name: part.get_dtype() for name, part in slices.items()}
+        if other := [name for name, dtype in self.dtypes.items() if dtype not in self._known]:
+            kinds = ", ".join(f"{name} {self.dtypes[name]}" for name in other[:_MOST_NAMED])
+            unknown = "no plain numbers, and config.json has no quantization_config that says what they mean"
+            what = unknown if self._known is _PLAIN_DTYPES else "of other types"
+            raise ValueError(f"{self.path} has tensors that are {what}: {kinds}")
         self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
 
     def _weight_map(self) -> dict[str, str]:
@@ -157,7 +174,7 @@ def _places(file: Path) -> Iterator[tuple[str, TensorPlace]]:
     for name, entry in header.items():
         if name != "__metadata__":
             offset = _LENGTH_BYTES + num_bytes + entry["data_offsets"][0]
-            yield name, TensorPlace(file, offset, _PLAIN_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            yield name, TensorPlace(file, offset, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
 
 
 def refuse_adapters(path: Path) -> None:

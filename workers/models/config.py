@@ -12,6 +12,7 @@ from typing import Protocol
 
 from tensorweave.workers.models.decoder_layer import DecoderLayer
 from tensorweave.workers.models.layer_builder import LayerBuilder
+from tensorweave.workers.models.quantized.checkpoint_quantization import CheckpointQuantization
 from tensorweave.workers.models.rope_config import RopeConfig
 from tensorweave.workers.models.sizes import LayerKv, ModelSizes
 
@@ -45,6 +46,7 @@ class ModelConfig:
     """`max_seq_len` counts the positions that the model may use, `end_ids` are the tokens that end a sequence.
 
     `ropes` are the rotations of its layers, each of which names one (`LayerKv.rope`). For `nested_names` see `Family`.
+    `quantization` is how the checkpoint's matrices are quantized; None: they are not.
     """
 
     architecture: str
@@ -56,6 +58,7 @@ class ModelConfig:
     nested_names: Mapping[str, str] = field(default_factory=dict)
     has_tied_embeddings: bool = False
     checkpoint_dtype: str = "float32"
+    quantization: CheckpointQuantization | None = None
     end_ids: tuple[int, ...] = ()
 
     @property

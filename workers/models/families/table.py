@@ -33,6 +33,7 @@ from tensorweave.workers.models.generation_config import (
     read_json,
     unite_end_ids,
 )
+from tensorweave.workers.models.quantized.table import read_quantization, with_own_file
 
 _ALL: Final = (
     LLAMA,
@@ -66,7 +67,7 @@ def load_model_config(path: str | Path) -> ModelConfig:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise ValueError(f"{path} is not a Hugging Face model directory: it has no config.json")
-    config = read_model_config(read_json(file), str(file))
+    config = read_model_config(with_own_file(read_json(file), Path(path)), str(file))
     end_ids = load_generation_config(path).end_ids
     return replace(config, end_ids=unite_end_ids(config.sizes.vocab_size, config.end_ids, end_ids))
 
@@ -74,6 +75,12 @@ def load_model_config(path: str | Path) -> ModelConfig:
 def read_model_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
     """From a parsed config.json; `source` names it in errors, which are `load_model_config`'s."""
     family = _find_family(ConfigFields(raw, source))
+    quantization = read_quantization(raw, source)
+    if quantization is not None and family.nested_names:
+        raise ValueError(
+            f"{source}: {family.architecture} is part of a larger model, which is supported in checkpoints that are not "
+            f"quantized (float32, bfloat16, float16)"
+        )
     raw = family.common(raw)
     refuse_unknown_keys(raw, family.keys, source, family.own_code)
     fields = ConfigFields({**family.defaults, **raw}, source)
@@ -92,6 +99,7 @@ def read_model_config(raw: Mapping[str, Any], source: str = "config.json") -> Mo
         nested_names=family.nested_names,
         has_tied_embeddings=fields.flag("tie_word_embeddings"),
         checkpoint_dtype=fields.dtype(),
+        quantization=quantization,
         end_ids=unite_end_ids(sizes.vocab_size, GenerationConfig(raw, source).end_ids),
     )
 
@@ -113,6 +121,3 @@ def _find_family(fields: ConfigFields) -> Family:
 def _refuse_what_no_family_has(fields: ConfigFields, family: Family) -> None:
     if fields.raw.get("hidden_act", "silu") not in family.activations:
         raise fields.wrong("hidden_act", ", ".join(sorted(family.activations)))
-    for key in ("quantization_config", "compression_config"):
-        if fields.raw.get(key):
-            raise fields.wrong(key, "checkpoints that are not quantized (float32, bfloat16, float16)")

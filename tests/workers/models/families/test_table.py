@@ -34,8 +34,8 @@ def test_old_and_new_names_of_the_dtype() -> None:
         ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: silu"),
         (
-            {"quantization_config": {"quant_method": "awq"}},
-            "quantization_config is .*awq.*; supported: checkpoints that are not",
+            {"quantization_config": {"quant_method": "hqq"}},
+            "quantization_config.quant_method is 'hqq'; supported: awq, compressed-tensors",
         ),
         ({"vocab_size": None}, "vocab_size is None; supported: a whole number"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True; supported: a whole number"),
