@@ -78,7 +78,7 @@ def read_model_config(raw: Mapping[str, Any], source: str = "config.json") -> Mo
     quantization = read_quantization(raw, source)
     if quantization is not None and family.nested_names:
         raise ValueError(
-            f"{source}: {family.architecture} is part of a larger model, which is supported in checkpoints that are not "
+            f"{source}: {family.architecture} is part of a larger model, which is supported where it is not "
             f"quantized (float32, bfloat16, float16)"
         )
     raw = family.common(raw)
