@@ -64,6 +64,7 @@ def our_service(model_dir: Path, dtype: str, engine: Mapping[str, Any], changes:
         "engine": {"load_format": "dummy", "dtype": dtype, "generation_config": "none", **engine},
         "pools": {"main": {"role": "both"}},
         "router": {"port": port, "proxy_port": free_port()},
+        "admin": {"port": free_port()},
         "limits": {"max_inflight": 1024, "max_queued": 2048},
     }
     file = model_dir.parent / "service.yaml"

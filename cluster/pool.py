@@ -10,6 +10,7 @@ plain asyncio and uses gangs through `PoolGang` only; `cluster.supervisor` runs 
 from __future__ import annotations
 
 import asyncio
+import collections
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ GangState = Literal["starting", "ready", "restarting", "draining", "stopped", "f
 
 _KILL_TIMEOUT_S: Final = 15.0
 _MIN_FAILED_PAUSE_S: Final = 5.0
+_NUM_EVENTS: Final = 20
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class GangPool:
         self._num_slots = 0
         self._has_served = False
         self._trouble: str | None = None
+        self._num_faults = 0
+        self._events: collections.deque[dict[str, Any]] = collections.deque(maxlen=_NUM_EVENTS)
         self._processors = PoolLogitsProcessors()
         self._is_ending = asyncio.Event()
 
@@ -163,6 +167,8 @@ class GangPool:
             "gangs": gangs,
             "failure": self.failure,
             "trouble": self._trouble,
+            "num_faults": self._num_faults,
+            "events": list(self._events),
         }
 
     async def set_logits_processors(self, processors: Mapping[str, Any]) -> None:
@@ -236,11 +242,9 @@ class GangPool:
             reason = await gang.watch()
             self._note_fault(slot, f"gang {gang.gang_id} ended: {reason}")
         except InsufficientResources as error:
-            slot.record.note_unplaced()
-            self._note(slot, error.message, has_failed=not self._has_served)
+            self._note_unplaced(slot, error.message, has_failed=not self._has_served)
         except NotReady as error:
-            slot.record.note_unplaced()
-            self._note(slot, error.message)
+            self._note_unplaced(slot, error.message)
         except ValueError as error:  # a host without the model, or a mistake in the arguments
             self._note_fault(slot, f"gang {gang.gang_id} cannot start: {error}", has_failed=not self._has_served)
         except TensorweaveError as error:
@@ -272,10 +276,18 @@ class GangPool:
         self._has_served = True
         slot.record.note_ready()
         slot.failure = None
+        self._keep_event(slot, "ready", f"gang {gang.gang_id} is ready")
         self._set(slot, "ready")
+
+    def _note_unplaced(self, slot: _Slot, reason: str, *, has_failed: bool = False) -> None:
+        slot.record.note_unplaced()
+        self._keep_event(slot, "not placed", reason)
+        self._note(slot, reason, has_failed=has_failed)
 
     def _note_fault(self, slot: _Slot, reason: str, *, has_failed: bool = False) -> None:
         slot.record.note_fault()
+        self._num_faults += 1
+        self._keep_event(slot, "fault", reason)
         if slot.record.is_exhausted:
             reason, has_failed = f"{slot.record.summary}, the last: {reason}", True
         self._note(slot, reason, has_failed=has_failed)
@@ -288,6 +300,11 @@ class GangPool:
             slot.failure = reason
         if not (self._is_ending.is_set() or slot.is_ending):
             logger.warning("pool %s: %s; next attempt in %g s", self.spec.name, reason, slot.pause_s)
+
+    def _keep_event(self, slot: _Slot, kind: str, text: str) -> None:
+        """For the status page."""
+        gang_id = "" if slot.gang is None else slot.gang.gang_id
+        self._events.append({"time_s": time.time(), "gang_id": gang_id, "kind": kind, "text": text})
 
     def _set(self, slot: _Slot, state: GangState) -> None:
         slot.state = state

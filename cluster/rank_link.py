@@ -1,7 +1,7 @@
 """`RankLinkMonitor`: detects a slow link between a gang's ranks, from its rate at the start and from later waits.
 
-`cluster.gang` passes it each report of rank 0; `/health` and the log show the result. Waits are those of collectives on
-CPUs, which return when they are done. On GPUs the link is measured at the start only.
+`cluster.gang` passes it each report of rank 0; the admin port and the log show the result. Waits are those of
+collectives on CPUs, which return when they are done. On GPUs the link is measured at the start only.
 """
 
 from __future__ import annotations

@@ -20,13 +20,13 @@ def digest_of(key: str) -> str:
     return "sha256:" + hashlib.sha256(key.encode()).hexdigest()
 
 
-def read_keys(path: str) -> list[str]:
-    """One per line; lines that begin with # are comments. Raises ValueError."""
+def read_keys(name: str, path: str) -> list[str]:
+    """One per line; lines that begin with # are comments. `name` is the setting's. Raises ValueError."""
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ValueError(f"api_keys_file {path!r} cannot be read: {reason}") from None
+        raise ValueError(f"{name} {path!r} cannot be read: {reason}") from None
     if keys := [line for line in lines if line and not line.startswith("#")]:
         return keys
-    raise ValueError(f"api_keys_file {path!r} has no key")
+    raise ValueError(f"{name} {path!r} has no key")

@@ -7,20 +7,20 @@ and line, key, value, remedy. `engine` has the engine arguments that all pools s
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Self, get_args
 
 from pydantic import ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from tensorweave.cluster.llm_args import LlmArgs
 from tensorweave.cluster.protocol import Role
-from tensorweave.cluster.strict_model import Field, RefusedKey, StrictBaseModel, mistake
-from tensorweave.deploy.config_file import ConfigError, Document, KeyPath, read_document
-from tensorweave.deploy.config_tables import LimitsConfig, PoolConfig, RayConfig, RouterConfig, SecurityConfig
+from tensorweave.cluster.strict_model import Field, StrictBaseModel, mistake
+from tensorweave.deploy.config_access import AdminConfig, SecurityConfig
+from tensorweave.deploy.config_file import ConfigError, KeyPath, read_document
+from tensorweave.deploy.config_mistakes import describe
+from tensorweave.deploy.config_tables import LimitsConfig, PoolConfig, RayConfig, RouterConfig
 
 # The router tokenizes and completes sampling fields for all pools, so these cannot differ between pools: the model is
 # given at the top, the others under `engine`.
@@ -37,6 +37,7 @@ _SHARED_KEYS: Final = (
     "tool_parser",
 )
 _FIRST_REVISION: Final = "main"
+_ADMIN_OFFSET: Final = 200
 _NOT_IN_ENGINE: Final = ("model", "role", "replicas")
 _NOT_IN_POOL: Final = ("model", *_SHARED_KEYS)
 
@@ -60,6 +61,7 @@ class ServeConfig(StrictBaseModel):
         status="prototype", min_length=1, description="Pools by name. Default: one, 'main'."
     )
     router: RouterConfig = Field(default_factory=RouterConfig, status="prototype", description="The HTTP front end.")
+    admin: AdminConfig = Field(default_factory=AdminConfig, status="prototype", description="The port for operators.")
     limits: LimitsConfig = Field(default_factory=LimitsConfig, status="prototype", description="Bounds and deadlines.")
     security: SecurityConfig = Field(
         default_factory=SecurityConfig, status="prototype", description="What clients may do."
@@ -108,9 +110,18 @@ class ServeConfig(StrictBaseModel):
     def _check_pools(self) -> Self:
         for pool in self.pools.values():
             pool.model = self.model
-        if mistakes := [*self._wrong_roles(), *self._wrong_exchange()]:
+        if mistakes := [*self._wrong_roles(), *self._wrong_exchange(), *self._wrong_admin()]:
             raise ValidationError.from_exception_data(type(self).__name__, mistakes)
         return self
+
+    @property
+    def admin_port(self) -> int:
+        return self.admin.port or self.router.port + _ADMIN_OFFSET
+
+    @property
+    def endpoint(self) -> str:
+        """The address of the first router replica, or the one that was given for it."""
+        return self.admin.endpoint or f"http://{self.router.reachable_host}:{self.router.port}"
 
     def _wrong_roles(self) -> Iterator[InitErrorDetails]:
         by_role = {role: [name for name, pool in self.pools.items() if pool.role == role] for role in get_args(Role)}
@@ -140,6 +151,16 @@ class ServeConfig(StrictBaseModel):
             if pool.cache_transceiver_config is None or pool.cache_transceiver_config.backend is None:
                 path = (name, "cache_transceiver_config", "backend")
                 yield _wrong_pool(path, f"a {pool.role} pool needs a backend, 'DEFAULT' for one")
+
+    def _wrong_admin(self) -> Iterator[InitErrorDetails]:
+        router, port = self.router, self.admin_port
+        if port > 65535:
+            yield _wrong(("admin", "port"), f"would be {port}, which is router.port + {_ADMIN_OFFSET}: set it")
+        if port == router.proxy_port or router.port <= port < router.port + router.replicas:
+            yield _wrong(("admin", "port"), f"is {port}, which is one of the router's ports")
+        if not self.admin.is_loopback and not self.security.admin_keys:
+            remedy = "set security.admin_keys, or leave it at 127.0.0.1"
+            yield _wrong(("admin", "host"), f"others can reach {self.admin.host!r}: {remedy}")
 
     @property
     def model_names(self) -> list[str]:
@@ -186,7 +207,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ServeConfig:
     try:
         config = ServeConfig.model_validate(document.data)
     except ValidationError as error:
-        lines = [_describe(document, item) for item in error.errors(include_url=False)]
+        lines = [describe(document, item) for item in error.errors(include_url=False)]
         raise ConfigError("\n".join(dict.fromkeys([*document.mistakes, *lines]))) from None
     document.checked()
     return config
@@ -202,7 +223,11 @@ def _assign_role(name: str, pool: dict[str, Any]) -> None:
 
 
 def _wrong_pool(path: KeyPath, message: str) -> InitErrorDetails:
-    return mistake(PydanticCustomError("pools", "{message}", {"message": message, "path": ("pools", *path)}), None)
+    return _wrong(("pools", *path), message)
+
+
+def _wrong(path: KeyPath, message: str) -> InitErrorDetails:
+    return mistake(PydanticCustomError("service", "{message}", {"message": message, "path": path}), None)
 
 
 def _knob(pool: PoolConfig, key: KeyPath) -> Any:
@@ -234,46 +259,3 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
         old = merged.get(key)
         merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
-
-
-def _describe(document: Document, item: ErrorDetails) -> str:
-    """One mistake as one line: place, key, value, message, and the nearest valid name."""
-    context = item.get("ctx", {})
-    path = tuple(str(part) for part in context.get("path", item["loc"]))
-    match context.get("error"):
-        case RefusedKey() as refused:
-            path, message = (*path, refused.key), refused.reason
-        case None:
-            message = item["msg"]
-        case error:
-            message = str(error)
-    if path[:1] == ("pools",) and len(path) > 2 and not document.holds(path) and document.holds(("engine", *path[2:])):
-        path = ("engine", *path[2:])
-    if item["type"] == "missing":
-        return f"{document.place(path[:-1])}: {'.'.join(path)} is missing"
-    if item["type"] == "literal_error":
-        message += _nearest(item)
-    if path[:1] == ("security",):  # may hold keys
-        return f"{document.place(path).partition('=')[0]}: {'.'.join(path)}: {message}"
-    written = f" = {_shorten(_value(document, path))}" if document.holds(path) else ""
-    return f"{document.place(path)}: {'.'.join(path) or 'the file'}{written}: {message}"
-
-
-def _nearest(item: ErrorDetails) -> str:
-    known = re.findall(r"'([^']*)'", str(item["ctx"]["expected"]))
-    near = difflib.get_close_matches(str(item["input"]), known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _value(document: Document, path: KeyPath) -> Any:
-    value: Any = document.data
-    for key in path:
-        if not isinstance(value, dict) or key not in value:
-            return None
-        value = value[key]
-    return value
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import Literal, Self
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
@@ -12,13 +11,10 @@ from tensorweave.cluster.llm_args import LlmArgs
 from tensorweave.cluster.protocol import Role
 from tensorweave.cluster.speculation_config import UserProvidedDecodingConfig
 from tensorweave.cluster.strict_model import Field, StrictBaseModel
-from tensorweave.deploy.api_keys import digest_of, read_keys
 from tensorweave.router.chat_formats.choice import choose_format
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.policy import PolicyName
 from tensorweave.router.guided.limits import GuidedLimits
-
-_ORIGIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@*]+")
 
 
 class PoolConfig(LlmArgs):
@@ -285,76 +281,6 @@ class LimitsConfig(StrictBaseModel):
             body_timeout_s=self.body_timeout_s,
             max_sequences=min(self.max_sequences, self.max_inflight + self.max_queued),
         )
-
-
-class SecurityConfig(StrictBaseModel):
-    """Who may use the service, and for what."""
-
-    enable_disaggregated_params: bool = Field(
-        False,
-        status="prototype",
-        description="Let clients send the two phases of a request themselves. A ticket names the hosts that a decode "
-        "gang connects to and gives access to a prefill gang's KV: enable this only if every client is trusted.",
-    )
-    enable_request_chat_template: bool = Field(
-        False,
-        status="prototype",
-        description="Let a request bring a chat template of its own, a program in Jinja's sandbox. Every body is then "
-        "read in a process of its own, with a limit of processor time.",
-    )
-    api_keys: list[str] = Field(
-        default_factory=list,
-        status="prototype",
-        description="API keys, one of which every route but /health, /ready and /ping then requires as 'Authorization: "
-        "Bearer' or 'x-api-key'. A key may be given as 'sha256:' and its hex digest; only digests are kept.",
-    )
-    api_keys_file: str | None = Field(
-        None,
-        status="prototype",
-        description="A file with more keys, one per line; read once, on the host of the driver.",
-    )
-
-    allow_unauthenticated_ray: bool = Field(
-        False,
-        status="prototype",
-        description="Serve on a Ray cluster without token authentication. Everybody who can reach such a cluster's "
-        "ports can run code on it, whatever the API keys: enable this only on a network that you trust.",
-    )
-
-    cors_origins: list[str] = Field(
-        default_factory=list,
-        status="prototype",
-        description="Origins of web pages ('https://chat.example.org') whose scripts may call the service from a "
-        "browser; '*' for any. Default: none.",
-    )
-
-    @field_validator("cors_origins", mode="before")
-    @classmethod
-    def _take_one_origin(cls, origins: object) -> object:
-        return [origins] if isinstance(origins, str) else origins
-
-    @field_validator("cors_origins")
-    @classmethod
-    def _check_origins(cls, origins: list[str]) -> list[str]:
-        if "*" in origins and len(origins) > 1:
-            raise ValueError("'*' means any origin and must be the only one")
-        for origin in origins:
-            if origin != "*" and not _ORIGIN.fullmatch(origin):
-                raise ValueError(f"{origin!r} is not an origin: scheme://host or scheme://host:port, without a path")
-        return [origin.lower() for origin in origins]
-
-    @field_validator("api_keys")
-    @classmethod
-    def _keep_digests_only(cls, keys: list[str]) -> list[str]:
-        return list(dict.fromkeys(map(digest_of, keys)))
-
-    @model_validator(mode="after")
-    def _read_file(self) -> Self:
-        if self.api_keys_file is not None:
-            more = map(digest_of, read_keys(self.api_keys_file))
-            self.api_keys = list(dict.fromkeys([*self.api_keys, *more]))
-            self.api_keys_file = None
-        return self
 
 
 class RayConfig(StrictBaseModel):

@@ -1,5 +1,5 @@
-"""The Ray Serve application: `Pools`, which keeps a supervisor of the gangs alive, and `Router` replicas, which listen
-for clients.
+"""The Ray Serve application: `Pools`, which keeps a supervisor of the gangs alive and listens for operators, and
+`Router` replicas, which listen for clients.
 
 `build` makes it for `deploy/service.py`, `build_app` for Serve's own commands:
 `serve run tensorweave.deploy.serve_app:build_app config=service.yaml limits.max_queued=10`.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import secrets
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
@@ -24,14 +25,18 @@ from ray.serve.handle import DeploymentHandle
 from tensorweave.cluster.fleet import WatchedFleet
 from tensorweave.cluster.ray_auth import refuse_open_ray
 from tensorweave.cluster.ray_internals import allow_rebinding, mark_generated_ids
+from tensorweave.cluster.router_report import RouterReport
 from tensorweave.cluster.supervisor import find_or_start_supervisor
 from tensorweave.cluster.supervisor_handle import find_supervisor
 from tensorweave.deploy.actor_names import HEAD_NODE, supervisor_home
+from tensorweave.deploy.api_keys import digest_of
 from tensorweave.deploy.config import ServeConfig, load_config
 from tensorweave.deploy.config_source import ConfigSource
 from tensorweave.deploy.pinned_model import PinnedModel
 from tensorweave.deploy.pools import pool_specs
+from tensorweave.deploy.router_reports import report_for_ever
 from tensorweave.deploy.serve_logging import log_through_serve
+from tensorweave.router.admin.router_table import RouterTable
 from tensorweave.workers.rank import RankWorker
 from tensorweave.workers.store.model_store import resolve_model
 
@@ -46,15 +51,22 @@ _SERVE_SLACK: Final = 1024
 
 
 class Pools:
-    """Keeps a supervisor of the application's gangs alive, with the pools of this configuration.
+    """Keeps a supervisor of the application's gangs alive, with the pools of this configuration, and the admin port.
 
     The supervisor outlives this replica, so Serve may replace the replica without effect on requests. `generation`
-    tells which of two replicas is from the later deployment.
+    tells which of two replicas is from the later deployment. `chat_key` is an API key for the admin page's chat.
     """
 
     def __init__(
-        self, plain: dict[str, Any], digests: dict[str, str], generation: int, source: ConfigSource | None = None
+        self,
+        plain: dict[str, Any],
+        digests: dict[str, str],
+        generation: int,
+        source: ConfigSource | None = None,
+        chat_key: str | None = None,
     ) -> None:
+        from tensorweave.deploy.admin_service import start_admin_port
+
         log_through_serve()
         config = ServeConfig.from_plain(plain)
         refuse_open_ray(is_allowed=config.security.allow_unauthenticated_ray)
@@ -63,6 +75,13 @@ class Pools:
         self._source = source
         self._specs = pool_specs(config, has_gpus=ray.cluster_resources().get("GPU", 0) > 0, digests=digests)
         self._home = supervisor_home(serve.get_replica_context().app_name)
+        self._routers = RouterTable()
+        find = functools.partial(find_supervisor, self._home)
+        start_admin_port(config, _version(), find, self._routers, chat_key)
+
+    def note_router(self, report: RouterReport) -> float:
+        """Return when this router is to report again, in seconds from now."""
+        return self._routers.note(report)
 
     def supervisor(self) -> ActorHandle[Any]:
         return find_or_start_supervisor(self._home, self._specs, RankWorker)
@@ -94,6 +113,7 @@ class Router:
         from tensorweave.router.dispatch.policy import PolicySettings, build_policy
         from tensorweave.router.http.app import build_app
         from tensorweave.router.http.connections import bound_connections
+        from tensorweave.router.http.metrics import RouterMetrics
         from tensorweave.router.service import RouterService
 
         log_through_serve()
@@ -103,13 +123,12 @@ class Router:
         limits = config.limits.router_limits()
         policy = build_policy(config.router.policy, PolicySettings(min_prefill_tokens=config.router.min_prefill_tokens))
         dispatcher = Dispatcher(fleet, policy, limits)
-        version: str = sys.modules["tensorweave"].__version__  # this room may not import the package itself
         service = RouterService(
             config.model_name,
             tokenizer,
             dispatcher,
             fleet,
-            version,
+            _version(),
             limits,
             accepts_phases=config.security.enable_disaggregated_params,
             key_digests=config.security.api_keys,
@@ -126,8 +145,11 @@ class Router:
         # time.
         gc.collect()
         gc.freeze()
+        metrics = RouterMetrics(config.model_name, dispatcher)
+        read = functools.partial(metrics.report, serve.get_replica_context().replica_id.unique_id)
+        self._reporting = asyncio.create_task(report_for_ever(read, self._pools.note_router.remote))
         # Serve, as well as its proxy, answers with the request's own id and generates one for a request without.
-        return build_app(service, server_echoes_ids=True, generated_id_prefix=mark_generated_ids())
+        return build_app(service, metrics=metrics, server_echoes_ids=True, generated_id_prefix=mark_generated_ids())
 
     async def _load_tokenizer(self) -> Tokenizer:
         from tensorweave.router.text.tokens import Tokenizer
@@ -149,6 +171,11 @@ class Router:
         return WatchedFleet(supervisor, functools.partial(find_supervisor, home))
 
 
+def _version() -> str:
+    version: str = sys.modules["tensorweave"].__version__  # this room may not import the package itself
+    return version
+
+
 def build(
     model: PinnedModel, replica_env: dict[str, str] | None = None, source: ConfigSource | None = None
 ) -> Application:
@@ -157,6 +184,10 @@ def build(
     `replica_env` is for the router replicas; Serve's controller must have been started with it too.
     """
     config, plain = model.config, model.config.to_plain()
+    chat_key = None
+    if config.security.api_keys:
+        chat_key = secrets.token_hex(32)
+        plain["security"]["api_keys"].append(digest_of(chat_key))
     router_options: dict[str, Any] = {"num_cpus": 0, "resources": HEAD_NODE}
     if replica_env:
         router_options["runtime_env"] = {"env_vars": replica_env}
@@ -182,7 +213,7 @@ def build(
         ray_actor_options=router_options,
         logging_config={"enable_access_log": False},
     )
-    return router.bind(plain, pools.bind(plain, model.digests, time.time_ns(), source))
+    return router.bind(plain, pools.bind(plain, model.digests, time.time_ns(), source, chat_key))
 
 
 def build_app(args: dict[str, Any]) -> Application:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
@@ -68,6 +68,7 @@ def run(config: ServeConfig, on_ready: Callable[[str], None] | None = None) -> i
             report("stopped before it was ready")
             return 1
         report(f"ready: {config.model_name} at {url}/v1 (Serve's proxy at port {config.router.proxy_port})")
+        report(_admin_line(config))
         if on_ready is not None:
             on_ready(url)
         code = _keep_up(config, service_actor, stop, ending)
@@ -193,16 +194,29 @@ def _end_service(service_actor: ActorHandle[Any], sentinel: OwnSentinel, drain_t
     sentinel.end()
 
 
+def _admin_line(config: ServeConfig) -> str:
+    where = f"http://{config.admin.reachable_host}:{config.admin_port}"
+    security = config.security
+    if security.api_keys and not security.admin_keys:
+        return f"status page at {where}, which nobody may use: set security.admin_keys"
+    return f"status page at {where}" + (" (the password is an admin key)" if security.admin_keys else "")
+
+
 def _check_ports(config: ServeConfig, service_actor: ActorHandle[Any]) -> None:
     router = config.router
     ports = [*range(router.port, router.port + router.replicas), router.proxy_port]
+    _check_free("router", router.host, ports, "router.port and router.proxy_port", service_actor)
+    _check_free("admin", config.admin.host, [config.admin_port], "admin.port", service_actor)
+
+
+def _check_free(table: str, host: str, ports: Sequence[int], names: str, service_actor: ActorHandle[Any]) -> None:
+    """Raises StartFailed if `ports` cannot be listened on; `names` are the keys that choose them."""
     try:
-        taken = ray.get(service_actor.taken_ports.remote(router.host, ports), timeout=_CONTROL_TIMEOUT_S)
+        taken = ray.get(service_actor.taken_ports.remote(host, ports), timeout=_CONTROL_TIMEOUT_S)
     except OSError as error:
-        raise StartFailed(f"router.host {router.host!r} cannot be listened on: {_sentence(error)}") from None
+        raise StartFailed(f"{table}.host {host!r} cannot be listened on: {_sentence(error)}") from None
     if taken:
-        numbers = ", ".join(map(str, taken))
-        raise StartFailed(f"port {numbers} of {router.host} is taken; choose router.port and router.proxy_port anew")
+        raise StartFailed(f"port {', '.join(map(str, taken))} of {host} is taken; choose {names} anew")
 
 
 def _await_ready(config: ServeConfig, service_actor: ActorHandle[Any], stop: StopSignal, deadline_s: float) -> None:

@@ -51,6 +51,7 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
         "openai/prepare.py": "bodies chat openai openai/new_answer.py sampling service.py text",
         "http": "anthropic bodies deadline.py dispatch http/body_memory.py openai openai/prepare.py responses "
         "service.py text time_slice.py",
+        "admin": "http http/body_memory.py",
     },
     "workers": {
         "start_log.py": "",

@@ -16,11 +16,10 @@ from typing import Any, Final
 import orjson
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from tensorweave.cluster.errors import NotReady, RequestCancelled, RequestRejected, TensorweaveError
+from tensorweave.cluster.errors import NotReady
 from tensorweave.router.bodies.request_body import RequestBody
 from tensorweave.router.bodies.served import check_name
 from tensorweave.router.bodies.tasks import (
@@ -35,8 +34,9 @@ from tensorweave.router.bodies.tasks import (
 )
 from tensorweave.router.http import asgi
 from tensorweave.router.http.endpoint import GenerateEndpoint
+from tensorweave.router.http.error_answers import add_error_answers
 from tensorweave.router.http.health import check_health
-from tensorweave.router.http.keys import ApiKeys, may_see_operations
+from tensorweave.router.http.keys import ApiKeys
 from tensorweave.router.http.metrics import RouterMetrics
 from tensorweave.router.http.middleware import with_middleware
 from tensorweave.router.http.openapi import openapi_document
@@ -58,14 +58,6 @@ _ANSWERING: Final[Mapping[str, BodyTask[bytes]]] = {
     "/detokenize": DETOKENIZE,
 }
 """Routes whose answer is computed from the body alone."""
-
-
-class UnknownRoute(RequestRejected):
-    http_status, code = 404, "not_found"
-
-
-class MethodNotAllowed(RequestRejected):
-    http_status, code = 405, "method_not_allowed"
 
 
 class _App(FastAPI):
@@ -97,9 +89,15 @@ class _App(FastAPI):
         return self.openapi_schema
 
 
-def build_app(service: RouterService, *, server_echoes_ids: bool = False, generated_id_prefix: str = "") -> FastAPI:
+def build_app(
+    service: RouterService,
+    *,
+    metrics: RouterMetrics | None = None,
+    server_echoes_ids: bool = False,
+    generated_id_prefix: str = "",
+) -> FastAPI:
     """`server_echoes_ids` and `generated_id_prefix`: see `asgi.RequestIds`."""
-    metrics = RouterMetrics(service.model_name, service.dispatcher)
+    metrics = metrics or RouterMetrics(service.model_name, service.dispatcher)
     service.created_s = service.created_s or int(time.time())
     wrap = functools.partial(
         with_middleware,
@@ -117,10 +115,7 @@ def build_app(service: RouterService, *, server_echoes_ids: bool = False, genera
         app.router.routes.append(Route(path, functools.partial(_answer_body, service, answering), methods=["POST"]))
     if service.key_digests:
         app.add_middleware(ApiKeys, digests=service.key_digests)
-    app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_exception_handler(TensorweaveError, _answer_error)
-    app.add_exception_handler(asgi.ClientGone, _answer_client_gone)
-    app.add_exception_handler(Exception, _answer_internal_error)
+    add_error_answers(app)
     return app
 
 
@@ -137,15 +132,12 @@ def _handlers(service: RouterService, metrics: RouterMetrics) -> dict[str, Handl
 
     async def health(request: Request) -> Response:
         report = await check_health(service.fleet, service.limits.heartbeat_limit_s)
-        body = report.body() if may_see_operations(request.scope) else report.public_body()
-        return _json(body, status=200 if report.is_healthy else 503)
+        return _json(report.public_body(), status=200 if report.is_healthy else 503)
 
     async def ready(request: Request) -> Response:
         try:
             await service.fleet.wait_ready(0.0)
-        except NotReady:
-            if may_see_operations(request.scope):
-                raise
+        except NotReady:  # its message may name hosts and processes, which are for the admin port
             raise NotReady("the service is not ready") from None
         return _json({"status": "ready"})
 
@@ -204,38 +196,3 @@ def _model_card(service: RouterService, name: str) -> dict[str, Any]:
 
 def _json(content: dict[str, Any], *, status: int = 200) -> Response:
     return Response(orjson.dumps(content), status_code=status, media_type="application/json")
-
-
-async def _answer_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, TensorweaveError)
-    response = Response(
-        asgi.error_body(request.scope, error), status_code=error.http_status, media_type="application/json"
-    )
-    for name, value in asgi.error_headers(error):
-        response.headers[name.decode()] = value.decode()
-    return response
-
-
-async def _answer_http_exception(request: Request, error: Exception) -> Response:
-    """Answer what Starlette itself refuses: an unknown route, or a wrong method. OPTIONS gets the allowed methods."""
-    assert isinstance(error, HTTPException)
-    if error.status_code == 405 and request.method == "OPTIONS":
-        return Response(status_code=204, headers=error.headers)
-    where = f"{request.method} {request.url.path[:256]}"
-    match error.status_code:
-        case 404:
-            response = await _answer_error(request, UnknownRoute(f"no route: {where}"))
-        case 405:
-            response = await _answer_error(request, MethodNotAllowed(f"method not allowed: {where}"))
-        case _:
-            response = await _answer_error(request, RequestRejected(str(error.detail)))
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _answer_client_gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=RequestCancelled.http_status)
-
-
-async def _answer_internal_error(request: Request, error: Exception) -> Response:
-    return await _answer_error(request, TensorweaveError("internal error; see the server's log"))

@@ -23,10 +23,11 @@ class HealthReport:
     pools: Sequence[dict[str, Any]]
 
     def body(self) -> dict[str, Any]:
+        """For the admin port."""
         return {**self.public_body(), "reason": self.reason, "pools": self.pools}
 
     def public_body(self) -> dict[str, Any]:
-        """For unauthenticated clients: without hosts, processes and paths."""
+        """For clients: without hosts, processes and paths."""
         return {"status": "ok" if self.is_healthy else "unavailable"}
 
 
@@ -37,6 +38,11 @@ async def check_health(fleet: Fleet, heartbeat_limit_s: float) -> HealthReport:
         pools = await fleet.describe()
     except NotReady as error:
         return HealthReport(has_link, error.message, [])
+    return judge_health(pools, heartbeat_limit_s, has_link=has_link)
+
+
+def judge_health(pools: Sequence[dict[str, Any]], heartbeat_limit_s: float, *, has_link: bool) -> HealthReport:
+    """`has_link`: whether a gang can be reached."""
     if not has_link:
         return HealthReport(False, _why_no_link(pools), pools)
     ages_s = [_progress_age_s(gang) for gang in _answering(pools)]

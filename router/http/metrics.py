@@ -1,11 +1,13 @@
 """Prometheus metrics of one router replica, with vLLM's names and the prefix `tensorweave_` where vLLM has one.
 
-Each app has its own registry; nothing is global. Labels are bound once: an observation takes about a microsecond.
+Each app has its own registry; nothing is global. Labels are bound once: an observation takes about a microsecond. The
+admin port shows what `RouterMetrics.report` returns.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping
 from typing import Final
 
@@ -15,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from tensorweave.cluster.errors import NotReady, TensorweaveError
 from tensorweave.cluster.fleet import Fleet
+from tensorweave.cluster.router_report import MetricRows, RouterReport
 from tensorweave.router.dispatch.dispatch import DispatchCounts, Dispatcher
 from tensorweave.router.http.health import gang_gauges
 
@@ -24,6 +27,12 @@ _TOKEN_LATENCY_S: Final = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0
 # What a gang's leader reports of its executor: the metric's name and description.
 _OF_GANGS: Final = {
     "kv_cache_usage_perc": ("kv_cache_usage_perc", "KV blocks in use, 1 is all."),
+    "kv_blocks": ("kv_cache_blocks", "KV blocks that the gang has."),
+    "kv_blocks_used": ("kv_cache_blocks_used", "KV blocks that requests hold."),
+    "kv_blocks_cached": (
+        "kv_cache_blocks_cached",
+        "KV blocks that no request holds, kept for prompts with the same prefix.",
+    ),
     "num_requests_running": ("gang_num_requests_running", "Sequences that hold KV blocks."),
     "num_requests_waiting": ("gang_num_requests_waiting", "Sequences that wait for KV blocks or a place in the batch."),
     "num_preemptions_total": ("gang_preemptions", "Sequences paused for want of KV blocks, since the gang began."),
@@ -75,7 +84,7 @@ class _Dispatches(Collector):
         return family
 
 
-class _Gangs(Collector):
+class GangMetrics(Collector):
     """The latest gauges of all present gangs. Those that are not in the table (KV transfer, for example) keep their
     names; those that end in `_total` are counters."""
 
@@ -121,7 +130,9 @@ class RouterMetrics:
         self._e2e = self._histogram(
             "e2e_request_latency_seconds", "From a request's receipt to its last token.", _LATENCY_S
         )
-        self._gangs = _Gangs(self._model)
+        self._gangs = GangMetrics(self._model)
+        self._of_gangs = CollectorRegistry()
+        self._of_gangs.register(self._gangs)
         self._gauge("num_requests_running", "Sequences admitted and not ended.").set_function(
             lambda: dispatcher.num_running
         )
@@ -129,7 +140,6 @@ class RouterMetrics:
             lambda: dispatcher.num_waiting
         )
         self.registry.register(_Dispatches(self._model, dispatcher.counts))
-        self.registry.register(self._gangs)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"tensorweave_{name}", text, ["model_name", *labels], registry=self.registry)
@@ -168,8 +178,21 @@ class RouterMetrics:
         if num_tokens > 1:
             self._tpot.observe(after_first_s / (num_tokens - 1))
 
+    def report(self, router: str) -> RouterReport:
+        """This replica's own metrics, without those of the gangs, for the admin port."""
+        families = [
+            MetricRows(
+                family.name,
+                family.type,
+                family.documentation,
+                tuple((row.name, tuple(row.labels.items()), row.value) for row in family.samples),
+            )
+            for family in self.registry.collect()
+        ]
+        return RouterReport(router, time.monotonic(), tuple(families))
+
     async def render(self, fleet: Fleet) -> bytes:
         """The text exposition. If the fleet does not answer, the gangs' last values are rendered."""
         with contextlib.suppress(NotReady):
             self._gangs.gauges = gang_gauges(await fleet.describe())
-        return generate_latest(self.registry)
+        return generate_latest(self.registry) + generate_latest(self._of_gangs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
@@ -236,11 +236,9 @@ class ModelList(Shape):
 
 
 class Health(Shape):
-    """Unauthenticated clients see `status` only."""
+    """Why, and what each pool lacks, is told at the admin port."""
 
     status: Literal["ok", "unavailable"]
-    reason: str | SkipJsonSchema[None] = Field(None, description="Why it is unavailable, or what it lacks.")
-    pools: list[dict[str, Any]] | SkipJsonSchema[None] = None
 
 
 class Ready(Shape):

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tensorweave.cli import batch, bench, chaos, chat, evaluate, models, serve, soak, version
+from tensorweave.cli import batch, bench, chaos, chat, evaluate, models, serve, soak, top, version
 from tensorweave.cli.boundary import report
 
 _EXAMPLES = """\
@@ -18,6 +18,7 @@ examples:
   tensorweave serve --model smollm2                      serve the small model that needs no hub, on 127.0.0.1:8000
   tensorweave serve --config service.yaml --set router.port=9000
   tensorweave chat                                       talk to it from another terminal
+  tensorweave top                                        watch what it does
   tensorweave bench throughput --model smollm2 --dtype float32 --json out.json
   tensorweave COMMAND --help                             more of each command
 """
@@ -33,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (serve, chat, batch, evaluate, bench, chaos, soak, models, version):
+    for command in (serve, chat, top, batch, evaluate, bench, chaos, soak, models, version):
         command.add_command(commands)
     return parser
 

@@ -50,9 +50,10 @@ def service_config(args: argparse.Namespace) -> ServeConfig:
     """Of a service of this command's own. Its ports are other ones each time."""
     from tensorweave.deploy.config import load_config
 
-    port, proxy_port = _free_ports(2)
-    own = ["router.host=127.0.0.1", "router.replicas=1", f"router.port={port}", f"router.proxy_port={proxy_port}"]
-    return load_config(config_path(args.config), [*own, *config_changes(args)])
+    port, proxy_port, admin_port = _free_ports(3)
+    hosts = ["router.host=127.0.0.1", "admin.host=127.0.0.1", "router.replicas=1"]
+    ports = [f"router.port={port}", f"router.proxy_port={proxy_port}", f"admin.port={admin_port}"]
+    return load_config(config_path(args.config), [*hosts, *ports, *config_changes(args)])
 
 
 def checked_url(url: str) -> str:

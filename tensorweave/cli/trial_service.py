@@ -7,6 +7,7 @@ import collections
 import contextlib
 import json
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -36,11 +37,13 @@ _KEPT_LINES: Final = 25
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A service that can be started: what `tensorweave serve` is called with, and the key that its clients send."""
+    """A service that can be started: what `tensorweave serve` is called with, the key that its clients send, and the
+    key of its admin port."""
 
     config: ServeConfig
     arguments: Sequence[str]
     api_key: str | None = field(default=None, repr=False)
+    admin_key: str | None = field(default=None, repr=False)
 
 
 @contextlib.contextmanager
@@ -54,6 +57,8 @@ def prepared_trial(path: Path, changes: Sequence[str], api_key: str | None) -> I
     if config.ray.address is not None:
         raise ValueError("ray.address: a service on trial runs on a Ray cluster of its own; leave it out")
     _check_key(config, api_key)
+    admin_key = secrets.token_hex(16)
+    changes = [*changes, f"security.admin_keys=[{json.dumps(digest_of(admin_key))}]"]
     with tempfile.TemporaryDirectory(prefix="tensorweave-trial-") as directory:
         if config.model == TINY_MODEL:
             model = write_tiny_model(Path(directory) / TINY_MODEL)
@@ -62,7 +67,7 @@ def prepared_trial(path: Path, changes: Sequence[str], api_key: str | None) -> I
         arguments = ["--config", str(path.resolve())]
         for change in changes:
             arguments += ["--set", change]
-        yield Trial(load_config(path, changes), arguments, api_key)
+        yield Trial(load_config(path, changes), arguments, api_key, admin_key)
 
 
 def _check_key(config: ServeConfig, api_key: str | None) -> None:
@@ -77,7 +82,7 @@ class ServiceBroken(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RankProcess:
-    """One rank of a ready gang, according to `/health`."""
+    """One rank of a ready gang, according to the admin port's `/health`."""
 
     role: str
     gang_id: str
@@ -201,21 +206,21 @@ class TrialService:
         return httpx.AsyncClient(timeout=_PROBE_TIMEOUT_S, headers=bearer(self._trial.api_key))
 
     async def pools(self) -> list[dict[str, Any]]:
-        """The pools of the first front end whose `/health` has any, else nothing."""
-        async with self._client() as client:
-            for port in self.ports:
-                with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
-                    pools: list[dict[str, Any]] = (await client.get(f"{self.url(port)}/health")).json()["pools"]
-                    if pools:
-                        return pools
+        """The pools according to the admin port; nothing if it does not answer."""
+        admin = f"http://{self.config.admin.reachable_host}:{self.config.admin_port}"
+        headers = bearer(self._trial.admin_key)
+        async with httpx.AsyncClient(base_url=admin, timeout=_PROBE_TIMEOUT_S, headers=headers) as client:
+            with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
+                pools: list[dict[str, Any]] = (await client.get("/health")).json()["pools"]
+                return pools
         return []
 
     async def ranks(self) -> list[RankProcess]:
-        """Every rank of every ready gang. Raises ServiceBroken if no front end reports them."""
+        """Every rank of every ready gang. Raises ServiceBroken if the admin port does not report them."""
         deadline_s = time.monotonic() + _TELL_TIMEOUT_S
         while not (pools := await self.pools()):
             if time.monotonic() > deadline_s:
-                raise ServiceBroken("no front end reports the pools")
+                raise ServiceBroken("the admin port does not report the pools")
             await asyncio.sleep(_POLL_S)
         return list(_ranks(pools))
 
@@ -283,7 +288,7 @@ def _is_full(pool: dict[str, Any], gone: Collection[int]) -> bool:
 
 def _describe(pools: Sequence[dict[str, Any]]) -> str:
     states = [f"{pool['pool']}: {', '.join(_states(pool))}" for pool in pools]
-    return "; ".join(states) or "no front end answers"
+    return "; ".join(states) or "the admin port does not answer"
 
 
 def _name(process: psutil.Process) -> str:

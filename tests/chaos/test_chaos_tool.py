@@ -47,10 +47,11 @@ def all_told(told: str, out: Path) -> str:
 
 @contextmanager
 def chaos(out: Path, *arguments: str, changes: list[str]) -> Iterator[subprocess.Popen[str]]:
-    port, _, proxy_port = free_ports(3)
+    port, _, proxy_port, admin_port = free_ports(4)
     command = [sys.executable, "-m", "tensorweave.cli.main", "chaos", "--config", str(CHAOS_YAML), "--json", str(out)]
     command += ["--log", str(log_of(out))]
-    for change in (*changes, f"router.port={port}", f"router.proxy_port={proxy_port}"):
+    ports = (f"router.port={port}", f"router.proxy_port={proxy_port}", f"admin.port={admin_port}")
+    for change in (*changes, *ports):
         command += ["--set", change]
     command += overlap_arguments()
     process = subprocess.Popen(

@@ -75,18 +75,37 @@ def free_ports(count: int) -> list[int]:
 
 
 def write_config(directory: Path, model: Path, **limits: float) -> tuple[Path, int, int]:
-    """The service's file (YAML reads JSON), the port of its front end and that of its proxy."""
-    port, proxy_port = free_ports(2)
+    """The service's file (YAML reads JSON), the port of its front end and that of its proxy. `admin_port` follows."""
+    port, proxy_port, _ = free_ports(3)
     settings = {
         "model": str(model),
         "served_model_name": "tiny",
         "engine": {"device": "cpu", "dtype": "float32", "num_threads": 1, "kv_cache_config": {"max_tokens": 8192}},
         "router": {"port": port, "proxy_port": proxy_port},
+        "admin": {"port": admin_port(port)},
         "limits": {"drain_timeout_s": DRAIN_TIMEOUT_S, "start_timeout_s": START_TIMEOUT_S, **limits},
     }
     path = directory / "service.yaml"
     path.write_text(json.dumps(settings), encoding="utf-8")
     return path, port, proxy_port
+
+
+def admin_port(port: int) -> int:
+    """Of the service with this port of its front end."""
+    return port + 2
+
+
+def service_pools(port: int) -> list[dict[str, Any]]:
+    """What the admin port says of the pools; nothing if it does not answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", admin_port(port), timeout=60)
+    try:
+        connection.request("GET", "/health")
+        pools: list[dict[str, Any]] = json.loads(connection.getresponse().read())["pools"]
+        return pools
+    except (OSError, http.client.HTTPException):
+        return []
+    finally:
+        connection.close()
 
 
 def service_environment() -> dict[str, str]:

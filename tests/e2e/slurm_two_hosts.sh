@@ -150,6 +150,7 @@ served_model_name: tiny
 engine: {device: cpu, dtype: float32, num_threads: 1, kv_cache_config: {max_tokens: 4096}}
 pools: {main: {tensor_parallel_size: 2}}
 router: {port: $port, proxy_port: $((port + 1))}
+admin: {port: $((port + 2))}
 limits: {drain_timeout_s: 20, start_timeout_s: 150}
 YAML
 }
@@ -162,8 +163,8 @@ submit() {
     "${nodes[@]}" slurm/serve.sbatch --config "$root/service.yaml" "${changes[@]}")
 }
 
-# From the first host itself: others hear only whether the service is up.
-health() { nsenter --net=/run/netns/twh1 curl -sf --max-time 10 "http://$net.11:$port/health"; }
+# From the first host itself, on which the admin port listens.
+health() { nsenter --net=/run/netns/twh1 curl -sf --max-time 10 "http://127.0.0.1:$((port + 2))/health"; }
 num_hosts() { health | grep -oE '"node_ip":"[0-9.]+"' | sort -u | wc -l; }
 serves_on() { [ "$(num_hosts)" = "$1" ]; }
 has_said() { [ "$(grep -c "$2" "$root/log/job-$1.log")" -ge "$3" ]; }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from tests.e2e.service_process import (
     alive,
     running_service,
     service_environment,
+    service_pools,
     wait_until,
     write_config,
     write_model,
@@ -107,11 +107,7 @@ def service(config: Path) -> Iterator[ServiceProcess]:
 
 def a_rank(port: int) -> int:
     """The pid of a rank of a ready gang that decodes."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    connection.request("GET", "/health")
-    pools = json.loads(connection.getresponse().read())["pools"]
-    connection.close()
-    gangs = [gang for pool in pools if pool["role"] != "prefill" for gang in pool["gangs"]]
+    gangs = [gang for pool in service_pools(port) if pool["role"] != "prefill" for gang in pool["gangs"]]
     return next(int(gang["ranks"][0]["pid"]) for gang in gangs if gang["state"] == "ready")
 
 

@@ -70,16 +70,16 @@ def test_bfloat16_log_probabilities(model: Path) -> None:
     assert ours.mean < 1.5 * theirs.mean
 
 
-def gauges_of(url: str, role: str) -> tuple[int, dict[str, float]]:
+def gauges_of(admin_url: str, role: str) -> tuple[int, dict[str, float]]:
     """The pid of rank 0 of the one gang of this role, and its gauges."""
-    [pool] = [pool for pool in httpx.get(f"{url}/health", timeout=10).json()["pools"] if pool["role"] == role]
+    [pool] = [pool for pool in httpx.get(f"{admin_url}/health", timeout=10).json()["pools"] if pool["role"] == role]
     rank = pool["gangs"][0]["ranks"][0]
     return int(rank["pid"]), rank["gauges"]
 
 
-def num_blocks(url: str) -> float:
+def num_blocks(admin_url: str) -> float:
     """What the decode gang has fetched, from its last heartbeat."""
-    _, gauges = gauges_of(url, "decode")
+    _, gauges = gauges_of(admin_url, "decode")
     return gauges.get("kv_transfer_blocks_total", 0.0)
 
 
@@ -87,7 +87,7 @@ def num_blocks(url: str) -> float:
 @pytest.mark.parametrize("backend", ["DEFAULT", "NCCL"])
 def test_prefill_on_one_gpu_and_decode_on_another(model: Path, tmp_path: Path, backend: str) -> None:
     """Through Ray and HTTP: the known answers, KV really moved, and a decode gang killed in the middle of an answer."""
-    port, proxy_port = free_ports(2)
+    port, proxy_port, admin_port = free_ports(3)
     settings = {
         "model": str(model),
         "served_model_name": "m",
@@ -99,11 +99,12 @@ def test_prefill_on_one_gpu_and_decode_on_another(model: Path, tmp_path: Path, b
         },
         "pools": {"prefill": {}, "decode": {}},
         "router": {"port": port, "proxy_port": proxy_port, "policy": "round_robin", "min_prefill_tokens": 1},
+        "admin": {"port": admin_port},
     }
     config = tmp_path / "service.yaml"
     config.write_text(json.dumps(settings))
     with running_service(config) as service:
-        url = f"http://127.0.0.1:{port}"
+        url, admin_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin_port}"
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
         tokenizer = AutoTokenizer.from_pretrained(model)
         for question, ids in zip(GREEDY, IDS, strict=True):
@@ -124,8 +125,8 @@ def test_prefill_on_one_gpu_and_decode_on_another(model: Path, tmp_path: Path, b
 
         prompt = "Once upon a time there was a small robot. " * 80
         whole = "".join(chunk.choices[0].text for chunk in stream(prompt))
-        wait_until(lambda: num_blocks(url) > 20, END_TIMEOUT_S, "heartbeats tell that KV was moved")
-        pid, gauges = gauges_of(url, "decode")
+        wait_until(lambda: num_blocks(admin_url) > 20, END_TIMEOUT_S, "heartbeats tell that KV was moved")
+        pid, gauges = gauges_of(admin_url, "decode")
         print(backend, [line for line in service.lines if "GB/s" in line or "MB/s" in line])
         print({name: value for name, value in gauges.items() if name.startswith("kv_")})
         pieces = []

@@ -29,6 +29,7 @@ from tests.e2e.service_process import (
     get_status,
     num_generated,
     running_service,
+    service_pools,
     wait_until,
     write_config,
     write_model,
@@ -156,16 +157,6 @@ def named(process: ServiceProcess, name: str) -> list[psutil.Process]:
     return [child for child in process.descendants() if command_of(child).startswith(f"ray::{name}")]
 
 
-def health_pools(port: int) -> list[dict[str, Any]]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    try:
-        connection.request("GET", "/health")
-        pools: list[dict[str, Any]] = json.loads(connection.getresponse().read())["pools"]
-        return pools
-    finally:
-        connection.close()
-
-
 def request_ids(port: int, given: str) -> list[str] | None:
     """Those that an answer carries."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -204,8 +195,8 @@ def test_a_service_survives_its_actors_and_a_killed_driver_leaves_nothing(
             f"a new {actor}",
         )
     assert through_it_all.num_generated() == 1500
-    wait_until(lambda: health_pools(port) != [], END_TIMEOUT_S, "the new supervisor tells of its pools")
-    [gang] = health_pools(port)[0]["gangs"]
+    wait_until(lambda: service_pools(port) != [], END_TIMEOUT_S, "the new supervisor tells of its pools")
+    [gang] = service_pools(port)[0]["gangs"]
     assert (gang["state"], [rank["pid"] for rank in gang["ranks"]]) == ("ready", [rank.pid for rank in ranks])
     assert num_generated(complete(port)) == 4
 

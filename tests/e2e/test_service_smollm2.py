@@ -58,27 +58,27 @@ def check_answers(client: openai.OpenAI, texts: list[str]) -> None:
     assert "".join(chunk.choices[0].text for chunk in completion)
 
 
-def total(url: str, *names: str) -> float:
+def total(admin_url: str, *names: str) -> float:
     """Of these gauges, over all ranks."""
-    pools = httpx.get(f"{url}/health", timeout=60).json()["pools"]
+    pools = httpx.get(f"{admin_url}/health", timeout=60).json()["pools"]
     ranks = [rank for pool in pools for gang in pool["gangs"] for rank in gang["ranks"]]
     return sum(float(rank["gauges"].get(name, 0)) for rank in ranks for name in names)
 
 
-def num_held(url: str) -> float:
-    return total(url, "num_requests_running", "kv_cache_usage_perc")
+def num_held(admin_url: str) -> float:
+    return total(admin_url, "num_requests_running", "kv_cache_usage_perc")
 
 
-def check_disconnect(url: str, client: openai.OpenAI) -> None:
-    num_before = total(url, "generation_tokens_total")
+def check_disconnect(admin_url: str, client: openai.OpenAI) -> None:
+    num_before = total(admin_url, "generation_tokens_total")
     stream = client.completions.create(
         model=NAME, prompt="x " * 300, max_tokens=MANY_TOKENS, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
-    wait_until(lambda: num_held(url) > 0, SEEN_WITHIN_S, "the request is seen running")
+    wait_until(lambda: num_held(admin_url) > 0, SEEN_WITHIN_S, "the request is seen running")
     stream.close()
-    wait_until(lambda: num_held(url) == 0, SEEN_WITHIN_S, "its blocks are free")
-    assert total(url, "generation_tokens_total") - num_before < MANY_TOKENS, "it was not left to run to its end"
+    wait_until(lambda: num_held(admin_url) == 0, SEEN_WITHIN_S, "its blocks are free")
+    assert total(admin_url, "generation_tokens_total") - num_before < MANY_TOKENS, "it was not left to run to its end"
 
 
 @pytest.mark.parametrize("file", ["laptop.yaml", "laptop_aggregated.yaml"])
@@ -86,13 +86,14 @@ def test_the_real_model_over_http(file: str) -> None:
     model = resolve_model(NAME)
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in IDS]
-    port, proxy_port = free_ports(2)
+    port, proxy_port, admin_port = free_ports(3)
     config = REPOSITORY / "deploy" / "examples" / file
-    with running_service(config, f"router.port={port}", f"router.proxy_port={proxy_port}") as service:
+    ports = (f"router.port={port}", f"router.proxy_port={proxy_port}", f"admin.port={admin_port}")
+    with running_service(config, *ports) as service:
         url = f"http://127.0.0.1:{port}"
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         check_answers(client, texts)
-        check_disconnect(url, client)
+        check_disconnect(f"http://127.0.0.1:{admin_port}", client)
         assert [listed.id for listed in client.models.list()] == [NAME]
         check_end(service)
 

@@ -112,6 +112,7 @@ class KVCacheManager(BaseResourceManager):
             "maxNumBlocks": self.num_blocks,
             "freeNumBlocks": self.available,
             "usedNumBlocks": self.used,
+            "cachedNumBlocks": self._tree.num_idle,
             "tokensPerBlock": self.tokens_per_block,
             "allocTotalBlocks": self._num_taken + self._num_reused,
             "allocNewBlocks": self._num_taken,
