@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tensorweave.llmapi import LLM, SamplingParams
+from tensorweave import LLM, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,6 +147,10 @@ def test_quantization() -> None:
     assert (weight_quantization(by_enum.quant_config), kv_cache_dtype(by_enum)) == ("fp8", "fp8")
     by_name = TorchLlmArgs(model="m", quant_config={"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "group_size": 128})
     assert (weight_quantization(by_name.quant_config), kv_cache_dtype(by_name)) == ("fp8", "auto")
+    integers = TorchLlmArgs(model="m", quant_config={"quant_algo": "W4A16"})
+    assert weight_quantization(integers.quant_config) == "w4a16_g32"
+    fine = TorchLlmArgs(model="m", quant_config=QuantConfig(quant_algo=QuantAlgo.INT8, group_size=64))
+    assert weight_quantization(fine.quant_config) == "w8a8_g64"
     plain = TorchLlmArgs(model="m", quant_config={}, kv_cache_config={"dtype": "fp8"})
     assert (weight_quantization(plain.quant_config), kv_cache_dtype(plain)) == (None, "fp8")
 
@@ -154,8 +158,12 @@ def test_quantization() -> None:
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"quant_config": {"quant_algo": "NVFP4"}}, "Input should be 'FP8' or 'FP8_PER_CHANNEL_PER_TOKEN'"),
-        ({"quant_config": {"quant_algo": "FP8", "exclude_modules": ["o_proj"]}}, "all other matrices are quantized"),
+        ({"quant_config": {"quant_algo": "NVFP4"}}, "Input should be 'FP8', 'FP8_PER_CHANNEL_PER_TOKEN', 'W8A16'"),
+        ({"quant_config": {"quant_algo": "FP8", "group_size": 64}}, "group_size is 64; it is for integers: W8A16"),
+        (
+            {"quant_config": {"quant_algo": "FP8", "exclude_modules": ["o_proj"]}},
+            "all matrices of the layers are quantized",
+        ),
         ({"quant_config": {"quant_algo": "FP8"}, "backend": "_autodeploy"}, "'_autodeploy' runs checkpoints as they"),
         ({"kv_cache_config": {"dtype": "fp8"}, "backend": "_autodeploy"}, "'_autodeploy' runs checkpoints as they"),
     ],
