@@ -27,3 +27,6 @@ class Drafter(Protocol):
 
     def forget(self, request: LlmRequest) -> None:
         """The request has ended, or is paused."""
+
+    def close(self) -> None:
+        """After the last call."""

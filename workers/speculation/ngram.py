@@ -77,6 +77,9 @@ class NGramDrafter:
         if self._public is not None:
             self._public.forget(request)
 
+    def close(self) -> None:
+        """Nothing is held."""
+
     def _draft(self, request: LlmRequest, limit: int) -> Draft:
         index = self._by_request.get(request)
         if index is None:

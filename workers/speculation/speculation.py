@@ -126,6 +126,9 @@ class DraftedSpeculation(BaseResourceManager):
         if drafted is not None and request.finish_reason is not None:
             self._window.note(drafted.num_accepted, max(1, request.num_output - drafted.num_accepted))
 
+    def shutdown(self) -> None:
+        self._drafter.close()
+
     def _rests(self, batch: ScheduledBatch) -> bool:
         most = self._limits.max_concurrency
         is_crowded = most is not None and len(batch.context) + len(batch.generation) > most

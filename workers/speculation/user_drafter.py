@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 import operator
+import queue
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import msgpack
 
@@ -18,6 +20,9 @@ from tensorweave.workers.speculation.drafter import NOTHING, Draft
 from tensorweave.workers.step.request import LlmRequest
 
 logger = logging.getLogger(__name__)
+
+_TIMEOUT_S: Final = 5.0
+"""For one call of a user's code, which may load something in the first one. The whole step waits for it."""
 
 
 @dataclass(slots=True)
@@ -55,11 +60,13 @@ class PreparesDrafts(Protocol):
 
 
 class UserDrafter:
-    """If the user's code raises, it is asked no more and nothing is drafted; the answers stay the same."""
+    """If the user's code raises or takes longer than `timeout_s`, it is asked no more and nothing is drafted; the
+    answers stay the same."""
 
-    def __init__(self, drafter: PreparesDrafts, comm: Comm) -> None:
-        self._drafter: PreparesDrafts | None = drafter
+    def __init__(self, drafter: PreparesDrafts, comm: Comm, timeout_s: float = _TIMEOUT_S) -> None:
+        self._caller: _Caller | None = _Caller(drafter) if comm.rank == 0 else None
         self._comm = comm
+        self._timeout_s = timeout_s
 
     def draft(self, wanted: Sequence[tuple[LlmRequest, int]]) -> Sequence[Draft]:
         drafts = self._ask(wanted) if self._comm.rank == 0 else None
@@ -71,17 +78,55 @@ class UserDrafter:
     def forget(self, request: LlmRequest) -> None:
         """The user's `resource_manager` is told of it."""
 
+    def close(self) -> None:
+        caller, self._caller = self._caller, None
+        if caller is not None:
+            caller.close()
+
     def _ask(self, wanted: Sequence[tuple[LlmRequest, int]]) -> list[list[int]]:
-        if self._drafter is None:
+        if self._caller is None:
             return [[] for _ in wanted]
         requests = [DraftRequest(each.order, tuple(each.tokens), each.prompt_len, limit) for each, limit in wanted]
         try:
-            self._drafter.prepare_draft_tokens(DraftBatch(tuple(requests)))
+            self._caller.call(DraftBatch(tuple(requests)), self._timeout_s)
             return [_token_ids(request) for request in requests]
         except Exception:  # the boundary of a user's code, without which answers come as well
             logger.exception("the drafter of speculative_config failed; nothing is drafted any more")
-            self._drafter = None
+            self.close()
             return [[] for _ in wanted]
+
+
+class _Caller:
+    """Calls a user's code on a thread of its own, so that a call can be given up."""
+
+    def __init__(self, drafter: PreparesDrafts) -> None:
+        self._drafter = drafter
+        self._batches: queue.SimpleQueue[DraftBatch | None] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="user-drafter", daemon=True).start()
+
+    def call(self, batch: DraftBatch, timeout_s: float) -> None:
+        """Raises what the code raises, and TimeoutError."""
+        self._batches.put(batch)
+        try:
+            error = self._outcomes.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError(f"no drafts within {timeout_s:g} s") from None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """The thread ends after its call."""
+        self._batches.put(None)
+
+    def _run(self) -> None:
+        while (batch := self._batches.get()) is not None:
+            error: Exception | None = None
+            try:
+                self._drafter.prepare_draft_tokens(batch)
+            except Exception as raised:  # the boundary of a user's code
+                error = raised
+            self._outcomes.put(error)
 
 
 def _token_ids(request: DraftRequest) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from tensorweave.workers.gang.comm import Comm, SoloComm
 from tensorweave.workers.speculation.user_drafter import DraftBatch, UserDrafter
 from tensorweave.workers.step.request import LlmRequest
 from tests.workers.engine_drive import run_ranks
+from tests.workers.waiting import WAIT_S, wait_until
 
 
 def request(order: int = 1) -> LlmRequest:
@@ -69,6 +71,23 @@ def test_after_a_mistake_nothing_is_drafted_any_more(mistake: Any, caplog: pytes
         assert list(drafter.draft([(request(), 3)])[0].tokens) == []
     assert len(user.seen) == 2
     assert caplog.text.count("the drafter of speculative_config failed") == 1
+
+
+def test_a_call_that_takes_too_long_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    goes_on, calls = threading.Event(), list[DraftBatch]()
+
+    class Stuck:
+        def prepare_draft_tokens(self, scheduled_requests: DraftBatch) -> None:
+            calls.append(scheduled_requests)
+            goes_on.wait(WAIT_S)
+
+    drafter = UserDrafter(Stuck(), SoloComm(), timeout_s=0.01)
+    for _ in range(2):
+        assert list(drafter.draft([(request(), 3)])[0].tokens) == []
+    goes_on.set()
+    wait_until(lambda: bool(calls))
+    assert len(calls) == 1
+    assert "no drafts within 0.01 s" in caplog.text
 
 
 def test_all_ranks_have_the_drafts_of_rank_0() -> None:
