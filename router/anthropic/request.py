@@ -198,5 +198,6 @@ FIELD_NAMES: Final[Mapping[str, str]] = {
     "reasoning_effort": "thinking",
     "chat_template_kwargs": "thinking",
     "thinking_token_budget": "thinking.budget_tokens",
+    "function.parameters": "input_schema",
 }
 """The names of this API for fields of a chat, in errors."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Final
 
 import orjson
 
@@ -20,6 +21,8 @@ from tensorweave.router.openai.parsing import check_fields, parse_request
 from tensorweave.router.responses import request as responses
 from tensorweave.router.responses.request import ResponsesRequest
 from tensorweave.router.text.tokens import Tokenizer
+
+_FIELD_OF_TOOL: Final = re.compile(r"(tools\[\d+\])\.function\.(\w+)(.*)", re.DOTALL)
 
 
 def read_messages(body: bytes, tokenizer: Tokenizer, served: ServedModel) -> RequestBody:
@@ -57,7 +60,14 @@ def _named_as(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except RequestRejected as error:
-        field = re.split(r"[.\[]", error.param or "", maxsplit=1)[0]
-        if (name := names.get(field)) is None:
+        if error.param is None or (name := _own_name(error.param, names)) is None:
             raise
-        raise type(error)(error.message.replace(error.param or "", name), param=name) from None
+        raise type(error)(error.message.replace(error.param, name), param=name) from None
+
+
+def _own_name(param: str, names: Mapping[str, str]) -> str | None:
+    """The body's own name for a field of a chat; None: it is the same. Its tools have the fields of their functions."""
+    if (tool := _FIELD_OF_TOOL.fullmatch(param)) is not None:
+        place, field, rest = tool.groups()
+        return f"{place}.{names.get(f'function.{field}', field)}{rest}"
+    return names.get(re.split(r"[.\[]", param, maxsplit=1)[0])

@@ -156,12 +156,13 @@ def _read_choice(choice: Any) -> ToolChoice:
             return ToolChoice.NONE
         case "required":
             return ToolChoice.REQUIRED
-        case {"type": "function", "function": {"name": str(name)}}:
+        case {"type": "function", "function": {"name": str(name), **others}, **more} if not others | more:
             return ToolChoice.named(name)
         case {
             "type": "allowed_tools",
-            "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [_, *_] as allowed},
-        }:
+            "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [_, *_] as allowed, **others},
+            **more,
+        } if not others | more:
             return ToolChoice(mode, frozenset(map(_name_in, allowed)))
         case {"type": "custom"}:
             raise _wrong_choice("custom tools are not supported")
@@ -170,7 +171,7 @@ def _read_choice(choice: Any) -> ToolChoice:
 
 def _name_in(one: Any) -> str:
     match one:
-        case {"type": "function", "function": {"name": str(name)}}:
+        case {"type": "function", "function": {"name": str(name), **others}, **more} if not others | more:
             return name
     raise _wrong_choice("allowed_tools has a tool that is no function with a name")
 

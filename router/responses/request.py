@@ -187,9 +187,9 @@ class ResponsesRequest(ServiceFields):
 
 def _translated_choice(choice: Any) -> Any:
     match choice:
-        case {"type": "function", "name": str(name)}:
+        case {"type": "function", "name": str(name), **others} if not others:
             return {"type": "function", "function": {"name": name}}
-        case {"type": "allowed_tools", "mode": mode, "tools": list(allowed)}:
+        case {"type": "allowed_tools", "mode": mode, "tools": list(allowed), **others} if not others:
             tools = [_translated_choice(one) for one in allowed]
             return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
     return choice

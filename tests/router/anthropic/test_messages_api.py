@@ -217,6 +217,7 @@ def test_tokens_are_counted_as_they_are_used() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "image"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"tools": [LOOK], "tool_choice": {"type": "tool", "name": "fly"}}, "tool_choice"),
+        ({"tools": [{**LOOK, "strict": True, "input_schema": {"not": {}}}]}, "tools[0].input_schema"),
         ({"tool_choice": {"type": "tool"}}, "tool_choice"),
         ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
         ({"temperature": 1.5}, "temperature"),

@@ -277,6 +277,8 @@ def test_an_answer_may_continue_a_message() -> None:
     [
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "fly"}}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "custom", "custom": {"name": "look"}}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "look", "x": 1}}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "look"}, "x": 1}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": "some"}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [LOOK, LOOK]}, "tools"),

@@ -231,6 +231,8 @@ def test_the_answer_repeats_the_request() -> None:
         ({"background": True}, "background"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [LOOK], "tool_choice": {"type": "web_search"}}, "tool_choice"),
+        ({"tools": [LOOK], "tool_choice": {"type": "function", "name": "look", "also": 1}}, "tool_choice"),
+        ({"tools": [{**LOOK, "strict": True, "parameters": {"not": {}}}]}, "tools[0].parameters"),
         ({"tools": [LOOK], "tool_choice": {"type": "function", "name": "fly"}}, "tool_choice"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
         ({"input": []}, "input"),
