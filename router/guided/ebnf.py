@@ -20,6 +20,7 @@ from tensorweave.router.guided.shapes import (
     ANYTHING,
     Anything,
     Array,
+    Except,
     Number,
     Object,
     Reference,
@@ -90,6 +91,8 @@ class _Writer:
                 return self._array(shape)
             case Object():
                 return self._object(shape)
+            case Except():
+                raise AssertionError("exceptions are settled")
 
     def _anything(self) -> str:
         if "any" not in self._rules:

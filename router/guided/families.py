@@ -45,7 +45,7 @@ class FamilyReader:
         if (name := fields.get("contentEncoding", _NONE)) is not _NONE:
             patterns += self._encoding(name, at)
         patterns = [expression for i, expression in enumerate(patterns) if expression not in patterns[:i]]
-        return Text(_count(fields, "minLength", at) or 0, _count(fields, "maxLength", at), tuple(patterns), at)
+        return Text(count(fields, "minLength", at) or 0, count(fields, "maxLength", at), tuple(patterns), at)
 
     def expression(self, written: Any, at: str, keyword: str = "pattern") -> Expression:
         if not isinstance(written, str):
@@ -94,8 +94,8 @@ class FamilyReader:
         return Array(
             tuple(self._read(s, step(at, name, i)) for i, s in enumerate(prefix)) if isinstance(prefix, list) else (),
             None if items is _NONE else self._read(items, step(at, rest_name)),
-            _count(fields, "minItems", at) or 0,
-            _count(fields, "maxItems", at),
+            count(fields, "minItems", at) or 0,
+            count(fields, "maxItems", at),
         )
 
     def object(self, fields: Fields, at: str) -> Object:
@@ -111,8 +111,8 @@ class FamilyReader:
                 for text, union in self._schemas(fields, "patternProperties", at).items()
             ),
             None if rest is _NONE else self._read(rest, step(at, "additionalProperties")),
-            _count(fields, "minProperties", at) or 0,
-            _count(fields, "maxProperties", at),
+            count(fields, "minProperties", at) or 0,
+            count(fields, "maxProperties", at),
             at,
         )
         if "propertyNames" in fields:
@@ -182,7 +182,7 @@ def _is_no_string(shape: object) -> bool:
     )
 
 
-def _count(fields: Fields, name: str, at: str) -> int | None:
+def count(fields: Fields, name: str, at: str) -> int | None:
     if name not in fields:
         return None
     value = fields[name]

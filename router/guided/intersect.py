@@ -15,6 +15,7 @@ from tensorweave.router.guided.shapes import (
     Anything,
     Array,
     Bound,
+    Except,
     Number,
     Object,
     Reference,
@@ -69,6 +70,13 @@ class Intersection:
             case Values(values, at), Values(others):
                 self._spend((len(values) + len(others)) // _VALUES_PER_SHAPE)
                 return _values(_common(values, others), at)
+            case (Except(values, keyword, at), Except(others)):
+                return (Except(values + others, keyword, at),)
+            case (Values(values, at), Except(others)) | (Except(others), Values(values, at)):
+                self._spend((len(values) + len(others)) // _VALUES_PER_SHAPE)
+                return _values(_others(values, others), at)
+            case (Except(), other) | (other, Except()):
+                return _without(other, left if isinstance(left, Except) else right)
             case (Values(values, at), other) | (other, Values(values, at)):
                 self._spend(len(values) // _VALUES_PER_SHAPE)
                 return _values((value for value in values if _allows(other, value)), at)
@@ -151,6 +159,24 @@ def _common(values: tuple[Any, ...], others: tuple[Any, ...]) -> Iterable[Any]:
                 yield value
         elif any(same_json(value, other) for other in nested):
             yield value
+
+
+def _others(values: tuple[Any, ...], excluded: tuple[Any, ...]) -> Iterable[Any]:
+    """Those of `values` that are not among `excluded`."""
+    return (value for value in values if not any(same_json(value, other) for other in excluded))
+
+
+def _without(shape: Shape, excluded: Shape) -> Union:
+    """A shape that has none of the excluded values anyway. Raises Refusal for others."""
+    assert isinstance(excluded, Except)
+    if any(_allows(shape, value) for value in excluded.values):
+        raise excludes_values(excluded)
+    return (shape,)
+
+
+def excludes_values(excluded: Except) -> Refusal:
+    reason = "excludes single values, which is enforced beside enum and const only"
+    return Refusal(excluded.keyword, excluded.at, reason)
 
 
 def number_is_empty(number: Number) -> bool:

@@ -54,7 +54,28 @@ FAMILIES: Final[dict[str, frozenset[str]]] = {
 """The keywords that restrict values of one type."""
 
 COMBINING: Final = frozenset(
-    {"$ref", "allOf", "anyOf", "oneOf", "enum", "const", "type", "unevaluatedItems", "unevaluatedProperties"}
+    {
+        "$ref",
+        "allOf",
+        "anyOf",
+        "const",
+        "contains",
+        "dependencies",
+        "dependentRequired",
+        "dependentSchemas",
+        "else",
+        "enum",
+        "if",
+        "maxContains",
+        "minContains",
+        "not",
+        "oneOf",
+        "then",
+        "type",
+        "unevaluatedItems",
+        "unevaluatedProperties",
+        "uniqueItems",
+    }
 )
 
 NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
@@ -64,20 +85,9 @@ NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "$recursiveAnchor": (False,),
     "$recursiveRef": (),
     "$vocabulary": (),
-    "contains": (),
     "contentMediaType": ("application/octet-stream", "text/plain"),
     "contentSchema": (True, {}),
-    "dependencies": ({},),
-    "dependentRequired": ({},),
-    "dependentSchemas": ({},),
-    "else": (True, {}),
-    "if": (True, {}),
-    "maxContains": (),
-    "minContains": (),
-    "not": (False,),
     "nullable": (False,),
-    "then": (True, {}),
-    "uniqueItems": (False,),
 }
 """Keywords that nobody enforces, each with the values at which it restricts nothing."""
 
@@ -86,10 +96,6 @@ REMEDIES: Final[dict[str, str]] = {
     "$anchor": "refer by JSON pointer, '#/$defs/…'",
     "$dynamicRef": "use $ref",
     "$recursiveRef": "use $ref",
-    "dependencies": "write the alternatives as anyOf",
-    "dependentRequired": "write the alternatives as anyOf",
-    "dependentSchemas": "write the alternatives as anyOf",
-    "if": "write the alternatives as anyOf",
 }
 
 KNOWN: Final = frozenset(

@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Final
 
+from tensorweave.router.guided.complement import Complement
+from tensorweave.router.guided.conditions import CONDITIONS, ConditionReader, with_unique_items
 from tensorweave.router.guided.document import Schema, SchemaDocument, as_schema, step
-from tensorweave.router.guided.families import FamilyReader
+from tensorweave.router.guided.families import FamilyReader, count
 from tensorweave.router.guided.intersect import Intersection, number_is_empty
 from tensorweave.router.guided.keywords import ANNOTATIONS, FAMILIES, KNOWN, NEUTRAL, REMEDIES, TYPES
 from tensorweave.router.guided.limits import GuidedLimits
@@ -91,6 +93,12 @@ class SchemaReader:
                 if name == "oneOf":
                     self._exact.check_disjoint(fields, at)
                 yield _one_of(self._branches(fields, name, at))
+        for name in CONDITIONS & fields.keys():
+            if self._document.has_unevaluated:
+                raise Refusal(name, at, "is not supported with unevaluatedProperties and unevaluatedItems")
+            if self._is_exact and name == "contains":
+                raise Refusal(name, at, "is not supported within not, if and oneOf")
+        yield from self._conditions.parts(fields, at)
 
     def _reference(self, reference: Any, at: str) -> Reference:
         pointer = self._document.pointer_of(reference, at)
@@ -162,11 +170,19 @@ class SchemaReader:
                     reason = f"needs branches that exclude each other, and {i} and {j} may overlap"
                     raise Refusal("oneOf", at, f"{reason}; write anyOf, or types or a const that differ")
 
+    @functools.cached_property
+    def _conditions(self) -> ConditionReader:
+        exact = self._exact
+        complement = Complement(exact.union_at, exact._sets)
+        return ConditionReader(self._read, exact._read, count, self._sets, complement)
+
     def _branches(self, fields: dict[str, Any], name: str, at: str) -> list[Union]:
         return [self._read(s, step(at, name, i)) for i, s in enumerate(self._list_of(fields, name, at))]
 
     def _closed(self, union: Union, fields: dict[str, Any], at: str) -> Union:
-        """With unevaluatedProperties and unevaluatedItems."""
+        """With unevaluatedProperties, unevaluatedItems and uniqueItems."""
+        if fields.get("uniqueItems", False) is not False:
+            union = self._unique(union, fields["uniqueItems"], at)
         for name, kind in (("unevaluatedProperties", Object), ("unevaluatedItems", Array)):
             if fields.get(name, True) in (True, {}):
                 continue
@@ -177,6 +193,13 @@ class SchemaReader:
                 raise Refusal(name, at, "is not supported beside enum and const of arrays or objects")
             union = tuple(self._without_rest(shape, kind) for shape in union)
         return union
+
+    def _unique(self, union: Union, value: Any, at: str) -> Union:
+        if value is not True:
+            raise Refusal("uniqueItems", at, "must be true or false")
+        if self._is_exact:
+            raise Refusal("uniqueItems", at, "is not supported within not, if and oneOf")
+        return with_unique_items(self._expanded(union), self.union_at, at)
 
     def _expanded(self, union: Union) -> Union:
         return tuple(

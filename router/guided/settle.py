@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from tensorweave.router.guided.expressions import longest, shortest
+from tensorweave.router.guided.intersect import excludes_values
 from tensorweave.router.guided.refusal import Refusal
-from tensorweave.router.guided.shapes import ANYTHING, Array, Object, Reference, Shape, Text, Union
+from tensorweave.router.guided.shapes import ANYTHING, Array, Except, Object, Reference, Shape, Text, Union
 
 ROOT: Final = ""
 
@@ -132,6 +133,8 @@ def _settled_shape(shape: Shape, possible: set[str]) -> Union:
             return _settled_object(shape, possible)
         case Text():
             return _settled_text(shape)
+        case Except():
+            raise excludes_values(shape)
     return (shape,)
 
 

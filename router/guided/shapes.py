@@ -28,6 +28,16 @@ class Values:
 
 
 @dataclass(frozen=True, slots=True)
+class Except:
+    """Any JSON value but these, because of the `keyword` at `at`; only in combination with shapes that leave a list of
+    values, or other types."""
+
+    values: tuple[Any, ...]
+    keyword: str = field(default="", compare=False)
+    at: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Text:
     """A string that matches all of `patterns`. `at`, here and below: JSON pointer of the schema, for errors."""
 
@@ -82,7 +92,7 @@ class Reference:
     pointer: str
 
 
-Shape = Anything | Values | Text | Number | Array | Object | Reference
+Shape = Anything | Values | Except | Text | Number | Array | Object | Reference
 Union = tuple[Shape, ...]
 """No shape: no value."""
 

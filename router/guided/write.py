@@ -20,6 +20,7 @@ from tensorweave.router.guided.shapes import (
     Anything,
     Array,
     Bound,
+    Except,
     Number,
     Object,
     Reference,
@@ -84,8 +85,8 @@ class _Writer:
                 return self._array(shape)
             case Object():
                 return self._object(shape)
-            case Values():
-                raise AssertionError("values are written together")
+            case Values() | Except():
+                raise AssertionError("values are written together, and exceptions are settled")
 
     def _text(self, text: Text) -> dict[str, Any]:
         written: dict[str, Any] = {"type": "string"}
