@@ -51,6 +51,14 @@ def prompt_limit_exceeded(limit: int, num_prompt: int, *, prompt_param: str = "p
     return ContextTooLong(message, param=prompt_param)
 
 
+def input_exceeds_context(limit: int, num_input: int) -> ContextTooLong:
+    """For an input of /v1/embeddings."""
+    message = (
+        f"{_limit(limit)} However, your input resulted in {num_input} tokens. Please reduce the length of the input."
+    )
+    return ContextTooLong(message, param="input")
+
+
 def _resulted_in(max_seq_len: int, num_prompt: str, prompt_param: str) -> str:
     noun = _noun(prompt_param)
     return (

@@ -36,7 +36,7 @@ class Fleet(Protocol):
     """Used on one event loop."""
 
     def links(self, role: Role = "both") -> Sequence[GangLink]:
-        """Open links to gangs that serve `role`; a gang of role 'both' serves every role."""
+        """Open links to gangs that serve `role`; a gang of role 'both' serves every role but 'embed'."""
 
     def check_open(self) -> None:
         """Raises NotReady once the service is shutting down. Running requests may continue, on any gang."""
@@ -45,8 +45,8 @@ class Fleet(Protocol):
         """Wait until a gang that decodes is reachable. Raises NotReady, with the reason, at the timeout or once its
         pool has failed."""
 
-    async def wait_link(self, timeout_s: float) -> None:
-        """Wait until any gang is reachable, whatever its role. Raises NotReady."""
+    async def wait_link(self, timeout_s: float, role: Role | None = None) -> None:
+        """Wait until a gang that serves `role` is reachable; None: any gang, whatever its role. Raises NotReady."""
 
     async def describe(self) -> list[dict[str, Any]]:
         """Pools, gangs and ranks, for health pages."""
@@ -62,7 +62,7 @@ class StaticFleet:
         self._links = {role: tuple(gangs) for role, gangs in links.items()}
 
     def links(self, role: Role = "both") -> Sequence[GangLink]:
-        return [link for own_role, link in self._all() if link.is_open and own_role in (role, "both")]
+        return [link for own_role, link in self._all() if link.is_open and serves(own_role, role)]
 
     def check_open(self) -> None:
         return None
@@ -71,8 +71,8 @@ class StaticFleet:
         if not self.links("decode"):
             raise NotReady("no gang that decodes is open")
 
-    async def wait_link(self, timeout_s: float) -> None:
-        if not any(link.is_open for _, link in self._all()):
+    async def wait_link(self, timeout_s: float, role: Role | None = None) -> None:
+        if not any(link.is_open and (role is None or serves(own_role, role)) for own_role, link in self._all()):
             raise NotReady("no gang is open")
 
     async def describe(self) -> list[dict[str, Any]]:
@@ -84,6 +84,11 @@ class StaticFleet:
 
     def _all(self) -> Iterator[tuple[Role, GangLink]]:
         return ((role, link) for role, links in self._links.items() for link in links)
+
+
+def serves(own: Role, wanted: Role) -> bool:
+    """Whether a gang of one role takes requests for the other."""
+    return own == wanted or (own == "both" and wanted != "embed")
 
 
 def _describe_static(role: Role, links: Sequence[GangLink]) -> dict[str, Any]:
@@ -116,7 +121,7 @@ class WatchedFleet:
         self._follower = asyncio.create_task(self._follow(), name="fleet")
 
     def links(self, role: Role = "both") -> Sequence[GangLink]:
-        return [link for link in self._links.values() if link.is_open and link.address.role in (role, "both")]
+        return [link for link in self._links.values() if link.is_open and serves(link.address.role, role)]
 
     def check_open(self) -> None:
         """The service is shutting down if all gangs that decode are ending. Prefill gangs end later."""
@@ -127,10 +132,12 @@ class WatchedFleet:
     async def wait_ready(self, timeout_s: float) -> None:
         await self._wait_until(self._is_ready, timeout_s)
 
-    async def wait_link(self, timeout_s: float) -> None:
-        await self._wait_until(
-            lambda: any(link.is_open for link in self._links.values()) or self._is_ready(), timeout_s
-        )
+    async def wait_link(self, timeout_s: float, role: Role | None = None) -> None:
+        def is_reachable() -> bool:
+            links = [link for link in self._links.values() if link.is_open] if role is None else self.links(role)
+            return bool(links) or (role is None and self._is_ready())
+
+        await self._wait_until(is_reachable, timeout_s)
 
     async def _wait_until(self, condition: Callable[[], bool], timeout_s: float) -> None:
         try:

@@ -48,10 +48,11 @@ __all__ = [
     "unpack_tokens",
 ]
 
-PROTOCOL_VERSION: Final = 6
+PROTOCOL_VERSION: Final = 7
 
 FinishReason = Literal["stop", "length", "timeout", "cancelled", "not_finished"]
-Role = Literal["prefill", "decode", "both"]
+Role = Literal["prefill", "decode", "both", "embed"]
+"""What a gang does. 'both' computes prompts and decodes; 'embed' computes prompts and answers with embeddings."""
 _FINISH_REASONS: Final = get_args(FinishReason)
 _LOGPROB_BYTES: Final = 20
 
@@ -154,7 +155,8 @@ class TokenChunk:
 
     If they were requested: `logprobs` has one entry per token id; `prompt_logprobs` one per prompt token but the first,
     all with the first token; `logits` is float32 [tokens, V], and `context_logits` float32 [n, V] of the next n prompt
-    tokens, which may come before the first token, in several chunks.
+    tokens, which may come before the first token, in several chunks. Where the prompt's embedding was requested,
+    `context_logits` is that: float32 [D], in one chunk.
     """
 
     request_id: str
@@ -233,7 +235,8 @@ class ModelInfo:
     """What a front end must know of the model behind a gang. `max_seq_len` counts prompt and generated tokens;
     `kv_bytes_per_token` is over all layers and ranks, 0 where it is not known. `end_ids` are those that the model's
     files name; whoever has the tokenizer adds its own. `sampling_defaults` hold for the fields that a request leaves
-    out. `guided_decoding_backend` says which library guides may name; None: none.
+    out. `guided_decoding_backend` says which library guides may name; None: none. `embedding_size` is how many numbers
+    an embedding has; 0: the engine gives none.
     """
 
     model: str
@@ -246,6 +249,7 @@ class ModelInfo:
     kv_bytes_per_token: int = 0
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     guided_decoding_backend: BackendChoice | None = None
+    embedding_size: int = 0
 
     def to_wire(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "sampling_defaults": self.sampling_defaults.to_wire()}

@@ -149,6 +149,7 @@ class SamplingSpec:
         num_prompt_logprobs: The same for the prompt's tokens.
         wants_context_logits: Report the logits at every prompt token.
         wants_generation_logits: Report the logits that each output token was sampled from, as the model gave them.
+        wants_embedding: Report the model's last hidden state at the prompt's last token.
         logits_processors: Names of callables that the executor holds; each edits this request's logits first.
         uses_batched_processor: The executor's batched processor edits this request's logits too.
         guide: The grammar that the output follows. It counts the replayed tokens too.
@@ -176,6 +177,7 @@ class SamplingSpec:
     num_prompt_logprobs: int | None = None
     wants_context_logits: bool = False
     wants_generation_logits: bool = False
+    wants_embedding: bool = False
     logits_processors: tuple[str, ...] = ()
     uses_batched_processor: bool = False
     guide: Guide | None = None
@@ -237,6 +239,7 @@ _READERS: Final[dict[str, Callable[[Any, str], Any]]] = {
     "num_prompt_logprobs": as_int_or_none,
     "wants_context_logits": as_flag,
     "wants_generation_logits": as_flag,
+    "wants_embedding": as_flag,
     "logits_processors": tuple_of(lambda value, name: checked(value, name, str)),
     "uses_batched_processor": as_flag,
     "guide": guide_or_none,

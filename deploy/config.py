@@ -125,12 +125,17 @@ class ServeConfig(StrictBaseModel):
 
     def _wrong_roles(self) -> Iterator[InitErrorDetails]:
         by_role = {role: [name for name, pool in self.pools.items() if pool.role == role] for role in get_args(Role)}
-        if by_role["both"] and len(self.pools) > 1:
+        if by_role["both"] and len(self.pools) - len(by_role["embed"]) > 1:
             name = by_role["both"][0]
             yield _wrong_pool(
-                (name, "role"), f"pool {name!r} of role 'both' must be the only pool; for more of it, 'replicas'"
+                (name, "role"),
+                f"pool {name!r} of role 'both' must be the only pool beside those of role 'embed'; for more of it, "
+                "'replicas'",
             )
             return
+        for name in by_role["embed"]:
+            if self.pools[name].device == "cuda":
+                yield _wrong_pool((name, "device"), "embeddings are for CPUs so far: set device to 'cpu'")
         for role, other in (("prefill", "decode"), ("decode", "prefill")):
             if by_role[role] and not by_role[other]:
                 name = by_role[role][0]
@@ -138,7 +143,7 @@ class ServeConfig(StrictBaseModel):
 
     def _wrong_exchange(self) -> Iterator[InitErrorDetails]:
         """Gangs that exchange KV need it in the same form."""
-        exchanging = {name: pool for name, pool in self.pools.items() if pool.role != "both"}
+        exchanging = {name: pool for name, pool in self.pools.items() if pool.role in ("prefill", "decode")}
         first = next(iter(exchanging), "")
         for key in (("dtype",), ("kv_cache_config", "tokens_per_block")):
             for name, pool in exchanging.items():
@@ -215,7 +220,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ServeConfig:
 
 def _assign_role(name: str, pool: dict[str, Any]) -> None:
     """Set the defaults that follow from a pool's name and role."""
-    role = pool.setdefault("role", name if name in ("prefill", "decode") else "both")
+    role = pool.setdefault("role", name if name in ("prefill", "decode", "embed") else "both")
     if role in ("prefill", "decode"):
         transceiver = pool.setdefault("cache_transceiver_config", {})
         if isinstance(transceiver, dict):

@@ -24,7 +24,8 @@ class PoolConfig(LlmArgs):
     role: Role = Field(
         "both",
         status="prototype",
-        description="What its gangs do. Default: the pool's name if that is 'prefill' or 'decode'; else 'both'.",
+        description="What its gangs do. Default: the pool's name if that is 'prefill', 'decode' or 'embed'; else "
+        "'both'.",
     )
     replicas: int = Field(1, status="prototype", ge=1, description="Gangs in the pool.")
     gpus_per_rank: float = Field(

@@ -135,6 +135,7 @@ class Router:
             other_names=config.model_names[1:],
             cors_origins=config.security.cors_origins,
             guided=config.limits.guided_limits(),
+            roles=frozenset(pool.role for pool in config.pools.values()),
             chat=ChatSettings(
                 config.shared_args.tool_parser,
                 config.shared_args.reasoning_parser,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tensorweave.cluster.errors import NotReady
+from tensorweave.cluster.errors import NotReady, RequestRejected
 from tensorweave.cluster.fleet import Fleet
-from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.cluster.link import GangLink
+from tensorweave.cluster.protocol import ModelInfo, Role
 from tensorweave.router.bodies.pool import BodyPool
 from tensorweave.router.bodies.served import ServedModel
 from tensorweave.router.chat.settings import ChatSettings
@@ -34,6 +35,7 @@ class RouterService:
         other_names: Other names by which clients may request the model.
         chat: What the configuration says about chats.
         guided: Bounds of schemas, expressions and grammars.
+        roles: Of its pools.
         cors_origins: Origins of web pages whose scripts may call the service (`router/http/middleware.py`); "*": any.
     """
 
@@ -50,6 +52,7 @@ class RouterService:
     cors_origins: Sequence[str] = ()
     chat: ChatSettings = field(default_factory=ChatSettings)
     guided: GuidedLimits = field(default_factory=GuidedLimits)
+    roles: frozenset[Role] = frozenset[Role]({"both"})
     _info: ModelInfo | None = None
     bodies: BodyPool = field(init=False)
     body_memory: BodyMemory = field(init=False)
@@ -61,8 +64,19 @@ class RouterService:
         self.body_memory = BodyMemory(self.limits.max_held_body_bytes)
 
     async def served(self) -> ServedModel:
-        """What request bodies are checked against. Raises NotReady if no gang is there in time."""
+        """What request bodies are checked against. Raises NotReady if no gang is there in time, RequestRejected if the
+        service has no pool that generates."""
+        if self.roles == {"embed"}:
+            raise RequestRejected("this service has pools of role 'embed' only: it answers /v1/embeddings")
         return ServedModel(self.names, await self.info(), self.limits.max_sequences, self.chat, self.guided)
+
+    async def served_for_embeddings(self) -> ServedModel:
+        """The same for /v1/embeddings."""
+        if "embed" not in self.roles:
+            raise RequestRejected("this service gives no embeddings: it has no pool of role 'embed'")
+        if not self.fleet.links("embed"):
+            await self.fleet.wait_link(self.limits.ready_timeout_s, "embed")
+        return ServedModel(self.names, self.fleet.links("embed")[0].info, self.limits.max_sequences)
 
     @property
     def names(self) -> list[str]:
@@ -70,9 +84,13 @@ class RouterService:
 
     @property
     def known_info(self) -> ModelInfo | None:
-        if self._info is None and (links := [*self.fleet.links("decode"), *self.fleet.links("prefill")]):
+        if self._info is None and (links := self._all_links()):
             self._info = links[0].info.with_end_id(self.tokenizer.eos_id)
         return self._info
+
+    def _all_links(self) -> Sequence[GangLink]:
+        roles: tuple[Role, ...] = ("decode", "prefill", "embed")
+        return [link for role in roles for link in self.fleet.links(role)]
 
     async def info(self) -> ModelInfo:
         """Raises NotReady if no gang comes up in time."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
+from tensorweave.router.bodies.embedding_body import EmbeddingBody, read_embedding
 from tensorweave.router.bodies.request_body import RequestBody, read_chat, read_completion
 from tensorweave.router.bodies.served import ServedModel
 from tensorweave.router.bodies.tokenize import detokenize, tokenize
@@ -36,7 +37,8 @@ DETOKENIZE: Final = _answering("detokenize", detokenize)
 MESSAGES: Final = BodyTask("messages", read_messages, RequestBody.pack, RequestBody.unpack)
 COUNT_TOKENS: Final = _answering("count_tokens", count_tokens)
 RESPONSES: Final = BodyTask("responses", read_response, RequestBody.pack, RequestBody.unpack)
+EMBEDDING: Final = BodyTask("embedding", read_embedding, EmbeddingBody.pack, EmbeddingBody.unpack)
 
 BY_NAME: Final[dict[str, BodyTask[Any]]] = {
-    task.name: task for task in (COMPLETION, CHAT, TOKENIZE, DETOKENIZE, MESSAGES, COUNT_TOKENS, RESPONSES)
+    task.name: task for task in (COMPLETION, CHAT, TOKENIZE, DETOKENIZE, MESSAGES, COUNT_TOKENS, RESPONSES, EMBEDDING)
 }

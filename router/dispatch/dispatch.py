@@ -7,14 +7,13 @@ LLM API both call `generate`; closing its generator early cancels the request at
 from __future__ import annotations
 
 import asyncio
-import collections
 import dataclasses
 import functools
 import logging
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from tensorweave.cluster.errors import NotReady, RequestRejected
@@ -31,6 +30,7 @@ from tensorweave.router.dispatch.attempt import (
     run_attempt,
     run_offer,
 )
+from tensorweave.router.dispatch.counts import DispatchCounts
 from tensorweave.router.dispatch.kv_view import PromptView
 from tensorweave.router.dispatch.loads import Booking, Loads
 from tensorweave.router.dispatch.policy import Joint, Options, Route, RoutingPolicy
@@ -44,17 +44,6 @@ _NOT_READY_RETRY_S: Final = 5.0
 _FIND_TIMEOUT_S: Final = 2.0
 _RESERVED_TOKENS: Final = 128
 """KV space that a request is assumed to need for its answer; most ask for more than they use."""
-
-
-@dataclass(slots=True)
-class DispatchCounts:
-    """For metrics. `retries` by what was lost; `faults` (by reason) caused no replay; `routes` by kind."""
-
-    retries: collections.Counter[str] = field(default_factory=collections.Counter)
-    faults: collections.Counter[str] = field(default_factory=collections.Counter)
-    routes: collections.Counter[str] = field(default_factory=collections.Counter)
-    num_recovered: int = 0
-    num_reattached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,18 +136,31 @@ class Dispatcher:
     async def prefill(self, request: GenerateRequest) -> Handoff:
         """Run the context phase alone, for a client that sends the generation phase itself. The gang keeps the
         prompt's KV for the ticket's holder until its lease expires. Raises what `generate` raises."""
+        last, ticket = await self._run_at_once(request, self._begin_offer)
+        return Handoff(last, ticket if last.finish_reason == "not_finished" else None)
+
+    async def embed(self, request: GenerateRequest) -> bytes:
+        """The embedding of a prompt, float32 [D], by a gang of role 'embed'. Raises what `generate` raises."""
+        assert request.sampling.wants_embedding
+        last, _ = await self._run_at_once(request, self._begin_embedding)
+        return last.context_logits
+
+    async def _run_at_once(
+        self, request: GenerateRequest, begin: Callable[[_OpenRequest], Awaitable[_Attempt]]
+    ) -> tuple[TokenChunk, Ticket | None]:
+        """A request of one token: its last chunk, with all that was told of the prompt, and the ticket, if it has
+        one."""
         with self._reserve_id(request):
             deadline_s = self._deadline_s(request)
             async with self._admission.place(deadline_s - self._now_s()):
                 opened = self._open(request, deadline_s)
                 try:
-                    async with aclosing(self._run_attempts(opened, self._begin_offer)) as stream:
+                    async with aclosing(self._run_attempts(opened, begin)) as stream:
                         chunks = [chunk async for chunk in stream]
                 except TimeoutError:
-                    return Handoff(opened.transcript.timed_out(), None)
+                    return opened.transcript.timed_out(), None
                 context_logits = b"".join([chunk.context_logits for chunk in chunks])
-                last = dataclasses.replace(chunks[-1], context_logits=context_logits)
-                return Handoff(last, opened.ticket if last.finish_reason == "not_finished" else None)
+                return dataclasses.replace(chunks[-1], context_logits=context_logits), opened.ticket
 
     async def _run_attempts(
         self, opened: _OpenRequest, begin: Callable[[_OpenRequest], Awaitable[_Attempt]]
@@ -230,6 +232,17 @@ class Dispatcher:
         opened.ticket = Ticket(ticket_id, source)
         observer = self._observe(route, prompt, asked)
         return _Attempt(route, run_offer(route.decode, asked, recovery.num_attempts, observer), observer.booking)
+
+    async def _begin_embedding(self, opened: _OpenRequest) -> _Attempt:
+        recovery = opened.recovery
+        recovery.num_attempts += 1
+        links = await recovery.wait_for_embedders(self._fleet)
+        asked = opened.transcript.begin(self._left_s(opened.deadline_s))
+        prompt = PromptView(asked)
+        route = self._policy.route(Options([], links, prompt, self.loads))
+        self.counts.routes["embed"] += 1
+        observer = self._observe(route, prompt, asked)
+        return _Attempt(route, run_attempt(route, asked, recovery.num_attempts, observer), observer.booking)
 
     def _observe(self, route: Route, prompt: PromptView, asked: GenerateRequest) -> AttemptObserver:
         booking = Booking(

@@ -79,6 +79,19 @@ class Recovery:
             else:
                 await fleet.wait_link(self._ready_timeout_s)
 
+    async def wait_for_embedders(self, fleet: Fleet) -> list[GangLink]:
+        """Wait until a gang of role 'embed' can answer, and return those that may."""
+        if self._pause_s:
+            await asyncio.sleep(self._pause_s)
+        while True:
+            links = fleet.links("embed")
+            if usable := self.left(links):
+                return responsive(usable) or usable
+            if links:
+                await asyncio.sleep(self.start_over(has_begun=False))
+            else:
+                await fleet.wait_link(self._ready_timeout_s, "embed")
+
     def left(self, links: Sequence[GangLink]) -> list[GangLink]:
         """Without those that failed this request."""
         return [link for link in links if link.gang_id not in self._avoided]

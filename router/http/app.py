@@ -33,6 +33,7 @@ from tensorweave.router.bodies.tasks import (
     BodyTask,
 )
 from tensorweave.router.http import asgi
+from tensorweave.router.http.embeddings import EmbeddingsEndpoint
 from tensorweave.router.http.endpoint import GenerateEndpoint
 from tensorweave.router.http.error_answers import add_error_answers
 from tensorweave.router.http.health import check_health
@@ -52,6 +53,7 @@ _GENERATING: Final[Mapping[str, BodyTask[RequestBody]]] = {
     asgi.MESSAGES_PATH: MESSAGES,
     "/v1/responses": RESPONSES,
 }
+_EMBEDDINGS_PATH: Final = "/v1/embeddings"
 _ANSWERING: Final[Mapping[str, BodyTask[bytes]]] = {
     f"{asgi.MESSAGES_PATH}/count_tokens": COUNT_TOKENS,
     "/tokenize": TOKENIZE,
@@ -108,6 +110,8 @@ def build_app(
     app = _App(service, wrap)
     for path, task in _GENERATING.items():
         app.router.routes.append(Route(path, GenerateEndpoint(path, task, service, metrics), methods=["POST"]))
+    embeddings = EmbeddingsEndpoint(_EMBEDDINGS_PATH, service, metrics)
+    app.router.routes.append(Route(_EMBEDDINGS_PATH, embeddings, methods=["POST"]))
     for path, handler in _handlers(service, metrics).items():
         methods = ["GET", "POST"] if path == "/ping" else ["GET"]
         app.router.routes.append(Route(path, handler, methods=methods))

@@ -23,6 +23,7 @@ from tensorweave.router.bodies.request_body import RequestBody
 from tensorweave.router.bodies.tasks import BodyTask
 from tensorweave.router.deadline import Deadline
 from tensorweave.router.http import asgi
+from tensorweave.router.http.boundary import INTERNAL_ERROR, RequestBoundary
 from tensorweave.router.http.metrics import RouterMetrics
 from tensorweave.router.openai.disaggregated import ContextPhase, params_of
 from tensorweave.router.openai.prepare import Plan, make_plan
@@ -33,7 +34,6 @@ from tensorweave.router.time_slice import TimeSlice
 
 logger = logging.getLogger(__name__)
 
-_INTERNAL: Final = "internal error; see the server's log under this request's id"
 _MAX_STALL_S: Final = 60.0  # a client that reads nothing for so long counts as gone
 
 
@@ -99,36 +99,16 @@ class GenerateEndpoint:
         service: RouterService,
         metrics: RouterMetrics,
     ) -> None:
-        self._path = path
+        self._boundary = RequestBoundary(path, metrics)
         self._task = task
         self._service = service
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started_s = time.perf_counter()
-        try:
-            await self._serve(scope, receive, send, started_s)
-            status = 200
-        except asgi.ClientGone:
-            status = RequestCancelled.http_status
-        except TensorweaveError as error:
-            status = error.http_status
-            self._metrics.count_error(error)
-            await asgi.send_error(scope, send, error)
-        except (Exception, SystemExit):  # the request boundary
-            logger.exception("request %s: internal error", asgi.request_id_of(scope))
-            status = 500
-            await asgi.send_error(scope, send, TensorweaveError(_INTERNAL))
-        self._metrics.count_answer(self._path, status)
-        logger.info(
-            "request %s: %s %d in %.3f s",
-            asgi.request_id_of(scope),
-            self._path,
-            status,
-            time.perf_counter() - started_s,
-        )
+        await self._boundary.run(scope, send, lambda: self._serve(scope, receive, send))
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send, started_s: float) -> None:
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started_s = time.perf_counter()
         limits = self._service.limits
         with self._service.body_memory.share() as share:
             body = await asgi.read_json_body(
@@ -218,7 +198,7 @@ class GenerateEndpoint:
             raise asgi.ClientGone from None
         except (Exception, SystemExit):  # the request boundary, once the answer has begun
             logger.exception("request %s: internal error in a stream", asgi.request_id_of(scope))
-            await asgi.end_events(send, plan.answer.failure(TensorweaveError(_INTERNAL)))
+            await asgi.end_events(send, plan.answer.failure(TensorweaveError(INTERNAL_ERROR)))
 
 
 def _without_output(delta: TextDelta) -> TextDelta:

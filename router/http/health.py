@@ -33,7 +33,7 @@ class HealthReport:
 
 async def check_health(fleet: Fleet, heartbeat_limit_s: float) -> HealthReport:
     """An unreachable supervisor alone does no harm: open links keep working, and a dead leader's link closes."""
-    has_link = bool(fleet.links("decode")) or bool(fleet.links("prefill"))
+    has_link = bool(fleet.links("decode") or fleet.links("prefill") or fleet.links("embed"))
     try:
         pools = await fleet.describe()
     except NotReady as error:

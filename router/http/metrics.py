@@ -18,7 +18,8 @@ from prometheus_client.registry import Collector
 from tensorweave.cluster.errors import NotReady, TensorweaveError
 from tensorweave.cluster.fleet import Fleet
 from tensorweave.cluster.router_report import MetricRows, RouterReport
-from tensorweave.router.dispatch.dispatch import DispatchCounts, Dispatcher
+from tensorweave.router.dispatch.counts import DispatchCounts
+from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.http.health import gang_gauges
 
 _LATENCY_S: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0)

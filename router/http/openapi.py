@@ -15,6 +15,7 @@ from tensorweave.router.http import asgi
 from tensorweave.router.http.keys import OPEN_PATHS
 from tensorweave.router.openai import schemas
 from tensorweave.router.openai.chat_request import ChatCompletionRequest
+from tensorweave.router.openai.embedding_request import EmbeddingRequest
 from tensorweave.router.openai.parsing import ParsedRequest
 from tensorweave.router.openai.requests import CompletionRequest
 from tensorweave.router.responses import schemas as responses
@@ -39,6 +40,7 @@ _BODY_ERRORS: Final = ("400", "404", "408", "413", "415", "500", "503")
 _REQUESTS: Final = (
     CompletionRequest,
     ChatCompletionRequest,
+    EmbeddingRequest,
     ResponsesRequest,
     MessagesRequest,
     CountTokensRequest,
@@ -84,6 +86,9 @@ def openapi_document(title: str, version: str, *, model_names: Sequence[str], ha
                 error=anthropic.MessagesError,
             )
         },
+        "/v1/embeddings": {
+            "post": _post("Embeddings of texts, by a pool of role 'embed'", EmbeddingRequest, schemas.EmbeddingList)
+        },
         "/v1/models": {"get": _get("The served model, by each of its names", schemas.ModelList)},
         "/v1/models/{model_id}": {"get": _get("One model", schemas.ModelCard, parameter="model_id", errors=("404",))},
         "/tokenize": {"post": _post("Token ids of a prompt or a chat", TokenizeRequest, schemas.TokenizeAnswer)},
@@ -126,6 +131,7 @@ def _schemas() -> dict[str, Any]:
         schemas.CompletionChunk,
         schemas.ChatCompletion,
         schemas.ChatChunk,
+        schemas.EmbeddingList,
         schemas.ModelList,
         schemas.ModelCard,
         schemas.TokenizeAnswer,

@@ -68,6 +68,24 @@ Prompt = Annotated[
 ]
 
 
+def read_prompts(value: Any) -> list[str | list[int]]:
+    """The prompts of a field of type `Prompt`. Raises ValueError."""
+    if isinstance(value, str) or _is_token_list(value := whole_items(value)):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(prompt, str) for prompt in value):
+            return value
+        if all(map(_is_token_list, prompts := list(map(whole_items, value)))):
+            return prompts
+    raise ValueError(
+        "must be a string, a list of strings, a list of token ids, or a list of lists of token ids, none empty"
+    )
+
+
+def _is_token_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+
+
 def knob_fields() -> dict[str, Any]:
     """The knobs as fields of a body."""
     return {name: (_knob_type(knob) | None, Field(None, description=_describe(knob))) for name, knob in KNOBS.items()}

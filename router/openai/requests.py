@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 
 from tensorweave.cluster.errors import RequestRejected
-from tensorweave.router.openai.field_types import NumLogprobs, NumSequences, Prompt, whole_items
+from tensorweave.router.openai.field_types import NumLogprobs, NumSequences, Prompt, read_prompts
 from tensorweave.router.openai.generate_body import GenerateBody
 from tensorweave.router.openai.not_built import IN_COMPLETIONS, NotBuilt
 from tensorweave.router.text.choices import Telling
@@ -33,16 +33,8 @@ class CompletionRequest(GenerateBody):
     @field_validator("prompt")
     @classmethod
     def _check_prompt(cls, prompt: Any) -> Any:
-        if isinstance(prompt, str) or _is_token_list(prompt := whole_items(prompt)):
-            return prompt
-        if isinstance(prompt, list) and prompt:
-            if all(isinstance(p, str) for p in prompt):
-                return prompt
-            if all(map(_is_token_list, prompts := list(map(whole_items, prompt)))):
-                return prompts
-        raise ValueError(
-            "must be a string, a list of strings, a list of token ids, or a list of lists of token ids, none empty"
-        )
+        prompts = read_prompts(prompt)
+        return prompts if isinstance(prompt, list) and isinstance(prompt[0], str | list) else prompts[0]
 
     @model_validator(mode="after")
     def _check_best_of(self) -> CompletionRequest:
@@ -85,7 +77,3 @@ class CompletionRequest(GenerateBody):
             has_output=not (self.echo and self.max_tokens == 0),
             is_ranked=self.num_sequences > (self.n or 1),
         )
-
-
-def _is_token_list(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)

@@ -76,6 +76,24 @@ class CompletionChoice(Shape):
     disaggregated_params: DisaggregatedParams | None = None
 
 
+class Embedding(Shape):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(Shape):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(Shape):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
 class Completion(Shape):
     id: str
     object: Literal["text_completion"]

@@ -8,7 +8,11 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from tensorweave.cluster.errors import NotReady, TensorweaveError, WorkerLost, error_from_wire
+from tensorweave.cluster.fleet import serves
 from tensorweave.cluster.kv_mirror import KvMirror
 from tensorweave.cluster.link import FoundAttempt
 from tensorweave.cluster.protocol import GenerateRequest, KvSource, LinkMeasurement, ModelInfo, Role, TokenChunk
@@ -105,6 +109,8 @@ class FakeLink:
                 if request.offer is not None and reason is None:
                     reason = "not_finished"
                     self.held[request.request_id] = request
+                if request.sampling.wants_embedding:
+                    yield TokenChunk(request.request_id, context_logits=fake_embedding(tokens, self.info).tobytes())
                 tokens += new
                 num_out += len(new)
                 is_over = reason is not None
@@ -192,6 +198,12 @@ def hash_token(tokens: Sequence[int], seed: int, info: ModelInfo) -> int:
     return first + int.from_bytes(digest, "little") % (info.vocab_size - first)
 
 
+def fake_embedding(tokens: Sequence[int], info: ModelInfo) -> npt.NDArray[np.float32]:
+    """Not of length 1."""
+    first = hash_token(tokens, 0, info)
+    return np.arange(first, first + info.embedding_size, dtype="<f4")
+
+
 class FakeFleet:
     def __init__(self, *links: FakeLink) -> None:
         self.all_links = list(links)
@@ -199,7 +211,7 @@ class FakeFleet:
         self.changed = asyncio.Event()
 
     def links(self, role: Role = "both") -> list[Any]:
-        return [link for link in self.all_links if link.is_open and link.role in (role, "both")]
+        return [link for link in self.all_links if link.is_open and serves(link.role, role)]
 
     def open_links(self) -> list[FakeLink]:
         return [link for link in self.all_links if link.is_open]
@@ -217,7 +229,7 @@ class FakeFleet:
         if self.is_ending:
             raise NotReady("the service is shutting down")
 
-    async def wait_link(self, timeout_s: float) -> None:
+    async def wait_link(self, timeout_s: float, role: Role | None = None) -> None:
         await self.wait_ready(timeout_s)
 
     def add(self, link: FakeLink) -> None:

@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.cluster.protocol import ModelInfo, Role
 from tensorweave.router.chat.settings import ChatSettings
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.dispatch import Dispatcher
@@ -54,6 +54,7 @@ def make_service(
     accepts_phases: bool = True,
     tokenizer: Tokenizer | None = None,
     chat: ChatSettings | None = None,
+    roles: frozenset[Role] = frozenset[Role]({"both"}),
 ) -> RouterService:
     limits = limits or Limits(ready_timeout_s=0.05)
     fleet = FakeFleet(*links)
@@ -66,6 +67,7 @@ def make_service(
         limits=limits,
         accepts_phases=accepts_phases,
         chat=chat or ChatSettings(),
+        roles=roles,
     )
 
 

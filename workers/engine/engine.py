@@ -105,10 +105,12 @@ class PyTorchModelEngine:
     def _prompt_logits(self, reads: Sequence[PromptRead], hidden_TD: Tensor) -> Iterator[tuple[PromptRead, Tensor]]:
         for read in reads:
             for piece in read.split(max(1, PIECE_LOGITS // self.info.vocab_size)):
+                rows_ND = hidden_TD[piece.row : piece.row + piece.stop - piece.start]
                 with torch.no_grad():
-                    logits_NV = self._model.logits(hidden_TD[piece.row : piece.row + piece.stop - piece.start])
+                    is_embedding = read.request.sampling.wants_embedding
+                    told = self._model.embeddings(rows_ND) if is_embedding else self._model.logits(rows_ND)
                 self._num_pieces += 1
-                yield piece, logits_NV
+                yield piece, told
 
     def wipe_blocks(self, block_ids: Sequence[int]) -> None:
         with torch.inference_mode():

@@ -89,7 +89,8 @@ def load_engine(
         return _build_device_engine(model, share, args, defaults, comm, log)
     kv, block_bytes = args.kv_cache_config, share.block_bytes(args.kv_cache_config.tokens_per_block)
     num_blocks = comm.agree_min(count_blocks(kv, block_bytes, share.device, share.activation_bytes(args)))
-    return _assemble_engine(model, share, _describe(share, num_blocks, args, defaults))
+    info = replace(_describe(share, num_blocks, args, defaults), embedding_size=share.config.sizes.hidden_size)
+    return _assemble_engine(model, share, info)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,8 @@ def check_fits(request: GenerateRequest, info: ModelInfo) -> None:
     if low < 0 or high >= info.vocab_size:
         bad = low if low < 0 else high
         raise RequestRejected(f"token id {bad} is outside the vocabulary of {info.vocab_size}", param="prompt")
+    if sampling.wants_embedding and not info.embedding_size:
+        raise RequestRejected("this engine gives no embeddings: they need one that computes layer by layer, on a CPU")
     _check_sampling(sampling, info.vocab_size)
     _check_what_is_told(sampling, num_prompt, info.vocab_size)
 

@@ -38,6 +38,10 @@ class Transformer:
         """Hidden states [T, D] before the final norm; keys and values go into `caches`, one [B, C, P, H] per layer."""
         return self.stack(self.embedding(inputs.token_ids_T), inputs, caches)
 
+    def embeddings(self, x_RD: Tensor) -> Tensor:
+        """[R, D] float32: the last hidden states, after the final norm."""
+        return self.final_norm(x_RD).float()
+
     def logits(self, x_RD: Tensor) -> Tensor:
         """[R, V] float32, the whole vocabulary on every rank."""
         return self.head(self.final_norm(x_RD))

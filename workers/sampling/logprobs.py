@@ -131,8 +131,14 @@ class ReportedRows:
 
 
 def read_prompts(prompts: Iterable[tuple[PromptRead, Tensor]]) -> list[PromptResult]:
-    """What is reported of a step's prompt tokens, given the logits [N, V] float32 at each read's tokens."""
-    return [_read_prompt(read, logits_NV) for read, logits_NV in prompts]
+    """What is reported of a step's prompt tokens, given the logits [N, V] float32 at each read's tokens, or the
+    embedding [1, D] float32."""
+    return [
+        PromptResult(read, logits=[pack_logits(told)])
+        if read.request.sampling.wants_embedding
+        else _read_prompt(read, told)
+        for read, told in prompts
+    ]
 
 
 def _read_prompt(read: PromptRead, logits_NV: Tensor) -> PromptResult:

@@ -94,8 +94,8 @@ class StepLogits:
 
     `sampled_RV` is [R, V] float32: a row for each of `ScheduledBatch.sampled` in order, then for those with a second
     sample in order, and so on; the decoder may edit it in place. `prompts` has [N, V] float32 for each of
-    `ScheduledBatch.prompt_reads`, in pieces that fit in memory. It is read once, and on every rank to its end: the
-    ranks may compute the pieces together.
+    `ScheduledBatch.prompt_reads`, in pieces that fit in memory; of a request that wants its embedding, [1, D] float32.
+    It is read once, and on every rank to its end: the ranks may compute the pieces together.
 
     Where `rows` is given, the step is computed on a device meanwhile: tensors are there in the order of its stream, and
     `sampled_RV` has `rows.num_padded` rows, of which the first R count.

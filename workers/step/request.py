@@ -77,8 +77,9 @@ class LlmRequest:
     not been told. No token is held back that more than its id is told of.
 
     `extras` is what is told with the newest token beside its id. Logits at the first `num_prompt_rows` tokens are told;
-    those of `num_rows_read` have been read. With a `failure` the request ends at its next token, without it. What the
-    sampling remembers of the tokens is the decoder's.
+    those of `num_rows_read` have been read. Where the embedding is wanted, only the prompt's last one is read, and its
+    hidden state is told. With a `failure` the request ends at its next token, without it. What the sampling remembers
+    of the tokens is the decoder's.
 
     `grammar` is the sampling's guide, compiled: it is there on every rank when the request arrives.
     """
@@ -125,6 +126,8 @@ class LlmRequest:
             self.num_prompt_rows, self.prompt_logprobs = self.prompt_len - 1, []
         if sampling.wants_context_logits:
             self.num_prompt_rows = self.prompt_len
+        if sampling.wants_embedding:
+            self.num_prompt_rows, self.num_rows_read = self.prompt_len, self.prompt_len - 1
 
     @classmethod
     def of(

@@ -19,8 +19,8 @@ RowResult = list[int] | TensorweaveError
 
 @dataclass(frozen=True, slots=True)
 class PromptResult:
-    """What is told of the prompt tokens of `read`: `logprobs` of the tokens after them, `logits` as packed float32 in
-    messages of a limited size, or the `failure` that the request ends with at its first token."""
+    """What is told of the prompt tokens of `read`: `logprobs` of the tokens after them, `logits` (or the embedding) as
+    packed float32 in messages of a limited size, or the `failure` that the request ends with at its first token."""
 
     read: PromptRead
     logprobs: Sequence[TokenLogprobs] = ()
