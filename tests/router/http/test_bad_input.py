@@ -248,7 +248,7 @@ def test_unknown_field_names_the_nearest() -> None:
         ("/load", "POST", 405, "method_not_allowed"),
         ("/v1/chat/completions", "DELETE", 405, "method_not_allowed"),
         ("/tokenize", "GET", 405, "method_not_allowed"),
-        ("/v1/embeddings", "POST", 404, "not_found"),
+        ("/v1/audio/speech", "POST", 404, "not_found"),
         ("/", "OPTIONS", 404, "not_found"),
         ("//", "GET", 404, "not_found"),
     ],
