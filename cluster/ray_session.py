@@ -68,6 +68,11 @@ class RaySession:
         self.close()
 
 
+def will_start_ray(address: str | None = None) -> bool:
+    """Whether `start_or_join_ray` would start a private cluster, on this host."""
+    return not ray.is_initialized() and _address_of(address) is None
+
+
 def start_or_join_ray(
     address: str | None = None, *, num_cpus: float = 1.0, num_gpus: int | None = None, namespace: str | None = None
 ) -> RaySession:
@@ -84,13 +89,13 @@ def start_or_join_ray(
         return RaySession(is_owner=False, is_private=False)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     spare_ray_in_forks()
-    address = address or os.environ.get("RAY_ADDRESS")
+    address = _address_of(address)
     common: dict[str, Any] = {
         "namespace": namespace,
         "runtime_env": _worker_environment(),
         "logging_level": logging.WARNING,
     }
-    if address is not None and address != "local":
+    if address is not None:
         with _naming_failures(f"Ray at {address} cannot be joined"):
             check_ray_address(address)
             ray.init(address=address, **common)
@@ -105,6 +110,12 @@ def start_or_join_ray(
             **common,
         )
     return RaySession(is_owner=True, is_private=True)
+
+
+def _address_of(address: str | None) -> str | None:
+    """Of the cluster to join; None: there is none."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address or None
 
 
 def import_root() -> str:

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Final
 
 import ray
@@ -25,11 +26,11 @@ from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.process_sentinel import OwnSentinel
 from tensorweave.cluster.ray_auth import refuse_open_ray
 from tensorweave.cluster.ray_noise import without_noise
-from tensorweave.cluster.ray_session import start_or_join_ray
+from tensorweave.cluster.ray_session import start_or_join_ray, will_start_ray
 from tensorweave.cluster.sentences import essence, sentence_of
 from tensorweave.deploy.actor_names import APP_NAME, HEAD_NODE, NAMESPACE, SERVICE_ACTOR_NAME
 from tensorweave.deploy.config import ServeConfig
-from tensorweave.deploy.ingress import ingress_env
+from tensorweave.deploy.ingress import ingress_env, taken_ports
 from tensorweave.deploy.monitor import RayCluster, RayLost, ServiceFailed, abandon_ray, monitor
 from tensorweave.deploy.pinned_model import PinnedModel
 from tensorweave.deploy.pools import explain_shortage, needed_resources, pool_specs
@@ -41,6 +42,9 @@ from tensorweave.deploy.stop_signal import StopSignal
 _CONTROL_TIMEOUT_S: Final = 60.0
 _PROGRESS_INTERVAL_S: Final = 0.25
 _LINKS_TIMEOUT_S: Final = 5.0
+
+_TakenPorts = Callable[[str, Sequence[int]], list[int]]
+"""(host, ports) to those of them on which somebody listens."""
 
 
 class StartFailed(TensorweaveError):
@@ -118,10 +122,12 @@ def _start(model: PinnedModel, stop: StopSignal, ending: ExitStack) -> tuple[str
     """Start everything and wait until it is ready; `ending` undoes it. Return the URL and the service actor."""
     config = model.config
     deadline_s = time.monotonic() + config.limits.start_timeout_s
+    if will_start_ray(config.ray.address):  # its head is this host, and to start it takes seconds
+        _check_ports(config, taken_ports)
     _join_ray(config, ending)
     stop.arm()
     service_actor = _start_service_actor(config, ending)
-    _check_ports(config, service_actor)
+    _check_ports(config, partial(_ports_taken_there, service_actor))
     report(f"loading {config.shared_args.model}")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     env = ingress_env(config.router)
@@ -202,17 +208,23 @@ def _admin_line(config: ServeConfig) -> str:
     return f"status page at {where}" + (" (the password is an admin key)" if security.admin_keys else "")
 
 
-def _check_ports(config: ServeConfig, service_actor: ActorHandle[Any]) -> None:
+def _ports_taken_there(service_actor: ActorHandle[Any], host: str, ports: Sequence[int]) -> list[int]:
+    """On the node of the service actor, where the routers will listen."""
+    taken: list[int] = ray.get(service_actor.taken_ports.remote(host, ports), timeout=_CONTROL_TIMEOUT_S)
+    return taken
+
+
+def _check_ports(config: ServeConfig, taken_of: _TakenPorts) -> None:
     router = config.router
     ports = [*range(router.port, router.port + router.replicas), router.proxy_port]
-    _check_free("router", router.host, ports, "router.port and router.proxy_port", service_actor)
-    _check_free("admin", config.admin.host, [config.admin_port], "admin.port", service_actor)
+    _check_free("router", router.host, ports, "router.port and router.proxy_port", taken_of)
+    _check_free("admin", config.admin.host, [config.admin_port], "admin.port", taken_of)
 
 
-def _check_free(table: str, host: str, ports: Sequence[int], names: str, service_actor: ActorHandle[Any]) -> None:
+def _check_free(table: str, host: str, ports: Sequence[int], names: str, taken_of: _TakenPorts) -> None:
     """Raises StartFailed if `ports` cannot be listened on; `names` are the keys that choose them."""
     try:
-        taken = ray.get(service_actor.taken_ports.remote(host, ports), timeout=_CONTROL_TIMEOUT_S)
+        taken = taken_of(host, ports)
     except OSError as error:
         raise StartFailed(f"{table}.host {host!r} cannot be listened on: {_sentence(error)}") from None
     if taken:
