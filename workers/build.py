@@ -123,9 +123,6 @@ def build_executor(
         stats_limits=step_limits(args.max_queued_requests, settings.max_batch_size, settings.max_num_tokens),
     )
     executor.set_batched_logits_processor(args.batched_logits_processor)
-    # What a start leaves (modules, weights, graphs) stays: no collection, of 0.1 s each, looks at it again.
-    gc.collect()
-    gc.freeze()
     return executor
 
 
