@@ -67,6 +67,18 @@ def test_random_weights_are_those_of_a_kind_of_device(tmp_path: Path) -> None:
     assert not told[1].endswith(" on cpu")
 
 
+def test_keys_rotated_by_long_factors_are_of_another_kind(tmp_path: Path) -> None:
+    make_model("phi4_mini", tmp_path)
+    config = CacheTransceiverConfig(backend="DEFAULT")
+    told = {}
+    for max_seq_len in (None, 1024, 1025):
+        args = engine_args(tmp_path, cache_transceiver_config=config, max_seq_len=max_seq_len)
+        executor = build_executor(args, SoloComm(), transfer_host="127.0.0.1", transfer_secret="s")
+        told[executor.info.max_seq_len] = executor.kv_fingerprint["model"].endswith(" with long factors")
+        executor._transfers.shutdown()
+    assert told == {1024: False, 1025: True}
+
+
 @needs_native
 @pytest.mark.parametrize("backend", ["pytorch", "_autodeploy"])
 @pytest.mark.parametrize(("attn_backend", "form"), [("TRTLLM", NativeAttention), ("VANILLA", TorchAttention)])

@@ -45,15 +45,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", {}),
     "phi3": ("Phi3", {"sliding_window": 29}),
     "olmo2": ("Olmo2", {}),
-    "gemma3": (
-        "Gemma3Text",
-        {
-            "head_dim": 16,
-            "sliding_window": 21,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "num_hidden_layers": 4,
-        },
-    ),
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
     "qwen2_moe": ("Qwen2Moe", {**MOE, "shared_expert_intermediate_size": 32}),
     "cohere2": (
@@ -61,7 +52,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"sliding_window": 17, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
     ),
 }
-CLASSES = {"Gemma3Text": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel"}
+CLASSES = {"GPT2": "GPT2LMHeadModel"}
+WITHOUT_FAMILY = [name for name in MODELS if name not in ("phi3", "olmo2")]
 
 
 def make(name: str, path: Path, **changes: Any) -> PreTrainedModel:
@@ -76,7 +68,7 @@ def args_for(path: Path, **knobs: Any) -> TorchLlmArgs:
     return engine_args(path, backend="_autodeploy", **knobs)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WITHOUT_FAMILY)
 def test_greedy_ids_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     model = make(name, tmp_path)
     expected = their_greedy(model, PROMPTS, 8)
@@ -86,7 +78,7 @@ def test_greedy_ids_equal_those_of_transformers(name: str, tmp_path: Path) -> No
     assert engine.info.end_ids == (2,)
 
 
-@pytest.mark.parametrize("name", ["phi3", "mixtral"])
+@pytest.mark.parametrize("name", ["cohere2", "mixtral"])
 def test_bfloat16_and_random_weights_run(name: str, tmp_path: Path) -> None:
     make(name, tmp_path)
     (tmp_path / "model.safetensors").unlink()

@@ -1,5 +1,5 @@
 """Every family answers 50 random prompts with the greedy ids of transformers' own class in float32: with prefill on one
-rank and decode on two, prompts in chunks, and a second time with the prefixes in both gangs' trees.
+rank and decode on two of an engine directory, prompts in chunks, and again with the prefixes in both gangs' trees.
 
 `tests/workers/engine/test_engine.py` has engines alone, on one rank and two. Llama's relatives have tests in
 `tests/workers/transfer/test_tokens.py` and `tests/e2e`.
@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tensorweave.cluster.protocol import SamplingSpec
+from tensorweave.workers.engine_dir.directory import save_engine_dir
 from tensorweave.workers.transfer.carriers.loop import LoopNetwork
 from tests.workers.engine_drive import generate_on_ranks, random_prompts
 from tests.workers.tiny_models import MODELS, make_model, their_greedy
@@ -34,11 +35,13 @@ def check(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> None:
 @pytest.mark.parametrize("name", NEW)
 def test_greedy_ids(name: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    model = make_model(name, tmp_path)
+    checkpoint, engine_dir = tmp_path / "checkpoint", tmp_path / "engine"
+    model = make_model(name, checkpoint)
+    save_engine_dir(checkpoint, engine_dir, tensor_parallel_size=2, dtype="float32")
     samplings, carriers = [SamplingSpec(max_tokens=NUM_TOKENS)] * len(PROMPTS), loop_carriers(LoopNetwork())
     with (
-        model_gang(tmp_path, 1, carriers, name="P", max_num_tokens=64) as prefill,
-        model_gang(tmp_path, 2, carriers, name="D", max_num_tokens=64) as decode,
+        model_gang(checkpoint, 1, carriers, name="P", max_num_tokens=64) as prefill,
+        model_gang(engine_dir, 2, carriers, name="D", max_num_tokens=64) as decode,
     ):
         cold, warm = (run_disaggregated(prefill, decode, PROMPTS, samplings, name=trees) for trees in ("cold", "warm"))
         assert decode.failures() == {}
