@@ -92,7 +92,6 @@ QUANT: Final[Mapping[str, Refusal]] = {
     "smoothquant_val": Refusal(_OTHER_ALGORITHMS, (None, 0.5)),
     "clamp_val": Refusal("the largest number of each row or channel has the scale"),
     "use_meta_recipe": _off("every layer is quantized alike"),
-    "has_zero_point": _off(_OTHER_ALGORITHMS),
     "pre_quant_scale": _off(_OTHER_ALGORITHMS),
     "exclude_modules": Refusal("all matrices of the layers are quantized"),
     "mamba_ssm_cache_dtype": Refusal("there are no state-space models here"),

@@ -151,6 +151,8 @@ def test_quantization() -> None:
     assert weight_quantization(integers.quant_config) == "w4a16_g32"
     fine = TorchLlmArgs(model="m", quant_config=QuantConfig(quant_algo=QuantAlgo.INT8, group_size=64))
     assert weight_quantization(fine.quant_config) == "w8a8_g64"
+    with_minimums = QuantConfig(quant_algo="W4A16", has_zero_point=True)
+    assert weight_quantization(with_minimums) == "w4a16_g32_min"
     plain = TorchLlmArgs(model="m", quant_config={}, kv_cache_config={"dtype": "fp8"})
     assert (weight_quantization(plain.quant_config), kv_cache_dtype(plain)) == (None, "fp8")
 
@@ -159,6 +161,7 @@ def test_quantization() -> None:
     ("knobs", "message"),
     [
         ({"quant_config": {"quant_algo": "NVFP4"}}, "Input should be 'FP8', 'FP8_PER_CHANNEL_PER_TOKEN', 'W8A16'"),
+        ({"quant_config": {"quant_algo": "W8A16", "has_zero_point": True}}, "has_zero_point is for integers of 4 bits"),
         ({"quant_config": {"quant_algo": "FP8", "group_size": 64}}, "group_size is 64; it is for integers: W8A16"),
         (
             {"quant_config": {"quant_algo": "FP8", "exclude_modules": ["o_proj"]}},

@@ -90,7 +90,8 @@ def rank_weight_bytes(config: ModelConfig, place: MeshRank, dtype: torch.dtype, 
     integers = None if quantization is None else IntegerWeights.parse(quantization)
     if integers is not None:
         head = weights.num_looked_up if config.has_tied_embeddings else weights.num_in_head
-        scale_bits = 0 if integers.group_size is None else 16 / integers.group_size
+        numbers = 2 if integers.has_minimums else 1
+        scale_bits = 0 if integers.group_size is None else 16 * numbers / integers.group_size
         return looked_up + head + int(in_layers * (integers.bits + scale_bits) / 8)
     return looked_up + weights.num_in_head * each + in_layers * (each if quantization is None else FP8.itemsize)
 

@@ -88,7 +88,13 @@ class IntegerRankWeights:
         if isinstance(matrix, QuantizedWeight | GroupedWeight):
             return matrix
         made = self.integers
-        return quantize_integers(_plain(matrix), bits=made.bits, group_size=made.group_size, row_bits=made.row_bits)
+        return quantize_integers(
+            _plain(matrix),
+            bits=made.bits,
+            group_size=made.group_size,
+            row_bits=made.row_bits,
+            has_minimums=made.has_minimums,
+        )
 
     def _head(self, matrix: Weight) -> Weight:
         if isinstance(matrix, QuantizedWeight | GroupedWeight):

@@ -38,6 +38,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"quant_algo": "W8A16", "group_size": 16},
     {"quant_algo": "W4A16"},
     {"quant_algo": "W4A16", "group_size": 128},
+    {"quant_algo": "W4A16", "has_zero_point": True},
     {"quant_algo": "INT8"},
     {"quant_algo": "W4A8_QSERVE_PER_GROUP"},
 ]
@@ -66,6 +67,7 @@ def dequantized(model: PreTrainedModel, integers: IntegerWeights) -> PreTrainedM
                 bits=8 if is_head else integers.bits,
                 group_size=None if is_head else integers.group_size,
                 row_bits=16,
+                has_minimums=integers.has_minimums and not is_head,
             )
             module.weight.data = made.wide_rows()
     return model.double()
@@ -158,6 +160,6 @@ def test_the_memory_that_is_needed(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["w3a16", "w8a16_g33", "w4a16_g", "w8a16_g32x", "fp8"])
+@pytest.mark.parametrize("name", ["w3a16", "w8a16_g33", "w4a16_g", "w8a16_g32x", "w4a16_minimums", "fp8"])
 def test_names_of_something_else(name: str) -> None:
     assert IntegerWeights.parse(name) is None
