@@ -2,8 +2,9 @@
 
     python benchmarks/quantized_accuracy.py MODEL TEXT [--tokens 3072] [--algorithms none W8A16 W4A16:32 ...]
 
-MODEL is a name or directory, TEXT a file. An algorithm is a `QuantAlgo`, perhaps with ':' and a group size. The text is
-cut into prompts of `--window` tokens, each read alone; its first token is not counted. All else is in `--dtype`.
+MODEL is a name or directory, TEXT a file. An algorithm is a `QuantAlgo`, perhaps with a group size and minimums, as in
+W4A16:64 or W4A16:64:min. The text is cut into prompts of `--window` tokens, each read alone; its first token is not
+counted. All else is in `--dtype`.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ class Reading:
 def read(model: str, dtype: str, algorithm: str, windows: Sequence[Sequence[int]]) -> Reading:
     knobs: dict[str, Any] = {"dtype": dtype, "kv_cache_config": {"max_tokens": 8192}}
     if algorithm != "none":
-        name, _, group = algorithm.partition(":")
-        knobs["quant_config"] = {"quant_algo": name, "group_size": int(group) if group else None}
+        name, *group = algorithm.split(":")
+        size = int(group[0]) if group else None
+        knobs["quant_config"] = {"quant_algo": name, "group_size": size, "has_zero_point": group[1:] == ["min"]}
     reading = Reading([], [])
     with LLM(model=model, **knobs) as llm:
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)

@@ -11,6 +11,10 @@
    blocks: [blocks][rows]. */
 #pragma once
 
+#if VL == 8
+#include <immintrin.h>
+#endif
+
 #define NR (2 * VL)
 #define MOST_BLOCK 64
 #if VL == 16
