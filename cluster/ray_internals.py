@@ -161,13 +161,18 @@ def forget_ray_after_fork() -> None:
 
 
 @contextlib.contextmanager
-def filtered_messages(is_dropped: Callable[[str], bool]) -> Iterator[None]:
-    """Drop lines that Ray would print for its driver. Enter it before Ray is started or joined."""
+def filtered_messages(
+    is_dropped: Callable[[str], bool], show: Callable[[dict[str, Any]], None] | None = None
+) -> Iterator[None]:
+    """Drop lines that Ray would print for its driver, and let `show` print the others, if given. Enter it before Ray is
+    started or joined."""
     before = worker.print_to_stdstream
 
     def print_rest(data: dict[str, Any], ignore_prefix: bool) -> None:
         lines = [line for line in data["lines"] if not is_dropped(line)]
-        if lines or not data["lines"]:
+        if show is not None:
+            show({**data, "lines": lines})
+        elif lines or not data["lines"]:
             before({**data, "lines": lines}, ignore_prefix)
 
     worker.print_to_stdstream = print_rest

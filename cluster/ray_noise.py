@@ -8,8 +8,9 @@ that dies of anything but `ray.kill`, which Serve's shutdown alone calls on it, 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Final
+from typing import Any, Final
 
 from tensorweave.cluster.ray_internals import filtered_messages
 
@@ -22,6 +23,7 @@ def is_noise(message: str) -> bool:
     return _NOISE.search(message) is not None
 
 
-def without_noise() -> AbstractContextManager[None]:
-    """Print every other message of Ray while this lasts. Enter it before Ray is started or joined."""
-    return filtered_messages(is_noise)
+def without_noise(show: Callable[[dict[str, Any]], None] | None = None) -> AbstractContextManager[None]:
+    """Print every other message of Ray, or let `show` print it, while this lasts. Enter it before Ray is started or
+    joined."""
+    return filtered_messages(is_noise, show)

@@ -21,6 +21,7 @@ from ray.actor import ActorHandle
 
 from tensorweave.cluster.gang import Gang
 from tensorweave.cluster.kv_links import KvLinkTable, ReadyGang
+from tensorweave.cluster.log_setup import LogSettings, set_up_logging
 from tensorweave.cluster.placement import remove_groups
 from tensorweave.cluster.pool import GangPool, PoolSpec
 from tensorweave.cluster.process_sentinel import OwnSentinel, end_actor_with
@@ -50,7 +51,10 @@ class PoolSupervisor:
         worker_class: type[Any],
         sentinel: str | None = None,
         detached: DetachedSpec | None = None,
+        log: LogSettings | None = None,
     ) -> None:
+        if log is not None:
+            set_up_logging(log, "supervisor")
         if sentinel is not None:
             end_actor_with(sentinel)
         self._specs = _checked(pools)
@@ -234,16 +238,16 @@ def start_supervisor(
     """Start the actor. It and its gangs end with `sentinel`. Without one it ends with its creator, and its placement
     groups are removed when the job ends. Ray must be running."""
     name, lifetime = (None, None) if sentinel is None else (sentinel.name, "detached")
-    return _start(pools, worker_class, name, None, max_restarts=_MAX_RESTARTS, lifetime=lifetime)
+    return _start(pools, worker_class, name, None, None, max_restarts=_MAX_RESTARTS, lifetime=lifetime)
 
 
 def find_or_start_supervisor(
-    detached: DetachedSpec, pools: Sequence[PoolSpec], worker_class: type[Any]
+    detached: DetachedSpec, pools: Sequence[PoolSpec], worker_class: type[Any], log: LogSettings | None = None
 ) -> ActorHandle[PoolSupervisor]:
     """Return the supervisor of this name; start it if there is none. One that was running keeps its pools: see
     `apply`."""
     return _start(
-        *(pools, worker_class, None, detached),
+        *(pools, worker_class, None, detached, log),
         max_restarts=-1,
         name=detached.name,
         namespace=detached.namespace,
@@ -258,11 +262,12 @@ def _start(
     worker_class: type[Any],
     sentinel: str | None,
     detached: DetachedSpec | None,
+    log: LogSettings | None,
     **options: Any,
 ) -> ActorHandle[PoolSupervisor]:
     actor: ActorHandle[PoolSupervisor] = (
         ray.remote(PoolSupervisor)
         .options(num_cpus=0, max_task_retries=0, max_concurrency=_MAX_CONCURRENT_CALLS, **options)
-        .remote(tuple(pools), worker_class, sentinel, detached)
+        .remote(tuple(pools), worker_class, sentinel, detached, log)
     )
     return actor

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S: Final = 5.0
 _IDLE_TIMEOUT_S: Final = 90
+_GRACE_S: Final = 1
+_CLOSE_TIMEOUT_S: Final = 5.0
 _LIMITS: Final = ConnectionLimits(max_waiting=64)
 
 
@@ -32,22 +34,30 @@ class AdminPort:
         self._host = host
         self._port = port
         self._build = build
+        self._is_closing = threading.Event()
+        self._server: uvicorn.Server | None = None
         self._thread = threading.Thread(target=self._run, name="admin-port", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
+    def close(self) -> None:
+        self._is_closing.set()
+        if self._server is not None:
+            self._server.should_exit = True
+        self._thread.join(_CLOSE_TIMEOUT_S)
+
     def _run(self) -> None:
-        pause = threading.Event()
-        while True:
+        while not self._is_closing.is_set():
             try:
                 listener = listening_socket(self._host, self._port)
-                break
             except OSError as error:
                 logger.warning("the admin port %s:%d: %s", self._host, self._port, sentence_of(error))
-                pause.wait(_RETRY_S)
-        with listener:
-            asyncio.run(self._serve(listener))
+                self._is_closing.wait(_RETRY_S)
+                continue
+            with listener:
+                asyncio.run(self._serve(listener))
+            return
 
     async def _serve(self, listener: socket.socket) -> None:
         config = uvicorn.Config(
@@ -58,8 +68,10 @@ class AdminPort:
             log_config=None,
             timeout_keep_alive=_IDLE_TIMEOUT_S,
             server_header=False,
+            timeout_graceful_shutdown=_GRACE_S,
         )
-        await uvicorn.Server(config).serve(sockets=[listener])
+        self._server = uvicorn.Server(config)
+        await self._server.serve(sockets=[listener])
 
 
 def listening_socket(host: str, port: int) -> socket.socket:

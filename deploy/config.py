@@ -20,6 +20,7 @@ from tensorweave.cluster.strict_model import Field, StrictBaseModel, mistake
 from tensorweave.deploy.config_access import AdminConfig, SecurityConfig
 from tensorweave.deploy.config_file import ConfigError, KeyPath, read_document
 from tensorweave.deploy.config_mistakes import describe
+from tensorweave.deploy.config_observing import LoggingConfig, TracingConfig
 from tensorweave.deploy.config_tables import LimitsConfig, PoolConfig, RayConfig, RouterConfig
 
 # The router tokenizes and completes sampling fields for all pools, so these cannot differ between pools: the model is
@@ -62,6 +63,12 @@ class ServeConfig(StrictBaseModel):
     )
     router: RouterConfig = Field(default_factory=RouterConfig, status="prototype", description="The HTTP front end.")
     admin: AdminConfig = Field(default_factory=AdminConfig, status="prototype", description="The port for operators.")
+    logging: LoggingConfig = Field(
+        default_factory=LoggingConfig, status="prototype", description="What its processes write to their log."
+    )
+    tracing: TracingConfig = Field(
+        default_factory=TracingConfig, status="prototype", description="OpenTelemetry traces of requests."
+    )
     limits: LimitsConfig = Field(default_factory=LimitsConfig, status="prototype", description="Bounds and deadlines.")
     security: SecurityConfig = Field(
         default_factory=SecurityConfig, status="prototype", description="What clients may do."

@@ -10,7 +10,7 @@ from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.llm_args import gang_mesh
 from tensorweave.cluster.pool import PoolSpec
 from tensorweave.deploy.config import ServeConfig
-from tensorweave.deploy.config_tables import LimitsConfig, PoolConfig
+from tensorweave.deploy.config_tables import PoolConfig
 
 
 def pool_specs(
@@ -20,7 +20,7 @@ def pool_specs(
     return [
         PoolSpec(
             name,
-            _gang_spec(pool, config.limits, has_gpus, digests.get(name)),
+            _gang_spec(pool, config, has_gpus, digests.get(name)),
             pool.replicas,
             max_faults=pool.max_faults,
             fault_window_s=pool.fault_window_s,
@@ -29,12 +29,14 @@ def pool_specs(
     ]
 
 
-def _gang_spec(pool: PoolConfig, limits: LimitsConfig, has_gpus: bool, digest: str | None) -> GangSpec:
+def _gang_spec(pool: PoolConfig, config: ServeConfig, has_gpus: bool, digest: str | None) -> GangSpec:
+    limits = config.limits
     wants_gpu = pool.device == "cuda" or (pool.device == "auto" and has_gpus)
     return GangSpec(
         role=pool.role,
         mesh=gang_mesh(pool),
         args=pool.llm_args().model_dump(mode="json", exclude_unset=True),
+        worker_options={"log": config.logging.settings()},
         gpus_per_rank=pool.gpus_per_rank if wants_gpu else 0.0,
         place_timeout_s=limits.place_timeout_s,
         start_timeout_s=limits.start_timeout_s,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from tensorweave.cluster.kv_links import SLOW_BYTES_PER_S
 
+PROGRESS_LOGGER: Final = "tensorweave.progress"
+
 
 def report(line: str) -> None:
-    print(f"tensorweave: {line}", file=sys.stderr, flush=True)
+    """`deploy.driver_log` writes it to standard error."""
+    logging.getLogger(PROGRESS_LOGGER).info("%s", line)
 
 
 class PoolReporter:

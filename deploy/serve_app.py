@@ -35,7 +35,7 @@ from tensorweave.deploy.config_source import ConfigSource
 from tensorweave.deploy.pinned_model import PinnedModel
 from tensorweave.deploy.pools import pool_specs
 from tensorweave.deploy.router_reports import report_for_ever
-from tensorweave.deploy.serve_logging import log_through_serve
+from tensorweave.deploy.serve_logging import log_in_replica
 from tensorweave.router.admin.router_table import RouterTable
 from tensorweave.workers.rank import RankWorker
 from tensorweave.workers.store.model_store import resolve_model
@@ -43,6 +43,7 @@ from tensorweave.workers.store.model_store import resolve_model
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from tensorweave.router.http.request_record import Recorder
     from tensorweave.router.text.tokens import Tokenizer
 
 _CONTROL_TIMEOUT_S: Final = 30.0
@@ -67,14 +68,15 @@ class Pools:
     ) -> None:
         from tensorweave.deploy.admin_service import start_admin_port
 
-        log_through_serve()
         config = ServeConfig.from_plain(plain)
+        log_in_replica(config.logging.settings(), "pools")
         refuse_open_ray(is_allowed=config.security.allow_unauthenticated_ray)
         self._drain_timeout_s = config.limits.drain_timeout_s
         self._generation = generation
         self._source = source
         self._specs = pool_specs(config, has_gpus=ray.cluster_resources().get("GPU", 0) > 0, digests=digests)
         self._home = supervisor_home(serve.get_replica_context().app_name)
+        self._log = config.logging.settings()
         self._routers = RouterTable()
         find = functools.partial(find_supervisor, self._home)
         start_admin_port(config, _version(), find, self._routers, chat_key)
@@ -84,7 +86,7 @@ class Pools:
         return self._routers.note(report)
 
     def supervisor(self) -> ActorHandle[Any]:
-        return find_or_start_supervisor(self._home, self._specs, RankWorker)
+        return find_or_start_supervisor(self._home, self._specs, RankWorker, self._log)
 
     async def check_health(self) -> None:
         """Replace a supervisor that has ended; give one of an earlier deployment this configuration."""
@@ -116,7 +118,8 @@ class Router:
         from tensorweave.router.http.metrics import RouterMetrics
         from tensorweave.router.service import RouterService
 
-        log_through_serve()
+        replica = serve.get_replica_context().replica_id.unique_id
+        log_in_replica(self._config.logging.settings(), f"router {replica}")
         allow_rebinding()
         bound_connections()
         config, tokenizer, fleet = self._config, await self._load_tokenizer(), await self._find_fleet()
@@ -136,6 +139,7 @@ class Router:
             cors_origins=config.security.cors_origins,
             guided=config.limits.guided_limits(),
             roles=frozenset(pool.role for pool in config.pools.values()),
+            recorders=_recorders(config, replica),
             chat=ChatSettings(
                 config.shared_args.tool_parser,
                 config.shared_args.reasoning_parser,
@@ -147,7 +151,7 @@ class Router:
         gc.collect()
         gc.freeze()
         metrics = RouterMetrics(config.model_name, dispatcher)
-        read = functools.partial(metrics.report, serve.get_replica_context().replica_id.unique_id)
+        read = functools.partial(metrics.report, replica)
         self._reporting = asyncio.create_task(report_for_ever(read, self._pools.note_router.remote))
         # Serve, as well as its proxy, answers with the request's own id and generates one for a request without.
         return build_app(service, metrics=metrics, server_echoes_ids=True, generated_id_prefix=mark_generated_ids())
@@ -170,6 +174,21 @@ class Router:
             supervisor = await self._pools.supervisor.remote()
         home = supervisor_home(serve.get_replica_context().app_name)
         return WatchedFleet(supervisor, functools.partial(find_supervisor, home))
+
+
+def _recorders(config: ServeConfig, replica: str) -> list[Recorder]:
+    """Those that are asked for."""
+    from tensorweave.router.http.request_log import RequestLog
+
+    recorders: list[Recorder] = []
+    if config.logging.requests:
+        recorders.append(RequestLog())
+    if config.tracing.endpoint is not None:
+        from tensorweave.router.http.tracing import otlp_tracing
+
+        tracing = config.tracing
+        recorders.append(otlp_tracing(config.tracing.endpoint, tracing.share, tracing.service_name, replica))
+    return recorders
 
 
 def _version() -> str:

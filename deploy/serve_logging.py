@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 
+from tensorweave.cluster.log_setup import OUR_LOGGER, LogSettings, set_up_logging
 from tensorweave.cluster.ray_internals import restore_print, serve_logger_name
 
 
-def log_through_serve() -> None:
-    """In a replica: our loggers write where Serve's does, and `print` is Python's own again."""
+def log_in_replica(settings: LogSettings, process: str) -> None:
+    """Our loggers write to the process's own standard error, in the service's form, and where Serve's does, in Serve's.
+    `print` is Python's own again."""
     restore_print()
-    ours = logging.getLogger("tensorweave")
-    ours.handlers = list(logging.getLogger(serve_logger_name()).handlers)
-    ours.propagate = not ours.handlers
+    logging.getLogger(OUR_LOGGER).handlers = list(logging.getLogger(serve_logger_name()).handlers)
+    set_up_logging(settings, process)

@@ -25,11 +25,11 @@ from tensorweave.cluster.cluster_resources import can_grow, read_cluster_resourc
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.process_sentinel import OwnSentinel
 from tensorweave.cluster.ray_auth import refuse_open_ray
-from tensorweave.cluster.ray_noise import without_noise
 from tensorweave.cluster.ray_session import start_or_join_ray, will_start_ray
 from tensorweave.cluster.sentences import essence, sentence_of
 from tensorweave.deploy.actor_names import APP_NAME, HEAD_NODE, NAMESPACE, SERVICE_ACTOR_NAME
 from tensorweave.deploy.config import ServeConfig
+from tensorweave.deploy.driver_log import driver_log, format_rays_own
 from tensorweave.deploy.ingress import ingress_env, taken_ports
 from tensorweave.deploy.monitor import RayCluster, RayLost, ServiceFailed, abandon_ray, monitor
 from tensorweave.deploy.pinned_model import PinnedModel
@@ -60,7 +60,7 @@ def run(config: ServeConfig, on_ready: Callable[[str], None] | None = None) -> i
 
     `on_ready` is called once, with the URL of the first router replica, when the service answers.
     """
-    with StopSignal() as stop, ExitStack() as ending:
+    with driver_log(config.logging.settings()), StopSignal() as stop, ExitStack() as ending:
         try:
             model = PinnedModel.find(config)
             config = model.config
@@ -76,7 +76,8 @@ def run(config: ServeConfig, on_ready: Callable[[str], None] | None = None) -> i
         if on_ready is not None:
             on_ready(url)
         code = _keep_up(config, service_actor, stop, ending)
-    report("stopped")
+        ending.close()
+        report("stopped")
     return code
 
 
@@ -89,7 +90,7 @@ def running(config: ServeConfig) -> Iterator[str]:
         TensorweaveError, ValueError, OSError: It does not start.
         KeyboardInterrupt: A signal came before it was ready.
     """
-    with ExitStack() as ending:
+    with driver_log(config.logging.settings()), ExitStack() as ending:
         try:
             with StopSignal() as stop:
                 url, _ = _start(PinnedModel.find(config), stop, ending)
@@ -145,8 +146,8 @@ def _join_ray(config: ServeConfig, ending: ExitStack) -> None:
     report("joining Ray" if config.ray.address or os.environ.get("RAY_ADDRESS") else "starting Ray")
     need = needed_resources(pool_specs(config, has_gpus=False))
     num_cpus = need.get("CPU", 1.0)
-    ending.enter_context(without_noise())
     session = ending.enter_context(start_or_join_ray(config.ray.address, num_cpus=num_cpus, namespace=NAMESPACE))
+    format_rays_own(config.logging.settings())
     refuse_open_ray(is_allowed=config.security.allow_unauthenticated_ray)
     if session.is_private or (config.limits.place_timeout_s is None and not can_grow()):
         _check_room(config)
@@ -182,7 +183,7 @@ def _start_service_actor(config: ServeConfig, ending: ExitStack) -> ActorHandle[
             max_task_retries=-1,
             resources=HEAD_NODE,
         )
-        .remote(drain_timeout_s, sentinel.name)
+        .remote(drain_timeout_s, sentinel.name, config.logging.settings())
     )
     ending.callback(_end_service, service_actor, sentinel, drain_timeout_s)
     return service_actor

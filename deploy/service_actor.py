@@ -23,6 +23,7 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
+from tensorweave.cluster.log_setup import LogSettings, set_up_logging
 from tensorweave.cluster.process_sentinel import wait_for_owner_end
 from tensorweave.cluster.supervisor_handle import find_supervisor
 from tensorweave.deploy.actor_names import APP_NAME, NAMESPACE, SERVICE_ACTOR_NAME, supervisor_home
@@ -44,7 +45,8 @@ class ServiceActor:
     restarted it.
     """
 
-    def __init__(self, drain_timeout_s: float, sentinel: str) -> None:
+    def __init__(self, drain_timeout_s: float, sentinel: str, log: LogSettings | None = None) -> None:
+        set_up_logging(log or LogSettings(), "service actor")
         self._drain_timeout_s = drain_timeout_s
         self._home = supervisor_home(APP_NAME)
         self._ending: asyncio.Task[None] | None = None

@@ -17,6 +17,7 @@ from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.guided.limits import GuidedLimits
 from tensorweave.router.http.body_memory import BodyMemory
+from tensorweave.router.http.request_record import Recorder
 from tensorweave.router.openai.chat_form import chat_format
 from tensorweave.router.text.tokens import Tokenizer
 
@@ -37,6 +38,7 @@ class RouterService:
         guided: Bounds of schemas, expressions and grammars.
         roles: Of its pools.
         cors_origins: Origins of web pages whose scripts may call the service (`router/http/middleware.py`); "*": any.
+        recorders: Told of each request that has ended: the request log, traces.
     """
 
     model_name: str
@@ -53,6 +55,7 @@ class RouterService:
     chat: ChatSettings = field(default_factory=ChatSettings)
     guided: GuidedLimits = field(default_factory=GuidedLimits)
     roles: frozenset[Role] = frozenset[Role]({"both"})
+    recorders: Sequence[Recorder] = ()
     _info: ModelInfo | None = None
     bodies: BodyPool = field(init=False)
     body_memory: BodyMemory = field(init=False)

@@ -37,6 +37,7 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
         "deadline.py": "",
         "http/body_memory.py": "",
         "dispatch": "deadline.py",
+        "http/request_record.py": "dispatch",
         "sampling": "",
         "guided": "",
         "chat_formats": "guided",
@@ -46,10 +47,11 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
         "anthropic": "chat openai sampling text",
         "responses": "chat openai text",
         "bodies": "anthropic chat guided openai responses sampling text",
-        "service.py": "bodies chat chat_formats dispatch guided http/body_memory.py openai text",
+        "service.py": "bodies chat chat_formats dispatch guided http/body_memory.py http/request_record.py openai text",
         "openai/new_answer.py": "anthropic bodies openai responses service.py",
         "openai/prepare.py": "bodies chat openai openai/new_answer.py sampling service.py text",
-        "http": "anthropic bodies deadline.py dispatch http/body_memory.py openai openai/prepare.py responses "
+        "http": "anthropic bodies deadline.py dispatch http/body_memory.py http/request_record.py openai "
+        "openai/prepare.py responses "
         "service.py text time_slice.py",
         "admin": "http http/body_memory.py",
     },

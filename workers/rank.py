@@ -21,6 +21,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 
 from tensorweave.cluster.errors import WorkerLost
 from tensorweave.cluster.host_memory import oom_kills
+from tensorweave.cluster.log_setup import LogSettings, set_up_logging
 from tensorweave.cluster.protocol import KvSource, LinkMeasurement
 from tensorweave.cluster.rank_watch import first_line
 from tensorweave.cluster.ranks import LeaderPlace, LinkRate, RankOrder, RankPlace, RankReport, RankStarted, Traffic
@@ -49,7 +50,9 @@ _SWITCH_INTERVAL_S: Final = 0.001
 class RankWorker:
     """One rank of a gang, from `prepare` to `stop`; used once."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: LogSettings | None = None) -> None:
+        self._log_settings = log
+        self._set_up_log("rank")
         self._executor: PyExecutor | None = None
         self._leader: LeaderServer | None = None
         self._rendezvous = RendezvousStore()
@@ -88,6 +91,7 @@ class RankWorker:
         Raises:
             ValueError: the arguments or the model's files are wrong.
         """
+        self._set_up_log(f"rank {order.place.rank} of {order.gang_id}")
         return await asyncio.to_thread(self._start, order)
 
     async def keep_record(self, record: GangRecord) -> None:
@@ -209,6 +213,10 @@ class RankWorker:
         device = pick_device(args.device)
         joining = Joining(order.place, order.interface_ip, device, order.start_timeout_s, self._note_phase)
         return joining.join(self._reach_rendezvous(order))
+
+    def _set_up_log(self, process: str) -> None:
+        if self._log_settings is not None:
+            set_up_logging(self._log_settings, process)
 
     def _note_phase(self, phase: str) -> None:
         self._phase = phase

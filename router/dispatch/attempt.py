@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import enum
 import secrets
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from tensorweave.cluster.link import FoundAttempt, GangLink
 from tensorweave.cluster.protocol import GenerateRequest, Ticket, TokenChunk
 from tensorweave.router.dispatch.loads import Booking
 from tensorweave.router.dispatch.policy import Route
+from tensorweave.router.dispatch.timeline import AttemptTimes
 
 Chunks = AsyncGenerator[TokenChunk, None]
 
@@ -48,8 +50,19 @@ class AttemptObserver:
     """What an attempt reports to. `count_fault` takes the reason of a fault that causes no replay."""
 
     booking: Booking
+    times: AttemptTimes
     now_s: Callable[[], float]
     count_fault: Callable[[str], None]
+
+    def prefilled(self, num_cached: int) -> None:
+        """The gang that computes the prompt has the first token."""
+        self.times.first_token_s = time.perf_counter()
+        self.booking.prefilled(num_cached, self.now_s())
+
+    def handed_over(self) -> None:
+        """The decode gang of a pair has its own first token."""
+        self.times.handed_over_s = time.perf_counter()
+        self.booking.handed_over(self.now_s())
 
 
 def run_attempt(route: Route, request: GenerateRequest, number: int, observer: AttemptObserver) -> Chunks:
@@ -90,7 +103,7 @@ async def _run_alone(link: GangLink, request: GenerateRequest, observer: Attempt
         async for chunk in chunks:
             if is_first and chunk.token_ids:
                 is_first = False
-                observer.booking.prefilled(chunk.num_cached_tokens, observer.now_s())
+                observer.prefilled(chunk.num_cached_tokens)
             yield chunk
 
 
@@ -129,7 +142,6 @@ class _Pair:
         self._stream = decode.generate(fetch)
 
     async def run(self) -> Chunks:
-        booking, now_s = self._observer.booking, self._observer.now_s
         decoding = asyncio.create_task(self._next())
         prefilling = asyncio.create_task(self._run_prefill())
         try:
@@ -138,7 +150,7 @@ class _Pair:
                 case _Start.PREFILL_FIRST:
                     first = prefilling.result()
                     assert first is not None
-                    booking.prefilled(first.num_cached_tokens, now_s())
+                    self._observer.prefilled(first.num_cached_tokens)
                     yield first
                     if first.is_last:
                         return
@@ -151,7 +163,7 @@ class _Pair:
                     refusal = prefilling.exception()
                     assert refusal is not None
                     raise refusal
-            booking.handed_over(now_s())
+            self._observer.handed_over()
             await self._release(prefilling)
             yield chunk
             async for chunk in self._stream:

@@ -11,8 +11,8 @@ import dataclasses
 import functools
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Final
 
@@ -35,6 +35,7 @@ from tensorweave.router.dispatch.kv_view import PromptView
 from tensorweave.router.dispatch.loads import Booking, Loads
 from tensorweave.router.dispatch.policy import Joint, Options, Route, RoutingPolicy
 from tensorweave.router.dispatch.recovery import RECOVERABLE, Recovery, responsive
+from tensorweave.router.dispatch.timeline import Timeline
 from tensorweave.router.dispatch.transcript import Transcript
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class _OpenRequest:
     deadline_s: float
     transcript: Transcript
     recovery: Recovery
+    timeline: Timeline
     ticket: Ticket | None = None
 
 
@@ -95,7 +97,12 @@ class Dispatcher:
         return self._admission.num_waiting
 
     async def generate(
-        self, request: GenerateRequest, *, session: str | None = None, first_tokens: Sequence[int] = ()
+        self,
+        request: GenerateRequest,
+        *,
+        session: str | None = None,
+        first_tokens: Sequence[int] = (),
+        timeline: Timeline | None = None,
     ) -> AsyncGenerator[TokenChunk, None]:
         """Yield chunks until the last one. Losing a gang on the way costs time and no token.
 
@@ -108,6 +115,7 @@ class Dispatcher:
             session: Requests of one session go to the same decode gang if that costs nothing.
             first_tokens: What `prefill` has already generated, here or at another service. They are yielded again: at
                 once, unless more than their ids is asked for, which only the gang that continues them knows.
+            timeline: Is told when what happened.
 
         Raises:
             Overloaded: The queue, or every gang, is full.
@@ -116,51 +124,58 @@ class Dispatcher:
             RequestRejected: The id is already in use, or the gang refused the request.
             WorkerLost: Gangs died repeatedly while running it, or none came back.
         """
-        with self._reserve_id(request):
-            deadline_s = self._deadline_s(request)
-            async with self._admission.place(deadline_s - self._now_s()):
-                opened = self._open(request, deadline_s)
-                transcript = opened.transcript
-                if first_tokens and not request.sampling.wants_extras:
-                    yield transcript.add_known(first_tokens)
-                try:
-                    attempts = self._run_attempts(opened, functools.partial(self._begin, session=session))
-                    async with aclosing(attempts) as chunks:
-                        async for chunk in chunks:
-                            yield chunk
-                except TimeoutError:
-                    yield transcript.timed_out()
-                finally:
-                    self.counts.num_recovered += opened.recovery.error is not None and transcript.is_over
+        async with self._admitted(request, timeline) as opened:
+            transcript = opened.transcript
+            if first_tokens and not request.sampling.wants_extras:
+                yield transcript.add_known(first_tokens)
+            try:
+                attempts = self._run_attempts(opened, functools.partial(self._begin, session=session))
+                async with aclosing(attempts) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+            except TimeoutError:
+                yield transcript.timed_out()
+            finally:
+                self.counts.num_recovered += opened.recovery.error is not None and transcript.is_over
 
-    async def prefill(self, request: GenerateRequest) -> Handoff:
+    async def prefill(self, request: GenerateRequest, timeline: Timeline | None = None) -> Handoff:
         """Run the context phase alone, for a client that sends the generation phase itself. The gang keeps the
         prompt's KV for the ticket's holder until its lease expires. Raises what `generate` raises."""
-        last, ticket = await self._run_at_once(request, self._begin_offer)
+        last, ticket = await self._run_at_once(request, timeline, self._begin_offer)
         return Handoff(last, ticket if last.finish_reason == "not_finished" else None)
 
-    async def embed(self, request: GenerateRequest) -> bytes:
+    async def embed(self, request: GenerateRequest, timeline: Timeline | None = None) -> bytes:
         """The embedding of a prompt, float32 [D], by a gang of role 'embed'. Raises what `generate` raises."""
         assert request.sampling.wants_embedding
-        last, _ = await self._run_at_once(request, self._begin_embedding)
+        last, _ = await self._run_at_once(request, timeline, self._begin_embedding)
         return last.context_logits
 
     async def _run_at_once(
-        self, request: GenerateRequest, begin: Callable[[_OpenRequest], Awaitable[_Attempt]]
+        self,
+        request: GenerateRequest,
+        timeline: Timeline | None,
+        begin: Callable[[_OpenRequest], Awaitable[_Attempt]],
     ) -> tuple[TokenChunk, Ticket | None]:
         """A request of one token: its last chunk, with all that was told of the prompt, and the ticket, if it has
         one."""
+        async with self._admitted(request, timeline) as opened:
+            try:
+                async with aclosing(self._run_attempts(opened, begin)) as stream:
+                    chunks = [chunk async for chunk in stream]
+            except TimeoutError:
+                return opened.transcript.timed_out(), None
+            context_logits = b"".join([chunk.context_logits for chunk in chunks])
+            return dataclasses.replace(chunks[-1], context_logits=context_logits), opened.ticket
+
+    @asynccontextmanager
+    async def _admitted(self, request: GenerateRequest, timeline: Timeline | None) -> AsyncIterator[_OpenRequest]:
+        timeline = timeline or Timeline()
+        timeline.ask()
         with self._reserve_id(request):
             deadline_s = self._deadline_s(request)
             async with self._admission.place(deadline_s - self._now_s()):
-                opened = self._open(request, deadline_s)
-                try:
-                    async with aclosing(self._run_attempts(opened, begin)) as stream:
-                        chunks = [chunk async for chunk in stream]
-                except TimeoutError:
-                    return opened.transcript.timed_out(), None
-                context_logits = b"".join([chunk.context_logits for chunk in chunks])
-                return dataclasses.replace(chunks[-1], context_logits=context_logits), opened.ticket
+                timeline.admit()
+                yield _OpenRequest(request, deadline_s, Transcript(request), Recovery(self.limits), timeline)
 
     async def _run_attempts(
         self, opened: _OpenRequest, begin: Callable[[_OpenRequest], Awaitable[_Attempt]]
@@ -186,7 +201,9 @@ class Dispatcher:
                                 raise ended_early(route.decode)
                             if (new := transcript.take(chunk)) is not None:
                                 yield new
+                opened.timeline.end_attempt()
             except RECOVERABLE as error:
+                opened.timeline.end_attempt(error.code)
                 recovery.lose(route, error, num_sent=len(transcript.sent))
                 self.counts.retries[error.code] += 1
                 logger.info("request %s: attempt lost (%s): %s", opened.request.request_id, error.code, error.message)
@@ -199,6 +216,7 @@ class Dispatcher:
         if recovery.num_attempts == 1 and request.grace_s and (found := await self._find(request)) is not None:
             link, attempt = found
             self.counts.num_reattached += 1
+            opened.timeline.begin_attempt(None, link.gang_id)
             transcript.begin_found(attempt.seed)
             return _Attempt(Route(None, link), run_attached(link, attempt), nullcontext())
         senders, decode = await recovery.wait_for_gangs(self._fleet, has_begun=bool(transcript.sent))
@@ -207,7 +225,7 @@ class Dispatcher:
         is_alone = asked.fetch is not None or asked.sampling.needs_prompt_rows
         route = self._policy.route(Options([] if is_alone else senders, decode, prompt, self.loads, session))
         self.counts.routes[route.kind] += 1
-        observer = self._observe(route, prompt, asked)
+        observer = self._observe(opened, route, prompt, asked)
         return _Attempt(route, run_attempt(route, asked, recovery.num_attempts, observer), observer.booking)
 
     async def _begin_offer(self, opened: _OpenRequest) -> _Attempt:
@@ -230,7 +248,7 @@ class Dispatcher:
         assert source is not None
         self.counts.routes["offer"] += 1
         opened.ticket = Ticket(ticket_id, source)
-        observer = self._observe(route, prompt, asked)
+        observer = self._observe(opened, route, prompt, asked)
         return _Attempt(route, run_offer(route.decode, asked, recovery.num_attempts, observer), observer.booking)
 
     async def _begin_embedding(self, opened: _OpenRequest) -> _Attempt:
@@ -241,10 +259,12 @@ class Dispatcher:
         prompt = PromptView(asked)
         route = self._policy.route(Options([], links, prompt, self.loads))
         self.counts.routes["embed"] += 1
-        observer = self._observe(route, prompt, asked)
+        observer = self._observe(opened, route, prompt, asked)
         return _Attempt(route, run_attempt(route, asked, recovery.num_attempts, observer), observer.booking)
 
-    def _observe(self, route: Route, prompt: PromptView, asked: GenerateRequest) -> AttemptObserver:
+    def _observe(
+        self, opened: _OpenRequest, route: Route, prompt: PromptView, asked: GenerateRequest
+    ) -> AttemptObserver:
         booking = Booking(
             self.loads,
             prefill=route.prefill,
@@ -255,7 +275,9 @@ class Dispatcher:
             num_reserved=min(asked.sampling.max_tokens, _RESERVED_TOKENS),
             now_s=self._now_s(),
         )
-        return AttemptObserver(booking, self._now_s, self._count_fault)
+        prefill_gang = None if route.prefill is None else route.prefill.gang_id
+        times = opened.timeline.begin_attempt(prefill_gang, route.decode.gang_id)
+        return AttemptObserver(booking, times, self._now_s, self._count_fault)
 
     async def _find(self, request: GenerateRequest) -> tuple[GangLink, FoundAttempt] | None:
         """The gang at which a router that was lost started this request, if there is one."""
@@ -292,9 +314,6 @@ class Dispatcher:
             yield
         finally:
             self._open_ids.discard(request.request_id)
-
-    def _open(self, request: GenerateRequest, deadline_s: float) -> _OpenRequest:
-        return _OpenRequest(request, deadline_s, Transcript(request), Recovery(self.limits))
 
     def _deadline_s(self, request: GenerateRequest) -> float:
         """On the event loop's clock."""

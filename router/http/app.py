@@ -6,6 +6,7 @@ It runs under uvicorn and inside Ray Serve. Every path, unknown ones included, a
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import time
@@ -174,6 +175,8 @@ def _lifespan_of(service: RouterService) -> Callable[[FastAPI], AbstractAsyncCon
             yield
         finally:
             await service.bodies.close()
+            for recorder in service.recorders:
+                await asyncio.to_thread(recorder.close)
 
     return lifespan
 

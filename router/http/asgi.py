@@ -28,6 +28,7 @@ MESSAGES_PATH: Final = "/v1/messages"
 CLOSE: Final = (b"connection", b"close")
 REQUEST_ID_HEADER: Final = b"x-request-id"
 _RETRY_AFTER_S: Final = 5.0
+_MAX_TRACE_PARENT: Final = 256
 _REQUEST_ID_KEY: Final = "tensorweave.request_id"
 _CLIENT_ID_KEY: Final = "tensorweave.client_request_id"
 _VALID_REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -92,6 +93,12 @@ def client_request_id(scope: Scope) -> str | None:
     """The id that the client gave; None if it gave no valid one."""
     request_id: str | None = scope[_CLIENT_ID_KEY]
     return request_id
+
+
+def trace_parent(scope: Scope) -> str | None:
+    """W3C's `traceparent`: the trace that the client has begun."""
+    given = header(scope, b"traceparent")
+    return None if given is None else given.decode("latin-1")[:_MAX_TRACE_PARENT]
 
 
 def is_request_id(value: bytes) -> bool:

@@ -14,9 +14,11 @@ from starlette.types import Receive, Scope, Send
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
 from tensorweave.router.bodies.embedding_body import EmbeddingBody
 from tensorweave.router.bodies.tasks import EMBEDDING
+from tensorweave.router.dispatch.timeline import Timeline
 from tensorweave.router.http import asgi
 from tensorweave.router.http.boundary import RequestBoundary
 from tensorweave.router.http.metrics import RouterMetrics
+from tensorweave.router.http.request_record import RequestRecord
 from tensorweave.router.openai.embedding_answer import encode_embedding, whole_answer
 from tensorweave.router.service import RouterService
 
@@ -29,14 +31,14 @@ class EmbeddingsEndpoint:
     """An ASGI application."""
 
     def __init__(self, path: str, service: RouterService, metrics: RouterMetrics) -> None:
-        self._boundary = RequestBoundary(path, metrics)
+        self._boundary = RequestBoundary(path, metrics, service.recorders)
         self._service = service
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._boundary.run(scope, send, lambda: self._serve(scope, receive, send))
+        await self._boundary.run(scope, send, lambda record: self._serve(scope, receive, send, record))
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         service, limits = self._service, self._service.limits
         with service.body_memory.share() as share:
             body = await asgi.read_json_body(
@@ -47,18 +49,23 @@ class EmbeddingsEndpoint:
                 del body
                 share.release()
                 num_tokens = sum(map(len, asked.inputs))
+                record.model, record.num_prompt_tokens = service.model_name, num_tokens
+                record.timelines = timelines = [Timeline() for _ in asked.inputs]
                 self._metrics.count_prompt(num_tokens)
-                async with self._embeddings(asked) as embeddings:
+                async with self._embeddings(asked, timelines) as embeddings:
                     await asgi.send_json(send, whole_answer(service.model_name, embeddings, num_tokens))
 
     @asynccontextmanager
-    async def _embeddings(self, asked: EmbeddingBody) -> AsyncIterator[Sequence[orjson.Fragment]]:
+    async def _embeddings(
+        self, asked: EmbeddingBody, timelines: Sequence[Timeline]
+    ) -> AsyncIterator[Sequence[orjson.Fragment]]:
         """One per input, as JSON. If one fails, the others are cancelled."""
         places, name = asyncio.Semaphore(_AT_ONCE), f"embd-{secrets.token_hex(16)}"
 
         async def embed(index: int, token_ids: Sequence[int]) -> orjson.Fragment:
             async with places:
-                packed = await self._service.dispatcher.embed(self._request(f"{name}-{index}", token_ids, asked))
+                request = self._request(f"{name}-{index}", token_ids, asked)
+                packed = await self._service.dispatcher.embed(request, timelines[index])
             return encode_embedding(packed, asked.dimensions, is_base64=asked.is_base64)
 
         tasks = [asyncio.create_task(embed(index, token_ids)) for index, token_ids in enumerate(asked.inputs)]

@@ -25,6 +25,7 @@ from tensorweave.router.deadline import Deadline
 from tensorweave.router.http import asgi
 from tensorweave.router.http.boundary import INTERNAL_ERROR, RequestBoundary
 from tensorweave.router.http.metrics import RouterMetrics
+from tensorweave.router.http.request_record import RequestRecord
 from tensorweave.router.openai.disaggregated import ContextPhase, params_of
 from tensorweave.router.openai.prepare import Plan, make_plan
 from tensorweave.router.openai.schemas import Usage
@@ -40,10 +41,14 @@ _MAX_STALL_S: Final = 60.0  # a client that reads nothing for so long counts as 
 class RequestStats:
     """Tokens, cached tokens and times of one HTTP request so far, for its usage and for metrics."""
 
-    def __init__(self, plan: Plan, metrics: RouterMetrics, started_s: float) -> None:
+    def __init__(self, plan: Plan, metrics: RouterMetrics, record: RequestRecord) -> None:
         self._plan = plan
         self._metrics = metrics
-        self._started_s = started_s
+        self._record = record
+        self._started_s = record.began_s
+        record.is_streamed = plan.is_streamed
+        record.num_prompt_tokens = sum(plan.prompt_lens)
+        record.timelines = [job.timeline for job in plan.jobs]
         self._first_s: list[float] = [0.0] * len(plan.jobs)
         self._latest_s: list[float] = [0.0] * len(plan.jobs)
         self._cached = [0] * len(plan.jobs)
@@ -55,15 +60,19 @@ class RequestStats:
         if delta.num_tokens:
             if not self.num_tokens[index]:
                 self._first_s[index] = now_s
+                self._record.first_token_s = self._record.first_token_s or now_s
                 self._metrics.observe_first_token(now_s - self._started_s, delta.num_tokens)
             else:
                 self._metrics.observe_step(now_s - self._latest_s[index], delta.num_tokens)
             self._latest_s[index] = now_s
             self.num_tokens[index] += delta.num_tokens
+            self._record.num_output_tokens += delta.num_tokens
         if delta.num_cached_tokens > self._cached[index]:  # the second gang of a pair may report more
             self._metrics.count_cached(delta.num_cached_tokens - self._cached[index])
             self._cached[index] = delta.num_cached_tokens
+            self._record.num_cached_tokens = self.num_cached
         if delta.finish_reason is not None:
+            self._record.finish_reasons.append(delta.finish_reason)
             self._metrics.observe_end(
                 delta.finish_reason,
                 total_s=now_s - self._started_s,
@@ -75,6 +84,11 @@ class RequestStats:
         if delta.finish_reason == "cancelled":
             raise RequestCancelled("the request was cancelled")
 
+    def fail(self, error: TensorweaveError) -> None:
+        """The error has ended an answer that had begun."""
+        self._record.error_code = error.code
+        self._metrics.count_error(error)
+
     def usage(self) -> Usage:
         return self._usage(sum(self.num_tokens))
 
@@ -82,9 +96,13 @@ class RequestStats:
         """Usage before the answer's first token."""
         return self._usage(0)
 
-    def _usage(self, num_tokens: int) -> Usage:
+    @property
+    def num_cached(self) -> int:
         """A prompt counts once for all of its sequences, and so do its cached tokens."""
-        cached = sum(self._cached[:: self._plan.num_sequences])
+        return sum(self._cached[:: self._plan.num_sequences])
+
+    def _usage(self, num_tokens: int) -> Usage:
+        cached = self.num_cached
         reasoning = min(num_tokens, sum([choice.num_reasoning_tokens for choice in self._plan.choices]))
         return Usage.of(prompt=sum(self._plan.prompt_lens), completion=num_tokens, cached=cached, reasoning=reasoning)
 
@@ -99,16 +117,15 @@ class GenerateEndpoint:
         service: RouterService,
         metrics: RouterMetrics,
     ) -> None:
-        self._boundary = RequestBoundary(path, metrics)
+        self._boundary = RequestBoundary(path, metrics, service.recorders)
         self._task = task
         self._service = service
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._boundary.run(scope, send, lambda: self._serve(scope, receive, send))
+        await self._boundary.run(scope, send, lambda record: self._serve(scope, receive, send, record))
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started_s = time.perf_counter()
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         limits = self._service.limits
         with self._service.body_memory.share() as share:
             body = await asgi.read_json_body(
@@ -118,7 +135,8 @@ class GenerateEndpoint:
                 plan = await make_plan(self._service, self._task, body, asgi.client_request_id(scope))
                 del body
                 share.release()
-                await self._answer(plan, RequestStats(plan, self._metrics, started_s), scope, send)
+                record.model = self._service.model_name
+                await self._answer(plan, RequestStats(plan, self._metrics, record), scope, send)
 
     async def _answer(self, plan: Plan, stats: RequestStats, scope: Scope, send: Send) -> None:
         self._metrics.count_prompt(sum(plan.prompt_lens))
@@ -192,13 +210,14 @@ class GenerateEndpoint:
                         await stalled.wait(functools.partial(asgi.send_event, send, events))
             await asgi.end_events(send, plan.answer.closing(stats.usage()))
         except TensorweaveError as error:
-            self._metrics.count_error(error)
+            stats.fail(error)
             await asgi.end_events(send, plan.answer.failure(error))
         except TimeoutError:
             raise asgi.ClientGone from None
         except (Exception, SystemExit):  # the request boundary, once the answer has begun
             logger.exception("request %s: internal error in a stream", asgi.request_id_of(scope))
-            await asgi.end_events(send, plan.answer.failure(TensorweaveError(INTERNAL_ERROR)))
+            stats.fail(failure := TensorweaveError(INTERNAL_ERROR))
+            await asgi.end_events(send, plan.answer.failure(failure))
 
 
 def _without_output(delta: TextDelta) -> TextDelta:

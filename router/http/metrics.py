@@ -21,6 +21,7 @@ from tensorweave.cluster.router_report import MetricRows, RouterReport
 from tensorweave.router.dispatch.counts import DispatchCounts
 from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.http.health import gang_gauges
+from tensorweave.router.http.request_record import RequestRecord
 
 _LATENCY_S: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0)
 _TOKEN_LATENCY_S: Final = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
@@ -131,6 +132,19 @@ class RouterMetrics:
         self._e2e = self._histogram(
             "e2e_request_latency_seconds", "From a request's receipt to its last token.", _LATENCY_S
         )
+        self._queue = self._histogram(
+            "request_queue_time_seconds",
+            "Between a sequence's arrival at the dispatcher and its admission.",
+            _LATENCY_S,
+        )
+        self._prefill = self._histogram(
+            "request_prefill_time_seconds", "Between an attempt's start and its first token.", _LATENCY_S
+        )
+        self._handover = self._histogram(
+            "kv_handover_time_seconds",
+            "Between the prefill gang's first token and the decode gang's own, for which it has the prompt's KV.",
+            _LATENCY_S,
+        )
         self._gangs = GangMetrics(self._model)
         self._of_gangs = CollectorRegistry()
         self._of_gangs.register(self._gangs)
@@ -153,8 +167,16 @@ class RouterMetrics:
             **self._model
         )
 
-    def count_answer(self, path: str, status: int) -> None:
-        self._answered.labels(**self._model, path=path, status=status).inc()
+    def count_answer(self, request: RequestRecord) -> None:
+        self._answered.labels(**self._model, path=request.path, status=request.status).inc()
+        for timeline in request.timelines:
+            if timeline.admitted_s is not None and timeline.asked_s is not None:
+                self._queue.observe(timeline.admitted_s - timeline.asked_s)
+            for attempt in timeline.attempts:
+                if attempt.first_token_s is not None:
+                    self._prefill.observe(attempt.first_token_s - attempt.began_s)
+                    if attempt.handed_over_s is not None:
+                        self._handover.observe(attempt.handed_over_s - attempt.first_token_s)
 
     def count_error(self, error: TensorweaveError) -> None:
         self._rejected.labels(**self._model, code=error.code).inc()

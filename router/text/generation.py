@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from tensorweave.cluster.errors import raised_by_user
 from tensorweave.cluster.protocol import FinishReason, GenerateRequest, Ticket, TokenChunk, TokenLogprobs
 from tensorweave.router.dispatch.dispatch import Dispatcher
+from tensorweave.router.dispatch.timeline import Timeline
 from tensorweave.router.text.detokenize import IncrementalDetokenizer
 
 
@@ -39,6 +40,7 @@ class Job:
     end_ids: frozenset[int]
     session: str | None = None
     first_tokens: Sequence[int] = ()
+    timeline: Timeline = field(default_factory=Timeline)
 
 
 @dataclass(slots=True)
@@ -68,7 +70,7 @@ class TextDelta:
 
 async def generate_text(dispatcher: Dispatcher, job: Job) -> AsyncGenerator[TextDelta, None]:
     """Deltas until the one with a finish reason. A stop string ends the sequence here, which cancels it at the gang."""
-    stream = dispatcher.generate(job.request, session=job.session, first_tokens=job.first_tokens)
+    stream = dispatcher.generate(job.request, session=job.session, first_tokens=job.first_tokens, timeline=job.timeline)
     async with aclosing(stream) as chunks:
         async for chunk in chunks:
             delta = _text_safely_of(job, chunk)
@@ -80,7 +82,7 @@ async def generate_text(dispatcher: Dispatcher, job: Job) -> AsyncGenerator[Text
 async def generate_first(dispatcher: Dispatcher, job: Job) -> tuple[TextDelta, Ticket | None]:
     """Run a context phase: the first token's text, and the ticket for the generation phase unless the sequence
     ended."""
-    handoff = await dispatcher.prefill(job.request)
+    handoff = await dispatcher.prefill(job.request, job.timeline)
     delta = _text_safely_of(job, handoff.chunk)
     return delta, handoff.ticket if delta.finish_reason == "not_finished" else None
 

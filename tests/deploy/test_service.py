@@ -3,6 +3,7 @@ user does not wait for it."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -87,20 +88,22 @@ def test_the_service_actor_is_killed_at_the_end(
 
 
 def test_a_second_interrupt_leaves_the_service_to_the_service_actor(
-    config: ServeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: ServeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     ray = FakeRay(is_interrupted)
     monkeypatch.setattr(service, "ray", ray)
     monkeypatch.setattr(service, "OwnSentinel", FakeSentinel)
     with pytest.raises(KeyboardInterrupt), ExitStack() as ending:
         service._start_service_actor(config, ending)
     assert ray.num_killed == 0, "nothing else would end the service on a cluster that stays"
-    assert "not waiting any longer" in capsys.readouterr().err
+    assert "not waiting any longer" in caplog.text
 
 
 def test_nothing_is_asked_of_a_ray_that_is_lost(
-    config: ServeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: ServeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     asked: list[str] = []
 
     def is_lost(*arguments: object) -> None:
@@ -115,4 +118,4 @@ def test_nothing_is_asked_of_a_ray_that_is_lost(
         service_actor = service._start_service_actor(config, ending)
         assert service._keep_up(config, service_actor, StopSignal(), ending) == 1
     assert asked == []
-    assert "giving up: its raylet has ended" in capsys.readouterr().err
+    assert "giving up: its raylet has ended" in caplog.text

@@ -23,6 +23,7 @@ from tests.e2e.service_process import (
     START_TIMEOUT_S,
     RunningAnswer,
     ServiceProcess,
+    admin_port,
     alive,
     command_of,
     complete,
@@ -79,6 +80,26 @@ def check_page(port: int) -> None:
     connection.close()
 
 
+def check_admin(port: int) -> None:
+    """The admin port tells of the gang, and of the router once it has reported."""
+    assert get_status(admin_port(port), "/") == 200
+    wait_until(lambda: status_of(port)["routers"] != [], END_TIMEOUT_S, "the router has reported")
+    [pool] = status_of(port)["pools"]
+    assert pool["gangs"][0]["blocks"]["num_total"] > 0
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/health")
+    assert json.loads(connection.getresponse().read()) == {"status": "ok"}
+    connection.close()
+
+
+def status_of(port: int) -> dict[str, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", admin_port(port), timeout=60)
+    connection.request("GET", "/status")
+    status: dict[str, Any] = json.loads(connection.getresponse().read())
+    connection.close()
+    return status
+
+
 def test_a_service_from_start_to_drain(service: tuple[ServiceProcess, int, int], tmp_path: Path) -> None:
     process, port, proxy_port = service
     family = process.descendants()
@@ -89,6 +110,7 @@ def test_a_service_from_start_to_drain(service: tuple[ServiceProcess, int, int],
         [generated] = request_ids(listening_port, "no id") or []
         assert generated != "no id"
         check_page(listening_port)
+    check_admin(port)
 
     # A router that dies with a client connected comes back at the same port: its dead connections do not keep the port.
     kept = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -177,10 +199,25 @@ def is_turned_away(port: int) -> bool:
     return True
 
 
-def test_a_service_survives_its_actors_and_a_killed_driver_leaves_nothing(
-    service: tuple[ServiceProcess, int, int],
-) -> None:
-    process, port, proxy_port = service
+def check_log(process: ServiceProcess) -> None:
+    """Each line is an object, whichever process wrote it."""
+    entries = [json.loads(line) for line in [*process.lines, *process.remaining_lines()]]
+    assert {"driver", "supervisor"} <= {entry["process"] for entry in entries}
+    assert any(entry["process"].startswith("rank 0 of main-0") and "took" in entry["message"] for entry in entries)
+    requests = [entry for entry in entries if entry["logger"] == "tensorweave.requests"]
+    assert [entry["output_tokens"] for entry in requests] == [1500, 4]
+    assert not [entry for entry in entries if "The capital" in json.dumps(entry)], "no prompt"
+
+
+def test_a_service_survives_its_actors_and_a_killed_driver_leaves_nothing(tmp_path: Path, model: Path) -> None:
+    config, port, proxy_port = write_config(tmp_path, model)
+    log = ("logging.format=json", "logging.level=INFO", "logging.requests=true")
+    with running_service(config, *log) as process:
+        survives_its_actors(process, port, proxy_port)
+        check_log(process)
+
+
+def survives_its_actors(process: ServiceProcess, port: int, proxy_port: int) -> None:
     # What keeps the service up may die: the gang serves on, and everything is replaced.
     ranks = named(process, "RankWorker")
     through_it_all = RunningAnswer(port, max_tokens=1500)

@@ -17,6 +17,7 @@ from tensorweave.router.admin.observer import Observer
 from tensorweave.router.admin.router_table import RouterTable
 from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.http.metrics import RouterMetrics
+from tensorweave.router.http.request_record import RequestRecord
 from tests.router.fake_fleet import FakeFleet
 
 T = TypeVar("T")
@@ -92,3 +93,9 @@ class SmallAdmin:
 
 def router_metrics() -> RouterMetrics:
     return RouterMetrics(MODEL, Dispatcher(FakeFleet()))
+
+
+def answered(metrics: RouterMetrics, path: str) -> None:
+    record = RequestRecord("r", path, 0.0)
+    record.end(200)
+    metrics.count_answer(record)

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tensorweave.router.admin.status import Status
 from tensorweave.router.http.app import build_app
-from tests.router.admin.small_admin import HOST, MODEL, SmallAdmin, gang, pool, rank, router_metrics
+from tests.router.admin.small_admin import HOST, MODEL, SmallAdmin, answered, gang, pool, rank, router_metrics
 from tests.router.calls import check_error, scripted
 from tests.router.serving import chat, make_service
 
@@ -67,7 +67,7 @@ def test_the_picture_has_everything() -> None:
         metrics.observe_first_token(0.15, 1)
         for _ in range(9):
             metrics.observe_step(0.012, 2)
-        metrics.count_answer("/v1/completions", 200)
+        answered(metrics, "/v1/completions")
         admin.now_s += 10.0
         admin.pools = some_pools(generation_tokens_total=1500.0, kv_transfer_bytes_total=24e6)
         admin.routers.note(metrics.report("r-1"))
