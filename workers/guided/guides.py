@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Final, Protocol
 
@@ -14,6 +13,7 @@ from tensorweave.cluster.protocol import GenerateRequest
 from tensorweave.kernels.token_mask.chosen import compile_mask_tokens
 from tensorweave.workers.gang.report_channel import ReportChannel
 from tensorweave.workers.guided.admission import GuideAdmission, GuideInbox, Refuse
+from tensorweave.workers.guided.compilers import import_libraries
 from tensorweave.workers.guided.orders import GuideOrder, GuideReport
 from tensorweave.workers.guided.table import GrammarTable
 from tensorweave.workers.guided.trials import Trials
@@ -64,7 +64,9 @@ class NoGuides:
 
 
 class RankGuides:
-    """Compiles on a thread of this rank. Nothing is imported or started before the first guide comes.
+    """Compiles on a thread of this rank, which starts with the first guide, as does the process of the trials. What a
+    step would wait for then is done when this is made: imports, which keep the interpreter's lock, and the kernel that
+    masks.
 
     Args:
         rank: Of this rank.
@@ -81,9 +83,10 @@ class RankGuides:
         self._size = size
         self._trials = trials
         self._reports = reports
-        prepare = functools.partial(compile_mask_tokens, device)
-        self._table = GrammarTable(rank, self._read_vocabulary, self._report, self._stop, prepare)
+        self._table = GrammarTable(rank, self._read_vocabulary, self._report, self._stop)
         self._admission: GuideAdmission | None = None
+        import_libraries()
+        compile_mask_tokens(device)
 
     def start(self, inbox: GuideInbox, refuse: Refuse) -> None:
         if self._rank == 0:

@@ -36,7 +36,6 @@ class GrammarTable:
         read_vocabulary: Called once, on the thread, until it succeeds. Raises TensorweaveError.
         report: Called on the thread, once for each order to compile.
         on_slow: Called by the step loop when an output with the grammar of this digest takes too long.
-        prepare: Called on the thread before anything is compiled.
     """
 
     def __init__(
@@ -45,13 +44,11 @@ class GrammarTable:
         read_vocabulary: Callable[[], Vocabulary],
         report: Callable[[GuideReport], None],
         on_slow: Callable[[bytes], None] = lambda digest: None,
-        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self._rank = rank
         self._read_vocabulary = read_vocabulary
         self._report = report
         self._on_slow = on_slow
-        self._prepare = prepare
         self._orders: queue.SimpleQueue[GuideOrder | None] = queue.SimpleQueue()
         self._grammars: dict[bytes, Grammar] = {}
         self._alive: weakref.WeakValueDictionary[bytes, Grammar] = weakref.WeakValueDictionary()
@@ -94,7 +91,6 @@ class GrammarTable:
     def _load(self) -> None:
         """The guide that follows tries again, and reports what goes wrong."""
         try:
-            self._prepare()
             self._compilers = self._compilers or Compilers(self._read_vocabulary())
             self._compilers.open("xgrammar")
         except Exception as error:  # the thread goes on

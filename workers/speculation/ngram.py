@@ -18,6 +18,11 @@ MOST_INDEXED_AT_ONCE: Final = 1024
 the rest follows in the next steps."""
 
 
+MOST_PLACES: Final = 1 << 18
+"""n-grams of one request, which take about 60 MB at 16 tokens and 30 MB at 2. Beyond them nothing more is indexed: of
+n-grams of up to 2 tokens that is behind 131,072 tokens, of up to 16 behind 16,384."""
+
+
 class NGramIndex:
     """The places after the n-grams of up to `size` tokens: the first of each, or with `keeps_newest` the last."""
 
@@ -32,6 +37,8 @@ class NGramIndex:
         size, places, note = self._size, self._places, self._places.setdefault
         stop = min(len(tokens), self.num_indexed + limit)
         for at in range(self.num_indexed, stop):
+            if len(places) >= MOST_PLACES:
+                break
             for first in range(at - size if at > size else 0, at):
                 if self._keeps_newest:
                     places[tuple(tokens[first:at])] = at

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensorweave.cluster.protocol import SamplingSpec
+from tensorweave.workers.speculation import ngram
 from tensorweave.workers.speculation.ngram import MOST_INDEXED_AT_ONCE, NGramDrafter, NGramIndex
 from tensorweave.workers.speculation.public_patterns import PublicPatterns
 from tensorweave.workers.step.request import LlmRequest
@@ -37,6 +38,17 @@ def test_the_longest_ngram_that_stood_before_is_found(tokens: list[int], size: i
         so_far = tokens[:length]
         index.take_in(so_far, MOST_INDEXED_AT_ONCE)
         assert index.find(so_far) == searched(so_far, size, keeps_newest=keeps_newest)
+
+
+def test_an_index_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ngram, "MOST_PLACES", 6)
+    index = NGramIndex(2, keeps_newest=False)
+    tokens = [*range(1000), 1, 2]
+    index.take_in(tokens, 10_000)
+    assert index.num_indexed == len(tokens)
+    assert len(index._places) < 8
+    assert index.find(tokens) == (3, 2)
+    assert index.find([*tokens, 900]) == (0, 0)
 
 
 def test_a_draft_is_what_followed() -> None:
