@@ -236,9 +236,8 @@ class TorchLlmArgs(StrictBaseModel):
     guided_decoding_backend: Literal["auto", "xgrammar", "llguidance"] | None = Field(
         "auto",
         status="prototype",
-        description="Library that makes outputs follow a schema, a regular expression or a grammar, imported when the "
-        "first such request comes. 'auto': xgrammar, and llguidance for what xgrammar would not enforce; None: such "
-        "requests are refused.",
+        description="Library that makes outputs follow a schema, a regular expression or a grammar. 'auto': xgrammar, "
+        "and llguidance for what xgrammar would not enforce; None: such requests are refused.",
     )
     generation_config: Literal["auto", "none", "trtllm"] = Field(
         "none",

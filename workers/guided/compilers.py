@@ -3,13 +3,15 @@ trials and on every rank."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tensorweave.cluster.guide import Guide, GuideBackend
-from tensorweave.workers.guided.vocabulary import Vocabulary
+from tensorweave.workers.guided.vocabulary import TokenizerSource, Vocabulary
 from tensorweave.workers.step.grammar import Grammar
+
+if TYPE_CHECKING:
+    from tensorweave.workers.guided.llguidance_backend import ReadyTokenizer
 
 
 class SizedGrammar(Grammar, Protocol):
@@ -20,27 +22,43 @@ class SizedGrammar(Grammar, Protocol):
         """About how much memory it takes."""
 
 
+Run = Callable[[Callable[[], Any]], Any]
+"""Calls a function and returns its result, or raises its error."""
+
+
+def run_here(function: Callable[[], Any]) -> Any:
+    return function()
+
+
 class Compiler(Protocol):
-    def compile(self, guide: Guide) -> SizedGrammar:
-        """Raises ValueError with what is wrong with the guide."""
+    def compile(self, guide: Guide, run: Run) -> SizedGrammar:
+        """`run` gets what takes long and does not need the interpreter. Raises ValueError with what is wrong with the
+        guide."""
 
 
-def import_libraries() -> None:
-    """Import both libraries, which takes 0.7 s and keeps the interpreter's lock for up to 0.2 s."""
-    for name in ("xgrammar", "llguidance"):
-        importlib.import_module(f"tensorweave.workers.guided.{name}_backend")
+def make_ready(source: TokenizerSource, vocab_size: int) -> ReadyTokenizer | None:
+    """Do before the first guide comes what keeps the interpreter's lock for long: import both libraries (0.6 s), and
+    read the tokenizer for llguidance."""
+    import tensorweave.workers.guided.xgrammar_backend  # noqa: F401
+    from tensorweave.workers.guided.llguidance_backend import ReadyTokenizer
+
+    return ReadyTokenizer.read(source, vocab_size)
 
 
 class Compilers:
-    """A library reads the vocabulary when its first guide comes. For one thread."""
+    """A library reads the vocabulary when its first guide comes. For one thread.
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    `ready`: what was made before.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, ready: ReadyTokenizer | None = None) -> None:
         self._vocabulary = vocabulary
+        self._ready = ready
         self._by_backend: dict[GuideBackend, Compiler] = {}
 
-    def compile(self, guide: Guide) -> SizedGrammar:
+    def compile(self, guide: Guide, run: Run = run_here) -> SizedGrammar:
         """Raises ValueError with what is wrong with the guide."""
-        return self.open(guide.backend).compile(guide)
+        return self.open(guide.backend).compile(guide, run)
 
     def open(self, backend: GuideBackend) -> Compiler:
         compiler = self._by_backend.get(backend)
@@ -52,7 +70,7 @@ class Compilers:
         if backend == "llguidance":
             from tensorweave.workers.guided.llguidance_backend import LlguidanceCompiler
 
-            return LlguidanceCompiler(self._vocabulary)
+            return LlguidanceCompiler(self._vocabulary, self._ready)
         from tensorweave.workers.guided.xgrammar_backend import XgrammarCompiler
 
         return XgrammarCompiler(self._vocabulary)

@@ -13,11 +13,10 @@ from tensorweave.cluster.protocol import GenerateRequest
 from tensorweave.kernels.token_mask.chosen import compile_mask_tokens
 from tensorweave.workers.gang.report_channel import ReportChannel
 from tensorweave.workers.guided.admission import GuideAdmission, GuideInbox, Refuse
-from tensorweave.workers.guided.compilers import import_libraries
+from tensorweave.workers.guided.compilers import Compilers, make_ready
 from tensorweave.workers.guided.orders import GuideOrder, GuideReport
 from tensorweave.workers.guided.table import GrammarTable
 from tensorweave.workers.guided.trials import Trials
-from tensorweave.workers.guided.vocabulary import Vocabulary
 from tensorweave.workers.step.grammar import Grammar
 
 _CPU: Final = torch.device("cpu")
@@ -64,9 +63,8 @@ class NoGuides:
 
 
 class RankGuides:
-    """Compiles on a thread of this rank, which starts with the first guide, as does the process of the trials. What a
-    step would wait for then is done when this is made: imports, which keep the interpreter's lock, and the kernel that
-    masks.
+    """Compiles on a thread of this rank, which starts with the first guide, as does the process of the trials. What
+    steps would wait for then is done when this is made.
 
     Args:
         rank: Of this rank.
@@ -83,9 +81,9 @@ class RankGuides:
         self._size = size
         self._trials = trials
         self._reports = reports
-        self._table = GrammarTable(rank, self._read_vocabulary, self._report, self._stop)
+        self._table = GrammarTable(rank, self._open_compilers, self._report, self._stop)
         self._admission: GuideAdmission | None = None
-        import_libraries()
+        self._ready = make_ready(trials.source, trials.vocab_size)
         compile_mask_tokens(device)
 
     def start(self, inbox: GuideInbox, refuse: Refuse) -> None:
@@ -116,11 +114,11 @@ class RankGuides:
         self._table.close()
         self._reports.close()
 
-    def _read_vocabulary(self) -> Vocabulary:
+    def _open_compilers(self) -> Compilers:
         vocabulary = self._trials.vocabulary()
         if self._rank:
             self._trials.close()  # guides are tried by rank 0
-        return vocabulary
+        return Compilers(vocabulary, self._ready)
 
     def _stop(self, digest: bytes) -> None:
         if self._admission is not None:  # rank 0 measures for all

@@ -10,15 +10,13 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import Final
+from typing import Any, Final
 
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.guide import Guide
-from tensorweave.workers.guided.compilers import Compilers, SizedGrammar
+from tensorweave.workers.guided.compilers import Compilers
 from tensorweave.workers.guided.limits import NICENESS
 from tensorweave.workers.guided.orders import GuideOrder, GuideReport
-from tensorweave.workers.guided.vocabulary import Vocabulary
 from tensorweave.workers.step.grammar import Grammar
 
 logger = logging.getLogger(__name__)
@@ -33,7 +31,7 @@ class GrammarTable:
 
     Args:
         rank: For reports.
-        read_vocabulary: Called once, on the thread, until it succeeds. Raises TensorweaveError.
+        open_compilers: Called on the thread until it succeeds. Raises TensorweaveError.
         report: Called on the thread, once for each order to compile.
         on_slow: Called by the step loop when an output with the grammar of this digest takes too long.
     """
@@ -41,12 +39,12 @@ class GrammarTable:
     def __init__(
         self,
         rank: int,
-        read_vocabulary: Callable[[], Vocabulary],
+        open_compilers: Callable[[], Compilers],
         report: Callable[[GuideReport], None],
         on_slow: Callable[[bytes], None] = lambda digest: None,
     ) -> None:
         self._rank = rank
-        self._read_vocabulary = read_vocabulary
+        self._open_compilers = open_compilers
         self._report = report
         self._on_slow = on_slow
         self._orders: queue.SimpleQueue[GuideOrder | None] = queue.SimpleQueue()
@@ -91,7 +89,7 @@ class GrammarTable:
     def _load(self) -> None:
         """The guide that follows tries again, and reports what goes wrong."""
         try:
-            self._compilers = self._compilers or Compilers(self._read_vocabulary())
+            self._compilers = self._compilers or self._open_compilers()
             self._compilers.open("xgrammar")
         except Exception as error:  # the thread goes on
             logger.warning("rank %d: grammars cannot be compiled yet: %s", self._rank, error)
@@ -99,9 +97,9 @@ class GrammarTable:
     def _compile(self, guide: Guide) -> str:
         """Return what went wrong."""
         try:
-            compilers = self._compilers = self._compilers or Compilers(self._read_vocabulary())
+            compilers = self._compilers = self._compilers or self._open_compilers()
             compilers.open(guide.backend)
-            grammar = _at_low_priority(lambda: compilers.compile(guide))
+            grammar = compilers.compile(guide, _at_low_priority)
             grammar.on_slow = functools.partial(self._on_slow, guide.digest)
             self._grammars[guide.digest] = self._alive[guide.digest] = grammar
         except (TensorweaveError, ValueError) as error:
@@ -112,20 +110,24 @@ class GrammarTable:
         return ""
 
 
-def _at_low_priority(compute: Callable[[], SizedGrammar]) -> SizedGrammar:
+def _at_low_priority(compute: Callable[[], Any]) -> Any:
     """Compute on a thread of its own that leaves the cores to the step loop, where threads have priorities as on Linux.
-    Only what runs without the interpreter's lock may do so: a thread that waits for a core would keep it."""
-    result: Future[SizedGrammar] = Future()
+    Only what runs without the interpreter's lock may do so: while such a thread waits for a core, it would keep it."""
+    results: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
 
     def run() -> None:
-        if sys.platform == "linux":
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
-            result.set_result(compute())
+            if sys.platform == "linux":
+                thread = threading.get_native_id()
+                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
+            results.put((compute(), None))
         except Exception as error:  # whatever a library raises, for the caller
-            result.set_exception(error)
+            results.put((None, error))
         except BaseException as error:  # a panic of a library in Rust is no Exception
-            result.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
+            results.put((None, RuntimeError(f"{type(error).__name__}: {error}")))
 
     threading.Thread(target=run, name="guide-compilation", daemon=True).start()
-    return result.result()
+    result, error = results.get()
+    if error is not None:
+        raise error
+    return result

@@ -31,8 +31,8 @@ class Trials:
     """For any thread."""
 
     def __init__(self, source: TokenizerSource, vocab_size: int) -> None:
-        self._source = source
-        self._vocab_size = vocab_size
+        self.source = source
+        self.vocab_size = vocab_size
         self._lock = threading.Lock()
         self._process: _TrialProcess | None = None
         self._is_closed = False
@@ -58,7 +58,7 @@ class Trials:
             if self._is_closed:
                 raise _gone()
             if self._process is None or not self._process.is_alive:
-                self._process = _TrialProcess(self._source, self._vocab_size)
+                self._process = _TrialProcess(self.source, self.vocab_size)
             return self._process
 
 

@@ -3,6 +3,8 @@ because loading a tokenizer holds the interpreter's lock for long."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -49,6 +51,7 @@ class Vocabulary:
         special: Special tokens: their ids and texts.
         xgrammar_json: xgrammar's `TokenizerInfo`.
         tokenizer_json: The tokenizers library's form; empty if the tokenizer is of another library.
+        tokens_digest: That of `tokenizer_json`.
     """
 
     size: int
@@ -56,17 +59,18 @@ class Vocabulary:
     special: tuple[tuple[int, str], ...]
     xgrammar_json: str
     tokenizer_json: str
+    tokens_digest: bytes
 
     def to_wire(self) -> list[Any]:
-        return [self.size, self.end_id, self.special, self.xgrammar_json, self.tokenizer_json]
+        return [self.size, self.end_id, self.special, self.xgrammar_json, self.tokenizer_json, self.tokens_digest]
 
     @classmethod
     def from_wire(cls, fields: Any) -> Self:
         try:
-            size, end_id, special, xgrammar_json, tokenizer_json = fields
+            size, end_id, special, xgrammar_json, tokenizer_json, digest = fields
         except (TypeError, ValueError) as error:
             raise WireError(f"malformed vocabulary: {error}") from None
-        return cls(size, end_id, tuple((token, text) for token, text in special), xgrammar_json, tokenizer_json)
+        return cls(size, end_id, tuple((token, text) for token, text in special), xgrammar_json, tokenizer_json, digest)
 
 
 def read_vocabulary(source: TokenizerSource, size: int) -> Vocabulary:
@@ -81,13 +85,35 @@ def read_vocabulary(source: TokenizerSource, size: int) -> Vocabulary:
     info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=size, stop_token_ids=[end_id])
     special = {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     special |= {token: tokenizer.convert_ids_to_tokens(token) for token in tokenizer.all_special_ids}
+    written = "" if rust is None else rust.to_str()
     return Vocabulary(
         size,
         end_id,
         tuple((token, text) for token, text in sorted(special.items()) if token < size),
         info.serialize_json(),
-        "" if rust is None else rust.to_str(),
+        written,
+        tokens_digest(written),
     )
+
+
+def tokens_digest(tokenizer_json: str) -> bytes:
+    """Of what a tokenizer's JSON says about its tokens: their bytes, and which are special. How texts are split into
+    tokens may differ."""
+    if not tokenizer_json:
+        return b""
+    parts = json.loads(tokenizer_json)
+    added = [[token["id"], token["content"], token["special"]] for token in parts["added_tokens"]]
+    said = json.dumps([parts["model"], added, _kinds_of(parts["decoder"])], sort_keys=True)
+    return hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _kinds_of(decoder: Any) -> Any:
+    """A decoder without the switches of byte-level ones, which do not change a token's bytes."""
+    if isinstance(decoder, dict) and decoder.get("type") == "ByteLevel":
+        return "ByteLevel"
+    if isinstance(decoder, dict) and decoder.get("type") == "Sequence":
+        return [_kinds_of(part) for part in decoder["decoders"]]
+    return decoder
 
 
 def _load(source: TokenizerSource) -> Any:

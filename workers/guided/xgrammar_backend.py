@@ -1,4 +1,4 @@
-"""Grammars by xgrammar. Imported when the first guide comes: xgrammar takes half a second to import."""
+"""Grammars by xgrammar, which takes half a second to import."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import xgrammar
 from torch import Tensor
 
 from tensorweave.cluster.guide import Guide
+from tensorweave.workers.guided.compilers import Run, run_here
 from tensorweave.workers.guided.mask_bits import clear_bits
 from tensorweave.workers.guided.vocabulary import Vocabulary
 from tensorweave.workers.guided.watched import WatchedGrammar
@@ -23,7 +24,7 @@ _MAX_KEPT: Final = 64
 
 
 class XgrammarCompiler:
-    """Compiles on the calling thread, without the interpreter's lock."""
+    """Compiles without the interpreter's lock."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         info = xgrammar.TokenizerInfo.deserialize_json(vocabulary.xgrammar_json)
@@ -31,10 +32,10 @@ class XgrammarCompiler:
         self._filler = XgrammarFiller()
         self._vocabulary = vocabulary
 
-    def compile(self, guide: Guide) -> XgrammarGrammar:
+    def compile(self, guide: Guide, run: Run = run_here) -> XgrammarGrammar:
         """Raises ValueError with what is wrong with the guide."""
         try:
-            compiled = self._compile(guide)
+            compiled = run(lambda: self._compile(guide))
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(_sentence(error)) from None
         unnamed = [token for token, text in self._vocabulary.special if text not in guide.text]

@@ -8,18 +8,22 @@ import pytest
 
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.guide import Guide
+from tensorweave.workers.guided.compilers import Compilers
 from tensorweave.workers.guided.orders import GuideOrder, GuideReport
 from tensorweave.workers.guided.table import GrammarTable
-from tensorweave.workers.guided.vocabulary import Vocabulary
 from tests.workers.guided.vocabularies import vocabulary
 from tests.workers.waiting import WAIT_S, wait_until
 
 GOOD, BAD = Guide("regex", "a"), Guide("regex", "(a")
 
 
+def open_compilers() -> Compilers:
+    return Compilers(vocabulary())
+
+
 def test_orders_are_carried_out_and_reported() -> None:
     reports: queue.Queue[GuideReport] = queue.Queue()
-    table = GrammarTable(3, vocabulary, reports.put)
+    table = GrammarTable(3, open_compilers, reports.put)
     table.follow([GuideOrder("load"), GuideOrder("compile", GOOD, number=7), GuideOrder("compile", BAD)])
     assert reports.get(timeout=WAIT_S) == GuideReport(GOOD.digest, 7, 3)
     failed = reports.get(timeout=WAIT_S)
@@ -35,7 +39,7 @@ def test_orders_are_carried_out_and_reported() -> None:
 def test_a_grammar_is_stopped_at_once_even_if_it_was_forgotten() -> None:
     reports: queue.Queue[GuideReport] = queue.Queue()
     slow: list[bytes] = []
-    table = GrammarTable(0, vocabulary, reports.put, slow.append)
+    table = GrammarTable(0, open_compilers, reports.put, slow.append)
     table.follow([GuideOrder("compile", GOOD)])
     reports.get(timeout=WAIT_S)
     grammar = table.get(GOOD)
@@ -54,10 +58,10 @@ def test_a_vocabulary_that_cannot_be_read_is_reported_and_tried_again() -> None:
     reports: queue.Queue[GuideReport] = queue.Queue()
     is_there = [False]
 
-    def read() -> Vocabulary:
+    def read() -> Compilers:
         if not is_there[0]:
             raise RequestRejected("no tokenizer here")
-        return vocabulary()
+        return open_compilers()
 
     table = GrammarTable(0, read, reports.put)
     table.follow([GuideOrder("load"), GuideOrder("compile", GOOD)])
