@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from tensorweave import LLM, CacheTransceiverConfig, DisaggregatedParams, KvCach
 from tensorweave.cluster.errors import NotReady
 from tensorweave.cluster.fleet import WatchedFleet
 from tensorweave.cluster.gang_spec import GangSpec
+from tensorweave.cluster.guide import Guide
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.pool import PoolSpec
@@ -35,8 +37,10 @@ from tensorweave.workers.build import build_executor
 from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.rank import RankWorker
 from tensorweave.workers.speculation.pace import TOKENS_PER_PROBE
-from tests.workers.tiny_models import VOCAB, make_model, their_greedy
+from tests.router.small_tokenizers import byte_level
+from tests.workers.tiny_models import make_model, their_greedy
 
+VOCAB = len(byte_level().backend)
 START_TIMEOUT_S = 150.0
 WAIT_S = 60.0
 MAX_TURNS = 10
@@ -45,6 +49,13 @@ GPU_SHARE = 0.25
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 GREEDY = SamplingSpec(max_tokens=24)
 SAMPLED = SamplingSpec(max_tokens=24, temperature=1.2, top_k=50, seed=11)
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+PEOPLE = Guide("json_schema", json.dumps({"type": "array", "items": PERSON, "minItems": 500}))
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -106,7 +117,8 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """On CPUs one prefill rank and two decode ranks, of 9 heads over 3: neither size divides them alike; with drafts,
     which the engine that answers are compared with has not. On a GPU, one rank of each role."""
     model, device = tmp_path_factory.mktemp("model"), request.param
-    theirs = make_model("llama_tied_9_over_3", model, eos_token_id=None, head_dim=16)
+    theirs = make_model("llama_tied_9_over_3", model, eos_token_id=None, head_dim=16, vocab_size=VOCAB)
+    byte_level().backend.save_pretrained(model)
     with start_or_join_ray(num_cpus=8):
         pools = [pool_of("prefill", model, device, 1), pool_of("decode", model, device, 2 if device == "cpu" else 1)]
         supervisor = start_supervisor(pools, RankWorker)
@@ -228,7 +240,7 @@ def test_pairs_answer_as_one_engine(setup: Setup) -> None:
     ]
     expected = setup.expected(requests)
     assert expected[::2] == their_greedy(setup.theirs, [prompt_of(length, n) for n, length in enumerate(lengths)], 24)
-    # Its prompt has every token, so that each step can draft; and it is long enough for a draft that does not pay.
+    # Its prompt has every token, so that each of its steps can draft; it is long enough for a draft that does not pay.
     drafted = GenerateRequest("drafted", list(range(VOCAB)), replace(GREEDY, max_tokens=2 * TOKENS_PER_PROBE))
     [expected_drafted] = setup.expected([drafted])
 
@@ -294,8 +306,10 @@ def test_the_death_of_a_decode_gang_changes_no_token(setup: Setup, rank: int) ->
     if rank and setup.device != "cpu":
         pytest.skip("gangs that share a GPU have one rank")
     long = replace(SAMPLED, max_tokens=400 if setup.device == "cpu" else 3000)
-    requests = [GenerateRequest(f"d-lost-{rank}-{n}", prompt_of(100, 90 + n), long) for n in range(3)]
+    specs = [long, long, replace(long, temperature=1.0, guide=PEOPLE)]  # the last is in the midst of an object
+    requests = [GenerateRequest(f"d-lost-{rank}-{n}", prompt_of(100, 90 + n), spec) for n, spec in enumerate(specs)]
     expected = setup.expected(requests)
+    assert byte_level().decode(expected[-1]).startswith("[")
 
     async def body() -> None:
         async with routed(setup) as (fleet, dispatcher):
