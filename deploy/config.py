@@ -135,9 +135,7 @@ class ServeConfig(StrictBaseModel):
         if by_role["both"] and len(self.pools) - len(by_role["embed"]) > 1:
             name = by_role["both"][0]
             yield _wrong_pool(
-                (name, "role"),
-                f"pool {name!r} of role 'both' must be the only pool beside those of role 'embed'; for more of it, "
-                "'replicas'",
+                (name, "role"), f"pool {name!r} of role 'both' must be the only pool; for more of it, 'replicas'"
             )
             return
         for name in by_role["embed"]:

@@ -79,7 +79,10 @@ class RouterService:
             raise RequestRejected("this service gives no embeddings: it has no pool of role 'embed'")
         if not self.fleet.links("embed"):
             await self.fleet.wait_link(self.limits.ready_timeout_s, "embed")
-        return ServedModel(self.names, self.fleet.links("embed")[0].info, self.limits.max_sequences)
+        info = self.fleet.links("embed")[0].info
+        if not info.embedding_size:
+            raise RequestRejected("this service's engine gives no embeddings; they are for CPUs so far (engine.device)")
+        return ServedModel(self.names, info, self.limits.max_sequences)
 
     @property
     def names(self) -> list[str]:

@@ -112,10 +112,11 @@ def check_responses(client: openai.OpenAI, model: str) -> None:
 
 def check_errors(client: openai.OpenAI, model: str) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    other = {"type": "function", "function": {"name": "g"}}
     for fields, kind, param in (
         ({"temperature": -1}, openai.BadRequestError, "temperature"),
         ({"model": "no-such-model"}, openai.NotFoundError, "model"),
-        ({"tools": [tool]}, openai.BadRequestError, "tools"),
+        ({"tools": [tool], "tool_choice": other}, openai.BadRequestError, "tool_choice"),
         ({"response_format": {"type": "json"}}, openai.BadRequestError, "response_format.schema"),
     ):
         assert refusal(client, {"model": model, "messages": PARTS, **fields}, kind).param == param
@@ -127,7 +128,7 @@ def check_errors(client: openai.OpenAI, model: str) -> None:
 
 def refusal(client: openai.OpenAI, fields: dict[str, Any], kind: type[openai.APIStatusError]) -> openai.APIStatusError:
     try:
-        client.chat.completions.create(**fields)
+        client.chat.completions.create(**{"max_completion_tokens": 1, **fields})
     except kind as error:
         return error
     raise AssertionError(f"{sorted(fields)} was accepted")

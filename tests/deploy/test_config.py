@@ -77,6 +77,25 @@ def test_a_parser_has_a_known_name(key: str, tmp_path: Path) -> None:
     assert where in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("pools", "roles"),
+    [
+        ("{embed: {}}", {"embed"}),
+        ("{main: {}, embed: {}}", {"both", "embed"}),
+        ("{prefill: {}, decode: {}, small: {role: embed}, large: {role: embed}}", {"prefill", "decode", "embed"}),
+    ],
+)
+def test_pools_that_embed_stand_alone_or_beside_others(pools: str, roles: set[str], tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, f"model: m\nengine: {{device: cpu}}\npools: {pools}"))
+    assert {pool.role for pool in config.pools.values()} == roles
+    assert all(pool.cache_transceiver_config is None for pool in config.pools.values() if pool.role == "embed")
+
+
+def test_embeddings_are_for_cpus(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="embeddings are for CPUs so far"):
+        load_config(write(tmp_path, "model: m\nengine: {device: cuda}\npools: {embed: {}}"))
+
+
 def test_a_role_may_have_another_name_and_an_aggregated_pool_exchanges_nothing(tmp_path: Path) -> None:
     text = "model: m\npools: {big: {role: prefill}, small: {role: prefill}, d: {role: decode}}"
     config = load_config(write(tmp_path, text))

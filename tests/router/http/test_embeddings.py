@@ -124,6 +124,12 @@ def test_a_service_without_the_kind_that_is_asked_for_says_so() -> None:
     assert "/v1/embeddings" in answer.json()["error"]["message"]
 
 
+def test_an_engine_that_gives_none_is_named() -> None:
+    answer = asked({"input": "a"}, FakeLink(model_info(), role="embed"))
+    assert answer.status_code == 400
+    assert "CPUs so far" in answer.json()["error"]["message"]
+
+
 def test_only_gangs_that_embed_are_asked() -> None:
     embedding, both = embedder(), FakeLink(INFO, gang_id="other")
     assert asked({"input": ["a"] * 100}, both, embedding, roles=frozenset[Role]({"both", "embed"})).status_code == 200
