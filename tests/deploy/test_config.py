@@ -282,14 +282,13 @@ def test_origins_of_web_pages(tmp_path: Path, written: str, origins: list[str]) 
         (
             "model: m\npools: {a: {}, b: {}}",
             [],
-            "service.yaml:2: pools.a.role: pool 'a' of role 'both' must be the only pool beside those of role 'embed'; "
-            "for more of it, 'replicas'",
+            "service.yaml:2: pools.a.role: pool 'a' of role 'both' must be the only pool; for more of it, 'replicas'",
         ),
         (
             "model: m\npools:\n  prefill: {}\n  decode: {}\n  more: {role: both}",
             [],
             "service.yaml:5: pools.more.role = 'both': pool 'more' of role 'both' must be the only "
-            "pool beside those of role 'embed'; for more of it, 'replicas'",
+            "pool; for more of it, 'replicas'",
         ),
         (
             "model: m\npools:\n  prefill: {kv_cache_config: {tokens_per_block: 16}}\n  decode: {}",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Olmo2Config, Olmo2ForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from tensorweave import LLM, QuantAlgo, QuantConfig, SamplingParams
 from tensorweave.workers.engine_dir.directory import save_engine_dir
@@ -54,7 +54,7 @@ def test_a_quantized_model_is_saved_as_it_is(tmp_path: Path) -> None:
 
 def test_a_model_of_transformers(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = Olmo2ForCausalLM(Olmo2Config(**SHAPE)).eval()
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE)).eval()
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="architectures"):
         LLM(model=tmp_path, **KNOBS)

@@ -4,9 +4,10 @@ trials and on every rank."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tensorweave.cluster.guide import Guide, GuideBackend
+from tensorweave.workers.guided.compile_run import Run, run_here
 from tensorweave.workers.guided.vocabulary import TokenizerSource, Vocabulary
 from tensorweave.workers.step.grammar import Grammar
 
@@ -20,14 +21,6 @@ class SizedGrammar(Grammar, Protocol):
     @property
     def num_bytes(self) -> int:
         """About how much memory it takes."""
-
-
-Run = Callable[[Callable[[], Any]], Any]
-"""Calls a function and returns its result, or raises its error."""
-
-
-def run_here(function: Callable[[], Any]) -> Any:
-    return function()
 
 
 class Compiler(Protocol):

@@ -13,7 +13,7 @@ import tokenizers
 from torch import Tensor
 
 from tensorweave.cluster.guide import Guide
-from tensorweave.workers.guided.compilers import Run, run_here
+from tensorweave.workers.guided.compile_run import Run, run_here
 from tensorweave.workers.guided.mask_bits import clear_bits, set_bits
 from tensorweave.workers.guided.vocabulary import TokenizerSource, Vocabulary, tokens_digest
 from tensorweave.workers.guided.watched import WatchedGrammar

@@ -11,7 +11,7 @@ import xgrammar
 from torch import Tensor
 
 from tensorweave.cluster.guide import Guide
-from tensorweave.workers.guided.compilers import Run, run_here
+from tensorweave.workers.guided.compile_run import Run, run_here
 from tensorweave.workers.guided.mask_bits import clear_bits
 from tensorweave.workers.guided.vocabulary import Vocabulary
 from tensorweave.workers.guided.watched import WatchedGrammar

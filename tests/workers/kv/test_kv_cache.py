@@ -359,6 +359,7 @@ def test_figures() -> None:
         "maxNumBlocks": 8,
         "freeNumBlocks": 4,
         "usedNumBlocks": 4,
+        "cachedNumBlocks": 0,
         "tokensPerBlock": 2,
         "allocTotalBlocks": 6,
         "allocNewBlocks": 4,
