@@ -41,6 +41,8 @@ _SLOW_INLINE_BYTES: Final = 1 << 10
 """For tokenizers in transformers' own Python, which are slower."""
 USUAL_BYTES: Final = 256 << 10
 _MAX_WAITING: Final = {"usual": 1024, "large": 16}
+_LARGE_NICENESS: Final = 10
+"""Of the worker for large bodies: where the step loops of a gang want all cores, it takes a tenth of one."""
 _GROWTH_BYTES: Final = 128 << 20
 """A worker whose peak memory has grown by so much is replaced, because it may not return that memory."""
 _TIMEOUT_S: Final = 120.0
@@ -66,7 +68,7 @@ class BodyPool:
             self._inline_bytes = INLINE_BYTES if tokenizer.is_rust else _SLOW_INLINE_BYTES
         self._state = b""
         self._usual = _WorkerQueue(self, _MAX_WAITING["usual"])
-        self._large = _WorkerQueue(self, _MAX_WAITING["large"])
+        self._large = _WorkerQueue(self, _MAX_WAITING["large"], _LARGE_NICENESS)
 
     async def run(self, task: BodyTask[ResultT], body: bytes, served: ServedModel) -> ResultT:
         """Raises RequestRejected, Overloaded if too many bodies wait, and DeadlineExceeded."""
@@ -108,9 +110,10 @@ class _Job:
 
 
 class _WorkerQueue:
-    """One worker process, and a first-in, first-out queue of bodies for it."""
+    """One worker process, of this niceness beside the router's, and a first-in, first-out queue of bodies for it."""
 
-    def __init__(self, pool: BodyPool, max_waiting: int) -> None:
+    def __init__(self, pool: BodyPool, max_waiting: int, niceness: int = 0) -> None:
+        self._niceness = niceness
         self._pool = pool
         self._max_waiting = max_waiting
         self._waiting: asyncio.Queue[_Job] = asyncio.Queue()
@@ -133,7 +136,7 @@ class _WorkerQueue:
 
     async def warm_up(self) -> None:
         if self._worker is None:
-            self._worker = await _Worker.start(self._pool.state())
+            self._worker = await _Worker.start(self._pool.state(), self._niceness)
 
     async def close(self) -> None:
         if self._running is not None:
@@ -207,12 +210,13 @@ class _Worker:
         self._has_closed = False
 
     @classmethod
-    async def start(cls, state: bytes) -> _Worker:
+    async def start(cls, state: bytes, niceness: int) -> _Worker:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "tensorweave.router.bodies.worker",
+            str(niceness),
             stdin=PIPE,
             stdout=PIPE,
             env=environment,

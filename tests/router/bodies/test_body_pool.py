@@ -136,6 +136,19 @@ def test_a_worker_that_dies_is_replaced_and_its_body_read_again() -> None:
     with_pool(use)
 
 
+def test_large_bodies_are_read_at_a_low_priority() -> None:
+    async def use(bodies: BodyPool) -> None:
+        for size in (PADDING, USUAL_BYTES + 1):
+            await bodies.run(COMPLETION, sent(completion(), size), SERVED)
+        usual, large = bodies._usual._worker, bodies._large._worker
+        assert usual is not None
+        assert large is not None
+        own, *others = (os.getpriority(os.PRIO_PROCESS, pid) for pid in (0, usual._process.pid, large._process.pid))
+        assert others == [own, min(own + 10, 19)]
+
+    with_pool(use)
+
+
 def test_a_body_that_takes_too_much_processor_time_is_refused() -> None:
     """The kernel's signal for it is sent by hand, while the worker has the body."""
 
