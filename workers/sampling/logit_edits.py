@@ -67,6 +67,16 @@ class LogitEdits:
 
     def apply(self, logits_RV: Tensor, copies: HostCopies) -> None:
         """Change the logits in place. No number becomes plus infinity, so that a token which is certain has a score."""
+        if self._biases or self._full_biases:
+            self._apply_biases(logits_RV, copies)
+        for filler, guided in self._guided.items():
+            self._apply_grammars(filler, guided, logits_RV, copies)
+        if self._bans:
+            logits_RV.view(-1).index_fill_(0, _index(self._bans, logits_RV.shape[1], copies), -torch.inf)
+        if self._penalties:
+            self._apply_penalties(logits_RV.view(-1), logits_RV.shape[1], copies)
+
+    def _apply_biases(self, logits_RV: Tensor, copies: HostCopies) -> None:
         logits_N, V = logits_RV.view(-1), logits_RV.shape[1]
         greatest = torch.finfo(logits_RV.dtype).max
         if self._biases:
@@ -77,12 +87,6 @@ class LogitEdits:
                 logits_N.index_copy_(0, index, logits_N[index].clamp_max_(greatest))
         for row, bias_V in self._full_biases:
             logits_RV[row].add_(copies.to_device(bias_V)).clamp_max_(greatest)
-        for filler, guided in self._guided.items():
-            self._apply_grammars(filler, guided, logits_RV, copies)
-        if self._bans:
-            logits_N.index_fill_(0, _index(self._bans, V, copies), -torch.inf)
-        if self._penalties:
-            self._apply_penalties(logits_N, V, copies)
 
     def _apply_grammars(
         self, filler: MaskFiller, guided: Sequence[tuple[int, Matcher]], logits_RV: Tensor, copies: HostCopies
