@@ -90,6 +90,7 @@ class Operations:
     make_attention: MakeAttention
     make_experts: MakeExperts
     add_gated: AddGated
+    has_native_attention: bool = False
 
 
 def choose_operations(
@@ -101,6 +102,7 @@ def choose_operations(
     reference = reference_operations(device, dtype)
     if native is None:
         return reference
+    has_native_attention = NativeAttention.fits(native, head_dim) and not has_plain_attention
     return Operations(
         make_linear=MakeNativeLinear(native),
         add_rms_norm=NativeAddRmsNorm(native),
@@ -108,13 +110,10 @@ def choose_operations(
         silu_mul=NativeSiluMul(native),
         gelu_mul=NativeGeluMul(native),
         place_heads=NativePlaceHeads(native) if NativePlaceHeads.fits(native, head_dim) else reference.place_heads,
-        make_attention=(
-            partial(NativeAttention, native)
-            if NativeAttention.fits(native, head_dim) and not has_plain_attention
-            else reference.make_attention
-        ),
+        make_attention=partial(NativeAttention, native) if has_native_attention else reference.make_attention,
         make_experts=MakeNativeExperts(native),
         add_gated=NativeAddGated(native),
+        has_native_attention=has_native_attention,
     )
 
 

@@ -22,8 +22,8 @@ from tensorweave.workers.executor.prompt_share import BalancedShare, FixedShare
 from tensorweave.workers.gang.comm import Comm, SoloComm
 from tensorweave.workers.kv.manager import KVCacheManager
 from tests.kernels.forms import needs_native
-from tests.workers.engine_drive import engine_args, run_ranks
-from tests.workers.tiny_models import make_model
+from tests.workers.engine_drive import engine_args, generate, run_ranks
+from tests.workers.tiny_models import make_model, their_greedy
 from tests.workers.waiting import WAIT_S
 
 
@@ -85,10 +85,11 @@ def test_keys_rotated_by_long_factors_are_of_another_kind(tmp_path: Path) -> Non
 def test_the_attention_that_is_asked_for_is_used(
     tmp_path: Path, backend: str, attn_backend: str, form: type[AttentionBackend]
 ) -> None:
-    make_model("llama", tmp_path, head_dim=16)
+    model = make_model("llama", tmp_path, head_dim=32)
     engine = build_executor(engine_args(tmp_path, backend=backend, attn_backend=attn_backend), SoloComm())._engine
     assert isinstance(engine, PyTorchModelEngine | AutodeployEngine)
     assert isinstance(engine._attention, form)
+    assert generate(engine, [[7, 8, 9]], 3) == their_greedy(model, [[7, 8, 9]], 3)
 
 
 @pytest.mark.parametrize(("disabled", "depth"), [(None, 0), (True, 0), (False, 1)])

@@ -44,7 +44,7 @@ def build_transformer(
     final_norm_D = weights.vector(FINAL_NORM, sizes.hidden_size)
     return Transformer(
         embedding=_embedding(embedding_VD, sizes.vocab_size, vocab, ends.embedding_factor, comm),
-        stack=make_stack(layers, has_whole_layers=place.mesh.tensor == 1),
+        stack=make_stack(layers, can_be_native=place.mesh.tensor == 1 and operations.has_native_attention),
         final_norm=RmsNorm(operations.add_rms_norm, final_norm_D, sizes.norm_epsilon, sizes.norm_offset),
         head=_head(operations.make_linear(head_VD, None), sizes.vocab_size, place, ends, comm),
     )

@@ -64,10 +64,11 @@ class NativeStack:
         return self._layers(x_TD, inputs.rope_tables, inputs.attention, caches)
 
 
-def make_stack(layers: Sequence[DecoderLayer], *, has_whole_layers: bool) -> DecoderStack:
-    """`has_whole_layers`: no layer is split over ranks, so that nothing is exchanged between two kernels."""
+def make_stack(layers: Sequence[DecoderLayer], *, can_be_native: bool) -> DecoderStack:
+    """`can_be_native`: attention is, and no layer is split over ranks, so that nothing is exchanged between two
+    kernels."""
     native = None
-    taken = [native_form(layer) for layer in layers] if has_whole_layers else []
+    taken = [native_form(layer) for layer in layers] if can_be_native else []
     forms = {each[1] for each in taken if each is not None}
     if len(forms) == 1 and None not in taken:
         native = native_layers([each[0] for each in taken if each is not None], forms.pop())

@@ -62,7 +62,7 @@ def test_both_stacks_give_the_same_bits_and_count_their_layers() -> None:
     torch.manual_seed(0)
     operations = choose_operations(CPU, torch.float32, H)
     layers = [make_layer(operations, window) for window in WINDOWS]
-    stacks = [make_stack(layers, has_whole_layers=is_whole) for is_whole in (True, False)]
+    stacks = [make_stack(layers, can_be_native=is_whole) for is_whole in (True, False)]
     assert [type(stack) for stack in stacks] == [NativeStack, TorchStack]
     x, cache = torch.randn(8, HIDDEN), torch.randn(4, 2 * KV_HEADS, P, H)
     for steps in (1, 2):
@@ -77,4 +77,4 @@ def test_layers_without_native_kernels_are_called_one_by_one() -> None:
     operations = choose_operations(CPU, torch.float32, 24)
     layer = make_layer(operations, None)
     narrow = replace(layer, attention=replace(layer.attention, head_dim=24))
-    assert isinstance(make_stack([narrow], has_whole_layers=True), TorchStack)
+    assert isinstance(make_stack([narrow], can_be_native=True), TorchStack)
