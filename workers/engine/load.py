@@ -170,6 +170,8 @@ def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) 
     saved = None if args.load_format == "dummy" else check_engine_dir(path, place, args.dtype, quantization)
     config = load_model_config(path)
     check_mesh(config, place)
+    if args.max_seq_len is None:
+        _tell_of_longrope(config)
     device = pick_device(args.device)
     if config.sizes.experts is not None and (device.type == "cuda" or is_on_device):
         raise ValueError(
@@ -199,6 +201,16 @@ def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) 
         has_plain_experts=args.moe_config.backend == "VANILLA",
         is_on_device=is_on_device,
     )
+
+
+def _tell_of_longrope(config: ModelConfig) -> None:
+    if config.default_seq_len < config.max_seq_len:
+        logger.warning(
+            "sequences end at %d tokens, where this model's longrope changes its factors; with a larger max_seq_len "
+            "(at most %d) all sequences have those for long ones",
+            config.default_seq_len,
+            config.max_seq_len,
+        )
 
 
 def _fits_device_engine(config: ModelConfig, args: TorchLlmArgs, place: MeshRank) -> bool:

@@ -31,6 +31,7 @@ _KEYS: Final = frozenset(
         "layer_types",
         "query_pre_attn_scalar",
         "sliding_window",
+        "sliding_window_size",
     }
 )
 _DEFAULTS: Final[Mapping[str, Any]] = {
@@ -90,6 +91,8 @@ def _read_gemma3(fields: ConfigFields, sizes: ModelSizes) -> tuple[GemmaLayer, .
 def _read_layer(fields: ConfigFields, kv: LayerKv, soft_cap: float | None, *, has_head_norms: bool) -> GemmaLayer:
     if fields.raw.get("hidden_activation", _GELU) != _GELU:
         raise fields.wrong("hidden_activation", _GELU)
+    if fields.raw.get("sliding_window_size") not in (None, fields.raw["sliding_window"]):
+        raise fields.wrong("sliding_window_size", "the same as sliding_window, which counts")
     scale = fields.number("query_pre_attn_scalar", 256) ** -0.5
     return GemmaLayer(kv, scale, soft_cap, has_head_norms, fields.flag("attention_bias"))
 

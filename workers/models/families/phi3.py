@@ -42,7 +42,10 @@ def _read_layers(fields: ConfigFields, sizes: ModelSizes) -> tuple[Phi3Layer, ..
             f"{fields.source}: partial_rotary_factor {rope.part:g} of a head_dim of {sizes.head_dim} with lists of "
             f"{sorted(factors)} factors; supported: an even part, and a factor for each of its pairs"
         )
-    return (Phi3Layer(sizes.kv(read_window(fields, None))),) * sizes.num_layers
+    window = read_window(fields, None)
+    if window is not None and window >= fields.count("max_position_embeddings"):
+        window = None  # no position leaves it
+    return (Phi3Layer(sizes.kv(window)),) * sizes.num_layers
 
 
 def _read_ropes(fields: ConfigFields) -> tuple[RopeConfig, ...]:

@@ -27,6 +27,8 @@ def test_gemma2_has_soft_caps_and_windows_in_every_second_layer() -> None:
     assert config.windows == (9, None) * 2
     assert (config.ends.embedding_factor, config.ends.logit_cap) == (8.0, 30.0)
     assert (config.sizes.norm_offset, config.has_tied_embeddings, len(config.ropes)) == (1.0, True, 1)
+    both = {"sliding_window": 4096, "sliding_window_size": 4096, "cache_implementation": "hybrid"}  # Google's own files
+    assert read("Gemma2ForCausalLM", **GELU, hidden_act="gelu_pytorch_tanh", **both).windows == (4096, None) * 2
     assert read("Gemma2ForCausalLM", final_logit_softcapping=None).ends.logit_cap is None
 
 
@@ -54,6 +56,7 @@ def test_gemma3_rotates_windows_by_another_base(fields: dict[str, Any]) -> None:
     ("fields", "message"),
     [
         ({"hidden_activation": "gelu"}, "hidden_activation is 'gelu'; supported: gelu_pytorch_tanh"),
+        ({"sliding_window_size": 9}, "sliding_window_size is 9; supported: the same as sliding_window"),
         ({"hidden_act": "silu"}, "hidden_act is 'silu'; supported: gelu_pytorch_tanh"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0; supported: null for Gemma 3"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True, a key that may change"),

@@ -36,6 +36,7 @@ def test_longrope_under_its_old_names(name: str) -> None:
     assert (rope.kind, rope.part, rope.original_max_len, rope.long_factors) == ("longrope", 0.5, 64, (2.0, 3.0))
     assert rope.attention_factor == pytest.approx(1.22474487)  # sqrt(1 + ln 8 / ln 64)
     assert config.windows == (9,) * 4
+    assert read_phi3(sliding_window=512).windows == (None,) * 4
 
 
 def test_sequences_end_where_longrope_changes_unless_more_is_asked_for() -> None:
