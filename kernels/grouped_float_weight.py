@@ -13,7 +13,7 @@ from typing import Final, Literal, Self
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.grouped_weight import pack_nibbles, unpack_nibbles
+from tensorweave.kernels.grouped_weight import ZERO_OF_8_BITS, GroupedWeight, pack_nibbles, unpack_nibbles
 
 # N outputs, K inputs, G groups of inputs
 
@@ -94,6 +94,15 @@ class GroupedFloatWeight:
         assert self.group_size >= self.num_inputs or self.group_size % size == 0, (self.group_size, size)
         first_G = torch.arange(0, self.num_inputs, size, device=self.codes.device) // self.group_size
         return replace(self, scales_NG=self.scales_NG[:, first_G], group_size=size)
+
+    def in_integers(self) -> GroupedWeight:
+        """The same weights, of e2m1, as integers of 8 bits, in twice the memory: twice a value is a whole number."""
+        assert self.kind == "e2m1"
+        codes_NK = (2 * self._values() + ZERO_OF_8_BITS).to(torch.uint8)
+        scales_NG = self.scales_NG / 2
+        return GroupedWeight.of_codes(
+            codes_NK, scales_NG, group_size=self.group_size, bits=8, zero=ZERO_OF_8_BITS, dtype=self.dtype
+        )
 
     def _values(self) -> Tensor:
         if self.kind == "e4m3":

@@ -78,18 +78,25 @@ static void NAME(multiply_grouped)(void *context, long first_task, long last_tas
     }
 }
 
+/* How the rows are divided, and where they go: m and M are set. scratch: grouped_scratch bytes. */
+INLINE void NAME(tile_grouped)(NAME(grouped_product) *p, void *scratch) {
+    const matrix *m = p->m;
+    long blocks = grouped_blocks(m), most = m->digits == 2 ? TILE_OF_2_DIGITS : TILE_OF_1_DIGIT;
+    p->tiles = (p->M + most - 1) / most;
+    p->tiles_a_band = BAND_BYTES / (most * blocks * m->block * m->digits) + 1;
+    p->bands = (p->tiles + p->tiles_a_band - 1) / p->tiles_a_band;
+    p->digits = scratch;
+    p->factors = (block_factors *)(p->digits + p->M * blocks * m->block / 4 * m->digits);
+}
+
 /* out[M, N] = a[M, K] w^T + bias, or to `wide`, if there. scratch: grouped_scratch bytes. */
 void NAME(grouped_linear)(const matrix *m, const ELEM *a, long lda, ELEM *out, float *wide, void *scratch, long M) {
     if (M == 0) return;
-    long blocks = grouped_blocks(m), most = m->digits == 2 ? TILE_OF_2_DIGITS : TILE_OF_1_DIGIT;
-    long tiles = (M + most - 1) / most, tiles_a_band = BAND_BYTES / (most * blocks * m->block * m->digits) + 1;
-    long bands = (tiles + tiles_a_band - 1) / tiles_a_band;
-    int32_t *digits = scratch;
-    block_factors *factors = (block_factors *)(digits + M * blocks * m->block / 4 * m->digits);
-    NAME(grouped_product) p = {m, a, out, wide, digits, factors, lda, M, tiles, tiles_a_band, bands};
+    NAME(grouped_product) p = {.m = m, .a = a, .out = out, .wide = wide, .lda = lda, .M = M};
+    NAME(tile_grouped)(&p, scratch);
     if (M * m->num_inputs < ENOUGH_FOR_THREADS)
-        NAME(quantize_tiles)(&p, 0, tiles);
+        NAME(quantize_tiles)(&p, 0, p.tiles);
     else
-        run_loop(NAME(quantize_tiles), &p, tiles, 4);
-    run_loop(NAME(multiply_grouped), &p, (m->num_outputs + NR - 1) / NR * bands, 8);
+        run_loop(NAME(quantize_tiles), &p, p.tiles, 4);
+    run_loop(NAME(multiply_grouped), &p, (m->num_outputs + NR - 1) / NR * p.bands, 8);
 }

@@ -11,7 +11,7 @@
 
 /* As in kernels/native/structures.py. */
 typedef struct {
-    const void *gate_up, *gate_up_bias, *down, *down_bias; /* packed matrices; a bias may be null */
+    matrix gate_up, down; /* of one form, in all experts alike but for what they point to */
 } expert;
 
 typedef struct {
@@ -33,11 +33,26 @@ INLINE void *take_scratch(char **scratch, int64_t bytes) {
     return taken;
 }
 
+/* Bytes of the rows of so many pairs as products read them. */
+static int64_t mixture_packed(const mixture *m, int64_t pairs, int64_t element_bytes) {
+    if (m->experts->gate_up.form == GROUPED) {
+        int64_t up = grouped_scratch(&m->experts->gate_up, pairs), down = grouped_scratch(&m->experts->down, pairs);
+        return up > down ? up : down;
+    }
+    return pairs * (m->hidden > m->width ? m->hidden : m->width) * element_bytes;
+}
+
 /* Bytes of scratch that a step of so many tokens needs. */
 int64_t mixture_scratch(const mixture *m, int64_t num_tokens, int64_t element_bytes) {
-    int64_t pairs = mixture_tokens(m, num_tokens) * m->num_chosen, D = m->hidden, I = m->width, widest = D > I ? D : I;
-    int64_t groups = m->num_here * (int64_t)(sizeof(long) * 20) + 256;
-    return pairs * (D * 4 + (widest + 3 * I) * element_bytes + 16) + 2 * groups + 64 * 16;
+    int64_t pairs = mixture_tokens(m, num_tokens) * m->num_chosen, products = m->num_here * (int64_t)(sizeof(long) * 20) + 256;
+    return mixture_packed(m, pairs, element_bytes) + pairs * (m->hidden * 4 + 3 * m->width * element_bytes + 16) + 2 * products + 64 * 16;
+}
+
+/* The product that `number` belongs to, if `starts` are the numbers at which each begins. */
+INLINE long find_product(const long *starts, long number) {
+    long n = 0;
+    while (starts[n + 1] <= number) n++;
+    return n;
 }
 #endif
 
@@ -110,10 +125,9 @@ static void NAME(plan_products)(NAME(mixing) *x, const long *counts, const ELEM 
     long first = 0, n = 0, tiles = 0, tasks = 0;
     for (long e = 0; e < x->m->num_here; first += counts[e++]) {
         if (!counts[e]) continue;
-        const expert *each = x->m->experts + e;
+        const matrix *m = is_down ? &x->m->experts[e].down : &x->m->experts[e].gate_up;
         NAME(product) *p = x->products + n;
-        *p = (NAME(product)){.a = rows + first * K, .lda = K, .M = counts[e], .N = N, .K = K};
-        p->w = is_down ? each->down : each->gate_up, p->bias = is_down ? each->down_bias : each->gate_up_bias;
+        *p = (NAME(product)){.a = rows + first * K, .lda = K, .w = m->packed, .bias = m->bias, .M = counts[e], .N = N, .K = K};
         p->out = out ? out + first * N : 0, p->wide = wide ? wide + first * N : 0;
         p->a_packed = p->M == 1 ? (ELEM *)p->a : x->packed + first * K; /* one row is packed as it is */
         NAME(tile_product)(p);
@@ -123,16 +137,9 @@ static void NAME(plan_products)(NAME(mixing) *x, const long *counts, const ELEM 
     x->num_products = n, x->tiles[n] = tiles, x->tasks[n] = tasks;
 }
 
-/* The product that `number` belongs to, if `starts` are the numbers at which each begins. */
-INLINE long NAME(find_product)(const long *starts, long number) {
-    long n = 0;
-    while (starts[n + 1] <= number) n++;
-    return n;
-}
-
 static void NAME(gather_tiles)(void *context, long first, long last) {
     const NAME(mixing) *x = context;
-    long n = NAME(find_product)(x->tiles, first), D = x->m->hidden;
+    long n = find_product(x->tiles, first), D = x->m->hidden;
     for (long i = first; i < last; i++) {
         while (x->tiles[n + 1] <= i) n++;
         const NAME(product) *p = x->products + n;
@@ -145,7 +152,7 @@ static void NAME(gather_tiles)(void *context, long first, long last) {
 
 static void NAME(pack_active)(void *context, long first, long last) {
     const NAME(mixing) *x = context;
-    long n = NAME(find_product)(x->tiles, first);
+    long n = find_product(x->tiles, first);
     for (long i = first; i < last; i++) {
         while (x->tiles[n + 1] <= i) n++;
         if (x->products[n].M > 1) NAME(pack_tiles)(x->products + n, i - x->tiles[n], i - x->tiles[n] + 1);
@@ -154,7 +161,7 @@ static void NAME(pack_active)(void *context, long first, long last) {
 
 static void NAME(multiply_experts)(void *context, long first, long last) {
     const NAME(mixing) *x = context;
-    for (long n = NAME(find_product)(x->tasks, first); first < last; n++) {
+    for (long n = find_product(x->tasks, first); first < last; n++) {
         long stop = last < x->tasks[n + 1] ? last : x->tasks[n + 1];
         NAME(multiply)(x->products + n, first - x->tasks[n], stop - x->tasks[n]);
         first = stop;
@@ -207,12 +214,29 @@ static void NAME(add_experts)(void *context, long first, long last) {
     }
 }
 
+static void NAME(run_packed)(NAME(mixing) *x, const long *counts, long rows) {
+    long D = x->m->hidden, I = x->m->width;
+    NAME(plan_products)(x, counts, x->gathered, x->gate_up, 0, 2 * I, D, 0);
+    run_loop(NAME(gather_tiles), x, x->tiles[x->num_products], PARTS_FOR(rows * D));
+    run_loop(NAME(multiply_experts), x, x->tasks[x->num_products], 8);
+    run_loop(NAME(activate_experts), x, rows, PARTS_FOR(rows * I));
+    NAME(plan_products)(x, counts, x->active, 0, x->down, D, I, 1);
+    run_loop(NAME(pack_active), x, x->tiles[x->num_products], PARTS_FOR(rows * I));
+    run_loop(NAME(multiply_experts), x, x->tasks[x->num_products], 8);
+}
+
+#if defined(WEIGHT_IS_BF16) && !defined(ELEM_IS_BF16)
+#define WIDENS_WEIGHTS
+#else
+#include "mixture_grouped.h"
+#endif
+
 static void NAME(mix)(const mixture *m, const ELEM *x_rows, const ELEM *logits, ELEM *out, char *scratch, long tokens) {
-    long pairs = tokens * m->num_chosen, D = m->hidden, I = m->width, widest = D > I ? D : I;
+    long pairs = tokens * m->num_chosen, D = m->hidden, I = m->width;
     NAME(mixing) x = {.m = m, .x = x_rows, .logits = logits, .out = out};
     x.down = take_scratch(&scratch, pairs * D * sizeof(float));
     x.gathered = (ELEM *)x.down; /* which are read before the other is written */
-    x.packed = take_scratch(&scratch, pairs * widest * sizeof(ELEM));
+    x.packed = take_scratch(&scratch, mixture_packed(m, pairs, sizeof(ELEM)));
     x.gate_up = take_scratch(&scratch, pairs * 2 * I * sizeof(ELEM));
     x.active = take_scratch(&scratch, pairs * I * sizeof(ELEM));
     x.chosen = take_scratch(&scratch, pairs * sizeof(int32_t));
@@ -227,13 +251,12 @@ static void NAME(mix)(const mixture *m, const ELEM *x_rows, const ELEM *logits, 
     run_loop(NAME(route_rows), &x, tokens, PARTS_FOR(tokens * m->num_experts * m->num_chosen));
     long rows = NAME(place_pairs)(&x, counts, tokens);
     if (rows) {
-        NAME(plan_products)(&x, counts, x.gathered, x.gate_up, 0, 2 * I, D, 0);
-        run_loop(NAME(gather_tiles), &x, x.tiles[x.num_products], PARTS_FOR(rows * D));
-        run_loop(NAME(multiply_experts), &x, x.tasks[x.num_products], 8);
-        run_loop(NAME(activate_experts), &x, rows, PARTS_FOR(rows * I));
-        NAME(plan_products)(&x, counts, x.active, 0, x.down, D, I, 1);
-        run_loop(NAME(pack_active), &x, x.tiles[x.num_products], PARTS_FOR(rows * I));
-        run_loop(NAME(multiply_experts), &x, x.tasks[x.num_products], 8);
+#ifndef WIDENS_WEIGHTS
+        if (m->experts->gate_up.form == GROUPED)
+            NAME(run_grouped)(&x, counts, rows);
+        else
+#endif
+            NAME(run_packed)(&x, counts, rows);
     }
     run_loop(NAME(add_experts), &x, tokens, PARTS_FOR(tokens * m->num_chosen * D));
 }
@@ -268,3 +291,5 @@ void NAME(add_gated)(ELEM *out, const ELEM *gate, const ELEM *x, long T, long D)
     NAME(gating) g = {out, gate, x, D};
     run_loop(NAME(add_gated_rows), &g, T, PARTS_FOR(T * D));
 }
+
+#undef WIDENS_WEIGHTS

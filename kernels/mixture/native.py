@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from tensorweave.kernels.linear.grouped import PackedGroupedLinear
 from tensorweave.kernels.linear.native import PackedLinear
 from tensorweave.kernels.linear.reference import Linear
 from tensorweave.kernels.mixture.reference import EachExpert, ExpertGroup, Experts
 from tensorweave.kernels.native.library import NativeKernels
-from tensorweave.kernels.native.structures import Expert, Mixture
+from tensorweave.kernels.native.structures import Expert, Matrix, MatrixForm, Mixture
 from tensorweave.kernels.weights import huge_pages
 
 # T tokens, E experts, D hidden size
@@ -38,24 +39,23 @@ class NativeExperts:
     """A row's result does not depend on the other rows: it has the same bits in any batch."""
 
     def __init__(self, native: NativeKernels, mix: Any, group: ExpertGroup, scratch: Scratch) -> None:
-        self._group = group  # what the structures point to
+        self.group = group  # what the structures point to
         self._mix = mix
         self._measure = native.mixture_scratch
         self._element_bytes = native.dtype.itemsize
         self._scratch = scratch
         self._experts = (Expert * len(group.experts))(
-            *(Expert(*_pointers(each.gate_up), *_pointers(each.down)) for each in group.experts)
+            *(Expert(_matrix(each.gate_up), _matrix(each.down)) for each in group.experts)
         )
-        gate_up = group.experts[0].gate_up
-        assert isinstance(gate_up, PackedLinear)
+        gate_up = self._experts[0].gate_up
         self._mixture = Mixture(
             experts=ctypes.addressof(self._experts),
             num_experts=group.num_experts,
             first=group.first,
             num_here=len(group.experts),
             num_chosen=group.routing.num_chosen,
-            hidden=gate_up.weight.num_inputs,
-            width=gate_up.weight.num_outputs // 2,
+            hidden=gate_up.num_inputs,
+            width=gate_up.num_outputs // 2,
             is_renormalized=group.routing.is_renormalized,
             is_rounded=group.routing.is_rounded,
             alpha=group.swiglu.alpha,
@@ -66,7 +66,7 @@ class NativeExperts:
     def __call__(self, x_TD: Tensor, logits_TE: Tensor) -> Tensor:
         assert x_TD.is_contiguous()
         assert logits_TE.is_contiguous()
-        assert logits_TE.shape[1] == self._group.num_experts
+        assert logits_TE.shape[1] == self.group.num_experts
         out_TD = torch.empty_like(x_TD)
         mixture, T = ctypes.addressof(self._mixture), len(x_TD)
         scratch = self._scratch.reserve(self._measure(mixture, T, self._element_bytes))
@@ -83,20 +83,36 @@ class MakeNativeExperts:
 
     def __call__(self, group: ExpertGroup) -> Experts:
         """Experts whose weights are not all packed alike are computed one after the other."""
-        linears = [linear for each in group.experts for linear in (each.gate_up, each.down)]
-        mix = self._choose(linears) if group.num_experts <= _MOST_EXPERTS else None
+        mix = self._choose(group) if group.num_experts <= _MOST_EXPERTS else None
         if mix is None:
             return EachExpert(group)
         return NativeExperts(self._native, mix, group, self._scratch)
 
-    def _choose(self, linears: Sequence[Linear]) -> Any | None:
-        packed = [linear for linear in linears if isinstance(linear, PackedLinear)]
-        stored = {linear.weight.values.dtype for linear in packed}
-        if len(packed) < len(linears) or len(stored) != 1:
+    def _choose(self, group: ExpertGroup) -> Any | None:
+        """A kernel for the form of the weights."""
+        forms = {(_form(each.gate_up), _form(each.down)) for each in group.experts}
+        gate_up, down = forms.pop()
+        if forms or gate_up is None or down is None or gate_up.kind != down.kind:
             return None
-        return self._native.mixture if stored == {self._native.dtype} else self._native.mixture_by_bf16
+        return self._native.mixture_by_bf16 if gate_up.kind == MatrixForm.NARROW else self._native.mixture
 
 
-def _pointers(linear: Linear) -> tuple[int, int | None]:
-    assert isinstance(linear, PackedLinear)
-    return linear.weight.values.data_ptr(), None if linear.bias_N is None else linear.bias_N.data_ptr()
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What must be alike in all experts: how rows are prepared for the product."""
+
+    kind: int
+    block: int
+    digits: int
+
+
+def _form(linear: Linear) -> _Form | None:
+    if not isinstance(linear, PackedLinear | PackedGroupedLinear):
+        return None
+    matrix = linear.matrix
+    return _Form(matrix.form, matrix.block, matrix.digits)
+
+
+def _matrix(linear: Linear) -> Matrix:
+    assert isinstance(linear, PackedLinear | PackedGroupedLinear)
+    return linear.matrix

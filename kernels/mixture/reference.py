@@ -58,6 +58,9 @@ class Experts(Protocol):
     """(x[T, D], router logits[T, E]) to the weighted sum of what each token's chosen experts on this rank return,
     [T, D]. Summed in float32 in the order of the experts' numbers, and rounded once. One caller at a time."""
 
+    @property
+    def group(self) -> ExpertGroup: ...
+
     def __call__(self, x_TD: Tensor, logits_TE: Tensor) -> Tensor: ...
 
 

@@ -68,6 +68,8 @@ class Matrix(ctypes.Structure):
     num_outputs: int
     num_inputs: int
     form: int
+    block: int
+    digits: int
 
 
 class DecoderLayer(ctypes.Structure):
@@ -139,14 +141,9 @@ class StackStep(ctypes.Structure):
 
 
 class Expert(ctypes.Structure):
-    """`expert` in mixture.h: packed matrices, and their biases or null."""
+    """`expert` in mixture.h."""
 
-    _fields_ = (
-        ("gate_up", _POINTER),
-        ("gate_up_bias", _POINTER),
-        ("down", _POINTER),
-        ("down_bias", _POINTER),
-    )
+    _fields_ = (("gate_up", Matrix), ("down", Matrix))
 
 
 class Mixture(ctypes.Structure):

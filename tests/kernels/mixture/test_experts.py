@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from math import inf
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
+from tensorweave.kernels.linear.reference import Linear
 from tensorweave.kernels.mixture.native import NativeExperts
 from tensorweave.kernels.mixture.reference import SILU, EachExpert, Expert, ExpertGroup, Experts, Swiglu
 from tensorweave.kernels.mixture.routing import Routing, route
 from tensorweave.kernels.native.library import use_threads
+from tensorweave.kernels.quantize_integers import quantize_integers
 from tensorweave.kernels.weights import quantize_weight
 from tests.kernels.forms import FORMS, NATIVE, assert_close, needs_native, operations_of
 
@@ -143,6 +146,33 @@ def test_the_plain_activation_is_that_of_a_gated_mlp() -> None:
     gate_up = torch.randn(5, 12)
     operations = operations_of("reference", torch.float32)
     torch.testing.assert_close(SILU(gate_up), operations.silu_mul(gate_up))
+
+
+@pytest.mark.parametrize("dtype", NATIVE)
+@pytest.mark.parametrize(("bits", "row_bits"), [(8, 16), (4, 16), (4, 8)])
+def test_integer_weights(bits: Literal[4, 8], row_bits: Literal[8, 16], dtype: torch.dtype) -> None:
+    """One call equals the products one after the other, and a row has the same bits in any batch."""
+    operations, weights = operations_of("native", dtype), RandomExperts(6, 96, 64, dtype, has_bias=True)
+
+    def make(weight: Tensor, bias: Tensor) -> Linear:
+        grouped = quantize_integers(weight, bits=bits, group_size=32 if bits == 4 else None, row_bits=row_bits)
+        return operations.make_linear(grouped, bias)
+
+    experts = tuple(
+        Expert(make(weights.gate_up[e], weights.biases[e][0]), make(weights.down[e], weights.biases[e][1]))
+        for e in range(6)
+    )
+    group = ExpertGroup(experts[1:5], 1, 6, RENORMALIZED, CLAMPED)
+    one_call, one_by_one = operations.make_experts(group), EachExpert(group)
+    assert isinstance(one_call, NativeExperts)
+    x, logits = torch.randn(3000, 96).to(dtype), torch.randn(3000, 6).to(dtype)
+    whole = one_call(x, logits)
+    tolerance = 2e-5 if dtype == torch.float32 else 3e-2
+    if row_bits == 8:  # where an activation differs in its last bit, so may an integer of 8 bits
+        tolerance = 3e-2
+    torch.testing.assert_close(whole[:300], one_by_one(x[:300], logits[:300]), atol=tolerance, rtol=tolerance)
+    for rows in (slice(0, 1), slice(5, 23), slice(2040, 2060), slice(0, 3000)):
+        assert torch.equal(one_call(x[rows], logits[rows]), whole[rows])
 
 
 @needs_native
