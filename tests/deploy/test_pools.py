@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tensorweave.cluster.cluster_resources import ClusterResources, NodeResources
+from tensorweave.cluster.mesh import Mesh
 from tensorweave.deploy.config import ServeConfig, load_config
 from tensorweave.deploy.pools import explain_shortage, needed_resources, pool_specs
 
@@ -39,6 +40,18 @@ def test_a_sum_that_suffices_is_refused_where_no_node_has_a_rank(tmp_path: Path)
 
 def one_node(total: dict[str, float]) -> ClusterResources:
     return ClusterResources([NodeResources("h", total, total)])
+
+
+def test_pools_divide_experts_as_they_say(tmp_path: Path) -> None:
+    config = make_config(
+        tmp_path,
+        *("pools.prefill.replicas=1", "pools.decode.tensor_parallel_size=4"),
+        *("pools.decode.moe_expert_parallel_size=2", "pools.decode.moe_tensor_parallel_size=2"),
+    )
+    meshes = {spec.name: spec.gang.mesh for spec in pool_specs(config, has_gpus=False)}
+    assert meshes == {"prefill": Mesh(), "decode": Mesh(tensor=4, expert=2)}
+    with pytest.raises(ValueError, match=r"pools\.decode.* their product must be tensor_parallel_size"):
+        make_config(tmp_path, "pools.prefill.replicas=1", "pools.decode.moe_expert_parallel_size=2")
 
 
 def test_device_auto_takes_gpus_where_there_are_some(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from transformers import (
     Glm4ForCausalLM,
     GlmConfig,
     GlmForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
@@ -237,6 +239,19 @@ MIXTURES: dict[str, tuple[type, type, dict[str, Any]]] = {
             "norm_topk_prob": True,
             "mlp_only_layers": [1],
             "head_dim": 16,
+        },
+    ),
+    "gpt_oss": (
+        GptOssConfig,
+        GptOssForCausalLM,
+        {
+            "head_dim": 32,
+            "hidden_size": 64,
+            "intermediate_size": 48,
+            "num_experts_per_tok": 2,
+            "num_local_experts": 5,
+            "sliding_window": 29,
+            "swiglu_limit": 2.0,
         },
     ),
 }

@@ -37,6 +37,7 @@ from tensorweave.workers.models.quantized.loader import QuantizedLoader
 from tensorweave.workers.models.quantizing import quantizing
 from tensorweave.workers.models.rank_weights import RankWeights
 from tensorweave.workers.models.redundant_tensors import check_redundant_tensors, redundant_tensors
+from tensorweave.workers.models.stacked_experts import StackedExperts
 from tensorweave.workers.store.disk import writing_into
 
 _COPIED: Final = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
@@ -150,18 +151,19 @@ def open_weights(
         yield GgufLoader(blocks, dtype)
         return
     with SafetensorsDirectory(path, is_quantized=config.quantization is not None) as files:
+        placed = NestedTensors(files, config.nested_names) if config.nested_names else files
+        source = StackedExperts(placed) if config.has_stacked_experts else placed
         if config.quantization is not None:
-            config.quantization.check(files, tensor_shapes(config), ignored=redundant_tensors(config))
-            check_redundant_tensors(files, config)
-            yield QuantizedLoader(files, config.quantization, WeightLoader(files, dtype, device))
+            config.quantization.check(source, tensor_shapes(config), ignored=redundant_tensors(config))
+            check_redundant_tensors(source, config)
+            yield QuantizedLoader(source, config.quantization, WeightLoader(source, dtype, device))
             return
-        source = NestedTensors(files, config.nested_names) if config.nested_names else files
         _check(source, config)
         if device.type != "cuda":
             yield WeightLoader(source, dtype, device)
             return
         requests = count_weights(config, place).requests
-        with DeviceLoader(source.places(), requests, dtype, device, num_threads, on_progress=on_progress) as loader:
+        with DeviceLoader(placed.places(), requests, dtype, device, num_threads, on_progress=on_progress) as loader:
             yield loader
 
 

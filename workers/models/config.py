@@ -45,8 +45,9 @@ class ModelEnds:
 class ModelConfig:
     """`max_seq_len` counts the positions that the model may use, `end_ids` are the tokens that end a sequence.
 
-    `ropes` are the rotations of its layers, each of which names one (`LayerKv.rope`). For `nested_names` see `Family`.
-    `quantization` is how the checkpoint's matrices are quantized; None: they are not.
+    `ropes` are the rotations of its layers, each of which names one (`LayerKv.rope`). For `nested_names` and
+    `has_stacked_experts` see `Family`. `quantization` is how the checkpoint's matrices are quantized; None: they are
+    not.
     """
 
     architecture: str
@@ -56,6 +57,7 @@ class ModelConfig:
     max_seq_len: int
     ends: ModelEnds = field(default_factory=ModelEnds)
     nested_names: Mapping[str, str] = field(default_factory=dict)
+    has_stacked_experts: bool = False
     has_tied_embeddings: bool = False
     checkpoint_dtype: str = "float32"
     quantization: CheckpointQuantization | None = None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from tensorweave.cluster.mesh import MeshRank
 from tensorweave.kernels.linear.reference import Linear
 from tensorweave.kernels.mixture.reference import SILU, Expert, ExpertGroup, Experts, Swiglu
 from tensorweave.kernels.mixture.routing import Routing
@@ -112,7 +113,7 @@ class MixtureBuilder:
 
     def _expert(self, names: ExpertNames, number: int, *, has_bias: bool) -> Expert:
         layer, width, hidden = self.layer, self.sizes.width, self.layer.sizes.hidden_size
-        rows = split_evenly(width, layer.place.mesh.moe_tensor)[layer.place.moe_tensor]
+        rows = _share_of_expert(width, layer.place)
         gate_up = [f"{layer.prefix}.{name.format(number)}" for name in (names.gate, names.up)]
         down = f"{layer.prefix}.{names.down.format(number)}"
         keeps_bias = has_bias and layer.place.moe_tensor == 0
@@ -136,3 +137,12 @@ class MixtureBuilder:
         weight = layer.weights.rows([TensorRows(f"{layer.prefix}.{name}.weight", (num_outputs, hidden), rows)])
         bias = layer.weights.vector(f"{layer.prefix}.{name}.bias", num_outputs) if has_bias else None
         return layer.operations.make_linear(weight, bias)
+
+
+def _share_of_expert(width: int, place: MeshRank) -> range:
+    """This rank's part of an expert, where possible in whole groups of 32 inputs, as quantized weights are in, else in
+    pairs."""
+    parts = place.mesh.moe_tensor
+    unit = next(unit for unit in (32, 2, 1) if width % unit == 0 and (width // unit >= parts or unit == 1))
+    share = split_evenly(width // unit, parts)[place.moe_tensor]
+    return range(share.start * unit, share.stop * unit)

@@ -25,6 +25,7 @@ class NestedTensors:
                 raise ValueError(f"{source.path}: tensors {self._name_of[plain]} and {name} are the same one twice")
             self._name_of[plain] = name
         self.shapes: Shapes = {plain: source.shapes[name] for plain, name in self._name_of.items()}
+        self.dtypes: Mapping[str, str] = {plain: source.dtypes[name] for plain, name in self._name_of.items()}
 
     def read(self, name: str, *index: slice) -> Tensor:
         return self._source.read(self._name_of[name], *index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from tests.workers.engine_drive import (
 from tests.workers.plain_forward import PlainModel
 from tests.workers.tiny_models import DENSE, MIXTURES, MODELS, VOCAB, make_model, their_greedy
 
+LONG = pytest.mark.skipif(
+    os.environ.get("TENSORWEAVE_TEST_LONG") != "1", reason="takes a minute: TENSORWEAVE_TEST_LONG=1 runs it"
+)
 PROMPTS = [*random_prompts(5, 90), [7], [5] * 32, list(range(100, 133))]
 
 
@@ -67,7 +71,9 @@ def test_chunks_of_a_prompt_change_nothing(chunk: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "mistral_window", "qwen2", "qwen3", *MIXTURES])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral_window", "qwen2", "qwen3", *(pytest.param(name, marks=LONG) for name in MIXTURES)]
+)
 def test_long_prompts_equal_transformers(name: str, tmp_path: Path) -> None:
     model = make_model(name, tmp_path)
     prompts = random_prompts(50, 3000, seed=1)

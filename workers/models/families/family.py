@@ -41,7 +41,8 @@ class Family:
 
     `common` gives config.json in the spelling of the others. Repositories may name `own_code` as theirs: it is what
     transformers' class was made of. Where the model is part of a larger one, the names of its tensors begin with one of
-    `nested_names`, each of which stands for what it is mapped to; other tensors are left.
+    `nested_names`, each of which stands for what it is mapped to; other tensors are left. With `has_stacked_experts`, a
+    checkpoint's tensors have all experts of a layer (`workers.models.stacked_experts`).
 
     `experts` reads the sizes of experts, for families whose layers have them, before `layers` is called.
     """
@@ -60,4 +61,5 @@ class Family:
     common: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     own_code: frozenset[str] = frozenset()
     nested_names: Mapping[str, str] = field(default_factory=dict)
+    has_stacked_experts: bool = False
     activations: frozenset[str] = frozenset({"silu", "swish"})

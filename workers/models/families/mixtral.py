@@ -9,10 +9,11 @@ from tensorweave.kernels.mixture.routing import Routing
 from tensorweave.workers.models.config_fields import ConfigFields
 from tensorweave.workers.models.decoder_layer import DecoderLayer
 from tensorweave.workers.models.families.experts import EXPERT_KEYS, read_experts, read_num_chosen
-from tensorweave.workers.models.families.family import Family
+from tensorweave.workers.models.families.family import Family, one_rope
 from tensorweave.workers.models.families.windows import WINDOW_KEYS, read_layer_types, read_window
 from tensorweave.workers.models.layer_builder import LayerBuilder
 from tensorweave.workers.models.mixture import ExpertNames, MixtureBuilder
+from tensorweave.workers.models.rope_config import RopeConfig
 from tensorweave.workers.models.sizes import ExpertSizes, LayerKv, ModelSizes
 
 _NAMES: Final = ExpertNames(
@@ -53,6 +54,10 @@ def _read_layers(fields: ConfigFields, sizes: ModelSizes) -> tuple[MixtralLayer,
     return (MixtralLayer(sizes.kv(window), sizes.experts, routing),) * sizes.num_layers
 
 
+def _read_ropes(fields: ConfigFields) -> tuple[RopeConfig, ...]:
+    return one_rope(fields, theta=1_000_000.0)
+
+
 MIXTRAL: Final = Family(
     "MixtralForCausalLM",
     "mixtral",
@@ -60,4 +65,6 @@ MIXTRAL: Final = Family(
     layers=_read_layers,
     experts=_read_experts,
     default_kv_heads=8,
+    defaults={"rms_norm_eps": 1e-5},
+    ropes=_read_ropes,
 )

@@ -16,6 +16,7 @@ from tensorweave.workers.models.config_keys import refuse_unknown_keys
 from tensorweave.workers.models.families.family import Family
 from tensorweave.workers.models.families.gemma import GEMMA2, GEMMA3, GEMMA3_WITH_VISION
 from tensorweave.workers.models.families.glm import GLM, GLM4
+from tensorweave.workers.models.families.gpt_oss import GPT_OSS
 from tensorweave.workers.models.families.granite import GRANITE, GRANITE_HYBRID
 from tensorweave.workers.models.families.llama import LLAMA
 from tensorweave.workers.models.families.mistral import MISTRAL
@@ -43,6 +44,7 @@ _ALL: Final = (
     MIXTRAL,
     QWEN2_MOE,
     QWEN3_MOE,
+    GPT_OSS,
     PHI3,
     GRANITE,
     GRANITE_HYBRID,
@@ -97,6 +99,7 @@ def read_model_config(raw: Mapping[str, Any], source: str = "config.json") -> Mo
         max_seq_len=min((rope.max_len(max_len) for rope in ropes if rope.kind != "none"), default=max_len),
         ends=family.ends(fields, sizes),
         nested_names=family.nested_names,
+        has_stacked_experts=family.has_stacked_experts,
         has_tied_embeddings=fields.flag("tie_word_embeddings"),
         checkpoint_dtype=fields.dtype(),
         quantization=quantization,

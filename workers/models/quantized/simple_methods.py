@@ -1,4 +1,4 @@
-"""`quant_method` fp8, awq, gptq and modelopt of a `quantization_config`, each with one format for all matrices."""
+"""`quant_method` fp8, awq, gptq, modelopt and mxfp4 of a `quantization_config`, each with one format for matrices."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tensorweave.workers.models.quantized.checkpoint_quantization import (
 from tensorweave.workers.models.quantized.fields import QuantFields
 from tensorweave.workers.models.quantized.fp8_matrices import Fp8Matrices
 from tensorweave.workers.models.quantized.gptq_matrices import GptqMatrices
+from tensorweave.workers.models.quantized.stacked_mxfp4 import StackedMxfp4Matrices
 
 _IGNORED: Final = ("modules_to_not_convert", "ignored_layers", "ignore")
 _OF_GPTQ: Final = frozenset(
@@ -111,6 +112,13 @@ def read_modelopt(fields: QuantFields) -> CheckpointQuantization:
     matrices = Fp8Matrices((128, 128) if algorithm == "fp8_pb_wo" else None)
     globs = inner.names("exclude_modules", "ignore")
     return CheckpointQuantization.of_formats("modelopt", ((None, matrices),), Patterns(tuple(map(_of_glob, globs))))
+
+
+def read_mxfp4(fields: QuantFields) -> CheckpointQuantization:
+    """OpenAI's gpt-oss, of which the experts alone are quantized."""
+    fields.refuse_unknown({"quant_method", "modules_to_not_convert", "dequantize"})
+    ignored = Patterns(tuple(map(_of_glob, fields.names("modules_to_not_convert"))))
+    return CheckpointQuantization.of_formats("mxfp4", ((None, StackedMxfp4Matrices()),), ignored)
 
 
 def _left_out(fields: QuantFields) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from tensorweave.workers.models.quantized.checkpoint_quantization import CheckpointQuantization
 from tensorweave.workers.models.quantized.compressed_tensors import read_compressed_tensors
 from tensorweave.workers.models.quantized.fields import QuantFields
-from tensorweave.workers.models.quantized.simple_methods import read_awq, read_fp8, read_gptq, read_modelopt
+from tensorweave.workers.models.quantized.simple_methods import read_awq, read_fp8, read_gptq, read_modelopt, read_mxfp4
 
 
 def _read_gguf(fields: QuantFields) -> CheckpointQuantization:
@@ -26,6 +26,7 @@ METHODS: Final[Mapping[str, Callable[[QuantFields], CheckpointQuantization]]] = 
     "gguf": _read_gguf,
     "gptq": read_gptq,
     "modelopt": read_modelopt,
+    "mxfp4": read_mxfp4,
 }
 _KEYS: Final = ("quantization_config", "compression_config")
 _OWN_FILE: Final = "hf_quant_config.json"

@@ -17,12 +17,12 @@ from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.workers.engine_dir.directory import save_engine_dir
 from tensorweave.workers.transfer.carriers.loop import LoopNetwork
 from tests.workers.engine_drive import generate_on_ranks, random_prompts
-from tests.workers.tiny_models import MODELS, make_model, their_greedy
+from tests.workers.tiny_models import DENSE, MIXTURES, make_model, their_greedy
 from tests.workers.transfer_drive import loop_carriers, model_gang, run_disaggregated
 
 NUM_TOKENS = 6
 PROMPTS = random_prompts(50, 100, seed=2)
-NEW = [name for name in MODELS if not name.startswith(("llama", "mistral", "qwen"))]
+NEW = [*(name for name in DENSE if not name.startswith(("llama", "mistral", "qwen"))), *MIXTURES]
 
 
 @torch.no_grad()

@@ -31,6 +31,12 @@ def test_an_mlp_is_a_mixture() -> None:
     assert (layer.routing.num_chosen, layer.routing.is_renormalized, layer.routing.is_rounded) == (2, True, False)
 
 
+def test_what_the_class_takes_where_the_file_does_not_say() -> None:
+    config = read_mixtral()
+    assert (config.sizes.norm_epsilon, config.ropes[0].theta) == (1e-5, 1e6)
+    assert read_mixtral(rms_norm_eps=1e-6, rope_theta=1e4).ropes[0].theta == 1e4
+
+
 def test_windows() -> None:
     assert read_mixtral().windows == (None,) * 4
     assert read_mixtral(sliding_window=100).windows == (100,) * 4
