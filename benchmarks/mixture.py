@@ -1,8 +1,10 @@
-"""A layer's mixture of experts on a CPU: the native call, one expert after the other with native products, and torch.
+"""A layer's mixture of experts on a CPU: one native call, also with integer weights; one expert after the other with
+native products; and torch.
 
     python benchmarks/mixture.py --threads 2
 
-Milliseconds of one layer, router included, median of the calls that fit in a second; the forms take turns.
+Milliseconds of one layer, router included: the least of the calls that fit in a second, and their median. The forms
+take turns.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from tensorweave.kernels.mixture.reference import SILU, EachExpert, Expert, Expe
 from tensorweave.kernels.mixture.routing import Routing
 from tensorweave.kernels.native.library import use_threads
 from tensorweave.kernels.operations import Operations, choose_operations, reference_operations
+from tensorweave.kernels.quantize_integers import quantize_integers
+from tensorweave.kernels.weights import Weight
 
 CPU: Final = torch.device("cpu")
 SHAPES: Final = {"8 experts, 2 chosen": (8, 2, 1024, 2816), "64 experts, 8 chosen": (64, 8, 1024, 352)}
@@ -44,7 +48,7 @@ def main() -> None:
             for num_rows in ROWS:
                 x = torch.randn(num_rows, shape[2]).to(dtype)
                 times = measure(forms, x, args.threads)
-                print(f"| {num_rows} | {' | '.join(f'{each:.3f}' for each in times)} |", flush=True)
+                print(f"| {num_rows} | {' | '.join(times)} |", flush=True)
 
 
 def make_forms(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Form]:
@@ -54,9 +58,9 @@ def make_forms(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str
     gate_up = [(torch.randn(2 * width, hidden) / hidden**0.5).to(dtype) for _ in range(num_experts)]
     down = [(torch.randn(hidden, width) / width**0.5).to(dtype) for _ in range(num_experts)]
 
-    def group(operations: Operations) -> ExpertGroup:
+    def group(operations: Operations, kept: Callable[[Tensor], Weight]) -> ExpertGroup:
         experts = [
-            Expert(operations.make_linear(one, None), operations.make_linear(other, None))
+            Expert(operations.make_linear(kept(one), None), operations.make_linear(kept(other), None))
             for one, other in zip(gate_up, down, strict=True)
         ]
         routing = Routing(num_chosen, is_renormalized=True, is_rounded=False)
@@ -64,16 +68,31 @@ def make_forms(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str
 
     native, plain = choose_operations(CPU, dtype, 64), reference_operations(CPU, dtype)
     choose, choose_plainly = native.make_linear(router, None), plain.make_linear(router, None)
-    of_native = group(native)
-    whole, each, reference = native.make_experts(of_native), EachExpert(of_native), EachExpert(group(plain))
+    of_native = group(native, plainly)
+    whole, each, reference = native.make_experts(of_native), EachExpert(of_native), EachExpert(group(plain, plainly))
+    eight, four = (native.make_experts(group(native, integers)) for integers in (in_8_bits, in_4_bits))
     return {
         "one native call": lambda x: whole(x, choose(x)),
+        "8 bits": lambda x: eight(x, choose(x)),
+        "4 bits in groups of 32": lambda x: four(x, choose(x)),
         "one by one, native products": lambda x: each(x, choose(x)),
         "torch": lambda x: reference(x, choose_plainly(x)),
     }
 
 
-def measure(forms: dict[str, Form], x: Tensor, threads: int) -> list[float]:
+def plainly(weight: Tensor) -> Weight:
+    return weight
+
+
+def in_8_bits(weight: Tensor) -> Weight:
+    return quantize_integers(weight, bits=8, group_size=None, row_bits=16)
+
+
+def in_4_bits(weight: Tensor) -> Weight:
+    return quantize_integers(weight, bits=4, group_size=32, row_bits=16)
+
+
+def measure(forms: dict[str, Form], x: Tensor, threads: int) -> list[str]:
     times: dict[str, list[float]] = {name: [] for name in forms}
     stop_s = time.perf_counter() + SECONDS * len(forms)
     while time.perf_counter() < stop_s or min(map(len, times.values())) < 3:
@@ -84,7 +103,7 @@ def measure(forms: dict[str, Form], x: Tensor, threads: int) -> list[float]:
                 began_s = time.perf_counter()
                 form(x)
                 times[name].append(time.perf_counter() - began_s)
-    return [statistics.median(each) * 1e3 for each in times.values()]
+    return [f"{min(each) * 1e3:.2f} / {statistics.median(each) * 1e3:.2f}" for each in times.values()]
 
 
 if __name__ == "__main__":

@@ -26,10 +26,12 @@ class QuantizedLoader:
         return self.plain.vector(name, size)
 
     def rows(self, parts: Sequence[TensorRows]) -> Tensor:
-        return self.plain.rows(parts)
+        """What is to be plain, such as the router of a mixture of experts, is dequantized if it comes quantized."""
+        weight = self.matrix_rows(parts) if self._has_quantized(parts) else self.plain.rows(parts)
+        return weight if isinstance(weight, Tensor) else weight.rows()
 
     def matrix_rows(self, parts: Sequence[TensorRows]) -> Weight:
-        if not any(self.quantization.format_of(part.name, part.shape, self.source) for part in parts):
+        if not self._has_quantized(parts):
             return self.plain.matrix_rows(parts)
         return stack_weights([self._matrix(part, range(part.shape[1])) for part in parts])
 
@@ -38,6 +40,9 @@ class QuantizedLoader:
 
     def tied_head(self, embedding_VD: Tensor) -> Tensor:
         return embedding_VD
+
+    def _has_quantized(self, parts: Sequence[TensorRows]) -> bool:
+        return any(self.quantization.format_of(part.name, part.shape, self.source) is not None for part in parts)
 
     def _matrix(self, rows: TensorRows, columns: range) -> Weight:
         shape = (rows.shape[0], rows.shape[1])
