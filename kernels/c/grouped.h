@@ -225,8 +225,6 @@ INLINE const uint8_t *dot_16(const int rows, const int digits, const int bits, v
     return w;
 }
 
-#define AHEAD 2048
-
 /* One tile of rows and one panel: [rows][NR] sums. `rows`, `digits` and `bits` are constants wherever this is inlined. */
 INLINE void grouped_tile(const int rows, const int digits, const int bits, const matrix *m, const int32_t *a, const block_factors *factors,
                          const uint8_t *w, float *out) {
