@@ -85,6 +85,10 @@ class StackedWeight:
     def num_outputs(self) -> int:
         return sum(num_outputs(part) for part in self.parts)
 
+    @property
+    def num_inputs(self) -> int:
+        return num_inputs(self.parts[0])
+
     def rows(self) -> Tensor:
         """[N, K] in `dtype`."""
         return torch.cat([part if isinstance(part, Tensor) else part.rows() for part in self.parts])
@@ -105,6 +109,16 @@ def num_outputs(weight: Weight) -> int:
             return weight.values_NK.shape[0]
         case _:
             return weight.num_outputs
+
+
+def num_inputs(weight: Weight) -> int:
+    match weight:
+        case Tensor():
+            return weight.shape[1]
+        case QuantizedWeight():
+            return weight.values_NK.shape[1]
+        case _:
+            return weight.num_inputs
 
 
 def stack_weights(parts: Sequence[Weight]) -> Weight:

@@ -14,6 +14,7 @@ from tensorweave.kernels.linear.reference import Linear
 from tensorweave.kernels.native.library import NativeKernels
 from tensorweave.kernels.native.structures import Matrix, MatrixForm
 from tensorweave.kernels.weights import (
+    GroupedFloatWeight,
     GroupedWeight,
     PackedWeight,
     ReorderedWeight,
@@ -75,6 +76,8 @@ class MakeNativeLinear:
         """A weight that comes packed must suit this machine."""
         if isinstance(weight, StackedWeight | ReorderedWeight):
             return reference.make_composite(weight, bias_N, self)
+        if isinstance(weight, GroupedFloatWeight) and weight.kind == "e2m1":
+            weight = weight.in_integers()
         if not isinstance(weight, PackedWeight | GroupedWeight | Tensor):
             return reference.make_linear(weight, bias_N)
         if isinstance(weight, GroupedWeight):

@@ -53,6 +53,11 @@ def test_fp4_codes_are_the_standards() -> None:
     assert weight.rows().tolist() == [expected]
 
 
+def test_fp4_as_integers_is_the_same() -> None:
+    weight = fp4_in_groups()
+    assert torch.equal(weight.in_integers().rows(), weight.rows())
+
+
 @pytest.mark.parametrize("columns", [range(32, 96), range(48, 80), range(8, 96)])
 @pytest.mark.parametrize("weight", [fp8_in_groups(32), fp4_in_groups()], ids=["fp8", "fp4"])
 def test_parts_of_floats_in_groups(weight: GroupedFloatWeight, columns: range) -> None:

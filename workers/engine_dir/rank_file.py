@@ -2,9 +2,7 @@
 
 A rank file is in safetensors format. Names are those of the checkpoint, joined by '+' if one matrix is made of several.
 A matrix has two dimensions, or four if it is a `PackedWeight`. Float32 values that came from bfloat16 are stored as
-bfloat16. A matrix in 8-bit floats has its scales beside it; one of integers in groups has its codes under its own name,
-and beside it its scales, its minimums if there are any, and its form: inputs, group size, bits, zero and bits of rows.
-The metadata has every tensor's digest.
+bfloat16. `weight_forms` has what a quantized matrix is stored as. The metadata has every tensor's digest.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from tensorweave.kernels.weights import (
     FP8,
+    GroupedFloatWeight,
     GroupedWeight,
     PackedWeight,
     QuantizedWeight,
@@ -33,6 +32,7 @@ from tensorweave.kernels.weights import (
     pack_weight,
 )
 from tensorweave.workers.engine_dir.digest import LENGTH_BYTES, bytes_of, digest_tensor, read_bytes
+from tensorweave.workers.engine_dir.weight_forms import FormReader, QuantizedForm, tensors_of
 from tensorweave.workers.models.rank_weights import RankWeights, TensorRows, stacked_shape
 from tensorweave.workers.models.tensor_names import HEAD
 
@@ -47,8 +47,6 @@ _DTYPES: Final = {
     "I64": torch.int64,
 }
 _SCALES: Final = ".scales"
-_MINIMUMS: Final = ".minimums"
-_FORM: Final = ".form"
 
 
 class RankRecorder:
@@ -73,8 +71,8 @@ class RankRecorder:
     def tied_head(self, embedding_VD: Tensor) -> Weight:
         """A quantized or packed head is stored beside the embedding: reading it is faster than making it again."""
         head = self._weights.tied_head(embedding_VD)
-        if isinstance(head, GroupedWeight):
-            return self._note_grouped(HEAD, head)
+        if isinstance(head, GroupedWeight | GroupedFloatWeight):
+            return self._note_form(HEAD, head)
         packed = pack_weight(embedding_VD)
         if packed is None:
             return embedding_VD
@@ -85,13 +83,8 @@ class RankRecorder:
         save_file(self._tensors, file, {name: digest_tensor(tensor) for name, tensor in self._tensors.items()})
 
     def _pack(self, name: str, weight: Weight) -> Weight:
-        if isinstance(weight, QuantizedWeight):
-            self._tensors[name], self._tensors[name + _SCALES] = weight.values_NK, weight.scales_N
-            return weight
-        if isinstance(weight, GroupedWeight):
-            return self._note_grouped(name, weight)
         if not isinstance(weight, Tensor | PackedWeight):
-            raise ValueError(f"{name} is a {type(weight).__name__}, which engine directories do not hold")
+            return self._note_form(name, weight)
         packed = weight if isinstance(weight, PackedWeight) else pack_weight(weight)
         if packed is None:
             assert isinstance(weight, Tensor)
@@ -99,12 +92,8 @@ class RankRecorder:
         self._tensors[name] = packed.values
         return packed
 
-    def _note_grouped(self, name: str, weight: GroupedWeight) -> GroupedWeight:
-        form = (weight.num_inputs, weight.group_size, weight.bits, weight.zero, weight.row_bits)
-        self._tensors[name], self._tensors[name + _SCALES] = weight.codes.contiguous(), weight.scales_NG.contiguous()
-        self._tensors[name + _FORM] = torch.tensor(form, dtype=torch.int64)
-        if weight.minimums_NG is not None:
-            self._tensors[name + _MINIMUMS] = weight.minimums_NG.contiguous()
+    def _note_form(self, name: str, weight: QuantizedForm) -> QuantizedForm:
+        self._tensors |= {each: tensor.contiguous() for each, tensor in tensors_of(name, weight)}
         return weight
 
     def _note(self, name: str, tensor: Tensor) -> Tensor:
@@ -159,21 +148,22 @@ class RankFile:
 
     def tied_head(self, embedding_VD: Tensor) -> Weight:
         head = self._matrix(HEAD, tuple(embedding_VD.shape)) if HEAD in self._places else embedding_VD
-        return head if isinstance(head, PackedWeight | GroupedWeight) else embedding_VD
+        return embedding_VD if isinstance(head, Tensor) else head
 
     def _rows(self, name: str, shape: tuple[int, ...]) -> Tensor:
         self._check_shape(name, self._place(name)["shape"], shape)
         return self._read(name).to(self._device, self._dtype)
 
     def _matrix(self, name: str, shape: tuple[int, ...]) -> Weight:
+        forms = FormReader(self._places.__contains__, self._read, self._dtype)
+        if forms.is_form(name):
+            return self._form(forms, name, shape)
         stored = self._place(name)["shape"]
         if _DTYPES[self._place(name)["dtype"]] == FP8:
             self._check_shape(name, stored, shape)
             self._check_shape(name + _SCALES, self._place(name + _SCALES)["shape"], shape[:1])
             values_NK, scales_N = (self._read(each).to(self._device) for each in (name, name + _SCALES))
             return QuantizedWeight(values_NK, scales_N, self._dtype)
-        if name + _FORM in self._places:
-            return self._grouped(name, shape)
         if len(stored) != _PACKED_DIMS:
             return self._rows(name, shape)
         num_outputs, num_inputs = shape
@@ -184,23 +174,12 @@ class RankFile:
             return packed
         return PackedWeight(packed.values.to(self._device), num_outputs, self._dtype).rows().to(self._dtype)
 
-    def _grouped(self, name: str, shape: tuple[int, ...]) -> GroupedWeight:
+    def _form(self, forms: FormReader, name: str, shape: tuple[int, ...]) -> Weight:
         if self._device.type != "cpu":
-            raise ValueError(f"{self._path}: {name} is of integers in groups, which are for CPUs")
-        num_inputs, group_size, bits, zero, row_bits = self._read(name + _FORM).tolist()
-        self._check_shape(name, (self._place(name)["shape"][0], num_inputs), shape)
-        has_minimums = name + _MINIMUMS in self._places
-        return GroupedWeight(
-            self._read(name),
-            self._read(name + _SCALES),
-            self._read(name + _MINIMUMS) if has_minimums else None,
-            num_inputs,
-            group_size,
-            bits,
-            zero,
-            self._dtype,
-            row_bits,
-        )
+            raise ValueError(f"{self._path}: {name} is quantized in a form that is for CPUs")
+        weight = forms.form(name)
+        self._check_shape(name, (weight.num_outputs, weight.num_inputs), shape)
+        return weight
 
     def _read(self, name: str) -> Tensor:
         place = self._place(name)

