@@ -18,7 +18,7 @@ from typing import Any, Final
 import ray
 from ray import serve
 from ray.actor import ActorHandle
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from tensorweave.cluster.cluster_resources import can_grow, read_cluster_resources
@@ -211,7 +211,10 @@ def _admin_line(config: ServeConfig) -> str:
 
 def _ports_taken_there(service_actor: ActorHandle[Any], host: str, ports: Sequence[int]) -> list[int]:
     """On the node of the service actor, where the routers will listen."""
-    taken: list[int] = ray.get(service_actor.taken_ports.remote(host, ports), timeout=_CONTROL_TIMEOUT_S)
+    try:
+        taken: list[int] = ray.get(service_actor.taken_ports.remote(host, ports), timeout=_CONTROL_TIMEOUT_S)
+    except GetTimeoutError:  # an OSError too
+        raise StartFailed(f"the service actor has not answered for {_CONTROL_TIMEOUT_S:g} s") from None
     return taken
 
 

@@ -236,6 +236,7 @@ def survives_its_actors(process: ServiceProcess, port: int, proxy_port: int) -> 
     [gang] = service_pools(port)[0]["gangs"]
     assert (gang["state"], [rank["pid"] for rank in gang["ranks"]]) == ("ready", [rank.pid for rank in ranks])
     assert num_generated(complete(port)) == 4
+    process.wait_line('"output_tokens": 4,', timeout_s=END_TIMEOUT_S)
 
     # Ray's own two agents look for the dead head for a minute before they end.
     agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
