@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from tensorweave.cluster.router_report import RouterReport
 from tensorweave.router.admin.router_table import IDLE_INTERVAL_S
@@ -23,7 +24,7 @@ async def report_for_ever(read: Callable[[], RouterReport], send: Callable[[Rout
         try:
             async with asyncio.timeout(_REPORT_TIMEOUT_S):
                 pause_s = await send(read())
-        except (TimeoutError, RayError) as error:
+        except (TimeoutError, RayError, RayServeException) as error:
             logger.info("the admin port was not told of this router: %s", type(error).__name__)
             pause_s = IDLE_INTERVAL_S
         await asyncio.sleep(pause_s)

@@ -10,6 +10,7 @@ import time
 import httpx
 import pytest
 from ray.exceptions import RayActorError
+from ray.serve.exceptions import RayServeException
 
 from tensorweave.cluster.router_report import RouterReport
 from tensorweave.deploy import admin_port, router_reports
@@ -68,7 +69,9 @@ def test_reports_go_on_whatever_becomes_of_them(monkeypatch: pytest.MonkeyPatch)
                 raise RayActorError
             case 3:
                 await asyncio.sleep(PATIENCE_S)
-            case 5:
+            case 4:
+                raise RayServeException
+            case 6:
                 is_enough.set()
         return 0.0
 
@@ -80,4 +83,4 @@ def test_reports_go_on_whatever_becomes_of_them(monkeypatch: pytest.MonkeyPatch)
 
     is_enough = asyncio.Event()
     asyncio.run(main())
-    assert sent[:5] == [0, 1, 2, 3, 4]
+    assert sent[:6] == [0, 1, 2, 3, 4, 5]
