@@ -30,6 +30,7 @@ def set_up_logging(settings: LogSettings, process: str, stream: TextIO | None = 
     """`process` names this one in its lines. Our own lines are written from `level` on, others' from WARNING on."""
     handler = logging.StreamHandler(stream or sys.__stderr__)
     handler.setFormatter(formatter_of(settings.format, process))
+    handler.addFilter(_is_ours_or_matters)
     root = logging.getLogger()
     for before in [each for each in root.handlers if isinstance(each.formatter, TextFormatter | JsonFormatter)]:
         root.removeHandler(before)
@@ -37,6 +38,11 @@ def set_up_logging(settings: LogSettings, process: str, stream: TextIO | None = 
     root.setLevel(logging.WARNING)
     logging.getLogger(OUR_LOGGER).setLevel(settings.level)
     logging.captureWarnings(True)
+
+
+def _is_ours_or_matters(record: logging.LogRecord) -> bool:
+    """A library may have set a level of its own, which the root's does not change."""
+    return record.levelno >= logging.WARNING or record.name.partition(".")[0] == OUR_LOGGER
 
 
 def formatter_of(kind: LogFormat, process: str) -> logging.Formatter:

@@ -18,7 +18,7 @@ from tensorweave.cluster.log_setup import LogSettings, formatter_of, set_up_logg
 
 @pytest.fixture
 def restored() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in (None, "tensorweave", "tensorweave.requests")]
+    loggers = [logging.getLogger(name) for name in (None, "tensorweave", "some")]
     before = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
     yield
     logging.captureWarnings(False)
@@ -34,6 +34,7 @@ def lines_of(settings: LogSettings) -> list[str]:
     set_up_logging(settings, "pools 100%", stream)
     ours, theirs = logging.getLogger("tensorweave.cluster.pool"), logging.getLogger("some.library")
     ours.info("gang %s is ready", "g-1")
+    logging.getLogger("some").setLevel(logging.DEBUG)
     theirs.info("never")
     theirs.warning("theirs")
     warnings.warn("odd\nthing", UserWarning, stacklevel=1)
