@@ -30,6 +30,9 @@ os.environ[NO_MEMORY_MONITOR] = "0"
 OVERLAP = "TENSORWEAVE_TEST_OVERLAP"
 """Set for processes of tests under --overlap."""
 
+LONG = "TENSORWEAVE_TEST_LONG"
+"""Set to 1, the tests that are marked as long run too."""
+
 HERE = Path(__file__).parent
 WHOLE_SERVICES = (HERE / "e2e", HERE / "chaos")
 PUBLIC_DEFAULTS = HERE / "unittest" / "api_stability"
@@ -40,6 +43,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if any(folder in item.path.parents for folder in WHOLE_SERVICES):
             item.add_marker(pytest.mark.slow)
+        if (long := item.get_closest_marker("long")) is not None and os.environ.get(LONG) != "1":
+            item.add_marker(pytest.mark.skip(reason=f"{long.args[0]}: {LONG}=1 runs it"))
         if config.getoption("--overlap") and PUBLIC_DEFAULTS in item.path.parents:
             item.add_marker(pytest.mark.skip(reason="--overlap changes a public default, which this test checks"))
 

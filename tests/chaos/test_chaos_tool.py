@@ -116,6 +116,7 @@ def test_clients_notice_no_fault_on_a_gpu(tmp_path: Path) -> None:
         assert (row["failed"], row["changed"]) == (0, 0), told
 
 
+@pytest.mark.long("takes half a minute")
 def test_failures_are_reported_and_a_signal_ends_all(tmp_path: Path) -> None:
     """Without recovery a killed gang's requests fail. Then SIGTERM in the next round: everything ends in order.
 

@@ -7,7 +7,6 @@ A few dozen requests on a small random model always; with TENSORWEAVE_TEST_LONG=
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,7 @@ from tests.workers.transfer_drive import Gang, model_gang, tcp_carriers
 SIZES = [(p, d) for p in (1, 2, 3) for d in (1, 2, 3)]
 LETTERS = [chr(code) for code in range(ord("!"), ord("~"))]
 PATIENCE_S = 600.0  # of a fetch and a lease: nothing may be recomputed because the machine is busy
-LONG = pytest.mark.skipif(
-    os.environ.get("TENSORWEAVE_TEST_LONG") != "1", reason="takes about an hour: TENSORWEAVE_TEST_LONG=1 runs it"
-)
+LONG = pytest.mark.long("takes about an hour")
 
 
 def make_gang(path: Path, size: int, chunked: bool, name: str, make_carrier: Any = tcp_carriers) -> Gang:

@@ -81,7 +81,10 @@ def check_disconnect(admin_url: str, client: openai.OpenAI) -> None:
     assert total(admin_url, "generation_tokens_total") - num_before < MANY_TOKENS, "it was not left to run to its end"
 
 
-@pytest.mark.parametrize("file", ["laptop.yaml", "laptop_aggregated.yaml"])
+AGGREGATED = pytest.param("laptop_aggregated.yaml", marks=pytest.mark.long("takes half a minute"))
+
+
+@pytest.mark.parametrize("file", ["laptop.yaml", AGGREGATED])
 def test_the_real_model_over_http(file: str) -> None:
     model = resolve_model(NAME)
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -120,7 +120,7 @@ def test_speculation_changes_no_token(model: Path, dtype: str) -> None:
     assert accepted > 10
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.long("takes half a minute"))])
 def test_tensor_parallel(model: Path, size: int) -> None:
     """Nine heads over three KV heads: three ranks divide them, two do not."""
     cache = KvCacheConfig(max_tokens=4096)

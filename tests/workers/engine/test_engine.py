@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,7 @@ from tests.workers.engine_drive import (
 from tests.workers.plain_forward import PlainModel
 from tests.workers.tiny_models import DENSE, MIXTURES, MODELS, VOCAB, make_model, their_greedy
 
-LONG = pytest.mark.skipif(
-    os.environ.get("TENSORWEAVE_TEST_LONG") != "1", reason="takes a minute: TENSORWEAVE_TEST_LONG=1 runs it"
-)
+LONG = pytest.mark.long("takes a minute")
 PROMPTS = [*random_prompts(5, 90), [7], [5] * 32, list(range(100, 133))]
 
 

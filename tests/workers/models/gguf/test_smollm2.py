@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from transformers import AutoTokenizer
 
@@ -13,9 +11,7 @@ from tests.workers.store.test_model_store import GREEDY
 
 pytestmark = [
     pytest.mark.model,
-    pytest.mark.skipif(
-        os.environ.get("TENSORWEAVE_TEST_LONG") != "1", reason="downloads 90 MB: TENSORWEAVE_TEST_LONG=1 runs it"
-    ),
+    pytest.mark.long("downloads 90 MB"),
 ]
 
 
