@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from tensorweave.cluster.errors import RequestRejected
@@ -72,6 +73,14 @@ def test_embeddings_equal_those_of_transformers(name: str, way: dict[str, Any], 
             for told, vector in zip(ours(gang, [free, *asked]), expected, strict=True):
                 np.testing.assert_allclose(told, vector, atol=TOLERANCE)
         gang.wait_idle()
+
+
+def test_a_model_that_was_saved_without_its_head(tmp_path: Path) -> None:
+    expected = theirs(make_model("llama_tied_9_over_3", tmp_path), PROMPTS[3])
+    file = tmp_path / "model.safetensors"
+    save_file({name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file)
+    with model_gang(tmp_path, 1, None) as gang:
+        np.testing.assert_allclose(ours(gang, [GenerateRequest("r", PROMPTS[3], SPEC)])[0], expected, atol=TOLERANCE)
 
 
 def test_an_engine_without_embeddings_refuses_them() -> None:

@@ -61,7 +61,8 @@ class TensorPlace:
 class SafetensorsDirectory:
     """`model.safetensors`, or the files that `model.safetensors.index.json` lists; memory-mapped.
 
-    `dtypes` are in safetensors' names. With `is_quantized`, tensors may be of types that need scales.
+    `dtypes` are in safetensors' names. With `is_quantized`, tensors may be of types that need scales. A model that was
+    saved without its output head, as embedding models are, has names without 'model.'; they get it here.
     """
 
     def __init__(self, path: str | Path, *, is_quantized: bool = False) -> None:
@@ -69,6 +70,7 @@ class SafetensorsDirectory:
         self.shapes: Shapes = {}
         self.dtypes: Mapping[str, str] = {}
         self._known = _DTYPES if is_quantized else _PLAIN_DTYPES
+        self._prefix = ""
         self._files = ExitStack()
         self._file_of: dict[str, Any] = {}
         self._path_of: dict[str, Path] = {}
@@ -82,14 +84,14 @@ class SafetensorsDirectory:
             raise
 
     def read(self, name: str, *index: slice) -> Tensor:
-        file = self._file_of[name]
-        tensor: Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
+        file, stored = self._file_of[name], name.removeprefix(self._prefix)
+        tensor: Tensor = file.get_slice(stored)[index] if index else file.get_tensor(stored)
         return tensor
 
     def places(self) -> Mapping[str, TensorPlace]:
         """Of all tensors, for readers of their own."""
         files = {self._path_of[name] for name in self.shapes}
-        return {name: place for file in sorted(files) for name, place in _places(file)}
+        return {self._prefix + name: place for file in sorted(files) for name, place in _places(file)}
 
     def _open(self) -> None:
         weight_map = self._weight_map()
@@ -103,7 +105,11 @@ class SafetensorsDirectory:
         if moved := [name for name, file in weight_map.items() if found.get(name) != file]:
             what = "lists tensors that are not in the file it names"
             raise ValueError(f"{self.path / _INDEX} {what}: {', '.join(moved[:_MOST_NAMED])}")
-        slices = {name: handle.get_slice(name) for name, handle in self._file_of.items()}
+        if "embed_tokens.weight" in found:
+            self._prefix = "model."
+            self._file_of = {self._prefix + name: handle for name, handle in self._file_of.items()}
+            self._path_of = {self._prefix + name: path for name, path in self._path_of.items()}
+        slices = {name: handle.get_slice(name.removeprefix(self._prefix)) for name, handle in self._file_of.items()}
         self.dtypes = {name: part.get_dtype() for name, part in slices.items()}
         if other := [name for name, dtype in self.dtypes.items() if dtype not in self._known]:
             kinds = ", ".join(f"{name} {self.dtypes[name]}" for name in other[:_MOST_NAMED])
