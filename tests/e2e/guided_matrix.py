@@ -10,6 +10,7 @@ tokens of the plain one. Prints a line of JSON per way, and exits with 1 if anyt
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -17,13 +18,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import jsonschema
 
-from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
+from tensorweave.cluster.errors import NotReady
+from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec, TokenChunk
 from tensorweave.router.guided.guide import guide_for
 from tensorweave.router.guided.params import GuideParams
 from tensorweave.router.text.chat_template import ChatPrompt
@@ -115,7 +117,29 @@ def serve(served: Served, way: str, asked: Sequence[GenerateRequest]) -> tuple[l
         return answers, gang.leader.gauges()["num_preemptions_total"]
 
 
+def _compile(gang: Gang, requests: Sequence[GenerateRequest]) -> None:
+    """Until the gang has all the requests' grammars. On a busy machine a trial may be late, and is tried again."""
+    waiting = list({request.sampling.guide: request for request in requests}.values())
+    num_asked = 0
+    while waiting:
+        num_asked += 1
+        asked = replace(
+            waiting[0], request_id=f"compile-{num_asked}", sampling=replace(waiting[0].sampling, max_tokens=1)
+        )
+        gang.leader.enqueue_request(asked)
+        chunks: list[TokenChunk] = []
+        while not any(chunk.is_last for chunk in chunks):
+            chunks += gang.leader.await_responses(timeout_s=1.0)
+        if chunks[-1].error is None:
+            waiting.pop(0)
+        else:
+            assert isinstance(chunks[-1].error, NotReady), chunks[-1].error
+
+
 def _answers(gang: Gang, prefill: Gang | None, requests: Sequence[GenerateRequest]) -> list[Answer]:
+    for each in (gang, prefill):
+        if each is not None:
+            _compile(each, requests)
     if prefill is None:
         client = Client(gang)
         return client.wait(gang.leader.enqueue_requests(requests), ANSWERS_TIMEOUT_S)
@@ -149,10 +173,19 @@ def open_model(name: str, max_tokens: int) -> Iterator[Served]:
         tokenizer = Tokenizer.load(path)
         trials = SharedTrials(TokenizerSource(str(path)), load_model_config(path).sizes.vocab_size)
         try:
-            trials.vocabulary()
+            _await_vocabulary(trials)
             yield Served(path, tokenizer, trials, max_tokens)
         finally:
             trials.close_at_last()
+
+
+def _await_vocabulary(trials: SharedTrials) -> None:
+    """Also on a machine that is so busy that reading the tokenizer takes minutes."""
+    for _ in range(10):
+        with contextlib.suppress(NotReady):
+            trials.vocabulary()
+            return
+    trials.vocabulary()
 
 
 def main() -> None:
