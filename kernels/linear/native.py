@@ -11,12 +11,14 @@ from torch import Tensor
 from tensorweave.kernels.linear import reference
 from tensorweave.kernels.linear.grouped import PackedGroupedLinear
 from tensorweave.kernels.linear.reference import Linear
+from tensorweave.kernels.linear.scaled import make_scaled
 from tensorweave.kernels.native.library import NativeKernels
 from tensorweave.kernels.native.structures import Matrix, MatrixForm
 from tensorweave.kernels.weights import (
     GroupedFloatWeight,
     GroupedWeight,
     PackedWeight,
+    QuantizedWeight,
     ReorderedWeight,
     StackedWeight,
     Weight,
@@ -78,8 +80,8 @@ class MakeNativeLinear:
             return reference.make_composite(weight, bias_N, self)
         if isinstance(weight, GroupedFloatWeight) and weight.kind == "e2m1":
             weight = weight.in_integers()
-        if not isinstance(weight, PackedWeight | GroupedWeight | Tensor):
-            return reference.make_linear(weight, bias_N)
+        if isinstance(weight, QuantizedWeight | GroupedFloatWeight):
+            return make_scaled(weight, bias_N, self) or reference.make_linear(weight, bias_N)
         if isinstance(weight, GroupedWeight):
             grouped = PackedGroupedLinear.of(self.native, weight, bias_N)
             return reference.make_linear(weight, bias_N) if grouped is None else grouped
