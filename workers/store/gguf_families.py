@@ -6,7 +6,7 @@ llama.cpp calls Llama, Mistral and what has their form `llama`, and stores rows 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -29,6 +29,14 @@ _LAYER: Final = {
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_PHI3_LAYER: Final = {
+    "attn_norm": "input_layernorm",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.gate_up_proj",
     "ffn_down": "mlp.down_proj",
 }
 ROPE_FACTORS: Final = "rope_freqs.weight"
@@ -54,6 +62,7 @@ _HYPERPARAMETERS: Final = (
     "rope.scaling.type",
     "vocab_size",
 )
+_WINDOW, _ROTATED = "attention.sliding_window", "rope.dimension_count"
 _LLAMA3_SCALINGS: Final = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192))
 """Factor, low and high frequency factor, original length: of Llama 3.1 and of Llama 3.2."""
 _DEFAULT_THETA: Final = 10_000.0
@@ -61,20 +70,23 @@ _DEFAULT_THETA: Final = 10_000.0
 
 @dataclass(frozen=True, slots=True)
 class GgufFamily:
-    """`has_neighbours`: rows of q and k are in the order in which neighbours are rotated together."""
+    """`has_neighbours`: rows of q and k are in the order in which neighbours are rotated together. `has_windows`:
+    layers may have a sliding window, and part of each head may be rotated."""
 
     architecture: str
     model_type: str
     has_neighbours: bool = False
+    has_windows: bool = False
     fixed: Mapping[str, Any] | None = None
+    layer_names: Mapping[str, str] = field(default_factory=lambda: _LAYER)
 
     def hf_name(self, name: str) -> str | None:
         """The name of a tensor in a Hugging Face checkpoint; None: the family has no such tensor."""
         if name in _OUTER:
             return _OUTER[name]
         match name.split("."):
-            case ["blk", layer, part, "weight" | "bias" as kind] if part in _LAYER:
-                return f"model.layers.{layer}.{_LAYER[part]}.{kind}"
+            case ["blk", layer, part, "weight" | "bias" as kind] if part in self.layer_names:
+                return f"model.layers.{layer}.{self.layer_names[part]}.{kind}"
         return None
 
 
@@ -83,6 +95,7 @@ FAMILIES: Final[Mapping[str, GgufFamily]] = {
         "LlamaForCausalLM", "llama", has_neighbours=True, fixed={"attention_bias": False, "mlp_bias": False}
     ),
     "qwen2": GgufFamily("Qwen2ForCausalLM", "qwen2"),
+    "phi3": GgufFamily("Phi3ForCausalLM", "phi3", has_windows=True, layer_names=_PHI3_LAYER),
     "qwen3": GgufFamily("Qwen3ForCausalLM", "qwen3", fixed={"attention_bias": False}),
 }
 
@@ -101,12 +114,13 @@ def hf_config(header: GgufHeader, rope_factors: np.ndarray[Any, Any] | None, dty
         ValueError: the file's metadata say what is not computed; names the key.
     """
     family, prefix = find_family(header), f"{header.architecture}."
-    header.refuse_unread({prefix + key for key in _HYPERPARAMETERS}, _DESCRIBED)
+    own = (_WINDOW,) if family.has_windows else ()
+    header.refuse_unread({prefix + key for key in (*_HYPERPARAMETERS, *own)}, _DESCRIBED)
     if header.fields.get("split.count", 1) != 1:
         raise header.wrong("split.count", "1: merge the parts with llama-gguf-split --merge")
     heads, hidden = header.required(prefix + "attention.head_count"), header.required(prefix + "embedding_length")
     head_dim = header.fields.get(prefix + "attention.key_length", hidden // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
+    for key in ("attention.value_length",) if family.has_windows else ("attention.value_length", _ROTATED):
         if header.fields.get(prefix + key, head_dim) != head_dim:
             raise header.wrong(prefix + key, f"the size of a head ({head_dim})")
     length = header.required(prefix + "context_length")
@@ -114,6 +128,7 @@ def hf_config(header: GgufHeader, rope_factors: np.ndarray[Any, Any] | None, dty
         "architectures": [family.architecture],
         "model_type": family.model_type,
         **(family.fixed or {}),
+        **(_windows(header, head_dim) if family.has_windows else {}),
         **special_ids(header),
         "dtype": dtype,
         "head_dim": head_dim,
@@ -128,6 +143,16 @@ def hf_config(header: GgufHeader, rope_factors: np.ndarray[Any, Any] | None, dty
         "rope_parameters": _rope(header, rope_factors, head_dim),
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "vocab_size": header.tensors["token_embd.weight"].shape[0],
+    }
+
+
+def _windows(header: GgufHeader, head_dim: int) -> dict[str, Any]:
+    prefix = f"{header.architecture}."
+    rotated = header.fields.get(prefix + _ROTATED, head_dim)
+    return {
+        "sliding_window": header.fields.get(prefix + _WINDOW) or None,
+        "original_max_position_embeddings": header.required(prefix + "context_length"),
+        **({} if rotated == head_dim else {"partial_rotary_factor": rotated / head_dim}),
     }
 
 

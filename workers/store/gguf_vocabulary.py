@@ -45,6 +45,7 @@ SPLITTINGS: Final[Mapping[str, Splitting]] = {
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama-bpe": _LLAMA3,
+    "dbrx": Splitting(_LLAMA3.pattern),
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
 }

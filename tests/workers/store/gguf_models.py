@@ -24,11 +24,13 @@ _PARTS = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
 _OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -55,7 +57,7 @@ def write_gguf_model(
     """`kind_of` gives the kind of a matrix by its name in the file."""
     folder = file.parent / "plain"
     model = make_model(family, folder, **{**SIZES, **ROPE, "rms_norm_eps": 1e-5, **changes})
-    config, writer = model.config, gguf.GGUFWriter(file, family)
+    config, writer = model.config, gguf.GGUFWriter(file, family.partition("_")[0])
     _write_metadata(writer, config)
     add(writer)
     plain = {}

@@ -58,6 +58,18 @@ def test_tokens_of_one_kind(kind: str, family: str, size: int, changes: dict[str
     assert generate_on_ranks(file, size, prompts, 6) == their_greedy(model, prompts, 6)
 
 
+def test_phi_3s_fused_matrices_windows_and_partial_rotation(tmp_path: Path) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_sliding_window(29)
+        writer.add_rope_dimension_count(32)
+
+    file = tmp_path / "model.gguf"
+    rope = {"rope_theta": 1e5, "rope_type": "default", "partial_rotary_factor": 0.5}
+    model = write_gguf_model(file, of_a_mixture, family="phi3_window", add=add, rope_parameters=rope)
+    prompts = random_prompts(3, 60)
+    assert generate_on_ranks(file, 2, prompts, 6) == their_greedy(model, prompts, 6)
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_tokens_of_a_mixture_of_kinds(size: int, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
