@@ -134,7 +134,7 @@ class TorchLlmArgs(StrictBaseModel):
 
     refused: ClassVar[Mapping[str, Refusal]] = LLM_ARGS
 
-    model: str | Path = Field(description="A Hugging Face model directory, a hub id, or an engine directory.")
+    model: str | Path = Field(description="A Hugging Face model directory, GGUF file, hub id, or engine directory.")
     tokenizer: Any = Field(None, description="Directory, hub id or tokenizer instance. Default: the model's own.")
     tokenizer_mode: Literal["auto", "slow"] = Field(
         "auto", description="'auto' prefers the fast tokenizer; 'slow' goes through transformers' Python code."

@@ -26,7 +26,8 @@ class BaseLLM:
     that made it: in a forked child every method raises RuntimeError.
 
     Args:
-        model: A Hugging Face model directory, an engine directory, a hub id, or `smollm2-135m-instruct`.
+        model: A Hugging Face model directory, an engine directory, a GGUF file, a hub id, or a name of `tensorweave
+            models list`.
         tokenizer: Directory, hub id or tokenizer instance; default: the model's own.
         tokenizer_mode: 'auto' prefers the fast tokenizer; 'slow' goes through transformers' Python code.
         skip_tokenizer_init: Load no tokenizer; prompts are token ids and outputs have no text.
