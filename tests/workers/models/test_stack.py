@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from tensorweave.kernels.attention.backend import AttentionShape, Span
+from tensorweave.kernels.linear.reference import Linear
 from tensorweave.kernels.native.library import load_native
 from tensorweave.kernels.operations import Operations, choose_operations
+from tensorweave.kernels.quantize_integers import quantize_integers
+from tensorweave.kernels.weights import Weight
 from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.models.decoder_layer import Attention, DecoderLayer, GatedMlp
 from tensorweave.workers.models.forward_inputs import ForwardInputs
@@ -22,9 +26,12 @@ WINDOWS = (None, 5)
 CPU = torch.device("cpu")
 
 
-def make_layer(operations: Operations, window: int | None) -> DecoderLayer:
-    def linear(num_outputs: int, num_inputs: int) -> Tensor:
-        return operations.make_linear(torch.randn(num_outputs, num_inputs) / num_inputs**0.5, None)
+def make_layer(operations: Operations, window: int | None, bits: Literal[4, 8] | None = None) -> DecoderLayer:
+    def linear(num_outputs: int, num_inputs: int) -> Linear:
+        weight: Weight = torch.randn(num_outputs, num_inputs) / num_inputs**0.5
+        if bits is not None:
+            weight = quantize_integers(weight, bits=bits, group_size=32, row_bits=16, has_minimums=bits == 4)
+        return operations.make_linear(weight, None)
 
     def norm() -> RmsNorm:
         return RmsNorm(operations.add_rms_norm, torch.rand(HIDDEN), EPSILON)
@@ -58,10 +65,11 @@ def run(stack: DecoderStack, operations: Operations, x: Tensor, caches: list[Ten
 
 
 @pytest.mark.skipif(load_native(torch.float32) is None, reason="no compiler")
-def test_both_stacks_give_the_same_bits_and_count_their_layers() -> None:
+@pytest.mark.parametrize("bits", [(None, None), (8, 8), (4, None)], ids=["plain", "integers", "mixed"])
+def test_both_stacks_give_the_same_bits_and_count_their_layers(bits: tuple[Literal[4, 8] | None, ...]) -> None:
     torch.manual_seed(0)
     operations = choose_operations(CPU, torch.float32, H)
-    layers = [make_layer(operations, window) for window in WINDOWS]
+    layers = [make_layer(operations, *layer) for layer in zip(WINDOWS, bits, strict=True)]
     stacks = [make_stack(layers, can_be_native=is_whole) for is_whole in (True, False)]
     assert [type(stack) for stack in stacks] == [NativeStack, TorchStack]
     x, cache = torch.randn(8, HIDDEN), torch.randn(4, 2 * KV_HEADS, P, H)
