@@ -171,7 +171,8 @@ def filtered_messages(
     def print_rest(data: dict[str, Any], ignore_prefix: bool) -> None:
         lines = [line for line in data["lines"] if not is_dropped(line)]
         if show is not None:
-            show({**data, "lines": lines})
+            is_scaler = data.get("pid") == "autoscaler"
+            show({**data, "lines": list(worker.filter_autoscaler_events(lines)) if is_scaler else lines})
         elif lines or not data["lines"]:
             before({**data, "lines": lines}, ignore_prefix)
 

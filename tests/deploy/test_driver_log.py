@@ -22,16 +22,20 @@ def test_progress_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "tensorweave: starting Ray\n"
 
 
-def test_everything_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Ray's own filter, which asks the cluster: most of what an autoscaler writes is not for drivers.
+    monkeypatch.setattr(worker, "filter_autoscaler_events", lambda lines: [line for line in lines if "events" in line])
     handlers, print_before = list(logging.getLogger().handlers), worker.print_to_stdstream
     with driver_log(LogSettings("json")):
         report("starting Ray")
         logging.getLogger("tensorweave.deploy.monitor").warning("odd")
         worker.print_to_stdstream(FORWARDED, False)
+        worker.print_to_stdstream({**FORWARDED, "pid": "autoscaler", "lines": ["it took 0.0 s", "events"]}, False)
     entries = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [(entry["process"], entry["level"], entry["message"]) for entry in entries] == [
         ("driver", "INFO", "starting Ray"),
         ("driver", "WARNING", "odd"),
         ("RankWorker", "INFO", "one line"),
+        ("RankWorker", "INFO", "events"),
     ]
     assert (logging.getLogger().handlers, worker.print_to_stdstream) == (handlers, print_before)
