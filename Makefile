@@ -75,9 +75,9 @@ endif
 
 pytest: install
 ifdef COVERAGE
-	$(PYTEST) -m '$(UNIT)' --cov --cov-report=
-	@$(BIN)/python .ci/coverage_table.py
-	$(PYTEST) -m 'not ($(UNIT))'
+	failed=0; $(PYTEST) -m '$(UNIT)' --cov --cov-report= || failed=1; \
+	$(BIN)/python .ci/coverage_table.py; \
+	$(PYTEST) -m 'not ($(UNIT))' || failed=1; exit $$failed
 else
 	$(PYTEST)
 endif

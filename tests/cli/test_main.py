@@ -95,7 +95,10 @@ def test_models_are_listed_and_unknown_ones_refused(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert main(["models", "list"]) == 0
-    assert capsys.readouterr().out == "smollm2-135m-instruct, smollm2  (Apache-2.0; absent)\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "smollm2-135m-instruct, smollm2  (Apache-2.0; absent)",
+        "smollm2-135m-instruct-q4_1, smollm2-gguf  (Apache-2.0; absent)",
+    ]
     assert main(["models", "fetch", "gpt-17"]) == 2
     assert "unknown model 'gpt-17'; known: smollm2-135m-instruct" in capsys.readouterr().err
     assert main(["models", "path", str(tmp_path)]) == 0
