@@ -3,8 +3,8 @@ native products; and torch.
 
     python benchmarks/mixture.py --threads 2
 
-Milliseconds of one layer, router included: the least of the calls that fit in half a second, and their median. The forms
-take turns.
+Milliseconds of one layer, router included: the least of the calls that fit in half a second, and their median. The
+forms take turns.
 """
 
 from __future__ import annotations
