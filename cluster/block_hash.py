@@ -11,6 +11,15 @@ from hashlib import blake2b
 from typing import Final
 
 HASH_BYTES: Final = 8
+_OWN_PREFIXES: Final = ("adapter:", "salt:")
+
+
+def cache_key(salt: str | None, adapter: bytes | None = None) -> str | None:
+    """The salt under which the KV of a request is kept: KV is shared among requests with the same salt and the same
+    adapter (its digest). No two pairs have the same key, whatever salts clients choose."""
+    if adapter is not None:
+        return f"adapter:{adapter.hex()}" if salt is None else f"adapter:{adapter.hex()}:{salt}"
+    return f"salt:{salt}" if salt is not None and salt.startswith(_OWN_PREFIXES) else salt
 
 
 def root_hash(salt: str | None) -> bytes:

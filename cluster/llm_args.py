@@ -14,6 +14,7 @@ from pydantic import field_validator, model_validator
 
 from tensorweave.cluster.cuda_graph_config import CudaGraphConfig
 from tensorweave.cluster.llm_args_refused import CACHE_TRANSCEIVER, KV_CACHE, LLM_ARGS, SCHEDULER, Refusal
+from tensorweave.cluster.lora_config import LoraConfig
 from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.moe_config import MoeConfig, expert_groups
 from tensorweave.cluster.quant_config import QuantConfig, weight_quantization
@@ -188,6 +189,12 @@ class TorchLlmArgs(StrictBaseModel):
         discriminator="decoding_type",
         description="Draft tokens and verify several in one step; the tokens are the same. On CPUs. Default: none.",
     )
+    enable_lora: bool = Field(
+        False, status="beta", description="Take requests with a LoRARequest. On CPUs. See docs/lora.md."
+    )
+    lora_config: LoraConfig | None = Field(
+        None, status="beta", description="Limits of LoRA adapters. It switches them on, as enable_lora does."
+    )
     max_batch_size: int | None = Field(
         None, status="beta", ge=1, description="Most requests in one step. Default: 512 on a GPU, 256 on a CPU."
     )
@@ -334,6 +341,8 @@ class TorchLlmArgs(StrictBaseModel):
             raise ValueError(
                 f"backend '_autodeploy' runs on one rank; tensor_parallel_size is {self.tensor_parallel_size}"
             )
+        if self.backend == "_autodeploy" and (self.enable_lora or self.lora_config is not None):
+            raise ValueError("backend '_autodeploy' takes no LoRA adapters: leave enable_lora and lora_config out")
         is_quantized = weight_quantization(self.quant_config) or kv_cache_dtype(self) != "auto"
         if self.backend == "_autodeploy" and is_quantized:
             raise ValueError("backend '_autodeploy' runs checkpoints as they are: no quant_config, no 8-bit KV cache")
@@ -353,6 +362,11 @@ def gang_mesh(args: TorchLlmArgs) -> Mesh:
     tensor = args.tensor_parallel_size
     expert = expert_groups(tensor, args.moe_tensor_parallel_size, args.moe_expert_parallel_size)
     return Mesh(tensor=tensor, expert=expert)
+
+
+def adapter_config(args: TorchLlmArgs) -> LoraConfig | None:
+    """None where adapters are off. A `lora_config` switches them on, whatever `enable_lora` is."""
+    return args.lora_config or (LoraConfig() if args.enable_lora else None)
 
 
 def kv_cache_dtype(args: TorchLlmArgs) -> Literal["auto", "fp8"]:

@@ -24,7 +24,6 @@ def _off(advice: str) -> Refusal:
 
 
 _ONE_RANK: Final = "gangs are tensor-parallel only; use tensor_parallel_size"
-_LORA: Final = "merge the adapter into the checkpoint and load that"
 _ONE_STEP: Final = "a step starts as soon as there is work"
 
 LLM_ARGS: Final[Mapping[str, Refusal]] = {
@@ -36,9 +35,7 @@ LLM_ARGS: Final[Mapping[str, Refusal]] = {
     "enable_lm_head_tp_in_adp": _off("gangs have no data-parallel ranks"),
     "attention_dp_config": Refusal("gangs have no data-parallel ranks"),
     "moe_cluster_parallel_size": Refusal("use moe_tensor_parallel_size and moe_expert_parallel_size", (None, 1)),
-    "enable_lora": _off(_LORA),
-    "lora_config": Refusal(_LORA),
-    "peft_cache_config": Refusal(_LORA),
+    "peft_cache_config": Refusal("lora_config.max_cpu_loras bounds the adapters in memory"),
     "enable_prompt_adapter": _off("put the prompt's text or token ids into inputs"),
     "decoding_config": Refusal("use speculative_config"),
     "max_beam_width": Refusal("use SamplingParams.n and best_of with a temperature", (None, 1)),
@@ -84,6 +81,13 @@ KV_CACHE: Final[Mapping[str, Refusal]] = {
     "use_uvm": _off("the cache is in the device's own memory"),
     "max_gpu_total_bytes": Refusal("max_tokens bounds the cache", (None, 0)),
     "iteration_stats_interval": Refusal("every step is recorded", (None, 1)),
+}
+
+LORA: Final[Mapping[str, Refusal]] = {
+    "lora_dir": Refusal("each LoRARequest names its directory, and a service's adapters theirs", (None, [])),
+    "lora_ckpt_source": Refusal("adapters are PEFT directories", (None, "hf")),
+    "trtllm_modules_to_hf_modules": Refusal("modules have the checkpoint's names", (None, {})),
+    "swap_gate_up_proj_lora_b_weight": Refusal("gate and up have the checkpoint's order"),
 }
 
 _OTHER_ALGORITHMS: Final = "it belongs to algorithms that are not here"

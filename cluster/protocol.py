@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
+from tensorweave.cluster.adapter import Adapter, adapter_or_none
 from tensorweave.cluster.errors import TensorweaveError, WireError, error_from_wire
 from tensorweave.cluster.fields import as_bytes, checked
 from tensorweave.cluster.guide import BackendChoice
@@ -26,6 +27,7 @@ from tensorweave.cluster.sampling_spec import SamplingSpec
 __all__ = [
     "DEFAULT_RETENTION_PRIORITY",
     "PROTOCOL_VERSION",
+    "Adapter",
     "FinishReason",
     "GangAddress",
     "GenerateRequest",
@@ -90,6 +92,8 @@ class GenerateRequest:
 
     For an answer that nobody reads token by token, the gang may send up to `answer_every` tokens in one chunk, the
     first ones in smaller chunks: each chunk costs the gang's host more time than a token.
+
+    An `adapter` is loaded by the gang where it is not yet.
     """
 
     request_id: str
@@ -104,6 +108,7 @@ class GenerateRequest:
     grace_s: float = 0.0
     num_replayed: int = 0
     answer_every: int = 1
+    adapter: Adapter | None = None
 
     def to_wire(self) -> list[Any]:
         return [
@@ -119,13 +124,14 @@ class GenerateRequest:
             self.grace_s,
             self.num_replayed,
             self.answer_every,
+            None if self.adapter is None else self.adapter.to_wire(),
         ]
 
     @classmethod
     def from_wire(cls, fields: Any) -> GenerateRequest:
         try:
             request_id, prompt, sampling, deadline_s, priority, salt, retention, offer, fetch, *rest = fields
-            grace_s, replayed, answer_every = rest
+            grace_s, replayed, answer_every, adapter = rest
         except (TypeError, ValueError) as error:
             raise WireError(f"malformed request: {error}") from None
         return cls(
@@ -141,6 +147,7 @@ class GenerateRequest:
             checked(grace_s, "grace_s", float, int),
             checked(replayed, "num_replayed", int),
             checked(answer_every, "answer_every", int),
+            adapter_or_none(adapter),
         )
 
 

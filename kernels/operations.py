@@ -30,6 +30,8 @@ from tensorweave.kernels.heads.native import NativePlaceHeads
 from tensorweave.kernels.heads.reference import HeadNorms, place_heads
 from tensorweave.kernels.linear.native import MakeNativeLinear
 from tensorweave.kernels.linear.reference import Linear, make_linear
+from tensorweave.kernels.lora.native import NativeAdapters
+from tensorweave.kernels.lora.reference import AdapterKernels, ReferenceAdapters
 from tensorweave.kernels.mixture.gated_sum import NativeAddGated, add_gated
 from tensorweave.kernels.mixture.native import MakeNativeExperts
 from tensorweave.kernels.mixture.reference import EachExpert, ExpertGroup, Experts
@@ -90,6 +92,7 @@ class Operations:
     make_attention: MakeAttention
     make_experts: MakeExperts
     add_gated: AddGated
+    adapters: AdapterKernels
     has_native_attention: bool = False
 
 
@@ -113,6 +116,7 @@ def choose_operations(
         make_attention=partial(NativeAttention, native) if has_native_attention else reference.make_attention,
         make_experts=MakeNativeExperts(native),
         add_gated=NativeAddGated(native),
+        adapters=NativeAdapters(native),
         has_native_attention=has_native_attention,
     )
 
@@ -129,6 +133,7 @@ def reference_operations(device: torch.device, dtype: torch.dtype) -> Operations
         make_attention=partial(TorchAttention, device, dtype),
         make_experts=EachExpert,
         add_gated=add_gated,
+        adapters=ReferenceAdapters(device),
     )
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         SchedulerConfig,
         TorchLlmArgs,
     )
+    from tensorweave.cluster.lora_config import LoraConfig
     from tensorweave.cluster.moe_config import MoeConfig
     from tensorweave.cluster.quant_config import QuantAlgo, QuantConfig
     from tensorweave.cluster.speculation_config import NGramDecodingConfig, UserProvidedDecodingConfig
@@ -39,6 +40,7 @@ _HOMES = {
     "CacheTransceiverConfig": "tensorweave.cluster.llm_args",
     "KvCacheConfig": "tensorweave.cluster.llm_args",
     "LlmArgs": "tensorweave.cluster.llm_args",
+    "LoraConfig": "tensorweave.cluster.lora_config",
     "SchedulerConfig": "tensorweave.cluster.llm_args",
     "TorchLlmArgs": "tensorweave.cluster.llm_args",
     "MoeConfig": "tensorweave.cluster.moe_config",
@@ -75,6 +77,7 @@ __all__ = [
     "LlmArgs",
     "LoRARequest",
     "Logprob",
+    "LoraConfig",
     "MoeConfig",
     "NGramDecodingConfig",
     "PreprocessedInputs",

@@ -53,7 +53,7 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
         "http": "anthropic bodies deadline.py dispatch http/body_memory.py http/request_record.py openai "
         "openai/prepare.py responses "
         "service.py text time_slice.py",
-        "admin": "http http/body_memory.py",
+        "admin": "http http/body_memory.py openai",
     },
     "workers": {
         "start_log.py": "",
@@ -67,12 +67,13 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
         "kv": "step",
         "models": "gang",
         "engine_dir": "gang models store",
-        "engine": "engine_dir gang models start_log.py step store",
+        "lora": "gang models step",
+        "engine": "engine_dir gang lora models start_log.py step store",
         "autodeploy": "engine engine_dir gang models step store",
         "transfer": "engine gang step",
-        "executor": "engine gang guided sampling step",
-        "build.py": "autodeploy engine engine_dir executor gang guided kv models sampling speculation start_log.py "
-        "step store transfer",
+        "executor": "engine gang guided lora sampling step",
+        "build.py": "autodeploy engine engine_dir executor gang guided kv lora models sampling speculation "
+        "start_log.py step store transfer",
         "rank_process.py": "",
         "rank.py": "build.py engine_dir executor gang leader rank_process.py sampling start_log.py step store transfer",
         "fakes": "engine executor gang kv rank.py sampling step",

@@ -11,14 +11,15 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from tensorweave.cluster.llm_args import CacheTransceiverConfig, TorchLlmArgs, gang_mesh, kv_cache_dtype
+from tensorweave.cluster.llm_args import CacheTransceiverConfig, TorchLlmArgs, adapter_config, gang_mesh, kv_cache_dtype
+from tensorweave.cluster.lora_config import most_in_memory, most_in_step
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.cluster.quant_config import weight_quantization
 from tensorweave.cluster.speculation_config import UserProvidedDecodingConfig
 from tensorweave.cluster.step_settings import StepSettings
 from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.device_memory import naming_knobs
-from tensorweave.workers.engine.engine import ModelEngine
+from tensorweave.workers.engine.engine import ModelEngine, PyTorchModelEngine
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.engine_dir.directory import check_fit
@@ -35,6 +36,8 @@ from tensorweave.workers.guided.guides import Guides, NoGuides, RankGuides
 from tensorweave.workers.guided.trials import Trials
 from tensorweave.workers.guided.vocabulary import TokenizerSource
 from tensorweave.workers.kv.manager import KVCacheManager
+from tensorweave.workers.lora.adapters import Adapters, NoAdapters, RankAdapters
+from tensorweave.workers.lora.scheduling import AdapterLimitedScheduler
 from tensorweave.workers.models.checkpoint import refuse_adapters
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.generation_config import load_sampling_defaults
@@ -85,6 +88,11 @@ def build_executor(
             "speculative_config is for CPUs so far: a GPU's steps keep their tokens on the device. Leave it out, or "
             "set device to 'cpu'"
         )
+    if adapter_config(args) is not None and device_type != "cpu":
+        raise ValueError(
+            "enable_lora is for CPUs so far: the steps of a GPU have no kernels for adapters. Leave it and lora_config "
+            "out, or set device to 'cpu'"
+        )
     engine = _load_engine(args, comm, num_ranks_here, log)
     kv_cache = _make_kv_cache(args, engine.info, event_buffer_size)
     scheduler = _make_scheduler(args, settings, kv_cache)
@@ -105,17 +113,19 @@ def build_executor(
         make_drafter=_make_drafter,
         on_gpu=device_type == "cuda",
     )
+    adapters = _make_adapters(args, engine, comm, transfer_host)
     executor = PyExecutor(
         engine=engine,
         scheduler=scheduler,
         resources=ResourceManager(
-            [decoder.states, *engine.resource_managers, *speculating.resource_managers, kv_cache]
+            [decoder.states, *engine.resource_managers, *speculating.resource_managers, *adapters.managers, kv_cache]
         ),
         decoder=speculating.decoder,
         speculation=speculating.speculation,
         comm=comm,
         info=dataclasses.replace(engine.info, guided_decoding_backend=args.guided_decoding_backend),
         guides=_make_guides(args, engine, comm, transfer_host),
+        adapters=adapters,
         transfers=_make_transfers(args, engine, kv_cache, comm, transfer_host, transfer_secret),
         disable_overlap_scheduler=not settings.overlaps,
         max_requests=args.max_queued_requests,
@@ -145,7 +155,7 @@ def _make_scheduler(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -
         "share": _prompt_share(args, settings, kv_cache),
         "counts_on_ends": args.speculative_config is None,
     }
-    return scheduler_class(
+    scheduler = scheduler_class(
         kv_cache,
         policy=args.scheduler_config.capacity_scheduler_policy,
         max_batch_size=settings.max_batch_size,
@@ -154,6 +164,8 @@ def _make_scheduler(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -
         chunking_policy=args.scheduler_config.context_chunking_policy,
         **(own if scheduler_class is SimpleScheduler else {}),
     )
+    adapters = adapter_config(args)
+    return scheduler if adapters is None else AdapterLimitedScheduler(scheduler, most_in_step(adapters))
 
 
 def _prompt_share(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -> PromptShare:
@@ -179,6 +191,16 @@ def _make_guides(args: TorchLlmArgs, engine: ModelEngine, comm: Comm, host: str)
     )
     trials = Trials(source, engine.info.vocab_size)
     return RankGuides(comm.rank, comm.size, trials, open_report_channel(comm, host), engine.pool.cache.device)
+
+
+def _make_adapters(args: TorchLlmArgs, engine: ModelEngine, comm: Comm, host: str) -> Adapters:
+    config = adapter_config(args)
+    if config is None:
+        return NoAdapters()
+    assert isinstance(engine, PyTorchModelEngine)
+    assert engine.adapter_reader is not None
+    reports = open_report_channel(comm, host)
+    return RankAdapters(comm.rank, comm.size, most_in_memory(config), engine.adapter_reader, reports)
 
 
 def _make_transfers(

@@ -34,6 +34,7 @@ int vector_length(void) { return VL; }
 #include "elementwise.h"
 #include "linear.h"
 #include "grouped_rows.h"
+#include "lora.h"
 #include "layers.h"
 #include "mixture.h"
 #undef ELEM
@@ -49,9 +50,11 @@ int vector_length(void) { return VL; }
 #include "elementwise.h"
 #include "linear.h"
 #include "grouped_rows.h"
+#include "lora.h"
 #include "layers.h"
 #include "mixture.h"
 
 const int64_t sizeof_query_tile = sizeof(query_tile), sizeof_window_plan = sizeof(window_plan), sizeof_matrix = sizeof(matrix),
               sizeof_decoder_layer = sizeof(decoder_layer), sizeof_stack_step = sizeof(stack_step), sizeof_expert = sizeof(expert),
-              sizeof_mixture = sizeof(mixture);
+              sizeof_mixture = sizeof(mixture), sizeof_update_part = sizeof(update_part), sizeof_update_site = sizeof(update_site),
+              sizeof_update_segment = sizeof(update_segment), sizeof_update_block = sizeof(update_block);

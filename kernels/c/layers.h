@@ -17,6 +17,7 @@ typedef struct {
     matrix qkv, output, gate_up, down;
     int64_t window; /* which of a step's window_plans */
     int64_t rope;   /* which of its rope_tables */
+    int64_t qkv_site, output_site, gate_up_site, down_site; /* the numbers by which adapters know these products */
 } decoder_layer;
 
 typedef struct {
@@ -34,8 +35,10 @@ typedef struct {
     void *x;                 /* [num_tokens, D], the residual stream, changed in place */
     void *scratch;           /* layers_scratch elements */
     float *partial;          /* see attend */
+    const update_block *updates; /* of each rows_at_once rows, what adapters add; null where no row has an adapter */
 } stack_step;
 
+int64_t most_rows_at_once(void) { return ROWS_AT_ONCE; }
 static long rows_at_once(long num_tokens) { return num_tokens < ROWS_AT_ONCE ? num_tokens : ROWS_AT_ONCE; }
 
 /* Elements that a product of `rows` rows needs beside its rows and its results. */
@@ -71,6 +74,11 @@ static void NAME(multiply_by)(const matrix *m, const ELEM *a, ELEM *out, ELEM *a
     NAME(linear)(a, m->num_inputs, m->packed, m->bias, out, 0, a_packed, rows, m->num_outputs, m->num_inputs);
 }
 
+/* Where rows from `first` on have adapters, add what those add to a product. */
+static void NAME(update_product)(const stack_step *s, long first, int64_t site, const ELEM *x, long K, ELEM *out, long ldo) {
+    if (s->updates) NAME(add_updates)(s->updates + first / rows_at_once(s->num_tokens), site, x, K, out, ldo);
+}
+
 /* `update` to what is added to the stream. */
 static void NAME(finish_update)(const stack_step *s, const ELEM *norm, ELEM *update, long rows, long D) {
     if (norm) NAME(add_rms_norm)(update, 0, norm, update, rows, D, s->epsilon, s->norm_offset);
@@ -91,6 +99,7 @@ void NAME(run_layers)(const stack_step *s, const decoder_layer *layers) {
             NAME(add_rms_norm)(x + t * D, l == layers ? 0 : update + t * D, l->attention_norm, normed, rows, D, s->epsilon,
                                s->norm_offset);
             NAME(multiply_by)(&l->qkv, normed, heads + t * X, a_packed, rows);
+            NAME(update_product)(s, t, l->qkv_site, normed, D, heads + t * X, X);
             NAME(place_heads)(heads + t * X, s->rope_tables[l->rope] + t * s->turned, s->slots + t, cache, l->query_norm, l->key_norm,
                               s->epsilon, s->norm_offset, rows, s->query_heads, s->kv_heads, s->block_tokens, s->head_dim, s->turned,
                               s->has_neighbours);
@@ -100,11 +109,14 @@ void NAME(run_layers)(const stack_step *s, const decoder_layer *layers) {
         for (long t = 0; t < T; t += most) {
             long rows = T - t < most ? T - t : most;
             NAME(multiply_by)(&l->output, attended + t * Q, update + t * D, a_packed, rows);
+            NAME(update_product)(s, t, l->output_site, attended + t * Q, Q, update + t * D, D);
             NAME(finish_update)(s, l->after_attention, update + t * D, rows, D);
             NAME(add_rms_norm)(x + t * D, update + t * D, l->mlp_norm, normed, rows, D, s->epsilon, s->norm_offset);
             NAME(multiply_by)(&l->gate_up, normed, wide, a_packed, rows);
+            NAME(update_product)(s, t, l->gate_up_site, normed, D, wide, 2 * I);
             (s->is_gelu ? NAME(gelu_mul) : NAME(silu_mul))(wide, active, rows, I);
             NAME(multiply_by)(&l->down, active, update + t * D, a_packed, rows);
+            NAME(update_product)(s, t, l->down_site, active, I, update + t * D, D);
             NAME(finish_update)(s, l->after_mlp, update + t * D, rows, D);
         }
         ++*s->num_done;

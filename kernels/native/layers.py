@@ -19,6 +19,8 @@ from tensorweave.kernels.heads.reference import HeadNorms
 from tensorweave.kernels.linear.grouped import PackedGroupedLinear
 from tensorweave.kernels.linear.native import PackedLinear
 from tensorweave.kernels.linear.reference import Linear
+from tensorweave.kernels.lora.native import NativeUpdates
+from tensorweave.kernels.lora.reference import NO_UPDATES, Updates
 from tensorweave.kernels.native.library import NativeKernels, load_native
 from tensorweave.kernels.native.structures import DecoderLayer, Matrix, StackStep
 from tensorweave.kernels.weights import huge_pages
@@ -43,6 +45,8 @@ class LayerParts:
     after_attention_D: Tensor | None = None
     after_mlp_D: Tensor | None = None
     sinks_N: Tensor | None = None
+    sites: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """The numbers by which adapters know these linears."""
 
     @property
     def linears(self) -> tuple[Linear, Linear, Linear, Linear]:
@@ -105,6 +109,7 @@ class NativeLayers:
             down=_matrix(part.down),
             window=self._window_order.index(part.window),
             rope=part.rope,
+            **dict(zip(("qkv_site", "output_site", "gate_up_site", "down_site"), part.sites, strict=True)),
         )
 
     @property
@@ -113,9 +118,14 @@ class NativeLayers:
         return self._num_done.value
 
     def __call__(
-        self, x_TD: Tensor, rope_tables: Sequence[Tensor], plan: NativeAttentionPlan, caches: Sequence[Tensor]
+        self,
+        x_TD: Tensor,
+        rope_tables: Sequence[Tensor],
+        plan: NativeAttentionPlan,
+        caches: Sequence[Tensor],
+        updates: Updates = NO_UPDATES,
     ) -> Tensor:
-        """Change x in place into the hidden states after the last layer, and return it."""
+        """Change x in place into the hidden states after the last layer, and return it. `updates` are native ones."""
         T, (_, C, P, H) = len(x_TD), caches[0].shape
         query_heads, R = self._layers[0].output.num_inputs // H, len(plan.read_heads_R)
         self._reserve(T, plan.num_tasks * (query_heads // R) * (H + 2))
@@ -129,6 +139,7 @@ class NativeLayers:
         step.rope_tables, step.turned = tables.buffer_info()[0], rope_tables[0].shape[1]
         step.slots = plan.slots.slots_T.data_ptr()
         step.scratch, step.partial = self._scratch.data_ptr(), self._partial.data_ptr()
+        step.updates = updates.blocks(self._native.most_rows_at_once) if isinstance(updates, NativeUpdates) else None
         self._native.run_layers(ctypes.addressof(step), ctypes.addressof(self._layers))
         return x_TD
 

@@ -43,6 +43,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "place_heads": (*[_POINTER] * 6, *[_FLOAT] * 2, *[_LONG] * 7),
     "attend": (_POINTER, _LONG, *[_POINTER] * 5, *[_LONG] * 5, *[_FLOAT] * 2, _POINTER),
     "run_layers": (*[_POINTER] * 2,),
+    "add_updates": (_POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG),
     "grouped_linear": (_POINTER, _POINTER, _LONG, *[_POINTER] * 3, _LONG),
     "mixture": (*[_POINTER] * 5, _LONG),
     "add_gated": (*[_POINTER] * 3, *[_LONG] * 2),
@@ -71,6 +72,9 @@ class NativeKernels:
     """The kernels for one element type. A pointer is a `data_ptr()` of a contiguous tensor, or None for null; where a
     kernel takes structures, `ctypes.byref` of one.
 
+    `run_layers` multiplies `most_rows_at_once` rows after another; `update_width` are the outputs of a panel of
+    `add_updates`.
+
     `linear_by_bf16` and `mixture_by_bf16` take float32 rows and weights packed as bfloat16; they, `argmax`, `sample`
     and `mask_tokens` are None for other types.
     """
@@ -93,6 +97,9 @@ class NativeKernels:
     grouped_scratch: Any
     pack_grouped: Any
     reads_half_scales: Any
+    most_rows_at_once: int
+    add_updates: Any
+    update_width: int
     mixture: Any
     add_gated: Any
     mixture_scratch: Any
@@ -114,6 +121,7 @@ def load_native(dtype: torch.dtype) -> NativeKernels | None:
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, result
         kernels[name] = function
+    kernels |= {"most_rows_at_once": library.most_rows_at_once(), "update_width": library.update_width()}
     kernels |= dict.fromkeys(("linear_by_bf16", "mixture_by_bf16", "argmax", "sample", "mask_tokens"))
     if dtype == torch.float32:
         argmax = library.argmax_f32

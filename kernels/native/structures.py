@@ -89,7 +89,57 @@ class DecoderLayer(ctypes.Structure):
         ("down", Matrix),
         ("window", _INT),
         ("rope", _INT),
+        ("qkv_site", _INT),
+        ("output_site", _INT),
+        ("gate_up_site", _INT),
+        ("down_site", _INT),
     )
+
+
+class UpdatePart(ctypes.Structure):
+    """`update_part` in lora.h."""
+
+    _fields_ = (
+        ("a", _POINTER),
+        ("b", _POINTER),
+        ("rank", _INT),
+        ("first", _INT),
+        ("num_outputs", _INT),
+    )
+    a: int
+    b: int
+    rank: int
+    first: int
+    num_outputs: int
+
+
+class UpdateSite(ctypes.Structure):
+    """`update_site` in lora.h."""
+
+    _fields_ = (("parts", _POINTER), ("num_parts", _INT), ("rank", _INT))
+    parts: int
+    num_parts: int
+    rank: int
+
+
+class UpdateSegment(ctypes.Structure):
+    """`update_segment` in lora.h."""
+
+    _fields_ = (("sites", _POINTER), ("rows", _POINTER), ("num_rows", _INT), ("first", _INT))
+    sites: int
+    rows: int
+    num_rows: int
+    first: int
+
+
+class UpdateBlock(ctypes.Structure):
+    """`update_block` in lora.h."""
+
+    _fields_ = (("segments", _POINTER), ("num_segments", _INT), ("most_rank", _INT), ("scratch", _POINTER))
+    segments: int
+    num_segments: int
+    most_rank: int
+    scratch: int
 
 
 class StackStep(ctypes.Structure):
@@ -121,6 +171,7 @@ class StackStep(ctypes.Structure):
         ("x", _POINTER),
         ("scratch", _POINTER),
         ("partial", _POINTER),
+        ("updates", _POINTER),
     )
     num_layers: int
     query_heads: int
@@ -138,6 +189,7 @@ class StackStep(ctypes.Structure):
     x: int
     scratch: int
     partial: int
+    updates: int | None
 
 
 class Expert(ctypes.Structure):
@@ -173,6 +225,10 @@ _C_NAMES: Final[dict[str, type[ctypes.Structure]]] = {
     "stack_step": StackStep,
     "expert": Expert,
     "mixture": Mixture,
+    "update_part": UpdatePart,
+    "update_site": UpdateSite,
+    "update_segment": UpdateSegment,
+    "update_block": UpdateBlock,
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from tensorweave.cluster.block_hash import next_hash, root_hash
+from tensorweave.cluster.block_hash import cache_key, next_hash, root_hash
 from tensorweave.cluster.link import GangLink
 from tensorweave.cluster.protocol import GenerateRequest
 
@@ -16,7 +16,7 @@ from tensorweave.cluster.protocol import GenerateRequest
 class PromptView:
     def __init__(self, request: GenerateRequest) -> None:
         self._tokens = request.prompt_token_ids
-        self._salt = request.cache_salt
+        self._salt = cache_key(request.cache_salt, None if request.adapter is None else request.adapter.digest)
         self._hashes: dict[int, _BlockHashes] = {}
 
     @property

@@ -24,7 +24,7 @@ from tensorweave.llmapi.inputs import (
     read_prompt,
     resolve_params,
 )
-from tensorweave.llmapi.options import options_per_prompt, refuse_adapters
+from tensorweave.llmapi.options import options_per_prompt, refuse_prompt_adapter
 from tensorweave.llmapi.outputs import RequestOutput
 from tensorweave.llmapi.request_maker import PreparedRequest
 from tensorweave.llmapi.request_run import run_request
@@ -59,7 +59,7 @@ class _TorchLLM(BaseLLM):
             inputs: A prompt (text, token ids, or a dict with 'prompt' or 'prompt_token_ids') or a list of prompts.
             sampling_params: One for all, or a list with one for each prompt. Default: greedy, 32 tokens.
             use_tqdm: Show a progress bar for a list.
-            lora_request: Not supported yet; refused.
+            lora_request: LoRA adapter: one for all, or a list with one, or None, for each prompt; needs enable_lora.
             prompt_adapter_request: Deprecated, and refused.
             kv_cache_retention_config: How long the prompts' KV is kept afterwards: one for all, or one for each.
             disaggregated_params: Which phase this is, if the two are sent to two LLMs by hand: one for all, or a list
@@ -73,7 +73,7 @@ class _TorchLLM(BaseLLM):
         Raises:
             ValueError: A prompt or a parameter is wrong. Nothing has been started.
         """
-        refuse_adapters(lora_request, prompt_adapter_request)
+        refuse_prompt_adapter(prompt_adapter_request)
         batch, is_single = as_batch(inputs)
         params = resolve_params(sampling_params, batch)
         options = options_per_prompt(
@@ -82,6 +82,7 @@ class _TorchLLM(BaseLLM):
             disaggregated_params=phases_of(batch) if disaggregated_params is None else disaggregated_params,
             scheduling_params=scheduling_params,
             cache_salt=cache_salt,
+            lora_request=lora_request,
         )
         runtime = self._usable_runtime()
         prepared = runtime.maker.make_all(batch, params, options)
@@ -115,7 +116,7 @@ class _TorchLLM(BaseLLM):
         Args:
             inputs: A prompt: text, token ids, a dict with 'prompt' or 'prompt_token_ids', or a result of `preprocess`.
             sampling_params: Default: what `preprocess` was given, or greedy and 32 tokens.
-            lora_request: Not supported yet; refused.
+            lora_request: LoRA adapter; needs enable_lora.
             prompt_adapter_request: Deprecated, and refused.
             streaming: Iterating the result yields tokens as they come; without it, only the finished result.
             kv_cache_retention_config: How long the prompt's KV is kept afterwards.
@@ -129,7 +130,7 @@ class _TorchLLM(BaseLLM):
         Raises:
             ValueError: The prompt or a parameter is wrong.
         """
-        refuse_adapters(lora_request, prompt_adapter_request)
+        refuse_prompt_adapter(prompt_adapter_request)
         if isinstance(inputs, PreprocessedInputs):
             sampling_params = sampling_params or inputs.sampling_params
             disaggregated_params = disaggregated_params or inputs.disaggregated_params
@@ -139,6 +140,7 @@ class _TorchLLM(BaseLLM):
             disaggregated_params=disaggregated_params,
             scheduling_params=scheduling_params,
             cache_salt=cache_salt,
+            lora_request=lora_request,
         )
         params = SamplingParams() if sampling_params is None else sampling_params
         return self._start(self._usable_runtime().maker.make(inputs, params, options, is_streaming=streaming))

@@ -9,6 +9,7 @@ from tensorweave.cluster.llm_args import (
     SchedulerConfig,
     TorchLlmArgs,
 )
+from tensorweave.cluster.lora_config import LoraConfig
 from tensorweave.cluster.moe_config import MoeConfig
 from tensorweave.cluster.quant_config import QuantAlgo, QuantConfig
 from tensorweave.cluster.strict_model import Field, StrictBaseModel
@@ -19,6 +20,7 @@ __all__ = [
     "Field",
     "KvCacheConfig",
     "LlmArgs",
+    "LoraConfig",
     "MoeConfig",
     "QuantAlgo",
     "QuantConfig",

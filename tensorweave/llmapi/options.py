@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from tensorweave.cluster.protocol import GenerateRequest
 from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
 from tensorweave.llmapi.phases import resolve_phases
-from tensorweave.llmapi.request_types import KvCacheRetentionConfig, SchedulingParams, retention_of
+from tensorweave.llmapi.request_types import KvCacheRetentionConfig, LoRARequest, SchedulingParams, retention_of
 
 _T = TypeVar("_T")
 
@@ -27,6 +27,7 @@ class RequestOptions:
     disaggregated_params: DisaggregatedParams | None = None
     scheduling_params: SchedulingParams | None = None
     cache_salt: str | None = None
+    lora_request: LoRARequest | None = None
 
     def apply_to(self, request: GenerateRequest) -> GenerateRequest:
         if self.kv_cache_retention_config is not None:
@@ -43,6 +44,7 @@ def options_per_prompt(
     disaggregated_params: DisaggregatedParams | Sequence[DisaggregatedParams | None] | None = None,
     scheduling_params: SchedulingParams | Sequence[SchedulingParams] | None = None,
     cache_salt: str | Sequence[str] | None = None,
+    lora_request: LoRARequest | Sequence[LoRARequest] | None = None,
 ) -> list[RequestOptions]:
     """One `RequestOptions` per prompt, from values for all prompts or lists with one value each. Raises ValueError."""
     retention = _per_prompt("kv_cache_retention_config", kv_cache_retention_config, KvCacheRetentionConfig, num_prompts)
@@ -51,13 +53,12 @@ def options_per_prompt(
     salts = _per_prompt("cache_salt", cache_salt, str, num_prompts)
     if "" in salts:
         raise ValueError("cache_salt is an empty string: leave it out, or give one that nobody can guess")
-    return [RequestOptions(*each) for each in zip(retention, phases, scheduling, salts, strict=True)]
+    adapters = _per_prompt("lora_request", lora_request, LoRARequest, num_prompts)
+    return [RequestOptions(*each) for each in zip(retention, phases, scheduling, salts, adapters, strict=True)]
 
 
-def refuse_adapters(lora_request: object, prompt_adapter_request: object) -> None:
-    """Raises ValueError if one is given. For a deprecated one there is a DeprecationWarning too."""
-    if lora_request is not None:
-        raise ValueError("lora_request is not supported yet: merge the adapter into the checkpoint and load that")
+def refuse_prompt_adapter(prompt_adapter_request: object) -> None:
+    """Raises ValueError if one is given, after a DeprecationWarning."""
     if prompt_adapter_request is not None:
         warnings.warn(
             "prompt_adapter_request is deprecated and will be removed; put the prompt's text or token ids into inputs.",

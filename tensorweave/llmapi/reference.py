@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from tensorweave.cluster.cuda_graph_config import CudaGraphConfig
 from tensorweave.cluster.llm_args import CacheTransceiverConfig, KvCacheConfig, SchedulerConfig, TorchLlmArgs
+from tensorweave.cluster.lora_config import LoraConfig
 from tensorweave.cluster.moe_config import MoeConfig
 from tensorweave.cluster.quant_config import QuantConfig
 from tensorweave.cluster.speculation_config import NGramDecodingConfig, UserProvidedDecodingConfig
@@ -29,6 +30,7 @@ CLASSES: Final[tuple[type[Any], ...]] = (
     LLM,
     TorchLlmArgs,
     KvCacheConfig,
+    LoraConfig,
     SchedulerConfig,
     CudaGraphConfig,
     MoeConfig,

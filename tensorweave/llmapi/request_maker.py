@@ -9,10 +9,11 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
-from tensorweave.cluster.llm_args import TorchLlmArgs
-from tensorweave.cluster.protocol import GenerateRequest
+from tensorweave.cluster.llm_args import TorchLlmArgs, adapter_config
+from tensorweave.cluster.protocol import Adapter, GenerateRequest
 from tensorweave.llmapi.completion_output import OutputOptions
 from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
 from tensorweave.llmapi.engine import Engine
@@ -27,6 +28,7 @@ from tensorweave.llmapi.inputs import (
 from tensorweave.llmapi.options import RequestOptions
 from tensorweave.llmapi.outputs import RequestOutput
 from tensorweave.llmapi.phases import as_phase
+from tensorweave.llmapi.request_types import LoRARequest
 from tensorweave.llmapi.sampling_fields import (
     LogitsProcessor,
     logits_processors,
@@ -40,6 +42,7 @@ from tensorweave.router.sampling.resolution import nth_seed
 from tensorweave.router.text.detokenize import IncrementalDetokenizer
 from tensorweave.router.text.generation import Job, TokensOnly
 from tensorweave.router.text.tokens import Tokenizer
+from tensorweave.workers.lora.peft_directory import DigestCache
 
 _TAIL_TOKENS: Final = 8192
 _TOKENS_PER_CHUNK: Final = 32
@@ -69,6 +72,7 @@ class RequestMaker:
         self._tokenizer = tokenizer
         self._engine = engine
         self._numbers = itertools.count()
+        self._digests = DigestCache()
         self._reasoning: ChatFormat | None = None
         if args.reasoning_parser is not None:
             self._reasoning = choose_format(None, reasoning_parser=args.reasoning_parser)
@@ -110,7 +114,7 @@ class RequestMaker:
         count, phase = num_sequences(params), options.disaggregated_params
         num_held = 1 if is_streaming else _TOKENS_PER_CHUNK_WITH_STOP if prompt.stop else _TOKENS_PER_CHUNK
         request = GenerateRequest(request_id, prompt.token_ids, prompt.sampling, answer_every=num_held)
-        request = options.apply_to(request)
+        request = dataclasses.replace(options.apply_to(request), adapter=self._adapter(options.lora_request))
         first_tokens: Sequence[int] = ()
         if phase is not None:
             request, first_tokens = self._as_phase(request, phase, count)
@@ -133,6 +137,16 @@ class RequestMaker:
         if params.exclude_input_from_output:
             return PreparedRequest(output, jobs, processors)
         return PreparedRequest(output, jobs, processors, self._prompt_text(params, prompt), prompt.token_ids)
+
+    def _adapter(self, asked: LoRARequest | None) -> Adapter | None:
+        """What its directory holds now."""
+        if asked is None:
+            return None
+        if adapter_config(self._args) is None:
+            raise ValueError("lora_request needs an LLM that was made with enable_lora=True")
+        if not asked.lora_path:
+            raise ValueError(f"the lora_request {asked.lora_name!r} has no lora_path")
+        return self._digests.find(asked.lora_name, str(Path(asked.lora_path).resolve()))
 
     def _with_reasoning(self, prompt: ReadPrompt) -> ReadPrompt:
         """Where the model's form of reasoning is named, the form of an output is that of the text after it."""

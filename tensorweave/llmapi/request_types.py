@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Final
 
 from tensorweave.cluster.protocol import DEFAULT_RETENTION_PRIORITY, Retention, RetentionRange
@@ -101,19 +102,28 @@ class SchedulingParams:
 @set_api_status("prototype")
 @dataclass(frozen=True, slots=True)
 class LoRARequest:
-    """Names a LoRA adapter. `LLM` has no adapters yet and refuses it.
+    """Names a LoRA adapter, for an `LLM` with `enable_lora`. It is read where it has changed since the last request.
 
     Args:
-        lora_name: The adapter's name.
-        lora_int_id: A number of its own, from 1.
-        lora_path: Where it is.
-        lora_ckpt_source: 'hf' or 'nemo'.
+        lora_name: The adapter's name, for messages.
+        lora_int_id: A number from 1. Adapters are told apart by their contents, whatever their numbers.
+        lora_path: Its directory, as PEFT saves it: adapter_config.json and adapter_model.safetensors.
+        lora_ckpt_source: 'hf'; 'nemo' is refused.
     """
 
     lora_name: str
     lora_int_id: int
     lora_path: str = ""
     lora_ckpt_source: str = "hf"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.lora_name, str) or not self.lora_name:
+            raise ValueError(f"lora_name is {self.lora_name!r}, must be a name")
+        _check_int("lora_int_id", self.lora_int_id, 1, 2**31 - 1)
+        if self.lora_ckpt_source != "hf":
+            raise ValueError(f"lora_ckpt_source is {self.lora_ckpt_source!r}: only PEFT directories, 'hf', are read")
+        if not isinstance(self.lora_path, str | Path) or (self.lora_path and not Path(self.lora_path).is_dir()):
+            raise ValueError(f"lora_path is {str(self.lora_path)!r}, which is no directory")
 
 
 @set_api_status("deprecated")

@@ -46,7 +46,9 @@ def test_what_is_not_supported_is_refused_by_name(config: type[StrictBaseModel])
     ("arguments", "words"),
     [
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size = 2 is not supported yet"),
-        ({"enable_lora": True}, "enable_lora = True is not supported yet"),
+        ({"lora_config": {"lora_dir": ["a"]}}, "lora_dir = .* is not supported yet"),
+        ({"lora_config": {"max_loras": 4, "max_cpu_loras": 3}}, "max_cpu_loras is 3, must be at least max_loras"),
+        ({"enable_lora": True, "backend": "_autodeploy"}, "'_autodeploy' takes no LoRA adapters"),
         ({"kv_cache_config": {"host_cache_size": 1 << 30}}, "host_cache_size"),
         ({"kv_cache_config": {"event_buffer_max_size": -1}}, "event_buffer_max_size"),
         ({"batched_logits_processor": "mask"}, "batched_logits_processor is a str"),

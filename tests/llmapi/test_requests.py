@@ -278,7 +278,7 @@ def test_a_wrong_field_is_a_value_error_that_names_it(llm: LLM, fields: dict[str
         ({"kv_cache_retention_config": {"priority": 3}}, "kv_cache_retention_config"),
         ({"scheduling_params": [SchedulingParams(), SchedulingParams()]}, "scheduling_params"),
         ({"disaggregated_params": "context_only"}, "disaggregated_params"),
-        ({"lora_request": LoRARequest("name", 1)}, "lora_request is not supported yet"),
+        ({"lora_request": LoRARequest("name", 1)}, "lora_request needs an LLM that was made with enable_lora"),
         ({"sampling_params": "greedy"}, "sampling_params"),
         ({"sampling_params": [None]}, "sampling_params"),
         ({"inputs": b"bytes"}, "inputs must be"),

@@ -14,8 +14,11 @@ from torch import Tensor
 
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.kernels.attention.backend import AttentionBackend
+from tensorweave.kernels.lora.reference import Updates
+from tensorweave.workers.engine.adapter_rows import AdapterRows, NoAdapterRows, PlansUpdates
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine.packing import PackedBatch, pack
+from tensorweave.workers.lora.rank_adapter import AdapterReader
 from tensorweave.workers.models.forward_inputs import ForwardInputs
 from tensorweave.workers.models.transformer import Transformer
 from tensorweave.workers.step.pending import Pending, PendingTokens, Ready, StepLogits
@@ -65,6 +68,7 @@ class PyTorchModelEngine:
         pool: where keys and values live.
         attention: plans the attention of each step.
         rope_tables: one for each of the model's rotations, [max_seq_len, W] float32: cosines and sines.
+        adapter_reader: reads adapters for this model; None: there are none.
     """
 
     def __init__(
@@ -74,8 +78,13 @@ class PyTorchModelEngine:
         attention: AttentionBackend,
         rope_tables: Sequence[Tensor],
         info: ModelInfo,
+        adapter_reader: AdapterReader | None = None,
     ) -> None:
         self.info = info
+        self.adapter_reader = adapter_reader
+        self._adapter_rows: PlansUpdates = (
+            NoAdapterRows() if adapter_reader is None else AdapterRows(adapter_reader.kernels)
+        )
         self.pool = pool
         self.resource_managers: tuple[BaseResourceManager, ...] = ()
         self._model = model
@@ -94,7 +103,7 @@ class PyTorchModelEngine:
         packed = pack(batch, kv_cache.block_ids, self.pool.tokens_per_block, before)
         with torch.inference_mode():
             self.pool.copy_blocks(kv_cache.take_copies())
-            hidden_TD = self._model.forward(self._inputs(packed), self.pool.layers)
+            hidden_TD = self._model.forward(self._inputs(packed, self._adapter_rows.plan(batch)), self.pool.layers)
             rows_R = torch.tensor(packed.sampled_rows, dtype=torch.int64, device=self._device)
             hidden_RD = hidden_TD.index_select(0, rows_R)
         # Not in inference mode: the decoder changes logits in place.
@@ -116,7 +125,7 @@ class PyTorchModelEngine:
         with torch.inference_mode():
             self.pool.wipe_blocks(block_ids)
 
-    def _inputs(self, packed: PackedBatch) -> ForwardInputs:
+    def _inputs(self, packed: PackedBatch, updates: Updates) -> ForwardInputs:
         ids_T, positions_T, slots_T = torch.tensor(
             [packed.token_ids, packed.positions, packed.slots], dtype=torch.int64, device=self._device
         )
@@ -124,4 +133,5 @@ class PyTorchModelEngine:
             token_ids_T=ids_T,
             rope_tables=tuple(table.index_select(0, positions_T) for table in self._rope_tables),
             attention=self._attention.plan(packed.spans, slots_T),
+            updates=updates,
         )

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 
 from tensorweave.cluster.cuda_graph_config import graph_sizes
-from tensorweave.cluster.llm_args import TorchLlmArgs, kv_cache_dtype
+from tensorweave.cluster.llm_args import TorchLlmArgs, adapter_config, kv_cache_dtype
 from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.protocol import ModelInfo, SamplingDefaults
 from tensorweave.cluster.quant_config import weight_quantization
@@ -33,6 +33,8 @@ from tensorweave.workers.engine.pool_size import count_blocks
 from tensorweave.workers.engine_dir.directory import check_engine_dir, open_weights
 from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.gang.device import check_fp8, check_quantization, pick_device, pick_dtype
+from tensorweave.workers.lora.rank_adapter import AdapterLimits, AdapterReader
+from tensorweave.workers.models.adapter_sites import AdaptedLinears, LinearForms, PlainLinears
 from tensorweave.workers.models.assembly import build_transformer, build_without_memory, check_mesh, tensor_shapes
 from tensorweave.workers.models.checkpoint import RandomWeights
 from tensorweave.workers.models.config import ModelConfig
@@ -81,8 +83,9 @@ def load_engine(
     if share.device.type == "cpu":
         _set_threads(num_threads, share.dtype)
     log = log or StartLog()
+    linears = PlainLinears() if share.adapters is None else AdaptedLinears()
     with log.part("loading the weights") as tell:
-        model = share.read_weights(args.load_format, comm, num_threads, tell)
+        model = share.read_weights(args.load_format, comm, num_threads, linears, tell)
         if share.device.type == "cuda":
             torch.cuda.synchronize(share.device)
     if share.is_on_device:
@@ -90,7 +93,7 @@ def load_engine(
     kv, block_bytes = args.kv_cache_config, share.block_bytes(args.kv_cache_config.tokens_per_block)
     num_blocks = comm.agree_min(count_blocks(kv, block_bytes, share.device, share.activation_bytes(args)))
     info = replace(_describe(share, num_blocks, args, defaults), embedding_size=share.config.sizes.hidden_size)
-    return _assemble_engine(model, share, info)
+    return _assemble_engine(model, share, info, linears)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,7 @@ class _ModelShare:
     has_plain_attention: bool
     has_plain_experts: bool
     is_on_device: bool
+    adapters: AdapterLimits | None
 
     @property
     def heads(self) -> HeadShard:
@@ -146,22 +150,27 @@ class _ModelShare:
         return replace(chosen, make_experts=EachExpert) if self.has_plain_experts else chosen
 
     def read_weights(
-        self, load_format: str, comm: Comm, num_threads: int, on_progress: Callable[[float], object]
+        self,
+        load_format: str,
+        comm: Comm,
+        num_threads: int,
+        linears: LinearForms,
+        on_progress: Callable[[float], object],
     ) -> Transformer:
         if load_format == "dummy":
             random = RandomWeights(tensor_shapes(self.config), device=self.device)
-            return self._build(WeightLoader(random, self.dtype, self.device), comm)
+            return self._build(WeightLoader(random, self.dtype, self.device), comm, linears)
         if self.kv_dtype == FP8 and self.config.quantization is not None:
             check_kv_scales(self.path)
         num_readers = min(num_threads, _MOST_READERS[self.device.type])
         with open_weights(
             self.path, self.config, self.dtype, self.device, self.place, num_readers, on_progress
         ) as weights:
-            return self._build(weights, comm)
+            return self._build(weights, comm, linears)
 
-    def _build(self, weights: RankWeights, comm: Comm) -> Transformer:
+    def _build(self, weights: RankWeights, comm: Comm, linears: LinearForms) -> Transformer:
         wanted = quantizing(weights, self.quantization)
-        return build_transformer(self.config, self.place, wanted, comm, self.operations)
+        return build_transformer(self.config, self.place, wanted, comm, self.operations, linears)
 
 
 def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) -> _ModelShare:
@@ -200,7 +209,13 @@ def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) 
         has_plain_attention=has_plain_attention,
         has_plain_experts=args.moe_config.backend == "VANILLA",
         is_on_device=is_on_device,
+        adapters=_adapter_limits(args),
     )
+
+
+def _adapter_limits(args: TorchLlmArgs) -> AdapterLimits | None:
+    config = adapter_config(args)
+    return None if config is None else AdapterLimits(config.max_lora_rank, tuple(config.lora_target_modules))
 
 
 def _tell_of_longrope(config: ModelConfig) -> None:
@@ -307,18 +322,24 @@ def _build_device_engine(
     return engine
 
 
-def _assemble_engine(model: Transformer, share: _ModelShare, info: ModelInfo) -> PyTorchModelEngine:
+def _assemble_engine(
+    model: Transformer, share: _ModelShare, info: ModelInfo, linears: LinearForms
+) -> PyTorchModelEngine:
     """Put KV pool, attention and rotation table around a model."""
-    config, device = share.config, share.device
+    config, device, operations = share.config, share.device, share.operations
+    reader = None
+    if share.adapters is not None and isinstance(linears, AdaptedLinears):
+        reader = AdapterReader(linears.sites, operations.adapters, share.dtype, device, share.adapters)
     heads, P, H = share.heads, info.tokens_per_block, config.sizes.head_dim
     return PyTorchModelEngine(
         model=model,
         pool=_make_pool(share, info),
-        attention=share.operations.make_attention(
+        attention=operations.make_attention(
             AttentionShape(len(heads.kv), heads.read_heads, H, P, frozenset(config.windows))
         ),
         rope_tables=[rotary_table(rope, H, info.max_seq_len, device) for rope in config.ropes],
         info=info,
+        adapter_reader=reader,
     )
 
 

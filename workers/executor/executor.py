@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from tensorweave.cluster.errors import NotReady, RequestRejected, TensorweaveError, WorkerLost
-from tensorweave.cluster.guide import Guide
 from tensorweave.cluster.protocol import (
+    Adapter,
     GenerateRequest,
     KvEndpoint,
     KvSource,
@@ -24,6 +24,7 @@ from tensorweave.cluster.protocol import (
 )
 from tensorweave.workers.engine.engine import ModelEngine
 from tensorweave.workers.executor.admission import check_fits
+from tensorweave.workers.executor.entrance import RequestEntrance
 from tensorweave.workers.executor.inbox import FollowerInbox, Inbox
 from tensorweave.workers.executor.iteration_stats import IterationStats
 from tensorweave.workers.executor.logits_watch import LogitsWatch
@@ -32,6 +33,7 @@ from tensorweave.workers.executor.scheduler import RequestScheduler
 from tensorweave.workers.executor.step_loop import StepLoop
 from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.guided.guides import Guides, NoGuides
+from tensorweave.workers.lora.adapters import Adapters, NoAdapters
 from tensorweave.workers.sampling.decoder import Decoder
 from tensorweave.workers.sampling.logits_processors import BatchedLogitsProcessor, LogitsProcessor
 from tensorweave.workers.step.kv_exchange import NoTransfers, Transfers
@@ -60,6 +62,7 @@ class PyExecutor:
         info: ModelInfo,
         transfers: Transfers | None = None,
         guides: Guides | None = None,
+        adapters: Adapters | None = None,
         speculation: Speculation | None = None,
         disable_overlap_scheduler: bool = True,
         max_requests: int = 1024,
@@ -75,10 +78,12 @@ class PyExecutor:
         self._resources = resources
         self._decoder = decoder
         self._transfers = transfers or NoTransfers()
-        self._guides = guides or NoGuides()
+        guides = guides or NoGuides()
+        self._adapters = adapters or NoAdapters()
         is_leader = comm.rank == 0
         self._inbox: Inbox | FollowerInbox = Inbox(max_requests, clock) if is_leader else FollowerInbox()
         self._outbox: Outbox | FollowerOutbox = Outbox() if is_leader else FollowerOutbox()
+        self._entrance = RequestEntrance(self._inbox, self._outbox, self._transfers, guides, self._adapters)
         self._watch = LogitsWatch(info, comm.rank)
         self._stats = IterationStats(max_stats, stats_limits or {})
         self._loop = StepLoop(
@@ -88,7 +93,8 @@ class PyExecutor:
             decoder=decoder,
             comm=comm,
             transfers=self._transfers,
-            guides=self._guides,
+            guides=guides,
+            adapters=self._adapters,
             speculation=NoSpeculation() if speculation is None else speculation,
             inbox=self._inbox,
             outbox=self._outbox,
@@ -105,7 +111,7 @@ class PyExecutor:
 
     def start(self) -> None:
         self._transfers.start(self._inbox)
-        self._guides.start(self._inbox, self._refuse_held)
+        self._entrance.start()
         self._progress_s = time.monotonic()
         self._thread.start()
 
@@ -159,22 +165,20 @@ class PyExecutor:
             check_fits(request, self.info)
             self._decoder.processors.check(request.sampling)
             self._check_schedulable(request)
-            if request.sampling.guide is None:
-                self._inbox.put(request)
-            else:
-                self._guides.admit(request)
+            self._entrance.put(request)
         except TensorweaveError:
             if request.offer is not None:
                 self._transfers.decline(request.offer)
             raise
         return request.request_id
 
-    def _refuse_held(self, guide: Guide, error: TensorweaveError) -> None:
-        """From any thread: end the requests that are held for this guide."""
-        for request in self._inbox.drop(guide):
-            if request.offer is not None:
-                self._transfers.decline(request.offer)
-            self._outbox.put([TokenChunk(request.request_id, error=error)])
+    def load_adapter(self, name: str, path: str) -> Adapter:
+        """Read a PEFT directory, and return once all ranks have it in memory. Not for the step loop's thread.
+
+        Raises:
+            RequestRejected: it is wrong; the message says what. NotReady: it was not loaded in time.
+        """
+        return self._adapters.load(name, path)
 
     def _check_schedulable(self, request: GenerateRequest) -> None:
         """A user's scheduler may raise what it likes: of one request, and on the thread that serves them all."""
@@ -243,7 +247,7 @@ class PyExecutor:
             **self._stats.totals(),
             "requests_not_finite_total": self._watch.num_failed,
             **self._transfers.gauges(),
-            **self._guides.gauges(),
+            **self._entrance.gauges(),
         }
 
     def shutdown(self, timeout_s: float = 30.0) -> None:
@@ -262,7 +266,7 @@ class PyExecutor:
             while self._step():
                 self._progress_s = time.monotonic()
             self._loop.end(NotReady("the executor has been shut down"))
-            self._guides.shutdown()
+            self._entrance.close()
             self._transfers.shutdown()
             self._resources.shutdown()
         except BaseException as error:  # the loop's boundary: whatever happened, everyone who waits must hear of it
@@ -286,4 +290,4 @@ class PyExecutor:
         self._loop.answer()
         orphans = self._inbox.close(error)
         self._outbox.put([TokenChunk(request_id, error=error) for request_id in orphans])
-        self._guides.shutdown()
+        self._entrance.close()

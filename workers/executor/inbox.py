@@ -9,15 +9,15 @@ from __future__ import annotations
 import heapq
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Final, NamedTuple
 
 import msgpack
 
 from tensorweave.cluster.errors import NotReady, Overloaded
-from tensorweave.cluster.guide import Guide
 from tensorweave.cluster.protocol import GenerateRequest
 from tensorweave.workers.guided.orders import GuideOrder
+from tensorweave.workers.lora.orders import AdapterOrder
 from tensorweave.workers.step.kv_exchange import KvArrived
 
 EXPECT_WAIT_S: Final = 0.01
@@ -39,23 +39,26 @@ class StepInput(NamedTuple):
     released: Sequence[str] = ()
     is_shutdown: bool = False
     guide_orders: Sequence[GuideOrder] = ()
+    adapter_orders: Sequence[AdapterOrder] = ()
 
     def pack(self) -> bytes:
         arrivals = [request.to_wire() for request in self.arrivals]
         arrived = [item.to_wire() for item in self.arrived]
-        orders = [order.to_wire() for order in self.guide_orders]
-        ends = [self.cancelled, self.expired, arrived, self.released, self.is_shutdown, orders]
-        fields = [self.now_s, self.token_check, arrivals, *ends]
+        ends = [self.cancelled, self.expired, arrived, self.released, self.is_shutdown]
+        orders = [[order.to_wire() for order in each] for each in (self.guide_orders, self.adapter_orders)]
+        fields = [self.now_s, self.token_check, arrivals, *ends, *orders]
         packed: bytes = msgpack.packb(fields)
         return packed
 
     @classmethod
     def unpack(cls, data: bytes) -> StepInput:
-        now_s, token_check, arrivals, cancelled, expired, arrived, released, is_shutdown, orders = msgpack.unpackb(data)
+        now_s, token_check, arrivals, cancelled, expired, arrived, *rest = msgpack.unpackb(data)
+        released, is_shutdown, guide_orders, adapter_orders = rest
         requests = [GenerateRequest.from_wire(fields) for fields in arrivals]
         arrivals = [KvArrived.from_wire(fields) for fields in arrived]
-        guides = [GuideOrder.from_wire(fields) for fields in orders]
-        return cls(now_s, token_check, requests, cancelled, expired, arrivals, released, is_shutdown, guides)
+        guides = [GuideOrder.from_wire(fields) for fields in guide_orders]
+        adapters = [AdapterOrder.from_wire(fields) for fields in adapter_orders]
+        return cls(now_s, token_check, requests, cancelled, expired, arrivals, released, is_shutdown, guides, adapters)
 
 
 class Inbox:
@@ -68,8 +71,10 @@ class Inbox:
         self._max_requests = max_requests
         self._inside: set[str] = set()
         self._arrivals: list[GenerateRequest] = []
-        self._held: dict[str, GenerateRequest] = {}
+        self._held: dict[str, tuple[GenerateRequest, set[bytes]]] = {}
+        """With what each waits for."""
         self._guide_orders: list[GuideOrder] = []
+        self._adapter_orders: list[AdapterOrder] = []
         self._cancelled: list[str] = []
         self._arrived: list[KvArrived] = []
         self._released: list[str] = []
@@ -88,9 +93,9 @@ class Inbox:
     def has_room(self) -> bool:
         return len(self._inside) < self._max_requests and not self._is_shutdown and self._closed_by is None
 
-    def put(self, request: GenerateRequest, *, is_held: bool = False) -> None:
-        """A held request arrives when its guide is released, or with its cancel or the end of its deadline. Raises
-        Overloaded when full, NotReady when shutting down, ValueError for an id that is inside already."""
+    def put(self, request: GenerateRequest, holds: Collection[bytes] = ()) -> None:
+        """A request with `holds` arrives when all of these are released, or with its cancel or the end of its deadline.
+        Raises Overloaded when full, NotReady when shutting down, ValueError for an id that is inside already."""
         with self._changed:
             if self._closed_by is not None:
                 raise self._closed_by.with_traceback(None)  # else each raise adds to it
@@ -101,8 +106,8 @@ class Inbox:
             if len(self._inside) >= self._max_requests:
                 raise Overloaded(f"{self._max_requests} requests are waiting or running", retry_after_s=1.0)
             self._inside.add(request.request_id)
-            if is_held:
-                self._held[request.request_id] = request
+            if holds:
+                self._held[request.request_id] = request, set(holds)
             else:
                 self._arrivals.append(request)
             if request.deadline_s is not None:
@@ -122,26 +127,44 @@ class Inbox:
         with self._changed:
             self._num_expected, self._num_expected_tokens = num_requests, 0
 
-    def release(self, guide: Guide) -> None:
-        """Let the requests that are held for this guide arrive."""
+    def held_for(self, hold: bytes) -> list[GenerateRequest]:
         with self._changed:
-            self._arrivals += self._pop_held(guide)
+            return [request for request, holds in self._held.values() if hold in holds]
+
+    def hold(self, request: GenerateRequest, holds: Collection[bytes]) -> None:
+        """Let a held request wait for these too. It may have ended."""
+        with self._changed:
+            if request.request_id in self._held:
+                self._held[request.request_id][1].update(holds)
+
+    def release(self, hold: bytes) -> None:
+        """Let the requests arrive that wait for nothing else."""
+        with self._changed:
+            for request, holds in list(self._held.values()):
+                holds.discard(hold)
+                if not holds:
+                    del self._held[request.request_id]
+                    self._arrivals.append(request)
             self._changed.notify()
 
-    def drop(self, guide: Guide) -> list[GenerateRequest]:
-        """End the requests that are held for this guide, which then never arrive. Return them."""
+    def drop(self, hold: bytes) -> list[GenerateRequest]:
+        """End the requests that wait for this, which then never arrive. Return them."""
         with self._changed:
-            dropped = self._pop_held(guide)
-            for request in dropped:
+            return [request for request in self.held_for(hold) if self.drop_one(request)]
+
+    def drop_one(self, request: GenerateRequest) -> bool:
+        """The same of one request. False if it waits for nothing."""
+        with self._changed:
+            is_held = self._held.pop(request.request_id, None) is not None
+            if is_held:
                 self._inside.discard(request.request_id)
                 self._deadline_of.pop(request.request_id, None)
-            return dropped
+            return is_held
 
-    def _pop_held(self, guide: Guide) -> list[GenerateRequest]:
-        popped = [request for request in self._held.values() if request.sampling.guide == guide]
-        for request in popped:
-            del self._held[request.request_id]
-        return popped
+    def put_adapter_order(self, order: AdapterOrder) -> None:
+        with self._changed:
+            self._adapter_orders.append(order)
+            self._changed.notify()
 
     def put_guide_order(self, order: GuideOrder) -> None:
         with self._changed:
@@ -201,16 +224,19 @@ class Inbox:
             cancelled, self._cancelled = self._cancelled, []
             arrived, self._arrived = self._arrived, []
             released, self._released = self._released, []
-            orders, self._guide_orders = self._guide_orders, []
+            guides, self._guide_orders = self._guide_orders, []
+            adapters, self._adapter_orders = self._adapter_orders, []
             expired = list(self._pop_expired(now_s))
             if self._held:
                 ends = [self._held.pop(request_id, None) for request_id in (*cancelled, *expired)]
-                arrivals += [request for request in ends if request is not None]
-        return StepInput(now_s, token_check, arrivals, cancelled, expired, arrived, released, self._is_shutdown, orders)
+                arrivals += [end[0] for end in ends if end is not None]
+            is_shutdown = self._is_shutdown
+        ends_of = cancelled, expired, arrived, released, is_shutdown
+        return StepInput(now_s, token_check, arrivals, *ends_of, guides, adapters)
 
     def _has_input(self) -> bool:
-        has_new = self._arrivals or self._cancelled or self._arrived or self._released or self._guide_orders
-        return bool(has_new or self._is_shutdown)
+        has_new = self._arrivals or self._cancelled or self._arrived or self._released
+        return bool(has_new or self._guide_orders or self._adapter_orders or self._is_shutdown)
 
     def _until_deadline(self, limit_s: float) -> float:
         if not self._deadlines:
@@ -230,16 +256,28 @@ class FollowerInbox:
     num_inside = 0
     has_room = False
 
-    def put(self, request: GenerateRequest, *, is_held: bool = False) -> None:
+    def put(self, request: GenerateRequest, holds: Collection[bytes] = ()) -> None:
         raise AssertionError("only rank 0 takes requests")
 
-    def release(self, guide: Guide) -> None:
+    def held_for(self, hold: bytes) -> list[GenerateRequest]:
         raise AssertionError("only rank 0 takes requests")
 
-    def drop(self, guide: Guide) -> list[GenerateRequest]:
+    def hold(self, request: GenerateRequest, holds: Collection[bytes]) -> None:
+        raise AssertionError("only rank 0 takes requests")
+
+    def release(self, hold: bytes) -> None:
+        raise AssertionError("only rank 0 takes requests")
+
+    def drop_one(self, request: GenerateRequest) -> bool:
+        raise AssertionError("only rank 0 takes requests")
+
+    def drop(self, hold: bytes) -> list[GenerateRequest]:
         raise AssertionError("only rank 0 takes requests")
 
     def put_guide_order(self, order: GuideOrder) -> None:
+        raise AssertionError("only rank 0 gives orders")
+
+    def put_adapter_order(self, order: AdapterOrder) -> None:
         raise AssertionError("only rank 0 gives orders")
 
     def expect(self, num_requests: int) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from tensorweave.cluster.errors import LogitsNotFinite, TensorweaveError, WorkerLost
-from tensorweave.cluster.protocol import FinishReason, TokenChunk
+from tensorweave.cluster.protocol import FinishReason, GenerateRequest, TokenChunk
 from tensorweave.workers.engine.engine import ModelEngine
 from tensorweave.workers.executor.bookkeeping import book_launch, book_result, checksum
 from tensorweave.workers.executor.flight import Flight
@@ -27,6 +27,7 @@ from tensorweave.workers.executor.request_table import RequestTable
 from tensorweave.workers.executor.scheduler import RequestScheduler
 from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.guided.guides import Guides
+from tensorweave.workers.lora.adapters import Adapters
 from tensorweave.workers.sampling.decoder import Decoder
 from tensorweave.workers.step.kv_exchange import KvArrived, Transfers
 from tensorweave.workers.step.pending import NothingPending, PendingTokens
@@ -52,6 +53,7 @@ class StepLoop:
         comm: Comm,
         transfers: Transfers,
         guides: Guides,
+        adapters: Adapters,
         speculation: Speculation,
         inbox: Inbox | FollowerInbox,
         outbox: Outbox | FollowerOutbox,
@@ -67,6 +69,7 @@ class StepLoop:
         self._comm = comm
         self._transfers = transfers
         self._guides = guides
+        self._adapters = adapters
         self._speculation = speculation
         self._inbox = inbox
         self._outbox = outbox
@@ -138,13 +141,13 @@ class StepLoop:
         for probe in self._watch.start_probes(self.requests.num_arrived, agreed.now_s):
             self.requests.add(probe)
         for arrival in agreed.arrivals:
-            order, can_fetch, guide = self.requests.num_arrived + 1, self._transfers.can_fetch, arrival.sampling.guide
-            grammar = None if guide is None else self._guides.grammar_of(guide)
-            self.requests.add(LlmRequest.of(arrival, order, agreed.now_s, can_fetch=can_fetch, grammar=grammar))
+            self.requests.add(self._new_request(arrival, agreed.now_s))
         if agreed.arrivals:
             self.requests.sort()
         if agreed.guide_orders:
             self._guides.follow(agreed.guide_orders)
+        if agreed.adapter_orders:
+            self._adapters.follow(agreed.adapter_orders)
         for request_id in agreed.cancelled:
             self._end_early(request_id, "cancelled")
         for request_id in agreed.expired:
@@ -157,6 +160,12 @@ class StepLoop:
         if agreed.cancelled or agreed.expired or agreed.arrived:
             self._free_ended()
             self.answer()
+
+    def _new_request(self, arrival: GenerateRequest, now_s: float) -> LlmRequest:
+        order, can_fetch, guide = self.requests.num_arrived + 1, self._transfers.can_fetch, arrival.sampling.guide
+        grammar = None if guide is None else self._guides.grammar_of(guide)
+        adapter = None if arrival.adapter is None else self._adapters.adapter_of(arrival.adapter)
+        return LlmRequest.of(arrival, order, now_s, can_fetch=can_fetch, grammar=grammar, adapter=adapter)
 
     def _resume(self, arrived: KvArrived) -> None:
         """A request's KV has come from another gang: go on as if it had been computed here, as far as it is right."""

@@ -14,7 +14,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -42,9 +42,7 @@ _MAX_REFUSED: Final = 256
 class GuideInbox(Protocol):
     """Of rank 0's `Inbox`."""
 
-    def put(self, request: GenerateRequest, *, is_held: bool = False) -> None: ...
-
-    def release(self, guide: Guide) -> None: ...
+    def release(self, hold: bytes) -> None: ...
 
     def put_guide_order(self, order: GuideOrder) -> None: ...
 
@@ -53,6 +51,8 @@ class Trier(Protocol):
     def run(self, guide: Guide) -> TrialResult: ...
 
 
+Put = Callable[[GenerateRequest, Collection[bytes]], None]
+"""Of the inbox: with what the request waits for."""
 Refuse = Callable[[Guide, TensorweaveError], None]
 
 
@@ -106,11 +106,11 @@ class GuideAdmission:
         with self._lock:
             return sum(entry.is_ready for entry in self._entries.values())
 
-    def admit(self, request: GenerateRequest) -> None:
-        """Put a request with a guide into the inbox, now or once its grammar is ready everywhere.
+    def admit(self, request: GenerateRequest, put: Put) -> None:
+        """Put a request with a guide into the inbox, where it arrives once its grammar is ready everywhere.
 
         Raises:
-            RequestRejected: the guide is known to be wrong. What the inbox raises.
+            RequestRejected: the guide is known to be wrong. What `put` raises.
         """
         guide = request.sampling.guide
         assert guide is not None
@@ -121,7 +121,8 @@ class GuideAdmission:
             if (refusal := self._refused.get(digest)) is not None:
                 raise refusal.with_traceback(None)  # else each raise adds to it, and keeps that request
             entry = self._entries.get(digest)
-            self._inbox.put(request, is_held=entry is None or not entry.is_ready)
+            is_ready = entry is not None and entry.is_ready
+            put(request, () if is_ready else (digest,))
             if entry is None:
                 ranks = set(range(self._size))
                 entry = self._entries[digest] = _Entry(guide, next(self._numbers), ranks, self._clock())
@@ -141,7 +142,7 @@ class GuideAdmission:
             if not entry.missing:
                 entry.is_ready = True
                 entry.is_over.set()
-                self._inbox.release(entry.guide)
+                self._inbox.release(entry.guide.digest)
                 self._evict()
 
     def stop(self, digest: bytes) -> None:

@@ -12,7 +12,7 @@ from tensorweave.cluster.guide import GUIDE_PARAM, Guide
 from tensorweave.cluster.protocol import GenerateRequest
 from tensorweave.kernels.token_mask.chosen import compile_mask_tokens
 from tensorweave.workers.gang.report_channel import ReportChannel
-from tensorweave.workers.guided.admission import GuideAdmission, GuideInbox, Refuse
+from tensorweave.workers.guided.admission import GuideAdmission, GuideInbox, Put, Refuse
 from tensorweave.workers.guided.compilers import Compilers, make_ready
 from tensorweave.workers.guided.orders import GuideOrder, GuideReport
 from tensorweave.workers.guided.table import GrammarTable
@@ -26,9 +26,9 @@ class Guides(Protocol):
     def start(self, inbox: GuideInbox, refuse: Refuse) -> None:
         """Before the first step. Rank 0 alone uses the arguments."""
 
-    def admit(self, request: GenerateRequest) -> None:
-        """Rank 0, any thread: put a request with a guide into the inbox once its grammar is ready on all ranks. Raises
-        RequestRejected."""
+    def admit(self, request: GenerateRequest, put: Put) -> None:
+        """Rank 0, any thread: put a request with a guide into the inbox, where it arrives once its grammar is ready on
+        all ranks. Raises RequestRejected."""
 
     def grammar_of(self, guide: Guide) -> Grammar | None:
         """The step loop, for a request that has arrived. None for one that was held and has ended: it was cancelled."""
@@ -46,7 +46,7 @@ class NoGuides:
     def start(self, inbox: GuideInbox, refuse: Refuse) -> None:
         return None
 
-    def admit(self, request: GenerateRequest) -> None:
+    def admit(self, request: GenerateRequest, put: Put) -> None:
         raise RequestRejected("grammars are switched off here (guided_decoding_backend)", param=GUIDE_PARAM)
 
     def grammar_of(self, guide: Guide) -> Grammar | None:
@@ -91,9 +91,9 @@ class RankGuides:
             self._admission = GuideAdmission(self._size, self._trials, inbox, refuse)
         self._reports.start(self._take_report)
 
-    def admit(self, request: GenerateRequest) -> None:
+    def admit(self, request: GenerateRequest, put: Put) -> None:
         assert self._admission is not None, "only rank 0 takes requests, once it has started"
-        self._admission.admit(request)
+        self._admission.admit(request, put)
 
     def grammar_of(self, guide: Guide) -> Grammar | None:
         return self._table.get(guide)

@@ -14,6 +14,7 @@ from tensorweave.cluster.mesh import Mesh, MeshRank
 from tensorweave.kernels.linear.reference import Linear
 from tensorweave.kernels.operations import Operations, reference_operations
 from tensorweave.workers.gang.comm import Comm, SoloComm
+from tensorweave.workers.models.adapter_sites import LinearForms, PlainLinears
 from tensorweave.workers.models.checkpoint import Shapes
 from tensorweave.workers.models.config import ModelConfig, ModelEnds
 from tensorweave.workers.models.ends import Embedding, Head, ScaledEmbedding, ScaledHead
@@ -28,15 +29,22 @@ from tensorweave.workers.models.transformer import Transformer
 
 
 def build_transformer(
-    config: ModelConfig, place: MeshRank, weights: RankWeights, comm: Comm, operations: Operations
+    config: ModelConfig,
+    place: MeshRank,
+    weights: RankWeights,
+    comm: Comm,
+    operations: Operations,
+    linears: LinearForms | None = None,
 ) -> Transformer:
-    """Read one rank's share of the weights and put the layers around it."""
+    """Read one rank's share of the weights and put the layers around it. `linears` notes what adapters may update;
+    None: nothing."""
     sizes, ends = config.sizes, config.ends
     vocab = split_evenly(sizes.vocab_size, place.mesh.tensor)[place.tensor]
     shape = (sizes.vocab_size, sizes.hidden_size)
     embedding_VD = weights.rows([TensorRows(EMBEDDING, shape, vocab)])
+    forms = PlainLinears() if linears is None else linears
     layers = [
-        layer.build(LayerBuilder(f"model.layers.{i}", sizes, weights, place, comm, operations))
+        layer.build(LayerBuilder(f"model.layers.{i}", sizes, weights, place, comm, operations, forms))
         for i, layer in enumerate(config.layers)
     ]
     is_tied = config.has_tied_embeddings

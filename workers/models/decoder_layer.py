@@ -10,7 +10,7 @@ from torch import Tensor
 from tensorweave.kernels.heads.reference import HeadNorms
 from tensorweave.kernels.operations import GatedActivation, PlaceHeads
 from tensorweave.workers.models.forward_inputs import ForwardInputs
-from tensorweave.workers.models.layers import ColumnLinear, RowLinear
+from tensorweave.workers.models.layers import ColumnForm, RowForm
 from tensorweave.workers.models.residual import UNCHANGED, InputNorm, OutputChange
 
 # T tokens, D hidden size, N query heads and K KV heads of this rank, X = N + 2 K, H head dim
@@ -34,7 +34,7 @@ class Attention:
 
     qkv: Projection
     place_heads: PlaceHeads
-    output: RowLinear
+    output: RowForm
     norms: HeadNorms | None
     head_dim: int
     window: int | None
@@ -66,9 +66,9 @@ class Mlp(Protocol):
 class GatedMlp:
     """`gate_up` returns gates, then as many values that they multiply."""
 
-    gate_up: ColumnLinear
+    gate_up: ColumnForm
     activate: GatedActivation
-    down: RowLinear
+    down: RowForm
 
     def __call__(self, x_TD: Tensor, inputs: ForwardInputs) -> Tensor:
         return self.down(self.activate(self.gate_up(x_TD, inputs)), inputs)

@@ -15,8 +15,9 @@ from tensorweave.cluster.mesh import MeshRank
 from tensorweave.kernels.heads.reference import HeadNorms
 from tensorweave.kernels.operations import Operations
 from tensorweave.workers.gang.comm import Comm
+from tensorweave.workers.models.adapter_sites import LinearForms, SitePart, column_site
 from tensorweave.workers.models.decoder_layer import Attention, GatedMlp, Projection
-from tensorweave.workers.models.layers import ColumnLinear, RmsNorm, RowLinear
+from tensorweave.workers.models.layers import ColumnForm, RmsNorm, RowForm
 from tensorweave.workers.models.normed_projection import NormedProjection, PartNorm
 from tensorweave.workers.models.rank_weights import RankWeights, TensorRows
 from tensorweave.workers.models.shards import HeadShard, shard_heads, split_evenly
@@ -42,6 +43,7 @@ class LayerBuilder:
     place: MeshRank
     comm: Comm
     operations: Operations
+    linears: LinearForms
 
     def norm(self, name: str) -> RmsNorm:
         """Over the hidden states."""
@@ -88,7 +90,7 @@ class LayerBuilder:
             sinks_N=self._sinks(f"{name}.sinks", kv) if has_sinks else None,
         )
 
-    def qkv(self, name: str, kv: LayerKv, *, has_bias: bool) -> ColumnLinear:
+    def qkv(self, name: str, kv: LayerKv, *, has_bias: bool) -> ColumnForm:
         """q_proj, k_proj and v_proj in one product."""
         query, keys = self._query_rows(kv), self._key_rows(kv)
         num_query, num_keys = self.sizes.num_heads * kv.head_dim, kv.num_heads * kv.head_dim
@@ -99,7 +101,7 @@ class LayerBuilder:
         ]
         return self.column_linear(parts, has_bias=has_bias)
 
-    def fused_qkv(self, name: str, kv: LayerKv) -> ColumnLinear:
+    def fused_qkv(self, name: str, kv: LayerKv) -> ColumnForm:
         """Of one tensor qkv_proj: all queries, all keys, all values."""
         query, keys = self._query_rows(kv), self._key_rows(kv)
         num_query, num_keys = self.sizes.num_heads * kv.head_dim, kv.num_heads * kv.head_dim
@@ -130,7 +132,7 @@ class LayerBuilder:
         linear = self._parts_of_one(f"{name}.{gate_up}", 2 * width, ((share, 0), (share, width)))
         return self._mlp(linear, f"{name}.{down}", has_bias=False, has_gelu=False)
 
-    def _mlp(self, gate_up: ColumnLinear, down: str, *, has_bias: bool, has_gelu: bool) -> GatedMlp:
+    def _mlp(self, gate_up: ColumnForm, down: str, *, has_bias: bool, has_gelu: bool) -> GatedMlp:
         width = self.sizes.intermediate_size
         return GatedMlp(
             gate_up=gate_up,
@@ -138,20 +140,22 @@ class LayerBuilder:
             down=self.row_linear(down, width, self.share(width), has_bias=has_bias),
         )
 
-    def column_linear(self, parts: Sequence[LinearRows], *, has_bias: bool) -> ColumnLinear:
+    def column_linear(self, parts: Sequence[LinearRows], *, has_bias: bool) -> ColumnForm:
         """Of the hidden states: the outputs of all parts one after the other, from one product."""
         D = self.sizes.hidden_size
         weight_OD = self.weights.matrix_rows([self._rows(part, "weight", D) for part in parts])
         bias_O = self.weights.rows([self._rows(part, "bias") for part in parts]) if has_bias else None
-        return ColumnLinear(self.operations.make_linear(weight_OD, bias_O))
+        site = column_site([(self._full(part.name), part.num_outputs, part.rows) for part in parts], D)
+        return self.linears.column(self.operations.make_linear(weight_OD, bias_O), site)
 
-    def row_linear(self, name: str, num_inputs: int, columns: range, *, has_bias: bool) -> RowLinear:
+    def row_linear(self, name: str, num_inputs: int, columns: range, *, has_bias: bool) -> RowForm:
         """Back to hidden states, from this rank's `columns` of all `num_inputs`."""
         D = self.sizes.hidden_size
         weight_DJ = self.weights.matrix_columns(self._full(f"{name}.weight"), (D, num_inputs), columns)
         keeps_bias = has_bias and self.place.tensor == 0
         bias_D = self.weights.vector(self._full(f"{name}.bias"), D) if keeps_bias else None
-        return RowLinear(self.operations.make_linear(weight_DJ, bias_D), self.comm)
+        site = (SitePart(self._full(name), D, num_inputs, range(D), columns, 0),)
+        return self.linears.row(self.operations.make_linear(weight_DJ, bias_D), site, self.comm)
 
     def share(self, total: int) -> range:
         """This rank's part of [0, total)."""
@@ -181,7 +185,7 @@ class LayerBuilder:
         rows = TensorRows(self._full(name), (self.sizes.num_heads,), self.heads(kv).query)
         return self.weights.rows([rows]).float()
 
-    def _parts_of_one(self, name: str, num_outputs: int, parts: Sequence[tuple[range, int]]) -> ColumnLinear:
+    def _parts_of_one(self, name: str, num_outputs: int, parts: Sequence[tuple[range, int]]) -> ColumnForm:
         """Rows of one tensor, each range from an offset on."""
         rows = [range(part.start + first, part.stop + first) for part, first in parts]
         return self.column_linear([LinearRows(name, num_outputs, each) for each in rows], has_bias=False)

@@ -6,7 +6,7 @@ Plain callables over plain tensors: at batch 1 the calls of `torch.nn.Module` al
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,6 +52,33 @@ class RowLinear:
 
     def __call__(self, x_TJ: Tensor, inputs: ForwardInputs) -> Tensor:
         return self.comm.all_reduce(self.linear(x_TJ))
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedColumnLinear:
+    """A `ColumnLinear` to which the adapters of a step's rows add; they know it by the number `site`."""
+
+    linear: Linear
+    site: int
+
+    def __call__(self, x_TD: Tensor, inputs: ForwardInputs) -> Tensor:
+        return inputs.updates.add(self.site, x_TD, self.linear(x_TD))
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedRowLinear:
+    """The same of a `RowLinear`. Each rank adds from its own inputs, and what they add is summed with the products."""
+
+    linear: Linear
+    comm: Comm
+    site: int
+
+    def __call__(self, x_TJ: Tensor, inputs: ForwardInputs) -> Tensor:
+        return self.comm.all_reduce(inputs.updates.add(self.site, x_TJ, self.linear(x_TJ)))
+
+
+ColumnForm: TypeAlias = ColumnLinear | AdaptedColumnLinear
+RowForm: TypeAlias = RowLinear | AdaptedRowLinear
 
 
 @dataclass(frozen=True, slots=True)

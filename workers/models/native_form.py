@@ -7,7 +7,14 @@ from torch import Tensor
 from tensorweave.kernels.activation.native import NativeGeluMul, NativeSiluMul
 from tensorweave.kernels.native.layers import LayerForm, LayerParts
 from tensorweave.workers.models.decoder_layer import DecoderLayer, GatedMlp
-from tensorweave.workers.models.layers import ColumnLinear, RmsNorm
+from tensorweave.workers.models.layers import (
+    AdaptedColumnLinear,
+    AdaptedRowLinear,
+    ColumnForm,
+    ColumnLinear,
+    RmsNorm,
+    RowForm,
+)
 from tensorweave.workers.models.residual import OutputChange, Scaled, Unchanged
 
 
@@ -16,7 +23,9 @@ def native_form(layer: DecoderLayer) -> tuple[LayerParts, LayerForm] | None:
     attention, mlp, norm, mlp_norm = layer.attention, layer.mlp, layer.attention_norm, layer.mlp_norm
     if not isinstance(norm, RmsNorm) or not isinstance(mlp_norm, RmsNorm) or not isinstance(mlp, GatedMlp):
         return None
-    if not isinstance(attention.qkv, ColumnLinear) or not isinstance(mlp.activate, NativeSiluMul | NativeGeluMul):
+    if not isinstance(attention.qkv, ColumnLinear | AdaptedColumnLinear) or not isinstance(
+        mlp.activate, NativeSiluMul | NativeGeluMul
+    ):
         return None
     factors = {_factor(layer.after_attention), _factor(layer.after_mlp)}
     norms = [each for each in (norm, mlp_norm, layer.after_attention, layer.after_mlp) if isinstance(each, RmsNorm)]
@@ -38,6 +47,7 @@ def native_form(layer: DecoderLayer) -> tuple[LayerParts, LayerForm] | None:
         after_attention_D=_weight(layer.after_attention),
         after_mlp_D=_weight(layer.after_mlp),
         sinks_N=attention.sinks_N,
+        sites=(_site(attention.qkv), _site(attention.output), _site(mlp.gate_up), _site(mlp.down)),
     )
     [(epsilon, offset)] = kinds
     return parts, LayerForm(
@@ -50,6 +60,10 @@ def native_form(layer: DecoderLayer) -> tuple[LayerParts, LayerForm] | None:
         is_gelu=isinstance(mlp.activate, NativeGeluMul),
         has_neighbours=attention.has_neighbours,
     )
+
+
+def _site(linear: ColumnForm | RowForm) -> int:
+    return linear.site if isinstance(linear, AdaptedColumnLinear | AdaptedRowLinear) else 0
 
 
 def _factor(change: OutputChange) -> float:

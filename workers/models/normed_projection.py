@@ -11,7 +11,7 @@ from tensorweave.kernels.norm.native import NativeSplitNorm
 from tensorweave.kernels.norm.reference import SplitNorm
 from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.models.forward_inputs import ForwardInputs
-from tensorweave.workers.models.layers import ColumnLinear
+from tensorweave.workers.models.layers import ColumnForm
 
 # T tokens, D hidden size, J and I elements of this rank's queries and keys
 
@@ -31,7 +31,7 @@ class NormedProjection:
     Where KV heads are on several ranks, `owned_keys` are the elements of the keys that this rank counts.
     """
 
-    projection: ColumnLinear
+    projection: ColumnForm
     query: PartNorm
     key: PartNorm
     owned_keys: slice

@@ -61,7 +61,7 @@ class NativeStack:
 
     def __call__(self, x_TD: Tensor, inputs: ForwardInputs, caches: Sequence[Tensor]) -> Tensor:
         assert isinstance(inputs.attention, NativeAttentionPlan)
-        return self._layers(x_TD, inputs.rope_tables, inputs.attention, caches)
+        return self._layers(x_TD, inputs.rope_tables, inputs.attention, caches, inputs.updates)
 
 
 def make_stack(layers: Sequence[DecoderLayer], *, can_be_native: bool) -> DecoderStack:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tensorweave.cluster.block_hash import cache_key
 from tensorweave.cluster.errors import TensorweaveError, WireError
 from tensorweave.cluster.protocol import (
     FinishReason,
@@ -30,6 +31,7 @@ from tensorweave.cluster.protocol import (
     logprobs_from_wire,
     logprobs_to_wire,
 )
+from tensorweave.workers.step.adapter import RankAdapter
 from tensorweave.workers.step.grammar import Grammar
 
 
@@ -81,7 +83,8 @@ class LlmRequest:
     hidden state is told. With a `failure` the request ends at its next token, without it. What the sampling remembers
     of the tokens is the decoder's.
 
-    `grammar` is the sampling's guide, compiled: it is there on every rank when the request arrives.
+    `grammar` is the sampling's guide, compiled: it is there on every rank when the request arrives. So is the
+    `adapter` of this digest, which is part of `cache_salt`, the key under which the request's KV is kept.
     """
 
     request_id: str
@@ -106,6 +109,8 @@ class LlmRequest:
     answer_every: int = 1
     num_held: int = 0
     grammar: Grammar | None = None
+    adapter_digest: bytes | None = None
+    adapter: RankAdapter | None = None
     closes_at: int = field(init=False)
     extras: TokenExtras | None = None
     failure: TensorweaveError | None = None
@@ -131,10 +136,18 @@ class LlmRequest:
 
     @classmethod
     def of(
-        cls, arrival: GenerateRequest, order: int, now_s: float, *, can_fetch: bool, grammar: Grammar | None = None
+        cls,
+        arrival: GenerateRequest,
+        order: int,
+        now_s: float,
+        *,
+        can_fetch: bool,
+        grammar: Grammar | None = None,
+        adapter: RankAdapter | None = None,
     ) -> LlmRequest:
         """A new request, waiting. Where `can_fetch` is False its ticket is of no use: the prompt is computed here."""
         tokens = list(arrival.prompt_token_ids)
+        digest = None if arrival.adapter is None else arrival.adapter.digest
         return cls(
             request_id=arrival.request_id,
             order=order,
@@ -142,14 +155,21 @@ class LlmRequest:
             prompt_len=len(tokens) - arrival.num_replayed,
             sampling=arrival.sampling,
             priority=arrival.priority,
-            cache_salt=arrival.cache_salt,
+            cache_salt=cache_key(arrival.cache_salt, digest),
             retention=arrival.retention,
             offer=arrival.offer,
             fetch=arrival.fetch if can_fetch else None,
             arrival_s=now_s,
             answer_every=arrival.answer_every,
             grammar=grammar,
+            adapter_digest=digest,
+            adapter=adapter,
         )
+
+    @property
+    def is_salted(self) -> bool:
+        """Shares nothing with requests of other salts."""
+        return self.cache_salt != cache_key(None, self.adapter_digest)
 
     @property
     def num_output(self) -> int:

@@ -36,8 +36,8 @@ class ReadRequest:
     """A read of KV heads [first_head, first_head + num_heads) of all layers: of the blocks from `first_block` on, or of
     the blocks `only`.
 
-    `prompt_digest` names the tokens that the blocks must be for. A read of no head returns the first token alone. A
-    read that `ends_lease` releases the ticket when it is closed or its connection breaks.
+    `prompt_digest` names the tokens, and the adapter, that the blocks must be for. A read of no head returns the first
+    token alone. A read that `ends_lease` releases the ticket when it is closed or its connection breaks.
     """
 
     read_id: str
@@ -67,5 +67,6 @@ class ReadRequest:
 
 
 def prompt_digest(request: LlmRequest) -> str:
-    """A digest of the tokens that the request computes before its first generated token."""
-    return blake2b(pack_tokens(request.tokens[: request.context_len]), digest_size=16).hexdigest()
+    """A digest of the tokens that the request computes before its first generated token, and of its adapter."""
+    tokens, adapter = pack_tokens(request.tokens[: request.context_len]), request.adapter_digest or b""
+    return blake2b(tokens + adapter, digest_size=16, person=b"adapter" if adapter else b"").hexdigest()

@@ -49,10 +49,10 @@ class Bench:
         self.arrived: list[str] = []
 
     def _refuse(self, guide: Guide, error: TensorweaveError) -> None:
-        self.refused |= {request.request_id: error for request in self.inbox.drop(guide)}
+        self.refused |= {request.request_id: error for request in self.inbox.drop(guide.digest)}
 
     def ask(self, name: str, guide: Guide = GUIDE) -> None:
-        self.admission.admit(GenerateRequest(name, (1,), SamplingSpec(4, guide=guide)))
+        self.admission.admit(GenerateRequest(name, (1,), SamplingSpec(4, guide=guide)), self.inbox.put)
 
     def gather(self) -> None:
         step = self.inbox.gather(0, 0.0)
