@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
+from tensorweave.cluster.adapter import Adapter
 from tensorweave.cluster.errors import NotReady, TensorweaveError
 from tensorweave.cluster.link import GangLink
 from tensorweave.cluster.pool import PoolState
@@ -38,6 +40,10 @@ class Fleet(Protocol):
     def links(self, role: Role = "both") -> Sequence[GangLink]:
         """Open links to gangs that serve `role`; a gang of role 'both' serves every role but 'embed'."""
 
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """LoRA adapters that requests may name, by name."""
+
     def check_open(self) -> None:
         """Raises NotReady once the service is shutting down. Running requests may continue, on any gang."""
 
@@ -57,6 +63,8 @@ class Fleet(Protocol):
 
 class StaticFleet:
     """Links by the role of their gangs. `close` closes them."""
+
+    adapters: Mapping[str, Adapter] = {}
 
     def __init__(self, links: Mapping[Role, Sequence[GangLink]]) -> None:
         self._links = {role: tuple(gangs) for role, gangs in links.items()}
@@ -113,6 +121,8 @@ class WatchedFleet:
         self._supervisor = supervisor
         self._find = find
         self._state = ServiceState(0, ())
+        self._name = secrets.token_hex(8)
+        self.adapters: Mapping[str, Adapter] = {}
         self._links: dict[str, SocketLink] = {}
         self._link_tasks: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
@@ -198,13 +208,14 @@ class WatchedFleet:
         while True:
             try:
                 async with asyncio.timeout(_POLL_S + _POLL_GRACE_S):
-                    state = await self._supervisor.watch.remote(self._state.version, _POLL_S)
+                    state = await self._supervisor.watch.remote(self._state.version, _POLL_S, self._name)
             except (TimeoutError, RayError) as error:
                 logger.warning("the supervisor does not answer (%s); trying again", type(error).__name__)
                 await asyncio.sleep(_RETRY_S)
                 await self._find_successor()
                 continue
             self._state = state
+            self.adapters = {adapter.name: adapter for adapter in state.adapters}
             self._update_link_tasks(state)
             for link in self._links.values():
                 self._update_kv_links(link)

@@ -19,14 +19,15 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from tensorweave.cluster.errors import WorkerLost
+from tensorweave.cluster.adapter_registry import AdapterRecord
+from tensorweave.cluster.errors import NotReady, WorkerLost
 from tensorweave.cluster.gang_record import GangRecord
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.hosts import Hosts
 from tensorweave.cluster.memory_kills import describe_kills, describe_local_kills
 from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.placement import NamedGroup, live_node_ids, live_nodes, place, placed_on
-from tensorweave.cluster.protocol import GangAddress, KvSource, LinkMeasurement
+from tensorweave.cluster.protocol import Adapter, GangAddress, KvSource, LinkMeasurement
 from tensorweave.cluster.rank_actors import create_rank_actor, rank_name, start_error
 from tensorweave.cluster.rank_link import RankLinkMonitor
 from tensorweave.cluster.rank_places import RankPlaces
@@ -41,6 +42,7 @@ T = TypeVar("T")
 
 _STOP_TIMEOUT_S: Final = 5.0
 _MEASURE_TIMEOUT_S: Final = 20.0
+_ADAPTER_TIMEOUT_S: Final = 150.0
 _LONG_START_S: Final = 15.0
 _LEASE_S: Final = 120.0
 """How long a detached rank runs without a heartbeat: time for Ray to restart its supervisor."""
@@ -244,6 +246,39 @@ class Gang:
         except RayError as error:
             cause = getattr(error, "cause", None) or error
             raise ValueError(f"a logits processor cannot be loaded by the ranks: {first_line(cause)}") from error
+
+    async def load_adapter(self, name: str, path: str) -> Adapter:
+        """Return once all ranks have the LoRA adapter of this directory in memory. Raises WorkerLost or NotReady, and
+        ValueError if a rank refuses it."""
+        try:
+            async with asyncio.timeout(_ADAPTER_TIMEOUT_S):
+                adapter: Adapter = await self._actors[0].load_adapter.remote(name, path)
+                return adapter
+        except TimeoutError:
+            raise NotReady(
+                f"gang {self.gang_id}: adapter {name!r} is not loaded within {_ADAPTER_TIMEOUT_S:g} s"
+            ) from None
+        except RayActorError as error:
+            raise WorkerLost(f"gang {self.gang_id}: a rank died ({first_line(error)})") from error
+        except RayError as error:
+            raise start_error(self.gang_id, error) from error
+
+    async def keep_adapters(self, record: AdapterRecord) -> None:
+        """Let rank 0 keep this for a supervisor that takes the gang over. Raises WorkerLost."""
+        try:
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
+                await self._actors[0].keep_adapters.remote(record)
+        except (TimeoutError, RayError) as error:
+            raise WorkerLost(f"gang {self.gang_id}: rank 0 does not answer ({first_line(error)})") from error
+
+    async def kept_adapters(self) -> AdapterRecord:
+        """What rank 0 keeps; an empty record if it does not answer."""
+        try:
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
+                record: AdapterRecord = await self._actors[0].kept_adapters.remote()
+                return record
+        except (TimeoutError, RayError):
+            return AdapterRecord()
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, wait for the open ones, then stop the ranks. Returns at the timeout; `kill` follows."""

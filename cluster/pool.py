@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from tensorweave.cluster.adapter_registry import AdapterRegistry
 from tensorweave.cluster.errors import InsufficientResources, NotReady, TensorweaveError
 from tensorweave.cluster.fault_record import FaultRecord
 from tensorweave.cluster.gang_spec import GangSpec
@@ -81,8 +82,8 @@ class _Slot:
 
 
 class GangPool:
-    """`launch(slot, epoch)` creates a gang without starting it; `on_change` is called on the event loop after
-    changes."""
+    """`launch(slot, epoch)` creates a gang without starting it; `on_change` is called on the event loop after changes.
+    Every gang has all `adapters` before it is ready."""
 
     def __init__(
         self,
@@ -90,6 +91,7 @@ class GangPool:
         launch: Callable[[int, int], PoolGang],
         on_change: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
+        adapters: AdapterRegistry | None = None,
     ) -> None:
         self.spec = spec
         self._launch = launch
@@ -102,6 +104,7 @@ class GangPool:
         self._num_faults = 0
         self._events: collections.deque[dict[str, Any]] = collections.deque(maxlen=_NUM_EVENTS)
         self._processors = PoolLogitsProcessors()
+        self._adapters = adapters or AdapterRegistry()
         self._is_ending = asyncio.Event()
 
     def start(self, running: Mapping[int, tuple[PoolGang, GangAddress]] | None = None) -> None:
@@ -238,6 +241,7 @@ class GangPool:
             if is_new:
                 slot.address = await gang.start()
                 await self._processors.install(gang)
+                await self._adapters.install(gang)
                 self._note_ready(slot, gang)
             reason = await gang.watch()
             self._note_fault(slot, f"gang {gang.gang_id} ended: {reason}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from tensorweave.cluster.protocol import GangAddress, KvSource, LinkMeasurement
+from tensorweave.cluster.adapter_registry import AdapterRecord
+from tensorweave.cluster.protocol import Adapter, GangAddress, KvSource, LinkMeasurement
 
 
 class PoolGang(Protocol):
@@ -20,6 +21,10 @@ class PoolGang(Protocol):
     async def measure_link(self, source: KvSource) -> LinkMeasurement: ...
 
     async def set_logits_processors(self, processors: Mapping[str, Any]) -> None: ...
+
+    async def load_adapter(self, name: str, path: str) -> Adapter: ...
+
+    async def keep_adapters(self, record: AdapterRecord) -> None: ...
 
     async def drain(self, timeout_s: float) -> None: ...
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tensorweave.cluster.adapter import Adapter
 from tensorweave.cluster.kv_links import Pair
 from tensorweave.cluster.pool import PoolState
 from tensorweave.cluster.protocol import LinkMeasurement
@@ -22,8 +23,9 @@ class DetachedSpec:
 @dataclass(frozen=True, slots=True)
 class ServiceState:
     """All pools at one moment. `version` differs from that of every other moment, including those before a restart.
-    `links` has the measured link per decode gang and prefill gang."""
+    `links` has the measured link per decode gang and prefill gang; `adapters` are those that clients may name."""
 
     version: int
     pools: tuple[PoolState, ...]
     links: Mapping[Pair, LinkMeasurement] = field(default_factory=dict)
+    adapters: tuple[Adapter, ...] = ()

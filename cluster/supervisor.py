@@ -19,15 +19,19 @@ from typing import Any, Final
 import ray
 from ray.actor import ActorHandle
 
+from tensorweave.cluster.adapter import Adapter
+from tensorweave.cluster.adapter_registry import AdapterRegistry
 from tensorweave.cluster.gang import Gang
 from tensorweave.cluster.kv_links import KvLinkTable, ReadyGang
 from tensorweave.cluster.log_setup import LogSettings, set_up_logging
 from tensorweave.cluster.placement import remove_groups
 from tensorweave.cluster.pool import GangPool, PoolSpec
+from tensorweave.cluster.pool_gang import PoolGang
 from tensorweave.cluster.process_sentinel import OwnSentinel, end_actor_with
 from tensorweave.cluster.service_state import DetachedSpec, ServiceState
 from tensorweave.cluster.supervisor_handle import find_supervisor, stop_supervisor
 from tensorweave.cluster.takeover import find_running
+from tensorweave.cluster.watchers import Watchers
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +40,7 @@ _MAX_CONCURRENT_CALLS: Final = 1000
 _LEASE_S: Final = 60.0
 """Front ends call every 10 s, Serve's health check every 5 s."""
 _CHECK_INTERVAL_S: Final = 2.0
+_TELL_TIMEOUT_S: Final = 5.0
 
 
 class PoolSupervisor:
@@ -52,6 +57,7 @@ class PoolSupervisor:
         sentinel: str | None = None,
         detached: DetachedSpec | None = None,
         log: LogSettings | None = None,
+        adapters: Mapping[str, str] | None = None,
     ) -> None:
         if log is not None:
             set_up_logging(log, "supervisor")
@@ -63,6 +69,8 @@ class PoolSupervisor:
         self._generation = 0
         self._notice: str | None = None
         self._pools: list[GangPool] = []
+        self._adapters = AdapterRegistry(adapters, self._ready_gangs, self._publish)
+        self._watchers = Watchers()
         self._links = KvLinkTable(self._publish)
         self._version = time.time_ns()
         self._num_idle_checks = 0
@@ -73,16 +81,18 @@ class PoolSupervisor:
         if detached is not None:
             threading.Thread(target=self._end_when_idle, args=(detached,), name="lease", daemon=True).start()
 
-    async def watch(self, version: int, timeout_s: float) -> ServiceState:
-        """Return the state once its version is not `version`, or after `timeout_s`."""
+    async def watch(self, version: int, timeout_s: float, watcher: str = "") -> ServiceState:
+        """Return the state once its version is not `version`, which this `watcher` has, or after `timeout_s`."""
         await self._ensure_started()
+        self._watchers.note(watcher, version)
         try:
             async with asyncio.timeout(timeout_s):
                 while self._version == version:
                     await self._changed.wait()
         except TimeoutError:
             pass
-        return ServiceState(self._version, tuple(pool.state for pool in self._pools), self._links.all)
+        pools = tuple(pool.state for pool in self._pools)
+        return ServiceState(self._version, pools, self._links.all, self._adapters.all)
 
     async def describe(self) -> list[dict[str, Any]]:
         """Every pool, gang and rank, for health pages and metrics."""
@@ -100,6 +110,21 @@ class PoolSupervisor:
         which only the ranks load; None removes one. Raises ValueError if a rank cannot load one."""
         await self._ensure_started()
         await asyncio.gather(*(pool.set_logits_processors(processors) for pool in self._pools))
+
+    async def load_adapter(self, name: str, path: str, *, is_new: bool = False) -> Adapter:
+        """Load an adapter on every gang, in place of one of the same name unless `is_new`. When this returns, all front
+        ends give new requests this one. Raises ValueError, or NotReady if no gang is ready."""
+        await self._ensure_started()
+        adapter = await self._adapters.load(name, path, is_new=is_new)
+        await self._watchers.until_at(self._version, _TELL_TIMEOUT_S)
+        return adapter
+
+    async def unload_adapter(self, name: str) -> None:
+        """When this returns, all front ends refuse new requests with this adapter. Raises ValueError if there is
+        none."""
+        await self._ensure_started()
+        await self._adapters.unload(name)
+        await self._watchers.until_at(self._version, _TELL_TIMEOUT_S)
 
     async def scale(self, name: str, replicas: int, drain_timeout_s: float) -> None:
         """Change the number of a pool's gangs; gangs that are removed finish their requests first. Raises ValueError
@@ -130,15 +155,23 @@ class PoolSupervisor:
         await self._remove_leftovers()
 
     async def apply(
-        self, pools: Sequence[PoolSpec], generation: int, drain_timeout_s: float, notice: str | None = None
+        self,
+        pools: Sequence[PoolSpec],
+        generation: int,
+        drain_timeout_s: float,
+        notice: str | None = None,
+        adapters: Mapping[str, str] | None = None,
     ) -> None:
         """Change to these pools: pools that differ are drained and replaced, the others continue. Returns at once. A
-        call with a lower `generation` than an earlier one has no effect. `notice` is for health pages."""
+        call with a lower `generation` than an earlier one has no effect. `notice` is for health pages. `adapters` are
+        the directories of the service's file, by name."""
         await self._ensure_started()
         specs = _checked(pools)
         if generation < self._generation:
             return
         self._generation, self._notice = generation, notice
+        if adapters is not None:
+            self._spawn(self._adapters.configure(adapters, generation))
         if specs != self._specs:
             self._specs = specs
             self._spawn(self._change_pools(specs, drain_timeout_s))
@@ -188,6 +221,8 @@ class PoolSupervisor:
         found = await find_running(self._prefix, self._specs, self._worker_class, self._detached.namespace)
         for record, gang in found:
             running.setdefault(record.pool, {})[record.slot] = (gang, record.address)
+        for kept in await asyncio.gather(*(gang.kept_adapters() for _, gang in found)):
+            self._adapters.resume(kept)
         return running
 
     def _end_when_idle(self, detached: DetachedSpec) -> None:
@@ -215,7 +250,13 @@ class PoolSupervisor:
                 *(spec.gang, self._worker_class, gang_id, epoch, group), pool=spec.name, slot=slot, namespace=namespace
             )
 
-        return GangPool(spec, launch, self._publish)
+        adapters = None if spec.gang.role == "embed" else self._adapters
+        return GangPool(spec, launch, self._publish, adapters=adapters)
+
+    def _ready_gangs(self) -> list[PoolGang]:
+        """Those that adapters are for."""
+        pools = [pool for pool in self._pools if pool.spec.gang.role != "embed"]
+        return [gang for pool in pools for gang, _ in pool.ready]
 
     def _publish(self) -> None:
         """Wake all pending `watch` calls. The event is replaced, so that none misses or repeats a change."""
@@ -238,16 +279,20 @@ def start_supervisor(
     """Start the actor. It and its gangs end with `sentinel`. Without one it ends with its creator, and its placement
     groups are removed when the job ends. Ray must be running."""
     name, lifetime = (None, None) if sentinel is None else (sentinel.name, "detached")
-    return _start(pools, worker_class, name, None, None, max_restarts=_MAX_RESTARTS, lifetime=lifetime)
+    return _start(pools, worker_class, name, None, None, None, max_restarts=_MAX_RESTARTS, lifetime=lifetime)
 
 
 def find_or_start_supervisor(
-    detached: DetachedSpec, pools: Sequence[PoolSpec], worker_class: type[Any], log: LogSettings | None = None
+    detached: DetachedSpec,
+    pools: Sequence[PoolSpec],
+    worker_class: type[Any],
+    log: LogSettings | None = None,
+    adapters: Mapping[str, str] | None = None,
 ) -> ActorHandle[PoolSupervisor]:
     """Return the supervisor of this name; start it if there is none. One that was running keeps its pools: see
     `apply`."""
     return _start(
-        *(pools, worker_class, None, detached, log),
+        *(pools, worker_class, None, detached, log, adapters),
         max_restarts=-1,
         name=detached.name,
         namespace=detached.namespace,
@@ -263,11 +308,12 @@ def _start(
     sentinel: str | None,
     detached: DetachedSpec | None,
     log: LogSettings | None,
+    adapters: Mapping[str, str] | None,
     **options: Any,
 ) -> ActorHandle[PoolSupervisor]:
     actor: ActorHandle[PoolSupervisor] = (
         ray.remote(PoolSupervisor)
         .options(num_cpus=0, max_task_retries=0, max_concurrency=_MAX_CONCURRENT_CALLS, **options)
-        .remote(tuple(pools), worker_class, sentinel, detached, log)
+        .remote(tuple(pools), worker_class, sentinel, detached, log, adapters)
     )
     return actor

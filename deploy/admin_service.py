@@ -11,9 +11,11 @@ from ray.exceptions import RayError
 from starlette.types import ASGIApp
 
 from tensorweave.cluster.errors import NotReady
+from tensorweave.deploy.adapter_control import SupervisorAdapters
 from tensorweave.deploy.admin_port import AdminPort
 from tensorweave.deploy.config import ServeConfig
 from tensorweave.router.admin.access import AdminKeys
+from tensorweave.router.admin.adapters import adapter_routes
 from tensorweave.router.admin.app import AdminService, build_admin_app
 from tensorweave.router.admin.chat import ChatRelay
 from tensorweave.router.admin.observer import Observer
@@ -41,6 +43,7 @@ def start_admin_port(
                 observer=Observer(lambda: _describe(find_supervisor), routers),
                 chat=ChatRelay(config.endpoint, chat_key),
                 heartbeat_limit_s=config.limits.router_limits().heartbeat_limit_s,
+                routes=adapter_routes(SupervisorAdapters(find_supervisor), config.model_names),
             )
         )
 

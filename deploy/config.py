@@ -14,7 +14,7 @@ from typing import Any, Final, Self, get_args
 from pydantic import ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from tensorweave.cluster.llm_args import LlmArgs
+from tensorweave.cluster.llm_args import LlmArgs, adapter_config
 from tensorweave.cluster.protocol import Role
 from tensorweave.cluster.strict_model import Field, StrictBaseModel, mistake
 from tensorweave.deploy.config_access import AdminConfig, SecurityConfig
@@ -60,6 +60,12 @@ class ServeConfig(StrictBaseModel):
     )
     pools: dict[str, PoolConfig] = Field(
         status="prototype", min_length=1, description="Pools by name. Default: one, 'main'."
+    )
+    adapters: dict[str, str] = Field(
+        default_factory=dict,
+        status="prototype",
+        description="LoRA adapters: directories in PEFT's form, on every rank's host, by the names that clients use as "
+        "models. Needs engine.enable_lora.",
     )
     router: RouterConfig = Field(default_factory=RouterConfig, status="prototype", description="The HTTP front end.")
     admin: AdminConfig = Field(default_factory=AdminConfig, status="prototype", description="The port for operators.")
@@ -112,6 +118,18 @@ class ServeConfig(StrictBaseModel):
                 _assign_role(str(name), pool)
             merged[name] = pool
         return {**kept, "engine": engine, "pools": merged}, mistakes
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> Self:
+        for name, path in self.adapters.items():
+            if not name or name in self.model_names:
+                raise ValueError(f"adapters has {name!r}, which is the name of the model, or none")
+            if not path:
+                raise ValueError(f"adapter {name!r} has no directory")
+        if self.adapters and any(adapter_config(pool) is None for pool in self.pools.values() if pool.role != "embed"):
+            raise ValueError("adapters need engine.enable_lora: true in every pool")
+        self.adapters = {name: str(Path(path).expanduser().absolute()) for name, path in self.adapters.items()}
+        return self
 
     @model_validator(mode="after")
     def _check_pools(self) -> Self:

@@ -74,6 +74,7 @@ class Pools:
         self._drain_timeout_s = config.limits.drain_timeout_s
         self._generation = generation
         self._source = source
+        self._adapters = config.adapters
         self._specs = pool_specs(config, has_gpus=ray.cluster_resources().get("GPU", 0) > 0, digests=digests)
         self._home = supervisor_home(serve.get_replica_context().app_name)
         self._log = config.logging.settings()
@@ -86,14 +87,15 @@ class Pools:
         return self._routers.note(report)
 
     def supervisor(self) -> ActorHandle[Any]:
-        return find_or_start_supervisor(self._home, self._specs, RankWorker, self._log)
+        return find_or_start_supervisor(self._home, self._specs, RankWorker, self._log, self._adapters)
 
     async def check_health(self) -> None:
         """Replace a supervisor that has ended; give one of an earlier deployment this configuration."""
         async with asyncio.timeout(_CONTROL_TIMEOUT_S):
             supervisor = await asyncio.to_thread(self.supervisor)
             notice = None if self._source is None else await asyncio.to_thread(self._source.notice)
-            await supervisor.apply.remote(self._specs, self._generation, self._drain_timeout_s, notice)
+            change = (self._specs, self._generation, self._drain_timeout_s, notice, self._adapters)
+            await supervisor.apply.remote(*change)
 
 
 class Router:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from tensorweave.cluster.errors import NotReady, RequestRejected
 from tensorweave.cluster.fleet import Fleet
 from tensorweave.cluster.link import GangLink
-from tensorweave.cluster.protocol import ModelInfo, Role
+from tensorweave.cluster.protocol import Adapter, ModelInfo, Role
 from tensorweave.router.bodies.pool import BodyPool
-from tensorweave.router.bodies.served import ServedModel
+from tensorweave.router.bodies.served import ServedModel, check_name
 from tensorweave.router.chat.settings import ChatSettings
 from tensorweave.router.chat_formats.chat_format import ChatFormat
 from tensorweave.router.dispatch.admission import Limits
@@ -71,7 +71,8 @@ class RouterService:
         service has no pool that generates."""
         if self.roles == {"embed"}:
             raise RequestRejected("this service has pools of role 'embed' only: it answers /v1/embeddings")
-        return ServedModel(self.names, await self.info(), self.limits.max_sequences, self.chat, self.guided)
+        names = [*self.names, *self.fleet.adapters]
+        return ServedModel(names, await self.info(), self.limits.max_sequences, self.chat, self.guided)
 
     async def served_for_embeddings(self) -> ServedModel:
         """The same for /v1/embeddings."""
@@ -87,6 +88,13 @@ class RouterService:
     @property
     def names(self) -> list[str]:
         return [self.model_name, *self.other_names]
+
+    def adapter(self, name: str) -> Adapter | None:
+        """The LoRA adapter of this name; None for the model itself. Raises ModelNotFound."""
+        if name in self.names:
+            return None
+        check_name([*self.names, *self.fleet.adapters], name)
+        return self.fleet.adapters[name]
 
     @property
     def known_info(self) -> ModelInfo | None:

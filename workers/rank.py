@@ -19,6 +19,8 @@ import psutil
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
+from tensorweave.cluster.adapter import Adapter
+from tensorweave.cluster.adapter_registry import AdapterRecord
 from tensorweave.cluster.errors import WorkerLost
 from tensorweave.cluster.host_memory import oom_kills
 from tensorweave.cluster.log_setup import LogSettings, set_up_logging
@@ -61,6 +63,7 @@ class RankWorker:
         self._phase = ""
         self._log = StartLog(self._note_phase)
         self._record: GangRecord | None = None
+        self._adapters = AdapterRecord()
         self._guard = ProcessGuard(self._has_failed, _remove_placement_group)
 
     async def prepare(self, lease_s: float | None = None) -> RankPlace:
@@ -128,6 +131,19 @@ class RankWorker:
         """Register what edits the logits of requests that name it; None removes it."""
         assert self._executor is not None, "only ranks that have started get processors"
         self._executor.set_logits_processor(name, processor)
+
+    async def load_adapter(self, name: str, path: str) -> Adapter:
+        """Rank 0: return once all ranks have the adapter of this directory in memory. Raises RequestRejected or
+        NotReady."""
+        assert self._executor is not None, "only ranks that have started load adapters"
+        return await asyncio.to_thread(self._executor.load_adapter, name, path)
+
+    async def keep_adapters(self, record: AdapterRecord) -> None:
+        """Rank 0: keep what a supervisor that takes the gang over must know of adapters."""
+        self._adapters = record
+
+    async def kept_adapters(self) -> AdapterRecord:
+        return self._adapters
 
     async def drain(self, timeout_s: float) -> bool:
         """Rank 0: refuse new requests, and wait until the open ones have ended and their KV has been fetched. Return

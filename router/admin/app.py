@@ -6,7 +6,7 @@
     GET /metrics          Prometheus: all routers, gangs and pools
     POST /chat            a chat through the service's own endpoint, for the page
 
-Routes that change the service are given by the deploy room.
+Routes that change the service, such as those of `adapters.py`, are given by the deploy room.
 """
 
 from __future__ import annotations

@@ -22,7 +22,6 @@ from starlette.types import ASGIApp
 
 from tensorweave.cluster.errors import NotReady
 from tensorweave.router.bodies.request_body import RequestBody
-from tensorweave.router.bodies.served import check_name
 from tensorweave.router.bodies.tasks import (
     CHAT,
     COMPLETION,
@@ -128,11 +127,12 @@ def _handlers(service: RouterService, metrics: RouterMetrics) -> dict[str, Handl
     """The small GET routes by path."""
 
     async def models(request: Request) -> Response:
-        return _json({"object": "list", "data": [_model_card(service, name) for name in service.names]})
+        names = [*service.names, *service.fleet.adapters]
+        return _json({"object": "list", "data": [_model_card(service, name) for name in names]})
 
     async def model(request: Request) -> Response:
         name = request.path_params["model_id"]
-        check_name(service.names, name)
+        service.adapter(name)
         return _json(_model_card(service, name))
 
     async def health(request: Request) -> Response:
@@ -197,6 +197,8 @@ def _model_card(service: RouterService, name: str) -> dict[str, Any]:
         "created": service.created_s,
         "owned_by": "tensorweave",
     }
+    if name not in service.names:
+        card["parent"] = service.model_name
     info = service.known_info
     return card if info is None else {**card, "max_model_len": info.max_seq_len}
 

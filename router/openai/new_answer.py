@@ -24,7 +24,9 @@ ID_PREFIXES: Final[Mapping[Api, str]] = {
 
 
 def new_answer(service: RouterService, read: RequestBody, answer_id: str) -> Answer:
-    tokens, model_name, now_s = TokenShapes(service.tokenizer), service.model_name, int(time.time())
+    tokens, now_s = TokenShapes(service.tokenizer), int(time.time())
+    asked = read.request.model
+    model_name = service.model_name if asked in service.names else asked  # an adapter's
     match read.api:
         case "messages":
             return MessagesAnswer(tokens, answer_id=answer_id, model_name=model_name)

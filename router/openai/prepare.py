@@ -8,8 +8,9 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from tensorweave.cluster.block_hash import cache_key
 from tensorweave.cluster.errors import RequestRejected
-from tensorweave.cluster.protocol import GenerateRequest, ModelInfo, SamplingSpec
+from tensorweave.cluster.protocol import Adapter, GenerateRequest, ModelInfo, SamplingSpec
 from tensorweave.router.bodies.request_body import AnyRequest, RequestBody
 from tensorweave.router.bodies.tasks import BodyTask
 from tensorweave.router.chat.parsed_choice import ParsedChoice
@@ -64,7 +65,7 @@ async def make_plan(
     if phase is not None:
         _check_phase(service, request, phase, len(prompts))
     names = _names(ID_PREFIXES[read.api], request, client_id)
-    planner = _Planner(service, await service.info(), request, names)
+    planner = _Planner(service, await service.info(), request, names, service.adapter(request.model))
     for prompt, spec in zip(prompts, read.specs, strict=True):
         context = planner.left_context(prompt)
         for own in _own_specs(spec, request):
@@ -118,6 +119,7 @@ class _Planner:
     info: ModelInfo
     request: AnyRequest
     names: RequestNames
+    adapter: Adapter | None
     jobs: list[Job] = field(default_factory=list)
     choices: list[ParsedChoice] = field(default_factory=list)
     shown: frozenset[int] = field(init=False)
@@ -126,6 +128,10 @@ class _Planner:
         self.shown = frozenset()
         if isinstance(self.request, ChatCompletionRequest):
             self.shown = shown_ids(self.service.chat_format, self.request, self.service.tokenizer)
+
+    @property
+    def _adapter_digest(self) -> bytes | None:
+        return None if self.adapter is None else self.adapter.digest
 
     @property
     def skips_special_tokens(self) -> bool:
@@ -173,12 +179,13 @@ class _Planner:
         request, limits, index = self.request, self.service.limits, len(self.jobs)
         timeout_s = request.timeout_s
         generate = GenerateRequest(
-            self.names.of(index, prompt, spec, request.seed, request.cache_salt),
+            self.names.of(index, prompt, spec, request.seed, cache_key(request.cache_salt, self._adapter_digest)),
             prompt,
             spec,
             deadline_s=limits.default_deadline_s if timeout_s is None else min(timeout_s, limits.max_deadline_s),
             priority=request.priority or 0,
             cache_salt=request.cache_salt,
+            adapter=self.adapter,
             grace_s=0.0 if self.names.client_id is None else limits.reattach_grace_s,
         )
         end_ids = (

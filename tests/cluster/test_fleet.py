@@ -53,7 +53,7 @@ class _FakeSupervisor:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _watch(self, version: int, timeout_s: float) -> ServiceState:
+    async def _watch(self, version: int, timeout_s: float, watcher: str) -> ServiceState:
         self.num_calls += 1
         if self.is_down:
             raise ActorUnavailableError("the actor is away", b"x" * 16)

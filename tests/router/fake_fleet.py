@@ -15,7 +15,15 @@ from tensorweave.cluster.errors import NotReady, TensorweaveError, WorkerLost, e
 from tensorweave.cluster.fleet import serves
 from tensorweave.cluster.kv_mirror import KvMirror
 from tensorweave.cluster.link import FoundAttempt
-from tensorweave.cluster.protocol import GenerateRequest, KvSource, LinkMeasurement, ModelInfo, Role, TokenChunk
+from tensorweave.cluster.protocol import (
+    Adapter,
+    GenerateRequest,
+    KvSource,
+    LinkMeasurement,
+    ModelInfo,
+    Role,
+    TokenChunk,
+)
 from tests.router.fake_logprobs import with_logprobs
 
 
@@ -208,6 +216,7 @@ class FakeFleet:
     def __init__(self, *links: FakeLink) -> None:
         self.all_links = list(links)
         self.is_ending = False
+        self.adapters: dict[str, Adapter] = {}
         self.changed = asyncio.Event()
 
     def links(self, role: Role = "both") -> list[Any]:
