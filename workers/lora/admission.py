@@ -162,6 +162,7 @@ class AdapterAdmission:
             entry.is_ready = True
             self.num_loads += 1
             self._finish(entry)
+            self._begin_waiting()  # it makes room itself where all who asked for it have been cancelled
         self._release(entry)
 
     def close(self) -> None:

@@ -156,6 +156,18 @@ def test_a_held_request_ends_with_its_cancel() -> None:
     assert bench.gather() == []
 
 
+def test_one_whose_requests_were_cancelled_while_it_was_loaded_gives_way() -> None:
+    bench = Bench()
+    for name, adapter in (("a", A), ("b", B), ("c", C)):
+        bench.ask(name, adapter)
+    assert bench.gather() == ["load a", "load b"]
+    bench.inbox.cancel("a")
+    bench.gather()
+    bench.end("a")
+    bench.report(A)
+    assert bench.gather() == ["forget a", "load c"]
+
+
 def test_a_load_that_is_late_or_cut_off_is_refused() -> None:
     late = Bench(timeout_s=0.05)
     with pytest.raises(NotReady, match=r"waits for room|ranks 0, 1 have not loaded it"):
