@@ -208,7 +208,7 @@ def test_a_retired_link_ends_with_its_last_request() -> None:
         (wire.pack_frame("hello", PROTOCOL_VERSION, SECRET) + wire.pack_frame("dance"), "unexpected 'dance'"),
         (
             wire.pack_frame("hello", PROTOCOL_VERSION, SECRET)
-            + wire.pack_frame("add", ["r", 5, [], 0, 0, None, None, None, None, 0, 0, 1]),
+            + wire.pack_frame("add", ["r", 5, [], 0, 0, None, None, None, None, 0, 0, 1, None]),
             "token",
         ),
     ],
