@@ -9,7 +9,7 @@ import pytest
 from tensorweave.cluster.guide import Guide
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
 from tensorweave.workers.fakes.fake_engine import HashEngine
-from tensorweave.workers.guided.admission import GuideInbox, Refuse
+from tensorweave.workers.guided.admission import Put
 from tensorweave.workers.guided.guides import NoGuides
 from tensorweave.workers.step.grammar import Grammar
 from tests.workers.guided.vocabularies import SIZE, compile_guide, end_id
@@ -23,17 +23,10 @@ GUIDES = [
 
 
 class ReadyGuides(NoGuides):
-    """Grammars that are compiled when their requests arrive, before the first step."""
+    """Grammars that are compiled when their requests arrive."""
 
-    def __init__(self) -> None:
-        self._admitted: list[GenerateRequest] = []
-
-    def start(self, inbox: GuideInbox, refuse: Refuse) -> None:
-        for request in self._admitted:
-            inbox.put(request)
-
-    def admit(self, request: GenerateRequest) -> None:
-        self._admitted.append(request)
+    def admit(self, request: GenerateRequest, put: Put) -> None:
+        put(request, ())
 
     def grammar_of(self, guide: Guide) -> Grammar:
         return compile_guide(guide)
