@@ -22,6 +22,7 @@ from typing import Final, Protocol
 from tensorweave.cluster.errors import NotReady, Overloaded, RequestRejected, TensorweaveError
 from tensorweave.cluster.guide import GUIDE_PARAM, Guide
 from tensorweave.cluster.protocol import GenerateRequest
+from tensorweave.workers.gang.order_report import OrderReport
 from tensorweave.workers.guided.limits import (
     CACHE_BYTES,
     CACHE_GRAMMARS,
@@ -30,7 +31,7 @@ from tensorweave.workers.guided.limits import (
     QUEUE_TIMEOUT_S,
     READY_TIMEOUT_S,
 )
-from tensorweave.workers.guided.orders import GuideOrder, GuideReport
+from tensorweave.workers.guided.orders import GuideOrder
 from tensorweave.workers.guided.table import TOO_SLOW
 from tensorweave.workers.guided.trial import TrialResult
 
@@ -129,7 +130,7 @@ class GuideAdmission:
                 self._begin(entry)
             self._entries.move_to_end(digest)
 
-    def take_report(self, report: GuideReport) -> None:
+    def take_report(self, report: OrderReport) -> None:
         """A rank has compiled a guide, or could not."""
         with self._lock:
             entry = self._entries.get(report.digest)

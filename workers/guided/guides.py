@@ -11,10 +11,11 @@ from tensorweave.cluster.errors import RequestRejected, WorkerLost
 from tensorweave.cluster.guide import GUIDE_PARAM, Guide
 from tensorweave.cluster.protocol import GenerateRequest
 from tensorweave.kernels.token_mask.chosen import compile_mask_tokens
+from tensorweave.workers.gang.order_report import OrderReport
 from tensorweave.workers.gang.report_channel import ReportChannel
 from tensorweave.workers.guided.admission import GuideAdmission, GuideInbox, Put, Refuse
 from tensorweave.workers.guided.compilers import Compilers, make_ready
-from tensorweave.workers.guided.orders import GuideOrder, GuideReport
+from tensorweave.workers.guided.orders import GuideOrder
 from tensorweave.workers.guided.table import GrammarTable
 from tensorweave.workers.guided.trials import Trials
 from tensorweave.workers.step.grammar import Grammar
@@ -124,7 +125,7 @@ class RankGuides:
         if self._admission is not None:  # rank 0 measures for all
             self._admission.stop(digest)
 
-    def _report(self, report: GuideReport) -> None:
+    def _report(self, report: OrderReport) -> None:
         try:
             self._reports.send(report.to_wire())
         except WorkerLost:
@@ -132,4 +133,4 @@ class RankGuides:
 
     def _take_report(self, message: object) -> None:
         assert self._admission is not None
-        self._admission.take_report(GuideReport.from_wire(message))
+        self._admission.take_report(OrderReport.from_wire(message))

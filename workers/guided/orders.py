@@ -30,23 +30,3 @@ class GuideOrder:
             case ["load" | "compile" | "forget" | "stop" as verb, guide, bytes(digest), int(number)]:
                 return cls(verb, guide_or_none(guide, "guide"), digest, number)
         raise WireError("malformed order for guides")
-
-
-@dataclass(frozen=True, slots=True)
-class GuideReport:
-    """A rank has carried out the order to compile with this number; with a `problem`, it could not."""
-
-    digest: bytes
-    number: int
-    rank: int
-    problem: str = ""
-
-    def to_wire(self) -> list[Any]:
-        return [self.digest, self.number, self.rank, self.problem]
-
-    @classmethod
-    def from_wire(cls, fields: Any) -> Self:
-        match fields:
-            case [bytes(digest), int(number), int(rank), str(problem)]:
-                return cls(digest, number, rank, problem)
-        raise WireError("malformed report of a guide")

@@ -14,9 +14,10 @@ from typing import Any, Final
 
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.guide import Guide
+from tensorweave.workers.gang.order_report import OrderReport
 from tensorweave.workers.guided.compilers import Compilers
 from tensorweave.workers.guided.limits import NICENESS
-from tensorweave.workers.guided.orders import GuideOrder, GuideReport
+from tensorweave.workers.guided.orders import GuideOrder
 from tensorweave.workers.step.grammar import Grammar
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class GrammarTable:
         self,
         rank: int,
         open_compilers: Callable[[], Compilers],
-        report: Callable[[GuideReport], None],
+        report: Callable[[OrderReport], None],
         on_slow: Callable[[bytes], None] = lambda digest: None,
     ) -> None:
         self._rank = rank
@@ -80,7 +81,7 @@ class GrammarTable:
         while (order := self._orders.get()) is not None:
             if order.guide is not None:
                 problem = self._compile(order.guide)
-                self._report(GuideReport(order.guide.digest, order.number, self._rank, problem))
+                self._report(OrderReport(order.guide.digest, order.number, self._rank, problem))
             elif order.verb == "load":
                 self._load()
             else:

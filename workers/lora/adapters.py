@@ -9,9 +9,10 @@ from typing import Protocol
 from tensorweave.cluster.adapter import ADAPTER_PARAM, Adapter
 from tensorweave.cluster.errors import RequestRejected, WorkerLost
 from tensorweave.cluster.protocol import GenerateRequest
+from tensorweave.workers.gang.order_report import OrderReport
 from tensorweave.workers.gang.report_channel import ReportChannel
 from tensorweave.workers.lora.admission import AdapterAdmission, AdapterInbox, Entrance
-from tensorweave.workers.lora.orders import AdapterOrder, AdapterReport
+from tensorweave.workers.lora.orders import AdapterOrder
 from tensorweave.workers.lora.peft_directory import PeftFiles
 from tensorweave.workers.lora.rank_adapter import AdapterReader
 from tensorweave.workers.lora.table import AdapterTable
@@ -157,14 +158,14 @@ class RankAdapters(BaseResourceManager):
         assert self._admission is not None, "only rank 0 takes requests, once it has started"
         return self._admission
 
-    def _report(self, report: AdapterReport) -> None:
+    def _report(self, report: OrderReport) -> None:
         try:
             self._reports.send(report.to_wire())
         except WorkerLost:
             return  # rank 0 is gone, and this rank's step loop will notice
 
     def _take_report(self, message: object) -> None:
-        self._leader.take_report(AdapterReport.from_wire(message))
+        self._leader.take_report(OrderReport.from_wire(message))
 
 
 def _off() -> RequestRejected:

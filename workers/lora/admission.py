@@ -21,7 +21,8 @@ from typing import Final, Protocol
 from tensorweave.cluster.adapter import ADAPTER_PARAM, Adapter
 from tensorweave.cluster.errors import NotReady, RequestRejected, TensorweaveError
 from tensorweave.cluster.protocol import GenerateRequest
-from tensorweave.workers.lora.orders import AdapterOrder, AdapterReport
+from tensorweave.workers.gang.order_report import OrderReport
+from tensorweave.workers.lora.orders import AdapterOrder
 
 LOAD_TIMEOUT_S: Final = 120.0
 _PREFIX: Final = b"adapter:"
@@ -147,7 +148,7 @@ class AdapterAdmission:
                 entry.users.discard(request_id)
                 self._begin_waiting()
 
-    def take_report(self, report: AdapterReport) -> None:
+    def take_report(self, report: OrderReport) -> None:
         """A rank has loaded an adapter, or could not."""
         with self._lock:
             entry = self._entries.get(report.digest)

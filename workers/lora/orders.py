@@ -28,23 +28,3 @@ class AdapterOrder:
             case ["load" | "forget" as verb, adapter, bytes(digest), int(number)]:
                 return cls(verb, adapter_or_none(adapter), digest, number)
         raise WireError("malformed order for adapters")
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterReport:
-    """A rank has carried out the order to load with this number; with a `problem`, it could not."""
-
-    digest: bytes
-    number: int
-    rank: int
-    problem: str = ""
-
-    def to_wire(self) -> list[Any]:
-        return [self.digest, self.number, self.rank, self.problem]
-
-    @classmethod
-    def from_wire(cls, fields: Any) -> Self:
-        match fields:
-            case [bytes(digest), int(number), int(rank), str(problem)]:
-                return cls(digest, number, rank, problem)
-        raise WireError("malformed report of an adapter")

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from tensorweave.cluster.adapter import Adapter
-from tensorweave.workers.lora.orders import AdapterOrder, AdapterReport
+from tensorweave.workers.gang.order_report import OrderReport
+from tensorweave.workers.lora.orders import AdapterOrder
 from tensorweave.workers.step.adapter import RankAdapter
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ class Reader(Protocol):
 class AdapterTable:
     """The step loop calls `follow` and `get`; all else happens on the thread, which starts with the first order."""
 
-    def __init__(self, rank: int, reader: Reader, report: Callable[[AdapterReport], None]) -> None:
+    def __init__(self, rank: int, reader: Reader, report: Callable[[OrderReport], None]) -> None:
         self._rank = rank
         self._reader = reader
         self._report = report
@@ -58,7 +59,7 @@ class AdapterTable:
                 self._adapters.pop(order.digest, None)
             else:
                 problem = self._load(order.adapter)
-                self._report(AdapterReport(order.adapter.digest, order.number, self._rank, problem))
+                self._report(OrderReport(order.adapter.digest, order.number, self._rank, problem))
 
     def _load(self, adapter: Adapter) -> str:
         """Return what went wrong."""

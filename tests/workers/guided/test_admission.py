@@ -12,9 +12,10 @@ from tensorweave.cluster.errors import NotReady, Overloaded, RequestRejected, Te
 from tensorweave.cluster.guide import Guide
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
 from tensorweave.workers.executor.inbox import Inbox
+from tensorweave.workers.gang.order_report import OrderReport
 from tensorweave.workers.guided import admission as admission_module
 from tensorweave.workers.guided.admission import GuideAdmission
-from tensorweave.workers.guided.orders import GuideOrder, GuideReport
+from tensorweave.workers.guided.orders import GuideOrder
 from tensorweave.workers.guided.trial import TrialResult
 from tests.workers.waiting import WAIT_S, wait_until
 
@@ -65,7 +66,7 @@ class Bench:
 
     def report(self, rank: int, guide: Guide = GUIDE, problem: str = "") -> None:
         numbers = [order.number for order in self.orders if order.guide == guide]
-        self.admission.take_report(GuideReport(guide.digest, numbers[-1], rank, problem))
+        self.admission.take_report(OrderReport(guide.digest, numbers[-1], rank, problem))
 
     def make_ready(self, guide: Guide) -> None:
         wait_until(lambda: guide in [order.guide for order in self.orders] or self.verbs() is None)
@@ -187,7 +188,7 @@ def test_reports_of_an_earlier_order_do_not_count(bench: Bench, monkeypatch: pyt
         bench.gather()
         assert bench.arrived == [], "the ranks forget what they have compiled by the first order"
         for rank in range(2):
-            bench.admission.take_report(GuideReport(GUIDE.digest, number, rank))
+            bench.admission.take_report(OrderReport(GUIDE.digest, number, rank))
     bench.gather()
     assert bench.arrived == ["r2"]
 

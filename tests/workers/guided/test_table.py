@@ -8,8 +8,9 @@ import pytest
 
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.guide import Guide
+from tensorweave.workers.gang.order_report import OrderReport
 from tensorweave.workers.guided.compilers import Compilers
-from tensorweave.workers.guided.orders import GuideOrder, GuideReport
+from tensorweave.workers.guided.orders import GuideOrder
 from tensorweave.workers.guided.table import GrammarTable
 from tests.workers.guided.vocabularies import vocabulary
 from tests.workers.waiting import WAIT_S, wait_until
@@ -22,10 +23,10 @@ def open_compilers() -> Compilers:
 
 
 def test_orders_are_carried_out_and_reported() -> None:
-    reports: queue.Queue[GuideReport] = queue.Queue()
+    reports: queue.Queue[OrderReport] = queue.Queue()
     table = GrammarTable(3, open_compilers, reports.put)
     table.follow([GuideOrder("load"), GuideOrder("compile", GOOD, number=7), GuideOrder("compile", BAD)])
-    assert reports.get(timeout=WAIT_S) == GuideReport(GOOD.digest, 7, 3)
+    assert reports.get(timeout=WAIT_S) == OrderReport(GOOD.digest, 7, 3)
     failed = reports.get(timeout=WAIT_S)
     assert failed.digest == BAD.digest
     assert "parenthesis" in failed.problem
@@ -37,7 +38,7 @@ def test_orders_are_carried_out_and_reported() -> None:
 
 
 def test_a_grammar_is_stopped_at_once_even_if_it_was_forgotten() -> None:
-    reports: queue.Queue[GuideReport] = queue.Queue()
+    reports: queue.Queue[OrderReport] = queue.Queue()
     slow: list[bytes] = []
     table = GrammarTable(0, open_compilers, reports.put, slow.append)
     table.follow([GuideOrder("compile", GOOD)])
@@ -55,7 +56,7 @@ def test_a_grammar_is_stopped_at_once_even_if_it_was_forgotten() -> None:
 
 
 def test_a_vocabulary_that_cannot_be_read_is_reported_and_tried_again() -> None:
-    reports: queue.Queue[GuideReport] = queue.Queue()
+    reports: queue.Queue[OrderReport] = queue.Queue()
     is_there = [False]
 
     def read() -> Compilers:
@@ -77,5 +78,5 @@ def test_a_vocabulary_that_cannot_be_read_is_reported_and_tried_again() -> None:
 )
 def test_orders_and_reports_cross_the_wire(order: GuideOrder) -> None:
     assert GuideOrder.from_wire(order.to_wire()) == order
-    report = GuideReport(b"d", 2, 1, "why")
-    assert GuideReport.from_wire(report.to_wire()) == report
+    report = OrderReport(b"d", 2, 1, "why")
+    assert OrderReport.from_wire(report.to_wire()) == report

@@ -10,8 +10,9 @@ from tensorweave.cluster.adapter import Adapter
 from tensorweave.cluster.errors import NotReady, RequestRejected, TensorweaveError
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
 from tensorweave.workers.executor.inbox import Inbox
+from tensorweave.workers.gang.order_report import OrderReport
 from tensorweave.workers.lora.admission import AdapterAdmission, Put
-from tensorweave.workers.lora.orders import AdapterOrder, AdapterReport
+from tensorweave.workers.lora.orders import AdapterOrder
 from tests.workers.waiting import WAIT_S
 
 A, B, C = (Adapter(name, name.encode() * 16, f"/{name}") for name in "abc")
@@ -59,7 +60,7 @@ class Bench:
     def report(self, adapter: Adapter, problem: str = "", ranks: Collection[int] = (0, 1)) -> None:
         numbers = [order.number for order in self.orders if order.adapter == adapter]
         for rank in ranks:
-            self.admission.take_report(AdapterReport(adapter.digest, numbers[-1], rank, problem))
+            self.admission.take_report(OrderReport(adapter.digest, numbers[-1], rank, problem))
 
     def make_ready(self, *adapters: Adapter) -> None:
         for adapter in adapters:
