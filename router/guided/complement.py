@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from tensorweave.router.guided.intersect import Intersection
+from tensorweave.router.guided.intersect import MAX_EXPANDED, Intersection
 from tensorweave.router.guided.refusal import Refusal
 from tensorweave.router.guided.shapes import (
     ANYTHING,
@@ -22,9 +22,6 @@ from tensorweave.router.guided.shapes import (
     Union,
     Values,
 )
-
-_MAX_EXPANDED: Final = 24
-"""References inside one another; deeper, the schema is probably recursive."""
 
 
 class Complement:
@@ -61,7 +58,7 @@ class Complement:
         return (*others, *self._within_type(shape, keyword, at))
 
     def _of_reference(self, pointer: str, keyword: str, at: str) -> Union:
-        if self._num_expanded >= _MAX_EXPANDED:
+        if self._num_expanded >= MAX_EXPANDED:
             raise Refusal(keyword, at, f"excludes what refers to itself, at {pointer!r}")
         self._num_expanded += 1
         try:

@@ -27,8 +27,8 @@ from tensorweave.router.guided.shapes import (
 
 _VALUES_PER_SHAPE: Final = 16
 """Values that take as long as a pair of other shapes."""
-_MAX_EXPANDED: Final = 24
-"""References inside one another that an intersection goes through; deeper, the schema is probably recursive."""
+MAX_EXPANDED: Final = 24
+"""References inside one another that are gone through; deeper, the schema is probably recursive."""
 
 
 class Intersection:
@@ -91,7 +91,7 @@ class Intersection:
         return ()
 
     def _expanded(self, pointer: str, other: Shape) -> Union:
-        if self._num_expanded >= _MAX_EXPANDED:
+        if self._num_expanded >= MAX_EXPANDED:
             raise Refusal("$ref", pointer, "is combined with another schema of which it is a part")
         self._num_expanded += 1
         try:
