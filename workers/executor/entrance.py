@@ -8,9 +8,9 @@ from tensorweave.cluster.guide import Guide
 from tensorweave.cluster.protocol import GenerateRequest, TokenChunk
 from tensorweave.workers.executor.inbox import FollowerInbox, Inbox
 from tensorweave.workers.executor.outbox import FollowerOutbox, Outbox
-from tensorweave.workers.guided.admission import Put
 from tensorweave.workers.guided.guides import Guides
 from tensorweave.workers.lora.adapters import Adapters
+from tensorweave.workers.step.hold import Put
 from tensorweave.workers.step.kv_exchange import Transfers
 
 

@@ -14,7 +14,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -34,6 +34,7 @@ from tensorweave.workers.guided.limits import (
 from tensorweave.workers.guided.orders import GuideOrder
 from tensorweave.workers.guided.table import TOO_SLOW
 from tensorweave.workers.guided.trial import TrialResult
+from tensorweave.workers.step.hold import Put
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,6 @@ class Trier(Protocol):
     def run(self, guide: Guide) -> TrialResult: ...
 
 
-Put = Callable[[GenerateRequest, Collection[bytes]], None]
-"""Of the inbox: with what the request waits for."""
 Refuse = Callable[[Guide, TensorweaveError], None]
 
 

@@ -13,12 +13,13 @@ from tensorweave.cluster.protocol import GenerateRequest
 from tensorweave.kernels.token_mask.chosen import compile_mask_tokens
 from tensorweave.workers.gang.order_report import OrderReport
 from tensorweave.workers.gang.report_channel import ReportChannel
-from tensorweave.workers.guided.admission import GuideAdmission, GuideInbox, Put, Refuse
+from tensorweave.workers.guided.admission import GuideAdmission, GuideInbox, Refuse
 from tensorweave.workers.guided.compilers import Compilers, make_ready
 from tensorweave.workers.guided.orders import GuideOrder
 from tensorweave.workers.guided.table import GrammarTable
 from tensorweave.workers.guided.trials import Trials
 from tensorweave.workers.step.grammar import Grammar
+from tensorweave.workers.step.hold import Put
 
 _CPU: Final = torch.device("cpu")
 

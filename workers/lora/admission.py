@@ -14,7 +14,7 @@ from __future__ import annotations
 import collections
 import itertools
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -23,6 +23,7 @@ from tensorweave.cluster.errors import NotReady, RequestRejected, TensorweaveErr
 from tensorweave.cluster.protocol import GenerateRequest
 from tensorweave.workers.gang.order_report import OrderReport
 from tensorweave.workers.lora.orders import AdapterOrder
+from tensorweave.workers.step.hold import Put
 
 LOAD_TIMEOUT_S: Final = 120.0
 _PREFIX: Final = b"adapter:"
@@ -40,10 +41,6 @@ class AdapterInbox(Protocol):
     def release(self, hold: bytes) -> None: ...
 
     def put_adapter_order(self, order: AdapterOrder) -> None: ...
-
-
-Put = Callable[[GenerateRequest, Collection[bytes]], None]
-"""Of the inbox: with what the request waits for."""
 
 
 class Entrance(Protocol):

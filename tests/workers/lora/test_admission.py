@@ -11,8 +11,9 @@ from tensorweave.cluster.errors import NotReady, RequestRejected, TensorweaveErr
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
 from tensorweave.workers.executor.inbox import Inbox
 from tensorweave.workers.gang.order_report import OrderReport
-from tensorweave.workers.lora.admission import AdapterAdmission, Put
+from tensorweave.workers.lora.admission import AdapterAdmission
 from tensorweave.workers.lora.orders import AdapterOrder
+from tensorweave.workers.step.hold import Put
 from tests.workers.waiting import WAIT_S
 
 A, B, C = (Adapter(name, name.encode() * 16, f"/{name}") for name in "abc")

@@ -9,9 +9,9 @@ import pytest
 from tensorweave.cluster.guide import Guide
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
 from tensorweave.workers.fakes.fake_engine import HashEngine
-from tensorweave.workers.guided.admission import Put
 from tensorweave.workers.guided.guides import NoGuides
 from tensorweave.workers.step.grammar import Grammar
+from tensorweave.workers.step.hold import Put
 from tests.workers.guided.vocabularies import SIZE, compile_guide, end_id
 from tests.workers.speculation.drafted_run import DraftedRun, guesses, ngram_config, recording, told, user_config
 
