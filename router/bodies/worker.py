@@ -1,9 +1,9 @@
 """The process that reads large bodies for a router (`router/bodies/pool.py`, which starts it and is trusted).
 
 Its argument is its niceness. Its standard input has the length of a pickled tokenizer, the tokenizer, then `run`
-frames. Its standard output has one frame for each, `done` or `failed`. It ends when its input ends. A body that takes
-more than `CPU_LIMIT_S` of processor time ends it, by a signal from the kernel; so does a body that takes more memory
-than `MEMORY_LIMIT_BYTES`.
+frames. Its standard output has a `ready` frame, then one frame for each body, `done` or `failed`. It ends when its
+input ends. A body that takes more than `CPU_LIMIT_S` of processor time ends it, by a signal from the kernel; so does a
+body that takes more memory than `MEMORY_LIMIT_BYTES`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ def main() -> None:
     (length,) = STATE_LENGTH.unpack(source.read(STATE_LENGTH.size))
     tokenizer: Tokenizer = pickle.loads(source.read(length))  # from the parent process
     decoder, first_peak_bytes = FrameDecoder(), _peak_bytes()
+    sink.write(pack_frame("ready", 0))
+    sink.flush()
     while data := source.read1(READ_BYTES):
         for frame in decoder.feed(data):
             _renew_cpu_limit()

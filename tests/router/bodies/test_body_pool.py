@@ -13,11 +13,13 @@ import orjson
 import pytest
 
 from tensorweave.cluster.errors import ModelNotFound, NotReady, Overloaded, RequestRejected
-from tensorweave.router.bodies import pool as body_pool
-from tensorweave.router.bodies.pool import INLINE_BYTES, USUAL_BYTES, BodyPool, BodyTooCostly
+from tensorweave.router.bodies import worker_process
+from tensorweave.router.bodies.body_queue import BodyQueue, BodyTooCostly
+from tensorweave.router.bodies.pool import INLINE_BYTES, USUAL_BYTES, BodyPool
 from tensorweave.router.bodies.request_body import RequestBody
 from tensorweave.router.bodies.served import ServedModel
 from tensorweave.router.bodies.tasks import CHAT, COMPLETION, MESSAGES, RESPONSES, TOKENIZE, BodyTask
+from tensorweave.router.bodies.worker_process import WorkerProcess
 from tests.router.serving import MODEL, PATIENCE_S, chat, completion, model_info, until
 from tests.router.small_tokenizers import byte_level
 
@@ -41,6 +43,12 @@ def with_pool(use: Callable[[BodyPool], Awaitable[Any]]) -> Any:
             return await use(bodies)
 
     return asyncio.run(run())
+
+
+def worker_of(queue: BodyQueue) -> WorkerProcess:
+    worker = queue._readers[0].worker
+    assert worker is not None
+    return worker
 
 
 def sent(fields: dict[str, Any], num_bytes: int = 0) -> bytes:
@@ -128,9 +136,8 @@ def test_what_a_body_was_made_from_stays_in_the_worker() -> None:
 def test_a_worker_that_dies_is_replaced_and_its_body_read_again() -> None:
     async def use(bodies: BodyPool) -> None:
         await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)
-        worker = bodies._usual._worker
-        assert worker is not None
-        os.kill(worker._process.pid, signal.SIGKILL)
+        worker = worker_of(bodies._usual)
+        os.kill(worker.pid, signal.SIGKILL)
         assert (await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)).prompts
 
     with_pool(use)
@@ -140,10 +147,8 @@ def test_large_bodies_are_read_at_a_low_priority() -> None:
     async def use(bodies: BodyPool) -> None:
         for size in (PADDING, USUAL_BYTES + 1):
             await bodies.run(COMPLETION, sent(completion(), size), SERVED)
-        usual, large = bodies._usual._worker, bodies._large._worker
-        assert usual is not None
-        assert large is not None
-        own, *others = (os.getpriority(os.PRIO_PROCESS, pid) for pid in (0, usual._process.pid, large._process.pid))
+        usual, large = worker_of(bodies._usual), worker_of(bodies._large)
+        own, *others = (os.getpriority(os.PRIO_PROCESS, pid) for pid in (0, usual.pid, large.pid))
         assert others == [own, min(own + 10, 19)]
 
     with_pool(use)
@@ -154,13 +159,12 @@ def test_a_body_that_takes_too_much_processor_time_is_refused() -> None:
 
     async def use(bodies: BodyPool) -> None:
         await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)
-        worker = bodies._usual._worker
-        assert worker is not None
-        os.kill(worker._process.pid, signal.SIGSTOP)
+        worker = worker_of(bodies._usual)
+        os.kill(worker.pid, signal.SIGSTOP)
         refused = asyncio.create_task(bodies.run(COMPLETION, sent(completion(), PADDING), SERVED))
         await asyncio.sleep(0)
-        os.kill(worker._process.pid, signal.SIGXCPU)
-        os.kill(worker._process.pid, signal.SIGCONT)
+        os.kill(worker.pid, signal.SIGXCPU)
+        os.kill(worker.pid, signal.SIGCONT)
         with pytest.raises(BodyTooCostly, match="processor time"):
             await refused
         assert (await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)).prompts
@@ -169,12 +173,12 @@ def test_a_body_that_takes_too_much_processor_time_is_refused() -> None:
 
 
 def test_a_worker_that_has_grown_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body_pool, "_GROWTH_BYTES", -1)
+    monkeypatch.setattr(worker_process, "_GROWTH_BYTES", -1)
 
     async def use(bodies: BodyPool) -> None:
         for _ in range(2):
             assert (await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)).prompts
-            assert bodies._usual._worker is None
+            assert bodies._usual._readers[0].worker is None
 
     with_pool(use)
 
@@ -182,14 +186,43 @@ def test_a_worker_that_has_grown_is_replaced(monkeypatch: pytest.MonkeyPatch) ->
 def test_usual_bodies_do_not_wait_behind_a_large_one() -> None:
     async def use(bodies: BodyPool) -> None:
         await bodies.run(COMPLETION, sent(completion(), USUAL_BYTES + 1), SERVED)
-        worker = bodies._large._worker
-        assert worker is not None
-        os.kill(worker._process.pid, signal.SIGSTOP)
+        worker = worker_of(bodies._large)
+        os.kill(worker.pid, signal.SIGSTOP)
         large = asyncio.create_task(bodies.run(COMPLETION, sent(completion(), USUAL_BYTES + 1), SERVED))
         assert (await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)).prompts
         assert not large.done()
-        os.kill(worker._process.pid, signal.SIGCONT)
+        os.kill(worker.pid, signal.SIGCONT)
         assert (await large).prompts
+
+    with_pool(use)
+
+
+def test_a_further_worker_reads_while_the_first_has_a_body() -> None:
+    """The first is stopped with a body: two others are read by the second, which started for them."""
+
+    async def use(bodies: BodyPool) -> None:
+        bodies._usual = BodyQueue(bodies._first_bytes, 1024, num_workers=2)
+        await bodies.warm_up()
+        assert bodies._usual._readers[1].worker is None
+        first = worker_of(bodies._usual)
+        os.kill(first.pid, signal.SIGSTOP)
+        held = asyncio.create_task(bodies.run(TOKENIZE, sent_text(), SERVED))
+        await until(lambda: bodies._usual._readers[0].is_working and bodies._usual._waiting.empty())
+        others = [await bodies.run(TOKENIZE, sent_text(), SERVED) for _ in range(2)]
+        assert not held.done()
+        os.kill(first.pid, signal.SIGCONT)
+        assert [await held] * 2 == others
+
+    with_pool(use)
+
+
+def test_a_worker_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(bodies: BodyPool) -> None:
+        monkeypatch.setattr("sys.executable", "/bin/false")
+        with pytest.raises(NotReady):
+            await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)
+        monkeypatch.undo()
+        assert (await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)).prompts
 
     with_pool(use)
 
@@ -198,9 +231,8 @@ def test_one_more_than_may_wait_is_told_to_come_back(monkeypatch: pytest.MonkeyP
     async def use(bodies: BodyPool) -> None:
         monkeypatch.setattr(bodies._usual, "_max_waiting", 2)
         await bodies.warm_up()
-        worker = bodies._usual._worker
-        assert worker is not None
-        os.kill(worker._process.pid, signal.SIGSTOP)
+        worker = worker_of(bodies._usual)
+        os.kill(worker.pid, signal.SIGSTOP)
         asked = [asyncio.create_task(bodies.run(TOKENIZE, sent_text(), SERVED))]
         await asyncio.sleep(0)
         await until(bodies._usual._waiting.empty)  # the worker has the first
@@ -209,7 +241,7 @@ def test_one_more_than_may_wait_is_told_to_come_back(monkeypatch: pytest.MonkeyP
         with pytest.raises(Overloaded):
             await bodies.run(TOKENIZE, sent_text(), SERVED)
         asked[1].cancel()
-        os.kill(worker._process.pid, signal.SIGCONT)
+        os.kill(worker.pid, signal.SIGCONT)
         assert await asked[0] == await asked[2]
 
     with_pool(use)
@@ -218,9 +250,8 @@ def test_one_more_than_may_wait_is_told_to_come_back(monkeypatch: pytest.MonkeyP
 def test_what_waits_when_the_service_ends_is_told() -> None:
     async def use(bodies: BodyPool) -> None:
         await bodies.warm_up()
-        worker = bodies._usual._worker
-        assert worker is not None
-        os.kill(worker._process.pid, signal.SIGSTOP)
+        worker = worker_of(bodies._usual)
+        os.kill(worker.pid, signal.SIGSTOP)
         asked = [asyncio.create_task(bodies.run(TOKENIZE, sent_text(), SERVED)) for _ in range(2)]
         await until(lambda: bodies._usual._waiting.qsize() == 1)
         await bodies.close()
