@@ -176,7 +176,7 @@ def _prompt_share(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -> 
         return FixedShare(most)
     if _weight_quantization(args, resolve_model(args.model, revision=args.revision)) is not None:
         return FixedShare(most)
-    return BalancedShare(kv_cache, most, settings.max_num_tokens)
+    return BalancedShare(kv_cache, most)
 
 
 def _make_guides(args: TorchLlmArgs, engine: ModelEngine, comm: Comm, host: str) -> Guides:

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple, Protocol
 
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import KVCache
-from tensorweave.workers.step.tiles import TILE, prompt_tokens_beside, rows_of_decodes
+from tensorweave.workers.step.tiles import MOST_CAPTURED_ROWS, TILE, prompt_tokens_beside, rows_of_decodes
 
 # A request and the token at which its next chunk begins.
 PendingContext = tuple[LlmRequest, int]
@@ -55,37 +55,36 @@ _LEAST_PACED: Final = 384
 _ROOM: Final = 0.97
 """Share of the KV cache that is counted on: blocks are not full, and starts are not even."""
 _PATIENCE: Final = 0.8
-_EAGERNESS: Final = 0.4
+_EAGERNESS: Final = 0.7
 
 
 class BalancedShare:
     """As many prompt tokens as what waits and what runs suggest, so that they fill a whole step with the decodes:
 
-    - All of a step (`full`) where as many requests wait as decode: most of them gain.
+    - A step of 1,024 rows, the largest that a GPU's engine captures, where as many requests wait as decode: most of
+      them gain. Prompts are computed as fast as in larger steps, and the first of them sooner.
     - `most` where a prompt has waited 0.8 times as long as the decoding requests have been here on average. So no
       prompt waits for long, and those that came with the decoding ones are not held back for these.
-    - Else about 0.4 times the geometric mean of the prompt tokens that wait and the decodes, and at least what fills a
+    - Else about 0.7 times the geometric mean of the prompt tokens that wait and the decodes, and at least what fills a
       step of 256 rows, or of 512 beside more than 32 decodes, which cost little beside the reading of the weights.
     - Where some requests have no room in the KV cache, as many as let the starts of requests be spread over the time
       that one takes (`_pace`): those that start together need their most blocks together, too.
 
     Args:
         kv_cache: tells the agreed time, and how many tokens there is room for.
-        most: rows of a step with decodes, except where as many requests wait.
-        full: tokens of any step.
+        most: rows of a step with decodes.
     """
 
-    def __init__(self, kv_cache: KVCache, most: int, full: int) -> None:
+    def __init__(self, kv_cache: KVCache, most: int) -> None:
         self._kv_cache = kv_cache
         self._most = most
-        self._full = full
 
     def most_tokens(self, load: PromptLoad) -> int:
         num_decodes = len(load.decodes)
         if not load.has_room:
             return self._pace(load)
         if len(load.pending) + len(load.waiting) >= num_decodes:
-            return self._full
+            return self._whole(num_decodes, MOST_CAPTURED_ROWS - num_decodes)
         now_s = self._kv_cache.now_s
         waited_s = now_s - min([request.arrival_s for request, _ in load.pending])
         if waited_s >= _PATIENCE * (now_s - fmean([request.arrival_s for request in load.decodes])):

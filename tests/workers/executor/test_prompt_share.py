@@ -18,7 +18,7 @@ from tensorweave.workers.step.request import LlmRequest, RequestState
 from tensorweave.workers.step.resources import ResourceManager
 from tensorweave.workers.step.tiles import DECODE_ROWS, STEP_ROWS, prompt_tokens_beside, rows_of_decodes, whole_tiles
 
-MOST, FULL = 2048, 8192
+MOST = 2048
 NOW_S = 100.0
 
 
@@ -39,7 +39,7 @@ def _asked(
 ) -> int:
     kv = KVCacheManager(blocks, 32)
     kv.now_s = NOW_S
-    share = BalancedShare(kv, MOST, FULL)
+    share = BalancedShare(kv, MOST)
     return share.most_tokens(PromptLoad(decodes, [(request, 0) for request in pending], refused, has_room=not refused))
 
 
@@ -55,8 +55,10 @@ def test_more_that_wait_get_more() -> None:
     assert numbers[-1] == MOST - 200
 
 
-def test_where_as_many_wait_as_decode_a_step_is_full() -> None:
-    assert _asked(_requests(8, 10.0), _requests(8, 0.1)) == FULL
+def test_where_as_many_wait_as_decode_a_step_is_the_largest_captured_one() -> None:
+    for num_decodes in (1, 8, 200):
+        num_tokens = _asked(_requests(num_decodes, 10.0), _requests(num_decodes, 0.1))
+        assert num_tokens == 1024 - rows_of_decodes(num_decodes)
 
 
 def test_who_has_waited_almost_as_long_as_others_decode_waits_no_more() -> None:
@@ -123,7 +125,7 @@ class _Run:
 
     def __init__(self, share: Callable[[KVCacheManager], PromptShare]) -> None:
         self.kv = KVCacheManager(14000, 32)
-        self.scheduler = SimpleScheduler(self.kv, max_batch_size=512, max_num_tokens=FULL, share=share(self.kv))
+        self.scheduler = SimpleScheduler(self.kv, max_batch_size=512, max_num_tokens=8192, share=share(self.kv))
         self.waits_s: list[float] = []
         self._num_requests = 0
 
@@ -173,7 +175,7 @@ def _step_s(batch: ScheduledBatch) -> float:
 
 
 def _balanced(kv: KVCacheManager) -> PromptShare:
-    return BalancedShare(kv, MOST, FULL)
+    return BalancedShare(kv, MOST)
 
 
 @pytest.mark.parametrize("num_clients", [4, 48])
@@ -202,7 +204,7 @@ def test_a_step_has_the_rows_that_were_planned_though_prompts_are_cut() -> None:
 def test_every_request_ends_under_every_policy(policy: str, chunking_policy: str) -> None:
     kv = KVCacheManager(60, 4)
     knobs = {"policy": policy, "chunking_policy": chunking_policy, "max_batch_size": 6, "max_num_tokens": 64}
-    scheduler = SimpleScheduler(kv, share=BalancedShare(kv, 16, 64), **knobs)  # type: ignore[arg-type]
+    scheduler = SimpleScheduler(kv, share=BalancedShare(kv, 16), **knobs)  # type: ignore[arg-type]
     loop = DryRun(ResourceManager([kv]), scheduler, max_batch_size=6, max_num_tokens=64)
     for order in range(24):
         loop.add(_request(order, 5 + 7 * order % 90, 1 + 11 * order % 40, arrival_s=0.003 * order))
