@@ -15,7 +15,7 @@ from typing import Final, NamedTuple, Protocol
 
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import KVCache
-from tensorweave.workers.step.tiles import MOST_CAPTURED_ROWS, TILE, prompt_tokens_beside, rows_of_decodes
+from tensorweave.workers.step.tiles import TILE, prompt_tokens_beside, rows_of_decodes
 
 # A request and the token at which its next chunk begins.
 PendingContext = tuple[LlmRequest, int]
@@ -48,6 +48,8 @@ class FixedShare:
 
 _WIDE: Final = 2 * TILE
 """Rows up to which a step takes hardly longer than the reading of the weights (8B model, H100)."""
+_MANY: Final = 4096
+"""Rows of a step for many prompts."""
 _FEW_DECODES: Final = 32
 _WORTH_A_TILE: Final = 1.5
 """Decodes beyond `_WIDE` are worth their tiles from this multiple of it on."""
@@ -61,14 +63,15 @@ _EAGERNESS: Final = 0.7
 class BalancedShare:
     """As many prompt tokens as what waits and what runs suggest, so that they fill a whole step with the decodes:
 
-    - A step of 1,024 rows, the largest that a GPU's engine captures, where as many requests wait as decode: most of
-      them gain. Prompts are computed as fast as in larger steps, and the first of them sooner.
+    - A step of 4,096 rows where as many requests wait as decode: most of them gain. Larger steps are hardly faster and
+      delay the first of the prompts; smaller ones are slower.
     - `most` where a prompt has waited 0.8 times as long as the decoding requests have been here on average. So no
       prompt waits for long, and those that came with the decoding ones are not held back for these.
     - Else about 0.7 times the geometric mean of the prompt tokens that wait and the decodes, and at least what fills a
       step of 256 rows, or of 512 beside more than 32 decodes, which cost little beside the reading of the weights.
     - Where some requests have no room in the KV cache, as many as let the starts of requests be spread over the time
-      that one takes (`_pace`): those that start together need their most blocks together, too.
+      that one takes (`_pace`): those that start together need their most blocks together, too. If that is more than
+      `most`, 4,096: prompts of 2,048 tokens are faster whole than cut to whole steps.
 
     Args:
         kv_cache: tells the agreed time, and how many tokens there is room for.
@@ -84,7 +87,7 @@ class BalancedShare:
         if not load.has_room:
             return self._pace(load)
         if len(load.pending) + len(load.waiting) >= num_decodes:
-            return self._whole(num_decodes, MOST_CAPTURED_ROWS - num_decodes)
+            return max(_MANY - num_decodes, 1)
         now_s = self._kv_cache.now_s
         waited_s = now_s - min([request.arrival_s for request, _ in load.pending])
         if waited_s >= _PATIENCE * (now_s - fmean([request.arrival_s for request in load.decodes])):
@@ -121,4 +124,5 @@ class BalancedShare:
         num_each = num_requests / math.ceil(num_requests / fitting)
         num_steps = min(output, 2 * (prompt + output - num_tokens / num_each))
         rate = num_each / num_steps if num_steps > 0 else fitting / output
-        return self._whole(num_decodes, max(_LEAST_PACED, prompt * rate))
+        wanted = max(_LEAST_PACED, prompt * rate)
+        return self._whole(num_decodes, wanted) if wanted <= self._most else _MANY

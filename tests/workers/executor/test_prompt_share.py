@@ -55,10 +55,9 @@ def test_more_that_wait_get_more() -> None:
     assert numbers[-1] == MOST - 200
 
 
-def test_where_as_many_wait_as_decode_a_step_is_the_largest_captured_one() -> None:
+def test_where_as_many_wait_as_decode_a_step_has_4096_rows() -> None:
     for num_decodes in (1, 8, 200):
-        num_tokens = _asked(_requests(num_decodes, 10.0), _requests(num_decodes, 0.1))
-        assert num_tokens == 1024 - rows_of_decodes(num_decodes)
+        assert _asked(_requests(num_decodes, 10.0), _requests(num_decodes, 0.1)) == 4096 - num_decodes
 
 
 def test_who_has_waited_almost_as_long_as_others_decode_waits_no_more() -> None:
@@ -87,7 +86,7 @@ def test_starts_are_spread_where_not_all_have_room(num_requests: int, blocks: in
 
 def test_long_prompts_without_room_are_not_held_back() -> None:
     waiting = _requests(224, 1.0, 2048, 128)
-    assert _asked(_requests(32, 1.0, 2048, 128), waiting[:10], waiting[10:]) == MOST - 32
+    assert _asked(_requests(32, 1.0, 2048, 128), waiting[:10], waiting[10:]) == 4096
 
 
 def test_no_decode_is_begun_that_costs_a_tile_more_than_it_gains() -> None:
