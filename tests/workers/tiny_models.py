@@ -179,6 +179,7 @@ DENSE: dict[str, tuple[type, type, dict[str, Any]]] = {
         Gemma2Config,
         Gemma2ForCausalLM,
         {
+            "attn_implementation": "eager",  # transformers before 5.24 chooses one that drops the soft cap
             "attn_logit_softcapping": 3.0,
             "final_logit_softcapping": 5.0,
             "head_dim": 32,
