@@ -32,7 +32,7 @@ from tensorweave.cluster.rank_actors import create_rank_actor, rank_name, start_
 from tensorweave.cluster.rank_link import RankLinkMonitor
 from tensorweave.cluster.rank_places import RankPlaces
 from tensorweave.cluster.rank_processes import RankProcesses
-from tensorweave.cluster.rank_watch import STARTING_HEARTBEAT_TIMEOUT_S, RankWatch, death_reason, first_line
+from tensorweave.cluster.rank_watch import RankWatch, death_reason, first_line
 from tensorweave.cluster.ranks import RankOrder, RankReport, RankStarted, describe_durations, describe_phases
 from tensorweave.cluster.versions import Versions, explain_mix
 
@@ -141,7 +141,7 @@ class Gang:
             _gather([self._start_rank(rank, self._order(rank, hosts)) for rank in range(len(self._actors))])
         )
         self._watch = RankWatch(self._actors, self._places.name, self.spec.hang_timeout_s, self._note_report)
-        watching = asyncio.ensure_future(self._watch.until_fault(STARTING_HEARTBEAT_TIMEOUT_S))
+        watching = asyncio.ensure_future(self._watch.until_fault_while_starting())
         try:
             await asyncio.wait({starting, watching}, return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():

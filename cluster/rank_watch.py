@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
 
@@ -31,6 +33,7 @@ class RankWatch:
         name: Callable[[int], str],
         hang_timeout_s: float,
         on_report: Callable[[int, RankReport], None] = lambda rank, report: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.reports: dict[int, RankReport] = {}
         self.unresponsive: set[int] = set()
@@ -38,13 +41,24 @@ class RankWatch:
         self._name = name
         self._hang_timeout_s = hang_timeout_s
         self._on_report = on_report
+        self._clock = clock
 
     def report(self, rank: int) -> RankReport:
         return self.reports.get(rank, RankReport())
 
-    async def until_fault(self, timeout_s: float = HEARTBEAT_TIMEOUT_S) -> str:
+    async def until_fault(self) -> str:
         """Return why the gang must end, at most about 5 s, or the hang timeout, after the fault."""
-        watchers = [asyncio.create_task(self._watch_rank(rank, timeout_s)) for rank in range(len(self._actors))]
+        return await self._until_fault(HEARTBEAT_TIMEOUT_S, self._hang_timeout_s)
+
+    async def until_fault_while_starting(self) -> str:
+        """The same of a gang that is not ready yet. The step loop of a rank that is waits for those that are not, so
+        that one without progress is no fault: whoever starts the gang bounds the time."""
+        return await self._until_fault(STARTING_HEARTBEAT_TIMEOUT_S, math.inf)
+
+    async def _until_fault(self, timeout_s: float, hang_timeout_s: float) -> str:
+        watchers = [
+            asyncio.create_task(self._watch_rank(rank, timeout_s, hang_timeout_s)) for rank in range(len(self._actors))
+        ]
         try:
             done, _ = await asyncio.wait(watchers, return_when=asyncio.FIRST_COMPLETED)
             return "; ".join(watcher.result() for watcher in done)
@@ -52,10 +66,11 @@ class RankWatch:
             for watcher in watchers:
                 watcher.cancel()
 
-    async def _watch_rank(self, rank: int, timeout_s: float) -> str:
-        """A step loop that makes no progress is a fault if two successive reports say so."""
+    async def _watch_rank(self, rank: int, timeout_s: float, hang_timeout_s: float) -> str:
+        """A step loop that makes no progress is a fault if two successive reports say so, `hang_timeout_s` after the
+        watch began at the earliest: until then, it may have waited for the start of the other ranks."""
         name = self._name(rank)
-        was_stuck = False
+        was_stuck, began_s = False, self._clock()
         while True:
             try:
                 report: RankReport = await result_within(self._actors[rank].heartbeat.remote(), timeout_s)
@@ -66,7 +81,8 @@ class RankWatch:
                 return f"{name} died: {death_reason(error)}"
             self.reports[rank] = report
             self._on_report(rank, report)
-            hang = report.describe_hang(self._hang_timeout_s)
+            is_new = self._clock() - began_s <= hang_timeout_s
+            hang = None if is_new else report.describe_hang(hang_timeout_s)
             if fault := report.fault or (was_stuck and hang):
                 return f"{name}: {fault}"
             was_stuck = hang is not None

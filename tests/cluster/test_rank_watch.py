@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import pytest
 from ray.actor import ActorHandle
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from tensorweave.cluster.rank_watch import RankWatch, death_reason, result_within
 from tensorweave.cluster.ranks import RankReport
@@ -56,10 +57,23 @@ class ReportingActor:
         return RankReport(self._ages_s[min(self.num_asked, len(self._ages_s)) - 1], is_alive=True)
 
 
-def watched(actor: ReportingActor, monkeypatch: pytest.MonkeyPatch) -> RankWatch:
+def failing_after(actor: ReportingActor, number: int) -> Callable[[], Awaitable[RankReport]]:
+    answer = actor.remote
+
+    async def remote() -> RankReport:
+        if actor.num_asked == number:
+            raise RayActorError(error_msg="no more")
+        return await answer()
+
+    return remote
+
+
+def watched(actor: ReportingActor, monkeypatch: pytest.MonkeyPatch, heartbeat_s: float = 10.0) -> RankWatch:
+    """By its clock, a heartbeat takes `heartbeat_s`."""
     monkeypatch.setattr("tensorweave.cluster.rank_watch.HEARTBEAT_INTERVAL_S", 0.01)
     monkeypatch.setattr("tensorweave.cluster.rank_watch._CHECK_INTERVAL_S", 0.01)
-    return RankWatch([cast(ActorHandle[Any], actor)], lambda rank: f"rank {rank}", 8.0)
+    actors = [cast(ActorHandle[Any], actor)]
+    return RankWatch(actors, lambda rank: f"rank {rank}", 8.0, clock=lambda: heartbeat_s * actor.num_asked)
 
 
 def test_no_progress_in_two_reports_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +81,22 @@ def test_no_progress_in_two_reports_is_a_fault(monkeypatch: pytest.MonkeyPatch) 
     told = asyncio.run(asyncio.wait_for(watched(actor, monkeypatch).until_fault(), 30.0))
     assert told == "rank 0: its step loop has made no progress for 9.0 s (hang_timeout_s is 8)"
     assert actor.num_asked == 3
+
+
+def test_a_step_loop_that_waited_for_the_start_of_others_gets_the_whole_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    actor = ReportingActor(60.0)
+    told = asyncio.run(asyncio.wait_for(watched(actor, monkeypatch, heartbeat_s=1.0).until_fault(), 30.0))
+    assert "no progress for 60.0 s" in told
+    assert actor.num_asked == 10
+
+
+def test_a_start_is_not_judged_by_the_hang_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that is ready waits for the others, whose step loops do not run yet."""
+    actor = ReportingActor(0.1, *[20.0] * 8)
+    watch = watched(actor, monkeypatch)
+    monkeypatch.setattr(actor, "remote", failing_after(actor, 8))
+    told = asyncio.run(asyncio.wait_for(watch.until_fault_while_starting(), 30.0))
+    assert told == "rank 0 died: no more"
 
 
 def test_a_paused_host_does_not_end_a_gang(monkeypatch: pytest.MonkeyPatch) -> None:
