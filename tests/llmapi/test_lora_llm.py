@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedModel
 
-from tensorweave import LLM, LoRARequest, RequestOutput, SamplingParams
+from tensorweave import LLM, GuidedDecodingParams, LoRARequest, RequestOutput, SamplingParams
 from tests.llmapi.small_llm import CACHE, one
+from tests.router.small_tokenizers import byte_level
 from tests.workers.lora.markers import make_marked_model, write_marker
 
 PROMPT = list(range(5, 25))
@@ -66,3 +68,25 @@ def test_what_is_wrong_is_a_value_error(setup: tuple[LLM, PreTrainedModel, Path]
         llm.generate(PROMPT, GREEDY, lora_request=LoRARequest("name", 1, str(path)))
     with pytest.raises(ValueError, match="1 of lora_request for 2 prompts"):
         llm.generate([PROMPT] * 2, GREEDY, lora_request=[LoRARequest("name", 1, str(path))])
+
+
+def test_guided_answers_are_the_adapters_choice_within_the_guide(tmp_path: Path) -> None:
+    """In one batch: two adapters that want a and b, one that wants a token which the guide forbids, none; and free."""
+    tokenizer = byte_level().backend
+    model = make_marked_model(tmp_path / "model", vocab_size=len(tokenizer), eos_token_id=None)
+    tokenizer.save_pretrained(tmp_path / "model")
+    requests = list[LoRARequest | None]()
+    for number, letter in enumerate("abz"):
+        [marker] = tokenizer.encode(letter, add_special_tokens=False)
+        write_marker(model, tmp_path / letter, marker)
+        requests.append(LoRARequest(letter, number + 1, str(tmp_path / letter)))
+    guided = SamplingParams(max_tokens=20, guided_decoding=GuidedDecodingParams(regex="x[ab]{5}y"))
+    free = SamplingParams(max_tokens=5)
+    with LLM(tmp_path / "model", dtype="float32", kv_cache_config=CACHE, enable_lora=True) as llm:
+        outputs = llm.generate(
+            ["Say"] * 6, [guided] * 4 + [free] * 2, use_tqdm=False, lora_request=[*requests, None, *requests[:2]]
+        )
+    assert isinstance(outputs, list)
+    texts = [output.outputs[0].text for output in outputs]
+    assert [*texts[:2], *texts[4:]] == ["xaaaaay", "xbbbbby", "aaaaa", "bbbbb"]
+    assert all(re.fullmatch("x[ab]{5}y", text) for text in texts[2:4])

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tensorweave.kernels.linear.reference import Linear
@@ -71,9 +71,14 @@ class AdaptedLinears:
 
 
 def column_site(parts: Sequence[tuple[str, int, range]], num_inputs: int) -> Site:
-    """Of names, numbers of outputs over all ranks, and the rows that this rank keeps."""
-    site, first = [], 0
+    """Of names, numbers of outputs over all ranks, and the rows that this rank keeps. Rows of one linear layer that
+    follow each other are one part, whose A is multiplied once."""
+    site, first = list[SitePart](), 0
     for name, num_outputs, rows in parts:
-        site.append(SitePart(name, num_outputs, num_inputs, rows, range(num_inputs), first))
+        last = site[-1] if site else None
+        if last is not None and last.name == name and last.rows.stop == rows.start:
+            site[-1] = replace(last, rows=range(last.rows.start, rows.stop))
+        else:
+            site.append(SitePart(name, num_outputs, num_inputs, rows, range(num_inputs), first))
         first += len(rows)
     return tuple(site)

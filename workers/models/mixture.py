@@ -16,9 +16,11 @@ from tensorweave.kernels.mixture.reference import SILU, Expert, ExpertGroup, Exp
 from tensorweave.kernels.mixture.routing import Routing
 from tensorweave.kernels.operations import AddGated
 from tensorweave.workers.gang.comm import Comm, SoloComm
+from tensorweave.workers.models.adapter_sites import column_site
 from tensorweave.workers.models.decoder_layer import GatedMlp
 from tensorweave.workers.models.forward_inputs import ForwardInputs
 from tensorweave.workers.models.layer_builder import LayerBuilder, LinearRows
+from tensorweave.workers.models.layers import ColumnForm
 from tensorweave.workers.models.rank_weights import TensorRows
 from tensorweave.workers.models.shards import split_evenly
 from tensorweave.workers.models.sizes import ExpertSizes
@@ -41,12 +43,12 @@ class SharedExpert:
     """An MLP for all tokens, times the sigmoid of a number of each token's own. Its `mlp` exchanges nothing."""
 
     mlp: GatedMlp
-    gate: Linear
+    gate: ColumnForm
     add_gated: AddGated
 
     def add_to(self, out_TD: Tensor, x_TD: Tensor, inputs: ForwardInputs) -> None:
         """Add this rank's part."""
-        self.add_gated(out_TD, self.gate(x_TD), self.mlp(x_TD, inputs))
+        self.add_gated(out_TD, self.gate(x_TD, inputs), self.mlp(x_TD, inputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,9 @@ class MixtureBuilder:
             activate=self.layer.operations.silu_mul,
             down=partial.row_linear(f"{name}.down_proj", width, rows, has_bias=False),
         )
-        return SharedExpert(mlp, self._whole(gate_name, 1, has_bias=False), self.layer.operations.add_gated)
+        site = column_site([(f"{self.layer.prefix}.{gate_name}", 1, range(1))], self.layer.sizes.hidden_size)
+        gate = self.layer.linears.column(self._whole(gate_name, 1, has_bias=False), site)
+        return SharedExpert(mlp, gate, self.layer.operations.add_gated)
 
     def _expert(self, names: ExpertNames, number: int, *, has_bias: bool) -> Expert:
         layer, width, hidden = self.layer, self.sizes.width, self.layer.sizes.hidden_size
