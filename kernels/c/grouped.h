@@ -1,14 +1,14 @@
 /* Products of rows with weights that are integers of 4 or 8 bits in groups: weight = scale * (code - zero) + minimum.
 
-   A row is cut into blocks of inputs. A block becomes integers of 8 bits with a scale (one digit), or of 16 bits as two digits of 8:
-   x = scale * (256 * digit[1] + digit[0]). The products of a block are summed in integers, exactly; blocks are added in float32 in order of
-   k, whatever M, the tile and the number of threads: a row's result does not depend on its batch.
+   A row is cut into blocks of inputs. A block becomes integers of 8 or 16 bits with a scale. The products of a block are summed in
+   integers, exactly; blocks are added in float32 in order of k, whatever M, the tile and the number of threads: a row's result does not
+   depend on its batch.
 
    packed: panels of NR outputs; a panel has, group by group,
      scales [NR], minimums [NR] if there are any (float32 or half), then codes:
      8 bits: [inputs / 4][NR][4];   4 bits: [inputs / 8][NR][4], input 8 i + j in the lower bits of byte j, 8 i + 4 + j in its upper bits.
-   The last group's inputs are filled up to a whole block. a: tiles of rows, each [K / 4][rows][digits][4] bytes, with the factors of its
-   blocks: [blocks][rows]. */
+   The last group's inputs are filled up to a whole block. a: tiles of rows, each [K / 4][rows][4] integers, with the factors of its blocks:
+   [blocks][rows]. Four integers of 16 bits are in the order 0, 2, 1, 3: so every other byte of the codes is multiplied by a word. */
 #pragma once
 
 #if VL == 8
@@ -18,18 +18,15 @@
 #define NR (2 * VL)
 #define MOST_BLOCK 64
 #if VL == 16
-#define TILE_OF_1_DIGIT 6 /* 12 sums in integers and 12 in floats, two weights, two scales */
-#define TILE_OF_2_DIGITS 4
+#define TILE_OF_ROWS 6 /* 12 sums in integers and 12 in floats, two weights, as they are and masked */
 #define HAS_HALF_SCALES 1
 #elif VL == 8
-#define TILE_OF_1_DIGIT 2
-#define TILE_OF_2_DIGITS 1
+#define TILE_OF_ROWS 2
 #ifdef __F16C__
 #define HAS_HALF_SCALES 1
 #endif
 #else
-#define TILE_OF_1_DIGIT 3
-#define TILE_OF_2_DIGITS 2
+#define TILE_OF_ROWS 3
 #endif
 
 /* Elements of the matrix's own product; `form` chooses it. Filled by kernels/native/structures.py. */
@@ -39,7 +36,7 @@ typedef struct {
     int64_t num_outputs, num_inputs;
     int64_t form;
     int64_t bits, zero, group, block; /* of GROUPED from here; a group is a number of whole blocks, or more than all of them */
-    int64_t digits;
+    int64_t row_bytes; /* of an integer of a row: 1 or 2 */
     int64_t has_minimums, has_half_scales;
 } matrix;
 
@@ -75,7 +72,7 @@ int64_t grouped_bytes(const matrix *m) { return (m->num_outputs + NR - 1) / NR *
 
 /* Bytes of scratch that a product of M rows needs. */
 int64_t grouped_scratch(const matrix *m, int64_t M) {
-    return M * grouped_blocks(m) * (m->block * m->digits + (int64_t)sizeof(block_factors));
+    return M * grouped_blocks(m) * (m->block * m->row_bytes + (int64_t)sizeof(block_factors));
 }
 
 typedef struct {
@@ -90,6 +87,27 @@ static uint8_t code_at(const packing *p, long n, long k) {
     if (n >= p->num_rows || k >= p->m->num_inputs) return (uint8_t)p->m->zero;
     if (p->m->bits == 8) return p->codes[n * p->m->num_inputs + k];
     return p->codes[n * ((p->m->num_inputs + 1) / 2) + k / 2] >> (k % 2 * 4) & 15;
+}
+
+/* Nibbles 0 to 3 to bytes. */
+INLINE uint32_t spread_nibbles(uint32_t x) {
+    x = (x | x << 8) & 0x00ff00ff;
+    return (x | x << 4) & 0x0f0f0f0f;
+}
+
+/* Codes of output n and inputs k to k + 3 (8 bits) or k + 7 (4 bits), as they lie in a panel. */
+INLINE uint32_t packed_codes(const packing *p, long n, long k) {
+    const matrix *m = p->m;
+    uint32_t codes = 0;
+    if (n < p->num_rows && k + (m->bits == 8 ? 4 : 8) <= m->num_inputs) {
+        memcpy(&codes, p->codes + (m->bits == 8 ? n * m->num_inputs + k : n * ((m->num_inputs + 1) / 2) + k / 2), sizeof codes);
+        return m->bits == 8 ? codes : spread_nibbles(codes & 0xffff) | spread_nibbles(codes >> 16) << 4;
+    }
+    for (long j = 0; j < 4; j++) {
+        uint32_t code = m->bits == 8 ? code_at(p, n, k + j) : code_at(p, n, k + j) | (uint32_t)code_at(p, n, k + 4 + j) << 4;
+        codes |= code << 8 * j;
+    }
+    return codes;
 }
 
 static void pack_numbers(const packing *p, const void *numbers, uint8_t *out, long n, long group, long groups) {
@@ -113,9 +131,10 @@ static void pack_panels(void *context, long first, long last) {
             out += bytes_of_header(m);
             long end = (group + 1) * a_group < blocks ? (group + 1) * a_group : blocks, step = m->bits == 8 ? 4 : 8;
             for (long k = group * a_group * m->block; k < end * m->block; k += step)
-                for (long n = panel * NR; n < (panel + 1) * NR; n++)
-                    for (long j = 0; j < 4; j++)
-                        *out++ = m->bits == 8 ? code_at(p, n, k + j) : code_at(p, n, k + j) | code_at(p, n, k + 4 + j) << 4;
+                for (long n = panel * NR; n < (panel + 1) * NR; n++, out += 4) {
+                    uint32_t codes = packed_codes(p, n, k);
+                    memcpy(out, &codes, sizeof codes);
+                }
         }
     }
 }
@@ -160,6 +179,19 @@ INLINE void place_bytes(vi x, int32_t *words, long stride) {
     for (int i = 0; i < VL / 4; i++) memcpy(words + i * stride, (const char *)&bytes + 4 * i, sizeof *words);
 }
 
+/* The lower halves of all lanes, four to two words in the order 0, 2, 1, 3; pairs of words are `stride` words apart. */
+INLINE void place_halves(vi x, int32_t *words, long stride) {
+#if VL == 16
+    __m256i narrow = _mm512_cvtepi32_epi16((__m512i)x);
+    narrow = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(narrow, 0xd8), 0xd8);
+#else
+    int16_t narrow[VL];
+    for (int i = 0; i < VL; i++) narrow[i] = (int16_t)x[i / 4 * 4 + (i % 4 == 1 ? 2 : i % 4 == 2 ? 1 : i % 4)];
+#endif
+#pragma GCC unroll 4
+    for (int i = 0; i < VL / 4; i++) memcpy(words + i * stride, (const char *)&narrow + 8 * i, 8);
+}
+
 INLINE vu load_bytes(const uint8_t *p) {
     vu x;
     memcpy(&x, p, sizeof x);
@@ -199,59 +231,90 @@ INLINE vf load_number(const uint8_t *p, int is_half) {
     return load_f32((const float *)p);
 }
 
-/* sums[rows][digits][2] += four inputs of the panel's outputs, whose codes are w0 and w1. */
-INLINE void dot_rows(const int rows, const int digits, vi sums[][2], vu w0, vu w1, const int32_t *a) {
+/* acc[i] += the sum over j of word j of w[i] times word j of x, all signed. */
+INLINE vi dot2(vi acc, vu w, int32_t x) {
+#if VL == 16 && defined(__AVX512VNNI__)
+    return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
+#elif VL == 8 && defined(__AVXVNNI__)
+    return (vi)_mm256_dpwssd_avx_epi32((__m256i)acc, (__m256i)w, _mm256_set1_epi32(x));
+#elif VL == 16 && defined(__AVX512BW__)
+    return acc + (vi)_mm512_madd_epi16((__m512i)w, _mm512_set1_epi32(x));
+#elif VL == 8
+    return acc + (vi)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(x));
+#else
+    return acc + (vi)(w & 0xffff) * (int32_t)(int16_t)x + (vi)(w >> 16) * (x >> 16);
+#endif
+}
+
+/* sums[rows][2] += four inputs of the panel's outputs, whose codes are the bytes of w0 and w1. */
+INLINE void dot_bytes(const int rows, vi sums[][2], vu w0, vu w1, const int32_t *a) {
 #pragma GCC unroll 16
-    for (int i = 0; i < rows * digits; i++) {
-        sums[i][0] = dot4(sums[i][0], w0, a[i]);
-        sums[i][1] = dot4(sums[i][1], w1, a[i]);
+    for (int r = 0; r < rows; r++) {
+        sums[r][0] = dot4(sums[r][0], w0, a[r]);
+        sums[r][1] = dot4(sums[r][1], w1, a[r]);
+    }
+}
+
+/* The same of rows of 16 bits, and of two inputs, whose codes are the bytes in `mask` of w0 and w1: the words a[2 r]. */
+INLINE void dot_words(const int rows, vi sums[][2], vu w0, vu w1, uint32_t mask, const int32_t *a) {
+    w0 &= mask, w1 &= mask;
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) {
+        sums[r][0] = dot2(sums[r][0], w0, a[2 * r]);
+        sums[r][1] = dot2(sums[r][1], w1, a[2 * r]);
     }
 }
 
 /* 16 inputs of the panel's outputs. */
-INLINE const uint8_t *dot_16(const int rows, const int digits, const int bits, vi sums[][2], const uint8_t *w, const int32_t *a) {
+INLINE const uint8_t *dot_16(const int rows, const int row_bytes, const int bits, vi sums[][2], const uint8_t *w, const int32_t *a) {
+    const long step = rows * row_bytes;
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i += bits == 8 ? 1 : 2) {
+    for (int i = 0; i < 4; i += bits == 8 ? 1 : 2, a += step) {
         vu w0 = load_bytes(w), w1 = load_bytes(w + 4 * VL);
-        const int32_t *left = a + i * rows * digits, *right = left + rows * digits;
-        if (bits == 8)
-            dot_rows(rows, digits, sums, w0, w1, left);
-        else {
-            dot_rows(rows, digits, sums, w0 & 0x0f0f0f0f, w1 & 0x0f0f0f0f, left);
-            dot_rows(rows, digits, sums, w0 >> 4 & 0x0f0f0f0f, w1 >> 4 & 0x0f0f0f0f, right);
+        if (row_bytes == 1 && bits == 8) dot_bytes(rows, sums, w0, w1, a);
+        if (row_bytes == 1 && bits == 4) {
+            dot_bytes(rows, sums, w0 & 0x0f0f0f0f, w1 & 0x0f0f0f0f, a);
+            dot_bytes(rows, sums, w0 >> 4 & 0x0f0f0f0f, w1 >> 4 & 0x0f0f0f0f, a += step);
+        }
+        if (row_bytes == 2 && bits == 8) {
+            dot_words(rows, sums, w0, w1, 0x00ff00ff, a);
+            dot_words(rows, sums, w0 >> 8, w1 >> 8, 0x00ff00ff, a + 1);
+        }
+        if (row_bytes == 2 && bits == 4) {
+            dot_words(rows, sums, w0, w1, 0x000f000f, a);
+            dot_words(rows, sums, w0 >> 8, w1 >> 8, 0x000f000f, a + 1);
+            a += step;
+            dot_words(rows, sums, w0 >> 4, w1 >> 4, 0x000f000f, a);
+            dot_words(rows, sums, w0 >> 12, w1 >> 12, 0x000f000f, a + 1);
         }
         w += 4 * NR;
     }
     return w;
 }
 
-/* One tile of rows and one panel: [rows][NR] sums. `rows`, `digits` and `bits` are constants wherever this is inlined. */
-INLINE void grouped_tile(const int rows, const int digits, const int bits, const matrix *m, const int32_t *a, const block_factors *factors,
-                         const uint8_t *w, float *out) {
-    vf total[TILE_OF_1_DIGIT][2];
+/* One tile of rows and one panel: [rows][NR] sums. `rows`, `row_bytes` and `bits` are constants wherever this is inlined. */
+INLINE void grouped_tile(const int rows, const int row_bytes, const int bits, const matrix *m, const int32_t *a, const block_factors *factors,
+                         const uint8_t *w, const char *next, float *out) {
+    vf total[TILE_OF_ROWS][2];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = splat(0);
     long blocks = grouped_blocks(m), a_group = grouped_blocks_a_group(m), left = 0, is_half = m->has_half_scales;
     long steps = m->block / 16, scale_bytes = bytes_of_scales(m), number_bytes = scale_bytes / 2, header_bytes = bytes_of_header(m);
+    long block_bytes = m->block * NR * bits / 8;
+    const char *stop_next = next ? next + block_bytes : 0;
     const uint8_t *header = w;
     for (long b = 0; b < blocks; b++, left--, factors += rows) {
         if (left == 0) header = w, w += header_bytes, left = a_group;
-        vi sums[TILE_OF_1_DIGIT > 2 * TILE_OF_2_DIGITS ? TILE_OF_1_DIGIT : 2 * TILE_OF_2_DIGITS][2];
+        for (; next && next < stop_next + b * block_bytes; next += 64) __builtin_prefetch(next, 0, 2);
+        vi sums[TILE_OF_ROWS][2];
 #pragma GCC unroll 16
-        for (int r = 0; r < rows; r++) {
-            sums[r * digits][0] = sums[r * digits][1] = (vi){0} + factors[r].start;
-            if (digits == 2) sums[r * digits + 1][0] = sums[r * digits + 1][1] = (vi){0};
-        }
-        for (long k = 0; k < steps; k++, a += 4 * rows * digits) w = dot_16(rows, digits, bits, sums, w, a);
+        for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = (vi){0} + factors[r].start;
+        for (long k = 0; k < steps; k++, a += 4 * rows * row_bytes) w = dot_16(rows, row_bytes, bits, sums, w, a);
 #pragma GCC unroll 2
         for (int j = 0; j < 2; j++) {
             vf scale = load_number(header + j * number_bytes, is_half);
 #pragma GCC unroll 16
-            for (int r = 0; r < rows; r++) {
-                vi sum = sums[r * digits][j];
-                if (digits == 2) sum += sums[r * digits + 1][j] << 8;
-                total[r][j] += __builtin_convertvector(sum, vf) * factors[r].scale * scale;
-            }
+            for (int r = 0; r < rows; r++) total[r][j] += __builtin_convertvector(sums[r][j], vf) * factors[r].scale * scale;
             if (m->has_minimums) {
                 vf minimum = load_number(header + scale_bytes + j * number_bytes, is_half);
 #pragma GCC unroll 16
@@ -266,23 +329,26 @@ INLINE void grouped_tile(const int rows, const int digits, const int bits, const
     }
 }
 
-static void any_grouped_tile(long rows, const matrix *m, const int32_t *a, const block_factors *factors, const uint8_t *w, float *out) {
-#define TILE(n, digits) \
-    case n * 4 + digits: \
+static void any_grouped_tile(long rows, const matrix *m, const int32_t *a, const block_factors *factors, const uint8_t *w, const char *next,
+                             float *out) {
+#define TILE_OF(n, row_bytes) \
+    case n * 4 + row_bytes: \
         if (m->bits == 8) \
-            grouped_tile(n, digits, 8, m, a, factors, w, out); \
+            grouped_tile(n, row_bytes, 8, m, a, factors, w, next, out); \
         else \
-            grouped_tile(n, digits, 4, m, a, factors, w, out); \
+            grouped_tile(n, row_bytes, 4, m, a, factors, w, next, out); \
         break;
-    switch (rows * 4 + m->digits) {
-        TILE(1, 1) TILE(2, 1) TILE(1, 2)
-#if TILE_OF_1_DIGIT > 2
-        TILE(3, 1) TILE(2, 2)
+#define TILE(n) TILE_OF(n, 1) TILE_OF(n, 2)
+    switch (rows * 4 + m->row_bytes) {
+        TILE(1) TILE(2)
+#if TILE_OF_ROWS > 2
+        TILE(3)
 #endif
-#if TILE_OF_1_DIGIT > 3
-        TILE(4, 1) TILE(5, 1) TILE(6, 1) TILE(3, 2) TILE(4, 2)
+#if TILE_OF_ROWS > 3
+        TILE(4) TILE(5) TILE(6)
 #endif
     }
+#undef TILE_OF
 #undef TILE
 }
 

@@ -35,6 +35,7 @@ int vector_length(void) { return VL; }
 #include "linear.h"
 #include "grouped_rows.h"
 #include "lora.h"
+#include "quantize.h"
 #include "layers.h"
 #include "mixture.h"
 #undef ELEM
@@ -51,6 +52,7 @@ int vector_length(void) { return VL; }
 #include "linear.h"
 #include "grouped_rows.h"
 #include "lora.h"
+#include "quantize.h"
 #include "layers.h"
 #include "mixture.h"
 

@@ -2,7 +2,7 @@
 
 static void NAME(plan_grouped)(NAME(mixing) *x, const long *counts, const ELEM *rows, ELEM *out, float *wide, int is_down) {
     NAME(grouped_product) *products = (void *)x->products;
-    char *digits = (char *)x->packed;
+    char *integers = (char *)x->packed;
     long first = 0, n = 0, tiles = 0, tasks = 0;
     for (long e = 0; e < x->m->num_here; first += counts[e++]) {
         if (!counts[e]) continue;
@@ -10,8 +10,8 @@ static void NAME(plan_grouped)(NAME(mixing) *x, const long *counts, const ELEM *
         NAME(grouped_product) *p = products + n;
         *p = (NAME(grouped_product)){.m = m, .a = rows + first * m->num_inputs, .lda = m->num_inputs, .M = counts[e]};
         p->out = out ? out + first * m->num_outputs : 0, p->wide = wide ? wide + first * m->num_outputs : 0;
-        NAME(tile_grouped)(p, digits);
-        digits += grouped_scratch(m, p->M);
+        NAME(tile_grouped)(p, integers);
+        integers += grouped_scratch(m, p->M);
         x->tiles[n] = tiles, x->tasks[n++] = tasks;
         tiles += p->tiles, tasks += (m->num_outputs + NR - 1) / NR * p->bands;
     }

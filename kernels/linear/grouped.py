@@ -47,7 +47,7 @@ class PackedGroupedLinear:
             zero=weight.zero,
             group=-(-weight.num_inputs // block) * block if has_one_group else weight.group_size,
             block=block,
-            digits=weight.row_bits // 8,
+            row_bytes=weight.row_bits // 8,
             has_minimums=minimums_NG is not None,
             has_half_scales=scales_NG.dtype == torch.float16,
         )

@@ -103,14 +103,14 @@ class _Form:
 
     kind: int
     block: int
-    digits: int
+    row_bytes: int
 
 
 def _form(linear: Linear) -> _Form | None:
     if not isinstance(linear, PackedLinear | PackedGroupedLinear):
         return None
     matrix = linear.matrix
-    return _Form(matrix.form, matrix.block, matrix.digits)
+    return _Form(matrix.form, matrix.block, matrix.row_bytes)
 
 
 def _matrix(linear: Linear) -> Matrix:

@@ -45,6 +45,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "run_layers": (*[_POINTER] * 2,),
     "add_updates": (_POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG),
     "grouped_linear": (_POINTER, _POINTER, _LONG, *[_POINTER] * 3, _LONG),
+    "choose_scales": (_POINTER, *[_LONG] * 4, _POINTER),
+    "round_weights": (*[_POINTER] * 2, *[_LONG] * 4, _POINTER),
     "mixture": (*[_POINTER] * 5, _LONG),
     "add_gated": (*[_POINTER] * 3, *[_LONG] * 2),
 }
@@ -97,6 +99,8 @@ class NativeKernels:
     grouped_scratch: Any
     pack_grouped: Any
     reads_half_scales: Any
+    choose_scales: Any
+    round_weights: Any
     most_rows_at_once: int
     add_updates: Any
     update_width: int

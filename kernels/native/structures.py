@@ -59,7 +59,7 @@ class Matrix(ctypes.Structure):
         ("zero", _INT),
         ("group", _INT),
         ("block", _INT),
-        ("digits", _INT),
+        ("row_bytes", _INT),
         ("has_minimums", _INT),
         ("has_half_scales", _INT),
     )
@@ -69,7 +69,7 @@ class Matrix(ctypes.Structure):
     num_inputs: int
     form: int
     block: int
-    digits: int
+    row_bytes: int
 
 
 class DecoderLayer(ctypes.Structure):

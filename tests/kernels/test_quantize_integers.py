@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
+from tensorweave.kernels import quantize_integers as module
 from tensorweave.kernels.quantize_integers import quantize_integers
+from tests.kernels.forms import needs_native
 
 
 @pytest.mark.parametrize("group_size", [None, 32])
@@ -67,3 +71,28 @@ def test_weights_of_sixteen_levels_stay_as_they_are() -> None:
     weight = (codes * scales.float() + minimums.float()).flatten(1)
     made = quantize_integers(weight, bits=4, group_size=32, row_bits=16, has_minimums=True)
     torch.testing.assert_close(made.wide_rows(), weight, rtol=2e-3, atol=2e-3)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [None, 16, 32, 43])
+def test_native_integers_are_as_good_as_those_of_torch(
+    dtype: torch.dtype, bits: Literal[4, 8], group_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two trials are nearly as good as each other, either may be taken: their sums have another order."""
+    torch.manual_seed(bits)
+    weight = (torch.randn(70, 181) * torch.rand(70, 1)).to(dtype)
+    weight[3], weight[4, 5], weight[5] = 0, -9, weight[5].abs()
+    native = quantize_integers(weight, bits=bits, group_size=group_size, row_bits=16)
+    monkeypatch.setattr(module, "load_native", lambda dtype: None)
+    torchs = quantize_integers(weight, bits=bits, group_size=group_size, row_bits=16)
+    assert (native.codes_NK() == torchs.codes_NK()).float().mean() > 0.9
+    errors = [(made.wide_rows() - weight.float()).square().sum(1) for made in (native, torchs)]
+    torch.testing.assert_close(errors[0], errors[1], rtol=5e-2, atol=1e-9)
+    assert (native.codes.shape, native.zero, native.scales_NG.dtype, native.dtype) == (
+        torchs.codes.shape,
+        torchs.zero,
+        torchs.scales_NG.dtype,
+        torchs.dtype,
+    )
