@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import ray
 
+from tensorweave.cluster.placement_rule import NodeName, PlacementRule
 from tensorweave.cluster.ray_internals import free_resources_by_node, has_autoscaler
 
 _TOLERANCE: Final = 1e-6
 _MOST_LISTED: Final = 8
+_RAYS_LABELS: Final = "ray.io/"
 
 Amounts = Mapping[str, float]
 
@@ -24,6 +26,12 @@ class NodeResources:
     address: str
     total: Amounts
     free: Amounts
+    hostname: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> NodeName:
+        return NodeName("", self.address, self.hostname, self.labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +48,13 @@ class ClusterResources:
 
     nodes: Sequence[NodeResources]
     holdings: Sequence[Reservation] = ()
+    rule: PlacementRule | None = None
+
+    def allowed_by(self, rule: PlacementRule) -> ClusterResources:
+        """The part of the cluster that a pool with this rule may use."""
+        if rule.is_free:
+            return self
+        return replace(self, nodes=[node for node in self.nodes if rule.allows(node.name)], rule=rule)
 
     def total(self, resource: str) -> float:
         return sum(node.total.get(resource, 0.0) for node in self.nodes)
@@ -51,13 +66,18 @@ class ClusterResources:
         """How many such bundles fit in the cluster when it is idle. A bundle must fit on one node."""
         return sum(_num_in(node.total, bundle) for node in self.nodes)
 
+    def num_nodes_for(self, bundle: Amounts) -> int:
+        """How many nodes hold at least one such bundle when they are idle."""
+        return sum(_num_in(node.total, bundle) > 0 for node in self.nodes)
+
     def explain(self, bundle: Amounts, num_bundles: int, timeout_s: float) -> str:
         """Why the bundles could not be placed: what was requested, what exists where, and who has reserved it."""
         need = {name: amount * num_bundles for name, amount in bundle.items()}
         has = ", ".join(f"{self.free(name):g} of {self.total(name):g} {name} free" for name in need)
         return (
             f"cannot place a gang of {num_bundles} rank(s) with {_list(bundle)} each within {timeout_s:g} s: "
-            f"the Ray cluster has {has} on {len(self.nodes)} node(s); {self._verdict(bundle, need, num_bundles)}; "
+            f"the Ray cluster has {has} on {len(self.nodes)} node(s){self._describe_rule()}; "
+            f"{self._verdict(bundle, need, num_bundles)}; "
             f"{self.describe_nodes(bundle)}{self._describe_holdings(bundle)}"
         )
 
@@ -70,14 +90,27 @@ class ClusterResources:
             return f"{what}; its nodes hold {most} such rank(s) even when idle, for each must lie on one node"
         return f"{what}; others hold it"
 
+    def _describe_rule(self) -> str:
+        return "" if self.rule is None else f" that {self.rule.describe()} allows"
+
     def describe_nodes(self, resources: Iterable[str]) -> str:
         names = list(resources)
+        if not self.nodes:
+            return "there is no such node"
         each = [
             f"{node.address}: "
             + ", ".join(f"{node.free.get(name, 0.0):g} of {node.total.get(name, 0.0):g} {name} free" for name in names)
             for node in self.nodes
         ]
         return "by node: " + _shorten(each)
+
+    def describe_names(self) -> str:
+        """The nodes by address, host name and labels other than Ray's own."""
+        each = []
+        for node in self.nodes:
+            labels = [f"{key}={value}" for key, value in node.labels.items() if not key.startswith(_RAYS_LABELS)]
+            each.append(f"{node.address} ({', '.join(filter(None, (node.hostname, *labels)))})")
+        return "nodes: " + _shorten(each)
 
     def _describe_holdings(self, bundle: Amounts) -> str:
         held = [
@@ -97,7 +130,11 @@ def read_cluster_resources() -> ClusterResources:
     """Of the cluster to which this process is connected. Blocks."""
     free = free_resources_by_node()
     nodes = [
-        NodeResources(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {}))
+        NodeResources(
+            *(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {})),
+            hostname=node["NodeManagerHostname"],
+            labels=node.get("Labels") or {},
+        )
         for node in ray.nodes()
         if node["Alive"]
     ]

@@ -27,6 +27,7 @@ from tensorweave.cluster.hosts import Hosts
 from tensorweave.cluster.memory_kills import describe_kills, describe_local_kills
 from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.placement import NamedGroup, live_node_ids, live_nodes, place, placed_on
+from tensorweave.cluster.placement_rule import PoolPlaces
 from tensorweave.cluster.protocol import Adapter, GangAddress, KvSource, LinkMeasurement
 from tensorweave.cluster.rank_actors import create_rank_actor, rank_name, start_error
 from tensorweave.cluster.rank_link import RankLinkMonitor
@@ -66,6 +67,7 @@ class Gang:
         pool: str = "",
         slot: int = 0,
         namespace: str | None = None,
+        places: PoolPlaces | None = None,
     ) -> None:
         self.gang_id = gang_id
         self.epoch = epoch
@@ -75,6 +77,7 @@ class Gang:
         self._pool = pool
         self._slot = slot
         self._namespace = namespace
+        self._pool_places = places or PoolPlaces(self._group_name, spec.placement)
         self._secret = secrets.token_hex(16)
         self._kv_secret = secrets.token_hex(16)
         self._group: PlacementGroup | None = None
@@ -108,7 +111,8 @@ class Gang:
         spec = self.spec
         size = spec.mesh.size
         is_detached = self._namespace is not None
-        self._group = await place(spec.bundle, size, spec.place_timeout_s, self._group_name, is_detached=is_detached)
+        wanted = (spec.bundle, size, spec.place_timeout_s, self._group_name)
+        self._group = await place(*wanted, places=self._pool_places, is_detached=is_detached)
         self._processes = RankProcesses(await asyncio.to_thread(placed_on, self._group), live_node_ids)
         names = [rank_name(self._group_name, rank) for rank in range(size)]
         self._actors = [
@@ -214,6 +218,7 @@ class Gang:
             model_digest=self.spec.model_digest,
             secret=self._secret,
             kv_secret=self._kv_secret,
+            transfer_network=self.spec.transfer_network,
         )
 
     # ---- supervision

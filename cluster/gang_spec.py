@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tensorweave.cluster.mesh import Mesh
+from tensorweave.cluster.placement_rule import PlacementRule
 from tensorweave.cluster.protocol import Role
 
 
 @dataclass(frozen=True)
 class GangSpec:
     """`args` are `TorchLlmArgs` fields, `worker_options` are passed to the worker class. `model_digest` is that of the
-    model that each rank must find on its host. Without a `place_timeout_s`, `cluster.placement` chooses one."""
+    model that each rank must find on its host. KV goes through `transfer_network` (`cluster.host_networks`). Without a
+    `place_timeout_s`, `cluster.placement` chooses one."""
 
     role: Role = "both"
     mesh: Mesh = field(default_factory=Mesh)
@@ -26,6 +28,8 @@ class GangSpec:
     start_timeout_s: float = 600.0
     hang_timeout_s: float = 8.0
     model_digest: str | None = None
+    transfer_network: str | None = None
+    placement: PlacementRule = field(default_factory=PlacementRule)
 
     @property
     def bundle(self) -> dict[str, float]:

@@ -29,6 +29,7 @@ class KvLinkTable:
     def __init__(self, on_change: Callable[[], None]) -> None:
         self._on_change = on_change
         self._links: dict[Pair, LinkMeasurement] = {}
+        self._addresses: dict[str, str] = {}
         self._waiting: dict[Pair, tuple[PoolGang, GangAddress]] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -36,6 +37,7 @@ class KvLinkTable:
         """Set the gangs that are ready: measure new pairs, and forget pairs of other gangs."""
         pairs = dict(_pairs(gangs))
         self._links = {pair: link for pair, link in self._links.items() if pair in pairs}
+        self._addresses = {address.gang_id: _address_of(address) for _, address in gangs}
         self._waiting = {pair: gangs for pair, gangs in pairs.items() if pair not in self._links}
         if self._waiting and (self._task is None or self._task.done()):
             self._task = asyncio.create_task(self._measure(), name="kv-links")
@@ -46,7 +48,11 @@ class KvLinkTable:
 
     def describe(self, gang_id: str) -> dict[str, dict[str, Any]]:
         """The links to one decode gang, for health pages."""
-        return {prefill: describe_link(link) for (decode, prefill), link in self._links.items() if decode == gang_id}
+        return {
+            prefill: {**describe_link(link), "address": self._addresses.get(prefill, "")}
+            for (decode, prefill), link in self._links.items()
+            if decode == gang_id
+        }
 
     def close(self) -> None:
         if self._task is not None:
@@ -69,6 +75,11 @@ def describe_link(link: LinkMeasurement) -> dict[str, Any]:
         "latency_ms": round(link.latency_s * 1e3, 3),
         "error": link.error,
     }
+
+
+def _address_of(gang: GangAddress) -> str:
+    """Where other gangs read the KV of its first rank; empty if it sends none."""
+    return "" if gang.kv_source is None else gang.kv_source.endpoints[0].host
 
 
 def _pairs(gangs: Sequence[ReadyGang]) -> Iterator[tuple[Pair, tuple[PoolGang, GangAddress]]]:

@@ -31,7 +31,8 @@ class RankPlace:
 class RankOrder:
     """Everything a rank needs to start. `leader` is rank 0's actor, through which the ranks find each other.
     `interface_ip` is the address by which the other ranks reach this one, `transfer_host` the one by which other gangs
-    do. Clients of the leader's socket show `secret`, readers of KV show `kv_secret`, which is part of tickets."""
+    do, unless a `transfer_network` is given, in which the rank looks up its own address. Clients of the leader's socket
+    show `secret`, readers of KV show `kv_secret`, which is part of tickets."""
 
     gang_id: str
     place: MeshRank
@@ -46,6 +47,7 @@ class RankOrder:
     model_digest: str | None
     secret: str = field(repr=False)
     kv_secret: str = field(repr=False)
+    transfer_network: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from tensorweave.cluster.gang import Gang
 from tensorweave.cluster.kv_links import KvLinkTable, ReadyGang
 from tensorweave.cluster.log_setup import LogSettings, set_up_logging
 from tensorweave.cluster.placement import remove_groups
+from tensorweave.cluster.placement_rule import PoolPlaces
 from tensorweave.cluster.pool import GangPool, PoolSpec
 from tensorweave.cluster.pool_gang import PoolGang
 from tensorweave.cluster.process_sentinel import OwnSentinel, end_actor_with
@@ -242,12 +243,17 @@ class PoolSupervisor:
 
     def _make_pool(self, spec: PoolSpec) -> GangPool:
         namespace = None if self._detached is None else self._detached.namespace
+        places = PoolPlaces(f"{self._prefix}{spec.name}-", spec.gang.placement)
 
         def launch(slot: int, epoch: int) -> Gang:
             gang_id = f"{spec.name}-{slot}.{epoch}-{secrets.token_hex(3)}"
             group = self._prefix + gang_id
             return Gang(
-                *(spec.gang, self._worker_class, gang_id, epoch, group), pool=spec.name, slot=slot, namespace=namespace
+                *(spec.gang, self._worker_class, gang_id, epoch, group),
+                pool=spec.name,
+                slot=slot,
+                namespace=namespace,
+                places=places,
             )
 
         adapters = None if spec.gang.role == "embed" else self._adapters

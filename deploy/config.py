@@ -21,7 +21,8 @@ from tensorweave.deploy.config_access import AdminConfig, SecurityConfig
 from tensorweave.deploy.config_file import ConfigError, KeyPath, read_document
 from tensorweave.deploy.config_mistakes import describe
 from tensorweave.deploy.config_observing import LoggingConfig, TracingConfig
-from tensorweave.deploy.config_tables import LimitsConfig, PoolConfig, RayConfig, RouterConfig
+from tensorweave.deploy.config_router import RouterConfig
+from tensorweave.deploy.config_tables import LimitsConfig, NetworkConfig, PoolConfig, RayConfig
 
 # The router tokenizes and completes sampling fields for all pools, so these cannot differ between pools: the model is
 # given at the top, the others under `engine`.
@@ -78,6 +79,9 @@ class ServeConfig(StrictBaseModel):
     limits: LimitsConfig = Field(default_factory=LimitsConfig, status="prototype", description="Bounds and deadlines.")
     security: SecurityConfig = Field(
         default_factory=SecurityConfig, status="prototype", description="What clients may do."
+    )
+    network: NetworkConfig = Field(
+        default_factory=NetworkConfig, status="prototype", description="Which of the hosts' networks is used for what."
     )
     ray: RayConfig = Field(default_factory=RayConfig, status="prototype", description="The Ray cluster.")
 

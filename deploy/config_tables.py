@@ -1,4 +1,4 @@
-"""The tables of a service's configuration: a pool, the router, limits, security, Ray. `deploy.config` combines them."""
+"""The tables of a service's configuration: a pool, limits, Ray. `deploy.config` combines them with the others."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tensorweave.cluster.llm_args import LlmArgs
 from tensorweave.cluster.protocol import Role
 from tensorweave.cluster.speculation_config import UserProvidedDecodingConfig
 from tensorweave.cluster.strict_model import Field, StrictBaseModel
+from tensorweave.deploy.config_placement import PlacementConfig
 from tensorweave.router.chat_formats.choice import choose_format
 from tensorweave.router.dispatch.admission import Limits
-from tensorweave.router.dispatch.policy import PolicyName
 from tensorweave.router.guided.limits import GuidedLimits
 
 
@@ -28,6 +28,9 @@ class PoolConfig(LlmArgs):
         "'both'.",
     )
     replicas: int = Field(1, status="prototype", ge=1, description="Gangs in the pool.")
+    placement: PlacementConfig = Field(
+        default_factory=PlacementConfig, status="prototype", description="The hosts that its gangs are on."
+    )
     gpus_per_rank: float = Field(
         1.0,
         status="prototype",
@@ -96,55 +99,6 @@ class PoolConfig(LlmArgs):
     def llm_args(self) -> LlmArgs:
         """What each rank of the pool receives."""
         return LlmArgs(**{key: value for key, value in self.model_dump().items() if key in LlmArgs.model_fields})
-
-
-class RouterConfig(StrictBaseModel):
-    """The HTTP front end: Serve replicas that clients connect to directly, and Serve's proxy as an alternative."""
-
-    host: str = Field(
-        "127.0.0.1", status="prototype", description="Address that replicas and proxy listen on; 0.0.0.0 for all."
-    )
-    port: int = Field(
-        8000, status="prototype", ge=1, le=65535, description="Port of the first router replica; the others follow it."
-    )
-    proxy_port: int = Field(
-        8100,
-        status="prototype",
-        ge=1,
-        le=65535,
-        description="Port of Serve's proxy, which distributes requests over the replicas.",
-    )
-    replicas: int = Field(
-        1, status="prototype", ge=1, le=64, description="Router replicas, each with a port of its own."
-    )
-    policy: PolicyName = Field(
-        "joint",
-        status="prototype",
-        description=(
-            "Which gangs a request is sent to. 'joint' weighs queues, cached prompts, the link between gangs and their "
-            "load; the others only rotate or compare numbers of requests."
-        ),
-    )
-    min_prefill_tokens: int = Field(
-        64,
-        status="prototype",
-        ge=0,
-        description="A prompt with fewer tokens to compute is not sent to the prefill pool.",
-    )
-
-    @model_validator(mode="after")
-    def _check_ports(self) -> Self:
-        last = self.port + self.replicas - 1
-        if last > 65535:
-            raise ValueError(f"{self.replicas} replicas from port {self.port} would pass 65535")
-        if self.port <= self.proxy_port <= last:
-            raise ValueError(f"proxy_port {self.proxy_port} is one of the replicas' own ports ({self.port} to {last})")
-        return self
-
-    @property
-    def reachable_host(self) -> str:
-        """The address at which this machine reaches replicas and proxy."""
-        return "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
 
 
 class LimitsConfig(StrictBaseModel):
@@ -291,4 +245,16 @@ class RayConfig(StrictBaseModel):
         None,
         status="prototype",
         description="A running cluster ('auto', 'host:port'). Default: RAY_ADDRESS if set, else one of its own.",
+    )
+
+
+class NetworkConfig(StrictBaseModel):
+    """Which of the hosts' networks is used for what. Default: the address by which Ray knows a host, for all of it."""
+
+    transfer: str | None = Field(
+        None,
+        status="prototype",
+        min_length=1,
+        description="KV between gangs: the name of an interface ('ib0'), or a network ('10.80.0.0/16') in which each "
+        "host has an address.",
     )

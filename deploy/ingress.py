@@ -11,7 +11,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-from tensorweave.deploy.config_tables import RouterConfig
+from tensorweave.deploy.config_router import RouterConfig
 from tensorweave.router.http.connections import bound_connections
 
 

@@ -42,6 +42,8 @@ def _gang_spec(pool: PoolConfig, config: ServeConfig, has_gpus: bool, digest: st
         start_timeout_s=limits.start_timeout_s,
         hang_timeout_s=pool.hang_timeout_s,
         model_digest=digest,
+        transfer_network=config.network.transfer,
+        placement=pool.placement.rule(),
     )
 
 
@@ -65,12 +67,30 @@ def explain_shortage(specs: Sequence[PoolSpec], resources: ClusterResources) -> 
     pools = ", ".join(f"{spec.name}: {spec.replicas} x {spec.gang.mesh.size} rank(s)" for spec in specs)
     if short:
         return f"the pools ({pools}) need {' and '.join(short)}; {resources.describe_nodes(needs)}"
-    for spec in specs:
-        num_ranks = spec.replicas * spec.gang.mesh.size
-        if (most := resources.num_bundles(spec.gang.bundle)) < num_ranks:
-            each = ", ".join(f"{amount:g} {name}" for name, amount in spec.gang.bundle.items())
-            return (
-                f"pool {spec.name} has {num_ranks} rank(s) with {each} each, every one on one node, and the nodes of "
-                f"the Ray cluster hold {most} such; {resources.describe_nodes(needs)}"
-            )
+    return next(filter(None, (_explain_pool(spec, resources, needs) for spec in specs)), None)
+
+
+def _explain_pool(spec: PoolSpec, resources: ClusterResources, needs: Mapping[str, float]) -> str | None:
+    """Why the nodes that one pool may use cannot hold it."""
+    rule, bundle = spec.gang.placement, spec.gang.bundle
+    allowed = resources.allowed_by(rule)
+    nodes = "the nodes of the Ray cluster" + ("" if rule.is_free else f" that {rule.describe()} allows")
+    each = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+    num_ranks = spec.replicas * spec.gang.mesh.size
+    if (most := allowed.num_bundles(bundle)) < num_ranks:
+        return (
+            f"pool {spec.name} has {num_ranks} rank(s) with {each} each, every one on one node, and {nodes} hold "
+            f"{most} such; {_describe(allowed, resources, needs)}"
+        )
+    if rule.spread == "ranks" and (num_nodes := allowed.num_nodes_for(bundle)) < spec.gang.mesh.size:
+        return (
+            f"pool {spec.name} has gangs of {spec.gang.mesh.size} ranks, each on a node of its own "
+            f"(placement.spread: ranks), and {num_nodes} of {nodes} have room for one; "
+            f"{_describe(allowed, resources, needs)}"
+        )
     return None
+
+
+def _describe(allowed: ClusterResources, resources: ClusterResources, needs: Mapping[str, float]) -> str:
+    """The nodes that a pool may use, or all of them if there is none."""
+    return allowed.describe_nodes(needs) if allowed.nodes else f"there is no such node; {resources.describe_names()}"

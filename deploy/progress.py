@@ -36,7 +36,7 @@ def report_links(pools: Sequence[dict[str, Any]]) -> None:
             if link["error"]:
                 report(f"no KV from {source} to {gang['gang_id']}, which computes prompts itself: {link['error']}")
             else:
-                rate = f"{link['megabytes_per_s']:.0f} MB/s, {link['latency_ms']:.2f} ms"
+                rate = f"{link['megabytes_per_s']:.0f} MB/s, {link['latency_ms']:.2f} ms, from {link['address']}"
                 is_slow = link["megabytes_per_s"] * 1e6 < SLOW_BYTES_PER_S
                 report(f"KV from {source} to {gang['gang_id']}: {rate}" + (", a slow link" if is_slow else ""))
 

@@ -34,6 +34,7 @@ from tensorweave.deploy.config import ServeConfig, load_config
 from tensorweave.deploy.config_source import ConfigSource
 from tensorweave.deploy.pinned_model import PinnedModel
 from tensorweave.deploy.pools import pool_specs
+from tensorweave.deploy.router_hosts import replica_options
 from tensorweave.deploy.router_reports import report_for_ever
 from tensorweave.deploy.serve_logging import log_in_replica
 from tensorweave.router.admin.router_table import RouterTable
@@ -210,9 +211,9 @@ def build(
     if config.security.api_keys:
         chat_key = secrets.token_hex(32)
         plain["security"]["api_keys"].append(digest_of(chat_key))
-    router_options: dict[str, Any] = {"num_cpus": 0, "resources": HEAD_NODE}
+    options = replica_options(config.router)
     if replica_env:
-        router_options["runtime_env"] = {"env_vars": replica_env}
+        options["ray_actor_options"]["runtime_env"] = {"env_vars": replica_env}
     pools = serve.deployment(
         Pools,
         name="Pools",
@@ -226,14 +227,13 @@ def build(
     router = serve.deployment(
         serve.ingress()(Router),
         name="Router",
-        num_replicas=config.router.replicas,
         max_ongoing_requests=config.limits.max_inflight + config.limits.max_queued + _SERVE_SLACK,
         graceful_shutdown_timeout_s=config.limits.drain_timeout_s + 5.0,
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=1.0,
         health_check_timeout_s=_CONTROL_TIMEOUT_S,
-        ray_actor_options=router_options,
         logging_config={"enable_access_log": False},
+        **options,
     )
     return router.bind(plain, pools.bind(plain, model.digests, time.time_ns(), source, chat_key))
 

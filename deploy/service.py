@@ -35,6 +35,7 @@ from tensorweave.deploy.monitor import RayCluster, RayLost, ServiceFailed, aband
 from tensorweave.deploy.pinned_model import PinnedModel
 from tensorweave.deploy.pools import explain_shortage, needed_resources, pool_specs
 from tensorweave.deploy.progress import PoolReporter, report, report_links
+from tensorweave.deploy.router_hosts import router_urls
 from tensorweave.deploy.serve_app import build
 from tensorweave.deploy.service_actor import DRAIN_SLACK_S, SERVE_SHUTDOWN_TIMEOUT_S, ServiceActor, find_service_actor
 from tensorweave.deploy.stop_signal import StopSignal
@@ -55,26 +56,28 @@ class StoppedEarly(Exception):
     """A signal came before the service was ready."""
 
 
-def run(config: ServeConfig, on_ready: Callable[[str], None] | None = None) -> int:
+def run(config: ServeConfig, *on_ready: Callable[[str], None]) -> int:
     """Serve until SIGTERM, SIGINT or SIGHUP, then drain. Return the exit code. Call it from the main thread.
 
-    `on_ready` is called once, with the URL of the first router replica, when the service answers.
+    Each of `on_ready` is called once, with the URL of the first router replica, when the service answers.
     """
     with driver_log(config.logging.settings()), StopSignal() as stop, ExitStack() as ending:
         try:
             model = PinnedModel.find(config)
             config = model.config
-            url, service_actor = _start(model, stop, ending)
+            urls, service_actor = _start(model, stop, ending)
         except (StartFailed, TensorweaveError, ValueError, OSError, RayError, RayServeException) as error:
             report(f"cannot start: {_sentence(error)}")
             return 1
         except StoppedEarly:
             report("stopped before it was ready")
             return 1
-        report(f"ready: {config.model_name} at {url}/v1 (Serve's proxy at port {config.router.proxy_port})")
+        report(f"ready: {config.model_name} at {urls[0]}/v1 (Serve's proxy at port {config.router.proxy_port})")
+        if urls[1:]:
+            report(f"more routers: {', '.join(urls[1:])}")
         report(_admin_line(config))
-        if on_ready is not None:
-            on_ready(url)
+        for action in on_ready:
+            action(urls[0])
         code = _keep_up(config, service_actor, stop, ending)
         ending.close()
         report("stopped")
@@ -93,12 +96,12 @@ def running(config: ServeConfig) -> Iterator[str]:
     with driver_log(config.logging.settings()), ExitStack() as ending:
         try:
             with StopSignal() as stop:
-                url, _ = _start(PinnedModel.find(config), stop, ending)
+                urls, _ = _start(PinnedModel.find(config), stop, ending)
         except (RayError, RayServeException) as error:
             raise StartFailed(_sentence(error)) from None
         except StoppedEarly:
             raise KeyboardInterrupt from None
-        yield url
+        yield urls[0]
 
 
 def _keep_up(config: ServeConfig, service_actor: ActorHandle[Any], stop: StopSignal, ending: ExitStack) -> int:
@@ -119,8 +122,9 @@ def _keep_up(config: ServeConfig, service_actor: ActorHandle[Any], stop: StopSig
     return 0
 
 
-def _start(model: PinnedModel, stop: StopSignal, ending: ExitStack) -> tuple[str, ActorHandle[Any]]:
-    """Start everything and wait until it is ready; `ending` undoes it. Return the URL and the service actor."""
+def _start(model: PinnedModel, stop: StopSignal, ending: ExitStack) -> tuple[list[str], ActorHandle[Any]]:
+    """Start everything and wait until it is ready; `ending` undoes it. Return the routers' URLs and the service
+    actor."""
     config = model.config
     deadline_s = time.monotonic() + config.limits.start_timeout_s
     if will_start_ray(config.ray.address):  # its head is this host, and to start it takes seconds
@@ -138,7 +142,7 @@ def _start(model: PinnedModel, stop: StopSignal, ending: ExitStack) -> tuple[str
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     _await_ready(config, service_actor, stop, deadline_s)
     report_links(_await_links(service_actor, stop))
-    return f"http://{config.router.reachable_host}:{config.router.port}", service_actor
+    return router_urls(config.router), service_actor
 
 
 def _join_ray(config: ServeConfig, ending: ExitStack) -> None:

@@ -23,6 +23,7 @@ from tensorweave.cluster.adapter import Adapter
 from tensorweave.cluster.adapter_registry import AdapterRecord
 from tensorweave.cluster.errors import WorkerLost
 from tensorweave.cluster.host_memory import oom_kills
+from tensorweave.cluster.host_networks import address_in, interface_addresses
 from tensorweave.cluster.log_setup import LogSettings, set_up_logging
 from tensorweave.cluster.protocol import KvSource, LinkMeasurement
 from tensorweave.cluster.rank_watch import first_line
@@ -168,7 +169,7 @@ class RankWorker:
         return build_executor(
             args,
             comm,
-            transfer_host=order.transfer_host,
+            transfer_host=_transfer_host(order),
             transfer_secret=order.kv_secret,
             num_ranks_here=order.num_ranks_here,
             event_buffer_size=_EVENT_BUFFER_SIZE if order.place.rank == 0 else 0,
@@ -275,3 +276,10 @@ def _fit_args(args: TorchLlmArgs, order: RankOrder) -> TorchLlmArgs:
     if args.num_threads is None:
         changes["num_threads"] = max(1, len(os.sched_getaffinity(0)) // order.num_ranks_here)
     return args.model_copy(update=changes)
+
+
+def _transfer_host(order: RankOrder) -> str:
+    """The address of this host at which other gangs read KV. Raises ValueError if it has none in the network given."""
+    if order.transfer_network is None:
+        return order.transfer_host
+    return address_in(order.transfer_network, interface_addresses())

@@ -104,6 +104,7 @@ class KvLink(BaseModel):
     megabytes_per_s: float
     latency_ms: float
     error: str | None
+    address: str = Field("", description="Where the source's KV is read, on its first rank's host.")
 
 
 class Transfers(BaseModel):

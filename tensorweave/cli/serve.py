@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +15,7 @@ import httpx
 
 from tensorweave.cli import chat
 from tensorweave.cli.arguments import add_api_key, add_changes, bearer
+from tensorweave.cli.endpoint_file import endpoint_file
 
 _DEFAULT_CONFIG: Final = "laptop.yaml"
 _ANSWER_TIMEOUT_S: Final = 120.0
@@ -47,6 +50,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--model", help="serve this model: a directory, a hub id, or smollm2")
     add_changes(parser, "change a key, for example a.b=c")
     parser.add_argument("--ask", metavar="TEXT", help="once it is ready, print the answer to this and how to continue")
+    parser.add_argument(
+        "--endpoint-file", type=Path, metavar="FILE", help="once it is ready, its URL is in this file, until it ends"
+    )
     add_api_key(parser, "sent with --ask: one of the service's own, where it asks for keys")
     parser.set_defaults(run=run)
 
@@ -57,8 +63,13 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(config_path(args.config), config_changes(args))
     from tensorweave.deploy.service import run as run_service  # imports ray for a second, after the file was checked
 
-    greeting = functools.partial(greet, question=args.ask, api_key=args.api_key)
-    return run_service(config, None if args.ask is None else greeting)
+    with contextlib.ExitStack() as closing:
+        actions: list[Callable[[str], None]] = []
+        if args.endpoint_file is not None:
+            actions.append(closing.enter_context(endpoint_file(args.endpoint_file)))
+        if args.ask is not None:
+            actions.append(functools.partial(greet, question=args.ask, api_key=args.api_key))
+        return run_service(config, *actions)
 
 
 def greet(url: str, question: str, api_key: str | None = None) -> None:

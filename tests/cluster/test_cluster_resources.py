@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tensorweave.cluster.cluster_resources import ClusterResources, NodeResources, Reservation
+from tensorweave.cluster.placement_rule import PlacementRule
 
 RANK = {"CPU": 1.0, "GPU": 1.0}
 
@@ -39,3 +40,11 @@ def test_reservations_of_missing_resources_are_named() -> None:
 def test_the_list_of_nodes_is_shortened() -> None:
     resources = ClusterResources([NodeResources(f"n{number}", {"CPU": 1.0}, {"CPU": 0.0}) for number in range(1000)])
     assert resources.describe_nodes(["CPU"]).endswith("n7: 0 of 1 CPU free; and 992 more")
+
+
+def test_only_the_nodes_that_a_rule_allows_are_counted() -> None:
+    nodes = [NodeResources(name, {"CPU": 2.0}, {"CPU": 0.0}) for name in ("a", "b")]
+    text = ClusterResources(nodes).allowed_by(PlacementRule(("b",))).explain({"CPU": 1.0}, 1, 20.0)
+    assert "the Ray cluster has 0 of 2 CPU free on 1 node(s) that placement.nodes (b) allows; missing: 1 CPU" in text
+    text = ClusterResources(nodes).allowed_by(PlacementRule(("c",))).explain({"CPU": 1.0}, 1, 20.0)
+    assert text.endswith("; there is no such node")

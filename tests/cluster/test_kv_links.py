@@ -77,7 +77,9 @@ def test_new_pairs_are_measured_once_and_lost_ones_forgotten() -> None:
         assert changes == [1, 2, 3, 4]
         links.update([two, second])
         assert set(links.all) == {("d2", "p2")}
-        assert links.describe("d2") == {"p2": {"megabytes_per_s": 1000.0, "latency_ms": 1.0, "error": None}}
+        assert links.describe("d2") == {
+            "p2": {"megabytes_per_s": 1000.0, "latency_ms": 1.0, "error": None, "address": "127.0.0.1"}
+        }
         links.close()
 
     asyncio.run(body())

@@ -457,3 +457,12 @@ def test_wrong_api_keys_are_not_repeated(tmp_path: Path, table: str, overrides: 
     [line] = mistakes(tmp_path, f"model: m\nsecurity: {table}", *overrides)
     assert told in line
     assert all(key not in line for key in ("short", "with a space", "secret"))
+
+
+def test_routers_on_every_host_need_an_address_that_every_host_has(tmp_path: Path) -> None:
+    text = "model: m\nrouter: {per_host: true}"
+    assert "per_host needs host 0.0.0.0" in mistakes(tmp_path, text)[0]
+    assert "leave replicas out" in mistakes(tmp_path, text, "router.host=0.0.0.0", "router.replicas=2")[0]
+    config = load_config(write(tmp_path, text), ["router.host=0.0.0.0", "network.transfer=10.80.0.0/16"])
+    assert config.router.per_host
+    assert {spec.gang.transfer_network for spec in pool_specs(config, has_gpus=False)} == {"10.80.0.0/16"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,49 @@ def test_ranks_receive_what_was_written(tmp_path: Path) -> None:
     args = pool_specs(config, has_gpus=False)[0].gang.args
     assert (args["max_batch_size"], args["kv_cache_config"]["max_tokens"]) == (7, 64)
     assert "replicas" not in args
+
+
+HOSTS = ClusterResources(
+    [
+        NodeResources("10.0.0.1", {"CPU": 2.0}, {"CPU": 2.0}, "head"),
+        NodeResources("10.0.0.2", {"CPU": 2.0}, {"CPU": 2.0}, "worker", {"zone": "b", "ray.io/node-id": "x"}),
+    ]
+)
+
+
+def explain(tmp_path: Path, *overrides: str) -> str | None:
+    return explain_shortage(pool_specs(make_config(tmp_path, *overrides), has_gpus=False), HOSTS)
+
+
+def test_a_pool_may_only_use_the_nodes_of_its_placement(tmp_path: Path) -> None:
+    assert explain(tmp_path, "pools.main.replicas=2", "pools.main.placement.nodes=[worker]") is None
+    assert explain(tmp_path, "pools.main.replicas=3", "pools.main.placement.labels.zone=b") == (
+        "pool main has 3 rank(s) with 1 CPU each, every one on one node, and the nodes of the Ray cluster that "
+        "placement.labels (zone: b) allows hold 2 such; by node: 10.0.0.2: 2 of 2 CPU free"
+    )
+    assert explain(tmp_path, "pools.main.placement.nodes=[10.0.0.9]") == (
+        "pool main has 1 rank(s) with 1 CPU each, every one on one node, and the nodes of the Ray cluster that "
+        "placement.nodes (10.0.0.9) allows hold 0 such; there is no such node; nodes: 10.0.0.1 (head); "
+        "10.0.0.2 (worker, zone=b)"
+    )
+
+
+def test_ranks_on_nodes_of_their_own_need_so_many_nodes(tmp_path: Path) -> None:
+    spread = "pools.main.placement.spread=ranks"
+    assert explain(tmp_path, spread, "pools.main.tensor_parallel_size=2") is None
+    assert explain(tmp_path, spread, "pools.main.tensor_parallel_size=3") == (
+        "pool main has gangs of 3 ranks, each on a node of its own (placement.spread: ranks), and 2 of the nodes of "
+        "the Ray cluster have room for one; by node: 10.0.0.1: 2 of 2 CPU free; 10.0.0.2: 2 of 2 CPU free"
+    )
+
+
+def test_mistakes_of_a_placement_are_named(tmp_path: Path) -> None:
+    for wrong, message in (
+        ("placement.labels={a b: c}", "is no label"),
+        ("placement.labels.zone='in(a)'", "is no value of a label"),
+        ("placement.labels.zone=[]", "has no value"),
+        ("placement.nodes=['']", "has no name"),
+        ("placement.spread=all", "'none', 'gangs' or 'ranks'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make_config(tmp_path, f"pools.main.{wrong}")
