@@ -1,16 +1,18 @@
 #!/bin/bash
-# One node's Ray, run by srun from serve.sbatch: the head on the job's first node, a worker on each other. TENSORWEAVE_NODE numbers
+# One node's Ray, run by srun from ray_job.sh: the head on the job's first node, a worker on each other. TENSORWEAVE_NODE numbers
 # the nodes of all components, TENSORWEAVE_CPUS is what this one has for ranks.
 # Not `ray symmetric-run`: it ends with `ray stop`, which kills the Ray of other jobs on a shared node, and it ignores SIGTERM.
 set -euo pipefail
 umask 077
-# shellcheck source=slurm/ray_env.sh
-source "$TENSORWEAVE_HOME/slurm/ray_env.sh"
+# shellcheck source=slurm/env.sh
+source "$TENSORWEAVE_HOME/slurm/env.sh"
 
+# shellcheck disable=SC2153 # from ray_job.sh
 # Short, because Ray keeps sockets in it; local to the node, and removed with the job.
 directory=/tmp/tw-$UID-$SLURM_JOB_ID-$TENSORWEAVE_NODE
 rm -rf "$directory" # left by this job before it was requeued
-options=(--block --object-store-memory=$((128 << 20)) --num-cpus="$TENSORWEAVE_CPUS" --disable-usage-stats)
+options=(--block --object-store-memory=$((128 << 20)) --num-cpus="$TENSORWEAVE_CPUS" --disable-usage-stats
+  --labels="component=$TENSORWEAVE_COMPONENT")
 if [ "$TENSORWEAVE_NODE" -eq 0 ]; then
   options+=(--head --node-ip-address="$TENSORWEAVE_HEAD" --port="$TENSORWEAVE_GCS_PORT" --temp-dir="$directory"
     --include-dashboard=false --ray-client-server-port=$((TENSORWEAVE_GCS_PORT + 10000)))

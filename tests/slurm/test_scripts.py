@@ -1,4 +1,4 @@
-"""slurm/serve.sbatch and ray_node.sh with a made-up Slurm, Ray and service: programs on the path that write down what
+"""The job scripts and ray_node.sh with a made-up Slurm, Ray and service: programs on the path that write down what
 they are called with and stay until they are told to end."""
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ FAKES = {
         trap 'kill -TERM $!; wait $!; exit' TERM
         "$@" & echo $$ $! > "$RECORDS/node-$node"
         wait $!""",
-    "scontrol": 'echo "$3" | tr , "\\n"',
+    "scontrol": """
+        case $1 in
+          requeue) echo "$2" >> "$RECORDS/requeue" ;;
+          *) echo "$3" | tr , "\\n" ;;
+        esac""",
     "scancel": """
         echo "$*" >> "$RECORDS/scancel"
         for node in "$RECORDS"/node-*; do read -r srun _ < "$node"; kill "$srun"; done""",
@@ -38,9 +42,18 @@ FAKES = {
           *await_nodes.py*)
             echo "$2" > "$RECORDS/awaited"
             until [ "$(wc -l < "$RECORDS/ray")" = "$2" ]; do sleep 0.1; done ;;
+          *batch*)
+            echo "$*" > "$RECORDS/batch"
+            trap 'kill $! 2> /dev/null; exit 3' TERM
+            """
+    + STAY
+    + """ ;;
+          *bench*) echo "$*" > "$RECORDS/bench"; exit 5 ;;
           *serve*) """
     + END_WELL
-    + """cp "$RAY_AUTH_TOKEN_PATH" "$RECORDS/token"; echo "$*" > "$RECORDS/serve"; """
+    + """cp "$RAY_AUTH_TOKEN_PATH" "$RECORDS/token"; echo "$*" > "$RECORDS/serve"
+            while [ "$1" != --endpoint-file ]; do shift; done
+            echo http://10.0.0.1:8000 > "$2"; """
     + STAY
     + """ ;;
         esac""",
@@ -48,7 +61,7 @@ FAKES = {
 
 
 class Job:
-    """A run of serve.sbatch; `records` holds what the made-up programs wrote down."""
+    """A run of a job script; `records` holds what the made-up programs wrote down."""
 
     def __init__(self, directory: Path, **variables: str) -> None:
         self.records = directory / "records"
@@ -71,25 +84,29 @@ class Job:
             "TENSORWEAVE_ACTIVATE": str(activate),
             "TENSORWEAVE_STATE": str(self.state),
             "TENSORWEAVE_ADDRESS": "10.0.0.1",
+            "TENSORWEAVE_ENDPOINT": str(directory / "endpoint"),
             **variables,
         }
         self.log = directory / "log"
+        self.endpoint = directory / "endpoint"
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def private(self) -> Path:
         return self.state / f".tensorweave-job-{self.id}"
 
-    def start(self) -> None:
+    def start(self, script: str = "serve", *arguments: str) -> None:
+        """Returns once the script has started the program that it is named after."""
+        arguments = arguments or ("--config", "s.yaml")
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                ["bash", str(REPOSITORY / "slurm" / "serve.sbatch"), "--config", "s.yaml"],
+                ["bash", str(REPOSITORY / "slurm" / f"{script}.sbatch"), *arguments],
                 env=self.environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.until(lambda: (self.records / "serve").exists(), "the service is started")
+        self.until(lambda: (self.records / script).exists(), f"{script} is started")
 
     def until(self, holds: Callable[[], bool], what: str) -> None:
         deadline_s = time.monotonic() + PATIENCE_S
@@ -149,13 +166,16 @@ def test_a_job_starts_ray_on_each_node_and_drains(make_job: Callable[..., Job]) 
     assert "--head" in head
     assert "--num-cpus=3" in head
     assert f"--address=10.0.0.1:{20000 + int(job.id) % 10000}" in worker
-    assert "serve --set router.host=10.0.0.1 --config s.yaml" in job.lines("serve")[0]
+    assert f"serve --set router.host=10.0.0.1 --endpoint-file {job.endpoint} --config s.yaml" in job.lines("serve")[0]
+    assert all("--labels=component=0" in line for line in (head, worker))
+    job.until(job.endpoint.exists, "the endpoint file is there")
     assert len((job.records / "token").read_text()) == 64
     job.drain()
     assert job.wait() == 0
     assert job.lines("scancel") == [f"--signal=TERM {job.id}"]
     assert not job.private.exists()
     assert "has left" not in job.said()
+    assert not job.endpoint.exists()
 
 
 def test_a_lost_node_ends_nothing(make_job: Callable[..., Job]) -> None:
@@ -209,7 +229,46 @@ def test_a_heterogeneous_job_serves_over_all_components(make_job: Callable[..., 
     assert [step.split()[:2] for step in steps] == [["0", "2"], ["1", "8"], ["2", "8"]]
     groups = ["--het-group=0", "--het-group=1", "--het-group=1"]
     assert all(group in step for group, step in zip(groups, steps, strict=True))
-    assert ["--head" in line for line in job.lines("ray")] == [True, False, False]
+    ray = job.lines("ray")
+    assert ["--head" in line for line in ray] == [True, False, False]
+    assert [f"--labels=component={group}" in line for group, line in zip("011", ray, strict=True)] == [True] * 3
     job.drain()
     assert job.wait() == 0
     assert job.lines("scancel") == ["--signal=TERM 71", "--signal=TERM 72"]
+
+
+def test_a_batch_with_lines_left_is_queued_anew(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    job.start("batch", "--input", "i", "--output", "o")
+    assert job.lines("batch") == ["-m tensorweave.cli.main batch --input i --output o"]
+    job.drain()
+    assert job.wait() == 3
+    assert job.lines("requeue") == [job.id]
+    assert not job.private.exists()
+
+
+def test_a_batch_is_not_queued_anew_for_ever(make_job: Callable[..., Job]) -> None:
+    job = make_job(SLURM_RESTART_COUNT="2", TENSORWEAVE_MAX_REQUEUES="2")
+    job.start("batch", "--input", "i", "--output", "o")
+    job.drain()
+    assert job.wait() == 3
+    assert not (job.records / "requeue").exists()
+    assert "not queued anew: that has happened 2 times" in job.said()
+
+
+def test_a_batch_whose_head_is_lost_is_queued_anew(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    job.start("batch", "--input", "i", "--output", "o")
+    job.lose("n1")
+    assert job.wait() == 128 + signal.SIGKILL
+    assert job.lines("requeue") == [job.id]
+
+
+def test_a_load_runs_once_on_a_service_of_its_own(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    job.start("bench", "s.yaml", "--concurrency", "4")
+    assert job.wait() == 5
+    assert job.lines("bench") == ["-m tensorweave.cli.main bench serve --url http://10.0.0.1:8000 --concurrency 4"]
+    assert "serve --config s.yaml --set router.host=10.0.0.1 --endpoint-file" in job.lines("serve")[0]
+    assert job.lines("scancel") == [f"--signal=TERM {job.id}"]
+    assert not job.private.exists()
