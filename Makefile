@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install serve chat test lint lines pytest quick bench clean
+.PHONY: help install serve chat test lint lines pytest quick test-cluster bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -24,7 +24,7 @@ QUESTION ?= What is the capital of France?
 
 help: ## Say what there is
 	@echo "tensorweave: multi-node LLM serving on Ray"; echo
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo; echo "  make serve MODEL=/path/or/hub-id CONFIG=service.yaml PORT=9000    all three are optional"
 
 install: $(STAMP) ## Make .venv with everything in it (once)
@@ -58,7 +58,7 @@ lint: install ## Format, lint, types, shell scripts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run $(wildcard slurm/*.sh slurm/*.sbatch)
+	$(BIN)/shellcheck .ci/run $(wildcard slurm/*.sh slurm/*.sbatch tests/hosts/*.sh)
 
 lines: install
 	@$(BIN)/python .ci/line_table.py
@@ -84,6 +84,9 @@ endif
 
 quick: install ## The tests that start no service and no real model: less than two minutes on two free cores
 	$(PYTEST) -m 'not slow and not model'
+
+test-cluster: install ## Several hosts and Slurm on this machine: an hour. Needs root, iproute2, for Slurm also slurm-wlm and munge
+	TENSORWEAVE_TEST_CLUSTER=1 $(BIN)/python -m pytest -rs tests/hosts
 
 bench: install ## Throughput, latency and step overhead of the small model, as JSON in build/bench
 	$(BIN)/tensorweave bench overhead --json build/bench/overhead.json

@@ -96,6 +96,14 @@ def test_every_route_but_health_needs_a_key(method: str, path: str, body: Any) -
         assert answer.headers["www-authenticate"] == "Bearer"
 
 
+def test_no_route_is_open_but_health() -> None:
+    app = build_app(make_service(scripted()))
+    found = {(method, route.path) for route in app.routes for method in getattr(route, "methods", None) or ("GET",)}
+    assert len(found) > 20
+    is_open = {path for method, path in found if call_with_key(method, path, None).status_code != 401}
+    assert is_open == {"/health", "/ready", "/ping"}
+
+
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens", "/v1/models"])
 def test_a_key_may_come_as_anthropics_clients_send_it(path: str) -> None:
     """And on their routes, its absence is answered in their form."""

@@ -1,0 +1,152 @@
+"""A service over three hosts with a second gang for everything: no fault of a host or of a link fails a request.
+
+One decode gang on the first host and one on the third, prefill on the second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.service_process import write_model
+from tests.hosts.ray_cluster import RayCluster, wait_until
+from tests.hosts.service import Service, running_service, write_service
+from tests.hosts.strangers import Strangers, ports_of, resident_mb
+from tests.hosts.traffic import Traffic
+
+pytestmark = pytest.mark.timeout(1800)
+Note = Callable[[str], None]
+LONGEST_WAIT_S = 60.0
+MOST_GROWTH_MB = 64.0
+
+
+@pytest.fixture(scope="module")
+def service(cluster: RayCluster) -> Iterator[Service]:
+    _, second, third = cluster.hosts
+    pools = {
+        "prefill": {"placement": {"labels": {"host": second.name}}},
+        "decode": {"replicas": 2, "placement": {"nodes": [cluster.head.name, third.address], "spread": "gangs"}},
+    }
+    model = write_model(cluster.logs / "model")
+    config = write_service(cluster, model, pools, router={"host": cluster.head.address, "policy": "round_robin"})
+    with running_service(cluster, "faults", config) as running:
+        yield running
+
+
+@pytest.fixture
+def traffic(service: Service) -> Iterator[Traffic]:
+    with Traffic(service.url, model="m") as running:
+        running.await_requests(8)
+        yield running
+
+
+def check(traffic: Traffic) -> None:
+    assert not traffic.seen.failures, traffic.seen.describe()
+    assert traffic.seen.longest_wait_s < LONGEST_WAIT_S, traffic.seen.describe()
+
+
+def test_gangs_are_where_they_were_told_to_be(service: Service, note: Note) -> None:
+    first, second, third = (host.address for host in service.cluster.hosts)
+    service.await_gangs("decode", 2)
+    assert service.hosts_of("prefill") == [[second]]
+    assert sorted(service.hosts_of("decode")) == [[first], [third]]
+    assert any(f"from {second}" in line for line in service.job.own_lines() if "KV from" in line)
+    for gang in service.gangs("decode"):
+        wait_until(lambda gang_id=gang["gang_id"]: service.link_to(gang_id), 60, "the links are measured")  # type: ignore[misc]
+        note(f"{service.link_to(gang['gang_id'])}")
+
+
+def test_a_host_is_lost_and_comes_back(service: Service, traffic: Traffic, note: Note) -> None:
+    third = service.cluster.hosts[2]
+    third.lose()
+    traffic.await_requests(40)
+    service.await_gangs("decode", 1)
+    traffic.await_requests(20)
+    seconds = service.bring_back(third, {"decode": 2})
+    traffic.await_requests(20)
+    note(f"{traffic.seen.describe()}; its gang is back {seconds:.0f} s after its Ray")
+    check(traffic)
+
+
+def test_the_only_prefill_host_is_lost_and_comes_back(service: Service, traffic: Traffic, note: Note) -> None:
+    second = service.cluster.hosts[1]
+    second.lose()
+    traffic.await_requests(60)
+    seconds = service.bring_back(second, {"prefill": 1})
+    traffic.await_requests(20)
+    note(f"{traffic.seen.describe()}; its gang is back {seconds:.0f} s after its Ray")
+    check(traffic)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_link_is_down_for_ten_seconds(service: Service, traffic: Traffic, note: Note, number: int) -> None:
+    host = service.cluster.hosts[number - 1]
+    host.set_link(is_up=False)
+    time.sleep(10)
+    host.set_link(is_up=True)
+    traffic.await_requests(40)
+    service.await_gangs("decode", 2)
+    service.await_gangs("prefill", 1)
+    note(traffic.seen.describe())
+    check(traffic)
+
+
+def test_a_slow_link(service: Service, traffic: Traffic, note: Note) -> None:
+    third = service.cluster.hosts[2]
+    third.throttle("10mbit")
+    traffic.await_requests(60)
+    third.throttle(None)
+    traffic.await_requests(20)
+    note(traffic.seen.describe())
+    check(traffic)
+
+
+def test_strangers_at_every_port(service: Service, traffic: Traffic, note: Note) -> None:
+    """The same processes go on, without a failed request, and have not grown."""
+    hosts = service.cluster.hosts
+    ports = {host: sorted(ports_of(host)) for host in hosts}
+    assert all(ports.values())
+    before = {host: resident_mb(host) for host in hosts}
+    strangers = Strangers(ports)
+    strangers.start()
+    time.sleep(30)
+    traffic.await_requests(20)
+    strangers.stop()
+    after = {host: resident_mb(host) for host in hosts}
+    growth = max(after[host].get(pid, 0.0) - mb for host in hosts for pid, mb in before[host].items())
+    sent = f"{strangers.num_connections} connections at {sum(map(len, ports.values()))} ports"
+    note(f"{sent}, at most {growth:.0f} MB more; {traffic.seen.describe()}")
+    assert {host: set(pids) for host, pids in after.items()} == {host: set(pids) for host, pids in before.items()}
+    assert growth < MOST_GROWTH_MB
+    check(traffic)
+
+
+def test_the_job_drains_when_it_is_stopped(service: Service, note: Note) -> None:
+    traffic = Traffic(service.url, model="m", max_tokens=1500)
+    with traffic:
+        time.sleep(2.0)
+        traffic.stop_asking()
+        started_s = time.monotonic()
+        service.job.stop()
+    note(f"{traffic.seen.describe()}, after `ray job stop`; ended {time.monotonic() - started_s:.0f} s later")
+    assert traffic.seen.num_requests == 4
+    assert not traffic.seen.failures, traffic.seen.describe()
+    seconds = service.cluster.await_nothing_left()
+    note(f"nothing of the service left after another {seconds:.0f} s")
+
+
+def test_the_agent_of_the_heads_dashboard_is_killed(cluster: RayCluster, note: Note, tmp_path: Path) -> None:
+    """What Ray does then is Ray's: either the head goes on, and the service with it, or the job ends."""
+    config = write_service(cluster, cluster.logs / "model", {"main": {}})
+    job = cluster.submit("agent", "python", "-m", "tensorweave.cli.main", "serve", "--config", str(config))
+    job.await_line("ready: ", 600)
+    service = Service(cluster, job)
+    with Traffic(service.url, model="m") as traffic:
+        traffic.await_requests(8)
+        assert cluster.head.kill("ray::DashboardAgent") == 1
+        time.sleep(60)
+    note(f"{traffic.seen.describe()}; the job is {job.status()}: {job.own_lines()[-1:]}")
+    note(f"left: {cluster.ours()}")
