@@ -26,7 +26,7 @@ OURS = ("ServiceActor", "ProcessSentinel", "ServeController", "ProxyActor", "Ser
 
 
 def wait_until(
-    holds: Callable[[], bool], timeout_s: float, what: str | Callable[[], str], every_s: float = 0.5
+    holds: Callable[[], bool], timeout_s: float, what: str | Callable[[], str], every_s: float = 1.0
 ) -> float:
     """Wait until `holds()`; return the seconds."""
     started_s = time.monotonic()

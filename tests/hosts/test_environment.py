@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.service_process import write_model
+from tests.hosts.network import Host
 from tests.hosts.ray_cluster import Job, RayCluster
-from tests.hosts.service import Service, without_package, write_service
+from tests.hosts.service import PORT, Service, without_package, write_service
 from tests.hosts.traffic import Traffic
 
 pytestmark = pytest.mark.timeout(1200)
@@ -26,27 +27,30 @@ def model(cluster: RayCluster) -> Path:
     return write_model(cluster.logs / "model")
 
 
-def check(cluster: RayCluster, job: Job, note: Note) -> None:
+def check(cluster: RayCluster, job: Job, note: Note, *, routers: Sequence[Host] = ()) -> None:
+    """It serves, at each of the routers too."""
     try:
         job.await_line("ready: ", TIMEOUT_S)
         note(f"ready {time.monotonic() - job.submitted_s:.0f} s after it was submitted")
         service = Service(cluster, job)
         assert sorted(service.hosts_of("main")) == [[host.address] for host in cluster.hosts[1:]]
-        with Traffic(service.url, model="m") as traffic:
-            traffic.await_requests(8)
-        assert not traffic.seen.failures
+        for url in (service.url, *(f"http://{host.address}:{PORT}/v1" for host in routers)):
+            with Traffic(url, model="m") as traffic:
+                traffic.await_requests(8)
+            assert not traffic.seen.failures, traffic.seen.describe()
     finally:
         job.stop()
         cluster.await_nothing_left()
 
 
 def test_the_cluster_has_the_package(cluster: RayCluster, model: Path, note: Note) -> None:
-    """The job brings its file alone."""
+    """The job brings its file alone. There is a router on every host."""
     folder = cluster.logs / "job"
     folder.mkdir()
-    config = write_service(cluster, model, SPREAD).rename(folder / "service.yaml")
+    router = {"host": "0.0.0.0", "port": PORT, "per_host": True}
+    config = write_service(cluster, model, SPREAD, router=router).rename(folder / "service.yaml")
     command = ("tensorweave", "serve", "--config", config.name)
-    check(cluster, cluster.submit("installed", *command, working_dir=folder), note)
+    check(cluster, cluster.submit("installed", *command, working_dir=folder), note, routers=cluster.hosts)
 
 
 def test_the_package_comes_with_the_job(cluster: RayCluster, model: Path, note: Note) -> None:
