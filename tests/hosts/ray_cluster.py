@@ -107,6 +107,16 @@ class RayCluster:
         dashboard = [f"--dashboard-host={host.address}", f"--dashboard-port={DASHBOARD_PORT}"]
         return ["start", "--head", f"--port={GCS_PORT}", *dashboard, *common]
 
+    def restart(self) -> None:
+        """All hosts anew, and a new Ray on them."""
+        self._reset_hosts()
+        self.__enter__()
+
+    def driver_log(self, job: str) -> str:
+        """As it lies on the head's disk, even if nobody can be asked for it."""
+        found = sorted(self.head.tmp.glob(f"ray/session_2*/logs/job-driver-{job}.log"))
+        return found[-1].read_text(errors="replace") if found else ""
+
     def log_of(self, host: Host) -> str:
         return (self.logs / f"ray-{host.name}.log").read_text(errors="replace")[-3000:]
 
@@ -169,6 +179,9 @@ class RayCluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._reset_hosts()
+
+    def _reset_hosts(self) -> None:
         for host in self.hosts:
             host.end()
             host.revive()

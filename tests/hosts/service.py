@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,13 @@ def write_service(
     settings = {
         "model": str(model),
         "served_model_name": "m",
-        "engine": {"device": "cpu", "dtype": "float32", "num_threads": 1, "kv_cache_config": {"max_tokens": 16384}},
+        "engine": {
+            "device": "cpu",
+            "dtype": "float32",
+            "num_threads": 1,
+            # Without reuse, so that prompts that come again are computed, and their KV moves, again.
+            "kv_cache_config": {"max_tokens": 16384, "enable_block_reuse": False},
+        },
         "pools": pools,
         "router": {"host": cluster.head.address, "port": PORT},
         "ray": {"address": "auto"},
@@ -87,10 +94,18 @@ class Service:
 
     def bring_back(self, host: Host, pools: Mapping[str, int]) -> float:
         """Turn a lost host on; return after how many seconds each pool has its gangs again."""
+        started_s = time.monotonic()
         host.revive()
         self.cluster.start_ray(host)
         self.cluster.await_nodes(len(self.cluster.hosts))
-        return sum(self.await_gangs(pool, count) for pool, count in pools.items())
+        for pool, count in pools.items():
+            self.await_gangs(pool, count)
+        return time.monotonic() - started_s
+
+    def num_blocks_moved(self) -> int:
+        """KV blocks that the decode gangs of now have fetched."""
+        ranks = [rank for gang in self.gangs("decode") for rank in gang.get("ranks", ())]
+        return int(sum(rank["gauges"].get("kv_transfer_blocks_total", 0) for rank in ranks))
 
 
 @contextmanager

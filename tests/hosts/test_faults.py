@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.e2e.service_process import write_model
 from tests.hosts.ray_cluster import RayCluster, wait_until
-from tests.hosts.service import Service, running_service, write_service
+from tests.hosts.service import DRIVER, READY_TIMEOUT_S, Service, running_service, write_service
 from tests.hosts.strangers import Strangers, ports_of, resident_mb
 from tests.hosts.traffic import Traffic
 
@@ -21,6 +20,8 @@ pytestmark = pytest.mark.timeout(1800)
 Note = Callable[[str], None]
 LONGEST_WAIT_S = 60.0
 MOST_GROWTH_MB = 64.0
+LEASE_S = 120.0
+"""How long a rank serves on without its supervisor."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_a_host_is_lost_and_comes_back(service: Service, traffic: Traffic, note:
     traffic.await_requests(20)
     seconds = service.bring_back(third, {"decode": 2})
     traffic.await_requests(20)
-    note(f"{traffic.seen.describe()}; its gang is back {seconds:.0f} s after its Ray")
+    note(f"{traffic.seen.describe()}; its gang is back {seconds:.0f} s after the host")
     check(traffic)
 
 
@@ -76,8 +77,10 @@ def test_the_only_prefill_host_is_lost_and_comes_back(service: Service, traffic:
     second.lose()
     traffic.await_requests(60)
     seconds = service.bring_back(second, {"prefill": 1})
+    num_before = service.num_blocks_moved()
     traffic.await_requests(20)
-    note(f"{traffic.seen.describe()}; its gang is back {seconds:.0f} s after its Ray")
+    wait_until(lambda: service.num_blocks_moved() > num_before, 60, "KV moves from the new prefill gang")
+    note(f"{traffic.seen.describe()}; its gang is back {seconds:.0f} s after the host")
     check(traffic)
 
 
@@ -138,15 +141,22 @@ def test_the_job_drains_when_it_is_stopped(service: Service, note: Note) -> None
     note(f"nothing of the service left after another {seconds:.0f} s")
 
 
-def test_the_agent_of_the_heads_dashboard_is_killed(cluster: RayCluster, note: Note, tmp_path: Path) -> None:
-    """What Ray does then is Ray's: either the head goes on, and the service with it, or the job ends."""
-    config = write_service(cluster, cluster.logs / "model", {"main": {}})
-    job = cluster.submit("agent", "python", "-m", "tensorweave.cli.main", "serve", "--config", str(config))
-    job.await_line("ready: ", 600)
-    service = Service(cluster, job)
-    with Traffic(service.url, model="m") as traffic:
+def test_the_agent_of_the_heads_dashboard_is_killed(cluster: RayCluster, note: Note) -> None:
+    """Ray's node ends with that agent, and with the head's node all that is there: no router is left. Requests fail at
+    once, nothing of the service stays, and a new Ray takes it again."""
+    config = write_service(cluster, write_model(cluster.logs / "model"), {"main": {"placement": {"nodes": "twc2"}}})
+    job = cluster.submit("agent", *DRIVER, "--config", str(config))
+    job.await_line("ready: ", READY_TIMEOUT_S)
+    with Traffic(Service(cluster, job).url, model="m") as traffic:
         traffic.await_requests(8)
+        started_s = time.monotonic()
         assert cluster.head.kill("ray::DashboardAgent") == 1
-        time.sleep(60)
-    note(f"{traffic.seen.describe()}; the job is {job.status()}: {job.own_lines()[-1:]}")
-    note(f"left: {cluster.ours()}")
+        wait_until(lambda: len(traffic.seen.failures) >= 8, 60, "requests fail")
+    note(f"{traffic.seen.describe()}; the driver's last words: {cluster.driver_log('agent').splitlines()[-2:]}")
+    assert traffic.seen.longest_wait_s < LONGEST_WAIT_S
+    wait_until(lambda: not cluster.ours(), LEASE_S + 60, lambda: f"nothing of it is left: {cluster.ours()}")
+    note(f"nothing of it is left {time.monotonic() - started_s:.0f} s later")
+    cluster.restart()
+    with running_service(cluster, "again", config) as service, Traffic(service.url, model="m") as traffic:
+        traffic.await_requests(8)
+    assert not traffic.seen.failures

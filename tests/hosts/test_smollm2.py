@@ -57,7 +57,9 @@ def test_known_answers(service: Service, note: Note) -> None:
     assert sorted(service.hosts_of("decode")[0]) == [first, third]
     started_s = time.monotonic()
     check_known_answers(service)
-    note(f"{len(IDS)} known answers in {time.monotonic() - started_s:.1f} s")
+    assert service.num_blocks_moved() > 0
+    seconds = time.monotonic() - started_s
+    note(f"{len(IDS)} known answers in {seconds:.1f} s, {service.num_blocks_moved()} KV blocks moved")
 
 
 def test_a_link_inside_the_gang_is_down_for_ten_seconds(service: Service, note: Note) -> None:
@@ -101,4 +103,4 @@ def test_half_of_the_only_gang_is_lost_and_comes_back(service: Service, note: No
         assert "decode" in failure or "gang" in failure, failure
     seconds = service.bring_back(third, {"decode": 1})
     check_known_answers(service)
-    note(f"the known answers again {seconds:.0f} s after its Ray")
+    note(f"the known answers again {seconds:.0f} s after the host")
