@@ -91,6 +91,7 @@ class _Reader:
         self._state = state
         self._niceness = niceness
         self._running: asyncio.Task[None] | None = None
+        self._starting = asyncio.Lock()
         self.worker: WorkerProcess | None = None
 
     @property
@@ -106,8 +107,9 @@ class _Reader:
             await asyncio.gather(self._running, return_exceptions=True)
 
     async def warm_up(self) -> None:
-        if self.worker is None:
-            self.worker = await WorkerProcess.start(self._state(), self._niceness)
+        async with self._starting:
+            if self.worker is None:
+                self.worker = await WorkerProcess.start(self._state(), self._niceness)
 
     async def end_worker(self) -> int | None:
         worker, self.worker = self.worker, None

@@ -8,6 +8,7 @@ take long.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pickle
 from typing import Final, TypeVar
@@ -31,6 +32,7 @@ _MOST_WORKERS: Final = 4
 """For bodies of a usual size. Each has a tokenizer of its own, and reads at least 200,000 tokens a second."""
 USUAL_BYTES: Final = 256 << 10
 _MAX_WAITING: Final = {"usual": 1024, "large": 16}
+LARGE_START_S: Final = 20.0
 _LARGE_NICENESS: Final = 10
 """Of the worker for large bodies: where the step loops of a gang want all cores, it takes a tenth of one."""
 
@@ -45,6 +47,7 @@ class BodyPool:
         if reads_inline:
             self._inline_bytes = INLINE_BYTES if tokenizer.is_rust else _SLOW_INLINE_BYTES
         self._state = b""
+        self._late_start: asyncio.Task[None] | None = None
         num_workers = max(1, min(len(os.sched_getaffinity(0)) // _CPUS_PER_WORKER, _MOST_WORKERS))
         self._usual = BodyQueue(self._first_bytes, _MAX_WAITING["usual"], num_workers)
         self._large = BodyQueue(self._first_bytes, _MAX_WAITING["large"], niceness=_LARGE_NICENESS)
@@ -58,12 +61,22 @@ class BodyPool:
         return task.unpack(await queue.run(pack_frame("run", task.name, served.to_wire(), body)))
 
     async def warm_up(self) -> None:
-        """Start a worker for bodies of a usual size, and scan the vocabulary, before the first body comes. Raises
-        OSError."""
+        """Start a worker for bodies of a usual size, and scan the vocabulary, before the first body comes. The worker
+        for large bodies follows when the service has started. Raises OSError."""
         _ = self._tokenizer.max_chars_per_token
         await self._usual.warm_up()
+        self._late_start = asyncio.create_task(self._start_large())
+
+    async def _start_large(self) -> None:
+        """At its low priority it may take a minute beside step loops."""
+        await asyncio.sleep(LARGE_START_S)
+        with contextlib.suppress(OSError):  # the first large body hears of it
+            await self._large.warm_up()
 
     async def close(self) -> None:
+        if self._late_start is not None:
+            self._late_start.cancel()
+            await asyncio.gather(self._late_start, return_exceptions=True)
         await asyncio.gather(self._usual.close(), self._large.close())
 
     def _first_bytes(self) -> bytes:

@@ -1,9 +1,9 @@
 """The process that reads large bodies for a router (`router/bodies/pool.py`, which starts it and is trusted).
 
-Its argument is its niceness. Its standard input has the length of a pickled tokenizer, the tokenizer, then `run`
-frames. Its standard output has a `ready` frame, then one frame for each body, `done` or `failed`. It ends when its
-input ends. A body that takes more than `CPU_LIMIT_S` of processor time ends it, by a signal from the kernel; so does a
-body that takes more memory than `MEMORY_LIMIT_BYTES`.
+Its standard input has the length of a pickled tokenizer, the tokenizer, then `run` frames. Its standard output has a
+`ready` frame, then one frame for each body, `done` or `failed`. It ends when its input ends. A body that takes more
+than `CPU_LIMIT_S` of processor time ends it, by a signal from the kernel; so does a body that takes more memory than
+`MEMORY_LIMIT_BYTES`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import pickle
 import resource
 import struct
-import sys
 from typing import BinaryIO, Final
 
 from tensorweave.cluster.errors import TensorweaveError
@@ -33,7 +32,6 @@ STATE_LENGTH: Final = struct.Struct("<Q")
 
 def main() -> None:
     source, sink = open(0, "rb", closefd=False), _take_stdout()  # noqa: SIM115 (open until the process ends)
-    os.nice(int(sys.argv[1]))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     (length,) = STATE_LENGTH.unpack(source.read(STATE_LENGTH.size))

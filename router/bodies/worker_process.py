@@ -9,11 +9,13 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from typing import Final
 
+from tensorweave.cluster.priority import lower_priority
 from tensorweave.cluster.wire import Frame, FrameReader
 
 _GROWTH_BYTES: Final = 128 << 20
 """A worker whose peak memory has grown by so much is replaced, because it may not return that memory."""
-_START_TIMEOUT_S: Final = 60.0
+_START_TIMEOUT_S: Final = 120.0
+"""Two seconds of imports, which take a minute at a low priority beside step loops."""
 _EXIT_TIMEOUT_S: Final = 5.0
 
 
@@ -37,12 +39,12 @@ class WorkerProcess:
             sys.executable,
             "-m",
             "tensorweave.router.bodies.worker",
-            str(niceness),
             stdin=PIPE,
             stdout=PIPE,
             env=environment,
             start_new_session=True,  # Ctrl-C goes to this process; the worker ends with its input
         )
+        lower_priority(process.pid, niceness)
         worker = cls(process)
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):

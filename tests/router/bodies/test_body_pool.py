@@ -13,6 +13,7 @@ import orjson
 import pytest
 
 from tensorweave.cluster.errors import ModelNotFound, NotReady, Overloaded, RequestRejected
+from tensorweave.router.bodies import pool as body_pool
 from tensorweave.router.bodies import worker_process
 from tensorweave.router.bodies.body_queue import BodyQueue, BodyTooCostly
 from tensorweave.router.bodies.pool import INLINE_BYTES, USUAL_BYTES, BodyPool
@@ -150,6 +151,32 @@ def test_large_bodies_are_read_at_a_low_priority() -> None:
         usual, large = worker_of(bodies._usual), worker_of(bodies._large)
         own, *others = (os.getpriority(os.PRIO_PROCESS, pid) for pid in (0, usual.pid, large.pid))
         assert others == [own, min(own + 10, 19)]
+
+    with_pool(use)
+
+
+def test_the_worker_for_large_bodies_is_there_before_the_first_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_pool, "LARGE_START_S", 0.0)
+
+    async def use(bodies: BodyPool) -> None:
+        await bodies.warm_up()
+        await until(lambda: bodies._large._worker is not None)
+        worker = bodies._large._worker
+        await bodies.run(COMPLETION, sent(completion(), USUAL_BYTES + 1), SERVED)
+        assert bodies._large._worker is worker
+
+    with_pool(use)
+
+
+def test_the_worker_for_large_bodies_is_there_before_the_first_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_pool, "LARGE_START_S", 0.0)
+
+    async def use(bodies: BodyPool) -> None:
+        await bodies.warm_up()
+        await until(lambda: bodies._large._readers[0].worker is not None)
+        worker = worker_of(bodies._large)
+        await bodies.run(COMPLETION, sent(completion(), USUAL_BYTES + 1), SERVED)
+        assert worker_of(bodies._large) is worker
 
     with_pool(use)
 
