@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import queue
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import Any, Final
 
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.guide import Guide
+from tensorweave.cluster.priority import lower_priority
 from tensorweave.workers.gang.order_report import OrderReport
 from tensorweave.workers.guided.compilers import Compilers
 from tensorweave.workers.guided.limits import NICENESS
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 TOO_SLOW: Final = "the grammar was refused: it takes too long to find the tokens that may come next"
 _MAX_PROBLEM: Final = 1000
 _EXIT_TIMEOUT_S: Final = 5.0
+_SHORT_S: Final = 0.01
+"""Of a compilation at the usual priority, which most end within."""
 
 
 class GrammarTable:
@@ -112,23 +114,27 @@ class GrammarTable:
 
 
 def _at_low_priority(compute: Callable[[], Any]) -> Any:
-    """Compute on a thread of its own that leaves the cores to the step loop, where threads have priorities as on Linux.
-    Only what runs without the interpreter's lock may do so: while such a thread waits for a core, it would keep it."""
+    """Compute on a thread of its own that soon leaves the cores to the step loop, where threads have priorities as on
+    Linux. Only what runs without the interpreter's lock may do so: while such a thread waits for a core, it would keep
+    it. So the caller lowers the priority, once the computation is under way."""
     results: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
 
     def run() -> None:
         try:
-            if sys.platform == "linux":
-                thread = threading.get_native_id()
-                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
             results.put((compute(), None))
         except Exception as error:  # whatever a library raises, for the caller
             results.put((None, error))
         except BaseException as error:  # a panic of a library in Rust is no Exception
             results.put((None, RuntimeError(f"{type(error).__name__}: {error}")))
 
-    threading.Thread(target=run, name="guide-compilation", daemon=True).start()
-    result, error = results.get()
+    thread = threading.Thread(target=run, name="guide-compilation", daemon=True)
+    thread.start()
+    try:
+        result, error = results.get(timeout=_SHORT_S)
+    except queue.Empty:
+        if sys.platform == "linux" and thread.native_id is not None:
+            lower_priority(thread.native_id, NICENESS)
+        result, error = results.get()
     if error is not None:
         raise error
     return result

@@ -140,7 +140,9 @@ class XgrammarFiller:
         rows = [row for row, each in enumerate(matchers) if not each.has_ended]
         if len(rows) < len(matchers):
             masks_NW.zero_()  # xgrammar fills no row of a matcher that has ended
-        self._batch.batch_fill_next_token_bitmask([matchers[row].matcher for row in rows], masks_NW, rows)
+            self._batch.batch_fill_next_token_bitmask([matchers[row].matcher for row in rows], masks_NW, rows)
+        else:  # without a list of rows it takes a fifth less time
+            self._batch.batch_fill_next_token_bitmask([each.matcher for each in matchers], masks_NW)
         kept_W = matchers[0].kept_W
         if all(each.kept_W is kept_W for each in matchers):
             masks_NW &= kept_W
