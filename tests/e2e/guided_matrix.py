@@ -86,7 +86,7 @@ class Served:
     def _make_guides(self, comm: Comm) -> RankGuides:
         return RankGuides(comm.rank, comm.size, self.trials, open_report_channel(comm, "127.0.0.1"))
 
-    def requests(self, case: dict[str, Any], num_seeds: int) -> list[GenerateRequest]:
+    def requests(self, case: dict[str, Any], seeds: range) -> list[GenerateRequest]:
         asked = f"Give me an example of {case['name'].replace('_', ' ')} as JSON."
         prompt = self._prompt(asked)
         guide = guide_for(GuideParams(json=case["schema"]))
@@ -96,7 +96,7 @@ class Served:
                 prompt,
                 SamplingSpec(self.max_tokens, temperature=1.0, seed=seed, stop_token_ids=(self.end_id,), guide=guide),
             )
-            for seed in range(num_seeds)
+            for seed in seeds
         ]
 
     def _prompt(self, text: str) -> list[int]:
@@ -192,8 +192,9 @@ def main() -> None:
     args = _arguments()
     num_wrong = 0
     with open_model(args.model, args.max_tokens) as served:
-        cases = [case for case in REAL for _ in range(args.seeds)]
-        asked = [request for case in REAL for request in served.requests(case, args.seeds)]
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
+        cases = [case for case in REAL for _ in seeds]
+        asked = [request for case in REAL for request in served.requests(case, seeds)]
         plain: list[Answer] = []
         for way in ["plain", *(way for way in args.ways if way != "plain")]:
             began_s = time.monotonic()
@@ -229,6 +230,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="'tiny' is random, with a small tokenizer")
     parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--first-seed", type=int, default=0, help="a long run in parts")
     parser.add_argument("--max-tokens", type=int, default=160)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     return parser.parse_args()
