@@ -26,6 +26,7 @@ from tensorweave.kernels.penalties.chosen import choose_penalties
 from tensorweave.kernels.sample.chosen import Sampler, choose_sampler
 from tensorweave.workers.sampling.choices import TokenChoices
 from tensorweave.workers.sampling.device_counts import CountedRows, DeviceCounts
+from tensorweave.workers.sampling.grammar_masks import GrammarMasks
 from tensorweave.workers.sampling.host_copies import HostCopies
 from tensorweave.workers.sampling.logit_edits import LogitEdits
 from tensorweave.workers.sampling.logits_processors import LogitsProcessors
@@ -101,6 +102,7 @@ class SamplingDecoder:
     ) -> None:
         self.processors = LogitsProcessors()
         self._copies = HostCopies(device)
+        self._masks = GrammarMasks(self._copies)
         self._counts = DeviceCounts(self._copies, choose_penalties(device))
         self.states = SamplingStates(make_rules, self._counts, counts_on_device=keeps_tokens)
         self._choices = TokenChoices(sampler or choose_sampler(device), self._copies)
@@ -181,7 +183,7 @@ class SamplingDecoder:
                 state.follow(request.tokens)
                 state.history.position = batch.sampled[row].stop
                 state.edit(row, edits)
-        edits.apply(logits_RV, self._copies)
+        edits.apply(logits_RV, self._copies, self._masks)
         edited.failures |= edits.failures
         if rows.counted is not None:
             self._counts.penalise(logits_RV, rows.counted, batch.sampled)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tensorweave.cluster.errors import RequestRejected, TensorweaveError
 from tensorweave.cluster.guide import GUIDE_PARAM
 from tensorweave.cluster.protocol import SamplingSpec
-from tensorweave.kernels.token_mask.chosen import choose_mask_tokens
+from tensorweave.workers.sampling.grammar_masks import GrammarMasks
 from tensorweave.workers.sampling.host_copies import HostCopies
 from tensorweave.workers.step.grammar import MaskFiller, Matcher
 
@@ -65,12 +65,12 @@ class LogitEdits:
         if len(ids):
             self._penalties.append((row, ids.copy(), counts.copy(), spec))
 
-    def apply(self, logits_RV: Tensor, copies: HostCopies) -> None:
+    def apply(self, logits_RV: Tensor, copies: HostCopies, masks: GrammarMasks) -> None:
         """Change the logits in place. No number becomes plus infinity, so that a token which is certain has a score."""
         if self._biases or self._full_biases:
             self._apply_biases(logits_RV, copies)
         for filler, guided in self._guided.items():
-            self._apply_grammars(filler, guided, logits_RV, copies)
+            self._apply_grammars(filler, guided, logits_RV, masks)
         if self._bans:
             logits_RV.view(-1).index_fill_(0, _index(self._bans, logits_RV.shape[1], copies), -torch.inf)
         if self._penalties:
@@ -89,14 +89,12 @@ class LogitEdits:
             logits_RV[row].add_(copies.to_device(bias_V)).clamp_max_(greatest)
 
     def _apply_grammars(
-        self, filler: MaskFiller, guided: Sequence[tuple[int, Matcher]], logits_RV: Tensor, copies: HostCopies
+        self, filler: MaskFiller, guided: Sequence[tuple[int, Matcher]], logits_RV: Tensor, masks: GrammarMasks
     ) -> None:
-        rows = np.array([row for row, _ in guided], dtype=np.int32)
-        masks_NW = torch.empty(len(guided), (logits_RV.shape[1] + 31) // 32, dtype=torch.int32)
-        for place, problem in filler.fill([matcher for _, matcher in guided], masks_NW).items():
+        rows, matchers = [row for row, _ in guided], [matcher for _, matcher in guided]
+        for place, problem in masks.apply(filler, rows, matchers, logits_RV).items():
             refusal = RequestRejected(f"the grammar cannot be followed further: {problem}", param=GUIDE_PARAM)
-            self.failures[int(rows[place])] = refusal
-        choose_mask_tokens(logits_RV.device)(logits_RV, copies.to_device(masks_NW), copies.to_device(rows))
+            self.failures[rows[place]] = refusal
 
     def _apply_penalties(self, logits_N: Tensor, vocab_size: int, copies: HostCopies) -> None:
         lengths = [len(ids) for _, ids, _, _ in self._penalties]

@@ -17,6 +17,7 @@ from tensorweave.workers.fakes.fake_engine import HashEngine
 from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.sampling.decoder import SamplingDecoder
+from tensorweave.workers.sampling.grammar_masks import GrammarMasks
 from tensorweave.workers.sampling.host_copies import HostCopies
 from tensorweave.workers.sampling.logit_edits import LogitEdits
 from tensorweave.workers.sampling.rules import make_rules
@@ -58,10 +59,15 @@ def is_balanced(tokens: Sequence[int]) -> bool:
     return all(0 <= depth <= MAX_DEPTH for depth in depths)
 
 
+def apply_edits(edits: LogitEdits, logits: torch.Tensor) -> None:
+    copies = HostCopies(logits.device)
+    edits.apply(logits, copies, GrammarMasks(copies))
+
+
 def edited(logits: torch.Tensor, state: SamplingState) -> tuple[torch.Tensor, dict[int, float]]:
     edits, logits = LogitEdits(), logits.clone()
     state.edit(0, edits)
-    edits.apply(logits, HostCopies(logits.device))
+    apply_edits(edits, logits)
     return logits, edits.top_p
 
 
@@ -116,7 +122,7 @@ def test_drafts_are_verified_with_the_rules_that_their_rows_would_have_had(seed:
             state.edit(row, edits)
             state.advance([token])
         state.roll_back(len(draft) + 1)
-        edits.apply(logits, HostCopies(logits.device))
+        apply_edits(edits, logits)
         for token, drafted in zip(logits.argmax(dim=-1).tolist(), [*draft, -1], strict=True):
             tokens.append(token)
             if token != drafted:
