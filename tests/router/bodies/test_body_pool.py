@@ -160,19 +160,6 @@ def test_the_worker_for_large_bodies_is_there_before_the_first_of_them(monkeypat
 
     async def use(bodies: BodyPool) -> None:
         await bodies.warm_up()
-        await until(lambda: bodies._large._worker is not None)
-        worker = bodies._large._worker
-        await bodies.run(COMPLETION, sent(completion(), USUAL_BYTES + 1), SERVED)
-        assert bodies._large._worker is worker
-
-    with_pool(use)
-
-
-def test_the_worker_for_large_bodies_is_there_before_the_first_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body_pool, "LARGE_START_S", 0.0)
-
-    async def use(bodies: BodyPool) -> None:
-        await bodies.warm_up()
         await until(lambda: bodies._large._readers[0].worker is not None)
         worker = worker_of(bodies._large)
         await bodies.run(COMPLETION, sent(completion(), USUAL_BYTES + 1), SERVED)
