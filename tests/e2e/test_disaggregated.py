@@ -321,7 +321,7 @@ def test_the_death_of_a_decode_gang_changes_no_token(setup: Setup, rank: int) ->
                 return all(0 < len(job.tokens) < long.max_tokens - 100 for job in jobs)
 
             jobs = await kill_midway(find_pid, lambda name: start_all(dispatcher, requests, name), is_midway)
-            async with asyncio.timeout(WAIT_S):
+            async with asyncio.timeout(START_TIMEOUT_S):  # a new gang starts first
                 assert await answers_of(jobs) == expected
             assert dispatcher.counts.num_recovered == len(jobs)
 
