@@ -7,9 +7,7 @@ import os
 
 
 def lower_priority(task: int, niceness: int) -> None:
-    """Let a process, or on Linux a thread, and what it starts from now on, have this niceness beside the caller's.
-
-    The parent of a process calls it at once: until a process can do so itself, Python and its imports take a second.
-    """
+    """Let a process of one thread, or on Linux a thread, and what it starts from now on, have this niceness beside the
+    caller's."""
     with contextlib.suppress(ProcessLookupError):
         os.setpriority(os.PRIO_PROCESS, task, os.getpriority(os.PRIO_PROCESS, 0) + niceness)

@@ -68,7 +68,7 @@ class BodyPool:
         self._late_start = asyncio.create_task(self._start_large())
 
     async def _start_large(self) -> None:
-        """At its low priority it may take a minute beside step loops."""
+        """Its start takes two seconds of processor time, which no body should take from the step loops."""
         await asyncio.sleep(LARGE_START_S)
         with contextlib.suppress(OSError):  # the first large body hears of it
             await self._large.warm_up()

@@ -15,7 +15,7 @@ from tensorweave.cluster.wire import Frame, FrameReader
 _GROWTH_BYTES: Final = 128 << 20
 """A worker whose peak memory has grown by so much is replaced, because it may not return that memory."""
 _START_TIMEOUT_S: Final = 120.0
-"""Two seconds of imports, which take a minute at a low priority beside step loops."""
+"""Two seconds of imports, on a machine that is busy."""
 _EXIT_TIMEOUT_S: Final = 5.0
 
 
@@ -33,7 +33,8 @@ class WorkerProcess:
 
     @classmethod
     async def start(cls, state: bytes, niceness: int) -> WorkerProcess:
-        """Return it once it can read bodies. Raises OSError if it does not come up."""
+        """Return it once it can read bodies, from when on it has this niceness: before, the first body would wait for a
+        minute beside step loops. Raises OSError if it does not come up."""
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -44,7 +45,6 @@ class WorkerProcess:
             env=environment,
             start_new_session=True,  # Ctrl-C goes to this process; the worker ends with its input
         )
-        lower_priority(process.pid, niceness)
         worker = cls(process)
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
@@ -58,6 +58,7 @@ class WorkerProcess:
         if ready is None:
             status = await worker.end()
             raise OSError(f"a worker process for request bodies ended with status {status} as it started")
+        lower_priority(process.pid, niceness)
         return worker
 
     @property

@@ -32,7 +32,6 @@ _MAX_PROBLEM: Final = 1000
 def main() -> None:
     source, sink = open(0, "rb", closefd=False), _take_stdout()  # noqa: SIM115 (open until the process ends)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     frames = _frames(source)
     _, fields, vocab_size = next(frames)
@@ -44,6 +43,7 @@ def main() -> None:
     compilers = Compilers(vocabulary)
     compilers.open("xgrammar")  # once, and not in each child
     _write(sink, "vocabulary", vocabulary.to_wire())
+    os.nice(NICENESS)  # not before: beside step loops on all cores, all this would take a minute, once
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children that report
     for _, number, guide_fields in frames:
         if os.fork() == 0:
