@@ -15,6 +15,7 @@ from tensorweave.kernels.attention.backend import AttentionShape, Span
 from tensorweave.kernels.heads.kv_slots import KvSlots
 from tensorweave.kernels.native.library import NativeKernels
 from tensorweave.kernels.native.structures import QueryTile, WindowPlan
+from tensorweave.kernels.weights import FP8
 
 # T tokens of the batch, R runs of query heads with a KV head each, G query heads per run, K KV heads, H head dim
 # B blocks, P tokens per block, C = 2 K planes of a block
@@ -76,6 +77,7 @@ class NativeAttentionPlan:
             *(R, N // R, C // 2, P, H),
             *(scale, soft_cap or 0.0),
             None if sinks_N is None else sinks_N.data_ptr(),
+            cache_BCPH.dtype == FP8,
         )
         return out_TNH
 

@@ -66,10 +66,14 @@ static void NAME(attend_lone)(const NAME(attention) *c, const query_tile *tile, 
     long H = c->H, G = c->G;
     int32_t low[MOST_FEW_ALONE], high[MOST_FEW_ALONE];
     NAME(cell) q[G * (H / CELL_SIZE)];
+    ELEM wide[c->is_fp8 ? 2 * RUN * H : 1];
     NAME(run) run;
     NAME(find_sight)(c, tile, 0, G, G, low, high);
     NAME(copy_rows)(c, tile->row * G, head, G, q);
-    NAME(find_run)(c, c->blocks + tile->first_block, c->read_heads[head], run_number, low[0], high[0], &run);
+    if (c->is_fp8)
+        NAME(widen_run)(c, c->blocks + tile->first_block, c->read_heads[head], run_number, low[0], high[0], wide, &run);
+    else
+        NAME(find_run)(c, c->blocks + tile->first_block, c->read_heads[head], run_number, low[0], high[0], &run);
     NAME(attend_few_rows)(q, &run, G, low, high, H, c->scores, partial + G * H, partial + G * H + G, partial);
 }
 
@@ -81,6 +85,7 @@ static void NAME(attend_tile_rows)(const NAME(attention) *c, const query_tile *t
     int32_t low[MOST_ROW_GROUPS * ROWS], high[MOST_ROW_GROUPS * ROWS];
     float run_largest[ROWS], run_total[ROWS], old[ROWS], more[ROWS], run_values[ROWS * H];
     NAME(cell) q[room * cells], run_room[is_few ? 1 : ROOM * H + 1];
+    ELEM wide[c->is_fp8 ? 2 * RUN * H : 1];
     NAME(find_sight)(c, tile, begin, rows, room, low, high);
     if (is_few) NAME(copy_rows)(c, tile->row * c->G + begin, head, rows, q);
     for (long r = 0; r < room && !is_few; r += VL)
@@ -89,7 +94,10 @@ static void NAME(attend_tile_rows)(const NAME(attention) *c, const query_tile *t
         NAME(run) run;
         NAME(run_cells) run_cells;
         if ((i + 1) * RUN <= low[0]) continue;
-        NAME(find_run)(c, c->blocks + tile->first_block, c->read_heads[head], i, low[0], high[rows - 1], &run);
+        if (c->is_fp8)
+            NAME(widen_run)(c, c->blocks + tile->first_block, c->read_heads[head], i, low[0], high[rows - 1], wide, &run);
+        else
+            NAME(find_run)(c, c->blocks + tile->first_block, c->read_heads[head], i, low[0], high[rows - 1], &run);
         if (!is_few) NAME(find_cells)(&run, H, run_room, &run_cells);
         for (long at = 0; at < rows; at += ROWS) {
             long here = rows - at < ROWS ? rows - at : ROWS;
@@ -183,13 +191,13 @@ static void NAME(join_runs)(void *context, long first, long last) {
 
 /* q: rows of q_stride elements, R heads of G queries each; read_heads[R] names the KV head that each reads. partial: room for
    plan->num_tasks * G * (H + 2). out: rows of R G H elements. cap: see scoring; 0: none. sinks[R G]: a score for each query head that
-   takes part in its softmax without a key; or null. H % VL = 0. */
+   takes part in its softmax without a key; or null. The cache's numbers are those of rows, or fp8. H % VL = 0. */
 void NAME(attend)(const ELEM *q, long q_stride, const ELEM *cache, const window_plan *plan, const int64_t *read_heads, float *partial,
-                  ELEM *out, long R, long G, long K, long P, long H, float scale, float cap, const float *sinks) {
+                  ELEM *out, long R, long G, long K, long P, long H, float scale, float cap, const float *sinks, long is_fp8) {
     scoring scores = cap != 0 ? (scoring){1.44269504f, cap, scale / cap} : (scoring){scale * 1.44269504f, 0, 0};
     NAME(attention)
     c = {q,     cache,         plan->tiles,     plan->blocks,    read_heads,   sinks, partial, out,
-         q_stride, plan->num_tiles, plan->num_tasks, plan->window, R, G, K, P, H, scores};
+         q_stride, plan->num_tiles, plan->num_tasks, plan->window, R, G, K, P, H, is_fp8, scores};
     run_loop(NAME(attend_tasks), &c, plan->num_tasks, 16);
     run_loop(NAME(join_runs), &c, plan->num_tiles * R, PARTS_FOR(plan->num_tiles * R * G * H));
 }

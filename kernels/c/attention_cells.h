@@ -138,7 +138,7 @@ typedef struct {
     const float *sinks; /* of each query head, or null */
     float *partial;
     ELEM *out;
-    long q_stride, num_tiles, num_tasks, window, R, G, K, P, H;
+    long q_stride, num_tiles, num_tasks, window, R, G, K, P, H, is_fp8;
     scoring scores;
 } NAME(attention);
 
@@ -167,4 +167,30 @@ static void NAME(find_run)(const NAME(attention) *c, const int32_t *blocks, long
         }
     }
     for (i++; i < out->last - out->first; i++) out->keys[i] = key, out->values[i] = key + values;
+}
+
+INLINE void NAME(widen_row)(const uint8_t *from, ELEM *to, long H) {
+    long h = 0;
+#if defined(ELEM_IS_BF16) && VL == 16 && defined(__AVX512BW__)
+    for (; h + 2 * VL <= H; h += 2 * VL) widen_fp8_to_bf16(from + h, to + h);
+#endif
+    for (; h < H; h += VL) NAME(store)(to + h, widen_fp8(from + h));
+}
+
+/* The same of a cache in 8-bit floats, whose rows are widened into `room`, of 2 RUN H elements. */
+static void NAME(widen_run)(const NAME(attention) *c, const int32_t *blocks, long head, long run, long low, long high, ELEM *room,
+                            NAME(run) *out) {
+    long P = c->P, H = c->H;
+    low = low > run * RUN ? low : run * RUN;
+    high = high < (run + 1) * RUN ? high : (run + 1) * RUN;
+    out->first = low / VL * VL;
+    out->last = UP_TO(high, VL);
+    for (long at = low; at < high; at++, room += 2 * H) {
+        const uint8_t *key = (const uint8_t *)c->cache + ((blocks[at / P] * 2 * c->K + head) * P + at % P) * H;
+        NAME(widen_row)(key, room, H);
+        NAME(widen_row)(key + c->K * P * H, room + H, H);
+        out->keys[at - out->first] = room, out->values[at - out->first] = room + H;
+    }
+    for (long i = 0; i < low - out->first; i++) out->keys[i] = out->keys[low - out->first], out->values[i] = out->values[low - out->first];
+    for (long i = high - out->first; i < out->last - out->first; i++) out->keys[i] = room - 2 * H, out->values[i] = room - H;
 }

@@ -170,18 +170,20 @@ typedef struct {
     ELEM *cache;
     const ELEM *query_norm, *key_norm;
     float epsilon, offset;
-    long N, K, P, H, turned, has_neighbours;
+    long N, K, P, H, turned, has_neighbours, is_fp8;
 } NAME(placing);
 
 static void NAME(place_rows)(void *context, long first, long last) {
     const NAME(placing) *p = context;
     long N = p->N, K = p->K, P = p->P, H = p->H, turned = p->turned;
+    ELEM wide[p->is_fp8 ? H : 1];
     for (long t = first; t < last; t++) {
         const float *angles = p->table + t * turned;
         for (long n = 0; n < N + 2 * K; n++) {
             ELEM *head = p->heads + (t * (N + 2 * K) + n) * H;
             const ELEM *norm = n < N ? p->query_norm : p->key_norm;
-            ELEM *target = n < N ? head : p->cache + ((p->slots[t] / P * 2 * K + n - N) * P + p->slots[t] % P) * H;
+            long place = n < N ? 0 : ((p->slots[t] / P * 2 * K + n - N) * P + p->slots[t] % P) * H;
+            ELEM *target = n < N ? head : p->is_fp8 ? wide : p->cache + place;
             long kept = n < N + K ? turned : 0; /* what is not rotated begins here */
             if (n < N + K && norm) NAME(scale_row)(head, norm, p->offset, NAME(inverse_rms)(head, H, p->epsilon), head, H);
             if (kept && p->has_neighbours)
@@ -189,15 +191,17 @@ static void NAME(place_rows)(void *context, long first, long last) {
             else if (kept)
                 NAME(rotate)(head, angles, target, turned);
             if (target != head && kept < H) memcpy(target + kept, head + kept, (H - kept) * sizeof(ELEM));
+            for (long i = 0; i < H && target == wide; i += VL) narrow_fp8((uint8_t *)p->cache + place + i, NAME(load)(wide + i));
         }
     }
 }
 
 /* heads[T, N + 2 K, H]: queries, keys, values. Norms (unless null; their weights plus `offset`) and rotates queries in place; puts keys,
-   likewise, and values into their token's slot (block * P + offset) of cache[blocks, 2 K, P, H]. table[T, turned]: cosines, then sines,
+   likewise, and values into their token's slot (block * P + offset) of cache[blocks, 2 K, P, H], whose numbers are rows' or fp8. table[T, turned]: cosines, then sines,
    of the pairs among a head's first elements. H % (2 VL) = 0. */
 void NAME(place_heads)(ELEM *heads, const float *table, const int64_t *slots, ELEM *cache, const ELEM *query_norm, const ELEM *key_norm,
-                       float epsilon, float offset, long T, long N, long K, long P, long H, long turned, long has_neighbours) {
-    NAME(placing) p = {heads, table, slots, cache, query_norm, key_norm, epsilon, offset, N, K, P, H, turned, has_neighbours};
+                       float epsilon, float offset, long T, long N, long K, long P, long H, long turned, long has_neighbours,
+                       long is_fp8) {
+    NAME(placing) p = {heads, table, slots, cache, query_norm, key_norm, epsilon, offset, N, K, P, H, turned, has_neighbours, is_fp8};
     run_loop(NAME(place_rows), &p, T, PARTS_FOR(T * (N + 2 * K) * H));
 }

@@ -4,6 +4,7 @@
 #include "vector.h"
 
 #include "digest.h"
+#include "fp8.h"
 
 /* Below this many elements, waking threads costs more than they save. */
 #define ENOUGH_FOR_THREADS 16384

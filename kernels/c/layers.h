@@ -26,6 +26,7 @@ typedef struct {
     float epsilon, norm_offset, scale, cap; /* see add_rms_norm and attend */
     float update_factor;                    /* of what attention and MLP add */
     int64_t is_gelu, turned, has_neighbours; /* see gelu_mul and place_heads */
+    int64_t is_fp8;                          /* the caches' numbers are */
     volatile int64_t *num_done; /* one more after every layer, for other threads to read */
     void *const *caches;        /* of each layer */
     const window_plan *windows;
@@ -102,10 +103,10 @@ void NAME(run_layers)(const stack_step *s, const decoder_layer *layers) {
             NAME(update_product)(s, t, l->qkv_site, normed, D, heads + t * X, X);
             NAME(place_heads)(heads + t * X, s->rope_tables[l->rope] + t * s->turned, s->slots + t, cache, l->query_norm, l->key_norm,
                               s->epsilon, s->norm_offset, rows, s->query_heads, s->kv_heads, s->block_tokens, s->head_dim, s->turned,
-                              s->has_neighbours);
+                              s->has_neighbours, s->is_fp8);
         }
         NAME(attend)(heads, X, cache, s->windows + l->window, s->read_heads, s->partial, attended, s->num_read_heads, s->group,
-                     s->kv_heads, s->block_tokens, s->head_dim, s->scale, s->cap, l->sinks);
+                     s->kv_heads, s->block_tokens, s->head_dim, s->scale, s->cap, l->sinks, s->is_fp8);
         for (long t = 0; t < T; t += most) {
             long rows = T - t < most ? T - t : most;
             NAME(multiply_by)(&l->output, attended + t * Q, update + t * D, a_packed, rows);

@@ -9,6 +9,7 @@ from torch import Tensor
 from tensorweave.kernels.heads.kv_slots import KvSlots
 from tensorweave.kernels.heads.reference import HeadNorms
 from tensorweave.kernels.native.library import NativeKernels
+from tensorweave.kernels.weights import FP8
 
 # T tokens, N query heads, K KV heads, X = N + 2 K, H head dim, W elements of a head that are rotated
 # B blocks, P tokens per block, C = 2 K planes of a block
@@ -46,6 +47,6 @@ class NativePlaceHeads:
             key_norm,
             0.0 if norms is None else norms.epsilon,
             0.0 if norms is None else norms.offset,
-            *(T, N, K, P, H, rope_table_TW.shape[1], has_neighbours),
+            *(T, N, K, P, H, rope_table_TW.shape[1], has_neighbours, cache_BCPH.dtype == FP8),
         )
         return heads_TXH[:, :N]

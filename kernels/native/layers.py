@@ -23,7 +23,7 @@ from tensorweave.kernels.lora.native import NativeUpdates
 from tensorweave.kernels.lora.reference import NO_UPDATES, Updates
 from tensorweave.kernels.native.library import NativeKernels, load_native
 from tensorweave.kernels.native.structures import DecoderLayer, Matrix, StackStep
-from tensorweave.kernels.weights import huge_pages
+from tensorweave.kernels.weights import FP8, huge_pages
 
 # T tokens, D hidden size, H head dim, B blocks, P tokens per block, C = 2 K planes of a KV block
 # R runs of query heads with a KV head each, G query heads per run
@@ -137,7 +137,7 @@ class NativeLayers:
         step.caches, step.windows = pointers.buffer_info()[0], ctypes.addressof(windows)
         step.num_tokens, step.x = T, x_TD.data_ptr()
         step.rope_tables, step.turned = tables.buffer_info()[0], rope_tables[0].shape[1]
-        step.slots = plan.slots.slots_T.data_ptr()
+        step.slots, step.is_fp8 = plan.slots.slots_T.data_ptr(), caches[0].dtype == FP8
         step.scratch, step.partial = self._scratch.data_ptr(), self._partial.data_ptr()
         step.updates = updates.blocks(self._native.most_rows_at_once) if isinstance(updates, NativeUpdates) else None
         self._native.run_layers(ctypes.addressof(step), ctypes.addressof(self._layers))

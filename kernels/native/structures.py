@@ -162,6 +162,7 @@ class StackStep(ctypes.Structure):
         ("is_gelu", _INT),
         ("turned", _INT),
         ("has_neighbours", _INT),
+        ("is_fp8", _INT),
         ("num_done", _POINTER),
         ("caches", _POINTER),
         ("windows", _POINTER),
@@ -181,6 +182,7 @@ class StackStep(ctypes.Structure):
     group: int
     read_heads: int
     turned: int
+    is_fp8: bool
     caches: int
     windows: int
     num_tokens: int

@@ -143,7 +143,7 @@ class _ModelShare:
 
     @property
     def operations(self) -> Operations:
-        if self.is_on_device or self.kv_dtype != self.dtype:  # the native kernels read a cache of the rows' type
+        if self.is_on_device:
             return reference_operations(self.device, self.dtype)
         head_dim = self.config.sizes.head_dim
         chosen = choose_operations(self.device, self.dtype, head_dim, has_plain_attention=self.has_plain_attention)

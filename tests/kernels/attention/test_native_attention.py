@@ -10,6 +10,7 @@ from tensorweave.kernels.attention.backend import AttentionPlan, Span
 from tensorweave.kernels.attention.native import NativeAttentionPlan
 from tensorweave.kernels.attention.reference import paged_attention_reference
 from tensorweave.kernels.native.library import use_threads
+from tensorweave.kernels.weights import FP8
 from tests.kernels.attention.spans import MIXES, make_spans, plan_of
 from tests.kernels.forms import NATIVE, assert_close, needs_native, operations_of
 
@@ -94,3 +95,20 @@ def test_attention_to_a_few_keys_of_many(scale: float, dtype: torch.dtype) -> No
     expected = paged_attention_reference(q.double(), cache.double(), spans, (0, 0, 0), None, scale)
     plan = plan_of(operations_of("native", dtype), spans, 1, (0,), 64, 16, {None})
     assert_close(plan.attend(q, cache, None, scale), expected, "native", factor=5 * max(1, scale))
+
+
+@pytest.mark.parametrize("dtype", NATIVE)
+@pytest.mark.parametrize(("group", "H", "window"), [(3, 64, None), (20, 32, 300), (1, 96, 6)])
+def test_a_cache_of_8_bit_floats_gives_the_bits_of_the_same_numbers_in_the_rows_type(
+    group: int, H: int, window: int | None, dtype: torch.dtype
+) -> None:
+    """Among them every one that is no NaN, the smallest too."""
+    P, num_blocks = 8, 330
+    spans = make_spans(LONG["long"], P, num_blocks)
+    codes = torch.randint(0, 0x7F, (num_blocks, 4, P, H)) + 0x80 * torch.randint(0, 2, (num_blocks, 4, P, H))
+    cache = codes.to(torch.uint8).view(FP8)
+    q = torch.randn(sum(span.length for span in spans), 2 * group, H).to(dtype) / 64
+    plan = plan_of(operations_of("native", dtype, H), spans, 2, (0, 1), H, P, {window})
+    narrow, wide = (plan.attend(q, each, window, H**-0.5) for each in (cache, cache.to(dtype)))
+    assert torch.equal(narrow, wide)
+    assert narrow.isfinite().all()

@@ -10,7 +10,8 @@ from tensorweave.kernels.heads.kv_slots import KvSlots
 from tensorweave.kernels.heads.native import NativePlaceHeads
 from tensorweave.kernels.heads.reference import HeadNorms
 from tensorweave.kernels.heads.rope import rope
-from tests.kernels.forms import FORMS, assert_close, operations_of
+from tensorweave.kernels.weights import FP8, to_fp8
+from tests.kernels.forms import FORMS, NATIVE, assert_close, needs_native, operations_of
 
 
 def turn(x: Tensor, angles: Tensor) -> Tensor:
@@ -85,3 +86,21 @@ def test_slots_are_filled_and_nothing_else() -> None:
     slots.write(kv, cache)
     assert torch.equal(cache[[2, 4, 0], :, [7, 0, 0]], kv)
     assert int((cache != 0).sum()) == kv.numel()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", NATIVE)
+def test_a_cache_of_8_bit_floats_gets_the_nearest_of_what_another_gets(dtype: torch.dtype) -> None:
+    T, N, K, P, H = 9, 2, 3, 4, 64
+    place_heads = operations_of("native", dtype, H).place_heads
+    heads = (torch.randn(T, N + 2 * K, H) * torch.logspace(-4, 3, H)).to(dtype)
+    heads[0, -1, :12] = torch.tensor(
+        [-0.0, 2**-10, 3 * 2**-10, 2**-9, 0.96875, 464, 480, -1e9, 1e-30, 17, 19, torch.nan]
+    )
+    angles, slots = torch.rand(T, H // 2) * 6, KvSlots(torch.randperm(5 * P)[:T], 2 * K, P)
+    table = torch.cat([angles.cos(), angles.sin()], -1)
+    wide = torch.zeros(5, 2 * K, P, H, dtype=dtype)
+    narrow = torch.zeros(5, 2 * K, P, H, dtype=torch.uint8).view(FP8)
+    queries = [place_heads(heads.clone(), table, cache, slots, None) for cache in (wide, narrow)]
+    assert torch.equal(queries[0], queries[1])
+    torch.testing.assert_close(narrow.float(), to_fp8(wide).float(), rtol=0, atol=0, equal_nan=True)
