@@ -23,6 +23,7 @@ from tensorweave.cluster.ray_auth import OPEN_RAY, asks_for_token, forget_token,
 from tensorweave.cluster.ray_forks import spare_ray_in_forks
 from tensorweave.cluster.ray_internals import in_own_process_groups, log_folder, on_loopback
 from tensorweave.cluster.sentences import sentence_of
+from tensorweave.cluster.session_disk import why_no_room
 
 _JOB_CONFIG: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _OBJECT_STORE_BYTES: Final = 128 << 20
@@ -83,7 +84,7 @@ def start_or_join_ray(
 
     Raises:
         ConnectionError: there is no cluster at the address, or it does not let us in.
-        RayFailed: Ray does not start or cannot be joined, for another reason.
+        RayFailed: Ray does not start or cannot be joined, for another reason, for example a full disk.
     """
     if ray.is_initialized():
         return RaySession(is_owner=False, is_private=False)
@@ -100,6 +101,8 @@ def start_or_join_ray(
             check_ray_address(address)
             ray.init(address=address, **common)
         return RaySession(is_owner=True, is_private=False)
+    if (why := why_no_room()) is not None:
+        raise RayFailed(f"Ray cannot be started: {why}")
     with _naming_failures("Ray cannot be started"), token_mode(), on_loopback(), in_own_process_groups():
         ray.init(
             address="local",
