@@ -1,4 +1,4 @@
-"""Wait until the job's Ray cluster (RAY_ADDRESS) has the given number of live nodes; exit 1 after two minutes."""
+"""Wait until the job's Ray cluster (RAY_ADDRESS) has the given number of live nodes; exit 1 after five minutes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 
 import ray
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 
 
 def main(wanted: int) -> int:

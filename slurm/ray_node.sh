@@ -22,7 +22,7 @@ else
   python - "$TENSORWEAVE_HEAD" "$TENSORWEAVE_GCS_PORT" <<'PYTHON'
 import socket, sys, time
 
-deadline_s = time.monotonic() + 120
+deadline_s = time.monotonic() + 240
 while True:
     try:
         socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5).close()
@@ -34,13 +34,20 @@ while True:
 PYTHON
 fi
 
-ray start "${options[@]}" &
-ray=$!
-stopping=
+stopping='' ray=''
 trap 'stopping=1; kill -TERM "$ray" 2>/dev/null || true' TERM INT
 trap 'rm -rf "$directory"' EXIT
-while kill -0 "$ray" 2>/dev/null; do wait "$ray" || true; done
+# Ray gives itself 30 s to start, which a busy machine or file system exceeds: a start that fails is tried again.
+for try in 1 2 3; do
+  started=$SECONDS
+  ray start "${options[@]}" &
+  ray=$!
+  while kill -0 "$ray" 2>/dev/null; do wait "$ray" || true; done
+  [ -z "$stopping" ] || exit 0
+  if [ $((SECONDS - started)) -gt 60 ]; then break; fi
+  echo "Ray has not started here (try $try of 3)" >&2
+  rm -rf "$directory"
+done
 # If Ray ends without a request to stop, that is a failure, which ends the job if it was the head.
-[ -z "$stopping" ] || exit 0
 [ "$TENSORWEAVE_NODE" -eq 0 ] || python "$TENSORWEAVE_HOME/slurm/requeue_orphan.py" || true
 exit 1

@@ -313,6 +313,7 @@ drains_at_its_time_limit() {
 
 num_answered() { wc -l < "$root/out.jsonl"; }
 has_answered() { [ "$(num_answered)" -ge "$1" ]; }
+has_answered_or_ended() { has_answered "$1" || has_ended "$job"; }
 has_restarted() { scontrol show job "$job" | grep -q "Restarts=$1"; }
 
 # Once by the signal before the time limit, once like a lost node.
@@ -325,7 +326,8 @@ finishes_a_batch_across_requeues() {
   done > "$root/in.jsonl"
   touch "$root/out.jsonl"
   job=$(submit batch --config "$root/service.yaml" --input "$root/in.jsonl" --output "$root/out.jsonl" --concurrency 4)
-  until_true "$((2 * patience))" "100 answers" has_answered 100
+  until_true "$((2 * patience))" "100 answers, or an end" has_answered_or_ended 100
+  has_answered 100 || die "job $job ended early"
   scancel --batch --signal=TERM "$job"
   until_true 180 "the job is queued anew" has_restarted 1
   say "$(num_answered) of 500 lines were answered when job $job was queued anew by itself"
