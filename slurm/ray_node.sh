@@ -44,7 +44,7 @@ for try in 1 2 3; do
   ray=$!
   while kill -0 "$ray" 2>/dev/null; do wait "$ray" || true; done
   [ -z "$stopping" ] || exit 0
-  if [ $((SECONDS - started)) -gt 60 ]; then break; fi
+  [ $((SECONDS - started)) -le 180 ] || break # it had started
   echo "Ray has not started here (try $try of 3)" >&2
   rm -rf "$directory"
 done

@@ -35,7 +35,12 @@ FAKES = {
     "scancel": """
         echo "$*" >> "$RECORDS/scancel"
         for node in "$RECORDS"/node-*; do read -r srun _ < "$node"; kill "$srun"; done""",
-    "ray": END_WELL + 'echo "$TENSORWEAVE_NODE $*" >> "$RECORDS/ray"; ' + STAY,
+    # On the node RAY_FAILS_ON the first start fails.
+    "ray": END_WELL
+    + """
+        if [ "$TENSORWEAVE_NODE" = "$RAY_FAILS_ON" ] && mkdir "$RECORDS/failed" 2> /dev/null; then exit 1; fi
+        echo "$TENSORWEAVE_NODE $*" >> "$RECORDS/ray"; """
+    + STAY,
     "python": """
         case "$*" in
           -c*) exec python3 "$@" ;;
@@ -272,3 +277,12 @@ def test_a_load_runs_once_on_a_service_of_its_own(make_job: Callable[..., Job]) 
     assert "serve --config s.yaml --set router.host=10.0.0.1 --endpoint-file" in job.lines("serve")[0]
     assert job.lines("scancel") == [f"--signal=TERM {job.id}"]
     assert not job.private.exists()
+
+
+def test_ray_that_has_not_started_in_its_time_is_started_again(make_job: Callable[..., Job]) -> None:
+    job = make_job(RAY_FAILS_ON="1")
+    job.start()
+    assert job.said().count("Ray has not started here (try 1 of 3)") == 1
+    assert len(job.lines("ray")) == 2
+    job.drain()
+    assert job.wait() == 0
