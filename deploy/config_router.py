@@ -41,8 +41,8 @@ class RouterConfig(StrictBaseModel):
         "joint",
         status="prototype",
         description=(
-            "Which gangs a request is sent to. 'joint' weighs queues, cached prompts, the link between gangs and their "
-            "load; the others only rotate or compare numbers of requests."
+            "Which gangs a request is sent to. 'joint' weighs queues, cached prompts, the link between gangs and what "
+            "it has learnt of their speeds; the others only rotate or compare numbers of requests."
         ),
     )
     min_prefill_tokens: int = Field(
@@ -50,6 +50,20 @@ class RouterConfig(StrictBaseModel):
         status="prototype",
         ge=0,
         description="A prompt with fewer tokens to compute is not sent to the prefill pool.",
+    )
+    ttft_limit_ms: float | None = Field(
+        None,
+        status="prototype",
+        gt=0,
+        description="Limit of the time to a first token that the joint policy tries to keep. Default: the less the "
+        "better.",
+    )
+    itl_limit_ms: float | None = Field(
+        None,
+        status="prototype",
+        gt=0,
+        description="Limit of the time between two tokens that the joint policy tries to keep. Default: the less the "
+        "better.",
     )
 
     @model_validator(mode="after")

@@ -127,7 +127,12 @@ class Router:
         bound_connections()
         config, tokenizer, fleet = self._config, await self._load_tokenizer(), await self._find_fleet()
         limits = config.limits.router_limits()
-        policy = build_policy(config.router.policy, PolicySettings(min_prefill_tokens=config.router.min_prefill_tokens))
+        settings = PolicySettings(
+            min_prefill_tokens=config.router.min_prefill_tokens,
+            ttft_limit_s=_seconds(config.router.ttft_limit_ms),
+            itl_limit_s=_seconds(config.router.itl_limit_ms),
+        )
+        policy = build_policy(config.router.policy, settings)
         dispatcher = Dispatcher(fleet, policy, limits)
         service = RouterService(
             config.model_name,
@@ -250,3 +255,7 @@ def build_app(args: dict[str, Any]) -> Application:
     config = load_config(path, [f"{key}={value}" for key, value in args.items() if key not in ("config", "revision")])
     source = ConfigSource.read(path)
     return build(PinnedModel.find(config), source=source)
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000

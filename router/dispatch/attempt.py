@@ -27,7 +27,7 @@ from tensorweave.cluster.errors import (
 )
 from tensorweave.cluster.link import FoundAttempt, GangLink
 from tensorweave.cluster.protocol import GenerateRequest, Ticket, TokenChunk
-from tensorweave.router.dispatch.loads import Booking
+from tensorweave.router.dispatch.booking import Booking
 from tensorweave.router.dispatch.policy import Route
 from tensorweave.router.dispatch.timeline import AttemptTimes
 
@@ -63,6 +63,10 @@ class AttemptObserver:
         """The decode gang of a pair has its own first token."""
         self.times.handed_over_s = time.perf_counter()
         self.booking.handed_over(self.now_s())
+
+    def told(self, chunk: TokenChunk) -> None:
+        """The gang that answers has told more tokens."""
+        self.booking.told(len(chunk.token_ids), self.now_s())
 
 
 def run_attempt(route: Route, request: GenerateRequest, number: int, observer: AttemptObserver) -> Chunks:
@@ -104,6 +108,8 @@ async def _run_alone(link: GangLink, request: GenerateRequest, observer: Attempt
             if is_first and chunk.token_ids:
                 is_first = False
                 observer.prefilled(chunk.num_cached_tokens)
+            elif not is_first:
+                observer.told(chunk)
             yield chunk
 
 
@@ -167,6 +173,7 @@ class _Pair:
             await self._release(prefilling)
             yield chunk
             async for chunk in self._stream:
+                self._observer.told(chunk)
                 yield chunk
         finally:
             await _end(decoding)

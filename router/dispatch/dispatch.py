@@ -30,9 +30,10 @@ from tensorweave.router.dispatch.attempt import (
     run_attempt,
     run_offer,
 )
+from tensorweave.router.dispatch.booking import Booking
 from tensorweave.router.dispatch.counts import DispatchCounts
 from tensorweave.router.dispatch.kv_view import PromptView
-from tensorweave.router.dispatch.loads import Booking, Loads
+from tensorweave.router.dispatch.loads import Loads
 from tensorweave.router.dispatch.policy import Joint, Options, Route, RoutingPolicy
 from tensorweave.router.dispatch.recovery import RECOVERABLE, Recovery, responsive
 from tensorweave.router.dispatch.timeline import Timeline

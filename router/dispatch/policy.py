@@ -34,6 +34,9 @@ class PolicySettings:
         decode_s: What one more sequence costs those that decode beside it.
         reserve_tokens: KV space to leave for an answer.
         tie_s: Choices within this of the cheapest are equal: the session's own gang is taken, else they rotate.
+        ttft_limit_s: Limit of the time to a first token, if there is one.
+        itl_limit_s: Limit of the time between two tokens, if there is one.
+        miss_s: What a request that misses a limit costs, in seconds.
     """
 
     min_prefill_tokens: int = 64
@@ -41,6 +44,9 @@ class PolicySettings:
     decode_s: float = 0.002
     reserve_tokens: int = 128
     tie_s: float = 0.0005
+    ttft_limit_s: float | None = None
+    itl_limit_s: float | None = None
+    miss_s: float = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,9 @@ class Joint:
     a gang alone   (queued + uncached) / prefill rate + stall + decode load
     a pair         (queued + uncached) / prefill rate + stall at P + bytes to move / bandwidth + decode load at D
 
+    With limits of TTFT and ITL, each request that probably misses one costs `miss_s` besides. All speeds are learnt
+    (`Loads`); `stall_weight` and `decode_s` hold until then.
+
     A decode gang without KV space for the request is taken only if no gang has it.
     """
 
@@ -104,7 +113,8 @@ class Joint:
         return self._by_session(best, options.session)
 
     def alone_s(self, link: GangLink, options: Options) -> float:
-        return self._prefill_s(link, options, decodes=True) + self._decode_s(link, options)
+        prefill_s = self._prefill_s(link, options, decodes=True)
+        return prefill_s + self._decode_s(link, options) + self._misses_s(link, link, options, 0.0, decodes=True)
 
     def pair_s(self, route: Route, options: Options) -> float:
         assert route.prefill is not None
@@ -112,17 +122,38 @@ class Joint:
         prefill_s = self._prefill_s(route.prefill, options, decodes=decodes)
         num_moved = options.prompt.uncached_tokens(route.decode)
         move_s = options.loads.handover(route.prefill, route.decode).seconds(num_moved)
-        return prefill_s + move_s + self._decode_s(route.decode, options)
+        missed_s = self._misses_s(route.prefill, route.decode, options, move_s, decodes=decodes)
+        return prefill_s + move_s + self._decode_s(route.decode, options) + missed_s
 
     def _prefill_s(self, link: GangLink, options: Options, *, decodes: bool) -> float:
         load = options.loads.of(link.gang_id)
         num_uncached = options.prompt.uncached_tokens(link)
-        stalled = self.settings.stall_weight * (1 + load.num_decoding) if decodes else 0.0
+        share = load.stall_share.value if load.stall_share.num_samples else self.settings.stall_weight
+        stalled = share * (1 + load.num_decoding) if decodes else 0.0
         stall_s = stalled * load.prefill.per_token_s * num_uncached
         return load.prefill.seconds(load.queued_tokens + num_uncached) + stall_s
 
+    def _misses_s(self, link: GangLink, decode: GangLink, options: Options, move_s: float, *, decodes: bool) -> float:
+        """What the limits cost that are probably missed if `link` computes the prompt and `decode` answers: by the
+        request itself, and by those that decode at `link`, as far as other prompts do not make them miss anyway."""
+        loads, settings, num_missed = options.loads, self.settings, 0.0
+        load, answering, now_s = loads.of(link.gang_id), loads.of(decode.gang_id), loads.now_s
+        num_uncached = options.prompt.uncached_tokens(link)
+        if settings.ttft_limit_s is not None:
+            ttft_s = load.prefill.seconds(load.queued_tokens + num_uncached) + move_s
+            num_missed += ttft_s > settings.ttft_limit_s
+        if settings.itl_limit_s is not None:
+            if decodes and load.interval_beside_s(num_uncached) > settings.itl_limit_s:
+                num_missed += load.num_decoding * (1 - load.is_hit_share(now_s))
+            if answering.slow_interval.value > settings.itl_limit_s:
+                num_missed += answering.is_hit_share(now_s)
+        return settings.miss_s * num_missed
+
     def _decode_s(self, link: GangLink, options: Options) -> float:
-        return options.loads.of(link.gang_id).num_decoding * self.settings.decode_s
+        load = options.loads.of(link.gang_id)
+        is_learnt = load.interval.num_samples > 0 and load.answer_tokens.num_samples > 0
+        more_s = load.interval.per_token_s * load.answer_tokens.value if is_learnt else self.settings.decode_s
+        return load.num_decoding * more_s
 
     def _with_room(self, links: Sequence[GangLink], options: Options) -> Sequence[GangLink]:
         need = options.prompt.num_tokens + self.settings.reserve_tokens

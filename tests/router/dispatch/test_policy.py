@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from tensorweave.cluster.block_hash import block_hashes, root_hash
 from tensorweave.cluster.protocol import GenerateRequest, KvSource, LinkMeasurement, Role, SamplingSpec
+from tensorweave.router.dispatch.booking import Booking
 from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.dispatch.kv_view import PromptView
-from tensorweave.router.dispatch.loads import Assumptions, Booking, Loads, SpeedLine
+from tensorweave.router.dispatch.loads import Assumptions, Loads
 from tensorweave.router.dispatch.policy import Joint, Options, PolicyName, PolicySettings, Route, build_policy
+from tensorweave.router.dispatch.speeds import SpeedLine
 from tests.router.fake_fleet import FakeFleet, FakeLink
 from tests.router.serving import model_info
 from tests.router.stepped_loop import run_stepped
