@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tensorweave.cli import bench_engine, bench_http, bench_link, bench_steps, bench_suite, bench_transfer
+from tensorweave.cli import (
+    bench_engine,
+    bench_goodput,
+    bench_http,
+    bench_link,
+    bench_steps,
+    bench_suite,
+    bench_transfer,
+)
 from tensorweave.cli.arguments import add_api_key, add_changes, count, positive, rate
 from tensorweave.cli.suite_rows import SUITES
 from tensorweave.cli.suite_run import add_quantization, add_suite_arguments
@@ -22,6 +30,7 @@ examples:
   tensorweave bench overhead                             the step loop with an empty model
   tensorweave bench transfer                             KV between two ranks, by transport and size
   tensorweave bench ttft --model smollm2                 what handing a prompt over costs, by its length
+  tensorweave bench goodput --model smollm2 --plot x.svg  requests within limits, prefill apart and not
 """
 
 
@@ -43,6 +52,7 @@ def add_command(commands: Any) -> None:
     _add_overhead(kinds)
     _add_transfer(kinds)
     _add_ttft(kinds)
+    bench_goodput.add_goodput(kinds)
 
 
 def _add_throughput(kinds: Any) -> None:

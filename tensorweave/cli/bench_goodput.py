@@ -1,0 +1,189 @@
+"""`tensorweave bench goodput`: how many requests a second keep limits of TTFT and ITL, with prompts and answers in the
+same gangs and in different ones, on the same number of ranks.
+
+Each way is a service of its own, one after the other, under the same load at rising rates. The load is an open loop: a
+request is sent when it is due and its first token counts from then, so that a slow service is not spared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
+from typing import Any, Final
+
+from tensorweave.cli.arguments import add_changes, count, positive
+from tensorweave.cli.bench_http import served_model
+from tensorweave.cli.figures import aligned, publish, report, settings_of
+from tensorweave.cli.goodput_load import Due, Limits, Mix, arrivals, best_row, figures, run_load
+from tensorweave.cli.goodput_plot import curves_svg
+from tensorweave.cli.http_stream import Connection, Timeline
+from tensorweave.cli.own_service import service_config
+from tensorweave.cli.prompts import random_prompts, vocab_size_of
+from tensorweave.deploy.config import ServeConfig
+from tensorweave.workers.store.disk import writing_into
+from tensorweave.workers.store.model_store import resolve_model
+
+WAYS: Final = ("aggregated", "disaggregated", "learnt")
+_END_S: Final = 120.0
+_HOPELESS: Final = 0.2
+
+Row = dict[str, float]
+
+
+def add_goodput(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "goodput", help="requests per second within limits of TTFT and ITL, aggregated and disaggregated"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the service's YAML; its pools are replaced")
+    parser.add_argument("--model", help="serve this model: a directory, a hub id, or smollm2")
+    add_changes(parser, "change a key of the configuration, for example engine.tensor_parallel_size=2")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
+    parser.add_argument("--gangs", type=count, default=2, help="gangs of each way (default: %(default)s)")
+    parser.add_argument("--prefill-gangs", type=count, default=1, help="of those that are apart (default: 1)")
+    parser.add_argument("--rates", nargs="+", type=positive, default=[1.0, 2.0, 4.0, 8.0], help="requests per second")
+    parser.add_argument("--duration", type=positive, default=20.0, help="seconds at each rate (default: 20)")
+    parser.add_argument("--ttft-ms", type=positive, default=1000.0, help="limit of the first token (default: 1000)")
+    parser.add_argument("--itl-ms", type=positive, default=30.0, help="limit of 99 %% of the others (default: 30)")
+    parser.add_argument("--share", type=positive, default=0.9, help="share that must keep the limits (default: 0.9)")
+    for name, length in (("chat-input", 200), ("chat-output", 128), ("long-input", 2000), ("long-output", 32)):
+        parser.add_argument(f"--{name}", type=count, default=length, help=f"tokens (default: {length})")
+    parser.add_argument("--long-share", type=float, default=0.15, help="share of long prompts (default: 0.15)")
+    parser.add_argument("--burst", type=count, default=8, help="long prompts that come together (default: 8)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the curves here, as SVG")
+    parser.set_defaults(run=run_goodput, url=None)
+
+
+def run_goodput(args: argparse.Namespace) -> int:
+    if not 0 <= args.long_share < 1:
+        raise ValueError(f"--long-share {args.long_share:g} must be at least 0 and below 1")
+    if args.prefill_gangs >= args.gangs and set(args.ways) != {"aggregated"}:
+        raise ValueError(f"--prefill-gangs {args.prefill_gangs} must leave some of the {args.gangs} gangs to decode")
+    configs = {way: way_config(args, way) for way in args.ways}
+    curves: dict[str, list[Row]] = {}
+    for way, config in configs.items():
+        rows = curves[way] = []
+        for row in _measure_apart(args, config):
+            rows.append(row)
+            print(f"{way}: {_told(row)}", flush=True)
+    best = {way: best_row(rows, args.share) for way, rows in curves.items()}
+    print(_table(best, args.share))
+    result = report("goodput", settings_of(args), {"runs": curves, "best": best})
+    publish({name: value for name, value in result.items() if name != "best"}, None)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        with writing_into(args.json.parent):
+            args.json.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
+    if args.plot is not None:
+        title = f"Within {args.ttft_ms:g} ms to the first token and {args.itl_ms:g} ms between tokens"
+        with writing_into(args.plot.parent):
+            args.plot.write_text(curves_svg(title, curves), encoding="utf-8")
+    return 0 if all(curves.values()) else 1
+
+
+def way_config(args: argparse.Namespace, way: str) -> ServeConfig:
+    """The configuration of one way. Raises ValueError if it is wrong."""
+    apart = {"prefill": {"replicas": args.prefill_gangs}, "decode": {"replicas": args.gangs - args.prefill_gangs}}
+    pools = {"main": {"replicas": args.gangs}} if way == "aggregated" else apart
+    own = [f"pools={json.dumps(pools)}", f"router.policy={'joint' if way == 'learnt' else 'least_loaded'}"]
+    if way == "learnt":
+        own += [f"router.ttft_limit_ms={args.ttft_ms}", f"router.itl_limit_ms={args.itl_ms}"]
+    return service_config(argparse.Namespace(**{**vars(args), "changes": [*args.changes, *own]}))
+
+
+def num_ranks(config: ServeConfig) -> int:
+    return sum(pool.replicas * pool.tensor_parallel_size for pool in config.pools.values())
+
+
+def _measure_apart(args: argparse.Namespace, config: ServeConfig) -> Iterator[Row]:
+    """In a process of its own, since a service needs a main thread, and Ray's state lasts as long as a process."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    values = {name: value for name, value in vars(args).items() if name != "run"}
+    process = context.Process(target=_measure, args=(values, config, theirs))
+    process.start()
+    theirs.close()
+    try:
+        while True:
+            try:
+                row: Row = ours.recv()
+            except EOFError:
+                return
+            yield row
+    finally:
+        process.join(_END_S)
+        if process.is_alive():
+            process.terminate()
+            process.join()
+
+
+def _measure(values: dict[str, Any], config: ServeConfig, pipe: Pipe) -> None:
+    from tensorweave.deploy.service import running
+
+    args = argparse.Namespace(**values)
+    mix = Mix(args.chat_input, args.chat_output, args.long_input, args.long_output, args.long_share, args.burst)
+    limits = Limits(args.ttft_ms / 1e3, args.itl_ms / 1e3)
+    vocab_size = vocab_size_of(resolve_model(config.model))
+    with running(config) as url:
+        sender = Sender(url, served_model(url, None), vocab_size, args.seed)
+        for number, rate in enumerate((args.rates[0], *args.rates)):
+            due = arrivals(mix, rate, args.duration, args.seed)
+            outcomes = asyncio.run(sender.run(due))
+            if number:  # the first time, graphs, caches and the policy's speeds are new
+                row = figures(outcomes, rate, args.duration, num_ranks(config), limits)
+                pipe.send(row)
+                if row["good share"] < _HOPELESS:
+                    return
+
+
+class Sender:
+    """Sends random prompts, each a new one; a connection for each request that is open at a time."""
+
+    def __init__(self, url: str, model: str, vocab_size: int, seed: int) -> None:
+        self._url = url
+        self._model = model
+        self._vocab_size = vocab_size
+        self._seed = seed
+        self._num_sent = 0
+        self._free: list[Connection] = []
+
+    async def run(self, due: Sequence[Due]) -> Any:
+        self._free = []  # connections belong to an event loop
+        outcomes = await run_load(due, self._send)
+        for connection in self._free:
+            connection.close()
+        return outcomes
+
+    async def _send(self, request: Due) -> Timeline:
+        self._num_sent += 1
+        (prompt,) = random_prompts(1, request.num_input, self._vocab_size, self._seed + self._num_sent)
+        body = {
+            "model": self._model,
+            "prompt": prompt,
+            "max_tokens": request.num_output,
+            "stream": True,
+            "ignore_eos": True,
+        }
+        connection = self._free.pop() if self._free else Connection(self._url)
+        try:
+            return await connection.stream("/v1/completions", body)
+        finally:
+            self._free.append(connection)
+
+
+def _told(row: Row) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in row.items())
+
+
+def _table(best: dict[str, Row | None], share: float) -> str:
+    lines = [[f"at least {share:.0%} good", "requests/s", "good/s and rank", "TTFT p99 ms", "ITL p99 ms"]]
+    for way, row in best.items():
+        keys = ("rate", "good per s and rank", "ttft ms p99", "itl ms p99")
+        lines.append([way, *(f"{row[key]:.3g}" if row is not None else "–" for key in keys)])
+    return aligned(lines, num_left=1)
