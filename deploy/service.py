@@ -41,6 +41,7 @@ from tensorweave.deploy.service_actor import DRAIN_SLACK_S, SERVE_SHUTDOWN_TIMEO
 from tensorweave.deploy.stop_signal import StopSignal
 
 _CONTROL_TIMEOUT_S: Final = 60.0
+_ACTOR_START_TIMEOUT_S: Final = 180.0  # Ray starts its process first: more than a minute on a busy host
 _PROGRESS_INTERVAL_S: Final = 0.25
 _LINKS_TIMEOUT_S: Final = 5.0
 
@@ -216,9 +217,9 @@ def _admin_line(config: ServeConfig) -> str:
 def _ports_taken_there(service_actor: ActorHandle[Any], host: str, ports: Sequence[int]) -> list[int]:
     """On the node of the service actor, where the routers will listen."""
     try:
-        taken: list[int] = ray.get(service_actor.taken_ports.remote(host, ports), timeout=_CONTROL_TIMEOUT_S)
+        taken: list[int] = ray.get(service_actor.taken_ports.remote(host, ports), timeout=_ACTOR_START_TIMEOUT_S)
     except GetTimeoutError:  # an OSError too
-        raise StartFailed(f"the service actor has not answered for {_CONTROL_TIMEOUT_S:g} s") from None
+        raise StartFailed(f"the service actor has not answered for {_ACTOR_START_TIMEOUT_S:g} s") from None
     return taken
 
 
