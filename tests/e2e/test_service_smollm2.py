@@ -4,6 +4,7 @@ whole, and one that goes away leaves nothing running."""
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -98,6 +99,21 @@ def test_the_real_model_over_http(file: str) -> None:
         check_answers(client, texts)
         check_disconnect(f"http://127.0.0.1:{admin_port}", client)
         assert [listed.id for listed in client.models.list()] == [NAME]
+        check_end(service)
+
+
+@pytest.mark.long("downloads 90 MB")
+def test_a_gguf_file_over_http(tmp_path: Path) -> None:
+    """The file itself is the model, its blocks of 4 bits are multiplied as they are; answers and usage are those of the
+    bfloat16 conversion."""
+    file = tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    file.symlink_to((resolve_model("smollm2-gguf") / "model.gguf").resolve())
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(str(file)))
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in IDS]
+    port, proxy_port, admin_port = free_ports(3)
+    settings = (f"model={file}", f"router.port={port}", f"router.proxy_port={proxy_port}", f"admin.port={admin_port}")
+    with running_service(REPOSITORY / "deploy" / "examples" / "laptop_aggregated.yaml", *settings) as service:
+        check_answers(openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0), texts)
         check_end(service)
 
 
