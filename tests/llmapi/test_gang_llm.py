@@ -18,6 +18,8 @@ import pytest
 from tensorweave import LLM, GuidedDecodingParams, SamplingParams
 from tensorweave.cluster.errors import NotReady
 from tests.llmapi.small_llm import CACHE, one, write_small_model
+from tests.workers.engine_drive import random_prompts
+from tests.workers.tiny_models import make_model, their_greedy
 
 PROMPT = [9, 8, 7]
 PATIENCE_S = 120.0
@@ -118,3 +120,21 @@ def test_processors_reach_every_rank_and_a_replaced_gang(tmp_path: Path) -> None
 
 async def gather(llm: LLM) -> list[dict[str, Any]]:
     return [row async for row in llm.get_stats_async(PATIENCE_S)]
+
+
+@pytest.mark.long("takes a minute")
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"])
+def test_experts_of_two_ranks_answer_as_shared_ones_and_as_one_rank(name: str, tmp_path: Path) -> None:
+    model = make_model(name, tmp_path)
+    prompts: list[Any] = list(random_prompts(12, 120, seed=5))
+    expected = their_greedy(model, prompts, 8)
+    sampling = SamplingParams(max_tokens=8, ignore_eos=True)
+    for mesh in ({}, {"tensor_parallel_size": 2}, {"tensor_parallel_size": 2, "moe_expert_parallel_size": 2}):
+        with LLM(
+            tmp_path, skip_tokenizer_init=True, device="cpu", dtype="float32", kv_cache_config=CACHE, **mesh
+        ) as llm:
+            outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        assert isinstance(outputs, list)
+        assert [output.outputs[0].token_ids for output in outputs] == expected, mesh
