@@ -18,14 +18,13 @@ from typing import Any, Final
 
 from tensorweave.cli.arguments import add_changes, count, positive
 from tensorweave.cli.bench_http import served_model
-from tensorweave.cli.figures import aligned, publish, report, settings_of
+from tensorweave.cli.figures import aligned, publish, report, settings_of, write_figures
 from tensorweave.cli.goodput_load import Due, Limits, Mix, arrivals, best_row, figures, run_load
 from tensorweave.cli.goodput_plot import curves_svg
 from tensorweave.cli.http_stream import Connection, Timeline
 from tensorweave.cli.own_service import service_config
 from tensorweave.cli.prompts import random_prompts, vocab_size_of
 from tensorweave.deploy.config import ServeConfig
-from tensorweave.workers.store.disk import writing_into
 from tensorweave.workers.store.model_store import resolve_model
 
 WAYS: Final = ("aggregated", "disaggregated", "learnt")
@@ -74,16 +73,10 @@ def run_goodput(args: argparse.Namespace) -> int:
             print(f"{way}: {_told(row)}", flush=True)
     best = {way: best_row(rows, args.share) for way, rows in curves.items()}
     print(_table(best, args.share))
-    result = report("goodput", settings_of(args), {"runs": curves, "best": best})
-    publish({name: value for name, value in result.items() if name != "best"}, None)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        with writing_into(args.json.parent):
-            args.json.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
+    publish(report("goodput", settings_of(args), {"runs": curves, "best": best}), args.json)
     if args.plot is not None:
         title = f"Within {args.ttft_ms:g} ms to the first token and {args.itl_ms:g} ms between tokens"
-        with writing_into(args.plot.parent):
-            args.plot.write_text(curves_svg(title, curves), encoding="utf-8")
+        write_figures(args.plot, curves_svg(title, curves))
     return 0 if all(curves.values()) else 1
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import tensorweave
+from tensorweave.cli.figures import write_figures
 from tensorweave.cli.suite_plot import bars_svg
 from tensorweave.cli.suite_roofline import Rates, Roofline
 from tensorweave.cli.suite_rows import Suite
@@ -39,8 +40,7 @@ def run(args: argparse.Namespace) -> int:
     open_engine = functools.partial(open_llm, options=options, is_random=args.model is None)
     run_suite(args, document, open_engine, roofline.row_s)
     if args.plot is not None:
-        args.plot.parent.mkdir(parents=True, exist_ok=True)
-        args.plot.write_text(bars_svg([document]), encoding="utf-8")
+        write_figures(args.plot, bars_svg([document]))
     return 0
 
 

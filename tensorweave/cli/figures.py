@@ -20,7 +20,7 @@ import psutil
 from tensorweave.cli.version import versions
 from tensorweave.workers.store.disk import writing_into
 
-_NOT_PRINTED: Final = frozenset({"benchmark", "date", "command", "settings", "machine", "runs", "rows"})
+_NOT_PRINTED: Final = frozenset({"benchmark", "date", "command", "settings", "machine", "runs", "rows", "best"})
 _NO_SETTINGS: Final = frozenset({"run", "json", "traceback", "api_key"})
 _GPU_QUERY: Final = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
 
@@ -89,9 +89,14 @@ def publish(result: Mapping[str, Any], path: Path | None) -> None:
     for row in result.get("rows", ()):
         print("  ".join(f"{name} {_shown(number)}" for name, number in row.items()))
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with writing_into(path.parent):
-            path.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
+        write_figures(path, json.dumps(result, indent=2, default=str) + "\n")
+
+
+def write_figures(path: Path, text: str) -> None:
+    """Write a report or a plot, and make its folder. Raises DiskFull, or an OSError with a path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing_into(path.parent):
+        path.write_text(text, encoding="utf-8")
 
 
 def aligned(lines: Sequence[Sequence[str]], *, num_left: int = 0) -> str:

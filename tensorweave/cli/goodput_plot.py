@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Final
-from xml.sax.saxutils import escape
+
+from tensorweave.cli.svg import COLORS, head, legend_entry
 
 _LEFT, _TOP, _WIDTH, _HEIGHT = 70, 60, 560, 300
-_COLORS: Final = ("#0b6e99", "#b3541e", "#3a7d44", "#6a4c93")
 _KEY: Final = "good per s and rank"
 
 Curves = Mapping[str, Sequence[Mapping[str, float]]]
@@ -18,16 +18,11 @@ def curves_svg(title: str, curves: Curves) -> str:
     points = [row for rows in curves.values() for row in rows]
     most_rate = max((row["rate"] for row in points), default=1.0) or 1.0
     most_good = max((row[_KEY] for row in points), default=1.0) or 1.0
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_LEFT + _WIDTH + 40} {_TOP + _HEIGHT + 50}" '
-        'font-size="12" font-family="sans-serif">\n<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{_LEFT}" y="20" font-weight="bold">{escape(title)}</text>',
-        *_axes(most_rate, most_good),
-    ]
+    size = (_LEFT + _WIDTH + 40, _TOP + _HEIGHT + 50)
+    parts = [head(*size, _LEFT, title), *_axes(most_rate, most_good)]
     for number, (name, rows) in enumerate(curves.items()):
-        color, x = _COLORS[number % len(_COLORS)], _LEFT + 150 * number
-        parts.append(f'<rect x="{x}" y="30" width="12" height="12" fill="{color}"/>')
-        parts.append(f'<text x="{x + 18}" y="41">{escape(name)}</text>')
+        color = COLORS[number % len(COLORS)]
+        parts.append(legend_entry(_LEFT + 150 * number, color, name))
         places = [(_x(row["rate"], most_rate), _y(row[_KEY], most_good)) for row in rows]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')

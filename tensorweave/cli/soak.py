@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tensorweave.cli.arguments import add_trial
-from tensorweave.workers.store.disk import writing_into
+from tensorweave.cli.figures import write_figures
 
 _EXAMPLES = """\
 examples:
@@ -107,9 +107,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"soak: {problem}", flush=True)
             return 1
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        with writing_into(args.json.parent):
-            args.json.write_text(json.dumps(report.to_plain(), indent=2) + "\n", encoding="utf-8")
+        write_figures(args.json, json.dumps(report.to_plain(), indent=2) + "\n")
     print(format_report(report), flush=True)
     return 1 if report.problems else 0
 

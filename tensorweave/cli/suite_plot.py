@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 from xml.sax.saxutils import escape
 
+from tensorweave.cli.svg import COLORS, head, legend_entry
+
 _LEFT, _WIDTH, _BAR, _GAP, _TOP = 190, 520, 16, 12, 64
-_COLORS: Final = ("#0b6e99", "#b3541e")
 
 
 def bars_svg(documents: Sequence[Mapping[str, Any]]) -> str:
@@ -17,7 +18,7 @@ def bars_svg(documents: Sequence[Mapping[str, Any]]) -> str:
     rows = [row for row in first["rows"] if "roofline_tok_s" in row]
     group = len(documents) * _BAR + _GAP
     height = _TOP + len(rows) * group + 30
-    parts = [_head(height), *_legend(documents), *_axis(height)]
+    parts = [head(_LEFT + _WIDTH + 110, height, _LEFT, _title(first)), *_legend(documents), *_axis(height)]
     for place, row in enumerate(rows):
         top = _TOP + place * group
         middle = top + len(documents) * _BAR / 2 + 4
@@ -25,28 +26,19 @@ def bars_svg(documents: Sequence[Mapping[str, Any]]) -> str:
         for number, document in enumerate(documents):
             found = next((other for other in document["rows"] if other["row"] == row["row"]), None)
             if found is not None and "tok_s" in found:
-                parts += _bar(top + number * _BAR, found["tok_s"], row["roofline_tok_s"], _COLORS[number])
+                parts += _bar(top + number * _BAR, found["tok_s"], row["roofline_tok_s"], COLORS[number])
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _head(height: int) -> str:
-    width = _LEFT + _WIDTH + 110
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-size="12" '
-        'font-family="sans-serif">\n<rect width="100%" height="100%" fill="white"/>'
-    )
+def _title(document: Mapping[str, Any]) -> str:
+    return f"{document['suite']} on {document['card']['name']}: tokens per second, and their share of the roofline"
 
 
 def _legend(documents: Sequence[Mapping[str, Any]]) -> list[str]:
-    first = documents[0]
-    title = f"{first['suite']} on {first['card']['name']}: tokens per second, and their share of the roofline"
-    parts = [f'<text x="{_LEFT}" y="20" font-weight="bold">{escape(title)}</text>']
-    for number, document in enumerate(documents):
-        x = _LEFT + 200 * number
-        parts.append(f'<rect x="{x}" y="30" width="12" height="12" fill="{_COLORS[number]}"/>')
-        name = escape(f"{document['side']} {document['version']}")
-        parts.append(f'<text x="{x + 18}" y="41">{name}</text>')
-    return parts
+    return [
+        legend_entry(_LEFT + 200 * number, COLORS[number], f"{document['side']} {document['version']}")
+        for number, document in enumerate(documents)
+    ]
 
 
 def _axis(height: int) -> list[str]:
