@@ -76,7 +76,7 @@ class ClusterResources:
         has = ", ".join(f"{self.free(name):g} of {self.total(name):g} {name} free" for name in need)
         return (
             f"cannot place a gang of {num_bundles} rank(s) with {_list(bundle)} each within {timeout_s:g} s: "
-            f"the Ray cluster has {has} on {len(self.nodes)} node(s){self._describe_rule()}; "
+            f"the Ray cluster has {has} on {len(self.nodes)} node(s){self.describe_rule()}; "
             f"{self._verdict(bundle, need, num_bundles)}; "
             f"{self.describe_nodes(bundle)}{self._describe_holdings(bundle)}"
         )
@@ -90,7 +90,8 @@ class ClusterResources:
             return f"{what}; its nodes hold {most} such rank(s) even when idle, for each must lie on one node"
         return f"{what}; others hold it"
 
-    def _describe_rule(self) -> str:
+    def describe_rule(self) -> str:
+        """What follows 'nodes' where a rule allows only some of them."""
         return "" if self.rule is None else f" that {self.rule.describe()} allows"
 
     def describe_nodes(self, resources: Iterable[str]) -> str:

@@ -74,7 +74,7 @@ def _explain_pool(spec: PoolSpec, resources: ClusterResources, needs: Mapping[st
     """Why the nodes that one pool may use cannot hold it."""
     rule, bundle = spec.gang.placement, spec.gang.bundle
     allowed = resources.allowed_by(rule)
-    nodes = "the nodes of the Ray cluster" + ("" if rule.is_free else f" that {rule.describe()} allows")
+    nodes = f"the nodes of the Ray cluster{allowed.describe_rule()}"
     each = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
     num_ranks = spec.replicas * spec.gang.mesh.size
     if (most := allowed.num_bundles(bundle)) < num_ranks:
