@@ -38,6 +38,7 @@ from tensorweave.workers.guided.vocabulary import TokenizerSource
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.lora.adapters import Adapters, NoAdapters, RankAdapters
 from tensorweave.workers.lora.scheduling import AdapterLimitedScheduler
+from tensorweave.workers.models.assembly import weights_per_layer
 from tensorweave.workers.models.checkpoint import refuse_adapters
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.generation_config import load_sampling_defaults
@@ -172,11 +173,12 @@ def _prompt_share(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -> 
     """`BalancedShare` was made from step times of 16-bit weights and KV. With FP8, 2,048 tokens were faster (1k/1k:
     15,262 against 13,043 tok/s); the cause is probably mended (benchmarks/log.md), but has not been run on a card."""
     most = settings.max_prompt_tokens_beside_decodes
-    if not settings.balances_prompts or kv_cache_dtype(args) != "auto":
+    if not settings.balances_prompts or kv_cache_dtype(args) != "auto" or args.backend == "_autodeploy":
         return FixedShare(most)
-    if _weight_quantization(args, resolve_model(args.model, revision=args.revision)) is not None:
+    path = resolve_model(args.model, revision=args.revision)
+    if _weight_quantization(args, path) is not None:
         return FixedShare(most)
-    return BalancedShare(kv_cache, most)
+    return BalancedShare(kv_cache, most, weights_per_layer(load_model_config(path), gang_mesh(args)))
 
 
 def _make_guides(args: TorchLlmArgs, engine: ModelEngine, comm: Comm, host: str) -> Guides:

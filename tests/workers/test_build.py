@@ -106,6 +106,7 @@ def test_on_a_cpu_steps_overlap_only_if_that_is_asked_for(tmp_path: Path, disabl
         ({"quant_config": QuantConfig(quant_algo="FP8")}, False),
         ({"kv_cache_config": {"dtype": "fp8"}}, False),
         ({"scheduler_config": SchedulerConfig(max_prompt_tokens_beside_decodes=64)}, False),
+        ({"backend": "_autodeploy"}, False),
     ],
 )
 def test_prompts_of_16_bit_models_are_balanced_on_a_gpu(

@@ -83,6 +83,12 @@ def count_weights(config: ModelConfig, place: MeshRank) -> MetaWeights:
     return weights
 
 
+def weights_per_layer(config: ModelConfig, mesh: Mesh) -> int:
+    """Weights of a layer's products, on average over the layers, on the gang's first rank."""
+    weights = count_weights(config, MeshRank(0, mesh))
+    return (weights.num_multiplied - weights.num_in_head) // len(config.layers)
+
+
 def build_without_memory(config: ModelConfig, place: MeshRank, weights: MetaWeights | None = None) -> Transformer:
     """The model as the rank at `place` builds it, on torch's meta device."""
     operations = reference_operations(torch.device("meta"), torch.float32)

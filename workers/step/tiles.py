@@ -12,7 +12,7 @@ STEP_ROWS: Final = (128, 256, 384, 512, 1024, 2048, 4096, 8192)
 """Rows of whole steps. Between them products lose: of an 8B model on an H100, steps of 512, 640 and 1,024 rows take 12,
 18 and 20 ms, and those of 2,048 and 2,304 rows 40 and 50."""
 MOST_CAPTURED_ROWS: Final = 1024
-"""Longer steps are launched kernel by kernel: a GPU computes for longer than that takes."""
+"""Longer steps are launched kernel by kernel: a GPU computes an 8B model's for longer than that takes."""
 DECODE_ROWS: Final = (0, 8, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 """Rows that decodes take in a captured step with prompt tokens."""
 _LEAST_PROMPT_TOKENS: Final = 32
@@ -26,9 +26,13 @@ def rows_of_decodes(num_decodes: int) -> int:
 
 def prompt_tokens_beside(num_decodes: int) -> list[int]:
     """Ascending: numbers of prompt tokens that fill a whole step beside so many decodes."""
-    captured = rows_of_decodes(num_decodes)
-    numbers = [rows - (captured if rows <= MOST_CAPTURED_ROWS else num_decodes) for rows in STEP_ROWS]
+    numbers = [prompt_tokens_to_fill(rows, num_decodes) for rows in STEP_ROWS]
     return [number for number in numbers if number >= _LEAST_PROMPT_TOKENS]
+
+
+def prompt_tokens_to_fill(num_rows: int, num_decodes: int) -> int:
+    """Prompt tokens that fill a step of `num_rows` beside so many decodes; below 1 where there is no room for any."""
+    return num_rows - (rows_of_decodes(num_decodes) if num_rows <= MOST_CAPTURED_ROWS else num_decodes)
 
 
 def whole_tiles(num_tokens: int, num_decodes: int) -> int:

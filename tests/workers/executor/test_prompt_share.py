@@ -19,6 +19,8 @@ from tensorweave.workers.step.resources import ResourceManager
 from tensorweave.workers.step.tiles import DECODE_ROWS, STEP_ROWS, prompt_tokens_beside, rows_of_decodes, whole_tiles
 
 MOST = 2048
+LARGE_LAYER = 218_000_000
+SMALL_LAYER = 16_000_000
 NOW_S = 100.0
 
 
@@ -36,10 +38,11 @@ def _asked(
     pending: Sequence[LlmRequest],
     refused: Sequence[LlmRequest] = (),
     blocks: int = 14000,
+    layer_weights: int = LARGE_LAYER,
 ) -> int:
     kv = KVCacheManager(blocks, 32)
     kv.now_s = NOW_S
-    share = BalancedShare(kv, MOST)
+    share = BalancedShare(kv, MOST, layer_weights)
     return share.most_tokens(PromptLoad(decodes, [(request, 0) for request in pending], refused, has_room=not refused))
 
 
@@ -58,6 +61,18 @@ def test_more_that_wait_get_more() -> None:
 def test_where_as_many_wait_as_decode_a_step_has_4096_rows() -> None:
     for num_decodes in (1, 8, 200):
         assert _asked(_requests(num_decodes, 10.0), _requests(num_decodes, 0.1)) == 4096 - num_decodes
+
+
+def test_no_step_of_small_layers_is_launched_kernel_by_kernel() -> None:
+    """As many wait as decode; one has waited long; many wait; long prompts without room."""
+    for num_decodes in (1, 8, 200):
+        most = 1024 - rows_of_decodes(num_decodes)
+        decodes = _requests(num_decodes, 10.0)
+        assert _asked(decodes, _requests(num_decodes, 0.1), layer_weights=SMALL_LAYER) == most
+        assert _asked(decodes, _requests(1, 10.0), layer_weights=SMALL_LAYER) <= most
+    assert _asked(_requests(200, 10.0), _requests(150, 1.0), layer_weights=SMALL_LAYER) == 1024 - 224
+    waiting = _requests(224, 1.0, 2048, 128)
+    assert _asked(_requests(32, 1.0, 2048, 128), waiting[:10], waiting[10:], layer_weights=SMALL_LAYER) <= 1024 - 32
 
 
 def test_who_has_waited_almost_as_long_as_others_decode_waits_no_more() -> None:
@@ -174,7 +189,7 @@ def _step_s(batch: ScheduledBatch) -> float:
 
 
 def _balanced(kv: KVCacheManager) -> PromptShare:
-    return BalancedShare(kv, MOST)
+    return BalancedShare(kv, MOST, LARGE_LAYER)
 
 
 @pytest.mark.parametrize("num_clients", [4, 48])
@@ -203,7 +218,7 @@ def test_a_step_has_the_rows_that_were_planned_though_prompts_are_cut() -> None:
 def test_every_request_ends_under_every_policy(policy: str, chunking_policy: str) -> None:
     kv = KVCacheManager(60, 4)
     knobs = {"policy": policy, "chunking_policy": chunking_policy, "max_batch_size": 6, "max_num_tokens": 64}
-    scheduler = SimpleScheduler(kv, share=BalancedShare(kv, 16), **knobs)  # type: ignore[arg-type]
+    scheduler = SimpleScheduler(kv, share=BalancedShare(kv, 16, LARGE_LAYER), **knobs)  # type: ignore[arg-type]
     loop = DryRun(ResourceManager([kv]), scheduler, max_batch_size=6, max_num_tokens=64)
     for order in range(24):
         loop.add(_request(order, 5 + 7 * order % 90, 1 + 11 * order % 40, arrival_s=0.003 * order))

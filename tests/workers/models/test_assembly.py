@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tensorweave.cluster.mesh import Mesh, MeshRank
-from tensorweave.workers.models.assembly import check_mesh, count_weights, tensor_shapes
+from tensorweave.workers.models.assembly import check_mesh, count_weights, tensor_shapes, weights_per_layer
 from tensorweave.workers.models.checkpoint import SafetensorsDirectory
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.shards import split_evenly
@@ -33,6 +33,16 @@ def test_ranks_share_all_matrices(size: int, tmp_path: Path) -> None:
     assert sum(part.num_multiplied for part in parts) == whole.num_multiplied
     assert sum(part.num_looked_up for part in parts) == whole.num_looked_up
     assert all(part.shapes.items() <= whole.shapes.items() for part in parts)
+
+
+def test_weights_of_a_layer_are_those_of_its_products_on_one_rank(tmp_path: Path) -> None:
+    make_model("llama", tmp_path, num_hidden_layers=3, num_key_value_heads=2, num_attention_heads=4)
+    config = load_model_config(tmp_path)
+    sizes = config.sizes
+    D, H, width = sizes.hidden_size, config.kv.head_dim, sizes.intermediate_size
+    whole = D * H * (4 + 2 * 2) + H * 4 * D + 3 * D * width
+    assert weights_per_layer(config, Mesh()) == whole
+    assert weights_per_layer(config, Mesh(tensor=2)) == whole // 2
 
 
 @pytest.mark.parametrize(
