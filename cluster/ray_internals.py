@@ -26,7 +26,7 @@ import grpc
 import ray
 from ray._common.tls_utils import load_certs_from_env
 from ray._common.utils import get_default_ray_temp_dir
-from ray._private import ray_constants, services, state, worker
+from ray._private import parameter, ray_constants, services, state, worker
 from ray._raylet import (  # type: ignore[attr-defined]
     AuthenticationTokenLoader,
     Config,
@@ -149,6 +149,20 @@ def in_own_process_groups() -> Iterator[None]:
         yield
     finally:
         services.ConsolePopen = before
+
+
+@contextlib.contextmanager
+def on_free_agent_port() -> Iterator[None]:
+    """Let the agent of the node that is started inside listen on any free port.
+
+    Ray's own is a fixed one: a second Ray on a host tries it for 4 s, before which the node starts no worker.
+    """
+    before = parameter.RayParams
+    parameter.RayParams = functools.partial(before, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        parameter.RayParams = before
 
 
 def forget_ray_after_fork() -> None:

@@ -21,7 +21,7 @@ from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.ray_address import check_ray_address
 from tensorweave.cluster.ray_auth import OPEN_RAY, asks_for_token, forget_token, token_mode
 from tensorweave.cluster.ray_forks import spare_ray_in_forks
-from tensorweave.cluster.ray_internals import in_own_process_groups, log_folder, on_loopback
+from tensorweave.cluster.ray_internals import in_own_process_groups, log_folder, on_free_agent_port, on_loopback
 from tensorweave.cluster.sentences import sentence_of
 from tensorweave.cluster.session_disk import why_no_room
 
@@ -103,7 +103,13 @@ def start_or_join_ray(
         return RaySession(is_owner=True, is_private=False)
     if (why := why_no_room()) is not None:
         raise RayFailed(f"Ray cannot be started: {why}")
-    with _naming_failures("Ray cannot be started"), token_mode(), on_loopback(), in_own_process_groups():
+    with (
+        _naming_failures("Ray cannot be started"),
+        token_mode(),
+        on_loopback(),
+        in_own_process_groups(),
+        on_free_agent_port(),
+    ):
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),

@@ -49,6 +49,8 @@ def test_a_signal_to_our_group_leaves_ray_alone_and_our_death_does_not() -> None
         daemons = [process for process in family if any(name in command_of(process) for name in DAEMONS)]
         assert len(daemons) >= len(DAEMONS)
         assert owner.pid not in [os.getpgid(process.pid) for process in daemons]
+        # of its node's agent: on Ray's fixed port a second Ray would start 4 s later
+        assert any("--listen-port=0" in command_of(process) for process in daemons)
 
         os.killpg(owner.pid, signal.SIGTERM)
         assert owner.stdout.readline() == "told, and there are 1 Rays\n"
