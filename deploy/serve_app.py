@@ -165,9 +165,12 @@ class Router:
         return build_app(service, metrics=metrics, server_echoes_ids=True, generated_id_prefix=mark_generated_ids())
 
     async def _load_tokenizer(self) -> Tokenizer:
+        from tensorweave.cluster.without_torch import hide_torch_from_transformers
         from tensorweave.router.text.tokens import Tokenizer
 
         args = self._config.shared_args
+        if not args.trust_remote_code:  # a model's own code may want all of transformers
+            hide_torch_from_transformers()
         model = await asyncio.to_thread(resolve_model, self._config.model, revision=args.revision)
         return await asyncio.to_thread(
             Tokenizer.load,

@@ -19,6 +19,7 @@ from typing import BinaryIO, Final, NoReturn
 
 from tensorweave.cluster.guide import Guide
 from tensorweave.cluster.wire import READ_BYTES, Frame, FrameDecoder, pack_frame
+from tensorweave.cluster.without_torch import hide_torch_from_transformers
 from tensorweave.workers.guided.compilers import Compilers
 from tensorweave.workers.guided.limits import NICENESS, TRIAL_CPU_S, TRIAL_MEMORY_BYTES, TRIAL_WALL_S
 from tensorweave.workers.guided.trial import TrialResult, try_guide
@@ -35,8 +36,13 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     frames = _frames(source)
     _, fields, vocab_size = next(frames)
+    tokenizer = TokenizerSource.from_wire(fields)
+    if not tokenizer.trust_remote_code:  # a model's own code may want all of transformers
+        import xgrammar  # noqa: F401  first: it takes a class from transformers that needs torch
+
+        hide_torch_from_transformers()
     try:
-        vocabulary = read_vocabulary(TokenizerSource.from_wire(fields), vocab_size)
+        vocabulary = read_vocabulary(tokenizer, vocab_size)
     except Exception as error:  # the request's boundary: whatever a tokenizer's code raises
         _write(sink, "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:_MAX_PROBLEM]}")
         return
