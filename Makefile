@@ -64,7 +64,8 @@ lines: install
 	@$(BIN)/python .ci/line_table.py
 
 # COVERAGE=1 traces the unit tests, runs the others without, and says which share of each room's lines the unit tests ran.
-# Tracing costs more than half of the processor time of what it traces; where Python has sys.monitoring (3.12), less.
+# Tracing doubles the processor time of what it traces (less where Python has sys.monitoring, 3.12): long loops over lines that other
+# tests run too are marked no_cover.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 UNIT := not slow and not model and not hypothesis
 COVERAGE ?=

@@ -155,6 +155,7 @@ def test_very_long_and_deep_texts() -> None:
     assert whole.content.startswith("[[")
 
 
+@pytest.mark.no_cover
 def test_the_time_of_a_text_is_linear() -> None:
     """Whatever a text repeats, the beginning of a call is given up soon. Quadratic time would take minutes here."""
     long = '<tool_call>{"name": "f", "arguments": {"a": "' + "word " * 50_000

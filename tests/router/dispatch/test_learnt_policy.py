@@ -104,6 +104,7 @@ def test_a_rate_fades() -> None:
     assert rate.per_s(190.0) < 0.06
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("chunk", "roles", "chats_per_s", "burst", "every_s", "long"),
     [

@@ -45,6 +45,7 @@ def settled(schema: Any) -> SettledSchema:
     return read_settled(read_document(schema, GuidedLimits()), GuidedLimits())
 
 
+@pytest.mark.no_cover
 def test_both_backends_read_what_was_meant() -> None:
     """As the whole answer, and within a JSON string: as llguidance reads it, and as a grammar for xgrammar."""
     num_compared = 0

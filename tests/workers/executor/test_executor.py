@@ -347,6 +347,7 @@ def test_statistics_have_the_known_keys(executor: PyExecutor) -> None:
     wait_until(lambda: executor.heartbeat() < 2.0)  # an idle loop agrees every 0.5 s
 
 
+@pytest.mark.no_cover
 def test_thousands_of_random_requests_all_end_right() -> None:
     rng = random.Random(3)
     executor = make(num_blocks=40, policy="MAX_UTILIZATION", max_batch_size=8, max_num_tokens=24, max_requests=4000)

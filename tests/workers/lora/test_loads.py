@@ -43,6 +43,7 @@ def gang(setup: Setup) -> Iterator[AdapterGang]:
         yield gang
 
 
+@pytest.mark.no_cover
 def test_a_thousand_loads_under_traffic(setup: Setup, gang: AdapterGang) -> None:
     """Six adapters in room for four, in turn and together, with the base model between them."""
     adapters = {marker: adapter_at(setup.path / str(marker)) for marker in MARKERS}

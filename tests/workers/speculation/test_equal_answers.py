@@ -102,6 +102,7 @@ def test_every_feature_gives_what_it_gives_without_drafts(drafter: str, schedule
         assert run.num_accepted > len(want)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("num_requests", [1, 2, 5, 16, 64])
 @pytest.mark.parametrize("drafter", ["ngram", "mixed"])
 def test_any_mixture_of_features_in_batches_of_any_size(num_requests: int, drafter: str, model: Path) -> None:
@@ -139,6 +140,7 @@ def run_on_device(model: Path, device: str, config: Any, **knobs: Any) -> tuple[
     return tokens, (run, recording(all_features(), answers))
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("device", ON_DEVICES)
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_an_engine_whose_steps_stay_on_a_device(drafter: str, device: str, model: Path) -> None:
