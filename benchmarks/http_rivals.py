@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.http_load import Client, load_figures, mixed_figures, run_clients
 from benchmarks.http_servers import MODEL_NAME, Server, our_service, running, vllm_server, write_model
+from benchmarks.vllm_clients import VllmLoad, run_vllm_clients
 from tensorweave.cli.figures import publish, report
 from tensorweave.cli.prompts import random_prompts
 from tensorweave.cli.suite_figures import card, markdown_table
@@ -66,7 +66,8 @@ def one_row(
 ) -> dict[str, Any]:
     num_prompts = max(MIN_PROMPTS, num_clients * args.prompts_per_client)
     if args.client == "vllm":
-        return vllm_load(server.url, model_dir, num_clients, num_prompts, args)
+        load = VllmLoad(num_clients, num_prompts, args.input_len, args.output_len, args.seed + num_clients)
+        return run_vllm_clients(load, server.url, model_dir, args.rival_path, args.per_process, REQUEST_TIMEOUT_S)
     clients = closed_loop(num_clients, num_prompts, shape, args, seed=num_clients)
     return load_figures(run_clients(server.url, MODEL_NAME, clients, REQUEST_TIMEOUT_S))
 
@@ -84,43 +85,6 @@ def mixed_load(shape: ModelShape, args: argparse.Namespace) -> list[Client]:
     decodes = [Client([prompt], args.decode_len, "decode") for prompt in short]
     starts_s = [MIXED_START_S + place * args.long_interval for place in range(args.long_prompts)]
     return decodes + [Client([prompt], 8, "prompt", start_s) for prompt, start_s in zip(long, starts_s, strict=True)]
-
-
-def vllm_load(
-    url: str, model_dir: Path, num_clients: int, num_prompts: int, args: argparse.Namespace
-) -> dict[str, Any]:
-    """`vllm bench serve` once, with prompts of its own making that follow the seed."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai"]
-        command += ["--base-url", url, "--endpoint", "/v1/completions", "--model", MODEL_NAME]
-        command += ["--tokenizer", str(model_dir), "--dataset-name", "random", "--ignore-eos", "--temperature", "0"]
-        command += ["--random-input-len", str(args.input_len), "--random-output-len", str(args.output_len)]
-        command += ["--num-prompts", str(num_prompts), "--max-concurrency", str(num_clients)]
-        command += ["--seed", str(args.seed + num_clients), "--percentile-metrics", "ttft,tpot,itl,e2el"]
-        command += ["--metric-percentiles", "50,99", "--save-result", "--result-dir", folder]
-        command += ["--result-filename", "result.json"]
-        environment = {**os.environ, "PYTHONPATH": args.rival_path, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=REQUEST_TIMEOUT_S, cwd=folder
-        )
-        if done.returncode:
-            raise RuntimeError(f"vllm bench serve failed:\n{done.stderr[-2000:]}")
-        return from_vllm(json.loads((Path(folder) / "result.json").read_text(encoding="utf-8")), num_prompts)
-
-
-def from_vllm(result: Mapping[str, Any], num_prompts: int) -> dict[str, Any]:
-    """Its figures under our names."""
-    latencies = {
-        f"{name}_ms": {"median": result[f"median_{kind}_ms"], "p99": result[f"p99_{kind}_ms"]}
-        for kind, name in (("ttft", "ttft"), ("tpot", "tpot"), ("itl", "itl"), ("e2el", "e2e"))
-    }
-    return {
-        "num_answered": result["completed"],
-        "num_failed": num_prompts - result["completed"],
-        "elapsed_s": result["duration"],
-        "output_tok_s": result["output_throughput"],
-        **latencies,
-    }
 
 
 def told(figures: Mapping[str, Any]) -> str:
@@ -184,6 +148,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tokenizer", type=Path, required=True, help="directory with tokenizer.json")
     made.add_argument("--sides", nargs="+", choices=("tensorweave", "vllm"), default=["tensorweave", "vllm"])
     made.add_argument("--client", choices=("ours", "vllm"), default="ours", help="(default: %(default)s)")
+    made.add_argument("--per-process", type=int, default=64, help="clients of a `vllm bench serve` (default: 64)")
     made.add_argument("--our-path", default="", help="in front of PYTHONPATH of our service")
     made.add_argument("--rival-path", default="", help="the same of vLLM")
     made.add_argument("--shape", choices=tuple(SHAPES), default="8b")

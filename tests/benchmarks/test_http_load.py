@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from benchmarks.http_load import Answer, Client, EventTimeline, load_figures, mixed_figures, run_clients
-from benchmarks.http_rivals import closed_loop, from_vllm, mixed_load, parser, tables
+from benchmarks.http_rivals import closed_loop, mixed_load, parser, tables
 from benchmarks.http_servers import our_service, vllm_server, write_model
+from benchmarks.vllm_clients import VllmLoad, from_vllm
 from tensorweave.cli.suite_shapes import SMOLLM2_135M
 from tensorweave.deploy.config import load_config
 from tests.cli.conftest import FakeEndpoint
@@ -105,21 +106,33 @@ def test_long_prompts_arrive_at_fixed_times() -> None:
     assert len(clients) - len(long) == 64
 
 
+def vllm_result(num_answered: int, rate: float) -> dict[str, Any]:
+    """Three tokens in two events after the first token, and a request that failed."""
+    return {
+        "ttfts": [0.01] * num_answered + [0.0],
+        "itls": [[0.01, 0.02]] * num_answered + [[]],
+        "output_lens": [4] * num_answered + [0],
+        "errors": [""] * num_answered + ["gone"],
+        "completed": num_answered,
+        "duration": 2.0,
+        "output_throughput": rate,
+    }
+
+
+def test_each_process_has_its_share_of_the_clients() -> None:
+    parts = VllmLoad(10, 42, 1000, 200, seed=5).split(4)
+    assert [part.num_clients for part in parts] == [3, 3, 2, 2]
+    assert [part.num_prompts for part in parts] == [11, 11, 10, 10]
+    assert len({part.seed for part in parts}) == 4
+
+
 def test_both_sides_in_one_table() -> None:
     row = {"clients": 8, "output_tok_s": 1100.0, "ttft_ms": {"median": 90.0}, "tpot_ms": {"median": 6.0, "p99": 7.0}}
-    rival = from_vllm(
-        {
-            **{f"{part}_{kind}_ms": 10.0 for kind in ("ttft", "tpot", "itl", "e2el") for part in ("median", "p99")},
-            "completed": 7,
-            "duration": 2.0,
-            "output_throughput": 1000.0,
-        },
-        num_prompts=8,
-    )
-    assert rival["num_failed"] == 1
+    rival = from_vllm([vllm_result(2, 400.0), vllm_result(5, 600.0)], num_prompts=8)
+    assert (rival["num_failed"], rival["num_client_processes"], rival["elapsed_s"]) == (1, 2, 2.0)
     text = tables({"tensorweave": {"rows": [row]}, "vllm": {"rows": [{"clients": 8, **rival}]}})
     assert (
-        "| 8 | 1,100.0 / 1,000.0 (1.100) | 90.0 / 10.0 (9.000) | 6.0 / 10.0 (0.600) | 7.0 / 10.0 (0.700) | – / 10.0 |"
+        "| 8 | 1,100.0 / 1,000.0 (1.100) | 90.0 / 10.0 (9.000) | 6.0 / 10.0 (0.600) | 7.0 / 10.0 (0.700) | – / 40.0 |"
         in text
     )
     alone = tables({"tensorweave": {"rows": [row], "mixed": {"decode_tok_s": 5.0, "gap_ms": {"median": 1.0}}}})
