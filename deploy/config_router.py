@@ -51,6 +51,13 @@ class RouterConfig(StrictBaseModel):
         ge=0,
         description="A prompt with fewer tokens to compute is not sent to the prefill pool.",
     )
+    max_events_per_s: float = Field(
+        8000.0,
+        status="prototype",
+        gt=0,
+        description="Most events of a replica's streams in a second. With more tokens than that, the events hold the "
+        "tokens of several steps: beyond about 10,000 a second neither a router nor a client's process keeps up.",
+    )
     ttft_limit_ms: float | None = Field(
         None,
         status="prototype",

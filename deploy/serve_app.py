@@ -120,6 +120,7 @@ class Router:
         from tensorweave.router.http.connections import bound_connections
         from tensorweave.router.http.metrics import RouterMetrics
         from tensorweave.router.service import RouterService
+        from tensorweave.router.text.event_pace import EventPace
 
         replica = serve.get_replica_context().replica_id.unique_id
         log_in_replica(self._config.logging.settings(), f"router {replica}")
@@ -148,6 +149,7 @@ class Router:
             guided=config.limits.guided_limits(),
             roles=frozenset(pool.role for pool in config.pools.values()),
             recorders=_recorders(config, replica),
+            pace=EventPace(config.router.max_events_per_s),
             chat=ChatSettings(
                 config.shared_args.tool_parser,
                 config.shared_args.reasoning_parser,

@@ -19,6 +19,7 @@ from tensorweave.router.guided.limits import GuidedLimits
 from tensorweave.router.http.body_memory import BodyMemory
 from tensorweave.router.http.request_record import Recorder
 from tensorweave.router.openai.chat_form import chat_format
+from tensorweave.router.text.event_pace import EventPace
 from tensorweave.router.text.tokens import Tokenizer
 
 
@@ -39,6 +40,7 @@ class RouterService:
         roles: Of its pools.
         cors_origins: Origins of web pages whose scripts may call the service (`router/http/middleware.py`); "*": any.
         recorders: Told of each request that has ended: the request log, traces.
+        pace: How many deltas of answers it makes in a second.
     """
 
     model_name: str
@@ -56,6 +58,7 @@ class RouterService:
     guided: GuidedLimits = field(default_factory=GuidedLimits)
     roles: frozenset[Role] = frozenset[Role]({"both"})
     recorders: Sequence[Recorder] = ()
+    pace: EventPace = field(default_factory=EventPace)
     _info: ModelInfo | None = None
     bodies: BodyPool = field(init=False)
     body_memory: BodyMemory = field(init=False)

@@ -153,7 +153,7 @@ class GenerateEndpoint:
     async def _deltas(self, plan: Plan, stats: RequestStats) -> AsyncGenerator[TextDelta, None]:
         """The deltas, counted. If only the prompt is wanted, the one token that is computed for it is left out."""
         time_slice = TimeSlice()
-        async with aclosing(generate_all(self._service.dispatcher, plan.jobs)) as deltas:
+        async with aclosing(generate_all(self._service.dispatcher, plan.jobs, self._service.pace)) as deltas:
             async for delta in deltas:
                 time_slice.resume()
                 if not plan.has_output:

@@ -12,6 +12,7 @@ from tensorweave.cluster.protocol import FinishReason, GenerateRequest, Ticket, 
 from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.dispatch.timeline import Timeline
 from tensorweave.router.text.detokenize import IncrementalDetokenizer
+from tensorweave.router.text.event_pace import EventPace
 
 
 class TokensOnly:
@@ -68,8 +69,11 @@ class TextDelta:
         return len(self.token_ids)
 
 
-async def generate_text(dispatcher: Dispatcher, job: Job) -> AsyncGenerator[TextDelta, None]:
-    """Deltas until the one with a finish reason. A stop string ends the sequence here, which cancels it at the gang."""
+async def generate_text(
+    dispatcher: Dispatcher, job: Job, pace: EventPace | None = None
+) -> AsyncGenerator[TextDelta, None]:
+    """Deltas until the one with a finish reason. A stop string ends the sequence here, which cancels it at the gang.
+    Without `pace` there is one for each chunk of the gang."""
     stream = dispatcher.generate(job.request, session=job.session, first_tokens=job.first_tokens, timeline=job.timeline)
     async with aclosing(stream) as chunks:
         async for chunk in chunks:
@@ -77,6 +81,14 @@ async def generate_text(dispatcher: Dispatcher, job: Job) -> AsyncGenerator[Text
             yield delta
             if delta.finish_reason is not None:
                 return
+            if pace is not None and _can_be_joined(chunk) and (wait_s := pace.wait_s()):
+                await asyncio.sleep(wait_s)
+
+
+def _can_be_joined(chunk: TokenChunk) -> bool:
+    """Whether later chunks of the sequence are handed over as one if they wait. Those with log-probabilities or logits
+    are not, and whoever waited between them would fall behind."""
+    return not (chunk.logprobs or chunk.logits or chunk.context_logits)
 
 
 async def generate_first(dispatcher: Dispatcher, job: Job) -> tuple[TextDelta, Ticket | None]:
@@ -135,16 +147,20 @@ def _push(detokenizer: IncrementalDetokenizer | TokensOnly, chunk: TokenChunk) -
     return text, len(token_ids)
 
 
-def generate_all(dispatcher: Dispatcher, jobs: Sequence[Job]) -> AsyncGenerator[TextDelta, None]:
+def generate_all(
+    dispatcher: Dispatcher, jobs: Sequence[Job], pace: EventPace | None = None
+) -> AsyncGenerator[TextDelta, None]:
     """The deltas of all jobs as they come. The first error, or closing the generator, cancels the rest."""
-    return generate_text(dispatcher, jobs[0]) if len(jobs) == 1 else _generate_merged(dispatcher, jobs)
+    return generate_text(dispatcher, jobs[0], pace) if len(jobs) == 1 else _generate_merged(dispatcher, jobs, pace)
 
 
-async def _generate_merged(dispatcher: Dispatcher, jobs: Sequence[Job]) -> AsyncGenerator[TextDelta, None]:
+async def _generate_merged(
+    dispatcher: Dispatcher, jobs: Sequence[Job], pace: EventPace | None
+) -> AsyncGenerator[TextDelta, None]:
     merged: asyncio.Queue[TextDelta | asyncio.Task[None]] = asyncio.Queue()
 
     async def pump(job: Job) -> None:
-        async with aclosing(generate_text(dispatcher, job)) as deltas:
+        async with aclosing(generate_text(dispatcher, job, pace)) as deltas:
             async for delta in deltas:
                 merged.put_nowait(delta)
 
