@@ -26,6 +26,7 @@ from tensorweave.cluster.sentences import sentence_of
 from tensorweave.cluster.session_disk import why_no_room
 
 _JOB_CONFIG: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_PATH: Final = "PYTHONPATH"
 _OBJECT_STORE_BYTES: Final = 128 << 20
 """No prompt, token or tensor of ours is a Ray object: the store may be small."""
 
@@ -91,15 +92,11 @@ def start_or_join_ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     spare_ray_in_forks()
     address = _address_of(address)
-    common: dict[str, Any] = {
-        "namespace": namespace,
-        "runtime_env": _worker_environment(),
-        "logging_level": logging.WARNING,
-    }
+    common: dict[str, Any] = {"namespace": namespace, "logging_level": logging.WARNING}
     if address is not None:
         with _naming_failures(f"Ray at {address} cannot be joined"):
             check_ray_address(address)
-            ray.init(address=address, **common)
+            ray.init(address=address, runtime_env=_worker_environment(), **common)
         return RaySession(is_owner=True, is_private=False)
     if (why := why_no_room()) is not None:
         raise RayFailed(f"Ray cannot be started: {why}")
@@ -107,6 +104,7 @@ def start_or_join_ray(
         _naming_failures("Ray cannot be started"),
         token_mode(),
         on_loopback(),
+        _on_our_path(),
         in_own_process_groups(),
         on_free_agent_port(),
     ):
@@ -145,7 +143,24 @@ def _naming_failures(what: str) -> Iterator[None]:
 
 def _worker_environment() -> dict[str, Any] | None:
     """Workers import what we import. A submitted job's own environment already sees to that (`--working-dir`)."""
-    if _JOB_CONFIG in os.environ:
-        return None
-    paths = [import_root(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {"env_vars": {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}}
+    return None if _JOB_CONFIG in os.environ else {"env_vars": {_PATH: _python_path()}}
+
+
+@contextlib.contextmanager
+def _on_our_path() -> Iterator[None]:
+    """The same for the cluster that is started inside, whose workers inherit it. With a runtime environment of the job,
+    the first actors could not use the workers that Ray starts beforehand, and would start their own."""
+    before = os.environ.get(_PATH)
+    os.environ[_PATH] = _python_path()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_PATH]
+        else:
+            os.environ[_PATH] = before
+
+
+def _python_path() -> str:
+    paths = [import_root(), *filter(None, os.environ.get(_PATH, "").split(os.pathsep))]
+    return os.pathsep.join(dict.fromkeys(paths))
