@@ -63,6 +63,7 @@ def build_executor(
     transfer_secret: str = "",
     num_ranks_here: int = 1,
     event_buffer_size: int = 0,
+    loads_guides_early: bool = False,
     log: StartLog | None = None,
 ) -> PyExecutor:
     """Load this rank's share of the model and build the executor around it; it is not started.
@@ -72,6 +73,7 @@ def build_executor(
         transfer_secret: what other gangs must send to this gang's KV endpoints; the same on all its ranks.
         num_ranks_here: ranks of this gang that share this host's memory.
         event_buffer_size: KV events that are kept until they are read.
+        loads_guides_early: what the first grammar needs is started with the executor, and not when that comes.
         log: told of each part of the start.
 
     With `args.cache_transceiver_config` set, `executor.kv_endpoint` is the address from which this rank's KV is
@@ -125,7 +127,7 @@ def build_executor(
         speculation=speculating.speculation,
         comm=comm,
         info=dataclasses.replace(engine.info, guided_decoding_backend=args.guided_decoding_backend),
-        guides=_make_guides(args, engine, comm, transfer_host),
+        guides=_make_guides(args, engine, comm, transfer_host, loads_early=loads_guides_early),
         adapters=adapters,
         transfers=_make_transfers(args, engine, kv_cache, comm, transfer_host, transfer_secret),
         disable_overlap_scheduler=not settings.overlaps,
@@ -181,7 +183,7 @@ def _prompt_share(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -> 
     return BalancedShare(kv_cache, most, weights_per_layer(load_model_config(path), gang_mesh(args)))
 
 
-def _make_guides(args: TorchLlmArgs, engine: ModelEngine, comm: Comm, host: str) -> Guides:
+def _make_guides(args: TorchLlmArgs, engine: ModelEngine, comm: Comm, host: str, *, loads_early: bool) -> Guides:
     if args.guided_decoding_backend is None:
         return NoGuides()
     source = TokenizerSource.of(
@@ -192,7 +194,8 @@ def _make_guides(args: TorchLlmArgs, engine: ModelEngine, comm: Comm, host: str)
         args.tokenizer_mode != "slow",
     )
     trials = Trials(source, engine.info.vocab_size)
-    return RankGuides(comm.rank, comm.size, trials, open_report_channel(comm, host), engine.pool.cache.device)
+    reports, device = open_report_channel(comm, host), engine.pool.cache.device
+    return RankGuides(comm.rank, comm.size, trials, reports, device, loads_early=loads_early)
 
 
 def _make_adapters(args: TorchLlmArgs, engine: ModelEngine, comm: Comm, host: str) -> Adapters:

@@ -173,6 +173,7 @@ class RankWorker:
             transfer_secret=order.kv_secret,
             num_ranks_here=order.num_ranks_here,
             event_buffer_size=_EVENT_BUFFER_SIZE if order.place.rank == 0 else 0,
+            loads_guides_early=True,
             log=self._log,
         )
 

@@ -75,12 +75,16 @@ def free_ports(count: int) -> list[int]:
 
 
 def write_config(directory: Path, model: Path, **limits: float) -> tuple[Path, int, int]:
-    """The service's file (YAML reads JSON), the port of its front end and that of its proxy. `admin_port` follows."""
+    """The service's file (YAML reads JSON), the port of its front end and that of its proxy. `admin_port` follows.
+
+    Without grammars, for which each rank would start a process.
+    """
     port, proxy_port, _ = free_ports(3)
+    engine = {"device": "cpu", "dtype": "float32", "num_threads": 1, "guided_decoding_backend": None}
     settings = {
         "model": str(model),
         "served_model_name": "tiny",
-        "engine": {"device": "cpu", "dtype": "float32", "num_threads": 1, "kv_cache_config": {"max_tokens": 8192}},
+        "engine": {**engine, "kv_cache_config": {"max_tokens": 8192}},
         "router": {"port": port, "proxy_port": proxy_port},
         "admin": {"port": admin_port(port)},
         "limits": {"drain_timeout_s": DRAIN_TIMEOUT_S, "start_timeout_s": START_TIMEOUT_S, **limits},

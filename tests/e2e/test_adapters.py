@@ -85,7 +85,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     write_marker(model, path / "red", 70)
     config, port, _ = write_config(path, path / "model")
     settings = json.loads(config.read_text())
-    settings["engine"] |= {"enable_lora": True, "guided_decoding_backend": None}
+    settings["engine"]["enable_lora"] = True
     settings |= {"pools": {"prefill": {}, "decode": {}}, "adapters": {"red": str(path / "red")}}
     config.write_text(json.dumps(settings))
     with running_service(config) as process:

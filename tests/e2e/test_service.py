@@ -49,7 +49,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def service(tmp_path: Path, model: Path) -> Iterator[tuple[ServiceProcess, int, int]]:
     config, port, proxy_port = write_config(tmp_path, model)
-    overrides = ("served_model_name=[tiny, tiny-too]", f"security.cors_origins={PAGE}")
+    names = "served_model_name=[tiny, tiny-too]"
+    overrides = (names, f"security.cors_origins={PAGE}", "engine.guided_decoding_backend=auto")
     with running_service(config, *overrides) as service:
         yield service, port, proxy_port
 

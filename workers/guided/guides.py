@@ -65,8 +65,7 @@ class NoGuides:
 
 
 class RankGuides:
-    """Compiles on a thread of this rank, which starts with the first guide, as does the process of the trials. What
-    steps would wait for then is done when this is made.
+    """Compiles on a thread of this rank. What steps would wait for then is done when this is made.
 
     Args:
         rank: Of this rank.
@@ -74,10 +73,19 @@ class RankGuides:
         trials: Reads the tokenizer; on rank 0 it tries guides too.
         reports: How the other ranks tell rank 0 what they have compiled.
         device: Where the logits are.
+        loads_early: Start the process of the trials and read the vocabulary before the first step, without waiting for
+            them, and not when the first guide comes: two seconds of processor time, which steps would miss.
     """
 
     def __init__(
-        self, rank: int, size: int, trials: Trials, reports: ReportChannel, device: torch.device = _CPU
+        self,
+        rank: int,
+        size: int,
+        trials: Trials,
+        reports: ReportChannel,
+        device: torch.device = _CPU,
+        *,
+        loads_early: bool = False,
     ) -> None:
         self._rank = rank
         self._size = size
@@ -85,6 +93,7 @@ class RankGuides:
         self._reports = reports
         self._table = GrammarTable(rank, self._open_compilers, self._report, self._stop)
         self._admission: GuideAdmission | None = None
+        self._loads_early = loads_early
         self._ready = make_ready(trials.source, trials.vocab_size)
         compile_mask_tokens(device)
 
@@ -92,6 +101,8 @@ class RankGuides:
         if self._rank == 0:
             self._admission = GuideAdmission(self._size, self._trials, inbox, refuse)
         self._reports.start(self._take_report)
+        if self._loads_early:
+            self._table.follow([GuideOrder("load")])
 
     def admit(self, request: GenerateRequest, put: Put) -> None:
         assert self._admission is not None, "only rank 0 takes requests, once it has started"

@@ -95,7 +95,7 @@ class GrammarTable:
             self._compilers = self._compilers or self._open_compilers()
             self._compilers.open("xgrammar")
         except Exception as error:  # the thread goes on
-            logger.warning("rank %d: grammars cannot be compiled yet: %s", self._rank, error)
+            logger.info("rank %d: grammars cannot be compiled yet: %s", self._rank, error)
 
     def _compile(self, guide: Guide) -> str:
         """Return what went wrong."""

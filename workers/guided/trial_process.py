@@ -134,5 +134,8 @@ def _cut_off(status: int) -> TrialResult:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:
+        os._exit(1)  # the rank has ended
     sys.exit(0)
