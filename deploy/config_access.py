@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from typing import Final, Self
 
@@ -41,6 +42,12 @@ class SecurityConfig(StrictBaseModel):
         description="A file with more keys, one per line; read once, on the host of the driver.",
     )
 
+    key_weights: dict[str, float] = Field(
+        default_factory=dict,
+        status="prototype",
+        description="Shares of API keys, by the key or its digest: when requests wait, a key of weight 2 gets twice "
+        "the tokens of one of weight 1, which is the default.",
+    )
     admin_keys: list[str] = Field(
         default_factory=list,
         status="prototype",
@@ -87,6 +94,13 @@ class SecurityConfig(StrictBaseModel):
     def _keep_digests_only(cls, keys: list[str]) -> list[str]:
         return list(dict.fromkeys(map(digest_of, keys)))
 
+    @field_validator("key_weights")
+    @classmethod
+    def _weigh_digests(cls, weights: dict[str, float]) -> dict[str, float]:
+        if wrong := [weight for weight in weights.values() if not 0 < weight < math.inf]:
+            raise ValueError(f"a weight is {wrong[0]:g}, must be more than 0")
+        return {digest_of(key): weight for key, weight in weights.items()}
+
     @model_validator(mode="after")
     def _read_files(self) -> Self:
         if self.api_keys_file is not None:
@@ -95,6 +109,8 @@ class SecurityConfig(StrictBaseModel):
         if self.admin_keys_file is not None:
             self.admin_keys = _with_keys(self.admin_keys, "admin_keys_file", self.admin_keys_file)
             self.admin_keys_file = None
+        if set(self.key_weights) - set(self.api_keys):
+            raise ValueError("key_weights has a key that is not one of api_keys")
         if set(self.api_keys) & set(self.admin_keys):
             raise ValueError("a key is one of api_keys and of admin_keys: clients would be operators")
         return self

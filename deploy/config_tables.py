@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
 
@@ -109,6 +110,27 @@ class LimitsConfig(StrictBaseModel):
     )
     max_queued: int = Field(
         1024, status="prototype", ge=0, description="Most requests that wait beyond those; one more is answered 429."
+    )
+    max_inflight_tokens: int | None = Field(
+        None,
+        status="prototype",
+        ge=1,
+        description="Most tokens of requests that run at the gangs, prompts and expected answers. Default: no limit.",
+    )
+    max_queued_tokens: int = Field(
+        4 * 2**20,
+        status="prototype",
+        ge=1,
+        description="Most prompt tokens of requests that wait beyond those, which bounds the router's memory (36 bytes "
+        "each); one more request is answered 429.",
+    )
+    max_ttft_s: float | None = Field(
+        None,
+        status="prototype",
+        gt=0,
+        description="Bound of the time to the first token when there is more work than the gangs can do: half of it is "
+        "the longest wait (who is expected to wait longer is answered 429 at once), and no more requests run at the "
+        "gangs than have their first tokens in the rest. Default: no limit.",
     )
     queue_timeout_s: float = Field(
         60.0, status="prototype", gt=0, description="Longest wait for a place to run; then the answer is 429."
@@ -218,12 +240,16 @@ class LimitsConfig(StrictBaseModel):
             max_whitespace=self.max_json_whitespace,
         )
 
-    def router_limits(self) -> Limits:
-        """Limits of one replica. A request may not have more sequences than can be admitted together: it would get 429
-        for ever."""
+    def router_limits(self, key_weights: Mapping[str, float] | None = None) -> Limits:
+        """Limits of one replica; `key_weights` by the names of API keys. A request may not have more sequences than can
+        be admitted together: it would get 429 for ever."""
         return Limits(
             max_inflight=self.max_inflight,
+            max_inflight_tokens=self.max_inflight_tokens,
             max_queued=self.max_queued,
+            max_queued_tokens=self.max_queued_tokens,
+            max_ttft_s=self.max_ttft_s,
+            key_weights=key_weights or {},
             queue_timeout_s=self.queue_timeout_s,
             default_deadline_s=self.request_timeout_s,
             max_deadline_s=self.max_request_timeout_s,

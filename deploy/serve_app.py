@@ -118,6 +118,7 @@ class Router:
         from tensorweave.router.dispatch.policy import PolicySettings, build_policy
         from tensorweave.router.http.app import build_app
         from tensorweave.router.http.connections import bound_connections
+        from tensorweave.router.http.keys import key_name
         from tensorweave.router.http.metrics import RouterMetrics
         from tensorweave.router.service import RouterService
         from tensorweave.router.text.event_pace import EventPace
@@ -127,7 +128,8 @@ class Router:
         allow_rebinding()
         bound_connections()
         config, tokenizer, fleet = self._config, await self._load_tokenizer(), await self._find_fleet()
-        limits = config.limits.router_limits()
+        weights = {key_name(digest): weight for digest, weight in config.security.key_weights.items()}
+        limits = config.limits.router_limits(weights)
         settings = PolicySettings(
             min_prefill_tokens=config.router.min_prefill_tokens,
             ttft_limit_s=_seconds(config.router.ttft_limit_ms),

@@ -21,7 +21,10 @@ class Traffic(BaseModel):
 
     num_running: int = Field(description="Sequences that routers have admitted and that have not ended.")
     num_waiting: int = Field(description="Sequences that wait at routers for admission.")
+    waiting_tokens: int = Field(0, description="Tokens of these, prompts and expected answers.")
+    expected_wait_s: float = Field(0.0, description="The longest time that all that waits at a router is to wait.")
     requests_per_s: float | None = Field(description="HTTP requests answered.")
+    refused_per_s: float | None = Field(None, description="Sequences refused by admission.")
     prompt_tokens_per_s: float | None = Field(description="Prompt tokens of requests that arrived.")
     cached_share: float | None = Field(description="The share of these tokens that was found in a prefix cache.")
     output_tokens_per_s: float | None

@@ -18,6 +18,11 @@ def traffic_between(before: Mapping[str, RouterFigures], now: Mapping[str, Route
     return Traffic(
         num_running=int(figures.total(now, "num_requests_running")),
         num_waiting=int(figures.total(now, "num_requests_waiting")),
+        waiting_tokens=int(figures.total(now, "admission_waiting_tokens")),
+        expected_wait_s=max(
+            (router.totals.get("admission_expected_wait_seconds", 0.0) for router in now.values()), default=0.0
+        ),
+        refused_per_s=figures.rate(before, now, "admission_refused_total"),
         requests_per_s=figures.rate(before, now, "http_requests_total"),
         prompt_tokens_per_s=prompts,
         cached_share=min(1.0, cached / prompts) if prompts and cached is not None else None,

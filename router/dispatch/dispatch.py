@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import logging
 import secrets
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from tensorweave.cluster.fleet import Fleet
 from tensorweave.cluster.link import FoundAttempt, GangLink
 from tensorweave.cluster.protocol import GenerateRequest, Ticket, TokenChunk
 from tensorweave.router.deadline import Deadline
-from tensorweave.router.dispatch.admission import Admission, Limits
+from tensorweave.router.dispatch.admission import Admission, Limits, Place
 from tensorweave.router.dispatch.attempt import (
     AttemptObserver,
     Chunks,
@@ -32,6 +33,7 @@ from tensorweave.router.dispatch.attempt import (
 )
 from tensorweave.router.dispatch.booking import Booking
 from tensorweave.router.dispatch.counts import DispatchCounts
+from tensorweave.router.dispatch.fair_queue import NO_KEY, Claim
 from tensorweave.router.dispatch.kv_view import PromptView
 from tensorweave.router.dispatch.loads import Loads
 from tensorweave.router.dispatch.policy import Joint, Options, Route, RoutingPolicy
@@ -62,6 +64,7 @@ class _OpenRequest:
 
     request: GenerateRequest
     deadline_s: float
+    place: Place
     transcript: Transcript
     recovery: Recovery
     timeline: Timeline
@@ -78,29 +81,36 @@ class _Attempt:
 
 
 class Dispatcher:
-    """Lives on one event loop."""
+    """Lives on one event loop. `clock` is for what admission measures; deadlines are the event loop's."""
 
-    def __init__(self, fleet: Fleet, policy: RoutingPolicy | None = None, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        policy: RoutingPolicy | None = None,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._fleet = fleet
         self._policy = policy or Joint()
         self.limits = limits or Limits()
         self.loads = Loads()
         self.counts = DispatchCounts()
-        self._admission = Admission(self.limits)
+        self.admission = Admission(self.limits, clock)
         self._open_ids: set[str] = set()
 
     @property
     def num_running(self) -> int:
-        return self._admission.num_running
+        return self.admission.num_running
 
     @property
     def num_waiting(self) -> int:
-        return self._admission.num_waiting
+        return self.admission.num_waiting
 
     async def generate(
         self,
         request: GenerateRequest,
         *,
+        key: str = NO_KEY,
         session: str | None = None,
         first_tokens: Sequence[int] = (),
         timeline: Timeline | None = None,
@@ -113,19 +123,20 @@ class Dispatcher:
 
         Args:
             request: `fetch` is used by the first attempt only.
+            key: Whose request it is, for fair shares.
             session: Requests of one session go to the same decode gang if that costs nothing.
             first_tokens: What `prefill` has already generated, here or at another service. They are yielded again: at
                 once, unless more than their ids is asked for, which only the gang that continues them knows.
             timeline: Is told when what happened.
 
         Raises:
-            Overloaded: The queue, or every gang, is full.
+            Overloaded: The queue, or every gang, is full, or the first token is expected too late.
             NotReady: No gang is available, or the service is shutting down.
             DeadlineExceeded: The deadline passed before the first token.
             RequestRejected: The id is already in use, or the gang refused the request.
             WorkerLost: Gangs died repeatedly while running it, or none came back.
         """
-        async with self._admitted(request, timeline) as opened:
+        async with self._admitted(request, timeline, key) as opened:
             transcript = opened.transcript
             if first_tokens and not request.sampling.wants_extras:
                 yield transcript.add_known(first_tokens)
@@ -139,27 +150,30 @@ class Dispatcher:
             finally:
                 self.counts.num_recovered += opened.recovery.error is not None and transcript.is_over
 
-    async def prefill(self, request: GenerateRequest, timeline: Timeline | None = None) -> Handoff:
+    async def prefill(
+        self, request: GenerateRequest, timeline: Timeline | None = None, *, key: str = NO_KEY
+    ) -> Handoff:
         """Run the context phase alone, for a client that sends the generation phase itself. The gang keeps the
         prompt's KV for the ticket's holder until its lease expires. Raises what `generate` raises."""
-        last, ticket = await self._run_at_once(request, timeline, self._begin_offer)
+        last, ticket = await self._run_at_once(request, timeline, key, self._begin_offer)
         return Handoff(last, ticket if last.finish_reason == "not_finished" else None)
 
-    async def embed(self, request: GenerateRequest, timeline: Timeline | None = None) -> bytes:
+    async def embed(self, request: GenerateRequest, timeline: Timeline | None = None, *, key: str = NO_KEY) -> bytes:
         """The embedding of a prompt, float32 [D], by a gang of role 'embed'. Raises what `generate` raises."""
         assert request.sampling.wants_embedding
-        last, _ = await self._run_at_once(request, timeline, self._begin_embedding)
+        last, _ = await self._run_at_once(request, timeline, key, self._begin_embedding)
         return last.context_logits
 
     async def _run_at_once(
         self,
         request: GenerateRequest,
         timeline: Timeline | None,
+        key: str,
         begin: Callable[[_OpenRequest], Awaitable[_Attempt]],
     ) -> tuple[TokenChunk, Ticket | None]:
         """A request of one token: its last chunk, with all that was told of the prompt, and the ticket, if it has
         one."""
-        async with self._admitted(request, timeline) as opened:
+        async with self._admitted(request, timeline, key) as opened:
             try:
                 async with aclosing(self._run_attempts(opened, begin)) as stream:
                     chunks = [chunk async for chunk in stream]
@@ -169,14 +183,18 @@ class Dispatcher:
             return dataclasses.replace(chunks[-1], context_logits=context_logits), opened.ticket
 
     @asynccontextmanager
-    async def _admitted(self, request: GenerateRequest, timeline: Timeline | None) -> AsyncIterator[_OpenRequest]:
+    async def _admitted(
+        self, request: GenerateRequest, timeline: Timeline | None, key: str
+    ) -> AsyncIterator[_OpenRequest]:
         timeline = timeline or Timeline()
         timeline.ask()
         with self._reserve_id(request):
             deadline_s = self._deadline_s(request)
-            async with self._admission.place(deadline_s - self._now_s()):
+            sampling, num_prompt = request.sampling, len(request.prompt_token_ids)
+            claim = Claim(key, num_prompt, sampling.max_tokens, deadline_s - self._now_s())
+            async with self.admission.place(claim) as place:
                 timeline.admit()
-                yield _OpenRequest(request, deadline_s, Transcript(request), Recovery(self.limits), timeline)
+                yield _OpenRequest(request, deadline_s, place, Transcript(request), Recovery(self.limits), timeline)
 
     async def _run_attempts(
         self, opened: _OpenRequest, begin: Callable[[_OpenRequest], Awaitable[_Attempt]]
@@ -201,6 +219,7 @@ class Dispatcher:
                             if chunk is None:
                                 raise ended_early(route.decode)
                             if (new := transcript.take(chunk)) is not None:
+                                opened.place.tell(len(new.token_ids))
                                 yield new
                 opened.timeline.end_attempt()
             except RECOVERABLE as error:

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tensorweave.cluster.errors import RequestRejected, TensorweaveError
 from tensorweave.router.anthropic import errors as anthropic_errors
+from tensorweave.router.dispatch.fair_queue import NO_KEY
 from tensorweave.router.http.body_memory import BodyShare
 from tensorweave.router.openai import error_body as openai_errors
 
@@ -31,6 +32,7 @@ _RETRY_AFTER_S: Final = 5.0
 _MAX_TRACE_PARENT: Final = 256
 _REQUEST_ID_KEY: Final = "tensorweave.request_id"
 _CLIENT_ID_KEY: Final = "tensorweave.client_request_id"
+_API_KEY_KEY: Final = "tensorweave.api_key_name"
 _VALID_REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -93,6 +95,17 @@ def client_request_id(scope: Scope) -> str | None:
     """The id that the client gave; None if it gave no valid one."""
     request_id: str | None = scope[_CLIENT_ID_KEY]
     return request_id
+
+
+def with_api_key(scope: Scope, name: str) -> Scope:
+    """The scope of a request that came with the API key of this name."""
+    return {**scope, _API_KEY_KEY: name}
+
+
+def api_key_name(scope: Scope) -> str:
+    """The name of the request's API key; `NO_KEY` if the service has no keys."""
+    name: str = scope.get(_API_KEY_KEY, NO_KEY)
+    return name
 
 
 def trace_parent(scope: Scope) -> str | None:

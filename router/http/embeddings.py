@@ -52,12 +52,12 @@ class EmbeddingsEndpoint:
                 record.model, record.num_prompt_tokens = service.model_name, num_tokens
                 record.timelines = timelines = [Timeline() for _ in asked.inputs]
                 self._metrics.count_prompt(num_tokens)
-                async with self._embeddings(asked, timelines) as embeddings:
+                async with self._embeddings(asked, timelines, asgi.api_key_name(scope)) as embeddings:
                     await asgi.send_json(send, whole_answer(service.model_name, embeddings, num_tokens))
 
     @asynccontextmanager
     async def _embeddings(
-        self, asked: EmbeddingBody, timelines: Sequence[Timeline]
+        self, asked: EmbeddingBody, timelines: Sequence[Timeline], key: str
     ) -> AsyncIterator[Sequence[orjson.Fragment]]:
         """One per input, as JSON. If one fails, the others are cancelled."""
         places, name = asyncio.Semaphore(_AT_ONCE), f"embd-{secrets.token_hex(16)}"
@@ -65,7 +65,7 @@ class EmbeddingsEndpoint:
         async def embed(index: int, token_ids: Sequence[int]) -> orjson.Fragment:
             async with places:
                 request = self._request(f"{name}-{index}", token_ids, asked)
-                packed = await self._service.dispatcher.embed(request, timelines[index])
+                packed = await self._service.dispatcher.embed(request, timelines[index], key=key)
             return encode_embedding(packed, asked.dimensions, is_base64=asked.is_base64)
 
         tasks = [asyncio.create_task(embed(index, token_ids)) for index, token_ids in enumerate(asked.inputs)]

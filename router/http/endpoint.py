@@ -132,7 +132,9 @@ class GenerateEndpoint:
                 scope, receive, share, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s
             )
             async with asgi.cancelled_on_disconnect(receive):
-                plan = await make_plan(self._service, self._task, body, asgi.client_request_id(scope))
+                plan = await make_plan(
+                    self._service, self._task, body, asgi.client_request_id(scope), asgi.api_key_name(scope)
+                )
                 del body
                 share.release()
                 record.model = self._service.model_name

@@ -2,6 +2,8 @@
 
 A request without a key is answered and its connection closed, so that unauthenticated clients keep no connections open.
 
+The request's scope then has the key's name, by which its share of the service is accounted.
+
 Only SHA-256 digests of keys are known (`sha256:` and 64 hex digits). All are compared, in constant time, and nothing
 that a client sent is logged.
 """
@@ -25,6 +27,9 @@ _NO_KEY: Final = (
 )
 
 
+_NAME_DIGITS: Final = 12
+
+
 class InvalidApiKey(RequestRejected):
     http_status, code = 401, "invalid_api_key"
 
@@ -33,18 +38,30 @@ class KeyRing:
     """The keys that open something. An empty ring opens nothing."""
 
     def __init__(self, digests: Iterable[str]) -> None:
-        self._digests = [bytes.fromhex(digest.removeprefix("sha256:")) for digest in digests]
+        self._digests = [(bytes.fromhex(digest.removeprefix("sha256:")), key_name(digest)) for digest in digests]
 
     def opens(self, scope: Scope) -> bool:
         """Whether the request's `Authorization: Bearer` or `x-api-key` is one of the keys."""
+        return self.opened_by(scope) is not None
+
+    def opened_by(self, scope: Scope) -> str | None:
+        """The name of that key, or None."""
         scheme, _, key = (asgi.header(scope, b"authorization") or b"").partition(b" ")
-        is_bearer = self.has(key) and scheme.lower() == b"bearer"
-        return self.has(asgi.header(scope, b"x-api-key") or b"") or is_bearer
+        bearer = self._find(key)
+        return self._find(asgi.header(scope, b"x-api-key") or b"") or (bearer if scheme.lower() == b"bearer" else None)
 
     def has(self, key: bytes) -> bool:
+        return self._find(key) is not None
+
+    def _find(self, key: bytes) -> str | None:
         given = hashlib.sha256(key.strip()).digest()
-        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return any(matches)
+        matches = [name for digest, name in self._digests if hmac.compare_digest(given, digest)]
+        return matches[0] if matches else None
+
+
+def key_name(digest: str) -> str:
+    """The name of a key in metrics and logs: the beginning of its digest."""
+    return digest.removeprefix("sha256:")[:_NAME_DIGITS]
 
 
 class ApiKeys:
@@ -55,7 +72,10 @@ class ApiKeys:
         self._keys = KeyRing(digests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._keys.opens(scope):
+        name = self._keys.opened_by(scope) if scope["type"] == "http" else None
+        if name is not None:
+            await self._app(asgi.with_api_key(scope, name), receive, send)
+        elif scope["type"] != "http":
             await self._app(scope, receive, send)
         elif _is_open(scope):
             await self._app(scope, receive, _closing(send))

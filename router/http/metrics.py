@@ -20,6 +20,7 @@ from tensorweave.cluster.fleet import Fleet
 from tensorweave.cluster.router_report import MetricRows, RouterReport
 from tensorweave.router.dispatch.counts import DispatchCounts
 from tensorweave.router.dispatch.dispatch import Dispatcher
+from tensorweave.router.http.admission_metrics import AdmissionMetrics
 from tensorweave.router.http.health import gang_gauges
 from tensorweave.router.http.request_record import RequestRecord
 
@@ -155,6 +156,7 @@ class RouterMetrics:
             lambda: dispatcher.num_waiting
         )
         self.registry.register(_Dispatches(self._model, dispatcher.counts))
+        self.registry.register(AdmissionMetrics(self._model, dispatcher.admission))
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"tensorweave_{name}", text, ["model_name", *labels], registry=self.registry)

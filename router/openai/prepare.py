@@ -54,10 +54,14 @@ class Plan:
 
 
 async def make_plan(
-    service: RouterService, task: BodyTask[RequestBody], body: bytes, client_id: str | None = None
+    service: RouterService,
+    task: BodyTask[RequestBody],
+    body: bytes,
+    client_id: str | None,
+    key: str,
 ) -> Plan:
     """`task` reads the body. `client_id`: the client's own name for the request. If it asks again under it after its
-    router was lost, it gets the answer that was begun for it.
+    router was lost, it gets the answer that was begun for it. `key`: the name of the client's API key.
 
     Yields to the event loop between sequences: there may be hundreds, with a long prompt each."""
     read = await service.bodies.run(task, body, await service.served())
@@ -65,7 +69,7 @@ async def make_plan(
     if phase is not None:
         _check_phase(service, request, phase, len(prompts))
     names = _names(ID_PREFIXES[read.api], request, client_id)
-    planner = _Planner(service, await service.info(), request, names, service.adapter(request.model))
+    planner = _Planner(service, await service.info(), request, names, service.adapter(request.model), key)
     for prompt, spec in zip(prompts, read.specs, strict=True):
         context = planner.left_context(prompt)
         for own in _own_specs(spec, request):
@@ -120,6 +124,7 @@ class _Planner:
     request: AnyRequest
     names: RequestNames
     adapter: Adapter | None
+    key: str
     jobs: list[Job] = field(default_factory=list)
     choices: list[ParsedChoice] = field(default_factory=list)
     shown: frozenset[int] = field(init=False)
@@ -191,7 +196,7 @@ class _Planner:
         end_ids = (
             frozenset() if request.ignore_eos else frozenset(self.info.end_ids)
         )  # else asked for by stop_token_ids
-        return Job(index, generate, self._detokenizer(context, spec), end_ids, request.session)
+        return Job(index, generate, self._detokenizer(context, spec), end_ids, request.session, key=self.key)
 
     def _detokenizer(self, context: Sequence[int], spec: SamplingSpec) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(

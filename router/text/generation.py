@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from tensorweave.cluster.errors import raised_by_user
 from tensorweave.cluster.protocol import FinishReason, GenerateRequest, Ticket, TokenChunk, TokenLogprobs
 from tensorweave.router.dispatch.dispatch import Dispatcher
+from tensorweave.router.dispatch.fair_queue import NO_KEY
 from tensorweave.router.dispatch.timeline import Timeline
 from tensorweave.router.text.detokenize import IncrementalDetokenizer
 from tensorweave.router.text.event_pace import EventPace
@@ -33,6 +34,7 @@ class Job:
     """One sequence of a request, ready to run. `index` is its index in the answer's choices.
 
     `first_tokens` are from a context phase: the answer starts with them, and the request's `fetch` continues them.
+    `key` is the name of the client's API key.
     """
 
     index: int
@@ -42,6 +44,7 @@ class Job:
     session: str | None = None
     first_tokens: Sequence[int] = ()
     timeline: Timeline = field(default_factory=Timeline)
+    key: str = NO_KEY
 
 
 @dataclass(slots=True)
@@ -74,7 +77,9 @@ async def generate_text(
 ) -> AsyncGenerator[TextDelta, None]:
     """Deltas until the one with a finish reason. A stop string ends the sequence here, which cancels it at the gang.
     Without `pace` there is one for each chunk of the gang."""
-    stream = dispatcher.generate(job.request, session=job.session, first_tokens=job.first_tokens, timeline=job.timeline)
+    stream = dispatcher.generate(
+        job.request, key=job.key, session=job.session, first_tokens=job.first_tokens, timeline=job.timeline
+    )
     async with aclosing(stream) as chunks:
         async for chunk in chunks:
             delta = _text_safely_of(job, chunk)
@@ -94,7 +99,7 @@ def _can_be_joined(chunk: TokenChunk) -> bool:
 async def generate_first(dispatcher: Dispatcher, job: Job) -> tuple[TextDelta, Ticket | None]:
     """Run a context phase: the first token's text, and the ticket for the generation phase unless the sequence
     ended."""
-    handoff = await dispatcher.prefill(job.request, job.timeline)
+    handoff = await dispatcher.prefill(job.request, job.timeline, key=job.key)
     delta = _text_safely_of(job, handoff.chunk)
     return delta, handoff.ticket if delta.finish_reason == "not_finished" else None
 

@@ -155,9 +155,13 @@ def _traffic(traffic: dict[str, Any]) -> list[str]:
         )
     ]
     return [
-        f"running {traffic['num_running']}   waiting {traffic['num_waiting']}   {rates}",
+        f"running {traffic['num_running']}   waiting {traffic['num_waiting']}{_wait(traffic)}   {rates}",
         f"p50/p90/p99: {'   '.join(latencies)}",
     ]
+
+
+def _wait(traffic: dict[str, Any]) -> str:
+    return f" (for {_seconds(wait_s)})" if (wait_s := traffic.get("expected_wait_s")) else ""
 
 
 def _pool(pool: dict[str, Any]) -> list[str]:

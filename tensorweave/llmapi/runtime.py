@@ -126,6 +126,7 @@ async def _make_dispatcher(engine: Engine, max_inflight: int) -> Dispatcher:
     limits = Limits(
         max_inflight=max_inflight,
         max_queued=1 << 30,
+        max_queued_tokens=1 << 62,
         queue_timeout_s=math.inf,
         default_deadline_s=None,
         ready_timeout_s=60.0,
