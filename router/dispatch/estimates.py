@@ -9,7 +9,7 @@ _FADE: Final = 0.98  # factor on older samples per new one: about the last 50 co
 _MIN_SAMPLES: Final = 8
 _MEAN_WEIGHT: Final = 0.1
 
-_FIRST_INFLIGHT: Final = 16.0
+_FIRST_INFLIGHT: Final = 4.0
 _DECREASE: Final = 0.85
 
 

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tensorweave.cli import batch, bench, chaos, chat, evaluate, models, serve, soak, top, version
+from tensorweave.cli import batch, bench, chaos, chat, evaluate, models, replay, serve, soak, top, version
 from tensorweave.cli.boundary import report
 
 _EXAMPLES = """\
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (serve, chat, top, batch, evaluate, bench, chaos, soak, models, version):
+    for command in (serve, chat, top, batch, evaluate, bench, replay, chaos, soak, models, version):
         command.add_command(commands)
     return parser
 

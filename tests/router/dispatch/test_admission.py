@@ -283,7 +283,7 @@ def test_the_inflight_limit_grows_while_it_is_reached_and_falls_once_a_round() -
     limit = InflightLimit(100, target_s=1.0)
     for _ in range(10):
         limit.first_token(0.0, 0.5, is_reached=False)
-    assert limit.value == 16
+    assert limit.value == 4
     for _ in range(200):
         limit.first_token(0.0, 0.5, is_reached=True)
     assert limit.value == 100
