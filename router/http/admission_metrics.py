@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final
+from typing import Final, get_args
 
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from tensorweave.router.dispatch.admission import Admission
+from tensorweave.router.dispatch.admission import Admission, Refusal
 
-_REASONS: Final = ("deadline", "full", "share", "slow", "timeout")
+_REASONS: Final[tuple[Refusal, ...]] = get_args(Refusal)
 
 
 class AdmissionMetrics(Collector):

@@ -21,13 +21,11 @@ from tensorweave.cluster.errors import RequestRejected
 from tensorweave.router.http import asgi
 
 OPEN_PATHS: Final = frozenset({"/health", "/ready", "/ping"})
+_NAME_DIGITS: Final = 12
 _NO_KEY: Final = (
     "this server requires an API key, as 'Authorization: Bearer KEY' or 'x-api-key: KEY'; the request has none that is "
     "valid"
 )
-
-
-_NAME_DIGITS: Final = 12
 
 
 class InvalidApiKey(RequestRejected):

@@ -19,7 +19,7 @@ from typing import Any, Final
 from tensorweave.cli.arguments import add_changes, count, positive
 from tensorweave.cli.bench_http import served_model
 from tensorweave.cli.figures import aligned, publish, report, settings_of, write_figures
-from tensorweave.cli.goodput_load import Due, Limits, Mix, arrivals, best_row, figures, run_load
+from tensorweave.cli.goodput_load import Due, LatencyLimits, Mix, arrivals, best_row, figures, run_load
 from tensorweave.cli.goodput_plot import curves_svg
 from tensorweave.cli.http_stream import Connection, Timeline
 from tensorweave.cli.own_service import service_config
@@ -121,7 +121,7 @@ def _measure(values: dict[str, Any], config: ServeConfig, pipe: Pipe) -> None:
 
     args = argparse.Namespace(**values)
     mix = Mix(args.chat_input, args.chat_output, args.long_input, args.long_output, args.long_share, args.burst)
-    limits = Limits(args.ttft_ms / 1e3, args.itl_ms / 1e3)
+    limits = LatencyLimits(args.ttft_ms / 1e3, args.itl_ms / 1e3)
     vocab_size = vocab_size_of(resolve_model(config.model))
     with running(config) as url:
         sender = Sender(url, served_model(url, None), vocab_size, args.seed)

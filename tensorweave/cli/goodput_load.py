@@ -37,7 +37,9 @@ class Due:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class LatencyLimits:
+    """What a good request keeps."""
+
     ttft_s: float
     itl_s: float
 
@@ -52,7 +54,7 @@ class Outcome:
     gaps_s: Sequence[float] = field(default_factory=tuple)
     failure: str | None = None
 
-    def is_good(self, limits: Limits) -> bool:
+    def is_good(self, limits: LatencyLimits) -> bool:
         """The first token in time, and 99 % of the others."""
         gaps = sorted(self.gaps_s)
         return (
@@ -93,7 +95,7 @@ async def run_load(due: Sequence[Due], send: Callable[[Due], Awaitable[Timeline]
 
 
 def figures(
-    outcomes: Sequence[Outcome], rate: float, duration_s: float, num_ranks: int, limits: Limits
+    outcomes: Sequence[Outcome], rate: float, duration_s: float, num_ranks: int, limits: LatencyLimits
 ) -> dict[str, float]:
     """One row of the table: what share kept the limits, and how many per second and rank."""
     answered = [outcome for outcome in outcomes if outcome.failure is None]

@@ -13,16 +13,17 @@ from typing import Any, Final, get_args
 
 from tensorweave.cli.arguments import add_api_key, add_changes, positive, rate
 from tensorweave.cli.figures import aligned, machine, publish, report, settings_of
+from tensorweave.cli.goodput_load import LatencyLimits
 from tensorweave.cli.replay_calibration import calibrate, read_cost_model, write_cost_model
-from tensorweave.cli.replay_figures import Objective, replay_figures
+from tensorweave.cli.replay_figures import replay_figures
 from tensorweave.cli.replay_http import replay_over_http
 from tensorweave.cli.replay_simulation import Simulation
 from tensorweave.cli.replay_trace import Trace
-from tensorweave.cli.stepped_loop import run_stepped
 from tensorweave.deploy.config_file import read_document
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.policy import PolicyName
 from tensorweave.workers.fakes.simulated_gang import GangShape
+from tensorweave.workers.fakes.stepped_loop import run_stepped
 
 _POLICIES: Final[tuple[PolicyName, ...]] = get_args(PolicyName)
 _EXAMPLES = """\
@@ -112,7 +113,7 @@ def _simulate(trace: Trace, args: argparse.Namespace) -> list[dict[str, Any]]:
         began_s = time.perf_counter()
         simulation = Simulation(trace, args.gangs, shape, cost, policy, limits)
         outcomes, duration_s = run_stepped(simulation.run())
-        figures = replay_figures(trace, outcomes, duration_s, Objective(args.ttft_limit, args.itl_limit))
+        figures = replay_figures(trace, outcomes, duration_s, LatencyLimits(args.ttft_limit, args.itl_limit))
         busy = round(simulation.busy_s / duration_s / args.gangs, 4)
         took_s = round(time.perf_counter() - began_s, 1)
         rows.append({"policy": policy, "gangs": args.gangs, **figures, "busy": busy, "took_s": took_s})
@@ -122,7 +123,7 @@ def _simulate(trace: Trace, args: argparse.Namespace) -> list[dict[str, Any]]:
 def _replay(trace: Trace, args: argparse.Namespace) -> dict[str, Any]:
     asking = replay_over_http(trace, args.url, args.model, args.vocab_size, args.api_key, args.timeout)
     outcomes, duration_s = asyncio.run(asking)
-    figures = replay_figures(trace, outcomes, duration_s, Objective(args.ttft_limit, args.itl_limit))
+    figures = replay_figures(trace, outcomes, duration_s, LatencyLimits(args.ttft_limit, args.itl_limit))
     return {"policy": "the service's", **figures}
 
 

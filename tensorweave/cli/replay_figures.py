@@ -8,15 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tensorweave.cli.figures import distribution
+from tensorweave.cli.goodput_load import LatencyLimits
 from tensorweave.cli.replay_trace import Trace
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """Latencies that a good request keeps."""
-
-    ttft_s: float
-    itl_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +27,16 @@ class Outcome:
     def itl_s(self) -> float:
         return (self.total_s - self.ttft_s) / (self.num_output - 1) if self.num_output > 1 else 0.0
 
-    def is_good(self, objective: Objective) -> bool:
-        return self.error is None and self.ttft_s <= objective.ttft_s and self.itl_s <= objective.itl_s
+    def is_good(self, limits: LatencyLimits) -> bool:
+        return self.error is None and self.ttft_s <= limits.ttft_s and self.itl_s <= limits.itl_s
 
 
 def replay_figures(
-    trace: Trace, outcomes: Sequence[Outcome], duration_s: float, objective: Objective
+    trace: Trace, outcomes: Sequence[Outcome], duration_s: float, limits: LatencyLimits
 ) -> dict[str, Any]:
     answered = [outcome for outcome in outcomes if outcome.error is None]
     num_prompt = sum(outcome.num_prompt for outcome in answered)
-    num_good = sum(outcome.is_good(objective) for outcome in outcomes)
+    num_good = sum(outcome.is_good(limits) for outcome in outcomes)
     return {
         "num_requests": len(outcomes),
         "num_answered": len(answered),

@@ -90,10 +90,6 @@ class Simulation:
         self._limits = limits
 
     @property
-    def num_steps(self) -> int:
-        return sum(link.gang.num_steps for link in self.links)
-
-    @property
     def busy_s(self) -> float:
         return sum(link.gang.busy_s for link in self.links)
 

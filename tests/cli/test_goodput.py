@@ -11,12 +11,12 @@ from xml.etree import ElementTree
 import pytest
 
 from tensorweave.cli.bench_goodput import add_goodput, num_ranks, run_goodput, way_config
-from tensorweave.cli.goodput_load import Due, Limits, Mix, Outcome, arrivals, best_row, figures, run_load
+from tensorweave.cli.goodput_load import Due, LatencyLimits, Mix, Outcome, arrivals, best_row, figures, run_load
 from tensorweave.cli.goodput_plot import curves_svg
 from tensorweave.cli.http_stream import RequestFailed, Timeline
 
 MIX = Mix(chat_input=20, chat_output=10, long_input=500, long_output=5, long_share=0.2, burst=4)
-LIMITS = Limits(1.0, 0.03)
+LIMITS = LatencyLimits(1.0, 0.03)
 
 
 def parsed(*arguments: str) -> argparse.Namespace:

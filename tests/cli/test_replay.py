@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 
+from tensorweave.cli.goodput_load import LatencyLimits
 from tensorweave.cli.main import main
 from tensorweave.cli.replay_calibration import Row, fit, read_cost_model, write_cost_model
-from tensorweave.cli.replay_figures import Objective, Outcome, replay_figures
+from tensorweave.cli.replay_figures import Outcome, replay_figures
 from tensorweave.cli.replay_simulation import SimulatedLink, Simulation
 from tensorweave.cli.replay_trace import Trace, TraceRequest
-from tensorweave.cli.stepped_loop import run_stepped
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec, TokenChunk
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.workers.fakes.simulated_gang import CostModel, GangShape
+from tensorweave.workers.fakes.stepped_loop import run_stepped
 
 SHAPE = GangShape(num_blocks=40, tokens_per_block=8, max_batch_size=8, max_num_tokens=64)
 COST = CostModel(0.01, 1e-3, 0.0, 1e-3, 0.0)
@@ -105,7 +106,7 @@ def test_the_routers_limits_hold_in_a_simulation() -> None:
 def test_figures() -> None:
     trace = trace_of(TraceRequest(0.0, 8, 3, (1,)), TraceRequest(0.0, 8, 3, (1,)), TraceRequest(0.0, 8, 3, (2,)))
     outcomes = [Outcome(8, 4, 3, 0.5, 0.6), Outcome(8, 0, 3, 5.0, 5.1), Outcome(8, error="overloaded")]
-    figures = replay_figures(trace, outcomes, 2.0, Objective(1.0, 0.1))
+    figures = replay_figures(trace, outcomes, 2.0, LatencyLimits(1.0, 0.1))
     assert (figures["num_answered"], figures["errors"]) == (2, {"overloaded": 1})
     assert (figures["goodput_per_s"], figures["good_share"]) == (0.5, 0.3333)
     assert (figures["hit_rate"], figures["ideal_hit_rate"]) == (0.25, 0.3333)

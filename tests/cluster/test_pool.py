@@ -10,7 +10,7 @@ from tensorweave.cluster.errors import InsufficientResources, TensorweaveError, 
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.pool import GangPool, PoolSpec
 from tensorweave.cluster.protocol import GangAddress, KvSource, LinkMeasurement, ModelInfo
-from tests.router.stepped_loop import run_stepped
+from tensorweave.workers.fakes.stepped_loop import run_stepped
 
 _INFO = ModelInfo("fake", 10, 10, "float32", 2, 5)
 

@@ -9,9 +9,9 @@ import httpx
 
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.text.tokens import Tokenizer
+from tensorweave.workers.fakes.stepped_loop import run_stepped
 from tests.router.fake_fleet import FakeLink
 from tests.router.serving import client_of, make_app, model_info, script_of
-from tests.router.stepped_loop import run_stepped
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TEXT = "Grüße aus 東京 😀!"

@@ -107,7 +107,6 @@ class SimulatedGang:
         self._flight: _Flight | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._num_arrived = 0
-        self.num_steps = 0
         self.busy_s = 0.0
 
     @property
@@ -183,7 +182,6 @@ class SimulatedGang:
         flight = self._flight
         assert flight is not None
         self._flight = None
-        self.num_steps += flight.num_steps
         self.busy_s += flight.num_steps * flight.step_s
         batch = flight.batch
         if not batch.context:

@@ -13,7 +13,7 @@ from tensorweave.cluster.errors import DeadlineExceeded, Overloaded
 from tensorweave.router.dispatch.admission import Admission, Limits
 from tensorweave.router.dispatch.estimates import DrainRate, FirstTokenTime, InflightLimit
 from tensorweave.router.dispatch.fair_queue import NO_KEY, Claim
-from tests.router.stepped_loop import run_stepped
+from tensorweave.workers.fakes.stepped_loop import run_stepped
 
 NEVER_S = 1e6
 

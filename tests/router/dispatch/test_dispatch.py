@@ -11,9 +11,9 @@ from tensorweave.cluster.errors import DeadlineExceeded, NotReady, Overloaded, R
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec, TokenChunk
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.dispatch import Dispatcher
+from tensorweave.workers.fakes.stepped_loop import run_stepped
 from tests.router.fake_fleet import FakeFleet, FakeLink, hash_token
 from tests.router.serving import model_info
-from tests.router.stepped_loop import run_stepped
 
 
 def request_of(name: str = "r", max_tokens: int = 4, deadline_s: float | None = None) -> GenerateRequest:

@@ -18,9 +18,9 @@ from tensorweave.router.dispatch.kv_view import PromptView
 from tensorweave.router.dispatch.loads import Assumptions, Loads
 from tensorweave.router.dispatch.policy import Joint, Options, PolicyName, PolicySettings, Route, build_policy
 from tensorweave.router.dispatch.speeds import SpeedLine
+from tensorweave.workers.fakes.stepped_loop import run_stepped
 from tests.router.fake_fleet import FakeFleet, FakeLink
 from tests.router.serving import model_info
-from tests.router.stepped_loop import run_stepped
 
 INFO = model_info()
 POLICIES: list[PolicyName] = ["joint", "least_loaded", "power_of_two", "round_robin"]

@@ -6,9 +6,9 @@ from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec, TokenChu
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.http.metrics import RouterMetrics
+from tensorweave.workers.fakes.stepped_loop import run_stepped
 from tests.router.fake_fleet import FakeFleet, FakeLink
 from tests.router.serving import model_info
-from tests.router.stepped_loop import run_stepped
 
 PROMPT = [5 + n % 90 for n in range(300)]
 

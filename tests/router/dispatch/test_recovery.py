@@ -26,9 +26,9 @@ from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.attempt import ORPHAN_WAIT_S
 from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.dispatch.policy import PolicyName, PolicySettings, build_policy
+from tensorweave.workers.fakes.stepped_loop import run_stepped
 from tests.router.fake_fleet import FakeFleet, FakeLink, Fault, hash_token
 from tests.router.serving import model_info
-from tests.router.stepped_loop import run_stepped
 
 INFO = model_info()
 PROMPT = [5, 6, 7]

@@ -13,9 +13,9 @@ from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.dispatch.policy import PolicySettings, build_policy
 from tensorweave.router.dispatch.transcript import Diverged, Transcript
 from tensorweave.router.text.generation import Job, TextDelta, TokensOnly, generate_text
+from tensorweave.workers.fakes.stepped_loop import run_stepped
 from tests.router.fake_fleet import FakeFleet, FakeLink, Fault
 from tests.router.serving import model_info
-from tests.router.stepped_loop import run_stepped
 
 PROMPT = [5, 6, 7]
 TOLD = SamplingSpec(

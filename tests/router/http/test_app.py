@@ -14,6 +14,7 @@ from tensorweave.cluster.errors import LogitsNotFinite, Overloaded, WorkerLost
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.http.app import build_app
 from tensorweave.router.http.health import check_health
+from tensorweave.workers.fakes.stepped_loop import run_stepped
 from tests.router.calls import CHAT, COMPLETIONS, TEXT, check_error, get, post, scripted
 from tests.router.fake_fleet import FakeFleet, FakeLink, Fault
 from tests.router.serving import (
@@ -29,7 +30,6 @@ from tests.router.serving import (
     script_of,
 )
 from tests.router.small_tokenizers import byte_level
-from tests.router.stepped_loop import run_stepped
 
 # ---- answers
 

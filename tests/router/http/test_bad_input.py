@@ -11,6 +11,7 @@ import pytest
 
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.http.app import build_app
+from tensorweave.workers.fakes.stepped_loop import run_stepped
 from tests.router.calls import CHAT, COMPLETIONS, check_error, get, post, scripted
 from tests.router.fake_fleet import FakeLink, Fault
 from tests.router.serving import (
@@ -25,7 +26,6 @@ from tests.router.serving import (
     running,
     until,
 )
-from tests.router.stepped_loop import run_stepped
 
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 LONG_PROMPT = [5] * 600

@@ -17,6 +17,7 @@ from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.dispatch import Dispatcher, Handoff
 from tensorweave.router.http.app import build_app
 from tensorweave.router.openai.disaggregated import DisaggregatedParams, params_of
+from tensorweave.workers.fakes.stepped_loop import run_stepped
 from tests.router.dispatch.test_recovery import (
     INFO,
     check_answer,
@@ -28,7 +29,6 @@ from tests.router.dispatch.test_recovery import (
 )
 from tests.router.fake_fleet import FakeFleet, FakeLink, Fault, hash_token
 from tests.router.serving import chat, client_of, completion, events_of, make_app, make_service, model_info
-from tests.router.stepped_loop import run_stepped
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SOURCE = KvSource("elsewhere", (), {"model": "m"}, "secret")

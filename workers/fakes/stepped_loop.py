@@ -1,4 +1,5 @@
-"""An event loop whose clock jumps to the next timer when nothing is ready: back-offs and deadlines cost no time."""
+"""An event loop whose clock jumps to the next timer when nothing is ready: back-offs and deadlines cost no time. For
+tests, and for simulations (`tensorweave replay --simulate`)."""
 
 from __future__ import annotations
 
