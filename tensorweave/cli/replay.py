@@ -19,6 +19,8 @@ from tensorweave.cli.replay_figures import replay_figures
 from tensorweave.cli.replay_http import replay_over_http
 from tensorweave.cli.replay_simulation import Simulation
 from tensorweave.cli.replay_trace import Trace
+from tensorweave.cluster.llm_args import TorchLlmArgs
+from tensorweave.cluster.step_settings import StepSettings
 from tensorweave.deploy.config_file import read_document
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.policy import PolicyName
@@ -70,8 +72,10 @@ def _add_simulation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gangs", type=positive, default=4, metavar="N", help="default: %(default)s")
     group.add_argument("--policy", choices=[*_POLICIES, "all"], default="joint", help="default: %(default)s")
     group.add_argument("--kv-tokens", type=positive, default=420_000, metavar="N", help="per gang (%(default)s)")
-    group.add_argument("--max-batch-size", type=positive, default=256, metavar="N", help="default: %(default)s")
-    group.add_argument("--max-num-tokens", type=positive, default=8192, metavar="N", help="default: %(default)s")
+    group.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="for the scheduler (%(default)s)")
+    group.add_argument("--max-batch-size", type=positive, metavar="N", help="default: the engine's on that device")
+    group.add_argument("--max-num-tokens", type=positive, metavar="N", help="default: the engine's on that device")
+    group.add_argument("--router-ms", type=rate, default=5.0, metavar="MS", help="per request (default: %(default)s)")
     group.add_argument("--max-inflight", type=positive, default=100_000, metavar="N", help="default: %(default)s")
     group.add_argument("--max-ttft", type=rate, metavar="S", help="limits.max_ttft_s (default: none)")
     add_changes(parser, "an argument of the engine that --calibrate measures")
@@ -106,12 +110,13 @@ def _simulate(trace: Trace, args: argparse.Namespace) -> list[dict[str, Any]]:
         raise ValueError("--simulate needs --cost-model: see --calibrate")
     cost = read_cost_model(args.cost_model)
     num_blocks = max(1, args.kv_tokens // trace.block_tokens)
-    shape = GangShape(num_blocks, trace.block_tokens, args.max_batch_size, args.max_num_tokens)
+    engine = TorchLlmArgs(model="simulated", max_batch_size=args.max_batch_size, max_num_tokens=args.max_num_tokens)
+    shape = GangShape(num_blocks, trace.block_tokens, StepSettings.of(engine, args.device))
     limits = Limits(max_inflight=args.max_inflight, max_queued=100_000, max_ttft_s=args.max_ttft)
     rows = []
     for policy in _POLICIES if args.policy == "all" else (args.policy,):
         began_s = time.perf_counter()
-        simulation = Simulation(trace, args.gangs, shape, cost, policy, limits)
+        simulation = Simulation(trace, args.gangs, shape, cost, policy, limits, args.router_ms / 1e3)
         outcomes, duration_s = run_stepped(simulation.run())
         figures = replay_figures(trace, outcomes, duration_s, LatencyLimits(args.ttft_limit, args.itl_limit))
         busy = round(simulation.busy_s / duration_s / args.gangs, 4)

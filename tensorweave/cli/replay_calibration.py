@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from tensorweave import LLM
 
 _PROMPT_LENGTHS: Final = (16, 64, 256, 512, 1024)
-_BATCHES: Final = ((1, 32), (2, 256), (4, 64), (8, 128), (16, 64), (32, 32))
+_BATCHES: Final = ((1, 32), (2, 256), (4, 64), (8, 128), (16, 64), (32, 32), (6, 340))
 """(requests, prompt tokens of each)"""
 _OUTPUT_LEN: Final = 24
+_ROUNDS: Final = 3
 _FIELDS: Final = [field.name for field in dataclasses.fields(CostModel)]
-Row = tuple[tuple[float, float, float, float, float], float]
+Features = tuple[float, float, float, float, float]
+Row = tuple[Features, float]
 """A step's features, as of `step_features`, and its seconds."""
 
 
@@ -38,12 +40,21 @@ def calibrate(model: str, options: dict[str, Any]) -> tuple[CostModel, dict[str,
     vocab_size = ModelShape.read(model_dir).vocab_size
     with LLM(model=model_dir, skip_tokenizer_init=True, **options) as llm:
         rows: list[Row] = []
-        for seed in range(3):
+        _steps(llm, random_prompts(1, 256, vocab_size, 0), 2)  # the first steps of an engine are slow
+        for seed in range(_ROUNDS):
             for length in _PROMPT_LENGTHS:
                 rows += _steps(llm, random_prompts(1, length - 8, vocab_size, seed + length), 2)
             for size, length in _BATCHES:
                 rows += _steps(llm, random_prompts(size, length, vocab_size, 1000 * seed + size), _OUTPUT_LEN)
-    return fit(rows)
+    return fit(typical(rows))
+
+
+def typical(rows: Sequence[Row]) -> list[Row]:
+    """Of steps with equal features the median: other processes delay some."""
+    seconds: dict[Features, list[float]] = {}
+    for features, took_s in rows:
+        seconds.setdefault(features, []).append(took_s)
+    return [(features, statistics.median(each)) for features, each in seconds.items()]
 
 
 def _steps(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[Row]:

@@ -79,12 +79,21 @@ class SimulatedLink:
 
 
 class Simulation:
-    """`run` on a stepped loop."""
+    """`run` on a stepped loop. The router has `router_s` of work for each request, one after another."""
 
     def __init__(
-        self, trace: Trace, num_gangs: int, shape: GangShape, cost: CostModel, policy: PolicyName, limits: Limits
+        self,
+        trace: Trace,
+        num_gangs: int,
+        shape: GangShape,
+        cost: CostModel,
+        policy: PolicyName,
+        limits: Limits,
+        router_s: float = 0.0,
     ) -> None:
         self._trace = trace
+        self._router_s = router_s
+        self._router_free_s = 0.0
         self.links = [SimulatedLink(f"gang-{i}", shape, cost) for i in range(num_gangs)]
         self._policy = build_policy(policy, draw=random.Random(0))
         self._limits = limits
@@ -107,6 +116,8 @@ class Simulation:
     async def _ask(self, dispatcher: Dispatcher, number: int, asked: TraceRequest) -> Outcome:
         now_s = asyncio.get_running_loop().time
         began_s, first_s, num_cached, num_output = now_s(), 0.0, 0, 0
+        self._router_free_s = max(self._router_free_s, began_s) + self._router_s
+        await asyncio.sleep(self._router_free_s - began_s)
         request = GenerateRequest(
             str(number),
             self._trace.plain_prompt(asked),

@@ -12,17 +12,21 @@ import pytest
 
 from tensorweave.cli.goodput_load import LatencyLimits
 from tensorweave.cli.main import main
-from tensorweave.cli.replay_calibration import Row, fit, read_cost_model, write_cost_model
+from tensorweave.cli.replay_calibration import Row, fit, read_cost_model, typical, write_cost_model
 from tensorweave.cli.replay_figures import Outcome, replay_figures
 from tensorweave.cli.replay_simulation import SimulatedLink, Simulation
 from tensorweave.cli.replay_trace import Trace, TraceRequest
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec, TokenChunk
+from tensorweave.cluster.step_settings import StepSettings
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.workers.fakes.simulated_gang import CostModel, GangShape
 from tensorweave.workers.fakes.stepped_loop import run_stepped
 
-SHAPE = GangShape(num_blocks=40, tokens_per_block=8, max_batch_size=8, max_num_tokens=64)
+STEPS = StepSettings(
+    max_batch_size=8, max_num_tokens=64, max_prompt_tokens_beside_decodes=64, balances_prompts=False, overlaps=False
+)
+SHAPE = GangShape(num_blocks=40, tokens_per_block=8, steps=STEPS)
 COST = CostModel(0.01, 1e-3, 0.0, 1e-3, 0.0)
 LIMITS = Limits(max_inflight=1000)
 
@@ -49,6 +53,13 @@ def test_an_arrival_waits_for_the_step_that_is_under_way_and_joins_the_next() ->
     mixed_s = 0.01 + 16 * 1e-3 + 1e-3
     assert second.ttft_s == pytest.approx(start_s + mixed_s - 0.0605)
     assert first.total_s == pytest.approx(first.ttft_s + 97 * 0.011 + mixed_s + 0.012)
+
+
+def test_the_router_takes_one_request_after_another() -> None:
+    trace = trace_of(TraceRequest(0.0, 8, 1, (1,)), TraceRequest(0.0, 8, 1, (2,)), TraceRequest(0.0, 8, 1, (3,)))
+    simulation = Simulation(trace, 1, SHAPE, COST, "joint", LIMITS, router_s=0.012)
+    ttft_s = [outcome.ttft_s for outcome in run_stepped(simulation.run())[0]]
+    assert ttft_s == pytest.approx([0.012 + 0.018, 0.03 + 0.018, 0.048 + 0.018])
 
 
 def test_equal_blocks_are_found_as_the_kv_cache_manager_finds_them() -> None:
@@ -92,7 +103,7 @@ def test_a_request_that_is_left_frees_its_blocks() -> None:
 def test_the_routers_limits_hold_in_a_simulation() -> None:
     """A gang can answer 6 requests a second; there come 30."""
     requests = [TraceRequest(i / 30, 60, 20, tuple(range(100 * i, 100 * i + 8))) for i in range(900)]
-    shape = GangShape(num_blocks=400, tokens_per_block=8, max_batch_size=8, max_num_tokens=64)
+    shape = GangShape(num_blocks=400, tokens_per_block=8, steps=STEPS)
     free = simulate(trace_of(*requests), shape=shape)
     bounded = simulate(trace_of(*requests), shape=shape, limits=Limits(max_inflight=100, max_ttft_s=3.0))
     assert max(outcome.ttft_s for outcome in free) > 60
@@ -119,7 +130,8 @@ def test_a_cost_model_is_fitted_and_read_back(tmp_path: Path) -> None:
         prompt = (1.0, 50.0 * i, 1250.0 * i * i, 0.0, 0.0)
         decode = (1.0, 0.0, 0.0, float(i), 700.0 * (40 - i))
         rows += [(features, true.seconds(features)) for features in (prompt, decode)]
-    cost, error = fit(rows)
+    delayed = [(features, 9 * took_s) for features, took_s in rows]
+    cost, error = fit(typical([*rows, *delayed, *rows]))
     assert cost.fixed_s == pytest.approx(true.fixed_s, rel=0.01)
     assert cost.per_prompt_token_s == pytest.approx(true.per_prompt_token_s, rel=0.02)
     assert cost.per_kv_token_s == pytest.approx(0.0, abs=1e-10)

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from tensorweave.cluster.protocol import GenerateRequest, TokenChunk
+from tensorweave.cluster.step_settings import StepSettings
 from tensorweave.workers.executor.bookkeeping import book_launch, book_result
+from tensorweave.workers.executor.prompt_share import BalancedShare, FixedShare
 from tensorweave.workers.executor.scheduler import SimpleScheduler
 from tensorweave.workers.kv.events import CacheEvents
 from tensorweave.workers.kv.manager import KVCacheManager
@@ -62,10 +64,12 @@ def step_features(batch: ScheduledBatch) -> tuple[float, float, float, float, fl
 
 @dataclass(frozen=True, slots=True)
 class GangShape:
+    """`layer_weights` are those of a layer on one rank; by default an 8B model's."""
+
     num_blocks: int
     tokens_per_block: int
-    max_batch_size: int = 256
-    max_num_tokens: int = 8192
+    steps: StepSettings
+    layer_weights: int = 218 * 10**6
 
 
 @dataclass(slots=True)
@@ -96,8 +100,13 @@ class SimulatedGang:
 
     def __init__(self, shape: GangShape, cost: CostModel, on_events: Callable[[list[dict[str, Any]]], None]) -> None:
         self._kv = _NamingManager(shape.num_blocks, shape.tokens_per_block)
+        steps, most = shape.steps, shape.steps.max_prompt_tokens_beside_decodes
+        balanced = BalancedShare(self._kv, most, shape.layer_weights)
         self._scheduler = SimpleScheduler(
-            self._kv, max_batch_size=shape.max_batch_size, max_num_tokens=shape.max_num_tokens
+            self._kv,
+            max_batch_size=steps.max_batch_size,
+            max_num_tokens=steps.max_num_tokens,
+            share=balanced if steps.balances_prompts else FixedShare(most),
         )
         self._resources = ResourceManager([self._kv])
         self._cost = cost
