@@ -14,10 +14,10 @@ from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.dispatch.policy import build_policy
 from tensorweave.router.text.event_pace import EventPace
 from tensorweave.router.text.generation import Job, TextDelta, TokensOnly, generate_all
+from tensorweave.workers.fakes.stepped_loop import run_stepped
 from tests.router.fake_fleet import FakeFleet, FakeLink
 from tests.router.fake_logprobs import fake_logprobs
 from tests.router.serving import model_info
-from tests.router.stepped_loop import run_stepped
 
 STEP_S = 0.01
 NUM_TOKENS = 50
