@@ -14,17 +14,14 @@ from typing import Any, Final, get_args
 from tensorweave.cli.arguments import add_api_key, add_changes, positive, rate
 from tensorweave.cli.figures import aligned, machine, publish, report, settings_of
 from tensorweave.cli.goodput_load import LatencyLimits
-from tensorweave.cli.replay_calibration import calibrate, read_cost_model, write_cost_model
 from tensorweave.cli.replay_figures import replay_figures
 from tensorweave.cli.replay_http import replay_over_http
-from tensorweave.cli.replay_simulation import Simulation
 from tensorweave.cli.replay_trace import Trace
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.step_settings import StepSettings
 from tensorweave.deploy.config_file import read_document
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.policy import PolicyName
-from tensorweave.workers.fakes.simulated_gang import GangShape
 from tensorweave.workers.fakes.stepped_loop import run_stepped
 
 _POLICIES: Final[tuple[PolicyName, ...]] = get_args(PolicyName)
@@ -94,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
+    from tensorweave.cli.replay_calibration import calibrate, write_cost_model  # imports torch
+
     if args.cost_model is None:
         raise ValueError("--calibrate needs --cost-model, the file to write")
     options = read_document(os.devnull, args.changes).checked().data
@@ -106,6 +105,10 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _simulate(trace: Trace, args: argparse.Namespace) -> list[dict[str, Any]]:
+    from tensorweave.cli.replay_calibration import read_cost_model  # imports torch
+    from tensorweave.cli.replay_simulation import Simulation
+    from tensorweave.workers.fakes.simulated_gang import GangShape
+
     if args.cost_model is None:
         raise ValueError("--simulate needs --cost-model: see --calibrate")
     cost = read_cost_model(args.cost_model)
