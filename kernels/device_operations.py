@@ -12,12 +12,13 @@ from typing import Protocol
 from torch import Tensor
 
 from tensorweave.kernels.heads.rotation import HeadRotation
+from tensorweave.kernels.mixture.stack import ExpertStack
 from tensorweave.kernels.step.reference import SequenceState, TableUpdate
 from tensorweave.kernels.weights import Matrix
 
 # R rows of a decode step, T tokens of any step, N query heads, K KV heads, X = N + 2 K, H head dim, D hidden size
-# J inputs, O outputs, I intermediate width, B blocks of the pool, C = 2 K planes of a block, P tokens per block
-# S sequence slots
+# E experts, J inputs, O outputs, I intermediate width, B blocks of the pool, C = 2 K planes of a block
+# P tokens per block, S sequence slots
 
 
 class PrefillPlan(Protocol):
@@ -86,6 +87,14 @@ class DeviceOperations(Protocol):
 
     def add_product(self, x_TJ: Tensor, matrix: Matrix, sum_TO: Tensor) -> None:
         """sum += x weightᵀ + bias."""
+        ...
+
+    def add_experts(self, x_TD: Tensor, logits_TE: Tensor, stack: ExpertStack, sum_TD: Tensor) -> None:
+        """See `kernels.mixture.stack.add_experts`."""
+        ...
+
+    def add_gated(self, sum_TD: Tensor, gate_T1: Tensor, x_TD: Tensor) -> None:
+        """sum += sigmoid(gate) * x."""
         ...
 
     def rope_store(

@@ -14,6 +14,8 @@ from tensorweave.kernels.heads.kv_slots import KvSlots
 from tensorweave.kernels.heads.reference import HeadNorms, place_heads
 from tensorweave.kernels.heads.rotation import HeadRotation
 from tensorweave.kernels.linear.reference import make_linear
+from tensorweave.kernels.mixture.gated_sum import add_gated
+from tensorweave.kernels.mixture.stack import ExpertStack, add_experts
 from tensorweave.kernels.norm.reference import rms_norm
 from tensorweave.kernels.step import reference as step
 from tensorweave.kernels.step.reference import SequenceState, TableUpdate
@@ -44,6 +46,12 @@ class ReferenceOperations:
 
     def add_product(self, x_TJ: Tensor, matrix: Matrix, sum_TO: Tensor) -> None:
         sum_TO += make_linear(matrix.weight_NK, matrix.bias_N)(x_TJ)
+
+    def add_experts(self, x_TD: Tensor, logits_TE: Tensor, stack: ExpertStack, sum_TD: Tensor) -> None:
+        add_experts(x_TD, logits_TE, stack, sum_TD)
+
+    def add_gated(self, sum_TD: Tensor, gate_T1: Tensor, x_TD: Tensor) -> None:
+        add_gated(sum_TD, gate_T1, x_TD)
 
     def rope_store(
         self, heads_TXH: Tensor, cache_BCPH: Tensor, slots_T: Tensor, positions_T: Tensor, rotation: HeadRotation

@@ -20,6 +20,9 @@ from tensorweave.kernels.linear.quantized import QuantizedRows, can_scale, scale
 from tensorweave.kernels.linear.reference import QuantizedLinear
 from tensorweave.kernels.linear.triton_quantize import quantize
 from tensorweave.kernels.linear.triton_swiglu import silu_mul_pairs, swiglu_linear
+from tensorweave.kernels.mixture.gated_sum import add_gated
+from tensorweave.kernels.mixture.stack import ExpertStack
+from tensorweave.kernels.mixture.triton import add_experts, choose_tilings
 from tensorweave.kernels.norm.triton import add_rms_norm
 from tensorweave.kernels.step import triton as step
 from tensorweave.kernels.step.reference import SequenceState, TableUpdate
@@ -98,6 +101,13 @@ class TritonOperations:
         rows = QuantizedRows.empty(x_TJ.shape[0], x_TJ.shape[1], self._device)
         quantize(x_TJ, rows, pdl=self._has_pdl)
         scaled_linear(rows, weight, out_TO, bias_O)
+
+    def add_experts(self, x_TD: Tensor, logits_TE: Tensor, stack: ExpertStack, sum_TD: Tensor) -> None:
+        tilings = choose_tilings(len(x_TD), stack, is_scaled=False)
+        add_experts(x_TD, logits_TE, stack, sum_TD, tilings, pdl=self._has_pdl)
+
+    def add_gated(self, sum_TD: Tensor, gate_T1: Tensor, x_TD: Tensor) -> None:
+        add_gated(sum_TD, gate_T1, x_TD)
 
     def rope_store(
         self, heads_TXH: Tensor, cache_BCPH: Tensor, slots_T: Tensor, positions_T: Tensor, rotation: HeadRotation

@@ -19,6 +19,7 @@ from tensorweave.cluster.quant_config import weight_quantization
 from tensorweave.cluster.step_settings import StepSettings
 from tensorweave.kernels.attention.backend import AttentionShape
 from tensorweave.kernels.mixture.reference import EachExpert
+from tensorweave.kernels.mixture.stack import stack_experts
 from tensorweave.kernels.native.library import load_native, use_threads
 from tensorweave.kernels.operations import Operations, choose_device_operations, choose_operations, reference_operations
 from tensorweave.kernels.weights import FP8
@@ -144,7 +145,7 @@ class _ModelShare:
     @property
     def operations(self) -> Operations:
         if self.is_on_device:
-            return reference_operations(self.device, self.dtype)
+            return replace(reference_operations(self.device, self.dtype), make_experts=stack_experts)
         head_dim = self.config.sizes.head_dim
         chosen = choose_operations(self.device, self.dtype, head_dim, has_plain_attention=self.has_plain_attention)
         return replace(chosen, make_experts=EachExpert) if self.has_plain_experts else chosen
@@ -182,11 +183,6 @@ def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) 
     if args.max_seq_len is None:
         _tell_of_longrope(config)
     device = pick_device(args.device)
-    if config.sizes.experts is not None and (device.type == "cuda" or is_on_device):
-        raise ValueError(
-            f"{config.architecture} is a mixture of experts, which runs on CPUs only (device='cpu'): there are no "
-            f"kernels for experts on a GPU yet"
-        )
     if config.quantization is not None:
         _check_quantized(config.quantization, quantization, args.load_format, device)
     dtype = pick_dtype(args.dtype if saved is None else saved.dtype, config.checkpoint_dtype, device)
@@ -198,6 +194,8 @@ def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) 
     has_plain_attention = args.attn_backend == "VANILLA"
     if is_on_device is None:
         is_on_device = device.type == "cuda" and not has_plain_attention and _fits_device_engine(config, args, place)
+    if config.sizes.experts is not None and device.type == "cuda":
+        _check_experts(config, is_on_device=is_on_device, quantization=quantization)
     return _ModelShare(
         path,
         config,
@@ -211,6 +209,15 @@ def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) 
         is_on_device=is_on_device,
         adapters=_adapter_limits(args),
     )
+
+
+def _check_experts(config: ModelConfig, *, is_on_device: bool, quantization: str | None) -> None:
+    """Raises ValueError for mixtures of experts that are computed on CPUs alone."""
+    what = f"{config.architecture} is a mixture of experts"
+    if not is_on_device:
+        raise ValueError(f"{what}, whose experts PyTorch alone does not compute on a GPU: set device to 'cpu'")
+    if quantization is not None:
+        raise ValueError(f"{what}: on a GPU its weights are not quantized; leave quant_config.quant_algo out")
 
 
 def _adapter_limits(args: TorchLlmArgs) -> AdapterLimits | None:

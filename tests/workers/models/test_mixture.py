@@ -137,12 +137,6 @@ def test_the_memory_of_a_rank_is_counted_before_it_is_read(tmp_path: Path) -> No
         assert abs(halves[0] - halves[1]) < expert, "each has half of all experts"
 
 
-def test_a_device_engine_refuses_experts_by_name(tmp_path: Path) -> None:
-    make_model("mixtral", tmp_path)
-    with pytest.raises(ValueError, match="MixtralForCausalLM is a mixture of experts, which runs on CPUs only"):
-        load_engine(engine_args(tmp_path), SoloComm(), is_on_device=True)
-
-
 def test_experts_of_a_dense_model_cannot_be_divided(tmp_path: Path) -> None:
     make_model("llama", tmp_path)
     with pytest.raises(ValueError, match="moe_expert_parallel_size is 2; this model has no experts to share"):

@@ -8,35 +8,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.activation.reference import silu_mul
 from tensorweave.kernels.heads.rotation import HeadRotation
-from tensorweave.kernels.linear.reference import Linear, QuantizedLinear, TorchLinear
-from tensorweave.kernels.weights import Matrix, QuantizedWeight, interleave_gate_up
-from tensorweave.workers.models.decoder_layer import DecoderLayer, GatedMlp
+from tensorweave.kernels.linear.reference import TorchLinear
+from tensorweave.kernels.weights import Matrix
+from tensorweave.workers.models.decoder_layer import DecoderLayer
+from tensorweave.workers.models.device.mlp import DeviceMixture, DeviceMlp, missing_of_mlp, take_matrix, take_mlp
 from tensorweave.workers.models.layers import ColumnLinear, OutputHead, RmsNorm, VocabEmbedding
 from tensorweave.workers.models.residual import Unchanged
 from tensorweave.workers.models.stack import TorchStack
 from tensorweave.workers.models.transformer import Transformer
 
-# D hidden size, I intermediate width, L positions, H head dim, V vocabulary, N outputs and K inputs of a matrix
+# D hidden size, L positions, H head dim, V vocabulary
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceLayer:
-    """Rows of `gate_up` (and its bias) alternate gate and up."""
-
     norm_D: Tensor
     qkv: Matrix
     rotation: HeadRotation
     output: Matrix
     mlp_norm_D: Tensor
-    gate_up: Matrix
-    down: Matrix
+    mlp: DeviceMlp | DeviceMixture
     window: int | None
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
-        return self.qkv, self.output, self.gate_up, self.down
+        """Without those of experts that are routed."""
+        return self.qkv, self.output, *self.mlp.matrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,13 @@ class DeviceModel:
 
     @property
     def intermediate_size(self) -> int:
-        return self.layers[0].gate_up.num_outputs // 2
+        """Of plain MLPs; 0 if there are none."""
+        return max((mlp.gated_width for mlp in self.plain_mlps), default=0)
+
+    @property
+    def plain_mlps(self) -> tuple[DeviceMlp, ...]:
+        """Not those of experts."""
+        return tuple(layer.mlp for layer in self.layers if isinstance(layer.mlp, DeviceMlp))
 
     @property
     def num_placed_heads(self) -> int:
@@ -127,10 +131,8 @@ def _missing_of_layer(layer: DecoderLayer, rope_widths: Sequence[int]) -> str | 
         return "norms or factors behind attention and MLP"
     if any(isinstance(each, RmsNorm) and each.offset for each in (norm, mlp_norm)):
         return "norms whose weights have an offset"
-    if not isinstance(mlp, GatedMlp):
-        return f"a {type(mlp).__name__} in place of an MLP"
-    if mlp.activate is not silu_mul:
-        return "gates other than silu"
+    if (missing := missing_of_mlp(mlp)) is not None:
+        return missing
     if not isinstance(attention.qkv, ColumnLinear):
         return "norms over all heads together"
     if attention.soft_cap is not None or attention.sinks_N is not None:
@@ -151,10 +153,9 @@ def can_take(num_heads: int, num_kv_heads: int, head_dim: int, tokens_per_block:
 
 
 def _take_layer(layer: DecoderLayer, rope_table_LH: Tensor) -> DeviceLayer:
-    attention, norms, mlp = layer.attention, layer.attention.norms, layer.mlp
+    attention, norms = layer.attention, layer.attention.norms
     assert isinstance(layer.attention_norm, RmsNorm)
     assert isinstance(layer.mlp_norm, RmsNorm)
-    assert isinstance(mlp, GatedMlp)
     assert isinstance(attention.qkv, ColumnLinear)
     rotation = (
         HeadRotation(rope_table_LH)
@@ -163,38 +164,13 @@ def _take_layer(layer: DecoderLayer, rope_table_LH: Tensor) -> DeviceLayer:
     )
     return DeviceLayer(
         norm_D=layer.attention_norm.weight_D,
-        qkv=_matrix(attention.qkv.linear),
+        qkv=take_matrix(attention.qkv.linear),
         rotation=rotation,
-        output=_matrix(attention.output.linear),
+        output=take_matrix(attention.output.linear),
         mlp_norm_D=layer.mlp_norm.weight_D,
-        gate_up=_interleave(_matrix(mlp.gate_up.linear)),
-        down=_matrix(mlp.down.linear),
+        mlp=take_mlp(layer.mlp),
         window=attention.window,
     )
-
-
-def _matrix(linear: Linear) -> Matrix:
-    match linear:
-        case TorchLinear():
-            return Matrix(linear.weight_NK, linear.bias_N)
-        case QuantizedLinear():
-            return Matrix(linear.weight, linear.bias_N)
-        case _:
-            raise AssertionError(f"no form of {type(linear).__name__} for a device engine")
-
-
-def _interleave(gate_up: Matrix) -> Matrix:
-    """Gate rows, then up rows, to rows that alternate; in place."""
-    weight = gate_up.weight_NK
-    tensors = (weight.values_NK, weight.scales_N) if isinstance(weight, QuantizedWeight) else (weight,)
-    for tensor in (*tensors, gate_up.bias_N):
-        if tensor is not None:
-            _interleave_halves(tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor)
-    return gate_up
-
-
-def _interleave_halves(rows: Tensor) -> None:
-    rows.copy_(interleave_gate_up(*rows.chunk(2)))
 
 
 def _is_power_of_two(number: int) -> bool:

@@ -1,4 +1,5 @@
-"""`ThinLayers`: all layers of a decode step of few rows: five kernels a layer, with the norms folded into the products.
+"""`ThinLayers`: all layers of a decode step of few rows: five kernels a layer, with experts seven
+to nine, with the norms folded into the products.
 
 See `kernels.linear.triton_thin`; only on a GPU, in bfloat16.
 """
@@ -6,43 +7,33 @@ See `kernels.linear.triton_thin`; only on a GPU, in bfloat16.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from tensorweave.kernels.cuda.program import can_run_hopper_kernels
-from tensorweave.kernels.linear.thin_tiling import (
-    GATED,
-    PLAIN,
-    RESIDUAL,
-    Tiling,
-    choose_quantized_tiling,
-    choose_tiling,
-)
+from tensorweave.kernels.linear.thin_tiling import PLAIN, RESIDUAL
 from tensorweave.kernels.linear.triton_quantize import make_peaks
 from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, thin_linear
 from tensorweave.kernels.norm.triton import embed
-from tensorweave.kernels.weights import Matrix, QuantizedWeight
+from tensorweave.kernels.weights import Matrix
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.model import DeviceModel
+from tensorweave.workers.models.device.thin_mlp import (
+    LayerPeaks,
+    ThinTilings,
+    fits_thin_mlp,
+    is_quantized,
+    make_thin_mlp,
+    weight_of,
+)
 from tensorweave.workers.models.device.wide import DecodeLayerAttention
 
 MAX_THIN_ROWS: Final = 128
 MAX_QUANTIZED_THIN_ROWS: Final = 64
 """Beyond, `WideQuantizedLayers` is faster: rows are quantized once, not by each block of a product."""
 _MAX_SPLITS: Final = 2
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPeaks:
-    """Peaks [R, A] of what each product of a layer reads, if its weight is quantized: see `triton_quantize`."""
-
-    qkv: Tensor | None = None
-    output: Tensor | None = None
-    gate_up: Tensor | None = None
-    down: Tensor | None = None
 
 
 class ThinLayers:
@@ -53,14 +44,13 @@ class ThinLayers:
         self._buffers = buffers
         self._workspace = workspace
         self._num_rows = num_rows
-        D, device = model.hidden_size, model.device
-        output, down = model.layers[0].output, model.layers[0].down
-        self._has_few = can_run_hopper_kernels(device)
-        self._output_tiling = self._choose_tiling(output, D, output.num_inputs, RESIDUAL)
-        self._down_tiling = self._choose_tiling(down, D, down.num_inputs, RESIDUAL)
-        self._squares = torch.zeros(num_rows, self._down_tiling.num_squares(D), device=device)
+        D, device, output = model.hidden_size, model.device, model.layers[0].output
+        self._tilings = ThinTilings(num_rows, can_run_hopper_kernels(device))
+        self._output_tiling = self._tilings.choose(output, D, RESIDUAL)
+        self._mlp = make_thin_mlp(model, buffers, workspace, self._tilings)
+        self._squares = torch.zeros(num_rows, self._mlp.num_squares, device=device)
         self._mlp_squares = torch.zeros(num_rows, self._output_tiling.num_squares(D), device=device)
-        self._all_peaks = make_peaks(len(model.layers), 4, num_rows, device=device) if _is_quantized(down) else None
+        self._all_peaks = make_peaks(len(model.layers), 4, num_rows, device=device) if is_quantized(output) else None
         self._peaks = [
             LayerPeaks() if self._all_peaks is None else LayerPeaks(*self._all_peaks[i])
             for i in range(len(model.layers))
@@ -72,16 +62,16 @@ class ThinLayers:
         if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (9, 0):
             return False
         matrices = [matrix for layer in model.layers for matrix in layer.matrices]
-        is_alike = len({_is_quantized(matrix) for matrix in matrices}) == 1
+        is_alike = len({is_quantized(matrix) for matrix in matrices}) == 1
         biased = any(
-            matrix.bias_N is not None for layer in model.layers for matrix in (layer.output, layer.gate_up, layer.down)
+            matrix.bias_N is not None for layer in model.layers for matrix in (layer.output, *layer.mlp.matrices)
         )
         is_even = model.hidden_size % 64 == 0 and all(matrix.num_inputs % 64 == 0 for matrix in matrices)
-        return is_alike and is_even and not biased and model.dtype == torch.bfloat16
+        return is_alike and is_even and not biased and model.dtype == torch.bfloat16 and fits_thin_mlp(model)
 
     @staticmethod
     def max_rows(model: DeviceModel) -> int:
-        return MAX_QUANTIZED_THIN_ROWS if _is_quantized(model.layers[0].down) else MAX_THIN_ROWS
+        return MAX_QUANTIZED_THIN_ROWS if is_quantized(model.layers[0].output) else MAX_THIN_ROWS
 
     @staticmethod
     def make_workspace(model: DeviceModel) -> SplitWorkspace:
@@ -90,9 +80,9 @@ class ThinLayers:
 
     def __call__(self, attention: DecodeLayerAttention, caches: Sequence[Tensor]) -> None:
         """From `tokens_T` of the buffers to `logits_RV`."""
-        model, rows, buffers, epsilon = self._model, self._num_rows, self._buffers, self._model.epsilon
+        model, rows, buffers = self._model, self._num_rows, self._buffers
         part = buffers.all.first(rows)
-        x, gained, heads, attended, gated = part.x_TD, part.normed_TD, part.heads_TXH, part.attended_TNH, part.gated_TI
+        x, gained, heads, attended = part.x_TD, part.normed_TD, part.heads_TXH, part.attended_TNH
         layers, after_last = model.layers, LayerPeaks()
         if self._all_peaks is not None:
             self._all_peaks.zero_()
@@ -107,38 +97,16 @@ class ThinLayers:
             attention(layer, heads, cache_BCPH, attended, peaks.output)
             middle = ResidualSum(x, layer.mlp_norm_D, gained, self._mlp_squares)
             thin_linear(
-                attended.flatten(1), _weight(layer.output), middle, peaks_MA=peaks.output, out_peaks_MA=peaks.gate_up,
+                attended.flatten(1), weight_of(layer.output), middle, peaks_MA=peaks.output, out_peaks_MA=peaks.gate_up,
                 tiling=self._output_tiling, workspace=self._workspace, pdl=True,
             )  # fmt: skip
-            thin_linear(
-                gained, _weight(layer.gate_up), gated, is_gated=True, squares_MQ=self._mlp_squares, epsilon=epsilon,
-                peaks_MA=peaks.gate_up, out_peaks_MA=peaks.down,
-                tiling=self._choose_tiling(layer.gate_up, gated.shape[1], x.shape[1], GATED), pdl=True,
-            )  # fmt: skip
             last = ResidualSum(x, after_D, gained, self._squares)
-            thin_linear(
-                gated, _weight(layer.down), last, peaks_MA=peaks.down, out_peaks_MA=next_peaks.qkv,
-                tiling=self._down_tiling, workspace=self._workspace, pdl=True,
-            )  # fmt: skip
+            self._mlp(layer.mlp, gained, self._mlp_squares, last, peaks, next_peaks)
         self._product(gained, Matrix(model.head_VD), buffers.logits_RV[:rows], None)
 
     def _product(self, gained_RD: Tensor, matrix: Matrix, out_RO: Tensor, peaks_RA: Tensor | None) -> None:
-        tiling = self._choose_tiling(matrix, out_RO.shape[1], gained_RD.shape[1], PLAIN)
         thin_linear(
-            gained_RD, _weight(matrix), out_RO, bias_N=matrix.bias_N, squares_MQ=self._squares,
-            epsilon=self._model.epsilon, peaks_MA=peaks_RA, tiling=tiling, workspace=self._workspace, pdl=True,
+            gained_RD, weight_of(matrix), out_RO, bias_N=matrix.bias_N, squares_MQ=self._squares,
+            epsilon=self._model.epsilon, peaks_MA=peaks_RA, tiling=self._tilings.choose(matrix, out_RO.shape[1], PLAIN),
+            workspace=self._workspace, pdl=True,
         )  # fmt: skip
-
-    def _choose_tiling(self, matrix: Matrix, num_outputs: int, num_inputs: int, epilogue: int) -> Tiling:
-        if _is_quantized(matrix):
-            return choose_quantized_tiling(self._num_rows, num_outputs, num_inputs, epilogue)
-        return choose_tiling(self._num_rows, num_outputs, num_inputs, epilogue, has_few=self._has_few)
-
-
-def _weight(matrix: Matrix) -> Tensor | QuantizedWeight:
-    assert isinstance(matrix.weight_NK, Tensor | QuantizedWeight)
-    return matrix.weight_NK
-
-
-def _is_quantized(matrix: Matrix) -> bool:
-    return isinstance(matrix.weight_NK, QuantizedWeight)

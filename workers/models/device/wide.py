@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tensorweave.kernels.device_operations import DecodeAttention, DeviceOperations, PrefillPlan
 from tensorweave.workers.models.device.buffers import LayerBuffers, StepBuffers
+from tensorweave.workers.models.device.mlp import DeviceMixture, DeviceMlp, SharedMlp
 from tensorweave.workers.models.device.model import DeviceLayer, DeviceModel
 
 # T tokens, R rows, X = N + 2 K heads, N of them queries, H head dim, B blocks, C = 2 K planes of a block
@@ -142,8 +143,28 @@ class WideLayers:
         attention(layer, part.heads_TXH, cache_BCPH, part.attended_TNH)
         operations.add_product(part.attended_TNH.flatten(1), layer.output, part.x_TD)
         operations.rms_norm(part.x_TD, layer.mlp_norm_D, epsilon, part.normed_TD)
-        operations.gated_product(part.normed_TD, layer.gate_up, part.gated_TI)
-        operations.add_product(part.gated_TI, layer.down, part.x_TD)
+        self._add_mlp(layer.mlp, part)
+
+    def _add_mlp(self, mlp: DeviceMlp | DeviceMixture, part: LayerBuffers) -> None:
+        operations, x_TD, normed_TD = self._operations, part.x_TD, part.normed_TD
+        if isinstance(mlp, DeviceMlp):
+            operations.gated_product(normed_TD, mlp.gate_up, part.gated_TI)
+            operations.add_product(part.gated_TI, mlp.down, x_TD)
+            return
+        logits_TE = normed_TD.new_empty(len(normed_TD), mlp.experts.num_experts)
+        operations.product(normed_TD, mlp.router, logits_TE)
+        operations.add_experts(normed_TD, logits_TE, mlp.experts, x_TD)
+        for shared in mlp.shared:
+            self._add_shared(shared, part)
+
+    def _add_shared(self, shared: SharedMlp, part: LayerBuffers) -> None:
+        operations, normed_TD, mlp = self._operations, part.normed_TD, shared.mlp
+        gate_T1, update_TD = normed_TD.new_empty(len(normed_TD), 1), torch.empty_like(normed_TD)
+        gated_TI = normed_TD.new_empty(len(normed_TD), mlp.gated_width)
+        operations.product(normed_TD, shared.gate, gate_T1)
+        operations.gated_product(normed_TD, mlp.gate_up, gated_TI)
+        operations.product(gated_TI, mlp.down, update_TD)
+        operations.add_gated(part.x_TD, gate_T1, update_TD)
 
     def _norm_last(self, part: LayerBuffers) -> Tensor:
         self._operations.rms_norm(part.x_TD, self._model.norm_D, self._model.epsilon, part.normed_TD)

@@ -24,6 +24,7 @@ from tensorweave.kernels.linear.triton_swiglu import silu_mul_pairs
 from tensorweave.kernels.norm.triton import add_rms_norm
 from tensorweave.kernels.weights import Matrix, QuantizedWeight
 from tensorweave.workers.models.device.buffers import LayerBuffers, StepBuffers
+from tensorweave.workers.models.device.mlp import DeviceMlp
 from tensorweave.workers.models.device.model import DeviceLayer, DeviceModel
 from tensorweave.workers.models.device.wide import DecodeLayerAttention, LayerAttention, MixedLayerAttention
 
@@ -67,9 +68,11 @@ class WideQuantizedLayers:
 
     @staticmethod
     def fits(model: DeviceModel) -> bool:
+        if len(model.plain_mlps) < len(model.layers):
+            return False
         matrices = [matrix.weight_NK for layer in model.layers for matrix in layer.matrices]
         is_quantized = all(isinstance(weight, QuantizedWeight) and can_scale(weight) for weight in matrices)
-        biased = any(m.bias_N is not None for layer in model.layers for m in (layer.output, layer.gate_up, layer.down))
+        biased = any(m.bias_N is not None for layer in model.layers for m in (layer.output, *layer.mlp.matrices))
         return is_quantized and not biased and model.device.type == "cuda"
 
     def __call__(self, num_tokens: int, attention: LayerAttention, caches: Sequence[Tensor]) -> Tensor:
@@ -122,13 +125,14 @@ class WideQuantizedLayers:
         quantize(attended, rows.attended, pdl=pdl)
         attended_update = unscaled_linear(rows.attended, _weight(layer.output), self._ones, rows.update_TD)
         add_rms_norm(part.x_TD, attended_update, layer.mlp_norm_D, epsilon, rows.normed, pdl=pdl)
+        assert isinstance(layer.mlp, DeviceMlp)
         gate_up: Tensor | UnscaledProduct
         if len(attended) >= _SCALED_ROWS:
-            gate_up = scaled_linear(rows.normed, _weight(layer.gate_up), rows.gate_up_T2I)
+            gate_up = scaled_linear(rows.normed, _weight(layer.mlp.gate_up), rows.gate_up_T2I)
         else:
-            gate_up = unscaled_linear(rows.normed, _weight(layer.gate_up), self._ones, rows.gate_up_T2I)
+            gate_up = unscaled_linear(rows.normed, _weight(layer.mlp.gate_up), self._ones, rows.gate_up_T2I)
         silu_mul_pairs(gate_up, rows.gated, pdl=pdl)
-        return unscaled_linear(rows.gated, _weight(layer.down), self._ones, rows.update_TD)
+        return unscaled_linear(rows.gated, _weight(layer.mlp.down), self._ones, rows.update_TD)
 
     def _norm_last(self, part: LayerBuffers, update: UnscaledProduct | None) -> Tensor:
         model = self._model

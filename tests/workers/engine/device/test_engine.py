@@ -17,7 +17,7 @@ from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.step.pending import NothingPending
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tests.workers.engine_drive import ScatteredBlocks, engine_args, generate, logits_of, make_request, random_prompts
-from tests.workers.tiny_models import DENSE, VOCAB, make_model, their_greedy
+from tests.workers.tiny_models import DENSE, MIXTURES, VOCAB, make_model, their_greedy
 
 PROMPTS = [*random_prompts(5, 90), [7], [5] * 32, list(range(100, 133))]
 MISSING = {
@@ -25,13 +25,14 @@ MISSING = {
     "gemma3": "factors of embeddings or logits, soft caps",
     "glm": "rotations of neighbouring elements or of part of a head",
     "glm4": "norms or factors behind attention and MLP",
+    "gpt_oss": "experts whose gates are not silu",
     "granite": "factors of embeddings or logits, soft caps",
     "granite4": "factors of embeddings or logits, soft caps",
     "olmo2": "norms or factors behind attention and MLP",
     "olmo3": "norms or factors behind attention and MLP",
     "phi4_mini": "rotations of neighbouring elements or of part of a head",
 }
-EVEN = [name for name in DENSE if name != "llama_biases" and name not in MISSING]
+EVEN = [name for name in (*DENSE, *MIXTURES) if name != "llama_biases" and name not in MISSING]
 
 
 def device_engine(path: Path, **knobs: Any) -> DeviceEngine:
