@@ -41,24 +41,22 @@ class Roofline:
         n, length = row.num_requests, row.input_len
         pairs = n * length * (length + 1) // 2
         attention_s = pairs * self.shape.attention_operations / self.rates.operations
-        return max(self._products_s(n * length, n) + attention_s, self._weights_s)
+        return max(self._products_s(n * length, n) + attention_s, self._weights_s(n * length))
 
     def decode_s(self, row: Row) -> float:
         n, num_steps = row.num_requests, row.output_len - 1
         tokens_read = n * (num_steps * row.input_len + num_steps * (num_steps + 1) // 2)
         kv_bytes = tokens_read * self.shape.num_kv_elements * BYTES[self.kv_dtype]
-        return num_steps * max(self._products_s(n, n), self._weights_s) + kv_bytes / self.rates.read_bytes
+        return num_steps * max(self._products_s(n, n), self._weights_s(n)) + kv_bytes / self.rates.read_bytes
 
-    @property
-    def weight_bytes(self) -> int:
+    def weight_bytes(self, num_tokens: int) -> float:
         """What a step reads. Norms, and the embedding's rows of its tokens, are too small to count."""
-        layers = self.shape.num_layer_weights * BYTES[self.layer_dtype]
+        layers = self.shape.num_read_weights(num_tokens) * BYTES[self.layer_dtype]
         return layers + self.shape.num_head_weights * BYTES[self.dtype]
 
-    @property
-    def _weights_s(self) -> float:
-        return self.weight_bytes / self.rates.read_bytes
+    def _weights_s(self, num_tokens: int) -> float:
+        return self.weight_bytes(num_tokens) / self.rates.read_bytes
 
     def _products_s(self, num_tokens: int, num_sampled: int) -> float:
-        layers_s = 2 * num_tokens * self.shape.num_layer_weights / self.rates.layer_operations
+        layers_s = 2 * num_tokens * self.shape.num_token_weights / self.rates.layer_operations
         return layers_s + 2 * num_sampled * self.shape.num_head_weights / self.rates.operations

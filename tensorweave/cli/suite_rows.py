@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tensorweave.cli.prompts import random_prompts
-from tensorweave.cli.suite_shapes import LLAMA_8B, QWEN3_0_6B, SMOLLM2_135M, TINY, ModelShape
+from tensorweave.cli.suite_shapes import LLAMA_8B, QWEN3_0_6B, QWEN3_30B_A3B, SMOLLM2_135M, TINY, ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +117,21 @@ SUITES: Final[Mapping[str, Suite]] = {
             shape=QWEN3_0_6B,
             dtype="bfloat16",
             rows=_SMALL_ROWS,
+            warmups=_WARMUPS,
+            engine=_GPU_ENGINE,
+        ),
+        Suite(
+            name="qwen3-30b-a3b",
+            title="Qwen3-30B-A3B's shape",
+            shape=QWEN3_30B_A3B,
+            dtype="bfloat16",
+            rows=(
+                Row("b1_128_128", 1, 128, 128, 4),
+                Row("b8_128_128", 8, 128, 128, 3),
+                Row("b32_128_128", 32, 128, 128, 3),
+                Row("prefill_2048_1_x16", 16, 2048, 1, 2),
+                Row("b256_128_128", 256, 128, 128, 2),
+            ),
             warmups=_WARMUPS,
             engine=_GPU_ENGINE,
         ),

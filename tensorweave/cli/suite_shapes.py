@@ -56,13 +56,49 @@ class ModelShape:
         return int(self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"])
 
     @property
+    def num_experts(self) -> int:
+        """Of each layer; 0 without mixtures."""
+        return int(self.config.get("num_experts", 0))
+
+    @property
     def num_layer_weights(self) -> int:
-        """Elements of all layers' matrices: each is read once a step, and makes two operations a token."""
+        """Elements of all layers' matrices."""
+        if self.num_experts:
+            return self._num_shared_weights + self.num_experts * self._num_expert_weights
+        return self._num_shared_weights
+
+    @property
+    def num_token_weights(self) -> int:
+        """Of those, what one token is multiplied by: each makes two operations."""
+        return self._num_shared_weights + self._num_chosen * self._num_expert_weights
+
+    def num_read_weights(self, num_tokens: int) -> float:
+        """Of those, what a step of so many tokens reads, each once: of experts, those that tokens choose if each
+        chooses evenly and by itself."""
+        if not self.num_experts:
+            return self.num_layer_weights
+        hit = self.num_experts * (1 - (1 - self._num_chosen / self.num_experts) ** num_tokens)
+        return self._num_shared_weights + hit * self._num_expert_weights
+
+    @property
+    def _num_chosen(self) -> int:
+        return int(self.config["num_experts_per_tok"]) if self.num_experts else 0
+
+    @property
+    def _num_expert_weights(self) -> int:
+        """Of one expert, all layers together."""
+        width = int(self.config.get("moe_intermediate_size", 0))
+        return int(self.config["num_hidden_layers"]) * 3 * int(self.config["hidden_size"]) * width
+
+    @property
+    def _num_shared_weights(self) -> int:
+        """What every token is multiplied by."""
         hidden, heads, kv_heads = (
             int(self.config[key]) for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")
         )
         attention = hidden * self.head_dim * (heads + 2 * kv_heads) + heads * self.head_dim * hidden
-        return int(self.config["num_hidden_layers"]) * (attention + 3 * hidden * int(self.config["intermediate_size"]))
+        mlp = hidden * self.num_experts if self.num_experts else 3 * hidden * int(self.config["intermediate_size"])
+        return int(self.config["num_hidden_layers"]) * (attention + mlp)
 
     @property
     def num_head_weights(self) -> int:
@@ -140,6 +176,36 @@ QWEN3_0_6B: Final = ModelShape(
         "num_key_value_heads": 8,
         "rope_theta": 1000000.0,
         "tie_word_embeddings": True,
+        "vocab_size": 151936,
+    }
+)
+QWEN3_30B_A3B: Final = ModelShape(
+    {
+        **_QWEN3,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "bos_token_id": 151643,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
         "vocab_size": 151936,
     }
 )

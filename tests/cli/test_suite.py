@@ -22,7 +22,7 @@ from tensorweave.cli.suite_rates import measure_rates
 from tensorweave.cli.suite_roofline import Rates, Roofline
 from tensorweave.cli.suite_rows import SUITES, Row, digest_of
 from tensorweave.cli.suite_run import new_document, run_rows, run_suite, suite_of
-from tensorweave.cli.suite_shapes import LLAMA_8B, QWEN3_0_6B, SMOLLM2_135M, ModelShape
+from tensorweave.cli.suite_shapes import LLAMA_8B, QWEN3_0_6B, QWEN3_30B_A3B, SMOLLM2_135M, ModelShape
 
 RATES = Rates(read_bytes=3.2e12, operations=790e12, layer_operations=790e12)
 
@@ -37,8 +37,13 @@ def roofline(layer_dtype: str = "bfloat16", kv_dtype: str = "bfloat16", rates: R
 
 @pytest.mark.parametrize(
     ("shape", "num_weights"),
-    [(LLAMA_8B, 8.03e9 - 0.525e9), (SMOLLM2_135M, 134.5e6), (QWEN3_0_6B, 596e6)],
-    ids=["llama", "smollm2", "qwen3"],
+    [
+        (LLAMA_8B, 8.03e9 - 0.525e9),
+        (SMOLLM2_135M, 134.5e6),
+        (QWEN3_0_6B, 596e6),
+        (QWEN3_30B_A3B, 30.53e9 - 0.311e9),
+    ],
+    ids=["llama", "smollm2", "qwen3", "qwen3-moe"],
 )
 def test_the_weights_that_a_step_reads(shape: ModelShape, num_weights: float) -> None:
     """The models' published sizes, without the embedding where the head is another matrix."""
@@ -46,9 +51,19 @@ def test_the_weights_that_a_step_reads(shape: ModelShape, num_weights: float) ->
 
 
 def test_what_the_8b_shape_reads() -> None:
-    assert roofline().weight_bytes == pytest.approx(15.01e9, rel=1e-3)
-    assert roofline(layer_dtype="fp8").weight_bytes == pytest.approx(8.03e9, rel=1e-3)
+    assert roofline().weight_bytes(1) == pytest.approx(15.01e9, rel=1e-3)
+    assert roofline(layer_dtype="fp8").weight_bytes(1) == pytest.approx(8.03e9, rel=1e-3)
     assert LLAMA_8B.num_kv_elements * 2 == 131072
+
+
+def test_what_a_mixture_s_step_reads_and_multiplies() -> None:
+    """3.3e9 of its 30.5e9 weights are active, by its model card, with embedding and head."""
+    shape = QWEN3_30B_A3B
+    assert shape.num_token_weights + 2 * shape.num_head_weights == pytest.approx(3.35e9, rel=2e-2)
+    assert shape.num_read_weights(1) == pytest.approx(shape.num_token_weights)
+    assert shape.num_read_weights(10000) == pytest.approx(shape.num_layer_weights)
+    experts = 48 * 128 * 3 * 2048 * 768
+    assert shape.num_read_weights(32) == pytest.approx(shape.num_layer_weights - experts * (15 / 16) ** 32)
 
 
 def test_a_decode_step_is_bound_by_its_bytes_or_by_its_products() -> None:
