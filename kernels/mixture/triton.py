@@ -27,7 +27,8 @@ from tensorweave.kernels.mixture.triton_wide import down_wide, gated_wide
 # T tokens, E experts, S chosen experts of a token, D hidden size, I intermediate width; a pair is a token and one of
 # its experts, numbered token * S + place; Q sums of squares per token
 
-_GROUPED_AT_ONCE: Final = 4096  # pairs
+_GROUPED_AT_ONCE: Final = (256, 2048, 4096)
+"""Pairs: few numbers, so that few kernels are compiled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +65,10 @@ def route(
     )  # fmt: skip
     if is_grouped:
         count = T * routing.num_chosen
-        block = min(_GROUPED_AT_ONCE, triton.next_power_of_2(count))
+        block = next((each for each in _GROUPED_AT_ONCE if each >= count), _GROUPED_AT_ONCE[-1])
         group_pairs[(E,)](
             pairs.experts_TS, pairs.starts, pairs.order, count, E=E, BLOCK=block, PDL=pdl,
-            num_warps=max(1, min(8, block // 256)), launch_pdl=pdl,
+            num_warps=min(8, block // 256), launch_pdl=pdl,
         )  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def test_logits_may_be_edited_and_a_middle_chunk_has_none(tmp_path: Path) -> Non
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("name", ["llama_llama3", "qwen3_yarn"])
+@pytest.mark.parametrize("name", ["llama_llama3", "qwen3_yarn", "qwen3_moe", "qwen2_moe"])
 def test_greedy_ids_on_a_gpu(name: str, graphs: bool, tmp_path: Path) -> None:
     model = make_model(name, tmp_path)
     knobs: dict[str, Any] = {"device": "cuda"} | ({} if graphs else {"cuda_graph_config": None})
@@ -125,9 +125,10 @@ def test_greedy_ids_on_a_gpu(name: str, graphs: bool, tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("graphs", [True, False])
-def test_no_step_waits_for_the_gpu(graphs: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama_llama3", "qwen3_moe"])
+def test_no_step_waits_for_the_gpu(name: str, graphs: bool, tmp_path: Path) -> None:
     """Prompt chunks, decodes and both together; torch raises where it would wait."""
-    make_model("llama_llama3", tmp_path)
+    make_model(name, tmp_path)
     engine = device_engine(tmp_path, device="cuda", **({} if graphs else {"cuda_graph_config": None}))
     resources: Any = ScatteredBlocks(engine.info.num_blocks, engine.info.tokens_per_block)
     first, second = make_request(0, PROMPTS[0]), make_request(1, PROMPTS[1])
