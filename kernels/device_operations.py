@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from tensorweave.kernels.heads.rotation import HeadRotation
+from tensorweave.kernels.lora.stack import SiteStack
 from tensorweave.kernels.mixture.stack import ExpertStack
 from tensorweave.kernels.step.reference import SequenceState, TableUpdate
 from tensorweave.kernels.weights import Matrix
@@ -95,6 +96,14 @@ class DeviceOperations(Protocol):
 
     def add_gated(self, sum_TD: Tensor, gate_T1: Tensor, x_TD: Tensor) -> None:
         """sum += sigmoid(gate) * x."""
+        ...
+
+    def silu_mul(self, gate_up_T2I: Tensor, out_TI: Tensor) -> None:
+        """silu(gate) * up; columns alternate gate and up."""
+        ...
+
+    def add_updates(self, x_TJ: Tensor, places_T: Tensor, stack: SiteStack, out_TO: Tensor) -> None:
+        """See `kernels.lora.stack.add_updates`."""
         ...
 
     def rope_store(

@@ -73,6 +73,10 @@ class GroupedFloatWeight:
         part = slice(rows.start, rows.stop)
         return replace(self, codes=self.codes[part], scales_NG=self.scales_NG[part])
 
+    def reordered(self, order_N: Tensor) -> GroupedFloatWeight:
+        """Its outputs in another order: output i is output order[i] of these."""
+        return replace(self, codes=self.codes[order_N], scales_NG=self.scales_NG[order_N])
+
     def inputs(self, columns: range) -> GroupedFloatWeight:
         """Some inputs alone. Groups become smaller where `columns` begin within one."""
         size = math.gcd(self.group_size, columns.start)

@@ -98,6 +98,11 @@ class GroupedWeight:
         minimums_NG = None if self.minimums_NG is None else self.minimums_NG[part]
         return replace(self, codes=self.codes[part], scales_NG=self.scales_NG[part], minimums_NG=minimums_NG)
 
+    def reordered(self, order_N: Tensor) -> GroupedWeight:
+        """Its outputs in another order: output i is output order[i] of these."""
+        minimums_NG = None if self.minimums_NG is None else self.minimums_NG[order_N]
+        return replace(self, codes=self.codes[order_N], scales_NG=self.scales_NG[order_N], minimums_NG=minimums_NG)
+
     def inputs(self, columns: range) -> GroupedWeight:
         """Some inputs alone. Groups become smaller where `columns` begin within one."""
         has_one_group = self.group_size >= self.num_inputs

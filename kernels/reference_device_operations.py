@@ -13,13 +13,14 @@ from tensorweave.kernels.device_operations import DecodeAttention, DecodeRows, P
 from tensorweave.kernels.heads.kv_slots import KvSlots
 from tensorweave.kernels.heads.reference import HeadNorms, place_heads
 from tensorweave.kernels.heads.rotation import HeadRotation
-from tensorweave.kernels.linear.reference import make_linear
+from tensorweave.kernels.linear.reference import Linear, make_linear
+from tensorweave.kernels.lora.stack import SiteStack, add_updates
 from tensorweave.kernels.mixture.gated_sum import add_gated
 from tensorweave.kernels.mixture.stack import ExpertStack, add_experts
 from tensorweave.kernels.norm.reference import rms_norm
 from tensorweave.kernels.step import reference as step
 from tensorweave.kernels.step.reference import SequenceState, TableUpdate
-from tensorweave.kernels.weights import Matrix
+from tensorweave.kernels.weights import Matrix, PackedCodes
 
 # R rows of a decode step, T tokens of any step, N query heads, K KV heads, X = N + 2 K, H head dim, D hidden size
 # I intermediate width, B blocks of the pool, C = 2 K planes of a block, P tokens per block, S sequence slots, L keys
@@ -37,21 +38,26 @@ class ReferenceOperations:
         out_TD.copy_(rms_norm(x_TD, weight_D, epsilon))
 
     def gated_product(self, x_TD: Tensor, gate_up: Matrix, out_TI: Tensor) -> None:
-        gate_up_T2I = make_linear(gate_up.weight_NK, gate_up.bias_N)(x_TD)
-        torch.mul(F.silu(gate_up_T2I[:, 0::2]), gate_up_T2I[:, 1::2], out=out_TI)
+        self.silu_mul(_linear(gate_up)(x_TD), out_TI)
 
     def product(self, x_TJ: Tensor, matrix: Matrix, out_TO: Tensor) -> None:
-        linear = make_linear(matrix.weight_NK, matrix.bias_N)
+        linear = _linear(matrix)
         out_TO.copy_(linear.to_float32(x_TJ) if out_TO.dtype == torch.float32 else linear(x_TJ))
 
     def add_product(self, x_TJ: Tensor, matrix: Matrix, sum_TO: Tensor) -> None:
-        sum_TO += make_linear(matrix.weight_NK, matrix.bias_N)(x_TJ)
+        sum_TO += _linear(matrix)(x_TJ)
 
     def add_experts(self, x_TD: Tensor, logits_TE: Tensor, stack: ExpertStack, sum_TD: Tensor) -> None:
         add_experts(x_TD, logits_TE, stack, sum_TD)
 
     def add_gated(self, sum_TD: Tensor, gate_T1: Tensor, x_TD: Tensor) -> None:
         add_gated(sum_TD, gate_T1, x_TD)
+
+    def silu_mul(self, gate_up_T2I: Tensor, out_TI: Tensor) -> None:
+        torch.mul(F.silu(gate_up_T2I[:, 0::2]), gate_up_T2I[:, 1::2], out=out_TI)
+
+    def add_updates(self, x_TJ: Tensor, places_T: Tensor, stack: SiteStack, out_TO: Tensor) -> None:
+        add_updates(x_TJ, places_T, stack, out_TO)
 
     def rope_store(
         self, heads_TXH: Tensor, cache_BCPH: Tensor, slots_T: Tensor, positions_T: Tensor, rotation: HeadRotation
@@ -116,6 +122,28 @@ class ReferencePrefillPlan:
             if num_rows:
                 table_W = self.state.tables_SW[slot]
                 _attend(heads_TXH[rows, :N], table_W, position, cache_BCPH, window, scale, out_TNH[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """The product of rows as they are and of weights that are dequantized in every call, in float32."""
+
+    weight: PackedCodes
+    bias_N: Tensor | None
+
+    def __call__(self, x_MK: Tensor) -> Tensor:
+        return self.to_float32(x_MK).to(x_MK.dtype)
+
+    def to_float32(self, x_MK: Tensor) -> Tensor:
+        out_MN = x_MK.float() @ self.weight.wide_rows().T
+        return out_MN if self.bias_N is None else out_MN + self.bias_N
+
+
+def _linear(matrix: Matrix) -> Linear:
+    weight = matrix.weight_NK
+    return (
+        PackedLinear(weight, matrix.bias_N) if isinstance(weight, PackedCodes) else make_linear(weight, matrix.bias_N)
+    )
 
 
 def _attend(

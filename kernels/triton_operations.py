@@ -14,19 +14,22 @@ from tensorweave.kernels.attention.triton_decode import DecodeWorkspace, choose_
 from tensorweave.kernels.device_operations import DecodeAttention, DecodeRows, PrefillPlan
 from tensorweave.kernels.heads.rotation import HeadRotation
 from tensorweave.kernels.heads.triton import rope_store
-from tensorweave.kernels.linear import cuda_wide
+from tensorweave.kernels.linear import cuda_grouped, cuda_wide
+from tensorweave.kernels.linear.cuda_grouped import grouped_linear
 from tensorweave.kernels.linear.cuda_wide import choose_wide_tiling, wide_gated_linear
 from tensorweave.kernels.linear.quantized import QuantizedRows, can_scale, scaled_linear
 from tensorweave.kernels.linear.reference import QuantizedLinear
 from tensorweave.kernels.linear.triton_quantize import quantize
 from tensorweave.kernels.linear.triton_swiglu import silu_mul_pairs, swiglu_linear
+from tensorweave.kernels.lora.stack import SiteStack
+from tensorweave.kernels.lora.triton import add_updates
 from tensorweave.kernels.mixture.gated_sum import add_gated
 from tensorweave.kernels.mixture.stack import ExpertStack
 from tensorweave.kernels.mixture.triton import add_experts, choose_tilings
 from tensorweave.kernels.norm.triton import add_rms_norm
 from tensorweave.kernels.step import triton as step
 from tensorweave.kernels.step.reference import SequenceState, TableUpdate
-from tensorweave.kernels.weights import Matrix, QuantizedWeight
+from tensorweave.kernels.weights import Matrix, PackedCodes, QuantizedWeight
 
 _TYPICAL_LENGTH: Final = 2048
 """For how many keys a row's attention is split where the lengths are not known yet."""
@@ -53,6 +56,12 @@ class TritonOperations:
 
     def gated_product(self, x_TD: Tensor, gate_up: Matrix, out_TI: Tensor) -> None:
         weight = gate_up.weight_NK
+        if isinstance(weight, PackedCodes):
+            if gate_up.bias_N is None and _is_few(x_TD, weight):
+                grouped_linear(x_TD, weight, out_TI, is_gated=True, pdl=self._has_pdl)
+            else:
+                self.gated_product(x_TD, Matrix(_dequantized(weight), gate_up.bias_N), out_TI)
+            return
         if isinstance(weight, QuantizedWeight):
             gate_up_T2I = torch.empty(len(x_TD), 2 * out_TI.shape[1], dtype=x_TD.dtype, device=x_TD.device)
             self._quantized_product(x_TD, weight, gate_up.bias_N, gate_up_T2I)
@@ -70,6 +79,12 @@ class TritonOperations:
 
     def product(self, x_TJ: Tensor, matrix: Matrix, out_TO: Tensor) -> None:
         weight = matrix.weight_NK
+        if isinstance(weight, PackedCodes):
+            if _is_few(x_TJ, weight):
+                grouped_linear(x_TJ, weight, out_TO, bias_N=matrix.bias_N, pdl=self._has_pdl)
+            else:
+                self.product(x_TJ, Matrix(_dequantized(weight), matrix.bias_N), out_TO)
+            return
         if isinstance(weight, QuantizedWeight):
             self._quantized_product(x_TJ, weight, matrix.bias_N, out_TO)
             return
@@ -83,6 +98,14 @@ class TritonOperations:
 
     def add_product(self, x_TJ: Tensor, matrix: Matrix, sum_TO: Tensor) -> None:
         weight = matrix.weight_NK
+        if isinstance(weight, PackedCodes):
+            if _is_few(x_TJ, weight):
+                update_TO = torch.empty_like(sum_TO)
+                self.product(x_TJ, matrix, update_TO)
+                sum_TO += update_TO
+            else:
+                self.add_product(x_TJ, Matrix(_dequantized(weight), matrix.bias_N), sum_TO)
+            return
         if isinstance(weight, QuantizedWeight):
             update_TO = torch.empty_like(sum_TO)
             self._quantized_product(x_TJ, weight, matrix.bias_N, update_TO)
@@ -109,6 +132,12 @@ class TritonOperations:
     def add_gated(self, sum_TD: Tensor, gate_T1: Tensor, x_TD: Tensor) -> None:
         add_gated(sum_TD, gate_T1, x_TD)
 
+    def silu_mul(self, gate_up_T2I: Tensor, out_TI: Tensor) -> None:
+        silu_mul_pairs(gate_up_T2I, out_TI, pdl=self._has_pdl)
+
+    def add_updates(self, x_TJ: Tensor, places_T: Tensor, stack: SiteStack, out_TO: Tensor) -> None:
+        add_updates(x_TJ, places_T, stack, out_TO, pdl=self._has_pdl)
+
     def rope_store(
         self, heads_TXH: Tensor, cache_BCPH: Tensor, slots_T: Tensor, positions_T: Tensor, rotation: HeadRotation
     ) -> None:
@@ -133,6 +162,14 @@ class TritonOperations:
 
     def plan_prefill(self, tiles_Z4: Tensor, state: SequenceState) -> PrefillPlan:
         return TritonPrefillPlan(state.tables_SW, tiles_Z4)
+
+
+def _is_few(x_TJ: Tensor, weight: PackedCodes) -> bool:
+    return len(x_TJ) <= cuda_grouped.MOST_ROWS and cuda_grouped.fits(weight)
+
+
+def _dequantized(weight: PackedCodes) -> Tensor:
+    return cuda_grouped.dequantize(weight) if cuda_grouped.fits(weight) else weight.rows()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
 import torch
@@ -19,6 +19,7 @@ from tensorweave.kernels.grouped_float_weight import stack_grouped_floats
 from tensorweave.kernels.grouped_weight import GroupedWeight as GroupedWeight
 from tensorweave.kernels.grouped_weight import stack_grouped as stack_grouped
 from tensorweave.kernels.native.library import load_native
+from tensorweave.kernels.packed_codes import PackedCodes as PackedCodes
 from tensorweave.kernels.reordered_weight import ReorderedWeight as ReorderedWeight
 
 # N outputs, K inputs
@@ -121,6 +122,32 @@ def num_inputs(weight: Weight) -> int:
             return weight.num_inputs
 
 
+def to_device(weight: Weight, device: torch.device) -> Weight:
+    """The same form there."""
+    match weight:
+        case Tensor():
+            return weight.to(device)
+        case PackedWeight():
+            return replace(weight, values=weight.values.to(device))
+        case QuantizedWeight():
+            return replace(weight, values_NK=weight.values_NK.to(device), scales_N=weight.scales_N.to(device))
+        case GroupedWeight():
+            return _grouped_to(weight, device)
+        case GroupedFloatWeight():
+            return replace(weight, codes=weight.codes.to(device), scales_NG=weight.scales_NG.to(device))
+        case ReorderedWeight():
+            return replace(weight, weight=_grouped_to(weight.weight, device), order_P=weight.order_P.to(device))
+        case StackedWeight():
+            return StackedWeight(tuple(to_device(part, device) for part in weight.parts))
+
+
+def _grouped_to(weight: GroupedWeight, device: torch.device) -> GroupedWeight:
+    minimums_NG = None if weight.minimums_NG is None else weight.minimums_NG.to(device)
+    return replace(
+        weight, codes=weight.codes.to(device), scales_NG=weight.scales_NG.to(device), minimums_NG=minimums_NG
+    )
+
+
 def stack_weights(parts: Sequence[Weight]) -> Weight:
     """One below the other, exactly; in one form if the parts allow it."""
     if len(parts) == 1:
@@ -148,31 +175,31 @@ def stack_weights(parts: Sequence[Weight]) -> Weight:
 class Matrix:
     """What a product is made with: x weightᵀ + bias."""
 
-    weight_NK: Tensor | QuantizedWeight
+    weight_NK: Tensor | QuantizedWeight | PackedCodes
     bias_N: Tensor | None = None
 
     @property
     def num_outputs(self) -> int:
-        return self._values.shape[0]
+        weight = self.weight_NK
+        return weight.num_outputs if isinstance(weight, PackedCodes) else num_outputs(weight)
 
     @property
     def num_inputs(self) -> int:
-        return self._values.shape[1]
+        weight = self.weight_NK
+        return weight.num_inputs if isinstance(weight, PackedCodes) else num_inputs(weight)
 
     def outputs_from(self, first: int) -> Matrix:
         """Outputs [first, N) alone, over the same memory."""
         weight, bias_N = self.weight_NK, self.bias_N
-        rest: Tensor | QuantizedWeight = (
-            QuantizedWeight(weight.values_NK[first:], weight.scales_N[first:], weight.dtype)
-            if isinstance(weight, QuantizedWeight)
-            else weight[first:]
-        )
+        rest: Tensor | QuantizedWeight | PackedCodes
+        match weight:
+            case QuantizedWeight():
+                rest = QuantizedWeight(weight.values_NK[first:], weight.scales_N[first:], weight.dtype)
+            case PackedCodes():
+                rest = weight.outputs_from(first)
+            case _:
+                rest = weight[first:]
         return Matrix(rest, None if bias_N is None else bias_N[first:])
-
-    @property
-    def _values(self) -> Tensor:
-        weight = self.weight_NK
-        return weight.values_NK if isinstance(weight, QuantizedWeight) else weight
 
 
 def interleave_gate_up(gate_IK: Tensor, up_IK: Tensor) -> Tensor:

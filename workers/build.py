@@ -91,12 +91,12 @@ def build_executor(
             "speculative_config is for CPUs so far: a GPU's steps keep their tokens on the device. Leave it out, or "
             "set device to 'cpu'"
         )
-    if adapter_config(args) is not None and device_type != "cpu":
-        raise ValueError(
-            "enable_lora is for CPUs so far: the steps of a GPU have no kernels for adapters. Leave it and lora_config "
-            "out, or set device to 'cpu'"
-        )
     engine = _load_engine(args, comm, num_ranks_here, log)
+    if adapter_config(args) is not None and device_type != "cpu" and not isinstance(engine, DeviceEngine):
+        raise ValueError(
+            "enable_lora: there are no GPU kernels for this model's adapters. Leave it and lora_config out, or set "
+            "device to 'cpu'"
+        )
     kv_cache = _make_kv_cache(args, engine.info, event_buffer_size)
     scheduler = _make_scheduler(args, settings, kv_cache)
     gc.set_threshold(args.garbage_collection_gen0_threshold, *gc.get_threshold()[1:])

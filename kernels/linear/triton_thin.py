@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tensorweave.kernels.linear.cuda_few import Residual, few_linear
+from tensorweave.kernels.linear.cuda_grouped import grouped_few_linear
 from tensorweave.kernels.linear.thin_tiling import (
     FEW_TILING,
     GATED,
@@ -31,7 +32,7 @@ from tensorweave.kernels.linear.thin_tiling import (
 )
 from tensorweave.kernels.linear.triton_quantize import PEAKS_PER_ROW
 from tensorweave.kernels.linear.triton_thin_kernels import gemm, gemm_few, gemv
-from tensorweave.kernels.weights import QuantizedWeight
+from tensorweave.kernels.weights import PackedCodes, QuantizedWeight
 
 # M rows of x, N outputs, K inputs, Q sums of squares per row of x; blocks of BM, BN, BK; S splits of K
 
@@ -68,7 +69,7 @@ class ResidualSum:
 
 def thin_linear(
     x_MK: Tensor,
-    weight: Tensor | QuantizedWeight,
+    weight: Tensor | QuantizedWeight | PackedCodes,
     out: Tensor | ResidualSum,
     *,
     is_gated: bool = False,
@@ -90,7 +91,8 @@ def thin_linear(
     Args:
         x_MK: contiguous; with `squares_MQ`, the residual times the norm's gain.
         weight: [N, K], contiguous, at 16 bytes; with `is_gated`, [2 N, K], whose rows alternate gate and up. With a
-            `QuantizedWeight`, x is quantized row by row on the way.
+            `QuantizedWeight`, x is quantized row by row on the way. `PackedCodes` take at most 16 rows, and have one
+            tiling.
         out: [M, N], or a `ResidualSum`.
         is_gated: out = silu(x gateᵀ) * (x upᵀ); without a bias.
         squares_MQ: float32 sums of squares of the residual whose sum over Q is that of the row; the result is
@@ -102,6 +104,13 @@ def thin_linear(
 
     Equal bits for a row whatever the other rows are, as long as the tiling is the same but for `block_m`.
     """
+    if isinstance(weight, PackedCodes):
+        residual = None if isinstance(out, Tensor) else (out.residual_MN, out.gain_N, out.gained_MN, out.squares_MQ)
+        grouped_few_linear(
+            x_MK, weight, out if isinstance(out, Tensor) else None, is_gated=is_gated, bias_N=bias_N,
+            squares_MQ=squares_MQ, epsilon=epsilon, residual=residual, pdl=pdl,
+        )  # fmt: skip
+        return
     choose = choose_quantized_tiling if isinstance(weight, QuantizedWeight) else choose_tiling
     rows = out.residual_MN if isinstance(out, ResidualSum) else out
     epilogue = RESIDUAL if isinstance(out, ResidualSum) else GATED if is_gated else PLAIN

@@ -32,11 +32,13 @@ class Updates(Protocol):
         """Add to the product `out` of x, in place; return it. Both are contiguous."""
 
 
-class AdapterKernels(Protocol):
-    """Packs an adapter once, and plans each step with packed ones."""
-
+class PacksAdapters(Protocol):
     def pack(self, sites: Sequence[Sequence[UpdatePart]]) -> Any:
         """The parts of each site, none where the adapter leaves it as it is."""
+
+
+class AdapterKernels(PacksAdapters, Protocol):
+    """Packs an adapter once, and plans each step with packed ones."""
 
     def plan(self, rows: Sequence[tuple[Any, Sequence[int]]], num_tokens: int) -> Updates:
         """`rows` has each packed adapter of the step once, with its rows of the `num_tokens`."""

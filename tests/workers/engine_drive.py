@@ -18,6 +18,7 @@ from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.workers.engine.engine import ModelEngine
 from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.gang.comm import Comm, SoloComm
+from tensorweave.workers.step.adapter import RankAdapter
 from tensorweave.workers.step.pending import NothingPending
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest, RequestState
@@ -77,12 +78,21 @@ def logits_of(engine: ModelEngine, batch: ScheduledBatch, resources: Any) -> Ten
 
 
 def generate(
-    engine: ModelEngine, prompts: Sequence[Sequence[int]], num_tokens: int, *, chunk: int = 64, most_running: int = 16
+    engine: ModelEngine,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    *,
+    chunk: int = 64,
+    most_running: int = 16,
+    adapters: Sequence[RankAdapter | None] = (),
 ) -> list[list[int]]:
-    """Greedy tokens of every prompt. Each step has a chunk of up to two prompts, and all decodes: batches are mixed."""
+    """Greedy tokens of every prompt, with its adapter. Each step has a chunk of up to two prompts, and all decodes:
+    batches are mixed."""
     info = engine.info
     resources: Any = ScatteredBlocks(info.num_blocks, info.tokens_per_block)
     requests = [make_request(i, prompt) for i, prompt in enumerate(prompts)]
+    for request, adapter in zip(requests, adapters, strict=False):
+        request.adapter = adapter
     waiting, running = list(requests), []
     while waiting or running:
         decodes = tuple(StepRow.of_decode(request) for request in running)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.kernels.attention.backend import AttentionBackend
 from tensorweave.kernels.lora.reference import Updates
-from tensorweave.workers.engine.adapter_rows import AdapterRows, NoAdapterRows, PlansUpdates
+from tensorweave.workers.engine.adapter_rows import NoAdapterRows, PlansUpdates
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine.packing import PackedBatch, pack
 from tensorweave.workers.lora.rank_adapter import AdapterReader
@@ -68,7 +68,7 @@ class PyTorchModelEngine:
         pool: where keys and values live.
         attention: plans the attention of each step.
         rope_tables: one for each of the model's rotations, [max_seq_len, W] float32: cosines and sines.
-        adapter_reader: reads adapters for this model; None: there are none.
+        adapter_reader: reads adapters for this model, whose rows `adapter_rows` plans; None: there are none.
     """
 
     def __init__(
@@ -79,12 +79,11 @@ class PyTorchModelEngine:
         rope_tables: Sequence[Tensor],
         info: ModelInfo,
         adapter_reader: AdapterReader | None = None,
+        adapter_rows: PlansUpdates | None = None,
     ) -> None:
         self.info = info
         self.adapter_reader = adapter_reader
-        self._adapter_rows: PlansUpdates = (
-            NoAdapterRows() if adapter_reader is None else AdapterRows(adapter_reader.kernels)
-        )
+        self._adapter_rows = adapter_rows or NoAdapterRows()
         self.pool = pool
         self.resource_managers: tuple[BaseResourceManager, ...] = ()
         self._model = model

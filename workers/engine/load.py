@@ -13,6 +13,7 @@ import torch
 
 from tensorweave.cluster.cuda_graph_config import graph_sizes
 from tensorweave.cluster.llm_args import TorchLlmArgs, adapter_config, kv_cache_dtype
+from tensorweave.cluster.lora_config import most_in_step
 from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.protocol import ModelInfo, SamplingDefaults
 from tensorweave.cluster.quant_config import weight_quantization
@@ -23,24 +24,33 @@ from tensorweave.kernels.mixture.stack import stack_experts
 from tensorweave.kernels.native.library import load_native, use_threads
 from tensorweave.kernels.operations import Operations, choose_device_operations, choose_operations, reference_operations
 from tensorweave.kernels.weights import FP8
+from tensorweave.workers.engine.adapter_rows import AdapterRows
+from tensorweave.workers.engine.device.adapter_places import (
+    AdapterPlaces,
+    HostAdapters,
+    NoAdapterPlaces,
+    PlacesAdapters,
+    make_stacks,
+)
 from tensorweave.workers.engine.device.builder import DeviceEngineBuilder
 from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.device.graphs import GraphSizes
 from tensorweave.workers.engine.device_memory import naming_knobs
 from tensorweave.workers.engine.engine import PyTorchModelEngine
+from tensorweave.workers.engine.gpu_weights import check_gpu_weights
 from tensorweave.workers.engine.kv_pool import KVPool, block_bytes
 from tensorweave.workers.engine.memory_need import MemoryNeed, check_memory, kv_bytes, rank_weight_bytes
 from tensorweave.workers.engine.pool_size import count_blocks
 from tensorweave.workers.engine_dir.directory import check_engine_dir, open_weights
 from tensorweave.workers.gang.comm import Comm
-from tensorweave.workers.gang.device import check_fp8, check_quantization, pick_device, pick_dtype
+from tensorweave.workers.gang.device import check_fp8, pick_device, pick_dtype
 from tensorweave.workers.lora.rank_adapter import AdapterLimits, AdapterReader
 from tensorweave.workers.models.adapter_sites import AdaptedLinears, LinearForms, PlainLinears
 from tensorweave.workers.models.assembly import build_transformer, build_without_memory, check_mesh, tensor_shapes
 from tensorweave.workers.models.checkpoint import RandomWeights
 from tensorweave.workers.models.config import ModelConfig
 from tensorweave.workers.models.device.buffers import StepBuffers
-from tensorweave.workers.models.device.model import can_take, take_model, what_is_missing
+from tensorweave.workers.models.device.model import DeviceModel, can_take, take_model, what_is_missing
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.generation_config import load_sampling_defaults
 from tensorweave.workers.models.loader import WeightLoader
@@ -90,7 +100,7 @@ def load_engine(
         if share.device.type == "cuda":
             torch.cuda.synchronize(share.device)
     if share.is_on_device:
-        return _build_device_engine(model, share, args, defaults, comm, log)
+        return _build_device_engine(model, share, args, defaults, comm, log, linears)
     kv, block_bytes = args.kv_cache_config, share.block_bytes(args.kv_cache_config.tokens_per_block)
     num_blocks = comm.agree_min(count_blocks(kv, block_bytes, share.device, share.activation_bytes(args)))
     info = replace(_describe(share, num_blocks, args, defaults), embedding_size=share.config.sizes.hidden_size)
@@ -184,18 +194,17 @@ def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) 
         _tell_of_longrope(config)
     device = pick_device(args.device)
     if config.quantization is not None:
-        _check_quantized(config.quantization, quantization, args.load_format, device)
+        _check_quantized(config.quantization, quantization, args.load_format)
     dtype = pick_dtype(args.dtype if saved is None else saved.dtype, config.checkpoint_dtype, device)
     quantization = quantization if saved is None else saved.quantization
     kv_dtype = FP8 if kv_cache_dtype(args) == "fp8" else dtype
-    check_quantization(device, quantization)
     if kv_dtype == FP8:
         check_fp8(device)
     has_plain_attention = args.attn_backend == "VANILLA"
     if is_on_device is None:
         is_on_device = device.type == "cuda" and not has_plain_attention and _fits_device_engine(config, args, place)
-    if config.sizes.experts is not None and device.type == "cuda":
-        _check_experts(config, is_on_device=is_on_device, quantization=quantization)
+    if device.type == "cuda":
+        check_gpu_weights(config, quantization, device, is_on_device=is_on_device)
     return _ModelShare(
         path,
         config,
@@ -209,15 +218,6 @@ def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) 
         is_on_device=is_on_device,
         adapters=_adapter_limits(args),
     )
-
-
-def _check_experts(config: ModelConfig, *, is_on_device: bool, quantization: str | None) -> None:
-    """Raises ValueError for mixtures of experts that are computed on CPUs alone."""
-    what = f"{config.architecture} is a mixture of experts"
-    if not is_on_device:
-        raise ValueError(f"{what}, whose experts PyTorch alone does not compute on a GPU: set device to 'cpu'")
-    if quantization is not None:
-        raise ValueError(f"{what}: on a GPU its weights are not quantized; leave quant_config.quant_algo out")
 
 
 def _adapter_limits(args: TorchLlmArgs) -> AdapterLimits | None:
@@ -246,18 +246,13 @@ def _fits_device_engine(config: ModelConfig, args: TorchLlmArgs, place: MeshRank
     return missing is None
 
 
-def _check_quantized(found: CheckpointQuantization, wanted: str | None, load_format: str, device: torch.device) -> None:
-    """Raises ValueError for what is not computed of checkpoints that come quantized."""
+def _check_quantized(found: CheckpointQuantization, wanted: str | None, load_format: str) -> None:
+    """Raises ValueError for what checkpoints that come quantized are not combined with."""
     where = f"the checkpoint comes quantized (quant_method {found.method!r})"
     if wanted is not None:
         raise ValueError(f"{where}: leave quant_config.quant_algo out, or take a checkpoint that is not quantized")
     if load_format == "dummy":
         raise ValueError(f"{where}: load_format 'dummy' makes weights that are not quantized; take such a config.json")
-    if device.type != "cpu":
-        raise ValueError(
-            f"{where}, which is computed on CPUs so far: set device to 'cpu', or take a checkpoint that is not "
-            f"quantized (with quant_config.quant_algo FP8, if it is to be)"
-        )
 
 
 def _describe(share: _ModelShare, num_blocks: int, args: TorchLlmArgs, defaults: SamplingDefaults) -> ModelInfo:
@@ -293,12 +288,19 @@ def _make_pool(share: _ModelShare, info: ModelInfo) -> KVPool:
 
 
 def _build_device_engine(
-    model: Transformer, share: _ModelShare, args: TorchLlmArgs, defaults: SamplingDefaults, comm: Comm, log: StartLog
+    model: Transformer,
+    share: _ModelShare,
+    args: TorchLlmArgs,
+    defaults: SamplingDefaults,
+    comm: Comm,
+    log: StartLog,
+    linears: LinearForms,
 ) -> DeviceEngine:
     kv, device, settings = args.kv_cache_config, share.device, StepSettings.of(args, share.device.type)
     longest = min(args.max_seq_len or share.config.default_seq_len, share.config.max_seq_len)
     head_dim = share.config.sizes.head_dim
     device_model = take_model(model, [rotary_table(rope, head_dim, longest, device) for rope in share.config.ropes])
+    adapters, reader = _device_adapters(share, args, linears, device_model)
     graphs = GraphSizes()
     if args.cuda_graph_config is not None:
         sizes = graph_sizes(args.cuda_graph_config, settings.max_batch_size)
@@ -308,6 +310,8 @@ def _build_device_engine(
         choose_device_operations(device),
         StepBuffers.create(device_model, max(settings.max_num_tokens, settings.max_samples), settings.max_samples),
         graphs,
+        adapters,
+        reader,
     )
 
     def make(num_blocks: int) -> DeviceEngine:
@@ -329,6 +333,21 @@ def _build_device_engine(
     return engine
 
 
+def _device_adapters(
+    share: _ModelShare, args: TorchLlmArgs, linears: LinearForms, model: DeviceModel
+) -> tuple[Callable[[], PlacesAdapters], AdapterReader | None]:
+    """Engines over one model, of which one runs at a time, share the memory of their adapters."""
+    config = adapter_config(args)
+    if config is None or share.adapters is None or not isinstance(linears, AdaptedLinears):
+        return NoAdapterPlaces, None
+    interleaved = {layer.sites.gate_up for layer in model.layers if layer.sites is not None}
+    room = share.adapters.max_rank, share.dtype, share.device
+    stacks = make_stacks(linears.sites, interleaved, most_in_step(config), *room)
+    kernels = HostAdapters(is_pinned=share.device.type == "cuda")
+    reader = AdapterReader(linears.sites, kernels, share.dtype, torch.device("cpu"), share.adapters)
+    return lambda: AdapterPlaces(stacks), reader
+
+
 def _assemble_engine(
     model: Transformer, share: _ModelShare, info: ModelInfo, linears: LinearForms
 ) -> PyTorchModelEngine:
@@ -347,6 +366,7 @@ def _assemble_engine(
         rope_tables=[rotary_table(rope, H, info.max_seq_len, device) for rope in config.ropes],
         info=info,
         adapter_reader=reader,
+        adapter_rows=None if reader is None else AdapterRows(operations.adapters),
     )
 
 

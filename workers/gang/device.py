@@ -7,8 +7,6 @@ from typing import Final
 
 import torch
 
-from tensorweave.cluster.quant_config import IntegerWeights
-
 _FIRST_WITH_FP8: Final = (8, 9)
 
 
@@ -36,16 +34,6 @@ def check_fp8(device: torch.device) -> None:
             "FP8 weights (quant_config) and an FP8 KV cache need a GPU of compute capability 8.9 or more; this one has "
             f"{capability[0]}.{capability[1]}"
         )
-
-
-def check_quantization(device: torch.device, quantization: str | None) -> None:
-    """Raises ValueError if weights quantized this way are not multiplied on the device."""
-    if quantization is None:
-        return
-    if IntegerWeights.parse(quantization) is None:
-        check_fp8(device)
-    elif device.type != "cpu":
-        raise ValueError(f"weights in integers ({quantization}) are for CPUs; on a GPU use quant_algo FP8")
 
 
 def has_fast_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tensorweave.cluster.adapter import Adapter
-from tensorweave.kernels.lora.reference import AdapterKernels, UpdatePart
+from tensorweave.kernels.lora.reference import PacksAdapters, UpdatePart
 from tensorweave.workers.lora.peft_config import PeftConfig
 from tensorweave.workers.lora.peft_directory import WEIGHTS, PeftFiles
 from tensorweave.workers.models.adapter_sites import Site, SitePart
@@ -33,7 +33,7 @@ class AdapterReader:
     """Makes a rank's share of adapters, for a model with these `sites`."""
 
     sites: Sequence[Site]
-    kernels: AdapterKernels
+    kernels: PacksAdapters
     dtype: torch.dtype
     device: torch.device
     limits: AdapterLimits

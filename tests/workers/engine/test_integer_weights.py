@@ -19,7 +19,6 @@ from tensorweave.workers.engine.memory_need import rank_weight_bytes
 from tensorweave.workers.engine_dir.directory import save_engine_dir
 from tensorweave.workers.engine_dir.manifest import EngineManifest
 from tensorweave.workers.gang.comm import SoloComm
-from tensorweave.workers.gang.device import check_quantization
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tests.workers.engine_drive import (
@@ -140,12 +139,6 @@ def test_an_engine_directory_of_another_quantization_is_refused(tmp_path: Path) 
     save_engine_dir(tmp_path / "model", out, tensor_parallel_size=1, dtype="float32", quantization="w8a16")
     with pytest.raises(ValueError, match="was saved without the quantization that quant_config asks for"):
         load(out, quant_config={"quant_algo": "W4A16"})
-
-
-def test_a_gpu_refuses_them() -> None:
-    with pytest.raises(ValueError, match=r"weights in integers \(w4a16_g32\) are for CPUs"):
-        check_quantization(torch.device("cuda"), "w4a16_g32")
-    check_quantization(torch.device("cpu"), "w4a16_g32")
 
 
 def test_the_memory_that_is_needed(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.kernels.device_operations import DeviceOperations
+from tensorweave.workers.engine.device.adapter_places import PlacesAdapters
 from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.device.graphs import GraphSizes
 from tensorweave.workers.engine.device.warm_up import run_step, warm_up_mixed_steps
@@ -20,6 +22,7 @@ from tensorweave.workers.engine.device_memory import (
     naming_knobs,
 )
 from tensorweave.workers.engine.kv_pool import KVPool
+from tensorweave.workers.lora.rank_adapter import AdapterReader
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.model import DeviceModel
 from tensorweave.workers.start_log import StartLog
@@ -31,9 +34,12 @@ class DeviceEngineBuilder:
     operations: DeviceOperations
     buffers: StepBuffers
     graphs: GraphSizes
+    adapters: Callable[[], PlacesAdapters]
+    adapter_reader: AdapterReader | None = None
 
     def make(self, pool: KVPool, info: ModelInfo) -> DeviceEngine:
-        return DeviceEngine(self.model, self.operations, pool, info, self.buffers, self.graphs)
+        parts = (self.model, self.operations, pool, info, self.buffers, self.graphs)
+        return DeviceEngine(*parts, self.adapters(), self.adapter_reader)
 
     def compile(self, engine: DeviceEngine, log: StartLog) -> None:
         """Compile the Triton kernels of all steps in parallel, without running a step. On a CPU there are none."""

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.kernels.device_operations import DecodeRows, DeviceOperations
-from tensorweave.kernels.weights import Matrix
+from tensorweave.workers.engine.device.adapter_places import PlacesAdapters
 from tensorweave.workers.engine.device.graphs import GraphSizes, StepGraphs
 from tensorweave.workers.engine.device.mixed_step import MixedStep, largest, mixed_sizes
 from tensorweave.workers.engine.device.sequence_tables import SequenceTables
 from tensorweave.workers.engine.device.step_inputs import MixedBuffer, MixedSize, StepInputs, size_of
 from tensorweave.workers.engine.engine import PIECE_LOGITS
 from tensorweave.workers.engine.kv_pool import KVPool
+from tensorweave.workers.lora.rank_adapter import AdapterReader
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.model import DeviceModel
 from tensorweave.workers.models.device.steps import DecodeSteps, make_wide_layers
@@ -37,6 +38,7 @@ class DeviceEngine:
     Args:
         buffers: for the largest step.
         sizes: of decode steps that are captured. Where there are any, small steps with prompt chunks are, too.
+        adapters: those on the device. `adapter_reader` reads others; None: there are none.
     """
 
     def __init__(
@@ -47,19 +49,23 @@ class DeviceEngine:
         info: ModelInfo,
         buffers: StepBuffers,
         sizes: GraphSizes,
+        adapters: PlacesAdapters,
+        adapter_reader: AdapterReader | None = None,
     ) -> None:
         self.info = info
+        self.adapter_reader = adapter_reader
+        self._adapters = adapters
         self.pool = pool
         self._model = model
         self._operations = operations
         device, P, max_rows = model.device, pool.tokens_per_block, buffers.max_rows
         self._tables = SequenceTables(max_rows, -(-info.max_seq_len // P))
         self.resource_managers: tuple[BaseResourceManager, ...] = (self._tables,)
-        self._inputs = StepInputs(max_rows, buffers.max_tokens, self._tables, P, device)
+        self._inputs = StepInputs(max_rows, buffers.max_tokens, self._tables, adapters, P, device)
         self._buffers = buffers
-        self._wide = make_wide_layers(model, operations, self._buffers)
+        self._wide = make_wide_layers(model, operations, self._buffers, adapters.stacks)
         self._decodes = DecodeSteps(model, operations, self._buffers, self._wide, pool.layers)
-        self._mixed = MixedStep(model, operations, self._buffers, self._inputs, self._wide, pool.layers)
+        self._mixed = MixedStep(model, operations, self._buffers, self._inputs, self._wide, pool.layers, adapters)
         self._sizes = sizes
         self._mixed_sizes = mixed_sizes(max_rows, buffers.max_tokens) if sizes.sizes else ()
         self._small = MixedBuffer(largest(self._mixed_sizes), device)
@@ -110,11 +116,12 @@ class DeviceEngine:
 
     def _make_decode(self, num_rows: int) -> Callable[[], None]:
         rows, state, update = self._inputs.rows(num_rows), self._inputs.state, self._inputs.update
-        tokens_R = self._buffers.tokens_T[:num_rows]
+        tokens_R, places_R = self._buffers.tokens_T[:num_rows], self._buffers.all.places_T[:num_rows]
         layers = self._decodes.make(DecodeRows(rows.slots_R, rows.lengths_R, state, self.info.max_seq_len))
 
         def run() -> None:
             self._operations.begin_step(rows.slots_R, rows.given_tokens_R, state, update, tokens_R)
+            self._adapters.begin_step(rows.places_R, places_R)
             layers()
 
         return run
@@ -141,6 +148,6 @@ class DeviceEngine:
                 logits_NV = torch.empty(num_rows, self._model.vocab_size, device=hidden_TD.device)
                 with torch.no_grad():
                     rows_ND = hidden_TD[piece.row : piece.row + num_rows]
-                    self._operations.product(rows_ND, Matrix(self._model.head_VD), logits_NV)
+                    self._operations.product(rows_ND, self._model.head, logits_NV)
                 self._num_pieces += 1
                 yield piece, logits_NV

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tensorweave.kernels.attention.tiles import count_tiles
 from tensorweave.kernels.device_operations import DecodeAttention, DecodeRows, DeviceOperations
-from tensorweave.kernels.weights import Matrix
+from tensorweave.workers.engine.device.adapter_places import PlacesAdapters
 from tensorweave.workers.engine.device.step_inputs import MixedBuffer, MixedInputs, MixedSize, RowInputs, StepInputs
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.model import DeviceModel
@@ -54,6 +54,7 @@ class MixedStep:
     inputs: StepInputs
     wide: AllLayers
     caches: Sequence[Tensor]
+    adapters: PlacesAdapters
 
     def run_rows(self, buffer: MixedBuffer, size: MixedSize) -> None:
         """Leave the logits of the rows that sample."""
@@ -79,6 +80,9 @@ class MixedStep:
         first = size.num_decodes
         self.operations.begin_step(decodes.slots_R, decodes.given_tokens_R, state, self.inputs.update, tokens_T[:first])
         tokens_T[first:].copy_(views.token_ids_T)
+        places_T = self.buffers.all.places_T[: size.num_tokens]
+        self.adapters.begin_step(decodes.places_R, places_T[:first])
+        self.adapters.begin_step(views.chunk_places_T, places_T[first:])
         plan = self.operations.plan_prefill(views.tiles_Z4, state)
         decode = self._attention(decodes) if first else None
         return MixedLayerAttention(self.operations, views.kv_slots_T, views.positions_T, plan, decode, first)
@@ -89,4 +93,4 @@ class MixedStep:
         return self.operations.decode_attention(decode_rows, self.model.num_heads, self.caches[0])
 
     def _write_logits(self, hidden_RD: Tensor) -> None:
-        self.operations.product(hidden_RD, Matrix(self.model.head_VD), self.buffers.logits_RV[: len(hidden_RD)])
+        self.operations.product(hidden_RD, self.model.head, self.buffers.logits_RV[: len(hidden_RD)])

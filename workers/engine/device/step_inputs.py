@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tensorweave.kernels.attention.tiles import count_tiles, tile_chunks
 from tensorweave.kernels.step.reference import FROM_DEVICE, SequenceState, TableUpdate
+from tensorweave.workers.engine.device.adapter_places import PlacesAdapters
 from tensorweave.workers.engine.device.sequence_tables import Ints, SequenceTables
 from tensorweave.workers.engine.device.staging import StepStaging
 from tensorweave.workers.engine.device.step_layout import StepLayout
@@ -53,11 +54,13 @@ class MixedSize:
 
 @dataclass(frozen=True, slots=True)
 class RowInputs:
-    """Of some rows: slots, lengths in tokens with the new one, and tokens or FROM_DEVICE. int32 on the device."""
+    """Of some rows: slots, lengths in tokens with the new one, tokens or FROM_DEVICE, and the places of their adapters.
+    int32 on the device."""
 
     slots_R: Tensor
     lengths_R: Tensor
     given_tokens_R: Tensor
+    places_R: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ class MixedInputs:
         token_ids_T, positions_T: of the chunks' tokens.
         kv_slots_T: block * P + offset; -1: padding.
         tiles_Z4: see `kernels.attention.tiles`; rows count from the first chunk's.
+        chunk_places_T: places of the chunks' adapters, -1: none.
     """
 
     decodes: RowInputs
@@ -78,6 +82,7 @@ class MixedInputs:
     positions_T: Tensor
     kv_slots_T: Tensor
     tiles_Z4: Tensor
+    chunk_places_T: Tensor
 
 
 class MixedBuffer:
@@ -85,27 +90,28 @@ class MixedBuffer:
 
     def __init__(self, most: MixedSize, device: torch.device) -> None:
         self.most = most
-        lengths = [most.num_decodes] * 3 + [most.num_rows] + [most.num_prompt_tokens] * 3 + [4 * most.num_tiles]
+        lengths = _lengths(most)
         aligned = [-(-length // 4) * 4 for length in lengths]  # arrays begin at 16 bytes
         self._starts = [sum(aligned[:i]) for i in range(len(lengths))]
         self._staging = StepStaging(sum(aligned), device)
 
     def views(self, size: MixedSize) -> MixedInputs:
-        decodes = [self._view(i, size.num_decodes) for i in range(3)]
-        ids_T, positions_T, kv_slots_T = (self._view(i, size.num_prompt_tokens) for i in (4, 5, 6))
+        decodes = [self._view(i, size.num_decodes) for i in range(4)]
+        ids_T, positions_T, kv_slots_T, places_T = (self._view(i, size.num_prompt_tokens) for i in (5, 6, 7, 9))
         return MixedInputs(
             decodes=RowInputs(*decodes),
-            sampled_rows_R=self._view(3, size.num_rows),
+            sampled_rows_R=self._view(4, size.num_rows),
             token_ids_T=ids_T,
             positions_T=positions_T,
             kv_slots_T=kv_slots_T,
-            tiles_Z4=self._view(7, 4 * size.num_tiles).view(-1, 4),
+            tiles_Z4=self._view(8, 4 * size.num_tiles).view(-1, 4),
+            chunk_places_T=places_T,
         )
 
     def send(self, arrays: Sequence[Sequence[int] | Ints], padding: Sequence[int], size: MixedSize) -> None:
         """`arrays` in the order of the fields, `padding` what fills each up to `size`."""
         host = self._staging.next()
-        counts = [size.num_decodes] * 3 + [size.num_rows] + [size.num_prompt_tokens] * 3 + [4 * size.num_tiles]
+        counts = _lengths(size)
         for start, numbers, count, fill in zip(self._starts, arrays, counts, padding, strict=True):
             host[start : start + len(numbers)] = numbers
             host[start + len(numbers) : start + count] = fill
@@ -116,16 +122,29 @@ class MixedBuffer:
         return self._staging.device_E[start : start + count]
 
 
+def _lengths(size: MixedSize) -> list[int]:
+    """Of the arrays of a `MixedBuffer`, in the order of the fields."""
+    tokens = size.num_prompt_tokens
+    return [size.num_decodes] * 4 + [size.num_rows] + [tokens] * 3 + [4 * size.num_tiles, tokens]
+
+
 class StepInputs:
     """Used by one thread."""
 
     def __init__(
-        self, max_rows: int, max_tokens: int, tables: SequenceTables, tokens_per_block: int, device: torch.device
+        self,
+        max_rows: int,
+        max_tokens: int,
+        tables: SequenceTables,
+        adapters: PlacesAdapters,
+        tokens_per_block: int,
+        device: torch.device,
     ) -> None:
         self._tables = tables
+        self._adapters = adapters
         self._tokens_per_block = tokens_per_block
         self._max_rows = max_rows
-        self._rows = StepStaging(3 * max_rows + 2 * _NUM_ENTRIES, device)
+        self._rows = StepStaging(4 * max_rows + 2 * _NUM_ENTRIES, device)
         most_tiles = count_tiles(max_tokens) + min(max_rows, max_tokens)
         self.mixed = MixedBuffer(MixedSize(max_rows, max_tokens, max_rows, most_tiles), device)
         num_slots, width = tables.tables_SW.shape
@@ -139,22 +158,24 @@ class StepInputs:
     def rows(self, num_rows: int) -> RowInputs:
         """Of the first rows that sample."""
         R, device_E = self._max_rows, self._rows.device_E
-        return RowInputs(*(device_E[i * R : i * R + num_rows] for i in range(3)))
+        return RowInputs(*(device_E[i * R : i * R + num_rows] for i in range(4)))
 
     @property
     def update(self) -> TableUpdate:
-        first, E = 3 * self._max_rows, _NUM_ENTRIES
+        first, E = 4 * self._max_rows, _NUM_ENTRIES
         places_E, blocks_E = torch.split(self._rows.device_E[first : first + 2 * E], E)
         return TableUpdate(places_E, blocks_E)
 
     def send_decodes(self, batch: ScheduledBatch, kv_cache: KVCache, num_padded: int) -> None:
         """Bring a step of decodes alone to the device."""
+        self._adapters.prepare(batch)
         self._send_rows(self._describe(batch.sampled, kv_cache), num_padded)
 
     def send_mixed(
         self, batch: ScheduledBatch, kv_cache: KVCache, buffer: MixedBuffer, size: MixedSize, num_padded: int
     ) -> None:
         """Bring a step with chunks to the device. Rows that sample are padded to `num_padded`."""
+        self._adapters.prepare(batch)
         layout = StepLayout.of(batch)
         slots = [self._tables.slot_of(row.request, kv_cache.block_ids(row.request)) for row in layout.chunks]
         sampled = self._describe(layout.samples, kv_cache)
@@ -163,33 +184,33 @@ class StepInputs:
         self._send_rows(sampled, num_padded)
 
     def _send_rows(self, described: Sequence[list[int]], num_padded: int) -> None:
-        """Slots, lengths and tokens of the rows that sample, and what block tables lack."""
+        """Slots, lengths, tokens and adapters of the rows that sample, and what block tables lack."""
         R, host = self._max_rows, self._rows.next()
         for i, (numbers, fill) in enumerate(zip(described, self._row_padding, strict=True)):
             host[i * R : i * R + len(numbers)] = numbers
             host[i * R + len(numbers) : i * R + num_padded] = fill
         places, blocks = self._take_changes()
-        first, E = 3 * R, _NUM_ENTRIES
+        first, E = 4 * R, _NUM_ENTRIES
         host[first : first + len(places)] = places
         host[first + len(places) : first + E] = self._padding_place
         host[first + E : first + E + len(blocks)] = blocks
         host[first + E + len(blocks) : first + 2 * E] = 0
-        self._rows.send(3 * R + 2 * E)
+        self._rows.send(4 * R + 2 * E)
 
     @property
-    def _row_padding(self) -> tuple[int, int, int]:
-        return self._tables.padding_slot, 0, 0
+    def _row_padding(self) -> tuple[int, int, int, int]:
+        return self._tables.padding_slot, 0, 0, -1
 
-    def _describe(self, rows: Sequence[StepRow], kv_cache: KVCache) -> tuple[list[int], list[int], list[int]]:
-        """Slots, lengths and tokens."""
-        slots, lengths, tokens = [], [], []
+    def _describe(self, rows: Sequence[StepRow], kv_cache: KVCache) -> tuple[list[int], ...]:
+        """Slots, lengths, tokens and places of adapters."""
+        slots, lengths, tokens, place_of = [], [], [], self._adapters.place_of
         slot_of, block_ids = self._tables.slot_of, kv_cache.block_ids
         for request, start, length, _ in rows:
             slots.append(slot_of(request, block_ids(request)))
             lengths.append(start + length)
             known = request.tokens
             tokens.append(known[start] if start < len(known) else FROM_DEVICE)
-        return slots, lengths, tokens
+        return slots, lengths, tokens, [place_of(row.request) for row in rows]
 
     def _take_changes(self) -> tuple[Ints, Ints]:
         """At most as many as a step takes; those before are written into the tables now."""
@@ -211,7 +232,7 @@ class StepInputs:
         buffer: MixedBuffer,
         size: MixedSize,
     ) -> None:
-        """`slots` are those of the chunks; `decodes` are slots, lengths and tokens of the others."""
+        """`slots` are those of the chunks; `decodes` are what `_describe` has of the others."""
         chunks = layout.chunks
         positions = [np.arange(row.start, row.stop, dtype=np.int32) for row in chunks]
         P, tables_SW = self._tokens_per_block, self._tables.tables_SW
@@ -224,8 +245,9 @@ class StepInputs:
             np.concatenate(positions),
             np.concatenate(kv_slots),
             tiles.reshape(-1),
+            np.repeat([self._adapters.place_of(row.request) for row in chunks], [row.length for row in chunks]),
         ]
-        buffer.send(arrays, (*self._row_padding, 0, 0, 0, -1, 0), size)
+        buffer.send(arrays, (*self._row_padding, 0, 0, 0, -1, 0, -1), size)
 
 
 def size_of(batch: ScheduledBatch) -> MixedSize:

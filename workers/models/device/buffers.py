@@ -15,13 +15,15 @@ from tensorweave.workers.models.device.model import DeviceModel
 
 @dataclass(frozen=True, slots=True)
 class LayerBuffers:
-    """What a layer's kernels leave each other, for some number of tokens."""
+    """What a layer's kernels leave each other, for some number of tokens. `places_T` are those of the tokens' adapters,
+    -1: none."""
 
     x_TD: Tensor
     normed_TD: Tensor
     heads_TXH: Tensor
     attended_TNH: Tensor
     gated_TI: Tensor
+    places_T: Tensor
 
     @classmethod
     def create(cls, model: DeviceModel, num_tokens: int) -> LayerBuffers:
@@ -35,11 +37,12 @@ class LayerBuffers:
             heads_TXH=zeros(model.num_placed_heads, H),
             attended_TNH=zeros(model.num_heads, H),
             gated_TI=zeros(model.intermediate_size),
+            places_T=torch.full((num_tokens,), -1, dtype=torch.int32, device=model.device),
         )
 
     def first(self, num_tokens: int) -> LayerBuffers:
         """Of the first tokens."""
-        parts = (self.x_TD, self.normed_TD, self.heads_TXH, self.attended_TNH, self.gated_TI)
+        parts = (self.x_TD, self.normed_TD, self.heads_TXH, self.attended_TNH, self.gated_TI, self.places_T)
         return LayerBuffers(*(part[:num_tokens] for part in parts))
 
 

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from tensorweave.kernels.activation.reference import silu_mul
-from tensorweave.kernels.linear.reference import Linear, QuantizedLinear, TorchLinear
+from tensorweave.kernels.linear.reference import (
+    GroupedFloatLinear,
+    GroupedLinear,
+    Linear,
+    QuantizedLinear,
+    TorchLinear,
+)
 from tensorweave.kernels.mixture.reference import SILU
 from tensorweave.kernels.mixture.stack import ExpertStack, StackedExperts
-from tensorweave.kernels.weights import Matrix, QuantizedWeight, interleave_gate_up
+from tensorweave.kernels.weights import Matrix, PackedCodes, QuantizedWeight, interleave_gate_up
 from tensorweave.workers.models.decoder_layer import GatedMlp, Mlp
 from tensorweave.workers.models.mixture import Mixture
+
+UNKNOWN_FORM: Final = "matrices whose parts are quantized in several ways, in act-order or in groups of less than 32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +65,8 @@ def missing_of_mlp(mlp: Mlp) -> str | None:
     """What the kernels do not compute of it, or None."""
     match mlp:
         case GatedMlp():
+            if not can_take_matrix(mlp.gate_up.linear) or not can_take_matrix(mlp.down.linear):
+                return UNKNOWN_FORM
             return None if mlp.activate is silu_mul else "gates other than silu"
         case Mixture():
             return _missing_of_mixture(mlp)
@@ -79,7 +90,7 @@ def take_mlp(mlp: Mlp) -> DeviceMlp | DeviceMixture:
     """Interleaves gate and up rows in place."""
     match mlp:
         case GatedMlp():
-            return DeviceMlp(_interleave(take_matrix(mlp.gate_up.linear)), take_matrix(mlp.down.linear))
+            return DeviceMlp(_take_gate_up(mlp.gate_up.linear), take_matrix(mlp.down.linear))
         case Mixture():
             assert isinstance(mlp.routed.experts, StackedExperts)
             shared = []
@@ -92,19 +103,40 @@ def take_mlp(mlp: Mlp) -> DeviceMlp | DeviceMixture:
             raise AssertionError(f"no form of {type(mlp).__name__} for a device engine")
 
 
+def can_take_matrix(linear: Linear) -> bool:
+    match linear:
+        case TorchLinear() | QuantizedLinear():
+            return True
+        case GroupedLinear() | GroupedFloatLinear():
+            return PackedCodes.can_pack(linear.weight)
+        case _:
+            return False
+
+
 def take_matrix(linear: Linear) -> Matrix:
     match linear:
         case TorchLinear():
             return Matrix(linear.weight_NK, linear.bias_N)
         case QuantizedLinear():
             return Matrix(linear.weight, linear.bias_N)
+        case GroupedLinear() | GroupedFloatLinear():
+            return Matrix(PackedCodes.of(linear.weight), linear.bias_N)
         case _:
             raise AssertionError(f"no form of {type(linear).__name__} for a device engine")
 
 
+def _take_gate_up(linear: Linear) -> Matrix:
+    """Gate rows, then up rows, to rows that alternate; in place but for weights in groups."""
+    if isinstance(linear, GroupedLinear | GroupedFloatLinear):
+        weight, bias_N = linear.weight, linear.bias_N
+        order_N = interleave_gate_up(*torch.arange(weight.num_outputs, device=weight.codes.device).chunk(2))
+        return Matrix(PackedCodes.of(weight.reordered(order_N)), None if bias_N is None else bias_N[order_N])
+    return _interleave(take_matrix(linear))
+
+
 def _interleave(gate_up: Matrix) -> Matrix:
-    """Gate rows, then up rows, to rows that alternate; in place."""
     weight = gate_up.weight_NK
+    assert not isinstance(weight, PackedCodes)
     tensors = (weight.values_NK, weight.scales_N) if isinstance(weight, QuantizedWeight) else (weight,)
     for tensor in (*tensors, gate_up.bias_N):
         if tensor is not None:

@@ -9,16 +9,40 @@ import torch
 from torch import Tensor
 
 from tensorweave.kernels.heads.rotation import HeadRotation
-from tensorweave.kernels.linear.reference import TorchLinear
 from tensorweave.kernels.weights import Matrix
-from tensorweave.workers.models.decoder_layer import DecoderLayer
-from tensorweave.workers.models.device.mlp import DeviceMixture, DeviceMlp, missing_of_mlp, take_matrix, take_mlp
-from tensorweave.workers.models.layers import ColumnLinear, OutputHead, RmsNorm, VocabEmbedding
+from tensorweave.workers.models.decoder_layer import DecoderLayer, GatedMlp
+from tensorweave.workers.models.device.mlp import (
+    UNKNOWN_FORM,
+    DeviceMixture,
+    DeviceMlp,
+    can_take_matrix,
+    missing_of_mlp,
+    take_matrix,
+    take_mlp,
+)
+from tensorweave.workers.models.layers import (
+    AdaptedColumnLinear,
+    AdaptedRowLinear,
+    ColumnLinear,
+    OutputHead,
+    RmsNorm,
+    VocabEmbedding,
+)
 from tensorweave.workers.models.residual import Unchanged
 from tensorweave.workers.models.stack import TorchStack
 from tensorweave.workers.models.transformer import Transformer
 
 # D hidden size, L positions, H head dim, V vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSites:
+    """Numbers of the products that adapters may update."""
+
+    qkv: int
+    output: int
+    gate_up: int
+    down: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +54,7 @@ class DeviceLayer:
     mlp_norm_D: Tensor
     mlp: DeviceMlp | DeviceMixture
     window: int | None
+    sites: LayerSites | None = None
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -44,7 +69,7 @@ class DeviceModel:
     layers: tuple[DeviceLayer, ...]
     embedding_VD: Tensor
     norm_D: Tensor
-    head_VD: Tensor
+    head: Matrix
     head_dim: int
     epsilon: float
 
@@ -62,7 +87,12 @@ class DeviceModel:
 
     @property
     def vocab_size(self) -> int:
-        return self.head_VD.shape[0]
+        return self.head.num_outputs
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters may update its products."""
+        return self.layers[0].sites is not None
 
     @property
     def intermediate_size(self) -> int:
@@ -102,13 +132,12 @@ def take_model(transformer: Transformer, rope_tables: Sequence[Tensor]) -> Devic
     assert isinstance(stack, TorchStack)
     assert isinstance(embedding, VocabEmbedding)
     assert isinstance(head, OutputHead)
-    assert isinstance(head.linear, TorchLinear)
     layers = tuple(_take_layer(layer, rope_tables[layer.attention.rope]) for layer in stack.layers)
     return DeviceModel(
         layers=layers,
         embedding_VD=embedding.weight_VD,
         norm_D=transformer.final_norm.weight_D,
-        head_VD=head.linear.weight_NK,
+        head=take_matrix(head.linear),
         head_dim=head_dim,
         epsilon=transformer.final_norm.epsilon,
     )
@@ -117,8 +146,11 @@ def take_model(transformer: Transformer, rope_tables: Sequence[Tensor]) -> Devic
 def what_is_missing(transformer: Transformer, rope_widths: Sequence[int]) -> str | None:
     """What the kernels do not compute of a model, which may be without memory, or None. `rope_widths` are the elements
     of a head that each of its rotations turns."""
-    if not isinstance(transformer.embedding, VocabEmbedding) or not isinstance(transformer.head, OutputHead):
+    head = transformer.head
+    if not isinstance(transformer.embedding, VocabEmbedding) or not isinstance(head, OutputHead):
         return "factors of embeddings or logits, soft caps, or vocabularies split over ranks"
+    if not can_take_matrix(head.linear):
+        return UNKNOWN_FORM
     assert isinstance(transformer.stack, TorchStack)
     found = (_missing_of_layer(layer, rope_widths) for layer in transformer.stack.layers)
     return next((missing for missing in found if missing is not None), None)
@@ -133,8 +165,12 @@ def _missing_of_layer(layer: DecoderLayer, rope_widths: Sequence[int]) -> str | 
         return "norms whose weights have an offset"
     if (missing := missing_of_mlp(mlp)) is not None:
         return missing
-    if not isinstance(attention.qkv, ColumnLinear):
+    if isinstance(attention.qkv, AdaptedColumnLinear) and not isinstance(mlp, GatedMlp):
+        return "adapters of models with experts"
+    if not isinstance(attention.qkv, ColumnLinear | AdaptedColumnLinear):
         return "norms over all heads together"
+    if not can_take_matrix(attention.qkv.linear) or not can_take_matrix(attention.output.linear):
+        return UNKNOWN_FORM
     if attention.soft_cap is not None or attention.sinks_N is not None:
         return "soft caps and sinks in attention"
     if attention.has_neighbours or rope_widths[attention.rope] != attention.head_dim:
@@ -156,7 +192,7 @@ def _take_layer(layer: DecoderLayer, rope_table_LH: Tensor) -> DeviceLayer:
     attention, norms = layer.attention, layer.attention.norms
     assert isinstance(layer.attention_norm, RmsNorm)
     assert isinstance(layer.mlp_norm, RmsNorm)
-    assert isinstance(attention.qkv, ColumnLinear)
+    assert isinstance(attention.qkv, ColumnLinear | AdaptedColumnLinear)
     rotation = (
         HeadRotation(rope_table_LH)
         if norms is None
@@ -170,7 +206,19 @@ def _take_layer(layer: DecoderLayer, rope_table_LH: Tensor) -> DeviceLayer:
         mlp_norm_D=layer.mlp_norm.weight_D,
         mlp=take_mlp(layer.mlp),
         window=attention.window,
+        sites=_sites(layer),
     )
+
+
+def _sites(layer: DecoderLayer) -> LayerSites | None:
+    attention, mlp = layer.attention, layer.mlp
+    qkv, output = attention.qkv, attention.output
+    if not isinstance(qkv, AdaptedColumnLinear) or not isinstance(output, AdaptedRowLinear):
+        return None
+    assert isinstance(mlp, GatedMlp)
+    assert isinstance(mlp.gate_up, AdaptedColumnLinear)
+    assert isinstance(mlp.down, AdaptedRowLinear)
+    return LayerSites(qkv.site, output.site, mlp.gate_up.site, mlp.down.site)
 
 
 def _is_power_of_two(number: int) -> bool:

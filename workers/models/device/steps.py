@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from tensorweave.kernels.device_operations import DecodeRows, DeviceOperations
-from tensorweave.kernels.weights import Matrix
+from tensorweave.kernels.lora.stack import SiteStack
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.model import DeviceModel
+from tensorweave.workers.models.device.products import AdaptedProducts, LayerProducts, PlainProducts
 from tensorweave.workers.models.device.wide import AllLayers, DecodeLayerAttention, WideLayers
 
 
@@ -43,19 +44,24 @@ class DecodeSteps:
 
         def run() -> None:
             hidden_RD = self._wide(num_rows, attention, self._caches)
-            self._operations.product(hidden_RD, Matrix(self._model.head_VD), logits_RV)
+            self._operations.product(hidden_RD, self._model.head, logits_RV)
 
         return run
 
 
-def make_wide_layers(model: DeviceModel, operations: DeviceOperations, buffers: StepBuffers) -> AllLayers:
-    """The layers of a step of many tokens."""
+def make_wide_layers(
+    model: DeviceModel, operations: DeviceOperations, buffers: StepBuffers, stacks: Sequence[SiteStack]
+) -> AllLayers:
+    """The layers of a step of many tokens. `stacks` are those of the sites, if adapters may update the model."""
     if model.device.type == "cuda":
         from tensorweave.workers.models.device.wide_quantized import WideQuantizedLayers  # as in `_thin_maker`
 
         if WideQuantizedLayers.fits(model):
             return WideQuantizedLayers(model, buffers)
-    return WideLayers(model, operations, buffers)
+    products: LayerProducts = PlainProducts(operations)
+    if model.has_adapters:
+        products = AdaptedProducts(operations, stacks, model.num_heads * model.head_dim)
+    return WideLayers(model, operations, buffers, products)
 
 
 Thin = Callable[[DecodeLayerAttention, Sequence[Tensor]], None]

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from tensorweave.kernels.cuda.program import can_run_hopper_kernels
+from tensorweave.kernels.linear import cuda_grouped
 from tensorweave.kernels.linear.thin_tiling import PLAIN, RESIDUAL
 from tensorweave.kernels.linear.triton_quantize import make_peaks
 from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, thin_linear
 from tensorweave.kernels.norm.triton import embed
-from tensorweave.kernels.weights import Matrix
+from tensorweave.kernels.weights import Matrix, PackedCodes, QuantizedWeight
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.model import DeviceModel
 from tensorweave.workers.models.device.thin_mlp import (
@@ -26,7 +27,6 @@ from tensorweave.workers.models.device.thin_mlp import (
     fits_thin_mlp,
     is_quantized,
     make_thin_mlp,
-    weight_of,
 )
 from tensorweave.workers.models.device.wide import DecodeLayerAttention
 
@@ -59,19 +59,27 @@ class ThinLayers:
     @staticmethod
     def fits(model: DeviceModel) -> bool:
         """Whether the kernels are for this model and device: they need the dependent launches of Hopper."""
-        if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (9, 0):
+        if model.has_adapters or model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (9, 0):
             return False
         matrices = [matrix for layer in model.layers for matrix in layer.matrices]
-        is_alike = len({is_quantized(matrix) for matrix in matrices}) == 1
+        is_alike = len({type(matrix.weight_NK) for matrix in matrices}) == 1
         biased = any(
             matrix.bias_N is not None for layer in model.layers for matrix in (layer.output, *layer.mlp.matrices)
         )
         is_even = model.hidden_size % 64 == 0 and all(matrix.num_inputs % 64 == 0 for matrix in matrices)
-        return is_alike and is_even and not biased and model.dtype == torch.bfloat16 and fits_thin_mlp(model)
+        can_be_packed = all(cuda_grouped.fits(m.weight_NK) for m in matrices if isinstance(m.weight_NK, PackedCodes))
+        is_16_bit = model.dtype == torch.bfloat16
+        return is_alike and is_even and not biased and is_16_bit and can_be_packed and fits_thin_mlp(model)
 
     @staticmethod
     def max_rows(model: DeviceModel) -> int:
-        return MAX_QUANTIZED_THIN_ROWS if is_quantized(model.layers[0].output) else MAX_THIN_ROWS
+        match model.layers[0].output.weight_NK:
+            case QuantizedWeight():
+                return MAX_QUANTIZED_THIN_ROWS
+            case PackedCodes():
+                return cuda_grouped.MAX_GROUPED_ROWS
+            case _:
+                return MAX_THIN_ROWS
 
     @staticmethod
     def make_workspace(model: DeviceModel) -> SplitWorkspace:
@@ -97,16 +105,16 @@ class ThinLayers:
             attention(layer, heads, cache_BCPH, attended, peaks.output)
             middle = ResidualSum(x, layer.mlp_norm_D, gained, self._mlp_squares)
             thin_linear(
-                attended.flatten(1), weight_of(layer.output), middle, peaks_MA=peaks.output, out_peaks_MA=peaks.gate_up,
+                attended.flatten(1), layer.output.weight_NK, middle, peaks_MA=peaks.output, out_peaks_MA=peaks.gate_up,
                 tiling=self._output_tiling, workspace=self._workspace, pdl=True,
             )  # fmt: skip
             last = ResidualSum(x, after_D, gained, self._squares)
             self._mlp(layer.mlp, gained, self._mlp_squares, last, peaks, next_peaks)
-        self._product(gained, Matrix(model.head_VD), buffers.logits_RV[:rows], None)
+        self._product(gained, model.head, buffers.logits_RV[:rows], None)
 
     def _product(self, gained_RD: Tensor, matrix: Matrix, out_RO: Tensor, peaks_RA: Tensor | None) -> None:
         thin_linear(
-            gained_RD, weight_of(matrix), out_RO, bias_N=matrix.bias_N, squares_MQ=self._squares,
+            gained_RD, matrix.weight_NK, out_RO, bias_N=matrix.bias_N, squares_MQ=self._squares,
             epsilon=self._model.epsilon, peaks_MA=peaks_RA, tiling=self._tilings.choose(matrix, out_RO.shape[1], PLAIN),
             workspace=self._workspace, pdl=True,
         )  # fmt: skip

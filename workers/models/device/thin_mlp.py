@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tensorweave.kernels.linear.thin_tiling import (
+    FEW_TILING,
     GATED,
     PLAIN,
     RESIDUAL,
@@ -18,7 +19,7 @@ from tensorweave.kernels.linear.thin_tiling import (
 )
 from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, thin_linear
 from tensorweave.kernels.mixture.triton import add_experts, choose_tilings, num_squares
-from tensorweave.kernels.weights import Matrix, QuantizedWeight
+from tensorweave.kernels.weights import Matrix, PackedCodes, QuantizedWeight
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.mlp import DeviceMixture, DeviceMlp
 from tensorweave.workers.models.device.model import DeviceModel
@@ -42,6 +43,8 @@ class ThinTilings:
     has_few: bool
 
     def choose(self, matrix: Matrix, num_outputs: int, epilogue: int) -> Tiling:
+        if isinstance(matrix.weight_NK, PackedCodes):
+            return FEW_TILING
         if is_quantized(matrix):
             return choose_quantized_tiling(self.num_rows, num_outputs, matrix.num_inputs, epilogue)
         return choose_tiling(self.num_rows, num_outputs, matrix.num_inputs, epilogue, has_few=self.has_few)
@@ -90,12 +93,12 @@ class ThinGatedMlp:
     ) -> None:
         assert isinstance(mlp, DeviceMlp)
         thin_linear(
-            gained_RD, weight_of(mlp.gate_up), self.gated_RI, is_gated=True, squares_MQ=squares_RQ,
+            gained_RD, mlp.gate_up.weight_NK, self.gated_RI, is_gated=True, squares_MQ=squares_RQ,
             epsilon=self.epsilon, peaks_MA=peaks.gate_up, out_peaks_MA=peaks.down,
             tiling=self.tilings.choose(mlp.gate_up, self.gated_RI.shape[1], GATED), pdl=True,
         )  # fmt: skip
         thin_linear(
-            self.gated_RI, weight_of(mlp.down), out, peaks_MA=peaks.down, out_peaks_MA=next_peaks.qkv,
+            self.gated_RI, mlp.down.weight_NK, out, peaks_MA=peaks.down, out_peaks_MA=next_peaks.qkv,
             tiling=self.down_tiling, workspace=self.workspace, pdl=True,
         )  # fmt: skip
 
@@ -119,7 +122,7 @@ class ThinMixture:
         assert isinstance(mlp, DeviceMixture)
         logits_RE = self.logits_RE
         thin_linear(
-            gained_RD, weight_of(mlp.router), logits_RE, squares_MQ=squares_RQ, epsilon=self.epsilon,
+            gained_RD, mlp.router.weight_NK, logits_RE, squares_MQ=squares_RQ, epsilon=self.epsilon,
             tiling=self.tilings.choose(mlp.router, logits_RE.shape[1], PLAIN), pdl=True,
         )  # fmt: skip
         add_experts(
@@ -147,11 +150,6 @@ def make_thin_mlp(model: DeviceModel, buffers: StepBuffers, workspace: SplitWork
     logits_RE = torch.empty(num_rows, first.experts.num_experts, dtype=model.dtype, device=model.device)
     found = num_squares(D, choose_tilings(num_rows, first.experts, is_scaled=True))
     return ThinMixture(model.epsilon, logits_RE, tilings, found)
-
-
-def weight_of(matrix: Matrix) -> Tensor | QuantizedWeight:
-    assert isinstance(matrix.weight_NK, Tensor | QuantizedWeight)
-    return matrix.weight_NK
 
 
 def is_quantized(matrix: Matrix) -> bool:

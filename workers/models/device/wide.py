@@ -13,6 +13,7 @@ from tensorweave.kernels.device_operations import DecodeAttention, DeviceOperati
 from tensorweave.workers.models.device.buffers import LayerBuffers, StepBuffers
 from tensorweave.workers.models.device.mlp import DeviceMixture, DeviceMlp, SharedMlp
 from tensorweave.workers.models.device.model import DeviceLayer, DeviceModel
+from tensorweave.workers.models.device.products import LayerProducts
 
 # T tokens, R rows, X = N + 2 K heads, N of them queries, H head dim, B blocks, C = 2 K planes of a block
 # P tokens per block
@@ -91,12 +92,15 @@ class AllLayers(Protocol):
 class WideLayers:
     """Of weights in any form; `WideQuantizedLayers` is faster where it fits."""
 
-    def __init__(self, model: DeviceModel, operations: DeviceOperations, buffers: StepBuffers) -> None:
+    def __init__(
+        self, model: DeviceModel, operations: DeviceOperations, buffers: StepBuffers, products: LayerProducts
+    ) -> None:
         self._model = model
         self._operations = operations
         self._buffers = buffers
-        last, num_heads = model.layers[-1], model.num_heads
-        self._last_keys_and_values = last.qkv.outputs_from(num_heads * model.head_dim)
+        self._products = products
+        self._num_queries = model.num_heads * model.head_dim
+        self._last_keys_and_values = model.layers[-1].qkv.outputs_from(self._num_queries)
 
     def __call__(self, num_tokens: int, attention: LayerAttention, caches: Sequence[Tensor]) -> Tensor:
         """From `tokens_T` of the buffers to the hidden states of all tokens after the final norm, [T, D]."""
@@ -128,29 +132,29 @@ class WideLayers:
         operations.rms_norm(part.x_TD, last.norm_D, epsilon, part.normed_TD)
         C, H = cache_BCPH.shape[1], cache_BCPH.shape[3]
         kv_TCH = part.heads_TXH.view(-1)[: num_tokens * C * H].view(num_tokens, C, H)
-        operations.product(part.normed_TD, self._last_keys_and_values, kv_TCH.flatten(1))
+        self._products.keys_and_values(last, self._last_keys_and_values, part, kv_TCH.flatten(1))
         attention.store(last, kv_TCH, cache_BCPH)
         sampled = self._buffers.sampled.first(len(rows_R))
         if row_attention is not None:
             torch.index_select(part.x_TD, 0, rows_R, out=sampled.x_TD)
+            self._products.choose_rows(part, rows_R, sampled)
             self._run_layer(last, sampled, row_attention, cache_BCPH)
         return self._norm_last(sampled)
 
     def _run_layer(self, layer: DeviceLayer, part: LayerBuffers, attention: LayerAttention, cache_BCPH: Tensor) -> None:
         operations, epsilon = self._operations, self._model.epsilon
         operations.rms_norm(part.x_TD, layer.norm_D, epsilon, part.normed_TD)
-        operations.product(part.normed_TD, layer.qkv, part.heads_TXH.flatten(1))
+        self._products.heads(layer, part)
         attention(layer, part.heads_TXH, cache_BCPH, part.attended_TNH)
-        operations.add_product(part.attended_TNH.flatten(1), layer.output, part.x_TD)
+        self._products.add_attended(layer, part)
         operations.rms_norm(part.x_TD, layer.mlp_norm_D, epsilon, part.normed_TD)
-        self._add_mlp(layer.mlp, part)
+        if isinstance(layer.mlp, DeviceMlp):
+            self._products.add_mlp(layer, layer.mlp, part)
+        else:
+            self._add_mixture(layer.mlp, part)
 
-    def _add_mlp(self, mlp: DeviceMlp | DeviceMixture, part: LayerBuffers) -> None:
+    def _add_mixture(self, mlp: DeviceMixture, part: LayerBuffers) -> None:
         operations, x_TD, normed_TD = self._operations, part.x_TD, part.normed_TD
-        if isinstance(mlp, DeviceMlp):
-            operations.gated_product(normed_TD, mlp.gate_up, part.gated_TI)
-            operations.add_product(part.gated_TI, mlp.down, x_TD)
-            return
         logits_TE = normed_TD.new_empty(len(normed_TD), mlp.experts.num_experts)
         operations.product(normed_TD, mlp.router, logits_TE)
         operations.add_experts(normed_TD, logits_TE, mlp.experts, x_TD)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tensorweave.kernels.weights import Weight, stack_weights
+from tensorweave.kernels.weights import Weight, stack_weights, to_device
 from tensorweave.workers.models.loader import WeightLoader
 from tensorweave.workers.models.quantized.checkpoint_quantization import CheckpointQuantization, module_of
 from tensorweave.workers.models.quantized.matrix_format import MatrixPart, StoredTensors
@@ -48,7 +48,8 @@ class QuantizedLoader:
         shape = (rows.shape[0], rows.shape[1])
         form, module = self.quantization.format_of(rows.name, shape, self.source), module_of(rows.name, shape)
         if form is not None and module is not None:
-            return form.read(self.source, MatrixPart(module, shape, rows.rows, columns, self.plain.dtype))
+            part = MatrixPart(module, shape, rows.rows, columns, self.plain.dtype)
+            return to_device(form.read(self.source, part), self.plain.device)
         if columns == range(shape[1]):
             return self.plain.matrix_rows([rows])
         return self.plain.matrix_columns(rows.name, shape, columns)
