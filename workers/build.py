@@ -290,6 +290,8 @@ def _kv_identity(args: TorchLlmArgs, path: Path, engine: ModelEngine) -> tuple[s
     config = load_model_config(path)
     if engine.info.max_seq_len > config.default_seq_len:  # keys of the same tokens are rotated by other factors
         digest = f"{digest} with long factors"
+    if isinstance(engine, DeviceEngine) and engine.has_own_keys:
+        digest = f"{digest} with reordered keys"
     return digest, config.sizes.num_kv_heads
 
 

@@ -20,7 +20,13 @@ from tensorweave.cli.suite_rows import Suite
 from tensorweave.cli.suite_run import Generate, new_document, run_suite, suite_of
 from tensorweave.deploy.config_file import read_document
 
-_QUANTIZATION: Final = {"none": (), "fp8": ("quant_config.quant_algo=FP8_PER_CHANNEL_PER_TOKEN",)}
+_QUANTIZATION: Final = {
+    "none": (),
+    "fp8": ("quant_config.quant_algo=FP8_PER_CHANNEL_PER_TOKEN",),
+    "w4a16": ("quant_config.quant_algo=W4A16", "quant_config.group_size=128"),
+}
+_HEAD_TYPES: Final = {"w4a16": "int8"}
+"""Of the output head's weights, where they are not those of the suite."""
 _KV_DTYPE: Final = {"auto": (), "fp8": ("kv_cache_config.dtype=fp8",)}
 
 
@@ -31,11 +37,13 @@ def run(args: argparse.Namespace) -> int:
     suite.choose(args.rows)
     options = engine_options(suite, args)
     layer_dtype = suite.dtype if args.quantization == "none" else args.quantization
-    rates = measure_rates(default_device(), suite.dtype, layer_dtype)
+    is_multiplied_in_8_bits = args.quantization == "fp8"
+    rates = measure_rates(default_device(), suite.dtype, layer_dtype if is_multiplied_in_8_bits else suite.dtype)
     document = new_document(args, "tensorweave", tensorweave.__version__)
     document |= {"rates": dataclasses.asdict(rates), "engine": options}
     print(told(rates, document["card"]["name"]), flush=True)
-    roofline = Roofline(suite.shape, rates, suite.dtype, layer_dtype, document["kv_dtype"])
+    head_dtype = _HEAD_TYPES.get(args.quantization, suite.dtype)
+    roofline = Roofline(suite.shape, rates, head_dtype, layer_dtype, document["kv_dtype"])
 
     open_engine = functools.partial(open_llm, options=options, is_random=args.model is None)
     run_suite(args, document, open_engine, roofline.row_s)

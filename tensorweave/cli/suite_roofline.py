@@ -13,7 +13,8 @@ from typing import Final
 from tensorweave.cli.suite_rows import Row
 from tensorweave.cli.suite_shapes import ModelShape
 
-BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1, "w4a16": 0.5 + 2 / 128}
+"""Of a weight; `w4a16`: with a scale of 16 bits for 128 of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
+    """`dtype` is that of the output head's weights."""
+
     shape: ModelShape
     rates: Rates
     dtype: str

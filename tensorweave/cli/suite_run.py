@@ -54,7 +54,7 @@ def add_suite_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_quantization(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--quantization", choices=("none", "fp8"), default="none", help="weights (default: %(default)s)"
+        "--quantization", choices=("none", "fp8", "w4a16"), default="none", help="weights (default: %(default)s)"
     )
     parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="KV cache (default: %(default)s)")
 

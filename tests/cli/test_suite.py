@@ -211,6 +211,13 @@ def test_figures_are_written_after_every_row(tmp_path: Path) -> None:
     assert "b1_16_8" in (tmp_path / "out" / "o.md").read_text()
 
 
+def test_four_bits_are_arguments_of_the_llm() -> None:
+    options = engine_options(SUITES["h100-8b"], parsed("h100-8b", "--quantization", "w4a16"))
+    assert options["quant_config"] == {"quant_algo": "W4A16", "group_size": 128}
+    in_4_bits = Roofline(LLAMA_8B, RATES, "int8", "w4a16", "bfloat16")
+    assert in_4_bits.weight_bytes(1) == pytest.approx(6.979e9 * 0.515625 + 0.525e9, rel=1e-3)
+
+
 def test_quantization_and_changes_are_arguments_of_the_llm() -> None:
     args = parsed("tiny", "--quantization", "fp8", "--kv-dtype", "fp8", "--set", "max_batch_size=4")
     assert engine_options(SUITES["tiny"], args) == {

@@ -74,6 +74,11 @@ class DeviceEngine:
         self._num_launched = 0
 
     @property
+    def has_own_keys(self) -> bool:
+        """Whether keys in the cache have an order of their elements that other engines do not have."""
+        return self._model.has_reordered_heads
+
+    @property
     def progress(self) -> int:
         return self._num_launched + self._num_pieces
 

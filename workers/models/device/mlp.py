@@ -18,8 +18,9 @@ from tensorweave.kernels.linear.reference import (
 )
 from tensorweave.kernels.mixture.reference import SILU
 from tensorweave.kernels.mixture.stack import ExpertStack, StackedExperts
-from tensorweave.kernels.weights import Matrix, PackedCodes, QuantizedWeight, interleave_gate_up
+from tensorweave.kernels.weights import Matrix, PackedCodes, QuantizedWeight, Weight, interleave_gate_up
 from tensorweave.workers.models.decoder_layer import GatedMlp, Mlp
+from tensorweave.workers.models.device.folding import scaled
 from tensorweave.workers.models.mixture import Mixture
 
 UNKNOWN_FORM: Final = "matrices whose parts are quantized in several ways, in act-order or in groups of less than 32"
@@ -86,13 +87,14 @@ def _missing_of_mixture(mixture: Mixture) -> str | None:
     return next((m for m in (missing_of_mlp(shared.mlp) for shared in mixture.shared) if m is not None), None)
 
 
-def take_mlp(mlp: Mlp) -> DeviceMlp | DeviceMixture:
-    """Interleaves gate and up rows in place."""
+def take_mlp(mlp: Mlp, factor: float = 1.0) -> DeviceMlp | DeviceMixture:
+    """Interleaves gate and up rows in place. What a plain one returns is multiplied by `factor`."""
     match mlp:
         case GatedMlp():
-            return DeviceMlp(_take_gate_up(mlp.gate_up.linear), take_matrix(mlp.down.linear))
+            return DeviceMlp(_take_gate_up(mlp.gate_up.linear), take_matrix(scaled(mlp.down.linear, factor)))
         case Mixture():
             assert isinstance(mlp.routed.experts, StackedExperts)
+            assert factor == 1.0
             shared = []
             for each in mlp.shared:
                 plain = take_mlp(each.mlp)
@@ -111,6 +113,16 @@ def can_take_matrix(linear: Linear) -> bool:
             return PackedCodes.can_pack(linear.weight)
         case _:
             return False
+
+
+def weight_of(linear: Linear) -> Weight:
+    match linear:
+        case TorchLinear():
+            return linear.weight_NK
+        case QuantizedLinear() | GroupedLinear() | GroupedFloatLinear():
+            return linear.weight
+        case _:
+            raise AssertionError(f"no form of {type(linear).__name__} for a device engine")
 
 
 def take_matrix(linear: Linear) -> Matrix:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tensorweave.kernels.heads.rotation import HeadRotation
-from tensorweave.kernels.weights import Matrix
-from tensorweave.workers.models.decoder_layer import DecoderLayer, GatedMlp
+from tensorweave.kernels.linear.reference import Linear
+from tensorweave.kernels.weights import Matrix, num_inputs, num_outputs
+from tensorweave.workers.models.decoder_layer import Attention, DecoderLayer, GatedMlp
+from tensorweave.workers.models.device.folding import head_order, scaled, whole_table, with_heads_in_order
 from tensorweave.workers.models.device.mlp import (
     UNKNOWN_FORM,
     DeviceMixture,
@@ -19,7 +21,9 @@ from tensorweave.workers.models.device.mlp import (
     missing_of_mlp,
     take_matrix,
     take_mlp,
+    weight_of,
 )
+from tensorweave.workers.models.ends import Embedding, ScaledEmbedding, ScaledHead
 from tensorweave.workers.models.layers import (
     AdaptedColumnLinear,
     AdaptedRowLinear,
@@ -28,7 +32,7 @@ from tensorweave.workers.models.layers import (
     RmsNorm,
     VocabEmbedding,
 )
-from tensorweave.workers.models.residual import Unchanged
+from tensorweave.workers.models.residual import OutputChange, Scaled, Unchanged
 from tensorweave.workers.models.stack import TorchStack
 from tensorweave.workers.models.transformer import Transformer
 
@@ -54,6 +58,7 @@ class DeviceLayer:
     mlp_norm_D: Tensor
     mlp: DeviceMlp | DeviceMixture
     window: int | None
+    scale: float
     sites: LayerSites | None = None
 
     @property
@@ -64,7 +69,8 @@ class DeviceLayer:
 
 @dataclass(frozen=True, slots=True)
 class DeviceModel:
-    """All of a model on one device."""
+    """All of a model on one device. `has_reordered_heads`: elements of queries and keys, also in the cache, are in an
+    order of their own, see `folding`."""
 
     layers: tuple[DeviceLayer, ...]
     embedding_VD: Tensor
@@ -72,6 +78,7 @@ class DeviceModel:
     head: Matrix
     head_dim: int
     epsilon: float
+    has_reordered_heads: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,35 +127,54 @@ def take_model(transformer: Transformer, rope_tables: Sequence[Tensor]) -> Devic
     of no use afterwards.
 
     Args:
-        rope_tables: one for each of the model's rotations, [L, H].
+        rope_tables: one for each of the model's rotations, [L, W].
 
     Raises:
         ValueError: names what the kernels do not compute.
     """
-    stack, embedding, head = transformer.stack, transformer.embedding, transformer.head
-    head_dim = rope_tables[0].shape[1]
+    stack = transformer.stack
     if (missing := what_is_missing(transformer, [table_LH.shape[1] for table_LH in rope_tables])) is not None:
         raise ValueError(f"a device engine has no kernels for {missing}")
     assert isinstance(stack, TorchStack)
-    assert isinstance(embedding, VocabEmbedding)
+    head, factor = transformer.head, 1.0
+    if isinstance(head, ScaledHead):
+        factor = head.factor
+        head = head.head
     assert isinstance(head, OutputHead)
     layers = tuple(_take_layer(layer, rope_tables[layer.attention.rope]) for layer in stack.layers)
+    attentions = [layer.attention for layer in stack.layers]
     return DeviceModel(
         layers=layers,
-        embedding_VD=embedding.weight_VD,
-        norm_D=transformer.final_norm.weight_D,
+        embedding_VD=_embedding(transformer.embedding),
+        norm_D=transformer.final_norm.weight_D * factor,
         head=take_matrix(head.linear),
-        head_dim=head_dim,
+        head_dim=attentions[0].head_dim,
         epsilon=transformer.final_norm.epsilon,
+        has_reordered_heads=any(_order(each, rope_tables[each.rope].shape[1]) is not None for each in attentions),
     )
+
+
+def _embedding(embedding: Embedding) -> Tensor:
+    """A new table where there is a factor: the output head may be the same."""
+    if isinstance(embedding, ScaledEmbedding):
+        table_VD = _embedding(embedding.embedding)
+        return table_VD * table_VD.new_tensor(embedding.factor)
+    assert isinstance(embedding, VocabEmbedding)
+    return embedding.weight_VD
 
 
 def what_is_missing(transformer: Transformer, rope_widths: Sequence[int]) -> str | None:
     """What the kernels do not compute of a model, which may be without memory, or None. `rope_widths` are the elements
     of a head that each of its rotations turns."""
-    head = transformer.head
-    if not isinstance(transformer.embedding, VocabEmbedding) or not isinstance(head, OutputHead):
-        return "factors of embeddings or logits, soft caps, or vocabularies split over ranks"
+    head, embedding = transformer.head, transformer.embedding
+    if isinstance(head, ScaledHead):
+        if head.cap is not None:
+            return "soft caps of logits"
+        head = head.head
+    if isinstance(embedding, ScaledEmbedding):
+        embedding = embedding.embedding
+    if not isinstance(embedding, VocabEmbedding) or not isinstance(head, OutputHead):
+        return "vocabularies split over ranks"
     if not can_take_matrix(head.linear):
         return UNKNOWN_FORM
     assert isinstance(transformer.stack, TorchStack)
@@ -159,25 +185,37 @@ def what_is_missing(transformer: Transformer, rope_widths: Sequence[int]) -> str
 def _missing_of_layer(layer: DecoderLayer, rope_widths: Sequence[int]) -> str | None:
     attention, norm, mlp_norm, mlp = layer.attention, layer.attention_norm, layer.mlp_norm, layer.mlp
     has_norms = isinstance(norm, RmsNorm) and isinstance(mlp_norm, RmsNorm)
-    if not has_norms or not isinstance(layer.after_attention, Unchanged) or not isinstance(layer.after_mlp, Unchanged):
-        return "norms or factors behind attention and MLP"
+    if not has_norms or not all(
+        isinstance(each, Unchanged | Scaled) for each in (layer.after_attention, layer.after_mlp)
+    ):
+        return "norms behind attention and MLP"
     if any(isinstance(each, RmsNorm) and each.offset for each in (norm, mlp_norm)):
         return "norms whose weights have an offset"
     if (missing := missing_of_mlp(mlp)) is not None:
         return missing
-    if isinstance(attention.qkv, AdaptedColumnLinear) and not isinstance(mlp, GatedMlp):
-        return "adapters of models with experts"
     if not isinstance(attention.qkv, ColumnLinear | AdaptedColumnLinear):
         return "norms over all heads together"
     if not can_take_matrix(attention.qkv.linear) or not can_take_matrix(attention.output.linear):
         return UNKNOWN_FORM
     if attention.soft_cap is not None or attention.sinks_N is not None:
         return "soft caps and sinks in attention"
-    if attention.has_neighbours or rope_widths[attention.rope] != attention.head_dim:
-        return "rotations of neighbouring elements or of part of a head"
-    if attention.scale != attention.head_dim**-0.5:
-        return "scores with a scale of their own"
+    if isinstance(attention.qkv, AdaptedColumnLinear):
+        return _missing_with_adapters(layer, rope_widths[attention.rope])
     return None
+
+
+def _missing_with_adapters(layer: DecoderLayer, rope_width: int) -> str | None:
+    if not isinstance(layer.mlp, GatedMlp):
+        return "adapters of models with experts"
+    if isinstance(layer.after_attention, Scaled) or isinstance(layer.after_mlp, Scaled):
+        return "adapters of models with factors behind attention and MLP"
+    if _order(layer.attention, rope_width) is not None:
+        return "adapters of models that rotate neighbouring elements or part of a head"
+    return None
+
+
+def _order(attention: Attention, rope_width: int) -> Tensor | None:
+    return head_order(attention.head_dim, rope_width, has_neighbours=attention.has_neighbours)
 
 
 def can_take(num_heads: int, num_kv_heads: int, head_dim: int, tokens_per_block: int, num_ranks: int) -> bool:
@@ -188,26 +226,43 @@ def can_take(num_heads: int, num_kv_heads: int, head_dim: int, tokens_per_block:
     return num_ranks == 1 and is_even and has_kernels
 
 
-def _take_layer(layer: DecoderLayer, rope_table_LH: Tensor) -> DeviceLayer:
-    attention, norms = layer.attention, layer.attention.norms
+def _take_layer(layer: DecoderLayer, rope_table_LW: Tensor) -> DeviceLayer:
+    attention = layer.attention
     assert isinstance(layer.attention_norm, RmsNorm)
     assert isinstance(layer.mlp_norm, RmsNorm)
     assert isinstance(attention.qkv, ColumnLinear | AdaptedColumnLinear)
+    qkv, norms = attention.qkv.linear, attention.norms
+    if (order_H := _order(attention, rope_table_LW.shape[1])) is not None:
+        order_H = order_H.to(rope_table_LW.device)
+        qkv = with_heads_in_order(qkv, order_H, _num_turned(attention, qkv))
+        rope_table_LW = whole_table(rope_table_LW, attention.head_dim)
+        norms = None if norms is None else replace(norms, query_H=norms.query_H[order_H], key_H=norms.key_H[order_H])
     rotation = (
-        HeadRotation(rope_table_LH)
+        HeadRotation(rope_table_LW)
         if norms is None
-        else HeadRotation(rope_table_LH, norms.query_H, norms.key_H, norms.epsilon)
+        else HeadRotation(rope_table_LW, norms.query_H, norms.key_H, norms.epsilon)
     )
     return DeviceLayer(
         norm_D=layer.attention_norm.weight_D,
-        qkv=take_matrix(attention.qkv.linear),
+        qkv=take_matrix(qkv),
         rotation=rotation,
-        output=take_matrix(attention.output.linear),
+        output=take_matrix(scaled(attention.output.linear, _factor(layer.after_attention))),
         mlp_norm_D=layer.mlp_norm.weight_D,
-        mlp=take_mlp(layer.mlp),
+        mlp=take_mlp(layer.mlp, _factor(layer.after_mlp)),
         window=attention.window,
+        scale=attention.scale,
         sites=_sites(layer),
     )
+
+
+def _factor(change: OutputChange) -> float:
+    return change.factor if isinstance(change, Scaled) else 1.0
+
+
+def _num_turned(attention: Attention, qkv: Linear) -> int:
+    """Outputs that are queries and keys: all but the values, of which there are as many as keys."""
+    num_queries = num_inputs(weight_of(attention.output.linear))
+    return num_queries + (num_outputs(weight_of(qkv)) - num_queries) // 2
 
 
 def _sites(layer: DecoderLayer) -> LayerSites | None:

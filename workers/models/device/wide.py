@@ -39,7 +39,7 @@ class DecodeLayerAttention:
         out_TNH: Tensor,
         peaks_TA: Tensor | None = None,
     ) -> None:
-        scale, rotation = heads_TXH.shape[2] ** -0.5, layer.rotation
+        scale, rotation = layer.scale, layer.rotation
         self.attend(
             heads_TXH, cache_BCPH, out_TNH, window=layer.window, scale=scale, rotation=rotation, peaks_RA=peaks_TA
         )
@@ -67,7 +67,7 @@ class MixedLayerAttention:
         self.operations.rope_store(heads, cache_BCPH, self.slots_T, self.positions_T, layer.rotation)
 
     def __call__(self, layer: DeviceLayer, heads_TXH: Tensor, cache_BCPH: Tensor, out_TNH: Tensor) -> None:
-        scale, first = heads_TXH.shape[2] ** -0.5, self.num_decodes
+        scale, first = layer.scale, self.num_decodes
         self.store(layer, heads_TXH, cache_BCPH)
         self.prefill.attend(heads_TXH[first:], cache_BCPH, out_TNH[first:], window=layer.window, scale=scale)
         if self.decode is not None:
