@@ -189,9 +189,7 @@ class TorchLlmArgs(StrictBaseModel):
         discriminator="decoding_type",
         description="Draft tokens and verify several in one step; the tokens are the same. On CPUs. Default: none.",
     )
-    enable_lora: bool = Field(
-        False, status="beta", description="Take requests with a LoRARequest. On CPUs. See docs/lora.md."
-    )
+    enable_lora: bool = Field(False, status="beta", description="Take requests with a LoRARequest. See docs/lora.md.")
     lora_config: LoraConfig | None = Field(
         None, status="beta", description="Limits of LoRA adapters. It switches them on, as enable_lora does."
     )

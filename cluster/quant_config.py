@@ -77,11 +77,11 @@ class QuantConfig(StrictBaseModel):
         None,
         status="prototype",
         description="Both FP8 names: weights of the layers' products in 8-bit floats (e4m3) with a scale per output "
-        "channel, their inputs with a scale per token; embedding and output head stay as they are. On CPUs also: "
+        "channel, their inputs with a scale per token; embedding and output head stay as they are. "
         "'W8A16', integers of 8 bits with a scale per output channel; 'W4A16', of 4 bits with a scale per "
         "`group_size` inputs; 'INT8' and 'W4A8_QSERVE_PER_GROUP', the same, with inputs rounded to 8 bits in blocks, "
-        "which is faster for prompts and large batches. The output head has 8 bits then, the embedding stays as it is. "
-        "None: nothing is quantized.",
+        "which is faster for prompts and large batches, on CPUs. The output head has 8 bits then, the embedding stays "
+        "as it is. None: nothing is quantized.",
     )
     group_size: Literal[16, 32, 64, 128] | None = Field(
         None,

@@ -51,6 +51,8 @@ class LayerSites:
 
 @dataclass(frozen=True, slots=True)
 class DeviceLayer:
+    """`after_attention_norm_D` and `after_mlp_norm_D` are of what is added to the residual: both or none."""
+
     norm_D: Tensor
     qkv: Matrix
     rotation: HeadRotation
@@ -60,6 +62,8 @@ class DeviceLayer:
     window: int | None
     scale: float
     sites: LayerSites | None = None
+    after_attention_norm_D: Tensor | None = None
+    after_mlp_norm_D: Tensor | None = None
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -100,6 +104,16 @@ class DeviceModel:
     def has_adapters(self) -> bool:
         """Whether adapters may update its products."""
         return self.layers[0].sites is not None
+
+    @property
+    def has_norms_behind(self) -> bool:
+        """Whether what attention and MLP return is normed."""
+        return any(layer.after_attention_norm_D is not None for layer in self.layers)
+
+    @property
+    def has_plain_layers(self) -> bool:
+        """Whether products may be fused with what adds their results to the residual."""
+        return not self.has_adapters and not self.has_norms_behind
 
     @property
     def intermediate_size(self) -> int:
@@ -185,12 +199,14 @@ def what_is_missing(transformer: Transformer, rope_widths: Sequence[int]) -> str
 def _missing_of_layer(layer: DecoderLayer, rope_widths: Sequence[int]) -> str | None:
     attention, norm, mlp_norm, mlp = layer.attention, layer.attention_norm, layer.mlp_norm, layer.mlp
     has_norms = isinstance(norm, RmsNorm) and isinstance(mlp_norm, RmsNorm)
-    if not has_norms or not all(
-        isinstance(each, Unchanged | Scaled) for each in (layer.after_attention, layer.after_mlp)
-    ):
-        return "norms behind attention and MLP"
-    if any(isinstance(each, RmsNorm) and each.offset for each in (norm, mlp_norm)):
+    after = (layer.after_attention, layer.after_mlp)
+    if not has_norms or len({isinstance(each, RmsNorm) for each in after}) > 1:
+        return "norms behind attention and MLP alone"
+    has_offset = any(isinstance(each, RmsNorm) and each.offset for each in (norm, mlp_norm, *after))
+    if has_offset or (attention.norms is not None and attention.norms.offset):
         return "norms whose weights have an offset"
+    if isinstance(layer.after_mlp, RmsNorm) and not isinstance(mlp, GatedMlp):
+        return "norms behind experts"
     if (missing := missing_of_mlp(mlp)) is not None:
         return missing
     if not isinstance(attention.qkv, ColumnLinear | AdaptedColumnLinear):
@@ -207,8 +223,8 @@ def _missing_of_layer(layer: DecoderLayer, rope_widths: Sequence[int]) -> str | 
 def _missing_with_adapters(layer: DecoderLayer, rope_width: int) -> str | None:
     if not isinstance(layer.mlp, GatedMlp):
         return "adapters of models with experts"
-    if isinstance(layer.after_attention, Scaled) or isinstance(layer.after_mlp, Scaled):
-        return "adapters of models with factors behind attention and MLP"
+    if not isinstance(layer.after_attention, Unchanged) or not isinstance(layer.after_mlp, Unchanged):
+        return "adapters of models with factors or norms behind attention and MLP"
     if _order(layer.attention, rope_width) is not None:
         return "adapters of models that rotate neighbouring elements or part of a head"
     return None
@@ -252,7 +268,13 @@ def _take_layer(layer: DecoderLayer, rope_table_LW: Tensor) -> DeviceLayer:
         window=attention.window,
         scale=attention.scale,
         sites=_sites(layer),
+        after_attention_norm_D=_norm(layer.after_attention),
+        after_mlp_norm_D=_norm(layer.after_mlp),
     )
+
+
+def _norm(change: OutputChange) -> Tensor | None:
+    return change.weight_D if isinstance(change, RmsNorm) else None
 
 
 def _factor(change: OutputChange) -> float:

@@ -59,6 +59,37 @@ class PlainProducts:
 
 
 @dataclass(frozen=True, slots=True)
+class NormedProducts:
+    """Where what attention and MLP return is normed before it is added."""
+
+    operations: DeviceOperations
+    epsilon: float
+
+    def heads(self, layer: DeviceLayer, part: LayerBuffers) -> None:
+        self.operations.product(part.normed_TD, layer.qkv, part.heads_TXH.flatten(1))
+
+    def keys_and_values(self, layer: DeviceLayer, matrix: Matrix, part: LayerBuffers, out_TO: Tensor) -> None:
+        self.operations.product(part.normed_TD, matrix, out_TO)
+
+    def add_attended(self, layer: DeviceLayer, part: LayerBuffers) -> None:
+        self._add(part.attended_TNH.flatten(1), layer.output, layer.after_attention_norm_D, part.x_TD)
+
+    def add_mlp(self, layer: DeviceLayer, mlp: DeviceMlp, part: LayerBuffers) -> None:
+        self.operations.gated_product(part.normed_TD, mlp.gate_up, part.gated_TI)
+        self._add(part.gated_TI, mlp.down, layer.after_mlp_norm_D, part.x_TD)
+
+    def choose_rows(self, part: LayerBuffers, rows_R: Tensor, sampled: LayerBuffers) -> None:
+        return None
+
+    def _add(self, x_TJ: Tensor, matrix: Matrix, norm_D: Tensor | None, sum_TD: Tensor) -> None:
+        assert norm_D is not None
+        update_TD, normed_TD = torch.empty_like(sum_TD), torch.empty_like(sum_TD)
+        self.operations.product(x_TJ, matrix, update_TD)
+        self.operations.rms_norm(update_TD, norm_D, self.epsilon, normed_TD)
+        sum_TD += normed_TD
+
+
+@dataclass(frozen=True, slots=True)
 class AdaptedProducts:
     """`stacks` by the number of a site."""
 

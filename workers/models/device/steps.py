@@ -10,7 +10,7 @@ from tensorweave.kernels.device_operations import DecodeRows, DeviceOperations
 from tensorweave.kernels.lora.stack import SiteStack
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.model import DeviceModel
-from tensorweave.workers.models.device.products import AdaptedProducts, LayerProducts, PlainProducts
+from tensorweave.workers.models.device.products import AdaptedProducts, LayerProducts, NormedProducts, PlainProducts
 from tensorweave.workers.models.device.wide import AllLayers, DecodeLayerAttention, WideLayers
 
 
@@ -59,6 +59,8 @@ def make_wide_layers(
         if WideQuantizedLayers.fits(model):
             return WideQuantizedLayers(model, buffers)
     products: LayerProducts = PlainProducts(operations)
+    if model.has_norms_behind:
+        products = NormedProducts(operations, model.epsilon)
     if model.has_adapters:
         products = AdaptedProducts(operations, stacks, model.num_heads * model.head_dim)
     return WideLayers(model, operations, buffers, products)

@@ -59,7 +59,11 @@ class ThinLayers:
     @staticmethod
     def fits(model: DeviceModel) -> bool:
         """Whether the kernels are for this model and device: they need the dependent launches of Hopper."""
-        if model.has_adapters or model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (9, 0):
+        if (
+            not model.has_plain_layers
+            or model.device.type != "cuda"
+            or torch.cuda.get_device_capability(model.device) < (9, 0)
+        ):
             return False
         matrices = [matrix for layer in model.layers for matrix in layer.matrices]
         is_alike = len({type(matrix.weight_NK) for matrix in matrices}) == 1
