@@ -110,7 +110,7 @@ def test_logits_may_be_edited_and_a_middle_chunk_has_none(tmp_path: Path) -> Non
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("name", ["llama_llama3", "qwen3_yarn", "qwen3_moe", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["llama_llama3", "qwen3_yarn", "qwen3_moe", "qwen2_moe", "granite", "glm4"])
 def test_greedy_ids_on_a_gpu(name: str, graphs: bool, tmp_path: Path) -> None:
     model = make_model(name, tmp_path)
     knobs: dict[str, Any] = {"device": "cuda"} | ({} if graphs else {"cuda_graph_config": None})
