@@ -5,6 +5,7 @@ GPU kernels read it: see `kernels.lora.triton`.
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,8 +33,8 @@ class SiteStack:
         return self.a_PLRK.shape[0]
 
     def outputs_from(self, first: int) -> SiteStack:
-        """Of the outputs from one of the `bounds` on, over the same memory."""
-        part = self.bounds.index(first) + 1
+        """Of the outputs [first, N), over the same memory."""
+        part = bisect.bisect_right(self.bounds, first)
         bounds = tuple(bound - first for bound in self.bounds[part:])
         return replace(self, a_PLRK=self.a_PLRK[part:], b_NLR=self.b_NLR[first:], bounds=bounds)
 

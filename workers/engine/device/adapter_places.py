@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tensorweave.kernels.lora.reference import UpdatePart
 from tensorweave.kernels.lora.stack import SiteStack
+from tensorweave.kernels.weights import interleave_gate_up
 from tensorweave.workers.models.adapter_sites import Site
 from tensorweave.workers.step.adapter import RankAdapter
 from tensorweave.workers.step.plan import ScheduledBatch
@@ -117,19 +118,21 @@ class AdapterPlaces:
             a_PRK.zero_()
             b_NR.zero_()
             for part in parts:
-                number, outputs = _place_in(stack, part)
+                number, outputs, rows_NR = _place_in(stack, part)
                 rank = len(part.a_RK)
                 a_PRK[number, :rank].copy_(part.a_RK, non_blocking=True)
-                b_NR[outputs, :rank].copy_(part.b_NR, non_blocking=True)
+                b_NR[outputs, :rank].copy_(rows_NR, non_blocking=True)
 
 
-def _place_in(stack: SiteStack, part: UpdatePart) -> tuple[int, slice]:
-    """The number of a part, and the outputs of the product that are its."""
+def _place_in(stack: SiteStack, part: UpdatePart) -> tuple[int, slice, Tensor]:
+    """The number of a part, the outputs of the product that are its, and B in their order."""
     starts = (0, *stack.bounds)
     number = starts.index(part.first)
-    if stack.is_interleaved:
-        return number, slice(number, None, len(starts))
-    return number, slice(part.first, part.first + len(part.b_NR))
+    if not stack.is_interleaved:
+        return number, slice(part.first, part.first + len(part.b_NR)), part.b_NR
+    if len(starts) == 1:  # of a fused tensor
+        return number, slice(None), interleave_gate_up(*part.b_NR.chunk(2))
+    return number, slice(number, None, len(starts)), part.b_NR
 
 
 def make_stacks(
@@ -140,7 +143,7 @@ def make_stacks(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[SiteStack]:
-    """Room for adapters. `interleaved` are the sites whose two parts alternate."""
+    """Room for adapters. `interleaved` are the sites whose gates and ups alternate."""
     rank = max(_LEAST_RANK, 1 << (max_rank - 1).bit_length())
     stacks = []
     for number, site in enumerate(sites):

@@ -99,7 +99,7 @@ def take_mlp(mlp: Mlp, factor: float = 1.0) -> DeviceMlp | DeviceMixture:
             for each in mlp.shared:
                 plain = take_mlp(each.mlp)
                 assert isinstance(plain, DeviceMlp)
-                shared.append(SharedMlp(plain, take_matrix(each.gate)))
+                shared.append(SharedMlp(plain, take_matrix(each.gate.linear)))
             return DeviceMixture(take_matrix(mlp.routed.router), mlp.routed.experts.stack, tuple(shared))
         case _:
             raise AssertionError(f"no form of {type(mlp).__name__} for a device engine")

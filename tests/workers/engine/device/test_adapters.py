@@ -50,6 +50,17 @@ def test_a_mixed_batch(name: str, tmp_path: Path) -> None:
         assert answers == [each[number] for each in expected]
 
 
+def test_fused_tensors(tmp_path: Path) -> None:
+    """One A for queries, keys and values, and one for gates and ups, whose outputs alternate on the device."""
+    model = make_model("phi3_window", tmp_path / "model")
+    save_adapter(model, tmp_path / "0", 0, target_modules="all-linear", r=8)
+    engine = with_adapters(tmp_path, 1)
+    adapters: list[RankAdapter | None] = [*read(engine, [tmp_path / "0"]), None]
+    expected = [their_answers(model, at, PROMPTS[:1], NUM_TOKENS)[0] for at in (tmp_path / "0", None)]
+    assert expected[0] != expected[1]
+    assert generate(engine, PROMPTS[:1] * 2, NUM_TOKENS, chunk=24, adapters=adapters) == expected
+
+
 def test_places_go_to_others(tmp_path: Path) -> None:
     model, paths = setup_adapters("llama", tmp_path, 5)
     engine = with_adapters(tmp_path, 2)
