@@ -74,6 +74,10 @@ class DeviceOperations(Protocol):
         """See `kernels.step.reference.begin_step`."""
         ...
 
+    def embed_share(self, tokens_T: Tensor, table_VD: Tensor, first: int, out_TD: Tensor) -> None:
+        """out = table[tokens - first]; zeros for tokens that are not in the table."""
+        ...
+
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, epsilon: float, out_TD: Tensor) -> None:
         """out = x normed."""
         ...

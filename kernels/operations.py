@@ -146,6 +146,15 @@ def choose_device_operations(device: torch.device) -> DeviceOperations:
     return ReferenceOperations()
 
 
+def choose_split_operations(device: torch.device) -> DeviceOperations:
+    """The same for one rank's share of a model."""
+    if device.type == "cuda":
+        from tensorweave.kernels.split_operations import SplitOperations  # as above
+
+        return SplitOperations(device)
+    return ReferenceOperations()
+
+
 @cache
 def choose_argmax(device: torch.device) -> Argmax:
     """Logits are float32 whatever the model's type, so that this is chosen for a device alone."""

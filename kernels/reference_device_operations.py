@@ -34,6 +34,12 @@ class ReferenceOperations:
     ) -> None:
         step.begin_step(slots_R, given_tokens_R, state, update, tokens_R)
 
+    def embed_share(self, tokens_T: Tensor, table_VD: Tensor, first: int, out_TD: Tensor) -> None:
+        local_T = tokens_T.long() - first
+        is_other_T = (local_T < 0) | (local_T >= len(table_VD))
+        out_TD.copy_(F.embedding(local_T.masked_fill(is_other_T, 0), table_VD))
+        out_TD.masked_fill_(is_other_T.unsqueeze(1), 0)
+
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, epsilon: float, out_TD: Tensor) -> None:
         out_TD.copy_(rms_norm(x_TD, weight_D, epsilon))
 

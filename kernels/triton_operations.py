@@ -26,7 +26,7 @@ from tensorweave.kernels.lora.triton import add_updates
 from tensorweave.kernels.mixture.gated_sum import add_gated
 from tensorweave.kernels.mixture.stack import ExpertStack
 from tensorweave.kernels.mixture.triton import add_experts, choose_tilings
-from tensorweave.kernels.norm.triton import add_rms_norm
+from tensorweave.kernels.norm.triton import add_rms_norm, embed_share
 from tensorweave.kernels.step import triton as step
 from tensorweave.kernels.step.reference import SequenceState, TableUpdate
 from tensorweave.kernels.weights import Matrix, PackedCodes, QuantizedWeight
@@ -50,6 +50,9 @@ class TritonOperations:
         self, slots_R: Tensor, given_tokens_R: Tensor, state: SequenceState, update: TableUpdate, tokens_R: Tensor
     ) -> None:
         step.begin_step(slots_R, given_tokens_R, state, update, tokens_R)
+
+    def embed_share(self, tokens_T: Tensor, table_VD: Tensor, first: int, out_TD: Tensor) -> None:
+        embed_share(tokens_T, table_VD, first, out_TD, pdl=self._has_pdl)
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, epsilon: float, out_TD: Tensor) -> None:
         add_rms_norm(x_TD, None, weight_D, epsilon, out_TD, pdl=self._has_pdl)

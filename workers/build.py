@@ -47,6 +47,7 @@ from tensorweave.workers.speculation.build import build_speculation
 from tensorweave.workers.start_log import StartLog
 from tensorweave.workers.step.kv_exchange import NoTransfers, Transfers
 from tensorweave.workers.step.resources import KVCache, ResourceManager
+from tensorweave.workers.step.vocabulary import WholeVocabulary
 from tensorweave.workers.store.model_store import resolve_model
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
 from tensorweave.workers.transfer.fingerprint import fingerprint
@@ -100,7 +101,9 @@ def build_executor(
     kv_cache = _make_kv_cache(args, engine.info, event_buffer_size)
     scheduler = _make_scheduler(args, settings, kv_cache)
     gc.set_threshold(args.garbage_collection_gen0_threshold, *gc.get_threshold()[1:])
-    decoder = SamplingDecoder(device=engine.pool.cache.device, keeps_tokens=isinstance(engine, DeviceEngine))
+    is_on_device = isinstance(engine, DeviceEngine)
+    vocabulary = engine.vocabulary if isinstance(engine, DeviceEngine) else WholeVocabulary()
+    decoder = SamplingDecoder(device=engine.pool.cache.device, keeps_tokens=is_on_device, vocabulary=vocabulary)
     if isinstance(engine, DeviceEngine):
         knob = "kv_cache_config.free_gpu_memory_fraction"
         with log.part("warming up sampling"), naming_knobs("sampling", knob):

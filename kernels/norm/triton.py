@@ -76,6 +76,21 @@ def _embed(
         raise_peaks(peaks_ptr, row * A, tl.max(tl.max(tl.abs(gained.to(tl.float32)), 1), 0), None)
 
 
+@triton.jit(do_not_specialize=["V", "first"])
+def _embed_share(
+    tokens_ptr, table_ptr, out_ptr, V, first, D: tl.constexpr, DP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, DP)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.load(tokens_ptr + row).to(tl.int64) - first
+    is_here = (token >= 0) & (token < V)
+    x = tl.load(table_ptr + token * D + d, mask=is_here & (d < D), other=0.0)
+    tl.store(out_ptr + row * D + d, x, mask=d < D)
+
+
 def add_rms_norm(
     x_TD: Tensor,
     update: Tensor | UnscaledProduct | None,
@@ -105,6 +120,16 @@ def add_rms_norm(
         x_TD, update_TD, *factors, weight_D, out_TD, out.scales_M if isinstance(out, QuantizedRows) else None, epsilon,
         D=D, DP=DP, ADD=update_TD is not None, UNSCALED=isinstance(update, UnscaledProduct),
         QUANTIZED=isinstance(out, QuantizedRows), PDL=pdl, num_warps=min(8, max(1, DP // 512)), launch_pdl=pdl,
+    )  # fmt: skip
+
+
+def embed_share(tokens_T: Tensor, table_VD: Tensor, first: int, out_TD: Tensor, *, pdl: bool = False) -> None:
+    """See `DeviceOperations`."""
+    T, D = out_TD.shape
+    DP = triton.next_power_of_2(D)
+    _embed_share[(T,)](
+        tokens_T, table_VD, out_TD, len(table_VD), first, D=D, DP=DP, PDL=pdl, num_warps=min(8, max(1, DP // 512)),
+        launch_pdl=pdl,
     )  # fmt: skip
 
 

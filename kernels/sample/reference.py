@@ -32,24 +32,30 @@ class ReferenceSampler:
     def sample(
         self, logits_RV: Tensor, parameters: SamplingParameters, target: TokenTarget, *, has_limits: bool
     ) -> None:
-        logits_RV = logits_RV.float()
-        temperature_R1 = parameters.temperature_R.unsqueeze(1)
-        number_RV = gumbel(parameters.seed_R, parameters.position_R, logits_RV.shape[1])
-        score_RV = logits_RV + temperature_R1 * number_RV
-        is_kept_RV = _kept(logits_RV, parameters) if has_limits else torch.ones_like(logits_RV, dtype=torch.bool)
-        score_RV = torch.where((temperature_R1 > 0) & is_kept_RV, score_RV, -torch.inf)
-        score_RV = torch.where(temperature_R1 > 0, score_RV, logits_RV)
-        is_wrong_RV = logits_RV.isnan() | (logits_RV == torch.inf)
-        target.tokens_R.copy_(argmax(score_RV.masked_fill_(is_wrong_RV, torch.inf)))
+        score_RV = scores(logits_RV, parameters)
+        if has_limits:
+            is_dropped_RV = ~_kept(logits_RV.float(), parameters) & (parameters.temperature_R.unsqueeze(1) > 0)
+            score_RV.masked_fill_(is_dropped_RV & (score_RV != torch.inf), -torch.inf)
+        target.tokens_R.copy_(argmax(score_RV))
         target.leave_newest()
 
 
-def gumbel(seed_R: Tensor, position_R: Tensor, vocab_size: int) -> Tensor:
-    """Float32 [R, V]: -log(-log(1 - w)) of the uniform numbers w = (hash + 1/2) / 2³²."""
+def scores(logits_RV: Tensor, parameters: SamplingParameters, first: int = 0) -> Tensor:
+    """Float32 [R, V]: the largest of a row is its token's, without limits; plus infinity where there is no number.
+    `first` is the id of the first column's token."""
+    logits_RV = logits_RV.float()
+    temperature_R1 = parameters.temperature_R.unsqueeze(1)
+    number_RV = gumbel(parameters.seed_R, parameters.position_R, logits_RV.shape[1], first)
+    score_RV = torch.where(temperature_R1 > 0, logits_RV + temperature_R1 * number_RV, logits_RV)
+    return score_RV.masked_fill_(logits_RV.isnan() | (logits_RV == torch.inf), torch.inf)
+
+
+def gumbel(seed_R: Tensor, position_R: Tensor, vocab_size: int, first: int = 0) -> Tensor:
+    """Float32 [R, V]: -log(-log(1 - w)) of the uniform numbers w = (hash + 1/2) / 2³² of tokens from `first` on."""
     row_R = _mix64(seed_R * _signed(0x9E3779B97F4A7C15) + _signed(0xD1B54A32D192ED03))
     row_R = _mix64(row_R + (position_R.long() + 1) * _signed(0x9E3779B97F4A7C15))
     low_R1, high_R1 = (row_R & _LOW_32).unsqueeze(1), (row_R >> 32 & _LOW_32).unsqueeze(1)
-    token_V = torch.arange(vocab_size, dtype=torch.int64, device=seed_R.device)
+    token_V = torch.arange(first, first + vocab_size, dtype=torch.int64, device=seed_R.device)
     hash_RV = _mix32((token_V * 0x9E3779B1 + low_R1) & _LOW_32, high_R1)
     w_RV = ((hash_RV.float() + 0.5) * 2.0**-32).clamp_max_(LARGEST_W).double()
     return -(-(-w_RV).log1p()).log().float()

@@ -83,13 +83,8 @@ def argmax(logits_RV: Tensor, target: TokenTarget, workspace: SamplingWorkspace,
 
     128,256 tokens, 1 / 64 / 256 rows: 3.1 / 14 / 36 µs (torch's 26 / 39 / 47; H100, 2026-11-26).
     """
-    R, V = logits_RV.shape
-    assert logits_RV.stride(1) == 1
-    chunks, chunk = _cut(R, V, _ARGMAX_BLOCK)
-    draw[(R, chunks)](
-        logits_RV, *(None,) * 8, workspace.scores, workspace.places, V, logits_RV.stride(0), chunk,
-        Y=chunks, SAMPLED=False, LIMITED=False, BLOCK=_ARGMAX_BLOCK, PDL=pdl, num_warps=8, launch_pdl=pdl,
-    )  # fmt: skip
+    R = len(logits_RV)
+    chunks = draw_scores(logits_RV, None, 0, workspace, pdl=pdl)
     finish[(R,)](
         workspace.scores, workspace.places, workspace.bins, *_pointers(target), Y=chunks, LIMITED=False,
         HAS_SLOTS=target.slots_R is not None, PDL=pdl, num_warps=1, launch_pdl=pdl,
@@ -122,21 +117,42 @@ def sample(
     p = parameters
     cut = (V, logits_RV.stride(0), chunk)
     options = {"Y": chunks, "BLOCK": _BLOCK, "PDL": pdl, "num_warps": 8, "launch_pdl": pdl}
-    if has_limits:
+    if not has_limits:
+        draw_scores(logits_RV, p, 0, workspace, pdl=pdl)
+    else:
         maxima[(R, chunks)](logits_RV, workspace.maxima, *cut, **options)
         for level in range(3):
             histogram[(R, chunks)](
                 logits_RV, workspace.maxima, workspace.bins, workspace.found, workspace.arrived,
                 p.temperature_R, p.top_k_R, p.top_p_R, p.min_p_R, *cut, LEVEL=level, **options,
             )  # fmt: skip
-    draw[(R, chunks)](
-        logits_RV, workspace.maxima, workspace.found, p.temperature_R, p.top_k_R, p.top_p_R, p.min_p_R, p.seed_R,
-        p.position_R, workspace.scores, workspace.places, *cut, SAMPLED=True, LIMITED=has_limits, **options,
-    )  # fmt: skip
+        draw[(R, chunks)](
+            logits_RV, workspace.maxima, workspace.found, p.temperature_R, p.top_k_R, p.top_p_R, p.min_p_R, p.seed_R,
+            p.position_R, workspace.scores, workspace.places, *cut, 0, SAMPLED=True, LIMITED=True, **options,
+        )  # fmt: skip
     finish[(R,)](
         workspace.scores, workspace.places, workspace.bins, *_pointers(target), Y=chunks, LIMITED=has_limits,
         HAS_SLOTS=target.slots_R is not None, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
+
+
+def draw_scores(
+    logits_RV: Tensor, parameters: SamplingParameters | None, first: int, workspace: SamplingWorkspace, *, pdl: bool
+) -> int:
+    """Leave the best score of each chunk of each row, without limits, and its place in the row, in the workspace.
+    Return the number of chunks. `parameters` None: all rows are greedy. `first` is the id of the first column's token.
+    """
+    R, V = logits_RV.shape
+    assert logits_RV.stride(1) == 1
+    p, block = parameters, _ARGMAX_BLOCK if parameters is None else _BLOCK
+    chunks, chunk = _cut(R, V, block)
+    temperature, seed, position = (None,) * 3 if p is None else (p.temperature_R, p.seed_R, p.position_R)
+    draw[(R, chunks)](
+        logits_RV, None, None, temperature, None, None, None, seed, position, workspace.scores, workspace.places,
+        V, logits_RV.stride(0), chunk, first, Y=chunks, SAMPLED=p is not None, LIMITED=False, BLOCK=block, PDL=pdl,
+        num_warps=8, launch_pdl=pdl,
+    )  # fmt: skip
+    return chunks
 
 
 def _pointers(target: TokenTarget) -> tuple[Tensor | None, ...]:

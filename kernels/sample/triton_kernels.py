@@ -198,12 +198,13 @@ def histogram(
                 tl.store(found_ptr + row * 2 + 1, limit)
 
 
-@triton.jit(do_not_specialize=["V", "row_stride", "chunk"])
+@triton.jit(do_not_specialize=["V", "row_stride", "chunk", "first"])
 def draw(
     logits_ptr, maxima_ptr, found_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr,
-    scores_ptr, places_ptr, V, row_stride, chunk, Y: tl.constexpr, SAMPLED: tl.constexpr, LIMITED: tl.constexpr,
+    scores_ptr, places_ptr, V, row_stride, chunk, first, Y: tl.constexpr, SAMPLED: tl.constexpr, LIMITED: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """The best score of each chunk, and its place in the row. `first` is the id of the row's first token."""
     row, part = tl.program_id(0), tl.program_id(1)
     if PDL:
         gdc_wait()
@@ -233,7 +234,7 @@ def draw(
         score = x
         if SAMPLED:
             if temperature > 0:
-                score = x + temperature * _gumbel(seed, position, token)
+                score = x + temperature * _gumbel(seed, position, first + token)
         if LIMITED:
             if is_limited:
                 _, key = _key(x, largest, temperature)

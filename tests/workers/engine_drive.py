@@ -15,6 +15,7 @@ from torch import Tensor
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.mesh import Mesh, MeshRank
 from tensorweave.cluster.protocol import SamplingSpec
+from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.engine import ModelEngine
 from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.gang.comm import Comm, SoloComm
@@ -74,7 +75,10 @@ def random_prompts(count: int, longest: int, seed: int = 0, vocab: int = VOCAB) 
 
 def logits_of(engine: ModelEngine, batch: ScheduledBatch, resources: Any) -> Tensor:
     """Of the sampled rows of one step, when every step before has settled."""
-    return engine.launch(batch, resources, NothingPending()).result().sampled_RV[: len(batch.sampled)]
+    logits_RV = engine.launch(batch, resources, NothingPending()).result().sampled_RV
+    if isinstance(engine, DeviceEngine):
+        logits_RV = engine.vocabulary.whole(logits_RV)
+    return logits_RV[: len(batch.sampled)]
 
 
 def generate(
@@ -147,7 +151,7 @@ class ThreadComm:
         return tensor.copy_(torch.stack(parts).sum(0))
 
     def gather_columns(self, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
-        parts = self._exchange(tensor)
+        parts = self._exchange(tensor.clone())
         assert [part.shape[1] for part in parts] == list(sizes)
         return torch.cat(parts, dim=1)
 

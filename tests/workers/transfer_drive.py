@@ -114,7 +114,11 @@ class Gang:
                 enable_chunked_prefill=chunked,
                 counts_on_ends=speculative is None,
             )
-            decoder = SamplingDecoder(device=engine.pool.cache.device, keeps_tokens=isinstance(engine, DeviceEngine))
+            decoder = SamplingDecoder(
+                device=engine.pool.cache.device,
+                keeps_tokens=isinstance(engine, DeviceEngine),
+                vocabulary=engine.vocabulary if isinstance(engine, DeviceEngine) else None,
+            )
             speculating = build_speculation(
                 speculative,
                 decoder,

@@ -22,7 +22,13 @@ from tensorweave.kernels.attention.backend import AttentionShape
 from tensorweave.kernels.mixture.reference import EachExpert
 from tensorweave.kernels.mixture.stack import stack_experts
 from tensorweave.kernels.native.library import load_native, use_threads
-from tensorweave.kernels.operations import Operations, choose_device_operations, choose_operations, reference_operations
+from tensorweave.kernels.operations import (
+    Operations,
+    choose_device_operations,
+    choose_operations,
+    choose_split_operations,
+    reference_operations,
+)
 from tensorweave.kernels.weights import FP8
 from tensorweave.workers.engine.adapter_rows import AdapterRows
 from tensorweave.workers.engine.device.adapter_places import (
@@ -35,6 +41,7 @@ from tensorweave.workers.engine.device.adapter_places import (
 from tensorweave.workers.engine.device.builder import DeviceEngineBuilder
 from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.device.graphs import GraphSizes
+from tensorweave.workers.engine.device.rank_exchange import make_exchange
 from tensorweave.workers.engine.device_memory import naming_knobs
 from tensorweave.workers.engine.engine import PyTorchModelEngine
 from tensorweave.workers.engine.gpu_weights import check_gpu_weights
@@ -305,14 +312,11 @@ def _build_device_engine(
     if args.cuda_graph_config is not None:
         sizes = graph_sizes(args.cuda_graph_config, settings.max_batch_size)
         graphs = GraphSizes(sizes, args.cuda_graph_config.enable_padding)
-    builder = DeviceEngineBuilder(
-        device_model,
-        choose_device_operations(device),
-        StepBuffers.create(device_model, max(settings.max_num_tokens, settings.max_samples), settings.max_samples),
-        graphs,
-        adapters,
-        reader,
-    )
+    operations = choose_device_operations(device) if comm.size == 1 else choose_split_operations(device)
+    max_rows, max_tokens = settings.max_samples, max(settings.max_num_tokens, settings.max_samples)
+    ranks = make_exchange(device_model, operations, comm, max_tokens, max_rows)
+    buffers = StepBuffers.create(device_model, max_tokens, max_rows, ranks.sums)
+    builder = DeviceEngineBuilder(device_model, operations, buffers, graphs, ranks, adapters, reader)
 
     def make(num_blocks: int) -> DeviceEngine:
         info = _describe(share, num_blocks, args, defaults)

@@ -7,6 +7,7 @@ silent, `WorkerLost` is raised.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from tensorweave.cluster.errors import WorkerLost
 from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.ranks import Traffic
 from tensorweave.workers.gang.gloo_listeners import closing_listeners
+from tensorweave.workers.gang.host_channel import HostChannel, open_host_channel
 from tensorweave.workers.gang.rank_store import RankStore
 
 _INLINE_BYTES = 4096
@@ -78,8 +80,8 @@ class SoloComm:
 class GroupComm:
     """The ranks of one gang over torch.distributed.
 
-    An agreement is one gloo broadcast of a fixed buffer: 8 bytes of length, then the message. What does not fit follows
-    in a second broadcast.
+    An agreement goes through the host's memory where all ranks are on one host (`host_channel`). Else it is one gloo
+    broadcast of a fixed buffer: 8 bytes of length, then the message. What does not fit follows in a second broadcast.
     """
 
     def __init__(
@@ -92,11 +94,28 @@ class GroupComm:
         self._tensors = tensors
         self._control = control
         self._inline = torch.zeros(_INLINE_BYTES, dtype=torch.uint8)
+        self._channel: HostChannel | None = None
         self.traffic = Traffic()
         """Of `all_reduce` and `gather_columns`. Any thread may read it."""
 
+    def open_channel(self, timeout_s: float) -> None:
+        """Use a channel of the host for agreements, if all ranks are on one. Every rank calls it."""
+        self._channel = open_host_channel(self, timeout_s)
+
     def agree(self, message: bytes | None) -> bytes:
+        if self._channel is not None:
+            return self._agree_on_host(self._channel, message)
         return self._send(message) if self.rank == 0 else self._receive()
+
+    def _agree_on_host(self, channel: HostChannel, message: bytes | None) -> bytes:
+        try:
+            if self.rank:
+                return channel.receive()
+            assert message is not None, "rank 0 always has a message"
+            channel.send(message)
+            return message
+        except WorkerLost as error:
+            raise WorkerLost(f"rank {self.rank} of {self.size}: {error.message}") from error
 
     def _send(self, message: bytes | None) -> bytes:
         assert message is not None, "rank 0 always has a message"
@@ -155,12 +174,18 @@ class GroupComm:
         self._count(started_s, mine)
         return torch.cat([piece[:, :size] for piece, size in zip(pieces, sizes, strict=True)], dim=1)
 
+    def rendezvous_open(self) -> contextlib.AbstractContextManager[None]:
+        """Torch may exchange more by the store that the group was formed with, inside the block."""
+        return self._store.opened()
+
     def _count(self, started_s: float, tensor: torch.Tensor) -> None:
         had, num_bytes = self.traffic, tensor.numel() * tensor.element_size()
         seconds = had.seconds + time.perf_counter() - started_s
         self.traffic = Traffic(seconds, had.calls + 1, had.num_bytes + num_bytes)
 
     def close(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
         dist.destroy_process_group()
 
 
@@ -183,7 +208,9 @@ def start_comm(place: MeshRank, store: RankStore, device: torch.device, timeout_
     world = dist.group.WORLD
     assert world is not None
     assert control is not None
-    return GroupComm(place, world, control, store)
+    comm = GroupComm(place, world, control, store)
+    comm.open_channel(timeout_s)
+    return comm
 
 
 def _first_line(error: Exception) -> str:

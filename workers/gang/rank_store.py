@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+from collections.abc import Iterator
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
@@ -25,6 +27,15 @@ class RankStore(Store):
     def seal(self) -> None:
         """The group has formed."""
         self._is_sealed = True
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Not sealed inside the block, in which ranks exchange more."""
+        was_sealed, self._is_sealed = self._is_sealed, False
+        try:
+            yield
+        finally:
+            self._is_sealed = was_sealed
 
     def set(self, key: str, value: bytes) -> None:  # type: ignore[override]  # bytes is what torch's C++ gives
         if not self._is_sealed:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,44 +16,67 @@ from tensorweave.kernels.sample.rule import TokenTarget
 from tensorweave.workers.sampling.host_copies import HostCopies
 from tensorweave.workers.sampling.row_parameters import RowParameters
 from tensorweave.workers.step.pending import DeviceRows, StepLogits
+from tensorweave.workers.step.vocabulary import Vocabulary
 
 # R rows of logits, V vocabulary
 
 Kind = Literal["greedy", "random", "limited"]
 _KINDS: tuple[Kind, ...] = ("greedy", "random", "limited")
+_SHARE_KINDS: tuple[Kind, ...] = ("greedy", "random")
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    sampler: Sampler
+    kind: Kind
+    logits_RV: Tensor
+    rows: DeviceRows
 
 
 class TokenChoices:
     """`parameters` are those of the rows that are chosen for next."""
 
-    def __init__(self, sampler: Sampler, copies: HostCopies) -> None:
+    def __init__(self, sampler: Sampler, copies: HostCopies, vocabulary: Vocabulary) -> None:
         self.parameters = RowParameters(copies)
         self._sampler = sampler
+        self._vocabulary = vocabulary
         self._device = copies.device
         self._target = TokenTarget.create(0, copies.device)
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, TokenTarget]] = {}
 
-    def choose(self, logits_RV: Tensor, positions_R: Tensor | None, rows: DeviceRows | None) -> Tensor:
+    def choose(
+        self, logits_RV: Tensor, positions_R: Tensor | None, rows: DeviceRows | None, *, is_share: bool = False
+    ) -> Tensor:
         """A token for each row, int64 on the device until the next call: the likeliest where `positions_R`, the places
-        of the tokens in their sequences, is None, else as the parameters say."""
+        of the tokens in their sequences, is None, else as the parameters say.
+
+        `is_share`: the logits are those of this rank's tokens, and no row has limits.
+        """
         kind: Kind = "greedy"
         if positions_R is not None:
             kind = "limited" if self.parameters.has_limits else "random"
         captured = self._graphs.get(self._key(kind, logits_RV, rows)) if self._graphs else None
         if captured is None:
             target = self._target_of(len(logits_RV), rows)
-            self._choose(kind, logits_RV, positions_R, target)
+            self._choose(self._sampler_of(is_share), kind, logits_RV, positions_R, target)
         else:
             graph, target = captured
             graph.replay()
         return target.tokens_R
 
-    def _choose(self, kind: Kind, logits_RV: Tensor, positions_R: Tensor | None, target: TokenTarget) -> None:
+    def _sampler_of(self, is_share: bool) -> Sampler:
+        sampler = self._vocabulary.sampler if is_share else self._sampler
+        assert sampler is not None
+        return sampler
+
+    def _choose(
+        self, sampler: Sampler, kind: Kind, logits_RV: Tensor, positions_R: Tensor | None, target: TokenTarget
+    ) -> None:
         if positions_R is None or kind == "greedy":
-            self._sampler.argmax(logits_RV, target)
+            sampler.argmax(logits_RV, target)
         else:
             parameters = self.parameters.of_rows(positions_R)
-            self._sampler.sample(logits_RV, parameters, target, has_limits=kind == "limited")
+            sampler.sample(logits_RV, parameters, target, has_limits=kind == "limited")
 
     def _target_of(self, num_rows: int, rows: DeviceRows | None) -> TokenTarget:
         """The next call's tokens overwrite those of the one before."""
@@ -93,16 +116,25 @@ class TokenChoices:
                 self._capture_all(largest_first)
 
     def _warm_all(self, steps: Iterable[StepLogits]) -> None:
-        for step, kind in itertools.product(steps, _KINDS):
-            self._warm(kind, step, self._target_of(len(step.sampled_RV), step.rows))
+        for call in self._calls(steps):
+            self._warm(call, self._target_of(len(call.logits_RV), call.rows))
 
-    def _warm(self, kind: Kind, step: StepLogits, target: TokenTarget) -> None:
-        assert step.rows is not None
-        self._choose(kind, step.sampled_RV, step.rows.positions_R, target)
+    def _calls(self, steps: Iterable[StepLogits]) -> Iterator[_Call]:
+        """Each kind of choice for each step, on the logits of this rank's tokens, where that is a kind, and of all."""
+        for step in steps:
+            assert step.rows is not None
+            if (sampler := self._vocabulary.sampler) is not None:
+                for kind in _SHARE_KINDS:
+                    yield _Call(sampler, kind, step.sampled_RV, step.rows)
+            for kind in _KINDS:
+                yield _Call(self._sampler, kind, self._vocabulary.whole(step.sampled_RV), step.rows)
+
+    def _warm(self, call: _Call, target: TokenTarget) -> None:
+        self._choose(call.sampler, call.kind, call.logits_RV, call.rows.positions_R, target)
 
     def _capture_all(self, steps: Iterable[StepLogits]) -> None:
         capture = GraphCapture(self._device)
-        for step, kind in itertools.product(steps, _KINDS):
-            target = self._target_of(len(step.sampled_RV), step.rows)
-            graph = capture(functools.partial(self._warm, kind, step, target))
-            self._graphs[self._key(kind, step.sampled_RV, step.rows)] = graph, target
+        for call in self._calls(steps):
+            target = self._target_of(len(call.logits_RV), call.rows)
+            graph = capture(functools.partial(self._warm, call, target))
+            self._graphs[self._key(call.kind, call.logits_RV, call.rows)] = graph, target

@@ -38,6 +38,7 @@ from tensorweave.workers.step.pending import Later, Pending, Ready, StepLogits
 from tensorweave.workers.step.plan import ScheduledBatch
 from tensorweave.workers.step.request import LlmRequest, TokenExtras
 from tensorweave.workers.step.result import PromptResult, RowResult, StepResult
+from tensorweave.workers.step.vocabulary import Vocabulary, WholeVocabulary
 
 # R rows of logits, V vocabulary
 
@@ -90,6 +91,7 @@ class SamplingDecoder:
         sampler: Chooses the tokens; by default the fastest form for the device.
         keeps_tokens: The engine's steps have `DeviceRows`, so that a penalised request's tokens are counted on the
             device and the host need not know them.
+        vocabulary: Which logits a step has.
     """
 
     def __init__(
@@ -99,13 +101,15 @@ class SamplingDecoder:
         device: torch.device = _CPU,
         sampler: Sampler | None = None,
         keeps_tokens: bool = False,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.processors = LogitsProcessors()
         self._copies = HostCopies(device)
         self._masks = GrammarMasks(self._copies)
         self._counts = DeviceCounts(self._copies, choose_penalties(device))
         self.states = SamplingStates(make_rules, self._counts, counts_on_device=keeps_tokens)
-        self._choices = TokenChoices(sampler or choose_sampler(device), self._copies)
+        self._vocabulary = vocabulary or WholeVocabulary()
+        self._choices = TokenChoices(sampler or choose_sampler(device), self._copies, self._vocabulary)
         self._rows = self._sort(())
 
     def warm_up(self, steps: Iterable[StepLogits]) -> None:
@@ -129,28 +133,44 @@ class SamplingDecoder:
         prompts = read_prompts(step.prompts)
         requests = tuple([row[0] for row in batch.sampled])
         if not requests:
-            return Ready(StepResult(prompts=prompts))
+            result = StepResult(prompts=prompts)
+            return Ready(result) if step.check is None else self._when_done(step, lambda: result)
         if requests != self._rows.requests:
             self._rows = self._sort(requests)
             if self._rows.has_random:
                 self._choices.parameters.set([request.sampling for request in requests], {})
-        rows, logits_RV = self._rows, step.sampled_RV
+        rows = self._rows
+        is_share = self._needs_share_alone(rows)
+        logits_RV = step.sampled_RV if is_share else self._vocabulary.whole(step.sampled_RV)
         kept_NV = rows.reported.copy(logits_RV) if rows.reported else None
         edited = self._edit(logits_RV, rows, batch) if rows.edited else None
-        tokens_R = self._choices.choose(logits_RV, self._positions(step, batch), step.rows)
+        tokens_R = self._choices.choose(logits_RV, self._positions(step, batch), step.rows, is_share=is_share)
         if rows.counted is not None:
             self._counts.count(tokens_R, rows.counted)
         extras = rows.reported.measure(kept_NV, tokens_R) if kept_NV is not None else dict
         launched = _Launched(rows, self._copies.to_host(tokens_R), edited, extras, prompts)
+        return self._when_done(step, launched.read)
+
+    def _when_done(self, step: StepLogits, read: Callable[[], StepResult]) -> Pending[StepResult]:
+        """What `read` gives when the device has done all that was launched until now."""
         if self._copies.device.type == "cpu":
-            return Ready(launched.read())
+            return Ready(read())
         mark = self._copies.mark()
 
-        def read() -> StepResult:
+        def wait_and_read() -> StepResult:
             mark.wait()
-            return launched.read()
+            if step.check is not None:
+                step.check()
+            return read()
 
-        return Later(read)
+        return Later(wait_and_read)
+
+    def _needs_share_alone(self, rows: _Rows) -> bool:
+        """Whether the rows' tokens follow from what each rank finds among its own, where the vocabulary is split."""
+        if self._vocabulary.sampler is None:
+            return False
+        is_plain = not rows.reported and not rows.edited and rows.counted is None
+        return is_plain and not (rows.has_random and self._choices.parameters.has_limits)
 
     def _positions(self, step: StepLogits, batch: ScheduledBatch) -> Tensor | None:
         """The places of the tokens in their sequences; None where all rows are greedy."""

@@ -99,11 +99,15 @@ class StepLogits:
 
     Where `rows` is given, the step is computed on a device meanwhile: tensors are there in the order of its stream, and
     `sampled_RV` has `rows.num_padded` rows, of which the first R count.
+
+    Where the vocabulary is split over ranks, `sampled_RV` has this rank's columns: see `Vocabulary`. `check` is called
+    when the device has computed the step, before anything of it is booked: it raises WorkerLost if a rank took no part.
     """
 
     sampled_RV: Tensor
     prompts: Iterable[tuple[PromptRead, Tensor]] = ()
     rows: DeviceRows | None = None
+    check: Callable[[], None] | None = None
 
 
 class PendingTokens(Protocol):

@@ -107,6 +107,10 @@ def _exercise(rank: int, pipe: Connection, size: int, results: Any) -> None:
     num_listening = _num_listening()
     inputs = [b"", b"x", bytes(range(256)) * 15, bytes(4088), bytes(range(256)) * 400]
     heard = [comm.agree(item if rank == 0 else None) == item for item in inputs]
+    assert isinstance(comm, GroupComm)
+    comm._channel, channel = None, comm._channel
+    heard += [comm.agree(item if rank == 0 else None) == item for item in inputs]  # as between hosts
+    comm._channel = channel
     total = comm.all_reduce(torch.full((3,), float(rank + 1)))
     sizes = [3, 2, 1][:size]
     columns = comm.gather_columns(torch.full((2, sizes[rank]), float(rank)), sizes)
@@ -129,7 +133,7 @@ def test_ranks_agree_sum_and_gather_and_no_port_stays_open(size: int, gang: Gang
     assert [process.exitcode for process in gang.ranks] == [0] * size, "gloo ends well without its ports"
 
 
-def _beat(rank: int, pipe: Connection, results: Any) -> None:
+def _beat(rank: int, pipe: Connection, is_one_host: bool, results: Any) -> None:
     """Rank 1 survives and tells: a stopped process may hold the queue's lock."""
     comm = _join(rank, 2, pipe)
     comm.agree(b"go" if rank == 0 else None)
@@ -138,7 +142,12 @@ def _beat(rank: int, pipe: Connection, results: Any) -> None:
     else:
         results.put(int(comm.agree(None)))
         assert isinstance(comm, GroupComm)
+        if is_one_host and comm._channel is not None:
+            comm._channel.set_timeout(SILENCE_S)
         distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=SILENCE_S), comm._control)
+    assert isinstance(comm, GroupComm)
+    if not is_one_host:
+        comm._channel = None
     deadline_s = time.monotonic() + 2 * WAIT_S
     outcome = ("no error", "")
     while outcome[0] == "no error" and time.monotonic() < deadline_s:
@@ -155,10 +164,11 @@ def _beat(rank: int, pipe: Connection, results: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_one_host", [True, False])
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_dead_or_silent_peer_is_a_lost_worker(fault: signal.Signals, gang: Gang) -> None:
+def test_a_dead_or_silent_peer_is_a_lost_worker(fault: signal.Signals, is_one_host: bool, gang: Gang) -> None:
     for _ in range(2):
-        gang.start(_beat)
+        gang.start(_beat, is_one_host)
     pid = gang.results.get(timeout=2 * WAIT_S)
     os.kill(pid, fault)
     word, detail = gang.results.get(timeout=WAIT_S)

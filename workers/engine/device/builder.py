@@ -13,6 +13,7 @@ from tensorweave.kernels.device_operations import DeviceOperations
 from tensorweave.workers.engine.device.adapter_places import PlacesAdapters
 from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.device.graphs import GraphSizes
+from tensorweave.workers.engine.device.rank_exchange import RankExchange
 from tensorweave.workers.engine.device.warm_up import run_step, warm_up_mixed_steps
 from tensorweave.workers.engine.device_memory import (
     GRAPH_KNOBS,
@@ -34,11 +35,12 @@ class DeviceEngineBuilder:
     operations: DeviceOperations
     buffers: StepBuffers
     graphs: GraphSizes
+    ranks: RankExchange
     adapters: Callable[[], PlacesAdapters]
     adapter_reader: AdapterReader | None = None
 
     def make(self, pool: KVPool, info: ModelInfo) -> DeviceEngine:
-        parts = (self.model, self.operations, pool, info, self.buffers, self.graphs)
+        parts = (self.model, self.operations, pool, info, self.buffers, self.graphs, self.ranks)
         return DeviceEngine(*parts, self.adapters(), self.adapter_reader)
 
     def compile(self, engine: DeviceEngine, log: StartLog) -> None:
@@ -48,12 +50,14 @@ class DeviceEngineBuilder:
         from tensorweave.kernels.compile_ahead import compile_ahead  # Triton is installed where there is a GPU
 
         with log.part("compiling kernels") as tell:
+            self.ranks.meet()
             compile_ahead(lambda: self._call_every_step(engine), on_progress=tell)
 
     def measure(self, trial: DeviceEngine) -> int:
         """Bytes that must stay free beside the KV cache: for the largest step, and for all graphs. `trial` is an engine
         with a small KV cache, of no use afterwards."""
         memory, max_tokens = CudaMemory(self.model.device), self.buffers.max_tokens
+        self.ranks.meet()
         run_step(trial, max_tokens, 0)  # what is left allocated for good is so now
         step_bytes = measure_step_memory(lambda: run_step(trial, max_tokens, 0), memory)
         graph_bytes = measure_graph_memory(trial.graphs.capture, self.graphs.sizes, memory)
@@ -62,6 +66,7 @@ class DeviceEngineBuilder:
 
     def warm_up(self, engine: DeviceEngine, log: StartLog) -> None:
         """Run steps of each kind and capture graphs, so that no request waits for that."""
+        self.ranks.meet()
         with log.part("warming up") as tell:
             warm_up_mixed_steps(engine, self.buffers.max_rows, self.buffers.max_tokens)
             if self.model.device.type == "cuda":

@@ -17,6 +17,7 @@ from tensorweave.kernels.device_operations import DecodeRows, DeviceOperations
 from tensorweave.workers.engine.device.adapter_places import PlacesAdapters
 from tensorweave.workers.engine.device.graphs import GraphSizes, StepGraphs
 from tensorweave.workers.engine.device.mixed_step import MixedStep, largest, mixed_sizes
+from tensorweave.workers.engine.device.rank_exchange import RankExchange
 from tensorweave.workers.engine.device.sequence_tables import SequenceTables
 from tensorweave.workers.engine.device.step_inputs import MixedBuffer, MixedSize, StepInputs, size_of
 from tensorweave.workers.engine.engine import PIECE_LOGITS
@@ -38,6 +39,7 @@ class DeviceEngine:
     Args:
         buffers: for the largest step.
         sizes: of decode steps that are captured. Where there are any, small steps with prompt chunks are, too.
+        ranks: what this rank exchanges with others.
         adapters: those on the device. `adapter_reader` reads others; None: there are none.
     """
 
@@ -49,21 +51,24 @@ class DeviceEngine:
         info: ModelInfo,
         buffers: StepBuffers,
         sizes: GraphSizes,
+        ranks: RankExchange,
         adapters: PlacesAdapters,
         adapter_reader: AdapterReader | None = None,
     ) -> None:
         self.info = info
         self.adapter_reader = adapter_reader
         self._adapters = adapters
+        self.vocabulary = ranks.vocabulary
         self.pool = pool
         self._model = model
         self._operations = operations
+        self._ranks = ranks
         device, P, max_rows = model.device, pool.tokens_per_block, buffers.max_rows
         self._tables = SequenceTables(max_rows, -(-info.max_seq_len // P))
         self.resource_managers: tuple[BaseResourceManager, ...] = (self._tables,)
         self._inputs = StepInputs(max_rows, buffers.max_tokens, self._tables, adapters, P, device)
         self._buffers = buffers
-        self._wide = make_wide_layers(model, operations, self._buffers, adapters.stacks)
+        self._wide = make_wide_layers(model, operations, self._buffers, ranks.sums, adapters.stacks)
         self._decodes = DecodeSteps(model, operations, self._buffers, self._wide, pool.layers)
         self._mixed = MixedStep(model, operations, self._buffers, self._inputs, self._wide, pool.layers, adapters)
         self._sizes = sizes
@@ -112,7 +117,7 @@ class DeviceEngine:
     def _logits(self, num_padded: int, prompts: Iterator[tuple[PromptRead, Tensor]] | tuple[()] = ()) -> StepLogits:
         rows = self._inputs.rows(num_padded)
         device_rows = DeviceRows(rows.slots_R, rows.lengths_R, self._inputs.state.tokens_S)
-        return StepLogits(self._buffers.logits_RV[:num_padded], prompts, device_rows)
+        return StepLogits(self._buffers.logits_RV[:num_padded], prompts, device_rows, self._ranks.check)
 
     def _make_step(self, size: int | MixedSize) -> Callable[[], None]:
         if isinstance(size, int):
@@ -155,4 +160,4 @@ class DeviceEngine:
                     rows_ND = hidden_TD[piece.row : piece.row + num_rows]
                     self._operations.product(rows_ND, self._model.head, logits_NV)
                 self._num_pieces += 1
-                yield piece, logits_NV
+                yield piece, self.vocabulary.gather(logits_NV)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tensorweave.kernels.ranks.sums import RankSums
 from tensorweave.workers.models.device.model import DeviceModel
 
 # T tokens of the largest step, R most rows that sample, D hidden size, X = N + 2 K heads, H head dim
@@ -15,25 +16,30 @@ from tensorweave.workers.models.device.model import DeviceModel
 
 @dataclass(frozen=True, slots=True)
 class LayerBuffers:
-    """What a layer's kernels leave each other, for some number of tokens. `places_T` are those of the tokens' adapters,
-    -1: none."""
+    """What a layer's kernels leave each other, for some number of tokens.
+
+    `part_TD` is what this rank adds to the residual before the ranks sum it; it has no rows where a model is whole.
+    `places_T` are those of the tokens' adapters, -1: none.
+    """
 
     x_TD: Tensor
     normed_TD: Tensor
+    part_TD: Tensor
     heads_TXH: Tensor
     attended_TNH: Tensor
     gated_TI: Tensor
     places_T: Tensor
 
     @classmethod
-    def create(cls, model: DeviceModel, num_tokens: int) -> LayerBuffers:
+    def create(cls, model: DeviceModel, num_tokens: int, sums: RankSums | None) -> LayerBuffers:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(num_tokens, *shape, dtype=model.dtype, device=model.device)
 
         D, H = model.hidden_size, model.head_dim
         return cls(
-            x_TD=zeros(D),
-            normed_TD=zeros(D),
+            x_TD=zeros(D) if sums is None else sums.empty(num_tokens),
+            normed_TD=zeros(D) if sums is None else sums.empty(num_tokens),
+            part_TD=zeros(D)[:0] if sums is None else sums.empty(num_tokens),
             heads_TXH=zeros(model.num_placed_heads, H),
             attended_TNH=zeros(model.num_heads, H),
             gated_TI=zeros(model.intermediate_size),
@@ -42,8 +48,8 @@ class LayerBuffers:
 
     def first(self, num_tokens: int) -> LayerBuffers:
         """Of the first tokens."""
-        parts = (self.x_TD, self.normed_TD, self.heads_TXH, self.attended_TNH, self.gated_TI, self.places_T)
-        return LayerBuffers(*(part[:num_tokens] for part in parts))
+        parts = (self.x_TD, self.normed_TD, self.part_TD, self.heads_TXH, self.attended_TNH, self.gated_TI)
+        return LayerBuffers(*(part[:num_tokens] for part in (*parts, self.places_T)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +79,11 @@ class StepBuffers:
         return self.logits_RV.shape[0]
 
     @classmethod
-    def create(cls, model: DeviceModel, max_tokens: int, max_rows: int) -> StepBuffers:
+    def create(cls, model: DeviceModel, max_tokens: int, max_rows: int, sums: RankSums | None = None) -> StepBuffers:
+        """`sums`: of a model that is split over ranks."""
         return cls(
             tokens_T=torch.zeros(max_tokens, dtype=torch.int32, device=model.device),
-            all=LayerBuffers.create(model, max_tokens),
-            sampled=LayerBuffers.create(model, max_rows),
+            all=LayerBuffers.create(model, max_tokens, sums),
+            sampled=LayerBuffers.create(model, max_rows, sums),
             logits_RV=torch.zeros(max_rows, model.vocab_size, dtype=torch.float32, device=model.device),
         )

@@ -23,6 +23,7 @@ from tensorweave.workers.models.device.mlp import (
     take_mlp,
     weight_of,
 )
+from tensorweave.workers.models.device.over_ranks import GROUPS_OVER_RANKS, is_grouped, missing_over_ranks
 from tensorweave.workers.models.ends import Embedding, ScaledEmbedding, ScaledHead
 from tensorweave.workers.models.layers import (
     AdaptedColumnLinear,
@@ -30,9 +31,11 @@ from tensorweave.workers.models.layers import (
     ColumnLinear,
     OutputHead,
     RmsNorm,
+    SplitVocabEmbedding,
     VocabEmbedding,
 )
 from tensorweave.workers.models.residual import OutputChange, Scaled, Unchanged
+from tensorweave.workers.models.shards import shard_heads
 from tensorweave.workers.models.stack import TorchStack
 from tensorweave.workers.models.transformer import Transformer
 
@@ -72,9 +75,19 @@ class DeviceLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class VocabularyShare:
+    """The tokens of a rank, from `first` on; `sizes` are those of all ranks' shares."""
+
+    first: int
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceModel:
-    """All of a model on one device. `has_reordered_heads`: elements of queries and keys, also in the cache, are in an
-    order of their own, see `folding`."""
+    """One rank's share of a model, or all of it. The numbers of heads, columns and tokens are the rank's own.
+
+    `has_reordered_heads`: elements of queries and keys, also in the cache, are in an order of their own, see `folding`.
+    """
 
     layers: tuple[DeviceLayer, ...]
     embedding_VD: Tensor
@@ -82,7 +95,12 @@ class DeviceModel:
     head: Matrix
     head_dim: int
     epsilon: float
+    vocabulary: VocabularyShare
     has_reordered_heads: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.vocabulary.sizes) == 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -137,8 +155,7 @@ class DeviceModel:
 
 
 def take_model(transformer: Transformer, rope_tables: Sequence[Tensor]) -> DeviceModel:
-    """Take over a transformer that one rank holds whole. Its gate and up rows are interleaved in place, so that it is
-    of no use afterwards.
+    """Take over a rank's transformer. Its gate and up rows are interleaved in place: it is of no use afterwards.
 
     Args:
         rope_tables: one for each of the model's rotations, [L, W].
@@ -164,6 +181,7 @@ def take_model(transformer: Transformer, rope_tables: Sequence[Tensor]) -> Devic
         head=take_matrix(head.linear),
         head_dim=attentions[0].head_dim,
         epsilon=transformer.final_norm.epsilon,
+        vocabulary=_vocabulary(transformer.embedding, head),
         has_reordered_heads=any(_order(each, rope_tables[each.rope].shape[1]) is not None for each in attentions),
     )
 
@@ -173,8 +191,14 @@ def _embedding(embedding: Embedding) -> Tensor:
     if isinstance(embedding, ScaledEmbedding):
         table_VD = _embedding(embedding.embedding)
         return table_VD * table_VD.new_tensor(embedding.factor)
-    assert isinstance(embedding, VocabEmbedding)
+    assert isinstance(embedding, VocabEmbedding | SplitVocabEmbedding)
     return embedding.weight_VD
+
+
+def _vocabulary(embedding: Embedding, head: OutputHead) -> VocabularyShare:
+    if isinstance(embedding, ScaledEmbedding):
+        embedding = embedding.embedding
+    return VocabularyShare(embedding.first if isinstance(embedding, SplitVocabEmbedding) else 0, head.sizes)
 
 
 def what_is_missing(transformer: Transformer, rope_widths: Sequence[int]) -> str | None:
@@ -187,12 +211,18 @@ def what_is_missing(transformer: Transformer, rope_widths: Sequence[int]) -> str
         head = head.head
     if isinstance(embedding, ScaledEmbedding):
         embedding = embedding.embedding
-    if not isinstance(embedding, VocabEmbedding) or not isinstance(head, OutputHead):
-        return "vocabularies split over ranks"
+    if not isinstance(embedding, VocabEmbedding | SplitVocabEmbedding) or not isinstance(head, OutputHead):
+        return "such embeddings or output heads"
     if not can_take_matrix(head.linear):
         return UNKNOWN_FORM
+    is_split = len(head.sizes) > 1
+    if is_split and is_grouped(head.linear):
+        return GROUPS_OVER_RANKS
     assert isinstance(transformer.stack, TorchStack)
-    found = (_missing_of_layer(layer, rope_widths) for layer in transformer.stack.layers)
+    layers = transformer.stack.layers
+    found = [_missing_of_layer(layer, rope_widths) for layer in layers]
+    if is_split and not any(found):
+        found = [missing_over_ranks(layer) for layer in layers]
     return next((missing for missing in found if missing is not None), None)
 
 
@@ -235,11 +265,14 @@ def _order(attention: Attention, rope_width: int) -> Tensor | None:
 
 
 def can_take(num_heads: int, num_kv_heads: int, head_dim: int, tokens_per_block: int, num_ranks: int) -> bool:
-    """Whether the kernels of a device engine are for such a model: whole heads on one rank, and sizes that are powers
-    of two."""
-    is_even = num_heads % num_kv_heads == 0
+    """Whether the kernels of a device engine are for such a model: as many query heads for each KV head of a rank, and
+    sizes that are powers of two."""
+    is_even = num_heads % num_kv_heads == 0 and all(
+        len(heads.query) == heads.group_size * len(heads.kv) and heads.read_heads == tuple(range(len(heads.kv)))
+        for heads in shard_heads(num_heads, num_kv_heads, num_ranks)
+    )
     has_kernels = _is_power_of_two(head_dim) and 16 <= head_dim <= 256 and _is_power_of_two(tokens_per_block)
-    return num_ranks == 1 and is_even and has_kernels
+    return is_even and has_kernels
 
 
 def _take_layer(layer: DecoderLayer, rope_table_LW: Tensor) -> DeviceLayer:

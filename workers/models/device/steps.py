@@ -8,9 +8,11 @@ from torch import Tensor
 
 from tensorweave.kernels.device_operations import DecodeRows, DeviceOperations
 from tensorweave.kernels.lora.stack import SiteStack
+from tensorweave.kernels.ranks.sums import RankSums
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.model import DeviceModel
 from tensorweave.workers.models.device.products import AdaptedProducts, LayerProducts, NormedProducts, PlainProducts
+from tensorweave.workers.models.device.split import SplitLayers
 from tensorweave.workers.models.device.wide import AllLayers, DecodeLayerAttention, WideLayers
 
 
@@ -50,9 +52,20 @@ class DecodeSteps:
 
 
 def make_wide_layers(
-    model: DeviceModel, operations: DeviceOperations, buffers: StepBuffers, stacks: Sequence[SiteStack]
+    model: DeviceModel,
+    operations: DeviceOperations,
+    buffers: StepBuffers,
+    sums: RankSums | None,
+    stacks: Sequence[SiteStack],
 ) -> AllLayers:
-    """The layers of a step of many tokens. `stacks` are those of the sites, if adapters may update the model."""
+    """The layers of a step of many tokens; of a model that is split over ranks, of any step.
+
+    Args:
+        sums: None: the model is whole.
+        stacks: those of the sites, if adapters may update the model.
+    """
+    if sums is not None:
+        return SplitLayers(model, operations, sums, buffers)
     if model.device.type == "cuda":
         from tensorweave.workers.models.device.wide_quantized import WideQuantizedLayers  # as in `_thin_maker`
 
@@ -70,7 +83,7 @@ Thin = Callable[[DecodeLayerAttention, Sequence[Tensor]], None]
 
 
 def _thin_maker(model: DeviceModel, buffers: StepBuffers) -> Callable[[int], Thin | None]:
-    if model.device.type != "cuda":
+    if model.device.type != "cuda" or not model.is_whole:
         return lambda num_rows: None
     from tensorweave.workers.models.device.thin import ThinLayers  # there is no Triton without a GPU
 

@@ -1,0 +1,116 @@
+"""A device engine whose model is split over ranks: the tokens and log-probabilities of one rank's engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec, TokenChunk
+from tensorweave.workers.build import build_executor
+from tensorweave.workers.engine.device.engine import DeviceEngine
+from tensorweave.workers.engine.load import load_engine
+from tensorweave.workers.gang.comm import Comm
+from tests.workers.engine.device.test_engine import PROMPTS, device_engine
+from tests.workers.engine_drive import engine_args, generate, run_ranks
+from tests.workers.executor.test_overlap import mixed_requests, tokens_of
+from tests.workers.executor_answers import Answers, collect_answers
+from tests.workers.rank_processes import RankProcesses
+from tests.workers.tiny_models import VOCAB, make_model, their_greedy
+from tests.workers.transfer_drive import model_gang
+from tests.workers.waiting import WAIT_S
+
+RANDOM = [{"temperature": 1.0, "seed": seed} for seed in range(4)]
+
+
+def generate_on_device_ranks(path: Path, size: int, num_tokens: int, **knobs: Any) -> list[list[int]]:
+    def work(comm: Comm) -> list[list[int]]:
+        engine = load_engine(engine_args(path, **knobs), comm, is_on_device=True)
+        assert isinstance(engine, DeviceEngine)
+        return generate(engine, PROMPTS, num_tokens, chunk=24)
+
+    first, *others = run_ranks(size, work)
+    assert all(other == first for other in others)
+    return first
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", ["llama_8_over_2", "qwen3_yarn"])
+def test_greedy_ids_are_those_of_one_rank(name: str, size: int, tmp_path: Path) -> None:
+    make_model(name, tmp_path)
+    expected = generate(device_engine(tmp_path), PROMPTS, 12, chunk=24)
+    assert generate_on_device_ranks(tmp_path, size, 12) == expected
+
+
+def answers_of(path: Path, size: int, requests: Sequence[GenerateRequest]) -> Answers:
+    with model_gang(path, size, None, is_on_device=True, overlaps=True, max_num_tokens=64) as gang:
+        gang.leader.enqueue_requests(requests)
+        answers = collect_answers(gang.leader, [request.request_id for request in requests])
+        gang.wait_idle()
+        return answers
+
+
+def measures_of(chunks: Sequence[TokenChunk]) -> list[tuple[list[int], list[float]]]:
+    """Ids and log-probabilities of each token and of those that it is told with, of the prompt's too."""
+    told = [each for chunk in chunks for each in (*(chunk.prompt_logprobs or ()), *chunk.logprobs)]
+    return [([one.token_id for one in each], [one.logprob for one in each]) for each in told if each]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_draws_penalties_limits_and_log_probabilities_are_those_of_one_rank(size: int, tmp_path: Path) -> None:
+    """Among them steps whose rows are all plain, and steps in which one row needs all logits."""
+    make_model("llama_8_over_2", tmp_path)
+    plain = [GenerateRequest(f"plain{i}", [i, 5, 9], SamplingSpec(9, **spec)) for i, spec in enumerate([{}, *RANDOM])]
+    for requests in (plain, mixed_requests(14, seed=5, vocab=VOCAB)):
+        expected, ours = (answers_of(tmp_path, ranks, requests) for ranks in (1, size))
+        assert {name: tokens_of(chunks) for name, chunks in ours.items()} == {
+            name: tokens_of(chunks) for name, chunks in expected.items()
+        }
+        for name, chunks in ours.items():
+            for (ids, logprobs), (their_ids, theirs) in zip(
+                measures_of(chunks), measures_of(expected[name]), strict=True
+            ):
+                assert ids == their_ids
+                assert logprobs == pytest.approx(theirs, abs=1e-4)
+
+
+def _generate(comm: Comm, path: Path, knobs: dict[str, Any]) -> list[list[int]]:
+    engine = load_engine(engine_args(path, **knobs), comm, is_on_device=True)
+    return generate(engine, PROMPTS, 12, chunk=24)
+
+
+def _answer(comm: Comm, path: Path, requests: Sequence[GenerateRequest], knobs: dict[str, Any]) -> dict[str, list[int]]:
+    """Of rank 0; the others give nothing."""
+    executor = build_executor(engine_args(path, max_num_tokens=64, max_batch_size=16, **knobs), comm)
+    executor.start()
+    answers: Answers = {}
+    if comm.rank == 0:
+        executor.enqueue_requests(requests)
+        answers = collect_answers(executor, [request.request_id for request in requests])
+    executor.shutdown(WAIT_S)
+    assert executor.failure is None
+    return {name: tokens_of(chunks) for name, chunks in answers.items()}
+
+
+@pytest.mark.slow
+def test_ranks_that_are_processes_give_the_ids_of_one(tmp_path: Path) -> None:
+    make_model("llama_8_over_2", tmp_path)
+    expected = generate(device_engine(tmp_path), PROMPTS, 12, chunk=24)
+    with RankProcesses(2, on_gpus=False) as ranks:
+        assert ranks.call(_generate, tmp_path, {}) == [expected] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than 2 GPUs")
+@pytest.mark.parametrize("graphs", [True, False])
+def test_ids_draws_and_limits_on_two_gpus(graphs: bool, tmp_path: Path) -> None:
+    model = make_model("llama_llama3", tmp_path)
+    knobs: dict[str, Any] = {"device": "cuda"} | ({} if graphs else {"cuda_graph_config": None})
+    requests = mixed_requests(21, seed=5, vocab=VOCAB)
+    expected = {name: tokens_of(chunks) for name, chunks in answers_of(tmp_path, 1, requests).items()}
+    with RankProcesses(2, on_gpus=True) as ranks:
+        assert ranks.call(_generate, tmp_path, knobs) == [their_greedy(model, PROMPTS, 12)] * 2
+        assert ranks.call(_answer, tmp_path, requests, knobs)[0] == expected
