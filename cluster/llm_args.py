@@ -222,7 +222,7 @@ class TorchLlmArgs(StrictBaseModel):
     cuda_graph_config: CudaGraphConfig | None = Field(
         default_factory=CudaGraphConfig,
         status="beta",
-        description="Decode steps run as CUDA graphs, where one GPU has the whole model. None: every kernel is "
+        description="Decode steps run as CUDA graphs, where there are GPU kernels for the model. None: every kernel is "
         "launched by itself.",
     )
     attn_backend: Literal["TRTLLM", "VANILLA", "FLASHINFER"] = Field(

@@ -7,6 +7,7 @@ messages apart lies on the device.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -26,8 +27,11 @@ MAX_RANKS: Final = 8
 _FEW_ROWS: Final = 8
 """So many rows are summed by half as many threads, of two words each."""
 _MAX_BLOCKS: Final = 264
-_MOST_PUSHED_BYTES: Final = 1 << 20
-"""Of the parts that one rank sends to one other; larger sums are shared."""
+_MOST_PUSHED_BYTES: Final = 1 << 19
+"""Of what one rank sends to all others. Then half as many bytes are worth the wait for a row's flag."""
+_MOST_FLAGGED_BYTES: Final = 4 << 20
+"""Then ranks that share the sums send fewer bytes."""
+_PUSHED, _FLAGGED, _SHARED = "add_norm_pushed", "add_norm_flagged", "add_norm_shared"
 _WARP: Final = 32
 
 
@@ -48,7 +52,7 @@ class _SumArguments(ctypes.Structure):
     _fields_ = [
         ("peers", _Peers),
         *((name, ctypes.c_void_p) for name in ("part", "before", "residual", "gain", "out", "calls")),
-        *((f"{name}_at", ctypes.c_uint64) for name in ("inbox", "part", "residual", "out", "flags")),
+        *((f"{name}_at", ctypes.c_uint64) for name in ("inbox", "part", "residual", "out", "flags", "row_flags")),
         *((name, ctypes.c_int) for name in ("num_rows", "max_rows", "is_whole")), ("epsilon", ctypes.c_float),
     ]  # fmt: skip
 
@@ -76,30 +80,45 @@ def fits(width: int, dtype: torch.dtype, num_ranks: int) -> bool:
     return 2 <= num_ranks <= MAX_RANKS and num_bytes % 16 == 0 and num_bytes <= 32768
 
 
+@dataclass(frozen=True, slots=True)
+class RowLimits:
+    """Up to how many rows a sum is pushed with flags in the data, or with a flag per row; with more, ranks share it."""
+
+    pushed: int
+    flagged: int
+
+    @classmethod
+    def of(cls, width: int, dtype: torch.dtype, num_ranks: int, max_rows: int) -> RowLimits:
+        row_bytes = width * dtype.itemsize * (num_ranks - 1)
+        pushed = max(1, min(max_rows, _MOST_PUSHED_BYTES // row_bytes))
+        return cls(pushed, max(pushed, min(max_rows, _MOST_FLAGGED_BYTES // row_bytes)))
+
+
 class CudaSums:
     """Satisfies `RankSums`. 1 / 8 / 64 rows of 4,096 in bfloat16 on two ranks: 2.7 / 3.2 / 5.6 µs in a graph, by the
     prototype of the kernel for few rows (two H200, 2026-11-26)."""
 
-    def __init__(self, memory: PeerMemory, width: int, dtype: torch.dtype, most_pushed_rows: int) -> None:
+    def __init__(self, memory: PeerMemory, width: int, dtype: torch.dtype, limits: RowLimits) -> None:
         self._memory = memory
         self._peers = _Peers.of(memory)
         self._width = width
         self._dtype = dtype
-        self._most_pushed_rows = most_pushed_rows
-        inbox_bytes, flag_bytes = (
-            _inbox_bytes(width, dtype, memory.num_ranks, most_pushed_rows),
-            _flag_bytes(memory.num_ranks),
-        )
-        self._inbox_at = memory.place_of(memory.take(inbox_bytes, dtype=torch.uint8))
-        self._flags_at = memory.place_of(memory.take(flag_bytes, dtype=torch.uint8))
-        self._row_calls = torch.zeros(most_pushed_rows, dtype=torch.int32, device=memory.device)
-        self._block_calls = torch.zeros(_MAX_BLOCKS, dtype=torch.int32, device=memory.device)
+        self._limits = limits
+        places = [
+            memory.place_of(memory.take(part, dtype=torch.uint8))
+            for part in _sum_parts(width, dtype, memory.num_ranks, limits)
+        ]
+        self._pushed_at, self._flagged_at, self._row_flags_at, self._block_flags_at = places
+        self._calls = {
+            name: torch.zeros(count, dtype=torch.int32, device=memory.device)
+            for name, count in ((_PUSHED, limits.pushed), (_FLAGGED, limits.flagged), (_SHARED, _MAX_BLOCKS))
+        }
 
     @staticmethod
-    def bytes_needed(width: int, dtype: torch.dtype, num_ranks: int, most_pushed_rows: int, num_rows: int) -> int:
+    def bytes_needed(width: int, dtype: torch.dtype, num_ranks: int, limits: RowLimits, num_rows: int) -> int:
         """Of each rank's `PeerMemory`, with so many rows that are taken by `empty`, in up to eight calls."""
-        parts = _inbox_bytes(width, dtype, num_ranks, most_pushed_rows), _flag_bytes(num_ranks)
-        return sum(padded(part) for part in parts) + num_rows * width * dtype.itemsize + 8 * padded(1)
+        parts = _sum_parts(width, dtype, num_ranks, limits)
+        return sum(map(padded, parts)) + num_rows * width * dtype.itemsize + 8 * padded(1)
 
     def empty(self, num_rows: int) -> Tensor:
         return self._memory.take(num_rows, self._width, dtype=self._dtype)
@@ -115,22 +134,21 @@ class CudaSums:
         is_first: bool = False,
         is_whole: bool = True,
     ) -> None:
-        T, memory = len(part_TD), self._memory
+        T, memory, limits = len(part_TD), self._memory, self._limits
         assert all(each.is_contiguous() for each in (part_TD, x_TD, gain_D, out_TD))
         if not T:
             return
-        is_pushed = self._most_pushed_rows >= T
-        calls = self._row_calls if is_pushed else self._block_calls
+        name = _PUSHED if limits.pushed >= T else _FLAGGED if limits.flagged >= T else _SHARED
+        inbox_at, max_rows = (self._pushed_at, limits.pushed) if name == _PUSHED else (self._flagged_at, limits.flagged)
         places = (memory.place_of(part_TD), memory.place_of(x_TD), memory.place_of(out_TD))
         arguments = _SumArguments(
             self._peers, part_TD.data_ptr(), None if is_first else x_TD.data_ptr(), x_TD.data_ptr(), gain_D.data_ptr(),
-            out_TD.data_ptr(), calls.data_ptr(), self._inbox_at, *places, self._flags_at, T, self._most_pushed_rows,
-            is_whole, epsilon,
+            out_TD.data_ptr(), self._calls[name].data_ptr(), inbox_at, *places, self._block_flags_at,
+            self._row_flags_at, T, max_rows, is_whole, epsilon,
         )  # fmt: skip
-        name = "add_norm_pushed" if is_pushed else "add_norm_shared"
-        threads = _threads(self._width * self._dtype.itemsize, T, memory.num_ranks, is_pushed=is_pushed)
+        threads = _threads(name, self._width * self._dtype.itemsize, T, memory.num_ranks)
         kernel = _kernel(name, memory.num_ranks, self._width, threads, self._dtype, memory.device)
-        num_blocks = T if is_pushed else min(_MAX_BLOCKS, -(-T // memory.num_ranks))
+        num_blocks = min(_MAX_BLOCKS, -(-T // memory.num_ranks)) if name == _SHARED else T
         kernel.launch((num_blocks,), (ctypes.c_void_p * 1)(ctypes.addressof(arguments)), pdl=True)
 
 
@@ -174,27 +192,28 @@ class CudaChoice:
         kernel.launch((len(logits_RV),), (ctypes.c_void_p * 1)(ctypes.addressof(arguments)), pdl=True)
 
 
-def most_pushed_rows(width: int, dtype: torch.dtype, num_ranks: int, max_rows: int) -> int:
-    """Rows of a sum that each rank sends to all others; with more, each sums its share."""
-    return max(1, min(max_rows, _MOST_PUSHED_BYTES // (width * dtype.itemsize * (num_ranks - 1))))
+def _threads(name: str, row_bytes: int, num_rows: int, num_ranks: int) -> int:
+    """Few words of 8 bytes per thread, or pieces of 16, so that those of all ranks are in registers."""
+    if name != _PUSHED:
+        return min(512, _warps(-(-row_bytes // 16)))
+    is_slim = num_rows <= _FEW_ROWS and num_ranks <= 4
+    return min(1024, _warps(-(-row_bytes // (16 if is_slim else 8))))
 
 
-def _threads(row_bytes: int, num_rows: int, num_ranks: int, *, is_pushed: bool) -> int:
-    """At most two words of 8 bytes per thread, or two pieces of 16, so that those of all ranks are in registers."""
-    unit = 8 if is_pushed else 16
-    wanted = -(-row_bytes // unit)
-    is_slim = is_pushed and num_rows <= _FEW_ROWS and num_ranks <= 4
-    threads = -(-wanted // 2) if is_slim else wanted
-    return min(1024 if is_pushed else 512, -(-threads // _WARP) * _WARP)
+def _warps(threads: int) -> int:
+    return -(-threads // _WARP) * _WARP
 
 
-def _inbox_bytes(width: int, dtype: torch.dtype, num_ranks: int, num_rows: int) -> int:
-    """Two turns of rows from each rank; 8 of 16 bytes are the message."""
-    return 2 * num_ranks * num_rows * 2 * width * dtype.itemsize
-
-
-def _flag_bytes(num_ranks: int) -> int:
-    return 2 * num_ranks * _MAX_BLOCKS * 4
+def _sum_parts(width: int, dtype: torch.dtype, num_ranks: int, limits: RowLimits) -> tuple[int, int, int, int]:
+    """Bytes of two turns of pushed rows from each rank, half of each message being flags; of as many flagged rows; of
+    their flags; and of two flags per block."""
+    turn = 2 * num_ranks * width * dtype.itemsize
+    return (
+        2 * turn * limits.pushed,
+        turn * limits.flagged,
+        num_ranks * limits.flagged * 4,
+        2 * num_ranks * _MAX_BLOCKS * 4,
+    )
 
 
 def _choice_bytes(num_ranks: int, max_rows: int) -> int:

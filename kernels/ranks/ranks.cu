@@ -3,6 +3,7 @@
 // add_norm_pushed: few rows. A block per row sends its part to all ranks, and every rank sums the row. Each 8 bytes travel with their own
 //     flag, so that no fence and no second trip is needed. Messages of successive calls lie in two inboxes by turns: a rank sends those of
 //     call n + 2 after it has all of call n + 1, which their senders sent after they had read call n. So nothing is overwritten unread.
+// add_norm_flagged: the same with one flag per row, for which its sender waits until the row is there, so that half as many bytes travel.
 // add_norm_shared: many rows. Each rank sums its share of them, reading the others' parts, and writes the normed rows to all. Blocks of the
 //     same number on all ranks meet twice: when the parts are there, and when the rows are.
 // choose: each rank's best token per row, as the first one.
@@ -43,8 +44,8 @@ struct SumArguments {
   void* residual;
   const void* gain;
   void* out;
-  uint32_t* calls;  // until now: per row where rows are pushed, else per block
-  uint64_t inbox_at, part_at, residual_at, out_at, flags_at;  // in each memory
+  uint32_t* calls;  // until now, per block
+  uint64_t inbox_at, part_at, residual_at, out_at, flags_at, row_flags_at;  // in each memory
   int num_rows, max_rows, is_whole;
   float epsilon;
 };
@@ -101,13 +102,13 @@ __device__ __forceinline__ uint4 receive(const Peers& peers, int peer, const cha
   });
   return message;
 }
-// Blocks of the same number on all ranks have come here. What each wrote before, to any memory, the others may read.
-__device__ __forceinline__ void meet(const SumArguments& a, int phase, uint32_t call) {
+// Blocks of the same number on all ranks have come here. What each wrote before, to any memory, the others may read. Flags are [RANKS, count].
+__device__ __forceinline__ void meet_at(const SumArguments& a, uint64_t flags_at, int count, int block, uint32_t call) {
   __syncthreads();
   const int peer = threadIdx.x, rank = a.peers.rank;
   if (peer < RANKS) {
-    char* theirs = a.peers.memories[peer] + a.flags_at + ((phase * RANKS + rank) * BLOCKS + blockIdx.x) * 4;
-    const char* mine = a.peers.memories[rank] + a.flags_at + ((phase * RANKS + peer) * BLOCKS + blockIdx.x) * 4;
+    char* theirs = a.peers.memories[peer] + flags_at + (rank * count + block) * 4;
+    const char* mine = a.peers.memories[rank] + flags_at + (peer * count + block) * 4;
     __threadfence_system();
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(theirs), "r"(call) : "memory");
     await(a.peers, peer, [&] {
@@ -220,41 +221,78 @@ __device__ __forceinline__ uint4 load_peer(const char* at) {
   return piece;
 }
 
+#define EACH_PIECE(i, at)                                                                                   \
+  _Pragma("unroll") for (int i = 0, at = threadIdx.x; i < PIECES_PER_THREAD; i++, at += THREADS) if (PIECES % THREADS == 0 || at < PIECES)
+
+// A row of D numbers: its parts to the residual, which is returned, and the sums before it is rounded to `x`.
+__device__ __forceinline__ uint4 sum_piece(const uint4 (&parts)[RANKS], uint4 before, bool has_residual, float (&x)[2][PER_WORD], float& squares) {
+#pragma unroll
+  for (int r = 0; r < RANKS; r++) add(x[0], parts[r].x, parts[r].y, r == 0), add(x[1], parts[r].z, parts[r].w, r == 0);
+  const uint2 low = add_residual(x[0], make_uint2(before.x, before.y), has_residual, squares);
+  const uint2 high = add_residual(x[1], make_uint2(before.z, before.w), has_residual, squares);
+  return make_uint4(low.x, low.y, high.x, high.y);
+}
+__device__ __forceinline__ uint4 normed_piece(const float (&x)[2][PER_WORD], uint4 gain, float factor) {
+  const uint2 low = normed(x[0], gain.x, gain.y, factor), high = normed(x[1], gain.z, gain.w, factor);
+  return make_uint4(low.x, low.y, high.x, high.y);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) add_norm_flagged(const __grid_constant__ SumArguments a) {
+  __shared__ float warp_squares[WARPS];
+  const int row = blockIdx.x, rank = a.peers.rank;
+  uint4 gain[PIECES_PER_THREAD], before[PIECES_PER_THREAD], parts[PIECES_PER_THREAD][RANKS];
+  EACH_PIECE(i, at) gain[i] = ((const uint4*)a.gain)[at];
+  wait_for_predecessor();
+  start_successor();
+  const uint32_t call = a.calls[row] + 1;
+  const uint64_t row_at = (uint64_t)row * PIECES, turn_at = a.inbox_at + (uint64_t)(call & 1) * RANKS * a.max_rows * PIECES * 16;
+#define ROW_OF(memory, source, at) ((memory) + turn_at + (((uint64_t)(source) * a.max_rows + row) * PIECES + (at)) * 16)
+  uint4 mine[PIECES_PER_THREAD];
+  EACH_PIECE(i, at) mine[i] = ((const uint4*)a.part)[row_at + at];
+#pragma unroll
+  for (int step = 1; step < RANKS; step++) {
+    char* memory = a.peers.memories[(rank + step) % RANKS];
+    EACH_PIECE(i, at) *(uint4*)ROW_OF(memory, rank, at) = mine[i];
+  }
+  if (a.before) EACH_PIECE(i, at) before[i] = ((const uint4*)a.before)[row_at + at];
+  meet_at(a, a.row_flags_at, a.max_rows, row, call);
+  const char* own = a.peers.memories[rank];
+  EACH_PIECE(i, at)
+#pragma unroll
+  for (int r = 0; r < RANKS; r++) parts[i][r] = r == rank ? mine[i] : load_peer(ROW_OF(own, r, at));
+  float x[PIECES_PER_THREAD][2][PER_WORD], squares = 0;
+  EACH_PIECE(i, at) ((uint4*)a.residual)[row_at + at] = sum_piece(parts[i], before[i], a.before, x[i], squares);
+  const float factor = norm_factor(squares, a.epsilon, warp_squares);
+  EACH_PIECE(i, at) ((uint4*)a.out)[row_at + at] = normed_piece(x[i], gain[i], factor);
+  if (threadIdx.x == 0) a.calls[row] = call;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) add_norm_shared(const __grid_constant__ SumArguments a) {
   __shared__ float warp_squares[2][WARPS];
   const int rank = a.peers.rank, share = (a.num_rows + RANKS - 1) / RANKS;
   const int first = rank * share + blockIdx.x, last = min(rank * share + share, a.num_rows);
-  uint4 gain[PIECES_PER_THREAD], before[PIECES_PER_THREAD], got[RANKS][PIECES_PER_THREAD];
-#define EACH_PIECE(i, at)                                                                                   \
-  _Pragma("unroll") for (int i = 0, at = threadIdx.x; i < PIECES_PER_THREAD; i++, at += THREADS) if (PIECES % THREADS == 0 || at < PIECES)
+  uint4 gain[PIECES_PER_THREAD], before[PIECES_PER_THREAD], parts[PIECES_PER_THREAD][RANKS];
   EACH_PIECE(i, at) gain[i] = ((const uint4*)a.gain)[at];
   wait_for_predecessor();
   start_successor();
   const uint32_t call = a.calls[blockIdx.x] + 1;
-  meet(a, 0, call);
-#define LOAD_ROW(row)                                                                                                                 \
-  EACH_PIECE(i, at) {                                                                                                                 \
-    const uint64_t place = ((uint64_t)(row) * PIECES + at) * 16;                                                                      \
-    _Pragma("unroll") for (int r = 0; r < RANKS; r++) got[r][i] = load_peer(a.peers.memories[r] + a.part_at + place);                 \
-    if (a.before) before[i] = *(const uint4*)((const char*)a.before + place);                                                         \
+  meet_at(a, a.flags_at, BLOCKS, blockIdx.x, call);
+#define LOAD_ROW(row)                                                                                                                   \
+  EACH_PIECE(i, at) {                                                                                                                   \
+    const uint64_t place = ((uint64_t)(row) * PIECES + at) * 16;                                                                        \
+    _Pragma("unroll") for (int r = 0; r < RANKS; r++) parts[i][r] = load_peer(a.peers.memories[r] + a.part_at + place);                 \
+    if (a.before) before[i] = *(const uint4*)((const char*)a.before + place);                                                           \
   }
   if (first < last) LOAD_ROW(first)
   for (int row = first, turn = 0; row < last; row += gridDim.x, turn ^= 1) {
     float x[PIECES_PER_THREAD][2][PER_WORD], squares = 0;
     uint4 residual[PIECES_PER_THREAD];
-    EACH_PIECE(i, at) {
-#pragma unroll
-      for (int r = 0; r < RANKS; r++) add(x[i][0], got[r][i].x, got[r][i].y, r == 0), add(x[i][1], got[r][i].z, got[r][i].w, r == 0);
-      const uint2 low = add_residual(x[i][0], make_uint2(before[i].x, before[i].y), a.before, squares);
-      const uint2 high = add_residual(x[i][1], make_uint2(before[i].z, before[i].w), a.before, squares);
-      residual[i] = make_uint4(low.x, low.y, high.x, high.y);
-    }
+    EACH_PIECE(i, at) residual[i] = sum_piece(parts[i], before[i], a.before, x[i], squares);
     if (row + gridDim.x < last) LOAD_ROW(row + gridDim.x)
     const float factor = norm_factor(squares, a.epsilon, warp_squares[turn]);
     EACH_PIECE(i, at) {
       const uint64_t place = ((uint64_t)row * PIECES + at) * 16;
-      const uint2 low = normed(x[i][0], gain[i].x, gain[i].y, factor), high = normed(x[i][1], gain[i].z, gain[i].w, factor);
-      const uint4 piece = make_uint4(low.x, low.y, high.x, high.y);
+      const uint4 piece = normed_piece(x[i], gain[i], factor);
       if (!a.is_whole) *(uint4*)((char*)a.residual + place) = residual[i];
 #pragma unroll
       for (int step = 0; step < RANKS; step++) {
@@ -264,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_norm_shared(const __gr
       }
     }
   }
-  meet(a, 1, call);
+  meet_at(a, a.flags_at + (uint64_t)RANKS * BLOCKS * 4, BLOCKS, blockIdx.x, call);
   if (threadIdx.x == 0) a.calls[blockIdx.x] = call;
 }
 

@@ -123,11 +123,11 @@ class TokenChoices:
         """Each kind of choice for each step, on the logits of this rank's tokens, where that is a kind, and of all."""
         for step in steps:
             assert step.rows is not None
-            if (sampler := self._vocabulary.sampler) is not None:
-                for kind in _SHARE_KINDS:
-                    yield _Call(sampler, kind, step.sampled_RV, step.rows)
             for kind in _KINDS:
                 yield _Call(self._sampler, kind, self._vocabulary.whole(step.sampled_RV), step.rows)
+            if (sampler := self._vocabulary.sampler) is not None:
+                for kind in _SHARE_KINDS:  # last: by gathering before, all ranks have come here
+                    yield _Call(sampler, kind, step.sampled_RV, step.rows)
 
     def _warm(self, call: _Call, target: TokenTarget) -> None:
         self._choose(call.sampler, call.kind, call.logits_RV, call.rows.positions_R, target)

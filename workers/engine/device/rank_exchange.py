@@ -91,10 +91,10 @@ def make_exchange(
         )  # fmt: skip
         sampler = ReferenceChoice(comm.gather_columns, comm.size, first)
     elif (memory := _share_memory(model, comm, max_tokens, max_rows)) is not None:
-        from tensorweave.kernels.ranks.cuda_ranks import CudaChoice, CudaSums, most_pushed_rows  # needs Triton
+        from tensorweave.kernels.ranks.cuda_ranks import CudaChoice, CudaSums, RowLimits  # needs Triton
 
-        pushed = most_pushed_rows(model.hidden_size, model.dtype, comm.size, max(max_tokens, max_rows))
-        sums = CudaSums(memory, model.hidden_size, model.dtype, pushed)
+        limits = RowLimits.of(model.hidden_size, model.dtype, comm.size, max(max_tokens, max_rows))
+        sums = CudaSums(memory, model.hidden_size, model.dtype, limits)
         sampler = CudaChoice(memory, first, max_rows)
         check = SilenceCheck(memory, comm.rank)
     else:
@@ -118,12 +118,12 @@ class SilenceCheck:
 
 def _share_memory(model: DeviceModel, comm: Comm, max_tokens: int, max_rows: int) -> PeerMemory | None:
     from tensorweave.kernels.cuda.program import can_run_hopper_kernels
-    from tensorweave.kernels.ranks.cuda_ranks import CudaChoice, CudaSums, fits, most_pushed_rows  # needs Triton
+    from tensorweave.kernels.ranks.cuda_ranks import CudaChoice, CudaSums, RowLimits, fits  # needs Triton
 
     width, dtype, size = model.hidden_size, model.dtype, comm.size
     has_kernels = can_run_hopper_kernels(model.device) and fits(width, dtype, size)
-    pushed, rows = most_pushed_rows(width, dtype, size, max(max_tokens, max_rows)), 3 * (max_tokens + max_rows)
-    num_bytes = CudaSums.bytes_needed(width, dtype, size, pushed, rows) + CudaChoice.bytes_needed(size, max_rows)
+    limits, num_rows = RowLimits.of(width, dtype, size, max(max_tokens, max_rows)), 3 * (max_tokens + max_rows)
+    num_bytes = CudaSums.bytes_needed(width, dtype, size, limits, num_rows) + CudaChoice.bytes_needed(size, max_rows)
     memory = open_peer_memory(comm, num_bytes, model.device, KERNEL_WAIT_S) if has_kernels else None
     if memory is None:
         logger.warning(
