@@ -178,7 +178,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_norm_pushed(const __gr
   const int row = blockIdx.x, rank = a.peers.rank;
   const uint64_t row_at = (uint64_t)row * WORDS;
   uint2 gain[WORDS_PER_THREAD], mine[WORDS_PER_THREAD], before[WORDS_PER_THREAD];
-  uint4 got[RANKS][WORDS_PER_THREAD];
+  constexpr bool LOOKS_AHEAD = RANKS * WORDS_PER_THREAD * THREADS <= 4096;  // all of a thread's messages are in registers at once
+  uint4 got[RANKS][LOOKS_AHEAD ? WORDS_PER_THREAD : 1];
 #define EACH_WORD(i, at)                                                                                 \
   _Pragma("unroll") for (int i = 0, at = threadIdx.x; i < WORDS_PER_THREAD; i++, at += THREADS) if (WORDS % THREADS == 0 || at < WORDS)
   EACH_WORD(i, at) gain[i] = ((const uint2*)a.gain)[at];
@@ -195,15 +196,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_norm_pushed(const __gr
   }
   if (a.before) EACH_WORD(i, at) before[i] = ((const uint2*)a.before)[row_at + at];
   const char* own = a.peers.memories[rank];
+  if (LOOKS_AHEAD)
 #pragma unroll
-  for (int r = 0; r < RANKS; r++)
-    if (r != rank) EACH_WORD(i, at) got[r][i] = look(INBOX(own, r, at));
+    for (int r = 0; r < RANKS; r++)
+      if (r != rank) EACH_WORD(i, at) got[r][LOOKS_AHEAD ? i : 0] = look(INBOX(own, r, at));
   float x[WORDS_PER_THREAD][PER_WORD], squares = 0;
   EACH_WORD(i, at) {
+    const int g = LOOKS_AHEAD ? i : 0;
+    if (!LOOKS_AHEAD)
+#pragma unroll
+      for (int r = 0; r < RANKS; r++)
+        if (r != rank) got[r][g] = look(INBOX(own, r, at));
 #pragma unroll
     for (int r = 0; r < RANKS; r++) {
-      if (r != rank) got[r][i] = receive(a.peers, r, INBOX(own, r, at), got[r][i], call);
-      add(x[i], r == rank ? mine[i].x : got[r][i].x, r == rank ? mine[i].y : got[r][i].z, r == 0);
+      if (r != rank) got[r][g] = receive(a.peers, r, INBOX(own, r, at), got[r][g], call);
+      add(x[i], r == rank ? mine[i].x : got[r][g].x, r == rank ? mine[i].y : got[r][g].z, r == 0);
     }
     ((uint2*)a.residual)[row_at + at] = add_residual(x[i], before[i], a.before, squares);
   }
