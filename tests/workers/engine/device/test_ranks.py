@@ -8,14 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec, TokenChunk
 from tensorweave.workers.build import build_executor
 from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.gang.comm import Comm
+from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tests.workers.engine.device.test_engine import PROMPTS, device_engine
-from tests.workers.engine_drive import engine_args, generate, run_ranks
+from tests.workers.engine_drive import (
+    ScatteredBlocks,
+    engine_args,
+    generate,
+    logits_of,
+    make_request,
+    random_prompts,
+    run_ranks,
+)
 from tests.workers.executor.test_overlap import mixed_requests, tokens_of
 from tests.workers.executor_answers import Answers, collect_answers
 from tests.workers.rank_processes import RankProcesses
@@ -113,3 +123,48 @@ def test_ids_draws_and_limits_on_two_gpus(graphs: bool, tmp_path: Path) -> None:
     with RankProcesses(2, on_gpus=True) as ranks:
         assert ranks.call(_generate, tmp_path, knobs) == [their_greedy(model, PROMPTS, 12)] * 2
         assert ranks.call(_answer, tmp_path, requests, knobs)[0] == expected
+
+
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+COUNTS = (1, 7, 40, 140)
+
+
+def _logits(comm: Comm, path: Path, knobs: dict[str, Any]) -> list[Tensor]:
+    """Of prompts and then of one decode each, for several numbers of sequences."""
+    args = engine_args(path, device="cuda", dtype="bfloat16", max_batch_size=160, max_num_tokens=2048, **knobs)
+    engine = load_engine(args, comm, is_on_device=True)
+    found = []
+    for count in COUNTS:
+        resources: Any = ScatteredBlocks(engine.info.num_blocks, engine.info.tokens_per_block)
+        requests = [make_request(i, prompt) for i, prompt in enumerate(random_prompts(count, 20, seed=count))]
+        rows = tuple(StepRow.of_context(request, 0, len(request.tokens)) for request in requests)
+        found.append(logits_of(engine, ScheduledBatch(rows), resources).float().cpu().clone())
+        for request in requests:
+            request.tokens.append(request.order)
+        rows = tuple(StepRow(request, len(request.tokens) - 1, 1, 1) for request in requests)
+        found.append(logits_of(engine, ScheduledBatch((), rows), resources).float().cpu().clone())
+        for request in requests:
+            for manager in engine.resource_managers:
+                manager.free_resources(request)
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than 2 GPUs")
+@pytest.mark.parametrize("quantization", [None, "FP8"])
+def test_logits_on_two_gpus_are_those_of_one(quantization: str | None, tmp_path: Path) -> None:
+    """In the kernels of each number of rows, in graphs. Eight bits round other parts of a row on each rank."""
+    make_model("llama", tmp_path, **WIDE)
+    knobs = {} if quantization is None else {"quant_config": {"quant_algo": quantization}}
+    with RankProcesses(1, on_gpus=True) as alone, RankProcesses(2, on_gpus=True) as ranks:
+        (expected,) = alone.call(_logits, tmp_path, knobs)
+        first, second = ranks.call(_logits, tmp_path, knobs)
+    for ours, theirs, exact in zip(first, second, expected, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ((ours - exact).norm() / exact.norm()).item() < (0.05 if quantization is None else 0.2)
