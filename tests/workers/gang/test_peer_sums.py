@@ -124,7 +124,7 @@ def _check_graph(comm: Comm) -> tuple[float, bool, bool]:
         sums.add_norm(size)
         torch.cuda.synchronize()
         graphs[size] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[size]):
+        with torch.cuda.graph(graphs[size], capture_error_mode="thread_local"):
             for _ in range(5):
                 sums.add_norm(size)
     worst, is_same = 0.0, True
