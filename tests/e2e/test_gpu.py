@@ -1,4 +1,4 @@
-"""The same code on GPUs: SmolLM2's greedy ids in float32 on one, and on two over NCCL through a Ray placement group."""
+"""The same code on GPUs: SmolLM2's greedy ids in float32 on one, and on two and four through a Ray placement group."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def needs(num_gpus: int) -> pytest.MarkDecorator:
     return pytest.mark.skipif(num_gpus > NUM_GPUS, reason=f"needs {num_gpus} CUDA GPUs, this machine has {NUM_GPUS}")
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=needs(1)), pytest.param(2, marks=needs(2))])
+@pytest.mark.parametrize("size", [pytest.param(size, marks=needs(size)) for size in (1, 2, 4)])
 def test_greedy_ids(model: Path, size: int) -> None:
     cache = KvCacheConfig(max_tokens=65536)
     with LLM(model, dtype="float32", tensor_parallel_size=size, device="cuda", kv_cache_config=cache) as llm:
