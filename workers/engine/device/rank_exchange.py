@@ -124,7 +124,8 @@ def _share_memory(model: DeviceModel, comm: Comm, max_tokens: int, max_rows: int
     has_kernels = can_run_hopper_kernels(model.device) and fits(width, dtype, size)
     limits, num_rows = RowLimits.of(width, dtype, size, max(max_tokens, max_rows)), 3 * (max_tokens + max_rows)
     num_bytes = CudaSums.bytes_needed(width, dtype, size, limits, num_rows) + CudaChoice.bytes_needed(size, max_rows)
-    memory = open_peer_memory(comm, num_bytes, model.device, KERNEL_WAIT_S) if has_kernels else None
+    all_have_kernels = comm.agree_min(int(has_kernels)) == 1
+    memory = open_peer_memory(comm, num_bytes, model.device, KERNEL_WAIT_S) if all_have_kernels else None
     if memory is None:
         logger.warning(
             "ranks sum by NCCL alone, which is slower: their GPUs share no memory, or have no kernels for it"
