@@ -95,7 +95,7 @@ class RankProcesses:
 
 
 def _serve(rank: int, size: int, on_gpus: bool, timeout_s: float, pipe: Connection, store: Connection) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     device = torch.device("cuda", 0) if on_gpus else torch.device("cpu")
     rank_store = RankStore(_ask_through(store), timeout_s)
