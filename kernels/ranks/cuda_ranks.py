@@ -103,7 +103,7 @@ class CudaSums:
         self._peers = _Peers.of(memory)
         self._width = width
         self._dtype = dtype
-        self._limits = limits
+        self.limits = limits
         places = [
             memory.place_of(memory.take(part, dtype=torch.uint8))
             for part in _sum_parts(width, dtype, memory.num_ranks, limits)
@@ -134,7 +134,7 @@ class CudaSums:
         is_first: bool = False,
         is_whole: bool = True,
     ) -> None:
-        T, memory, limits = len(part_TD), self._memory, self._limits
+        T, memory, limits = len(part_TD), self._memory, self.limits
         assert all(each.is_contiguous() for each in (part_TD, x_TD, gain_D, out_TD))
         if not T:
             return
