@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from tensorweave.cluster.errors import LogitsNotFinite, RequestRejected
+from tensorweave.cluster.errors import LogitsNotFinite, RequestRejected, WorkerLost
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.workers.sampling.decoder import SamplingDecoder
+from tensorweave.workers.step.pending import Ready, StepLogits
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest, RequestState
 from tensorweave.workers.step.result import StepResult
@@ -150,3 +151,16 @@ def test_nobody_is_blamed_for_what_others_have_done() -> None:
     assert isinstance(failures[0], LogitsNotFinite)
     blamed = [failure.param for failure in failures if isinstance(failure, RequestRejected)]
     assert blamed == ["logits_processor", "repetition_penalty"]
+
+
+@pytest.mark.parametrize("num_rows", [0, 2])
+def test_a_step_in_which_a_rank_took_no_part_gives_nothing(num_rows: int) -> None:
+    """Also one of prompt chunks alone, whose keys and values would be offered to other gangs."""
+
+    def check() -> None:
+        raise WorkerLost("rank 1 is silent")
+
+    step = StepLogits(torch.zeros(num_rows, VOCAB), check=check)
+    pending = SamplingDecoder().launch(Ready(step), decodes([SamplingSpec(8)] * num_rows))
+    with pytest.raises(WorkerLost, match="rank 1 is silent"):
+        pending.result()
