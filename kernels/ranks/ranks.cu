@@ -109,7 +109,6 @@ __device__ __forceinline__ void meet_at(const SumArguments& a, uint64_t flags_at
   if (peer < RANKS) {
     char* theirs = a.peers.memories[peer] + flags_at + (rank * count + block) * 4;
     const char* mine = a.peers.memories[rank] + flags_at + (peer * count + block) * 4;
-    __threadfence_system();
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(theirs), "r"(call) : "memory");
     await(a.peers, peer, [&] {
       uint32_t seen;
