@@ -19,9 +19,12 @@ class PeerMemory:
         memory_E: uint8; this rank's, zeros at first.
         addresses: of all ranks' memories in rank order, as this process reaches them.
         limit_s: how long a kernel waits for another rank.
+        mapped: what keeps the others' memories mapped.
     """
 
-    def __init__(self, memory_E: Tensor, addresses: Sequence[int], rank: int, limit_s: float) -> None:
+    def __init__(
+        self, memory_E: Tensor, addresses: Sequence[int], rank: int, limit_s: float, mapped: Sequence[object] = ()
+    ) -> None:
         assert addresses[rank] == memory_E.data_ptr()
         self.addresses = tuple(addresses)
         self.rank = rank
@@ -29,6 +32,7 @@ class PeerMemory:
         self.fault = torch.zeros(1, dtype=torch.int32, device=memory_E.device)
         self.host_fault = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self._memory_E = memory_E
+        self._mapped = tuple(mapped)
         self._num_taken = 0
 
     @property

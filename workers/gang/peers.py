@@ -1,4 +1,4 @@
-"""`open_peer_memory`: memory of each rank's GPU that all ranks of a host reach, by torch's symmetric memory.
+"""`open_peer_memory`: memory of each rank's GPU that all ranks of a host reach, by symmetric memory or CUDA IPC.
 
 NVLink multicast is not used, nor set up.
 """
@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Final
 
+import msgpack
 import torch
 import torch.distributed as dist
 
@@ -19,6 +20,7 @@ from tensorweave.workers.gang.comm import Comm, GroupComm
 logger = logging.getLogger(__name__)
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+_HANDLE_BYTES: Final = 1024
 _EACH_SEES_ITS_OWN: Final = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 """Read by torch: ranks that each see one GPU all call it the first. It also spares the multicast objects."""
 
@@ -31,12 +33,15 @@ def open_peer_memory(comm: Comm, num_bytes: int, device: torch.device, limit_s: 
     """
     if not isinstance(comm, GroupComm) or not _is_one_host(comm):
         return None
-    memory = None
-    try:
-        memory = _open(comm, num_bytes, device, limit_s)
-    except RuntimeError as error:
-        logger.warning("rank %d shares no GPU memory with the others: %s", comm.rank, str(error).splitlines()[0])
-    return memory if comm.agree_min(int(memory is not None)) else None
+    for open_memory in (_open_symmetric, _open_by_ipc):
+        memory = None
+        try:
+            memory = open_memory(comm, num_bytes, device, limit_s)
+        except RuntimeError as error:
+            logger.warning("rank %d: no GPU memory shared with others: %s", comm.rank, str(error).splitlines()[0])
+        if comm.agree_min(int(memory is not None)):
+            return memory
+    return None
 
 
 def _is_one_host(comm: GroupComm) -> bool:
@@ -46,7 +51,7 @@ def _is_one_host(comm: GroupComm) -> bool:
     return bool(comm.agree_min(int(mine == leader and mine != b"")))
 
 
-def _open(comm: GroupComm, num_bytes: int, device: torch.device, limit_s: float) -> PeerMemory:
+def _open_symmetric(comm: GroupComm, num_bytes: int, device: torch.device, limit_s: float) -> PeerMemory:
     import torch.distributed._symmetric_memory as symmetric
 
     os.environ[_EACH_SEES_ITS_OWN] = "1"
@@ -59,3 +64,27 @@ def _open(comm: GroupComm, num_bytes: int, device: torch.device, limit_s: float)
     torch.cuda.synchronize(device)
     addresses = [handle.get_buffer(rank, (num_bytes,), torch.uint8).data_ptr() for rank in range(comm.size)]
     return PeerMemory(memory_E, addresses, comm.rank, limit_s)
+
+
+def _open_by_ipc(comm: GroupComm, num_bytes: int, device: torch.device, limit_s: float) -> PeerMemory:
+    """Where torch's symmetric memory cannot be had."""
+    memory_E = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    torch.cuda.synchronize(device)
+    shared = memory_E.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]
+    _, handle, storage_bytes, storage_offset, counter_handle, counter_offset, _, _ = shared
+    mine = msgpack.packb([handle, storage_bytes, storage_offset, counter_handle, counter_offset])
+    assert len(mine) < _HANDLE_BYTES
+    row = torch.zeros(1, _HANDLE_BYTES, dtype=torch.uint8)
+    row[0, : len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+    handles = comm.gather_columns(row, [_HANDLE_BYTES] * comm.size).view(comm.size, _HANDLE_BYTES)
+    addresses, mapped = [], []
+    for rank, packed in enumerate(handles):
+        if rank == comm.rank:
+            addresses.append(memory_E.data_ptr())
+            continue
+        unpacker = msgpack.Unpacker()
+        unpacker.feed(packed.numpy().tobytes())
+        storage = torch.UntypedStorage._new_shared_cuda(device.index, *unpacker.unpack(), b"", False)
+        mapped.append(storage)
+        addresses.append(storage.data_ptr())
+    return PeerMemory(memory_E, addresses, comm.rank, limit_s, mapped)

@@ -20,7 +20,8 @@ from tensorweave.kernels.ranks.peer_memory import PeerMemory
 from tensorweave.kernels.ranks.sums import share_of
 from tensorweave.kernels.sample.reference import ReferenceSampler
 from tensorweave.kernels.sample.rule import SamplingParameters, TokenTarget
-from tensorweave.workers.gang.comm import Comm
+from tensorweave.workers.gang import peers
+from tensorweave.workers.gang.comm import Comm, GroupComm
 from tensorweave.workers.gang.peers import open_peer_memory
 from tests.workers.rank_processes import RankProcesses, needs_gpus
 
@@ -43,6 +44,30 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[RankProcesses]:
 def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The same on every rank."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _open_both_ways(comm: Comm) -> list[bool]:
+    """Whether each way of sharing memory reaches that of all ranks."""
+    device, found = torch.device("cuda", 0), []
+    assert isinstance(comm, GroupComm)
+    for open_memory in (peers._open_symmetric, peers._open_by_ipc):
+        try:
+            memory = open_memory(comm, CudaChoice.bytes_needed(comm.size, 8), device, LIMIT_S)
+        except RuntimeError as error:
+            print(f"{open_memory.__name__}: {error}")
+            found.append(False)
+            continue
+        comm.agree_min(0)
+        choice, target = CudaChoice(memory, 10 * comm.rank, 8), TokenTarget.create(1, device)
+        logits = torch.zeros(1, 10, device=device)
+        logits[0, 3] = comm.rank + 1.0
+        choice.argmax(logits, target)
+        found.append(target.tokens_R.tolist() == [10 * comm.size - 7])
+    return found
+
+
+def test_both_ways_of_sharing_memory(ranks: RankProcesses) -> None:
+    assert ranks.call(_open_both_ways) == [[True, True]] * len(ranks.processes)
 
 
 def open_memory(comm: Comm, num_bytes: int) -> PeerMemory:
