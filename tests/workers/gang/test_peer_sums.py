@@ -254,7 +254,7 @@ def _outlive(comm: Comm, dies: int, num_rows: int) -> tuple[int | None, float, f
     return sums.memory.silent_rank(), waited_s, time.monotonic() - start_s - waited_s
 
 
-@pytest.mark.parametrize("num_rows", [4, 40, 100])
+@pytest.mark.parametrize("num_rows", [4, 100])
 def test_a_dead_rank_is_named_and_nothing_hangs(num_rows: int) -> None:
     with RankProcesses(2, on_gpus=True) as ranks:
         ranks.send(_outlive, 1, num_rows)
