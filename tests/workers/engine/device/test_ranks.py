@@ -87,8 +87,8 @@ def test_draws_penalties_limits_and_log_probabilities_are_those_of_one_rank(size
 
 
 def _generate(comm: Comm, path: Path, knobs: dict[str, Any]) -> list[list[int]]:
-    engine = load_engine(engine_args(path, **knobs), comm, is_on_device=True)
-    return generate(engine, PROMPTS, 12, chunk=24)
+    args = engine_args(path, max_batch_size=16, max_num_tokens=256, **knobs)
+    return generate(load_engine(args, comm, is_on_device=True), PROMPTS, 12, chunk=24)
 
 
 def _answer(comm: Comm, path: Path, requests: Sequence[GenerateRequest], knobs: dict[str, Any]) -> dict[str, list[int]]:
