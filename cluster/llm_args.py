@@ -128,6 +128,13 @@ class CacheTransceiverConfig(StrictBaseModel):
         ge=1,
         description="Longest time that a finished prompt's blocks are kept for the gang that is to fetch them.",
     )
+    max_copy_sms: int = Field(
+        12,
+        status="prototype",
+        ge=1,
+        description="Most multiprocessors of a GPU that copies from another GPU of the node take. From 12 on they have "
+        "NVLink's whole rate; fewer slow the steps beside them less.",
+    )
 
 
 class TorchLlmArgs(StrictBaseModel):

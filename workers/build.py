@@ -46,6 +46,7 @@ from tensorweave.workers.sampling.decoder import SamplingDecoder
 from tensorweave.workers.speculation.build import build_speculation
 from tensorweave.workers.start_log import StartLog
 from tensorweave.workers.step.kv_exchange import NoTransfers, Transfers
+from tensorweave.workers.step.layer_marks import CudaLayerMarks, LayerMarks, NoLayerMarks
 from tensorweave.workers.step.resources import KVCache, ResourceManager
 from tensorweave.workers.step.vocabulary import WholeVocabulary
 from tensorweave.workers.store.model_store import resolve_model
@@ -223,7 +224,19 @@ def _make_transfers(
     if config is None or config.backend is None:
         return NoTransfers()
     digest, num_heads = _kv_identity(args, resolve_model(args.model, revision=args.revision), engine)
-    return build_transfers(config, engine.pool, kv_cache, comm, digest, num_heads, host=host, secret=secret)
+    marks = follow_layers(engine)
+    return build_transfers(
+        config, engine.pool, kv_cache, comm, digest, num_heads, host=host, secret=secret, marks=marks
+    )
+
+
+def follow_layers(engine: ModelEngine) -> LayerMarks:
+    """Marks of the engine's layers, if it tells of them."""
+    if not isinstance(engine, DeviceEngine) or engine.pool.cache.device.type != "cuda":
+        return NoLayerMarks()
+    marks = CudaLayerMarks(len(engine.pool.layers))
+    engine.tell_layers(marks)
+    return marks
 
 
 def build_transfers(
@@ -236,12 +249,13 @@ def build_transfers(
     *,
     host: str,
     secret: str,
+    marks: LayerMarks | None = None,
 ) -> KvTransfers:
     """Make one rank's KV transfers; every rank of the gang calls it. `model` identifies the weights, `num_heads` is the
-    number of the model's KV heads over all ranks."""
+    number of the model's KV heads over all ranks, `marks` are of the engine's layers."""
     if not secret:
         raise ValueError("cache_transceiver_config is set, but no secret was given for the gang's KV endpoints")
-    window = PoolWindow(pool)
+    window = PoolWindow(pool, config.max_copy_sms)
     alike = fingerprint(window, model, num_heads)
     return KvTransfers(
         carrier=TcpCarrier(window, alike, host, secret, make_transports(config.backend or "DEFAULT", window)),
@@ -253,6 +267,7 @@ def build_transfers(
         size=comm.size,
         timeout_s=config.kv_transfer_timeout_ms / 1000,
         lease_s=config.kv_lease_timeout_ms / 1000,
+        marks=marks,
     )
 
 

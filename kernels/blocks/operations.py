@@ -10,17 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from tensorweave.kernels.blocks import reference
 from tensorweave.kernels.blocks.digest import digest_block_numpy
 from tensorweave.kernels.blocks.native import native_blocks
-from tensorweave.kernels.blocks.reference import DigestBlocks, UnpackBlocks, UnpackVerified
+from tensorweave.kernels.blocks.reference import DigestBlocks, SomeBlocks, UnpackBlocks, UnpackVerified
 
 # L layers, B blocks of the pool, K KV heads of this rank, P tokens per block, H head dim, N blocks chosen
 
 PackBlocks = Callable[[Tensor, Sequence[int], range, Tensor], None]
 UnpackVerifiedBlocks = Callable[[Tensor, Sequence[int], range, Tensor, Sequence[int], Tensor], list[bool]]
+PullBlocks = Callable[[SomeBlocks, SomeBlocks, Sequence[int], Tensor, int], None]
 _WORD_BYTES = 8
 
 
@@ -28,13 +30,14 @@ _WORD_BYTES = 8
 class BlockOperations:
     """The first argument of each is the pool [L, B, 2, K, P, H]; the contracts are those of `kernels.blocks.reference`.
 
-    `digest` also takes packed blocks, seen by `as_blocks`, as a pool.
+    `digest` also takes packed blocks, seen by `as_blocks`, as a pool; so does `pull` as its source.
     """
 
     pack: PackBlocks
     unpack: UnpackBlocks
     digest: DigestBlocks
     unpack_verified: UnpackVerifiedBlocks
+    pull: PullBlocks = reference.pull_blocks
 
 
 def choose_block_operations(pool_LB2KPH: Tensor) -> BlockOperations:
@@ -54,7 +57,7 @@ def reference_block_operations(digest: DigestBlocks = reference.digest_blocks) -
 
 def _gpu_operations(pool_LB2KPH: Tensor) -> BlockOperations:
     """The Triton kernels move whole words: planes must consist of them, and for digests each token's head."""
-    from tensorweave.kernels.blocks import triton  # only where there is a GPU
+    from tensorweave.kernels.blocks import cuda_pull, triton  # only where there is a GPU
 
     P, H = pool_LB2KPH.shape[-2:]
     assert pool_LB2KPH.stride()[3:] == (P * H, H, 1)
@@ -64,4 +67,26 @@ def _gpu_operations(pool_LB2KPH: Tensor) -> BlockOperations:
         pack, unpack = triton.pack_blocks, triton.unpack_blocks
     if token_bytes % _WORD_BYTES == 0:
         digest = triton.digest_blocks
-    return BlockOperations(pack, unpack, digest, UnpackVerified(digest, unpack))
+    pull = cuda_pull.pull_blocks if cuda_pull.fits(pool_LB2KPH, pool_LB2KPH) else PullInSteps(pack, unpack, digest)
+    return BlockOperations(pack, unpack, digest, UnpackVerified(digest, unpack), pull)
+
+
+@dataclass(frozen=True, slots=True)
+class PullInSteps:
+    """`pull_blocks` by way of packed bytes, for GPUs and shapes that `pull.cu` is not for."""
+
+    pack: PackBlocks
+    unpack: UnpackBlocks
+    digest: DigestBlocks
+
+    def __call__(
+        self, source: SomeBlocks, target: SomeBlocks, num_tokens: Sequence[int], digests_NLK: Tensor, num_sms: int
+    ) -> None:
+        num_layers, _, _, _, P, H = target.pool_LB2KPH.shape
+        size = len(target.block_ids) * num_layers * 2 * len(target.heads) * P * H * target.pool_LB2KPH.itemsize
+        packed = torch.empty(size, dtype=torch.uint8, device=target.pool_LB2KPH.device)
+        self.pack(source.pool_LB2KPH, source.block_ids, source.heads, packed)
+        blocks_LB2KPH = reference.as_blocks(packed, target.pool_LB2KPH, len(target.heads)).transpose(0, 1)
+        found_NLK = self.digest(blocks_LB2KPH, range(len(num_tokens)), num_tokens)
+        self.unpack(target.pool_LB2KPH, target.block_ids, target.heads, packed)
+        digests_NLK.copy_(found_NLK, non_blocking=True)

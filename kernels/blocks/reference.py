@@ -16,6 +16,16 @@ from tensorweave.kernels.blocks.digest import digest_block_reference
 
 # L layers, B blocks of the pool, K KV heads of this rank, P tokens per block, H head dim, N blocks chosen
 
+
+@dataclass(frozen=True, slots=True)
+class SomeBlocks:
+    """Heads of some blocks of a pool [L, B, 2, K, P, H]."""
+
+    pool_LB2KPH: Tensor
+    block_ids: Sequence[int]
+    heads: range
+
+
 DigestBlocks = Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
 UnpackBlocks = Callable[[Tensor, Sequence[int], range, Tensor], None]
 
@@ -30,6 +40,18 @@ def unpack_blocks(pool_LB2KPH: Tensor, block_ids: Sequence[int], heads: range, p
     """The inverse. `block_ids` differ from each other: other forms write them at the same time."""
     for block, block_id in zip(as_blocks(packed, pool_LB2KPH, len(heads)), block_ids, strict=True):
         pool_LB2KPH[:, block_id, :, heads.start : heads.stop].copy_(block)
+
+
+def pull_blocks(
+    source: SomeBlocks, target: SomeBlocks, num_tokens: Sequence[int], digests_NLK: Tensor, num_sms: int
+) -> None:
+    """Copy blocks into another pool of the same layers, whose heads may be others, and leave the digests of what was
+    copied in `digests_NLK` [N, L, heads], int64. A form for a GPU returns before it has; `num_sms` is for such."""
+    for from_id, to_id in zip(source.block_ids, target.block_ids, strict=True):
+        copied = source.pool_LB2KPH[:, from_id, :, source.heads.start : source.heads.stop]
+        target.pool_LB2KPH[:, to_id, :, target.heads.start : target.heads.stop].copy_(copied)
+    heads_LB2KPH = target.pool_LB2KPH[:, :, :, target.heads.start : target.heads.stop]
+    digests_NLK.copy_(digest_blocks(heads_LB2KPH, target.block_ids, num_tokens))
 
 
 def digest_blocks(pool_LB2KPH: Tensor, block_ids: Sequence[int], num_tokens: Sequence[int]) -> Tensor:

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Final
@@ -24,7 +25,9 @@ from torch import Tensor
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import KvEndpoint
 from tensorweave.workers.engine.kv_pool import KVPool
-from tensorweave.workers.transfer.carrier import BlockSink, ReadFailed, TicketReleased
+from tensorweave.workers.transfer.block_part import BlockPart
+from tensorweave.workers.transfer.block_sink import BlockSink, FinishCopy
+from tensorweave.workers.transfer.carrier import ReadFailed, TicketReleased
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
 from tensorweave.workers.transfer.read_request import BlockHeader, ReadRequest
 from tensorweave.workers.transfer.receiving.block_receiver import BlockReceiver, TargetBlocks
@@ -35,7 +38,7 @@ from tensorweave.workers.transfer.transports.nccl import Communicator, new_uniqu
 from tensorweave.workers.transfer.transports.nccl_transport import MESSAGE_BYTES, NcclTransport
 from tensorweave.workers.transfer.transports.same_node import SameNodeTransport
 from tensorweave.workers.transfer.transports.transport import Transport
-from tensorweave.workers.transfer.window import PoolWindow
+from tensorweave.workers.transfer.window import PoolWindow, RunningCopy
 
 _SECRET: Final = "bench"
 _TICKET: Final = "ticket"
@@ -188,6 +191,14 @@ class UncheckedSink:
 
     def put(self, blocks: Sequence[tuple[int, int]], payload: Tensor) -> None:
         self._target.window.unpack([index for index, _ in blocks], self._heads, payload)
+
+    def pull(self, part: BlockPart, pool_LB2KPH: Tensor, heads: range) -> FinishCopy:
+        copy = self._target.pull(part, pool_LB2KPH, heads, self._heads)
+        assert copy is not None, "the benchmark's fetch was closed"
+        return partial(self._end, copy)
+
+    def _end(self, copy: RunningCopy) -> None:
+        self._target.end_copy(copy)
 
 
 def fetch(carrier: TcpCarrier, window: PoolWindow, endpoint: KvEndpoint, num_blocks: int, is_checked: bool) -> float:

@@ -118,7 +118,7 @@ def _run_receiver(pipe: Connection, shape: Shape, total_bytes: int, num_rounds: 
 
 def _message_bytes(window: PoolWindow) -> int:
     num_heads = len(window.heads)
-    return HostTransport(window).make_sender().loader.message_blocks(num_heads) * window.block_bytes(num_heads)
+    return HostTransport(window).message_blocks(num_heads) * window.block_bytes(num_heads)
 
 
 def _receive_bare(sock: socket.socket, window: PoolWindow, is_one_buffer: bool) -> float:

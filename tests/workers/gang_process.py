@@ -14,8 +14,10 @@ from typing import Any, Self
 import pytest
 
 from tensorweave.cluster.protocol import GenerateRequest, KvSource, LinkMeasurement, SamplingSpec
+from tensorweave.workers.build import follow_layers
 from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.transfer.carrier import Carrier
+from tensorweave.workers.transfer.carriers.faulty import FaultyCarrier
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
 from tensorweave.workers.transfer.transports.selection import make_transports
 from tensorweave.workers.transfer.window import PoolWindow
@@ -128,12 +130,17 @@ def run_alone(gang: GangProcess, prompts: Sequence[list[int]], samplings: Sequen
 
 
 def _serve(pipe: Connection, path: Path, backend: str, name: str, knobs: dict[str, Any]) -> None:
+    faults, rate = knobs.pop("faults", ()), 0.3
+
     def make_carrier(window: PoolWindow, alike: dict[str, str]) -> Carrier:
-        return TcpCarrier(window, alike, "127.0.0.1", SECRET, make_transports(backend, window))
+        carrier = TcpCarrier(window, alike, "127.0.0.1", SECRET, make_transports(backend, window))
+        return FaultyCarrier(carrier, 1, rate, faults) if faults else carrier
 
     logging.basicConfig(level=logging.INFO, format=f"%(relativeCreated)d {name} %(name)s: %(message)s")
     args = engine_args(path, device=knobs.pop("device"), kv_cache_config=knobs.pop("kv_cache_config", {}))
-    with Gang(lambda comm: load_engine(args, comm), 1, make_carrier, name=name, **knobs) as gang:
+    with Gang(
+        lambda comm: load_engine(args, comm), 1, make_carrier, name=name, make_marks=follow_layers, **knobs
+    ) as gang:
         pipe.send((True, gang.source))
         client = Client(gang)
         while True:

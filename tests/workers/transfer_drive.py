@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from tensorweave.cluster.protocol import GenerateRequest, KvSource, SamplingSpec, Ticket, TokenChunk, TokenLogprobs
 from tensorweave.cluster.speculation_config import SpeculativeConfig
@@ -26,12 +27,14 @@ from tensorweave.workers.guided.guides import Guides
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.sampling.decoder import SamplingDecoder
 from tensorweave.workers.speculation.build import build_speculation
+from tensorweave.workers.step.layer_marks import LayerMarks
 from tensorweave.workers.step.resources import ResourceManager
 from tensorweave.workers.transfer.carrier import Carrier
 from tensorweave.workers.transfer.carriers.faulty import FaultyCarrier
 from tensorweave.workers.transfer.carriers.loop import LoopCarrier, LoopNetwork
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
 from tensorweave.workers.transfer.transfers import KvTransfers
+from tensorweave.workers.transfer.transports.same_node import SameNodeTransport
 from tensorweave.workers.transfer.window import PoolWindow
 from tests.workers.engine_drive import ThreadComm, engine_args
 from tests.workers.stepped_engine import SteppedEngine
@@ -51,6 +54,46 @@ def tcp_carriers(window: PoolWindow, fingerprint: dict[str, str]) -> Carrier:
 
 def loop_carriers(network: LoopNetwork) -> MakeCarrier:
     return lambda window, fingerprint: LoopCarrier(window, fingerprint, SECRET, network)
+
+
+class SharedPools:
+    """The pools of the ranks of one process, which read each other's as GPUs of one node do. `num_mapped` counts how
+    often one was reached. A process of another number does not reach those of this one."""
+
+    def __init__(self) -> None:
+        self.windows: list[PoolWindow] = []
+        self.num_mapped = 0
+
+    def of_process(self, process: int) -> SharedMemory:
+        return SharedMemory(self, process)
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """Satisfies `PeerMemory`."""
+
+    pools: SharedPools
+    process: int
+
+    def share(self, window: PoolWindow) -> dict[str, Any]:
+        self.pools.windows.append(window)
+        return {"process": self.process, "place": len(self.pools.windows) - 1}
+
+    def map(self, handshake: dict[str, Any], window: PoolWindow) -> Tensor | None:
+        if handshake["process"] != self.process:
+            return None
+        self.pools.num_mapped += 1
+        return self.pools.windows[handshake["place"]].blocks_LB2KPH
+
+
+def peer_carriers(pools: SharedPools, message_bytes: int = 1 << 12) -> MakeCarrier:
+    """Receivers read the senders' pools themselves; messages are small, so that there are many."""
+
+    def make(window: PoolWindow, fingerprint: dict[str, str]) -> Carrier:
+        transport = SameNodeTransport(window, message_bytes, pools.of_process(0))
+        return TcpCarrier(window, fingerprint, "127.0.0.1", SECRET, [transport])
+
+    return make
 
 
 def faulty_carriers(make: MakeCarrier, made: list[FaultyCarrier], **plan: Any) -> MakeCarrier:
@@ -80,6 +123,7 @@ class Gang:
         speculative: SpeculativeConfig | None = None,
         overlaps: bool = False,
         make_guides: Callable[[Comm], Guides] | None = None,
+        make_marks: Callable[[Any], LayerMarks] | None = None,
         **transferring: Any,
     ) -> None:
         self.name = name
@@ -105,6 +149,7 @@ class Gang:
                     self.fingerprint,
                     comm.rank,
                     comm.size,
+                    marks=None if make_marks is None else make_marks(engine),
                     **{"timeout_s": DEADLINE_S, "lease_s": DEADLINE_S, **transferring},
                 )
             scheduler = SimpleScheduler(

@@ -220,6 +220,8 @@ class StepLoop:
         timer.begin_forward()
         logits = self._engine.launch(batch, self._resources, before)
         timer.end_forward()
+        if batch.context:
+            self._transfers.follow(batch.context)
         reads_pending = bool(self._flights) and self._reads_pending(batch)
         flight = Flight(batch, launched_s=self._resources.kv_cache.now_s)
         self._flights.append(flight)

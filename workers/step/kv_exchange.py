@@ -74,6 +74,9 @@ class Transfers(Protocol):
         """Offer to other gangs what a settled step has computed of these chunks, as far as their requests are on offer.
         Called after `update_resources`."""
 
+    def follow(self, rows: Sequence[StepRow]) -> None:
+        """A step with these chunks was launched: offer what it computes while it does, as far as the engine tells."""
+
     def keeps(self, request: LlmRequest) -> bool:
         """Close the fetch or the offer of a request that has ended. Return whether its blocks are leased to another
         gang: then the end of the lease comes through the inbox. Else no transfer reads or writes them any more."""
@@ -120,6 +123,9 @@ class NoTransfers:
         assert not rows, "a fetch was scheduled where no KV is exchanged"
 
     def offer(self, rows: Sequence[StepRow]) -> None:
+        return None
+
+    def follow(self, rows: Sequence[StepRow]) -> None:
         return None
 
     def keeps(self, request: LlmRequest) -> bool:

@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, get_args
 
-from torch import Tensor
-
 from tensorweave.cluster.protocol import KvEndpoint
 from tensorweave.workers.step.request import TokenExtras
-from tensorweave.workers.transfer.read_request import BlockHeader, ReadRequest
+from tensorweave.workers.transfer.block_sink import BlockSink
+from tensorweave.workers.transfer.read_request import ReadRequest
 from tensorweave.workers.transfer.sending.offered_blocks import OfferedBlocks
 
 FailureKind = Literal[
@@ -91,17 +89,6 @@ class EventQueue:
             except queue.Empty:
                 break
         return events
-
-
-class BlockSink(Protocol):
-    """Takes the blocks of one read request. Called on a carrier's threads, one call at a time."""
-
-    def announce(self, headers: Sequence[BlockHeader], digests: bytes) -> None:
-        """These blocks come next. `digests` are [blocks, layers, heads of the read] int64, little-endian."""
-
-    def put(self, blocks: Sequence[tuple[int, int]], payload: Tensor) -> None:
-        """Take the packed bytes (see `PoolWindow`) of the blocks with these (index, generation). The carrier reuses
-        `payload` after the call."""
 
 
 class Carrier(Protocol):

@@ -15,6 +15,7 @@ from tensorweave.cluster.errors import TransferFailed, WorkerLost
 from tensorweave.cluster.protocol import KvEndpoint, KvSource, LinkMeasurement
 from tensorweave.workers.gang.report_channel import ReportChannel
 from tensorweave.workers.step.kv_exchange import TransferInbox
+from tensorweave.workers.step.layer_marks import LayerMarks, NoLayerMarks
 from tensorweave.workers.step.plan import StepRow
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import KVCache
@@ -40,6 +41,7 @@ class KvTransfers:
     Args:
         timeout_s: longest duration of a fetch.
         lease_s: longest time for which blocks are kept for the holder of a ticket.
+        marks: of the engine's layers, if it tells of them: what it computes is then offered layer by layer.
     """
 
     can_fetch = True
@@ -56,6 +58,7 @@ class KvTransfers:
         timeout_s: float = 60.0,
         lease_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
+        marks: LayerMarks | None = None,
     ) -> None:
         host, port = carrier.address
         self.endpoint: KvEndpoint | None = KvEndpoint(host, port, window.heads.start, len(window.heads))
@@ -66,6 +69,7 @@ class KvTransfers:
         self._rank = rank
         self._timeout_s = timeout_s
         self._clock = clock
+        self._marks = marks or NoLayerMarks()
         self._offers = Offers(carrier, window, kv_cache, lease_s, clock)
         self._arrivals = Arrivals(size, self.stats, clock)
         self._fetches = Fetches(
@@ -96,6 +100,9 @@ class KvTransfers:
         for row in rows:
             self._fetches.release_unused_ticket(row.request)
         self._offers.offer(rows)
+
+    def follow(self, rows: Sequence[StepRow]) -> None:
+        self._offers.follow(rows, self._marks.take())
 
     def keeps(self, request: LlmRequest) -> bool:
         self._drop_fetch(request)
@@ -152,6 +159,7 @@ class KvTransfers:
     def shutdown(self) -> None:
         self._is_closing.set()
         self._carrier.shutdown()
+        self._offers.shutdown()
         self._reports.close()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(_JOIN_TIMEOUT_S)

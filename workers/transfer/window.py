@@ -7,6 +7,8 @@ several blocks follow each other. Packed bytes are in host memory or on the pool
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,17 +16,36 @@ import torch
 from torch import Tensor
 
 from tensorweave.kernels.blocks.operations import choose_block_operations
-from tensorweave.kernels.blocks.reference import as_blocks
+from tensorweave.kernels.blocks.reference import SomeBlocks, as_blocks
 from tensorweave.workers.engine.kv_pool import KVPool
+
+DEFAULT_COPY_SMS: Final = 12
+"""From 10 on, a copy over NVLink has the link's whole rate (H100 pair, 18 links: 373 GB/s)."""
 
 # L layers, B blocks, K KV heads of this rank, P block size in tokens, H head dim
 
 
+@dataclass(frozen=True, slots=True)
+class RunningCopy:
+    """A copy into the pool that has been launched. `digests_NLK` are known once it is over."""
+
+    digests_NLK: Tensor
+    event: torch.cuda.Event | None
+
+    def wait(self) -> npt.NDArray[np.int64]:
+        """Wait until it is over, which is bounded by its size; return the digests of what was copied. Raises
+        RuntimeError if the GPU has failed."""
+        if self.event is not None:
+            self.event.synchronize()
+        digests: npt.NDArray[np.int64] = self.digests_NLK.numpy()
+        return digests
+
+
 class PoolWindow:
     """`heads` are the KV heads of this rank, by their numbers in the model; `heads` arguments count from the rank's
-    first."""
+    first. `copy_sms`: most multiprocessors of a GPU that `pull` takes."""
 
-    def __init__(self, pool: KVPool) -> None:
+    def __init__(self, pool: KVPool, copy_sms: int = DEFAULT_COPY_SMS) -> None:
         num_layers, num_blocks, planes, P, H = pool.cache.shape
         self.num_layers = num_layers
         self.head_dim = H
@@ -34,6 +55,7 @@ class PoolWindow:
         self.device = pool.cache.device
         self.num_blocks = num_blocks
         self.blocks_LB2KPH = pool.cache.view(num_layers, num_blocks, 2, planes // 2, P, H)
+        self.copy_sms = copy_sms
         self._blocks = choose_block_operations(self.blocks_LB2KPH)
         is_on_host = self.device.type == "cpu"
         self.memory = tensor_bytes(pool.cache.view(-1).view(torch.uint8)) if is_on_host else None
@@ -44,10 +66,11 @@ class PoolWindow:
         return self.tokens_per_block * self.head_dim * self.blocks_LB2KPH.itemsize
 
     def use_own_stream(self) -> None:
-        """Give the calling thread a CUDA stream of its own, so that it need not wait for the engine's kernels."""
+        """Give the calling thread a CUDA stream of its own, so that it need not wait for the engine's kernels, and goes
+        ahead of them: what runs there is short, and somebody waits for it."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            torch.cuda.set_stream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
+            torch.cuda.set_stream(torch.cuda.Stream(self.device, priority=-1))  # type: ignore[no-untyped-call]
 
     def block_bytes(self, num_heads: int) -> int:
         num_layers, _, _, _, P, H = self.blocks_LB2KPH.shape
@@ -96,9 +119,28 @@ class PoolWindow:
         self._synchronize()
         return is_valid
 
-    def digests(self, block_ids: Sequence[int], num_tokens: Sequence[int]) -> Tensor:
-        """Digests of these blocks in the pool: [N, L, K] int64, on the host."""
-        return self._blocks.digest(self.blocks_LB2KPH, block_ids, num_tokens).cpu()
+    def pull(
+        self, source: SomeBlocks, block_ids: Sequence[int], heads: range, num_tokens: Sequence[int], layers: range
+    ) -> RunningCopy:
+        """Begin to copy blocks into these: from the same layers and as many heads of a pool that this rank's GPU can
+        read, which has all layers. The caller waits for the result, in any case."""
+        from_layers = SomeBlocks(source.pool_LB2KPH[layers.start : layers.stop], source.block_ids, source.heads)
+        to_layers = SomeBlocks(self.blocks_LB2KPH[layers.start : layers.stop], block_ids, heads)
+        is_on_gpu = self.device.type == "cuda"
+        shape = (len(block_ids), len(layers), len(heads))
+        digests_NLK = torch.empty(shape, dtype=torch.int64, pin_memory=is_on_gpu)
+        self._blocks.pull(from_layers, to_layers, num_tokens, digests_NLK, self.copy_sms)
+        if not is_on_gpu:
+            return RunningCopy(digests_NLK, None)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return RunningCopy(digests_NLK, event)
+
+    def digests(self, block_ids: Sequence[int], num_tokens: Sequence[int], layers: range | None = None) -> Tensor:
+        """Digests of these blocks in the pool, of all layers or of some: [N, L, K] int64, on the host."""
+        layers = layers or range(self.num_layers)
+        pool_LB2KPH = self.blocks_LB2KPH[layers.start : layers.stop]
+        return self._blocks.digest(pool_LB2KPH, block_ids, num_tokens).cpu()
 
     def digest(self, block_id: int, num_tokens: int) -> Tensor:
         return self.digests([block_id], [num_tokens])[0]

@@ -13,14 +13,17 @@ from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
 from tensorweave.workers.transfer.carriers.loop import LoopNetwork
 from tests.workers.engine_drive import random_prompts
 from tests.workers.tiny_models import make_model
+from tests.workers.transfer.marks import EveryLayer
 from tests.workers.transfer_drive import (
     Answer,
     Client,
     Gang,
     MakeCarrier,
+    SharedPools,
     hash_gang,
     loop_carriers,
     model_gang,
+    peer_carriers,
     run_aggregated,
     run_disaggregated,
     tcp_carriers,
@@ -101,6 +104,23 @@ def test_tcp_whole_prompts(model: Path, sizes: tuple[int, int], want: Any, reque
 @pytest.mark.parametrize("sizes", [(1, 1), (3, 2)], ids=str)
 def test_loop(model: Path, sizes: tuple[int, int], want: Any, requests: Any) -> None:
     check_pair(model, sizes, loop_carriers(LoopNetwork()), want, requests)
+
+
+def test_layer_by_layer_from_the_sender_s_pool(model: Path) -> None:
+    """Engines whose steps stay on a device offer layers as they pass them; the receiver copies them itself."""
+    prompts = [*random_prompts(3, 120), [5], *random_prompts(1, 300, seed=1)]
+    requests, knobs = (prompts, mixed_samplings(len(prompts))), {"is_on_device": True, "max_num_tokens": 128}
+    made: list[EveryLayer] = []
+
+    def make_marks(engine: Any) -> EveryLayer:
+        made.append(EveryLayer(len(engine.pool.layers)))
+        engine.tell_layers(made[-1])
+        return made[-1]
+
+    with model_gang(model, 1, None, **knobs) as gang:
+        want = answers_of(gang, *requests)
+    check_pair(model, (1, 1), peer_carriers(SharedPools()), want, requests, make_marks=make_marks, **knobs)
+    assert made[0].num_taken > made[0].num_layers, "the prefill gang has followed its steps"
 
 
 def test_without_prefix_trees(model: Path, want: Any, requests: Any) -> None:

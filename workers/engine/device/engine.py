@@ -26,6 +26,7 @@ from tensorweave.workers.lora.rank_adapter import AdapterReader
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.model import DeviceModel
 from tensorweave.workers.models.device.steps import DecodeSteps, make_wide_layers
+from tensorweave.workers.step.layer_marks import LayerMarks, NoLayerMarks
 from tensorweave.workers.step.pending import DeviceRows, Pending, PendingTokens, Ready, StepLogits
 from tensorweave.workers.step.plan import PromptRead, ScheduledBatch
 from tensorweave.workers.step.resources import BaseResourceManager, KVCache, ResourceManager
@@ -75,6 +76,7 @@ class DeviceEngine:
         self._mixed_sizes = mixed_sizes(max_rows, buffers.max_tokens) if sizes.sizes else ()
         self._small = MixedBuffer(largest(self._mixed_sizes), device)
         self.graphs: StepGraphs[int | MixedSize] = StepGraphs(self._make_step, device)
+        self._marks: LayerMarks = NoLayerMarks()
         self._num_pieces = 0
         self._num_launched = 0
 
@@ -105,6 +107,10 @@ class DeviceEngine:
             self.graphs.run(num_padded)
             return Ready(self._logits(num_padded))
 
+    def tell_layers(self, marks: LayerMarks) -> None:
+        """From now on, tell how far steps with prompt chunks have come."""
+        self._marks = marks
+
     def blank_steps(self) -> Iterator[StepLogits]:
         """Of each number of rows that has a graph: any logits, in the buffers in which a step leaves them."""
         for num_rows in self._sizes.sizes:
@@ -122,7 +128,7 @@ class DeviceEngine:
     def _make_step(self, size: int | MixedSize) -> Callable[[], None]:
         if isinstance(size, int):
             return self._make_decode(size)
-        return lambda: self._mixed.run_rows(self._small, size)
+        return lambda: self._mixed.run_rows(self._small, size, NoLayerMarks())
 
     def _make_decode(self, num_rows: int) -> Callable[[], None]:
         rows, state, update = self._inputs.rows(num_rows), self._inputs.state, self._inputs.update
@@ -143,12 +149,13 @@ class DeviceEngine:
             if captured is not None:
                 self._inputs.send_mixed(batch, kv_cache, self._small, captured, max(num_padded, captured.num_rows))
                 self.graphs.run(captured)
+                self._marks.pass_all()
                 return self._logits(num_padded)
         self._inputs.send_mixed(batch, kv_cache, self._inputs.mixed, size, num_padded)
         if not batch.prompt_reads:
-            self._mixed.run_rows(self._inputs.mixed, size)
+            self._mixed.run_rows(self._inputs.mixed, size, self._marks)
             return self._logits(num_padded)
-        hidden_TD = self._mixed.run_all(self._inputs.mixed, size)[size.num_decodes :]
+        hidden_TD = self._mixed.run_all(self._inputs.mixed, size, self._marks)[size.num_decodes :]
         return self._logits(num_padded, self._prompt_logits(batch.prompt_reads, hidden_TD))
 
     def _prompt_logits(self, reads: Sequence[PromptRead], hidden_TD: Tensor) -> Iterator[tuple[PromptRead, Tensor]]:

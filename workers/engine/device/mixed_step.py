@@ -15,6 +15,7 @@ from tensorweave.workers.engine.device.step_inputs import MixedBuffer, MixedInpu
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.model import DeviceModel
 from tensorweave.workers.models.device.wide import AllLayers, DecodeLayerAttention, MixedLayerAttention
+from tensorweave.workers.step.layer_marks import LayerMarks
 from tensorweave.workers.step.tiles import DECODE_ROWS, MOST_CAPTURED_ROWS, prompt_tokens_beside
 
 # T tokens of the step, R rows that sample, D hidden size
@@ -56,10 +57,10 @@ class MixedStep:
     caches: Sequence[Tensor]
     adapters: PlacesAdapters
 
-    def run_rows(self, buffer: MixedBuffer, size: MixedSize) -> None:
+    def run_rows(self, buffer: MixedBuffer, size: MixedSize, marks: LayerMarks) -> None:
         """Leave the logits of the rows that sample."""
         views = buffer.views(size)
-        attention = self._begin(views, size)
+        attention = self._begin(views, size, marks)
         rows, of_rows = self.inputs.rows(size.num_rows), None
         if size.num_rows:
             of_rows = DecodeLayerAttention(self._attention(rows))
@@ -67,15 +68,16 @@ class MixedStep:
         if size.num_rows:
             self._write_logits(hidden_RD)
 
-    def run_all(self, buffer: MixedBuffer, size: MixedSize) -> Tensor:
+    def run_all(self, buffer: MixedBuffer, size: MixedSize, marks: LayerMarks) -> Tensor:
         """The same; return the hidden states of all tokens after the final norm, [T, D]."""
         views = buffer.views(size)
-        hidden_TD = self.wide(size.num_tokens, self._begin(views, size), self.caches)
+        hidden_TD = self.wide(size.num_tokens, self._begin(views, size, marks), self.caches)
         if size.num_rows:
             self._write_logits(hidden_TD.index_select(0, views.sampled_rows_R))
         return hidden_TD
 
-    def _begin(self, views: MixedInputs, size: MixedSize) -> MixedLayerAttention:
+    def _begin(self, views: MixedInputs, size: MixedSize, marks: LayerMarks) -> MixedLayerAttention:
+        marks.begin()
         state, tokens_T, decodes = self.inputs.state, self.buffers.tokens_T[: size.num_tokens], views.decodes
         first = size.num_decodes
         self.operations.begin_step(decodes.slots_R, decodes.given_tokens_R, state, self.inputs.update, tokens_T[:first])
@@ -85,7 +87,8 @@ class MixedStep:
         self.adapters.begin_step(views.chunk_places_T, places_T[first:])
         plan = self.operations.plan_prefill(views.tiles_Z4, state)
         decode = self._attention(decodes) if first else None
-        return MixedLayerAttention(self.operations, views.kv_slots_T, views.positions_T, plan, decode, first)
+        slots_T, positions_T = views.kv_slots_T, views.positions_T
+        return MixedLayerAttention(self.operations, slots_T, positions_T, plan, decode, first, marks.pass_layer)
 
     def _attention(self, rows: RowInputs) -> DecodeAttention:
         max_length = self.inputs.max_length

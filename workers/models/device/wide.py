@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,6 +52,7 @@ class MixedLayerAttention:
     Args:
         slots_T: int32 KV slots of the chunks' tokens, block * P + offset; -1: padding.
         positions_T: int32.
+        after_store: called when a layer's keys and values were put into the cache.
     """
 
     operations: DeviceOperations
@@ -60,11 +61,13 @@ class MixedLayerAttention:
     prefill: PrefillPlan
     decode: DecodeAttention | None
     num_decodes: int
+    after_store: Callable[[], None]
 
     def store(self, layer: DeviceLayer, heads_TXH: Tensor, cache_BCPH: Tensor) -> None:
         """Rotate the chunks' heads, and put keys and values into the cache. There may be no queries among the heads."""
         heads = heads_TXH[self.num_decodes :]
         self.operations.rope_store(heads, cache_BCPH, self.slots_T, self.positions_T, layer.rotation)
+        self.after_store()
 
     def __call__(self, layer: DeviceLayer, heads_TXH: Tensor, cache_BCPH: Tensor, out_TNH: Tensor) -> None:
         scale, first = layer.scale, self.num_decodes

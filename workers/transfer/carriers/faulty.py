@@ -13,20 +13,25 @@ from __future__ import annotations
 import collections
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, TypeAlias, get_args
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from tensorweave.cluster.protocol import KvEndpoint
-from tensorweave.workers.transfer.carrier import BlockSink, Carrier, Event, EventQueue, ReadFailed, TicketReleased
+from tensorweave.workers.transfer.block_part import BlockPart
+from tensorweave.workers.transfer.block_sink import BlockSink, FinishCopy
+from tensorweave.workers.transfer.carrier import Carrier, Event, EventQueue, ReadFailed, TicketReleased
 from tensorweave.workers.transfer.read_request import BlockHeader, ReadRequest
 from tensorweave.workers.transfer.sending.offered_blocks import OfferedBlocks
 
 Fault = Literal["flip", "stale", "late", "truncate", "duplicate", "drop", "delay", "die"]
 FAULTS: tuple[Fault, ...] = get_args(Fault)
 
-_Put: TypeAlias = tuple[BlockSink, list[tuple[int, int]], Tensor]
+_Put: TypeAlias = Callable[[], None]
 
 
 class FaultyCarrier:
@@ -61,8 +66,8 @@ class FaultyCarrier:
         with self._lock:
             self._closed.add(ticket_id)
             delayed = self._delayed.pop(ticket_id, [])
-        for sink, blocks, payload in delayed:
-            sink.put(blocks, payload)
+        for put in delayed:
+            put()
 
     def probe(self, endpoint: KvEndpoint, secret: str, num_bytes: int, timeout_s: float) -> float:
         return self._inner.probe(endpoint, secret, num_bytes, timeout_s)
@@ -97,8 +102,7 @@ class FaultyCarrier:
             if request.ticket_id not in self._closed:
                 self._delayed.setdefault(request.ticket_id, []).append(put)
                 return
-        sink, blocks, payload = put
-        sink.put(blocks, payload)
+        put()
 
     def kill(self, request: ReadRequest) -> None:
         self.mute(request.read_id)
@@ -119,7 +123,7 @@ class _FaultySink:
 
     def put(self, blocks: Sequence[tuple[int, int]], payload: Tensor) -> None:
         if self._carrier.is_muted(self._request.read_id):
-            self._carrier.delay(self._request, (self._sink, list(blocks), payload.clone()))
+            self._carrier.delay(self._request, partial(self._sink.put, list(blocks), payload.clone()))
             return
         fault = self._carrier.draw_fault()
         match fault:
@@ -140,9 +144,59 @@ class _FaultySink:
             case "drop":
                 pass
             case "late" | "delay":
-                self._carrier.delay(self._request, (self._sink, list(blocks), payload.clone()))
+                self._carrier.delay(self._request, partial(self._sink.put, list(blocks), payload.clone()))
                 if fault == "delay":
                     self._carrier.mute(self._request.read_id)
             case "die":
                 self._sink.put(blocks[:1], payload[: len(payload) // len(blocks) // 2])
                 self._carrier.kill(self._request)
+
+    def pull(self, part: BlockPart, pool_LB2KPH: Tensor, heads: range) -> FinishCopy:
+        def pull_late() -> None:
+            self._sink.pull(part, pool_LB2KPH, heads)()
+
+        if self._carrier.is_muted(self._request.read_id):
+            self._carrier.delay(self._request, pull_late)
+            return _nothing
+        fault = self._carrier.draw_fault()
+        match fault:
+            case None:
+                return self._sink.pull(part, pool_LB2KPH, heads)
+            case "flip" | "stale":
+                return self._sink.pull(part, self._damaged(part, pool_LB2KPH, heads, fault), heads)
+            case "truncate":
+                return self._sink.pull(part.chosen(np.arange(len(part.rows_N4) // 2)), pool_LB2KPH, heads)
+            case "duplicate":
+                first = self._sink.pull(part, pool_LB2KPH, heads)
+                return partial(_both, first, self._sink.pull(part, pool_LB2KPH, heads))
+            case "drop":
+                return _nothing
+            case "late" | "delay":
+                self._carrier.delay(self._request, pull_late)
+                if fault == "delay":
+                    self._carrier.mute(self._request.read_id)
+                return _nothing
+            case "die":
+                half = self._sink.pull(part.chosen(np.arange(1)), pool_LB2KPH, heads)
+                return partial(_both, half, partial(self._carrier.kill, self._request))
+
+    def _damaged(self, part: BlockPart, pool_LB2KPH: Tensor, heads: range, fault: Fault) -> Tensor:
+        """The pool with one bit of a block inverted, or with other content in that block."""
+        damaged, draw = pool_LB2KPH.clone(), self._carrier.draw_below
+        block_id = int(part.rows_N4[draw(len(part.rows_N4)), 3])
+        layer, head = part.layers[draw(len(part.layers))], heads[draw(len(heads))]
+        plane = damaged[layer, block_id, draw(2), head].view(torch.uint8).view(-1)
+        if fault == "flip":
+            plane[draw(len(plane))] ^= 1 << draw(8)
+        else:
+            plane.copy_(plane.roll(1 + draw(len(plane) - 1)) ^ 1)
+        return damaged
+
+
+def _nothing() -> None:
+    """The end of a copy that was not begun."""
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> None:
+    first()
+    second()

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 from tensorweave.cluster.errors import TransferFailed
 from tensorweave.cluster.protocol import KvEndpoint
-from tensorweave.workers.transfer.carrier import BlockSink, Event, EventQueue, ReadDone, ReadFailed, TicketReleased
+from tensorweave.workers.transfer.block_sink import BlockSink
+from tensorweave.workers.transfer.carrier import Event, EventQueue, ReadDone, ReadFailed, TicketReleased
 from tensorweave.workers.transfer.read_request import ReadRequest
+from tensorweave.workers.transfer.sending.block_cursor import BlocksReply, PackedCursor, requested_heads
 from tensorweave.workers.transfer.sending.offered_blocks import OfferedBlocks
-from tensorweave.workers.transfer.sending.read_session import BlocksReply, EndReply, ReadSession, Reply
+from tensorweave.workers.transfer.sending.read_session import EndReply, ReadSession, RefusalReply, Reply
 from tensorweave.workers.transfer.sending.ticket_table import TicketTable
 from tensorweave.workers.transfer.transports.loader import HOST_MESSAGE_BYTES, PoolLoader
 from tensorweave.workers.transfer.window import PoolWindow
@@ -114,11 +116,14 @@ class LoopCarrier:
 
     def accept_read(self, secret: str, request: ReadRequest, sink: BlockSink, receiver: LoopCarrier) -> bool:
         """Return False if the secret is wrong, or this carrier was shut down."""
-        loader = PoolLoader(self._table.window, HOST_MESSAGE_BYTES)
+        window = self._table.window
+        heads, loader = requested_heads(request, window), PoolLoader(window, HOST_MESSAGE_BYTES)
         with self._lock:
             if self._is_closing or secret != self._secret:
                 return False
-            self._reads.append(_OpenRead(ReadSession(self._table, request, loader), sink, receiver))
+            self._reads.append(
+                _OpenRead(ReadSession(self._table, request, PackedCursor(request, heads, loader)), sink, receiver)
+            )
         self._table.notify()
         return True
 
@@ -159,5 +164,5 @@ def _deliver(read: _OpenRead, reply: Reply) -> None:
         read.sink.put([(header.index, header.generation) for header in reply.headers], reply.payload)
     elif isinstance(reply, EndReply):
         read.receiver.put_event(ReadDone(read_id, reply.first_token, reply.extras))
-    else:
+    elif isinstance(reply, RefusalReply):
         read.receiver.put_event(ReadFailed(read_id, reply.kind, reply.reason))

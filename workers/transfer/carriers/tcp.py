@@ -23,7 +23,8 @@ from typing import Final
 from tensorweave.cluster.limited_log import LimitedLog
 from tensorweave.cluster.protocol import KvEndpoint
 from tensorweave.workers.gang.listener import GuardedListener, close_socket
-from tensorweave.workers.transfer.carrier import BlockSink, Event, EventQueue
+from tensorweave.workers.transfer.block_sink import BlockSink
+from tensorweave.workers.transfer.carrier import Event, EventQueue
 from tensorweave.workers.transfer.carriers.tcp_client import TcpClientConnection
 from tensorweave.workers.transfer.carriers.tcp_server import Authentication, TcpServerConnection
 from tensorweave.workers.transfer.read_request import ReadRequest

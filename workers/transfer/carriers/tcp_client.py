@@ -1,6 +1,7 @@
 """`TcpClientConnection`: the receiving end of a connection of `TcpCarrier`, from its creation until it breaks.
 
-One thread connects and reads incoming blocks into sinks, another sends read requests.
+One thread connects and reads incoming blocks into sinks, another sends read requests; where the sinks copy blocks
+themselves, a third waits for the copies.
 """
 
 from __future__ import annotations
@@ -12,20 +13,17 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final
 
 from tensorweave.cluster.errors import TransferFailed, WireError
 from tensorweave.cluster.protocol import PROTOCOL_VERSION
 from tensorweave.cluster.wire import Frame
 from tensorweave.workers.step.request import TokenExtras
-from tensorweave.workers.transfer.carrier import (
-    FAILURE_KINDS,
-    BlockSink,
-    EventQueue,
-    FailureKind,
-    ReadDone,
-    ReadFailed,
-)
+from tensorweave.workers.transfer.block_part import BlockPart
+from tensorweave.workers.transfer.block_sink import BlockSink
+from tensorweave.workers.transfer.carrier import FAILURE_KINDS, EventQueue, FailureKind, ReadDone, ReadFailed
+from tensorweave.workers.transfer.carriers.copy_queue import CopyQueue
 from tensorweave.workers.transfer.carriers.tcp_server import MAX_PROBE_BYTES
 from tensorweave.workers.transfer.read_request import BlockHeader, ReadRequest
 from tensorweave.workers.transfer.transports.frame_connection import ALIVE_INTERVAL_S, SILENCE_S, FrameConnection
@@ -66,6 +64,7 @@ class TcpClientConnection:
         self._outbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._probe_results: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._probing = threading.Lock()
+        self._copies = CopyQueue(self._lose)
         self._connection: FrameConnection | None = None
         self._reader = threading.Thread(target=self._read, name="kv-client-reader", daemon=True)
         self._writer = threading.Thread(target=self._write, name="kv-client-writer", daemon=True)
@@ -108,6 +107,7 @@ class TcpClientConnection:
         for thread in (self._reader, self._writer):
             if thread.ident is not None:
                 thread.join(timeout_s)
+        self._copies.join(timeout_s)
 
     def _name(self) -> str:
         return f"the KV connection to {self._address[0]}:{self._address[1]}"
@@ -127,6 +127,7 @@ class TcpClientConnection:
             reason = error.message
         finally:
             self._lose(reason)
+            self._copies.close()
             if transport is not None:
                 transport.close()
 
@@ -182,15 +183,23 @@ class TcpClientConnection:
                 _, sink = self._find(number)  # it may have been closed meanwhile
                 if sink is not None:
                     sink.put([_block_from_wire(block) for block in blocks], payload)
+            case ["part", int(number), int(first), int(count)] if first >= 0 and count > 0:
+                request, sink = self._find(number)
+                if request is not None and sink is not None:
+                    part_bytes = self._staging_bytes[:body_bytes]
+                    part = BlockPart.from_body(range(first, first + count), request.num_heads, part_bytes)
+                    self._copies.add(transport.pull(part, request, sink))
             case ["end", int(number), int() | None as first_token, list() | None as packed]:
                 request, _ = self._find(number)
                 if request is not None:
                     extras = None if packed is None else TokenExtras.from_wire(packed)
-                    self._events.put(ReadDone(request.read_id, first_token, extras))
+                    event = ReadDone(request.read_id, first_token, extras)
+                    self._copies.then(partial(self._events.put, event))
             case ["fail", int(number), str(kind), str(reason)] if kind in FAILURE_KINDS:
                 request, _ = self._find(number)
                 if request is not None:
-                    self._events.put(ReadFailed(request.read_id, _failure_kind(kind), reason))
+                    failure = ReadFailed(request.read_id, _failure_kind(kind), reason)
+                    self._copies.then(partial(self._events.put, failure))
             case ["probe"]:
                 transport.receive(body, None)
                 self._probe_results.put(True)

@@ -17,16 +17,18 @@ from tensorweave.cluster.limited_log import LimitedLog
 from tensorweave.cluster.protocol import PROTOCOL_VERSION
 from tensorweave.cluster.wire import Frame
 from tensorweave.workers.gang.listener import GuardedListener
+from tensorweave.workers.transfer.block_part import BlockPart
 from tensorweave.workers.transfer.carrier import EventQueue, TicketReleased
 from tensorweave.workers.transfer.read_request import ReadRequest
-from tensorweave.workers.transfer.sending.read_session import BlocksReply, EndReply, ReadSession, Reply
+from tensorweave.workers.transfer.sending.block_cursor import BlocksReply
+from tensorweave.workers.transfer.sending.read_session import EndReply, ReadSession, Reply
 from tensorweave.workers.transfer.sending.ticket_table import TicketTable
 from tensorweave.workers.transfer.transports.frame_connection import ALIVE_INTERVAL_S, FrameConnection
 from tensorweave.workers.transfer.transports.transport import SendingTransport, Transport
 
 logger = logging.getLogger(__name__)
 
-MAX_PROBE_BYTES: Final = 64 << 20
+MAX_PROBE_BYTES: Final = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,8 @@ class TcpServerConnection:
         match frame:
             case ["claim", int(number), *fields]:
                 assert self._transport is not None
-                session = ReadSession(self._table, ReadRequest.from_wire(fields), self._transport.loader)
+                request = ReadRequest.from_wire(fields)
+                session = ReadSession(self._table, request, self._transport.cursor(request))
                 self._sessions = {**self._sessions, number: session}  # the writer iterates over the old one
                 self._table.notify()
             case ["close", int(number)]:
@@ -180,7 +183,9 @@ class TcpServerConnection:
         return True
 
     def _send(self, transport: SendingTransport, number: int, reply: Reply) -> None:
-        if isinstance(reply, BlocksReply):
+        if isinstance(reply, BlockPart):
+            self._connection.send("part", number, reply.layers.start, len(reply.layers), body=reply.body())
+        elif isinstance(reply, BlocksReply):
             headers = [header.to_wire() for header in reply.headers]
             self._connection.send("rows", number, headers, body=reply.digests, is_held=True)
             transport.send(reply.payload, "blocks", number, [header[:2] for header in headers])

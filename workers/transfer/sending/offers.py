@@ -13,12 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from tensorweave.cluster.errors import WorkerLost
 from tensorweave.workers.step.kv_exchange import TransferInbox
+from tensorweave.workers.step.layer_marks import LayersDone
 from tensorweave.workers.step.plan import StepRow
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import KVCache
 from tensorweave.workers.transfer.carrier import Carrier
 from tensorweave.workers.transfer.read_request import prompt_digest
+from tensorweave.workers.transfer.sending.layer_follower import FollowedChunk, LayerFollower
 from tensorweave.workers.transfer.sending.offered_blocks import BlockGenerations, OfferedBlocks
 from tensorweave.workers.transfer.window import PoolWindow
 
@@ -45,6 +48,7 @@ class Offers:
         self._lease_s = lease_s
         self._clock = clock
         self._generations = BlockGenerations()
+        self._follower = LayerFollower(window, carrier.offer)
         self._offers: dict[str, OfferedBlocks] = {}
         self._lock = threading.Condition()
         self._leases: dict[str, _Lease] = {}
@@ -61,17 +65,42 @@ class Offers:
             if row.request.offer is not None:
                 self._offer_chunk(row.request.offer, row)
 
-    def _offer_chunk(self, ticket_id: str, row: StepRow) -> None:
-        """Add the blocks that this chunk has filled; with the last chunk, also the one that it has begun."""
+    def follow(self, rows: Sequence[StepRow], done: Sequence[LayersDone]) -> None:
+        """Begin to offer what a launched step is going to compute of these chunks, layer by layer."""
+        if self._follower.failure is not None:
+            raise WorkerLost(f"the thread that offers layers has failed: {self._follower.failure}")
+        chunks = []
+        for row in rows:
+            ticket_id = row.request.offer
+            if done and ticket_id is not None:
+                offered, block_ids, num_tokens = self._new_blocks(row, row.stop)
+                first = len(offered)
+                if block_ids:
+                    epoch = offered.begin(block_ids, num_tokens)
+                    chunks.append(FollowedChunk(ticket_id, offered, epoch, first, block_ids, num_tokens))
+        if chunks:
+            self._follower.follow(chunks, done)
+
+    def shutdown(self) -> None:
+        self._follower.close()
+
+    def _new_blocks(self, row: StepRow, num_computed: int) -> tuple[OfferedBlocks, Sequence[int], list[int]]:
+        """The request's offer, and the blocks, with their numbers of tokens, that this chunk fills and that are not on
+        it; with the last chunk, also the one that it begins."""
         request, P = row.request, self._window.tokens_per_block
         offered = self._offers.get(request.request_id)
         if offered is None:
             offered = OfferedBlocks(self._window, self._generations, prompt_digest(request))
             self._offers[request.request_id] = offered
-        num_blocks = -(-request.num_computed // P) if row.num_samples else request.num_computed // P
-        new_blocks = range(len(offered), num_blocks)
+        num_blocks = -(-num_computed // P) if row.num_samples else num_computed // P
         block_ids = self._kv_cache.block_ids(request)[len(offered) : num_blocks]
-        offered.add(block_ids, [min(P, request.num_computed - index * P) for index in new_blocks])
+        return offered, block_ids, [min(P, num_computed - index * P) for index in range(len(offered), num_blocks)]
+
+    def _offer_chunk(self, ticket_id: str, row: StepRow) -> None:
+        request = row.request
+        offered, block_ids, num_tokens = self._new_blocks(row, request.num_computed)
+        if block_ids:
+            offered.add(block_ids, num_tokens)
         if row.num_samples and request.finish_reason in _LEASED_REASONS:
             offered.complete(request.tokens[request.context_len], request.extras)
         self._carrier.offer(ticket_id, offered)
@@ -83,7 +112,7 @@ class Offers:
             return False
         offered = self._offers.pop(request.request_id, None)
         is_leased = request.request_id in self._leases
-        if offered is None or is_leased or not offered.is_complete or request.finish_reason not in _LEASED_REASONS:
+        if offered is None or is_leased or not offered.has_token or request.finish_reason not in _LEASED_REASONS:
             if offered is not None:
                 offered.withdraw()
             self._carrier.close(request.offer)

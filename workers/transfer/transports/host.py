@@ -10,9 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tensorweave.cluster.errors import WireError
+from tensorweave.workers.transfer.block_part import BlockPart
+from tensorweave.workers.transfer.block_sink import BlockSink, FinishCopy
 from tensorweave.workers.transfer.read_request import ReadRequest
+from tensorweave.workers.transfer.sending.block_cursor import BlockCursor, PackedCursor, requested_heads
 from tensorweave.workers.transfer.transports.frame_connection import FrameConnection
-from tensorweave.workers.transfer.transports.loader import HOST_MESSAGE_BYTES, Loader, PoolLoader
+from tensorweave.workers.transfer.transports.loader import HOST_MESSAGE_BYTES, PoolLoader
 from tensorweave.workers.transfer.transports.transport import ReceivingTransport, SendingTransport
 from tensorweave.workers.transfer.window import PoolWindow, tensor_bytes
 
@@ -31,8 +35,16 @@ class HostTransport:
 
     def make_sender(self) -> SendingTransport:
         """Send straight from the pool if the socket can read it and the pieces are large enough to be worth it."""
-        is_direct = self._window.memory is not None and self._window.plane_bytes >= _MIN_PIECE_BYTES
-        return _DirectSender(self._window) if is_direct else _StagedSender(self._window)
+        return _DirectSender(self._window) if self._is_direct else _StagedSender(self._window)
+
+    def message_blocks(self, num_heads: int) -> int:
+        """How many blocks it sends in one message."""
+        loader = _ReferenceLoader(self._window) if self._is_direct else PoolLoader(self._window, HOST_MESSAGE_BYTES)
+        return loader.message_blocks(num_heads)
+
+    @property
+    def _is_direct(self) -> bool:
+        return self._window.memory is not None and self._window.plane_bytes >= _MIN_PIECE_BYTES
 
     def make_receiver(self) -> ReceivingTransport:
         return _HostReceiver(self._window)
@@ -65,12 +77,15 @@ class _DirectSender:
     differs then, as with any other fault."""
 
     def __init__(self, window: PoolWindow) -> None:
-        self.loader: Loader = (loader := _ReferenceLoader(window))
-        self._pieces = loader.pieces
+        self._window = window
+        self._loader = _ReferenceLoader(window)
         self._connection: FrameConnection | None = None
 
     def handshake(self) -> dict[str, Any]:
         return {}
+
+    def cursor(self, request: ReadRequest) -> BlockCursor:
+        return PackedCursor(request, requested_heads(request, self._window), self._loader)
 
     def open(self, connection: FrameConnection) -> None:
         self._connection = connection
@@ -80,7 +95,7 @@ class _DirectSender:
 
     def send(self, payload: Tensor, name: str, *fields: Any) -> None:
         assert self._connection is not None
-        self._connection.send(name, *fields, body=self._pieces(payload))
+        self._connection.send(name, *fields, body=self._loader.pieces(payload))
 
     def probe(self, num_bytes: int) -> None:
         assert self._connection is not None
@@ -94,13 +109,16 @@ class _StagedSender:
     """Packs blocks into a staging buffer and sends that."""
 
     def __init__(self, window: PoolWindow) -> None:
-        self.loader: Loader = PoolLoader(window, HOST_MESSAGE_BYTES)
+        self._loader = PoolLoader(window, HOST_MESSAGE_BYTES)
         self._window = window
         self._staging = window.new_staging(0)
         self._connection: FrameConnection | None = None
 
     def handshake(self) -> dict[str, Any]:
         return {}
+
+    def cursor(self, request: ReadRequest) -> BlockCursor:
+        return PackedCursor(request, requested_heads(request, self._window), self._loader)
 
     def open(self, connection: FrameConnection) -> None:
         self._connection = connection
@@ -134,6 +152,9 @@ class _HostReceiver:
     def receive(self, body: Tensor, request: ReadRequest | None) -> Tensor:
         """On the pool's device, where digests are computed fastest."""
         return body.to(self._window.device)
+
+    def pull(self, part: BlockPart, request: ReadRequest, sink: BlockSink) -> FinishCopy:
+        raise WireError("over TCP the blocks' bytes are sent")
 
     def close(self) -> None:
         return None

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from tensorweave.cluster.errors import TransferFailed, WireError
+from tensorweave.workers.transfer.block_part import BlockPart
+from tensorweave.workers.transfer.block_sink import BlockSink, FinishCopy
 from tensorweave.workers.transfer.read_request import ReadRequest
+from tensorweave.workers.transfer.sending.block_cursor import BlockCursor, PackedCursor, requested_heads
 from tensorweave.workers.transfer.transports.frame_connection import SILENCE_S, FrameConnection
-from tensorweave.workers.transfer.transports.loader import Loader, PoolLoader
+from tensorweave.workers.transfer.transports.loader import PoolLoader
 from tensorweave.workers.transfer.transports.nccl import Communicator, load_library, new_unique_id
 from tensorweave.workers.transfer.transports.transport import ReceivingTransport, SendingTransport
 from tensorweave.workers.transfer.window import PoolWindow
@@ -51,7 +54,8 @@ class _NcclSender:
     """Packs the next staging buffer while the last one is being sent."""
 
     def __init__(self, window: PoolWindow, message_bytes: int) -> None:
-        self.loader: Loader = PoolLoader(window, message_bytes)
+        self._window = window
+        self._loader = PoolLoader(window, message_bytes)
         self._device = window.device
         self._stagings: list[Tensor] = []
         self._sent = [torch.cuda.Event() for _ in range(_NUM_STAGINGS)]  # type: ignore[no-untyped-call]
@@ -61,6 +65,9 @@ class _NcclSender:
 
     def handshake(self) -> dict[str, Any]:
         return {"gpu": _gpu(self._device)}
+
+    def cursor(self, request: ReadRequest) -> BlockCursor:
+        return PackedCursor(request, requested_heads(request, self._window), self._loader)
 
     def open(self, connection: FrameConnection) -> None:
         self._connection = connection
@@ -123,6 +130,9 @@ class _NcclReceiver:
             self._received.record()
             self._communicator.wait(self._received, SILENCE_S)
         return payload
+
+    def pull(self, part: BlockPart, request: ReadRequest, sink: BlockSink) -> FinishCopy:
+        raise WireError("over NCCL the blocks' bytes are sent")
 
     def close(self) -> None:
         if self._communicator is not None:

@@ -11,15 +11,18 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from tensorweave.workers.transfer.block_part import BlockPart
+from tensorweave.workers.transfer.block_sink import BlockSink, FinishCopy
 from tensorweave.workers.transfer.read_request import ReadRequest
+from tensorweave.workers.transfer.sending.block_cursor import BlockCursor
 from tensorweave.workers.transfer.transports.frame_connection import FrameConnection
-from tensorweave.workers.transfer.transports.loader import Loader
 
 
 class SendingTransport(Protocol):
-    """The sender's end. All calls but `handshake` on one thread."""
+    """The sender's end. All calls but `handshake` and `cursor` on one thread."""
 
-    loader: Loader
+    def cursor(self, request: ReadRequest) -> BlockCursor:
+        """What this read is sent: payloads, or parts, which `ReceivingTransport.pull` understands."""
 
     def handshake(self) -> dict[str, Any]:
         """What the receiver's end must know; plain values."""
@@ -51,6 +54,9 @@ class ReceivingTransport(Protocol):
     def receive(self, body: Tensor, request: ReadRequest | None) -> Tensor:
         """Return the payload that a frame with this body announced; it is valid until the next call. `request` is None
         for a probe and for a read that has been closed. Raises TransferFailed."""
+
+    def pull(self, part: BlockPart, request: ReadRequest, sink: BlockSink) -> FinishCopy:
+        """Let the sink copy these blocks from where they lie. Raises WireError if the sender does not hold them."""
 
     def close(self) -> None: ...
 

@@ -14,9 +14,11 @@ from tensorweave.workers.transfer.carriers.loop import LoopNetwork
 from tests.workers.transfer.expected import expected_tokens
 from tests.workers.transfer_drive import (
     MakeCarrier,
+    SharedPools,
     faulty_carriers,
     hash_gang,
     loop_carriers,
+    peer_carriers,
     run_disaggregated,
     tcp_carriers,
 )
@@ -90,6 +92,15 @@ def test_all_faults_mixed_over_tcp(sizes: tuple[int, int]) -> None:
     injected, counted = run_faults(tcp_carriers, sizes, FAULTS, 150, seed=2, whole=False)
     assert injected.keys() == set(FAULTS)
     assert counted.keys() >= set(KIND_OF_FAULT.values())
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 2)], ids=str)
+def test_all_faults_mixed_where_receivers_read_the_senders_pools(sizes: tuple[int, int]) -> None:
+    injected, counted = run_faults(peer_carriers(SharedPools()), sizes, FAULTS, 150, seed=3, whole=False)
+    assert injected.keys() == set(FAULTS)
+    assert counted.keys() >= {*KIND_OF_FAULT.values()} - {"truncated", "stale"}, (
+        "a part that is damaged has wrong digests"
+    )
 
 
 @pytest.mark.slow

@@ -95,6 +95,24 @@ def test_tokens_and_kills(tiny: Path, requests: Requests, backend: str) -> None:
             assert run_alone(another, *requests) == want
 
 
+@pytest.mark.parametrize("backend", ["IPC", "NCCL"])
+def test_no_fault_reaches_a_token(tiny: Path, requests: Requests, backend: str) -> None:
+    """Bits are flipped, content is stale, messages are lost, cut and sent twice, and the connection dies."""
+    faults = ("flip", "stale", "duplicate", "drop", "truncate", "die")
+    with (
+        GangProcess(tiny, backend, 0, "P", **KNOBS) as prefill,
+        GangProcess(tiny, backend, 1, "D", faults=faults, **KNOBS) as decode,
+    ):
+        want = run_alone(decode, *requests)
+        for number in range(4):
+            assert run_pair(prefill, decode, *requests, name=f"faulty{number}-") == want
+        decode.wait_idle()
+        counted = {name: count for name, count in decode.gauges().items() if "failures" in name and count}
+        print(counted)
+        for kind in ("digest", "duplicate", "missing", "peer_lost"):
+            assert counted[f"kv_transfer_failures_{kind}_total"] > 0
+
+
 def test_no_transport_in_common(tiny: Path, requests: Requests) -> None:
     with GangProcess(tiny, "IPC", 0, "P", **KNOBS) as prefill, GangProcess(tiny, "NCCL", 1, "D", **KNOBS) as decode:
         want = run_alone(decode, *requests)
