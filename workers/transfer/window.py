@@ -158,6 +158,8 @@ class PoolWindow:
         self.unpack([0], heads, block)
         self.digest(0, self.tokens_per_block)
         self.payload_digests(block, len(heads), [self.tokens_per_block])
+        itself = SomeBlocks(self.blocks_LB2KPH, [0], heads)
+        self.pull(itself, [0], heads, [self.tokens_per_block], range(1)).wait()
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

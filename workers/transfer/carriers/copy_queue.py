@@ -31,11 +31,9 @@ class CopyQueue:
         else:
             self._queue.put(call)
 
-    def close(self) -> None:
-        """No more will be added."""
+    def close(self, timeout_s: float) -> None:
+        """No more will be added: wait until all copies are over."""
         self._queue.put(None)
-
-    def join(self, timeout_s: float) -> None:
         if self._thread is not None:
             self._thread.join(timeout_s)
 

@@ -34,6 +34,7 @@ from tensorweave.workers.transfer.window import PoolWindow, tensor_bytes
 logger = logging.getLogger(__name__)
 
 _END_WRITER: Final = ("end-writer",)
+_COPIES_TIMEOUT_S: Final = 10.0
 
 
 class TcpClientConnection:
@@ -107,7 +108,6 @@ class TcpClientConnection:
         for thread in (self._reader, self._writer):
             if thread.ident is not None:
                 thread.join(timeout_s)
-        self._copies.join(timeout_s)
 
     def _name(self) -> str:
         return f"the KV connection to {self._address[0]}:{self._address[1]}"
@@ -127,7 +127,7 @@ class TcpClientConnection:
             reason = error.message
         finally:
             self._lose(reason)
-            self._copies.close()
+            self._copies.close(_COPIES_TIMEOUT_S)  # they read what the transport has mapped
             if transport is not None:
                 transport.close()
 
