@@ -74,6 +74,8 @@ def describe_link(link: LinkMeasurement) -> dict[str, Any]:
         "megabytes_per_s": round(link.bytes_per_s / 1e6, 1),
         "latency_ms": round(link.latency_s * 1e3, 3),
         "error": link.error,
+        "transport": link.transport,
+        "shortfall": link.shortfall,
     }
 
 
@@ -95,9 +97,11 @@ def _log_measurement(pair: Pair, link: LinkMeasurement) -> None:
     if link.error is not None:
         logger.warning("no KV can be sent from gang %s to gang %s: %s", prefill, decode, link.error)
         return
-    level = logging.WARNING if link.bytes_per_s < SLOW_BYTES_PER_S else logging.INFO
-    slow = " (slow: prompts may be recomputed rather than transferred)" if level == logging.WARNING else ""
+    slow = " (slow: prompts may be recomputed rather than transferred)" if link.bytes_per_s < SLOW_BYTES_PER_S else ""
+    notes = (f" over {link.transport}" if link.transport else "") + slow
+    notes += f" ({link.shortfall})" if link.shortfall else ""
+    level = logging.WARNING if slow or link.shortfall else logging.INFO
     megabytes_per_s, latency_ms = link.bytes_per_s / 1e6, link.latency_s * 1e3
     logger.log(
-        level, "KV from gang %s to gang %s: %.0f MB/s, %.2f ms%s", prefill, decode, megabytes_per_s, latency_ms, slow
+        level, "KV from gang %s to gang %s: %.0f MB/s, %.2f ms%s", prefill, decode, megabytes_per_s, latency_ms, notes
     )

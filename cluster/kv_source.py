@@ -84,8 +84,10 @@ class Ticket:
 @dataclass(frozen=True, slots=True)
 class LinkMeasurement:
     """The link from a prefill gang to a decode gang, measured once both were ready. `error` is why nothing can be sent
-    over it."""
+    over it, `transport` what carries the bytes, and `shortfall` why it is far below what it should give, if it is."""
 
     bytes_per_s: float
     latency_s: float
     error: str | None = None
+    transport: str = ""
+    shortfall: str | None = None

@@ -79,21 +79,29 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
         "fakes": "engine executor gang kv rank.py sampling step",
     },
     "workers/transfer": {
+        "block_part.py": "",
+        "expected_rate.py": "",
         "transports/frame_connection.py": "",
         "read_request.py": "",
         "window.py": "",
+        "block_sink.py": "block_part.py read_request.py",
         "fingerprint.py": "window.py",
         "transports/loader.py": "window.py",
-        "sending/offered_blocks.py": "read_request.py transports/loader.py window.py",
-        "carrier.py": "read_request.py sending/offered_blocks.py",
-        "transfer_stats.py": "carrier.py",
-        "transports": "read_request.py transports/frame_connection.py transports/loader.py window.py",
-        "sending": "fingerprint.py read_request.py carrier.py sending/offered_blocks.py transports/loader.py window.py",
-        "carriers": "read_request.py carrier.py transports/frame_connection.py sending sending/offered_blocks.py"
-        " transports transports/loader.py window.py",
-        "receiving": "fingerprint.py read_request.py carrier.py sending sending/offered_blocks.py transfer_stats.py"
+        "sending/offered_blocks.py": "block_part.py read_request.py transports/loader.py window.py",
+        "sending/block_cursor.py": "block_part.py read_request.py sending/offered_blocks.py transports/loader.py"
         " window.py",
-        "transfers.py": "fingerprint.py read_request.py carrier.py sending receiving transfer_stats.py window.py",
+        "carrier.py": "block_sink.py read_request.py sending/offered_blocks.py",
+        "transfer_stats.py": "carrier.py",
+        "transports": "block_part.py block_sink.py read_request.py sending/block_cursor.py"
+        " transports/frame_connection.py transports/loader.py window.py",
+        "sending": "block_part.py fingerprint.py read_request.py carrier.py sending/block_cursor.py"
+        " sending/offered_blocks.py transports/loader.py window.py",
+        "carriers": "block_part.py block_sink.py read_request.py carrier.py sending/block_cursor.py"
+        " transports/frame_connection.py sending sending/offered_blocks.py transports transports/loader.py window.py",
+        "receiving": "block_part.py block_sink.py fingerprint.py read_request.py carrier.py sending"
+        " sending/offered_blocks.py transfer_stats.py window.py",
+        "transfers.py": "expected_rate.py fingerprint.py read_request.py carrier.py sending receiving"
+        " transfer_stats.py window.py",
     },
 }
 CIRCLES = frozenset({("tensorweave/llmapi/output_iterator.py", "tensorweave.llmapi.outputs.RequestOutput")})

@@ -77,9 +77,8 @@ def test_new_pairs_are_measured_once_and_lost_ones_forgotten() -> None:
         assert changes == [1, 2, 3, 4]
         links.update([two, second])
         assert set(links.all) == {("d2", "p2")}
-        assert links.describe("d2") == {
-            "p2": {"megabytes_per_s": 1000.0, "latency_ms": 1.0, "error": None, "address": "127.0.0.1"}
-        }
+        described = {"megabytes_per_s": 1000.0, "latency_ms": 1.0, "error": None, "transport": "", "shortfall": None}
+        assert links.describe("d2") == {"p2": {**described, "address": "127.0.0.1"}}
         links.close()
 
     asyncio.run(body())
@@ -88,18 +87,20 @@ def test_new_pairs_are_measured_once_and_lost_ones_forgotten() -> None:
 def test_slow_and_broken_links_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     async def body() -> None:
         links = KvLinkTable(lambda: None)
-        slow, broken = (
+        slow, short, broken = (
             _gang("slow", "decode", LinkMeasurement(5e6, 0.2)),
+            _gang("short", "decode", LinkMeasurement(6e10, 1e-4, transport="ipc", shortfall="60 GB/s over 18 NVLinks")),
             _gang("broken", "decode", LinkMeasurement(0, 0, "refused")),
         )
-        links.update([slow, broken, _gang("fine", "decode"), _gang("p", "prefill")])
+        links.update([slow, short, broken, _gang("fine", "decode"), _gang("p", "prefill")])
         await _settled()
-        assert len(links.all) == 3
+        assert len(links.all) == 4
         assert links.describe("broken")["p"]["error"] == "refused"
 
     with caplog.at_level(logging.WARNING, "tensorweave.cluster.kv_links"):
         asyncio.run(body())
     assert [record.getMessage().split(" (slow")[0] for record in caplog.records] == [
         "KV from gang p to gang slow: 5 MB/s, 200.00 ms",
+        "KV from gang p to gang short: 60000 MB/s, 0.10 ms over ipc (60 GB/s over 18 NVLinks)",
         "no KV can be sent from gang p to gang broken: refused",
     ]

@@ -117,5 +117,8 @@ class Carrier(Protocol):
         """Request `num_bytes` from the endpoint and return the seconds until all have arrived. Raises
         TransferFailed."""
 
+    def transport_to(self, endpoint: KvEndpoint, secret: str) -> str:
+        """What carries bytes from this endpoint, which has been probed."""
+
     def shutdown(self) -> None:
         """Close all connections and end all threads."""

@@ -72,6 +72,9 @@ class FaultyCarrier:
     def probe(self, endpoint: KvEndpoint, secret: str, num_bytes: int, timeout_s: float) -> float:
         return self._inner.probe(endpoint, secret, num_bytes, timeout_s)
 
+    def transport_to(self, endpoint: KvEndpoint, secret: str) -> str:
+        return self._inner.transport_to(endpoint, secret)
+
     def shutdown(self) -> None:
         self._inner.shutdown()
 

@@ -99,6 +99,9 @@ class LoopCarrier:
         bytearray(bytes(num_bytes))
         return time.monotonic() - start_s
 
+    def transport_to(self, endpoint: KvEndpoint, secret: str) -> str:
+        return "memory"
+
     def shutdown(self) -> None:
         self._network.leave(self.address[1])
         with self._lock:

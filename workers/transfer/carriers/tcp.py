@@ -83,6 +83,9 @@ class TcpCarrier:
     def probe(self, endpoint: KvEndpoint, secret: str, num_bytes: int, timeout_s: float) -> float:
         return self._connect(endpoint, secret).probe(num_bytes, timeout_s)
 
+    def transport_to(self, endpoint: KvEndpoint, secret: str) -> str:
+        return self._connect(endpoint, secret).transport_name
+
     def shutdown(self) -> None:
         with self._lock:
             self._is_closing = True

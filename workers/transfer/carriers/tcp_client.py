@@ -49,6 +49,7 @@ class TcpClientConnection:
         transports: Sequence[Transport],
     ) -> None:
         self.is_lost = False
+        self.transport_name = ""
         self._failure_kind: FailureKind = "peer_lost"
         self._reason = ""
         self._address = address
@@ -158,6 +159,7 @@ class TcpClientConnection:
             receiver, handshake = transport.make_receiver(), handshakes.get(transport.name)
             if isinstance(handshake, dict) and receiver.can_reach(handshake):
                 logger.info("%s uses the %s transport", self._name(), transport.name)
+                self.transport_name = transport.name
                 connection.send("transport", transport.name)
                 return receiver
         self._failure_kind = "no_transport"
