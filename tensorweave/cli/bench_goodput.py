@@ -1,6 +1,9 @@
 """`tensorweave bench goodput`: how many requests a second keep limits of TTFT and ITL, with prompts and answers in the
 same gangs and in different ones, on the same number of ranks.
 
+Aggregated gangs share the requests; disaggregated ones are a prefill and a decode pool; in the learnt way each gang may
+do both, alone or for another one, as the joint policy decides per request, which is told the limits.
+
 Each way is a service of its own, one after the other, under the same load at rising rates. The load is an open loop: a
 request is sent when it is due and its first token counts from then, so that a slow service is not spared.
 """
@@ -83,7 +86,10 @@ def run_goodput(args: argparse.Namespace) -> int:
 def way_config(args: argparse.Namespace, way: str) -> ServeConfig:
     """The configuration of one way. Raises ValueError if it is wrong."""
     apart = {"prefill": {"replicas": args.prefill_gangs}, "decode": {"replicas": args.gangs - args.prefill_gangs}}
-    pools = {"main": {"replicas": args.gangs}} if way == "aggregated" else apart
+    together: dict[str, Any] = {"main": {"replicas": args.gangs}}
+    if way == "learnt":  # each gang may compute prompts for the other ones
+        together["main"]["cache_transceiver_config"] = {"backend": "DEFAULT"}
+    pools = apart if way == "disaggregated" else together
     own = [f"pools={json.dumps(pools)}", f"router.policy={'joint' if way == 'learnt' else 'least_loaded'}"]
     if way == "learnt":
         own += [f"router.ttft_limit_ms={args.ttft_ms}", f"router.itl_limit_ms={args.itl_ms}"]

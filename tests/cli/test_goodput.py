@@ -92,7 +92,10 @@ def test_each_way_uses_as_many_ranks() -> None:
     configs = {way: way_config(args, way) for way in args.ways}
     assert [num_ranks(config) for config in configs.values()] == [6, 6, 6]
     roles = {way: sorted(pool.role for pool in config.pools.values()) for way, config in configs.items()}
-    assert roles == {"aggregated": ["both"], "disaggregated": ["decode", "prefill"], "learnt": ["decode", "prefill"]}
+    assert roles == {"aggregated": ["both"], "disaggregated": ["decode", "prefill"], "learnt": ["both"]}
+    exchange = configs["learnt"].pools["main"].cache_transceiver_config
+    assert exchange is not None
+    assert exchange.backend == "DEFAULT"
     assert configs["disaggregated"].pools["decode"].replicas == 2
     router = configs["learnt"].router
     assert (router.policy, router.ttft_limit_ms, router.itl_limit_ms) == ("joint", 1000.0, 30.0)
