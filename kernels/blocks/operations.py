@@ -24,6 +24,7 @@ PackBlocks = Callable[[Tensor, Sequence[int], range, Tensor], None]
 UnpackVerifiedBlocks = Callable[[Tensor, Sequence[int], range, Tensor, Sequence[int], Tensor], list[bool]]
 PullBlocks = Callable[[SomeBlocks, SomeBlocks, Sequence[int], Tensor, int], None]
 _WORD_BYTES = 8
+_UNPACKING_SMS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,31 @@ def _gpu_operations(pool_LB2KPH: Tensor) -> BlockOperations:
     if token_bytes % _WORD_BYTES == 0:
         digest = triton.digest_blocks
     pull = cuda_pull.pull_blocks if cuda_pull.fits(pool_LB2KPH, pool_LB2KPH) else PullInSteps(pack, unpack, digest)
-    return BlockOperations(pack, unpack, digest, UnpackVerified(digest, unpack), pull)
+    return BlockOperations(pack, unpack, digest, PullVerified(pull), pull)
+
+
+@dataclass(frozen=True, slots=True)
+class PullVerified:
+    """`UnpackVerified` in one pass, on a GPU: all blocks are written, and which of them are right is known afterwards.
+    So nothing may read them before."""
+
+    pull: PullBlocks
+
+    def __call__(
+        self,
+        pool_LB2KPH: Tensor,
+        block_ids: Sequence[int],
+        heads: range,
+        packed: Tensor,
+        num_tokens: Sequence[int],
+        digests_NLK: Tensor,
+    ) -> list[bool]:
+        blocks_LB2KPH = reference.as_blocks(packed, pool_LB2KPH, len(heads)).transpose(0, 1)
+        source = SomeBlocks(blocks_LB2KPH, range(len(block_ids)), range(len(heads)))
+        found_NLK = torch.empty(digests_NLK.shape, dtype=torch.int64, device=packed.device)
+        self.pull(source, SomeBlocks(pool_LB2KPH, block_ids, heads), num_tokens, found_NLK, _UNPACKING_SMS)
+        is_right: list[bool] = (found_NLK.cpu() == digests_NLK).flatten(1).all(1).tolist()
+        return is_right
 
 
 @dataclass(frozen=True, slots=True)

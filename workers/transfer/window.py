@@ -111,7 +111,8 @@ class PoolWindow:
         num_tokens: Sequence[int],
         digests_NLK: npt.NDArray[np.int64],
     ) -> list[bool]:
-        """Unpack the blocks whose digests [N, L, heads] match; return which ones match."""
+        """Unpack the blocks, and return which ones match their digests [N, L, heads]; on a CPU only those are
+        written."""
         expected = torch.from_numpy(digests_NLK)
         is_valid = self._blocks.unpack_verified(
             self.blocks_LB2KPH, block_ids, heads, payload.to(self.device), num_tokens, expected

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from tensorweave.kernels.blocks.digest import digest_block_reference
 from tensorweave.kernels.blocks.operations import (
+    BlockOperations,
     PullInSteps,
+    PullVerified,
     choose_block_operations,
     reference_block_operations,
 )
@@ -81,6 +83,28 @@ def test_packed_blocks_are_a_pool() -> None:
     operations.pull(SomeBlocks(packed_LB2KPH, [0, 1], heads), SomeBlocks(target, [1, 0], heads), [16, 3], found, 1)
     assert torch.equal(target[:, [1, 0]], source[:, [5, 7]])
     assert torch.equal(found, operations.digest(source, [5, 7], [16, 3]))
+
+
+def check_verified(operations: BlockOperations, device: torch.device) -> None:
+    """Packed blocks into a pool in one pass; which of them are right."""
+    source, target = pools((16, 64, 3, 3, 0, 0, 3), torch.bfloat16, device)
+    heads, ids = range(1, 3), [5, 7, 9]
+    packed = torch.empty(3 * source[:, 0, :, 1:3].numel() * 2, dtype=torch.uint8, device=device)
+    operations.pack(source, ids, heads, packed)
+    digests = operations.digest(source, ids, [16, 3, 16]).cpu()[:, :, 1:3]
+    packed.view(3, -1)[2, 77] ^= 1
+    pull_verified = PullVerified(operations.pull)
+    assert pull_verified(target, [4, 0, 39], heads, packed, [16, 3, 16], digests) == [True, True, False]
+    assert torch.equal(target[:, [4, 0], :, 1:3], source[:, [5, 7], :, 1:3])
+
+
+def test_packed_blocks_are_verified_while_they_are_written() -> None:
+    check_verified(reference_block_operations(), torch.device("cpu"))
+
+
+@pytest.mark.gpu
+def test_packed_blocks_are_verified_on_hopper(hopper: torch.device) -> None:
+    check_verified(choose_block_operations(torch.empty(1, 1, 2, 3, 16, 64, device=hopper).bfloat16()), hopper)
 
 
 @pytest.mark.gpu

@@ -1,9 +1,9 @@
 """`BlockReceiver` verifies the blocks of one read request; `TargetBlocks` alone writes them into the pool.
 
-Packed bytes are verified where they were received, before they are copied into the request's blocks (on a CPU layer by
-layer, while they are in the cache). Parts are copied straight into the request's blocks, which nothing reads before the
-fetch has ended, and verified by the digests of what was written: a block counts once all of its layers are right, and
-is computed here if it does not. Once `TargetBlocks.close` has returned, nothing writes into the blocks, and they may be
+On a CPU packed bytes are verified where they were received, layer by layer while they are in the cache, before they are
+copied into the request's blocks. On a GPU packed bytes, and parts of a sender's pool, are copied straight into the
+request's blocks, which nothing reads before the fetch has ended, and verified by the digests of what was written: a
+block counts once all of its layers are right, and is computed here if it does not. Once `TargetBlocks.close` has returned, nothing writes into the blocks, and they may be
 freed.
 """
 
@@ -39,8 +39,8 @@ class TargetBlocks:
     def write(
         self, headers: Sequence[BlockHeader], heads: range, payload: Tensor, digests_NLK: Digests
     ) -> list[bool] | None:
-        """Copy those packed blocks into the pool whose digests match, and return which ones match. After `close`,
-        write nothing and return None."""
+        """Copy packed blocks into the pool, and return which ones match their digests; on a CPU only those are
+        written. After `close`, write nothing and return None."""
         with self._lock:
             if self._is_closed:
                 return None
