@@ -3,8 +3,8 @@
 On a CPU packed bytes are verified where they were received, layer by layer while they are in the cache, before they are
 copied into the request's blocks. On a GPU packed bytes, and parts of a sender's pool, are copied straight into the
 request's blocks, which nothing reads before the fetch has ended, and verified by the digests of what was written: a
-block counts once all of its layers are right, and is computed here if it does not. Once `TargetBlocks.close` has returned, nothing writes into the blocks, and they may be
-freed.
+block counts once all of its layers are right, and is computed here if it does not. Once `TargetBlocks.close` has
+returned, nothing writes into the blocks, and they may be freed.
 """
 
 from __future__ import annotations
