@@ -14,8 +14,12 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection as Pipe
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Final
 
@@ -125,6 +129,7 @@ def _measure_apart(args: argparse.Namespace, config: ServeConfig) -> Iterator[Ro
 def _measure(values: dict[str, Any], config: ServeConfig, pipe: Pipe) -> None:
     from tensorweave.deploy.service import running
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     args = argparse.Namespace(**values)
     mix = Mix(args.chat_input, args.chat_output, args.long_input, args.long_output, args.long_share, args.burst)
     limits = LatencyLimits(args.ttft_ms / 1e3, args.itl_ms / 1e3)
@@ -139,6 +144,13 @@ def _measure(values: dict[str, Any], config: ServeConfig, pipe: Pipe) -> None:
                 pipe.send(row)
                 if row["good share"] < _HOPELESS:
                     return
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Sender:
