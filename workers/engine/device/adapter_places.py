@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tensorweave.kernels.lora.reference import UpdatePart
 from tensorweave.kernels.lora.stack import SiteStack
 from tensorweave.kernels.weights import interleave_gate_up
+from tensorweave.workers.engine.device.staging import Ints
 from tensorweave.workers.models.adapter_sites import Site
 from tensorweave.workers.step.adapter import RankAdapter
-from tensorweave.workers.step.plan import ScheduledBatch
-from tensorweave.workers.step.request import LlmRequest
+from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 
 # P parts of a site's outputs, L places, R most rank, K inputs and N outputs of a site
 
@@ -31,8 +32,12 @@ class PlacesAdapters(Protocol):
         """Before a step is described: bring its adapters to the device, in the order of launches."""
         ...
 
-    def place_of(self, request: LlmRequest) -> int:
-        """-1: it has no adapter."""
+    def places_of(self, rows: Sequence[StepRow]) -> Sequence[int]:
+        """-1: a row has no adapter; nothing at all if there are none."""
+        ...
+
+    def token_places_of(self, rows: Sequence[StepRow]) -> Sequence[int] | Ints:
+        """The same, once for each of their tokens."""
         ...
 
     def begin_step(self, places_T: Tensor, buffer_T: Tensor) -> None:
@@ -46,8 +51,11 @@ class NoAdapterPlaces:
     def prepare(self, batch: ScheduledBatch) -> None:
         return None
 
-    def place_of(self, request: LlmRequest) -> int:
-        return -1
+    def places_of(self, rows: Sequence[StepRow]) -> Sequence[int]:
+        return ()
+
+    def token_places_of(self, rows: Sequence[StepRow]) -> Sequence[int]:
+        return ()
 
     def begin_step(self, places_T: Tensor, buffer_T: Tensor) -> None:
         return None
@@ -95,8 +103,12 @@ class AdapterPlaces:
                 self._places[digest] = self._take_place(wanted)
                 self._copy(adapter, self._places[digest])
 
-    def place_of(self, request: LlmRequest) -> int:
-        return -1 if request.adapter is None else self._places[request.adapter.digest]
+    def places_of(self, rows: Sequence[StepRow]) -> list[int]:
+        adapters = [row.request.adapter for row in rows]
+        return [-1 if adapter is None else self._places[adapter.digest] for adapter in adapters]
+
+    def token_places_of(self, rows: Sequence[StepRow]) -> Ints:
+        return np.repeat(np.array(self.places_of(rows), dtype=np.int32), [row.length for row in rows])
 
     def begin_step(self, places_T: Tensor, buffer_T: Tensor) -> None:
         buffer_T.copy_(places_T)

@@ -183,7 +183,7 @@ class StepInputs:
         self._send_chunks(layout, slots, decodes, buffer, size)
         self._send_rows(sampled, num_padded)
 
-    def _send_rows(self, described: Sequence[list[int]], num_padded: int) -> None:
+    def _send_rows(self, described: Sequence[Sequence[int]], num_padded: int) -> None:
         """Slots, lengths, tokens and adapters of the rows that sample, and what block tables lack."""
         R, host = self._max_rows, self._rows.next()
         for i, (numbers, fill) in enumerate(zip(described, self._row_padding, strict=True)):
@@ -201,16 +201,16 @@ class StepInputs:
     def _row_padding(self) -> tuple[int, int, int, int]:
         return self._tables.padding_slot, 0, 0, -1
 
-    def _describe(self, rows: Sequence[StepRow], kv_cache: KVCache) -> tuple[list[int], ...]:
-        """Slots, lengths, tokens and places of adapters."""
-        slots, lengths, tokens, place_of = [], [], [], self._adapters.place_of
+    def _describe(self, rows: Sequence[StepRow], kv_cache: KVCache) -> tuple[Sequence[int], ...]:
+        """Slots, lengths, tokens and places of adapters: of each row, or of none where there are no adapters."""
+        slots, lengths, tokens = [], [], []
         slot_of, block_ids = self._tables.slot_of, kv_cache.block_ids
         for request, start, length, _ in rows:
             slots.append(slot_of(request, block_ids(request)))
             lengths.append(start + length)
             known = request.tokens
             tokens.append(known[start] if start < len(known) else FROM_DEVICE)
-        return slots, lengths, tokens, [place_of(row.request) for row in rows]
+        return slots, lengths, tokens, self._adapters.places_of(rows)
 
     def _take_changes(self) -> tuple[Ints, Ints]:
         """At most as many as a step takes; those before are written into the tables now."""
@@ -228,7 +228,7 @@ class StepInputs:
         self,
         layout: StepLayout,
         slots: Sequence[int],
-        decodes: Sequence[list[int]],
+        decodes: Sequence[Sequence[int]],
         buffer: MixedBuffer,
         size: MixedSize,
     ) -> None:
@@ -245,7 +245,7 @@ class StepInputs:
             np.concatenate(positions),
             np.concatenate(kv_slots),
             tiles.reshape(-1),
-            np.repeat([self._adapters.place_of(row.request) for row in chunks], [row.length for row in chunks]),
+            self._adapters.token_places_of(chunks),
         ]
         buffer.send(arrays, (*self._row_padding, 0, 0, 0, -1, 0, -1), size)
 

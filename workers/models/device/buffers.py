@@ -36,10 +36,11 @@ class LayerBuffers:
             return torch.zeros(num_tokens, *shape, dtype=model.dtype, device=model.device)
 
         D, H = model.hidden_size, model.head_dim
+        no_part_TD = torch.zeros(0, D, dtype=model.dtype, device=model.device)
         return cls(
             x_TD=zeros(D) if sums is None else sums.empty(num_tokens),
             normed_TD=zeros(D) if sums is None else sums.empty(num_tokens),
-            part_TD=zeros(D)[:0] if sums is None else sums.empty(num_tokens),
+            part_TD=no_part_TD if sums is None else sums.empty(num_tokens),
             heads_TXH=zeros(model.num_placed_heads, H),
             attended_TNH=zeros(model.num_heads, H),
             gated_TI=zeros(model.intermediate_size),

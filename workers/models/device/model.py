@@ -167,7 +167,7 @@ def take_model(transformer: Transformer, rope_tables: Sequence[Tensor]) -> Devic
     if (missing := what_is_missing(transformer, [table_LH.shape[1] for table_LH in rope_tables])) is not None:
         raise ValueError(f"a device engine has no kernels for {missing}")
     assert isinstance(stack, TorchStack)
-    head, factor = transformer.head, 1.0
+    head, factor, norm_D = transformer.head, 1.0, transformer.final_norm.weight_D
     if isinstance(head, ScaledHead):
         factor = head.factor
         head = head.head
@@ -177,7 +177,7 @@ def take_model(transformer: Transformer, rope_tables: Sequence[Tensor]) -> Devic
     return DeviceModel(
         layers=layers,
         embedding_VD=_embedding(transformer.embedding),
-        norm_D=transformer.final_norm.weight_D * factor,
+        norm_D=norm_D if factor == 1.0 else norm_D * factor,
         head=take_matrix(head.linear),
         head_dim=attentions[0].head_dim,
         epsilon=transformer.final_norm.epsilon,
