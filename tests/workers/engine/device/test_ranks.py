@@ -28,6 +28,7 @@ from tests.workers.engine_drive import (
 )
 from tests.workers.executor.test_overlap import mixed_requests, tokens_of
 from tests.workers.executor_answers import Answers, collect_answers
+from tests.workers.models.quantized.checkpoints import CASES, write_quantized
 from tests.workers.rank_processes import RankProcesses
 from tests.workers.tiny_models import VOCAB, make_model, their_greedy
 from tests.workers.transfer_drive import model_gang
@@ -52,6 +53,40 @@ def test_greedy_ids_are_those_of_one_rank(name: str, size: int, tmp_path: Path) 
     make_model(name, tmp_path)
     expected = generate(device_engine(tmp_path), PROMPTS, 12, chunk=24)
     assert generate_on_device_ranks(tmp_path, size, 12) == expected
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "experts over several ranks": ("mixtral", {}),
+    "norms behind attention and MLP over several ranks": ("glm4", {}),
+    "adapters over several ranks": ("llama", {"enable_lora": True}),
+    "weights in integers or groups over several ranks": ("llama", {"quant_config": {"quant_algo": "W4A16"}}),
+}
+
+
+def refusals_of(path: Path, **knobs: Any) -> list[str]:
+    """What two ranks say."""
+
+    def work(comm: Comm) -> str:
+        with pytest.raises(ValueError) as refusal:
+            load_engine(engine_args(path, **knobs), comm, is_on_device=True)
+        return str(refusal.value)
+
+    return run_ranks(2, work)
+
+
+@pytest.mark.parametrize("missing", REFUSED)
+def test_what_several_ranks_do_not_compute_is_refused_by_name(missing: str, tmp_path: Path) -> None:
+    """One rank does: see `test_engine`, `test_adapters` and `test_quantized`."""
+    name, knobs = REFUSED[missing]
+    make_model(name, tmp_path)
+    assert refusals_of(tmp_path, **knobs) == [f"a device engine has no kernels for {missing}"] * 2
+
+
+def test_groups_in_layers_alone_are_refused_by_name(tmp_path: Path) -> None:
+    """The output head is not quantized here. Each rank has whole groups."""
+    write_quantized(tmp_path, CASES["gptq"], intermediate_size=128)
+    expected = "a device engine has no kernels for weights in integers or groups over several ranks"
+    assert refusals_of(tmp_path) == [expected] * 2
 
 
 def answers_of(path: Path, size: int, requests: Sequence[GenerateRequest]) -> Answers:
