@@ -96,6 +96,18 @@ __device__ __forceinline__ void store_wait() { asm volatile("cp.async.bulk.wait_
 // Between ordinary stores to shared memory and what reads them through the copy engine or the matrix unit.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// 16 bytes; from global memory, not before `wait_for_predecessor`.
+__device__ __forceinline__ uint4 load_shared(uint32_t at) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint4 load_behind_the_wait(const void* at) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
+  return v;
+}
+
 // Dependent launch.
 __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void start_successor() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -123,6 +135,20 @@ __device__ __forceinline__ void more_registers() {
 template <int REGISTERS>
 __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+// d += a b, 16 x 16 and 16 x 8 numbers of 2 bytes over a warp.
+__device__ __forceinline__ void multiply_tile(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// Over neighbouring lanes.
+template <int WIDTH>
+__device__ __forceinline__ float sum_over(float v) {
+#pragma unroll
+  for (int i = WIDTH / 2; i; i /= 2) v += __shfl_xor_sync(~0u, v, i);
+  return v;
 }
 
 // 8 x 8 matrices of 2-byte numbers: lane i has the address of row i % 8 of matrix i / 8.

@@ -27,27 +27,6 @@ struct Arguments {
 constexpr int WARPS = 8, THREADS = WARPS * 32, PITCH = 1024 + 64, STAGE_BYTES = 16 * PITCH;  // the 64 keep rows off each other's banks
 constexpr int COLUMNS = NT * 8 + 1;
 
-__device__ __forceinline__ uint4 load_shared(uint32_t at) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
-  return v;
-}
-__device__ __forceinline__ uint4 load_behind_the_wait(const void* at) {
-  uint4 v;
-  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
-  return v;
-}
-__device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-template <int WIDTH>
-__device__ __forceinline__ float sum_over(float v) {
-#pragma unroll
-  for (int i = WIDTH / 2; i; i /= 2) v += __shfl_xor_sync(~0u, v, i);
-  return v;
-}
 __device__ __forceinline__ float widen(uint16_t x) { return unpack_low(x); }
 __device__ __forceinline__ uint16_t narrow(float x) { return (uint16_t)pack(x, 0.0f); }
 
@@ -127,10 +106,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 2) few(const __grid_c
         uint4 high0 = load_shared(at + 8 * PITCH), high1 = load_shared(at + 8 * PITCH + 64);
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-          multiply(acc[n], low0.x, high0.x, low0.y, high0.y, x[n][0].x, x[n][0].y);
-          multiply(acc[n], low0.z, high0.z, low0.w, high0.w, x[n][0].z, x[n][0].w);
-          multiply(acc[n], low1.x, high1.x, low1.y, high1.y, x[n][1].x, x[n][1].y);
-          multiply(acc[n], low1.z, high1.z, low1.w, high1.w, x[n][1].z, x[n][1].w);
+          multiply_tile(acc[n], low0.x, high0.x, low0.y, high0.y, x[n][0].x, x[n][0].y);
+          multiply_tile(acc[n], low0.z, high0.z, low0.w, high0.w, x[n][0].z, x[n][0].w);
+          multiply_tile(acc[n], low1.x, high1.x, low1.y, high1.y, x[n][1].x, x[n][1].y);
+          multiply_tile(acc[n], low1.z, high1.z, low1.w, high1.w, x[n][1].z, x[n][1].w);
         }
       }
 #pragma unroll

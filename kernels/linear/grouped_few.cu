@@ -89,11 +89,6 @@ __device__ __forceinline__ void unpack(uint32_t (&a)[4], const uint32_t* w, uint
 }
 #endif
 
-__device__ __forceinline__ uint4 load_shared(uint32_t at) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
-  return v;
-}
 __device__ __forceinline__ float widen(uint16_t x) { return unpack_low(x); }
 __device__ __forceinline__ uint16_t narrow(float x) { return (uint16_t)pack(x, 0.0f); }
 __device__ __forceinline__ float number_of(uint16_t bits, int kind) {
@@ -115,22 +110,6 @@ __device__ __forceinline__ float load_number(uint32_t at) {
 #ifndef DEQUANTIZE
 constexpr int WARPS = 8, THREADS = WARPS * 32, STAGE_BYTES = RT * WARPS * RECORD, COLUMNS = NT * 8 + 1;
 
-__device__ __forceinline__ uint4 load_behind_the_wait(const void* at) {
-  uint4 v;
-  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
-  return v;
-}
-__device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-template <int WIDTH>
-__device__ __forceinline__ float sum_over(float v) {
-#pragma unroll
-  for (int i = WIDTH / 2; i; i /= 2) v += __shfl_xor_sync(~0u, v, i);
-  return v;
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 2) grouped_few(const __grid_constant__ Arguments a) {
   extern __shared__ uint8_t raw[];
@@ -228,8 +207,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 2) grouped_few(const 
             if (OFFSETS) {
 #pragma unroll
               for (int n = 0; n < NT; n++) {
-                multiply(total[n], ones, ones, ones, ones, x[half][n][h].x, x[half][n][h].y);
-                multiply(total[n], ones, ones, ones, ones, x[half][n][h].z, x[half][n][h].w);
+                multiply_tile(total[n], ones, ones, ones, ones, x[half][n][h].x, x[half][n][h].y);
+                multiply_tile(total[n], ones, ones, ones, ones, x[half][n][h].z, x[half][n][h].w);
               }
             }
 #pragma unroll
@@ -248,8 +227,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 2) grouped_few(const 
 #endif
 #pragma unroll
               for (int n = 0; n < NT; n++) {
-                multiply(group[r][n], low[0], high[0], low[1], high[1], x[half][n][h].x, x[half][n][h].y);
-                multiply(group[r][n], low[2], high[2], low[3], high[3], x[half][n][h].z, x[half][n][h].w);
+                multiply_tile(group[r][n], low[0], high[0], low[1], high[1], x[half][n][h].x, x[half][n][h].y);
+                multiply_tile(group[r][n], low[2], high[2], low[3], high[3], x[half][n][h].z, x[half][n][h].w);
               }
               if ((k + 32) % GROUP == 0) {
                 uint32_t numbers = at + CODE_BYTES + (k / GROUP * 16 + g) * NUMBER_BYTES;
