@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_timing import median_ms
 
 from tensorweave.cli.bench_transfer_fetches import Shape, make_carrier, running_sender
 from tensorweave.cli.suite_shapes import LLAMA_8B
@@ -78,17 +79,6 @@ def time_kernel() -> Lines:
         rates.append(f"copy engine: {source.nbytes / median_ms(partial(target.copy_, source)) / 1e6:.0f}")
         yield f"kernel, pieces of {tokens_per_block * 4} KiB, GB/s by SMs: {', '.join(rates)}"
     torch.cuda.set_device(0)
-
-
-def median_ms(run: Callable[[], object], count: int = 15) -> float:
-    run()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    for start, stop in events:
-        start.record()
-        run()
-        stop.record()
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(stop) for start, stop in events)[count // 2]
 
 
 # ---- through the transfer layer

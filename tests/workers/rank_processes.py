@@ -4,6 +4,7 @@ that it sees, as Ray starts them."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -31,7 +32,7 @@ class RankProcesses:
     def __init__(self, size: int, *, on_gpus: bool, timeout_s: float = START_S) -> None:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._ask = call_on_loop(RendezvousStore(), self._loop, timeout_s)
+        ask = call_on_loop(RendezvousStore(), self._loop, timeout_s)
         context = multiprocessing.get_context("spawn")
         self.processes: list[Any] = []
         self._pipes: list[Connection] = []
@@ -48,7 +49,7 @@ class RankProcesses:
             store_theirs.close()
             self.processes.append(process)
             self._pipes.append(ours)
-            threading.Thread(target=self._serve_store, args=(store_ours,), daemon=True).start()
+            threading.Thread(target=answer_asks, args=(store_ours, ask), daemon=True).start()
 
     def call(self, work: Callable[..., Any], *arguments: Any, timeout_s: float = START_S) -> list[Any]:
         """The results in rank order. Raises RuntimeError with a rank's traceback, or TimeoutError."""
@@ -74,17 +75,6 @@ class RankProcesses:
             process.join(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
 
-    def _serve_store(self, pipe: Connection) -> None:
-        try:
-            while True:
-                verb, arguments = pipe.recv()
-                try:
-                    pipe.send(self._ask(verb, *arguments))
-                except TimeoutError as error:
-                    pipe.send(error)
-        except (EOFError, OSError):
-            return
-
     def __enter__(self) -> Self:
         return self
 
@@ -98,7 +88,7 @@ def _serve(rank: int, size: int, on_gpus: bool, timeout_s: float, pipe: Connecti
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     device = torch.device("cuda", 0) if on_gpus else torch.device("cpu")
-    rank_store = RankStore(_ask_through(store), timeout_s)
+    rank_store = RankStore(ask_through(store), timeout_s)
     comm: Comm = SoloComm()
     if size > 1:
         comm = start_comm(MeshRank(rank, Mesh(tensor=size)), rank_store, device, timeout_s)
@@ -113,7 +103,19 @@ def _serve(rank: int, size: int, on_gpus: bool, timeout_s: float, pipe: Connecti
             pipe.send((False, traceback.format_exc()))
 
 
-def _ask_through(pipe: Connection) -> CallStore:
+def answer_asks(pipe: Connection, ask: CallStore) -> None:
+    """Until the rank ends that asks through the other end of the pipe."""
+    with contextlib.suppress(EOFError, OSError), pipe:
+        while True:
+            verb, arguments = pipe.recv()
+            try:
+                pipe.send(ask(verb, *arguments))
+            except TimeoutError as error:
+                pipe.send(error)
+
+
+def ask_through(pipe: Connection) -> CallStore:
+    """A rank's way to the store of the process that started it."""
     lock = threading.Lock()
 
     def ask(verb: str, *arguments: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import datetime
 import multiprocessing as mp
 import os
@@ -25,6 +24,7 @@ from tensorweave.cluster.mesh import Mesh, MeshRank
 from tensorweave.workers.gang.comm import Comm, GroupComm, SoloComm, start_comm
 from tensorweave.workers.gang.rank_store import RankStore
 from tensorweave.workers.gang.rendezvous import CallStore, RendezvousStore, call_on_loop
+from tests.workers.rank_processes import answer_asks, ask_through
 from tests.workers.waiting import WAIT_S
 
 SILENCE_S = 3.0
@@ -59,16 +59,7 @@ class Gang:
         process.start()
         theirs.close()
         self.ranks.append(process)
-        threading.Thread(target=self._serve, args=(ours,), daemon=True).start()
-
-    def _serve(self, pipe: Connection) -> None:
-        with contextlib.suppress(EOFError, OSError), pipe:
-            while True:
-                verb, arguments = pipe.recv()
-                try:
-                    pipe.send(self._ask(verb, *arguments))
-                except TimeoutError as error:
-                    pipe.send(error)
+        threading.Thread(target=answer_asks, args=(ours, self._ask), daemon=True).start()
 
     def close(self) -> None:
         for process in self.ranks:
@@ -76,24 +67,10 @@ class Gang:
             process.join(WAIT_S)
 
 
-def _ask_through(pipe: Connection) -> CallStore:
-    lock = threading.Lock()
-
-    def ask(verb: str, *arguments: Any) -> Any:
-        with lock:
-            pipe.send((verb, arguments))
-            answer = pipe.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    return ask
-
-
 def _join(rank: int, size: int, pipe: Connection) -> Comm:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    store = RankStore(_ask_through(pipe), timeout_s=2 * WAIT_S)
+    store = RankStore(ask_through(pipe), timeout_s=2 * WAIT_S)
     return start_comm(MeshRank(rank, Mesh(tensor=size)), store, torch.device("cpu"), timeout_s=2 * WAIT_S)
 
 
@@ -186,7 +163,7 @@ def test_a_rank_that_never_comes_is_named_in_time(gang: Gang) -> None:
 
 def _wait_for_a_peer(rank: int, pipe: Connection, results: Any) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = RankStore(_ask_through(pipe), timeout_s=0.2)
+    store = RankStore(ask_through(pipe), timeout_s=0.2)
     try:
         start_comm(MeshRank(rank, Mesh(tensor=2)), store, torch.device("cpu"), timeout_s=0.2)
     except Exception as error:  # whatever torch makes of it
