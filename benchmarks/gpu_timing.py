@@ -94,11 +94,14 @@ def _try_all(
 def run_parts(description: str | None, parts: Mapping[str, Callable[[bool], Iterator[str]]]) -> None:
     """The command line of benchmarks of single kernels: parts to run, and --tune."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=list(parts), choices=parts)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"(default: all of {', '.join(parts)})")
     parser.add_argument("--tune", action="store_true")
     options = parser.parse_args()
+    chosen = options.parts or list(parts)
+    if unknown := sorted(set(chosen) - set(parts)):
+        parser.error(f"no parts {unknown}; there are {list(parts)}")
     torch.manual_seed(0)
     print(torch.cuda.get_device_name())
-    for part in options.parts:
+    for part in chosen:
         for line in parts[part](options.tune):
             print(line, flush=True)
