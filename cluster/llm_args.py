@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic import field_validator, model_validator
 
@@ -20,6 +20,9 @@ from tensorweave.cluster.moe_config import MoeConfig, expert_groups
 from tensorweave.cluster.quant_config import QuantConfig, weight_quantization
 from tensorweave.cluster.speculation_config import NGramDecodingConfig, UserProvidedDecodingConfig, check_decoding_type
 from tensorweave.cluster.strict_model import Field, StrictBaseModel
+
+DEFAULT_COPY_SMS: Final = 12
+_ALLREDUCE_STRATEGIES: Final = ("AUTO", "NCCL", "ONESHOT")
 
 
 class KvCacheConfig(StrictBaseModel):
@@ -109,11 +112,13 @@ class CacheTransceiverConfig(StrictBaseModel):
 
     refused: ClassVar[Mapping[str, Refusal]] = CACHE_TRANSCEIVER
 
-    backend: Literal["DEFAULT", "IPC", "NCCL", "TCP"] | None = Field(
+    backend: Literal["DEFAULT", "IPC", "NCCL", "TCP", "IPC_DIRECT"] | None = Field(
         None,
         status="prototype",
         description="What carries the bytes. None exchanges no KV; 'IPC' copies from GPU to GPU of one node, 'NCCL' "
-        "sends between GPUs, 'TCP' takes any pool; 'DEFAULT' takes the first of these that a pair of ranks can.",
+        "sends between GPUs, 'TCP' takes any pool; 'DEFAULT' takes the first of these that a pair of ranks can. "
+        "'IPC_DIRECT' is 'IPC' without a buffer in between, layer by layer while a prompt is computed; it has not been "
+        "measured on GPUs yet.",
     )
     kv_transfer_timeout_ms: int = Field(
         60_000,
@@ -129,12 +134,18 @@ class CacheTransceiverConfig(StrictBaseModel):
         description="Longest time that a finished prompt's blocks are kept for the gang that is to fetch them.",
     )
     max_copy_sms: int = Field(
-        12,
+        DEFAULT_COPY_SMS,
         status="prototype",
         ge=1,
-        description="Most multiprocessors of a GPU that copies from another GPU of the node take. From 12 on they have "
-        "NVLink's whole rate; fewer slow the steps beside them less.",
+        description="Of 'IPC_DIRECT': most multiprocessors of a GPU that copies from another GPU of the node take. "
+        "Fewer slow the steps beside them less.",
     )
+
+    @model_validator(mode="after")
+    def _check_copy_sms(self) -> Self:
+        if self.backend != "IPC_DIRECT" and self.max_copy_sms != DEFAULT_COPY_SMS:
+            raise ValueError(f"max_copy_sms is for backend 'IPC_DIRECT'; backend is {self.backend!r}")
+        return self
 
 
 class TorchLlmArgs(StrictBaseModel):
@@ -229,14 +240,21 @@ class TorchLlmArgs(StrictBaseModel):
     cuda_graph_config: CudaGraphConfig | None = Field(
         default_factory=CudaGraphConfig,
         status="beta",
-        description="Decode steps run as CUDA graphs, where there are GPU kernels for the model. None: every kernel is "
-        "launched by itself.",
+        description="Decode steps run as CUDA graphs, where there are GPU kernels for the model; on several GPUs only "
+        "with allreduce_strategy 'ONESHOT'. None: every kernel is launched by itself.",
     )
     attn_backend: Literal["TRTLLM", "VANILLA", "FLASHINFER"] = Field(
         "TRTLLM",
         status="beta",
         description="'TRTLLM', TensorRT-LLM's name for its own: our kernels, in Triton on a GPU, in C on a CPU. "
         "'VANILLA': attention in plain PyTorch, without CUDA graphs, slower, to compare with. 'FLASHINFER' is refused.",
+    )
+    allreduce_strategy: Literal["AUTO", "NCCL", "ONESHOT"] = Field(
+        "AUTO",
+        status="beta",
+        description="How the ranks of a model on several GPUs sum. 'AUTO' and 'NCCL': by NCCL, between steps of "
+        "PyTorch. 'ONESHOT': by our kernels in each other's memory, as part of the steps and CUDA graphs that one GPU "
+        "has; it has not been measured on several GPUs yet.",
     )
     max_queued_requests: int = Field(
         1024,
@@ -327,6 +345,14 @@ class TorchLlmArgs(StrictBaseModel):
     @classmethod
     def _check_speculation(cls, value: Any) -> Any:
         return check_decoding_type(value)
+
+    @field_validator("allreduce_strategy", mode="before")
+    @classmethod
+    def _check_allreduce(cls, value: Any) -> Any:
+        if value is not None and value not in _ALLREDUCE_STRATEGIES:
+            known = "'AUTO' (the default), 'NCCL' or 'ONESHOT'"
+            raise ValueError(f"allreduce_strategy {value!r} is not part of tensorweave; use {known}")
+        return "AUTO" if value is None else value
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

@@ -63,7 +63,6 @@ LLM_ARGS: Final[Mapping[str, Refusal]] = {
     "enable_min_latency": _off("there is one engine for all loads"),
     "force_dynamic_quantization": _off("inputs of quantized weights are always quantized per token; see quant_config"),
     "calib_config": Refusal("scales are found while loading; nothing is calibrated"),
-    "allreduce_strategy": Refusal("the communicator decides", (None, "AUTO")),
     "kv_connector_config": Refusal("cache_transceiver_config exchanges KV between gangs"),
     "orchestrator_type": Refusal("ranks run on Ray", (None, "ray")),
     "sparse_attention_config": Refusal("attention is dense"),

@@ -229,7 +229,10 @@ class RankWorker:
         if order.place.mesh.size == 1:
             return SoloComm()
         device = pick_device(args.device)
-        joining = Joining(order.place, order.interface_ip, device, order.start_timeout_s, self._note_phase)
+        uses_host_channel = device.type == "cpu" or args.allreduce_strategy == "ONESHOT"
+        joining = Joining(
+            order.place, order.interface_ip, device, order.start_timeout_s, self._note_phase, uses_host_channel
+        )
         return joining.join(self._reach_rendezvous(order))
 
     def _set_up_log(self, process: str) -> None:

@@ -36,10 +36,13 @@ def needs(num_gpus: int) -> pytest.MarkDecorator:
     return pytest.mark.skipif(num_gpus > NUM_GPUS, reason=f"needs {num_gpus} CUDA GPUs, this machine has {NUM_GPUS}")
 
 
-@pytest.mark.parametrize("size", [pytest.param(size, marks=needs(size)) for size in (1, 2, 4)])
-def test_greedy_ids(model: Path, size: int) -> None:
-    cache = KvCacheConfig(max_tokens=65536)
-    with LLM(model, dtype="float32", tensor_parallel_size=size, device="cuda", kv_cache_config=cache) as llm:
+WAYS = [(1, "AUTO"), (2, "AUTO"), (4, "AUTO"), (2, "ONESHOT"), (4, "ONESHOT")]
+
+
+@pytest.mark.parametrize(("size", "strategy"), [pytest.param(*way, marks=needs(way[0])) for way in WAYS])
+def test_greedy_ids(model: Path, size: int, strategy: Any) -> None:
+    knobs: dict[str, Any] = {"tensor_parallel_size": size, "allreduce_strategy": strategy}
+    with LLM(model, dtype="float32", device="cuda", kv_cache_config=KvCacheConfig(max_tokens=65536), **knobs) as llm:
         for chunked in (False, True):
             prompts = [*chat_prompts(llm), *([[5] * 3000] if chunked else [])]
             outputs = llm.generate(prompts, GREEDY_64, use_tqdm=False)

@@ -54,6 +54,8 @@ def test_what_is_not_supported_is_refused_by_name(config: type[StrictBaseModel])
         ({"batched_logits_processor": "mask"}, "batched_logits_processor is a str"),
         ({"garbage_collection_gen0_threshold": 0}, "garbage_collection_gen0_threshold"),
         ({"enable_tqdm": True, "tensor_parallel_size": 2}, "enable_tqdm shows bars for one rank"),
+        ({"allreduce_strategy": "TWOSHOT"}, "allreduce_strategy 'TWOSHOT' is not part of tensorweave; use 'AUTO'"),
+        ({"cache_transceiver_config": {"backend": "IPC", "max_copy_sms": 8}}, "max_copy_sms is for backend 'IPC_DIR"),
         ({"attn_backend": "FLASHINFER"}, "attn_backend 'FLASHINFER' is not part of tensorweave; use 'TRTLLM'"),
         ({"cuda_graph_config": {"batch_sizes": [4, 0]}}, "batch_sizes has 0, must be at least 1"),
         ({"cuda_graph_config": {"batch_sizes": [1, 4], "max_batch_size": 8}}, "the largest of batch_sizes 4: give one"),

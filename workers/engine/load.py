@@ -44,6 +44,7 @@ from tensorweave.workers.engine.device.graphs import GraphSizes
 from tensorweave.workers.engine.device.rank_exchange import make_exchange
 from tensorweave.workers.engine.device_memory import naming_knobs
 from tensorweave.workers.engine.engine import PyTorchModelEngine
+from tensorweave.workers.engine.engine_choice import check_gpu_engine, fits_device_engine
 from tensorweave.workers.engine.gpu_weights import check_gpu_weights
 from tensorweave.workers.engine.kv_pool import KVPool, block_bytes
 from tensorweave.workers.engine.memory_need import MemoryNeed, check_memory, kv_bytes, rank_weight_bytes
@@ -53,11 +54,11 @@ from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.gang.device import check_fp8, pick_device, pick_dtype
 from tensorweave.workers.lora.rank_adapter import AdapterLimits, AdapterReader
 from tensorweave.workers.models.adapter_sites import AdaptedLinears, LinearForms, PlainLinears
-from tensorweave.workers.models.assembly import build_transformer, build_without_memory, check_mesh, tensor_shapes
+from tensorweave.workers.models.assembly import build_transformer, check_mesh, tensor_shapes
 from tensorweave.workers.models.checkpoint import RandomWeights
 from tensorweave.workers.models.config import ModelConfig
 from tensorweave.workers.models.device.buffers import StepBuffers
-from tensorweave.workers.models.device.model import DeviceModel, can_take, take_model, what_is_missing
+from tensorweave.workers.models.device.model import DeviceModel, take_model
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.generation_config import load_sampling_defaults
 from tensorweave.workers.models.loader import WeightLoader
@@ -207,10 +208,10 @@ def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) 
     kv_dtype = FP8 if kv_cache_dtype(args) == "fp8" else dtype
     if kv_dtype == FP8:
         check_fp8(device)
-    has_plain_attention = args.attn_backend == "VANILLA"
     if is_on_device is None:
-        is_on_device = device.type == "cuda" and not has_plain_attention and _fits_device_engine(config, args, place)
+        is_on_device = fits_device_engine(config, args, place, device)
     if device.type == "cuda":
+        check_gpu_engine(config, args, place, is_on_device=is_on_device)
         check_gpu_weights(config, quantization, device, is_on_device=is_on_device)
     return _ModelShare(
         path,
@@ -220,7 +221,7 @@ def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) 
         dtype,
         kv_dtype=kv_dtype,
         quantization=quantization,
-        has_plain_attention=has_plain_attention,
+        has_plain_attention=args.attn_backend == "VANILLA",
         has_plain_experts=args.moe_config.backend == "VANILLA",
         is_on_device=is_on_device,
         adapters=_adapter_limits(args),
@@ -240,17 +241,6 @@ def _tell_of_longrope(config: ModelConfig) -> None:
             config.default_seq_len,
             config.max_seq_len,
         )
-
-
-def _fits_device_engine(config: ModelConfig, args: TorchLlmArgs, place: MeshRank) -> bool:
-    sizes, P = config.sizes, args.kv_cache_config.tokens_per_block
-    if not can_take(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, P, place.mesh.size):
-        return False
-    widths = [rope.width(sizes.head_dim) for rope in config.ropes]
-    missing = what_is_missing(build_without_memory(config, place), widths)
-    if missing is not None:
-        logger.warning("steps are computed by PyTorch, which is slower: there are no GPU kernels for %s", missing)
-    return missing is None
 
 
 def _check_quantized(found: CheckpointQuantization, wanted: str | None, load_format: str) -> None:

@@ -189,13 +189,16 @@ class GroupComm:
         dist.destroy_process_group()
 
 
-def start_comm(place: MeshRank, store: RankStore, device: torch.device, timeout_s: float) -> GroupComm:
+def start_comm(
+    place: MeshRank, store: RankStore, device: torch.device, timeout_s: float, *, uses_host_channel: bool = True
+) -> GroupComm:
     """Join the process group of a gang of several ranks; every rank calls this, within `timeout_s` of each other.
 
     When it returns, no port is open for peers any more, except NCCL's own.
 
     Args:
         timeout_s: longest silence of a peer in any collective, in seconds.
+        uses_host_channel: agree over a `HostChannel` where all ranks are on one host, else by gloo; alike on all ranks.
     """
     rank, size = place.rank, place.mesh.size
     timeout = datetime.timedelta(seconds=timeout_s)
@@ -209,7 +212,8 @@ def start_comm(place: MeshRank, store: RankStore, device: torch.device, timeout_
     assert world is not None
     assert control is not None
     comm = GroupComm(place, world, control, store)
-    comm.open_channel(timeout_s)
+    if uses_host_channel:
+        comm.open_channel(timeout_s)
     return comm
 
 

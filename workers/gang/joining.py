@@ -25,13 +25,14 @@ _REACH_TIMEOUT_S: Final = 20.0
 @dataclass(frozen=True, slots=True)
 class Joining:
     """One rank of a gang of several. `interface_ip` is the address of this rank's host that the other ranks connect to;
-    `note_phase` is told what the rank is waiting for, in words for people."""
+    `note_phase` is told what the rank is waiting for, in words for people. `uses_host_channel`: see `start_comm`."""
 
     place: MeshRank
     interface_ip: str
     device: torch.device
     timeout_s: float
     note_phase: Callable[[str], None]
+    uses_host_channel: bool = True
 
     def join(self, call: CallStore) -> Comm:
         """Return once all ranks are connected.
@@ -48,7 +49,8 @@ class Joining:
             else:
                 self._reach_leader(store)
             self.note_phase(f"waiting for all {self.place.mesh.size} ranks to join")
-            return start_comm(self.place, store, self.device, self.timeout_s)
+            uses_host_channel = self.uses_host_channel
+            return start_comm(self.place, store, self.device, self.timeout_s, uses_host_channel=uses_host_channel)
 
     def _reach_leader(self, store: RankStore) -> None:
         self.note_phase("asking rank 0 where it listens")

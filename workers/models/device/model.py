@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -40,6 +41,9 @@ from tensorweave.workers.models.stack import TorchStack
 from tensorweave.workers.models.transformer import Transformer
 
 # D hidden size, L positions, H head dim, V vocabulary
+
+_HEAD_DIMS: Final = (16, 32, 64, 128, 256)
+"""Elements of a head that the kernels on a GPU compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,15 +268,20 @@ def _order(attention: Attention, rope_width: int) -> Tensor | None:
     return head_order(attention.head_dim, rope_width, has_neighbours=attention.has_neighbours)
 
 
-def can_take(num_heads: int, num_kv_heads: int, head_dim: int, tokens_per_block: int, num_ranks: int) -> bool:
-    """Whether the kernels of a device engine are for such a model: as many query heads for each KV head of a rank, and
-    sizes that are powers of two."""
+def missing_of_sizes(
+    num_heads: int, num_kv_heads: int, head_dim: int, tokens_per_block: int, num_ranks: int
+) -> str | None:
+    """Which sizes of a model the kernels on a GPU do not compute, or None: as many query heads for each KV head of a
+    rank, and powers of two. The references compute heads of any size."""
     is_even = num_heads % num_kv_heads == 0 and all(
         len(heads.query) == heads.group_size * len(heads.kv) and heads.read_heads == tuple(range(len(heads.kv)))
         for heads in shard_heads(num_heads, num_kv_heads, num_ranks)
     )
-    has_kernels = _is_power_of_two(head_dim) and 16 <= head_dim <= 256 and _is_power_of_two(tokens_per_block)
-    return is_even and has_kernels
+    if not is_even:
+        return f"{num_heads} query heads on {num_kv_heads} KV heads over {num_ranks} ranks"
+    if head_dim not in _HEAD_DIMS:
+        return f"heads of {head_dim} elements"
+    return None if _is_power_of_two(tokens_per_block) else f"KV blocks of {tokens_per_block} tokens"
 
 
 def _take_layer(layer: DecoderLayer, rope_table_LW: Tensor) -> DeviceLayer:

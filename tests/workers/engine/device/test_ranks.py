@@ -153,6 +153,7 @@ def test_ranks_that_are_processes_give_the_ids_of_one(tmp_path: Path) -> None:
 def test_ids_draws_and_limits_on_two_gpus(graphs: bool, tmp_path: Path) -> None:
     model = make_model("llama_llama3", tmp_path)
     knobs: dict[str, Any] = {"device": "cuda"} | ({} if graphs else {"cuda_graph_config": None})
+    knobs["allreduce_strategy"] = "ONESHOT"
     requests = mixed_requests(21, seed=5, vocab=VOCAB)
     expected = {name: tokens_of(chunks) for name, chunks in answers_of(tmp_path, 1, requests).items()}
     with RankProcesses(2, on_gpus=True) as ranks:
