@@ -111,22 +111,26 @@ def fetch_many(carrier: Any, window: Any, endpoint: Any, num_blocks: int, count:
     return duration_s
 
 
+FETCHES = [("ipc", 16, 64), ("ipc_direct", 16, 64), ("ipc_direct", 16, 16), ("ipc", 32, 64), ("ipc_direct", 32, 64)]
+"""Transports, tokens of a block, MiB of a message."""
+
+
 def time_fetches() -> Lines:
     torch.cuda.set_device(1)
-    for tokens_per_block, message_mib in ((16, 64), (16, 16), (32, 64)):
+    for transport, tokens_per_block, message_mib in FETCHES:
         shape = Shape("llama-8b", 32, 8, 128, tokens_per_block=tokens_per_block)
-        with running_sender(shape, "ipc", "cuda:0", BYTES, message_mib << 20) as sender:
-            window = shape.make_window(4 * BYTES, torch.device("cuda:1"))
+        with running_sender(shape, transport, "cuda:0", BYTES, message_mib << 20) as sender:
+            window = shape.make_window(4 * BYTES, torch.device("cuda:1"), transport)
             num_blocks = BYTES // window.block_bytes(8)
             num_bytes = num_blocks * window.block_bytes(8)
-            carrier = make_carrier(window, "ipc", message_mib << 20)
-            for num_sms in (8, 12, 16) if message_mib == 64 else (12,):
+            carrier = make_carrier(window, transport, message_mib << 20)
+            for num_sms in (8, 12, 16) if transport == "ipc_direct" and message_mib == 64 else (12,):
                 window.copy_sms = num_sms
                 rates = []
                 for count in (1, 2, 4, 8):
                     times = [fetch_many(carrier, window, sender.endpoint, num_blocks, count) for _ in range(12)][2:]
                     rates.append(f"{count} at once {count * num_bytes / statistics.median(times) / 1e9:.0f}")
-                setting = f"{tokens_per_block * 4} KiB, messages of {message_mib} MiB, {num_sms} SMs"
+                setting = f"{transport}, {tokens_per_block * 4} KiB, messages of {message_mib} MiB, {num_sms} SMs"
                 yield f"fetches of {num_bytes / 1e6:.0f} MB in {setting}, GB/s: {', '.join(rates)}"
             carrier.shutdown()
     torch.cuda.set_device(0)
@@ -196,7 +200,7 @@ def serve(pipe: Connection, path: str) -> None:
     args = TorchLlmArgs(
         model=path, dtype="bfloat16", load_format="dummy", device="cuda", max_batch_size=16, max_seq_len=4096,
         kv_cache_config={"max_tokens": 65536, "tokens_per_block": 32, "enable_block_reuse": False},
-        cuda_graph_config={"batch_sizes": [1, 8, 16]}, cache_transceiver_config={"backend": "IPC"},
+        cuda_graph_config={"batch_sizes": [1, 8, 16]}, cache_transceiver_config={"backend": "IPC_DIRECT"},
     )  # fmt: skip
     executor = build_executor(args, SoloComm(), transfer_secret="bench")
     executor.start()
@@ -300,8 +304,11 @@ PARTS: dict[str, Callable[[], Lines]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=PARTS)
-    for part in parser.parse_args().parts:
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"(default: all of {', '.join(PARTS)})")
+    parts = parser.parse_args().parts or list(PARTS)
+    if unknown := sorted(set(parts) - set(PARTS)):
+        parser.error(f"no parts {unknown}; there are {list(PARTS)}")
+    for part in parts:
         for line in PARTS[part]():
             print(line, flush=True)
 

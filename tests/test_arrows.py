@@ -92,7 +92,7 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
         " window.py",
         "carrier.py": "block_sink.py read_request.py sending/offered_blocks.py",
         "transfer_stats.py": "carrier.py",
-        "transports": "block_part.py block_sink.py read_request.py sending/block_cursor.py"
+        "transports": "block_part.py block_sink.py expected_rate.py read_request.py sending/block_cursor.py"
         " transports/frame_connection.py transports/loader.py window.py",
         "sending": "block_part.py fingerprint.py read_request.py carrier.py sending/block_cursor.py"
         " sending/offered_blocks.py transports/loader.py window.py",

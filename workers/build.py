@@ -53,7 +53,7 @@ from tensorweave.workers.store.model_store import resolve_model
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
 from tensorweave.workers.transfer.fingerprint import fingerprint
 from tensorweave.workers.transfer.transfers import KvTransfers
-from tensorweave.workers.transfer.transports.selection import make_transports
+from tensorweave.workers.transfer.transports.selection import DIRECT_BACKEND, make_transports
 from tensorweave.workers.transfer.window import PoolWindow
 
 
@@ -94,11 +94,6 @@ def build_executor(
             "set device to 'cpu'"
         )
     engine = _load_engine(args, comm, num_ranks_here, log)
-    if adapter_config(args) is not None and device_type != "cpu" and not isinstance(engine, DeviceEngine):
-        raise ValueError(
-            "enable_lora: there are no GPU kernels for this model's adapters. Leave it and lora_config out, or set "
-            "device to 'cpu'"
-        )
     kv_cache = _make_kv_cache(args, engine.info, event_buffer_size)
     scheduler = _make_scheduler(args, settings, kv_cache)
     gc.set_threshold(args.garbage_collection_gen0_threshold, *gc.get_threshold()[1:])
@@ -224,7 +219,7 @@ def _make_transfers(
     if config is None or config.backend is None:
         return NoTransfers()
     digest, num_heads = _kv_identity(args, resolve_model(args.model, revision=args.revision), engine)
-    marks = follow_layers(engine)
+    marks = follow_layers(engine) if config.backend == DIRECT_BACKEND else NoLayerMarks()
     return build_transfers(
         config, engine.pool, kv_cache, comm, digest, num_heads, host=host, secret=secret, marks=marks
     )
@@ -255,7 +250,7 @@ def build_transfers(
     number of the model's KV heads over all ranks, `marks` are of the engine's layers."""
     if not secret:
         raise ValueError("cache_transceiver_config is set, but no secret was given for the gang's KV endpoints")
-    window = PoolWindow(pool, config.max_copy_sms)
+    window = PoolWindow(pool, config.max_copy_sms, is_direct=config.backend == DIRECT_BACKEND)
     alike = fingerprint(window, model, num_heads)
     return KvTransfers(
         carrier=TcpCarrier(window, alike, host, secret, make_transports(config.backend or "DEFAULT", window)),

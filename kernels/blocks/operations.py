@@ -7,7 +7,7 @@ GB/s in 16 MB. The pool may be another GPU's, mapped here: packing is then the t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -69,7 +69,11 @@ def _gpu_operations(pool_LB2KPH: Tensor) -> BlockOperations:
     if token_bytes % _WORD_BYTES == 0:
         digest = triton.digest_blocks
     pull = cuda_pull.pull_blocks if cuda_pull.fits(pool_LB2KPH, pool_LB2KPH) else PullInSteps(pack, unpack, digest)
-    return BlockOperations(pack, unpack, digest, PullVerified(pull), pull)
+    return BlockOperations(pack, unpack, digest, UnpackVerified(digest, unpack), pull)
+
+
+def verifying_in_one_pass(operations: BlockOperations) -> BlockOperations:
+    return replace(operations, unpack_verified=PullVerified(operations.pull))
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,7 +166,10 @@ def _add_transfer(kinds: Any) -> None:
         "--shapes", nargs="+", choices=("smollm2-135m", "llama-8b"), help="KV of these models (default: all)"
     )
     parser.add_argument(
-        "--transports", nargs="+", choices=("ipc", "nccl", "tcp"), help="(default: all that the machine has)"
+        "--transports",
+        nargs="+",
+        choices=("ipc", "nccl", "tcp", "ipc_direct"),
+        help="(default: all that the machine has, but ipc_direct)",
     )
     parser.add_argument("--sizes", nargs="+", type=positive, default=[4, 64], help="MiB of a fetch (default: 4 64)")
     parser.add_argument(

@@ -29,10 +29,12 @@ from tensorweave.workers.transfer.block_part import BlockPart
 from tensorweave.workers.transfer.block_sink import BlockSink, FinishCopy
 from tensorweave.workers.transfer.carrier import ReadFailed, TicketReleased
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
+from tensorweave.workers.transfer.expected_rate import DIRECT
 from tensorweave.workers.transfer.read_request import BlockHeader, ReadRequest
 from tensorweave.workers.transfer.receiving.block_receiver import BlockReceiver, TargetBlocks
 from tensorweave.workers.transfer.sending.offered_blocks import BlockGenerations, OfferedBlocks
 from tensorweave.workers.transfer.transfer_stats import TransferStats
+from tensorweave.workers.transfer.transports.direct import DirectTransport
 from tensorweave.workers.transfer.transports.host import HostTransport
 from tensorweave.workers.transfer.transports.nccl import Communicator, new_unique_id
 from tensorweave.workers.transfer.transports.nccl_transport import MESSAGE_BYTES, NcclTransport
@@ -62,14 +64,14 @@ class Shape:
     tokens_per_block: int = 32
     first_head: int = 0
 
-    def make_window(self, num_bytes: int, device: torch.device) -> PoolWindow:
+    def make_window(self, num_bytes: int, device: torch.device, transport: str = "") -> PoolWindow:
         dtype = getattr(torch, self.dtype)
         token_bytes = self.num_layers * 2 * self.num_heads * self.head_dim * dtype.itemsize
         num_blocks = max(1, num_bytes // (token_bytes * self.tokens_per_block))
         P, H = self.tokens_per_block, self.head_dim
         pool = KVPool(self.num_layers, num_blocks, self.num_heads, P, H, dtype, device, self.first_head)
         pool.cache.normal_()
-        return PoolWindow(pool)
+        return PoolWindow(pool, is_direct=transport == DIRECT)
 
 
 SHAPES: Final = {shape.name: shape for shape in (Shape("smollm2-135m", 30, 3, 64), Shape("llama-8b", 32, 8, 128))}
@@ -81,7 +83,7 @@ def bench_fetches(
     """Whole fetches of `sizes` bytes, from the read request to the last block in the pool, with digests checked and
     not."""
     with running_sender(shape, transport, devices[0], max(sizes), message_bytes) as sender:
-        window = shape.make_window(max(sizes), torch.device(devices[1]))
+        window = shape.make_window(max(sizes), torch.device(devices[1]), transport)
         carrier = make_carrier(window, transport, message_bytes)
         rows = []
         for size in sizes:
@@ -245,6 +247,8 @@ def _make_transport(name: str, window: PoolWindow, message_bytes: int) -> Transp
         torch.cuda.set_device(window.device)
         window.warm()
     match name:
+        case "ipc_direct":
+            return DirectTransport(window, message_bytes)
         case "ipc":
             return SameNodeTransport(window, message_bytes)
         case "nccl":
@@ -286,7 +290,7 @@ def running_sender(
 def _run_sender(
     pipe: Connection, shape: Shape, transport: str, device: str, num_bytes: int, message_bytes: int
 ) -> None:
-    window = shape.make_window(num_bytes, torch.device(device))
+    window = shape.make_window(num_bytes, torch.device(device), transport)
     carrier = make_carrier(window, transport, message_bytes)
     rate = offer_pool(carrier, window, torch.randperm(window.num_blocks).tolist())
     pipe.send((KvEndpoint(*carrier.address, window.heads.start, len(window.heads)), rate))

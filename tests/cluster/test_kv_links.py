@@ -89,7 +89,11 @@ def test_slow_and_broken_links_are_logged(caplog: pytest.LogCaptureFixture) -> N
         links = KvLinkTable(lambda: None)
         slow, short, broken = (
             _gang("slow", "decode", LinkMeasurement(5e6, 0.2)),
-            _gang("short", "decode", LinkMeasurement(6e10, 1e-4, transport="ipc", shortfall="60 GB/s over 18 NVLinks")),
+            _gang(
+                "short",
+                "decode",
+                LinkMeasurement(6e10, 1e-4, transport="ipc_direct", shortfall="60 GB/s over 18 NVLinks"),
+            ),
             _gang("broken", "decode", LinkMeasurement(0, 0, "refused")),
         )
         links.update([slow, short, broken, _gang("fine", "decode"), _gang("p", "prefill")])
@@ -101,6 +105,6 @@ def test_slow_and_broken_links_are_logged(caplog: pytest.LogCaptureFixture) -> N
         asyncio.run(body())
     assert [record.getMessage().split(" (slow")[0] for record in caplog.records] == [
         "KV from gang p to gang slow: 5 MB/s, 200.00 ms",
-        "KV from gang p to gang short: 60000 MB/s, 0.10 ms over ipc (60 GB/s over 18 NVLinks)",
+        "KV from gang p to gang short: 60000 MB/s, 0.10 ms over ipc_direct (60 GB/s over 18 NVLinks)",
         "no KV can be sent from gang p to gang broken: refused",
     ]

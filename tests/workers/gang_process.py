@@ -19,7 +19,7 @@ from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.transfer.carrier import Carrier
 from tensorweave.workers.transfer.carriers.faulty import FaultyCarrier
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
-from tensorweave.workers.transfer.transports.selection import make_transports
+from tensorweave.workers.transfer.transports.selection import DIRECT_BACKEND, make_transports
 from tensorweave.workers.transfer.window import PoolWindow
 from tests.workers.engine_drive import engine_args
 from tests.workers.transfer_drive import SECRET, Client, Gang, request_pair
@@ -138,9 +138,8 @@ def _serve(pipe: Connection, path: Path, backend: str, name: str, knobs: dict[st
 
     logging.basicConfig(level=logging.INFO, format=f"%(relativeCreated)d {name} %(name)s: %(message)s")
     args = engine_args(path, device=knobs.pop("device"), kv_cache_config=knobs.pop("kv_cache_config", {}))
-    with Gang(
-        lambda comm: load_engine(args, comm), 1, make_carrier, name=name, make_marks=follow_layers, **knobs
-    ) as gang:
+    direct: dict[str, Any] = {"make_marks": follow_layers, "is_direct": True} if backend == DIRECT_BACKEND else {}
+    with Gang(lambda comm: load_engine(args, comm), 1, make_carrier, name=name, **direct, **knobs) as gang:
         pipe.send((True, gang.source))
         client = Client(gang)
         while True:

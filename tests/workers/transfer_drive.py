@@ -34,7 +34,7 @@ from tensorweave.workers.transfer.carriers.faulty import FaultyCarrier
 from tensorweave.workers.transfer.carriers.loop import LoopCarrier, LoopNetwork
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
 from tensorweave.workers.transfer.transfers import KvTransfers
-from tensorweave.workers.transfer.transports.same_node import SameNodeTransport
+from tensorweave.workers.transfer.transports.direct import DirectTransport
 from tensorweave.workers.transfer.window import PoolWindow
 from tests.workers.engine_drive import ThreadComm, engine_args
 from tests.workers.stepped_engine import SteppedEngine
@@ -90,7 +90,7 @@ def peer_carriers(pools: SharedPools, message_bytes: int = 1 << 12) -> MakeCarri
     """Receivers read the senders' pools themselves; messages are small, so that there are many."""
 
     def make(window: PoolWindow, fingerprint: dict[str, str]) -> Carrier:
-        transport = SameNodeTransport(window, message_bytes, pools.of_process(0))
+        transport = DirectTransport(window, message_bytes, pools.of_process(0))
         return TcpCarrier(window, fingerprint, "127.0.0.1", SECRET, [transport])
 
     return make
@@ -124,6 +124,7 @@ class Gang:
         overlaps: bool = False,
         make_guides: Callable[[Comm], Guides] | None = None,
         make_marks: Callable[[Any], LayerMarks] | None = None,
+        is_direct: bool = False,
         **transferring: Any,
     ) -> None:
         self.name = name
@@ -139,7 +140,7 @@ class Gang:
             kv_cache = KVCacheManager(info.num_blocks, info.tokens_per_block, enable_block_reuse=reuse)
             transfers = None
             if make_carrier is not None:
-                window = PoolWindow(engine.pool)
+                window = PoolWindow(engine.pool, is_direct=is_direct)
                 carrier = make_carrier(window, self.fingerprint)
                 transfers = KvTransfers(
                     carrier,

@@ -20,7 +20,7 @@ from tensorweave.workers.step.plan import StepRow
 from tensorweave.workers.step.request import LlmRequest
 from tensorweave.workers.step.resources import KVCache
 from tensorweave.workers.transfer.carrier import Carrier, Event, TicketReleased
-from tensorweave.workers.transfer.expected_rate import count_nvlinks, shortfall
+from tensorweave.workers.transfer.expected_rate import DIRECT, count_nvlinks, shortfall
 from tensorweave.workers.transfer.fingerprint import fingerprint_difference
 from tensorweave.workers.transfer.receiving.arrivals import Arrivals, FetchResult
 from tensorweave.workers.transfer.receiving.fetches import Fetches
@@ -140,20 +140,27 @@ class KvTransfers:
         if reason is not None:
             return LinkMeasurement(0.0, 0.0, reason)
         end_s = time.monotonic() + timeout_s
+        endpoint, device = source.endpoints[0], self._window.device
         try:
-            num_bytes = _PROBE_BYTES
-            latency_s, duration_s = self._probe(source, 0, end_s), self._probe(source, num_bytes, end_s)
-            transport = self._carrier.transport_to(source.endpoints[0], source.secret)
-            if duration_s < _SHORT_PROBE_S and transport == "ipc":  # most of that time is not the link's
-                num_bytes = _LARGE_PROBE_BYTES
-                duration_s = self._probe(source, num_bytes, end_s)
+            latency_s, duration_s = self._probe(source, 0, end_s), self._probe(source, _PROBE_BYTES, end_s)
+            transport = self._carrier.transport_to(endpoint, source.secret)
+            bytes_per_s, num_links = _PROBE_BYTES / duration_s, 0
+            if transport == DIRECT:
+                bytes_per_s = self._probe_direct(source, duration_s, latency_s, end_s)
+                num_links = count_nvlinks(device)
         except TransferFailed as error:
             return LinkMeasurement(0.0, 0.0, error.message)
-        bytes_per_s = num_bytes / max(duration_s - latency_s, 1e-9)
-        endpoint, device = source.endpoints[0], self._window.device
         is_here = self.endpoint is not None and endpoint.host == self.endpoint.host
-        reason = shortfall(bytes_per_s, transport, is_here, device, count_nvlinks(device))
+        reason = shortfall(bytes_per_s, transport, is_here, device, num_links)
         return LinkMeasurement(bytes_per_s, latency_s, None, transport, reason)
+
+    def _probe_direct(self, source: KvSource, duration_s: float, latency_s: float, end_s: float) -> float:
+        """Bytes per second, where a probe took so long; of a larger one if most of that time is not the link's."""
+        num_bytes = _PROBE_BYTES
+        if duration_s < _SHORT_PROBE_S:
+            num_bytes = _LARGE_PROBE_BYTES
+            duration_s = self._probe(source, num_bytes, end_s)
+        return num_bytes / max(duration_s - latency_s, 1e-9)
 
     def _probe(self, source: KvSource, num_bytes: int, end_s: float) -> float:
         """The least of a few."""

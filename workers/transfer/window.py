@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tensorweave.kernels.blocks.operations import choose_block_operations
+from tensorweave.cluster.llm_args import DEFAULT_COPY_SMS
+from tensorweave.kernels.blocks.operations import choose_block_operations, verifying_in_one_pass
 from tensorweave.kernels.blocks.reference import SomeBlocks, as_blocks
 from tensorweave.workers.engine.kv_pool import KVPool
-
-DEFAULT_COPY_SMS: Final = 12
-"""From 10 on, a copy over NVLink has the link's whole rate (H100 pair, 18 links: 373 GB/s)."""
 
 # L layers, B blocks, K KV heads of this rank, P block size in tokens, H head dim
 
@@ -43,9 +40,15 @@ class RunningCopy:
 
 class PoolWindow:
     """`heads` are the KV heads of this rank, by their numbers in the model; `heads` arguments count from the rank's
-    first. `copy_sms`: most multiprocessors of a GPU that `pull` takes."""
+    first.
 
-    def __init__(self, pool: KVPool, copy_sms: int = DEFAULT_COPY_SMS) -> None:
+    Args:
+        copy_sms: most multiprocessors of a GPU that `pull` takes.
+        is_direct: on a GPU, blocks are written before they are verified, in one pass, on streams that go ahead of the
+            engine's.
+    """
+
+    def __init__(self, pool: KVPool, copy_sms: int = DEFAULT_COPY_SMS, *, is_direct: bool = False) -> None:
         num_layers, num_blocks, planes, P, H = pool.cache.shape
         self.num_layers = num_layers
         self.head_dim = H
@@ -58,6 +61,9 @@ class PoolWindow:
         self.copy_sms = copy_sms
         self._blocks = choose_block_operations(self.blocks_LB2KPH)
         is_on_host = self.device.type == "cpu"
+        self._is_direct = is_direct and not is_on_host
+        if self._is_direct:
+            self._blocks = verifying_in_one_pass(self._blocks)
         self.memory = tensor_bytes(pool.cache.view(-1).view(torch.uint8)) if is_on_host else None
 
     @property
@@ -66,11 +72,12 @@ class PoolWindow:
         return self.tokens_per_block * self.head_dim * self.blocks_LB2KPH.itemsize
 
     def use_own_stream(self) -> None:
-        """Give the calling thread a CUDA stream of its own, so that it need not wait for the engine's kernels, and goes
-        ahead of them: what runs there is short, and somebody waits for it."""
+        """Give the calling thread a CUDA stream of its own, so that it need not wait for the engine's kernels. If
+        copies are direct, it goes ahead of them: what runs there is short, and somebody waits for it."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            torch.cuda.set_stream(torch.cuda.Stream(self.device, priority=-1))  # type: ignore[no-untyped-call]
+            priority = -1 if self._is_direct else 0
+            torch.cuda.set_stream(torch.cuda.Stream(self.device, priority=priority))  # type: ignore[no-untyped-call]
 
     def block_bytes(self, num_heads: int) -> int:
         num_layers, _, _, _, P, H = self.blocks_LB2KPH.shape
@@ -159,8 +166,9 @@ class PoolWindow:
         self.unpack([0], heads, block)
         self.digest(0, self.tokens_per_block)
         self.payload_digests(block, len(heads), [self.tokens_per_block])
-        itself = SomeBlocks(self.blocks_LB2KPH, [0], heads)
-        self.pull(itself, [0], heads, [self.tokens_per_block], range(1)).wait()
+        if self._is_direct:
+            itself = SomeBlocks(self.blocks_LB2KPH, [0], heads)
+            self.pull(itself, [0], heads, [self.tokens_per_block], range(1)).wait()
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

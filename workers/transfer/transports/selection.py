@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from typing import Final
 
+from tensorweave.workers.transfer.transports.direct import DirectTransport
 from tensorweave.workers.transfer.transports.host import HostTransport
 from tensorweave.workers.transfer.transports.nccl_transport import NcclTransport
 from tensorweave.workers.transfer.transports.same_node import SameNodeTransport
@@ -12,11 +14,13 @@ from tensorweave.workers.transfer.window import PoolWindow
 
 logger = logging.getLogger(__name__)
 
+DIRECT_BACKEND: Final = "IPC_DIRECT"
+
 
 def make_transports(backend: str, window: PoolWindow) -> list[Transport]:
     """The transports, best first: a receiver takes the first of its own that reaches the sender. 'DEFAULT' is all that
-    are available: same-node copies, then NCCL, then TCP. Raises ValueError if the requested transport is not
-    available."""
+    are available: same-node copies, then NCCL, then TCP. Direct copies are used where `backend` names them, alone.
+    Raises ValueError if the requested transport is not available."""
     if backend == "TCP" or (backend == "DEFAULT" and window.device.type != "cuda"):
         return [HostTransport(window)]
     if window.device.type != "cuda":
@@ -24,6 +28,8 @@ def make_transports(backend: str, window: PoolWindow) -> list[Transport]:
     window.warm()
     if backend == "IPC":
         return [SameNodeTransport(window)]
+    if backend == DIRECT_BACKEND:
+        return [DirectTransport(window)]
     try:
         nccl = NcclTransport(window)
     except OSError as error:

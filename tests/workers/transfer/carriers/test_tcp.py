@@ -16,9 +16,9 @@ from tensorweave.cluster.protocol import PROTOCOL_VERSION, KvEndpoint, KvSource,
 from tensorweave.workers.transfer.carrier import Carrier
 from tensorweave.workers.transfer.carriers import tcp_client
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
+from tensorweave.workers.transfer.transports.direct import DirectTransport
 from tensorweave.workers.transfer.transports.frame_connection import SILENCE_S, FrameConnection
 from tensorweave.workers.transfer.transports.host import HostTransport
-from tensorweave.workers.transfer.transports.same_node import SameNodeTransport
 from tensorweave.workers.transfer.transports.transport import Transport
 from tensorweave.workers.transfer.window import PoolWindow
 from tests.workers.engine_drive import random_prompts
@@ -43,7 +43,7 @@ SAMPLINGS = [SamplingSpec(max_tokens=5) for _ in PROMPTS]
 def carriers(pools: SharedPools, *names: str, process: int = 1) -> MakeCarrier:
     def make(window: PoolWindow, fingerprint: dict[str, str]) -> Carrier:
         transports: dict[str, Transport] = {
-            "ipc": SameNodeTransport(window, 1 << 12, pools.of_process(process)),
+            "ipc_direct": DirectTransport(window, 1 << 12, pools.of_process(process)),
             "tcp": HostTransport(window),
         }
         return TcpCarrier(window, fingerprint, "127.0.0.1", SECRET, [transports[name] for name in names])
@@ -65,10 +65,10 @@ def run_over(theirs: MakeCarrier, ours: MakeCarrier, lease_s: float = DEADLINE_S
         return decode.leader.gauges()
 
 
-@pytest.mark.parametrize("theirs", [("ipc", "tcp"), ("tcp", "ipc"), ("ipc",)])
+@pytest.mark.parametrize("theirs", [("ipc_direct", "tcp"), ("tcp", "ipc_direct"), ("ipc_direct",)])
 def test_the_receiver_picks_its_first_transport(theirs: Sequence[str]) -> None:
     pools = SharedPools()
-    gauges = run_over(carriers(pools, *theirs), carriers(pools, "ipc", "tcp"))
+    gauges = run_over(carriers(pools, *theirs), carriers(pools, "ipc_direct", "tcp"))
     assert pools.num_mapped > 0
     assert gauges["kv_transfer_blocks_total"] > 0
     assert gauges["kv_transfer_recomputed_tokens_total"] == 0
@@ -76,14 +76,14 @@ def test_the_receiver_picks_its_first_transport(theirs: Sequence[str]) -> None:
 
 def test_a_transport_that_does_not_reach_the_sender_is_skipped() -> None:
     pools = SharedPools()
-    gauges = run_over(carriers(pools, "ipc", "tcp", process=1), carriers(pools, "ipc", "tcp", process=2))
+    gauges = run_over(carriers(pools, "ipc_direct", "tcp", process=1), carriers(pools, "ipc_direct", "tcp", process=2))
     assert pools.num_mapped == 0
     assert gauges["kv_transfer_blocks_total"] > 0
 
 
 def test_without_a_common_transport_the_prompt_is_computed() -> None:
     pools = SharedPools()
-    gauges = run_over(carriers(pools, "tcp"), carriers(pools, "ipc"), lease_s=0.5)
+    gauges = run_over(carriers(pools, "tcp"), carriers(pools, "ipc_direct"), lease_s=0.5)
     assert gauges["kv_transfer_blocks_total"] == 0
     assert gauges["kv_transfer_failures_no_transport_total"] == len(PROMPTS)
     assert gauges["kv_transfer_failures_peer_lost_total"] == 0

@@ -24,7 +24,7 @@ NUM_GPUS = torch.cuda.device_count()
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NUM_GPUS < 2, reason=f"needs 2 CUDA GPUs, there are {NUM_GPUS}")]
 
-BACKENDS = ["IPC", "NCCL", "TCP", "DEFAULT"]
+BACKENDS = ["IPC", "NCCL", "TCP", "DEFAULT", "IPC_DIRECT"]
 KNOBS = {"reuse": False, "max_num_tokens": 512, "kv_cache_config": {"max_tokens": 65536}}
 Requests = tuple[list[list[int]], list[SamplingSpec]]
 
@@ -95,7 +95,7 @@ def test_tokens_and_kills(tiny: Path, requests: Requests, backend: str) -> None:
             assert run_alone(another, *requests) == want
 
 
-@pytest.mark.parametrize("backend", ["IPC", "NCCL"])
+@pytest.mark.parametrize("backend", ["IPC", "NCCL", "IPC_DIRECT"])
 def test_no_fault_reaches_a_token(tiny: Path, requests: Requests, backend: str) -> None:
     """Bits are flipped, content is stale, messages are lost, cut and sent twice, and the connection dies."""
     faults = ("flip", "stale", "duplicate", "drop", "truncate", "die")
@@ -121,7 +121,7 @@ def test_no_transport_in_common(tiny: Path, requests: Requests) -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("backend", ["IPC", "NCCL"])
+@pytest.mark.parametrize("backend", ["IPC", "NCCL", "IPC_DIRECT"])
 def test_real_model(backend: str) -> None:
     rng = random.Random(3)
     prompts = [[rng.randrange(49000) for _ in range(n)] for n in (1, 15, 16, 17, 100, 700, 1500, 3000)]
@@ -131,11 +131,20 @@ def test_real_model(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("transport", "devices"), [("ipc", "01"), ("ipc", "00"), ("nccl", "10"), ("tcp", "01"), ("tcp", "00")]
+    ("transport", "devices"),
+    [
+        ("ipc", "01"),
+        ("ipc", "00"),
+        ("nccl", "10"),
+        ("tcp", "01"),
+        ("tcp", "00"),
+        ("ipc_direct", "01"),
+        ("ipc_direct", "00"),
+    ],
 )
 def test_half_of_the_heads(transport: str, devices: str) -> None:
     sending, receiving = Shape("sender", 4, 8, 128), Shape("receiver", 4, 4, 128, first_head=4)
-    window = receiving.make_window(100 << 20, torch.device(f"cuda:{devices[1]}"))
+    window = receiving.make_window(100 << 20, torch.device(f"cuda:{devices[1]}"), transport)
     carrier = make_carrier(window, transport)
     with running_sender(sending, transport, f"cuda:{devices[0]}", 200 << 20) as sender:
         for num_blocks in (1, window.num_blocks):
@@ -143,12 +152,12 @@ def test_half_of_the_heads(transport: str, devices: str) -> None:
     carrier.shutdown()
 
 
-@pytest.mark.parametrize("transport", ["ipc", "nccl"])
+@pytest.mark.parametrize("transport", ["ipc", "nccl", "ipc_direct"])
 def test_the_sender_is_killed_during_a_read(transport: str) -> None:
     """The sender is killed during the transfer of a gigabyte, a little later each time, until a kill was early enough.
     The receiver's GPU still works."""
     shape, size = SHAPES["llama-8b"], 1 << 30
-    window = shape.make_window(size, torch.device("cuda:1"))
+    window = shape.make_window(size, torch.device("cuda:1"), transport)
     carrier = make_carrier(window, transport)
     failures = num_rounds = 0
     while num_rounds < 4 or (not failures and num_rounds < 16):

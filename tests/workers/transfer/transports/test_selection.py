@@ -14,6 +14,6 @@ def test_transports_of_a_cpu() -> None:
     window = PoolWindow(KVPool(2, 4, 1, 4, 8, torch.float32, torch.device("cpu")))
     assert [transport.name for transport in make_transports("DEFAULT", window)] == ["tcp"]
     assert [transport.name for transport in make_transports("TCP", window)] == ["tcp"]
-    for backend in ("NCCL", "IPC"):
+    for backend in ("NCCL", "IPC", "IPC_DIRECT"):
         with pytest.raises(ValueError, match="KV cache is on a CPU"):
             make_transports(backend, window)
