@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from tensorweave.cluster.adapter import Adapter
 from tensorweave.cluster.errors import NotReady, TensorweaveError
 from tensorweave.cluster.link import GangLink
-from tensorweave.cluster.pool import PoolState
+from tensorweave.cluster.pool_spec import PoolState
 from tensorweave.cluster.protocol import GangAddress, Role
 from tensorweave.cluster.service_state import ServiceState
 from tensorweave.cluster.socket_link import SocketLink
@@ -125,6 +125,7 @@ class WatchedFleet:
         self.adapters: Mapping[str, Adapter] = {}
         self._links: dict[str, SocketLink] = {}
         self._link_tasks: dict[str, asyncio.Task[None]] = {}
+        self._published: dict[str, GangAddress] = {}
         self._changed = asyncio.Event()
         self._retired: set[SocketLink] = set()
         self._refusals: dict[str, str] = {}
@@ -231,9 +232,11 @@ class WatchedFleet:
     def _update_link_tasks(self, state: ServiceState) -> None:
         """Maintain a link to each published gang, and to no other."""
         published = {address.gang_id: address for address in _addresses(state)}
-        for gang_id in self._link_tasks.keys() - published.keys():
-            self._link_tasks.pop(gang_id).cancel()
-            self._refusals.pop(gang_id, None)
+        for gang_id, known in self._published.items():
+            if published.get(gang_id) != known:  # it has ended, or has another role now
+                self._link_tasks.pop(gang_id).cancel()
+                self._refusals.pop(gang_id, None)
+        self._published = published
         for gang_id, address in published.items():
             if gang_id not in self._link_tasks:
                 self._link_tasks[gang_id] = asyncio.create_task(self._maintain_link(address), name=f"link-{gang_id}")

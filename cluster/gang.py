@@ -28,6 +28,7 @@ from tensorweave.cluster.memory_kills import describe_kills, describe_local_kill
 from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.placement import NamedGroup, live_node_ids, live_nodes, place, placed_on
 from tensorweave.cluster.placement_rule import PoolPlaces
+from tensorweave.cluster.pool_spec import PoolPlan
 from tensorweave.cluster.protocol import Adapter, GangAddress, KvSource, LinkMeasurement
 from tensorweave.cluster.rank_actors import create_rank_actor, rank_name, start_error
 from tensorweave.cluster.rank_link import RankLinkMonitor
@@ -87,6 +88,7 @@ class Gang:
         self._watch = RankWatch((), self._places.name, spec.hang_timeout_s)
         self._link: RankLinkMonitor | None = None
         self._start_began_s: float | None = None
+        self._record: GangRecord | None = None
 
     @classmethod
     def resume(cls, record: GangRecord, worker_class: type[Any], group: NamedGroup, namespace: str) -> Self:
@@ -98,6 +100,7 @@ class Gang:
         gang._places = RankPlaces(record.places, record.node_ips)
         gang._link = None if record.link is None else RankLinkMonitor(gang.gang_id, record.link)
         gang._watch = RankWatch(gang._actors, gang._places.name, spec.hang_timeout_s, gang._note_report)
+        gang._record = record
         return gang
 
     async def start(self) -> GangAddress:
@@ -164,10 +167,9 @@ class Gang:
             self.gang_id, self.epoch, self.spec.role, hosts.listen, leader.port, self._secret, leader.info
         )
         address = dataclasses.replace(address, kv_source=self._kv_source(started))
-        if self._namespace is not None:
-            where = (self._places.places, self._places.node_ips)
-            record = GangRecord(self._pool, self._slot, self.spec, address, *where, started[0].link)
-            await self._actors[0].keep_record.remote(record)
+        where = (self._places.places, self._places.node_ips)
+        self._record = GangRecord(self._pool, self._slot, self.spec, address, *where, started[0].link)
+        await self._actors[0].keep_record.remote(self._record)
         return address
 
     async def _check_versions(self) -> None:
@@ -270,11 +272,7 @@ class Gang:
 
     async def keep_adapters(self, record: AdapterRecord) -> None:
         """Let rank 0 keep this for a supervisor that takes the gang over. Raises WorkerLost."""
-        try:
-            async with asyncio.timeout(_STOP_TIMEOUT_S):
-                await self._actors[0].keep_adapters.remote(record)
-        except (TimeoutError, RayError) as error:
-            raise WorkerLost(f"gang {self.gang_id}: rank 0 does not answer ({first_line(error)})") from error
+        await self._ask_leader("keep_adapters", record)
 
     async def kept_adapters(self) -> AdapterRecord:
         """What rank 0 keeps; an empty record if it does not answer."""
@@ -284,6 +282,39 @@ class Gang:
                 return record
         except (TimeoutError, RayError):
             return AdapterRecord()
+
+    async def keep_plan(self, plan: PoolPlan) -> None:
+        """Let rank 0 keep this for a supervisor that takes the gang over. Raises WorkerLost."""
+        await self._ask_leader("keep_plan", plan)
+
+    async def quiesce(self, timeout_s: float) -> bool:
+        """Refuse new requests, and wait for the open ones and until their KV has been fetched. Return whether none is
+        left after `timeout_s`. Raises WorkerLost."""
+        is_idle: bool = await self._ask_leader("drain", timeout_s, timeout_s=timeout_s + _STOP_TIMEOUT_S)
+        return is_idle
+
+    async def reopen(self) -> None:
+        """Take new requests again. Raises WorkerLost."""
+        await self._ask_leader("reopen")
+
+    async def reassign(self, pool: str, slot: int, spec: GangSpec) -> GangAddress:
+        """Belong to another pool from now on, and take requests again. `spec` may differ in the role, and in how long
+        things may take. Raises WorkerLost."""
+        assert self._record is not None, "only gangs that have started change their pool"
+        address = dataclasses.replace(self._record.address, role=spec.role)
+        self._record = dataclasses.replace(self._record, pool=pool, slot=slot, spec=spec, address=address)
+        self.spec = spec
+        await self._ask_leader("keep_record", self._record)
+        await self.reopen()
+        return address
+
+    async def _ask_leader(self, method: str, *arguments: Any, timeout_s: float = _STOP_TIMEOUT_S) -> Any:
+        """Raises WorkerLost."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await getattr(self._actors[0], method).remote(*arguments)
+        except (TimeoutError, RayError) as error:
+            raise WorkerLost(f"gang {self.gang_id}: rank 0 does not answer ({first_line(error)})") from error
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, wait for the open ones, then stop the ranks. Returns at the timeout; `kill` follows."""

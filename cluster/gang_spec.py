@@ -3,12 +3,15 @@ it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Final
 
 from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.placement_rule import PlacementRule
 from tensorweave.cluster.protocol import Role
+
+_MAY_DIFFER: Final = ("role", "args", "place_timeout_s", "start_timeout_s", "hang_timeout_s")
+"""Of two pools, between which gangs move: `args` are compared one by one."""
 
 
 @dataclass(frozen=True)
@@ -37,3 +40,13 @@ class GangSpec:
         return {
             name: amount for name, amount in (("CPU", self.cpus_per_rank), ("GPU", self.gpus_per_rank)) if amount > 0
         } or {"CPU": 0.001}
+
+
+def explain_difference(own: GangSpec, other: GangSpec) -> str | None:
+    """Why a gang of one spec cannot serve as one of the other without a restart; None if it can."""
+    if "embed" in (own.role, other.role) and own.role != other.role:
+        return "one of them gives embeddings"
+    names = [each.name for each in fields(GangSpec) if each.name not in _MAY_DIFFER]
+    different = [name for name in names if getattr(own, name) != getattr(other, name)]
+    different += sorted(key for key in own.args.keys() | other.args.keys() if own.args.get(key) != other.args.get(key))
+    return f"they differ in {', '.join(different)}" if different else None

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from tensorweave.cluster.adapter_registry import AdapterRecord
+from tensorweave.cluster.gang_spec import GangSpec
+from tensorweave.cluster.pool_spec import PoolPlan
 from tensorweave.cluster.protocol import Adapter, GangAddress, KvSource, LinkMeasurement
 
 
@@ -13,6 +15,9 @@ class PoolGang(Protocol):
     """`cluster.gang.Gang`, or a fake."""
 
     gang_id: str
+
+    @property
+    def spec(self) -> GangSpec: ...
 
     async def start(self) -> GangAddress: ...
 
@@ -26,7 +31,15 @@ class PoolGang(Protocol):
 
     async def keep_adapters(self, record: AdapterRecord) -> None: ...
 
+    async def keep_plan(self, plan: PoolPlan) -> None: ...
+
     async def drain(self, timeout_s: float) -> None: ...
+
+    async def quiesce(self, timeout_s: float) -> bool: ...
+
+    async def reopen(self) -> None: ...
+
+    async def reassign(self, pool: str, slot: int, spec: GangSpec) -> GangAddress: ...
 
     async def kill(self) -> None: ...
 

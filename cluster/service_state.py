@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tensorweave.cluster.adapter import Adapter
 from tensorweave.cluster.kv_links import Pair
-from tensorweave.cluster.pool import PoolState
+from tensorweave.cluster.pool_spec import PoolState
 from tensorweave.cluster.protocol import LinkMeasurement
 
 

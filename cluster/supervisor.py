@@ -22,13 +22,18 @@ from ray.actor import ActorHandle
 from tensorweave.cluster.adapter import Adapter
 from tensorweave.cluster.adapter_registry import AdapterRegistry
 from tensorweave.cluster.gang import Gang
+from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.kv_links import KvLinkTable, ReadyGang
 from tensorweave.cluster.log_setup import LogSettings, set_up_logging
 from tensorweave.cluster.placement import remove_groups
 from tensorweave.cluster.placement_rule import PoolPlaces
-from tensorweave.cluster.pool import GangPool, PoolSpec
+from tensorweave.cluster.plan_keeper import PlanKeeper
+from tensorweave.cluster.pool import GangPool
 from tensorweave.cluster.pool_gang import PoolGang
+from tensorweave.cluster.pool_set import PoolSet
+from tensorweave.cluster.pool_spec import PoolPlan, PoolSpec
 from tensorweave.cluster.process_sentinel import OwnSentinel, end_actor_with
+from tensorweave.cluster.resource_requests import ResourceRequests
 from tensorweave.cluster.service_state import DetachedSpec, ServiceState
 from tensorweave.cluster.supervisor_handle import find_supervisor, stop_supervisor
 from tensorweave.cluster.takeover import find_running
@@ -64,19 +69,19 @@ class PoolSupervisor:
             set_up_logging(log, "supervisor")
         if sentinel is not None:
             end_actor_with(sentinel)
-        self._specs = _checked(pools)
         self._worker_class = worker_class
         self._detached = detached
-        self._generation = 0
         self._notice: str | None = None
-        self._pools: list[GangPool] = []
+        self._num_updates = 0
+        self._keeper = PlanKeeper(PoolPlan(specs=_checked(pools)))
+        self._pools = PoolSet(self._make_pool, self._publish)
         self._adapters = AdapterRegistry(adapters, self._ready_gangs, self._publish)
         self._watchers = Watchers()
+        self._requests = ResourceRequests()
         self._links = KvLinkTable(self._publish)
         self._version = time.time_ns()
         self._num_idle_checks = 0
         self._changed = asyncio.Event()
-        self._applying = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._starting: asyncio.Task[None] | None = None
         if detached is not None:
@@ -92,15 +97,15 @@ class PoolSupervisor:
                     await self._changed.wait()
         except TimeoutError:
             pass
-        pools = tuple(pool.state for pool in self._pools)
+        pools = tuple(pool.state for pool in self._pools.all)
         return ServiceState(self._version, pools, self._links.all, self._adapters.all)
 
     async def describe(self) -> list[dict[str, Any]]:
         """Every pool, gang and rank, for health pages and metrics."""
         await self._ensure_started()
-        pools = [pool.describe() for pool in self._pools]
+        pools = [pool.describe() for pool in self._pools.all]
         for pool in pools:
-            pool["notice"] = self._notice
+            pool |= {"notice": self._notice, "is_updating": self._num_updates > 0}
         for gang in (gang for pool in pools for gang in pool["gangs"]):
             if links := self._links.describe(gang.get("gang_id", "")):
                 gang["kv_links"] = links
@@ -110,7 +115,7 @@ class PoolSupervisor:
         """Set logits processors, by name, on every rank of all present and future gangs. `processors` are references,
         which only the ranks load; None removes one. Raises ValueError if a rank cannot load one."""
         await self._ensure_started()
-        await asyncio.gather(*(pool.set_logits_processors(processors) for pool in self._pools))
+        await asyncio.gather(*(pool.set_logits_processors(processors) for pool in self._pools.all))
 
     async def load_adapter(self, name: str, path: str, *, is_new: bool = False) -> Adapter:
         """Load an adapter on every gang, in place of one of the same name unless `is_new`. When this returns, all front
@@ -127,32 +132,33 @@ class PoolSupervisor:
         await self._adapters.unload(name)
         await self._watchers.until_at(self._version, _TELL_TIMEOUT_S)
 
-    async def scale(self, name: str, replicas: int, drain_timeout_s: float) -> None:
+    async def scale(self, name: str, replicas: int, drain_timeout_s: float, reason: str = "") -> None:
         """Change the number of a pool's gangs; gangs that are removed finish their requests first. Raises ValueError
         for an unknown pool."""
         await self._ensure_started()
-        pools = {pool.spec.name: pool for pool in self._pools}
-        if name not in pools:
-            raise ValueError(f"there is no pool {name!r}; there are: {', '.join(pools)}")
-        await pools[name].scale(replicas, drain_timeout_s)
+        await self._pools.scale(name, replicas, drain_timeout_s, reason)
+
+    async def move(
+        self, source: str, target: str, gang_id: str | None, drain_timeout_s: float, reason: str = ""
+    ) -> str:
+        """Let a gang of one pool serve in another once its work has ended, without a restart. Return its id. Raises
+        ValueError, NotReady or WorkerLost: see `PoolSet.move`."""
+        await self._ensure_started()
+        return await self._pools.move(source, target, gang_id, drain_timeout_s, reason)
 
     async def drain(self, timeout_s: float) -> None:
-        """End all pools after their open requests, prefill pools last, since the others fetch KV from them. `timeout_s`
-        is the limit for all of it."""
+        """End all pools after their open requests. `timeout_s` is the limit for all of it."""
         await self._ensure_started()
-        end_s = time.monotonic() + timeout_s
-        fetching = [pool for pool in self._pools if pool.spec.gang.role != "prefill"]
-        prefilling = [pool for pool in self._pools if pool.spec.gang.role == "prefill"]
-        for pools in (fetching, prefilling):
-            left_s = max(0.0, end_s - time.monotonic())
-            await asyncio.gather(*(pool.drain(left_s) for pool in pools))
+        await self._pools.drain(timeout_s)
+        await self._requests.withdraw()
         await self._remove_leftovers()
 
     async def stop(self) -> None:
         """End all pools now. If they were never started, they are not started for that."""
         if self._starting is not None:
             await self._ensure_started()
-            await asyncio.gather(*(pool.stop() for pool in self._pools))
+            await self._pools.stop()
+        await self._requests.withdraw()
         await self._remove_leftovers()
 
     async def apply(
@@ -162,33 +168,32 @@ class PoolSupervisor:
         drain_timeout_s: float,
         notice: str | None = None,
         adapters: Mapping[str, str] | None = None,
-    ) -> None:
-        """Change to these pools: pools that differ are drained and replaced, the others continue. Returns at once. A
-        call with a lower `generation` than an earlier one has no effect. `notice` is for health pages. `adapters` are
-        the directories of the service's file, by name."""
+        config: Mapping[str, Any] | None = None,
+    ) -> PoolPlan:
+        """Change to these pools, without an interruption: see `PoolSet.update`. Returns at once what holds now: a call
+        with a lower `generation` than an earlier one has no effect. `notice` is for health pages. `adapters` are
+        the directories of the service's file, by name; `config` is kept for the callers."""
         await self._ensure_started()
         specs = _checked(pools)
-        if generation < self._generation:
-            return
-        self._generation, self._notice = generation, notice
+        plan = self._keeper.plan
+        if generation < plan.generation:
+            return plan
+        self._notice = notice
         if adapters is not None:
             self._spawn(self._adapters.configure(adapters, generation))
-        if specs != self._specs:
-            self._specs = specs
-            self._spawn(self._change_pools(specs, drain_timeout_s))
-
-    async def _change_pools(self, specs: Sequence[PoolSpec], drain_timeout_s: float) -> None:
-        """The new pools are published before they start, so that front ends wait for them while the old ones drain."""
-        async with self._applying:
-            ending = [pool for pool in self._pools if pool.spec not in specs]
-            kept = {pool.spec.name: pool for pool in self._pools if pool not in ending}
-            self._pools = [kept.get(spec.name) or self._make_pool(spec) for spec in specs]
+        if generation > plan.generation or specs != plan.specs:
+            self._keeper.deploy(specs, generation, config or {})
             self._publish()
-            logger.info("ending pools: %s", ", ".join(pool.spec.name for pool in ending) or "none")
-            await asyncio.gather(*(pool.drain(drain_timeout_s) for pool in ending))
-            for pool in self._pools:
-                if pool.spec.name not in kept:
-                    pool.start()
+        if specs != plan.specs:
+            self._num_updates += 1
+            self._spawn(self._update(specs, drain_timeout_s))
+        return self._keeper.plan
+
+    async def _update(self, specs: Sequence[PoolSpec], drain_timeout_s: float) -> None:
+        try:
+            await self._pools.update(specs, drain_timeout_s)
+        finally:
+            self._num_updates -= 1
 
     async def _remove_leftovers(self) -> None:
         """Placement groups outlive the actor that created them, and an interrupted kill may have left one."""
@@ -203,9 +208,11 @@ class PoolSupervisor:
 
     async def _start(self) -> None:
         running = await self._take_over()
-        self._pools = [self._make_pool(spec) for spec in self._specs]
-        for pool in self._pools:
-            pool.start(running.get(pool.spec.name))
+        plan = self._keeper.plan
+        self._pools.start(plan.specs, plan.sizes, running)
+        if any(gangs for gangs in running.values()):  # a change may have been under way
+            self._spawn(self._pools.finish(_LEASE_S))
+        self._publish()
 
     @property
     def _prefix(self) -> str:
@@ -214,12 +221,14 @@ class PoolSupervisor:
         return f"tensorweave-{name}/"
 
     async def _take_over(self) -> dict[str, dict[int, ReadyGang]]:
-        """Resume the gangs from before a restart that match our specs, by pool and slot; end all others."""
+        """Resume the gangs from before a restart, by pool and slot, and the plan that they have kept."""
         running: dict[str, dict[int, ReadyGang]] = {}
         if self._detached is None:
             await self._remove_leftovers()
             return running
-        found = await find_running(self._prefix, self._specs, self._worker_class, self._detached.namespace)
+        namespace = self._detached.namespace
+        plan, found = await find_running(self._prefix, self._keeper.plan, self._worker_class, namespace)
+        self._keeper = PlanKeeper(plan)
         for record, gang in found:
             running.setdefault(record.pool, {})[record.slot] = (gang, record.address)
         for kept in await asyncio.gather(*(gang.kept_adapters() for _, gang in found)):
@@ -245,11 +254,12 @@ class PoolSupervisor:
         namespace = None if self._detached is None else self._detached.namespace
         places = PoolPlaces(f"{self._prefix}{spec.name}-", spec.gang.placement)
 
-        def launch(slot: int, epoch: int) -> Gang:
+        def launch(gang: GangSpec, slot: int, epoch: int) -> Gang:
             gang_id = f"{spec.name}-{slot}.{epoch}-{secrets.token_hex(3)}"
             group = self._prefix + gang_id
+            places.rule = gang.placement
             return Gang(
-                *(spec.gang, self._worker_class, gang_id, epoch, group),
+                *(gang, self._worker_class, gang_id, epoch, group),
                 pool=spec.name,
                 slot=slot,
                 namespace=namespace,
@@ -261,12 +271,16 @@ class PoolSupervisor:
 
     def _ready_gangs(self) -> list[PoolGang]:
         """Those that adapters are for."""
-        pools = [pool for pool in self._pools if pool.spec.gang.role != "embed"]
+        pools = [pool for pool in self._pools.all if pool.spec.gang.role != "embed"]
         return [gang for pool in pools for gang, _ in pool.ready]
 
     def _publish(self) -> None:
         """Wake all pending `watch` calls. The event is replaced, so that none misses or repeats a change."""
-        self._links.update([gang for pool in self._pools for gang in pool.ready])
+        ready = self._pools.ready
+        self._links.update(ready)
+        if self._detached is not None:
+            self._keeper.update(self._pools.sizes, [gang for gang, _ in ready])
+            self._requests.update([(pool.spec.gang, pool.replicas) for pool in self._pools.all])
         self._version += 1
         self._changed.set()
         self._changed = asyncio.Event()

@@ -1,20 +1,20 @@
-"""Finds the gangs that were running when a supervisor restarted, and resumes those that match its specs."""
+"""Finds the gangs that were running when a supervisor restarted, and what it wanted of them, and resumes them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from typing import Any, Final
 
 import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import remove_placement_group
 
+from tensorweave.cluster.errors import WorkerLost
 from tensorweave.cluster.gang import Gang
 from tensorweave.cluster.gang_record import GangRecord
 from tensorweave.cluster.placement import NamedGroup, find_groups
-from tensorweave.cluster.pool import PoolSpec
+from tensorweave.cluster.pool_spec import PoolPlan
 from tensorweave.cluster.rank_actors import rank_name
 
 logger = logging.getLogger(__name__)
@@ -23,26 +23,42 @@ _ANSWER_TIMEOUT_S: Final = 10.0
 
 
 async def find_running(
-    prefix: str, specs: Sequence[PoolSpec], worker_class: type[Any], namespace: str
-) -> list[tuple[GangRecord, Gang]]:
-    """Resume the gangs whose placement groups' names start with `prefix` and that match `specs`. Remove the groups of
-    all others, which ends their ranks."""
+    prefix: str, plan: PoolPlan, worker_class: type[Any], namespace: str
+) -> tuple[PoolPlan, list[tuple[GangRecord, Gang]]]:
+    """Resume the gangs whose placement groups' names start with `prefix`, and which belong to a pool of the plan: the
+    latest that one of them has kept, else `plan`. Remove the groups of all others, which ends their ranks."""
     groups = await asyncio.to_thread(find_groups, prefix)
-    records = await asyncio.gather(*(_read_record(group, namespace) for group in groups))
-    wanted = {(spec.name, slot): spec for spec in specs for slot in range(spec.replicas)}
+    kept = await asyncio.gather(*(_read_record(group, namespace) for group in groups))
+    plan = max([plan, *(own for _, own in kept)], key=lambda each: each.version)
+    roles = {spec.name: spec.gang.role for spec in plan.specs}
+    taken: set[tuple[str, int]] = set()
     running = []
-    for group, record in zip(groups, records, strict=True):
+    for group, (record, _) in zip(groups, kept, strict=True):
         gang = None
-        if record is not None and (spec := wanted.get((record.pool, record.slot))) and spec.gang == record.spec:
+        if record is not None and roles.get(record.pool) == record.spec.role and _place(record) not in taken:
             gang = await asyncio.to_thread(_resume, record, worker_class, group, namespace)
-        if record is not None and gang is not None:
-            del wanted[record.pool, record.slot]
+        if record is not None and gang is not None and await _is_open(gang):
+            taken.add(_place(record))
             running.append((record, gang))
             logger.warning("resuming gang %s", gang.gang_id)
         else:
             logger.warning("removing %s of an earlier supervisor", group.name)
             await asyncio.to_thread(remove_placement_group, group.group)
-    return running
+    return plan, running
+
+
+def _place(record: GangRecord) -> tuple[str, int]:
+    return record.pool, record.slot
+
+
+async def _is_open(gang: Gang) -> bool:
+    """It may have been draining."""
+    try:
+        await gang.reopen()
+    except WorkerLost as error:
+        logger.warning("%s", error.message)
+        return False
+    return True
 
 
 def _resume(record: GangRecord, worker_class: type[Any], group: NamedGroup, namespace: str) -> Gang | None:
@@ -53,14 +69,15 @@ def _resume(record: GangRecord, worker_class: type[Any], group: NamedGroup, name
         return None
 
 
-async def _read_record(group: NamedGroup, namespace: str) -> GangRecord | None:
-    """None if its rank 0 has ended, does not answer, or was not ready."""
+async def _read_record(group: NamedGroup, namespace: str) -> tuple[GangRecord | None, PoolPlan]:
+    """No record if its rank 0 has ended, does not answer, or was not ready."""
     if not group.is_placed:
-        return None
+        return None, PoolPlan()
     try:
         leader = await asyncio.to_thread(ray.get_actor, rank_name(group.name, 0), namespace)
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):
             record: GangRecord | None = await leader.record.remote()
+            plan: PoolPlan = await leader.kept_plan.remote()
     except (ValueError, RayError, TimeoutError):
-        return None
-    return record
+        return None, PoolPlan()
+    return record, plan

@@ -22,6 +22,7 @@ from tensorweave.deploy.config_file import ConfigError, KeyPath, read_document
 from tensorweave.deploy.config_mistakes import describe
 from tensorweave.deploy.config_observing import LoggingConfig, TracingConfig
 from tensorweave.deploy.config_router import RouterConfig
+from tensorweave.deploy.config_scaling import ScalingConfig
 from tensorweave.deploy.config_tables import LimitsConfig, NetworkConfig, PoolConfig, RayConfig
 
 # The router tokenizes and completes sampling fields for all pools, so these cannot differ between pools: the model is
@@ -40,7 +41,7 @@ _SHARED_KEYS: Final = (
 )
 _FIRST_REVISION: Final = "main"
 _ADMIN_OFFSET: Final = 200
-_NOT_IN_ENGINE: Final = ("model", "role", "replicas")
+_NOT_IN_ENGINE: Final = ("model", "role", "replicas", "min_replicas", "max_replicas")
 _NOT_IN_POOL: Final = ("model", *_SHARED_KEYS)
 
 
@@ -82,6 +83,9 @@ class ServeConfig(StrictBaseModel):
     )
     network: NetworkConfig = Field(
         default_factory=NetworkConfig, status="prototype", description="Which of the hosts' networks is used for what."
+    )
+    scaling: ScalingConfig = Field(
+        default_factory=ScalingConfig, status="prototype", description="When pools change while the service runs."
     )
     ray: RayConfig = Field(default_factory=RayConfig, status="prototype", description="The Ray cluster.")
 

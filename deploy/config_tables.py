@@ -29,6 +29,12 @@ class PoolConfig(LlmArgs):
         "'both'.",
     )
     replicas: int = Field(1, status="prototype", ge=1, description="Gangs in the pool.")
+    min_replicas: int | None = Field(
+        None, status="prototype", ge=1, description="Fewest gangs, if the pool shrinks by itself; see 'scaling'."
+    )
+    max_replicas: int | None = Field(
+        None, status="prototype", ge=1, description="Most gangs, if the pool grows by itself; see 'scaling'."
+    )
     placement: PlacementConfig = Field(
         default_factory=PlacementConfig, status="prototype", description="The hosts that its gangs are on."
     )
@@ -69,6 +75,15 @@ class PoolConfig(LlmArgs):
         if skip:
             raise ValueError("the HTTP service needs the tokenizer")
         return skip
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        if not (self.min_replicas or 1) <= self.replicas <= (self.max_replicas or self.replicas):
+            raise ValueError(
+                f"replicas is {self.replicas}, which is not between min_replicas and max_replicas "
+                f"({self.min_replicas}, {self.max_replicas})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_shared_gpu(self) -> Self:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 from tensorweave.cluster.cluster_resources import ClusterResources
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.llm_args import gang_mesh
-from tensorweave.cluster.pool import PoolSpec
+from tensorweave.cluster.pool_spec import PoolSpec
 from tensorweave.deploy.config import ServeConfig
 from tensorweave.deploy.config_tables import PoolConfig
 
@@ -54,6 +55,14 @@ def needed_resources(specs: Sequence[PoolSpec]) -> dict[str, float]:
         for resource, amount in spec.gang.bundle.items():
             need[resource] = need.get(resource, 0.0) + amount * spec.gang.mesh.size * spec.replicas
     return need
+
+
+def roomy_cpus(config: ServeConfig) -> float:
+    """The CPUs that Ray counts on a host of our own: for all gangs that the pools may have, and one more of each pool,
+    so that new gangs start before old ones drain."""
+    specs = pool_specs(config, has_gpus=False)
+    most = [replace(spec, replicas=1 + (config.pools[spec.name].max_replicas or spec.replicas)) for spec in specs]
+    return needed_resources(most).get("CPU", 1.0)
 
 
 def explain_shortage(specs: Sequence[PoolSpec], resources: ClusterResources) -> str | None:

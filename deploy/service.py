@@ -33,7 +33,7 @@ from tensorweave.deploy.driver_log import driver_log, format_rays_own
 from tensorweave.deploy.ingress import ingress_env, taken_ports
 from tensorweave.deploy.monitor import RayCluster, RayLost, ServiceFailed, abandon_ray, monitor
 from tensorweave.deploy.pinned_model import PinnedModel
-from tensorweave.deploy.pools import explain_shortage, needed_resources, pool_specs
+from tensorweave.deploy.pools import explain_shortage, pool_specs, roomy_cpus
 from tensorweave.deploy.progress import PoolReporter, report, report_links
 from tensorweave.deploy.router_hosts import router_urls
 from tensorweave.deploy.serve_app import build
@@ -149,8 +149,7 @@ def _start(model: PinnedModel, stop: StopSignal, ending: ExitStack) -> tuple[lis
 def _join_ray(config: ServeConfig, ending: ExitStack) -> None:
     """Join or start a Ray cluster. Raises StartFailed if it cannot hold the pools, or if Serve already runs there."""
     report("joining Ray" if config.ray.address or os.environ.get("RAY_ADDRESS") else "starting Ray")
-    need = needed_resources(pool_specs(config, has_gpus=False))
-    num_cpus = need.get("CPU", 1.0)
+    num_cpus = roomy_cpus(config)
     session = ending.enter_context(start_or_join_ray(config.ray.address, num_cpus=num_cpus, namespace=NAMESPACE))
     format_rays_own(config.logging.settings())
     refuse_open_ray(is_allowed=config.security.allow_unauthenticated_ray)

@@ -25,6 +25,7 @@ from tensorweave.cluster.errors import WorkerLost
 from tensorweave.cluster.host_memory import oom_kills
 from tensorweave.cluster.host_networks import address_in, interface_addresses
 from tensorweave.cluster.log_setup import LogSettings, set_up_logging
+from tensorweave.cluster.pool_spec import PoolPlan
 from tensorweave.cluster.protocol import KvSource, LinkMeasurement
 from tensorweave.cluster.rank_watch import first_line
 from tensorweave.cluster.ranks import LeaderPlace, LinkRate, RankOrder, RankPlace, RankReport, RankStarted, Traffic
@@ -65,6 +66,7 @@ class RankWorker:
         self._log = StartLog(self._note_phase)
         self._record: GangRecord | None = None
         self._adapters = AdapterRecord()
+        self._plan = PoolPlan()
         self._guard = ProcessGuard(self._has_failed, _remove_placement_group)
 
     async def prepare(self, lease_s: float | None = None) -> RankPlace:
@@ -145,6 +147,19 @@ class RankWorker:
 
     async def kept_adapters(self) -> AdapterRecord:
         return self._adapters
+
+    async def keep_plan(self, plan: PoolPlan) -> None:
+        """Rank 0: keep what a supervisor that takes the gang over must know of all pools. An older plan is ignored."""
+        if plan.version > self._plan.version:
+            self._plan = plan
+
+    async def kept_plan(self) -> PoolPlan:
+        return self._plan
+
+    async def reopen(self) -> None:
+        """Rank 0: take new requests again after `drain`."""
+        if self._leader is not None:
+            self._leader.reopen()
 
     async def drain(self, timeout_s: float) -> bool:
         """Rank 0: refuse new requests, and wait until the open ones have ended and their KV has been fetched. Return

@@ -16,7 +16,7 @@ from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.fleet import Fleet, StaticFleet, WatchedFleet
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.llm_args import TorchLlmArgs, gang_mesh
-from tensorweave.cluster.pool import PoolSpec
+from tensorweave.cluster.pool_spec import PoolSpec
 from tensorweave.cluster.process_sentinel import OwnSentinel
 from tensorweave.cluster.protocol import KvSource, ModelInfo
 from tensorweave.cluster.ray_session import RaySession, start_or_join_ray

@@ -14,7 +14,7 @@ from ray.exceptions import ActorUnavailableError
 from tensorweave.cluster.errors import NotReady, WorkerLost
 from tensorweave.cluster.fleet import StaticFleet, WatchedFleet
 from tensorweave.cluster.kv_links import Pair
-from tensorweave.cluster.pool import PoolState
+from tensorweave.cluster.pool_spec import PoolState
 from tensorweave.cluster.protocol import GangAddress, GenerateRequest, LinkMeasurement, Role, SamplingSpec
 from tensorweave.cluster.service_state import ServiceState
 from tensorweave.cluster.socket_link import SocketLink

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -11,10 +10,10 @@ import pytest
 from tensorweave.cluster.errors import NotReady
 from tensorweave.cluster.fleet import WatchedFleet
 from tensorweave.cluster.gang_spec import GangSpec
-from tensorweave.cluster.pool import GangState, PoolSpec, PoolState
+from tensorweave.cluster.pool_set import PoolSet
+from tensorweave.cluster.pool_spec import GangState, PoolSpec, PoolState
 from tensorweave.cluster.protocol import Role
 from tensorweave.cluster.service_state import ServiceState
-from tensorweave.cluster.supervisor import PoolSupervisor
 
 
 def state_of(**states: tuple[GangState, ...]) -> ServiceState:
@@ -77,13 +76,10 @@ def test_pools_that_end_one_after_another_share_the_time(monkeypatch: pytest.Mon
     async def run() -> list[tuple[str, float]]:
         order: list[tuple[str, float]] = []
         clock = SteppedTime()
-        monkeypatch.setattr("tensorweave.cluster.supervisor.time", clock)
-        supervisor = PoolSupervisor([], SimpleNamespace)
-        supervisor._pools = cast(Any, [SlowPool(role, order, clock) for role in ("prefill", "decode")])
-        supervisor._starting = asyncio.create_task(asyncio.sleep(0))
-        monkeypatch.setattr(PoolSupervisor, "_prefix", "none-")
-        monkeypatch.setattr("tensorweave.cluster.supervisor.remove_groups", lambda prefix: None)
-        await supervisor.drain(5.0)
+        monkeypatch.setattr("tensorweave.cluster.pool_set.time", clock)
+        pools = PoolSet(lambda spec: pytest.fail("no pool is made"), lambda: None)
+        pools.all = cast(Any, [SlowPool(role, order, clock) for role in ("prefill", "decode")])
+        await pools.drain(5.0)
         return order
 
     assert asyncio.run(run()) == [("decode", 5.0), ("prefill", 0.0)]

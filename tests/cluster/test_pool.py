@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from tensorweave.cluster.errors import InsufficientResources, TensorweaveError, WorkerLost
+import pytest
+
+from tensorweave.cluster.errors import InsufficientResources, NotReady, TensorweaveError, WorkerLost
 from tensorweave.cluster.gang_spec import GangSpec
-from tensorweave.cluster.pool import GangPool, PoolSpec
+from tensorweave.cluster.pool import GangPool
+from tensorweave.cluster.pool_spec import PoolPlan, PoolSpec
 from tensorweave.cluster.protocol import GangAddress, KvSource, LinkMeasurement, ModelInfo
 from tensorweave.workers.fakes.stepped_loop import run_stepped
 
@@ -18,12 +22,14 @@ _INFO = ModelInfo("fake", 10, 10, "float32", 2, 5)
 class _FakeGang:
     """`start_error` is raised by its start; `end` makes its watch return."""
 
-    def __init__(self, gang_id: str, epoch: int, start_error: Exception | None) -> None:
+    def __init__(self, gang_id: str, epoch: int, start_error: Exception | None, spec: GangSpec = GangSpec()) -> None:  # noqa: B008
         self.gang_id = gang_id
+        self.spec = spec
         self.epoch = epoch
         self.address = GangAddress(gang_id, epoch, "both", "127.0.0.1", 1, "s", _INFO)
         self.num_kills = 0
         self.drained_s: float | None = None
+        self.becomes_idle = True
         self._start_error = start_error
         self._end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -33,7 +39,7 @@ class _FakeGang:
         return self.address
 
     async def watch(self) -> str:
-        return await self._end
+        return await asyncio.shield(self._end)
 
     def end(self, reason: str) -> None:
         self._end.set_result(reason)
@@ -43,6 +49,21 @@ class _FakeGang:
 
     async def drain(self, timeout_s: float) -> None:
         self.drained_s = timeout_s
+
+    async def quiesce(self, timeout_s: float) -> bool:
+        self.drained_s = timeout_s
+        return self.becomes_idle
+
+    async def reopen(self) -> None:
+        self.drained_s = None
+
+    async def reassign(self, pool: str, slot: int, spec: GangSpec) -> GangAddress:
+        self.spec = spec
+        self.address = replace(self.address, role=spec.role)
+        return self.address
+
+    async def keep_plan(self, plan: PoolPlan) -> None:
+        raise AssertionError("pools keep no plan")
 
     async def kill(self) -> None:
         self.num_kills += 1
@@ -72,9 +93,9 @@ class _Bench:
             self.failures.append(failure)
         self._changed.set()
 
-    def _launch(self, slot: int, epoch: int) -> _FakeGang:
+    def _launch(self, spec: GangSpec, slot: int, epoch: int) -> _FakeGang:
         error = self.errors.pop(0) if self.errors else None
-        self.gangs.append(_FakeGang(f"p-{slot}.{epoch}", epoch, error))
+        self.gangs.append(_FakeGang(f"p-{slot}.{epoch}", epoch, error, spec))
         return self.gangs[-1]
 
     async def until(self, is_so: Callable[[], bool]) -> None:
@@ -319,6 +340,130 @@ def test_a_pool_resumes_running_gangs_and_replaces_them() -> None:
         running.end("its host died")
         await bench.until(lambda: bench.ids() == ["p-0.1", "p-1.5"])
         assert running.num_kills == 1
+        await bench.pool.stop()
+
+    _run(body)
+
+
+_NEW = GangSpec(args={"max_batch_size": 4})
+
+
+def test_new_gangs_are_ready_before_old_ones_drain() -> None:
+    async def body() -> None:
+        bench = _Bench(replicas=2)
+        await bench.until(lambda: len(bench.ids()) == 2)
+        published: list[list[str]] = []
+        for gang in bench.gangs:
+            drain = gang.drain
+
+            async def note(timeout_s: float, drain: Callable[[float], Awaitable[None]] = drain) -> None:
+                published.append(bench.ids())
+                await drain(timeout_s)
+
+            gang.drain = note  # type: ignore[method-assign]
+        await bench.pool.roll(PoolSpec("p", _NEW, 2), 7.0, asyncio.Lock())
+        assert published == [["p-0.1", "p-2.1"], ["p-2.1", "p-3.1"]]
+        assert [gang.drained_s for gang in bench.gangs] == [7.0, 7.0, None, None]
+        assert [gang.spec for gang in bench.gangs[2:]] == [_NEW, _NEW]
+        assert bench.pool.describe()["update"] == {"state": "done", "text": "2 gangs were replaced"}
+        assert bench.pool.describe()["num_changes"] == {"scaled": 0, "moved": 0, "update": 2}
+        await bench.pool.stop()
+
+    _run(body)
+
+
+def test_an_update_that_a_gang_refuses_leaves_the_old_gangs() -> None:
+    async def body() -> None:
+        bench = _Bench(replicas=2)
+        await bench.until(lambda: len(bench.ids()) == 2)
+        bench.errors = [ValueError("max_batch_size is odd")]
+        await bench.pool.roll(PoolSpec("p", _NEW, 2), 7.0, asyncio.Lock())
+        assert bench.ids() == ["p-0.1", "p-1.1"]
+        assert bench.pool.replicas == 2
+        update = bench.pool.describe()["update"]
+        assert update["state"] == "stopped"
+        assert update["text"].startswith("0 of 2 gangs are new: gang p-2.1 cannot start: max_batch_size is odd")
+        bench.gangs[0].end("died")
+        await bench.until(lambda: bench.ids() == ["p-0.2", "p-1.1"])
+        assert bench.gangs[-1].spec == GangSpec(), "the spec that could start"
+        await bench.pool.stop()
+
+    _run(body)
+
+
+def test_without_room_for_one_more_an_old_gang_drains_first() -> None:
+    async def body() -> None:
+        bench = _Bench(replicas=1)
+        await bench.until(lambda: bench.ids() == ["p-0.1"])
+        bench.errors = [InsufficientResources("no GPU")]
+        await bench.pool.roll(PoolSpec("p", _NEW, 1), 7.0, asyncio.Lock())
+        assert bench.ids() == ["p-1.2"]
+        assert [gang.drained_s for gang in bench.gangs] == [7.0, None, None]
+        await bench.pool.stop()
+
+    _run(body)
+
+
+def test_an_update_ends_with_its_pool() -> None:
+    async def body() -> None:
+        bench = _Bench(replicas=1)
+        await bench.until(lambda: bench.ids() == ["p-0.1"])
+        bench.errors = [WorkerLost("crash")] * 4
+        rolling = asyncio.create_task(bench.pool.roll(PoolSpec("p", _NEW, 1, max_faults=100), 7.0, asyncio.Lock()))
+        await bench.until(lambda: len(bench.gangs) == 3)
+        await bench.pool.drain(1.0)
+        await rolling
+        assert bench.ids() == []
+
+    _run(body)
+
+
+def test_a_gang_changes_its_pool_once_its_work_has_ended() -> None:
+    async def body() -> None:
+        giving, taking = _Bench(replicas=2), _Bench(replicas=1)
+        taking.pool.spec = PoolSpec("q", GangSpec(role="decode"))
+        await giving.until(lambda: len(giving.ids()) == 2)
+        await taking.until(lambda: len(taking.ids()) == 1)
+        gang = giving.gangs[1]
+        gang.becomes_idle = False
+        with pytest.raises(NotReady, match=r"p-1\.1 still has requests after 3 s"):
+            await giving.pool.release(None, 3.0)
+        assert giving.ids() == ["p-0.1", "p-1.1"]
+        assert (gang.drained_s, giving.pool.replicas) == (None, 2)
+        gang.becomes_idle = True
+        assert await giving.pool.release("p-1.1", 3.0) is gang
+        assert giving.ids() == ["p-0.1"]
+        await taking.pool.adopt(gang)
+        assert taking.ids() == ["p-0.1", "p-1.1"]
+        assert [address.role for address in taking.pool.state.addresses] == ["both", "decode"]
+        assert (giving.pool.replicas, taking.pool.replicas, gang.num_kills) == (1, 2, 0)
+        gang.end("died")
+        await taking.until(lambda: taking.ids() == ["p-0.1", "p-1.2"])
+        assert gang.num_kills == 1, "its new pool replaces it"
+        with pytest.raises(ValueError, match=r"no ready gang p-7\.1; ready are: p-0\.1"):
+            await giving.pool.release("p-7.1", 3.0)
+        await giving.pool.stop()
+        await taking.pool.stop()
+
+    _run(body)
+
+
+def test_a_gang_that_is_lost_while_it_is_given_away_is_replaced() -> None:
+    async def body() -> None:
+        bench = _Bench(replicas=2)
+        await bench.until(lambda: len(bench.ids()) == 2)
+        gang = bench.gangs[1]
+
+        async def quiesce(timeout_s: float) -> bool:
+            gang.end("its host died")
+            await bench.until(lambda: bench.pool.state.states == ("ready", "stopped"))
+            return True
+
+        gang.quiesce = quiesce  # type: ignore[method-assign]
+        with pytest.raises(WorkerLost):
+            await bench.pool.release(None, 3.0)
+        await bench.until(lambda: bench.ids() == ["p-0.1", "p-2.1"])
+        assert bench.pool.replicas == 2
         await bench.pool.stop()
 
     _run(body)

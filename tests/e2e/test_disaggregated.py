@@ -26,7 +26,7 @@ from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.guide import Guide
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.mesh import Mesh
-from tensorweave.cluster.pool import PoolSpec
+from tensorweave.cluster.pool_spec import PoolSpec
 from tensorweave.cluster.protocol import GenerateRequest, Role, SamplingSpec
 from tensorweave.cluster.ray_session import start_or_join_ray
 from tensorweave.cluster.supervisor import PoolSupervisor, start_supervisor

@@ -24,7 +24,7 @@ from tensorweave.cluster.errors import NotReady, WorkerLost
 from tensorweave.cluster.fleet import WatchedFleet
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.mesh import Mesh
-from tensorweave.cluster.pool import PoolSpec
+from tensorweave.cluster.pool_spec import PoolSpec
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
 from tensorweave.cluster.ray_session import import_root, start_or_join_ray
 from tensorweave.cluster.service_state import DetachedSpec
@@ -324,7 +324,7 @@ _OWNER = """
 import sys, time
 from tensorweave.cluster.gang_spec import GangSpec
 from tensorweave.cluster.mesh import Mesh
-from tensorweave.cluster.pool import PoolSpec
+from tensorweave.cluster.pool_spec import PoolSpec
 from tensorweave.cluster.fleet import WatchedFleet
 from tensorweave.cluster.ray_session import start_or_join_ray
 from tensorweave.cluster.supervisor import start_supervisor

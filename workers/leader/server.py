@@ -82,6 +82,10 @@ class LeaderServer:
         self._table.is_draining = True
         return self._table.is_idle.wait(timeout_s)
 
+    def reopen(self) -> None:
+        """Take new requests again after `drain`."""
+        self._table.is_draining = False
+
     def stop(self, timeout_s: float = 5.0) -> None:
         """End open requests with `WorkerLost`, close the connections, and end both threads."""
         self._stopping.set()
