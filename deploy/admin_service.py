@@ -14,11 +14,14 @@ from tensorweave.cluster.errors import NotReady
 from tensorweave.deploy.adapter_control import SupervisorAdapters
 from tensorweave.deploy.admin_port import AdminPort
 from tensorweave.deploy.config import ServeConfig
+from tensorweave.deploy.controller import Controller
+from tensorweave.deploy.pool_control import ServicePools
 from tensorweave.router.admin.access import AdminKeys
 from tensorweave.router.admin.adapters import adapter_routes
 from tensorweave.router.admin.app import AdminService, build_admin_app
 from tensorweave.router.admin.chat import ChatRelay
 from tensorweave.router.admin.observer import Observer
+from tensorweave.router.admin.pools import pool_routes
 from tensorweave.router.admin.router_table import RouterTable
 
 _DESCRIBE_TIMEOUT_S: Final = 5.0
@@ -30,8 +33,16 @@ def start_admin_port(
     find_supervisor: Callable[[], ActorHandle[Any]],
     routers: RouterTable,
     chat_key: str | None,
+    control: ServicePools,
+    controller: Controller,
 ) -> None:
     """`find_supervisor` blocks, and raises ValueError if there is none. `chat_key`: an API key for the page's chat."""
+
+    async def describe() -> Sequence[dict[str, Any]]:
+        pools = await _describe(find_supervisor)
+        for pool in pools:
+            pool["pressure"], pool["pressure_reason"] = controller.pressures.get(pool["pool"], (None, None))
+        return pools
 
     def build() -> ASGIApp:
         security = config.security
@@ -40,10 +51,13 @@ def start_admin_port(
                 model_name=config.model_name,
                 version=version,
                 keys=AdminKeys(security.admin_keys, bool(security.api_keys), config.admin.host),
-                observer=Observer(lambda: _describe(find_supervisor), routers),
+                observer=Observer(describe, routers),
                 chat=ChatRelay(config.endpoint, chat_key),
                 heartbeat_limit_s=config.limits.router_limits().heartbeat_limit_s,
-                routes=adapter_routes(SupervisorAdapters(find_supervisor), config.model_names),
+                routes=[
+                    *adapter_routes(SupervisorAdapters(find_supervisor), config.model_names),
+                    *pool_routes(control),
+                ],
             )
         )
 

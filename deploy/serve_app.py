@@ -23,6 +23,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from tensorweave.cluster.fleet import WatchedFleet
+from tensorweave.cluster.pool_spec import PoolPlan
 from tensorweave.cluster.ray_auth import refuse_open_ray
 from tensorweave.cluster.ray_internals import allow_rebinding, mark_generated_ids
 from tensorweave.cluster.router_report import RouterReport
@@ -32,8 +33,10 @@ from tensorweave.deploy.actor_names import HEAD_NODE, supervisor_home
 from tensorweave.deploy.api_keys import digest_of
 from tensorweave.deploy.config import ServeConfig, load_config
 from tensorweave.deploy.config_source import ConfigSource
+from tensorweave.deploy.controller import Controller
+from tensorweave.deploy.deployment import Deployment
 from tensorweave.deploy.pinned_model import PinnedModel
-from tensorweave.deploy.pools import pool_specs
+from tensorweave.deploy.pool_control import CurrentDeployment, ServicePools
 from tensorweave.deploy.router_hosts import replica_options
 from tensorweave.deploy.router_reports import report_for_ever
 from tensorweave.deploy.serve_logging import log_in_replica
@@ -69,34 +72,40 @@ class Pools:
     ) -> None:
         from tensorweave.deploy.admin_service import start_admin_port
 
-        config = ServeConfig.from_plain(plain)
+        config = _without_key(ServeConfig.from_plain(plain), chat_key)
         log_in_replica(config.logging.settings(), "pools")
         refuse_open_ray(is_allowed=config.security.allow_unauthenticated_ray)
-        self._drain_timeout_s = config.limits.drain_timeout_s
-        self._generation = generation
         self._source = source
-        self._adapters = config.adapters
-        self._specs = pool_specs(config, has_gpus=ray.cluster_resources().get("GPU", 0) > 0, digests=digests)
+        has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+        self._current = CurrentDeployment(Deployment.of(PinnedModel(config, digests), generation, has_gpus=has_gpus))
         self._home = supervisor_home(serve.get_replica_context().app_name)
         self._log = config.logging.settings()
         self._routers = RouterTable()
         find = functools.partial(find_supervisor, self._home)
-        start_admin_port(config, _version(), find, self._routers, chat_key)
+        control, controller = ServicePools(find, self._current), Controller(find, self._routers, self._current)
+        start_admin_port(config, _version(), find, self._routers, chat_key, control, controller)
+        self._controlling = asyncio.create_task(controller.run())
 
     def note_router(self, report: RouterReport) -> float:
         """Return when this router is to report again, in seconds from now."""
         return self._routers.note(report)
 
     def supervisor(self) -> ActorHandle[Any]:
-        return find_or_start_supervisor(self._home, self._specs, RankWorker, self._log, self._adapters)
+        current = self._current.value
+        return find_or_start_supervisor(self._home, current.specs, RankWorker, self._log, current.config.adapters)
 
     async def check_health(self) -> None:
         """Replace a supervisor that has ended; give one of an earlier deployment this configuration."""
         async with asyncio.timeout(_CONTROL_TIMEOUT_S):
             supervisor = await asyncio.to_thread(self.supervisor)
             notice = None if self._source is None else await asyncio.to_thread(self._source.notice)
-            change = (self._specs, self._generation, self._drain_timeout_s, notice, self._adapters)
-            await supervisor.apply.remote(*change)
+            own = self._current.value
+            drain_s, adapters = own.config.limits.drain_timeout_s, own.config.adapters
+            plan: PoolPlan = await supervisor.apply.remote(
+                own.specs, own.generation, drain_s, notice, adapters, own.config.to_plain()
+            )
+            if plan.generation > own.generation and plan.config and self._current.value is own:
+                self._current.value = own.resumed(plan.generation, plan.config, plan.specs)
 
 
 class Router:
@@ -189,6 +198,14 @@ class Router:
             supervisor = await self._pools.supervisor.remote()
         home = supervisor_home(serve.get_replica_context().app_name)
         return WatchedFleet(supervisor, functools.partial(find_supervisor, home))
+
+
+def _without_key(config: ServeConfig, chat_key: str | None) -> ServeConfig:
+    """As the operator wrote it: without the page's own API key."""
+    if chat_key is None:
+        return config
+    keys = [key for key in config.security.api_keys if key != digest_of(chat_key)]
+    return config.model_copy(update={"security": config.security.model_copy(update={"api_keys": keys})})
 
 
 def _recorders(config: ServeConfig, replica: str) -> list[Recorder]:

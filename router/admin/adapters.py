@@ -19,13 +19,10 @@ from starlette.routing import Route
 
 from tensorweave.cluster.errors import RequestRejected
 from tensorweave.cluster.protocol import Adapter
-from tensorweave.router.http import asgi
-from tensorweave.router.http.body_memory import BodyMemory
+from tensorweave.router.admin.json_bodies import JsonBodies
 from tensorweave.router.openai.parsing import ParsedRequest, parse_request
 
 _MAX_BODY_BYTES: Final = 64 << 10
-_MAX_HELD_BYTES: Final = 1 << 20
-_BODY_TIMEOUT_S: Final = 10.0
 
 
 class AdapterControl(Protocol):
@@ -47,16 +44,10 @@ class UnloadAdapter(ParsedRequest):
 
 
 def adapter_routes(control: AdapterControl, model_names: Sequence[str]) -> list[Route]:
-    memory = BodyMemory(_MAX_HELD_BYTES)
-
-    async def body_of(request: Request) -> bytes:
-        with memory.share() as share:
-            return await asgi.read_json_body(
-                request.scope, request.receive, share, max_bytes=_MAX_BODY_BYTES, timeout_s=_BODY_TIMEOUT_S
-            )
+    bodies = JsonBodies(_MAX_BODY_BYTES)
 
     async def load(request: Request) -> Response:
-        asked = parse_request(LoadAdapter, await body_of(request))
+        asked = parse_request(LoadAdapter, await bodies.read(request))
         if asked.lora_name in model_names:
             raise RequestRejected(f"{asked.lora_name!r} is the name of the model itself", param="lora_name")
         if not PurePosixPath(asked.lora_path).is_absolute():
@@ -65,7 +56,7 @@ def adapter_routes(control: AdapterControl, model_names: Sequence[str]) -> list[
         return _json({"lora_name": adapter.name, "lora_path": adapter.path, "digest": adapter.digest.hex()})
 
     async def unload(request: Request) -> Response:
-        asked = parse_request(UnloadAdapter, await body_of(request))
+        asked = parse_request(UnloadAdapter, await bodies.read(request))
         await control.unload(asked.lora_name)
         return _json({"lora_name": asked.lora_name})
 

@@ -77,6 +77,20 @@ class _Pools(Collector):
             *("pool", "role"),
         )
         yield self._family(
+            CounterMetricFamily,
+            "pool_changes",
+            "Changes of a pool: its size (scaled), gangs that came or left (moved), steps of an update.",
+            [([pool["pool"], kind], count) for pool in pools for kind, count in pool.get("num_changes", {}).items()],
+            *("pool", "kind"),
+        )
+        yield self._family(
+            GaugeMetricFamily,
+            "pool_pressure",
+            "The largest of what is measured at a pool, divided by its target.",
+            [([pool["pool"]], pool["pressure"]) for pool in pools if pool.get("pressure") is not None],
+            "pool",
+        )
+        yield self._family(
             GaugeMetricFamily,
             "gang_progress_age_seconds",
             "Time since the step loop of the gang's slowest rank made progress.",

@@ -72,6 +72,10 @@ def _pool(pool: dict[str, Any], before: Look | None, now: Look) -> Pool:
         failure=pool["failure"],
         trouble=pool["trouble"],
         notice=pool.get("notice"),
+        is_updating=pool.get("is_updating", False),
+        update=pool.get("update"),
+        pressure=pool.get("pressure"),
+        pressure_reason=pool.get("pressure_reason"),
         gangs=[_gang(gang, before, now) for gang in pool["gangs"]],
     )
 

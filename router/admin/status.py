@@ -84,7 +84,14 @@ class PoolEvent(BaseModel):
     time_s: float = Field(description="Seconds since 1970.")
     pool: str
     gang_id: str
-    kind: Literal["ready", "fault", "not placed"]
+    kind: Literal["ready", "fault", "not placed", "scaled", "moved", "update"]
+    text: str
+
+
+class PoolUpdate(BaseModel):
+    """The latest change of a pool's gangs to another configuration."""
+
+    state: Literal["running", "done", "stopped"]
     text: str
 
 
@@ -96,6 +103,12 @@ class Pool(BaseModel):
     failure: str | None = Field(description="Why none of its gangs will be ready soon.")
     trouble: str | None = Field(description="Its last problem.")
     notice: str | None = Field(description="Something else that operators should know.")
+    is_updating: bool = Field(False, description="Whether an update of the service is under way.")
+    update: PoolUpdate | None = None
+    pressure: float | None = Field(
+        None, description="The largest of what is measured, divided by its target; see `scaling`. None: not measured."
+    )
+    pressure_reason: str | None = Field(None, description="What was measured.")
     gangs: list[Gang]
 
 

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tensorweave.cli import batch, bench, chaos, chat, evaluate, models, replay, serve, soak, top, version
+from tensorweave.cli import batch, bench, changes, chaos, chat, evaluate, models, replay, serve, soak, top, version
 from tensorweave.cli.boundary import report
 
 _EXAMPLES = """\
@@ -19,6 +19,7 @@ examples:
   tensorweave serve --config service.yaml --set router.port=9000
   tensorweave chat                                       talk to it from another terminal
   tensorweave top                                        watch what it does
+  tensorweave scale decode 3                             change it while it runs; also move, update
   tensorweave bench throughput --model smollm2 --dtype float32 --json out.json
   tensorweave COMMAND --help                             more of each command
 """
@@ -36,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (serve, chat, top, batch, evaluate, bench, replay, chaos, soak, models, version):
         command.add_command(commands)
+    changes.add_commands(commands)
     return parser
 
 

@@ -166,6 +166,10 @@ def _wait(traffic: dict[str, Any]) -> str:
 
 def _pool(pool: dict[str, Any]) -> list[str]:
     rows = [f"{pool['name']} ({pool['role']}): {pool['num_ready']} of {pool['num_wanted']} gangs ready"]
+    if pool.get("pressure") is not None:
+        rows.append(f"  pressure {pool['pressure']:.2f}  {pool['pressure_reason'] or ''}".rstrip())
+    if pool.get("update"):
+        rows.append(f"  update {pool['update']['state']}: {pool['update']['text']}")
     rows += [f"  {text}" for text in (pool["failure"], pool["notice"]) if text]
     rows.append(f"  {'gang':24} {'state':10} {'run':>4} {'wait':>4} {'KV used+cached/all':>20} {'tok/s':>8}  ranks")
     for gang in pool["gangs"]:

@@ -142,6 +142,10 @@ function gangName(gang) {
 function pool(one) {
   const box = element("div");
   box.append(element("h3", `${one.name} (${one.role}): ${one.num_ready} of ${one.num_wanted} gangs ready`));
+  if (one.pressure !== null && one.pressure !== undefined) {
+    box.append(element("p", `pressure ${number(one.pressure, 2)}${one.pressure_reason ? `: ${one.pressure_reason}` : ""}`));
+  }
+  if (one.update) box.append(element("p", `update ${one.update.state}: ${one.update.text}`));
   for (const text of [one.failure, one.notice]) if (text) box.append(element("p", text, "trouble"));
   const rows = one.gangs.map((gang) => [
     gangName(gang),
