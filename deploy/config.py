@@ -143,7 +143,7 @@ class ServeConfig(StrictBaseModel):
     def _check_pools(self) -> Self:
         for pool in self.pools.values():
             pool.model = self.model
-        if mistakes := [*self._wrong_roles(), *self._wrong_exchange(), *self._wrong_admin()]:
+        if mistakes := [*self._wrong_roles(), *self._wrong_exchange(), *self._wrong_admin(), *self._wrong_moves()]:
             raise ValidationError.from_exception_data(type(self).__name__, mistakes)
         return self
 
@@ -187,6 +187,19 @@ class ServeConfig(StrictBaseModel):
             if pool.cache_transceiver_config is None or pool.cache_transceiver_config.backend is None:
                 path = (name, "cache_transceiver_config", "backend")
                 yield _wrong_pool(path, f"a {pool.role} pool needs a backend, 'DEFAULT' for one")
+
+    def _wrong_moves(self) -> Iterator[InitErrorDetails]:
+        """Gangs can only change their role if it is all that differs."""
+        pools = {pool.role: pool for pool in self.pools.values()}
+        if not self.scaling.moves:
+            return
+        if not {"prefill", "decode"} <= pools.keys():
+            yield _wrong(("scaling", "moves"), "needs a pool of role 'prefill' and one of role 'decode'")
+            return
+        keys = [*LlmArgs.model_fields, "gpus_per_rank", "placement"]
+        if different := [key for key in keys if getattr(pools["prefill"], key) != getattr(pools["decode"], key)]:
+            names = ", ".join(sorted(different))
+            yield _wrong(("scaling", "moves"), f"the pools of roles 'prefill' and 'decode' differ in {names}")
 
     def _wrong_admin(self) -> Iterator[InitErrorDetails]:
         router, port = self.router, self.admin_port

@@ -55,3 +55,23 @@ def test_admin_keys_come_from_a_file_too(tmp_path: Path) -> None:
     assert security.admin_keys_file is None
     with pytest.raises(ValueError, match="admin_keys_file"):
         SecurityConfig(admin_keys_file=str(tmp_path / "gone"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (("pools.decode.max_replicas=1", "pools.decode.replicas=2"), "not between min_replicas and max_replicas"),
+        (("pools.decode.min_replicas=2",), "not between min_replicas and max_replicas"),
+        (("engine.max_replicas=2",), "'max_replicas' belongs under a pool"),
+        (("scaling.moves=true", "pools.decode.max_batch_size=7"), "differ in max_batch_size"),
+        (("scaling.moves=true", "pools={main: {}}"), "needs a pool of role 'prefill' and one of role 'decode'"),
+        (("scaling.slack=1.0",), "less than 1"),
+    ],
+)
+def test_what_makes_no_sense_of_pools_that_change(tmp_path: Path, overrides: tuple[str, ...], complaint: str) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_text("model: m\npools: {prefill: {}, decode: {}}", encoding="utf-8")
+    assert load_config(path, ["scaling.moves=true", "pools.decode.max_replicas=3"]).scaling.moves
+    with pytest.raises(ConfigError) as refused:
+        load_config(path, overrides)
+    assert complaint in str(refused.value)
