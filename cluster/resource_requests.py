@@ -10,7 +10,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 
 from tensorweave.cluster.cluster_resources import can_grow
@@ -26,6 +25,8 @@ def ask_autoscaler(bundles: Bundles, selectors: Selectors) -> bool:
     """Return whether there is an autoscaler. Blocks."""
     if not can_grow():
         return False
+    from ray.autoscaler.sdk import request_resources  # takes long, and is needed only where there is an autoscaler
+
     request_resources(bundles=bundles, bundle_label_selectors=selectors if any(selectors) else None)
     return True
 
