@@ -30,7 +30,7 @@ async def call_supervisor(
                 raise NotReady("there is no supervisor yet", retry_after_s=5.0) from None
             return await call(supervisor)
     except TimeoutError:
-        raise NotReady(f"not all gangs have followed within {timeout_s:g} s") from None
+        raise NotReady(f"the supervisor has not finished this within {timeout_s:g} s") from None
     except RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, TensorweaveError) and not isinstance(cause, RequestRejected):
