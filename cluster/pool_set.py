@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from tensorweave.cluster.errors import NotReady
 from tensorweave.cluster.gang_spec import explain_difference
 from tensorweave.cluster.kv_links import ReadyGang
 from tensorweave.cluster.pool import GangPool
@@ -26,7 +27,7 @@ class PoolSet:
         self.all: list[GangPool] = []
         self._make = make
         self._on_change = on_change
-        self._updating = asyncio.Lock()
+        self._changing = asyncio.Lock()  # an update, or a move: a gang that moves has the spec that both pools have
         self._turn = asyncio.Lock()
 
     @property
@@ -35,7 +36,7 @@ class PoolSet:
 
     @property
     def sizes(self) -> dict[str, int]:
-        return {pool.spec.name: pool.replicas for pool in self.all}
+        return {pool.spec.name: pool.size for pool in self.all}
 
     def start(
         self, specs: Sequence[PoolSpec], sizes: Mapping[str, int], running: Mapping[str, Mapping[int, ReadyGang]]
@@ -58,9 +59,15 @@ class PoolSet:
 
         Raises:
             ValueError: There is no such pool or gang, their gangs differ in more than the role, or none would stay.
-            NotReady: It still had requests after `timeout_s`; it serves on where it was.
+            NotReady: It still had requests after `timeout_s`; it serves on where it was. Or pools change already.
             WorkerLost: It was lost meanwhile.
         """
+        if self._changing.locked():
+            raise NotReady("an update or another move is under way; try again once it has ended", retry_after_s=5.0)
+        async with self._changing:
+            return await self._move(source, target, gang_id, timeout_s, reason)
+
+    async def _move(self, source: str, target: str, gang_id: str | None, timeout_s: float, reason: str) -> str:
         giving, taking = self._find(source), self._find(target)
         if giving is taking:
             raise ValueError(f"a gang of pool {source} is in pool {source} already")
@@ -73,12 +80,12 @@ class PoolSet:
         gang = await giving.release(gang_id, timeout_s)
         await taking.adopt(gang)
         for pool in (giving, taking):
-            pool.keep_event("moved", f"gang {gang.gang_id} {text}", gang.gang_id)
+            pool.history.keep_event("moved", f"gang {gang.gang_id} {text}", gang.gang_id)
         return gang.gang_id
 
     async def update(self, specs: Sequence[PoolSpec], timeout_s: float) -> None:
         """Change to these pools; old gangs have `timeout_s` for their requests."""
-        async with self._updating:
+        async with self._changing:
             old = {(pool.spec.name, pool.spec.gang.role): pool for pool in self.all}
             kept = [(pool, spec) for spec in specs if (pool := old.get((spec.name, spec.gang.role))) is not None]
             pools = {pool.spec.name: pool for pool, _ in kept}
@@ -105,7 +112,7 @@ class PoolSet:
 
     async def finish(self, timeout_s: float) -> None:
         """Go on with what an earlier supervisor was doing: gangs of an old spec, and those that are too many."""
-        async with self._updating:
+        async with self._changing:
             await asyncio.gather(*(pool.roll(pool.spec, timeout_s, self._turn) for pool in self.all if pool.is_behind))
 
     async def drain(self, timeout_s: float) -> None:

@@ -38,5 +38,10 @@ class PoolSlot:
     trouble: str | None = None
 
     @property
+    def gang_id(self) -> str:
+        """Of the gang that it has or had last."""
+        return "" if self.gang is None else self.gang.gang_id
+
+    @property
     def pause_s(self) -> float:
         return max(self.record.pause_s, 0.0 if self.failure is None else _MIN_FAILED_PAUSE_S)

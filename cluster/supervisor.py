@@ -17,7 +17,6 @@ from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Final
 
 import ray
-from ray.actor import ActorHandle
 
 from tensorweave.cluster.adapter import Adapter
 from tensorweave.cluster.adapter_registry import AdapterRegistry
@@ -32,7 +31,7 @@ from tensorweave.cluster.pool import GangPool
 from tensorweave.cluster.pool_gang import PoolGang
 from tensorweave.cluster.pool_set import PoolSet
 from tensorweave.cluster.pool_spec import PoolPlan, PoolSpec
-from tensorweave.cluster.process_sentinel import OwnSentinel, end_actor_with
+from tensorweave.cluster.process_sentinel import end_actor_with
 from tensorweave.cluster.resource_requests import ResourceRequests
 from tensorweave.cluster.service_state import DetachedSpec, ServiceState
 from tensorweave.cluster.supervisor_handle import find_supervisor, stop_supervisor
@@ -41,8 +40,6 @@ from tensorweave.cluster.watchers import Watchers
 
 logger = logging.getLogger(__name__)
 
-_MAX_RESTARTS: Final = 10
-_MAX_CONCURRENT_CALLS: Final = 1000
 _LEASE_S: Final = 60.0
 """Front ends call every 10 s, Serve's health check every 5 s."""
 _CHECK_INTERVAL_S: Final = 2.0
@@ -50,7 +47,7 @@ _TELL_TIMEOUT_S: Final = 5.0
 
 
 class PoolSupervisor:
-    """Start the actor with `start_supervisor` or `find_or_start_supervisor`. It starts its pools at the first call.
+    """Started by `cluster.supervisor_start`. It starts its pools at the first call.
 
     If it is `detached`, its gangs outlive it: after a restart it resumes those that match its specs. It ends itself if
     it was not called for `_LEASE_S`. With a `sentinel` it ends when that ends.
@@ -291,49 +288,3 @@ def _checked(pools: Sequence[PoolSpec]) -> tuple[PoolSpec, ...]:
     if len(set(names)) != len(names):
         raise ValueError(f"pool names must differ: {', '.join(names)}")
     return tuple(pools)
-
-
-def start_supervisor(
-    pools: Sequence[PoolSpec], worker_class: type[Any], *, sentinel: OwnSentinel | None = None
-) -> ActorHandle[PoolSupervisor]:
-    """Start the actor. It and its gangs end with `sentinel`. Without one it ends with its creator, and its placement
-    groups are removed when the job ends. Ray must be running."""
-    name, lifetime = (None, None) if sentinel is None else (sentinel.name, "detached")
-    return _start(pools, worker_class, name, None, None, None, max_restarts=_MAX_RESTARTS, lifetime=lifetime)
-
-
-def find_or_start_supervisor(
-    detached: DetachedSpec,
-    pools: Sequence[PoolSpec],
-    worker_class: type[Any],
-    log: LogSettings | None = None,
-    adapters: Mapping[str, str] | None = None,
-) -> ActorHandle[PoolSupervisor]:
-    """Return the supervisor of this name; start it if there is none. One that was running keeps its pools: see
-    `apply`."""
-    return _start(
-        *(pools, worker_class, None, detached, log, adapters),
-        max_restarts=-1,
-        name=detached.name,
-        namespace=detached.namespace,
-        lifetime="detached",
-        get_if_exists=True,
-        resources=dict(detached.resources),
-    )
-
-
-def _start(
-    pools: Sequence[PoolSpec],
-    worker_class: type[Any],
-    sentinel: str | None,
-    detached: DetachedSpec | None,
-    log: LogSettings | None,
-    adapters: Mapping[str, str] | None,
-    **options: Any,
-) -> ActorHandle[PoolSupervisor]:
-    actor: ActorHandle[PoolSupervisor] = (
-        ray.remote(PoolSupervisor)
-        .options(num_cpus=0, max_task_retries=0, max_concurrency=_MAX_CONCURRENT_CALLS, **options)
-        .remote(tuple(pools), worker_class, sentinel, detached, log, adapters)
-    )
-    return actor

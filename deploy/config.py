@@ -22,7 +22,7 @@ from tensorweave.deploy.config_file import ConfigError, KeyPath, read_document
 from tensorweave.deploy.config_mistakes import describe
 from tensorweave.deploy.config_observing import LoggingConfig, TracingConfig
 from tensorweave.deploy.config_router import RouterConfig
-from tensorweave.deploy.config_scaling import ScalingConfig
+from tensorweave.deploy.config_scaling import ScalingConfig, obstacle_to_moves
 from tensorweave.deploy.config_tables import LimitsConfig, NetworkConfig, PoolConfig, RayConfig
 
 # The router tokenizes and completes sampling fields for all pools, so these cannot differ between pools: the model is
@@ -143,7 +143,10 @@ class ServeConfig(StrictBaseModel):
     def _check_pools(self) -> Self:
         for pool in self.pools.values():
             pool.model = self.model
-        if mistakes := [*self._wrong_roles(), *self._wrong_exchange(), *self._wrong_admin(), *self._wrong_moves()]:
+        mistakes = [*self._wrong_roles(), *self._wrong_exchange(), *self._wrong_admin()]
+        if self.scaling.moves and (reason := obstacle_to_moves(self.pools)):
+            mistakes.append(_wrong(("scaling", "moves"), reason))
+        if mistakes:
             raise ValidationError.from_exception_data(type(self).__name__, mistakes)
         return self
 
@@ -187,19 +190,6 @@ class ServeConfig(StrictBaseModel):
             if pool.cache_transceiver_config is None or pool.cache_transceiver_config.backend is None:
                 path = (name, "cache_transceiver_config", "backend")
                 yield _wrong_pool(path, f"a {pool.role} pool needs a backend, 'DEFAULT' for one")
-
-    def _wrong_moves(self) -> Iterator[InitErrorDetails]:
-        """Gangs can only change their role if it is all that differs."""
-        pools = {pool.role: pool for pool in self.pools.values()}
-        if not self.scaling.moves:
-            return
-        if not {"prefill", "decode"} <= pools.keys():
-            yield _wrong(("scaling", "moves"), "needs a pool of role 'prefill' and one of role 'decode'")
-            return
-        keys = [*LlmArgs.model_fields, "gpus_per_rank", "placement"]
-        if different := [key for key in keys if getattr(pools["prefill"], key) != getattr(pools["decode"], key)]:
-            names = ", ".join(sorted(different))
-            yield _wrong(("scaling", "moves"), f"the pools of roles 'prefill' and 'decode' differ in {names}")
 
     def _wrong_admin(self) -> Iterator[InitErrorDetails]:
         router, port = self.router, self.admin_port

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from tensorweave.cluster.llm_args import LlmArgs
 from tensorweave.cluster.strict_model import Field, StrictBaseModel
+from tensorweave.deploy.config_tables import PoolConfig
 
 
 class ScalingConfig(StrictBaseModel):
@@ -45,3 +49,13 @@ class ScalingConfig(StrictBaseModel):
     pause_s: float = Field(
         60.0, status="prototype", ge=0, description="Time after a change before the next, in which its effect shows."
     )
+
+
+def obstacle_to_moves(pools: Mapping[str, PoolConfig]) -> str | None:
+    """Why no gang can change its role, in which alone pools may differ for that; None if one can."""
+    by_role = {pool.role: pool for pool in pools.values()}
+    if not {"prefill", "decode"} <= by_role.keys():
+        return "needs a pool of role 'prefill' and one of role 'decode'"
+    keys = [*LlmArgs.model_fields, "gpus_per_rank", "placement"]
+    different = [key for key in keys if getattr(by_role["prefill"], key) != getattr(by_role["decode"], key)]
+    return f"the pools of roles 'prefill' and 'decode' differ in {', '.join(sorted(different))}" if different else None

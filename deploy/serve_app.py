@@ -27,8 +27,8 @@ from tensorweave.cluster.pool_spec import PoolPlan
 from tensorweave.cluster.ray_auth import refuse_open_ray
 from tensorweave.cluster.ray_internals import allow_rebinding, mark_generated_ids
 from tensorweave.cluster.router_report import RouterReport
-from tensorweave.cluster.supervisor import find_or_start_supervisor
 from tensorweave.cluster.supervisor_handle import find_supervisor
+from tensorweave.cluster.supervisor_start import find_or_start_supervisor
 from tensorweave.deploy.actor_names import HEAD_NODE, supervisor_home
 from tensorweave.deploy.api_keys import digest_of
 from tensorweave.deploy.config import ServeConfig, load_config

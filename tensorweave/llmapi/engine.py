@@ -20,8 +20,8 @@ from tensorweave.cluster.pool_spec import PoolSpec
 from tensorweave.cluster.process_sentinel import OwnSentinel
 from tensorweave.cluster.protocol import KvSource, ModelInfo
 from tensorweave.cluster.ray_session import RaySession, start_or_join_ray
-from tensorweave.cluster.supervisor import start_supervisor
 from tensorweave.cluster.supervisor_handle import give_logits_processors, stop_supervisor
+from tensorweave.cluster.supervisor_start import start_supervisor
 from tensorweave.llmapi.loop_thread import LoopThread
 from tensorweave.llmapi.sampling_fields import LogitsProcessor
 from tensorweave.workers.build import build_executor

@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 
+from tensorweave.cluster.errors import NotReady
 from tensorweave.cluster.gang_spec import GangSpec, explain_difference
 from tensorweave.cluster.pool import GangPool
 from tensorweave.cluster.pool_set import PoolSet
 from tensorweave.cluster.pool_spec import PoolSpec
-from tests.cluster.test_pool import _FakeGang, _run
+from tests.cluster.pool_bench import FakeGang, run_pools
 
 _PREFILL = PoolSpec("prefill", GangSpec("prefill"), 2)
 _DECODE = PoolSpec("decode", GangSpec("decode"), 2)
@@ -28,10 +29,10 @@ class _Service:
         self.pools = PoolSet(self._make, self._note_change)
 
     def _make(self, spec: PoolSpec) -> GangPool:
-        def launch(gang: GangSpec, slot: int, epoch: int) -> _FakeGang:
+        def launch(gang: GangSpec, slot: int, epoch: int) -> FakeGang:
             self.started.append(f"{spec.name}-{slot}")
             error = ValueError("refused") if gang in self.refused else None
-            made = _FakeGang(f"{spec.name}-{slot}.{epoch}", epoch, error, gang)
+            made = FakeGang(f"{spec.name}-{slot}.{epoch}", epoch, error, gang)
             made.address = replace(made.address, role=gang.role)
             return made
 
@@ -57,7 +58,7 @@ def _with_pools(body: Callable[[_Service], Awaitable[None]]) -> None:
         await body(service)
         await service.pools.stop()
 
-    _run(run)
+    run_pools(run)
 
 
 def test_a_move_changes_both_pools_and_leaves_none_empty() -> None:
@@ -124,7 +125,7 @@ def test_a_successor_ends_gangs_of_an_old_spec_and_those_that_are_too_many() -> 
     async def run() -> None:
         service = _Service()
         gangs = [
-            _FakeGang(f"prefill-{slot}.1", 1, None, GangSpec("prefill", args={"a": slot // 2})) for slot in range(4)
+            FakeGang(f"prefill-{slot}.1", 1, None, GangSpec("prefill", args={"a": slot // 2})) for slot in range(4)
         ]
         running = {"prefill": {slot: (gang, gang.address) for slot, gang in enumerate(gangs)}}
         service.pools.start([replace(_PREFILL, gang=gangs[0].spec)], {"prefill": 3}, running)
@@ -135,4 +136,29 @@ def test_a_successor_ends_gangs_of_an_old_spec_and_those_that_are_too_many() -> 
         assert service.ids()[:2] == ["prefill-0.1", "prefill-1.1"]
         await service.pools.stop()
 
-    _run(run)
+    run_pools(run)
+
+
+def test_no_gang_moves_during_an_update_and_an_update_waits_for_a_move() -> None:
+    async def body(service: _Service) -> None:
+        draining, is_empty = asyncio.Event(), asyncio.Event()
+
+        async def quiesce(timeout_s: float) -> bool:
+            draining.set()
+            return await is_empty.wait()
+
+        [gang] = [gang for gang, address in service.pools.ready if address.gang_id == "prefill-1.1"]
+        gang.quiesce = quiesce  # type: ignore[method-assign]
+        moving = asyncio.create_task(service.pools.move("prefill", "decode", None, 5.0))
+        await draining.wait()
+        new = [replace(spec, gang=replace(spec.gang, model_digest="2")) for spec in (_PREFILL, _DECODE)]
+        updating = asyncio.create_task(service.pools.update(new, 5.0))
+        with pytest.raises(NotReady, match="another move is under way"):
+            await service.pools.move("decode", "prefill", None, 5.0)
+        is_empty.set()
+        assert await moving == "prefill-1.1"
+        await updating
+        assert all(gang.spec.model_digest == "2" for gang, _ in service.pools.ready)
+        assert len(service.ids()) == 4
+
+    _with_pools(body)

@@ -29,8 +29,9 @@ from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.pool_spec import PoolSpec
 from tensorweave.cluster.protocol import GenerateRequest, Role, SamplingSpec
 from tensorweave.cluster.ray_session import start_or_join_ray
-from tensorweave.cluster.supervisor import PoolSupervisor, start_supervisor
+from tensorweave.cluster.supervisor import PoolSupervisor
 from tensorweave.cluster.supervisor_handle import stop_supervisor
+from tensorweave.cluster.supervisor_start import start_supervisor
 from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.dispatch.policy import build_policy
 from tensorweave.workers.build import build_executor

@@ -28,8 +28,9 @@ from tensorweave.cluster.pool_spec import PoolSpec
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec
 from tensorweave.cluster.ray_session import import_root, start_or_join_ray
 from tensorweave.cluster.service_state import DetachedSpec
-from tensorweave.cluster.supervisor import PoolSupervisor, find_or_start_supervisor, start_supervisor
+from tensorweave.cluster.supervisor import PoolSupervisor
 from tensorweave.cluster.supervisor_handle import find_supervisor, stop_supervisor
+from tensorweave.cluster.supervisor_start import find_or_start_supervisor, start_supervisor
 from tensorweave.workers.fakes.fake_engine import hash_token
 from tensorweave.workers.fakes.fake_gang import HashRankWorker
 from tests.e2e.service_process import alive, command_of, wait_until
@@ -327,7 +328,7 @@ from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.pool_spec import PoolSpec
 from tensorweave.cluster.fleet import WatchedFleet
 from tensorweave.cluster.ray_session import start_or_join_ray
-from tensorweave.cluster.supervisor import start_supervisor
+from tensorweave.cluster.supervisor_start import start_supervisor
 from tensorweave.workers.fakes.fake_gang import HashRankWorker
 import asyncio
 

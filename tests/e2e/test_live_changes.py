@@ -1,28 +1,26 @@
-"""A service changes while it runs: gangs move between roles by controller and by command, pools grow and shrink, an
-update replaces all gangs. Under load, and no request fails. A long run: TENSORWEAVE_TEST_LONG=1."""
+"""A service changes while it runs: gangs move between roles by command and by the controller, an update replaces all
+gangs, pools grow and shrink. Under load; no request fails, and every token is that of a plain loop. A long run:
+TENSORWEAVE_TEST_LONG=1."""
 
 from __future__ import annotations
 
 import http.client
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import LlamaForCausalLM
 
+from tests.e2e.live_load import Answer, Load, PlainModel, loaded
 from tests.e2e.service_process import (
     REPOSITORY,
-    ServiceProcess,
     admin_port,
     get_status,
     running_service,
@@ -33,191 +31,186 @@ from tests.e2e.service_process import (
 )
 
 pytestmark = [
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(2400),
     pytest.mark.skipif("TENSORWEAVE_TEST_LONG" not in os.environ, reason="a long run: set TENSORWEAVE_TEST_LONG"),
 ]
-WAIT_S = 240.0
+WAIT_S = 400.0
+NUM_CLIENTS = 16
+NEVER_S = 1e6
 ENGINE = {"max_num_tokens": 64, "kv_cache_config": {"max_tokens": 32768}}
+PACE = {"interval_s": 1, "window_s": 5, "hold_s": 2, "shrink_hold_s": 5, "pause_s": 5, "slack": 0.9}
 
 
-class Load:
-    """Clients that ask one after another, until told to stop; every answer that is not whole is in `failures`."""
-
-    def __init__(self, port: int, num_clients: int) -> None:
-        self.prompt_tokens, self.output_tokens = 1, 1
-        self.num_answers = 0
-        self.failures: list[str] = []
-        self._port = port
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(n,)) for n in range(num_clients)]
-        for thread in self._threads:
-            thread.start()
-
-    def close(self) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(WAIT_S)
-            assert not thread.is_alive(), "a request hangs"
-
-    def _ask(self, client: int) -> None:
-        number = 0
-        while not self._stop.is_set():
-            number += 1
-            prompt, most = self.prompt_tokens, self.output_tokens
-            ids = random.Random(client * 1_000_003 + number).choices(range(3, 200), k=prompt)
-            body = {"model": "tiny", "prompt": ids, "max_tokens": most, "temperature": 0, "ignore_eos": True}
-            connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=WAIT_S)
-            try:
-                connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
-                response = connection.getresponse()
-                text = response.read()
-                if response.status != 200 or json.loads(text)["usage"]["completion_tokens"] != most:
-                    self.failures.append(f"{response.status}: {text[:300]!r}")
-                self.num_answers += 1
-            except (OSError, http.client.HTTPException) as error:
-                self.failures.append(f"{type(error).__name__}: {error}")
-            finally:
-                connection.close()
+def test_a_service_changes_under_load(tmp_path: Path) -> None:
+    """First the load changes from outputs to prompts: times between tokens are decode's load, waiting prompts
+    prefill's. Then all else."""
+    model = write_model(tmp_path / "model")
+    newer = write_newer(model, tmp_path / "newer")
+    config, port = write_service(tmp_path, model)
+    with running_service(config), loaded(port, NUM_CLIENTS, 4, 300) as load:
+        service = LiveService(port, config, load)
+        before = service.pids()
+        service.until_gangs(prefill=1, decode=3)
+        load.prompt_tokens, load.output_tokens = 1000, 1
+        service.until_gangs(prefill=3, decode=1)
+        service.check_reasons()
+        move_by_command(service)
+        assert service.pids() == before, "gangs move without a restart"
+        began_s, ended_s = update_all(service, newer)
+        assert not before & service.pids(), "all gangs are new"
+        grow_and_shrink(service)
+        check_refusal(service)
+        assert get_status(port, "/ready") == 200
+    assert load.failures == []
+    check_tokens(load.answers, PlainModel(model), PlainModel(newer), began_s, ended_s)
 
 
-@contextmanager
-def loaded(port: int, num_clients: int) -> Iterator[Load]:
-    load = Load(port, num_clients)
-    try:
-        yield load
-    finally:
-        load.close()
+class LiveService:
+    """A service, its configuration as it is now, and its clients."""
+
+    def __init__(self, port: int, config: Path, load: Load) -> None:
+        self.port = port
+        self.load = load
+        self.config = json.loads(config.read_text())
+        self._path = config.with_name("changed.yaml")
+
+    def status(self) -> dict[str, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", admin_port(self.port), timeout=60)
+        try:
+            connection.request("GET", "/status")
+            status: dict[str, Any] = json.loads(connection.getresponse().read())
+            return status
+        finally:
+            connection.close()
+
+    def gangs(self) -> dict[str, list[dict[str, Any]]]:
+        return {pool["name"]: pool["gangs"] for pool in self.status()["pools"]}
+
+    def ready_ids(self) -> dict[str, set[str]]:
+        return {
+            name: {gang["gang_id"] for gang in gangs if gang["state"] == "ready"}
+            for name, gangs in self.gangs().items()
+        }
+
+    def pids(self) -> set[int]:
+        return {rank["pid"] for gangs in self.gangs().values() for gang in gangs for rank in gang["ranks"]}
+
+    def until_gangs(self, **sizes: int) -> None:
+        self.until(lambda: {name: len(ids) for name, ids in self.ready_ids().items()} == sizes, f"ready gangs: {sizes}")
+
+    def until(self, holds: Callable[[], bool], what: str) -> None:
+        seconds = wait_until(holds, WAIT_S, what, every_s=0.5)
+        self.say(f"{what}: after {seconds:.1f} s")
+
+    def say(self, text: str) -> None:
+        figures = f"{len(self.load.answers)} answers, {len(self.load.failures)} failed"
+        print(f"[live] {time.strftime('%H:%M:%S')} {figures}: {text.strip()}", file=sys.stderr, flush=True)
+
+    def command(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "tensorweave.cli.main", *arguments, "--url", self.url],
+            cwd=REPOSITORY,
+            env=service_environment(),
+            capture_output=True,
+            text=True,
+            timeout=2 * WAIT_S,
+        )
+        assert done.returncode == 0, f"{done.stderr}\n{json.dumps(self.status()['pools'], indent=1)}"
+        self.say(done.stdout)
+        return done.stdout
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{admin_port(self.port)}"
+
+    def update(self, **tables: Any) -> str:
+        self.config |= tables
+        self._path.write_text(json.dumps(self.config))
+        return self.command("update", "--config", str(self._path), "--wait", str(2 * WAIT_S))
+
+    def check_reasons(self) -> None:
+        """Each move is explained by the pressure on both pools."""
+        texts = [event["text"] for event in self.status()["faults"]["events"] if event["kind"] == "moved"]
+        assert len(texts) >= 3
+        for text in texts:
+            self.say(text)
+            assert text.count(" has pressure ") == 2
 
 
-def status_of(port: int) -> dict[str, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", admin_port(port), timeout=60)
-    try:
-        connection.request("GET", "/status")
-        status: dict[str, Any] = json.loads(connection.getresponse().read())
-        return status
-    finally:
-        connection.close()
-
-
-def pools_of(port: int) -> dict[str, dict[str, Any]]:
-    return {pool["name"]: pool for pool in status_of(port)["pools"]}
-
-
-def ready_ids(port: int, name: str) -> set[str]:
-    return {gang["gang_id"] for gang in pools_of(port)[name]["gangs"] if gang["state"] == "ready"}
-
-
-def pids_of(port: int) -> set[int]:
-    return {rank["pid"] for pool in pools_of(port).values() for gang in pool["gangs"] for rank in gang["ranks"]}
-
-
-def command(port: int, *arguments: str) -> str:
-    url = f"http://127.0.0.1:{admin_port(port)}"
-    done = subprocess.run(
-        [sys.executable, "-m", "tensorweave.cli.main", *arguments, "--url", url],
-        cwd=REPOSITORY,
-        env=service_environment(),
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S * 2,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def write_service(directory: Path, model: Path, **scaling: Any) -> tuple[Path, int]:
-    """Two gangs of each role."""
+def write_service(directory: Path, model: Path) -> tuple[Path, int]:
+    """Two gangs of each role, which move."""
     path, port, _ = write_config(directory, model, request_timeout_s=WAIT_S)
     settings = json.loads(path.read_text())
     settings["engine"] |= ENGINE
     settings["pools"] = {"prefill": {"replicas": 2}, "decode": {"replicas": 2}}
-    settings["scaling"] = scaling
+    targets = {"target_itl_s": 0.001, "target_waiting": 3.0, "target_ttft_s": NEVER_S}
+    settings["scaling"] = {"moves": True, **targets, **PACE}
     path.write_text(json.dumps(settings))
     return path, port
 
 
-def say(text: str) -> None:
-    print(f"[live] {time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
-
-
-def until(holds: Callable[[], bool], what: str, load: Load) -> float:
-    seconds = wait_until(holds, WAIT_S, what, every_s=0.5)
-    say(f"{what}: after {seconds:.1f} s, {load.num_answers} answers, {len(load.failures)} failed")
-    return seconds
-
-
-def test_the_controller_follows_a_step_in_the_load(tmp_path: Path) -> None:
-    """From outputs to prompts and back: times between tokens are decode's load, waiting prompts prefill's."""
-    model = write_model(tmp_path / "model")
-    scaling = {"moves": True, "interval_s": 1, "window_s": 5, "hold_s": 2, "pause_s": 5, "slack": 0.9}
-    config, port = write_service(tmp_path, model, target_itl_s=0.001, target_waiting=1.0, target_ttft_s=20, **scaling)
-    with running_service(config):
-        before = pids_of(port)
-        with loaded(port, 16) as load:
-            load.prompt_tokens, load.output_tokens = 4, 300
-            until(lambda: len(ready_ids(port, "decode")) == 3, "outputs: three gangs decode", load)
-            load.prompt_tokens, load.output_tokens = 1000, 1
-            until(lambda: len(ready_ids(port, "prefill")) == 3, "prompts: three gangs prefill", load)
-            for text in (event["text"] for event in status_of(port)["faults"]["events"] if event["kind"] == "moved"):
-                say(text)
-                assert text.count(" has pressure ") == 2
-        assert load.failures == []
-        assert pids_of(port) == before, "no gang was started anew"
-
-
-def test_an_update_under_load_loses_no_request(tmp_path: Path) -> None:
-    """Another model of the same tokenizer, then other knobs, then more gangs; at the end answers are the new one's."""
-    model = write_model(tmp_path / "model")
-    newer = shutil.copytree(model, tmp_path / "newer")
-    weights = LlamaForCausalLM.from_pretrained(newer)
+def write_newer(model: Path, path: Path) -> Path:
+    """Other weights with the same tokenizer."""
+    shutil.copytree(model, path)
+    weights = LlamaForCausalLM.from_pretrained(path)
     for parameter in weights.parameters():
         parameter.data = parameter.data.flip(0)
-    weights.save_pretrained(newer)
-    config, port = write_service(tmp_path, model)
-    changed = json.loads(config.read_text()) | {"model": str(newer)}
-    (tmp_path / "changed.yaml").write_text(json.dumps(changed))
-    with running_service(config) as service:
-        old, answer = {name: ready_ids(port, name) for name in ("prefill", "decode")}, first_answer(port)
-        with loaded(port, 6) as load:
-            load.prompt_tokens, load.output_tokens = 300, 60
-            until(lambda: load.num_answers > 10, "the load runs", load)
-            say(command(port, "move", "prefill", "decode").strip())
-            assert len(ready_ids(port, "decode")) == 3
-            say(command(port, "move", "decode", "prefill").strip())
-            assert {name: ready_ids(port, name) for name in old} == old, "the newest gang is the one that came"
-            said = command(port, "update", "--config", str(tmp_path / "changed.yaml"), "--wait", "200")
-            assert said.count("done: 2 gangs were replaced") == 2, said
-            until(lambda: not any(old[name] & ready_ids(port, name) for name in old), "all gangs are new", load)
-            knobs = ["--set", "engine.max_batch_size=16", "--wait", "200"]
-            command(port, "update", "--config", str(tmp_path / "changed.yaml"), *knobs)
-            until(lambda: load.num_answers > 30, "new knobs", load)
-            command(port, "scale", "decode", "3", "--wait", "100")
-            command(port, "scale", "decode", "1", "--wait", "100")
-            until(lambda: len(ready_ids(port, "decode")) == 1, "scaled", load)
-        assert load.failures == []
-        assert first_answer(port) != answer
-        assert get_status(port, "/ready") == 200
-        check_refusal(service, port, changed)
+    weights.save_pretrained(path)
+    return path
 
 
-def first_answer(port: int) -> str:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_S)
-    body = {"model": "tiny", "prompt": list(range(10, 110)), "max_tokens": 12, "temperature": 0, "ignore_eos": True}
-    try:
-        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
-        text: str = json.loads(connection.getresponse().read())["choices"][0]["text"]
-        return text
-    finally:
-        connection.close()
+def move_by_command(service: LiveService) -> None:
+    """The controller leaves it: nothing waits."""
+    service.update(scaling={"moves": False, **PACE})
+    service.load.prompt_tokens, service.load.output_tokens = 200, 40
+    before = service.ready_ids()
+    service.command("move", "prefill", "decode")
+    service.until_gangs(prefill=2, decode=2)
+    service.command("move", "decode", "prefill")
+    assert service.ready_ids() == before, "the newest gang is the one that came"
 
 
-def check_refusal(service: ServiceProcess, port: int, config: dict[str, Any]) -> None:
+def update_all(service: LiveService, newer: Path) -> tuple[float, float]:
+    """Another model and other knobs. Return when it began and ended."""
+    began_s = time.monotonic()
+    said = service.update(model=str(newer), engine=service.config["engine"] | {"max_batch_size": 16})
+    assert "prefill: done: 3 gangs were replaced" in said
+    assert "decode: done: 1 gangs were replaced" in said
+    return began_s, time.monotonic()
+
+
+def grow_and_shrink(service: LiveService) -> None:
+    """By command and by the time between tokens."""
+    service.command("scale", "prefill", "1", "--wait", str(WAIT_S))
+    bounds = {"replicas": 1, "min_replicas": 1, "max_replicas": 2}
+    service.update(
+        pools={"prefill": {"replicas": 1}, "decode": bounds}, scaling={"target_itl_s": 1e-6, "moves": False, **PACE}
+    )
+    service.until_gangs(prefill=1, decode=2)
+    service.update(scaling={"target_itl_s": NEVER_S, "moves": False, **PACE})
+    service.until_gangs(prefill=1, decode=1)
+
+
+def check_refusal(service: LiveService) -> None:
     """What routers have read once is refused by name, and the service goes on."""
-    connection = http.client.HTTPConnection("127.0.0.1", admin_port(port), timeout=60)
-    plain = {**config, "served_model_name": "other"}
+    connection = http.client.HTTPConnection("127.0.0.1", admin_port(service.port), timeout=60)
+    plain = {**service.config, "served_model_name": "other"}
     connection.request("POST", "/update", json.dumps({"config": plain}), {"content-type": "application/json"})
     response = connection.getresponse()
     assert response.status == 400
     assert "served_model_name" in json.loads(response.read())["error"]["message"]
     connection.close()
-    assert service.process.poll() is None
+
+
+def check_tokens(answers: list[Answer], old: PlainModel, new: PlainModel, began_s: float, ended_s: float) -> None:
+    """Each answer is of one model from its first token to its last."""
+    num_old = num_new = 0
+    for answer in answers:
+        is_old, is_new = old.gives(answer), new.gives(answer)
+        assert is_old or is_new, f"wrong tokens after {len(answer.prompt)}: {answer.token_ids}"
+        assert is_old or answer.ended_s > began_s, "the new model before the update"
+        assert is_new or answer.began_s < ended_s, "the old model after the update"
+        num_old, num_new = num_old + is_old, num_new + is_new
+    print(f"[live] {num_old} answers of the old model, {num_new} of the new one", file=sys.stderr, flush=True)
+    assert num_old
+    assert num_new
