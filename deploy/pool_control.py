@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -14,8 +15,12 @@ from tensorweave.deploy.config import ServeConfig
 from tensorweave.deploy.deployment import Deployment
 from tensorweave.deploy.supervisor_calls import FindSupervisor, call_supervisor
 
+logger = logging.getLogger(__name__)
+
 _CALL_TIMEOUT_S: Final = 30.0
 _SLACK_S: Final = 30.0
+_ACCEPT_S: Final = 1.0
+"""A supervisor that cannot be reached is noticed within this."""
 
 
 class CurrentDeployment:
@@ -45,11 +50,13 @@ class ServicePools:
 
     async def scale(self, pool: str, replicas: int) -> None:
         """Return once the supervisor wants so many gangs; they start and drain later."""
-        own = self._current.config.pools.get(pool)
-        if own is not None and (replicas < (own.min_replicas or 1) or replicas > (own.max_replicas or replicas)):
+        pools = self._current.config.pools
+        if (own := pools.get(pool)) is None:
+            raise RequestRejected(f"there is no pool {pool!r}; there are: {', '.join(pools)}", param="pool")
+        if not (own.min_replicas or 1) <= replicas <= (own.max_replicas or replicas):
             bounds = f"min_replicas {own.min_replicas or 1}, max_replicas {own.max_replicas or 'none'}"
             raise RequestRejected(
-                f"{replicas} gangs are outside the bounds of pool {pool!r} {bounds}", param="replicas"
+                f"{replicas} gangs are outside the bounds of pool {pool!r}: {bounds}", param="replicas"
             )
         drain_s = self._current.config.limits.drain_timeout_s
         task = asyncio.create_task(
@@ -58,10 +65,15 @@ class ServicePools:
             )
         )
         self._scaling.add(task)
-        task.add_done_callback(self._scaling.discard)
-        await asyncio.wait({task}, timeout=1.0)  # a refusal comes at once
+        task.add_done_callback(self._note_scaled)
+        await asyncio.wait({task}, timeout=_ACCEPT_S)
         if task.done():
             task.result()
+
+    def _note_scaled(self, task: asyncio.Task[Any]) -> None:
+        self._scaling.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("a pool was not scaled: %s", error)
 
     async def move(self, source: str, target: str, gang_id: str | None, timeout_s: float | None) -> str:
         drain_s = self._current.config.limits.drain_timeout_s if timeout_s is None else timeout_s
