@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-from tensorweave.cluster.pool_spec import PoolSpec
+from ray.actor import ActorHandle
+
+from tensorweave.cluster.pool_spec import PoolPlan, PoolSpec
 from tensorweave.deploy.config import ServeConfig
 from tensorweave.deploy.pinned_model import PinnedModel
 from tensorweave.deploy.pools import pool_specs
@@ -48,6 +50,15 @@ class Deployment:
         model = PinnedModel.find(wanted)
         check_tokenizer(self.config, model.config)
         return Deployment.of(model, generation, has_gpus=has_gpus)
+
+    async def apply(self, supervisor: ActorHandle[Any], notice: str | None = None) -> PoolPlan:
+        """Have the supervisor change to it. Return what holds now, which may be of a later deployment. `notice` is for
+        health pages. Raises RayError."""
+        config = self.config
+        plan: PoolPlan = await supervisor.apply.remote(
+            *(self.specs, self.generation, config.limits.drain_timeout_s, notice, config.adapters, config.to_plain())
+        )
+        return plan
 
     def resumed(self, generation: int, plain: Mapping[str, Any], specs: tuple[PoolSpec, ...]) -> Deployment:
         """What a later deployment has left, of which this process did not know."""

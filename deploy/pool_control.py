@@ -95,18 +95,7 @@ class ServicePools:
             raise RequestRejected(str(error), param="config") from error
         if self._current.value is not old:
             raise NotReady("another update has come at the same time; look at what holds now, and try again")
-        await call_supervisor(
-            self._find,
-            lambda found: found.apply.remote(
-                new.specs,
-                new.generation,
-                new.config.limits.drain_timeout_s,
-                None,
-                new.config.adapters,
-                new.config.to_plain(),
-            ),
-            _CALL_TIMEOUT_S,
-        )
+        await call_supervisor(self._find, new.apply, _CALL_TIMEOUT_S)
         self._current.value = new
         before = {spec.name: spec.gang for spec in old.specs}
         return [spec.name for spec in new.specs if before.get(spec.name) != spec.gang]

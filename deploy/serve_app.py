@@ -23,7 +23,6 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from tensorweave.cluster.fleet import WatchedFleet
-from tensorweave.cluster.pool_spec import PoolPlan
 from tensorweave.cluster.ray_auth import refuse_open_ray
 from tensorweave.cluster.ray_internals import allow_rebinding, mark_generated_ids
 from tensorweave.cluster.router_report import RouterReport
@@ -100,10 +99,7 @@ class Pools:
             supervisor = await asyncio.to_thread(self.supervisor)
             notice = None if self._source is None else await asyncio.to_thread(self._source.notice)
             own = self._current.value
-            drain_s, adapters = own.config.limits.drain_timeout_s, own.config.adapters
-            plan: PoolPlan = await supervisor.apply.remote(
-                own.specs, own.generation, drain_s, notice, adapters, own.config.to_plain()
-            )
+            plan = await own.apply(supervisor, notice)
             if plan.generation > own.generation and plan.config and self._current.value is own:
                 self._current.value = own.resumed(plan.generation, plan.config, plan.specs)
 

@@ -15,8 +15,9 @@ from tensorweave.cli.arguments import add_changes, positive
 from tensorweave.cluster.errors import NotReady, RequestRejected
 
 _DEFAULT_URL: Final = "http://127.0.0.1:8200"
-_ANSWER_TIMEOUT_S: Final = 3700.0
+_ANSWER_TIMEOUT_S: Final = 3700.0  # a move's work may take an hour
 _CONNECT_TIMEOUT_S: Final = 10.0
+_LOOK_TIMEOUT_S: Final = 60.0
 _POLL_S: Final = 1.0
 _SCALE_EXAMPLES = """\
 examples:
@@ -107,14 +108,14 @@ def _has_size(pool: Mapping[str, Any], replicas: int) -> bool:
 
 def _client(args: argparse.Namespace) -> httpx.Client:
     headers = {"x-api-key": args.admin_key} if args.admin_key else {}
-    timeout = httpx.Timeout(_ANSWER_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
+    timeout = httpx.Timeout(_LOOK_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
     return httpx.Client(base_url=args.url, headers=headers, timeout=timeout, trust_env=False)
 
 
 def _post(client: httpx.Client, path: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """Raises NotReady, or RequestRejected with the server's reason."""
     try:
-        answer = client.post(path, json=content)
+        answer = client.post(path, json=content, timeout=httpx.Timeout(_ANSWER_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S))
         body: dict[str, Any] = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise NotReady(f"no admin port answers at {client.base_url}: {error}") from None
@@ -129,11 +130,15 @@ def _post(client: httpx.Client, path: str, content: Mapping[str, Any]) -> dict[s
 def _wait(
     client: httpx.Client, timeout_s: float, is_so: Callable[[Mapping[str, dict[str, Any]]], bool]
 ) -> Mapping[str, dict[str, Any]]:
-    """The pools by name, once it is so. Raises NotReady."""
+    """The pools by name, once it is so. Raises NotReady. A service that is busy with a change may not answer, or know
+    nothing of its pools, for a while."""
     end_s = time.monotonic() + timeout_s
     while True:
-        pools = {pool["name"]: pool for pool in top.ask(client)["pools"]}
-        if is_so(pools):
+        try:
+            pools = {pool["name"]: pool for pool in top.ask(client)["pools"]}
+        except NotReady:
+            pools = {}
+        if pools and is_so(pools):
             return pools
         if time.monotonic() > end_s:
             raise NotReady(f"not within {timeout_s:g} s; `tensorweave top` shows how far it is")

@@ -17,9 +17,10 @@ _POOL: dict[str, Any] = {"name": "decode", "num_wanted": 3, "num_ready": 2, "is_
 
 
 class _AdminPort:
-    """Answers posts with `answer`, and `/status` with each of `looks`, the last one for ever."""
+    """Answers posts with `answer`, and `/status` with each of `looks`, the last one for ever. An empty look: the
+    supervisor did not answer in time; None: nobody did."""
 
-    def __init__(self, answer: httpx.Response, *looks: dict[str, Any]) -> None:
+    def __init__(self, answer: httpx.Response, *looks: dict[str, Any] | None) -> None:
         self.posts: list[tuple[str, Any, str | None]] = []
         self._answer = answer
         self._looks = list(looks)
@@ -29,8 +30,10 @@ class _AdminPort:
             self.posts.append((request.url.path, json.loads(request.content), request.headers.get("x-api-key")))
             return self._answer
         look = self._looks.pop(0) if len(self._looks) > 1 else self._looks[0]
-        gangs = [{}] * look["num_wanted"]
-        return httpx.Response(200, json={"traffic": {}, "pools": [{**look, "gangs": gangs}]})
+        if look is None:
+            raise httpx.ReadTimeout("too late")
+        pools = [{**look, "gangs": [{}] * look["num_wanted"]}] if look else []
+        return httpx.Response(200, json={"traffic": {}, "pools": pools})
 
 
 def _run(monkeypatch: pytest.MonkeyPatch, port: _AdminPort, *arguments: str) -> int:
@@ -45,7 +48,7 @@ def _run(monkeypatch: pytest.MonkeyPatch, port: _AdminPort, *arguments: str) -> 
 def test_scale_waits_until_the_gangs_are_ready(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    port = _AdminPort(httpx.Response(200, json={}), _POOL, {**_POOL, "num_ready": 3})
+    port = _AdminPort(httpx.Response(200, json={}), _POOL, {}, None, {**_POOL, "num_ready": 3})
     assert _run(monkeypatch, port, "scale", "decode", "3", "--wait", "60") == 0
     assert port.posts == [("/scale", {"pool": "decode", "replicas": 3}, "k")]
     assert capsys.readouterr().out == "pool decode: 3 gangs are wanted\npool decode: they are ready\n"
@@ -65,7 +68,7 @@ def test_update_sends_the_file_and_tells_how_it_ended(
     path = tmp_path / "service.yaml"
     path.write_text("model: m\npools: {decode: {role: both}}\n")
     ended = {**_POOL, "is_updating": False, "update": {"state": state, "text": "so it is"}}
-    port = _AdminPort(httpx.Response(200, json={"replaced_pools": ["decode"]}), _POOL, ended)
+    port = _AdminPort(httpx.Response(200, json={"replaced_pools": ["decode"]}), {}, _POOL, None, ended)
     assert _run(monkeypatch, port, "update", "--config", str(path), "--wait", "60", "--set", "router.port=9") == code
     [(_, sent, _)] = port.posts
     assert (sent["config"]["model"], sent["config"]["router"]["port"]) == ("m", 9)

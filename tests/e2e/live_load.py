@@ -29,10 +29,11 @@ class Answer:
 
 
 class Load:
-    """Clients that ask one after another, until told to stop. An answer that is not whole is in `failures`."""
+    """Clients that ask one after another, `pause_s` after an answer, until told to stop. An answer that is not whole is
+    in `failures`."""
 
     def __init__(self, port: int, num_clients: int) -> None:
-        self.prompt_tokens, self.output_tokens = 1, 1
+        self.prompt_tokens, self.output_tokens, self.pause_s = 1, 1, 0.0
         self.answers: list[Answer] = []
         self.failures: list[str] = []
         self._port = port
@@ -58,6 +59,7 @@ class Load:
                 self.answers.append(ask(self._port, ids, self.output_tokens))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 self.failures.append(f"{type(error).__name__}: {error}")
+            self._stop.wait(self.pause_s)
 
 
 @contextmanager
