@@ -53,6 +53,8 @@ class Controller:
                 await self.step()
             except (TensorweaveError, RayError) as error:
                 logger.warning("pools are left as they are: %s", str(error).partition("\n")[0])
+            except Exception:  # the loop's boundary: what one measurement meets does not end all later ones
+                logger.exception("pools are left as they are")
 
     async def step(self) -> Change | None:
         """One measurement, and what follows of it. Return the change that was made."""

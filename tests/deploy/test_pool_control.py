@@ -95,3 +95,19 @@ def test_the_controller_has_the_supervisor_move_a_gang_unless_an_update_is_under
     asyncio.run(body())
     assert [call[:4] for call in supervisor.asked] == [("move", "decode", "prefill", None)]
     assert controller.pressures["prefill"] == (2.25, "9.0 sequences wait per gang, of 4")
+
+
+def test_a_controller_goes_on_after_an_unexpected_answer(caplog: pytest.LogCaptureFixture) -> None:
+    supervisor = _Supervisor()
+    supervisor.pools = [{"pool": "prefill"}]
+    current = _current(scaling={"moves": True, "interval_s": 0.001})
+    controller = Controller(lambda: supervisor, RouterTable(), current)  # type: ignore[arg-type,return-value]
+
+    async def body() -> None:
+        running = asyncio.create_task(controller.run())
+        async with asyncio.timeout(60):
+            while caplog.text.count("pools are left as they are") < 2:
+                await asyncio.sleep(0.01)
+        running.cancel()
+
+    asyncio.run(body())
