@@ -5,7 +5,7 @@ One target for Prometheus, also where several routers share a port behind Serve'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
@@ -48,13 +48,16 @@ class _Pools(Collector):
         self._model_name = model_name
 
     def collect(self) -> Iterator[Metric]:
-        pools = self._seen.pools
         yield self._family(
             GaugeMetricFamily,
             "pools_known",
             "1 if the supervisor of the pools answers.",
             [([], float(self._seen.trouble is None))],
         )
+        yield from self._of_pools(self._seen.pools)
+        yield from self._of_gangs(self._seen.pools)
+
+    def _of_pools(self, pools: Sequence[dict[str, Any]]) -> Iterator[Metric]:
         yield self._family(
             GaugeMetricFamily,
             "pool_gangs",
@@ -90,6 +93,8 @@ class _Pools(Collector):
             [([pool["pool"]], pool["pressure"]) for pool in pools if pool.get("pressure") is not None],
             "pool",
         )
+
+    def _of_gangs(self, pools: Sequence[dict[str, Any]]) -> Iterator[Metric]:
         yield self._family(
             GaugeMetricFamily,
             "gang_progress_age_seconds",
