@@ -124,7 +124,7 @@ class LiveService:
             env=service_environment(),
             capture_output=True,
             text=True,
-            timeout=2 * WAIT_S,
+            timeout=3 * WAIT_S,
         )
         assert done.returncode == 0, f"{done.stderr}\n{json.dumps(self.status()['pools'], indent=1)}"
         self.say(done.stdout)
