@@ -4,6 +4,7 @@
     POST /move    {"source": "prefill", "target": "decode"}    answered once a gang has moved
     POST /update  {"config": {…}}                              answered once the configuration is accepted
 
+An update has the whole configuration with all defaults, as `tensorweave update` sends it (`ServeConfig.to_plain`).
 A move may name the gang (`gang_id`) and how long its work may take (`timeout_s`); `/status` shows how far a change is.
 """
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM
 
+from tensorweave.deploy.config import load_config
 from tests.e2e.live_load import Answer, Load, PlainModel, loaded
 from tests.e2e.service_process import (
     REPOSITORY,
@@ -72,7 +73,7 @@ class LiveService:
         self.port = port
         self.load = load
         self.config = json.loads(config.read_text())
-        self._path = config.with_name("changed.yaml")
+        self.path = config.with_name("changed.yaml")
 
     def status(self) -> dict[str, Any]:
         """Once the supervisor has answered in time, which on a busy machine it may not."""
@@ -136,8 +137,8 @@ class LiveService:
 
     def update(self, **tables: Any) -> str:
         self.config |= tables
-        self._path.write_text(json.dumps(self.config))
-        return self.command("update", "--config", str(self._path), "--wait", str(2 * WAIT_S))
+        self.path.write_text(json.dumps(self.config))
+        return self.command("update", "--config", str(self.path), "--wait", str(2 * WAIT_S))
 
     def check_reasons(self) -> None:
         """Each move is explained by the pressure on both pools."""
@@ -207,7 +208,7 @@ def grow_and_shrink(service: LiveService) -> None:
 def check_refusal(service: LiveService) -> None:
     """What routers have read once is refused by name, and the service goes on."""
     connection = http.client.HTTPConnection("127.0.0.1", admin_port(service.port), timeout=60)
-    plain = {**service.config, "served_model_name": "other"}
+    plain = load_config(service.path).to_plain() | {"served_model_name": "other"}
     connection.request("POST", "/update", json.dumps({"config": plain}), {"content-type": "application/json"})
     response = connection.getresponse()
     assert response.status == 400
