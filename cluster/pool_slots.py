@@ -134,7 +134,8 @@ class PoolSlots:
                 await self._equip(gang)
                 self._note_ready(slot, gang)
             reason = await gang.watch()
-            self._note_fault(slot, f"gang {gang.gang_id} ended: {reason}")
+            if not slot.is_ending:  # one that has drained is stopped
+                self._note_fault(slot, f"gang {gang.gang_id} ended: {reason}")
         except InsufficientResources as error:
             slot.problem = "unplaced"
             self._note_unplaced(slot, error.message, has_failed=not self._history.has_served)

@@ -190,3 +190,21 @@ def test_gangs_of_another_spec_do_not_change_their_pool() -> None:
         await bench.pool.stop()
 
     run_pools(body)
+
+
+def test_a_gang_that_is_stopped_once_it_has_drained_is_no_fault() -> None:
+    async def body() -> None:
+        bench = PoolBench(replicas=2)
+        await bench.until(lambda: len(bench.ids()) == 2)
+        gang = bench.gangs[1]
+
+        async def drain(timeout_s: float) -> None:
+            gang.end("its step loop has ended")
+            await bench.until(lambda: bench.pool.state.states == ("ready", "stopped"))
+
+        gang.drain = drain  # type: ignore[method-assign]
+        await bench.pool.scale(1, 5.0)
+        assert bench.pool.describe()["num_faults"] == 0
+        await bench.pool.stop()
+
+    run_pools(body)
