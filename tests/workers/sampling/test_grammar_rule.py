@@ -12,13 +12,15 @@ from tensorweave.workers.sampling.logit_edits import LogitEdits
 
 
 class FakeGrammar:
-    """Accepts tokens below 100; each takes `takes_s`."""
+    """Accepts tokens below 100; each takes `takes_s` of the thread's processor time, and `waits_s` for a core."""
 
     problem = ""
 
     def __init__(self) -> None:
         self.now_s = 0.0
+        self.used_s = 0.0
         self.takes_s = 0.0
+        self.waits_s = 0.0
         self.num_slow = 0
         self.accepted: list[int] = []
         self.filler = self
@@ -27,7 +29,8 @@ class FakeGrammar:
         return self
 
     def accept(self, tokens: Sequence[int]) -> bool:
-        self.now_s += self.takes_s * len(tokens)
+        self.used_s += self.takes_s * len(tokens)
+        self.now_s += (self.takes_s + self.waits_s) * len(tokens)
         self.accepted += tokens
         return max(tokens) < 100
 
@@ -45,7 +48,8 @@ def grammar() -> FakeGrammar:
 
 @pytest.fixture
 def rule(grammar: FakeGrammar) -> GrammarRule:
-    return GrammarRule(grammar, (2,), clock=lambda: grammar.now_s)  # type: ignore[arg-type]
+    clocks = {"clock": lambda: grammar.now_s, "processor_clock": lambda: grammar.used_s}
+    return GrammarRule(grammar, (2,), **clocks)  # type: ignore[arg-type]
 
 
 def failure(rule: GrammarRule) -> str | None:
@@ -73,13 +77,20 @@ def test_a_pause_of_the_machine_is_not_slow_but_token_after_token_is(rule: Gramm
     grammar.takes_s = 0.04
     rule.advance(list(range(50)))  # a replay
     grammar.takes_s = 1.0
-    rule.advance([5])
-    rule.advance([5])
+    for _ in range(3):
+        rule.advance([5])
     assert grammar.num_slow == 0
     rule.advance([5])
     rule.advance([5])
     assert grammar.num_slow == 1
     assert failure(rule) is None, "rank 0 decides"
+
+
+def test_waiting_for_a_core_is_not_slow(rule: GrammarRule, grammar: FakeGrammar) -> None:
+    grammar.waits_s = 1.0
+    for _ in range(20):
+        rule.advance([5])
+    assert grammar.num_slow == 0
 
 
 def test_a_stopped_grammar_is_followed_no_further(rule: GrammarRule, grammar: FakeGrammar) -> None:
