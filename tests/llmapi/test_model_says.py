@@ -85,7 +85,7 @@ def test_logits_that_are_not_finite_are_raised_and_the_llm_works_on(tmp_path: Pa
     tensors["model.embed_tokens.weight"][13] = torch.nan
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with LLM(tmp_path, dtype="float32", skip_tokenizer_init=True, kv_cache_config=CACHE) as llm:
-        for params in (FREE, SamplingParams(max_tokens=3, repetition_penalty=1.2, logprobs=1, temperature=0.5)):
+        for params in (FREE, SamplingParams(max_tokens=3, repetition_penalty=1.2, logprobs=1, temperature=0.5, seed=1)):
             good, bad = llm.generate_async([4, 7, 3], params), llm.generate_async([4, 13, 3], params)
             with pytest.raises(LogitsNotFinite, match="logits for the next token are not finite"):
                 bad.result(timeout=60)
