@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
@@ -21,6 +22,8 @@ HEARTBEAT_TIMEOUT_S: Final = 4.0
 STARTING_HEARTBEAT_TIMEOUT_S: Final = 30.0
 """Importing and loading may block a rank's interpreter for seconds."""
 _CHECK_INTERVAL_S: Final = 0.25
+_IN_CREATION: Final = "an error raised in its creation task"
+_HOST: Final = re.compile(r"\bip=([0-9a-fA-F.:]+)")
 
 
 class RankWatch:
@@ -109,7 +112,12 @@ def death_reason(error: RayError) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error. Of an error that an actor raised, the actor's own message is used, without the call
-    and the traceback that Ray adds."""
+    and the traceback that Ray adds; of one in its creation, which Ray tells as text, the last line and the host."""
     text = str(error.cause if isinstance(error, RayTaskError) else error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    if _IN_CREATION in lines[0] and len(lines) > 1:
+        host = _HOST.search(lines[0])
+        return lines[-1][:300] + ("" if host is None else f" (on host {host[1]})")
+    return lines[0][:300]

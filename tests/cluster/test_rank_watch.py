@@ -121,3 +121,15 @@ def test_an_actors_error_is_described_by_its_own_message() -> None:
     )
     assert "pid=7" in str(raised).splitlines()[0], "as Ray tells it"
     assert death_reason(raised.as_instanceof_cause()) == "no space for the cache"
+
+
+def test_an_error_in_an_actors_creation_is_described_by_its_last_line_and_host() -> None:
+    told = (
+        "The actor died because of an error raised in its creation task, \x1b[36mray::m:RankWorker.__init__()\x1b[39m"
+        " (pid=612, ip=10.79.0.13, actor_id=87, repr=<rank>)\nRuntimeError: The actor failed to import.\n\n"
+        "Traceback (most recent call last):\nModuleNotFoundError: No module named 'tensorweave'\n"
+    )
+    reason = death_reason(RayActorError(error_msg=told))  # type: ignore[no-untyped-call]
+    assert reason == "ModuleNotFoundError: No module named 'tensorweave' (on host 10.79.0.13)"
+    alone = told.splitlines()[0]
+    assert death_reason(RayActorError(error_msg=alone)) == alone[:300].rstrip(".")  # type: ignore[no-untyped-call]
