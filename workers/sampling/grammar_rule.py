@@ -14,8 +14,8 @@ from tensorweave.workers.step.grammar import Grammar
 
 _SLOW_S: Final = 0.05
 """For one token, which takes 2 µs as a rule. With some grammars each token takes longer than the one before."""
-_NUM_SLOW: Final = 3
-"""So many tokens of one output over the limit are no accident."""
+_NUM_SLOW: Final = 1 + 3
+"""So many tokens of one output over the limit are no accident: one by the clock, and three by processor time."""
 
 
 class GrammarRule(SamplingRule):
@@ -39,27 +39,20 @@ class GrammarRule(SamplingRule):
         self._matcher = grammar.matcher(stop_token_ids)
         self._clock = clock
         self._processor_clock = processor_clock
-        self._looks_closer = False
         self._num_slow = 0
         self._failure: RequestRejected | None = None
 
     def advance(self, tokens: Sequence[int]) -> None:
         if self._failure is not None or self._grammar.problem:
             return
-        clock = self._processor_clock if self._looks_closer else self._clock
+        clock = self._processor_clock if self._num_slow else self._clock
         started_s = clock()
         if not self._matcher.accept(tokens):
             self._failure = RequestRejected("the output does not follow its grammar", param=GUIDE_PARAM)
         if clock() - started_s > _SLOW_S * len(tokens):
-            self._note_slow()
-
-    def _note_slow(self) -> None:
-        if not self._looks_closer:
-            self._looks_closer = True
-            return
-        self._num_slow += 1
-        if self._num_slow == _NUM_SLOW:
-            self._grammar.report_slow()
+            self._num_slow += 1
+            if self._num_slow == _NUM_SLOW:
+                self._grammar.report_slow()
 
     def roll_back(self, num_tokens: int) -> None:
         if self._failure is None and not self._grammar.problem:
