@@ -37,6 +37,11 @@ class RayFailed(TensorweaveError):
     code = "ray_failed"
 
 
+def cluster_has_gpus() -> bool:
+    """Some node of the Ray cluster that this process has joined offers GPUs."""
+    return bool(ray.cluster_resources().get("GPU", 0))
+
+
 class RaySession:
     """A connection to Ray; `close` ends it, and the cluster too where it is ours."""
 
@@ -47,7 +52,7 @@ class RaySession:
     @property
     def has_gpus(self) -> bool:
         """Some node of the cluster offers GPUs."""
-        return bool(ray.cluster_resources().get("GPU", 0))
+        return cluster_has_gpus()
 
     def warn_if_open(self) -> None:
         """Warn where the cluster is somebody else's and asks nobody for a token."""

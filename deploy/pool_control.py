@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-import ray
-
 from tensorweave.cluster.errors import NotReady, RequestRejected, TensorweaveError
+from tensorweave.cluster.ray_session import cluster_has_gpus
 from tensorweave.deploy.config import ServeConfig
 from tensorweave.deploy.deployment import Deployment
 from tensorweave.deploy.supervisor_calls import FindSupervisor, call_supervisor
@@ -41,7 +40,7 @@ class ServicePools:
         self,
         find_supervisor: FindSupervisor,
         current: CurrentDeployment,
-        has_gpus: Callable[[], bool] = lambda: ray.cluster_resources().get("GPU", 0) > 0,
+        has_gpus: Callable[[], bool] = cluster_has_gpus,
     ) -> None:
         self._find = find_supervisor
         self._current = current

@@ -16,7 +16,6 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-import ray
 from ray import serve
 from ray.actor import ActorHandle
 from ray.serve import Application
@@ -25,6 +24,7 @@ from ray.serve.handle import DeploymentHandle
 from tensorweave.cluster.fleet import WatchedFleet
 from tensorweave.cluster.ray_auth import refuse_open_ray
 from tensorweave.cluster.ray_internals import allow_rebinding, mark_generated_ids
+from tensorweave.cluster.ray_session import cluster_has_gpus
 from tensorweave.cluster.router_report import RouterReport
 from tensorweave.cluster.supervisor_handle import find_supervisor
 from tensorweave.cluster.supervisor_start import find_or_start_supervisor
@@ -75,8 +75,8 @@ class Pools:
         log_in_replica(config.logging.settings(), "pools")
         refuse_open_ray(is_allowed=config.security.allow_unauthenticated_ray)
         self._source = source
-        has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-        self._current = CurrentDeployment(Deployment.of(PinnedModel(config, digests), generation, has_gpus=has_gpus))
+        model = PinnedModel(config, digests)
+        self._current = CurrentDeployment(Deployment.of(model, generation, has_gpus=cluster_has_gpus()))
         self._home = supervisor_home(serve.get_replica_context().app_name)
         self._log = config.logging.settings()
         self._routers = RouterTable()
