@@ -11,10 +11,10 @@ from typing import Any, Final
 import httpx
 
 from tensorweave.cli import top
+from tensorweave.cli.admin_port import add_admin_port, admin_client, answered, reason_in
 from tensorweave.cli.arguments import add_changes, positive
 from tensorweave.cluster.errors import NotReady, RequestRejected
 
-_DEFAULT_URL: Final = "http://127.0.0.1:8200"
 _ANSWER_TIMEOUT_S: Final = 3700.0  # a move's work may take an hour
 _CONNECT_TIMEOUT_S: Final = 10.0
 _LOOK_TIMEOUT_S: Final = 60.0
@@ -62,8 +62,7 @@ def _add(
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--url", default=_DEFAULT_URL, help="the service's admin port (default: %(default)s)")
-    parser.add_argument("--admin-key", metavar="KEY", help="one of security.admin_keys, where there are any")
+    add_admin_port(parser)
     parser.set_defaults(run=run)
     return parser
 
@@ -107,23 +106,15 @@ def _has_size(pool: Mapping[str, Any], replicas: int) -> bool:
 
 
 def _client(args: argparse.Namespace) -> httpx.Client:
-    headers = {"x-api-key": args.admin_key} if args.admin_key else {}
-    timeout = httpx.Timeout(_LOOK_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
-    return httpx.Client(base_url=args.url, headers=headers, timeout=timeout, trust_env=False)
+    return admin_client(args, httpx.Timeout(_LOOK_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S))
 
 
 def _post(client: httpx.Client, path: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """Raises NotReady, or RequestRejected with the server's reason."""
-    try:
-        answer = client.post(path, json=content, timeout=httpx.Timeout(_ANSWER_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S))
-        body: dict[str, Any] = answer.json()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise NotReady(f"no admin port answers at {client.base_url}: {error}") from None
-    except ValueError:
-        raise NotReady(f"{client.base_url} is not an admin port: its answer is no JSON") from None
+    timeout = httpx.Timeout(_ANSWER_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
+    answer, body = answered(client, lambda: client.post(path, json=content, timeout=timeout))
     if answer.status_code != 200:
-        message = body.get("error", {}).get("message", answer.reason_phrase)
-        raise (NotReady if answer.status_code >= 500 else RequestRejected)(message)
+        raise (NotReady if answer.status_code >= 500 else RequestRejected)(reason_in(answer, body))
     return body
 
 

@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import httpx
 
+from tensorweave.cli.admin_port import add_admin_port, admin_client, answered, reason_in
 from tensorweave.cluster.errors import NotReady, RequestRejected
 
-_DEFAULT_URL: Final = "http://127.0.0.1:8200"
 _TIMEOUT_S: Final = 10.0
 _CLEAR: Final = "\x1b[H\x1b[J"
 _ALTERNATE, _NORMAL = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
@@ -35,8 +35,7 @@ def add_command(commands: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--url", default=_DEFAULT_URL, help="the service's admin port (default: %(default)s)")
-    parser.add_argument("--admin-key", metavar="KEY", help="one of security.admin_keys, where there are any")
+    add_admin_port(parser)
     parser.add_argument("--interval", type=_interval, default=2.0, metavar="S", help="default: %(default)s")
     parser.add_argument("--once", action="store_true", help="show it once")
     parser.add_argument("--json", action="store_true", help="print the status as JSON, one object per line")
@@ -50,8 +49,7 @@ def _interval(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    headers = {"x-api-key": args.admin_key} if args.admin_key else {}
-    with httpx.Client(base_url=args.url, headers=headers, timeout=_TIMEOUT_S, trust_env=False) as client:
+    with admin_client(args, _TIMEOUT_S) as client:
         if args.once:
             _print(_ask_with_rates(client, args.interval), args.json)
         elif args.json or not sys.stdout.isatty():
@@ -63,16 +61,9 @@ def run(args: argparse.Namespace) -> int:
 
 def ask(client: httpx.Client) -> dict[str, Any]:
     """Raises NotReady, or RequestRejected with the server's reason."""
-    try:
-        answer = client.get("/status")
-        body: dict[str, Any] = answer.json()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise NotReady(f"no admin port answers at {client.base_url}: {error}") from None
-    except ValueError:
-        raise NotReady(f"{client.base_url} is not an admin port: its answer is no JSON") from None
+    answer, body = answered(client, lambda: client.get("/status"))
     if answer.status_code != 200:
-        message = body.get("error", {}).get("message", answer.reason_phrase)
-        raise RequestRejected(f"{client.base_url} answered {answer.status_code}: {message}")
+        raise RequestRejected(f"{client.base_url} answered {answer.status_code}: {reason_in(answer, body)}")
     if "traffic" not in body:
         raise RequestRejected(f"{client.base_url} is not an admin port")
     return body
