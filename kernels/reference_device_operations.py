@@ -13,7 +13,7 @@ from tensorweave.kernels.device_operations import DecodeAttention, DecodeRows, P
 from tensorweave.kernels.heads.kv_slots import KvSlots
 from tensorweave.kernels.heads.reference import HeadNorms, place_heads
 from tensorweave.kernels.heads.rotation import HeadRotation
-from tensorweave.kernels.linear.reference import Linear, make_linear
+from tensorweave.kernels.linear.reference import DequantizedLinear, Linear, make_linear
 from tensorweave.kernels.lora.stack import SiteStack, add_updates
 from tensorweave.kernels.mixture.gated_sum import add_gated
 from tensorweave.kernels.mixture.stack import ExpertStack, add_experts
@@ -130,26 +130,11 @@ class ReferencePrefillPlan:
                 _attend(heads_TXH[rows, :N], table_W, position, cache_BCPH, window, scale, out_TNH[rows])
 
 
-@dataclass(frozen=True, slots=True)
-class PackedLinear:
-    """The product of rows as they are and of weights that are dequantized in every call, in float32."""
-
-    weight: PackedCodes
-    bias_N: Tensor | None
-
-    def __call__(self, x_MK: Tensor) -> Tensor:
-        return self.to_float32(x_MK).to(x_MK.dtype)
-
-    def to_float32(self, x_MK: Tensor) -> Tensor:
-        out_MN = x_MK.float() @ self.weight.wide_rows().T
-        return out_MN if self.bias_N is None else out_MN + self.bias_N
-
-
 def _linear(matrix: Matrix) -> Linear:
     weight = matrix.weight_NK
-    return (
-        PackedLinear(weight, matrix.bias_N) if isinstance(weight, PackedCodes) else make_linear(weight, matrix.bias_N)
-    )
+    if isinstance(weight, PackedCodes):
+        return DequantizedLinear(weight, matrix.bias_N)
+    return make_linear(weight, matrix.bias_N)
 
 
 def _attend(

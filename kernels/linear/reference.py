@@ -14,6 +14,7 @@ from tensorweave.kernels.grouped_weight import round_rows, row_block
 from tensorweave.kernels.weights import (
     GroupedFloatWeight,
     GroupedWeight,
+    PackedCodes,
     PackedWeight,
     QuantizedWeight,
     ReorderedWeight,
@@ -84,10 +85,10 @@ class GroupedLinear:
 
 
 @dataclass(frozen=True, slots=True)
-class GroupedFloatLinear:
+class DequantizedLinear:
     """The product of rows as they are and of weights that are dequantized in every call, in float32."""
 
-    weight: GroupedFloatWeight
+    weight: GroupedFloatWeight | PackedCodes
     bias_N: Tensor | None
 
     def __call__(self, x_MK: Tensor) -> Tensor:
@@ -96,6 +97,11 @@ class GroupedFloatLinear:
     def to_float32(self, x_MK: Tensor) -> Tensor:
         out_MN = x_MK.float() @ self.weight.wide_rows().T
         return out_MN if self.bias_N is None else out_MN + self.bias_N
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedFloatLinear(DequantizedLinear):
+    weight: GroupedFloatWeight
 
 
 @dataclass(frozen=True, slots=True)
