@@ -109,8 +109,9 @@ def test_no_fault_reaches_a_token(tiny: Path, requests: Requests, backend: str) 
         decode.wait_idle()
         counted = {name: count for name, count in decode.gauges().items() if "failures" in name and count}
         print(counted)
-        for kind in ("digest", "duplicate", "missing", "peer_lost"):
-            assert counted[f"kv_transfer_failures_{kind}_total"] > 0
+        # Copies of the same blocks that run at once are verified one after the other, and none is a duplicate.
+        kinds = ["digest", "missing", "peer_lost"] + ["duplicate"] * (backend != "IPC_DIRECT")
+        assert [kind for kind in kinds if not counted.get(f"kv_transfer_failures_{kind}_total")] == []
 
 
 def test_no_transport_in_common(tiny: Path, requests: Requests) -> None:
