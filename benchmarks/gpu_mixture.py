@@ -115,7 +115,8 @@ def time_mixtures(num_tokens: Sequence[int], tune: bool) -> Iterator[str]:
         us, hit_bytes, operations = times[mixture.tilings], mixture.hit_bytes, 6.0 * T * S * D * WIDTH
         yield f"{T:5d} tokens: {us:7.1f} µs, {hit_bytes / us / 1e6:.2f} TB/s, {operations / us / 1e6:.0f} TFLOP/s"
         for name in ("gated", "down") if tune else ():
-            found = sorted((us, getattr(t, name)) for t, us in times.items() if _differs_in(t, mixture.tilings, name))
+            tried_ones = [(us, getattr(t, name)) for t, us in times.items() if _differs_in(t, mixture.tilings, name)]
+            found = sorted(tried_ones, key=lambda pair: pair[0])
             best = [f"{us:.1f} {_text(tiling)}" for us, tiling in found[:5]]
             yield f"      {name} (chosen {_text(getattr(mixture.tilings, name))}): {'; '.join(best)}"
 

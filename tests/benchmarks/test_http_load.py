@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from benchmarks.http_load import Answer, Client, EventTimeline, load_figures, mixed_figures, run_clients
 from benchmarks.http_rivals import closed_loop, mixed_load, parser, tables
 from benchmarks.http_servers import our_service, vllm_server, write_model
-from benchmarks.vllm_clients import VllmLoad, from_vllm
+from benchmarks.vllm_clients import VllmLoad, from_vllm, run_vllm_clients
 from tensorweave.cli.suite_shapes import SMOLLM2_135M
 from tensorweave.deploy.config import load_config
 from tests.cli.conftest import FakeEndpoint
@@ -106,17 +107,72 @@ def test_long_prompts_arrive_at_fixed_times() -> None:
     assert len(clients) - len(long) == 64
 
 
-def vllm_result(num_answered: int, rate: float) -> dict[str, Any]:
+def vllm_result(num_answered: int, start_s: float) -> dict[str, Any]:
     """Three tokens in two events after the first token, and a request that failed."""
     return {
+        "start_times": [start_s + number for number in range(num_answered)] + [start_s],
         "ttfts": [0.01] * num_answered + [0.0],
         "itls": [[0.01, 0.02]] * num_answered + [[]],
         "output_lens": [4] * num_answered + [0],
         "errors": [""] * num_answered + ["gone"],
         "completed": num_answered,
-        "duration": 2.0,
-        "output_throughput": rate,
     }
+
+
+FAKE_VLLM = {
+    "__init__": "",
+    "benchmarks/__init__": "",
+    "benchmarks/lib/__init__": "",
+    "benchmarks/lib/endpoint_request_func": """
+class RequestFuncOutput:
+    def __init__(self, success):
+        self.success = success
+""",
+    "benchmarks/serve": "wait_for_endpoint = None\n",
+    "entrypoints/__init__": "",
+    "entrypoints/cli/__init__": "",
+    "entrypoints/cli/main": """
+import asyncio, json, os, sys, time
+import vllm.benchmarks.serve as serving
+def main():
+    words = dict(zip(sys.argv, sys.argv[1:]))
+    if words["--seed"] == "9":
+        sys.exit("no such tokenizer")
+    time.sleep(0.3 * (int(words["--seed"]) > 1000))
+    is_ready = time.perf_counter()
+    assert asyncio.run(serving.wait_for_endpoint()).success
+    start = time.perf_counter()
+    with open(os.environ["FAKE_LOG"], "a") as log:
+        log.write(f"{is_ready} {start}\\n")
+    result = {"start_times": [start] * 3, "ttfts": [0.5] * 3, "itls": [[0.5]] * 3, "output_lens": [2] * 3}
+    result |= {"errors": [""] * 3, "completed": 3}
+    json.dump(result, open(words["--result-dir"] + "/" + words["--result-filename"], "w"))
+""",
+}
+
+
+@pytest.fixture
+def fake_vllm(tmp_path: Path) -> Path:
+    for name, text in FAKE_VLLM.items():
+        file = tmp_path / "vllm" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, "utf-8")
+    return tmp_path
+
+
+def test_processes_of_the_rivals_client_begin_together(fake_vllm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_LOG", str(fake_vllm / "log"))
+    figures = run_vllm_clients(VllmLoad(4, 6, 10, 2, seed=5), "http://", fake_vllm, str(fake_vllm), 2, PATIENCE_S)
+    assert (figures["num_answered"], figures["num_client_processes"]) == (6, 2)
+    times = [[float(word) for word in line.split()] for line in (fake_vllm / "log").read_text("utf-8").splitlines()]
+    assert max(ready_s for ready_s, _ in times) <= min(start_s for _, start_s in times)
+    assert figures["begun_within_s"] == pytest.approx(abs(times[0][1] - times[1][1]))
+    assert figures["output_tok_s"] == pytest.approx(12 / figures["elapsed_s"])
+
+
+def test_a_client_that_ends_early_is_told(fake_vllm: Path) -> None:
+    with pytest.raises(RuntimeError, match="no such tokenizer"):
+        run_vllm_clients(VllmLoad(4, 6, 10, 2, seed=9), "http://", fake_vllm, str(fake_vllm), 2, PATIENCE_S)
 
 
 def test_each_process_has_its_share_of_the_clients() -> None:
@@ -128,8 +184,10 @@ def test_each_process_has_its_share_of_the_clients() -> None:
 
 def test_both_sides_in_one_table() -> None:
     row = {"clients": 8, "output_tok_s": 1100.0, "ttft_ms": {"median": 90.0}, "tpot_ms": {"median": 6.0, "p99": 7.0}}
-    rival = from_vllm([vllm_result(2, 400.0), vllm_result(5, 600.0)], num_prompts=8)
-    assert (rival["num_failed"], rival["num_client_processes"], rival["elapsed_s"]) == (1, 2, 2.0)
+    rival = from_vllm([vllm_result(2, 7.5), vllm_result(5, 7.0)], num_prompts=8)
+    assert (rival["num_failed"], rival["num_client_processes"], rival["begun_within_s"]) == (1, 2, 0.5)
+    assert rival["elapsed_s"] == pytest.approx(4.04)
+    rival["output_tok_s"] *= rival["elapsed_s"] * 1000 / 28
     text = tables({"tensorweave": {"rows": [row]}, "vllm": {"rows": [{"clients": 8, **rival}]}})
     assert (
         "| 8 | 1,100.0 / 1,000.0 (1.100) | 90.0 / 10.0 (9.000) | 6.0 / 10.0 (0.600) | 7.0 / 10.0 (0.700) | – / 40.0 |"
