@@ -107,6 +107,14 @@ __device__ __forceinline__ uint4 load_behind_the_wait(const void* at) {
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
   return v;
 }
+// What other kernels may just have written, whatever the level-1 cache has.
+__device__ __forceinline__ int load_current(const int* at) {
+  int v;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+  return v;
+}
+// From here on, loads find what was written before this kernel was launched.
+__device__ __forceinline__ void forget_cached() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Dependent launch.
 __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tensorweave.kernels.cuda.program import Kernel, pointer
+from tensorweave.kernels.lora.update import MAX_COLUMNS, LowRankUpdate, outputs_fit
 
 # M rows of x, N rows of the weight, K inputs, Q sums of squares per row of x
 
@@ -35,18 +36,20 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("w", "x", "squares", "bias", "out", "residual", "gained", "gain")),
         ("squares_out", ctypes.c_void_p), ("epsilon", ctypes.c_float), ("num_squares", ctypes.c_int),
         ("M", ctypes.c_int), ("N", ctypes.c_int), ("K", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("b", "low", "places")),
+        *((name, ctypes.c_int) for name in ("LR", "R", "P", "first", "second", "reads_early")),
     ]  # fmt: skip
 
 
 @cache
 def _kernel(
-    epilogue: int, is_scaled: bool, has_bias: bool, is_wide: bool, row_groups: int, dtype: torch.dtype,
-    device: torch.device,
+    epilogue: int, is_scaled: bool, has_bias: bool, is_wide: bool, is_adapted: bool, row_groups: int,
+    dtype: torch.dtype, device: torch.device,
 ) -> Kernel:  # fmt: skip
     stages = _STAGES[row_groups]
     constants = {
         "EPILOGUE": epilogue, "SCALED": is_scaled, "BIAS": has_bias, "WIDE_OUT": is_wide, "NT": row_groups,
-        "STAGES": stages,
+        "STAGES": stages, "ADAPTED": is_adapted,
     }  # fmt: skip
     sums_bytes = 4 * (2 * _WARPS * 16 * (row_groups * 8 + 1) + row_groups * 8)
     shared_bytes = stages * (_STAGE_BYTES + 16) + sums_bytes + 128
@@ -69,10 +72,11 @@ def few_linear(
     squares_MQ: Tensor | None = None,
     epsilon: float = 0.0,
     residual: Residual | None = None,
+    update: LowRankUpdate | None = None,
     pdl: bool = False,
 ) -> None:
-    """See `thin_linear`. K a multiple of 64. `residual` has the fields of a `ResidualSum`, and then there is no
-    `out_MN`, which else has the type of x or is float32."""
+    """See `thin_linear`. K a multiple of 64; parts of an update begin at multiples of `FEW_OUTPUTS`. `residual` has the
+    fields of a `ResidualSum`, and then there is no `out_MN`, which else has the type of x or is float32."""
     M, K = x_MK.shape
     N = weight_NK.shape[0]
     assert 1 <= M <= MAX_FEW_ROWS
@@ -85,9 +89,25 @@ def few_linear(
         residual_MN, gain_N, gained_MN, squares_out = residual
         arguments.residual, arguments.gain = residual_MN.data_ptr(), gain_N.data_ptr()
         arguments.gained, arguments.squares_out = gained_MN.data_ptr(), squares_out.data_ptr()
+    if update is not None:
+        _add_update(arguments, update, is_gated=is_gated)
     epilogue = _RESIDUAL if residual is not None else _GATED if is_gated else _PLAIN
     is_wide = out_MN is not None and out_MN.dtype == torch.float32
     row_groups = 1 if M <= 8 else 2
-    kernel = _kernel(epilogue, squares_MQ is not None, bias_N is not None, is_wide, row_groups, x_MK.dtype, x_MK.device)
+    forms = epilogue, squares_MQ is not None, bias_N is not None, is_wide, update is not None, row_groups
+    kernel = _kernel(*forms, x_MK.dtype, x_MK.device)
     addresses = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
     kernel.launch((min(_num_blocks(x_MK.device), -(-N // FEW_OUTPUTS)), 1), addresses, pdl=pdl)
+
+
+def _add_update(arguments: _Arguments, update: LowRankUpdate, *, is_gated: bool) -> None:
+    update.check(arguments.M, arguments.N, is_gated=is_gated)
+    stack = update.stack
+    _, L, R = stack.b_NLR.shape
+    assert outputs_fit(stack, FEW_OUTPUTS)
+    assert 512 % R == 0
+    assert L * R <= MAX_COLUMNS
+    arguments.b, arguments.low = stack.b_NLR.data_ptr(), update.low_MPR.data_ptr()
+    arguments.places, arguments.reads_early = update.places_M.data_ptr(), update.reads_early
+    arguments.LR, arguments.R, arguments.P = L * R, R, stack.num_parts
+    arguments.first, arguments.second = update.part_starts

@@ -7,8 +7,11 @@
 //
 // A row's sums are in the same order whatever M is.
 //
+// ADAPTED: what adapters add is more columns. B of all adapters, [N, L R], comes behind the weight; the right operand has `low` at the
+// columns of a row's own adapter, and zeros at others. Columns of which no row has an adapter are left out, 512 at a time.
+//
 // Set by the compiler's options: EPILOGUE (0 plain, 1 gated, 2 residual), SCALED, BIAS, WIDE_OUT (float32), NT (8 rows of x each),
-// STAGES, TYPE.
+// STAGES, ADAPTED, TYPE.
 
 struct Arguments {
   const uint16_t* w;     // [N, K]; gated: rows alternate gate and up
@@ -22,6 +25,11 @@ struct Arguments {
   float epsilon;
   int num_squares;
   int M, N, K;  // K: a multiple of 64
+  // If ADAPTED:
+  const uint16_t *b, *low;  // [N, L R], [M, P, R]
+  const int* places;        // [M]; -1: no adapter
+  int LR, R, P, first, second;  // where the second and third part of the outputs begin, at tiles; gated: parts alternate
+  int reads_early;  // x is there when this kernel starts; only `low` is not
 };
 
 constexpr int WARPS = 8, THREADS = WARPS * 32, PITCH = 1024 + 64, STAGE_BYTES = 16 * PITCH;  // the 64 keep rows off each other's banks
@@ -42,30 +50,41 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 2) few(const __grid_c
     for (int s = 0; s < STAGES; s++) barrier_init(full + s * 8, 1), barrier_init(empty + s * 8, WARPS);
   barrier_init_fence();
   __syncthreads();
+  uint32_t active = 0;  // of every 512 columns of B, whether a row needs them
+  if (ADAPTED) {
+    int place = lane < a.M ? load_current(a.places + lane) : -1;
+    active = __reduce_or_sync(~0u, place < 0 ? 0u : 1u << (place * a.R / 512));
+  }
+  int parts_of_pass = chunks + __popc(active);
   if (warp == WARPS) {
     uint64_t policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     int row = EPILOGUE == 1 ? lane % 8 * 2 + lane / 8 : lane;  // gated: 8 gates, then their 8 values
-    for (int u = 0, s = 0, phase = 1, c = 0, tile = blockIdx.x; u < passes * chunks; u++) {
-      uint32_t bytes = min(a.K - c * 512, 512) * 2;
+    uint32_t left = active;
+    for (int u = 0, s = 0, phase = 1, c = 0, tile = blockIdx.x; u < passes * parts_of_pass; u++) {
+      bool is_b = ADAPTED && c >= chunks;
+      int begin = (is_b ? __ffs(left) - 1 : c) * 512, width = is_b ? a.LR : a.K;
+      if (is_b) left &= left - 1;
+      uint32_t bytes = min(width - begin, 512) * 2;
       barrier_wait(empty + s * 8, phase);
       if (lane == 0) barrier_expect(full + s * 8, 16 * bytes);
       __syncwarp();
       if (lane < 16) {
-        const uint16_t* from = a.w + (size_t)min(tile * 16 + row, a.N - 1) * a.K + c * 512;
+        const uint16_t* from = (is_b ? a.b : a.w) + (size_t)min(tile * 16 + row, a.N - 1) * width + begin;
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
                          ring + s * STAGE_BYTES + lane * PITCH),
                      "l"(from), "r"(bytes), "r"(full + s * 8), "l"(policy)
                      : "memory");
       }
       if (++s == STAGES) s = 0, phase ^= 1;
-      if (++c == chunks) c = 0, tile += gridDim.x;
+      if (++c == parts_of_pass) c = 0, tile += gridDim.x, left = active;
     }
     return;
   }
   int row = thread % 16, column = thread / 16;  // of this thread's result, plain and residual
   float first_gain = EPILOGUE == 2 ? widen(a.gain[min((int)blockIdx.x * 16 + row, a.N - 1)]) : 0.0f;
-  wait_for_predecessor();
+  if (ADAPTED && a.reads_early) forget_cached();
+  else wait_for_predecessor();
   start_successor();  // at once: the successor's blocks take each place that falls free
   if (SCALED) {
     for (int m = warp; m < a.M; m += WARPS) {
@@ -92,6 +111,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 2) few(const __grid_c
   uint4 x[NT][2], next[NT][2];
   load_x(x, 0);
   uint32_t place = ring + warp * 128 + g * PITCH + t * 16;
+  int adapters[NT];  // of this lane's rows
+#pragma unroll
+  for (int n = 0; n < NT; n++) adapters[n] = ADAPTED && n * 8 + g < a.M ? load_current(a.places + n * 8 + g) : -1;
+  auto load_low = [&](int n, int part, int k) {
+    bool is_mine = adapters[n] >= 0 && adapters[n] == k / a.R;
+    return is_mine ? load_behind_the_wait(a.low + ((size_t)(n * 8 + g) * a.P + part) * a.R + k % a.R) : make_uint4(0, 0, 0, 0);
+  };
   for (int pass = 0, s = 0, phase = 0; pass < passes; pass++) {
     int tile = blockIdx.x + pass * gridDim.x;
     float* parts = sums + pass % 2 * WARPS * 16 * COLUMNS;
@@ -117,6 +143,34 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 2) few(const __grid_c
       __syncwarp();
       if (lane == 0) barrier_arrive(empty + s * 8);
       if (++s == STAGES) s = 0, phase ^= 1;
+    }
+    if (ADAPTED) {
+      if (pass == 0) wait_for_predecessor();
+      int n0 = tile * 16, part = EPILOGUE == 1 ? 0 : (n0 >= a.first) + (n0 >= a.second), other = EPILOGUE == 1 ? a.P - 1 : part;
+      for (uint32_t left = active; left; left &= left - 1) {
+        int k = (__ffs(left) - 1) * 512 + warp * 64 + t * 8;
+        barrier_wait(full + s * 8, phase);
+        uint32_t at = place + s * STAGE_BYTES;
+        const uint4 zeros = make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {  // 32 columns each
+          bool is_there = k + i * 32 < a.LR;
+          uint4 low = is_there ? load_shared(at + i * 64) : zeros, high = is_there ? load_shared(at + 8 * PITCH + i * 64) : zeros;
+#pragma unroll
+          for (int n = 0; n < NT; n++) {  // rows of the weight 8 apart are a gate and its value, which may have parts of their own
+            uint4 y = load_low(n, part, k + i * 32), z = EPILOGUE == 1 ? load_low(n, other, k + i * 32) : y;
+            if (EPILOGUE == 1) {
+              multiply_tile(acc[n], low.x, 0, low.y, 0, y.x, y.y), multiply_tile(acc[n], low.z, 0, low.w, 0, y.z, y.w);
+              multiply_tile(acc[n], 0, high.x, 0, high.y, z.x, z.y), multiply_tile(acc[n], 0, high.z, 0, high.w, z.z, z.w);
+            } else {
+              multiply_tile(acc[n], low.x, high.x, low.y, high.y, y.x, y.y), multiply_tile(acc[n], low.z, high.z, low.w, high.w, y.z, y.w);
+            }
+          }
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(empty + s * 8);
+        if (++s == STAGES) s = 0, phase ^= 1;
+      }
     }
 #pragma unroll
     for (int n = 0; n < NT; n++) {

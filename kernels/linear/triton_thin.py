@@ -32,6 +32,7 @@ from tensorweave.kernels.linear.thin_tiling import (
 )
 from tensorweave.kernels.linear.triton_quantize import PEAKS_PER_ROW
 from tensorweave.kernels.linear.triton_thin_kernels import gemm, gemm_few, gemv
+from tensorweave.kernels.lora.update import LowRankUpdate, outputs_fit
 from tensorweave.kernels.weights import PackedCodes, QuantizedWeight
 
 # M rows of x, N outputs, K inputs, Q sums of squares per row of x; blocks of BM, BN, BK; S splits of K
@@ -78,6 +79,7 @@ def thin_linear(
     epsilon: float = 0.0,
     peaks_MA: Tensor | None = None,
     out_peaks_MA: Tensor | None = None,
+    update: LowRankUpdate | None = None,
     tiling: Tiling | None = None,
     workspace: SplitWorkspace | None = None,
     pdl: bool = False,
@@ -99,12 +101,15 @@ def thin_linear(
             multiplied by 1 / sqrt(mean + epsilon).
         peaks_MA: of x, see `triton_quantize`; needed with a `QuantizedWeight`.
         out_peaks_MA: raised to the peaks of out, or of `gained`, for a product by a `QuantizedWeight` that follows.
+        update: added before all that follows the product: before the factor of `squares_MQ`, because A x has it, too.
+            Needs a tiling of 64 rows of the weight or more, or `FEW_TILING`; not with a `QuantizedWeight`.
         tiling: from `choose_tiling`; the caller that allocates `ResidualSum.squares_MQ` knows it.
         workspace: needed where the tiling splits K.
 
     Equal bits for a row whatever the other rows are, as long as the tiling is the same but for `block_m`.
     """
     if isinstance(weight, PackedCodes):
+        assert update is None
         residual = None if isinstance(out, Tensor) else (out.residual_MN, out.gain_N, out.gained_MN, out.squares_MQ)
         grouped_few_linear(
             x_MK, weight, out if isinstance(out, Tensor) else None, is_gated=is_gated, bias_N=bias_N,
@@ -116,8 +121,8 @@ def thin_linear(
     epilogue = RESIDUAL if isinstance(out, ResidualSum) else GATED if is_gated else PLAIN
     tiling = tiling or choose(rows.shape[0], rows.shape[1], x_MK.shape[1], epilogue)
     product = _Product(
-        x_MK, weight, out, epilogue, bias_N, squares_MQ, epsilon, peaks_MA, out_peaks_MA,
-        tiling, workspace, pdl,
+        x_MK, weight, out, epilogue, bias_N, squares_MQ, epsilon, peaks_MA, out_peaks_MA, update, tiling, workspace,
+        pdl,
     )  # fmt: skip
     product.check()
     product.launch()
@@ -136,6 +141,7 @@ class _Product:
     epsilon: float
     peaks_MA: Tensor | None
     out_peaks_MA: Tensor | None
+    update: LowRankUpdate | None
     tiling: Tiling
     workspace: SplitWorkspace | None
     pdl: bool
@@ -171,6 +177,11 @@ class _Product:
         if tiling.block_m > 0 and tiling.block_n < 64:
             assert self.scales_N is None
             assert self.out_peaks_MA is None
+        if self.update is not None:
+            assert self.scales_N is None
+            assert tiling.block_n >= 64 or tiling == FEW_TILING
+            assert tiling == FEW_TILING or outputs_fit(self.update.stack, tiling.block_n)
+            self.update.check(M, len(self.weight_NK), is_gated=is_gated)
         if tiling.splits > 1:
             assert not is_gated
             assert tiling.block_n >= 64
@@ -192,7 +203,8 @@ class _Product:
         residual = self._residual if isinstance(self.out, ResidualSum) else None
         few_linear(
             self.x_MK, self.weight_NK, None if residual else self.result_MN, is_gated=self.epilogue == GATED,
-            bias_N=self.bias_N, squares_MQ=self.squares_MQ, epsilon=self.epsilon, residual=residual, pdl=self.pdl,
+            bias_N=self.bias_N, squares_MQ=self.squares_MQ, epsilon=self.epsilon, residual=residual,
+            update=self.update, pdl=self.pdl,
         )  # fmt: skip
 
     def _run_gemv(self) -> None:
@@ -218,9 +230,30 @@ class _Product:
         gemm[(self.num_tiles, tiling.splits)](
             TensorDescriptor.from_tensor(self.x_MK, [tiling.block_m, tiling.block_k]),
             TensorDescriptor.from_tensor(spread, [tiling.block_n, tiling.block_k]),
-            weight_NK, *self._operands, *self._scaling, *parts, len(self.x_MK), self.epsilon,
-            BM=tiling.block_m, S=tiling.splits, STAGES=tiling.stages, **self._constants, **self._scaling_constants,
+            weight_NK, *self._operands, *self._scaling, *parts, *self._update_operands, len(self.x_MK), self.epsilon,
+            BM=tiling.block_m, S=tiling.splits, STAGES=tiling.stages, **self._update_constants, **self._constants,
+            **self._scaling_constants,
         )  # fmt: skip
+
+    @property
+    def _update_operands(self) -> tuple[Any, ...]:
+        """B as a matrix, whose rows alternate with those of the weight that they are added to."""
+        if self.update is None:
+            return (None,) * 4
+        b_NLR, block = self.update.stack.b_NLR, [self.tiling.block_n, self._update_constants["BE"]]
+        b_desc = TensorDescriptor.from_tensor(b_NLR.view(self.result_MN.shape[1], -1), block)
+        return b_desc, b_NLR, self.update.low_MPR, self.update.places_M
+
+    @property
+    def _update_constants(self) -> dict[str, Any]:
+        if self.update is None:
+            return {"LR": 0, "R": 1, "P": 1, "FIRST": 0, "SECOND": 0, "BE": 16, "EARLY": False}
+        stack, (first, second) = self.update.stack, self.update.part_starts
+        LR = stack.b_NLR[0].numel()
+        return {
+            "LR": LR, "R": stack.max_rank, "P": stack.num_parts, "FIRST": first, "SECOND": second,
+            "BE": 128 if LR > 64 else 64, "EARLY": self.update.reads_early and self.pdl,
+        }  # fmt: skip
 
     @property
     def _residual(self) -> Residual:

@@ -10,6 +10,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tensorweave.kernels.linear.thin_tiling import GATED, PLAIN, RESIDUAL
 from tensorweave.kernels.linear.triton_quantize import load_peaks, load_row_scales, raise_peaks, row_scale
+from tensorweave.kernels.lora.triton_expand import add_low_rank
 
 # M rows of x, N outputs, K inputs, Q sums of squares and A peaks per row of x; blocks of BM, BN, BK; S splits of K
 
@@ -18,6 +19,7 @@ _DOWN, _UP = (
     tl.constexpr(1 / 256),
     tl.constexpr(256.0),
 )  # x in float16, so that eight sums stay far from its largest number
+_PREFETCHED = tl.constexpr(256)  # columns of B, at most: of so many, each has an adapter that is likely to be used
 _PLAIN, _GATED, _RESIDUAL = tl.constexpr(PLAIN), tl.constexpr(GATED), tl.constexpr(RESIDUAL)
 
 
@@ -208,12 +210,15 @@ def _finish(
 @triton.jit(do_not_specialize=["M"])
 def gemm(
     x_desc, w_desc, w_ptr, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr, gained_ptr, squares_out_ptr,
-    scales_ptr, peaks_ptr, peaks_out_ptr, parts_ptr, arrived_ptr, M, epsilon,
+    scales_ptr, peaks_ptr, peaks_out_ptr, parts_ptr, arrived_ptr, b_desc, b_ptr, low_ptr, places_ptr, M, epsilon,
     N: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, QP: tl.constexpr, A: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, EPILOGUE: tl.constexpr,
-    SCALED: tl.constexpr, BIAS: tl.constexpr, QUANTIZED: tl.constexpr, PEAKS: tl.constexpr, PDL: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, LR: tl.constexpr, R: tl.constexpr,
+    P: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, BE: tl.constexpr, EPILOGUE: tl.constexpr,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, QUANTIZED: tl.constexpr, PEAKS: tl.constexpr, EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """The weight is the left operand, 64 rows or more at a time as the matrix unit wants; x is padded to BM columns."""
+    """The weight is the left operand, 64 rows or more at a time as the matrix unit wants; x is padded to BM columns.
+    LR, if any, are the columns of adapters' B; EARLY: x is there when the kernel starts, only `low` is not."""
     tile = tl.program_id(0)
     split = tl.program_id(1)
     n = tile * BN + tl.arange(0, BN)
@@ -225,7 +230,13 @@ def gemm(
         line = n.to(tl.int64)[:, None] * K + begin + tl.arange(0, BK // LINE)[None, :] * LINE
         if EPILOGUE != _GATED and N % BN == 0 and K % (S * BK) == 0:
             _prefetch_l2(w_ptr + line)
-        gdc_wait()
+        if LR > 0 and LR <= _PREFETCHED:
+            columns: tl.constexpr = 2 * LR if EPILOGUE == _GATED else LR
+            lines: tl.constexpr = (columns + 63) // 64
+            line = n.to(tl.int64)[:, None] * columns + tl.arange(0, triton.next_power_of_2(lines))[None, :] * 64
+            _prefetch_l2(b_ptr + tl.minimum(line, N * columns - 1))
+        if not EARLY:
+            gdc_wait()
         gdc_launch_dependents()
     x_scale = 1.0
     if QUANTIZED:
@@ -240,6 +251,8 @@ def gemm(
         acc = tl.dot(w_desc.load([tile * BN, k]), x, acc)
         if EPILOGUE == _GATED:  # a row of the descriptor is a gate row and its up row, end to end
             up = tl.dot(w_desc.load([tile * BN, K + k]), x, up)
+    if PDL and EARLY:
+        gdc_wait()
     is_last = True
     if S > 1:
         part = parts_ptr + ((tile * S + split) * BN + tl.arange(0, BN))[:, None] * BM + m[None, :]
@@ -253,6 +266,10 @@ def gemm(
             for i in tl.static_range(S):  # always in this order: equal bits
                 acc += tl.load(part + i * BN * BM, cache_modifier=".cg")
     if is_last:
+        if LR > 0:
+            acc, up = add_low_rank(
+                acc, up, m, tile, M, b_desc, low_ptr, places_ptr, LR, R, P, FIRST, SECOND, BN, BE, EPILOGUE == _GATED
+            )
         _finish(
             acc, up, m, n, tile, M, N, K, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr, gained_ptr,
             squares_out_ptr, scales_ptr, x_scale, peaks_out_ptr, epsilon, Q, QP, A, EPILOGUE, SCALED, BIAS, QUANTIZED,

@@ -19,7 +19,8 @@ class SiteStack:
     """An adapter adds B A x to its part of the outputs, with the A of that part.
 
     `bounds` are where the parts behind the first begin, or parts alternate output by output (`is_interleaved`).
-    `ranks_L` is int32: rows of A and columns of B from there on are not read. What `b` has for outputs is scaled.
+    `ranks_L` is int32: rows of A and columns of B from there on are zeros, or, at rank 0, any numbers. What `b` has for
+    outputs is scaled, and all of it is finite, also where there is no adapter: kernels may multiply zeros by it.
     """
 
     a_PLRK: Tensor
@@ -31,6 +32,10 @@ class SiteStack:
     @property
     def num_parts(self) -> int:
         return self.a_PLRK.shape[0]
+
+    @property
+    def max_rank(self) -> int:
+        return self.a_PLRK.shape[2]
 
     def outputs_from(self, first: int) -> SiteStack:
         """Of the outputs [first, N), over the same memory."""

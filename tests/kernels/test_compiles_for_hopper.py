@@ -12,9 +12,11 @@ import torch
 triton = pytest.importorskip("triton")
 
 from tensorweave.kernels.compile_ahead import compile_ahead  # noqa: E402
-from tensorweave.kernels.linear.triton_thin import ResidualSum  # noqa: E402
+from tensorweave.kernels.linear.thin_tiling import GATED, PLAIN, RESIDUAL, choose_tiling  # noqa: E402
+from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, thin_linear  # noqa: E402
 from tensorweave.kernels.lora.stack import SiteStack  # noqa: E402
 from tensorweave.kernels.lora.triton import add_updates  # noqa: E402
+from tensorweave.kernels.lora.update import LowRankUpdate  # noqa: E402
 from tensorweave.kernels.mixture.routing import Routing  # noqa: E402
 from tensorweave.kernels.mixture.stack import ExpertStack  # noqa: E402
 from tensorweave.kernels.mixture.tiling import choose_mixture_tilings  # noqa: E402
@@ -63,6 +65,32 @@ def test_mixtures(num_tokens: int, shared_bytes: list[int]) -> None:
     out = ResidualSum(empty(num_tokens, D), empty(D), empty(num_tokens, D), squares) if is_scaled else x
     given = empty(num_tokens, 32, dtype=torch.float32) if is_scaled else None
     assert compile_ahead(lambda: add_experts(x, logits, stack, out, tilings, squares_TQ=given, epsilon=1e-6, pdl=True))
+    assert max(shared_bytes) <= SHARED_BYTES
+
+
+@pytest.mark.parametrize("num_rows", [17, 64, 128])
+@pytest.mark.parametrize(("places", "rank"), [(8, 16), (16, 64)])
+@pytest.mark.parametrize(
+    ("epilogue", "N", "K", "bounds"),
+    [(PLAIN, 6144, 4096, (4096, 5120)), (RESIDUAL, 4096, 14336, ()), (GATED, 28672, 4096, (14336,))],
+)
+def test_adapters_in_products_of_few_rows(
+    epilogue: int, N: int, K: int, bounds: tuple[int, ...], places: int, rank: int, num_rows: int,
+    shared_bytes: list[int],
+) -> None:  # fmt: skip
+    parts, outputs = len(bounds) + 1, N // 2 if epilogue == GATED else N
+    ranks, of_rows = empty(places, dtype=torch.int32), empty(num_rows, dtype=torch.int32)
+    stack = SiteStack(empty(parts, places, rank, K), empty(N, places, rank), ranks, bounds, epilogue == GATED)
+    update = LowRankUpdate(empty(num_rows, parts, rank), of_rows, stack, reads_early=True)
+    tiling = choose_tiling(num_rows, outputs, K, epilogue, has_few=True)
+    out: torch.Tensor | ResidualSum = empty(num_rows, outputs)
+    if epilogue == RESIDUAL:
+        squares = empty(num_rows, tiling.num_squares(N), dtype=torch.float32)
+        out = ResidualSum(empty(num_rows, N), empty(N), empty(num_rows, N), squares)
+    workspace = SplitWorkspace.create(N, num_rows, 2, torch.device("cpu"))
+    x, weight = empty(num_rows, K), empty(N, K)
+    more = {"is_gated": epilogue == GATED, "tiling": tiling, "workspace": workspace, "pdl": True}
+    assert compile_ahead(lambda: thin_linear(x, weight, out, update=update, **more))
     assert max(shared_bytes) <= SHARED_BYTES
 
 
