@@ -84,6 +84,8 @@ class AdapterReader:
                     f"lora_{kind} of {name} is {list(matrices[kind].shape)}, must be {list(shape)} for this model and "
                     "this adapter_config.json"
                 )
+            if not matrices[kind].isfinite().all():
+                raise ValueError(f"lora_{kind} of {name} has numbers that are not finite")
 
     def _parts(
         self, place: SitePart, config: PeftConfig, modules: Mapping[str, Mapping[str, Tensor]]
@@ -93,4 +95,7 @@ class AdapterReader:
             return
         a_RK = matrices["A"][:, place.columns.start : place.columns.stop]
         b_NR = matrices["B"][place.rows.start : place.rows.stop].float() * config.scale_of(place.name)
-        yield UpdatePart(a_RK.to(self.device, self.dtype), b_NR.to(self.device, self.dtype), place.first)
+        part = UpdatePart(a_RK.to(self.device, self.dtype), b_NR.to(self.device, self.dtype), place.first)
+        if not (part.a_RK.isfinite().all() and part.b_NR.isfinite().all()):
+            raise ValueError(f"{place.name} has numbers that {self.dtype} does not hold")
+        yield part

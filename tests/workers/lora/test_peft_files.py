@@ -127,6 +127,10 @@ def rewrite(path: Path, **tensors: torch.Tensor | None) -> None:
             r"is \[48, 4\], must be \[48, 8\]",
         ),
         (
+            {"model__layers__1__self_attn__q_proj__lora_B__weight": torch.full((48, 8), float("inf"))},
+            "lora_B of model.layers.1.self_attn.q_proj has numbers that are not finite",
+        ),
+        (
             {
                 "model__layers__2__self_attn__q_proj__lora_A__weight": None,
                 "model__layers__2__self_attn__q_proj__lora_B__weight": None,
