@@ -32,6 +32,10 @@ class PlacesAdapters(Protocol):
         """Before a step is described: bring its adapters to the device, in the order of launches."""
         ...
 
+    def are_in(self, batch: ScheduledBatch) -> bool:
+        """Whether a request of the step has an adapter."""
+        ...
+
     def places_of(self, rows: Sequence[StepRow]) -> Sequence[int]:
         """-1: a row has no adapter; nothing at all if there are none."""
         ...
@@ -50,6 +54,9 @@ class NoAdapterPlaces:
 
     def prepare(self, batch: ScheduledBatch) -> None:
         return None
+
+    def are_in(self, batch: ScheduledBatch) -> bool:
+        return False
 
     def places_of(self, rows: Sequence[StepRow]) -> Sequence[int]:
         return ()
@@ -102,6 +109,9 @@ class AdapterPlaces:
             if digest not in self._places:
                 self._places[digest] = self._take_place(wanted)
                 self._copy(adapter, self._places[digest])
+
+    def are_in(self, batch: ScheduledBatch) -> bool:
+        return any(row.request.adapter is not None for row in (*batch.context, *batch.generation))
 
     def places_of(self, rows: Sequence[StepRow]) -> list[int]:
         adapters = [row.request.adapter for row in rows]

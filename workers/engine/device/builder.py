@@ -60,8 +60,10 @@ class DeviceEngineBuilder:
         self.ranks.meet()
         run_step(trial, max_tokens, 0)  # what is left allocated for good is so now
         step_bytes = measure_step_memory(lambda: run_step(trial, max_tokens, 0), memory)
-        graph_bytes = measure_graph_memory(trial.graphs.capture, self.graphs.sizes, memory)
-        share = len(trial.captured_sizes) / max(1, len(self.graphs.sizes))  # all have about as many kernels
+        graph_bytes = measure_graph_memory(
+            lambda num_rows: trial.graphs.capture(trial.largest_decode(num_rows)), self.graphs.sizes, memory
+        )
+        share = len(trial.captured_sizes) / max(1, len(self.graphs.sizes))  # none has many more kernels
         return step_bytes + math.ceil(graph_bytes * share)
 
     def warm_up(self, engine: DeviceEngine, log: StartLog) -> None:

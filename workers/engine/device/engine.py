@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.kernels.device_operations import DecodeRows, DeviceOperations
-from tensorweave.workers.engine.device.adapter_places import PlacesAdapters
-from tensorweave.workers.engine.device.graphs import GraphSizes, StepGraphs
+from tensorweave.workers.engine.device.adapter_places import NoAdapterPlaces, PlacesAdapters
+from tensorweave.workers.engine.device.graphs import AdaptedRows, GraphSizes, StepGraphs
 from tensorweave.workers.engine.device.mixed_step import MixedStep, largest, mixed_sizes
 from tensorweave.workers.engine.device.rank_exchange import RankExchange
 from tensorweave.workers.engine.device.sequence_tables import SequenceTables
@@ -32,6 +32,8 @@ from tensorweave.workers.step.plan import PromptRead, ScheduledBatch
 from tensorweave.workers.step.resources import BaseResourceManager, KVCache, ResourceManager
 
 # T tokens, D hidden size, R rows that sample, N rows of logits, V vocabulary
+
+StepSize = int | AdaptedRows | MixedSize
 
 
 class DeviceEngine:
@@ -70,12 +72,15 @@ class DeviceEngine:
         self._inputs = StepInputs(max_rows, buffers.max_tokens, self._tables, adapters, P, device)
         self._buffers = buffers
         self._wide = make_wide_layers(model, operations, self._buffers, ranks.sums, adapters.stacks)
-        self._decodes = DecodeSteps(model, operations, self._buffers, self._wide, pool.layers)
+        plain = make_wide_layers(model, operations, self._buffers, ranks.sums, ()) if adapters.stacks else self._wide
+        parts = (model, operations, self._buffers)
+        self._decodes = DecodeSteps(*parts, plain, pool.layers)
+        self._adapted_decodes = DecodeSteps(*parts, self._wide, pool.layers, adapters.stacks)
         self._mixed = MixedStep(model, operations, self._buffers, self._inputs, self._wide, pool.layers, adapters)
         self._sizes = sizes
         self._mixed_sizes = mixed_sizes(max_rows, buffers.max_tokens) if sizes.sizes else ()
         self._small = MixedBuffer(largest(self._mixed_sizes), device)
-        self.graphs: StepGraphs[int | MixedSize] = StepGraphs(self._make_step, device)
+        self.graphs: StepGraphs[StepSize] = StepGraphs(self._make_step, device)
         self._marks: LayerMarks = NoLayerMarks()
         self._num_pieces = 0
         self._num_launched = 0
@@ -89,10 +94,16 @@ class DeviceEngine:
     def progress(self) -> int:
         return self._num_launched + self._num_pieces
 
+    def largest_decode(self, num_rows: int) -> StepSize:
+        """A step of so many decodes, in the form that has the most kernels."""
+        return AdaptedRows(num_rows) if self._adapters.stacks else num_rows
+
     @property
-    def captured_sizes(self) -> tuple[int | MixedSize, ...]:
-        """Sizes of steps that are to be captured in graphs, ascending: those with prompt chunks come last."""
-        return (*self._sizes.sizes, *self._mixed_sizes)
+    def captured_sizes(self) -> tuple[StepSize, ...]:
+        """Sizes of steps that are to be captured in graphs, ascending: those with prompt chunks come last. Decodes have
+        graphs without adapters, and, where there may be adapters, others with them."""
+        adapted = [AdaptedRows(num_rows) for num_rows in self._sizes.sizes if self._adapters.stacks]
+        return (*self._sizes.sizes, *adapted, *self._mixed_sizes)
 
     def launch(self, batch: ScheduledBatch, resources: ResourceManager, before: PendingTokens) -> Pending[StepLogits]:
         kv_cache = resources.kv_cache
@@ -104,7 +115,7 @@ class DeviceEngine:
             if batch.context or batch.drafts:
                 return Ready(self._launch_mixed(batch, kv_cache, num_padded))
             self._inputs.send_decodes(batch, kv_cache, num_padded)
-            self.graphs.run(num_padded)
+            self.graphs.run(AdaptedRows(num_padded) if self._adapters.are_in(batch) else num_padded)
             return Ready(self._logits(num_padded))
 
     def tell_layers(self, marks: LayerMarks) -> None:
@@ -125,19 +136,21 @@ class DeviceEngine:
         device_rows = DeviceRows(rows.slots_R, rows.lengths_R, self._inputs.state.tokens_S)
         return StepLogits(self._buffers.logits_RV[:num_padded], prompts, device_rows, self._ranks.check)
 
-    def _make_step(self, size: int | MixedSize) -> Callable[[], None]:
+    def _make_step(self, size: StepSize) -> Callable[[], None]:
         if isinstance(size, int):
-            return self._make_decode(size)
+            return self._make_decode(size, self._decodes, NoAdapterPlaces())
+        if isinstance(size, AdaptedRows):
+            return self._make_decode(size.num_rows, self._adapted_decodes, self._adapters)
         return lambda: self._mixed.run_rows(self._small, size, NoLayerMarks())
 
-    def _make_decode(self, num_rows: int) -> Callable[[], None]:
+    def _make_decode(self, num_rows: int, decodes: DecodeSteps, adapters: PlacesAdapters) -> Callable[[], None]:
         rows, state, update = self._inputs.rows(num_rows), self._inputs.state, self._inputs.update
         tokens_R, places_R = self._buffers.tokens_T[:num_rows], self._buffers.all.places_T[:num_rows]
-        layers = self._decodes.make(DecodeRows(rows.slots_R, rows.lengths_R, state, self.info.max_seq_len))
+        layers = decodes.make(DecodeRows(rows.slots_R, rows.lengths_R, state, self.info.max_seq_len))
 
         def run() -> None:
             self._operations.begin_step(rows.slots_R, rows.given_tokens_R, state, update, tokens_R)
-            self._adapters.begin_step(rows.places_R, places_R)
+            adapters.begin_step(rows.places_R, places_R)
             layers()
 
         return run

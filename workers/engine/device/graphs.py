@@ -27,6 +27,13 @@ class GraphSizes:
         return self.sizes[at] if at < len(self.sizes) else num_rows
 
 
+@dataclass(frozen=True, slots=True)
+class AdaptedRows:
+    """The size of a step of decodes of which some have adapters."""
+
+    num_rows: int
+
+
 class StepGraphs(Generic[Key]):
     """`make_step` returns what launches the step of a size, over buffers of fixed address. A step that was not captured
     is launched kernel by kernel."""

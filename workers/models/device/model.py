@@ -123,19 +123,9 @@ class DeviceModel:
         return self.head.num_outputs
 
     @property
-    def has_adapters(self) -> bool:
-        """Whether adapters may update its products."""
-        return self.layers[0].sites is not None
-
-    @property
     def has_norms_behind(self) -> bool:
         """Whether what attention and MLP return is normed."""
         return any(layer.after_attention_norm_D is not None for layer in self.layers)
-
-    @property
-    def has_plain_layers(self) -> bool:
-        """Whether products may be fused with what adds their results to the residual."""
-        return not self.has_adapters and not self.has_norms_behind
 
     @property
     def intermediate_size(self) -> int:

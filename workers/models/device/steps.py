@@ -17,7 +17,7 @@ from tensorweave.workers.models.device.wide import AllLayers, DecodeLayerAttenti
 
 
 class DecodeSteps:
-    """`caches` has the KV of each layer."""
+    """`caches` has the KV of each layer; `stacks` are those of the sites if rows may have adapters."""
 
     def __init__(
         self,
@@ -26,13 +26,14 @@ class DecodeSteps:
         buffers: StepBuffers,
         wide: AllLayers,
         caches: Sequence[Tensor],
+        stacks: Sequence[SiteStack] = (),
     ) -> None:
         self._model = model
         self._operations = operations
         self._buffers = buffers
         self._wide = wide
         self._caches = caches
-        self._make_thin = _thin_maker(model, buffers)
+        self._make_thin = _thin_maker(model, buffers, stacks)
 
     def make(self, rows: DecodeRows) -> Callable[[], None]:
         """What launches all layers, from the tokens of the buffers to their logits."""
@@ -62,32 +63,38 @@ def make_wide_layers(
 
     Args:
         sums: None: the model is whole.
-        stacks: those of the sites, if adapters may update the model.
+        stacks: those of the sites, if tokens may have adapters.
     """
     if sums is not None:
         return SplitLayers(model, operations, sums, buffers)
+    products: LayerProducts
+    if stacks:
+        products = AdaptedProducts(operations, stacks, model.num_heads * model.head_dim)
+        return WideLayers(model, operations, buffers, products)
     if model.device.type == "cuda":
         from tensorweave.workers.models.device.wide_quantized import WideQuantizedLayers  # as in `_thin_maker`
 
         if WideQuantizedLayers.fits(model):
             return WideQuantizedLayers(model, buffers)
-    products: LayerProducts = PlainProducts(operations)
+    products = PlainProducts(operations)
     if model.has_norms_behind:
         products = NormedProducts(operations, model.epsilon)
-    if model.has_adapters:
-        products = AdaptedProducts(operations, stacks, model.num_heads * model.head_dim)
     return WideLayers(model, operations, buffers, products)
 
 
 Thin = Callable[[DecodeLayerAttention, Sequence[Tensor]], None]
 
 
-def _thin_maker(model: DeviceModel, buffers: StepBuffers) -> Callable[[int], Thin | None]:
+def _thin_maker(model: DeviceModel, buffers: StepBuffers, stacks: Sequence[SiteStack]) -> Callable[[int], Thin | None]:
     if model.device.type != "cuda" or not model.is_whole:
         return lambda num_rows: None
     from tensorweave.workers.models.device.thin import ThinLayers  # there is no Triton without a GPU
+    from tensorweave.workers.models.device.thin_updates import thin_updates_maker
 
-    if not ThinLayers.fits(model):
+    if not ThinLayers.fits(model, stacks):
         return lambda num_rows: None
     workspace, max_rows = ThinLayers.make_workspace(model), ThinLayers.max_rows(model)
-    return lambda num_rows: ThinLayers(model, buffers, workspace, num_rows) if num_rows <= max_rows else None
+    make_updates = thin_updates_maker(stacks, buffers, max_rows)
+    return lambda num_rows: (
+        ThinLayers(model, buffers, workspace, num_rows, make_updates(num_rows)) if num_rows <= max_rows else None
+    )

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tensorweave.kernels.linear.cuda_few import MAX_FEW_ROWS
 from tensorweave.kernels.linear.thin_tiling import (
     FEW_TILING,
     GATED,
@@ -22,7 +23,8 @@ from tensorweave.kernels.mixture.triton import add_experts, choose_tilings, num_
 from tensorweave.kernels.weights import Matrix, PackedCodes, QuantizedWeight
 from tensorweave.workers.models.device.buffers import StepBuffers
 from tensorweave.workers.models.device.mlp import DeviceMixture, DeviceMlp
-from tensorweave.workers.models.device.model import DeviceModel
+from tensorweave.workers.models.device.model import DeviceModel, LayerSites
+from tensorweave.workers.models.device.thin_updates import ThinUpdates
 
 # R rows, D hidden size, I intermediate width, E experts, Q sums of squares per row
 
@@ -39,14 +41,19 @@ class LayerPeaks:
 
 @dataclass(frozen=True, slots=True)
 class ThinTilings:
+    """`is_adapted`: of products that adapters add to, which the kernel for one row has no form for."""
+
     num_rows: int
     has_few: bool
+    is_adapted: bool = False
 
     def choose(self, matrix: Matrix, num_outputs: int, epilogue: int) -> Tiling:
         if isinstance(matrix.weight_NK, PackedCodes):
             return FEW_TILING
         if is_quantized(matrix):
             return choose_quantized_tiling(self.num_rows, num_outputs, matrix.num_inputs, epilogue)
+        if self.is_adapted and self.num_rows <= MAX_FEW_ROWS:
+            return FEW_TILING
         return choose_tiling(self.num_rows, num_outputs, matrix.num_inputs, epilogue, has_few=self.has_few)
 
 
@@ -59,6 +66,7 @@ class ThinMlp(Protocol):
     def __call__(
         self,
         mlp: DeviceMlp | DeviceMixture,
+        sites: LayerSites,
         gained_RD: Tensor,
         squares_RQ: Tensor,
         out: ResidualSum,
@@ -77,6 +85,7 @@ class ThinGatedMlp:
     down_tiling: Tiling
     hidden_size: int
     workspace: SplitWorkspace
+    updates: ThinUpdates
 
     @property
     def num_squares(self) -> int:
@@ -85,6 +94,7 @@ class ThinGatedMlp:
     def __call__(
         self,
         mlp: DeviceMlp | DeviceMixture,
+        sites: LayerSites,
         gained_RD: Tensor,
         squares_RQ: Tensor,
         out: ResidualSum,
@@ -95,11 +105,13 @@ class ThinGatedMlp:
         thin_linear(
             gained_RD, mlp.gate_up.weight_NK, self.gated_RI, is_gated=True, squares_MQ=squares_RQ,
             epsilon=self.epsilon, peaks_MA=peaks.gate_up, out_peaks_MA=peaks.down,
+            update=self.updates.start(sites.gate_up, gained_RD),
             tiling=self.tilings.choose(mlp.gate_up, self.gated_RI.shape[1], GATED), pdl=True,
         )  # fmt: skip
         thin_linear(
             self.gated_RI, mlp.down.weight_NK, out, peaks_MA=peaks.down, out_peaks_MA=next_peaks.qkv,
-            tiling=self.down_tiling, workspace=self.workspace, pdl=True,
+            update=self.updates.start(sites.down, self.gated_RI), tiling=self.down_tiling, workspace=self.workspace,
+            pdl=True,
         )  # fmt: skip
 
 
@@ -113,6 +125,7 @@ class ThinMixture:
     def __call__(
         self,
         mlp: DeviceMlp | DeviceMixture,
+        sites: LayerSites,
         gained_RD: Tensor,
         squares_RQ: Tensor,
         out: ResidualSum,
@@ -141,12 +154,14 @@ def fits_thin_mlp(model: DeviceModel) -> bool:
     return len(mixtures) == len(mlps) and len(shapes) == 1 and not any(mlp.shared for mlp in mixtures)
 
 
-def make_thin_mlp(model: DeviceModel, buffers: StepBuffers, workspace: SplitWorkspace, tilings: ThinTilings) -> ThinMlp:
+def make_thin_mlp(
+    model: DeviceModel, buffers: StepBuffers, workspace: SplitWorkspace, tilings: ThinTilings, updates: ThinUpdates
+) -> ThinMlp:
     first, D, num_rows = model.layers[0].mlp, model.hidden_size, tilings.num_rows
     if isinstance(first, DeviceMlp):
         gated_RI = buffers.all.first(num_rows).gated_TI
         down_tiling = tilings.choose(first.down, D, RESIDUAL)
-        return ThinGatedMlp(model.epsilon, gated_RI, tilings, down_tiling, D, workspace)
+        return ThinGatedMlp(model.epsilon, gated_RI, tilings, down_tiling, D, workspace, updates)
     logits_RE = torch.empty(num_rows, first.experts.num_experts, dtype=model.dtype, device=model.device)
     found = num_squares(D, choose_tilings(num_rows, first.experts, is_scaled=True))
     return ThinMixture(model.epsilon, logits_RE, tilings, found)

@@ -68,7 +68,7 @@ class WideQuantizedLayers:
 
     @staticmethod
     def fits(model: DeviceModel) -> bool:
-        if not model.has_plain_layers or len(model.plain_mlps) < len(model.layers):
+        if model.has_norms_behind or len(model.plain_mlps) < len(model.layers):
             return False
         matrices = [matrix.weight_NK for layer in model.layers for matrix in layer.matrices]
         is_quantized = all(isinstance(weight, QuantizedWeight) and can_scale(weight) for weight in matrices)
