@@ -1,12 +1,10 @@
 """What adapters cost on one GPU: a decode step of Llama-3.1-8B's shape with 8 adapters of rank 16 in all linear layers,
 beside that of an engine without adapters, by the graphs that serve: ms.
 
-    python benchmarks/gpu_lora.py [--rows 1 16 64 256] [--rank 16] [--adapters 8]
+    python benchmarks/gpu_lora.py [--rows 1 16 64 256] [--rank 16] [--adapters 8] [--forms]
 
 Random weights, bfloat16, 256 tokens of context, 2 rows of `rows` without an adapter.
 """
-
-# ruff: noqa: B023 (launches are timed before the loop goes on)
 
 from __future__ import annotations
 
@@ -16,19 +14,33 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from gpu_timing import median_ms, median_us
+from gpu_timing import DEVICE, median_ms, median_us
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from tensorweave.cli.suite_shapes import LLAMA_8B
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.protocol import SamplingSpec
+from tensorweave.kernels.linear.thin_tiling import GATED, PLAIN, RESIDUAL
+from tensorweave.kernels.linear.triton_thin import ResidualSum, SplitWorkspace, thin_linear
+from tensorweave.kernels.lora.cuda_shrink import ShrinkWorkspace, shrink
 from tensorweave.kernels.lora.reference import UpdatePart
-from tensorweave.workers.engine.device.adapter_places import AdapterPlaces, HostAdapter, NoAdapterPlaces
-from tensorweave.workers.engine.device.engine import DeviceEngine
+from tensorweave.kernels.lora.triton import add_updates
+from tensorweave.kernels.lora.update import LowRankUpdate
+from tensorweave.workers.engine.device.adapter_places import HostAdapter, NoAdapterPlaces
+from tensorweave.workers.engine.device.engine import DeviceEngine, StepSize
+from tensorweave.workers.engine.device.graphs import AdaptedRows
 from tensorweave.workers.engine.device.warm_up import OneBlock
 from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.gang.comm import SoloComm
+from tensorweave.workers.models.device import thin_updates
+from tensorweave.workers.models.device.mlp import DeviceMlp
+from tensorweave.workers.models.device.steps import DecodeSteps
+from tensorweave.workers.models.device.thin import ThinLayers
+from tensorweave.workers.models.device.thin_mlp import ThinTilings
 from tensorweave.workers.step.adapter import RankAdapter
 from tensorweave.workers.step.pending import NothingPending
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
@@ -41,7 +53,7 @@ def open_engine(folder: Path, rows: Sequence[int], **more: Any) -> DeviceEngine:
     args = TorchLlmArgs(
         model=str(folder), load_format="dummy", device="cuda", dtype="bfloat16", max_batch_size=max(rows),
         max_num_tokens=1024, max_seq_len=2048, kv_cache_config={"max_tokens": 4096},
-        cuda_graph_config={"batch_sizes": list(rows)}, **more,
+        cuda_graph_config={"batch_sizes": sorted(rows)}, **more,
     )  # fmt: skip
     engine = load_engine(args, SoloComm())
     assert isinstance(engine, DeviceEngine)
@@ -79,27 +91,101 @@ def step_ms(engine: DeviceEngine, rows: int, adapters: Sequence[RankAdapter]) ->
     batch = ScheduledBatch((), tuple(StepRow.of_decode(request) for request in requests))
     engine.launch(batch, OneBlock(engine.info.tokens_per_block), NothingPending())  # type: ignore[arg-type]
     torch.cuda.synchronize()
-    ms = median_ms(lambda: engine.graphs.run(rows), 21)
+    size = AdaptedRows(rows) if adapters else rows
+    ms = median_ms(lambda: engine.graphs.run(size), 21)
     for request in requests:
         for manager in engine.resource_managers:
             manager.free_resources(request)
     return ms
 
 
-def time_kernels(engine: DeviceEngine) -> None:
-    """Shrink and expand of each product of a layer at 64 rows with 8 adapters, and with none."""
-    from tensorweave.kernels.lora.triton import add_updates
+def time_forms(engine: DeviceEngine, rows: int, adapters: Sequence[RankAdapter]) -> str:
+    """Of a step with adapters: as it serves, with products that wait for A x, and with kernels behind the products."""
+    served = step_ms(engine, rows, adapters)
+    with patch.object(thin_updates, "_READS_EARLY", not thin_updates._READS_EARLY):
+        engine.graphs.capture(AdaptedRows(rows))
+        other = step_ms(engine, rows, adapters)
+    decodes = engine._adapted_decodes
+    with patch.object(ThinLayers, "fits", lambda model, stacks=(): False):
+        parts = decodes._model, decodes._operations, decodes._buffers, decodes._wide, decodes._caches
+        engine._adapted_decodes = DecodeSteps(*parts, engine._adapters.stacks)
+    engine.graphs.capture(AdaptedRows(rows))
+    behind = step_ms(engine, rows, adapters)
+    engine._adapted_decodes = decodes
+    engine.graphs.capture(AdaptedRows(rows))
+    return (
+        f"{rows:4d} rows, {len(adapters)} adapters, reading early is {thin_updates._READS_EARLY}: {served:.3f} ms, "
+        f"the other way {other:.3f}, by kernels behind the products {behind:.3f}"
+    )
 
-    adapters = engine._adapters
-    assert isinstance(adapters, AdapterPlaces)
-    for name, site in zip(("qkv", "o", "gate_up", "down"), range(4), strict=True):
-        stacks = list(adapters.stacks)[site::4]
-        x = torch.randn(64, stacks[0].a_PLRK.shape[3], device="cuda").bfloat16()
-        out = torch.randn(64, len(stacks[0].b_NLR), device="cuda").bfloat16()
-        mixed = torch.arange(64, dtype=torch.int32, device="cuda") % 8
-        none = torch.full_like(mixed, -1)
-        us = [median_us([lambda s=s, p=p: add_updates(x, p, s, out, pdl=True) for s in stacks]) for p in (mixed, none)]
-        print(f"{name:8s} 64 rows: {us[0]:.1f} µs with 8 adapters, {us[1]:.1f} with none", flush=True)
+
+class TimedSite:
+    """A product of all layers, with what adapters add in each form."""
+
+    def __init__(self, engine: DeviceEngine, site: int, rows: int) -> None:
+        layers, stacks = engine._model.layers, engine._adapters.stacks
+        self.stacks, self.epilogue = list(stacks)[site::4], (PLAIN, RESIDUAL, GATED, RESIDUAL)[site]
+        mlps = [layer.mlp for layer in layers if isinstance(layer.mlp, DeviceMlp)]
+        matrices = [
+            (layer.qkv, layer.output, mlp.gate_up, mlp.down)[site] for layer, mlp in zip(layers, mlps, strict=True)
+        ]
+        self.weights = [matrix.weight_NK for matrix in matrices]
+        N, K = matrices[0].num_outputs, matrices[0].num_inputs
+        outputs = N // 2 if self.epilogue == GATED else N
+        self.tiling = ThinTilings(rows, has_few=True, is_adapted=True).choose(matrices[0], outputs, self.epilogue)
+        self.x, self.out = (torch.randn(rows, width, device=DEVICE).bfloat16() for width in (K, outputs))
+        squares = torch.ones(rows, self.tiling.num_squares(outputs), device=DEVICE)
+        self.sum = ResidualSum(self.out, self.out[0].clone(), torch.empty_like(self.out), squares)
+        self.given = torch.ones(rows, 64, device=DEVICE)
+        self.wide = torch.randn(rows, N, device=DEVICE).bfloat16()
+        self.split = SplitWorkspace.create(N, rows, 2, DEVICE)
+        self.shrinking = ShrinkWorkspace.create(stacks, rows)
+
+    def product(self, layer: int, update: LowRankUpdate | None) -> None:
+        is_sum = self.epilogue == RESIDUAL
+        thin_linear(
+            self.x, self.weights[layer], self.sum if is_sum else self.out, is_gated=self.epilogue == GATED,
+            squares_MQ=None if is_sum else self.given, epsilon=1e-5, update=update,
+            tiling=self.tiling, workspace=self.split, pdl=True,
+        )  # fmt: skip
+
+    def us(self, form: str, places: Tensor) -> float:
+        def run(layer: int) -> None:
+            stack = self.stacks[layer]
+            if form == "behind":
+                self.product(layer, None)
+                add_updates(self.x, places, stack, self.wide, pdl=True)
+                return
+            low = shrink(self.x, places, stack, self.shrinking, pdl=True)
+            if form != "shrink":
+                self.product(layer, LowRankUpdate(low, places, stack, reads_early=form == "early"))
+
+        if form == "plain":
+            return median_us([lambda i=i: self.product(i, None) for i in range(len(self.stacks))])
+        return median_us([lambda i=i: run(i) for i in range(len(self.stacks))])
+
+
+def time_sites(engine: DeviceEngine, rows: int) -> None:
+    mixed = torch.arange(rows, dtype=torch.int32, device=DEVICE) % len(engine._adapters.stacks[0].ranks_L)
+    forms = ("plain", "early", "waiting", "behind", "shrink")
+    for number, name in enumerate(("qkv", "o", "gate_up", "down")):
+        site = TimedSite(engine, number, rows)
+        times = ", ".join(f"{form} {site.us(form, mixed):.1f}" for form in forms)
+        none = site.us("early", torch.full_like(mixed, -1))
+        print(f"{name:8s} {rows} rows, µs: {times}; early without adapters {none:.1f}", flush=True)
+
+
+def profile_step(engine: DeviceEngine, size: StepSize, most: int) -> None:
+    """Kernels of a replayed step, the longest in all first."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        engine.graphs.run(size)
+        torch.cuda.synchronize()
+    events = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    print(f"{size}: {sum(event.self_device_time_total for event in events) / 1e3:.3f} ms in kernels, which overlap")
+    for event in events[:most]:
+        mean = event.self_device_time_total / event.count
+        print(f"  {event.self_device_time_total:7.0f} µs {event.count:4d} x {mean:6.1f} {event.key[:70]}", flush=True)
 
 
 def main() -> None:
@@ -107,6 +193,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument("--forms", action="store_true", help="other forms of steps and products, and kernels of a step")
     options = parser.parse_args()
     print(torch.cuda.get_device_name())
     with tempfile.TemporaryDirectory() as folder:
@@ -127,7 +214,13 @@ def main() -> None:
                 f"{mixed:.3f} with {options.adapters} of rank {options.rank}: {plain[rows] / mixed:.2f} x",
                 flush=True,
             )
-        time_kernels(engine)
+        if options.forms:
+            rows = 64 if 64 in options.rows else options.rows[0]
+            print(time_forms(engine, rows, adapters), flush=True)
+            time_sites(engine, rows)
+            step_ms(engine, rows, adapters)
+            profile_step(engine, AdaptedRows(rows), 14)
+            profile_step(engine, rows, 8)
 
 
 if __name__ == "__main__":
