@@ -237,12 +237,9 @@ class _Product:
 
     @property
     def _update_operands(self) -> tuple[Any, ...]:
-        """B as a matrix, whose rows alternate with those of the weight that they are added to."""
         if self.update is None:
-            return (None,) * 4
-        b_NLR, block = self.update.stack.b_NLR, [self.tiling.block_n, self._update_constants["BE"]]
-        b_desc = TensorDescriptor.from_tensor(b_NLR.view(self.result_MN.shape[1], -1), block)
-        return b_desc, b_NLR, self.update.low_MPR, self.update.places_M
+            return (None,) * 3
+        return self.update.stack.b_NLR, self.update.low_MPR, self.update.places_M
 
     @property
     def _update_constants(self) -> dict[str, Any]:

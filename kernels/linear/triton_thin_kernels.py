@@ -210,7 +210,7 @@ def _finish(
 @triton.jit(do_not_specialize=["M"])
 def gemm(
     x_desc, w_desc, w_ptr, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr, gained_ptr, squares_out_ptr,
-    scales_ptr, peaks_ptr, peaks_out_ptr, parts_ptr, arrived_ptr, b_desc, b_ptr, low_ptr, places_ptr, M, epsilon,
+    scales_ptr, peaks_ptr, peaks_out_ptr, parts_ptr, arrived_ptr, b_ptr, low_ptr, places_ptr, M, epsilon,
     N: tl.constexpr, K: tl.constexpr, Q: tl.constexpr, QP: tl.constexpr, A: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, LR: tl.constexpr, R: tl.constexpr,
     P: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, BE: tl.constexpr, EPILOGUE: tl.constexpr,
@@ -238,6 +238,8 @@ def gemm(
         if not EARLY:
             gdc_wait()
         gdc_launch_dependents()
+    if LR > 0:
+        places = tl.load(places_ptr + m, mask=m < M, other=-1)
     x_scale = 1.0
     if QUANTIZED:
         x_scale, x_inverse = load_row_scales(peaks_ptr, m, M, A)
@@ -268,7 +270,7 @@ def gemm(
     if is_last:
         if LR > 0:
             acc, up = add_low_rank(
-                acc, up, m, tile, M, b_desc, low_ptr, places_ptr, LR, R, P, FIRST, SECOND, BN, BE, EPILOGUE == _GATED
+                acc, up, places, m, n, tile, b_ptr, low_ptr, N, LR, R, P, FIRST, SECOND, BN, BE, EPILOGUE == _GATED
             )
         _finish(
             acc, up, m, n, tile, M, N, K, out_ptr, bias_ptr, squares_ptr, residual_ptr, gain_ptr, gained_ptr,
