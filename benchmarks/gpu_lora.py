@@ -12,16 +12,19 @@ import argparse
 import gc
 import tempfile
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from gpu_timing import DEVICE, median_ms, median_us
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from tensorweave.cli.suite_shapes import LLAMA_8B
+from tensorweave.cli.trace_events import KERNEL, of_kind
+from tensorweave.cli.trace_profiler import prepare, recording
 from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.kernels.linear.thin_tiling import GATED, PLAIN, RESIDUAL
@@ -175,17 +178,35 @@ def time_sites(engine: DeviceEngine, rows: int) -> None:
         print(f"{name:8s} {rows} rows, µs: {times}; early without adapters {none:.1f}", flush=True)
 
 
-def profile_step(engine: DeviceEngine, size: StepSize, most: int) -> None:
-    """Kernels of a replayed step, the longest in all first."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        engine.graphs.run(size)
+def profile_step(engine: DeviceEngine, size: StepSize, adapters: Sequence[RankAdapter], rows: int) -> None:
+    """Kernels of a replayed step by time, then those of a layer in their order. They overlap: a kernel's share of the
+    step is by how much later it ends than all before it."""
+    engine.graphs.capture(size)
+    ms, layers, replays = step_ms(engine, rows, adapters), len(engine._model.layers), 3
+    with tempfile.TemporaryDirectory() as folder, recording(Path(folder) / "trace.json") as trace:
+        for _ in range(replays):
+            engine.graphs.run(size)
         torch.cuda.synchronize()
-    events = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
-    events.sort(key=lambda event: -event.self_device_time_total)
-    print(f"{size}: {sum(event.self_device_time_total for event in events) / 1e3:.3f} ms in kernels, which overlap")
-    for event in events[:most]:
-        mean = event.self_device_time_total / event.count
-        print(f"  {event.self_device_time_total:7.0f} µs {event.count:4d} x {mean:6.1f} {event.key[:70]}", flush=True)
+    found = of_kind(trace.events, KERNEL)
+    kernels = found[len(found) * (replays - 1) // replays :]
+    ends = list(accumulate((kernel.end_us for kernel in kernels), max))
+    steps = [after - before for before, after in pairwise([kernels[0].start_us, *ends])]
+    own = [kernel.end_us - kernel.start_us for kernel in kernels]
+    print(f"{size}: {ms:.3f} ms under the profiler; {len(kernels)} kernels in {sum(steps) / 1e3:.3f} ms", flush=True)
+    by_name: dict[str, list[int]] = {}
+    for i, kernel in enumerate(kernels):
+        by_name.setdefault(kernel.name, []).append(i)
+    for name, places in sorted(by_name.items(), key=lambda item: -sum(steps[i] for i in item[1])):
+        share, alone = (sum(times[i] for i in places) for times in (steps, own))
+        print(f"  {share:6.0f} µs of the step, {alone:6.0f} run, {len(places):4d} x {name[:60]}", flush=True)
+    names, period = [kernel.name for kernel in kernels], len(kernels) // layers
+    first, last = layers // 2 * period, (layers - 2) * period
+    if names[first : last - period] != names[first + period : last]:
+        print("  the layers' kernels are not alike", flush=True)
+        return
+    for i in range(first, first + period):
+        share, alone = (median(times[i:last:period]) for times in (steps, own))
+        print(f"  layer: {share:5.1f} µs of the step, {alone:5.1f} run  {names[i][:60]}", flush=True)
 
 
 def main() -> None:
@@ -218,9 +239,9 @@ def main() -> None:
             rows = 64 if 64 in options.rows else options.rows[0]
             print(time_forms(engine, rows, adapters), flush=True)
             time_sites(engine, rows)
-            step_ms(engine, rows, adapters)
-            profile_step(engine, AdaptedRows(rows), 14)
-            profile_step(engine, rows, 8)
+            prepare()
+            profile_step(engine, AdaptedRows(rows), adapters, rows)
+            profile_step(engine, rows, (), rows)
 
 
 if __name__ == "__main__":
