@@ -26,18 +26,26 @@ class MixtureTilings:
 
 
 def choose_mixture_tilings(
-    num_tokens: int, num_chosen: int, num_experts: int, *, can_be_one: bool, can_be_wide: bool
+    num_tokens: int,
+    num_chosen: int,
+    num_experts: int,
+    *,
+    can_be_one: bool,
+    can_be_wide: bool,
+    itemsize: int,
 ) -> MixtureTilings:
     """For this many tokens. An expert that is chosen has about T S / E rows, and seldom more than twice as many.
 
-    `can_be_one`, `can_be_wide`: whether kernels for one token and for many can be called.
+    `can_be_one`, `can_be_wide`: whether kernels for one token and for many can be called. `itemsize`: bytes of
+    a number; 256 bytes of a row at a time fit into shared memory with four stages.
     """
     if num_tokens == 1 and can_be_one:
-        return MixtureTilings(ExpertTiling(0, 4, 1024, 4, 1), ExpertTiling(0, 2, 256, 4, 1))
+        return MixtureTilings(ExpertTiling(0, 1, 1024, 4, 1), ExpertTiling(0, 4, 1024, 2, 1))
     mean = num_tokens * num_chosen / num_experts
     if mean > 64 and can_be_wide:
         return MixtureTilings(ExpertTiling(128, 256, 64, 8, 3, True), ExpertTiling(128, 128, 64, 8, 4, True))
     block_m = 16
     while block_m < min(2 * mean, 64):
         block_m *= 2
-    return MixtureTilings(ExpertTiling(block_m, 64, 64, 4, 4), ExpertTiling(block_m, 128, 64, 4, 4))
+    tiling = ExpertTiling(block_m, 64, 256 // itemsize, 4, 4)
+    return MixtureTilings(tiling, tiling)

@@ -77,7 +77,8 @@ def choose_tilings(num_tokens: int, stack: ExpertStack, *, is_scaled: bool) -> M
     S, E = stack.routing.num_chosen, stack.num_experts
     is_hopper = torch.cuda.get_device_capability(stack.down_EDI.device) >= (9, 0)
     can_be_wide = is_hopper and not is_scaled and _has_descriptors(stack)
-    return choose_mixture_tilings(num_tokens, S, E, can_be_one=is_scaled, can_be_wide=can_be_wide)
+    itemsize = stack.down_EDI.element_size()
+    return choose_mixture_tilings(num_tokens, S, E, can_be_one=is_scaled, can_be_wide=can_be_wide, itemsize=itemsize)
 
 
 def num_squares(hidden_size: int, tilings: MixtureTilings) -> int:

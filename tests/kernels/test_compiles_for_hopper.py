@@ -4,6 +4,7 @@ blocks fit into its shared memory. Runs without a GPU where Triton is installed.
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -55,14 +56,20 @@ def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 32, 256, 8192])
-def test_mixtures(num_tokens: int, shared_bytes: list[int]) -> None:
-    stack = ExpertStack(empty(E, 2 * WIDTH, D), empty(E, D, WIDTH), Routing(S, is_renormalized=True, is_rounded=True))
+@pytest.mark.parametrize(
+    ("num_tokens", "dtype"),
+    [(1, BF16), (32, BF16), (256, BF16), (8192, BF16), (32, torch.float32), (1024, torch.float32)],
+)
+def test_mixtures(num_tokens: int, dtype: torch.dtype, shared_bytes: list[int]) -> None:
+    made = partial(empty, dtype=dtype)
+    stack = ExpertStack(made(E, 2 * WIDTH, D), made(E, D, WIDTH), Routing(S, is_renormalized=True, is_rounded=True))
     is_scaled = num_tokens <= 128
-    tilings = choose_mixture_tilings(num_tokens, S, E, can_be_one=is_scaled, can_be_wide=not is_scaled)
-    x, logits = empty(num_tokens, D), empty(num_tokens, E)
+    tilings = choose_mixture_tilings(
+        num_tokens, S, E, can_be_one=is_scaled, can_be_wide=not is_scaled and dtype == BF16, itemsize=dtype.itemsize
+    )
+    x, logits = made(num_tokens, D), made(num_tokens, E)
     squares = empty(num_tokens, num_squares(D, tilings), dtype=torch.float32)
-    out = ResidualSum(empty(num_tokens, D), empty(D), empty(num_tokens, D), squares) if is_scaled else x
+    out = ResidualSum(made(num_tokens, D), made(D), made(num_tokens, D), squares) if is_scaled else x
     given = empty(num_tokens, 32, dtype=torch.float32) if is_scaled else None
     assert compile_ahead(lambda: add_experts(x, logits, stack, out, tilings, squares_TQ=given, epsilon=1e-6, pdl=True))
     assert max(shared_bytes) <= SHARED_BYTES

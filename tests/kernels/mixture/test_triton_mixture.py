@@ -83,7 +83,7 @@ def check(
     stack = make_stack(E, D, I, replace(QWEN, num_chosen=S), device)
     x, logits = make_rows(T, E, D, device)
     is_wide = tilings is not None and tilings.gated.is_wide
-    tilings = tilings or choose_mixture_tilings(T, S, E, can_be_one=True, can_be_wide=False)
+    tilings = tilings or choose_mixture_tilings(T, S, E, can_be_one=True, can_be_wide=False, itemsize=x.element_size())
     before, gain = torch.randn_like(x), torch.randn(D, device=device).to(x.dtype)
     squares = None if is_wide else torch.rand(T, 3, device=device) * D
     factor = 1.0 if squares is None else (squares.double().sum(1, keepdim=True) / D + EPSILON).rsqrt()
@@ -130,7 +130,8 @@ def test_a_plain_sum(T: int, device: torch.device, pdl: bool) -> None:
     x, logits = make_rows(T, 10, 64, device)
     ours, expected = torch.randn_like(x), torch.empty_like(x)
     expected.copy_(ours)
-    add_experts(x, logits, stack, ours, choose_mixture_tilings(T, 3, 10, can_be_one=False, can_be_wide=False), pdl=pdl)
+    tilings = choose_mixture_tilings(T, 3, 10, can_be_one=False, can_be_wide=False, itemsize=x.element_size())
+    add_experts(x, logits, stack, ours, tilings, pdl=pdl)
     reference_add_experts(x, logits, stack, expected)
     assert relative_error(ours, expected.double()) < (8e-3 if x.dtype == torch.bfloat16 else 1e-5)
 
@@ -172,7 +173,7 @@ def test_logits_that_are_not_numbers_choose_no_more_experts(device: torch.device
 def test_a_row_has_the_same_bits_in_any_batch(T: int, device: torch.device, pdl: bool, gpu_only: None) -> None:
     stack = make_stack(32, 256, 128, replace(QWEN, num_chosen=4), device)
     x, logits = make_rows(T, 32, 256, device)
-    tilings = choose_mixture_tilings(64, 4, 32, can_be_one=False, can_be_wide=False)
+    tilings = choose_mixture_tilings(64, 4, 32, can_be_one=False, can_be_wide=False, itemsize=x.element_size())
     together = torch.zeros_like(x)
     add_experts(x, logits, stack, together, tilings, pdl=pdl)
     for row in range(0, T, 7):
