@@ -66,7 +66,7 @@ _LEAST_PACED: Final = 384
 _ROOM: Final = 0.97
 """Share of the KV cache that is counted on: blocks are not full, and starts are not even."""
 _PATIENCE: Final = 0.8
-_EAGERNESS: Final = 0.9
+_EAGERNESS: Final = 0.7
 
 
 class BalancedShare:
@@ -76,7 +76,7 @@ class BalancedShare:
       delay the first of the prompts; smaller ones are slower.
     - `most` where a prompt has waited 0.8 times as long as the decoding requests have been here on average. So no
       prompt waits for long, and those that came with the decoding ones are not held back for these.
-    - Else about 0.9 times the geometric mean of the prompt tokens that wait and the decodes, and at least what fills a
+    - Else about 0.7 times the geometric mean of the prompt tokens that wait and the decodes, and at least what fills a
       step of 256 rows, or of 512 beside more than 32 decodes, which cost little beside the reading of the weights.
     - Where some requests have no room in the KV cache, as many as let the starts of requests be spread over the time
       that one takes (`_pace`): those that start together need their most blocks together, too. If that is more than
