@@ -10,6 +10,7 @@ only what its standard library, psutil and safetensors need.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -37,15 +38,20 @@ def vllm_options(args: argparse.Namespace) -> dict[str, Any]:
         "quantization": "fp8" if args.quantization == "fp8" else None,
         "kv_cache_dtype": args.kv_dtype,
         "disable_log_stats": True,
-        **({"hf_overrides": {"quantization_config": _GPTQ}} if args.quantization == "w4a16" else {}),
     }
 
 
 @contextmanager
-def open_vllm(model_dir: Path, options: dict[str, Any]) -> Iterator[Generate]:
+def open_vllm(model_dir: Path, options: dict[str, Any], quantization: str) -> Iterator[Generate]:
     from vllm import LLM, SamplingParams
 
+    if quantization == "w4a16" and options["load_format"] == "dummy":  # vLLM 0.26 takes it from the file alone
+        file = model_dir / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), "quantization_config": _GPTQ}), "utf-8")
     llm = LLM(str(model_dir), **options)
+    found = llm.llm_engine.model_config.quantization
+    if (quantization == "none") != (found is None):
+        raise SystemExit(f"vLLM computes with quantization {found}, not {quantization}")
 
     def generate(prompts: list[list[int]], output_len: int) -> list[int]:
         sampling = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, detokenize=False)
@@ -67,7 +73,7 @@ def main() -> int:
     options = vllm_options(args)
     variables = {name: value for name, value in os.environ.items() if name.startswith("VLLM_")}
     document = {**new_document(args, "vLLM", version("vllm")), "engine": options, "environment": variables}
-    run_suite(args, document, lambda model_dir: open_vllm(model_dir, options))
+    run_suite(args, document, lambda model_dir: open_vllm(model_dir, options, args.quantization))
     return 0
 
 
