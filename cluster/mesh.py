@@ -7,7 +7,7 @@ hold the same layers and other requests. `expert` divides the tensor axis: in a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,6 @@ class Mesh:
     def moe_tensor(self) -> int:
         """The ranks that share one expert."""
         return self.tensor // self.expert
-
-    @property
-    def is_tensor_only(self) -> bool:
-        """Whether all ranks share each layer, of a mixture of experts perhaps by its experts."""
-        return self.pipeline == self.data == 1
 
     def ranks(self) -> tuple[MeshRank, ...]:
         return tuple(MeshRank(rank, self) for rank in range(self.size))
@@ -74,3 +69,21 @@ class MeshRank:
     @property
     def data(self) -> int:
         return self.rank // (self.mesh.tensor * self.mesh.pipeline)
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline == self.mesh.pipeline - 1
+
+    def in_stage(self, stage: int) -> MeshRank:
+        """The rank at the same place on the other axes in another stage."""
+        return replace(self, rank=self.rank + (stage - self.pipeline) * self.mesh.tensor)
+
+    @property
+    def stage_ranks(self) -> tuple[int, ...]:
+        """The ranks that share this rank's layers: its tensor-parallel group."""
+        first = self.rank - self.tensor
+        return tuple(range(first, first + self.mesh.tensor))

@@ -29,10 +29,12 @@ def test_experts_divide_the_tensor_axis() -> None:
         Mesh(tensor=4, expert=3)
 
 
-def test_only_the_tensor_axis() -> None:
-    assert Mesh(tensor=8).is_tensor_only
-    assert Mesh(tensor=2, expert=2).is_tensor_only
-    assert not any(mesh.is_tensor_only for mesh in (Mesh(pipeline=2), Mesh(data=2)))
+def test_the_ranks_of_a_stage_share_its_layers() -> None:
+    places = Mesh(tensor=2, pipeline=3, data=2).ranks()
+    assert [place.stage_ranks for place in places[::2]] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 11)]
+    assert [place.rank for place in places if place.is_first_stage] == [0, 1, 6, 7]
+    assert [place.rank for place in places if place.is_last_stage] == [4, 5, 10, 11]
+    assert [places[9].in_stage(stage).rank for stage in range(3)] == [7, 9, 11]
 
 
 @pytest.mark.parametrize("axis", ["tensor", "pipeline", "expert", "data"])

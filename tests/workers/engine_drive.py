@@ -19,6 +19,7 @@ from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.engine import ModelEngine
 from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.gang.comm import Comm, SoloComm
+from tensorweave.workers.gang.stages import OneStage, StageLink
 from tensorweave.workers.step.adapter import RankAdapter
 from tensorweave.workers.step.pending import NothingPending
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
@@ -127,6 +128,7 @@ class ThreadComm:
     def __init__(self, rank: int, shared: list[Any], barrier: threading.Barrier) -> None:
         self.place = MeshRank(rank, Mesh(tensor=len(shared)))
         self.rank, self.size = rank, len(shared)
+        self.stages: StageLink = OneStage()
         self._shared, self._barrier = shared, barrier
 
     def divide_experts(self, groups: int) -> None:

@@ -1,4 +1,5 @@
-"""Communication among the ranks of a gang: one agreement per step, and the tensor-parallel collectives.
+"""Communication among the ranks of a gang: one agreement per step, the tensor-parallel collectives, and the link
+between pipeline stages (`stages`).
 
 `Comm` is what the executor and the model see. `SoloComm` is its Null object for one rank; `GroupComm` uses
 torch.distributed: NCCL for tensors on GPUs, gloo for tensors on CPUs and for all agreements. If a peer dies or is
@@ -22,13 +23,15 @@ from tensorweave.cluster.ranks import Traffic
 from tensorweave.workers.gang.gloo_listeners import closing_listeners
 from tensorweave.workers.gang.host_channel import HostChannel, open_host_channel
 from tensorweave.workers.gang.rank_store import RankStore
+from tensorweave.workers.gang.stages import GroupStageLink, OneStage, StageLink
 
 _INLINE_BYTES = 4096
 _LENGTH_BYTES = 8
 
 
 class Comm(Protocol):
-    """`place` names this rank; `rank` and `size` are its number in the gang and the number of ranks.
+    """`place` names this rank; `rank` and `size` are its number in the gang and the number of ranks. `stages` connects
+    it to other pipeline stages; sums and gathers are those of its own stage.
 
     Every rank must make the same calls in the same order.
     """
@@ -36,6 +39,7 @@ class Comm(Protocol):
     place: MeshRank
     rank: int
     size: int
+    stages: StageLink
 
     def agree(self, message: bytes | None) -> bytes:
         """Return rank 0's `message` on every rank; the others pass None."""
@@ -44,10 +48,10 @@ class Comm(Protocol):
         """Return the smallest of all ranks' values."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks, in place. Every rank gets the same bits."""
+        """Sum over the ranks of this stage, in place. Every rank gets the same bits."""
 
     def gather_columns(self, tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """Return [R, sum(sizes)]: each rank's [R, sizes[rank]] side by side, on every rank."""
+        """Return [R, sum(sizes)]: the [R, sizes[i]] of each rank of this stage side by side, on all of them."""
 
     def close(self) -> None:
         """Leave the group. No call may follow."""
@@ -59,6 +63,7 @@ class SoloComm:
     place = MeshRank()
     rank = 0
     size = 1
+    stages: StageLink = OneStage()
 
     def agree(self, message: bytes | None) -> bytes:
         assert message is not None, "rank 0 always has a message"
@@ -82,12 +87,19 @@ class GroupComm:
 
     An agreement goes through the host's memory where all ranks are on one host (`host_channel`). Else it is one gloo
     broadcast of a fixed buffer: 8 bytes of length, then the message. What does not fit follows in a second broadcast.
+    `tensors` is the group of the rank's stage, None where that is one rank.
     """
 
     def __init__(
-        self, place: MeshRank, tensors: dist.ProcessGroup, control: dist.ProcessGroup, store: RankStore
+        self,
+        place: MeshRank,
+        tensors: dist.ProcessGroup | None,
+        control: dist.ProcessGroup,
+        store: RankStore,
+        stages: StageLink,
     ) -> None:
         self.place = place
+        self.stages = stages
         self.rank = place.rank
         self.size = place.mesh.size
         self._store = store  # torch keeps only its C++ part alive, and calls the Python part
@@ -152,6 +164,8 @@ class GroupComm:
         return int(tensor.item())
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._tensors is None:
+            return tensor
         started_s = time.perf_counter()
         try:
             dist.all_reduce(tensor, group=self._tensors)
@@ -161,6 +175,8 @@ class GroupComm:
         return tensor
 
     def gather_columns(self, tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        if self._tensors is None:
+            return tensor
         started_s = time.perf_counter()
         width = max(sizes)
         rows = tensor.shape[0]
@@ -206,15 +222,40 @@ def start_comm(
     device_id = device if device.type == "cuda" else None
     with closing_listeners():
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
-        control = dist.new_group(backend="gloo", timeout=timeout)
+        control = _new_group(timeout, "gloo")
+        tensors = _stage_group(place, timeout)
+        stages = _stage_link(place, timeout)
     store.seal()
-    world = dist.group.WORLD
-    assert world is not None
-    assert control is not None
-    comm = GroupComm(place, world, control, store)
+    comm = GroupComm(place, tensors, control, store, stages)
     if uses_host_channel:
         comm.open_channel(timeout_s)
     return comm
+
+
+def _stage_group(place: MeshRank, timeout: datetime.timedelta) -> dist.ProcessGroup | None:
+    """The ranks that share this rank's layers. Every rank makes all stages' groups."""
+    mesh = place.mesh
+    if mesh.pipeline == 1:
+        return dist.group.WORLD
+    if mesh.tensor == 1:
+        return None
+    first_ranks = (MeshRank(stage * mesh.tensor, mesh) for stage in range(mesh.pipeline))
+    groups = [_new_group(timeout, None, first.stage_ranks) for first in first_ranks]
+    return groups[place.pipeline]
+
+
+def _stage_link(place: MeshRank, timeout: datetime.timedelta) -> StageLink:
+    if place.mesh.pipeline == 1:
+        return OneStage()
+    return GroupStageLink(place, _new_group(timeout, "gloo"), _new_group(timeout, "gloo"))
+
+
+def _new_group(
+    timeout: datetime.timedelta, backend: str | None, ranks: Sequence[int] | None = None
+) -> dist.ProcessGroup:
+    group: dist.ProcessGroup | None = dist.new_group(ranks, timeout=timeout, backend=backend)
+    assert group is not None
+    return group
 
 
 def _first_line(error: Exception) -> str:

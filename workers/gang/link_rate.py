@@ -1,4 +1,5 @@
-"""Measures the link between a gang's ranks with the collectives that a step uses, before the first step.
+"""Measures the link between the ranks of a tensor-parallel group with the collectives that a step uses, before the
+first step.
 
 Every rank calls `measure_link`. It takes milliseconds on a good link and less than two seconds at 1 Mbit/s.
 """
@@ -31,7 +32,8 @@ def measure_link(comm: Comm, device: torch.device) -> LinkRate:
     num_bytes, least_s = _PROBE_BYTES, _all_reduce_s(comm, device, _PROBE_BYTES)
     if comm.agree_min(-round(least_s * 1e6)) > -_QUICK_S * 1e6:  # no rank took longer
         num_bytes, least_s = _LARGE_BYTES, min(_all_reduce_s(comm, device, _LARGE_BYTES) for _ in range(_NUM_LARGE))
-    return LinkRate(latency_s, 2 * (comm.size - 1) / comm.size * num_bytes / least_s)
+    num_ranks = comm.place.mesh.tensor
+    return LinkRate(latency_s, 2 * (num_ranks - 1) / num_ranks * num_bytes / least_s)
 
 
 def _all_reduce_s(comm: Comm, device: torch.device, num_bytes: int) -> float:

@@ -48,7 +48,7 @@ class Gang:
     """Ranks as processes, each with a pipe to the store."""
 
     def __init__(self, ask: CallStore) -> None:
-        self._ask = ask
+        self.ask = ask
         self._context = mp.get_context("spawn")
         self.results = self._context.Queue()
         self.ranks: list[Any] = []
@@ -59,7 +59,7 @@ class Gang:
         process.start()
         theirs.close()
         self.ranks.append(process)
-        threading.Thread(target=answer_asks, args=(ours, self._ask), daemon=True).start()
+        threading.Thread(target=answer_asks, args=(ours, self.ask), daemon=True).start()
 
     def close(self) -> None:
         for process in self.ranks:
@@ -68,10 +68,14 @@ class Gang:
 
 
 def _join(rank: int, size: int, pipe: Connection) -> Comm:
+    return _join_mesh(rank, Mesh(tensor=size), pipe)
+
+
+def _join_mesh(rank: int, mesh: Mesh, pipe: Connection) -> Comm:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     store = RankStore(ask_through(pipe), timeout_s=2 * WAIT_S)
-    return start_comm(MeshRank(rank, Mesh(tensor=size)), store, torch.device("cpu"), timeout_s=2 * WAIT_S)
+    return start_comm(MeshRank(rank, mesh), store, torch.device("cpu"), timeout_s=2 * WAIT_S)
 
 
 def _num_listening() -> int:
@@ -108,6 +112,52 @@ def test_ranks_agree_sum_and_gather_and_no_port_stays_open(size: int, gang: Gang
     num_listening = 0 if sys.platform == "linux" else got[0][-1]
     assert got == [(rank, True, 11 - size, sums, [row, row], num_listening) for rank in range(size)]
     assert [process.exitcode for process in gang.ranks] == [0] * size, "gloo ends well without its ports"
+
+
+STAGES = Mesh(tensor=2, pipeline=2)
+RESULTS = [b"", b"tokens", bytes(range(256)) * 15, bytes(4088), bytes(range(256)) * 400]
+
+
+def _pass_on(rank: int, pipe: Connection, results: Any) -> None:
+    """Stage 0 sends more than anybody has received yet. In the end a rank of stage 1 dies."""
+    comm = _join_mesh(rank, STAGES, pipe)
+    place, link = comm.place, comm.stages
+    total = comm.all_reduce(torch.full((2,), float(rank + 1))).tolist()
+    columns = comm.gather_columns(torch.full((1, 2), float(rank)), [2, 2]).tolist()
+    heard = [comm.agree(b"all" if rank == 0 else None), comm.agree_min(10 - rank)]
+    states = [torch.full((length, 3), float(10 * place.tensor + length)) for length in range(5)]
+    if place.is_first_stage:
+        for x_TD in states:
+            link.send_states(x_TD)
+        told = [link.receive_result() for _ in RESULTS] == RESULTS
+    else:
+        for message in RESULTS:
+            link.send_result(message)
+        told = all(link.receive_states(torch.empty_like(x_TD)).equal(x_TD) for x_TD in states)
+    results.put((rank, total, columns, heard, told, _num_listening()))
+    results.close()
+    results.join_thread()
+    comm.agree(b"end" if rank == 0 else None)
+    if rank == 1:
+        try:
+            link.receive_result()
+        except WorkerLost as error:
+            ask_through(pipe)("set", "lost", str(error).encode())
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_stages_pass_on_states_and_results(gang: Gang) -> None:
+    for _ in range(STAGES.size):
+        gang.start(_pass_on)
+    got = sorted(gang.results.get(timeout=2 * WAIT_S) for _ in gang.ranks)
+    num_listening = 0 if sys.platform == "linux" else got[0][-1]
+    sums = [[3.0, 3.0]] * 2 + [[7.0, 7.0]] * 2
+    rows = [[[0.0, 0.0, 1.0, 1.0]]] * 2 + [[[2.0, 2.0, 3.0, 3.0]]] * 2
+    assert got == [(rank, sums[rank], rows[rank], [b"all", 7], True, num_listening) for rank in range(4)]
+    for process in gang.ranks:
+        process.join(timeout=WAIT_S)
+    assert "rank 1: pipeline stage 1 is gone or silent" in gang.ask("get", "lost", WAIT_S).decode()
 
 
 def _beat(rank: int, pipe: Connection, is_one_host: bool, results: Any) -> None:

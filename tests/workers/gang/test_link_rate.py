@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tensorweave.cluster.mesh import Mesh, MeshRank
 from tensorweave.workers.gang import link_rate
 from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.gang.link_rate import measure_link
@@ -40,7 +41,7 @@ def test_a_link_is_measured_with_what_it_can_carry(
 
 
 class _Two:
-    size = 2
+    place = MeshRank(0, Mesh(tensor=2))
 
     def agree_min(self, value: int) -> int:
         return value
