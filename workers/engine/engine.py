@@ -16,14 +16,16 @@ from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.kernels.attention.backend import AttentionBackend
 from tensorweave.kernels.lora.reference import Updates
 from tensorweave.workers.engine.adapter_rows import NoAdapterRows, PlansUpdates
+from tensorweave.workers.engine.compute_thread import ComputePlace, ComputeThread, Here
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine.packing import PackedBatch, pack
+from tensorweave.workers.gang.stages import StageLink
 from tensorweave.workers.lora.rank_adapter import AdapterReader
 from tensorweave.workers.models.forward_inputs import ForwardInputs
-from tensorweave.workers.models.transformer import Transformer
-from tensorweave.workers.step.pending import Pending, PendingTokens, Ready, StepLogits
+from tensorweave.workers.models.transformer import InnerStage, Transformer
+from tensorweave.workers.step.pending import Pending, PendingTokens, StepLogits
 from tensorweave.workers.step.plan import PromptRead, ScheduledBatch
-from tensorweave.workers.step.resources import BaseResourceManager, ResourceManager
+from tensorweave.workers.step.resources import BaseResourceManager, BlockCopy, ResourceManager
 
 # T tokens, D hidden size, W rotated elements of a head, R and N rows of logits, V vocabulary
 
@@ -60,67 +62,119 @@ class ModelEngine(Protocol):
         ...
 
 
+class StepOutput(Protocol):
+    """What becomes of a step's hidden states. `num_pieces` grows with what is computed of them."""
+
+    @property
+    def num_pieces(self) -> int: ...
+
+    def take(self, hidden_TD: Tensor, sampled_rows_R: Tensor, reads: Sequence[PromptRead]) -> StepLogits: ...
+
+
+class HeadOutput:
+    """The logits of the rows that need them, by the model's output head."""
+
+    def __init__(self, model: Transformer, vocab_size: int) -> None:
+        self._model = model
+        self._piece_rows = max(1, PIECE_LOGITS // vocab_size)
+        self.num_pieces = 0
+
+    def take(self, hidden_TD: Tensor, sampled_rows_R: Tensor, reads: Sequence[PromptRead]) -> StepLogits:
+        with torch.inference_mode():
+            hidden_RD = hidden_TD.index_select(0, sampled_rows_R)
+        # Not in inference mode: the decoder changes logits in place.
+        with torch.no_grad():
+            logits_RV = self._model.logits(hidden_RD)
+        return StepLogits(logits_RV, self._prompt_logits(reads, hidden_TD))
+
+    def _prompt_logits(self, reads: Sequence[PromptRead], hidden_TD: Tensor) -> Iterator[tuple[PromptRead, Tensor]]:
+        for read in reads:
+            for piece in read.split(self._piece_rows):
+                rows_ND = hidden_TD[piece.row : piece.row + piece.stop - piece.start]
+                with torch.no_grad():
+                    is_embedding = read.request.sampling.wants_embedding
+                    told = self._model.embeddings(rows_ND) if is_embedding else self._model.logits(rows_ND)
+                self.num_pieces += 1
+                yield piece, told
+
+
+class StageOutput:
+    """Sent to the next pipeline stage; there are no logits here."""
+
+    num_pieces = 0
+
+    def __init__(self, stages: StageLink) -> None:
+        self._stages = stages
+
+    def take(self, hidden_TD: Tensor, sampled_rows_R: Tensor, reads: Sequence[PromptRead]) -> StepLogits:
+        with torch.inference_mode():
+            self._stages.send_states(hidden_TD)
+        return StepLogits(torch.empty(0, 0))
+
+
 class PyTorchModelEngine:
     """One rank's transformer, its KV pool, and the packing between them and the batch.
 
     Args:
         model: this rank's share.
+        output: takes the hidden states.
         pool: where keys and values live.
         attention: plans the attention of each step.
         rope_tables: one for each of the model's rotations, [max_seq_len, W] float32: cosines and sines.
         adapter_reader: reads adapters for this model, whose rows `adapter_rows` plans; None: there are none.
+        thread: computes the steps, of a pipeline stage; None: they are computed as they are launched.
     """
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | InnerStage,
+        output: StepOutput,
         pool: KVPool,
         attention: AttentionBackend,
         rope_tables: Sequence[Tensor],
         info: ModelInfo,
         adapter_reader: AdapterReader | None = None,
         adapter_rows: PlansUpdates | None = None,
+        thread: ComputeThread | None = None,
     ) -> None:
         self.info = info
         self.adapter_reader = adapter_reader
         self._adapter_rows = adapter_rows or NoAdapterRows()
         self.pool = pool
-        self.resource_managers: tuple[BaseResourceManager, ...] = ()
+        self.resource_managers: tuple[BaseResourceManager, ...] = () if thread is None else (thread,)
+        self._compute_place: ComputePlace = Here() if thread is None else thread
         self._model = model
+        self._output = output
         self._attention = attention
         self._rope_tables = tuple(rope_tables)
         self._device = rope_tables[0].device
-        self._num_pieces = 0
 
     @property
     def progress(self) -> int:
         """Grows with every layer, and every piece of a prompt's logits, that is computed. Any thread may look."""
-        return self._model.num_layers_done + self._num_pieces
+        return self._model.num_layers_done + self._output.num_pieces
 
     def launch(self, batch: ScheduledBatch, resources: ResourceManager, before: PendingTokens) -> Pending[StepLogits]:
         kv_cache = resources.kv_cache
         packed = pack(batch, kv_cache.block_ids, self.pool.tokens_per_block, before)
+        copies = kv_cache.take_copies()
         with torch.inference_mode():
-            self.pool.copy_blocks(kv_cache.take_copies())
-            hidden_TD = self._model.forward(self._inputs(packed, self._adapter_rows.plan(batch)), self.pool.layers)
+            inputs = self._inputs(packed, self._adapter_rows.plan(batch))
             rows_R = torch.tensor(packed.sampled_rows, dtype=torch.int64, device=self._device)
-            hidden_RD = hidden_TD.index_select(0, rows_R)
-        # Not in inference mode: the decoder changes logits in place.
-        with torch.no_grad():
-            logits_RV = self._model.logits(hidden_RD)
-        return Ready(StepLogits(logits_RV, self._prompt_logits(batch.prompt_reads, hidden_TD)))
+        return self._compute_place.submit(lambda: self._compute(inputs, copies, rows_R, batch.prompt_reads))
 
-    def _prompt_logits(self, reads: Sequence[PromptRead], hidden_TD: Tensor) -> Iterator[tuple[PromptRead, Tensor]]:
-        for read in reads:
-            for piece in read.split(max(1, PIECE_LOGITS // self.info.vocab_size)):
-                rows_ND = hidden_TD[piece.row : piece.row + piece.stop - piece.start]
-                with torch.no_grad():
-                    is_embedding = read.request.sampling.wants_embedding
-                    told = self._model.embeddings(rows_ND) if is_embedding else self._model.logits(rows_ND)
-                self._num_pieces += 1
-                yield piece, told
+    def _compute(
+        self, inputs: ForwardInputs, copies: Sequence[BlockCopy], rows_R: Tensor, reads: Sequence[PromptRead]
+    ) -> StepLogits:
+        with torch.inference_mode():
+            self.pool.copy_blocks(copies)
+            hidden_TD = self._model.forward(inputs, self.pool.layers)
+        return self._output.take(hidden_TD, rows_R, reads)
 
     def wipe_blocks(self, block_ids: Sequence[int]) -> None:
+        self._compute_place.submit(lambda: self._wipe(list(block_ids)))
+
+    def _wipe(self, block_ids: Sequence[int]) -> None:
         with torch.inference_mode():
             self.pool.wipe_blocks(block_ids)
 

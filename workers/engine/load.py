@@ -31,6 +31,7 @@ from tensorweave.kernels.operations import (
 )
 from tensorweave.kernels.weights import FP8
 from tensorweave.workers.engine.adapter_rows import AdapterRows
+from tensorweave.workers.engine.compute_thread import ComputeThread
 from tensorweave.workers.engine.device.adapter_places import (
     AdapterPlaces,
     HostAdapters,
@@ -43,7 +44,7 @@ from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.device.graphs import GraphSizes
 from tensorweave.workers.engine.device.rank_exchange import make_exchange
 from tensorweave.workers.engine.device_memory import naming_knobs
-from tensorweave.workers.engine.engine import PyTorchModelEngine
+from tensorweave.workers.engine.engine import HeadOutput, PyTorchModelEngine, StageOutput
 from tensorweave.workers.engine.engine_choice import check_gpu_engine, fits_device_engine
 from tensorweave.workers.engine.gpu_weights import check_gpu_weights
 from tensorweave.workers.engine.kv_pool import KVPool, block_bytes
@@ -54,7 +55,7 @@ from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.gang.device import check_fp8, pick_device, pick_dtype
 from tensorweave.workers.lora.rank_adapter import AdapterLimits, AdapterReader
 from tensorweave.workers.models.adapter_sites import AdaptedLinears, LinearForms, PlainLinears
-from tensorweave.workers.models.assembly import build_transformer, check_mesh, tensor_shapes
+from tensorweave.workers.models.assembly import build_stage, check_mesh, stage_layers, tensor_shapes
 from tensorweave.workers.models.checkpoint import RandomWeights
 from tensorweave.workers.models.config import ModelConfig
 from tensorweave.workers.models.device.buffers import StepBuffers
@@ -67,7 +68,7 @@ from tensorweave.workers.models.quantizing import quantizing
 from tensorweave.workers.models.rank_weights import RankWeights
 from tensorweave.workers.models.rotary import rotary_table
 from tensorweave.workers.models.shards import HeadShard, shard_heads, split_evenly
-from tensorweave.workers.models.transformer import Transformer
+from tensorweave.workers.models.transformer import InnerStage, Transformer
 from tensorweave.workers.start_log import StartLog
 from tensorweave.workers.store.model_store import resolve_model
 
@@ -108,11 +109,12 @@ def load_engine(
         if share.device.type == "cuda":
             torch.cuda.synchronize(share.device)
     if share.is_on_device:
+        assert isinstance(model, Transformer)
         return _build_device_engine(model, share, args, defaults, comm, log, linears)
     kv, block_bytes = args.kv_cache_config, share.block_bytes(args.kv_cache_config.tokens_per_block)
     num_blocks = comm.agree_min(count_blocks(kv, block_bytes, share.device, share.activation_bytes(args)))
     info = replace(_describe(share, num_blocks, args, defaults), embedding_size=share.config.sizes.hidden_size)
-    return _assemble_engine(model, share, info, linears)
+    return _assemble_engine(model, share, info, linears, comm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +138,15 @@ class _ModelShare:
         sizes, place = self.config.sizes, self.place
         return shard_heads(sizes.num_heads, sizes.num_kv_heads, place.mesh.tensor)[place.tensor]
 
+    @property
+    def num_layers(self) -> int:
+        """Of this rank's pipeline stage."""
+        return len(stage_layers(self.config, self.place))
+
     def block_bytes(self, tokens_per_block: int) -> int:
         """Of one KV block on this rank."""
         sizes = self.config.sizes
-        return block_bytes(sizes.num_layers, len(self.heads.kv), tokens_per_block, sizes.head_dim, self.kv_dtype)
+        return block_bytes(self.num_layers, len(self.heads.kv), tokens_per_block, sizes.head_dim, self.kv_dtype)
 
     def activation_bytes(self, args: TorchLlmArgs) -> int:
         """An upper bound of one step's temporaries: hidden states, two of the widest products, three of float32
@@ -175,7 +182,7 @@ class _ModelShare:
         num_threads: int,
         linears: LinearForms,
         on_progress: Callable[[float], object],
-    ) -> Transformer:
+    ) -> Transformer | InnerStage:
         if load_format == "dummy":
             random = RandomWeights(tensor_shapes(self.config), device=self.device)
             return self._build(WeightLoader(random, self.dtype, self.device), comm, linears)
@@ -187,9 +194,9 @@ class _ModelShare:
         ) as weights:
             return self._build(weights, comm, linears)
 
-    def _build(self, weights: RankWeights, comm: Comm, linears: LinearForms) -> Transformer:
+    def _build(self, weights: RankWeights, comm: Comm, linears: LinearForms) -> Transformer | InnerStage:
         wanted = quantizing(weights, self.quantization)
-        return build_transformer(self.config, self.place, wanted, comm, self.operations, linears)
+        return build_stage(self.config, self.place, wanted, comm, self.operations, self.dtype, linears)
 
 
 def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) -> _ModelShare:
@@ -201,6 +208,11 @@ def _find_share(args: TorchLlmArgs, place: MeshRank, is_on_device: bool | None) 
     if args.max_seq_len is None:
         _tell_of_longrope(config)
     device = pick_device(args.device)
+    if place.mesh.pipeline > 1 and (device.type == "cuda" or is_on_device):
+        raise ValueError(
+            f"pipeline_parallel_size is {place.mesh.pipeline}: pipeline stages are for CPUs so far (device='cpu'); on "
+            f"GPUs use tensor_parallel_size"
+        )
     if config.quantization is not None:
         _check_quantized(config.quantization, quantization, args.load_format)
     dtype = pick_dtype(args.dtype if saved is None else saved.dtype, config.checkpoint_dtype, device)
@@ -273,7 +285,7 @@ def _make_pool(share: _ModelShare, info: ModelInfo) -> KVPool:
     sizes, heads = share.config.sizes, share.heads
     with naming_knobs("the KV cache", "kv_cache_config.max_tokens or free_gpu_memory_fraction"):
         return KVPool(
-            sizes.num_layers,
+            share.num_layers,
             info.num_blocks,
             len(heads.kv),
             info.tokens_per_block,
@@ -343,7 +355,7 @@ def _device_adapters(
 
 
 def _assemble_engine(
-    model: Transformer, share: _ModelShare, info: ModelInfo, linears: LinearForms
+    model: Transformer | InnerStage, share: _ModelShare, info: ModelInfo, linears: LinearForms, comm: Comm
 ) -> PyTorchModelEngine:
     """Put KV pool, attention and rotation table around a model."""
     config, device, operations = share.config, share.device, share.operations
@@ -351,8 +363,10 @@ def _assemble_engine(
     if share.adapters is not None and isinstance(linears, AdaptedLinears):
         reader = AdapterReader(linears.sites, operations.adapters, share.dtype, device, share.adapters)
     heads, P, H = share.heads, info.tokens_per_block, config.sizes.head_dim
+    has_stages = share.place.mesh.pipeline > 1
     return PyTorchModelEngine(
         model=model,
+        output=HeadOutput(model, info.vocab_size) if isinstance(model, Transformer) else StageOutput(comm.stages),
         pool=_make_pool(share, info),
         attention=operations.make_attention(
             AttentionShape(len(heads.kv), heads.read_heads, H, P, frozenset(config.windows))
@@ -361,6 +375,7 @@ def _assemble_engine(
         info=info,
         adapter_reader=reader,
         adapter_rows=None if reader is None else AdapterRows(operations.adapters),
+        thread=ComputeThread(f"stage-{share.place.pipeline}") if has_stages else None,
     )
 
 

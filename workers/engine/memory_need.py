@@ -56,7 +56,7 @@ class MemoryNeed:
         raise ValueError(
             f"not enough memory: the model needs at least {_gib(self.total)} (weights {_gib(self.weights)}, KV cache "
             f"{_gib(self.kv_cache)}) {ranks}; {have}. Take a smaller model or dtype, or more ranks on other hosts or "
-            f"GPUs (tensor_parallel_size)"
+            f"GPUs (tensor_parallel_size, pipeline_parallel_size)"
         )
 
 
@@ -89,7 +89,8 @@ def rank_weight_bytes(config: ModelConfig, place: MeshRank, dtype: torch.dtype, 
         return looked_up + (weights.num_in_head * min(8 * each, bits) + in_layers * bits) // 8
     integers = None if quantization is None else IntegerWeights.parse(quantization)
     if integers is not None:
-        head = weights.num_looked_up if config.has_tied_embeddings else weights.num_in_head
+        has_tied_head = config.has_tied_embeddings and place.is_last_stage
+        head = weights.num_looked_up if has_tied_head else weights.num_in_head
         numbers = 2 if integers.has_minimums else 1
         scale_bits = 0 if integers.group_size is None else 16 * numbers / integers.group_size
         return looked_up + head + int(in_layers * (integers.bits + scale_bits) / 8)

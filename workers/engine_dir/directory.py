@@ -106,6 +106,11 @@ def check_engine_dir(
 def check_fit(manifest: EngineManifest, directory: Path, mesh: Mesh, dtype: str, quantization: str | None) -> None:
     """Raises ValueError if the directory was saved for other sizes or another dtype, or without this quantization. With
     None, its own is taken."""
+    if mesh.pipeline > 1:
+        raise ValueError(
+            f"pipeline_parallel_size is {mesh.pipeline}, and engine directory {directory} was saved for ranks that "
+            f"have all layers; take the checkpoint"
+        )
     for name, saved, asked in (
         ("tensor_parallel_size", manifest.tensor_parallel_size, mesh.tensor),
         ("moe_expert_parallel_size", manifest.moe_expert_parallel_size, mesh.expert),

@@ -17,7 +17,7 @@ from tensorweave.workers.gang.comm import Comm, SoloComm
 from tensorweave.workers.models.adapter_sites import LinearForms, PlainLinears
 from tensorweave.workers.models.checkpoint import Shapes
 from tensorweave.workers.models.config import ModelConfig, ModelEnds
-from tensorweave.workers.models.ends import Embedding, Head, ScaledEmbedding, ScaledHead
+from tensorweave.workers.models.ends import Embedding, Head, ScaledEmbedding, ScaledHead, StatesFromStage
 from tensorweave.workers.models.layer_builder import LayerBuilder
 from tensorweave.workers.models.layers import OutputHead, RmsNorm, SplitVocabEmbedding, VocabEmbedding
 from tensorweave.workers.models.rank_weights import MetaWeights, RankWeights, TensorRows
@@ -25,7 +25,7 @@ from tensorweave.workers.models.shards import split_evenly
 from tensorweave.workers.models.sizes import ExpertSizes
 from tensorweave.workers.models.stack import make_stack
 from tensorweave.workers.models.tensor_names import EMBEDDING, FINAL_NORM, HEAD
-from tensorweave.workers.models.transformer import Transformer
+from tensorweave.workers.models.transformer import InnerStage, Transformer
 
 
 def build_transformer(
@@ -36,26 +36,61 @@ def build_transformer(
     operations: Operations,
     linears: LinearForms | None = None,
 ) -> Transformer:
-    """Read one rank's share of the weights and put the layers around it. `linears` notes what adapters may update;
-    None: nothing."""
-    sizes, ends = config.sizes, config.ends
+    """Read one rank's share of a model without pipeline stages; see `build_stage`."""
+    assert place.mesh.pipeline == 1, place
+    built = build_stage(config, place, weights, comm, operations, torch.float32, linears)
+    assert isinstance(built, Transformer)
+    return built
+
+
+def build_stage(
+    config: ModelConfig,
+    place: MeshRank,
+    weights: RankWeights,
+    comm: Comm,
+    operations: Operations,
+    dtype: torch.dtype,
+    linears: LinearForms | None = None,
+) -> Transformer | InnerStage:
+    """Read one rank's share of the weights and put the layers of its pipeline stage around it.
+
+    Args:
+        dtype: of the hidden states that a stage receives.
+        linears: notes what adapters may update; None: nothing.
+    """
+    sizes, forms = config.sizes, PlainLinears() if linears is None else linears
     vocab = split_evenly(sizes.vocab_size, place.mesh.tensor)[place.tensor]
     shape = (sizes.vocab_size, sizes.hidden_size)
-    embedding_VD = weights.rows([TensorRows(EMBEDDING, shape, vocab)])
-    forms = PlainLinears() if linears is None else linears
+    has_table = place.is_first_stage or (place.is_last_stage and config.has_tied_embeddings)
+    embedding_VD = weights.rows([TensorRows(EMBEDDING, shape, vocab)]) if has_table else None
     layers = [
-        layer.build(LayerBuilder(f"model.layers.{i}", sizes, weights, place, comm, operations, forms))
-        for i, layer in enumerate(config.layers)
+        config.layers[i].build(LayerBuilder(f"model.layers.{i}", sizes, weights, place, comm, operations, forms))
+        for i in stage_layers(config, place)
     ]
-    is_tied = config.has_tied_embeddings
-    head_VD = weights.tied_head(embedding_VD) if is_tied else weights.matrix_rows([TensorRows(HEAD, shape, vocab)])
+    embedding: Embedding = StatesFromStage(comm.stages, sizes.hidden_size, dtype)
+    if place.is_first_stage:
+        assert embedding_VD is not None
+        embedding = _embedding(embedding_VD, sizes.vocab_size, vocab, config.ends.embedding_factor, comm)
+    stack = make_stack(layers, can_be_native=place.mesh.tensor == 1 and operations.has_native_attention)
+    if not place.is_last_stage:
+        return InnerStage(embedding, stack)
+    if config.has_tied_embeddings and embedding_VD is not None:
+        head_VD = weights.tied_head(embedding_VD)
+    else:
+        head_VD = weights.matrix_rows([TensorRows(HEAD, shape, vocab)])
     final_norm_D = weights.vector(FINAL_NORM, sizes.hidden_size)
     return Transformer(
-        embedding=_embedding(embedding_VD, sizes.vocab_size, vocab, ends.embedding_factor, comm),
-        stack=make_stack(layers, can_be_native=place.mesh.tensor == 1 and operations.has_native_attention),
+        embedding=embedding,
+        stack=stack,
         final_norm=RmsNorm(operations.add_rms_norm, final_norm_D, sizes.norm_epsilon, sizes.norm_offset),
-        head=_head(operations.make_linear(head_VD, None), sizes.vocab_size, place, ends, comm),
+        head=_head(operations.make_linear(head_VD, None), sizes.vocab_size, place, config.ends, comm),
     )
+
+
+def stage_layers(config: ModelConfig, place: MeshRank) -> range:
+    """The layers of this rank's pipeline stage. Where they do not divide, the first stages have one more: the last one
+    has the output head."""
+    return split_evenly(len(config.layers), place.mesh.pipeline)[place.pipeline]
 
 
 def _embedding(weight_VD: Tensor, vocab_size: int, vocab: range, factor: float, comm: Comm) -> Embedding:
@@ -79,27 +114,36 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
 def count_weights(config: ModelConfig, place: MeshRank) -> MetaWeights:
     """What the rank at `place` asks for of a checkpoint."""
     weights = MetaWeights()
-    build_without_memory(config, place, weights)
+    _build_on_meta(config, place, weights)
     return weights
 
 
 def weights_per_layer(config: ModelConfig, mesh: Mesh) -> int:
     """Weights of a layer's products, on average over the layers, on the gang's first rank."""
-    weights = count_weights(config, MeshRank(0, mesh))
-    return (weights.num_multiplied - weights.num_in_head) // len(config.layers)
+    place = MeshRank(0, mesh)
+    weights = count_weights(config, place)
+    return (weights.num_multiplied - weights.num_in_head) // len(stage_layers(config, place))
 
 
-def build_without_memory(config: ModelConfig, place: MeshRank, weights: MetaWeights | None = None) -> Transformer:
-    """The model as the rank at `place` builds it, on torch's meta device."""
+def build_without_memory(config: ModelConfig, place: MeshRank) -> Transformer:
+    """The model as the rank at `place`, which has the output head, builds it on torch's meta device."""
+    model = _build_on_meta(config, place, MetaWeights())
+    assert isinstance(model, Transformer), place
+    return model
+
+
+def _build_on_meta(config: ModelConfig, place: MeshRank, weights: MetaWeights) -> Transformer | InnerStage:
     operations = reference_operations(torch.device("meta"), torch.float32)
-    return build_transformer(config, place, weights or MetaWeights(), SoloComm(), operations)
+    return build_stage(config, place, weights, SoloComm(), operations, torch.float32)
 
 
 def check_mesh(config: ModelConfig, place: MeshRank) -> None:
-    """Raises ValueError where a rank would be left without a head, a column or a word."""
+    """Raises ValueError where a rank would be left without a layer, a head, a column or a word."""
     mesh, sizes = place.mesh, config.sizes
-    if not mesh.is_tensor_only:
-        raise ValueError(f"{mesh}: ranks share a model along the tensor axis only")
+    if mesh.data > 1:
+        raise ValueError(f"{mesh}: ranks share a model along the tensor and pipeline axes only")
+    if mesh.pipeline > len(config.layers):
+        raise ValueError(f"pipeline_parallel_size is {mesh.pipeline}; this model has {len(config.layers)} layers")
     if mesh.tensor > sizes.num_heads:
         raise ValueError(
             f"tensor_parallel_size is {mesh.tensor}; this model has {sizes.num_heads} attention heads to share"

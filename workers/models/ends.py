@@ -1,11 +1,15 @@
-"""What stands around the table of embeddings and the output head where a family has it so: factors, and a soft cap."""
+"""What stands around the table of embeddings and the output head where a family has it so: factors, and a soft cap; and
+where a later pipeline stage has its input from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from tensorweave.workers.gang.stages import StageLink
 
 # T tokens, D hidden size, R rows of logits, V vocabulary
 
@@ -28,6 +32,19 @@ class ScaledEmbedding:
     def __call__(self, token_ids_T: Tensor) -> Tensor:
         x_TD = self.embedding(token_ids_T)
         return x_TD.mul_(x_TD.new_tensor(self.factor))
+
+
+@dataclass(frozen=True, slots=True)
+class StatesFromStage:
+    """The hidden states that the stage before has computed for these tokens."""
+
+    stages: StageLink
+    hidden_size: int
+    dtype: torch.dtype
+
+    def __call__(self, token_ids_T: Tensor) -> Tensor:
+        shape = (len(token_ids_T), self.hidden_size)
+        return self.stages.receive_states(torch.empty(shape, dtype=self.dtype, device=token_ids_T.device))
 
 
 @dataclass(frozen=True, slots=True)

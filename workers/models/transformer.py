@@ -1,4 +1,4 @@
-"""A decoder-only transformer over a packed batch of tokens.
+"""A decoder-only transformer over a packed batch of tokens, or one pipeline stage of it.
 
 Written as one GPU's mathematics; which heads, columns and words are on this rank is decided by `layer_builder`, and
 what ranks exchange by the layers. The engine calls `forward`, then `logits` for the rows that need them.
@@ -22,7 +22,7 @@ from tensorweave.workers.models.stack import DecoderStack
 
 @dataclass(frozen=True, slots=True)
 class Transformer:
-    """One rank's share of a model."""
+    """One rank's share of a model; of the last pipeline stage too, whose embedding is the stage before."""
 
     embedding: Embedding
     stack: DecoderStack
@@ -45,3 +45,20 @@ class Transformer:
     def logits(self, x_RD: Tensor) -> Tensor:
         """[R, V] float32, the whole vocabulary on every rank."""
         return self.head(self.final_norm(x_RD))
+
+
+@dataclass(frozen=True, slots=True)
+class InnerStage:
+    """One rank's share of a pipeline stage that is not the last: another stage has the output head."""
+
+    embedding: Embedding
+    stack: DecoderStack
+
+    @property
+    def num_layers_done(self) -> int:
+        """Since the start. Any thread may read it, also during a forward."""
+        return self.stack.num_layers_done
+
+    def forward(self, inputs: ForwardInputs, caches: Sequence[Tensor]) -> Tensor:
+        """Hidden states [T, D] after this stage's layers; their keys and values go into `caches`."""
+        return self.stack(self.embedding(inputs.token_ids_T), inputs, caches)

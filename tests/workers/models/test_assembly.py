@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from tensorweave.cluster.mesh import Mesh, MeshRank
-from tensorweave.workers.models.assembly import check_mesh, count_weights, tensor_shapes, weights_per_layer
+from tensorweave.workers.models.assembly import (
+    check_mesh,
+    count_weights,
+    stage_layers,
+    tensor_shapes,
+    weights_per_layer,
+)
 from tensorweave.workers.models.checkpoint import SafetensorsDirectory
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.shards import split_evenly
@@ -35,6 +41,20 @@ def test_ranks_share_all_matrices(size: int, tmp_path: Path) -> None:
     assert all(part.shapes.items() <= whole.shapes.items() for part in parts)
 
 
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("mesh", [Mesh(pipeline=2), Mesh(pipeline=3), Mesh(tensor=2, pipeline=2)], ids=str)
+def test_stages_have_different_layers(mesh: Mesh, is_tied: bool, tmp_path: Path) -> None:
+    make_model("qwen3", tmp_path, tie_word_embeddings=is_tied, num_hidden_layers=5)
+    config = load_model_config(tmp_path)
+    whole = count_weights(config, MeshRank())
+    parts = [count_weights(config, place) for place in mesh.ranks()]
+    assert sum(part.num_multiplied for part in parts) == whole.num_multiplied
+    assert sum(part.num_looked_up for part in parts) == whole.num_looked_up * (2 if is_tied else 1)
+    names = [name for part in parts[:: mesh.tensor] for name in part.shapes if is_tied is False or "embed" not in name]
+    assert sorted(names) == sorted(name for name in whole.shapes if is_tied is False or "embed" not in name)
+    assert len(stage_layers(config, mesh.ranks()[0])) == -(-5 // mesh.pipeline)
+
+
 def test_weights_of_a_layer_are_those_of_its_products_on_one_rank(tmp_path: Path) -> None:
     make_model("llama", tmp_path, num_hidden_layers=3, num_key_value_heads=2, num_attention_heads=4)
     config = load_model_config(tmp_path)
@@ -43,12 +63,14 @@ def test_weights_of_a_layer_are_those_of_its_products_on_one_rank(tmp_path: Path
     whole = D * H * (4 + 2 * 2) + H * 4 * D + 3 * D * width
     assert weights_per_layer(config, Mesh()) == whole
     assert weights_per_layer(config, Mesh(tensor=2)) == whole // 2
+    assert weights_per_layer(config, Mesh(pipeline=2)) == whole
 
 
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        (Mesh(pipeline=2), "ranks share a model along the tensor axis only"),
+        (Mesh(data=2), "ranks share a model along the tensor and pipeline axes only"),
+        (Mesh(pipeline=4), "pipeline_parallel_size is 4; this model has 3 layers"),
         (Mesh(tensor=2, expert=2), "moe_expert_parallel_size is 2; this model has no experts to share"),
         (Mesh(tensor=7), "tensor_parallel_size is 7; this model has 6 attention heads to share"),
     ],
