@@ -165,6 +165,13 @@ class TorchLlmArgs(StrictBaseModel):
     tensor_parallel_size: int = Field(
         1, ge=1, description="Ranks that share each layer. Head counts that it does not divide are split unevenly."
     )
+    pipeline_parallel_size: int = Field(
+        1,
+        status="prototype",
+        ge=1,
+        description="Stages of successive layers, each of tensor_parallel_size ranks; on CPUs. See "
+        "docs/pipeline_parallel.md.",
+    )
     moe_tensor_parallel_size: int | None = Field(
         None,
         status="beta",
@@ -362,7 +369,7 @@ class TorchLlmArgs(StrictBaseModel):
             )
         if self.backend == "tensorrt":
             raise ValueError("backend 'tensorrt' is not part of tensorweave; use backend='pytorch' (the default)")
-        if self.enable_tqdm and self.tensor_parallel_size > 1:
+        if self.enable_tqdm and gang_mesh(self).size > 1:
             raise ValueError("enable_tqdm shows bars for one rank; with more, the log tells how the start goes")
         if self.attn_backend == "FLASHINFER":
             raise ValueError(
@@ -387,12 +394,32 @@ class TorchLlmArgs(StrictBaseModel):
         gang_mesh(self)
         return self
 
+    @model_validator(mode="after")
+    def _check_stages(self) -> Self:
+        """Refuse what pipeline stages do not do."""
+        if self.pipeline_parallel_size == 1:
+            return self
+        transfers = self.cache_transceiver_config
+        given = {
+            "cache_transceiver_config": transfers is not None and transfers.backend is not None,
+            "speculative_config": self.speculative_config is not None,
+            "enable_lora": adapter_config(self) is not None,
+            "scheduler": self.scheduler is not None,
+            "backend '_autodeploy'": self.backend == "_autodeploy",
+        }
+        if refused := [name for name, is_given in given.items() if is_given]:
+            raise ValueError(
+                f"pipeline_parallel_size is {self.pipeline_parallel_size}: pipeline stages do not support "
+                f"{', '.join(refused)} yet; leave out one or the other"
+            )
+        return self
+
 
 def gang_mesh(args: TorchLlmArgs) -> Mesh:
     """How the ranks of a gang divide the model."""
     tensor = args.tensor_parallel_size
     expert = expert_groups(tensor, args.moe_tensor_parallel_size, args.moe_expert_parallel_size)
-    return Mesh(tensor=tensor, expert=expert)
+    return Mesh(tensor=tensor, pipeline=args.pipeline_parallel_size, expert=expert)
 
 
 def adapter_config(args: TorchLlmArgs) -> LoraConfig | None:

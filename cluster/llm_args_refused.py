@@ -23,11 +23,10 @@ def _off(advice: str) -> Refusal:
     return Refusal(advice, (None, False))
 
 
-_ONE_RANK: Final = "gangs are tensor-parallel only; use tensor_parallel_size"
+_ONE_RANK: Final = "ranks divide layers only; use tensor_parallel_size or pipeline_parallel_size"
 _ONE_STEP: Final = "a step starts as soon as there is work"
 
 LLM_ARGS: Final[Mapping[str, Refusal]] = {
-    "pipeline_parallel_size": Refusal(_ONE_RANK, (None, 1)),
     "context_parallel_size": Refusal(_ONE_RANK, (None, 1)),
     "cp_config": Refusal(_ONE_RANK),
     "gpus_per_node": Refusal("Ray knows how many GPUs each node has"),

@@ -13,6 +13,7 @@ from typing import Any
 
 from tensorweave.cluster.llm_args import CacheTransceiverConfig, TorchLlmArgs, adapter_config, gang_mesh, kv_cache_dtype
 from tensorweave.cluster.lora_config import most_in_memory, most_in_step
+from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.cluster.quant_config import weight_quantization
 from tensorweave.cluster.speculation_config import UserProvidedDecodingConfig
@@ -29,6 +30,8 @@ from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.executor.iteration_stats import step_limits
 from tensorweave.workers.executor.prompt_share import BalancedShare, FixedShare, PromptShare
 from tensorweave.workers.executor.scheduler import SimpleScheduler
+from tensorweave.workers.executor.stage_decoder import stage_decoder
+from tensorweave.workers.executor.turns import make_turns
 from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.gang.device import pick_device
 from tensorweave.workers.gang.report_channel import open_report_channel
@@ -42,7 +45,7 @@ from tensorweave.workers.models.assembly import weights_per_layer
 from tensorweave.workers.models.checkpoint import refuse_adapters
 from tensorweave.workers.models.families.table import load_model_config
 from tensorweave.workers.models.generation_config import load_sampling_defaults
-from tensorweave.workers.sampling.decoder import SamplingDecoder
+from tensorweave.workers.sampling.decoder import Decoder, SamplingDecoder
 from tensorweave.workers.speculation.build import build_speculation
 from tensorweave.workers.start_log import StartLog
 from tensorweave.workers.step.kv_exchange import NoTransfers, Transfers
@@ -95,7 +98,7 @@ def build_executor(
         )
     engine = _load_engine(args, comm, num_ranks_here, log)
     kv_cache = _make_kv_cache(args, engine.info, event_buffer_size)
-    scheduler = _make_scheduler(args, settings, kv_cache)
+    scheduler = _make_scheduler(args, settings, kv_cache, comm.place.mesh)
     gc.set_threshold(args.garbage_collection_gen0_threshold, *gc.get_threshold()[1:])
     is_on_device = isinstance(engine, DeviceEngine)
     vocabulary = engine.vocabulary if isinstance(engine, DeviceEngine) else WholeVocabulary()
@@ -122,7 +125,7 @@ def build_executor(
         resources=ResourceManager(
             [decoder.states, *engine.resource_managers, *speculating.resource_managers, *adapters.managers, kv_cache]
         ),
-        decoder=speculating.decoder,
+        decoder=_across_stages(speculating.decoder, comm),
         speculation=speculating.speculation,
         comm=comm,
         info=dataclasses.replace(engine.info, guided_decoding_backend=args.guided_decoding_backend),
@@ -150,12 +153,18 @@ def _make_kv_cache(args: TorchLlmArgs, info: ModelInfo, event_buffer_size: int) 
     )
 
 
-def _make_scheduler(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -> Any:
+def _across_stages(decoder: Decoder, comm: Comm) -> Decoder:
+    place = comm.place
+    return decoder if place.mesh.pipeline == 1 else stage_decoder(decoder, comm.stages, is_last=place.is_last_stage)
+
+
+def _make_scheduler(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any, mesh: Mesh) -> Any:
     """A scheduler: ours, or of the user's class, which takes the same arguments."""
     scheduler_class = _load_class(args.scheduler, "scheduler", SimpleScheduler)
     own = {
         "share": _prompt_share(args, settings, kv_cache),
-        "counts_on_ends": args.speculative_config is None,
+        "counts_on_ends": args.speculative_config is None and mesh.pipeline == 1,
+        "turns": make_turns(mesh, overlaps=settings.overlaps),
     }
     scheduler = scheduler_class(
         kv_cache,

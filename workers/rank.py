@@ -230,7 +230,7 @@ class RankWorker:
         from tensorweave.workers.gang.device import pick_device
         from tensorweave.workers.gang.link_rate import measure_link
 
-        if not isinstance(comm, GroupComm):
+        if not isinstance(comm, GroupComm) or comm.place.mesh.tensor == 1:
             return None
         link = measure_link(comm, pick_device(args.device))
         self._group, self._measured = comm, comm.traffic
@@ -289,7 +289,8 @@ def _remove_placement_group() -> None:
 
 def _fit_args(args: TorchLlmArgs, order: RankOrder) -> TorchLlmArgs:
     """The gang's arguments as this rank must read them: its mesh, its device, its share of the node's cores."""
-    changes: dict[str, Any] = {"tensor_parallel_size": order.place.mesh.tensor}
+    mesh = order.place.mesh
+    changes: dict[str, Any] = {"tensor_parallel_size": mesh.tensor, "pipeline_parallel_size": mesh.pipeline}
     if args.device == "auto":
         changes["device"] = "cuda" if order.has_gpu else "cpu"
     if args.num_threads is None:

@@ -16,6 +16,7 @@ import psutil
 
 from tensorweave.cli.trial_load import Load
 from tensorweave.cli.trial_service import ServiceBroken, TrialService
+from tensorweave.cluster.llm_args import gang_mesh
 from tensorweave.deploy.config import ServeConfig
 
 Kind = Literal["none", "kill", "hang", "kill-router", "kill-supervisor", "drain"]
@@ -64,7 +65,7 @@ def possible_faults(config: ServeConfig) -> list[Fault]:
     faults: list[Fault] = []
     for kind in ("kill", "hang"):
         for pool in config.pools.values():
-            faults += [Fault(kind, pool.role, rank) for rank in range(pool.tensor_parallel_size)]
+            faults += [Fault(kind, pool.role, rank) for rank in range(gang_mesh(pool).size)]
     if config.router.replicas > 1:
         faults.append(Fault("kill-router"))
     return [*dict.fromkeys(faults), Fault("kill-supervisor"), Fault("drain")]

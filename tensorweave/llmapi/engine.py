@@ -70,7 +70,7 @@ class Engine(Protocol):
 
 def open_engine(args: TorchLlmArgs, loop: LoopThread) -> Engine:
     """Start what `args` ask for. Raises ValueError for wrong arguments, and NotReady if the engine does not come up."""
-    return LocalEngine(args, loop) if args.tensor_parallel_size == 1 else GangEngine(args, loop)
+    return LocalEngine(args, loop) if gang_mesh(args).size == 1 else GangEngine(args, loop)
 
 
 class LocalEngine:
@@ -123,12 +123,12 @@ class LocalEngine:
 
 
 class GangEngine:
-    """One gang of `tensor_parallel_size` ranks on Ray. A lost gang is replaced."""
+    """One gang of several ranks on Ray. A lost gang is replaced."""
 
     def __init__(self, args: TorchLlmArgs, loop: LoopThread) -> None:
         self._loop = loop
         pinned = pin_model(args.model, revision=args.revision)
-        self._ray: RaySession = start_or_join_ray(num_cpus=args.tensor_parallel_size)
+        self._ray: RaySession = start_or_join_ray(num_cpus=gang_mesh(args).size)
         with ExitStack() as undo:
             undo.callback(self._ray.close)
             self._ray.warn_if_open()

@@ -182,6 +182,8 @@ class _TorchLLM(BaseLLM):
         runtime = self._usable_runtime()
         if runtime.args.backend == "_autodeploy":
             raise ValueError("save is for backend 'pytorch' (the default): '_autodeploy' runs checkpoints as they are")
+        if runtime.args.pipeline_parallel_size > 1:
+            raise ValueError("save is for pipeline_parallel_size 1: engine directories are not divided into stages")
         save_engine_dir(
             runtime.model_dir,
             Path(engine_dir),

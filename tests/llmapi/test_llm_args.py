@@ -45,7 +45,17 @@ def test_what_is_not_supported_is_refused_by_name(config: type[StrictBaseModel])
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size = 2 is not supported yet"),
+        ({"pipeline_parallel_size": 0}, "pipeline_parallel_size"),
+        ({"pipeline_parallel_size": 2, "enable_lora": True}, "pipeline stages do not support enable_lora yet"),
+        (
+            {"pipeline_parallel_size": 2, "scheduler": "a:B", "cache_transceiver_config": {"backend": "DEFAULT"}},
+            "pipeline stages do not support cache_transceiver_config, scheduler yet",
+        ),
+        (
+            {"pipeline_parallel_size": 2, "speculative_config": {"decoding_type": "NGram", "max_draft_len": 2}},
+            "pipeline stages do not support speculative_config yet",
+        ),
+        ({"pipeline_parallel_size": 2, "backend": "_autodeploy"}, "pipeline stages do not support backend '_autodep"),
         ({"lora_config": {"lora_dir": ["a"]}}, "lora_dir = .* is not supported yet"),
         ({"lora_config": {"max_loras": 4, "max_cpu_loras": 3}}, "max_cpu_loras is 3, must be at least max_loras"),
         ({"enable_lora": True, "backend": "_autodeploy"}, "'_autodeploy' takes no LoRA adapters"),
@@ -136,6 +146,8 @@ def test_ranks_share_experts(ranks: int, tensor: int | None, expert: int | None,
         model="m", tensor_parallel_size=ranks, moe_tensor_parallel_size=tensor, moe_expert_parallel_size=expert
     )
     assert gang_mesh(args) == Mesh(tensor=ranks, expert=groups)
+    staged = args.model_copy(update={"pipeline_parallel_size": 3})
+    assert gang_mesh(staged) == Mesh(tensor=ranks, pipeline=3, expert=groups)
 
 
 @pytest.mark.parametrize(("tensor", "expert"), [(3, None), (8, None), (None, 3), (None, 8), (2, 1), (4, 2)])

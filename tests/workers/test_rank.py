@@ -10,13 +10,13 @@ import pytest
 from ray.exceptions import ActorUnavailableError
 
 from tensorweave.cluster.errors import WorkerLost
-from tensorweave.cluster.llm_args import TorchLlmArgs
+from tensorweave.cluster.llm_args import TorchLlmArgs, gang_mesh
 from tensorweave.cluster.mesh import Mesh, MeshRank
 from tensorweave.cluster.ranks import RankOrder, RankReport, describe_phases
 from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.fakes.fake_executor import FakeExecutor
 from tensorweave.workers.gang.comm import Comm
-from tensorweave.workers.rank import RankWorker
+from tensorweave.workers.rank import RankWorker, _fit_args
 from tests.workers.rank_orders import make_order
 
 
@@ -104,3 +104,10 @@ def test_ranks_at_the_same_are_told_together() -> None:
     assert describe_phases(phases) == (
         "rank 0 (h1), 2 (h1): loading the model; rank 1 (h2): connecting to rank 0 at h1:1; rank 3 (h3): importing"
     )
+
+
+def test_a_rank_reads_the_gangs_arguments_for_its_own_mesh() -> None:
+    order = make_order(place=MeshRank(3, Mesh(tensor=2, pipeline=2)), num_ranks_here=1000)
+    args = _fit_args(TorchLlmArgs(model="m"), order)
+    assert gang_mesh(args) == order.place.mesh
+    assert (args.device, args.num_threads) == ("cpu", 1)

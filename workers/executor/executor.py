@@ -31,6 +31,7 @@ from tensorweave.workers.executor.logits_watch import LogitsWatch
 from tensorweave.workers.executor.outbox import FollowerOutbox, Outbox
 from tensorweave.workers.executor.scheduler import RequestScheduler
 from tensorweave.workers.executor.step_loop import StepLoop
+from tensorweave.workers.executor.turns import most_in_flight
 from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.guided.guides import Guides, NoGuides
 from tensorweave.workers.lora.adapters import Adapters, NoAdapters
@@ -47,8 +48,8 @@ class PyExecutor:
     """Runs requests to their end over one model engine.
 
     Thread-safe outside; the loop runs on a thread of its own from `start` to `shutdown`. Only rank 0 may enqueue, await
-    and cancel. With `disable_overlap_scheduler` off, a step is launched before the one before it has settled. Deadlines
-    are read on `clock`.
+    and cancel. With `disable_overlap_scheduler` off, a step is launched before the one before it has settled; pipeline
+    stages have as many steps in flight besides. Deadlines are read on `clock`.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class PyExecutor:
             outbox=self._outbox,
             watch=self._watch,
             stats=self._stats,
-            depth=0 if disable_overlap_scheduler else 1,
+            depth=most_in_flight(comm.place.mesh, overlaps=not disable_overlap_scheduler) - 1,
         )
         self._broken_by: BaseException | None = None
         self._progress_s = time.monotonic()

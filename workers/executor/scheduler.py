@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, Protocol
 from tensorweave.cluster.context_length import context_exceeded, prompt_limit_exceeded
 from tensorweave.workers.executor.future_peak import future_peak
 from tensorweave.workers.executor.prompt_share import FixedShare, PendingContext, PromptLoad, PromptShare
+from tensorweave.workers.executor.turns import EveryStep, Turns
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest, RequestState
 from tensorweave.workers.step.resources import BlockBudget, KVCache
@@ -286,7 +287,7 @@ class MicroBatchScheduler:
 class SimpleScheduler:
     """Capacity, then micro-batch. At most `max_batch_size` requests hold blocks, so that each can run in every step.
 
-    `counts_on_ends` must be off where decodes have drafts: then one request may grow faster than others.
+    `counts_on_ends` must be off where one request may grow faster than others: with drafts, or with `turns`.
     """
 
     def __init__(
@@ -300,6 +301,7 @@ class SimpleScheduler:
         chunking_policy: ChunkingPolicy = "FIRST_COME_FIRST_SERVED",
         share: PromptShare | None = None,
         counts_on_ends: bool = True,
+        turns: Turns | None = None,
     ) -> None:
         if max_batch_size < 1 or max_num_tokens < 1:
             raise ValueError(f"max_batch_size {max_batch_size} and max_num_tokens {max_num_tokens} must be at least 1")
@@ -314,6 +316,7 @@ class SimpleScheduler:
             chunking_policy,
             share,
         )
+        self._turns = turns or EveryStep()
         self._tokens_per_block = kv_cache.tokens_per_block
         self.max_request_tokens = kv_cache.max_request_tokens
         self.max_prompt_tokens = self.max_request_tokens - 1 if enable_chunked_prefill else max_num_tokens
@@ -329,7 +332,9 @@ class SimpleScheduler:
         if len(plan.fitting) < len(active):
             waiting = [r for r in active if r.state is RequestState.WAITING and r.order not in plan.starts]
         has_room = plan.has_room or not waiting
-        context, generation = self.micro_batch.schedule(here, plan.starts, waiting, has_room=has_room)
+        context, generation = self.micro_batch.schedule(
+            self._turns.choose(here), plan.starts, waiting, has_room=has_room
+        )
         return ScheduledBatch(context, generation, plan.paused, tuple(fetching))
 
     def _fetch_of(self, request: LlmRequest, starts: Mapping[int, int]) -> StepRow | None:

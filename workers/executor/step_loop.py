@@ -1,7 +1,8 @@
 """`StepLoop`: the steps that every rank of a gang takes: agree, admit, schedule, launch, settle, answer.
 
 One loop serves every feature; each line of a step is a verb that something else owns. Up to `depth` steps are launched
-and not settled when the next one is planned: 0 settles each step at once, 1 launches step N + 1 before step N settles.
+and not settled when the next one is planned: 0 settles each step at once, 1 launches step N + 1 before step N settles,
+and with pipeline stages as many are open as keep all stages busy.
 All decisions follow from what the ranks agreed on and from the tokens, never from timing.
 
     step N      schedule ─▶ launch ─────▶ computed on the device ─────▶ settle ─▶ answer
@@ -99,7 +100,7 @@ class StepLoop:
         self._fetch(batch.fetching)
         self._launch(batch, timer)
         self.answer()
-        self._settle(0 if batch.is_empty else self._depth, timer)
+        self._settle(max(0, len(self._flights) - 1) if batch.is_empty else self._depth, timer)
         self._is_stuck = batch.is_empty and not timer.num_settled and bool(self.requests.active)
         if not self._flights:
             self.answer()
