@@ -31,6 +31,11 @@ class ThreadStageLink:
         self._place, self._inboxes = place, inboxes
         self.num_tokens: list[int] = []
         """Of each step whose states were sent from here."""
+        self._num_waiting = 0
+
+    @property
+    def is_waiting(self) -> bool:
+        return self._num_waiting > 0
 
     def send_states(self, x_TD: Tensor) -> None:
         self.num_tokens.append(len(x_TD))
@@ -48,10 +53,13 @@ class ThreadStageLink:
         return message
 
     def _take(self, kind: int) -> Any:
+        self._num_waiting += 1
         try:
             return self._inboxes[self._place.rank][kind].get(timeout=PEER_TIMEOUT_S)
         except queue.Empty:
             raise WorkerLost(f"rank {self._place.rank}: nothing comes") from None
+        finally:
+            self._num_waiting -= 1
 
 
 class StageComm(ThreadComm):

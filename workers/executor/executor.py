@@ -141,8 +141,9 @@ class PyExecutor:
 
     def heartbeat(self) -> float:
         """Seconds since the loop, or the engine within a step, was last seen to make progress; grows without bound when
-        a step hangs. Look about once a second."""
-        if (progress := self._engine.progress) != self._seen_progress:
+        a step hangs. While another pipeline stage is waited for, that one's own is what counts. Look about once a
+        second."""
+        if (progress := self._engine.progress) != self._seen_progress or self.comm.stages.is_waiting:
             self._seen_progress, self._progress_s = progress, time.monotonic()
         return time.monotonic() - self._progress_s
 

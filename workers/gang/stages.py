@@ -7,6 +7,8 @@ is the Null object of gangs without stages. If a peer dies or is silent, `Worker
 from __future__ import annotations
 
 import collections
+import contextlib
+from collections.abc import Iterator
 from typing import Final, Protocol
 
 import torch
@@ -25,6 +27,10 @@ class StageLink(Protocol):
     """States and results may be handled by different threads, each by one at a time. What is sent first is received
     first."""
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a peer is waited for now. Any thread may look."""
+
     def send_states(self, x_TD: torch.Tensor) -> None:
         """Begin to send hidden states to the next stage. Nobody may change them any more."""
 
@@ -40,6 +46,8 @@ class StageLink(Protocol):
 
 class OneStage:
     """There is nobody to send to: nothing is sent, and nothing may be waited for."""
+
+    is_waiting = False
 
     def send_states(self, x_TD: torch.Tensor) -> None:
         return None
@@ -68,8 +76,12 @@ class GroupStageLink:
 
     def __init__(self, place: MeshRank, states: dist.ProcessGroup, results: dist.ProcessGroup) -> None:
         self._place = place
-        self._states = _Sends(states, place)
-        self._results = _Sends(results, place)
+        self._states = _Messages(states, place)
+        self._results = _Messages(results, place)
+
+    @property
+    def is_waiting(self) -> bool:
+        return self._states.is_waiting or self._results.is_waiting
 
     def send_states(self, x_TD: torch.Tensor) -> None:
         self._states.send(x_TD, self._place.pipeline + 1)
@@ -97,10 +109,11 @@ class GroupStageLink:
         return inline + rest.numpy().tobytes()
 
 
-class _Sends:
-    """Sends that are not waited for, as many as the peers' steps in flight; tensors live until they are sent."""
+class _Messages:
+    """Sends are not waited for, as many as the peers' steps in flight; tensors live until they are sent."""
 
     def __init__(self, group: dist.ProcessGroup, place: MeshRank) -> None:
+        self.is_waiting = False
         self._group = group
         self._place = place
         self._most_open = 4 * place.mesh.pipeline
@@ -108,25 +121,28 @@ class _Sends:
 
     def send(self, tensor: torch.Tensor, stage: int) -> None:
         tensor = tensor.contiguous()
-        try:
+        with self._waiting(stage):
             while self._open and (self._open[0][0].is_completed() or len(self._open) >= self._most_open):
                 self._open.popleft()[0].wait()
             work = dist.isend(tensor, dst=self._place.in_stage(stage).rank, group=self._group)
-        except RuntimeError as error:
-            raise self._lost(stage, error) from error
         assert work is not None
         self._open.append((work, tensor))
 
     def receive(self, tensor: torch.Tensor, stage: int) -> torch.Tensor:
-        try:
+        with self._waiting(stage):
             dist.recv(tensor, src=self._place.in_stage(stage).rank, group=self._group)
-        except RuntimeError as error:
-            raise self._lost(stage, error) from error
         return tensor
 
-    def _lost(self, stage: int, error: Exception) -> WorkerLost:
-        cause = str(error).strip().splitlines()[0][:200]
-        return WorkerLost(f"rank {self._place.rank}: pipeline stage {stage} is gone or silent ({cause})")
+    @contextlib.contextmanager
+    def _waiting(self, stage: int) -> Iterator[None]:
+        self.is_waiting = True
+        try:
+            yield
+        except RuntimeError as error:
+            cause = str(error).strip().splitlines()[0][:200]
+            raise WorkerLost(f"rank {self._place.rank}: pipeline stage {stage} is gone or silent ({cause})") from error
+        finally:
+            self.is_waiting = False
 
 
 def _tensor_of(data: bytes) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -181,3 +182,24 @@ def test_an_error_of_a_stage_ends_its_rank_and_then_its_peers(models: dict[str, 
     assert "the other stage is gone" in str(chunk.error)
     wait_until(lambda: first.failure is not None and second.failure is not None)
     assert not first.is_alive
+
+
+def test_a_stage_that_waits_for_another_does_not_hang(models: dict[str, Path]) -> None:
+    """The stage that is waited for has no progress, and the one that waits for its result has."""
+    with StageGang(models["llama"], Mesh(pipeline=2)) as gang:
+        first, second = gang.ranks
+        gate, link = threading.Event(), gang.comms[1].stages
+        receive = link.receive_states
+
+        def receive_late(x_TD: Tensor) -> Tensor:
+            assert gate.wait(WAIT_S)
+            return receive(x_TD)
+
+        link.receive_states = receive_late  # type: ignore[method-assign]
+        first.enqueue_request(GenerateRequest("r", [1, 2, 3], SamplingSpec(3)))
+        gang.start()
+        wait_until(lambda: gang.comms[0].stages.is_waiting)
+        wait_until(lambda: second.heartbeat() > 0.2)
+        assert first.heartbeat() < second.heartbeat()
+        gate.set()
+        assert len(told(collect_answers(first, ["r"])["r"])[0]) == 3
