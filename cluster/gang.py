@@ -1,4 +1,4 @@
-"""`Gang`: one tensor-parallel group of Ray actors, one per rank, in one placement group.
+"""`Gang`: the Ray actors of one model, one per rank, in one placement group.
 
 It places, starts, watches and kills the actors; the pool decides when. A gang is used once: any rank's death, hang or
 failure ends it, and its successor has a higher epoch. Only start orders and heartbeats are sent through Ray.

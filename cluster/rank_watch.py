@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 import re
 import time
@@ -27,8 +28,7 @@ _HOST: Final = re.compile(r"\bip=([0-9a-fA-F.:]+)")
 
 
 class RankWatch:
-    """Used once. `reports` has the last report of each rank, `unresponsive` the ranks that stopped answering.
-    `on_report` is called with every report."""
+    """Used once. `unresponsive` are the ranks that stopped answering. `on_report` is called with every report."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class RankWatch:
         on_report: Callable[[int, RankReport], None] = lambda rank, report: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.reports: dict[int, RankReport] = {}
+        self._reports: dict[int, RankReport] = {}
         self.unresponsive: set[int] = set()
         self._actors = actors
         self._name = name
@@ -47,7 +47,13 @@ class RankWatch:
         self._clock = clock
 
     def report(self, rank: int) -> RankReport:
-        return self.reports.get(rank, RankReport())
+        """The rank's last report. Of a rank that waits for another pipeline stage, the progress is that of the rank
+        with the newest: all are stuck only where none has any."""
+        report = self._reports.get(rank, RankReport())
+        if not report.waits_for_stage:
+            return report
+        ages_s = [each.progress_age_s for each in self._reports.values() if each.progress_age_s is not None]
+        return dataclasses.replace(report, progress_age_s=min(ages_s, default=None))
 
     async def until_fault(self) -> str:
         """Return why the gang must end, at most about 5 s, or the hang timeout, after the fault."""
@@ -82,10 +88,10 @@ class RankWatch:
                 return f"{name} has not answered for {timeout_s:g} s"
             except RayError as error:
                 return f"{name} died: {death_reason(error)}"
-            self.reports[rank] = report
+            self._reports[rank] = report
             self._on_report(rank, report)
             is_new = self._clock() - began_s <= hang_timeout_s
-            hang = None if is_new else report.describe_hang(hang_timeout_s)
+            hang = None if is_new else self.report(rank).describe_hang(hang_timeout_s)
             if fault := report.fault or (was_stuck and hang):
                 return f"{name}: {fault}"
             was_stuck = hang is not None

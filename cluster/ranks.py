@@ -94,10 +94,11 @@ class RankStarted:
 @dataclass(frozen=True, slots=True)
 class RankReport:
     """One heartbeat. `progress_age_s` is the time since the step loop's last progress; None before it runs, when
-    `phase` describes the start. `num_open_files` of `max_open_files` are the process's descriptors, which connections
-    of strangers use up too."""
+    `phase` describes the start. A rank that `waits_for_stage` has none while another pipeline stage computes.
+    `num_open_files` of `max_open_files` are the process's descriptors, which connections of strangers use up too."""
 
     progress_age_s: float | None = None
+    waits_for_stage: bool = False
     is_alive: bool = False
     failure: str | None = None
     num_requests: int = 0
@@ -121,8 +122,10 @@ class RankReport:
         whole host was paused."""
         if self.progress_age_s is None or self.progress_age_s <= hang_timeout_s:
             return None
+        waiting = ", and waits for another pipeline stage" if self.waits_for_stage else ""
         return (
-            f"its step loop has made no progress for {self.progress_age_s:.1f} s (hang_timeout_s is {hang_timeout_s:g})"
+            f"its step loop has made no progress for {self.progress_age_s:.1f} s (hang_timeout_s is "
+            f"{hang_timeout_s:g}){waiting}"
         )
 
 

@@ -116,6 +116,7 @@ class RankWorker:
             return RankReport(phase=self._phase, num_open_files=num_open, max_open_files=max_open)
         return RankReport(
             progress_age_s=executor.heartbeat(),
+            waits_for_stage=executor.waits_for_stage,
             is_alive=executor.is_alive,
             failure=None if executor.failure is None else executor.failure.message,
             num_requests=executor.num_requests,

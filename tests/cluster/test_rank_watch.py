@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 
 import pytest
@@ -47,14 +47,16 @@ def test_a_rank_that_is_running_out_of_descriptors_is_replaced(num_open: int, li
 class ReportingActor:
     """Its `heartbeat.remote()` gives one report after the other, the last for ever."""
 
-    def __init__(self, *ages_s: float) -> None:
+    def __init__(self, *ages_s: float, waits_for_stage: bool = False) -> None:
         self.heartbeat = self
         self.num_asked = 0
         self._ages_s = ages_s
+        self._waits_for_stage = waits_for_stage
 
     async def remote(self) -> RankReport:
         self.num_asked += 1
-        return RankReport(self._ages_s[min(self.num_asked, len(self._ages_s)) - 1], is_alive=True)
+        age_s = self._ages_s[min(self.num_asked, len(self._ages_s)) - 1]
+        return RankReport(age_s, waits_for_stage=self._waits_for_stage, is_alive=True)
 
 
 def failing_after(actor: ReportingActor, number: int) -> Callable[[], Awaitable[RankReport]]:
@@ -68,11 +70,13 @@ def failing_after(actor: ReportingActor, number: int) -> Callable[[], Awaitable[
     return remote
 
 
-def watched(actor: ReportingActor, monkeypatch: pytest.MonkeyPatch, heartbeat_s: float = 10.0) -> RankWatch:
+def watched(
+    actor: ReportingActor, monkeypatch: pytest.MonkeyPatch, heartbeat_s: float = 10.0, others: Sequence[Any] = ()
+) -> RankWatch:
     """By its clock, a heartbeat takes `heartbeat_s`."""
     monkeypatch.setattr("tensorweave.cluster.rank_watch.HEARTBEAT_INTERVAL_S", 0.01)
     monkeypatch.setattr("tensorweave.cluster.rank_watch._CHECK_INTERVAL_S", 0.01)
-    actors = [cast(ActorHandle[Any], actor)]
+    actors = [cast(ActorHandle[Any], each) for each in (actor, *others)]
     return RankWatch(actors, lambda rank: f"rank {rank}", 8.0, clock=lambda: heartbeat_s * actor.num_asked)
 
 
@@ -97,6 +101,20 @@ def test_a_start_is_not_judged_by_the_hang_timeout(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(actor, "remote", failing_after(actor, 8))
     told = asyncio.run(asyncio.wait_for(watch.until_fault_while_starting(), 30.0))
     assert told == "rank 0 died: no more"
+
+
+@pytest.mark.parametrize("others_wait", [False, True])
+def test_a_stage_that_waits_hangs_only_where_no_rank_has_progress(
+    others_wait: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight reports of the other rank show progress; then that one stands still, or waits too."""
+    waiting = ReportingActor(0.1, 20.0, waits_for_stage=True)
+    other = ReportingActor(*[0.1] * 8, 30.0, waits_for_stage=others_wait)
+    watch = watched(waiting, monkeypatch, others=[other])
+    told = asyncio.run(asyncio.wait_for(watch.until_fault(), 30.0))
+    assert "its step loop has made no progress for" in told
+    assert other.num_asked > 8
+    assert watch.report(0).progress_age_s == 20.0
 
 
 def test_a_paused_host_does_not_end_a_gang(monkeypatch: pytest.MonkeyPatch) -> None:

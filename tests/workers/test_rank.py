@@ -25,6 +25,7 @@ class AskedExecutor(FakeExecutor):
 
     kv_endpoint = None
     kv_fingerprint: dict[str, str] = {}
+    waits_for_stage = False
 
     def __init__(self, worker: RankWorker) -> None:
         super().__init__()

@@ -141,11 +141,15 @@ class PyExecutor:
 
     def heartbeat(self) -> float:
         """Seconds since the loop, or the engine within a step, was last seen to make progress; grows without bound when
-        a step hangs. While another pipeline stage is waited for, that one's own is what counts. Look about once a
-        second."""
-        if (progress := self._engine.progress) != self._seen_progress or self.comm.stages.is_waiting:
+        a step hangs. Look about once a second."""
+        if (progress := self._engine.progress) != self._seen_progress:
             self._seen_progress, self._progress_s = progress, time.monotonic()
         return time.monotonic() - self._progress_s
+
+    @property
+    def waits_for_stage(self) -> bool:
+        """Whether another pipeline stage is waited for now: then that one's progress counts, not the one here."""
+        return self.comm.stages.is_waiting
 
     def can_enqueue_requests(self) -> bool:
         return self._inbox.has_room
