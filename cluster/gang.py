@@ -342,6 +342,7 @@ class Gang:
         ranks = [
             {
                 "rank": rank,
+                "stage": MeshRank(rank, self.spec.mesh).pipeline,
                 "node_ip": ip,
                 "pid": place.pid,
                 "progress_age_s": report.progress_age_s,

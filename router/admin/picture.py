@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -97,6 +98,7 @@ def _gang(gang: dict[str, Any], before: Look | None, now: Look) -> Gang:
         blocks=_blocks(gauges) if "kv_blocks" in gauges else None,
         ranks=[_rank(rank) for rank in gang.get("ranks", ())],
         rank_link=None if link is None else RankLink(**{name: link.get(name) for name in RankLink.model_fields}),
+        stage_busy_shares=_stage_shares(gang_id, before, now),
     )
 
 
@@ -116,7 +118,14 @@ def _rank(rank: dict[str, Any]) -> Rank:
         progress_age_s=rank["progress_age_s"],
         num_requests=rank["num_requests"],
         num_open_files=rank["num_open_files"],
+        stage=rank.get("stage", 0),
     )
+
+
+def _stage_shares(gang_id: str, before: Look | None, now: Look) -> list[float | None]:
+    names = (f"stage_{stage}_busy_seconds_total" for stage in itertools.count())
+    gauges = now.gauges.get(gang_id, {})
+    return [_gang_rate(gang_id, before, now, name) for name in itertools.takewhile(gauges.__contains__, names)]
 
 
 def _gang_rate(gang_id: str, before: Look | None, now: Look, name: str) -> float | None:

@@ -55,6 +55,7 @@ class Rank(BaseModel):
     progress_age_s: float | None = Field(description="Since the step loop's last progress; None before it runs.")
     num_requests: int
     num_open_files: int
+    stage: int = Field(0, description="Its pipeline stage.")
 
 
 class RankLink(BaseModel):
@@ -78,6 +79,10 @@ class Gang(BaseModel):
     blocks: Blocks | None
     ranks: list[Rank]
     rank_link: RankLink | None
+    stage_busy_shares: list[float | None] = Field(
+        [],
+        description="Of each pipeline stage, the share of the window in which it computed; empty where gangs have one.",
+    )
 
 
 class PoolEvent(BaseModel):

@@ -9,6 +9,7 @@ from typing import Any, Final
 from tensorweave.cluster.errors import NotReady
 from tensorweave.cluster.fleet import Fleet
 
+_STAGES_OWN: Final = "stage_"
 # Each rank fetches its own heads, so each counts its own transfers.
 _RANKS_OWN: Final = ("kv_transfer_bytes_", "kv_transfer_blocks_", "kv_transfer_refetched_", "kv_transfer_failures_")
 
@@ -54,13 +55,15 @@ def judge_health(pools: Sequence[dict[str, Any]], heartbeat_limit_s: float, *, h
 
 
 def gang_gauges(pools: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The gauges of each gang's leader, by gang; KV transfer counts are summed over all ranks."""
+    """The gauges of each gang's leader, by gang; KV transfer counts are summed over all ranks, and those of a pipeline
+    stage, which have its number in their names, are added."""
     return {gang["gang_id"]: _of_all_ranks(gang["ranks"]) for gang in _gangs(pools) if gang.get("ranks")}
 
 
 def _of_all_ranks(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
     leader: dict[str, float] = ranks[0]["gauges"]
-    return {
+    stages = {name: value for rank in ranks for name, value in rank["gauges"].items() if name.startswith(_STAGES_OWN)}
+    return stages | {
         name: sum(rank["gauges"].get(name, 0.0) for rank in ranks) if name.startswith(_RANKS_OWN) else value
         for name, value in leader.items()
     }

@@ -169,6 +169,8 @@ def _pool(pool: dict[str, Any]) -> list[str]:
             f"  {gang['gang_id']:24} {gang['state']:10} {gang['num_running']:4} {gang['num_waiting']:4} "
             f"{_blocks(gang['blocks']):>20} {_number(gang['output_tokens_per_s']):>8}  {ranks}"
         )
+        if shares := gang.get("stage_busy_shares"):
+            rows.append(f"    pipeline stages busy {' '.join(_share(share) for share in shares)}")
         link = gang["rank_link"] or {}
         rows += [f"    {text}" for text in (gang["starting"], gang["reason"], link.get("slow")) if text]
     return rows

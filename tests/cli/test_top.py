@@ -53,6 +53,21 @@ def test_the_lines_have_everything_and_fit() -> None:
     assert max(map(len, top.lines(status, 60))) == 60
 
 
+def test_busy_shares_of_pipeline_stages_are_shown() -> None:
+    busy_s = {"stage_0_busy_seconds_total": 10.0}, {"stage_1_busy_seconds_total": 20.0}
+    ranks = [rank(0, **GAUGES, **busy_s[0]), {**rank(1, **busy_s[1]), "stage": 1}]
+    admin = SmallAdmin(pool("main", gang("m-0.1", *ranks)))
+    assert "pipeline stages busy - -" in "\n".join(top.lines(status_of(admin), 200))
+    admin.now_s += 40.0
+    ranks[0]["gauges"]["stage_0_busy_seconds_total"] = 46.0
+    ranks[1]["gauges"]["stage_1_busy_seconds_total"] = 30.0
+    status = status_of(admin)
+    [shown] = status["pools"][0]["gangs"]
+    assert shown["stage_busy_shares"] == pytest.approx([0.9, 0.25])
+    assert [each["stage"] for each in shown["ranks"]] == [0, 1]
+    assert "    pipeline stages busy 90% 25%" in top.lines(status, 200)
+
+
 def client_of(handler: Any) -> httpx.Client:
     return httpx.Client(transport=httpx.MockTransport(handler), base_url="http://head:8200")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -31,11 +31,18 @@ class ThreadStageLink:
         self._place, self._inboxes = place, inboxes
         self.num_tokens: list[int] = []
         """Of each step whose states were sent from here."""
+        self.num_computed = 0
         self._num_waiting = 0
 
     @property
     def is_waiting(self) -> bool:
         return self._num_waiting > 0
+
+    def note_computed(self, seconds: float) -> None:
+        self.num_computed += 1
+
+    def gauges(self) -> Mapping[str, float]:
+        return {f"stage_{self._place.pipeline}_computed": self.num_computed}
 
     def send_states(self, x_TD: Tensor) -> None:
         self.num_tokens.append(len(x_TD))

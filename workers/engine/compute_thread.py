@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Final, Protocol, TypeVar
@@ -33,9 +34,11 @@ class Here:
 
 class ComputeThread(BaseResourceManager):
     """Computes what is submitted on one thread, in order. After an error everything else fails with it: what follows
-    may count on what was not computed. `shutdown` ends the thread, and so does the end of the process."""
+    may count on what was not computed. `shutdown` ends the thread, and so does the end of the process.
+    `note_computed` is told the seconds of each computation, on the thread."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, note_computed: Callable[[float], None] = lambda seconds: None) -> None:
+        self._note_computed = note_computed
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -54,10 +57,12 @@ class ComputeThread(BaseResourceManager):
         while (task := self._tasks.get()) is not None:
             run, fail = task
             if failure is None:
+                began_s = time.perf_counter()
                 try:
                     run()
                 except BaseException as error:  # the thread's boundary: whoever asks for the result gets it
                     failure = error
+                self._note_computed(time.perf_counter() - began_s)
             if failure is not None:
                 fail(failure)
             del task, run, fail

@@ -375,7 +375,7 @@ def _assemble_engine(
         info=info,
         adapter_reader=reader,
         adapter_rows=None if reader is None else AdapterRows(operations.adapters),
-        thread=ComputeThread(f"stage-{share.place.pipeline}") if has_stages else None,
+        thread=ComputeThread(f"stage-{share.place.pipeline}", comm.stages.note_computed) if has_stages else None,
     )
 
 

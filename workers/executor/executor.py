@@ -86,7 +86,7 @@ class PyExecutor:
         self._outbox: Outbox | FollowerOutbox = Outbox() if is_leader else FollowerOutbox()
         self._entrance = RequestEntrance(self._inbox, self._outbox, self._transfers, guides, self._adapters)
         self._watch = LogitsWatch(info, comm.rank)
-        self._stats = IterationStats(max_stats, stats_limits or {})
+        self._stats = IterationStats(max_stats, stats_limits or {}, comm.place.mesh.pipeline)
         self._loop = StepLoop(
             engine=engine,
             scheduler=scheduler,
@@ -253,6 +253,7 @@ class PyExecutor:
             **self._stats.totals(),
             "requests_not_finite_total": self._watch.num_failed,
             **self._transfers.gauges(),
+            **self.comm.stages.gauges(),
             **self._entrance.gauges(),
         }
 

@@ -79,9 +79,11 @@ class StepRecord:
 class IterationStats:
     """At most `max_records` steps are kept for `take`; totals never forget."""
 
-    def __init__(self, max_records: int, limits: Mapping[str, int]) -> None:
-        """`limits`: fields that are the same in every row."""
+    def __init__(self, max_records: int, limits: Mapping[str, int], num_stages: int = 1) -> None:
+        """`limits`: fields that are the same in every row. `num_stages`: of the pipeline, whose micro-batches are
+        numbered."""
         self._limits = limits
+        self._num_stages = num_stages
         self._records: collections.deque[StepRecord] = collections.deque(maxlen=max_records)
         self._lock = threading.Lock()
         self._iteration = 0
@@ -154,7 +156,7 @@ class IterationStats:
             return []
         shared = {**self._limits, **_memory_mb()}
         kv_stats = self._kv.stats()
-        return [_as_dict(record, shared, kv_stats) for record in records]
+        return [_as_dict(record, shared, kv_stats, (record.iteration - 1) % self._num_stages) for record in records]
 
     def totals(self) -> dict[str, float]:
         return {
@@ -193,7 +195,9 @@ def _memory_mb() -> dict[str, float]:
     return {"gpuMemUsage": gpu_bytes / _MB, "cpuMemUsage": rss_bytes / _MB, "pinnedMemUsage": 0.0}
 
 
-def _as_dict(record: StepRecord, shared: Mapping[str, float], kv_stats: dict[str, float]) -> dict[str, Any]:
+def _as_dict(
+    record: StepRecord, shared: Mapping[str, float], kv_stats: dict[str, float], micro_batch: int
+) -> dict[str, Any]:
     num_scheduled = record.num_context + record.num_generation
     return {
         "timestamp": time.strftime("%m-%d-%Y %H:%M:%S", time.localtime(record.timestamp_s)),
@@ -215,7 +219,7 @@ def _as_dict(record: StepRecord, shared: Mapping[str, float], kv_stats: dict[str
             "numGenRequests": record.num_generation,
             "numPausedRequests": record.num_paused,
             "numCtxTokens": record.num_context_tokens,
-            "microBatchId": 0,
+            "microBatchId": micro_batch,
             "avgNumDecodedTokensPerIter": _mean_decoded(record),
         },
         "staticBatchingStats": None,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from typing import Final, Protocol
 
 import torch
@@ -31,6 +32,12 @@ class StageLink(Protocol):
     def is_waiting(self) -> bool:
         """Whether a peer is waited for now. Any thread may look."""
 
+    def note_computed(self, seconds: float) -> None:
+        """A step has been computed on the thread that handles states; `seconds` include its waiting for them."""
+
+    def gauges(self) -> Mapping[str, float]:
+        """From any thread: counters of this stage for metrics."""
+
     def send_states(self, x_TD: torch.Tensor) -> None:
         """Begin to send hidden states to the next stage. Nobody may change them any more."""
 
@@ -48,6 +55,12 @@ class OneStage:
     """There is nobody to send to: nothing is sent, and nothing may be waited for."""
 
     is_waiting = False
+
+    def note_computed(self, seconds: float) -> None:
+        return None
+
+    def gauges(self) -> Mapping[str, float]:
+        return {}
 
     def send_states(self, x_TD: torch.Tensor) -> None:
         return None
@@ -78,16 +91,32 @@ class GroupStageLink:
         self._place = place
         self._states = _Messages(states, place)
         self._results = _Messages(results, place)
+        self._waited_s = 0.0  # of the step that is computed now
+        self._busy_s = 0.0
 
     @property
     def is_waiting(self) -> bool:
         return self._states.is_waiting or self._results.is_waiting
 
+    def note_computed(self, seconds: float) -> None:
+        self._busy_s += seconds - self._waited_s
+        self._waited_s = 0.0
+
+    def gauges(self) -> Mapping[str, float]:
+        stage = f"stage_{self._place.pipeline}"
+        return {
+            f"{stage}_busy_seconds_total": self._busy_s,
+            f"{stage}_sent_bytes_total": self._states.num_bytes + self._results.num_bytes,
+        }
+
     def send_states(self, x_TD: torch.Tensor) -> None:
         self._states.send(x_TD, self._place.pipeline + 1)
 
     def receive_states(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self._states.receive(x_TD, self._place.pipeline - 1)
+        began_s = time.perf_counter()
+        self._states.receive(x_TD, self._place.pipeline - 1)
+        self._waited_s += time.perf_counter() - began_s
+        return x_TD
 
     def send_result(self, message: bytes) -> None:
         head = len(message).to_bytes(_LENGTH_BYTES, "little") + message[: _INLINE_BYTES - _LENGTH_BYTES]
@@ -114,6 +143,8 @@ class _Messages:
 
     def __init__(self, group: dist.ProcessGroup, place: MeshRank) -> None:
         self.is_waiting = False
+        self.num_bytes = 0
+        """That were sent. Any thread may read it."""
         self._group = group
         self._place = place
         self._most_open = 4 * place.mesh.pipeline
@@ -127,6 +158,7 @@ class _Messages:
             work = dist.isend(tensor, dst=self._place.in_stage(stage).rank, group=self._group)
         assert work is not None
         self._open.append((work, tensor))
+        self.num_bytes += tensor.numel() * tensor.element_size()
 
     def receive(self, tensor: torch.Tensor, stage: int) -> torch.Tensor:
         with self._waiting(stage):

@@ -128,6 +128,8 @@ function ranks(gang) {
     const age = rank.progress_age_s === null ? "starting" : `stepped ${seconds(rank.progress_age_s)} ago`;
     box.append(element("div", `${rank.rank}: ${rank.host}, pid ${rank.pid} (${age})`));
   }
+  const shares = gang.stage_busy_shares ?? [];
+  if (shares.length) box.append(element("div", `pipeline stages busy ${shares.map(share).join(" ")}`, "faint"));
   if (gang.rank_link && gang.rank_link.slow) box.append(element("div", gang.rank_link.slow, "trouble"));
   return box;
 }

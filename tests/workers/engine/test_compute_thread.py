@@ -24,6 +24,19 @@ def test_what_is_submitted_is_computed_in_order_on_one_thread() -> None:
     assert not place._thread.is_alive()
 
 
+def test_each_computation_is_timed() -> None:
+    seconds: list[float] = []
+    place, gate = ComputeThread("test", seconds.append), threading.Event()
+    waited = place.submit(lambda: gate.wait(WAIT_S))
+    failing = waited.then(lambda done: 1 // 0)
+    gate.set()
+    with pytest.raises(ZeroDivisionError):
+        failing.result()
+    place.shutdown()
+    assert len(seconds) == 2
+    assert min(seconds) >= 0
+
+
 def test_after_an_error_nothing_is_computed() -> None:
     place = ComputeThread("test")
     broken = place.submit(lambda: 1 // 0)

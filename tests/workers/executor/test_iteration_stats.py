@@ -95,6 +95,13 @@ def test_a_prompt_in_chunks_is_new_once() -> None:
     assert [row["inflightBatchingStats"]["numCtxTokens"] for row in rows] == [32, 32, 32, 4]
 
 
+def test_a_pipelines_micro_batches_have_numbers() -> None:
+    stats, kv_cache = IterationStats(8, {}, num_stages=3), KVCacheManager(4, 4)
+    for _ in range(4):
+        stats.add(StepTimer(), Flight(ScheduledBatch(), 0.0), kv_cache, NO_DRAFTS, 0, 0, 0)
+    assert [row["inflightBatchingStats"]["microBatchId"] for row in stats.take()] == [0, 1, 2, 0]
+
+
 def test_no_time_is_counted_twice_when_two_steps_settle_in_one_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now_s[0])

@@ -79,6 +79,10 @@ def test_stages_answer_as_one_rank(
 ) -> None:
     with StageGang(models[model], MESHES[mesh], **SCHEDULES[schedule]) as gang:
         check_alike(gang.answer(requests()), expected[model])
+        num_stages, rows = MESHES[mesh].pipeline, gang.leader.get_latest_iteration_stats()
+        numbers = [row["inflightBatchingStats"]["microBatchId"] for row in rows]
+        assert numbers == [step % num_stages for step in range(len(rows))]
+        assert gang.leader.gauges()["stage_0_computed"] >= len(rows)
         assert bool(gang.leader.gauges()["num_preemptions_total"]) == (schedule == "preempted")
 
 

@@ -24,6 +24,7 @@ from tensorweave.cluster.mesh import Mesh, MeshRank
 from tensorweave.workers.gang.comm import Comm, GroupComm, SoloComm, start_comm
 from tensorweave.workers.gang.rank_store import RankStore
 from tensorweave.workers.gang.rendezvous import CallStore, RendezvousStore, call_on_loop
+from tensorweave.workers.gang.stages import StageLink
 from tests.workers.rank_processes import answer_asks, ask_through
 from tests.workers.waiting import WAIT_S
 
@@ -118,6 +119,17 @@ STAGES = Mesh(tensor=2, pipeline=2)
 RESULTS = [b"", b"tokens", bytes(range(256)) * 15, bytes(4088), bytes(range(256)) * 400]
 
 
+def _tells_its_time(link: StageLink, stage: int) -> bool:
+    """The time in which states were waited for is no work."""
+    link.note_computed(500.0)
+    gauges = link.gauges()
+    assert link.gauges() == gauges
+    busy_s, num_bytes = gauges[f"stage_{stage}_busy_seconds_total"], gauges[f"stage_{stage}_sent_bytes_total"]
+    if stage == 0:
+        return busy_s == 500.0 and num_bytes == sum(range(5)) * 3 * 4
+    return 0 < busy_s < 500.0 and num_bytes > sum(map(len, RESULTS))
+
+
 def _pass_on(rank: int, pipe: Connection, results: Any) -> None:
     """Stage 0 sends more than anybody has received yet. In the end a rank of stage 1 dies."""
     comm = _join_mesh(rank, STAGES, pipe)
@@ -134,6 +146,7 @@ def _pass_on(rank: int, pipe: Connection, results: Any) -> None:
         for message in RESULTS:
             link.send_result(message)
         told = all(link.receive_states(torch.empty_like(x_TD)).equal(x_TD) for x_TD in states)
+    told &= _tells_its_time(link, place.pipeline)
     results.put((rank, total, columns, heard, told, _num_listening()))
     results.close()
     results.join_thread()
