@@ -214,9 +214,10 @@ async def kill_midway(
     find_pid: Callable[[], Awaitable[int]],
     start: Callable[[str], list[Running]],
     is_midway: Callable[[list[Running]], bool],
+    how: signal.Signals = signal.SIGKILL,
 ) -> list[Running]:
-    """Kill a process in the midst of the jobs that `start` has made. It is stopped first, so that what was so then
-    stays so; jobs that were over before are begun anew, under another name."""
+    """Kill a process in the midst of the jobs that `start` has made. It is stopped first (by SIGSTOP it stays so), so
+    that what was so then stays so; jobs that were over before are begun anew, under another name."""
     for turn in range(MAX_TURNS):
         pid, jobs = await find_pid(), start(f"turn-{turn}")
         await until(lambda jobs=jobs: is_midway(jobs) or all(job.task.done() for job in jobs), WAIT_S)
@@ -225,7 +226,7 @@ async def kill_midway(
             os.kill(pid, signal.SIGSTOP)
             await asyncio.sleep(0.1)  # what it had said by then is heard
             if is_midway(jobs):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, how)
                 return jobs
             os.kill(pid, signal.SIGCONT)
         await answers_of(jobs)
