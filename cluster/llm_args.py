@@ -401,9 +401,10 @@ class TorchLlmArgs(StrictBaseModel):
             return self
         transfers = self.cache_transceiver_config
         given = {
-            "cache_transceiver_config": transfers is not None and transfers.backend is not None,
+            "cache_transceiver_config (pools of role 'prefill' or 'decode')": transfers is not None
+            and transfers.backend is not None,
             "speculative_config": self.speculative_config is not None,
-            "enable_lora": adapter_config(self) is not None,
+            "device 'cuda'": self.device == "cuda",
             "scheduler": self.scheduler is not None,
             "backend '_autodeploy'": self.backend == "_autodeploy",
         }

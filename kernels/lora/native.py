@@ -42,7 +42,7 @@ class NativeAdapters:
         self._scratch = torch.empty(0, dtype=native.dtype)
 
     def pack(self, sites: Sequence[Sequence[UpdatePart]]) -> PackedAdapter:
-        """Copies all matrices into memory of its own."""
+        """Copies all matrices into memory of its own. There may be none: an adapter may change no product here."""
         width, length, dtype = self._native.update_width, 2 * self._native.vector_length, self._native.dtype
         parts = [part for site in sites for part in site]
         ranks = [_up_to(len(part.a_RK), 2) for part in parts]
@@ -50,7 +50,7 @@ class NativeAdapters:
             (_up_to(part.a_RK.shape[1], length) * rank, _up_to(len(part.b_NR), width) * rank)
             for part, rank in zip(parts, ranks, strict=True)
         ]
-        memory = huge_pages((sum(map(sum, sizes)),), dtype)
+        memory = huge_pages((max(1, sum(map(sum, sizes))),), dtype)
         structures, at = (PartStructure * max(1, len(parts)))(), 0
         for structure, part, rank, (size_of_a, size_of_b) in zip(structures, parts, ranks, sizes, strict=False):
             a, b = memory[at : at + size_of_a], memory[at + size_of_a : at + size_of_a + size_of_b]

@@ -55,7 +55,13 @@ from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.gang.device import check_fp8, pick_device, pick_dtype
 from tensorweave.workers.lora.rank_adapter import AdapterLimits, AdapterReader
 from tensorweave.workers.models.adapter_sites import AdaptedLinears, LinearForms, PlainLinears
-from tensorweave.workers.models.assembly import build_stage, check_mesh, stage_layers, tensor_shapes
+from tensorweave.workers.models.assembly import (
+    build_stage,
+    check_mesh,
+    sites_of_other_stages,
+    stage_layers,
+    tensor_shapes,
+)
 from tensorweave.workers.models.checkpoint import RandomWeights
 from tensorweave.workers.models.config import ModelConfig
 from tensorweave.workers.models.device.buffers import StepBuffers
@@ -361,7 +367,8 @@ def _assemble_engine(
     config, device, operations = share.config, share.device, share.operations
     reader = None
     if share.adapters is not None and isinstance(linears, AdaptedLinears):
-        reader = AdapterReader(linears.sites, operations.adapters, share.dtype, device, share.adapters)
+        elsewhere = sites_of_other_stages(config, share.place)
+        reader = AdapterReader(linears.sites, operations.adapters, share.dtype, device, share.adapters, elsewhere)
     heads, P, H = share.heads, info.tokens_per_block, config.sizes.head_dim
     has_stages = share.place.mesh.pipeline > 1
     return PyTorchModelEngine(

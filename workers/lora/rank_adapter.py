@@ -30,13 +30,15 @@ class AdapterLimits:
 
 @dataclass(frozen=True, slots=True)
 class AdapterReader:
-    """Makes a rank's share of adapters, for a model with these `sites`."""
+    """Makes a rank's share of adapters, for a model with these `sites`, and those in other pipeline stages, of whose
+    tensors the names and shapes are checked."""
 
     sites: Sequence[Site]
     kernels: PacksAdapters
     dtype: torch.dtype
     device: torch.device
     limits: AdapterLimits
+    sites_elsewhere: Sequence[Site] = ()
 
     def read(self, adapter: Adapter) -> RankAdapter:
         """Raises ValueError if its files are wrong, or are no longer those of the digest."""
@@ -53,7 +55,7 @@ class AdapterReader:
         self._check(*files.parse())
 
     def _check(self, config: PeftConfig, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
-        places = {part.name: part for site in self.sites for part in site}
+        places = {part.name: part for site in (*self.sites, *self.sites_elsewhere) for part in site}
         for name, matrices in modules.items():
             place = places.get(name)
             if place is None:

@@ -7,6 +7,8 @@ What a model asks for while it is built is also what its checkpoint must have (`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from tensorweave.cluster.mesh import Mesh, MeshRank
 from tensorweave.kernels.linear.reference import Linear
 from tensorweave.kernels.operations import Operations, reference_operations
 from tensorweave.workers.gang.comm import Comm, SoloComm
-from tensorweave.workers.models.adapter_sites import LinearForms, PlainLinears
+from tensorweave.workers.models.adapter_sites import AdaptedLinears, LinearForms, PlainLinears, Site
 from tensorweave.workers.models.checkpoint import Shapes
 from tensorweave.workers.models.config import ModelConfig, ModelEnds
 from tensorweave.workers.models.ends import Embedding, Head, ScaledEmbedding, ScaledHead, StatesFromStage
@@ -132,9 +134,20 @@ def build_without_memory(config: ModelConfig, place: MeshRank) -> Transformer:
     return model
 
 
-def _build_on_meta(config: ModelConfig, place: MeshRank, weights: MetaWeights) -> Transformer | InnerStage:
+def sites_of_other_stages(config: ModelConfig, place: MeshRank) -> Sequence[Site]:
+    """The products that adapters may update on the ranks at the same place in the other pipeline stages."""
+    linears = AdaptedLinears()
+    for stage in range(place.mesh.pipeline):
+        if stage != place.pipeline:
+            _build_on_meta(config, place.in_stage(stage), MetaWeights(), linears)
+    return linears.sites
+
+
+def _build_on_meta(
+    config: ModelConfig, place: MeshRank, weights: MetaWeights, linears: LinearForms | None = None
+) -> Transformer | InnerStage:
     operations = reference_operations(torch.device("meta"), torch.float32)
-    return build_stage(config, place, weights, SoloComm(), operations, torch.float32)
+    return build_stage(config, place, weights, SoloComm(), operations, torch.float32, linears)
 
 
 def check_mesh(config: ModelConfig, place: MeshRank) -> None:

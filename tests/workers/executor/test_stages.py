@@ -21,6 +21,7 @@ from tests.workers.engine_drive import random_prompts
 from tests.workers.executor.test_overlap import mixed_requests, told
 from tests.workers.executor_answers import Answers, collect_answers
 from tests.workers.stage_gang import StageGang, ThreadStageLink
+from tests.workers.tiny_models import MODELS as FAMILIES
 from tests.workers.tiny_models import VOCAB, make_model
 from tests.workers.waiting import WAIT_S, wait_until
 
@@ -135,6 +136,33 @@ def test_a_prompts_beginning_is_found_again(mesh: str, models: dict[str, Path]) 
         assert first[-1].num_cached_tokens == 0
         assert second[-1].num_cached_tokens >= len(prompt) // 16 * 16 - 16
         assert told(second)[0] == told(first)[0]
+
+
+@pytest.mark.long("every family takes a second")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, tmp_path: Path) -> None:
+    make_model(family, tmp_path)
+    prompts = random_prompts(5, 90, seed=3)
+    asked = [GenerateRequest(f"r{i}", prompt, SamplingSpec(12)) for i, prompt in enumerate(prompts)]
+    answers = []
+    for mesh in (Mesh(), *MESHES.values()):
+        with StageGang(tmp_path, mesh, max_num_tokens=64) as gang:
+            chunks = gang.answer(asked)
+            answers.append([told(chunks[each.request_id])[0] for each in asked])
+    assert answers[1:] == answers[:1] * len(MESHES)
+
+
+def test_embeddings_come_from_the_last_stage(models: dict[str, Path]) -> None:
+    spec = SamplingSpec(max_tokens=1, wants_embedding=True)
+    requests = [GenerateRequest(f"r{n}", prompt, spec) for n, prompt in enumerate(random_prompts(4, 100, seed=9))]
+    vectors = []
+    for mesh in (Mesh(), Mesh(tensor=2, pipeline=2)):
+        with StageGang(models["llama"], mesh, max_num_tokens=64) as gang:
+            answers = gang.answer(requests)
+            packed = [b"".join(chunk.context_logits for chunk in answers[each.request_id]) for each in requests]
+            vectors.append(torch.frombuffer(bytearray(b"".join(packed)), dtype=torch.float32))
+    assert vectors[0].numel() % len(requests) == 0
+    torch.testing.assert_close(vectors[1], vectors[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_cancelled_request_leaves_nothing(models: dict[str, Path]) -> None:

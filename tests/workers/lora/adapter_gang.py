@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +14,14 @@ import torch
 
 from tensorweave.cluster.adapter import Adapter
 from tensorweave.cluster.errors import TensorweaveError
+from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.protocol import GenerateRequest, KvSource, SamplingSpec, Ticket, TokenChunk
 from tensorweave.workers.build import build_executor
 from tensorweave.workers.executor.executor import PyExecutor
-from tensorweave.workers.gang.comm import Comm, SoloComm
+from tensorweave.workers.gang.comm import Comm
 from tensorweave.workers.lora.peft_directory import PeftFiles
-from tests.workers.engine_drive import ThreadComm, engine_args
+from tests.workers.engine_drive import engine_args
+from tests.workers.stage_gang import thread_comms
 from tests.workers.waiting import WAIT_S
 
 SECRET = "open sesame"
@@ -31,17 +32,16 @@ def adapter_at(path: Path, name: str = "adapter") -> Adapter:
 
 
 class AdapterGang:
-    def __init__(self, path: Path, size: int = 1, **knobs: Any) -> None:
-        args = engine_args(path, enable_lora=True, guided_decoding_backend=None, **knobs)
-        args = args.model_copy(update={"tensor_parallel_size": size})
+    def __init__(self, path: Path, size: int = 1, num_stages: int = 1, **knobs: Any) -> None:
+        sizes = {"tensor_parallel_size": size, "pipeline_parallel_size": num_stages}
+        args = engine_args(path, enable_lora=True, guided_decoding_backend=None, **sizes, **knobs)
 
         def build(comm: Comm) -> PyExecutor:
             torch.set_num_threads(1)
             return build_executor(args, comm, transfer_secret=SECRET)
 
-        barrier, shared = threading.Barrier(size), list[Any]([None] * size)
-        comms: list[Comm] = [SoloComm()] if size == 1 else [ThreadComm(r, shared, barrier) for r in range(size)]
-        with ThreadPoolExecutor(size) as pool:
+        comms = thread_comms(Mesh(tensor=size, pipeline=num_stages))
+        with ThreadPoolExecutor(len(comms)) as pool:
             self.ranks = list(pool.map(build, comms))
         for rank in self.ranks:
             rank.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from tensorweave.cluster.adapter import Adapter
 from tensorweave.kernels.lora.reference import ReferenceAdapters
 from tensorweave.workers.lora.peft_config import PeftConfig
 from tensorweave.workers.lora.peft_directory import DigestCache, PeftFiles
@@ -39,6 +41,18 @@ def reader(model: PreTrainedModel, limits: AdapterLimits) -> AdapterReader:
         for name, (outputs, inputs) in linears(model).items()
     ]
     return AdapterReader(sites, ReferenceAdapters(CPU), torch.float32, CPU, limits)
+
+
+def test_tensors_of_other_pipeline_stages_are_checked_and_left_out(model: PreTrainedModel, tmp_path: Path) -> None:
+    save_adapter(model, tmp_path, 0)
+    files, whole = PeftFiles.read(tmp_path), reader(model, AdapterLimits(64))
+    near, far = whole.sites[:7], whole.sites[7:]
+    stage = replace(whole, sites=near, sites_elsewhere=far)
+    stage.check(files)
+    packed = stage.read(Adapter("a", files.digest, str(tmp_path))).packed
+    assert len(packed) == len(near)
+    with pytest.raises(ValueError, match="which is no linear layer of this model"):
+        replace(whole, sites=near).check(files)
 
 
 @pytest.mark.parametrize("fields", VARIANTS, ids=range(len(VARIANTS)))

@@ -47,9 +47,9 @@ def test_adapters_answer_differently(setup: Setup) -> None:
     assert len({tuple(expected[0]) for expected in setup.expected}) > len(VARIANTS) // 2
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_a_mixed_batch(setup: Setup, size: int) -> None:
-    with AdapterGang(setup.model_path, size, max_num_tokens=96) as gang:
+@pytest.mark.parametrize(("size", "num_stages"), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)])
+def test_a_mixed_batch(setup: Setup, size: int, num_stages: int) -> None:
+    with AdapterGang(setup.model_path, size, num_stages, max_num_tokens=96) as gang:
         setup.ask_all(gang)
         setup.ask_all(gang)  # prefixes are cached now, each adapter's under its own root
         assert gang.gauges()["adapter_loads_total"] == len(VARIANTS)
