@@ -142,6 +142,8 @@ class Gang:
         places = await self._processes.until_up([actor.prepare.remote(lease_s) for actor in self._actors])
         node_ips = {node["NodeID"]: node["NodeManagerAddress"] for node in await asyncio.to_thread(live_nodes)}
         self._places = RankPlaces(places, node_ips)
+        if scattered := self._places.scattered_stages(self.spec.mesh):
+            logger.warning("gang %s: pipeline stages %s have ranks on several hosts each", self.gang_id, scattered)
         await self._check_versions()
         hosts = Hosts.choose(places, node_ips)
         starting = asyncio.ensure_future(

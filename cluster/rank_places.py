@@ -11,6 +11,7 @@ from typing import Final
 import psutil
 import ray
 
+from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.ranks import RankPlace
 
 _CREATED_TOLERANCE_S: Final = 0.1
@@ -34,6 +35,13 @@ class RankPlaces:
     def num_ranks_beside(self, rank: int) -> int:
         """How many ranks run on this rank's host, itself included."""
         return self._num_ranks[self.places[rank].node_id]
+
+    def scattered_stages(self, mesh: Mesh) -> list[int]:
+        """The pipeline stages that have ranks on several hosts, where these share layers over the network."""
+        hosts = collections.defaultdict[int, set[str]](set)
+        for rank, place in zip(mesh.ranks(), self.places, strict=True):
+            hosts[rank.pipeline].add(place.node_id)
+        return [stage for stage, nodes in hosts.items() if mesh.pipeline > 1 and len(nodes) > 1]
 
     def kill_if_local(self, rank: int) -> None:
         """Kill the rank's process if it runs on our own node: Ray takes 5 s to kill a stopped process."""

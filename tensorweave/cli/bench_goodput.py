@@ -31,6 +31,7 @@ from tensorweave.cli.goodput_plot import curves_svg
 from tensorweave.cli.http_stream import Connection, Timeline
 from tensorweave.cli.own_service import service_config
 from tensorweave.cli.prompts import random_prompts, vocab_size_of
+from tensorweave.cluster.llm_args import gang_mesh
 from tensorweave.deploy.config import ServeConfig
 from tensorweave.workers.store.model_store import resolve_model
 
@@ -101,7 +102,7 @@ def way_config(args: argparse.Namespace, way: str) -> ServeConfig:
 
 
 def num_ranks(config: ServeConfig) -> int:
-    return sum(pool.replicas * pool.tensor_parallel_size for pool in config.pools.values())
+    return sum(pool.replicas * gang_mesh(pool).size for pool in config.pools.values())
 
 
 def _measure_apart(args: argparse.Namespace, config: ServeConfig) -> Iterator[Row]:

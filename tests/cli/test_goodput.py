@@ -91,6 +91,8 @@ def test_each_way_uses_as_many_ranks() -> None:
     args = parsed("--gangs", "3", "--prefill-gangs", "1", "--model", "tiny", "--set", "engine.tensor_parallel_size=2")
     configs = {way: way_config(args, way) for way in args.ways}
     assert [num_ranks(config) for config in configs.values()] == [6, 6, 6]
+    staged = parsed("--gangs", "3", "--model", "tiny", "--set", "engine.pipeline_parallel_size=2")
+    assert num_ranks(way_config(staged, "aggregated")) == 6
     roles = {way: sorted(pool.role for pool in config.pools.values()) for way, config in configs.items()}
     assert roles == {"aggregated": ["both"], "disaggregated": ["decode", "prefill"], "learnt": ["both"]}
     exchange = configs["learnt"].pools["main"].cache_transceiver_config
