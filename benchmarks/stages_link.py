@@ -18,13 +18,13 @@ import multiprocessing
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -33,6 +33,7 @@ from typing import Any, Final
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from throttled_link import DEVICE, SPACES, ThrottledLink, link_bytes
 
 from tensorweave.cli.figures import publish, report
 from tensorweave.cluster.llm_args import TorchLlmArgs
@@ -45,63 +46,8 @@ from tensorweave.workers.gang.rank_store import RankStore
 from tensorweave.workers.gang.rendezvous import CallStore, RendezvousStore, call_on_loop
 
 MESHES: Final = {"one rank": Mesh(), "pipeline 2": Mesh(pipeline=2), "tensor 2": Mesh(tensor=2)}
-SPACES: Final = ("twpl0", "twpl1")
-ADDRESSES: Final = ("10.78.0.1", "10.78.0.2")
-DEVICE: Final = "eth0"
 CLONE_NEWNET: Final = 0x40000000
 WAIT_S: Final = 300.0
-
-
-def command(*arguments: str) -> None:
-    subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=30)
-
-
-class ThrottledLink:
-    """Two namespaces whose devices are the ends of one cable."""
-
-    def __init__(self, rate: str) -> None:
-        self._shape = ("tbf", "rate", rate, "burst", "1mbit", "latency", "400ms")
-
-    def __enter__(self) -> ThrottledLink:
-        self._remove()
-        try:
-            self._make()
-        except BaseException:
-            self._remove()
-            raise
-        return self
-
-    def _make(self) -> None:
-        for space in SPACES:
-            command("ip", "netns", "add", space)
-        ends = [("name", DEVICE, "netns", space) for space in SPACES]
-        command("ip", "link", "add", *ends[0], "type", "veth", "peer", *ends[1])
-        for space, address in zip(SPACES, ADDRESSES, strict=True):
-            command("ip", "-n", space, "addr", "add", f"{address}/24", "dev", DEVICE)
-            for device in (DEVICE, "lo"):
-                command("ip", "-n", space, "link", "set", device, "up")
-            command("tc", "-n", space, "qdisc", "add", "dev", DEVICE, "root", *self._shape)
-
-    def __exit__(self, *_: object) -> None:
-        self._remove()
-
-    def _remove(self) -> None:
-        for space in SPACES:
-            subprocess.run(["ip", "netns", "del", space], capture_output=True, timeout=30)
-
-
-def link_bytes() -> int:
-    """Sent by both ends so far."""
-    total = 0
-    for space in SPACES:
-        told = subprocess.run(
-            ["ip", "-n", space, "-json", "-statistics", "link", "show", DEVICE],
-            check=True,
-            capture_output=True,
-            timeout=30,
-        )
-        total += json.loads(told.stdout)[0]["stats64"]["tx"]["bytes"]
-    return total
 
 
 # ---- a rank
@@ -240,12 +186,30 @@ def write_model(path: Path, args: argparse.Namespace) -> None:
     (path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
 
 
+@dataclass
+class Runs:
+    """What one gang has answered, round by round."""
+
+    seconds: list[float] = field(default_factory=list)
+    answers: list[list[int]] = field(default_factory=list)
+    num_bytes: int = 0
+
+    def row(self, args: argparse.Namespace, expected: Sequence[list[int]]) -> dict[str, Any]:
+        num_tokens = args.requests * args.output_tokens
+        num_alike = sum(got == want for got, want in zip(self.answers, expected, strict=True))
+        return {
+            "tokens_per_s": [round(num_tokens / each, 1) for each in self.seconds],
+            "median_tokens_per_s": round(num_tokens / statistics.median(self.seconds), 1),
+            "link_mb_per_round": round(self.num_bytes / args.rounds / 1e6, 2),
+            "equal_answers": f"{num_alike} of {len(expected)}",
+        }
+
+
 def compare(args: argparse.Namespace, model: Path) -> dict[str, Any]:
     kv = {"max_tokens": 2 * args.requests * (args.prompt_tokens + args.output_tokens), "enable_block_reuse": False}
     knobs = {"model": model, "load_format": "dummy", "device": "cpu", "dtype": "float32", "num_threads": 1}
     knobs |= {"kv_cache_config": kv, "guided_decoding_backend": None, "max_num_tokens": args.max_num_tokens}
-    rows: dict[str, Any] = {}
-    expected: list[list[list[int]]] = []
+    runs = {name: Runs() for name in MESHES}
     with ExitStack() as undo:
         loop = asyncio.new_event_loop()
         threading.Thread(target=loop.run_forever, daemon=True).start()
@@ -254,34 +218,16 @@ def compare(args: argparse.Namespace, model: Path) -> dict[str, Any]:
             undo.callback(gang.close)
         for gang in gangs.values():
             gang.answer(make_requests(args, 0))
-        seconds: dict[str, list[float]] = {name: [] for name in gangs}
-        answers: dict[str, list[list[list[int]]]] = {name: [] for name in gangs}
-        num_bytes = dict.fromkeys(gangs, 0)
         for number in range(1, args.rounds + 1):
             for name, gang in list(gangs.items())[:: 1 if number % 2 else -1]:
                 before = link_bytes()
                 took_s, tokens = gang.answer(make_requests(args, number))
-                num_bytes[name] += link_bytes() - before
-                seconds[name].append(took_s)
-                answers[name].append(tokens)
-        expected = answers["one rank"]
-        num_tokens = args.requests * args.output_tokens
-        for name in gangs:
-            alike = [
-                a == b
-                for got, want in zip(answers[name], expected, strict=True)
-                for a, b in zip(got, want, strict=True)
-            ]
-            rows[name] = {
-                "tokens_per_s": [round(num_tokens / each, 1) for each in seconds[name]],
-                "median_tokens_per_s": round(num_tokens / statistics.median(seconds[name]), 1),
-                "link_mb_per_round": round(num_bytes[name] / args.rounds / 1e6, 2),
-                "equal_answers": f"{sum(alike)} of {len(alike)}",
-            }
-    rows["pipeline over tensor"] = round(
-        rows["pipeline 2"]["median_tokens_per_s"] / rows["tensor 2"]["median_tokens_per_s"], 3
-    )
-    return rows
+                runs[name].num_bytes += link_bytes() - before
+                runs[name].seconds.append(took_s)
+                runs[name].answers += tokens
+    rows: dict[str, Any] = {name: each.row(args, runs["one rank"].answers) for name, each in runs.items()}
+    pipeline, tensor = (rows[name]["median_tokens_per_s"] for name in ("pipeline 2", "tensor 2"))
+    return {**rows, "pipeline over tensor": round(pipeline / tensor, 3)}
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ from tensorweave.workers.models.layer_builder import LayerBuilder
 from tensorweave.workers.models.layers import OutputHead, RmsNorm, SplitVocabEmbedding, VocabEmbedding
 from tensorweave.workers.models.rank_weights import MetaWeights, RankWeights, TensorRows
 from tensorweave.workers.models.shards import split_evenly
-from tensorweave.workers.models.sizes import ExpertSizes
+from tensorweave.workers.models.sizes import ExpertSizes, ModelSizes
 from tensorweave.workers.models.stack import make_stack
 from tensorweave.workers.models.tensor_names import EMBEDDING, FINAL_NORM, HEAD
 from tensorweave.workers.models.transformer import InnerStage, Transformer
@@ -61,25 +61,23 @@ def build_stage(
         linears: notes what adapters may update; None: nothing.
     """
     sizes, forms = config.sizes, PlainLinears() if linears is None else linears
-    vocab = split_evenly(sizes.vocab_size, place.mesh.tensor)[place.tensor]
-    shape = (sizes.vocab_size, sizes.hidden_size)
+    words = split_evenly(sizes.vocab_size, place.mesh.tensor)[place.tensor]
     has_table = place.is_first_stage or (place.is_last_stage and config.has_tied_embeddings)
-    embedding_VD = weights.rows([TensorRows(EMBEDDING, shape, vocab)]) if has_table else None
+    table_VD = weights.rows([_word_rows(EMBEDDING, sizes, words)]) if has_table else None
     layers = [
         config.layers[i].build(LayerBuilder(f"model.layers.{i}", sizes, weights, place, comm, operations, forms))
         for i in stage_layers(config, place)
     ]
-    embedding: Embedding = StatesFromStage(comm.stages, sizes.hidden_size, dtype)
-    if place.is_first_stage:
-        assert embedding_VD is not None
-        embedding = _embedding(embedding_VD, sizes.vocab_size, vocab, config.ends.embedding_factor, comm)
     stack = make_stack(layers, can_be_native=place.mesh.tensor == 1 and operations.has_native_attention)
+    embedding: Embedding = StatesFromStage(comm.stages, sizes.hidden_size, dtype)
+    if place.is_first_stage and table_VD is not None:
+        embedding = _embedding(table_VD, sizes.vocab_size, words, config.ends.embedding_factor, comm)
     if not place.is_last_stage:
         return InnerStage(embedding, stack)
-    if config.has_tied_embeddings and embedding_VD is not None:
-        head_VD = weights.tied_head(embedding_VD)
+    if table_VD is not None and config.has_tied_embeddings:
+        head_VD = weights.tied_head(table_VD)
     else:
-        head_VD = weights.matrix_rows([TensorRows(HEAD, shape, vocab)])
+        head_VD = weights.matrix_rows([_word_rows(HEAD, sizes, words)])
     final_norm_D = weights.vector(FINAL_NORM, sizes.hidden_size)
     return Transformer(
         embedding=embedding,
@@ -87,6 +85,11 @@ def build_stage(
         final_norm=RmsNorm(operations.add_rms_norm, final_norm_D, sizes.norm_epsilon, sizes.norm_offset),
         head=_head(operations.make_linear(head_VD, None), sizes.vocab_size, place, config.ends, comm),
     )
+
+
+def _word_rows(name: str, sizes: ModelSizes, words: range) -> TensorRows:
+    """Of the table of embeddings, or the output head."""
+    return TensorRows(name, (sizes.vocab_size, sizes.hidden_size), words)
 
 
 def stage_layers(config: ModelConfig, place: MeshRank) -> range:
