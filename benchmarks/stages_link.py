@@ -67,6 +67,7 @@ def run_rank(rank: int, mesh: Mesh, knobs: dict[str, Any], store_pipe: Connectio
         # Both ranks are processes of one host here; what two hosts do is what is measured.
         comm = start_comm(MeshRank(rank, mesh), store, torch.device("cpu"), timeout_s=WAIT_S, uses_host_channel=False)
     sizes = {"tensor_parallel_size": mesh.tensor, "pipeline_parallel_size": mesh.pipeline}
+    sys.setswitchinterval(0.001)  # as the ranks of a service do
     executor = build_executor(TorchLlmArgs(**knobs, **sizes), comm)
     executor.start()
     pipe.send("ready")
