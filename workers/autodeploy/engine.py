@@ -51,6 +51,7 @@ class AutodeployEngine:
     def launch(self, batch: ScheduledBatch, resources: ResourceManager, before: PendingTokens) -> Pending[StepLogits]:
         kv_cache = resources.kv_cache
         packed = pack(batch, kv_cache.block_ids, self.pool.tokens_per_block, before)
+        self.pool.memory.reach(max(packed.slots) // self.pool.tokens_per_block)
         self.pool.copy_blocks(kv_cache.take_copies())
         reads = batch.prompt_reads
         sizes = [read.stop - read.start for read in reads]

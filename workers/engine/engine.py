@@ -158,6 +158,7 @@ class PyTorchModelEngine:
         kv_cache = resources.kv_cache
         packed = pack(batch, kv_cache.block_ids, self.pool.tokens_per_block, before)
         copies = kv_cache.take_copies()
+        self.pool.memory.reach(max(packed.slots) // self.pool.tokens_per_block)
         with torch.inference_mode():
             inputs = self._inputs(packed, self._adapter_rows.plan(batch))
             rows_R = torch.tensor(packed.sampled_rows, dtype=torch.int64, device=self._device)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tensorweave.workers.engine.memory_ahead import MemoryAhead, NotAhead
 from tensorweave.workers.step.resources import BlockCopy
 
 
@@ -26,7 +27,8 @@ class KVPool:
     one plane of one block, P * head_dim numbers, is contiguous: the unit of a head-range transfer;
     one block of one layer, 2 * K planes, is contiguous too.
 
-    `first_head` is the number, in the model, of this rank's KV head 0.
+    `first_head` is the number, in the model, of this rank's KV head 0. An engine tells `memory` which blocks it has
+    come to.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class KVPool:
         shape = (num_layers, num_blocks, 2 * num_kv_heads, tokens_per_block, head_dim)
         self.cache = _zeros(shape, dtype, device)
         self.layers: tuple[Tensor, ...] = tuple(self.cache.unbind(0))
+        self.memory: MemoryAhead | NotAhead = MemoryAhead(self.cache) if device.type == "cpu" else NotAhead()
 
     @property
     def num_blocks(self) -> int:
@@ -71,7 +74,7 @@ def block_bytes(num_layers: int, num_kv_heads: int, tokens_per_block: int, head_
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros, because a masked key still meets its weight 0, and 0 times a NaN left in memory is NaN.
 
-    On a CPU numpy gets them from calloc: pages cost nothing until a block is first used.
+    On a CPU numpy gets them from calloc: pages cost nothing until a block is used, or soon will be (`MemoryAhead`).
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
