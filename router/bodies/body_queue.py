@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from tensorweave.cluster.errors import (
@@ -21,6 +21,8 @@ from tensorweave.router.bodies.worker_process import WorkerProcess
 
 logger = logging.getLogger(__name__)
 
+StartWorker = Callable[[], Awaitable[WorkerProcess]]
+
 _TIMEOUT_S: Final = 120.0
 """For one body. A worker that does not answer for so long within its limit of processor time is stopped or starved."""
 _MAX_TRIES: Final = 2
@@ -33,13 +35,13 @@ class BodyTooCostly(RequestRejected):
 
 
 class BodyQueue:
-    """`state` is what a worker reads first. All but the first worker start when a body waits for them, and take none
-    before they can read it."""
+    """`start_worker` raises OSError. All but the first worker start when a body waits for them, and take none before
+    they can read it."""
 
-    def __init__(self, state: Callable[[], bytes], max_waiting: int, num_workers: int = 1, niceness: int = 0) -> None:
+    def __init__(self, start_worker: StartWorker, max_waiting: int, num_workers: int = 1) -> None:
         self._max_waiting = max_waiting
         self._waiting: asyncio.Queue[_Job] = asyncio.Queue()
-        self._readers = [_Reader(self._waiting, state, niceness) for _ in range(num_workers)]
+        self._readers = [_Reader(self._waiting, start_worker) for _ in range(num_workers)]
 
     async def run(self, frame: bytes) -> list[Any]:
         """The fields of the worker's result. If the caller is cancelled, its job is skipped or, if it has begun, its
@@ -64,7 +66,8 @@ class BodyQueue:
         await asyncio.gather(*(reader.stop() for reader in self._readers))
         while not self._waiting.empty():
             self._waiting.get_nowait().settle(_closed())
-        await asyncio.gather(*(reader.end_worker() for reader in self._readers))
+        for reader in self._readers:
+            reader.end_worker()
 
 
 class _Job:
@@ -84,12 +87,11 @@ class _Job:
 
 
 class _Reader:
-    """One worker process, of this niceness beside the router's, and the task that hands it bodies."""
+    """One worker process, and the task that hands it bodies."""
 
-    def __init__(self, waiting: asyncio.Queue[_Job], state: Callable[[], bytes], niceness: int) -> None:
+    def __init__(self, waiting: asyncio.Queue[_Job], start_worker: StartWorker) -> None:
         self._waiting = waiting
-        self._state = state
-        self._niceness = niceness
+        self._start_worker = start_worker
         self._running: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
         self.worker: WorkerProcess | None = None
@@ -109,11 +111,12 @@ class _Reader:
     async def warm_up(self) -> None:
         async with self._starting:
             if self.worker is None:
-                self.worker = await WorkerProcess.start(self._state(), self._niceness)
+                self.worker = await self._start_worker()
 
-    async def end_worker(self) -> int | None:
+    def end_worker(self) -> None:
         worker, self.worker = self.worker, None
-        return None if worker is None else await worker.end()
+        if worker is not None:
+            worker.close()
 
     async def _work(self) -> None:
         """Run jobs until the queue is empty."""
@@ -142,7 +145,7 @@ class _Reader:
             async with asyncio.timeout(_TIMEOUT_S):
                 return await self._ask(frame)
         except TimeoutError:
-            await self.end_worker()
+            self.end_worker()
             return DeadlineExceeded(f"the request's body was not read within {_TIMEOUT_S:g} s")
         except TensorweaveError as error:
             return error
@@ -153,14 +156,15 @@ class _Reader:
             if (start_error := await self._start_error()) is not None:
                 raise start_error
             assert self.worker is not None
-            answer = await self.worker.ask(frame)
+            worker = self.worker
+            answer = await worker.ask(frame)
             if answer is None:
-                cause = await self.end_worker()
-                if cause == -signal.SIGXCPU:
+                self.end_worker()
+                if worker.status == -signal.SIGXCPU:
                     raise BodyTooCostly(f"reading the request's body took more than {CPU_LIMIT_S} s of processor time")
                 continue
-            if self.worker.is_bloated:
-                await self.end_worker()
+            if worker.is_bloated:
+                self.end_worker()
             name, _, *fields = answer
             if name == "failed":
                 raise error_from_wire(fields[0])

@@ -2,13 +2,13 @@
 
 A small body is read in the event loop, at once. Others are read by worker processes (`router/bodies/worker.py`): some
 for bodies of a usual size, another one for larger bodies, so that usual ones do not wait behind a body that was made to
-take long.
+take long. It has a low priority: larger bodies wait for the streams, and not the other way round.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import os
 import pickle
 from typing import Final, TypeVar
@@ -17,7 +17,8 @@ from tensorweave.cluster.wire import pack_frame
 from tensorweave.router.bodies.body_queue import BodyQueue
 from tensorweave.router.bodies.served import ServedModel
 from tensorweave.router.bodies.tasks import BodyTask
-from tensorweave.router.bodies.worker import STATE_LENGTH
+from tensorweave.router.bodies.worker import STATE_LENGTH, Priority
+from tensorweave.router.bodies.worker_process import WorkerParent
 from tensorweave.router.text.tokens import Tokenizer
 
 ResultT = TypeVar("ResultT")
@@ -32,9 +33,6 @@ _MOST_WORKERS: Final = 4
 """For bodies of a usual size. Each has a tokenizer of its own, and reads at least 200,000 tokens a second."""
 USUAL_BYTES: Final = 256 << 10
 _MAX_WAITING: Final = {"usual": 1024, "large": 16}
-LARGE_START_S: Final = 20.0
-_LARGE_NICENESS: Final = 10
-"""Of the worker for large bodies: where the step loops of a gang want all cores, it takes a tenth of one."""
 
 
 class BodyPool:
@@ -47,10 +45,10 @@ class BodyPool:
         if reads_inline:
             self._inline_bytes = INLINE_BYTES if tokenizer.is_rust else _SLOW_INLINE_BYTES
         self._state = b""
-        self._late_start: asyncio.Task[None] | None = None
         num_workers = max(1, min(len(os.sched_getaffinity(0)) // _CPUS_PER_WORKER, _MOST_WORKERS))
-        self._usual = BodyQueue(self._first_bytes, _MAX_WAITING["usual"], num_workers)
-        self._large = BodyQueue(self._first_bytes, _MAX_WAITING["large"], niceness=_LARGE_NICENESS)
+        self._parent = WorkerParent(self._first_bytes)
+        self._usual = self._queue("usual", Priority.USUAL, num_workers)
+        self._large = self._queue("large", Priority.LOW)
 
     async def run(self, task: BodyTask[ResultT], body: bytes, served: ServedModel) -> ResultT:
         """Raises RequestRejected (BodyTooCostly if its worker was ended for it), Overloaded if too many bodies wait,
@@ -61,26 +59,20 @@ class BodyPool:
         return task.unpack(await queue.run(pack_frame("run", task.name, served.to_wire(), body)))
 
     async def warm_up(self) -> None:
-        """Start a worker for bodies of a usual size, and scan the vocabulary, before the first body comes. The worker
-        for large bodies follows when the service has started. Raises OSError."""
+        """Start a worker for bodies of a usual size, and scan the vocabulary, before the first body comes. Raises
+        OSError."""
         _ = self._tokenizer.max_chars_per_token
         await self._usual.warm_up()
-        self._late_start = asyncio.create_task(self._start_large())
-
-    async def _start_large(self) -> None:
-        """Its start takes two seconds of processor time, which no body should take from the step loops."""
-        await asyncio.sleep(LARGE_START_S)
-        with contextlib.suppress(OSError):  # the first large body hears of it
-            await self._large.warm_up()
 
     async def close(self) -> None:
-        if self._late_start is not None:
-            self._late_start.cancel()
-            await asyncio.gather(self._late_start, return_exceptions=True)
         await asyncio.gather(self._usual.close(), self._large.close())
+        await self._parent.close()
+
+    def _queue(self, kind: str, priority: Priority, num_workers: int = 1) -> BodyQueue:
+        return BodyQueue(functools.partial(self._parent.start_worker, priority), _MAX_WAITING[kind], num_workers)
 
     def _first_bytes(self) -> bytes:
-        """What a worker reads first: the pickled tokenizer, for our own child process. Made once."""
+        """What the workers' parent reads first: the pickled tokenizer, for our own child process. Made once."""
         if not self._state:
             pickled = pickle.dumps(self._tokenizer)
             self._state = STATE_LENGTH.pack(len(pickled)) + pickled

@@ -1,69 +1,50 @@
-"""`WorkerProcess`: a child that reads request bodies (`router/bodies/worker.py`)."""
+"""`WorkerProcess`: a process that reads request bodies; `WorkerParent`: the process from which all of them are forked
+(`router/bodies/worker.py`)."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
+import socket
 import sys
-from asyncio.subprocess import PIPE, Process
-from typing import Final
+from asyncio.subprocess import Process
+from collections.abc import Callable
+from typing import Final, Self
 
-from tensorweave.cluster.priority import lower_priority
 from tensorweave.cluster.wire import Frame, FrameReader
+from tensorweave.router.bodies.worker import Priority
 
 _GROWTH_BYTES: Final = 128 << 20
 """A worker whose peak memory has grown by so much is replaced, because it may not return that memory."""
 _START_TIMEOUT_S: Final = 120.0
 """Two seconds of imports, on a machine that is busy."""
-_EXIT_TIMEOUT_S: Final = 5.0
 
 
 class WorkerProcess:
-    """It answers one frame at a time."""
+    """It answers one frame at a time. `status` is how it has ended, if that is known, as `subprocess` says it."""
 
-    def __init__(self, process: Process) -> None:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        self._process = process
-        self._sink = process.stdin
-        self._frames = FrameReader(process.stdout)
+    def __init__(self, reader: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        self._frames = FrameReader(reader)
+        self._sink = sink
         self._growth_bytes = 0
-        self._has_closed = False
+        self.pid = 0
+        self.status: int | None = None
 
     @classmethod
-    async def start(cls, state: bytes, niceness: int) -> WorkerProcess:
-        """Return it once it can read bodies, from when on it has this niceness: before, the first body would wait for a
-        minute beside step loops. Raises OSError if it does not come up."""
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tensorweave.router.bodies.worker",
-            stdin=PIPE,
-            stdout=PIPE,
-            env=environment,
-            start_new_session=True,  # Ctrl-C goes to this process; the worker ends with its input
-        )
-        worker = cls(process)
+    async def open(cls, connection: socket.socket) -> Self:
+        """Return it once it can read bodies. Raises OSError if it ends before that."""
+        worker = cls(*await asyncio.open_connection(sock=connection))
         try:
-            async with asyncio.timeout(_START_TIMEOUT_S):
-                ready = await worker.ask(state)
-        except TimeoutError:
-            await worker.end()
-            raise OSError(f"a worker process for request bodies was not ready within {_START_TIMEOUT_S:g} s") from None
+            ready = await worker._next()
         except BaseException:  # cancelled, say
-            worker._kill()
+            worker.close()
             raise
         if ready is None:
-            status = await worker.end()
-            raise OSError(f"a worker process for request bodies ended with status {status} as it started")
-        lower_priority(process.pid, niceness)
+            worker.close()
+            raise OSError("a worker process for request bodies ended as it started")
+        worker.pid = ready[2]
         return worker
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     @property
     def is_bloated(self) -> bool:
@@ -74,24 +55,79 @@ class WorkerProcess:
         with contextlib.suppress(ConnectionError):  # it has ended; reading shows that too
             self._sink.write(frame)
             await self._sink.drain()
+        return await self._next()
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+        self._sink.close()
+
+    async def _next(self) -> Frame | None:
         answer = await anext(self._frames, None)
         if answer is None:
-            self._has_closed = True
-        else:
-            self._growth_bytes = answer[1]
+            return None
+        if answer[0] == "ended":
+            self.status = answer[1]
+            return None
+        self._growth_bytes = answer[1]
         return answer
 
-    async def end(self) -> int:
-        """End the process and return its exit status. If it has closed its output it is already ending, and the status
-        says why; otherwise it is killed."""
-        if self._has_closed:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_EXIT_TIMEOUT_S):
-                    return await self._process.wait()
-        self._kill()
-        return await self._process.wait()
 
-    def _kill(self) -> None:
-        if self._process.returncode is None:
+class WorkerParent:
+    """Starts with the first worker, and again if it has died. `state` is what it reads first."""
+
+    def __init__(self, state: Callable[[], bytes]) -> None:
+        self._state = state
+        self._starting = asyncio.Lock()
+        self._process: Process | None = None
+        self._control: socket.socket | None = None
+
+    async def start_worker(self, priority: Priority) -> WorkerProcess:
+        """Raises OSError if it does not come up."""
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                return await WorkerProcess.open(await self._fork(priority))
+        except TimeoutError:
+            await self.close()
+            raise OSError(f"a worker process for request bodies was not ready within {_START_TIMEOUT_S:g} s") from None
+
+    async def close(self) -> None:
+        """Its workers end when theirs are closed."""
+        control, process = self._control, self._process
+        self._control = self._process = None
+        if control is not None:
+            control.close()
+        if process is not None:
             with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+                process.kill()
+            await process.wait()
+
+    async def _fork(self, priority: Priority) -> socket.socket:
+        """The router's end of a new worker's socket."""
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                async with self._starting:
+                    if self._process is None or self._process.returncode is not None:
+                        await self.close()
+                        await self._start()
+                    assert self._control is not None
+                    socket.send_fds(self._control, [priority.value], [theirs.fileno()])
+        except BaseException:
+            ours.close()
+            raise
+        return ours
+
+    async def _start(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "tensorweave.router.bodies.worker",
+                stdin=theirs.fileno(),
+                env=environment,
+                start_new_session=True,  # Ctrl-C goes to this process; that one ends with its input
+            )
+        self._control.setblocking(False)
+        await asyncio.get_running_loop().sock_sendall(self._control, self._state())

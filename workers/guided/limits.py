@@ -28,5 +28,3 @@ NUM_TRIALS: Final = 2
 """Trials at the same time, so that one that runs into its limit does not keep the others waiting."""
 START_TIMEOUT_S: Final = 180.0
 """For the process of the trials to load the tokenizer: three seconds of processor time, on a busy machine."""
-NICENESS: Final = 10
-"""Of all that compiles: a tenth of a core that a step loop wants as well."""

@@ -13,10 +13,9 @@ from typing import Any, Final
 
 from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.guide import Guide
-from tensorweave.cluster.priority import lower_priority
+from tensorweave.cluster.priority import lower_thread_priority
 from tensorweave.workers.gang.order_report import OrderReport
 from tensorweave.workers.guided.compilers import Compilers
-from tensorweave.workers.guided.limits import NICENESS
 from tensorweave.workers.guided.orders import GuideOrder
 from tensorweave.workers.step.grammar import Grammar
 
@@ -133,7 +132,7 @@ def _at_low_priority(compute: Callable[[], Any]) -> Any:
         result, error = results.get(timeout=_SHORT_S)
     except queue.Empty:
         if sys.platform == "linux" and thread.native_id is not None:
-            lower_priority(thread.native_id, NICENESS)
+            lower_thread_priority(thread.native_id)
         result, error = results.get()
     if error is not None:
         raise error

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import BinaryIO, Final, NoReturn
 
 from tensorweave.cluster.guide import Guide
+from tensorweave.cluster.priority import lower_priority
 from tensorweave.cluster.wire import READ_BYTES, Frame, FrameDecoder, pack_frame
 from tensorweave.cluster.without_torch import hide_torch_from_transformers
 from tensorweave.workers.guided.compilers import Compilers
-from tensorweave.workers.guided.limits import NICENESS, TRIAL_CPU_S, TRIAL_MEMORY_BYTES, TRIAL_WALL_S
+from tensorweave.workers.guided.limits import TRIAL_CPU_S, TRIAL_MEMORY_BYTES, TRIAL_WALL_S
 from tensorweave.workers.guided.trial import TrialResult, try_guide
 from tensorweave.workers.guided.vocabulary import TokenizerSource, Vocabulary, read_vocabulary
 
@@ -49,7 +50,7 @@ def main() -> None:
     compilers = Compilers(vocabulary)
     compilers.open("xgrammar")  # once, and not in each child
     _write(sink, "vocabulary", vocabulary.to_wire())
-    os.nice(NICENESS)  # not before: beside step loops on all cores, all this would take a minute, once
+    lower_priority()  # not before: beside step loops on all cores, all this would take a minute, once
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children that report
     for _, number, guide_fields in frames:
         if os.fork() == 0:

@@ -10,16 +10,18 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
+import psutil
 import pytest
 
 from tensorweave.cluster.errors import ModelNotFound, NotReady, Overloaded, RequestRejected
-from tensorweave.router.bodies import pool as body_pool
+from tensorweave.cluster.priority import NICENESS
 from tensorweave.router.bodies import worker_process
 from tensorweave.router.bodies.body_queue import BodyQueue, BodyTooCostly
 from tensorweave.router.bodies.pool import INLINE_BYTES, USUAL_BYTES, BodyPool
 from tensorweave.router.bodies.request_body import RequestBody
 from tensorweave.router.bodies.served import ServedModel
 from tensorweave.router.bodies.tasks import CHAT, COMPLETION, MESSAGES, RESPONSES, TOKENIZE, BodyTask
+from tensorweave.router.bodies.worker import Priority
 from tensorweave.router.bodies.worker_process import WorkerProcess
 from tests.router.serving import MODEL, PATIENCE_S, chat, completion, model_info, until
 from tests.router.small_tokenizers import byte_level
@@ -50,6 +52,12 @@ def worker_of(queue: BodyQueue) -> WorkerProcess:
     worker = queue._readers[0].worker
     assert worker is not None
     return worker
+
+
+def parent_of(bodies: BodyPool) -> asyncio.subprocess.Process:
+    process = bodies._parent._process
+    assert process is not None
+    return process
 
 
 def sent(fields: dict[str, Any], num_bytes: int = 0) -> bytes:
@@ -150,20 +158,55 @@ def test_large_bodies_are_read_at_a_low_priority() -> None:
             await bodies.run(COMPLETION, sent(completion(), size), SERVED)
         usual, large = worker_of(bodies._usual), worker_of(bodies._large)
         own, *others = (os.getpriority(os.PRIO_PROCESS, pid) for pid in (0, usual.pid, large.pid))
-        assert others == [own, min(own + 10, 19)]
+        assert others == [own, own + NICENESS] or os.sched_getscheduler(large.pid) == os.SCHED_IDLE
+        assert os.sched_getscheduler(usual.pid) == os.sched_getscheduler(0)
 
     with_pool(use)
 
 
-def test_the_worker_for_large_bodies_is_there_before_the_first_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body_pool, "LARGE_START_S", 0.0)
+def test_all_workers_have_one_parent_and_end_with_it() -> None:
+    """It has read the tokenizer, and imported what reads bodies, once."""
 
     async def use(bodies: BodyPool) -> None:
+        for size in (PADDING, USUAL_BYTES + 1):
+            await bodies.run(COMPLETION, sent(completion(), size), SERVED)
+        [parent, usual, large] = processes = [
+            psutil.Process(pid)
+            for pid in (parent_of(bodies).pid, worker_of(bodies._usual).pid, worker_of(bodies._large).pid)
+        ]
+        assert [usual.ppid(), large.ppid()] == [parent.pid] * 2
+        worker_of(bodies._large).close()
+        await until(lambda: not large.is_running())
+        assert usual.is_running()
+        assert (await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)).prompts
+        await bodies.close()
+        await until(lambda: not any(process.is_running() for process in processes))
+
+    with_pool(use)
+
+
+def test_a_worker_in_the_middle_of_a_body_is_ended() -> None:
+    async def use(bodies: BodyPool) -> None:
         await bodies.warm_up()
-        await until(lambda: bodies._large._readers[0].worker is not None)
-        worker = worker_of(bodies._large)
-        await bodies.run(COMPLETION, sent(completion(), USUAL_BYTES + 1), SERVED)
-        assert worker_of(bodies._large) is worker
+        worker = worker_of(bodies._usual)
+        os.kill(worker.pid, signal.SIGSTOP)
+        asked = asyncio.create_task(bodies.run(COMPLETION, sent(completion(), PADDING), SERVED))
+        await asyncio.sleep(0)
+        worker.close()
+        await until(lambda: not psutil.pid_exists(worker.pid))
+        assert (await asked).prompts  # by the next one
+
+    with_pool(use)
+
+
+def test_a_parent_that_dies_is_replaced() -> None:
+    async def use(bodies: BodyPool) -> None:
+        await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)
+        parent = parent_of(bodies)
+        parent.kill()
+        await parent.wait()
+        for size in (PADDING, USUAL_BYTES + 1):  # by the old worker, and by a new one
+            assert (await bodies.run(COMPLETION, sent(completion(), size), SERVED)).prompts
 
     with_pool(use)
 
@@ -215,7 +258,7 @@ def test_a_further_worker_reads_while_the_first_has_a_body() -> None:
     """The first is stopped with a body: two others are read by the second, which started for them."""
 
     async def use(bodies: BodyPool) -> None:
-        bodies._usual = BodyQueue(bodies._first_bytes, 1024, num_workers=2)
+        bodies._usual = bodies._queue("usual", Priority.USUAL, num_workers=2)
         await bodies.warm_up()
         assert bodies._usual._readers[1].worker is None
         first = worker_of(bodies._usual)
