@@ -3,7 +3,7 @@ starts it and is trusted).
 
 Its standard input is a socket: the length of a pickled tokenizer, the tokenizer, then one byte of a `Priority` for each
 worker, with the worker's own socket. So what workers import, two seconds of processor time, is imported once, before
-there are requests. It ends when its input ends.
+there are requests. It ends when its input ends, and its workers with it.
 
 A worker writes a `ready` frame with its process id, then one frame for each `run` frame, `done` or `failed`. When it
 has ended, the process that forked it writes `ended` with the status. A body that takes more than `CPU_LIMIT_S` of
@@ -74,6 +74,7 @@ class Forks:
                 if number == self._control.fileno():
                     priority, received, _, _ = socket.recv_fds(self._control, 1, 1)
                     if not priority:
+                        self._kill_all()
                         return
                     self._fork(Priority(priority), socket.socket(fileno=received[0]))
                 elif number == self._ended.fileno():
@@ -94,6 +95,10 @@ class Forks:
         self._pids[connection.fileno()] = pid
         self._sockets[pid] = connection
         self._poll.register(connection, 0)  # that the router closes it is always told
+
+    def _kill_all(self) -> None:
+        for pid in self._sockets:
+            os.kill(pid, signal.SIGKILL)
 
     def _reap(self) -> None:
         while self._sockets:
@@ -133,12 +138,12 @@ def _receive(source: socket.socket, num_bytes: int) -> bytes:
 
 def _work(connection: socket.socket, priority: Priority, tokenizer: Tokenizer) -> NoReturn:
     """In a worker, until the router closes the socket."""
-    if priority is Priority.LOW:
-        lower_priority()
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     decoder, first_peak_bytes = FrameDecoder(), _peak_bytes()
     with contextlib.suppress(ConnectionError):  # the router has ended
         connection.sendall(pack_frame("ready", 0, os.getpid()))
+        if priority is Priority.LOW:
+            lower_priority()
         while data := connection.recv(READ_BYTES):
             for frame in decoder.feed(data):
                 _renew_cpu_limit()

@@ -19,6 +19,7 @@ _GROWTH_BYTES: Final = 128 << 20
 """A worker whose peak memory has grown by so much is replaced, because it may not return that memory."""
 _START_TIMEOUT_S: Final = 120.0
 """Two seconds of imports, on a machine that is busy."""
+_EXIT_TIMEOUT_S: Final = 5.0
 
 
 class WorkerProcess:
@@ -80,23 +81,32 @@ class WorkerParent:
         self._starting = asyncio.Lock()
         self._process: Process | None = None
         self._control: socket.socket | None = None
+        self._has_forked = False
 
     async def start_worker(self, priority: Priority) -> WorkerProcess:
         """Raises OSError if it does not come up."""
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
-                return await WorkerProcess.open(await self._fork(priority))
+                worker = await WorkerProcess.open(await self._fork(priority))
         except TimeoutError:
-            await self.close()
+            if not self._has_forked:
+                await self.close()
             raise OSError(f"a worker process for request bodies was not ready within {_START_TIMEOUT_S:g} s") from None
+        self._has_forked = True
+        return worker
 
     async def close(self) -> None:
-        """Its workers end when theirs are closed."""
+        """End it, and with it its workers."""
         control, process = self._control, self._process
-        self._control = self._process = None
+        self._control, self._process, self._has_forked = None, None, False
         if control is not None:
             control.close()
-        if process is not None:
+        if process is None:
+            return
+        try:
+            async with asyncio.timeout(_EXIT_TIMEOUT_S):
+                await process.wait()
+        except TimeoutError:  # it still imports, or is stopped
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
@@ -107,19 +117,26 @@ class WorkerParent:
         try:
             with theirs:
                 async with self._starting:
-                    if self._process is None or self._process.returncode is not None:
-                        await self.close()
-                        await self._start()
-                    assert self._control is not None
-                    socket.send_fds(self._control, [priority.value], [theirs.fileno()])
+                    await self._hand_over(theirs, priority)
         except BaseException:
             ours.close()
             raise
         return ours
 
-    async def _start(self) -> None:
+    async def _hand_over(self, connection: socket.socket, priority: Priority) -> None:
+        control = self._control
+        if control is not None:
+            with contextlib.suppress(OSError):  # it has died
+                socket.send_fds(control, [priority.value], [connection.fileno()])
+                return
+        await self.close()
+        control = await self._start()
+        socket.send_fds(control, [priority.value], [connection.fileno()])
+
+    async def _start(self) -> socket.socket:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self._control, theirs = socket.socketpair()
+        control, theirs = socket.socketpair()
+        self._control = control
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -129,5 +146,6 @@ class WorkerParent:
                 env=environment,
                 start_new_session=True,  # Ctrl-C goes to this process; that one ends with its input
             )
-        self._control.setblocking(False)
-        await asyncio.get_running_loop().sock_sendall(self._control, self._state())
+        control.setblocking(False)
+        await asyncio.get_running_loop().sock_sendall(control, self._state())
+        return control

@@ -313,6 +313,7 @@ def test_what_waits_when_the_service_ends_is_told() -> None:
         await until(lambda: bodies._usual._waiting.qsize() == 1)
         await bodies.close()
         assert [type(error) for error in await asyncio.gather(*asked, return_exceptions=True)] == [NotReady] * 2
+        await until(lambda: not psutil.pid_exists(worker.pid))
 
     with_pool(use)
 
