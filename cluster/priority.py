@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import time
 from typing import Final
 
 NICENESS: Final = 10
 """Beside the caller's: a tenth of a core that a step loop wants as well."""
 _LAST: Final = 19
+_SCHEDULED: Final = 2
+"""CPUCLOCK_SCHED: with the process id, the number of its clock, as `clock_getcpuclockid` returns it."""
 
 
-def lower_priority() -> None:
-    """Of this process, which has one thread, and of what it starts.
+def lower_priority(process: int = 0) -> None:
+    """Of a process of one thread, this one by default, and of what it starts.
 
     Ray gives its workers niceness 15, to which 4 can be added at most: a third of a core. There, Linux' policy for idle
     work gives a twelfth, and such work never keeps a core from others that wake up.
     """
-    if os.getpriority(os.PRIO_PROCESS, 0) + NICENESS > _LAST and hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    else:
-        os.nice(NICENESS)
+    with contextlib.suppress(ProcessLookupError):
+        lower = os.getpriority(os.PRIO_PROCESS, process) + NICENESS
+        if lower > _LAST and sys.platform == "linux":
+            os.sched_setscheduler(process, os.SCHED_IDLE, os.sched_param(0))
+        else:
+            os.setpriority(os.PRIO_PROCESS, process, min(lower, _LAST))
+
+
+def processor_time_s(process: int) -> float | None:
+    """Of a process; None if it has ended, or where that is not known."""
+    if sys.platform != "linux":
+        return None
+    try:
+        return time.clock_gettime((~process << 3) | _SCHEDULED)
+    except OSError:
+        return None
 
 
 def lower_thread_priority(thread: int) -> None:

@@ -163,7 +163,7 @@ class _Reader:
                 if worker.status == -signal.SIGXCPU:
                     raise BodyTooCostly(f"reading the request's body took more than {CPU_LIMIT_S} s of processor time")
                 continue
-            if worker.is_bloated:
+            if worker.is_spent:
                 self.end_worker()
             name, _, *fields = answer
             if name == "failed":

@@ -1,8 +1,9 @@
 """`BodyPool`: reads request bodies so that no body blocks the event loop, whatever is in it.
 
-A small body is read in the event loop, at once. Others are read by worker processes (`router/bodies/worker.py`): some
-for bodies of a usual size, another one for larger bodies, so that usual ones do not wait behind a body that was made to
-take long. It has a low priority: larger bodies wait for the streams, and not the other way round.
+A small body is read in the event loop, at once, unless it asks for a form of the answer. Others are read by worker
+processes (`router/bodies/worker.py`): some for bodies of a usual size, another one for larger bodies, so that usual
+ones do not wait behind a body that was made to take long. That one has a low priority, and a usual body that takes long
+loses its own: such bodies wait for the streams, and not the other way round.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import asyncio
 import functools
 import os
 import pickle
+from collections.abc import Callable
 from typing import Final, TypeVar
 
 from tensorweave.cluster.wire import pack_frame
 from tensorweave.router.bodies.body_queue import BodyQueue
+from tensorweave.router.bodies.quick_look import may_take_long
 from tensorweave.router.bodies.served import ServedModel
 from tensorweave.router.bodies.tasks import BodyTask
 from tensorweave.router.bodies.worker import STATE_LENGTH, Priority
@@ -37,9 +40,16 @@ _MAX_WAITING: Final = {"usual": 1024, "large": 16}
 
 class BodyPool:
     """`reads_inline`: small bodies are read in the event loop. A body with a chat template of its own may take long
-    whatever its size."""
+    whatever its size; `looks_long` finds the others that may."""
 
-    def __init__(self, tokenizer: Tokenizer, *, reads_inline: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        reads_inline: bool = True,
+        looks_long: Callable[[bytes], bool] = may_take_long,
+    ) -> None:
+        self._looks_long = looks_long
         self._tokenizer = tokenizer
         self._inline_bytes = 0
         if reads_inline:
@@ -53,7 +63,7 @@ class BodyPool:
     async def run(self, task: BodyTask[ResultT], body: bytes, served: ServedModel) -> ResultT:
         """Raises RequestRejected (BodyTooCostly if its worker was ended for it), Overloaded if too many bodies wait,
         DeadlineExceeded, and NotReady if no worker can be started."""
-        if len(body) <= self._inline_bytes:
+        if len(body) <= self._inline_bytes and not self._looks_long(body):
             return task.run(body, self._tokenizer, served)
         queue = self._usual if len(body) <= USUAL_BYTES else self._large
         return task.unpack(await queue.run(pack_frame("run", task.name, served.to_wire(), body)))

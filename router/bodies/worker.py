@@ -97,6 +97,7 @@ class Forks:
         self._poll.register(connection, 0)  # that the router closes it is always told
 
     def _kill_all(self) -> None:
+        signal.set_wakeup_fd(-1)
         for pid in self._sockets:
             os.kill(pid, signal.SIGKILL)
 

@@ -12,20 +12,29 @@ from asyncio.subprocess import Process
 from collections.abc import Callable
 from typing import Final, Self
 
+from tensorweave.cluster.priority import lower_priority, processor_time_s
 from tensorweave.cluster.wire import Frame, FrameReader
 from tensorweave.router.bodies.worker import Priority
 
 _GROWTH_BYTES: Final = 128 << 20
 """A worker whose peak memory has grown by so much is replaced, because it may not return that memory."""
+SHORT_S: Final = 0.1
+"""Processor time of one body, which then goes on at a low priority: texts of 200 KB take as much."""
+_LOOK_S: Final = 0.05
 _START_TIMEOUT_S: Final = 120.0
 """Two seconds of imports, on a machine that is busy."""
 _EXIT_TIMEOUT_S: Final = 5.0
 
 
 class WorkerProcess:
-    """It answers one frame at a time. `status` is how it has ended, if that is known, as `subprocess` says it."""
+    """It answers one frame at a time. A body that takes long loses the usual priority, and this its worker for ever.
 
-    def __init__(self, reader: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    `status` is how it has ended, if that is known, as `subprocess` says it.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, sink: asyncio.StreamWriter, priority: Priority) -> None:
+        self._has_usual_priority = priority is Priority.USUAL
+        self._was_lowered = False
         self._frames = FrameReader(reader)
         self._sink = sink
         self._growth_bytes = 0
@@ -33,9 +42,9 @@ class WorkerProcess:
         self.status: int | None = None
 
     @classmethod
-    async def open(cls, connection: socket.socket) -> Self:
+    async def open(cls, connection: socket.socket, priority: Priority) -> Self:
         """Return it once it can read bodies. Raises OSError if it ends before that."""
-        worker = cls(*await asyncio.open_connection(sock=connection))
+        worker = cls(*await asyncio.open_connection(sock=connection), priority)
         try:
             ready = await worker._next()
         except BaseException:  # cancelled, say
@@ -48,19 +57,38 @@ class WorkerProcess:
         return worker
 
     @property
-    def is_bloated(self) -> bool:
-        return self._growth_bytes > _GROWTH_BYTES
+    def is_spent(self) -> bool:
+        """It is to be replaced."""
+        return self._was_lowered or self._growth_bytes > _GROWTH_BYTES
 
     async def ask(self, frame: bytes) -> Frame | None:
         """Return None if the process died."""
-        with contextlib.suppress(ConnectionError):  # it has ended; reading shows that too
-            self._sink.write(frame)
-            await self._sink.drain()
-        return await self._next()
+        looking = asyncio.create_task(self._lower_if_long()) if self._has_usual_priority else None
+        try:
+            with contextlib.suppress(ConnectionError):  # it has ended; reading shows that too
+                self._sink.write(frame)
+                await self._sink.drain()
+            return await self._next()
+        finally:
+            if looking is not None:
+                looking.cancel()
 
     def close(self) -> None:
         """End it, whatever it does."""
         self._sink.close()
+
+    async def _lower_if_long(self) -> None:
+        """While it has a body."""
+        before_s = processor_time_s(self.pid)
+        while before_s is not None:
+            await asyncio.sleep(_LOOK_S)
+            now_s = processor_time_s(self.pid)
+            if now_s is None:
+                return
+            if now_s - before_s > SHORT_S:
+                lower_priority(self.pid)
+                self._was_lowered = True
+                return
 
     async def _next(self) -> Frame | None:
         answer = await anext(self._frames, None)
@@ -87,7 +115,7 @@ class WorkerParent:
         """Raises OSError if it does not come up."""
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
-                worker = await WorkerProcess.open(await self._fork(priority))
+                worker = await WorkerProcess.open(await self._fork(priority), priority)
         except TimeoutError:
             if not self._has_forked:
                 await self.close()

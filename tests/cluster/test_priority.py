@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from tensorweave.cluster.priority import NICENESS, lower_thread_priority
+from tensorweave.cluster.priority import NICENESS, lower_priority, lower_thread_priority, processor_time_s
 
 LOWERED = """
 import os
@@ -46,3 +46,23 @@ def test_a_thread_alone_has_a_lower_priority() -> None:
         may_end.set()
         thread.join(60)
     lower_thread_priority(native_id)  # it has ended
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process's time by its number")
+def test_the_processor_time_of_another_process() -> None:
+    spinning = "import time\nwhile time.process_time() < 0.2: pass\nprint(flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-c", spinning], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        spent_s = processor_time_s(child.pid)
+        assert spent_s is not None
+        assert 0.2 <= spent_s < 60
+        lower_priority(child.pid)
+        assert os.getpriority(os.PRIO_PROCESS, child.pid) > os.getpriority(os.PRIO_PROCESS, 0) or is_idle(child.pid)
+        child.communicate(b"\n", timeout=60)
+    assert processor_time_s(child.pid) is None
+    lower_priority(child.pid)  # it has ended
+
+
+def is_idle(process: int) -> bool:
+    return os.sched_getscheduler(process) == os.SCHED_IDLE

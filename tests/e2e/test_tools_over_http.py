@@ -25,7 +25,7 @@ from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.executor.local import LocalLink
 from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.start_log import StartLog
-from tests.router.serving import client_of, events_of
+from tests.router.serving import client_of, events_of, quick_bodies
 from tests.router.small_tokenizers import hermes
 from tests.workers.tiny_models import make_model
 
@@ -56,6 +56,7 @@ class Service:
         self._link = runner.run(self._open(executor))
         fleet = StaticFleet({"both": [self._link]})
         self._service = RouterService(NAME, tokenizer, Dispatcher(fleet), fleet, "1.2.3")
+        self._service.bodies = quick_bodies(self._service)
         self._app = build_app(self._service)
 
     def ask(self, path: str, *bodies: dict[str, Any]) -> list[httpx.Response]:

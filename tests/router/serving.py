@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from tensorweave.cluster.protocol import ModelInfo, Role
+from tensorweave.router.bodies.pool import BodyPool
 from tensorweave.router.chat.settings import ChatSettings
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.dispatch import Dispatcher
@@ -58,7 +59,7 @@ def make_service(
 ) -> RouterService:
     limits = limits or Limits(ready_timeout_s=0.05)
     fleet = FakeFleet(*links)
-    return RouterService(
+    service = RouterService(
         model_name=MODEL,
         tokenizer=tokenizer or byte_level(),
         dispatcher=Dispatcher(fleet, limits=limits),
@@ -69,6 +70,14 @@ def make_service(
         chat=chat or ChatSettings(),
         roles=roles,
     )
+    service.bodies = quick_bodies(service)
+    return service
+
+
+def quick_bodies(service: RouterService) -> BodyPool:
+    """Without worker processes for bodies that are short, which take two seconds to start."""
+    reads_inline = not service.chat.accepts_templates
+    return BodyPool(service.tokenizer, reads_inline=reads_inline, looks_long=lambda body: False)
 
 
 def make_app(*links: FakeLink, limits: Limits | None = None, tokenizer: Tokenizer | None = None) -> FastAPI:

@@ -18,11 +18,13 @@ from tensorweave.cluster.priority import NICENESS
 from tensorweave.router.bodies import worker_process
 from tensorweave.router.bodies.body_queue import BodyQueue, BodyTooCostly
 from tensorweave.router.bodies.pool import INLINE_BYTES, USUAL_BYTES, BodyPool
+from tensorweave.router.bodies.quick_look import FORMING_FIELDS, may_take_long
 from tensorweave.router.bodies.request_body import RequestBody
 from tensorweave.router.bodies.served import ServedModel
 from tensorweave.router.bodies.tasks import CHAT, COMPLETION, MESSAGES, RESPONSES, TOKENIZE, BodyTask
 from tensorweave.router.bodies.worker import Priority
 from tensorweave.router.bodies.worker_process import WorkerProcess
+from tensorweave.router.openai.guided_fields import GuidedFields
 from tests.router.serving import MODEL, PATIENCE_S, chat, completion, model_info, until
 from tests.router.small_tokenizers import byte_level
 
@@ -227,6 +229,55 @@ def test_a_body_that_takes_too_much_processor_time_is_refused() -> None:
         assert (await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)).prompts
 
     with_pool(use)
+
+
+def test_a_body_that_takes_long_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker goes on at a low priority, and the next body has another one."""
+    monkeypatch.setattr(worker_process, "SHORT_S", -1.0)
+    monkeypatch.setattr(worker_process, "_LOOK_S", 0.0)
+    lowered: list[int] = []
+    monkeypatch.setattr(worker_process, "lower_priority", lowered.append)
+
+    async def use(bodies: BodyPool) -> None:
+        await bodies.warm_up()
+        worker = worker_of(bodies._usual)
+        os.kill(worker.pid, signal.SIGSTOP)
+        asked = asyncio.create_task(bodies.run(COMPLETION, sent(completion(), PADDING), SERVED))
+        await until(lambda: lowered == [worker.pid])
+        os.kill(worker.pid, signal.SIGCONT)
+        assert (await asked).prompts
+        assert bodies._usual._readers[0].worker is None
+
+    with_pool(use)
+
+
+def test_a_small_body_that_asks_for_a_form_is_read_by_a_worker() -> None:
+    forms: list[tuple[BodyTask[RequestBody], dict[str, Any]]] = [
+        (COMPLETION, completion(guided_json={})),
+        (CHAT, chat("Hi", response_format={"type": "json_object"})),
+        (CHAT, chat("Hi", tools=[TOOL])),
+        (RESPONSES, {"model": MODEL, "input": "Hi", "text": {"format": {"type": "json_object"}}}),
+        (MESSAGES, {**chat("Hi"), "max_tokens": 5, "output_config": {"format": {"type": "json_schema", "schema": {}}}}),
+    ]
+
+    async def use(bodies: BodyPool) -> None:
+        await bodies.warm_up()
+        os.kill(worker_of(bodies._usual).pid, signal.SIGSTOP)
+        asked = [asyncio.create_task(bodies.run(task, sent(fields), SERVED)) for task, fields in forms]
+        assert (await bodies.run(COMPLETION, sent(completion()), SERVED)).prompts  # in the event loop
+        assert not any(each.done() for each in asked)
+        os.kill(worker_of(bodies._usual).pid, signal.SIGCONT)
+        with_guides = [(await each).specs[0].guide is not None for each in asked]
+        assert with_guides == [True, True, False, True, True]
+
+    with_pool(use)
+
+
+def test_all_fields_that_ask_for_a_form_are_known() -> None:
+    assert set(GuidedFields.__annotations__) - {"model_config"} <= FORMING_FIELDS
+    assert may_take_long(b"{'x': 1}")
+    assert may_take_long(rb'{"\u0067uided_json": {}}')
+    assert not may_take_long(b'{"prompt": "tools"}')
 
 
 def test_a_worker_that_has_grown_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

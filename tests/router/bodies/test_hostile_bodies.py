@@ -19,6 +19,7 @@ import pytest
 
 from tensorweave.cluster.packed_logprobs import PackedLogprobs
 from tensorweave.router.bodies import pool as body_pool
+from tensorweave.router.bodies.pool import BodyPool
 from tensorweave.router.http.app import build_app
 from tests.router import fake_fleet
 from tests.router.calls import CHAT, COMPLETIONS
@@ -30,6 +31,10 @@ MAX_ITERATION_S = 0.050
 CONTEXT = 8192
 MB = 1_000_000
 LONG = [5, 7, 9, 11] * 2000
+COMBINATIONS = {
+    "allOf": [{"anyOf": [{"properties": {f"a{i}{j}": {"type": "integer"}}} for j in range(10)]} for i in range(4)]
+}
+"""10,000 of them: 0.6 s."""
 
 REFUSED: list[tuple[str, str, Any]] = [
     ("a text of ones", COMPLETIONS, completion("1" * 2 * MB)),
@@ -48,6 +53,7 @@ REFUSED: list[tuple[str, str, Any]] = [
     ("no UTF-8", COMPLETIONS, b'{"prompt":"' + b"\xff" * 2 * MB + b'"}'),
     ("a long number", COMPLETIONS, b'{"max_tokens":' + b"9" * 2 * MB + b"}"),
     ("a long model", COMPLETIONS, completion(model="m" * 2 * MB)),
+    ("a small schema of many combinations", COMPLETIONS, completion(guided_json=COMBINATIONS)),
 ]
 ANSWERED: list[tuple[str, str, Any]] = [
     ("nested lists where they change nothing", COMPLETIONS, completion(metadata={"x": [[]] * 600_000})),
@@ -87,6 +93,7 @@ def served() -> Iterator[tuple[int, LoopIterations]]:
 
     async def serve() -> None:
         service = make_service(FakeLink(model_info(CONTEXT), script=[5] * CONTEXT))
+        service.bodies = BodyPool(service.tokenizer)
         async with running(build_app(service)) as url:
             await service.bodies.warm_up()
             watching = asyncio.create_task(iterations.watch())
