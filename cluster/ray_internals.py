@@ -17,10 +17,11 @@ import re
 import secrets
 import socket
 import sys
+import time
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import grpc
 import ray
@@ -39,6 +40,8 @@ from ray.util.placement_group import PlacementGroup
 _FIRST: Final = (2, 60)
 _BEYOND: Final = (2, 61)
 """Tested: from the one up to, and without, the other."""
+_AGENT_KEEPER: Final = Path(__file__).resolve().with_name("ray_agent_keeper.py")
+_JOIN_INTERVAL_S: Final = 0.5
 
 
 class UntestedRay(ImportError):
@@ -195,6 +198,56 @@ def filtered_messages(
         yield
     finally:
         worker.print_to_stdstream = before
+
+
+# ---- a node that this process starts
+
+
+def run_command_line(arguments: Sequence[str]) -> NoReturn:
+    """`ray` with these arguments, in this process. Raises SystemExit with its exit code."""
+    from ray.scripts import scripts
+
+    scripts.cli.main(args=list(arguments), prog_name="ray")
+    raise SystemExit(0)
+
+
+@contextlib.contextmanager
+def kept_agents() -> Iterator[None]:
+    """Let the nodes that are started inside start their agents again instead of ending with them (Linux)."""
+    before = services._build_python_executable_command_memory_profileable
+    agents = (ray_constants.PROCESS_TYPE_DASHBOARD_AGENT, ray_constants.PROCESS_TYPE_RUNTIME_ENV_AGENT)
+
+    def build(component: str, session_dir: str, unbuffered: bool = True) -> list[str]:
+        command: list[str] = before(component, session_dir, unbuffered)
+        return [sys.executable, "-I", "-S", str(_AGENT_KEEPER), *command] if component in agents else command
+
+    services._build_python_executable_command_memory_profileable = build
+    try:
+        yield
+    finally:
+        services._build_python_executable_command_memory_profileable = before
+
+
+@contextlib.contextmanager
+def patient_start(timeout_s: float) -> Iterator[None]:
+    """Give a node that is started inside so long to join its cluster. Ray's own limit is fixed: 30 s."""
+    before = services.get_node
+
+    def get_node(gcs_address: str, node_id: str) -> object:
+        end_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                return before(gcs_address, node_id)
+            except RuntimeError:
+                if time.monotonic() > end_s:
+                    raise
+            time.sleep(_JOIN_INTERVAL_S)
+
+    services.get_node = get_node
+    try:
+        yield
+    finally:
+        services.get_node = before
 
 
 # ---- a Serve replica, before it listens

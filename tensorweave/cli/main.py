@@ -10,7 +10,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tensorweave.cli import batch, bench, changes, chaos, chat, evaluate, models, replay, serve, soak, top, version
+from tensorweave.cli import (
+    batch,
+    bench,
+    changes,
+    chaos,
+    chat,
+    evaluate,
+    models,
+    ray_node,
+    replay,
+    serve,
+    soak,
+    top,
+    version,
+)
 from tensorweave.cli.boundary import report
 
 _EXAMPLES = """\
@@ -35,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (serve, chat, top, batch, evaluate, bench, replay, chaos, soak, models, version):
+    for command in (serve, chat, top, batch, evaluate, bench, replay, chaos, soak, models, ray_node, version):
         command.add_command(commands)
     changes.add_commands(commands)
     return parser

@@ -151,9 +151,13 @@ class Host:
                         found[int(entry.name)] = line
         return found
 
+    def find(self, part: str) -> list[int]:
+        """The processes whose command line has `part`."""
+        return [pid for pid, line in self.processes().items() if part in line]
+
     def kill(self, part: str) -> int:
         """SIGKILL to the processes whose command line has `part`; how many there were."""
-        pids = [pid for pid, line in self.processes().items() if part in line]
+        pids = self.find(part)
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

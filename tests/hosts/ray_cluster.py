@@ -7,7 +7,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +21,6 @@ BIN = Path(sys.executable).parent
 GCS_PORT = 6379
 DASHBOARD_PORT = 8265
 JOIN_TIMEOUT_S = 300.0
-_NUM_START_TRIES = 5
 OURS = ("ServiceActor", "ProcessSentinel", "ServeController", "ProxyActor", "ServeReplica", "Supervisor", "RankWorker")
 
 
@@ -38,15 +37,13 @@ def wait_until(
 
 
 class RayCluster:
-    """The head is on the first host. `num_cpus` are Ray's slots, by host; `bin` is where python and ray are."""
+    """The head is on the first host. Its nodes are started by `tensorweave ray`."""
 
-    def __init__(self, network: Network, num_cpus: Mapping[str, int] | None = None, bin_folder: Path = BIN) -> None:
+    def __init__(self, network: Network) -> None:
         self.network = network
         self.hosts = network.hosts
         self.token = secrets.token_hex(32)
         self.logs = network.root
-        self._num_cpus = num_cpus or {}
-        self._bin = bin_folder
 
     @property
     def head(self) -> Host:
@@ -65,7 +62,7 @@ class RayCluster:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTEST", "PYTHONPATH"))}
         return {
             **kept,
-            "PATH": f"{self._bin}:{os.environ['PATH']}",
+            "PATH": f"{BIN}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -84,23 +81,18 @@ class RayCluster:
         return self
 
     def start_ray(self, host: Host) -> None:
-        """Returns once it has joined. Ray gives a node 30 s to start, which a busy machine exceeds: it is started again
-        then."""
-        arguments = self._start_arguments(host)
-        log = self.logs / f"ray-{host.name}.log"
-        for _ in range(_NUM_START_TRIES):
-            process = host.start([str(self._bin / "ray"), *arguments], self.environment, log)
-            wait_until(
-                lambda started=process: host.name in self.live_nodes() or started.poll() is not None,  # type: ignore[misc]
-                JOIN_TIMEOUT_S,
-                lambda: f"Ray on {host.name}: {self.log_of(host)}",
-            )
-            if process.poll() is None:
-                return
-        raise AssertionError(f"Ray does not start on {host.name}: {self.log_of(host)}")
+        """Returns once it has joined."""
+        command = [str(BIN / "tensorweave"), "ray", *self._start_arguments(host)]
+        process = host.start(command, self.environment, self.logs / f"ray-{host.name}.log")
+        wait_until(
+            lambda: host.name in self.live_nodes() or process.poll() is not None,
+            JOIN_TIMEOUT_S,
+            lambda: f"Ray on {host.name}: {self.log_of(host)}",
+        )
+        assert process.poll() is None, f"Ray does not start on {host.name}: {self.log_of(host)}"
 
     def _start_arguments(self, host: Host) -> list[str]:
-        common = ["--block", f"--node-ip-address={host.address}", f"--num-cpus={self._num_cpus.get(host.name, 1)}"]
+        common = ["--block", f"--node-ip-address={host.address}", "--num-cpus=1"]
         common += [f"--object-store-memory={128 << 20}", "--disable-usage-stats", f"--labels=host={host.name}"]
         if host is not self.head:
             return ["start", f"--address={self.address}", *common]
@@ -165,7 +157,7 @@ class RayCluster:
     def ray(self, *arguments: str, timeout_s: float = 150.0) -> subprocess.CompletedProcess[str]:
         """A command of Ray's, outside of the cluster."""
         return subprocess.run(
-            [str(self._bin / "ray"), *arguments],
+            [str(BIN / "ray"), *arguments],
             env=self.environment,
             cwd=REPOSITORY,
             capture_output=True,

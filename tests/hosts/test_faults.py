@@ -107,6 +107,24 @@ def test_a_slow_link(service: Service, traffic: Traffic, note: Note) -> None:
     check(traffic)
 
 
+@pytest.mark.parametrize("agent", ["DashboardAgent", "RuntimeEnvAgent"])
+def test_an_agent_of_the_head_is_killed(service: Service, traffic: Traffic, note: Note, agent: str) -> None:
+    """Ray's node would end with it; it is started again."""
+    head = service.cluster.head
+    nodes = set(service.cluster.live_nodes())
+    [before] = head.find(f"ray::{agent}")
+    assert head.kill(f"ray::{agent}") == 1
+    started_s = time.monotonic()
+    wait_until(lambda: head.find(f"ray::{agent}") not in ([], [before]), 120, "another agent")
+    note(f"another {agent} {time.monotonic() - started_s:.0f} s later")
+    traffic.await_requests(40)
+    assert set(service.cluster.live_nodes()) == nodes
+    wait_until(lambda: service.job.own_lines() != [], 60, "the job's log, which the dashboard's agent reads")
+    assert service.job.status() == "RUNNING"
+    note(traffic.seen.describe())
+    check(traffic)
+
+
 def test_strangers_at_every_port(service: Service, traffic: Traffic, note: Note) -> None:
     """The same processes go on, without a failed request, and have not grown."""
     hosts = service.cluster.hosts
@@ -141,16 +159,16 @@ def test_the_job_drains_when_it_is_stopped(service: Service, note: Note) -> None
     note(f"nothing of the service left after another {seconds:.0f} s")
 
 
-def test_the_agent_of_the_heads_dashboard_is_killed(cluster: RayCluster, note: Note) -> None:
-    """Ray's node ends with that agent, and with the head's node all that is there: no router is left. Requests fail at
-    once, nothing of the service stays, and a new Ray takes it again."""
+def test_ray_ends_on_the_head(cluster: RayCluster, note: Note) -> None:
+    """All that is on the head ends with it: no router is left. Requests fail at once, nothing of the service stays, and
+    a new Ray takes it again."""
     config = write_service(cluster, write_model(cluster.logs / "model"), {"main": {"placement": {"nodes": "twc2"}}})
-    job = cluster.submit("agent", *DRIVER, "--config", str(config))
+    job = cluster.submit("headless", *DRIVER, "--config", str(config))
     job.await_line("ready: ", READY_TIMEOUT_S)
     with Traffic(Service(cluster, job).url, model="m") as traffic:
         traffic.await_requests(8)
         started_s = time.monotonic()
-        assert cluster.head.kill("ray::DashboardAgent") == 1
+        assert cluster.head.kill("raylet/raylet ") == 1
         wait_until(lambda: len(traffic.seen.failures) >= 8, 60, "requests fail")
     note(f"{traffic.seen.describe()}; the driver's last words: {cluster.driver_log('agent').splitlines()[-2:]}")
     assert traffic.seen.longest_wait_s < LONGEST_WAIT_S
