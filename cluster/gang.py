@@ -145,6 +145,7 @@ class Gang:
         if scattered := self._places.scattered_stages(self.spec.mesh):
             logger.warning("gang %s: pipeline stages %s have ranks on several hosts each", self.gang_id, scattered)
         await self._check_versions()
+        self._check_encryption()
         hosts = Hosts.choose(places, node_ips)
         starting = asyncio.ensure_future(
             _gather([self._start_rank(rank, self._order(rank, hosts)) for rank in range(len(self._actors))])
@@ -166,7 +167,14 @@ class Gang:
         leader = started[0].leader
         assert leader is not None, "rank 0 is the leader"
         address = GangAddress(
-            self.gang_id, self.epoch, self.spec.role, hosts.listen, leader.port, self._secret, leader.info
+            self.gang_id,
+            self.epoch,
+            self.spec.role,
+            hosts.listen,
+            leader.port,
+            self._secret,
+            leader.info,
+            tls=self.spec.tls,
         )
         address = dataclasses.replace(address, kv_source=self._kv_source(started))
         where = (self._places.places, self._places.node_ips)
@@ -184,6 +192,16 @@ class Gang:
                 versions[self._places.name(rank)] = None
         if mix := explain_mix(Versions.here(), versions):
             raise ValueError(mix)
+
+    def _check_encryption(self) -> None:
+        """Raises ValueError if TLS is wanted and the ranks would send each other prompts and tokens without it."""
+        addresses = sorted(set(self._places.ips()))
+        if self.spec.tls is not None and not self.spec.allow_plain_gangs and len(addresses) > 1:
+            raise ValueError(
+                f"network.tls is set, and gang {self.gang_id} would span the hosts {', '.join(addresses)}: gloo and "
+                "NCCL, which connect its ranks, do not encrypt. Place each gang on one host, or set "
+                "network.allow_plain_gangs"
+            )
 
     async def _start_rank(self, rank: int, order: RankOrder) -> RankStarted:
         """If there are several hosts, an error names the rank and host that it comes from."""
@@ -223,6 +241,7 @@ class Gang:
             secret=self._secret,
             kv_secret=self._kv_secret,
             transfer_network=self.spec.transfer_network,
+            tls=self.spec.tls,
         )
 
     # ---- supervision

@@ -9,6 +9,7 @@ from typing import Any, Final
 from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.placement_rule import PlacementRule
 from tensorweave.cluster.protocol import Role
+from tensorweave.cluster.tls import TlsFiles
 
 _MAY_DIFFER: Final = ("role", "args", "place_timeout_s", "start_timeout_s", "hang_timeout_s")
 """Of two pools, between which gangs move: `args` are compared one by one."""
@@ -17,7 +18,8 @@ _MAY_DIFFER: Final = ("role", "args", "place_timeout_s", "start_timeout_s", "han
 @dataclass(frozen=True)
 class GangSpec:
     """`args` are `TorchLlmArgs` fields, `worker_options` are passed to the worker class. `model_digest` is that of the
-    model that each rank must find on its host. KV goes through `transfer_network` (`cluster.host_networks`). Without a
+    model that each rank must find on its host. KV goes through `transfer_network` (`cluster.host_networks`). With `tls`
+    a gang may span hosts only if `allow_plain_gangs`: what its ranks send each other is not encrypted. Without a
     `place_timeout_s`, `cluster.placement` chooses one."""
 
     role: Role = "both"
@@ -32,6 +34,8 @@ class GangSpec:
     hang_timeout_s: float = 8.0
     model_digest: str | None = None
     transfer_network: str | None = None
+    tls: TlsFiles | None = None
+    allow_plain_gangs: bool = False
     placement: PlacementRule = field(default_factory=PlacementRule)
 
     @property

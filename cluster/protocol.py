@@ -23,6 +23,7 @@ from tensorweave.cluster.packed_logprobs import PackedLogprobs
 from tensorweave.cluster.retention import DEFAULT_RETENTION_PRIORITY, Retention, RetentionRange
 from tensorweave.cluster.sampling_defaults import SamplingDefaults
 from tensorweave.cluster.sampling_spec import SamplingSpec
+from tensorweave.cluster.tls import TlsFiles
 
 __all__ = [
     "DEFAULT_RETENTION_PRIORITY",
@@ -289,3 +290,4 @@ class GangAddress:
     secret: str = field(repr=False)
     info: ModelInfo
     kv_source: KvSource | None = None
+    tls: TlsFiles | None = None

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.protocol import KvEndpoint, ModelInfo
+from tensorweave.cluster.tls import TlsFiles
 
 _MAX_OPEN_FILES_SHARE: Final = 0.9
 """A rank with a larger share of its file descriptors open is replaced before it can open no more."""
@@ -48,6 +49,7 @@ class RankOrder:
     secret: str = field(repr=False)
     kv_secret: str = field(repr=False)
     transfer_network: str | None = None
+    tls: TlsFiles | None = None
 
 
 @dataclass(frozen=True, slots=True)

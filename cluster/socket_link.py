@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import ssl
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Final
 
@@ -33,6 +34,7 @@ from tensorweave.cluster.protocol import (
     ModelInfo,
     TokenChunk,
 )
+from tensorweave.cluster.tls import tls_reason
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +66,12 @@ class SocketLink:
 
     @classmethod
     async def connect(cls, address: GangAddress, timeout_s: float = 5.0) -> SocketLink:
-        """Connect and authenticate. Raises NotReady if the leader does not answer in time, WireError if it refuses."""
+        """Connect and authenticate. Raises NotReady if the leader does not answer in time, WireError if it refuses, or
+        if one end does not accept the other's certificate."""
         try:
             async with asyncio.timeout(timeout_s):
-                reader, writer = await asyncio.open_connection(address.host, address.port)
+                tls = None if address.tls is None else address.tls.connecting()
+                reader, writer = await asyncio.open_connection(address.host, address.port, ssl=tls)
                 with contextlib.ExitStack() as undo:
                     undo.callback(wire.abort, writer)
                     wire.tune_socket(writer)
@@ -75,6 +79,11 @@ class SocketLink:
                     frames = wire.FrameReader(reader)
                     info = await wire.read_hello(frames)
                     undo.pop_all()
+        except (ssl.SSLError, ValueError) as error:
+            why = tls_reason(error) if isinstance(error, OSError) else str(error)
+            raise WireError(
+                f"gang {address.gang_id}: no TLS with its leader at {address.host}:{address.port}: {why}"
+            ) from None
         except (
             OSError,
             RuntimeError,

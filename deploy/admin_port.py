@@ -16,6 +16,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from tensorweave.cluster.sentences import sentence_of
+from tensorweave.deploy.config_tls import ListenerTlsConfig
 from tensorweave.router.http.connections import ConnectionLimits, bounded_protocol
 
 logger = logging.getLogger(__name__)
@@ -30,10 +31,13 @@ _LIMITS: Final = ConnectionLimits(max_waiting=64)
 class AdminPort:
     """`build` makes the app, on the thread's event loop."""
 
-    def __init__(self, host: str, port: int, build: Callable[[], ASGIApp]) -> None:
+    def __init__(
+        self, host: str, port: int, build: Callable[[], ASGIApp], tls: ListenerTlsConfig | None = None
+    ) -> None:
         self._host = host
         self._port = port
         self._build = build
+        self._tls = tls
         self._is_closing = threading.Event()
         self._server: uvicorn.Server | None = None
         self._thread = threading.Thread(target=self._run, name="admin-port", daemon=True)
@@ -69,6 +73,8 @@ class AdminPort:
             timeout_keep_alive=_IDLE_TIMEOUT_S,
             server_header=False,
             timeout_graceful_shutdown=_GRACE_S,
+            ssl_certfile=None if self._tls is None else self._tls.certificate,
+            ssl_keyfile=None if self._tls is None else self._tls.key,
         )
         self._server = uvicorn.Server(config)
         await self._server.serve(sockets=[listener])

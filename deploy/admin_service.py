@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ from ray.exceptions import RayError
 from starlette.types import ASGIApp
 
 from tensorweave.cluster.errors import NotReady
+from tensorweave.cluster.tls import pinned_context
 from tensorweave.deploy.adapter_control import SupervisorAdapters
 from tensorweave.deploy.admin_port import AdminPort
 from tensorweave.deploy.config import ServeConfig
@@ -52,7 +54,7 @@ def start_admin_port(
                 version=version,
                 keys=AdminKeys(security.admin_keys, bool(security.api_keys), config.admin.host),
                 observer=Observer(describe, routers),
-                chat=ChatRelay(config.endpoint, chat_key),
+                chat=ChatRelay(config.endpoint, chat_key, verify=_trust_in_endpoint(config)),
                 heartbeat_limit_s=config.limits.router_limits().heartbeat_limit_s,
                 routes=[
                     *adapter_routes(SupervisorAdapters(find_supervisor), config.model_names),
@@ -61,7 +63,14 @@ def start_admin_port(
             )
         )
 
-    AdminPort(config.admin.host, config.admin_port, build).start()
+    AdminPort(config.admin.host, config.admin_port, build, config.admin.tls).start()
+
+
+def _trust_in_endpoint(config: ServeConfig) -> ssl.SSLContext | bool:
+    """Our own endpoint is known by its very certificate, another one by the system's authorities."""
+    if config.admin.endpoint is None and config.router.tls is not None:
+        return pinned_context(config.router.tls.certificate)
+    return True
 
 
 async def _describe(find_supervisor: Callable[[], ActorHandle[Any]]) -> Sequence[dict[str, Any]]:

@@ -157,7 +157,7 @@ class ServeConfig(StrictBaseModel):
     @property
     def endpoint(self) -> str:
         """The address of the first router replica, or the one that was given for it."""
-        return self.admin.endpoint or f"http://{self.router.reachable_host}:{self.router.port}"
+        return self.admin.endpoint or f"{self.router.scheme}://{self.router.reachable_host}:{self.router.port}"
 
     def _wrong_roles(self) -> Iterator[InitErrorDetails]:
         by_role = {role: [name for name, pool in self.pools.items() if pool.role == role] for role in get_args(Role)}

@@ -11,6 +11,7 @@ from pydantic import field_validator, model_validator
 
 from tensorweave.cluster.strict_model import Field, StrictBaseModel
 from tensorweave.deploy.api_keys import digest_of, read_keys
+from tensorweave.deploy.config_tls import ListenerTlsConfig
 
 _ORIGIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@*]+")
 
@@ -130,6 +131,7 @@ class AdminConfig(StrictBaseModel):
         description="Address that it listens on, on the head node. Any but loopback needs security.admin_keys.",
     )
     port: int | None = Field(None, status="prototype", ge=1, le=65535, description="Default: router.port + 200.")
+    tls: ListenerTlsConfig | None = Field(None, status="prototype", description="HTTPS. Default: HTTP.")
     endpoint: str | None = Field(
         None,
         status="prototype",
@@ -142,6 +144,10 @@ class AdminConfig(StrictBaseModel):
         if endpoint is not None and not _ORIGIN.fullmatch(endpoint.rstrip("/")):
             raise ValueError(f"{endpoint!r} is not of the form http://host:port")
         return endpoint
+
+    @property
+    def scheme(self) -> str:
+        return "http" if self.tls is None else "https"
 
     @property
     def reachable_host(self) -> str:

@@ -7,6 +7,7 @@ from typing import Final, Self
 from pydantic import model_validator
 
 from tensorweave.cluster.strict_model import Field, StrictBaseModel
+from tensorweave.deploy.config_tls import ListenerTlsConfig
 from tensorweave.router.dispatch.policy import PolicyName
 
 _EVERYWHERE: Final = ("0.0.0.0", "::")
@@ -37,6 +38,7 @@ class RouterConfig(StrictBaseModel):
         description="One replica on each host that the cluster has at the start, all at `port`, in place of `replicas` "
         "on the head: clients may use any of them. Needs host 0.0.0.0 or '::', for each host has another address.",
     )
+    tls: ListenerTlsConfig | None = Field(None, status="prototype", description="HTTPS. Default: HTTP.")
     policy: PolicyName = Field(
         "joint",
         status="prototype",
@@ -89,6 +91,10 @@ class RouterConfig(StrictBaseModel):
         if self.per_host and self.replicas > 1:
             raise ValueError("per_host has one replica on each host: leave replicas out")
         return self
+
+    @property
+    def scheme(self) -> str:
+        return "http" if self.tls is None else "https"
 
     @property
     def reachable_host(self) -> str:

@@ -12,7 +12,9 @@ from tensorweave.cluster.llm_args import LlmArgs
 from tensorweave.cluster.protocol import Role
 from tensorweave.cluster.speculation_config import UserProvidedDecodingConfig
 from tensorweave.cluster.strict_model import Field, StrictBaseModel
+from tensorweave.cluster.tls import TlsFiles
 from tensorweave.deploy.config_placement import PlacementConfig
+from tensorweave.deploy.config_tls import PeerTlsConfig
 from tensorweave.router.chat_formats.choice import choose_format
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.guided.limits import GuidedLimits
@@ -299,3 +301,17 @@ class NetworkConfig(StrictBaseModel):
         description="KV between gangs: the name of an interface ('ib0'), or a network ('10.80.0.0/16') in which each "
         "host has an address.",
     )
+    tls: PeerTlsConfig | None = Field(
+        None,
+        status="prototype",
+        description="Encrypt what routers and gangs, and gangs among themselves, send each other. Default: no.",
+    )
+    allow_plain_gangs: bool = Field(
+        False,
+        status="prototype",
+        description="Let a gang span hosts although tls is set. Gloo and NCCL, which connect its ranks, do not "
+        "encrypt.",
+    )
+
+    def tls_files(self) -> TlsFiles | None:
+        return None if self.tls is None else self.tls.files()

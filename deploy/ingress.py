@@ -41,6 +41,14 @@ def ingress_env(router: RouterConfig) -> dict[str, str]:
     }
 
 
+def http_options(router: RouterConfig) -> dict[str, Any]:
+    """Serve's, for the proxy; its replicas take everything but the port from them."""
+    options: dict[str, Any] = {"host": router.host, "port": router.proxy_port}
+    if router.tls is not None:
+        options |= {"ssl_certfile": router.tls.certificate, "ssl_keyfile": router.tls.key}
+    return options
+
+
 def bound_proxy() -> list[Any]:
     """Serve's proxy calls this before it listens, and expects middleware."""
     bound_connections()

@@ -44,6 +44,8 @@ def _gang_spec(pool: PoolConfig, config: ServeConfig, has_gpus: bool, digest: st
         hang_timeout_s=pool.hang_timeout_s,
         model_digest=digest,
         transfer_network=config.network.transfer,
+        tls=config.network.tls_files(),
+        allow_plain_gangs=config.network.allow_plain_gangs,
         placement=pool.placement.rule(),
     )
 

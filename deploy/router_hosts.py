@@ -22,7 +22,9 @@ def replica_options(router: RouterConfig) -> dict[str, Any]:
 def router_urls(router: RouterConfig) -> list[str]:
     """Of the replicas, that of the head's first one first. Ray must be running."""
     if not router.per_host:
-        return [f"http://{router.reachable_host}:{router.port + number}" for number in range(router.replicas)]
+        return [
+            f"{router.scheme}://{router.reachable_host}:{router.port + number}" for number in range(router.replicas)
+        ]
     head = ray.get_runtime_context().gcs_address.rpartition(":")[0]
     addresses = sorted((node["NodeManagerAddress"] for node in live_nodes()), key=lambda address: address != head)
-    return [f"http://{address}:{router.port}" for address in addresses]
+    return [f"{router.scheme}://{address}:{router.port}" for address in addresses]

@@ -132,6 +132,8 @@ class Router:
         log_in_replica(self._config.logging.settings(), f"router {replica}")
         allow_rebinding()
         bound_connections()
+        if (tls := self._config.network.tls_files()) is not None:
+            tls.connecting()  # refuse here what each connection to a gang would
         config, tokenizer, fleet = self._config, await self._load_tokenizer(), await self._find_fleet()
         weights = {key_name(digest): weight for digest, weight in config.security.key_weights.items()}
         limits = config.limits.router_limits(weights)

@@ -30,7 +30,7 @@ from tensorweave.cluster.sentences import essence, sentence_of
 from tensorweave.deploy.actor_names import APP_NAME, HEAD_NODE, NAMESPACE, SERVICE_ACTOR_NAME
 from tensorweave.deploy.config import ServeConfig
 from tensorweave.deploy.driver_log import driver_log, format_rays_own
-from tensorweave.deploy.ingress import ingress_env, taken_ports
+from tensorweave.deploy.ingress import http_options, ingress_env, taken_ports
 from tensorweave.deploy.monitor import RayCluster, RayLost, ServiceFailed, abandon_ray, monitor
 from tensorweave.deploy.pinned_model import PinnedModel
 from tensorweave.deploy.pools import explain_shortage, pool_specs, roomy_cpus
@@ -134,11 +134,11 @@ def _start(model: PinnedModel, stop: StopSignal, ending: ExitStack) -> tuple[lis
     stop.arm()
     service_actor = _start_service_actor(config, ending)
     _check_ports(config, partial(_ports_taken_there, service_actor))
+    _check_listener_files(config, service_actor)
     report(f"loading {config.shared_args.model}")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     env = ingress_env(config.router)
-    http_options = {"host": config.router.host, "port": config.router.proxy_port}
-    serve.start(http_options=http_options, controller_options={"runtime_env": {"env_vars": env}})
+    serve.start(http_options=http_options(config.router), controller_options={"runtime_env": {"env_vars": env}})
     target = serve.RunTarget(build(model, replica_env=env), name=APP_NAME, route_prefix="/")
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     _await_ready(config, service_actor, stop, deadline_s)
@@ -206,7 +206,7 @@ def _end_service(service_actor: ActorHandle[Any], sentinel: OwnSentinel, drain_t
 
 
 def _admin_line(config: ServeConfig) -> str:
-    where = f"http://{config.admin.reachable_host}:{config.admin_port}"
+    where = f"{config.admin.scheme}://{config.admin.reachable_host}:{config.admin_port}"
     security = config.security
     if security.api_keys and not security.admin_keys:
         return f"status page at {where}, which nobody may use: set security.admin_keys"
@@ -229,6 +229,15 @@ def _check_ports(config: ServeConfig, taken_of: _TakenPorts) -> None:
     _check_free("admin", config.admin.host, [config.admin_port], "admin.port", taken_of)
 
 
+def _check_listener_files(config: ServeConfig, service_actor: ActorHandle[Any]) -> None:
+    """Raises StartFailed if the head lacks what HTTPS needs."""
+    for table, tls in (("router", config.router.tls), ("admin", config.admin.tls)):
+        if tls is not None:
+            asked = service_actor.why_no_https.remote(f"{table}.tls", tls.certificate, tls.key)
+            if (why := ray.get(asked, timeout=_ACTOR_START_TIMEOUT_S)) is not None:
+                raise StartFailed(why)
+
+
 def _check_free(table: str, host: str, ports: Sequence[int], names: str, taken_of: _TakenPorts) -> None:
     """Raises StartFailed if `ports` cannot be listened on; `names` are the keys that choose them."""
     try:
@@ -243,6 +252,7 @@ def _await_ready(config: ServeConfig, service_actor: ActorHandle[Any], stop: Sto
     """Wait until router and proxy report the service as ready, and every pool has a gang or is known to have failed.
     Report changes of the pools meanwhile."""
     reporter, router = PoolReporter(), config.router
+    certificate = None if router.tls is None else router.tls.certificate
     while True:
         _raise_failures()
         pools = ray.get(service_actor.describe_pools.remote(), timeout=_CONTROL_TIMEOUT_S) or []
@@ -251,7 +261,7 @@ def _await_ready(config: ServeConfig, service_actor: ActorHandle[Any], stop: Sto
                 raise StartFailed(f"pool {pool['pool']}: {pool['failure']}")
         reporter(pools)
         probes = [
-            service_actor.probe.remote(router.reachable_host, port, "/ready")
+            service_actor.probe.remote(router.reachable_host, port, "/ready", certificate)
             for port in (router.port, router.proxy_port)
         ]
         are_ready = ray.get(probes, timeout=_CONTROL_TIMEOUT_S) == [200, 200]

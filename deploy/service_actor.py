@@ -26,6 +26,7 @@ from ray.exceptions import RayError
 from tensorweave.cluster.log_setup import LogSettings, set_up_logging
 from tensorweave.cluster.process_sentinel import wait_for_owner_end
 from tensorweave.cluster.supervisor_handle import find_supervisor
+from tensorweave.cluster.tls import check_listener_files, pinned_context
 from tensorweave.deploy.actor_names import APP_NAME, NAMESPACE, SERVICE_ACTOR_NAME, supervisor_home
 from tensorweave.deploy.ingress import taken_ports
 
@@ -56,9 +57,18 @@ class ServiceActor:
     def taken_ports(self, host: str, ports: Sequence[int]) -> list[int]:
         return taken_ports(host, ports)
 
-    async def probe(self, host: str, port: int, path: str) -> int | None:
-        """The status of a GET on this node; None if there is no answer."""
-        return await asyncio.to_thread(_get_status, host, port, path)
+    async def probe(self, host: str, port: int, path: str, certificate: str | None = None) -> int | None:
+        """The status of a GET on this node, over HTTPS if a certificate is given, which the server must show; None if
+        there is no answer."""
+        return await asyncio.to_thread(_get_status, host, port, path, certificate)
+
+    async def why_no_https(self, table: str, certificate: str, key: str) -> str | None:
+        """Why a listener of this node cannot use these files; None if it can."""
+        try:
+            check_listener_files(table, certificate, key)
+        except ValueError as error:
+            return str(error)
+        return None
 
     async def describe_pools(self) -> list[dict[str, Any]] | None:
         """The supervisor's description of its pools; None if there is no supervisor or it does not answer."""
@@ -133,8 +143,12 @@ def _end_after_driver(sentinel: str) -> None:
     ray.kill(service_actor, no_restart=True)
 
 
-def _get_status(host: str, port: int, path: str) -> int | None:
-    connection = http.client.HTTPConnection(host, port, timeout=_PROBE_TIMEOUT_S)
+def _get_status(host: str, port: int, path: str, certificate: str | None) -> int | None:
+    if certificate is None:
+        connection = http.client.HTTPConnection(host, port, timeout=_PROBE_TIMEOUT_S)
+    else:
+        context = pinned_context(certificate)
+        connection = http.client.HTTPSConnection(host, port, timeout=_PROBE_TIMEOUT_S, context=context)
     try:
         connection.request("GET", path)
         return connection.getresponse().status

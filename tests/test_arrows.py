@@ -81,7 +81,8 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
     "workers/transfer": {
         "block_part.py": "",
         "expected_rate.py": "",
-        "transports/frame_connection.py": "",
+        "transports/peer_sockets.py": "",
+        "transports/frame_connection.py": "transports/peer_sockets.py",
         "read_request.py": "",
         "window.py": "",
         "block_sink.py": "block_part.py read_request.py",
@@ -97,7 +98,8 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
         "sending": "block_part.py fingerprint.py read_request.py carrier.py sending/block_cursor.py"
         " sending/offered_blocks.py transports/loader.py window.py",
         "carriers": "block_part.py block_sink.py read_request.py carrier.py sending/block_cursor.py"
-        " transports/frame_connection.py sending sending/offered_blocks.py transports transports/loader.py window.py",
+        " transports/frame_connection.py transports/peer_sockets.py sending sending/offered_blocks.py transports"
+        " transports/loader.py window.py",
         "receiving": "block_part.py block_sink.py fingerprint.py read_request.py carrier.py sending"
         " sending/offered_blocks.py transfer_stats.py window.py",
         "transfers.py": "expected_rate.py fingerprint.py read_request.py carrier.py sending receiving"

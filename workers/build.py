@@ -18,6 +18,7 @@ from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.cluster.quant_config import weight_quantization
 from tensorweave.cluster.speculation_config import UserProvidedDecodingConfig
 from tensorweave.cluster.step_settings import StepSettings
+from tensorweave.cluster.tls import TlsFiles
 from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.device_memory import naming_knobs
 from tensorweave.workers.engine.engine import ModelEngine, PyTorchModelEngine
@@ -56,6 +57,7 @@ from tensorweave.workers.store.model_store import resolve_model
 from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
 from tensorweave.workers.transfer.fingerprint import fingerprint
 from tensorweave.workers.transfer.transfers import KvTransfers
+from tensorweave.workers.transfer.transports.peer_sockets import PlainPeers, TlsPeers
 from tensorweave.workers.transfer.transports.selection import DIRECT_BACKEND, make_transports
 from tensorweave.workers.transfer.window import PoolWindow
 
@@ -66,6 +68,7 @@ def build_executor(
     *,
     transfer_host: str = "127.0.0.1",
     transfer_secret: str = "",
+    transfer_tls: TlsFiles | None = None,
     num_ranks_here: int = 1,
     event_buffer_size: int = 0,
     loads_guides_early: bool = False,
@@ -76,6 +79,7 @@ def build_executor(
     Args:
         transfer_host: the address of this rank's host from which other gangs fetch KV, if `args` asks for transfers.
         transfer_secret: what other gangs must send to this gang's KV endpoints; the same on all its ranks.
+        transfer_tls: with it, KV that other gangs fetch or send is encrypted.
         num_ranks_here: ranks of this gang that share this host's memory.
         event_buffer_size: KV events that are kept until they are read.
         loads_guides_early: what the first grammar needs is started with the executor, and not when that comes.
@@ -131,7 +135,7 @@ def build_executor(
         info=dataclasses.replace(engine.info, guided_decoding_backend=args.guided_decoding_backend),
         guides=_make_guides(args, engine, comm, transfer_host, loads_early=loads_guides_early),
         adapters=adapters,
-        transfers=_make_transfers(args, engine, kv_cache, comm, transfer_host, transfer_secret),
+        transfers=_make_transfers(args, engine, kv_cache, comm, transfer_host, transfer_secret, transfer_tls),
         disable_overlap_scheduler=not settings.overlaps,
         max_requests=args.max_queued_requests,
         max_stats=args.iter_stats_max_iterations if args.enable_iter_perf_stats else 0,
@@ -223,6 +227,7 @@ def _make_transfers(
     comm: Comm,
     host: str,
     secret: str,
+    tls: TlsFiles | None,
 ) -> Transfers:
     config = args.cache_transceiver_config
     if config is None or config.backend is None:
@@ -230,7 +235,7 @@ def _make_transfers(
     digest, num_heads = _kv_identity(args, resolve_model(args.model, revision=args.revision), engine)
     marks = follow_layers(engine) if config.backend == DIRECT_BACKEND else NoLayerMarks()
     return build_transfers(
-        config, engine.pool, kv_cache, comm, digest, num_heads, host=host, secret=secret, marks=marks
+        config, engine.pool, kv_cache, comm, digest, num_heads, host=host, secret=secret, tls=tls, marks=marks
     )
 
 
@@ -253,6 +258,7 @@ def build_transfers(
     *,
     host: str,
     secret: str,
+    tls: TlsFiles | None = None,
     marks: LayerMarks | None = None,
 ) -> KvTransfers:
     """Make one rank's KV transfers; every rank of the gang calls it. `model` identifies the weights, `num_heads` is the
@@ -261,8 +267,9 @@ def build_transfers(
         raise ValueError("cache_transceiver_config is set, but no secret was given for the gang's KV endpoints")
     window = PoolWindow(pool, config.max_copy_sms, is_direct=config.backend == DIRECT_BACKEND)
     alike = fingerprint(window, model, num_heads)
+    transports = make_transports(config.backend or "DEFAULT", window, is_encrypted=tls is not None)
     return KvTransfers(
-        carrier=TcpCarrier(window, alike, host, secret, make_transports(config.backend or "DEFAULT", window)),
+        carrier=TcpCarrier(window, alike, host, secret, transports, PlainPeers() if tls is None else TlsPeers(tls)),
         window=window,
         kv_cache=kv_cache,
         reports=open_report_channel(comm, host),

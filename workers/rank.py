@@ -187,6 +187,7 @@ class RankWorker:
             comm,
             transfer_host=_transfer_host(order),
             transfer_secret=order.kv_secret,
+            transfer_tls=order.tls,
             num_ranks_here=order.num_ranks_here,
             event_buffer_size=_EVENT_BUFFER_SIZE if order.place.rank == 0 else 0,
             loads_guides_early=True,
@@ -223,7 +224,8 @@ class RankWorker:
         from tensorweave.workers.leader.server import LeaderServer
 
         max_kv_events = args.kv_cache_config.event_buffer_max_size
-        self._leader = LeaderServer(executor, order.listen_host, order.secret, max_kv_events=max_kv_events)
+        tls = None if order.tls is None else order.tls.accepting()
+        self._leader = LeaderServer(executor, order.listen_host, order.secret, max_kv_events=max_kv_events, tls=tls)
         return LeaderPlace(self._leader.start(), executor.info)
 
     def _measure_gang_link(self, comm: Comm, args: TorchLlmArgs) -> LinkRate | None:

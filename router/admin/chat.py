@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ssl
 from collections.abc import AsyncIterator
 from typing import Final
 
@@ -23,10 +24,18 @@ _TIMEOUT: Final = httpx.Timeout(600.0, connect=5.0)
 class ChatRelay:
     """`key`: an API key of the endpoint, where it asks for one."""
 
-    def __init__(self, endpoint: str, key: str | None, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        key: str | None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        verify: ssl.SSLContext | bool = True,
+    ) -> None:
         self._url = f"{endpoint.rstrip('/')}/v1/chat/completions"
         headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
-        self._client = httpx.AsyncClient(timeout=_TIMEOUT, headers=headers, transport=transport, trust_env=False)
+        self._client = httpx.AsyncClient(
+            timeout=_TIMEOUT, headers=headers, transport=transport, trust_env=False, verify=verify
+        )
         self._memory = BodyMemory(_MAX_HELD_BYTES)
 
     async def answer(self, request: Request) -> Response:

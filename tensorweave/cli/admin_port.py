@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ssl
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -22,7 +23,8 @@ def add_admin_port(parser: argparse.ArgumentParser) -> None:
 def admin_client(args: argparse.Namespace, timeout: httpx.Timeout | float) -> httpx.Client:
     """A client of the port that the command line names."""
     headers = {"x-api-key": args.admin_key} if args.admin_key else {}
-    return httpx.Client(base_url=args.url, headers=headers, timeout=timeout, trust_env=False)
+    verify = ssl.create_default_context()  # with SSL_CERT_FILE, if that is set
+    return httpx.Client(base_url=args.url, headers=headers, timeout=timeout, trust_env=False, verify=verify)
 
 
 def answered(client: httpx.Client, send: Callable[[], httpx.Response]) -> tuple[httpx.Response, dict[str, Any]]:

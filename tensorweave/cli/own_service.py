@@ -47,11 +47,11 @@ def service_url(args: argparse.Namespace) -> Iterator[str]:
 
 
 def service_config(args: argparse.Namespace) -> ServeConfig:
-    """Of a service of this command's own. Its ports are other ones each time."""
+    """Of a service of this command's own, on loopback without TLS. Its ports are other ones each time."""
     from tensorweave.deploy.config import load_config
 
     port, proxy_port, admin_port = _free_ports(3)
-    hosts = ["router.host=127.0.0.1", "admin.host=127.0.0.1", "router.replicas=1"]
+    hosts = ["router.host=127.0.0.1", "admin.host=127.0.0.1", "router.replicas=1", "router.tls=null", "admin.tls=null"]
     ports = [f"router.port={port}", f"router.proxy_port={proxy_port}", f"admin.port={admin_port}"]
     return load_config(config_path(args.config), [*hosts, *ports, *config_changes(args)])
 

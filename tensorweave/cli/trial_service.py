@@ -58,7 +58,8 @@ def prepared_trial(path: Path, changes: Sequence[str], api_key: str | None) -> I
         raise ValueError("ray.address: a service on trial runs on a Ray cluster of its own; leave it out")
     _check_key(config, api_key)
     admin_key = secrets.token_hex(16)
-    changes = [*changes, f"security.admin_keys=[{json.dumps(digest_of(admin_key))}]"]
+    without_tls = ("router.tls=null", "admin.tls=null")  # its clients are here
+    changes = [*changes, *without_tls, f"security.admin_keys=[{json.dumps(digest_of(admin_key))}]"]
     with tempfile.TemporaryDirectory(prefix="tensorweave-trial-") as directory:
         if config.model == TINY_MODEL:
             model = write_tiny_model(Path(directory) / TINY_MODEL)

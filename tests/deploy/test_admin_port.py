@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -13,8 +15,11 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
 
 from tensorweave.cluster.router_report import RouterReport
+from tensorweave.cluster.tls import check_listener_files, pinned_context
 from tensorweave.deploy import admin_port, router_reports
 from tensorweave.deploy.admin_port import AdminPort
+from tensorweave.deploy.config_tls import ListenerTlsConfig
+from tests.certificates import make_files
 from tests.router.admin.small_admin import SmallAdmin, pool
 
 OWN_HOST = "127.77.1.10"
@@ -39,11 +44,37 @@ def test_it_waits_for_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch, capl
     assert not [thread for thread in threading.enumerate() if thread.name == "admin-port"]
 
 
-def status_of(url: str) -> int:
+def test_https_with_a_certificate_of_its_own(tmp_path: Path) -> None:
+    """A client that expects this certificate is answered, one that trusts others is not."""
+    files, other = make_files(tmp_path / "own"), make_files(tmp_path / "other")
+    with socket.create_server((OWN_HOST, 0)) as free:
+        port = free.getsockname()[1]
+    tls = ListenerTlsConfig(certificate=files.certificate, key=files.key)
+    listening = AdminPort(OWN_HOST, port, lambda: SmallAdmin(pool("main")).app, tls)
+    listening.start()
+    url = f"https://{OWN_HOST}:{port}/status"
+    try:
+        assert status_of(url, pinned_context(files.certificate)) == 200
+        with pytest.raises(httpx.ConnectError, match="certificate verify failed"):
+            httpx.get(url, trust_env=False, verify=pinned_context(other.certificate))
+    finally:
+        listening.close()
+
+
+def test_files_that_no_listener_can_use_are_named(tmp_path: Path) -> None:
+    files, other = make_files(tmp_path / "own"), make_files(tmp_path / "other")
+    check_listener_files("router.tls", files.certificate, files.key)
+    with pytest.raises(ValueError, match=r"^router\.tls\.certificate cannot be read: /nowhere: No such file"):
+        check_listener_files("router.tls", "/nowhere", files.key)
+    with pytest.raises(ValueError, match=r"^admin\.tls\.certificate and key are no PEM files that match: "):
+        check_listener_files("admin.tls", files.certificate, other.key)
+
+
+def status_of(url: str, verify: ssl.SSLContext | bool = True) -> int:
     deadline_s = time.monotonic() + PATIENCE_S
     while True:
         try:
-            return httpx.get(url, trust_env=False).status_code
+            return httpx.get(url, trust_env=False, verify=verify).status_code
         except httpx.TransportError:
             assert time.monotonic() < deadline_s
             time.sleep(0.02)

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from tensorweave.cluster.llm_args import LlmArgs
 from tensorweave.cluster.speculation_config import NGramDecodingConfig, UserProvidedDecodingConfig
+from tensorweave.cluster.tls import TlsFiles
 from tensorweave.deploy.config import ServeConfig, load_config
 from tensorweave.deploy.config_file import ConfigError, parse_document, read_document
+from tensorweave.deploy.ingress import http_options
 from tensorweave.deploy.pools import pool_specs
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "deploy" / "examples").glob("*.yaml"))
@@ -466,3 +468,20 @@ def test_routers_on_every_host_need_an_address_that_every_host_has(tmp_path: Pat
     config = load_config(write(tmp_path, text), ["router.host=0.0.0.0", "network.transfer=10.80.0.0/16"])
     assert config.router.per_host
     assert {spec.gang.transfer_network for spec in pool_specs(config, has_gpus=False)} == {"10.80.0.0/16"}
+
+
+def test_encryption_is_by_option(tmp_path: Path) -> None:
+    text = "model: m"
+    plain = load_config(write(tmp_path, text))
+    assert {spec.gang.tls for spec in pool_specs(plain, has_gpus=False)} == {None}
+    assert plain.endpoint == "http://127.0.0.1:8000"
+    peers = "{certificate: h.pem, key: h.key, authority: ca.pem}"
+    changes = [f"network.tls={peers}", "router.tls={certificate: a, key: b}"]
+    config = load_config(write(tmp_path, text), changes)
+    assert {spec.gang.tls for spec in pool_specs(config, has_gpus=False)} == {TlsFiles("h.pem", "h.key", "ca.pem")}
+    assert ServeConfig.from_plain(config.to_plain()) == config
+    assert config.endpoint == "https://127.0.0.1:8000"
+    assert http_options(config.router)["ssl_keyfile"] == "b"
+    [missing] = mistakes(tmp_path, text, "network.tls={certificate: h.pem, key: h.key}")
+    assert "network.tls" in missing
+    assert "authority" in missing

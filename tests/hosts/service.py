@@ -58,19 +58,22 @@ def without_package(*hosts: Host) -> Iterator[None]:
 
 
 class Service:
-    """`job` is its driver."""
+    """`job` is its driver, `certificate` that of its HTTPS listeners, if they are such."""
 
-    def __init__(self, cluster: RayCluster, job: Job) -> None:
+    def __init__(self, cluster: RayCluster, job: Job, certificate: str | None = None) -> None:
         self.cluster = cluster
         self.job = job
-        self.url = f"http://{cluster.head.address}:{PORT}/v1"
+        self.certificate = certificate
+        scheme = "http" if certificate is None else "https"
+        self.url = f"{scheme}://{cluster.head.address}:{PORT}/v1"
 
     def pools(self) -> dict[str, dict[str, Any]]:
         """As the admin port describes them; none while it does not answer."""
+        trust = [] if self.certificate is None else ["--cacert", self.certificate]
+        scheme = "http" if self.certificate is None else "https"
+        ask = ["curl", "-s", "--max-time", "15", *trust, f"{scheme}://127.0.0.1:{ADMIN_PORT}/health"]
         try:
-            shown = self.cluster.head.run(
-                ["curl", "-s", "--max-time", "15", f"http://127.0.0.1:{ADMIN_PORT}/health"], self.cluster.environment
-            )
+            shown = self.cluster.head.run(ask, self.cluster.environment)
             return {pool["pool"]: pool for pool in json.loads(shown)["pools"]}
         except (AssertionError, ValueError, KeyError):
             return {}
@@ -109,11 +112,11 @@ class Service:
 
 
 @contextmanager
-def running_service(cluster: RayCluster, name: str, config: Path) -> Iterator[Service]:
+def running_service(cluster: RayCluster, name: str, config: Path, certificate: str | None = None) -> Iterator[Service]:
     job = cluster.submit(name, *DRIVER, "--config", str(config))
     try:
         job.await_line("ready: ", READY_TIMEOUT_S + 60)
-        yield Service(cluster, job)
+        yield Service(cluster, job, certificate)
     except BaseException:
         print(job.logs())
         raise

@@ -36,7 +36,10 @@ tear_down() {
     disown "$pid" 2>/dev/null || true
     kill -9 "$pid" 2>/dev/null || true
   done
-  for host in "${hosts[@]}"; do ip netns del "twh$host" 2>/dev/null || true; done
+  for host in "${hosts[@]}"; do
+    ip netns del "twh$host" 2>/dev/null || true
+    ip link del "twv$host" 2>/dev/null || true # the namespace stays as long as a process of it does
+  done
   ip link del "$bridge" 2>/dev/null || true
   wait 2>/dev/null || true
   rm -rf "$root"

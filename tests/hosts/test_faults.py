@@ -146,15 +146,16 @@ def test_strangers_at_every_port(service: Service, traffic: Traffic, note: Note)
 
 
 def test_the_job_drains_when_it_is_stopped(service: Service, note: Note) -> None:
-    traffic = Traffic(service.url, model="m", max_tokens=1500)
-    with traffic:
-        time.sleep(2.0)
-        traffic.stop_asking()
+    """Every answer that has begun ends whole; requests that come later are refused."""
+    with Traffic(service.url, model="m", max_tokens=1500) as traffic:
+        traffic.await_requests(4)
         started_s = time.monotonic()
         service.job.stop()
+        wait_until(lambda: traffic.seen.failures != [], 120, "requests are refused")
     note(f"{traffic.seen.describe()}, after `ray job stop`; ended {time.monotonic() - started_s:.0f} s later")
-    assert traffic.seen.num_requests == 4
-    assert not traffic.seen.failures, traffic.seen.describe()
+    refused = ("503", "no connection", "Server disconnected without sending a response")
+    cut = [failure for failure in traffic.seen.failures if not any(part in failure for part in refused)]
+    assert not cut, cut
     seconds = service.cluster.await_nothing_left()
     note(f"nothing of the service left after another {seconds:.0f} s")
 

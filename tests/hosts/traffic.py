@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 import time
 from dataclasses import dataclass, field
@@ -37,8 +38,16 @@ class Traffic:
     """`urls` are the endpoints' own (…/v1); a client whose endpoint does not answer at all asks the next one. Every
     answer is compared with that of an undisturbed request for the same prompt, which the constructor makes."""
 
-    def __init__(self, *urls: str, model: str, clients: int = 4, max_tokens: int = 48) -> None:
+    def __init__(
+        self,
+        *urls: str,
+        model: str,
+        clients: int = 4,
+        max_tokens: int = 48,
+        verify: ssl.SSLContext | bool = True,
+    ) -> None:
         self._urls = urls
+        self._verify = verify
         self._bodies = [
             {
                 "model": model,
@@ -51,7 +60,8 @@ class Traffic:
             for number in range(clients)
         ]
         self._expected = [
-            self._ask(httpx.Client(timeout=REQUEST_TIMEOUT_S), urls[0], body, Seen()) for body in self._bodies
+            self._ask(httpx.Client(timeout=REQUEST_TIMEOUT_S, verify=verify), urls[0], body, Seen())
+            for body in self._bodies
         ]
         self.seen = Seen()
         self._lock = threading.Lock()
@@ -83,7 +93,7 @@ class Traffic:
 
     def _run(self, number: int) -> None:
         mine, turn = Seen(), 0
-        with httpx.Client(timeout=REQUEST_TIMEOUT_S) as client:
+        with httpx.Client(timeout=REQUEST_TIMEOUT_S, verify=self._verify) as client:
             while not self._is_over.is_set():
                 failure = None
                 try:

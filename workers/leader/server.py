@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import ssl
 import threading
 from collections.abc import Callable
 from typing import Final
@@ -19,6 +20,7 @@ from tensorweave.cluster import wire
 from tensorweave.cluster.errors import TensorweaveError, WireError, WorkerLost
 from tensorweave.cluster.limited_log import LimitedLog
 from tensorweave.cluster.protocol import PROTOCOL_VERSION
+from tensorweave.cluster.tls import accept_tls
 from tensorweave.workers.leader.client_table import MAX_UNSENT_BYTES, Client, ClientTable, ServedExecutor
 
 logger = logging.getLogger(__name__)
@@ -39,10 +41,12 @@ class LeaderServer:
         *,
         max_unsent_bytes: int = MAX_UNSENT_BYTES,
         max_kv_events: int = 0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._executor = executor
         self._host = host
         self._secret = secret
+        self._tls = tls
         self._max_unsent_bytes = max_unsent_bytes
         self._table = ClientTable(executor, max_kv_events)
         self._unauthenticated: dict[Client, None] = {}
@@ -118,7 +122,9 @@ class LeaderServer:
     # ---- the loop thread
 
     def _run_loop(self) -> None:
-        with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+        # uvloop loses what arrives before an accepted connection's handshake, and cannot be closed during one.
+        new_loop = _new_event_loop if self._tls is None else asyncio.new_event_loop
+        with asyncio.Runner(loop_factory=new_loop) as runner:
             self._loop = runner.get_loop()
             runner.run(self._serve())
 
@@ -140,12 +146,17 @@ class LeaderServer:
         await self._close_clients()
 
     async def _close_clients(self) -> None:
-        """Wait until the last frames are sent, at most a second."""
-        for client in self._table.clients:
-            client.writer.close()
-        waits = [asyncio.create_task(_wait_closed(client.writer)) for client in self._table.clients]
+        """Wait until the last frames are sent, at most a second. Strangers are not waited for."""
+        for stranger in self._unauthenticated:
+            wire.abort(stranger.writer)
+        writers = [client.writer for client in self._table.clients]
+        for writer in writers:
+            writer.close()
+        waits = [asyncio.create_task(_wait_closed(writer)) for writer in writers]
         if waits:
             await asyncio.wait(waits, timeout=1.0)
+        for writer in writers:
+            wire.abort(writer)  # with TLS, a peer that does not close its end would be waited for
 
     async def _ping(self) -> None:
         """Clients take a silent leader for a hung one, so an idle one sends pings."""
@@ -182,6 +193,8 @@ class LeaderServer:
             wire.abort(oldest.writer)
         try:
             async with asyncio.timeout(wire.HELLO_TIMEOUT_S):
+                if self._tls is not None:
+                    await accept_tls(client.writer, self._tls)
                 first = await anext(frames, None)
         except TimeoutError:
             raise WireError("no hello in time") from None

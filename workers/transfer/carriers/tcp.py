@@ -31,6 +31,7 @@ from tensorweave.workers.transfer.read_request import ReadRequest
 from tensorweave.workers.transfer.sending.offered_blocks import OfferedBlocks
 from tensorweave.workers.transfer.sending.ticket_table import TicketTable
 from tensorweave.workers.transfer.transports.host import HostTransport
+from tensorweave.workers.transfer.transports.peer_sockets import PeerSockets, PlainPeers
 from tensorweave.workers.transfer.transports.transport import Transport
 from tensorweave.workers.transfer.window import PoolWindow
 
@@ -42,7 +43,7 @@ _JOIN_TIMEOUT_S: Final = 5.0
 class TcpCarrier:
     """Satisfies `Carrier`. Listens on `host` only, at a port that the system chooses; peers must show `secret`.
 
-    `transports` are for payloads, best first; by default the connection itself carries them."""
+    `transports` are for payloads, best first; by default the connection itself carries them, over `peers`."""
 
     def __init__(
         self,
@@ -51,9 +52,11 @@ class TcpCarrier:
         host: str,
         secret: str,
         transports: Sequence[Transport] | None = None,
+        peers: PeerSockets | None = None,
     ) -> None:
         assert secret, "an endpoint without a secret is open to everyone"
         self._window = window
+        self._peers = PlainPeers() if peers is None else peers
         self._transports = (HostTransport(window),) if transports is None else tuple(transports)
         self._table = TicketTable(window, fingerprint)
         self._events = EventQueue()
@@ -62,7 +65,7 @@ class TcpCarrier:
         self._servers: list[TcpServerConnection] = []
         self._is_closing = False
         self._listener = GuardedListener(host, "kv-accept", self._accept)
-        self._authentication = Authentication(secret, self._listener, LimitedLog(logger, logging.INFO))
+        self._authentication = Authentication(secret, self._listener, LimitedLog(logger, logging.INFO), self._peers)
         self.address = self._listener.address
         self._listener.start()
 
@@ -106,7 +109,7 @@ class TcpCarrier:
         with self._lock:
             client = self._clients.get((*address, secret))
             if client is None or client.is_lost:
-                client = TcpClientConnection(address, secret, self._window, self._events, self._transports)
+                client = TcpClientConnection(address, secret, self._window, self._events, self._transports, self._peers)
                 self._clients[*address, secret] = client
                 if self._is_closing:
                     client.close()

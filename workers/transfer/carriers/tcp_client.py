@@ -28,6 +28,7 @@ from tensorweave.workers.transfer.carriers.tcp_server import MAX_PROBE_BYTES
 from tensorweave.workers.transfer.read_request import BlockHeader, ReadRequest
 from tensorweave.workers.transfer.transports.frame_connection import ALIVE_INTERVAL_S, SILENCE_S, FrameConnection
 from tensorweave.workers.transfer.transports.loader import HOST_MESSAGE_BYTES
+from tensorweave.workers.transfer.transports.peer_sockets import PeerSockets
 from tensorweave.workers.transfer.transports.transport import ReceivingTransport, Transport
 from tensorweave.workers.transfer.window import PoolWindow, tensor_bytes
 
@@ -47,8 +48,10 @@ class TcpClientConnection:
         window: PoolWindow,
         events: EventQueue,
         transports: Sequence[Transport],
+        peers: PeerSockets,
     ) -> None:
         self.is_lost = False
+        self._peers = peers
         self.transport_name = ""
         self._failure_kind: FailureKind = "peer_lost"
         self._reason = ""
@@ -137,7 +140,7 @@ class TcpClientConnection:
             sock = socket.create_connection(self._address, timeout=SILENCE_S)
         except OSError as error:
             raise TransferFailed(f"cannot connect: {error}") from None
-        connection = FrameConnection(sock)
+        connection = FrameConnection(sock, self._peers.connected(sock))
         with self._lock:
             self._connection = connection
             if self.is_lost:

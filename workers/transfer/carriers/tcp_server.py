@@ -24,6 +24,7 @@ from tensorweave.workers.transfer.sending.block_cursor import BlocksReply
 from tensorweave.workers.transfer.sending.read_session import EndReply, ReadSession, Reply
 from tensorweave.workers.transfer.sending.ticket_table import TicketTable
 from tensorweave.workers.transfer.transports.frame_connection import ALIVE_INTERVAL_S, FrameConnection
+from tensorweave.workers.transfer.transports.peer_sockets import PeerSockets
 from tensorweave.workers.transfer.transports.transport import SendingTransport, Transport
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Authentication:
     secret: str
     listener: GuardedListener
     log: LimitedLog
+    peers: PeerSockets
 
     def accepts(self, secret: str) -> bool:
         return hmac.compare_digest(secret.encode(), self.secret.encode())
@@ -55,7 +57,7 @@ class TcpServerConnection:
         self.is_closed = False
         self._sock = sock
         self._authentication = authentication
-        self._connection = FrameConnection(sock)
+        self._connection = FrameConnection(sock, authentication.peers.accepted(sock))
         self._table = table
         self._events = events
         self._sessions: dict[int, ReadSession] = {}

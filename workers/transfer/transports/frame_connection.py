@@ -24,6 +24,7 @@ import msgpack
 
 from tensorweave.cluster.errors import TransferFailed, WireError
 from tensorweave.cluster.wire import MAX_HELLO_BYTES, Frame, unpack_payload
+from tensorweave.workers.transfer.transports.peer_sockets import ByteSocket
 
 ALIVE_INTERVAL_S: Final = 1.0
 SILENCE_S: Final = 3.0
@@ -41,10 +42,12 @@ _READ_AHEAD_BYTES: Final = 16 << 10
 class FrameConnection:
     """The socket blocks, with the system's own timeouts: one call reads a whole body, and one call sends it."""
 
-    def __init__(self, sock: socket.socket, silence_s: float = SILENCE_S) -> None:
+    def __init__(self, sock: socket.socket, stream: ByteSocket | None = None, silence_s: float = SILENCE_S) -> None:
+        """`stream` is how the bytes travel over `sock`; None: as they are."""
         self.max_head_bytes = MAX_HELLO_BYTES
         self.max_body_bytes = 0
         self._sock = sock
+        self._stream: ByteSocket = sock if stream is None else stream
         self._sending = threading.Lock()
         self._held: list[memoryview] = []
         self._read_ahead = memoryview(bytearray(_READ_AHEAD_BYTES))
@@ -103,7 +106,7 @@ class FrameConnection:
         return data
 
     def _read(self, view: memoryview, flags: int = 0) -> int:
-        count = _move_bytes(lambda: self._sock.recv_into(view, 0, flags), "the peer is silent")
+        count = _move_bytes(lambda: self._stream.recv_into(view, 0, flags), "the peer is silent")
         if not count:
             raise TransferFailed("the peer has closed the connection")
         return count
@@ -126,7 +129,7 @@ class FrameConnection:
     def _send_all(self, pieces: list[memoryview]) -> None:
         while pieces:
             batch = pieces[:_MAX_PIECES]
-            count = _move_bytes(functools.partial(self._sock.sendmsg, batch), "the peer does not read")
+            count = _move_bytes(functools.partial(self._stream.sendmsg, batch), "the peer does not read")
             num_sent = 0
             while num_sent < len(pieces) and count >= len(pieces[num_sent]):
                 count -= len(pieces[num_sent])

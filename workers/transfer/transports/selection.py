@@ -17,12 +17,15 @@ logger = logging.getLogger(__name__)
 DIRECT_BACKEND: Final = "IPC_DIRECT"
 
 
-def make_transports(backend: str, window: PoolWindow) -> list[Transport]:
+def make_transports(backend: str, window: PoolWindow, *, is_encrypted: bool = False) -> list[Transport]:
     """The transports, best first: a receiver takes the first of its own that reaches the sender. 'DEFAULT' is all that
     are available: same-node copies, then NCCL, then TCP. Direct copies are used where `backend` names them, alone.
+    With `is_encrypted` nothing leaves the host but over TCP, which is encrypted then: NCCL cannot be.
     Raises ValueError if the requested transport is not available."""
     if backend == "TCP" or (backend == "DEFAULT" and window.device.type != "cuda"):
         return [HostTransport(window)]
+    if is_encrypted and backend == "NCCL":
+        raise ValueError("cache_transceiver_config.backend is 'NCCL', which does not encrypt, and network.tls is set")
     if window.device.type != "cuda":
         raise ValueError(f"cache_transceiver_config.backend is {backend!r}, but the KV cache is on a CPU")
     window.warm()
@@ -30,6 +33,8 @@ def make_transports(backend: str, window: PoolWindow) -> list[Transport]:
         return [SameNodeTransport(window)]
     if backend == DIRECT_BACKEND:
         return [DirectTransport(window)]
+    if is_encrypted:
+        return [SameNodeTransport(window), HostTransport(window)]
     try:
         nccl = NcclTransport(window)
     except OSError as error:
