@@ -11,8 +11,8 @@ A program of its own without imports of ours: python -I -S ray_agent_keeper.py C
 from __future__ import annotations
 
 import os
-import re
 import select
+import socket
 import sys
 import time
 from pathlib import Path
@@ -29,12 +29,13 @@ _PORTS = {
     "--listen-port": "dashboard_agent_listen_port",
     "--runtime-env-agent-port": "runtime_env_agent_port",
 }
-"""Options of the agents, and the files of the session in which they write the ports that they have chosen for 0."""
+"""Options of the agents, and the files of the session in which the raylet looks for the ports that they have."""
 
 
 def main(command: list[str]) -> int:
     """Return the agent's exit code once the raylet, or one agent after the other, has ended."""
     raylet = os.pidfd_open(os.getppid())
+    command = with_ports(command)
     num_quick_ends = 0
     while True:
         started_s = time.monotonic()
@@ -47,7 +48,6 @@ def main(command: list[str]) -> int:
         if num_quick_ends >= MOST_QUICK_ENDS:
             return code if 0 < code < 256 else 1
         time.sleep(PAUSE_S)
-        command = with_ports(command)
 
 
 def run(command: list[str], raylet: int) -> int:
@@ -70,21 +70,31 @@ def has_ended(descriptor: int) -> bool:
 
 
 def with_ports(command: list[str]) -> list[str]:
-    """The same command with the ports that its first run chose: the raylet and the workers know those."""
+    """The same command with ports chosen here, where it has 0 or one that is taken. Every agent of this node then uses
+    them: the raylet and the workers know only the first ones. They are written where the raylet looks for them, which
+    it does for 28 s alone; a busy host takes longer to start an agent."""
     options = dict(part.split("=", 1) for part in command if part.startswith("--") and "=" in part)
-    folder, node = Path(options.get("--session-dir", "")), options.get("--node-id", "")
-    return [_with_port(part, folder, node) for part in command]
+    chosen = {option: free_port(int(options[option])) for option in _PORTS if option in options}
+    for option, port in chosen.items():
+        write(Path(options["--session-dir"]) / f"{_PORTS[option]}_{options['--node-id']}", str(port))
+    return [f"{option}={chosen[option]}" if (option := part.split("=")[0]) in chosen else part for part in command]
 
 
-def _with_port(part: str, folder: Path, node: str) -> str:
-    option, _, value = part.partition("=")
-    if option not in _PORTS or value != "0":
-        return part
-    try:
-        written = (folder / f"{_PORTS[option]}_{node}").read_text().strip()
-    except OSError:
-        return part
-    return f"{option}={written}" if re.fullmatch("[1-9][0-9]*", written) else part
+def free_port(wanted: int) -> int:
+    """`wanted`, unless that is 0 or taken."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", wanted))
+        except OSError:
+            return free_port(0)
+        return int(probe.getsockname()[1])
+
+
+def write(path: Path, text: str) -> None:
+    """At once, so that nobody reads half of it."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text)
+    beside.replace(path)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import grpc
+import psutil
 import ray
 from ray._common.tls_utils import load_certs_from_env
 from ray._common.utils import get_default_ray_temp_dir
@@ -230,7 +231,8 @@ def kept_agents() -> Iterator[None]:
 
 @contextlib.contextmanager
 def patient_start(timeout_s: float) -> Iterator[None]:
-    """Give a node that is started inside so long to join its cluster. Ray's own limit is fixed: 30 s."""
+    """Give a node that is started inside so long to join its cluster, unless its raylet ends. Ray's own limit is fixed:
+    30 s."""
     before = services.get_node
 
     def get_node(gcs_address: str, node_id: str) -> object:
@@ -239,7 +241,7 @@ def patient_start(timeout_s: float) -> Iterator[None]:
             try:
                 return before(gcs_address, node_id)
             except RuntimeError:
-                if time.monotonic() > end_s:
+                if time.monotonic() > end_s or not _has_raylet():
                     raise
             time.sleep(_JOIN_INTERVAL_S)
 
@@ -248,6 +250,12 @@ def patient_start(timeout_s: float) -> Iterator[None]:
         yield
     finally:
         services.get_node = before
+
+
+def _has_raylet() -> bool:
+    """A child of this process is one that runs."""
+    children = psutil.Process().children()
+    return any(child.name() == "raylet" and child.status() != psutil.STATUS_ZOMBIE for child in children)
 
 
 # ---- a Serve replica, before it listens

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -56,9 +57,15 @@ def log(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def raylet(agent: list[str], tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def raylet(agent: list[str], tmp_path: Path, taken_port: int) -> Iterator[subprocess.Popen[bytes]]:
     """A parent of the keeper."""
-    options = [f"--session-dir={tmp_path}", "--node-id=n1", "--grpc-port=0", "--listen-port=52365"]
+    options = [f"--session-dir={tmp_path}", "--node-id=n1", "--grpc-port=0", f"--listen-port={taken_port}"]
     keeper = [sys.executable, "-I", "-S", str(KEEPER), *agent, *options]
     with subprocess.Popen([sys.executable, "-S", "-c", RAYLET, *keeper], stderr=subprocess.DEVNULL) as process:
         yield process
@@ -66,20 +73,20 @@ def raylet(agent: list[str], tmp_path: Path) -> Iterator[subprocess.Popen[bytes]
 
 
 def test_an_agent_that_is_killed_comes_back_with_its_ports(
-    raylet: subprocess.Popen[bytes], log: Path, tmp_path: Path
+    raylet: subprocess.Popen[bytes], log: Path, tmp_path: Path, taken_port: int
 ) -> None:
     [(pid, parent, told, *arguments)] = await_starts(log, 1)
     assert parent == told, "an agent ends itself unless its parent is the process that it was told"
-    assert "--grpc-port=0" in arguments
-    (tmp_path / "metrics_agent_port_n1").write_text("41234")
+    ports = [(tmp_path / f"{name}_n1").read_text() for name in ("metrics_agent_port", "dashboard_agent_listen_port")]
+    assert arguments[-2:] == [f"--grpc-port={ports[0]}", f"--listen-port={ports[1]}"]
+    assert len({0, taken_port, *map(int, ports)}) == 4
     os.kill(int(pid), signal.SIGKILL)
     second = await_starts(log, 2)[1]
     assert second[0] != pid
     assert second[1] == parent
-    assert "--grpc-port=41234" in second
-    assert "--listen-port=52365" in second
+    assert second[3:] == arguments
     os.kill(int(second[0]), signal.SIGTERM)
-    assert "--grpc-port=41234" in await_starts(log, 3)[2]
+    assert await_starts(log, 3)[2][3:] == arguments
     assert raylet.poll() is None
     os.kill(int(starts(log)[2][0]), signal.SIGKILL)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import tensorweave
 from tensorweave.deploy.config import ServeConfig, load_config
 from tests.deploy.kuberay_fields import KINDS, mistakes, pod_templates
 
@@ -21,7 +24,8 @@ DEPLOY = ROOT / "deploy"
 MANIFESTS = sorted((DEPLOY / "kuberay").glob("*.yaml"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 RAY = next(Requirement(text) for text in PROJECT["dependencies"] if text.startswith("ray["))
-LABEL = "ray.io/"
+CHART = DEPLOY / "helm"
+HELM = shutil.which("helm")
 
 
 def documents() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -110,3 +114,36 @@ def test_the_image_has_both_targets_and_our_versions() -> None:
         assert extra in PROJECT["optional-dependencies"]
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     assert not {"pyproject.toml", "constraints.txt", "tensorweave", "deploy"} & set(ignored)
+
+
+# ---- the chart
+
+
+def test_the_chart_is_of_this_version_and_uses_each_of_its_values() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
+    values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    [template] = (CHART / "templates").iterdir()
+    used = set(re.findall(r"\.Values\.(\w+)", template.read_text(encoding="utf-8")))
+    assert used == set(values)
+    assert chart["appVersion"] == tensorweave.__version__
+    assert RAY.specifier.contains(values["rayVersion"])
+
+
+@pytest.mark.skipif(HELM is None, reason="helm is not installed")
+@pytest.mark.parametrize("pools", ["", "pools.prefill=null,pools.decode.replicas=3,pools.decode.args.role=both"])
+def test_the_chart_is_the_manifest_of_a_service(tmp_path: Path, pools: str) -> None:
+    assert HELM is not None
+    subprocess.run([HELM, "lint", "--strict", CHART], check=True, capture_output=True, timeout=60)
+    command = [HELM, "template", "chat", CHART, *(["--set", pools] if pools else [])]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    by_kind = {document["kind"]: document for document in yaml.safe_load_all(text)}
+    spec = by_kind["RayService"]["spec"]
+    assert list(mistakes(spec, KINDS["RayService"])) == []
+    for template in pod_templates(spec):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, **template}
+        kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
+    path = tmp_path / "service.yaml"
+    path.write_text(by_kind["ConfigMap"]["data"]["service.yaml"])
+    assert load_config(path).pools.keys() == {
+        group["labels"]["pool"] for group in spec["rayClusterConfig"]["workerGroupSpecs"]
+    }
