@@ -33,6 +33,7 @@ def check(cluster: RayCluster, job: Job, note: Note, *, routers: Sequence[Host] 
         job.await_line("ready: ", TIMEOUT_S)
         note(f"ready {time.monotonic() - job.submitted_s:.0f} s after it was submitted")
         service = Service(cluster, job)
+        service.await_gangs("main", 2)  # it is ready with one of them
         assert sorted(service.hosts_of("main")) == [[host.address] for host in cluster.hosts[1:]]
         for url in (service.url, *(f"http://{host.address}:{PORT}/v1" for host in routers)):
             with Traffic(url, model="m") as traffic:
