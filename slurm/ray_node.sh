@@ -37,11 +37,18 @@ fi
 stopping='' ray=''
 trap 'stopping=1; kill -TERM "$ray" 2>/dev/null || true' TERM INT
 trap 'rm -rf "$directory"' EXIT
-# Not `ray start`, which ends the node with its agents, and if it takes longer than 30 s to start.
-python -m tensorweave.cli.main ray start "${options[@]}" &
-ray=$!
-while kill -0 "$ray" 2>/dev/null; do wait "$ray" || true; done
-[ -z "$stopping" ] || exit 0
+# Not `ray start`, which ends the node with its agents, and if it takes longer than 30 s to start. A start that fails all the same, on a
+# busy machine or file system, is tried again.
+for try in 1 2 3; do
+  started=$SECONDS
+  python -m tensorweave.cli.main ray start "${options[@]}" &
+  ray=$!
+  while kill -0 "$ray" 2>/dev/null; do wait "$ray" || true; done
+  [ -z "$stopping" ] || exit 0
+  [ $((SECONDS - started)) -le 180 ] || break # it had started
+  echo "Ray has not started here (try $try of 3)" >&2
+  rm -rf "$directory"
+done
 # If Ray ends without a request to stop, that is a failure, which ends the job if it was the head.
 [ "$TENSORWEAVE_NODE" -eq 0 ] || python "$TENSORWEAVE_HOME/slurm/requeue_orphan.py" || true
 exit 1

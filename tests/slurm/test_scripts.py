@@ -35,15 +35,17 @@ FAKES = {
     "scancel": """
         echo "$*" >> "$RECORDS/scancel"
         for node in "$RECORDS"/node-*; do read -r srun _ < "$node"; kill "$srun"; done""",
-    # On the node RAY_FAILS_ON the first start fails.
-    "ray": END_WELL
-    + """
-        if [ "$TENSORWEAVE_NODE" = "$RAY_FAILS_ON" ] && mkdir "$RECORDS/failed" 2> /dev/null; then exit 1; fi
-        echo "$TENSORWEAVE_NODE $*" >> "$RECORDS/ray"; """
-    + STAY,
+    # On the node RAY_FAILS_ON the first start of Ray fails.
     "python": """
         case "$*" in
           -c*) exec python3 "$@" ;;
+          "-m tensorweave.cli.main ray start "*) """
+    + END_WELL
+    + """
+            if [ "$TENSORWEAVE_NODE" = "$RAY_FAILS_ON" ] && mkdir "$RECORDS/failed" 2> /dev/null; then exit 1; fi
+            echo "$TENSORWEAVE_NODE $*" >> "$RECORDS/ray"; """
+    + STAY
+    + """ ;;
           *await_nodes.py*)
             echo "$2" > "$RECORDS/awaited"
             until [ "$(wc -l < "$RECORDS/ray")" = "$2" ]; do sleep 0.1; done ;;
