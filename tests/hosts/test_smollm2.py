@@ -90,17 +90,27 @@ def test_a_slow_link_inside_the_gang(service: Service, note: Note) -> None:
     assert not traffic.seen.failures
 
 
-def test_half_of_the_only_gang_is_lost_and_comes_back(service: Service, note: Note) -> None:
-    third = service.cluster.hosts[2]
+def test_gangs_are_lost_one_after_the_other_and_come_back(service: Service, note: Note) -> None:
+    """Half of the decode gang: the prefill gang answers in its place. Then that, too: errors that say why."""
+    cluster = service.cluster
+    _, second, third = cluster.hosts
     with Traffic(service.url, model="m", clients=2, max_tokens=12) as traffic:
         traffic.await_requests(2)
         third.lose()
+        traffic.await_requests(6)
+        assert not traffic.seen.failures, traffic.seen.describe()
+        second.lose()
         wait_until(lambda: len(traffic.seen.failures) >= 2, 180, "requests are answered with an error")
         traffic.stop_asking()
     note(traffic.seen.describe())
     for failure in traffic.seen.failures:
         assert "503" in failure or "in a stream" in failure
         assert "decode" in failure or "gang" in failure, failure
-    seconds = service.bring_back(third, {"decode": 1})
+    started_s = time.monotonic()
+    for host in (second, third):
+        host.revive()
+        cluster.start_ray(host)
+    for pool in ("prefill", "decode"):
+        service.await_gangs(pool, 1)
     check_known_answers(service)
-    note(f"the known answers again {seconds:.0f} s after the host")
+    note(f"the known answers again {time.monotonic() - started_s:.0f} s after the hosts")
