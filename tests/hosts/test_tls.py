@@ -55,9 +55,8 @@ def test_requests_and_kv_are_encrypted(service: Service, files: TlsFiles, note: 
     with Traffic(service.url, model="m", verify=pinned_context(files.certificate)) as traffic:
         traffic.await_requests(20)
     assert not traffic.seen.failures, traffic.seen.describe()
-    moved = service.num_blocks_moved()
-    assert moved > 0
-    note(f"{traffic.seen.describe()}; {moved} KV blocks moved")
+    wait_until(lambda: service.num_blocks_moved() > 0, 60, "KV moves, which gangs report with their next heartbeat")
+    note(f"{traffic.seen.describe()}; {service.num_blocks_moved()} KV blocks moved")
 
 
 def test_clients_without_tls_are_not_answered(service: Service) -> None:
