@@ -73,6 +73,8 @@ def with_ports(command: list[str]) -> list[str]:
     """The same command with ports chosen here, where it has 0 or one that is taken. Every agent of this node then uses
     them: the raylet and the workers know only the first ones. They are written where the raylet looks for them, which
     it does for 28 s alone; a busy host takes longer to start an agent."""
+    if "--minimal" in command:  # an agent of a Ray without its dashboard, which serves no port and writes that itself
+        return command
     options = dict(part.split("=", 1) for part in command if part.startswith("--") and "=" in part)
     chosen = {option: free_port(int(options[option])) for option in _PORTS if option in options}
     for option, port in chosen.items():

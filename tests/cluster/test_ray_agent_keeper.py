@@ -112,6 +112,12 @@ def test_an_agent_that_does_not_start_ends_the_node(
     assert "agent.py has ended (code 7)" in capfd.readouterr().err
 
 
+def test_an_agent_without_ports_gets_none(tmp_path: Path) -> None:
+    command = ["python", "agent.py", f"--session-dir={tmp_path}", "--node-id=n1", "--grpc-port=0", "--minimal"]
+    assert ray_agent_keeper.with_ports(command) == command
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_ray_starts_its_agents_under_the_keeper() -> None:
     build = services._build_python_executable_command_memory_profileable
     plain = build("dashboard_agent", "/tmp")
