@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+import mmap
 import resource
 import sys
 import threading
@@ -95,12 +97,20 @@ def test_a_kernel_that_cannot_is_asked_once() -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux gives memory ahead")
 def test_no_page_of_the_first_blocks_is_new_to_the_kernel() -> None:
+    shape = (LAYERS, 16 * AHEAD, 2, 2, 32, 64)
+    fresh = mmap.mmap(-1, 4 * math.prod(shape))  # an allocator may return pages that were written before
+    cache = torch.frombuffer(fresh, dtype=torch.float32).view(shape)
+    MemoryAhead(cache)
+    middle = slice(cache.shape[1] // 2, cache.shape[1] // 2 + 8)
+    num_faults_of_writing(cache[:, :1])  # its own first use
+    assert num_faults_of_writing(cache[:, :8]) < LAYERS
+    assert num_faults_of_writing(cache[:, middle]) >= LAYERS  # a huge page of each layer at least
+    assert cache[:, 8 : middle.start].count_nonzero() == 0
+
+
+def test_a_pool_on_a_cpu_has_its_first_memory() -> None:
     pool = KVPool(LAYERS, 16 * AHEAD, 2, 32, 64, torch.float32, torch.device("cpu"))
-    middle = slice(pool.num_blocks // 2, pool.num_blocks // 2 + 8)
-    num_faults_of_writing(pool.cache[:, :1])  # its own first use
-    assert num_faults_of_writing(pool.cache[:, :8]) < LAYERS
-    assert num_faults_of_writing(pool.cache[:, middle]) >= LAYERS  # a huge page of each layer at least
-    assert pool.cache[:, 8 : middle.start].count_nonzero() == 0
+    assert isinstance(pool.memory, MemoryAhead)
 
 
 def num_faults_of_writing(memory: Tensor) -> int:
