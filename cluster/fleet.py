@@ -19,7 +19,7 @@ from tensorweave.cluster.adapter import Adapter
 from tensorweave.cluster.errors import NotReady, TensorweaveError
 from tensorweave.cluster.link import GangLink
 from tensorweave.cluster.pool_spec import PoolState
-from tensorweave.cluster.protocol import GangAddress, Role
+from tensorweave.cluster.protocol import GangAddress, LinkMeasurement, Role
 from tensorweave.cluster.service_state import ServiceState
 from tensorweave.cluster.socket_link import SocketLink
 from tensorweave.cluster.supervisor import PoolSupervisor
@@ -124,6 +124,7 @@ class WatchedFleet:
         self._name = secrets.token_hex(8)
         self.adapters: Mapping[str, Adapter] = {}
         self._links: dict[str, SocketLink] = {}
+        self._kv_links: Mapping[str, Mapping[str, LinkMeasurement]] = {}
         self._link_tasks: dict[str, asyncio.Task[None]] = {}
         self._published: dict[str, GangAddress] = {}
         self._changed = asyncio.Event()
@@ -218,6 +219,7 @@ class WatchedFleet:
             self._state = state
             self.adapters = {adapter.name: adapter for adapter in state.adapters}
             self._update_link_tasks(state)
+            self._kv_links = state.usable_links()
             for link in self._links.values():
                 self._update_kv_links(link)
 
@@ -272,11 +274,7 @@ class WatchedFleet:
             logger.warning("gang %s: %s", gang_id, reason)
 
     def _update_kv_links(self, link: SocketLink) -> None:
-        link.kv_links = {
-            prefill: measurement
-            for (decode, prefill), measurement in self._state.links.items()
-            if decode == link.gang_id and measurement.error is None
-        }
+        link.kv_links = self._kv_links.get(link.gang_id, {})
 
     def _retire(self, link: SocketLink) -> None:
         """Close the link once its open requests have ended. The link of a killed gang ends by itself."""

@@ -1,22 +1,27 @@
 """`KvLinkTable`: the rate of the link from each prefill gang to each decode gang, measured once both are ready.
 
 The supervisor updates it with the gangs that are ready. It measures new pairs one after another, so that they do not
-affect each other, and warns of slow links. Routers estimate the time of a transfer from the measurements.
+affect each other, and warns of slow links. Routers estimate the time of a transfer from the measurements. With many
+prefill gangs, each decode gang is measured with `MAX_SOURCES` of them, so that the number of pairs grows with that of
+the gangs and not with its square.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from tensorweave.cluster.pool_gang import PoolGang
-from tensorweave.cluster.protocol import GangAddress, LinkMeasurement
+from tensorweave.cluster.protocol import GangAddress, KvSource, LinkMeasurement
 
 logger = logging.getLogger(__name__)
 
 SLOW_BYTES_PER_S: Final = 100e6
+MAX_SOURCES: Final = 16
+_TOLD_SHARE: Final = 16
+"""A change is told after each sixteenth of the pairs: all front ends are sent all of them each time."""
 
 ReadyGang = tuple[PoolGang, GangAddress]
 Pair = tuple[str, str]
@@ -24,48 +29,74 @@ Pair = tuple[str, str]
 
 
 class KvLinkTable:
-    """`on_change` is called on the event loop after each measurement."""
+    """`on_change` is called on the event loop after measurements."""
 
     def __init__(self, on_change: Callable[[], None]) -> None:
         self._on_change = on_change
-        self._links: dict[Pair, LinkMeasurement] = {}
-        self._addresses: dict[str, str] = {}
-        self._waiting: dict[Pair, tuple[PoolGang, GangAddress]] = {}
+        self._links: dict[str, dict[str, LinkMeasurement]] = {}
+        """By decode gang, then by prefill gang."""
+        self._receivers: dict[str, PoolGang] = {}
+        self._sources: dict[str, KvSource] = {}
+        self._waiting: dict[Pair, None] = {}
         self._task: asyncio.Task[None] | None = None
 
     def update(self, gangs: Sequence[ReadyGang]) -> None:
         """Set the gangs that are ready: measure new pairs, and forget pairs of other gangs."""
-        pairs = dict(_pairs(gangs))
-        self._links = {pair: link for pair, link in self._links.items() if pair in pairs}
-        self._addresses = {address.gang_id: _address_of(address) for _, address in gangs}
-        self._waiting = {pair: gangs for pair, gangs in pairs.items() if pair not in self._links}
+        receivers = {address.gang_id: gang for gang, address in gangs if address.role == "decode"}
+        sources = {
+            address.gang_id: address.kv_source
+            for _, address in gangs
+            if address.role == "prefill" and address.kv_source is not None
+        }
+        if receivers == self._receivers and sources == self._sources:
+            return
+        self._receivers, self._sources = receivers, sources
+        self._links = {
+            decode: {prefill: link for prefill, link in self._links.get(decode, {}).items() if prefill in sources}
+            for decode in receivers
+        }
+        self._waiting = dict.fromkeys(self._missing())
         if self._waiting and (self._task is None or self._task.done()):
             self._task = asyncio.create_task(self._measure(), name="kv-links")
 
     @property
     def all(self) -> dict[Pair, LinkMeasurement]:
-        return dict(self._links)
+        return {(decode, prefill): link for decode, links in self._links.items() for prefill, link in links.items()}
 
     def describe(self, gang_id: str) -> dict[str, dict[str, Any]]:
         """The links to one decode gang, for health pages."""
         return {
-            prefill: {**describe_link(link), "address": self._addresses.get(prefill, "")}
-            for (decode, prefill), link in self._links.items()
-            if decode == gang_id
+            prefill: {**describe_link(link), "address": self._sources[prefill].endpoints[0].host}
+            for prefill, link in self._links.get(gang_id, {}).items()
         }
 
     def close(self) -> None:
         if self._task is not None:
             self._task.cancel()
 
+    def _missing(self) -> list[Pair]:
+        """The pairs to measure. Decode gangs begin at different prefill gangs, so that not all read from the same."""
+        sources = list(self._sources)
+        pairs: list[Pair] = []
+        for number, (decode, known) in enumerate(self._links.items()):
+            start = number * MAX_SOURCES % len(sources) if len(sources) > MAX_SOURCES else 0
+            unknown = [prefill for prefill in (*sources[start:], *sources[:start]) if prefill not in known]
+            pairs += [(decode, prefill) for prefill in unknown[: max(0, MAX_SOURCES - len(known))]]
+        return pairs
+
     async def _measure(self) -> None:
+        num_untold = 0
         while self._waiting:
-            pair, (receiver, sender) = next(iter(self._waiting.items()))
-            assert sender.kv_source is not None
-            link = await receiver.measure_link(sender.kv_source)
-            if self._waiting.pop(pair, None) is not None:
-                self._links[pair] = link
-                _log_measurement(pair, link)
+            pair = decode, prefill = next(iter(self._waiting))
+            link = await self._receivers[decode].measure_link(self._sources[prefill])
+            if pair not in self._waiting:
+                continue
+            del self._waiting[pair]
+            self._links[decode][prefill] = link
+            _log_measurement(pair, link)
+            num_untold += 1
+            if not self._waiting or num_untold * _TOLD_SHARE >= sum(map(len, self._links.values())):
+                num_untold = 0
                 self._on_change()
 
 
@@ -77,19 +108,6 @@ def describe_link(link: LinkMeasurement) -> dict[str, Any]:
         "transport": link.transport,
         "shortfall": link.shortfall,
     }
-
-
-def _address_of(gang: GangAddress) -> str:
-    """Where other gangs read the KV of its first rank; empty if it sends none."""
-    return "" if gang.kv_source is None else gang.kv_source.endpoints[0].host
-
-
-def _pairs(gangs: Sequence[ReadyGang]) -> Iterator[tuple[Pair, tuple[PoolGang, GangAddress]]]:
-    for receiver, decode in gangs:
-        if decode.role == "decode":
-            for _, prefill in gangs:
-                if prefill.role == "prefill" and prefill.kv_source is not None:
-                    yield (decode.gang_id, prefill.gang_id), (receiver, prefill)
 
 
 def _log_measurement(pair: Pair, link: LinkMeasurement) -> None:

@@ -38,6 +38,9 @@ class KvMirror:
     def __len__(self) -> int:
         return len(self._held)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._held
+
     @property
     def is_synced(self) -> bool:
         return self._next_seq is not None

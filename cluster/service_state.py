@@ -29,3 +29,11 @@ class ServiceState:
     pools: tuple[PoolState, ...]
     links: Mapping[Pair, LinkMeasurement] = field(default_factory=dict)
     adapters: tuple[Adapter, ...] = ()
+
+    def usable_links(self) -> dict[str, dict[str, LinkMeasurement]]:
+        """By decode gang, then by prefill gang, without those that nothing can be sent over."""
+        usable: dict[str, dict[str, LinkMeasurement]] = {}
+        for (decode, prefill), link in self.links.items():
+            if link.error is None:
+                usable.setdefault(decode, {})[prefill] = link
+        return usable

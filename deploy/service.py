@@ -23,6 +23,7 @@ from ray.serve.exceptions import RayServeException
 
 from tensorweave.cluster.cluster_resources import can_grow, read_cluster_resources
 from tensorweave.cluster.errors import TensorweaveError
+from tensorweave.cluster.kv_links import MAX_SOURCES
 from tensorweave.cluster.process_sentinel import OwnSentinel
 from tensorweave.cluster.ray_auth import refuse_open_ray
 from tensorweave.cluster.ray_session import start_or_join_ray, will_start_ray
@@ -276,13 +277,15 @@ def _await_ready(config: ServeConfig, service_actor: ActorHandle[Any], stop: Sto
 
 
 def _await_links(service_actor: ActorHandle[Any], stop: StopSignal) -> list[dict[str, Any]]:
-    """Wait a few seconds until the link of every pair is measured. Return the pools, measured or not."""
+    """Wait a few seconds until the links are measured. Return the pools, measured or not."""
     give_up_s = time.monotonic() + _LINKS_TIMEOUT_S
     while True:
         pools: list[dict[str, Any]] = ray.get(service_actor.describe_pools.remote(), timeout=_CONTROL_TIMEOUT_S) or []
         ready = [(pool["role"], gang) for pool in pools for gang in pool["gangs"] if gang["state"] == "ready"]
         num_prefill = sum(role == "prefill" for role, _ in ready)
-        if all(len(gang.get("kv_links", {})) >= num_prefill for role, gang in ready if role == "decode"):
+        if all(
+            len(gang.get("kv_links", {})) >= min(num_prefill, MAX_SOURCES) for role, gang in ready if role == "decode"
+        ):
             return pools
         if time.monotonic() > give_up_s or stop.wait(_PROGRESS_INTERVAL_S):
             return pools

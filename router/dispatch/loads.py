@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from tensorweave.cluster.link import GangLink
+from tensorweave.cluster.protocol import LinkMeasurement
 from tensorweave.router.dispatch.speeds import Mean, Rate, SpeedLine
 
 _PRIOR_AT_SEQUENCES: Final = 64.0
@@ -100,12 +101,13 @@ class Loads:
 
     def handover(self, prefill: GangLink, decode: GangLink) -> SpeedLine:
         """Time from the prefill gang's first token to the decode gang's first, by tokens moved. Until one is observed,
-        the time that the measured link takes for their bytes."""
+        the time that the measured link takes for their bytes; of a link that was not measured, that of the decode
+        gang's others."""
         lines = self.of(decode.gang_id).handovers
         line = lines.get(prefill.gang_id)
         if line is None:
             fixed_s, per_token_s = self._assumed.handover_fixed_s, self._assumed.handover_per_token_s
-            link, num_bytes = decode.kv_links.get(prefill.gang_id), decode.info.kv_bytes_per_token
+            link, num_bytes = _link_from(prefill, decode), decode.info.kv_bytes_per_token
             if link is not None and num_bytes:
                 fixed_s, per_token_s = fixed_s + link.latency_s, num_bytes / link.bytes_per_s
             line = lines[prefill.gang_id] = SpeedLine(fixed_s, per_token_s)
@@ -118,3 +120,11 @@ class Loads:
         }
         for load in self._gangs.values():
             load.handovers = {gang_id: line for gang_id, line in load.handovers.items() if gang_id in self._gangs}
+
+
+def _link_from(prefill: GangLink, decode: GangLink) -> LinkMeasurement | None:
+    """The measured link, or the median of those that were measured."""
+    if (link := decode.kv_links.get(prefill.gang_id)) is not None:
+        return link
+    others = sorted(decode.kv_links.values(), key=lambda other: other.bytes_per_s)
+    return others[len(others) // 2] if others else None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tensorweave.cluster.kv_links import KvLinkTable, ReadyGang
+from tensorweave.cluster.kv_links import MAX_SOURCES, KvLinkTable, ReadyGang
 from tensorweave.cluster.protocol import GangAddress, KvEndpoint, KvSource, LinkMeasurement, ModelInfo, Role
 
 _INFO = ModelInfo("fake", 10, 10, "float32", 2, 5)
@@ -53,6 +54,12 @@ def _gang(gang_id: str, role: Role, link: LinkMeasurement | None = None) -> Read
     return _Measuring(gang_id, link or LinkMeasurement(1e9, 0.001)), address
 
 
+async def _until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60.0):
+        while not is_so():
+            await asyncio.sleep(0)
+
+
 async def _settled() -> None:
     for _ in range(50):
         await asyncio.sleep(0)
@@ -80,6 +87,31 @@ def test_new_pairs_are_measured_once_and_lost_ones_forgotten() -> None:
         described = {"megabytes_per_s": 1000.0, "latency_ms": 1.0, "error": None, "transport": "", "shortfall": None}
         assert links.describe("d2") == {"p2": {**described, "address": "127.0.0.1"}}
         links.close()
+
+    asyncio.run(body())
+
+
+def test_with_many_prefill_gangs_each_decode_gang_is_measured_with_some_and_routers_are_told_now_and_then() -> None:
+    async def body() -> None:
+        num_changes = 0
+
+        def change() -> None:
+            nonlocal num_changes
+            num_changes += 1
+
+        links = KvLinkTable(change)
+        prefill = [_gang(f"p{i}", "prefill") for i in range(2 * MAX_SOURCES)]
+        decode = [_gang(f"d{i}", "decode") for i in range(4)]
+        links.update([*prefill, *decode])
+        await _until(lambda: len(links.all) == 4 * MAX_SOURCES)
+        await _settled()
+        assert [len(links.describe(f"d{i}")) for i in range(4)] == [MAX_SOURCES] * 4
+        assert len({source for _, source in links.all}) == len(prefill), "decode gangs have different ones"
+        assert 1 < num_changes < 3 * MAX_SOURCES, "of 4 * MAX_SOURCES measurements"
+        links.update([*prefill[1:], *decode])
+        await _until(lambda: len(links.all) == 4 * MAX_SOURCES)
+        assert all(source != "p0" for _, source in links.all), "another takes the place of one that is gone"
+        assert all(len(set(gang.sources)) == len(gang.sources) for gang, _ in decode if isinstance(gang, _Measuring))
 
     asyncio.run(body())
 

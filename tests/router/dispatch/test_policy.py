@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
 import random
 
@@ -96,6 +97,9 @@ def test_a_measured_link_says_what_bytes_cost() -> None:
     link.kv_links = {"p": LinkMeasurement(bytes_per_s=1e9, latency_s=0.001)}
     # 200 tokens are 10 MB, at 1 GB/s 10 ms; 21 ms besides.
     assert loads.handover(sender, link).seconds(200) == pytest.approx(0.021 + 0.010)
+    # Of a link that was not measured, the median of the others is assumed: 20 ms here.
+    link.kv_links |= {"q": LinkMeasurement(5e8, 0.001), "r": LinkMeasurement(1e8, 0.001)}
+    assert loads.handover(gang("s", "prefill"), link).seconds(200) == pytest.approx(0.021 + 0.020)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +185,47 @@ def test_many_gangs_are_routed_from_a_short_list() -> None:
         loads.of(f"p{i}").queued_tokens = 1000 - 10 * i
         loads.of(f"d{i}").num_decoding = 100 - i
     assert ids(Joint(SETTINGS).route(options_of(*links, loads=loads))) == ("p39", "d39")
+
+
+def test_of_hundreds_of_gangs_all_are_used_and_those_that_hold_the_prompt_are_found() -> None:
+    loads, policy = Loads(LOADS), Joint(SETTINGS)
+    links = [gang(f"g{i}") for i in range(300)]
+    used = collections.Counter[str]()
+    for _ in range(600):
+        route = policy.route(options_of(*links, loads=loads))
+        loads.of(route.decode.gang_id).num_decoding += 1
+        used[route.decode.gang_id] += 1
+    assert len(used) == 300
+    assert max(used.values()) <= 4
+    hold(links[123], request_of(), 160)
+    routes = {ids(policy.route(options_of(*links, loads=loads))) for _ in range(10)}
+    assert routes == {(None, "g123")}
+
+
+def test_of_hundreds_of_full_gangs_the_one_with_room_and_the_session_s_own_are_found() -> None:
+    loads, policy = Loads(LOADS), Joint(SETTINGS)
+    links = [gang(f"g{i}") for i in range(300)]
+    first = ids(policy.route(options_of(*links, loads=loads, session="s")))
+    assert {ids(policy.route(options_of(*links, loads=loads, session="s"))) for _ in range(10)} == {first}
+    for link in links:
+        loads.of(link.gang_id).kv_tokens = INFO.num_blocks * INFO.tokens_per_block
+    loads.of("g200").kv_tokens = 0
+    assert {ids(policy.route(options_of(*links, loads=loads))) for _ in range(10)} == {(None, "g200")}
+
+
+@given(depths=st.lists(st.integers(0, 12), min_size=1, max_size=40), most=st.integers(1, 8))
+def test_holders_hold_no_less_than_others(depths: list[int], most: int) -> None:
+    request = request_of(12 * INFO.tokens_per_block + 5)
+    links = [gang(str(i)) for i in range(len(depths))]
+    for link, depth in zip(links, depths, strict=True):
+        hold(link, request, depth * INFO.tokens_per_block)
+    held = sorted((depths[int(link.gang_id)] for link in PromptView(request).holders(links, most)), reverse=True)
+    best = sorted((depth for depth in depths if depth), reverse=True)
+    if len(best) <= most:
+        assert held == best
+    else:
+        assert best[0] in held or len(held) == most
+        assert 0 < len(held) <= most
 
 
 # ---- simple rules
