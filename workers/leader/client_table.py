@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 from tensorweave.cluster import wire
 from tensorweave.cluster.errors import NotReady, RequestRejected, TensorweaveError, WireError
 from tensorweave.cluster.protocol import GenerateRequest, ModelInfo, TokenChunk
-from tensorweave.workers.leader.kv_journal import KvJournal
+from tensorweave.workers.leader.kv_journal import KvChanges, KvJournal
 from tensorweave.workers.leader.request_table import RequestTable
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,7 @@ class ClientTable:
         self.is_idle.set()
         self._executor = executor
         self._journal = KvJournal()
+        self._kv_changes = KvChanges(self._send_kv)
         self._kv_events: Records = collections.deque(maxlen=max_kv_events)
         self._stats: Records = collections.deque()
 
@@ -182,10 +183,13 @@ class ClientTable:
         """Send what the executor has produced to the clients."""
         self._kv_events.extend(events)
         if (changes := self._journal.add(events)) is not None:
-            for client in self.clients:
-                if client.is_kv_subscriber:
-                    client.send("kv", *changes)
+            self._kv_changes.add(changes)
         self._deliver(chunks)
+
+    def _send_kv(self, changes: Sequence[Any]) -> None:
+        for client in self.clients:
+            if client.is_kv_subscriber:
+                client.send("kv", *changes)
 
     def _deliver(self, chunks: Sequence[TokenChunk]) -> None:
         """Send one frame per client. Chunks of detached requests are only recorded."""
