@@ -148,23 +148,44 @@ def _request(port: int, num_prompt: int, max_tokens: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """Of processes together."""
+
     cpu_s: float
     rss_bytes: int
     num_files: int
 
     @classmethod
-    def of(cls, pid: int) -> Usage:
-        process = psutil.Process(pid)
-        times = process.cpu_times()
-        return cls(times.user + times.system, process.memory_info().rss, process.num_fds())
+    def of(cls, *pids: int) -> Usage:
+        processes = [psutil.Process(pid) for pid in pids]
+        times = [process.cpu_times() for process in processes]
+        return cls(
+            sum(each.user + each.system for each in times),
+            sum(process.memory_info().rss for process in processes),
+            sum(process.num_fds() for process in processes),
+        )
 
 
-async def open_streams(port: int, num_streams: int, request: bytes, rate_per_s: float) -> list[Stream]:
-    """Those that have begun to answer, or failed to."""
+def _pin(first: list[int], others: list[int]) -> None:
+    """Each of the first to a core of its own, the others to the rest."""
+    cores = sorted(os.sched_getaffinity(0))
+    for pid, core in zip(first, cores, strict=False):
+        os.sched_setaffinity(pid, {core})
+    rest = set(cores[len(first) :]) or set(cores)
+    for pid in others:
+        for thread in psutil.Process(pid).threads():
+            os.sched_setaffinity(thread.id, rest)
+
+
+async def open_streams(
+    ports: list[int], num_streams: int, num_prompt: int, max_tokens: int, rate_per_s: float
+) -> list[Stream]:
+    """Those that have begun to answer, or failed to. The routers take turns."""
+    requests = [(port, _request(port, num_prompt, max_tokens)) for port in ports]
     loop, connecting, began_s = asyncio.get_running_loop(), asyncio.Semaphore(_MOST_CONNECTING), time.perf_counter()
 
     async def one(number: int) -> Stream:
         await asyncio.sleep(max(0.0, began_s + number / rate_per_s - time.perf_counter()))
+        port, request = requests[number % len(requests)]
         async with connecting:
             _, stream = await loop.create_connection(lambda: Stream(request), _HOST, port)
         await stream.begun
@@ -174,7 +195,7 @@ async def open_streams(port: int, num_streams: int, request: bytes, rate_per_s: 
 
 
 @contextlib.asynccontextmanager
-async def _process(target: Any, *arguments: Any) -> AsyncIterator[tuple[int, Connection, Any]]:
+async def process_with_pipe(target: Any, *arguments: Any) -> AsyncIterator[tuple[int, Connection, Any]]:
     """Its id, the pipe to it, and the first thing that it sends."""
     ours, theirs = Context.Pipe()
     process = Context.Process(target=target, args=(theirs, *arguments), daemon=True)
@@ -192,26 +213,37 @@ async def _process(target: Any, *arguments: Any) -> AsyncIterator[tuple[int, Con
 
 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
-    async with (
-        _process(run_gangs, args.gangs, args.streams, args.step_s) as (gangs_pid, _, ports),
-        _process(run_router, ports, args.tokenizer, args.streams + 16) as (pid, pipe, port),
-    ):
-        (first,) = await open_streams(port, 1, _request(port, args.prompt_len, 1), args.rate)  # warms the router up
-        await first.ended
-        idle, began_s = Usage.of(pid), time.perf_counter()
+    async with contextlib.AsyncExitStack() as running:
+        gangs = process_with_pipe(run_gangs, args.gangs, args.streams, args.step_s)
+        gangs_pid, _, gang_ports = await running.enter_async_context(gangs)
+        started = [
+            await running.enter_async_context(
+                process_with_pipe(run_router, gang_ports, args.tokenizer, args.streams + 16)
+            )
+            for _ in range(args.routers)
+        ]
+        routers, ports = [pid for pid, _, _ in started], [port for _, _, port in started]
+        if args.pin:
+            _pin(routers, [gangs_pid, os.getpid()])
+        for port in ports:
+            (first,) = await open_streams([port], 1, args.prompt_len, 1, args.rate)  # warms the router up
+            await first.ended
+        idle, began_s = Usage.of(*routers), time.perf_counter()
         max_tokens = int((args.streams / args.rate * 2 + args.hold_s) / args.step_s) + 2
-        streams = await open_streams(port, args.streams, _request(port, args.prompt_len, max_tokens), args.rate)
-        opened, opened_s = Usage.of(pid), time.perf_counter()
-        pids = {"router": pid, "gangs": gangs_pid, "client": os.getpid()}
-        before = {name: Usage.of(each).cpu_s for name, each in pids.items()}
+        streams = await open_streams(ports, args.streams, args.prompt_len, max_tokens, args.rate)
+        opened, opened_s = Usage.of(*routers), time.perf_counter()
+        pids = {"router": routers, "gangs": [gangs_pid], "client": [os.getpid()]}
+        before = {name: Usage.of(*each).cpu_s for name, each in pids.items()}
         await asyncio.sleep(args.hold_s)
-        held, held_s = Usage.of(pid), time.perf_counter()
-        cpu_s = {name: Usage.of(each).cpu_s - before[name] for name, each in pids.items()}
-        pipe.send("tasks")
-        num_tasks = await asyncio.to_thread(pipe.recv)
+        held, held_s = Usage.of(*routers), time.perf_counter()
+        cpu_s = {name: Usage.of(*each).cpu_s - before[name] for name, each in pids.items()}
+        num_tasks = 0
+        for _, pipe, _ in started:
+            pipe.send("tasks")
+            num_tasks += await asyncio.to_thread(pipe.recv)
         num_open = sum(not stream.ended.done() for stream in streams)
         are_whole = await asyncio.gather(*(stream.ended for stream in streams))
-        ended = Usage.of(pid)
+        ended = Usage.of(*routers)
     window_s = held_s - opened_s
     gaps_s = [
         later - earlier
@@ -250,6 +282,8 @@ def _short(values: list[float]) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=positive, default=10_000)
+    parser.add_argument("--routers", type=positive, default=1)
+    parser.add_argument("--pin", action="store_true", help="give each router a core, and the rest to the others")
     parser.add_argument("--gangs", type=positive, default=16)
     parser.add_argument("--step-s", type=rate, default=4.0, help="between two tokens of a stream")
     parser.add_argument("--rate", type=rate, default=200.0, help="streams opened per second")
