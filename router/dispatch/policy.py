@@ -11,7 +11,7 @@ import collections
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
 from tensorweave.cluster.link import GangLink
@@ -74,6 +74,10 @@ class Options:
     prompt: PromptView
     loads: Loads
     session: str | None = None
+    decode_ids: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "decode_ids", frozenset([link.gang_id for link in self.decode]))
 
 
 class RoutingPolicy(Protocol):
@@ -122,7 +126,7 @@ class Joint:
 
     def pair_s(self, route: Route, options: Options) -> float:
         assert route.prefill is not None
-        decodes = any(link.gang_id == route.prefill.gang_id for link in options.decode)
+        decodes = route.prefill.gang_id in options.decode_ids
         prefill_s = self._prefill_s(route.prefill, options, decodes=decodes)
         num_moved = options.prompt.uncached_tokens(route.decode)
         move_s = options.loads.handover(route.prefill, route.decode).seconds(num_moved)
@@ -217,8 +221,7 @@ class Separate:
 
     def route(self, options: Options) -> Route:
         link = self._decode.pick(options.decode)
-        answering = {other.gang_id for other in options.decode}
-        senders = [other for other in options.prefill if other.gang_id not in answering and fits(other, link)]
+        senders = [other for other in options.prefill if other.gang_id not in options.decode_ids and fits(other, link)]
         if not senders or not _is_worth_a_pair(link, options, self._settings):
             return Route(None, link)
         return Route(self._prefill.pick(senders), link)
