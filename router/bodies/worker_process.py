@@ -101,6 +101,23 @@ class WorkerProcess:
         return answer
 
 
+async def send_fd(control: socket.socket, message: bytes, descriptor: int) -> None:
+    """Send a file descriptor over a socket that does not block, once there is room: a new process may still have to
+    read what was sent before. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            socket.send_fds(control, [message], [descriptor])
+            return
+        except BlockingIOError:
+            writable = loop.create_future()
+            loop.add_writer(control, writable.set_result, None)
+            try:
+                await writable
+            finally:
+                loop.remove_writer(control)
+
+
 class WorkerParent:
     """Starts with the first worker, and again if it has died. `state` is what it reads first."""
 
@@ -155,11 +172,11 @@ class WorkerParent:
         control = self._control
         if control is not None:
             with contextlib.suppress(OSError):  # it has died
-                socket.send_fds(control, [priority.value], [connection.fileno()])
+                await send_fd(control, priority.value, connection.fileno())
                 return
         await self.close()
         control = await self._start()
-        socket.send_fds(control, [priority.value], [connection.fileno()])
+        await send_fd(control, priority.value, connection.fileno())
 
     async def _start(self) -> socket.socket:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
