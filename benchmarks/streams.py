@@ -61,6 +61,7 @@ def run_router(pipe: Connection, gang_ports: list[int], tokenizer: str, max_infl
     import uvloop
 
     from tensorweave.cluster.without_torch import hide_torch_from_transformers
+    from tensorweave.router.garbage_collection import spare_collections
     from tensorweave.router.http.connections import bound_connections
 
     hide_torch_from_transformers()
@@ -69,6 +70,7 @@ def run_router(pipe: Connection, gang_ports: list[int], tokenizer: str, max_infl
     async def serve() -> None:
         listener = socket.create_server((_HOST, 0), backlog=4096)
         app = await _router_app(gang_ports, tokenizer, max_inflight)
+        spare_collections()
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         serving = asyncio.create_task(server.serve([listener]))
         pipe.send(listener.getsockname()[1])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import gc
 import secrets
 import sys
 import time
@@ -121,6 +120,7 @@ class Router:
         from tensorweave.router.chat.settings import ChatSettings
         from tensorweave.router.dispatch.dispatch import Dispatcher
         from tensorweave.router.dispatch.policy import PolicySettings, build_policy
+        from tensorweave.router.garbage_collection import spare_collections
         from tensorweave.router.http.app import build_app
         from tensorweave.router.http.connections import bound_connections
         from tensorweave.router.http.keys import key_name
@@ -165,10 +165,7 @@ class Router:
                 config.security.enable_request_chat_template,
             ),
         )
-        # All objects of the start stay alive: keep the garbage collector from scanning them, which takes 0.2 s each
-        # time.
-        gc.collect()
-        gc.freeze()
+        spare_collections()
         metrics = RouterMetrics(config.model_name, dispatcher)
         read = functools.partial(metrics.report, replica)
         self._reporting = asyncio.create_task(report_for_ever(read, self._pools.note_router.remote))
