@@ -35,6 +35,7 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
     "router": {
         "time_slice.py": "",
         "deadline.py": "",
+        "garbage_collection.py": "",
         "http/body_memory.py": "",
         "dispatch": "deadline.py",
         "http/request_record.py": "dispatch",
