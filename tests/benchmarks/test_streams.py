@@ -17,14 +17,15 @@ async def streams_of(pieces: Sequence[bytes], count: int) -> list[Stream]:
     """Streams of a server that answers each request with `pieces` and closes."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readexactly(4)
+        await reader.readuntil(b"}")
         for piece in pieces:
             writer.write(piece)
             await writer.drain()
         writer.close()
 
     async with asyncio.timeout(PATIENCE_S), await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-        streams = await open_streams(server.sockets[0].getsockname()[1], count, b"GET ", rate_per_s=10_000.0)
+        port = server.sockets[0].getsockname()[1]
+        streams = await open_streams([port], count, num_prompt=3, max_tokens=2, rate_per_s=10_000.0)
         await asyncio.gather(*(stream.ended for stream in streams))
         return streams
 
