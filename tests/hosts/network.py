@@ -22,6 +22,7 @@ BRIDGE = "twcbr0"
 OUTSIDE = f"{NET}.1"
 NEEDED = ("ip", "tc", "nsenter", "unshare")
 SWITCH = "TENSORWEAVE_TEST_CLUSTER"
+ROOT = Path(__file__).resolve().parents[2]
 
 # The first process of a host reaps what others leave, and ends the host with itself.
 _INIT = """
@@ -36,7 +37,11 @@ def why_not() -> str:
     missing = [name for name in NEEDED if shutil.which(name) is None]
     if os.environ.get(SWITCH) != "1":
         return f"makes network namespaces and takes minutes: `make test-cluster` (or {SWITCH}=1) runs it"
-    return f"not installed: {', '.join(missing)}" if missing else "needs root" if os.geteuid() else ""
+    if missing:
+        return f"not installed: {', '.join(missing)}"
+    if os.geteuid():
+        return "needs root"
+    return f"this clone is below /tmp, which each host has of its own: {ROOT}" if ROOT.is_relative_to("/tmp") else ""
 
 
 def command(*arguments: str) -> None:
