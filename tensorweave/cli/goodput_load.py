@@ -4,11 +4,11 @@ the service does; and which of the answers kept the limits."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from tensorweave.cli.figures import distribution, percentile
 from tensorweave.cli.http_stream import RequestFailed, Timeline
@@ -65,33 +65,41 @@ class Outcome:
 
 
 def arrivals(mix: Mix, rate: float, duration_s: float, seed: int) -> list[Due]:
-    """Two Poisson processes, of chats and of bursts, with `rate` requests per second together; the same for the same
-    seed."""
+    """A Poisson process of chats, and bursts, with `rate` requests per second together; the same for the same seed.
+
+    There are as many bursts as the rate asks for, each somewhere in its own part of the time: a Poisson process of a
+    few would have none at one rate and twice as many at the next.
+    """
     draw, due = random.Random(seed), list[Due]()
-    chats_per_s, bursts_per_s = rate * (1 - mix.long_share), rate * mix.long_share / mix.burst
-    for per_s, count, is_long in ((chats_per_s, 1, False), (bursts_per_s, mix.burst, True)):
-        lengths = (mix.long_input, mix.long_output) if is_long else (mix.chat_input, mix.chat_output)
-        at_s = draw.expovariate(per_s) if per_s else duration_s
-        while at_s < duration_s:
-            due += [Due(at_s, *lengths, is_long)] * count
-            at_s += draw.expovariate(per_s)
+    chats_per_s = rate * (1 - mix.long_share)
+    at_s = draw.expovariate(chats_per_s)
+    while at_s < duration_s:
+        due.append(Due(at_s, mix.chat_input, mix.chat_output, False))
+        at_s += draw.expovariate(chats_per_s)
+    num_bursts = round(rate * mix.long_share * duration_s / mix.burst)
+    for number in range(num_bursts):
+        burst_s = duration_s * (number + draw.random()) / num_bursts
+        due += [Due(burst_s, mix.long_input, mix.long_output, True)] * mix.burst
     return sorted(due, key=lambda request: request.at_s)
 
 
-async def run_load(due: Sequence[Due], send: Callable[[Due], Awaitable[Timeline]]) -> list[Outcome]:
+Send = Callable[[], Awaitable[Timeline]]
+
+
+async def run_load(due: Sequence[tuple[Due, Send]]) -> list[Outcome]:
     """Send each request when it is due, and wait for all answers."""
     began_s = time.perf_counter()
 
-    async def one(request: Due) -> Outcome:
+    async def one(request: Due, send: Send) -> Outcome:
         await asyncio.sleep(max(0.0, began_s + request.at_s - time.perf_counter()))
         try:
-            answer = await send(request)
+            answer = await send()
         except RequestFailed as failure:
             return Outcome(request, failure=failure.kind)
-        gaps_s = tuple(b - a for a, b in pairwise(answer.piece_s))
+        gaps_s = tuple(b - a for a, b in itertools.pairwise(answer.piece_s))
         return Outcome(request, answer.piece_s[0] - began_s - request.at_s, gaps_s)
 
-    return await asyncio.gather(*map(one, due))
+    return await asyncio.gather(*itertools.starmap(one, due))
 
 
 def figures(

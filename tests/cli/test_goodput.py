@@ -13,6 +13,7 @@ import pytest
 from tensorweave.cli.bench_goodput import add_goodput, num_ranks, run_goodput, way_config
 from tensorweave.cli.goodput_load import Due, LatencyLimits, Mix, Outcome, arrivals, best_row, figures, run_load
 from tensorweave.cli.goodput_plot import curves_svg
+from tensorweave.cli.goodput_report import best_table, learnt_ratios, rates_table
 from tensorweave.cli.http_stream import RequestFailed, Timeline
 
 MIX = Mix(chat_input=20, chat_output=10, long_input=500, long_output=5, long_share=0.2, burst=4)
@@ -38,11 +39,17 @@ def test_arrivals_have_the_rate_and_the_mix() -> None:
     assert not any(request.is_long for request in arrivals(no_long, 5.0, 50.0, seed=1))
 
 
+@pytest.mark.parametrize("rate", [2.0, 4.0, 8.0])
+def test_each_part_of_the_time_has_its_burst(rate: float) -> None:
+    long = sorted({request.at_s for request in arrivals(MIX, rate, 10.0, seed=3) if request.is_long})
+    assert [int(at_s * rate / 20) for at_s in long] == list(range(int(rate / 2)))
+
+
 def test_a_slow_answer_does_not_delay_the_requests_after_it() -> None:
     due, open_at_once, most = [Due(0.0, 1, 1, False)] * 5, 0, 0
     everybody_is_here = asyncio.Event()
 
-    async def send(request: Due) -> Timeline:
+    async def send() -> Timeline:
         nonlocal open_at_once, most
         open_at_once += 1
         most = max(most, open_at_once)
@@ -55,7 +62,7 @@ def test_a_slow_answer_does_not_delay_the_requests_after_it() -> None:
             raise RequestFailed("timeout")
         return Timeline(now_s - 100.0, [now_s, now_s + 0.01, now_s + 0.5])
 
-    outcomes = asyncio.run(run_load(due, send))
+    outcomes = asyncio.run(run_load([(request, send) for request in due]))
     assert most == 5
     assert [outcome.failure for outcome in outcomes].count("timeout") == 1
     answered = [outcome for outcome in outcomes if outcome.failure is None]
@@ -102,6 +109,46 @@ def test_each_way_uses_as_many_ranks() -> None:
     router = configs["learnt"].router
     assert (router.policy, router.ttft_limit_ms, router.itl_limit_ms) == ("joint", 1000.0, 30.0)
     assert configs["aggregated"].router.itl_limit_ms is None
+
+
+def test_the_learnt_way_exchanges_kv_as_the_configuration_says() -> None:
+    args = parsed("--model", "tiny", "--set", "engine.cache_transceiver_config.backend=IPC_DIRECT")
+    for way in args.ways:
+        for pool in way_config(args, way).pools.values():
+            assert pool.cache_transceiver_config is not None
+            assert pool.cache_transceiver_config.backend == "IPC_DIRECT"
+
+
+def test_limits_and_rates_need_not_be_whole_numbers() -> None:
+    args = parsed("--rates", "0.5", "1.5", "--share", "0.95", "--itl-ms", "12.5", "--duration", "2.5")
+    assert (args.rates, args.share, args.itl_ms, args.duration) == ([0.5, 1.5], 0.95, 12.5, 2.5)
+    for wrong in (["--gangs", "0"], ["--share", "0"], ["--burst", "0"]):
+        with pytest.raises(SystemExit):
+            parsed(*wrong)
+
+
+def rows_of(*good: float) -> list[dict[str, float]]:
+    """At 1, 2, 4 … requests a second."""
+    return [
+        {"rate": 2.0**i, "good per s and rank": each, "good share": each / 2**i, "ttft ms p99": 9.0, "itl ms p99": 9.0}
+        for i, each in enumerate(good)
+    ]
+
+
+def test_the_learnt_way_is_compared_with_the_better_one_at_each_rate() -> None:
+    curves = {"aggregated": rows_of(1, 1.5, 0), "disaggregated": rows_of(0.5, 2), "learnt": rows_of(1, 1.9, 0.3, 0)}
+    assert learnt_ratios(curves) == {1.0: 1.0, 2.0: 0.95}, "no other was good at 4, and none was measured at 8"
+    lines = rates_table(curves).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["1", "2", "4", "8"]
+    assert lines[2].split() == ["2", "1.5", "(75%)", "2", "(100%)", "1.9", "(95%)", "0.950"]
+    assert lines[4].split() == ["8", "–", "–", "0", "(0%)", "–"]
+    del curves["learnt"]
+    assert learnt_ratios(curves) == {}
+    assert "better" not in rates_table(curves)
+    assert [line.split()[:2] for line in best_table(curves, 0.9).splitlines()[1:]] == [
+        ["aggregated", "1"],
+        ["disaggregated", "2"],
+    ]
 
 
 @pytest.mark.parametrize(
