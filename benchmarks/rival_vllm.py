@@ -3,8 +3,8 @@
     PYTHONPATH=VLLM:. python benchmarks/rival_vllm.py h100-8b --json rival.json
     python benchmarks/compare.py ours.json rival.json
 
-vLLM runs as shipped, except for the length of its sequences and the share of memory. Needs vLLM, and of this project
-only what its standard library, psutil and safetensors need.
+vLLM runs as shipped, except for the length of its sequences, the share of memory and what the arguments say. Needs
+vLLM, and of this project only what its standard library, psutil and safetensors need.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tensorweave.cli.arguments import positive
 from tensorweave.cli.suite_run import Generate, add_suite_arguments, new_document, run_suite, suite_of
 
 _GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False}
@@ -30,6 +31,8 @@ def vllm_options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of vLLM's `LLM`."""
     suite = suite_of(args)
     return {
+        "tensor_parallel_size": args.tensor_parallel_size,
+        "disable_custom_all_reduce": args.no_custom_all_reduce,
         "load_format": "dummy" if args.model is None else "auto",
         "skip_tokenizer_init": True,
         "dtype": suite.dtype,
@@ -39,6 +42,12 @@ def vllm_options(args: argparse.Namespace) -> dict[str, Any]:
         "kv_cache_dtype": args.kv_dtype,
         "disable_log_stats": True,
     }
+
+
+def add_vllm_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.92, help="(default: %(default)s)")
+    parser.add_argument("--tensor-parallel-size", type=positive, default=1, help="GPUs (default: %(default)s)")
+    parser.add_argument("--no-custom-all-reduce", action="store_true", help="sums over GPUs by NCCL alone")
 
 
 @contextmanager
@@ -64,7 +73,7 @@ def open_vllm(model_dir: Path, options: dict[str, Any], quantization: str) -> It
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_suite_arguments(parser)
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.92, help="(default: %(default)s)")
+    add_vllm_arguments(parser)
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

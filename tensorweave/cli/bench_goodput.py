@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import functools
 import json
 import math
@@ -174,7 +175,7 @@ def _measure(values: dict[str, Any], config: ServeConfig, pipe: Pipe, limit_s: f
     limits = LatencyLimits(args.ttft_ms / 1e3, args.itl_ms / 1e3)
     vocab_size = vocab_size_of(resolve_model(config.model))
     began_s = time.monotonic()
-    with running(config) as url:
+    with contextlib.suppress(KeyboardInterrupt), running(config) as url:  # a service that is late is told to end
         print(f"the service was ready after {time.monotonic() - began_s:.0f} s", flush=True)
         sender = Sender(url, served_model(url, None), vocab_size, args.seed)
         for number, rate in enumerate((args.rates[0], *args.rates)):

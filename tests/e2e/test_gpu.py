@@ -87,7 +87,7 @@ def num_blocks(admin_url: str) -> float:
 
 
 @needs(2)
-@pytest.mark.parametrize("backend", ["DEFAULT", "NCCL"])
+@pytest.mark.parametrize("backend", ["DEFAULT", "NCCL", "IPC_DIRECT"])
 def test_prefill_on_one_gpu_and_decode_on_another(model: Path, tmp_path: Path, backend: str) -> None:
     """Through Ray and HTTP: the known answers, KV really moved, and a decode gang killed in the middle of an answer."""
     port, proxy_port, admin_port = free_ports(3)
