@@ -178,7 +178,8 @@ def _measure(values: dict[str, Any], config: ServeConfig, pipe: Pipe, limit_s: f
     with contextlib.suppress(KeyboardInterrupt), running(config) as url:  # a service that is late is told to end
         print(f"the service was ready after {time.monotonic() - began_s:.0f} s", flush=True)
         sender = Sender(url, served_model(url, None), vocab_size, args.seed)
-        for number, rate in enumerate((args.rates[0], *args.rates)):
+        usual = sorted(args.rates)[len(args.rates) // 2]
+        for number, rate in enumerate((usual, *args.rates)):
             if time.monotonic() + args.duration > end_s:
                 return
             outcomes = asyncio.run(sender.run(arrivals(mix, rate, args.duration, args.seed)))
