@@ -31,7 +31,7 @@ from tensorweave.cli.arguments import add_changes, positive
 from tensorweave.cli.arguments import rate as above_0
 from tensorweave.cli.bench_http import served_model
 from tensorweave.cli.figures import publish, report, settings_of, write_figures
-from tensorweave.cli.goodput_load import Due, LatencyLimits, Mix, Outcome, arrivals, best_row, figures, run_load
+from tensorweave.cli.goodput_load import Due, LatencyLimits, Mix, Outcome, Row, arrivals, best_row, figures, run_load
 from tensorweave.cli.goodput_plot import curves_svg
 from tensorweave.cli.goodput_report import Curves, best_table, learnt_ratios, rates_table
 from tensorweave.cli.http_stream import Connection, Timeline
@@ -46,8 +46,6 @@ _END_S: Final = 120.0
 _STOP_S: Final = 15.0
 """What the last answers of a load and the end of a service take."""
 _HOPELESS: Final = 0.2
-
-Row = dict[str, float]
 
 
 def add_goodput(kinds: Any) -> None:

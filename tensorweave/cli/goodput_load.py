@@ -7,7 +7,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tensorweave.cli.figures import distribution, percentile
@@ -83,6 +83,7 @@ def arrivals(mix: Mix, rate: float, duration_s: float, seed: int) -> list[Due]:
     return sorted(due, key=lambda request: request.at_s)
 
 
+Row = Mapping[str, float]
 Send = Callable[[], Awaitable[Timeline]]
 
 
@@ -123,7 +124,7 @@ def figures(
     }
 
 
-def best_row(rows: Sequence[dict[str, float]], share: float) -> dict[str, float] | None:
+def best_row(rows: Sequence[Row], share: float) -> Row | None:
     """The row with the highest rate at which at least this share of the requests kept the limits."""
     kept = [row for row in rows if row["good share"] >= share]
     return max(kept, key=lambda row: row["rate"], default=None)

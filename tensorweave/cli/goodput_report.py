@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from tensorweave.cli.figures import aligned
-from tensorweave.cli.goodput_load import best_row
+from tensorweave.cli.goodput_load import Row, best_row
 
 GOOD: Final = "good per s and rank"
 LEARNT: Final = "learnt"
 
-Row = Mapping[str, float]
 Curves = Mapping[str, Sequence[Row]]
 
 
