@@ -40,8 +40,10 @@ class Booking:
         self._stream: _Stream | None = None
         self._num_told = 0
         loads.now_s = now_s
-        if num_prefill >= _LONG_TOKENS:
+        self._is_long = num_prefill >= _LONG_TOKENS
+        if self._is_long:
             self._prefiller.long_prompts.add(now_s)
+            self._prefiller.num_long_prompts += 1
         self._prefiller.queued_tokens += num_prefill
         self._prefiller.num_prompts += 1
         self._is_queued = True
@@ -100,6 +102,7 @@ class Booking:
         if self._is_queued:
             self._is_queued = False
             self._prefiller.num_prompts -= 1
+            self._prefiller.num_long_prompts -= self._is_long
 
 
 class _Stream:
@@ -111,12 +114,12 @@ class _Stream:
 
     def _begin(self, gang: GangLoad, now_s: float) -> None:
         self._began_s, self._num_tokens, self._is_quiet = now_s, 0, not gang.num_prompts
-        self._slowest_s, self._last_s, self._is_long = 0.0, now_s, gang.queued_tokens >= _LONG_TOKENS
+        self._slowest_s, self._last_s, self._is_long = 0.0, now_s, gang.num_long_prompts > 0
 
     def told(self, gang: GangLoad, num_tokens: int, now_s: float) -> None:
         self._num_tokens += num_tokens
         self._slowest_s, self._last_s = max(self._slowest_s, now_s - self._last_s), now_s
-        self._is_long = self._is_long or gang.queued_tokens >= _LONG_TOKENS
+        self._is_long = self._is_long or gang.num_long_prompts > 0
         if self._is_quiet != (not gang.num_prompts):
             self._begin(gang, now_s)
         elif now_s - self._began_s >= _WINDOW_S and self._num_tokens:

@@ -56,6 +56,7 @@ class GangLoad:
     num_decoding: int = 0
     kv_tokens: int = 0
     num_prompts: int = 0
+    num_long_prompts: int = 0
     num_streaming: int = 0
     num_told: int = 0
     handovers: dict[str, SpeedLine] = field(default_factory=dict)
