@@ -24,6 +24,8 @@ _SHORTLIST: Final = 8
 _MOST_COMPARED: Final = 64
 """A comparison takes 5 µs. The least loaded of 64 is hardly worse than that of all."""
 _MAX_SESSIONS: Final = 10_000
+_NEAR: Final = 0.9
+"""Of a limit of the time between tokens: times vary by so much about the mean that is learnt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +153,10 @@ class Joint:
             ttft_s = load.prefill.seconds(load.queued_tokens + num_uncached) + move_s
             num_missed += ttft_s > settings.ttft_limit_s
         if settings.itl_limit_s is not None:
-            if decodes and load.interval_beside_s(num_uncached) > settings.itl_limit_s:
+            limit_s = settings.itl_limit_s * _NEAR
+            if decodes and load.interval_beside_s(num_uncached) > limit_s:
                 num_missed += load.num_decoding * (1 - load.is_hit_share(now_s))
-            if answering.slow_interval.value > settings.itl_limit_s:
+            if answering.slow_interval.value > limit_s:
                 num_missed += answering.is_hit_share(now_s)
         return settings.miss_s * num_missed
 

@@ -74,6 +74,39 @@ def test_what_a_long_prompt_costs_those_that_decode_beside_it_is_learnt() -> Non
     assert load.is_hit_share(now_s) > 0.05
 
 
+def test_short_prompts_do_not_tell_what_long_ones_cost() -> None:
+    """However many of them wait together."""
+    loads = Loads()
+    bookings = [book(loads, "a", 10, 0.0) for _ in range(4)]
+    for booking in bookings:
+        booking.prefilled(0, 0.1)
+    load = loads.of("a")
+    load.slow_interval = Mean(0.05)
+    short = [book(loads, "a", 200, 0.1) for _ in range(6)]
+    assert load.queued_tokens == 1200
+    now_s = stream(bookings, 0.1, 3.0, 0.012)
+    assert load.slow_interval.value == 0.05
+    book(loads, "a", 1200, now_s)
+    assert load.num_long_prompts == 1
+    stream(bookings, now_s, now_s + 3.0, 0.012)
+    assert load.slow_interval.value < 0.045
+    for booking in short:
+        booking.close()
+    assert load.num_long_prompts == 1
+
+
+@pytest.mark.parametrize(("slow_s", "chosen"), [(0.026, "g0"), (0.0285, "g1")])
+def test_what_comes_near_to_the_limit_counts_as_beyond_it(slow_s: float, chosen: str) -> None:
+    """The mean is learnt; every other time is above it."""
+    loads = Loads(Assumptions(prefill_per_token_s=1e-5))
+    for name in ("g0", "g1") * 3:
+        book(loads, name, 10, 0.0)
+    loads.of("g1").queued_tokens += 2000
+    loads.of("g0").slow_interval = Mean(slow_s)
+    options = Options([], [gang("g0"), gang("g1")], PromptView(request_of(3000)), loads)
+    assert Joint(SETTINGS).route(options).decode.gang_id == chosen
+
+
 def test_a_gang_where_long_prompts_make_tokens_late_is_spared() -> None:
     loads = Loads()
     decoding = [book(loads, "b", 10, 0.0) for _ in range(3)]
@@ -110,6 +143,7 @@ def test_a_rate_fades() -> None:
     [
         (2048, TOGETHER, 10, 8, 4, 4000),  # the first gang should compute all long prompts: handing over is better
         (512, TOGETHER, 25, 16, 4, 4000),  # chunks keep the limit: each gang alone is better
+        (1024, TOGETHER, 45, 8, 1, 4000),  # chunks of which some are within the limit and some not
         (512, TOGETHER, 40, 0, 1, 1),
         (512, APART, 25, 16, 4, 4000),
         (2048, APART, 40, 6, 2, 8000),
