@@ -14,13 +14,14 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import resource
 import socket
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,19 +34,22 @@ from tensorweave.cli.figures import distribution, publish, report, settings_of
 
 _HOST: Final = "127.0.0.1"
 _SECRET: Final = "streams"
-_MODEL: Final = "simulated"
+MODEL: Final = "simulated"
 _START_TIMEOUT_S: Final = 120.0
 _MOST_CONNECTING: Final = 256  # the router closes the oldest of more than 512 connections without a request
 _SPARE_FILES: Final = 256
 Context = multiprocessing.get_context("spawn")
 
 
-def run_gangs(pipe: Connection, num_gangs: int, max_requests: int, step_s: float) -> None:
-    """Serve until the pipe closes; sends the ports."""
-    from tensorweave.workers.fakes.fake_executor import FakeExecutor
+def run_gangs(
+    pipe: Connection, num_gangs: int, max_requests: int, step_s: float, sizes: Mapping[str, int] | None = None
+) -> None:
+    """Serve until the pipe closes; sends the ports. `sizes`: fields of the fake model that differ."""
+    from tensorweave.workers.fakes.fake_executor import FAKE_INFO, FakeExecutor
     from tensorweave.workers.leader.server import LeaderServer
 
-    executors = [FakeExecutor(step_s=step_s, max_requests=max_requests) for _ in range(num_gangs)]
+    info = replace(FAKE_INFO, **(sizes or {}))
+    executors = [FakeExecutor(info, step_s=step_s, max_requests=max_requests) for _ in range(num_gangs)]
     leaders = [LeaderServer(executor, _HOST, _SECRET) for executor in executors]
     pipe.send([leader.start() for leader in leaders])
     with contextlib.suppress(EOFError):
@@ -55,7 +59,9 @@ def run_gangs(pipe: Connection, num_gangs: int, max_requests: int, step_s: float
         executor.shutdown()
 
 
-def run_router(pipe: Connection, gang_ports: list[int], tokenizer: str, max_inflight: int) -> None:
+def run_router(
+    pipe: Connection, gang_ports: list[int], tokenizer: str, max_inflight: int, max_events_per_s: float = math.inf
+) -> None:
     """Serve until the pipe closes; sends the port, then the number of tasks whenever it is asked."""
     import uvicorn
     import uvloop
@@ -69,7 +75,7 @@ def run_router(pipe: Connection, gang_ports: list[int], tokenizer: str, max_infl
 
     async def serve() -> None:
         listener = socket.create_server((_HOST, 0), backlog=4096)
-        app = await _router_app(gang_ports, tokenizer, max_inflight)
+        app = await _router_app(gang_ports, tokenizer, max_inflight, max_events_per_s)
         spare_collections()
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         serving = asyncio.create_task(server.serve([listener]))
@@ -85,7 +91,9 @@ def run_router(pipe: Connection, gang_ports: list[int], tokenizer: str, max_infl
         runner.run(serve())
 
 
-async def _router_app(gang_ports: list[int], tokenizer: str, max_inflight: int) -> Any:
+async def _router_app(
+    gang_ports: list[int], tokenizer: str, max_inflight: int, max_events_per_s: float
+) -> Any:
     from tensorweave.cluster.fleet import StaticFleet
     from tensorweave.cluster.protocol import GangAddress
     from tensorweave.cluster.socket_link import SocketLink
@@ -93,6 +101,7 @@ async def _router_app(gang_ports: list[int], tokenizer: str, max_inflight: int) 
     from tensorweave.router.dispatch.dispatch import Dispatcher
     from tensorweave.router.http.app import build_app
     from tensorweave.router.service import RouterService
+    from tensorweave.router.text.event_pace import EventPace
     from tensorweave.router.text.tokens import Tokenizer
     from tensorweave.workers.fakes.fake_executor import FAKE_INFO
     from tensorweave.workers.store.model_store import resolve_model
@@ -103,15 +112,22 @@ async def _router_app(gang_ports: list[int], tokenizer: str, max_inflight: int) 
     ]
     fleet, limits = StaticFleet({"both": links}), Limits(max_inflight=max_inflight, max_deadline_s=86_400.0)
     service = RouterService(
-        _MODEL, Tokenizer.load(resolve_model(tokenizer)), Dispatcher(fleet, limits=limits), fleet, "0", limits
+        MODEL,
+        Tokenizer.load(resolve_model(tokenizer)),
+        Dispatcher(fleet, limits=limits),
+        fleet,
+        "0",
+        limits,
+        pace=EventPace(max_events_per_s),
     )
     return build_app(service)
 
 
 class Stream(asyncio.Protocol):
-    """One request and its events' times. `ended` is done with whether it ended as it should."""
+    """One request and its events' times. `ended` is done with whether it ended as it should. Without a `request` it
+    only connects, until `send`."""
 
-    def __init__(self, request: bytes) -> None:
+    def __init__(self, request: bytes = b"") -> None:
         self._request = request
         self.last_bytes = b""
         self.sent_s = 0.0
@@ -122,11 +138,17 @@ class Stream(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.WriteTransport)
         self._transport = transport
+        if self._request:
+            self.send(self._request)
+
+    def send(self, request: bytes) -> None:
         self.sent_s = time.perf_counter()
-        transport.write(self._request)
+        self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
         now_s = time.perf_counter()
+        if not self.last_bytes and not data.startswith(b"HTTP/1.1 200"):
+            self._transport.close()
         self.events_s += [now_s] * data.count(b"data: {")
         if self.events_s and not self.begun.done():
             self.begun.set_result(None)
@@ -141,9 +163,10 @@ class Stream(asyncio.Protocol):
                 future.set_result(value)  # type: ignore[arg-type]
 
 
-def _request(port: int, num_prompt: int, max_tokens: int) -> bytes:
-    body = {"model": _MODEL, "prompt": list(range(100, 100 + num_prompt)), "max_tokens": max_tokens}
-    payload = json.dumps({**body, "ignore_eos": True, "stream": True, "timeout_s": 80_000}).encode()
+def request_bytes(port: int, fields: Mapping[str, Any]) -> bytes:
+    """A streamed completion with these fields."""
+    body = {"model": MODEL, **fields, "ignore_eos": True, "stream": True, "timeout_s": 80_000}
+    payload = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {_HOST}:{port}\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload
 
@@ -167,7 +190,7 @@ class Usage:
         )
 
 
-def _pin(first: list[int], others: list[int]) -> None:
+def pin(first: list[int], others: list[int]) -> None:
     """Each of the first to a core of its own, the others to the rest."""
     cores = sorted(os.sched_getaffinity(0))
     for pid, core in zip(first, cores, strict=False):
@@ -182,7 +205,8 @@ async def open_streams(
     ports: list[int], num_streams: int, num_prompt: int, max_tokens: int, rate_per_s: float
 ) -> list[Stream]:
     """Those that have begun to answer, or failed to. The routers take turns."""
-    requests = [(port, _request(port, num_prompt, max_tokens)) for port in ports]
+    fields = {"prompt": list(range(100, 100 + num_prompt)), "max_tokens": max_tokens}
+    requests = [(port, request_bytes(port, fields)) for port in ports]
     loop, connecting, began_s = asyncio.get_running_loop(), asyncio.Semaphore(_MOST_CONNECTING), time.perf_counter()
 
     async def one(number: int) -> Stream:
@@ -226,7 +250,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         ]
         routers, ports = [pid for pid, _, _ in started], [port for _, _, port in started]
         if args.pin:
-            _pin(routers, [gangs_pid, os.getpid()])
+            pin(routers, [gangs_pid, os.getpid()])
         for port in ports:
             (first,) = await open_streams([port], 1, args.prompt_len, 1, args.rate)  # warms the router up
             await first.ended
