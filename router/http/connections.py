@@ -1,4 +1,5 @@
-"""Limits for HTTP connections without a complete request: uvicorn's protocol, with deadlines.
+"""Limits for HTTP connections without a complete request: uvicorn's protocol, with deadlines. Requests that arrive
+together take turns.
 
 uvicorn itself closes only connections that are idle after an answer. One that never sends a request, or only half a
 head, it keeps for ever. The deploy room replaces uvicorn's protocol by this one before a server starts.
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import uvicorn.config
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from tensorweave.router.http.arrivals import Arrivals
 from tensorweave.router.http.asgi import REQUEST_ID_HEADER, is_request_id
 
 
@@ -44,14 +47,24 @@ _HEAD_TOO_LARGE: Final = (
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """One connection. All of a server share `waiting`, which has those without a complete first head, oldest first."""
+    """One connection. All of a server share `waiting`, which has those without a complete first head, oldest first, and
+    `arrivals`, where a POST waits for its turn before its head is parsed. Other requests are answered from what is
+    known, and do not wait behind it."""
 
     def __init__(
-        self, limits: ConnectionLimits, waiting: dict[BoundedHttpProtocol, None], *args: Any, **kwargs: Any
+        self,
+        limits: ConnectionLimits,
+        waiting: dict[BoundedHttpProtocol, None],
+        arrivals: Arrivals,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._limits = limits
         self._waiting = waiting
+        self._arrivals = arrivals
+        self._arrived = bytearray()
+        """Of a request that waits for its turn."""
         self._deadline: asyncio.TimerHandle | None = None
         self._is_in_head = False
         self._num_head_bytes = 0
@@ -61,12 +74,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         sock = transport.get_extra_info("socket")
         if sock is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self._limits.stall_timeout_s * 1e3))
-        self._waiting[self] = None
-        if len(self._waiting) > self._limits.max_waiting:
-            next(iter(self._waiting)).give_up()
+        self._wait_for_head()
         self._start_deadline(self._limits.head_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._arrived.clear()
         self._waiting.pop(self, None)
         self._stop_deadline()
         super().connection_lost(exc)
@@ -77,6 +89,39 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         is_answered = self.cycle is None or self.cycle.response_complete
+        if self._arrived:
+            self._hold(data)
+        elif is_answered and not self._is_in_head and data.startswith(b"POST "):
+            self._hold(data)
+            self._arrivals.begin(self._begin)
+        else:
+            self._read(data, is_answered=is_answered)
+
+    def _hold(self, data: bytes) -> None:
+        self._arrived += data
+        self._waiting.pop(self, None)
+        self._stop_deadline()
+        self._unset_keepalive_if_required()
+        if len(self._arrived) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+
+    def _begin(self) -> None:
+        """It is the turn of the request that has arrived, unless the client is gone."""
+        if self._arrived:
+            data = bytes(self._arrived)
+            self._arrived.clear()
+            self.flow.resume_reading()
+            self._read(data, is_answered=True)
+            if self._is_in_head and self.cycle is None:
+                self._wait_for_head()
+
+    def _wait_for_head(self) -> None:
+        """It is the newest without a complete first head. If they are too many, the oldest is closed."""
+        self._waiting[self] = None
+        if len(self._waiting) > self._limits.max_waiting:
+            next(iter(self._waiting)).give_up()
+
+    def _read(self, data: bytes, *, is_answered: bool) -> None:
         if self._deadline is None and is_answered:
             self._start_deadline(self._limits.rest_timeout_s)
         super().data_received(data)
@@ -115,7 +160,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
 def bounded_protocol(limits: ConnectionLimits) -> Callable[..., BoundedHttpProtocol]:
     """For `uvicorn.Config(http=…)`; one per server."""
-    return functools.partial(BoundedHttpProtocol, limits, {})
+    return functools.partial(BoundedHttpProtocol, limits, {}, Arrivals())
 
 
 def bound_connections(limits: ConnectionLimits | None = None) -> None:
