@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 
 from tensorweave.cluster.adapter import Adapter
 from tensorweave.cluster.errors import NotReady, TensorweaveError
+from tensorweave.cluster.latest_answer import LatestAnswer
 from tensorweave.cluster.link import GangLink
 from tensorweave.cluster.pool_spec import PoolState
 from tensorweave.cluster.protocol import GangAddress, LinkMeasurement, Role
@@ -55,7 +56,8 @@ class Fleet(Protocol):
         """Wait until a gang that serves `role` is reachable; None: any gang, whatever its role. Raises NotReady."""
 
     async def describe(self) -> list[dict[str, Any]]:
-        """Pools, gangs and ranks, for health pages."""
+        """Pools, gangs and ranks, for health pages: as they are, or were a few seconds ago if that is not known at once.
+        Raises NotReady."""
 
     async def close(self) -> None:
         """Close every link. The gangs keep running."""
@@ -130,6 +132,7 @@ class WatchedFleet:
         self._changed = asyncio.Event()
         self._retired: set[SocketLink] = set()
         self._refusals: dict[str, str] = {}
+        self._description = LatestAnswer(self._describe)
         self._follower = asyncio.create_task(self._follow(), name="fleet")
 
     def links(self, role: Role = "both") -> Sequence[GangLink]:
@@ -160,6 +163,9 @@ class WatchedFleet:
             raise NotReady(f"not ready within {timeout_s:g} s: {self._explain_unready()}") from None
 
     async def describe(self) -> list[dict[str, Any]]:
+        return await self._description.get()
+
+    async def _describe(self) -> list[dict[str, Any]]:
         try:
             async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
                 pools: list[dict[str, Any]] = await self._supervisor.describe.remote()
@@ -172,6 +178,7 @@ class WatchedFleet:
 
     async def close(self) -> None:
         self._follower.cancel()
+        self._description.close()
         for task in self._link_tasks.values():
             task.cancel()
         for link in (*self._links.values(), *self._retired):
