@@ -5,7 +5,8 @@
 Four processes: gangs that compute nothing (`FakeExecutor` behind the leader's server), a router without Ray, a client
 that sends all requests at the same moment, and a watcher with some streams that run already, which also asks for
 /metrics and /health, one request after another. The watcher's figures are given for the time before the burst, for the
-time until the last of its first tokens, and for the rest of it. Exit code 1 if a request fails.
+time until the last of its first tokens, and for the rest of it. Where `router_waited_s` is more than a few hundredths,
+other processes had the router's core. Exit code 1 if a request fails.
 """
 
 from __future__ import annotations
@@ -119,9 +120,9 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         await send_together(port, [_body(prompts[0], 2)])  # warms the router up
         quiet_s, before = time.perf_counter(), Usage.of(router_pid)
         await asyncio.sleep(_QUIET_S)
-        idle, sent_s = Usage.of(router_pid), time.perf_counter()
+        idle, waited_before_s, sent_s = Usage.of(router_pid), _waited_s(router_pid), time.perf_counter()
         streams = await send_together(port, [_body(prompt, args.max_tokens) for prompt in prompts])
-        ended_s, after = time.perf_counter(), Usage.of(router_pid)
+        ended_s, after, waited_s = time.perf_counter(), Usage.of(router_pid), _waited_s(router_pid) - waited_before_s
         pipe.send("end")
         watched: Watched = await asyncio.to_thread(pipe.recv)
     whole = [stream for stream in streams if stream.ended.result()]
@@ -137,6 +138,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
             "quiet_per_s": round((idle.cpu_s - before.cpu_s) / _QUIET_S, 3),
             "burst": round(after.cpu_s - idle.cpu_s, 3),
         },
+        "router_waited_s": round(waited_s, 3),
         **{
             f"{path.removeprefix('/')}_ms_{name}": _ms(_lengths(watched.answers[path], window))
             for path in _PATHS
@@ -147,6 +149,11 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
             for name, window in windows.items()
         },
     }
+
+
+def _waited_s(pid: int) -> float:
+    """How long its main thread has waited for a core, which others had."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()[1]) / 1e9
 
 
 def _body(prompt: str, max_tokens: int) -> dict[str, Any]:
