@@ -1,4 +1,4 @@
-"""What waits at one router while many requests arrive at once: GET /metrics and /health, streams that run, first tokens.
+"""What waits at one router while many requests arrive at once: /metrics and /health, streams that run, first tokens.
 
     python -m benchmarks.burst --requests 256 --prompt-len 1000 --max-tokens 200 --pin
 
@@ -14,20 +14,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.streams import MODEL, Stream, Usage, pin, process_with_pipe, request_bytes, run_gangs, run_router
+from benchmarks.streams import Stream, Usage, pin, process_with_pipe, request_bytes, run_gangs, run_router
 from tensorweave.cli.arguments import positive, rate
 from tensorweave.cli.figures import distribution, publish, report, settings_of
+from tensorweave.workers.fakes.fake_executor import FAKE_INFO
 
 _HOST: Final = "127.0.0.1"
 _PATHS: Final = ("/metrics", "/health")
@@ -35,7 +35,7 @@ _ASK_EVERY_S: Final = 0.02
 _QUIET_S: Final = 2.0
 _PATIENCE_S: Final = 120.0
 _MAX_EVENTS_PER_S: Final = 8000.0  # a service's default
-_SIZES: Final = {"vocab_size": 49_152, "max_seq_len": 8192, "num_blocks": 20_000}
+_INFO: Final = replace(FAKE_INFO, vocab_size=49_152, max_seq_len=8192, num_blocks=20_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     prompts = prompts_of(args.tokenizer, args.requests, args.prompt_len)
     async with contextlib.AsyncExitStack() as running:
         num_inside = args.requests + args.streams + 16
-        gangs = process_with_pipe(run_gangs, args.gangs, num_inside, args.step_s, _SIZES)
+        gangs = process_with_pipe(run_gangs, args.gangs, num_inside, args.step_s, _INFO)
         gangs_pid, _, gang_ports = await running.enter_async_context(gangs)
         router = process_with_pipe(run_router, gang_ports, args.tokenizer, num_inside, _MAX_EVENTS_PER_S)
         router_pid, _, port = await running.enter_async_context(router)

@@ -21,7 +21,7 @@ import resource
 import socket
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,6 +31,8 @@ import psutil
 
 from tensorweave.cli.arguments import positive, rate
 from tensorweave.cli.figures import distribution, publish, report, settings_of
+from tensorweave.cluster.protocol import ModelInfo
+from tensorweave.workers.fakes.fake_executor import FAKE_INFO, FakeExecutor
 
 _HOST: Final = "127.0.0.1"
 _SECRET: Final = "streams"
@@ -41,14 +43,10 @@ _SPARE_FILES: Final = 256
 Context = multiprocessing.get_context("spawn")
 
 
-def run_gangs(
-    pipe: Connection, num_gangs: int, max_requests: int, step_s: float, sizes: Mapping[str, int] | None = None
-) -> None:
-    """Serve until the pipe closes; sends the ports. `sizes`: fields of the fake model that differ."""
-    from tensorweave.workers.fakes.fake_executor import FAKE_INFO, FakeExecutor
+def run_gangs(pipe: Connection, num_gangs: int, max_requests: int, step_s: float, info: ModelInfo = FAKE_INFO) -> None:
+    """Serve until the pipe closes; sends the ports."""
     from tensorweave.workers.leader.server import LeaderServer
 
-    info = replace(FAKE_INFO, **(sizes or {}))
     executors = [FakeExecutor(info, step_s=step_s, max_requests=max_requests) for _ in range(num_gangs)]
     leaders = [LeaderServer(executor, _HOST, _SECRET) for executor in executors]
     pipe.send([leader.start() for leader in leaders])
@@ -91,9 +89,7 @@ def run_router(
         runner.run(serve())
 
 
-async def _router_app(
-    gang_ports: list[int], tokenizer: str, max_inflight: int, max_events_per_s: float
-) -> Any:
+async def _router_app(gang_ports: list[int], tokenizer: str, max_inflight: int, max_events_per_s: float) -> Any:
     from tensorweave.cluster.fleet import StaticFleet
     from tensorweave.cluster.protocol import GangAddress
     from tensorweave.cluster.socket_link import SocketLink
@@ -103,7 +99,6 @@ async def _router_app(
     from tensorweave.router.service import RouterService
     from tensorweave.router.text.event_pace import EventPace
     from tensorweave.router.text.tokens import Tokenizer
-    from tensorweave.workers.fakes.fake_executor import FAKE_INFO
     from tensorweave.workers.store.model_store import resolve_model
 
     links = [

@@ -56,8 +56,8 @@ class Fleet(Protocol):
         """Wait until a gang that serves `role` is reachable; None: any gang, whatever its role. Raises NotReady."""
 
     async def describe(self) -> list[dict[str, Any]]:
-        """Pools, gangs and ranks, for health pages: as they are, or were a few seconds ago if that is not known at once.
-        Raises NotReady."""
+        """Pools, gangs and ranks, for health pages: as they are, or as they were a few seconds ago if that is all that
+        is known at once. Raises NotReady."""
 
     async def close(self) -> None:
         """Close every link. The gangs keep running."""

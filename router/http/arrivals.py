@@ -1,7 +1,7 @@
 """`Arrivals`: the new requests of one server, a few of them in each pass of the event loop.
 
-Requests that arrive together would otherwise be read, planned and sent to gangs in the same few passes, and all that the
-loop does besides would wait: streams, cancellations, /health, other clients' requests.
+Requests that arrive together would otherwise be read, planned and sent to gangs in the same few passes, and all else
+that the loop does would wait: streams, cancellations, /health, other clients' requests.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Final
 
 MOST_PER_PASS: Final = 8
-"""256 completions of 150 tokens at once beside eight streams: with 4, 8, 16, 32 and any number a pass, /metrics took up to
-52, 50, 64, 81 and 348 ms, and the last of the first tokens came after 1.1, 0.7, 0.6, 0.7 and 0.5 s."""
+"""256 completions of 150 tokens at once beside eight streams: with 4, 8, 16, 32 and any number a pass, /metrics took up
+to 52, 50, 64, 81 and 348 ms, and the last of the first tokens came after 1.1, 0.7, 0.6, 0.7 and 0.5 s."""
 
 
 class Arrivals:
