@@ -28,7 +28,7 @@ ResultT = TypeVar("ResultT")
 
 INLINE_BYTES: Final = 2 << 10
 """At most about 2.5 ms of reading, for the slowest text that we know (emoji, 1.1 µs a byte). Texts of 1,000 tokens take
-2.4 to 5 ms each: hundreds that arrive together in the event loop would hold up all streams for a second."""
+2.4 to 5 ms each: hundreds of them in the event loop would take a second from all streams."""
 _SLOW_INLINE_BYTES: Final = 256
 """For tokenizers in transformers' own Python, which are slower."""
 _CPUS_PER_WORKER: Final = 4

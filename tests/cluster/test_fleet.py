@@ -43,6 +43,8 @@ class _FakeSupervisor:
         self._changed = asyncio.Event()
         self.watch = _Method(self._watch)
         self.describe = _Method(self._describe)
+        self.may_describe = asyncio.Event()
+        self.may_describe.set()
 
     def publish(self, *addresses: GangAddress, failure: str | None = None) -> None:
         states = ("ready",) * len(addresses) or ("starting",)
@@ -62,6 +64,7 @@ class _FakeSupervisor:
         return self._state
 
     async def _describe(self) -> list[dict[str, Any]]:
+        await self.may_describe.wait()
         return [{"pool": "main"}]
 
 
@@ -125,6 +128,17 @@ def test_links_follow_the_gangs_and_open_requests_finish() -> None:
 
     with _gang("one") as (executor, one), _gang("two") as (_, two):
         asyncio.run(body())
+
+
+def test_while_the_supervisor_says_nothing_the_last_description_is_told() -> None:
+    async def body() -> None:
+        supervisor = _FakeSupervisor()
+        async with asyncio.timeout(_PATIENCE_S), _watching(supervisor) as fleet:
+            told = await fleet.describe()
+            supervisor.may_describe.clear()
+            assert await fleet.describe() == told
+
+    asyncio.run(body())
 
 
 def test_a_role_is_served_by_gangs_of_that_role_and_of_both() -> None:
