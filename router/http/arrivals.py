@@ -13,7 +13,7 @@ from typing import Final
 
 MOST_PER_PASS: Final = 8
 """256 completions of 150 tokens at once beside eight streams: with 4, 8, 16, 32 and any number a pass, /metrics took up
-to 52, 50, 64, 81 and 348 ms, and the last of the first tokens came after 1.1, 0.7, 0.6, 0.7 and 0.5 s."""
+to 52, 49, 64, 82 and 348 ms, and the last of the first tokens came after 1.1, 0.7, 0.6, 0.7 and 0.6 s."""
 
 
 class Arrivals:
