@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import os
 import random
-import resource
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing.connection import Connection
@@ -29,6 +28,7 @@ from tensorweave.cli.arguments import positive, rate
 from tensorweave.cli.figures import publish, report, settings_of
 from tensorweave.cluster import wire
 from tensorweave.cluster.block_hash import root_hash
+from tensorweave.cluster.file_limit import raise_file_limit
 from tensorweave.cluster.protocol import (
     PROTOCOL_VERSION,
     GangAddress,
@@ -95,7 +95,7 @@ def run_gangs(pipe: Connection, num_gangs: int, num_blocks: int) -> None:
     fills all gangs with n blocks. The answer to each is the number of frames so far."""
     import uvloop
 
-    _raise_file_limit()
+    raise_file_limit()
 
     async def serve() -> None:
         leaders = [_Leader(_info(num_blocks)) for _ in range(num_gangs)]
@@ -182,7 +182,7 @@ def run_router(pipe: Connection, ports: list[int], num_blocks: int) -> None:
 
     from tensorweave.cluster.fleet import WatchedFleet
 
-    _raise_file_limit()
+    raise_file_limit()
 
     async def serve() -> None:
         before = _usage()
@@ -247,11 +247,6 @@ async def _decide(fleet: Any) -> dict[str, float]:
 
 def _usage() -> tuple[float, int]:
     return time.process_time(), int(psutil.Process().memory_info().rss)
-
-
-def _raise_file_limit() -> None:
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 # ---- this process

@@ -22,6 +22,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 from tensorweave.cluster.adapter import Adapter
 from tensorweave.cluster.adapter_registry import AdapterRecord
 from tensorweave.cluster.errors import WorkerLost
+from tensorweave.cluster.file_limit import count_open_files, raise_file_limit
 from tensorweave.cluster.host_memory import oom_kills
 from tensorweave.cluster.host_networks import address_in, interface_addresses
 from tensorweave.cluster.log_setup import LogSettings, set_up_logging
@@ -31,7 +32,7 @@ from tensorweave.cluster.rank_watch import first_line
 from tensorweave.cluster.ranks import LeaderPlace, LinkRate, RankOrder, RankPlace, RankReport, RankStarted, Traffic
 from tensorweave.cluster.versions import Versions
 from tensorweave.workers.gang.rendezvous import CallStore, RendezvousStore, call_on_loop
-from tensorweave.workers.rank_process import ProcessGuard, count_open_files, die_with_parent, raise_file_limit
+from tensorweave.workers.rank_process import ProcessGuard, die_with_parent
 from tensorweave.workers.start_log import StartLog
 
 if TYPE_CHECKING:

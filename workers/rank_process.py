@@ -1,22 +1,18 @@
-"""The process of a rank as the system sees it: its descriptors, and when it must end.
+"""The process of a rank as the system sees it: when it must end.
 
 No torch here: the supervisor imports `workers.rank`, which uses this.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import os
-import resource
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from typing import Final
-
-import psutil
 
 logger = logging.getLogger(__name__)
 
@@ -73,16 +69,3 @@ def die_with_parent() -> None:
     it."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def raise_file_limit() -> None:
-    """Allow this process as many descriptors as the system lets it have."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # "infinity" may be more than the kernel takes
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def count_open_files() -> tuple[int, int]:
-    """Open descriptors of this process, and its limit; 0 if there is none."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return psutil.Process().num_fds(), 0 if limit == resource.RLIM_INFINITY else limit

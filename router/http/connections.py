@@ -18,6 +18,7 @@ import uvicorn.config
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from tensorweave.cluster.file_limit import raise_file_limit
 from tensorweave.router.http.arrivals import Arrivals
 from tensorweave.router.http.asgi import REQUEST_ID_HEADER, is_request_id
 
@@ -38,7 +39,8 @@ class ConnectionLimits:
     max_head_bytes: int = 64 << 10
     rest_timeout_s: float = 60.0
     stall_timeout_s: float = 60.0
-    max_waiting: int = 512
+    max_waiting: int = 4096
+    """More than clients that connect at the same time, before their requests are read."""
 
 
 _HEAD_TOO_LARGE: Final = (
@@ -164,6 +166,8 @@ def bounded_protocol(limits: ConnectionLimits) -> Callable[..., BoundedHttpProto
 
 
 def bound_connections(limits: ConnectionLimits | None = None) -> None:
-    """Apply the limits to every server that is started in this process from now on without a protocol of its own."""
+    """Apply the limits to every server that is started in this process from now on without a protocol of its own, and
+    allow the process as many connections as the system does."""
+    raise_file_limit()
     protocol = bounded_protocol(limits or ConnectionLimits())
     uvicorn.config.HTTP_PROTOCOLS["auto"] = protocol  # type: ignore[assignment]

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 import uvicorn.config
 
+from tensorweave.cluster.file_limit import raise_file_limit
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.http.connections import ConnectionLimits, bound_connections, bounded_protocol
 from tests.router.fake_fleet import FakeLink
@@ -131,6 +132,19 @@ def test_of_many_idle_connections_the_oldest_make_room() -> None:
             assert (await answer_of(reader)).startswith(b"HTTP/1.1 200")
 
     serve(ConnectionLimits(head_timeout_s=NEVER_S, max_waiting=4), body, NEVER_S)
+
+
+def test_clients_that_connect_together_before_they_send_are_all_answered() -> None:
+    raise_file_limit()
+
+    async def body(connect: Callable[[], Awaitable[Streams]]) -> None:
+        clients = await asyncio.gather(*(connect() for _ in range(1000)))
+        for _, writer in clients:
+            writer.write(WHOLE)
+        for reader, _ in clients:
+            assert (await answer_of(reader)).startswith(b"HTTP/1.1 200")
+
+    serve(ConnectionLimits(), body, NEVER_S)
 
 
 def test_a_large_body_has_its_time_and_so_have_many_requests_of_one_connection() -> None:
