@@ -29,6 +29,12 @@ def lower_priority(process: int = 0) -> None:
             os.setpriority(os.PRIO_PROCESS, process, min(lower, _LAST))
 
 
+def lower_all_threads() -> None:
+    """`lower_priority` of a process of several threads, this one; Linux."""
+    for thread in os.listdir("/proc/self/task"):
+        lower_priority(int(thread))
+
+
 def processor_time_s(process: int) -> float | None:
     """Of a process; None if it has ended, or where that is not known."""
     if sys.platform != "linux":

@@ -2,41 +2,54 @@
 
 Its input has a `start` frame, then one `try` frame per guide; its output a `vocabulary` frame, or `failed`, then one
 `tried` frame per guide, in any order. It ends when its input ends. Each guide is tried in a child, which the kernel
-ends at its limits of time; a second child waits for that one and reports how it ended.
+ends at its limits of time. A child begins at the usual priority, if that was not asked for too often lately, and has a
+low one after 50 ms of processor time, which most guides end within.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import gc
 import os
 import resource
+import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from io import BufferedReader
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, NoReturn
 
 from tensorweave.cluster.guide import Guide
-from tensorweave.cluster.priority import lower_priority
+from tensorweave.cluster.priority import lower_all_threads
 from tensorweave.cluster.wire import READ_BYTES, Frame, FrameDecoder, pack_frame
 from tensorweave.cluster.without_torch import hide_torch_from_transformers
+from tensorweave.workers.guided.allowance import Allowance
 from tensorweave.workers.guided.compilers import Compilers
-from tensorweave.workers.guided.limits import TRIAL_CPU_S, TRIAL_MEMORY_BYTES, TRIAL_WALL_S
+from tensorweave.workers.guided.limits import (
+    TRIAL_CPU_S,
+    TRIAL_MEMORY_BYTES,
+    TRIAL_WALL_S,
+    USUAL_CPU_S,
+    USUAL_MOST_S,
+    USUAL_SHARE,
+)
 from tensorweave.workers.guided.trial import TrialResult, try_guide
 from tensorweave.workers.guided.vocabulary import TokenizerSource, Vocabulary, read_vocabulary
 
 _STACK_BYTES: Final = 4 << 20
 """Half of what a rank has for the same: a guide that is too deep for it fails here."""
 _MAX_PROBLEM: Final = 1000
+_STDIN: Final = 0
 
 
 def main() -> None:
-    source, sink = open(0, "rb", closefd=False), _take_stdout()  # noqa: SIM115 (open until the process ends)
+    sink = _take_stdout()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    frames = _frames(source)
-    _, fields, vocab_size = next(frames)
+    frames = _Frames(_STDIN)
+    _, fields, vocab_size = frames.next()
     tokenizer = TokenizerSource.from_wire(fields)
     if not tokenizer.trust_remote_code:  # a model's own code may want all of transformers
         import xgrammar  # noqa: F401  first: it takes a class from transformers that needs torch
@@ -48,19 +61,38 @@ def main() -> None:
         _write(sink, "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:_MAX_PROBLEM]}")
         return
     compilers = Compilers(vocabulary)
-    compilers.open("xgrammar")  # once, and not in each child
+    _open_all(compilers)
     _write(sink, "vocabulary", vocabulary.to_wire())
-    lower_priority()  # not before: beside step loops on all cores, all this would take a minute, once
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children that report
-    for _, number, guide_fields in frames:
-        if os.fork() == 0:
-            _report(sink, number, Guide.from_wire(guide_fields), compilers, vocabulary)
+    _Children(frames, sink, compilers, vocabulary).run()
 
 
-def _frames(source: BufferedReader) -> Iterator[Frame]:
-    decoder = FrameDecoder()
-    while data := source.read1(READ_BYTES):
-        yield from decoder.feed(data)
+def _open_all(compilers: Compilers) -> None:
+    """Once, and not in each child: llguidance's form of the tokenizer alone takes 0.3 s."""
+    compilers.open("xgrammar")
+    with contextlib.suppress(ValueError):  # it does not read this tokenizer, which each of its guides is told
+        compilers.open("llguidance")
+    gc.collect()
+    gc.freeze()  # so that children do not copy the pages of what they share
+
+
+class _Frames:
+    """Of a pipe. `waiting` are those that were read together with the one before them."""
+
+    def __init__(self, pipe: int) -> None:
+        self.pipe = pipe
+        self.waiting: collections.deque[Frame] = collections.deque()
+        self._decoder = FrameDecoder()
+
+    def read(self) -> bool:
+        """Wait for data. Whether there was any."""
+        data = os.read(self.pipe, READ_BYTES)
+        self.waiting.extend(self._decoder.feed(data))
+        return bool(data)
+
+    def next(self) -> Frame:
+        while not self.waiting and self.read():
+            pass
+        return self.waiting.popleft()
 
 
 def _take_stdout() -> BinaryIO:
@@ -75,21 +107,81 @@ def _write(sink: BinaryIO, name: str, *fields: object) -> None:
     sink.flush()
 
 
-def _report(sink: BinaryIO, number: int, guide: Guide, compilers: Compilers, vocabulary: Vocabulary) -> NoReturn:
-    """In a child: try the guide in another one, and report how that ends. One write, which others do not split."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        _try_within_limits(writer, guide, compilers, vocabulary)
-    os.close(writer)
-    with open(reader, "rb") as answers:
-        answer = next(_frames(answers), None)
-    _, status = os.waitpid(child, 0)
-    result = _cut_off(status) if answer is None else TrialResult.from_wire(answer[1])
-    os.write(sink.fileno(), pack_frame("tried", number, result.to_wire()))
-    os._exit(0)
+@dataclass(slots=True)
+class _Child:
+    """A child that tries a guide, with the guide's number."""
+
+    process: int
+    number: int
+    frames: _Frames
+    has_answered: bool = False
+
+
+class _Children:
+    """Forks a child for each guide, until the input ends, and reports how each has ended."""
+
+    def __init__(self, frames: _Frames, sink: BinaryIO, compilers: Compilers, vocabulary: Vocabulary) -> None:
+        self._frames = frames
+        self._sink = sink
+        self._compilers = compilers
+        self._vocabulary = vocabulary
+        self._allowance = Allowance(USUAL_SHARE, USUAL_MOST_S)
+        self._running: dict[int, _Child] = {}
+        """By the pipe that they answer on."""
+        self._poll = select.poll()
+        self._poll.register(frames.pipe, select.POLLIN)
+
+    def run(self) -> None:
+        is_open = True
+        while is_open:
+            while self._frames.waiting:
+                _, number, guide = self._frames.waiting.popleft()
+                self._fork(number, Guide.from_wire(guide))
+            for pipe, _ in self._poll.poll():
+                if pipe == self._frames.pipe:
+                    is_open = self._frames.read()
+                else:
+                    self._hear(self._running[pipe])
+
+    def _fork(self, number: int, guide: Guide) -> None:
+        reader, writer = os.pipe()
+        usual_s = USUAL_CPU_S if self._allowance.take(USUAL_CPU_S) else 0.0
+        process = os.fork()
+        if process == 0:
+            os.close(reader)
+            _lower_after(usual_s)
+            _try_within_limits(writer, guide, self._compilers, self._vocabulary)
+        os.close(writer)
+        self._running[reader] = _Child(process, number, _Frames(reader))
+        self._poll.register(reader, select.POLLIN)
+
+    def _hear(self, child: _Child) -> None:
+        """Its answer, or that it has ended."""
+        is_open = child.frames.read()
+        if child.frames.waiting:
+            _, result = child.frames.waiting.popleft()
+            self._report(child, TrialResult.from_wire(result))
+        if is_open:
+            return
+        self._poll.unregister(child.frames.pipe)
+        os.close(child.frames.pipe)
+        del self._running[child.frames.pipe]
+        _, status = os.waitpid(child.process, 0)
+        if not child.has_answered:
+            self._report(child, _cut_off(status))
+
+    def _report(self, child: _Child, result: TrialResult) -> None:
+        child.has_answered = True
+        _write(self._sink, "tried", child.number, result.to_wire())
+
+
+def _lower_after(seconds: float) -> None:
+    """Of processor time of this process."""
+    if seconds:
+        signal.signal(signal.SIGPROF, lambda *_: lower_all_threads())
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+    else:
+        lower_all_threads()
 
 
 def _try_within_limits(writer: int, guide: Guide, compilers: Compilers, vocabulary: Vocabulary) -> NoReturn:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -57,6 +61,41 @@ def test_a_bomb_is_refused_within_its_limits(name: str, trials: Trials) -> None:
         assert result.problem
     assert took_s < TRIAL_WALL_S + 5.0
     assert not trials.run(Guide("regex", "ab")).problem
+
+
+def test_trials_at_the_same_time_are_told_apart(trials: Trials) -> None:
+    guides = [Guide("regex", text) for text in ("a{3}", "(a", "[a-z]+", "b|c", "(b")]
+    with ThreadPoolExecutor(len(guides)) as threads:
+        results = list(threads.map(trials.run, guides, timeout=TRIAL_WALL_S))
+    assert [bool(result.problem) for result in results] == [False, True, False, False, True]
+
+
+LOWERED = """
+import os, threading
+os.setpriority(os.PRIO_PROCESS, 0, {before})
+from tensorweave.workers.guided.trial_process import _lower_after
+
+def niceness():
+    return [os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir("/proc/self/task")]
+
+_lower_after({seconds})
+print(set(niceness()))
+thread = threading.Thread(target=lambda: [None for _ in iter(lambda: set(niceness()) == {{19}}, True)], daemon=True)
+thread.start()
+thread.join(60)
+print(thread.is_alive())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux alone")
+@pytest.mark.parametrize(("seconds", "at_first"), [(0.0, "{19}"), (0.02, "{9}")])
+def test_a_trial_that_takes_long_has_a_low_priority(seconds: float, at_first: str) -> None:
+    """All of its threads, after so much processor time."""
+    if os.getpriority(os.PRIO_PROCESS, 0) > 9:
+        pytest.skip("these tests run at a lower priority themselves")
+    code = LOWERED.format(before=9, seconds=seconds)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert child.stdout.split() == [at_first, "False"]
 
 
 def test_a_process_that_was_killed_is_started_again(trials: Trials) -> None:
