@@ -23,6 +23,8 @@ from tensorweave.router.text.text_bound import max_chars_per_token
 _LONG_TEXT_CHARS: Final = 4096
 """From about 1 ms of encoding on, the interpreter's lock is released meanwhile; below, that costs more than it
 gains."""
+_COSTLY: Final = ("max_chars_per_token", "written_of_tools")
+"""The former takes 0.1 to 0.4 s for 49,152 tokens."""
 
 
 class Tokenizer:
@@ -41,7 +43,9 @@ class Tokenizer:
         self._template_arguments = frozenset(inspect.signature(backend.apply_chat_template).parameters)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(Tokenizer, uses_rust=self._uses_rust), (self.backend,)
+        """With what took long to find out, so that processes which get a copy do not repeat it."""
+        known = {name: self.__dict__[name] for name in _COSTLY if name in self.__dict__}
+        return functools.partial(Tokenizer, uses_rust=self._uses_rust), (self.backend,), known
 
     @staticmethod
     def _private_copy(rust: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -17,6 +17,7 @@ import select
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, NoReturn
@@ -149,8 +150,7 @@ class _Children:
         process = os.fork()
         if process == 0:
             os.close(reader)
-            _lower_after(usual_s)
-            _try_within_limits(writer, guide, self._compilers, self._vocabulary)
+            _try_within_limits(writer, guide, self._compilers, self._vocabulary, usual_s)
         os.close(writer)
         self._running[reader] = _Child(process, number, _Frames(reader))
         self._poll.register(reader, select.POLLIN)
@@ -175,16 +175,24 @@ class _Children:
         _write(self._sink, "tried", child.number, result.to_wire())
 
 
-def _lower_after(seconds: float) -> None:
-    """Of processor time of this process."""
-    if seconds:
+def _run_on_thread(work: Callable[[], None], usual_s: float) -> None:
+    """Run it at the usual priority for so much processor time of this process, and then at a low one."""
+    if usual_s:
         signal.signal(signal.SIGPROF, lambda *_: lower_all_threads())
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_PROF, usual_s)
     else:
         lower_all_threads()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})  # in the new thread
+    threading.stack_size(_STACK_BYTES)
+    thread = threading.Thread(target=work)
+    thread.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})  # here: Python runs handlers in this thread alone
+    thread.join()
 
 
-def _try_within_limits(writer: int, guide: Guide, compilers: Compilers, vocabulary: Vocabulary) -> NoReturn:
+def _try_within_limits(
+    writer: int, guide: Guide, compilers: Compilers, vocabulary: Vocabulary, usual_s: float
+) -> NoReturn:
     signal.setitimer(signal.ITIMER_REAL, TRIAL_WALL_S)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     resource.setrlimit(resource.RLIMIT_CPU, (int(usage.ru_utime + usage.ru_stime) + TRIAL_CPU_S, -1))
@@ -201,10 +209,7 @@ def _try_within_limits(writer: int, guide: Guide, compilers: Compilers, vocabula
         problem = result.problem[:_MAX_PROBLEM]
         os.write(writer, pack_frame("tried", TrialResult(problem, result.num_bytes).to_wire()))
 
-    threading.stack_size(_STACK_BYTES)
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
+    _run_on_thread(run, usual_s)
     os._exit(0)
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorweave.cluster.errors import RequestRejected
+from tensorweave.router.text import tokens
 from tensorweave.router.text.chat_template import ChatPrompt
 from tensorweave.router.text.tokens import Tokenizer
 from tests.router.small_tokenizers import byte_fallback, byte_level, llama2, metaspace
@@ -100,3 +101,13 @@ def test_it_can_be_sent_to_a_worker_process(tokenizer: Tokenizer) -> None:
     assert copy.encode(text) == ids
     assert copy.decode(ids) == tokenizer.decode(ids)
     assert copy.special_ids == tokenizer.special_ids
+
+
+def test_what_took_long_to_find_out_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker process that did it again would take 0.2 s for each first body, and lose its priority for that."""
+    tokenizer = byte_level()
+    first = tokenizer.max_chars_per_token, tokenizer.written_of_tools
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    monkeypatch.setattr(tokens, "max_chars_per_token", None)
+    monkeypatch.setattr(tokens, "written_of_tools", None)
+    assert (copy.max_chars_per_token, copy.written_of_tools) == first
