@@ -10,11 +10,11 @@ TRIAL_CPU_S: Final = 5
 """Processor time of a trial: of the compilation and of a few hundred masks."""
 TRIAL_WALL_S: Final = 20.0
 """A trial on a busy machine gets little processor time."""
-USUAL_CPU_S: Final = 0.05
+USUAL_CPU_S: Final = 0.04
 """Processor time of a trial at the usual priority: a schema of a few fields takes 25 ms."""
 USUAL_SHARE: Final = 0.1
 USUAL_MOST_S: Final = 0.2
-"""Of a core, which trials together may take at that priority: each after the first four that come together."""
+"""Of a core, which trials together may take at that priority: each of the first five that come together, say."""
 TRIAL_MEMORY_BYTES: Final = 1 << 30
 """What a trial may allocate beside the vocabulary."""
 MAX_COMPILED_BYTES: Final = 128 << 20

@@ -3,7 +3,7 @@
 Its input has a `start` frame, then one `try` frame per guide; its output a `vocabulary` frame, or `failed`, then one
 `tried` frame per guide, in any order. It ends when its input ends. Each guide is tried in a child, which the kernel
 ends at its limits of time. A child begins at the usual priority, if that was not asked for too often lately, and has a
-low one after 50 ms of processor time, which most guides end within.
+low one after 40 ms of processor time, which most guides end within.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def main() -> None:
     except Exception as error:  # the request's boundary: whatever a tokenizer's code raises
         _write(sink, "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:_MAX_PROBLEM]}")
         return
+    _write(sink, "vocabulary", vocabulary.to_wire())
     compilers = Compilers(vocabulary)
     _open_all(compilers)
-    _write(sink, "vocabulary", vocabulary.to_wire())
     _Children(frames, sink, compilers, vocabulary).run()
 
 
