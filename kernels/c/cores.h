@@ -45,12 +45,13 @@ static void leave_core(struct helper *self, int core, struct helper *helpers, in
     atomic_flag_clear(&self->is_moving);
 }
 
-/* By the caller, who waits: whether the helper has work and has not run since the last look. */
+/* By the caller, who waits: whether the helper has work and has not run since the last look. It may be on this core already: then it is only
+   kept here. */
 static int is_displaced(struct helper *helper) {
     if (!atomic_load(&helper->has_work) || helper->is_fetched) return 0;
     long seen_ns = helper->seen_ns;
     helper->seen_ns = read_clock(helper->clock);
-    return helper->seen_ns >= 0 && helper->seen_ns == seen_ns && atomic_load(&helper->core) != sched_getcpu();
+    return helper->seen_ns >= 0 && helper->seen_ns == seen_ns;
 }
 
 static void fetch_helper(struct helper *helper) {

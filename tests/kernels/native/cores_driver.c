@@ -24,11 +24,10 @@ int leave(int core, int busy) {
     return CPU_EQUAL(&before, &after) ? now : -1;
 }
 
-/* The calling thread is a helper with a part, which does not run from now on, and was on `core`. */
-void begin_work(int core) {
+/* The calling thread is a helper with a part, which does not run from now on. */
+void begin_work(void) {
     be_helper();
     helpers[0].seen_ns = -1;
-    atomic_store(&helpers[0].core, core);
     atomic_store(&helpers[0].has_work, 1);
 }
 
