@@ -22,7 +22,7 @@ from tensorweave.workers.engine.packing import PackedBatch, pack
 from tensorweave.workers.gang.stages import StageLink
 from tensorweave.workers.lora.rank_adapter import AdapterReader
 from tensorweave.workers.models.forward_inputs import ForwardInputs
-from tensorweave.workers.models.transformer import InnerStage, Transformer
+from tensorweave.workers.models.transformer import Stage, Transformer
 from tensorweave.workers.step.pending import Pending, PendingTokens, StepLogits
 from tensorweave.workers.step.plan import PromptRead, ScheduledBatch
 from tensorweave.workers.step.resources import BaseResourceManager, BlockCopy, ResourceManager
@@ -127,7 +127,7 @@ class PyTorchModelEngine:
 
     def __init__(
         self,
-        model: Transformer | InnerStage,
+        model: Stage,
         output: StepOutput,
         pool: KVPool,
         attention: AttentionBackend,

@@ -74,7 +74,7 @@ from tensorweave.workers.models.quantizing import quantizing
 from tensorweave.workers.models.rank_weights import RankWeights
 from tensorweave.workers.models.rotary import rotary_table
 from tensorweave.workers.models.shards import HeadShard, shard_heads, split_evenly
-from tensorweave.workers.models.transformer import InnerStage, Transformer
+from tensorweave.workers.models.transformer import Stage, Transformer
 from tensorweave.workers.start_log import StartLog
 from tensorweave.workers.store.model_store import resolve_model
 
@@ -188,7 +188,7 @@ class _ModelShare:
         num_threads: int,
         linears: LinearForms,
         on_progress: Callable[[float], object],
-    ) -> Transformer | InnerStage:
+    ) -> Stage:
         if load_format == "dummy":
             random = RandomWeights(tensor_shapes(self.config), device=self.device)
             return self._build(WeightLoader(random, self.dtype, self.device), comm, linears)
@@ -200,7 +200,7 @@ class _ModelShare:
         ) as weights:
             return self._build(weights, comm, linears)
 
-    def _build(self, weights: RankWeights, comm: Comm, linears: LinearForms) -> Transformer | InnerStage:
+    def _build(self, weights: RankWeights, comm: Comm, linears: LinearForms) -> Stage:
         wanted = quantizing(weights, self.quantization)
         return build_stage(self.config, self.place, wanted, comm, self.operations, self.dtype, linears)
 
@@ -361,7 +361,7 @@ def _device_adapters(
 
 
 def _assemble_engine(
-    model: Transformer | InnerStage, share: _ModelShare, info: ModelInfo, linears: LinearForms, comm: Comm
+    model: Stage, share: _ModelShare, info: ModelInfo, linears: LinearForms, comm: Comm
 ) -> PyTorchModelEngine:
     """Put KV pool, attention and rotation table around a model."""
     config, device, operations = share.config, share.device, share.operations

@@ -27,7 +27,7 @@ from tensorweave.workers.models.shards import split_evenly
 from tensorweave.workers.models.sizes import ExpertSizes, ModelSizes
 from tensorweave.workers.models.stack import make_stack
 from tensorweave.workers.models.tensor_names import EMBEDDING, FINAL_NORM, HEAD
-from tensorweave.workers.models.transformer import InnerStage, Transformer
+from tensorweave.workers.models.transformer import Stage, Transformer
 
 
 def build_transformer(
@@ -53,7 +53,7 @@ def build_stage(
     operations: Operations,
     dtype: torch.dtype,
     linears: LinearForms | None = None,
-) -> Transformer | InnerStage:
+) -> Stage:
     """Read one rank's share of the weights and put the layers of its pipeline stage around it.
 
     Args:
@@ -73,7 +73,7 @@ def build_stage(
     if place.is_first_stage and table_VD is not None:
         embedding = _embedding(table_VD, sizes.vocab_size, words, config.ends.embedding_factor, comm)
     if not place.is_last_stage:
-        return InnerStage(embedding, stack)
+        return Stage(embedding, stack)
     if table_VD is not None and config.has_tied_embeddings:
         head_VD = weights.tied_head(table_VD)
     else:
@@ -148,7 +148,7 @@ def sites_of_other_stages(config: ModelConfig, place: MeshRank) -> Sequence[Site
 
 def _build_on_meta(
     config: ModelConfig, place: MeshRank, weights: MetaWeights, linears: LinearForms | None = None
-) -> Transformer | InnerStage:
+) -> Stage:
     operations = reference_operations(torch.device("meta"), torch.float32)
     return build_stage(config, place, weights, SoloComm(), operations, torch.float32, linears)
 

@@ -21,13 +21,11 @@ from tensorweave.workers.models.stack import DecoderStack
 
 
 @dataclass(frozen=True, slots=True)
-class Transformer:
-    """One rank's share of a model; of the last pipeline stage too, whose embedding is the stage before."""
+class Stage:
+    """One rank's share of a pipeline stage. `embedding` returns the states of the stage before, if there is one."""
 
     embedding: Embedding
     stack: DecoderStack
-    final_norm: RmsNorm
-    head: Head
 
     @property
     def num_layers_done(self) -> int:
@@ -35,8 +33,16 @@ class Transformer:
         return self.stack.num_layers_done
 
     def forward(self, inputs: ForwardInputs, caches: Sequence[Tensor]) -> Tensor:
-        """Hidden states [T, D] before the final norm; keys and values go into `caches`, one [B, C, P, H] per layer."""
+        """Hidden states [T, D] after the layers; keys and values go into `caches`, one [B, C, P, H] per layer."""
         return self.stack(self.embedding(inputs.token_ids_T), inputs, caches)
+
+
+@dataclass(frozen=True, slots=True)
+class Transformer(Stage):
+    """One rank's share of a whole model, or of its last pipeline stage: the one that has the output head."""
+
+    final_norm: RmsNorm
+    head: Head
 
     def embeddings(self, x_RD: Tensor) -> Tensor:
         """[R, D] float32: the last hidden states, after the final norm."""
@@ -45,20 +51,3 @@ class Transformer:
     def logits(self, x_RD: Tensor) -> Tensor:
         """[R, V] float32, the whole vocabulary on every rank."""
         return self.head(self.final_norm(x_RD))
-
-
-@dataclass(frozen=True, slots=True)
-class InnerStage:
-    """One rank's share of a pipeline stage that is not the last: another stage has the output head."""
-
-    embedding: Embedding
-    stack: DecoderStack
-
-    @property
-    def num_layers_done(self) -> int:
-        """Since the start. Any thread may read it, also during a forward."""
-        return self.stack.num_layers_done
-
-    def forward(self, inputs: ForwardInputs, caches: Sequence[Tensor]) -> Tensor:
-        """Hidden states [T, D] after this stage's layers; their keys and values go into `caches`."""
-        return self.stack(self.embedding(inputs.token_ids_T), inputs, caches)
