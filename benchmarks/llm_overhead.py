@@ -79,7 +79,7 @@ def _executor_of(batch_size: int, num_steps: int, step_s: float) -> Callable[...
         return PyExecutor(
             engine=engine,
             scheduler=SimpleScheduler(kv_cache, max_batch_size=batch_size, max_num_tokens=batch_size * INPUT_LEN),
-            resources=ResourceManager([decoder.states, kv_cache]),
+            resources=ResourceManager([decoder.states, *engine.resource_managers, kv_cache]),
             decoder=decoder,
             comm=SoloComm(),
             info=engine.info,

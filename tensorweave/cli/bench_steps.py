@@ -106,7 +106,7 @@ def _make_executor(
     return PyExecutor(
         engine=engine,
         scheduler=SimpleScheduler(kv_cache, max_batch_size=batch_size, max_num_tokens=batch_size * input_len),
-        resources=ResourceManager([decoder.states, kv_cache]),
+        resources=ResourceManager([decoder.states, *engine.resource_managers, kv_cache]),
         decoder=decoder,
         comm=SoloComm(),
         info=engine.info,

@@ -6,29 +6,26 @@ around it, and `TimedEngine` takes a given time for it on a thread.
 
 from __future__ import annotations
 
-import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tensorweave.cluster.protocol import ModelInfo, pack_tokens
+from tensorweave.workers.engine.compute_thread import ComputeThread
 from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine.packing import pack
-from tensorweave.workers.step.pending import Pending, PendingTokens, Ready, StepLogits
+from tensorweave.workers.step.pending import Later, Pending, PendingTokens, Ready, StepLogits
 from tensorweave.workers.step.plan import PromptRead, ScheduledBatch
 from tensorweave.workers.step.resources import BaseResourceManager, BlockCopy, ResourceManager
 
 _UNWRITTEN = -1
 _SURE = 30.0  # logit of the one token: e^-30 is what sampling leaves for any other
-T = TypeVar("T")
-U = TypeVar("U")
 
 
 def hash_token(context: Sequence[int], vocab_size: int) -> int:
@@ -122,43 +119,11 @@ class PacedEngine(HashEngine):
         return super().compute(step)
 
 
-class Late(Pending[T]):
-    """A value that is computed when it is first asked for, by whatever thread."""
-
-    def __init__(self, compute: Callable[[], T]) -> None:
-        self._lock = threading.Lock()
-        self._compute = compute
-        self._value: Ready[T] | None = None
-
-    def result(self) -> T:
-        with self._lock:
-            if self._value is None:
-                self._value = Ready(self._compute())
-            return self._value.result()
-
-    def then(self, continue_with: Callable[[T], U]) -> Pending[U]:
-        return Late(lambda: continue_with(self.result()))
-
-
 class LateEngine(HashEngine):
     """Computes each step as late as can be: when it settles, or when the next one needs its tokens."""
 
     def begin(self, step: HashStep) -> Pending[StepLogits]:
-        return Late(lambda: self.compute(step))
-
-
-class Submitted(Pending[T]):
-    """A value that another thread computes."""
-
-    def __init__(self, pool: ThreadPoolExecutor, future: Future[T]) -> None:
-        self._pool = pool
-        self._future = future
-
-    def result(self) -> T:
-        return self._future.result()
-
-    def then(self, continue_with: Callable[[T], U]) -> Pending[U]:
-        return Submitted(self._pool, self._pool.submit(lambda: continue_with(self.result())))
+        return Later(lambda: self.compute(step))
 
 
 class ThreadedEngine(HashEngine):
@@ -166,10 +131,11 @@ class ThreadedEngine(HashEngine):
 
     def __init__(self, *arguments: Any, **knobs: Any) -> None:
         super().__init__(*arguments, **knobs)
-        self._pool = ThreadPoolExecutor(1, "fake-device")
+        self._thread = ComputeThread("fake-device")
+        self.resource_managers = (self._thread,)
 
     def begin(self, step: HashStep) -> Pending[StepLogits]:
-        return Submitted(self._pool, self._pool.submit(lambda: self.compute(step)))
+        return self._thread.submit(lambda: self.compute(step))
 
 
 class EmptyEngine:
@@ -204,12 +170,13 @@ class TimedEngine(EmptyEngine):
         super().__init__(**knobs)
         self._step_s = step_s
         self._free_s = 0.0
-        self._pool = ThreadPoolExecutor(1, "fake-device")
+        self._thread = ComputeThread("fake-device")
+        self.resource_managers = (self._thread,)
 
     def launch(self, batch: ScheduledBatch, resources: ResourceManager, before: PendingTokens) -> Pending[StepLogits]:
         resources.kv_cache.take_copies()
         self._free_s = end_s = max(time.perf_counter(), self._free_s) + self._step_s
-        return Submitted(self._pool, self._pool.submit(lambda: self._logits_at(end_s, batch)))
+        return self._thread.submit(lambda: self._logits_at(end_s, batch))
 
     def _logits_at(self, end_s: float, batch: ScheduledBatch) -> StepLogits:
         time.sleep(max(0.0, end_s - time.perf_counter()))
