@@ -12,140 +12,19 @@ from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic import field_validator, model_validator
 
+from tensorweave.cluster.cache_transceiver_config import CacheTransceiverConfig
 from tensorweave.cluster.cuda_graph_config import CudaGraphConfig
-from tensorweave.cluster.llm_args_refused import CACHE_TRANSCEIVER, KV_CACHE, LLM_ARGS, SCHEDULER, Refusal
+from tensorweave.cluster.kv_cache_config import KvCacheConfig
+from tensorweave.cluster.llm_args_refused import LLM_ARGS, Refusal
 from tensorweave.cluster.lora_config import LoraConfig
 from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.moe_config import MoeConfig, expert_groups
 from tensorweave.cluster.quant_config import QuantConfig, weight_quantization
+from tensorweave.cluster.scheduler_config import SchedulerConfig
 from tensorweave.cluster.speculation_config import NGramDecodingConfig, UserProvidedDecodingConfig, check_decoding_type
 from tensorweave.cluster.strict_model import Field, StrictBaseModel
 
-DEFAULT_COPY_SMS: Final = 12
 _ALLREDUCE_STRATEGIES: Final = ("AUTO", "NCCL", "ONESHOT")
-
-
-class KvCacheConfig(StrictBaseModel):
-    """Paged KV cache: how large it is and how its blocks are reused."""
-
-    refused: ClassVar[Mapping[str, Refusal]] = KV_CACHE
-
-    enable_block_reuse: bool = Field(
-        True,
-        status="beta",
-        description="Keep the KV of finished prompts in a prefix tree and reuse it for requests that start alike.",
-    )
-    enable_partial_reuse: bool = Field(
-        True, status="beta", description="Also reuse the matching first part of a block, by copying it."
-    )
-    max_tokens: int | None = Field(
-        None,
-        status="beta",
-        ge=1,
-        description="Tokens that the cache holds. Default: what the memory fractions below give.",
-    )
-    free_gpu_memory_fraction: float = Field(
-        0.9,
-        status="beta",
-        gt=0,
-        le=1,
-        description="Share that the KV cache takes of the GPU memory left after weights, the largest step and CUDA "
-        "graphs.",
-    )
-    cpu_memory_fraction: float = Field(
-        0.1,
-        status="prototype",
-        gt=0,
-        le=1,
-        description="On a CPU: share of available memory that one rank's KV cache takes.",
-    )
-    dtype: Literal["auto", "fp8"] = Field(
-        "auto",
-        status="prototype",
-        description="'auto': the model's. 'fp8': 8-bit floats (e4m3) without a scale, half the memory of 16 bits; "
-        "magnitudes beyond 448 become 448.",
-    )
-    tokens_per_block: int = Field(32, status="beta", ge=1, description="Tokens per KV block, a power of two.")
-    event_buffer_max_size: int = Field(
-        0,
-        status="prototype",
-        ge=0,
-        description="Events kept for LLM.get_kv_cache_events until they are taken; 0: none.",
-    )
-
-    @model_validator(mode="after")
-    def _check_power_of_two(self) -> Self:
-        if self.tokens_per_block & (self.tokens_per_block - 1):
-            raise ValueError(f"tokens_per_block is {self.tokens_per_block}, must be a power of two")
-        return self
-
-
-class SchedulerConfig(StrictBaseModel):
-    """Which requests run in a step."""
-
-    refused: ClassVar[Mapping[str, Refusal]] = SCHEDULER
-
-    capacity_scheduler_policy: Literal["GUARANTEED_NO_EVICT", "MAX_UTILIZATION", "STATIC_BATCH"] = Field(
-        "GUARANTEED_NO_EVICT",
-        status="prototype",
-        description=(
-            "GUARANTEED_NO_EVICT reserves KV blocks to each request's last token; MAX_UTILIZATION admits what the next "
-            "step needs and preempts by recompute; STATIC_BATCH admits only when nothing runs."
-        ),
-    )
-    context_chunking_policy: Literal["FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS"] = Field(
-        "FIRST_COME_FIRST_SERVED",
-        status="prototype",
-        description="Shares a token budget among prompts that do not all fit.",
-    )
-    max_prompt_tokens_beside_decodes: int | None = Field(
-        None,
-        status="prototype",
-        ge=1,
-        description="Most prompt tokens of a step in which answers go on: fewer keep the gaps between their tokens "
-        "short. Default: on a GPU by what waits and what runs (docs/scheduler.md), on a CPU max_num_tokens.",
-    )
-
-
-class CacheTransceiverConfig(StrictBaseModel):
-    """How KV blocks move between gangs, for prefill and decode in different ones."""
-
-    refused: ClassVar[Mapping[str, Refusal]] = CACHE_TRANSCEIVER
-
-    backend: Literal["DEFAULT", "IPC", "NCCL", "TCP", "IPC_DIRECT"] | None = Field(
-        None,
-        status="prototype",
-        description="What carries the bytes. None exchanges no KV; 'IPC' copies from GPU to GPU of one node, 'NCCL' "
-        "sends between GPUs, 'TCP' takes any pool; 'DEFAULT' takes the first of these that a pair of ranks can. "
-        "'IPC_DIRECT' is 'IPC' without a buffer in between, layer by layer while a prompt is computed; it has not been "
-        "measured on GPUs yet.",
-    )
-    kv_transfer_timeout_ms: int = Field(
-        60_000,
-        status="prototype",
-        ge=1,
-        description="Longest time that a request waits for its KV, the prefill itself included; what has not come then "
-        "is computed where it is missing.",
-    )
-    kv_lease_timeout_ms: int = Field(
-        60_000,
-        status="prototype",
-        ge=1,
-        description="Longest time that a finished prompt's blocks are kept for the gang that is to fetch them.",
-    )
-    max_copy_sms: int = Field(
-        DEFAULT_COPY_SMS,
-        status="prototype",
-        ge=1,
-        description="Of 'IPC_DIRECT': most multiprocessors of a GPU that copies from another GPU of the node take. "
-        "Fewer slow the steps beside them less.",
-    )
-
-    @model_validator(mode="after")
-    def _check_copy_sms(self) -> Self:
-        if self.backend != "IPC_DIRECT" and self.max_copy_sms != DEFAULT_COPY_SMS:
-            raise ValueError(f"max_copy_sms is for backend 'IPC_DIRECT'; backend is {self.backend!r}")
-        return self
 
 
 class TorchLlmArgs(StrictBaseModel):

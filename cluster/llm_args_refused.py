@@ -1,5 +1,5 @@
 """Arguments of TensorRT-LLM that are known here and not supported: what to say of each, and the values that ask for
-nothing which is not so anyway. Those pass; every other one is refused by `cluster.llm_args`."""
+nothing which is not so anyway. Those pass; every other one is refused by `cluster.strict_model`."""
 
 from __future__ import annotations
 

@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from tensorweave.cluster.cache_transceiver_config import CacheTransceiverConfig
     from tensorweave.cluster.cuda_graph_config import CudaGraphConfig
-    from tensorweave.cluster.llm_args import (
-        CacheTransceiverConfig,
-        KvCacheConfig,
-        LlmArgs,
-        SchedulerConfig,
-        TorchLlmArgs,
-    )
+    from tensorweave.cluster.kv_cache_config import KvCacheConfig
+    from tensorweave.cluster.llm_args import LlmArgs, TorchLlmArgs
     from tensorweave.cluster.lora_config import LoraConfig
     from tensorweave.cluster.moe_config import MoeConfig
     from tensorweave.cluster.quant_config import QuantAlgo, QuantConfig
+    from tensorweave.cluster.scheduler_config import SchedulerConfig
     from tensorweave.cluster.speculation_config import NGramDecodingConfig, UserProvidedDecodingConfig
     from tensorweave.llmapi.completion_output import CompletionOutput, Logprob
     from tensorweave.llmapi.disaggregated_params import DisaggregatedParams
@@ -37,11 +34,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CudaGraphConfig": "tensorweave.cluster.cuda_graph_config",
-    "CacheTransceiverConfig": "tensorweave.cluster.llm_args",
-    "KvCacheConfig": "tensorweave.cluster.llm_args",
+    "CacheTransceiverConfig": "tensorweave.cluster.cache_transceiver_config",
+    "KvCacheConfig": "tensorweave.cluster.kv_cache_config",
     "LlmArgs": "tensorweave.cluster.llm_args",
     "LoraConfig": "tensorweave.cluster.lora_config",
-    "SchedulerConfig": "tensorweave.cluster.llm_args",
+    "SchedulerConfig": "tensorweave.cluster.scheduler_config",
     "TorchLlmArgs": "tensorweave.cluster.llm_args",
     "MoeConfig": "tensorweave.cluster.moe_config",
     "QuantAlgo": "tensorweave.cluster.quant_config",

@@ -11,7 +11,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from tensorweave.cluster.llm_args import CacheTransceiverConfig, TorchLlmArgs, adapter_config, gang_mesh, kv_cache_dtype
+from tensorweave.cluster.cache_transceiver_config import CacheTransceiverConfig
+from tensorweave.cluster.llm_args import TorchLlmArgs, adapter_config, gang_mesh, kv_cache_dtype
 from tensorweave.cluster.lora_config import most_in_memory, most_in_step
 from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.protocol import ModelInfo

@@ -10,11 +10,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from tensorweave.cluster.cache_transceiver_config import CacheTransceiverConfig
 from tensorweave.cluster.cuda_graph_config import CudaGraphConfig
-from tensorweave.cluster.llm_args import CacheTransceiverConfig, KvCacheConfig, SchedulerConfig, TorchLlmArgs
+from tensorweave.cluster.kv_cache_config import KvCacheConfig
+from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.lora_config import LoraConfig
 from tensorweave.cluster.moe_config import MoeConfig
 from tensorweave.cluster.quant_config import QuantConfig
+from tensorweave.cluster.scheduler_config import SchedulerConfig
 from tensorweave.cluster.speculation_config import NGramDecodingConfig, UserProvidedDecodingConfig
 from tensorweave.llmapi.api_surface import FACTORY, REQUIRED, Method, Parameter, surface_of
 from tensorweave.llmapi.completion_output import CompletionOutput

@@ -15,7 +15,8 @@ import jsonschema
 import pytest
 
 from tensorweave.cluster.fleet import StaticFleet
-from tensorweave.cluster.llm_args import KvCacheConfig, TorchLlmArgs
+from tensorweave.cluster.kv_cache_config import KvCacheConfig
+from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.router.dispatch.dispatch import Dispatcher
 from tensorweave.router.http.app import build_app
 from tensorweave.router.service import RouterService

@@ -9,16 +9,13 @@ from typing import Any
 import pytest
 
 from tensorweave import LLM, MoeConfig, QuantAlgo, QuantConfig, SamplingParams, TorchLlmArgs
-from tensorweave.cluster.llm_args import (
-    CacheTransceiverConfig,
-    KvCacheConfig,
-    SchedulerConfig,
-    StrictBaseModel,
-    gang_mesh,
-    kv_cache_dtype,
-)
+from tensorweave.cluster.cache_transceiver_config import CacheTransceiverConfig
+from tensorweave.cluster.kv_cache_config import KvCacheConfig
+from tensorweave.cluster.llm_args import gang_mesh, kv_cache_dtype
 from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.quant_config import weight_quantization
+from tensorweave.cluster.scheduler_config import SchedulerConfig
+from tensorweave.cluster.strict_model import StrictBaseModel
 from tests.llmapi.small_llm import CACHE, one
 
 CONFIGS = {

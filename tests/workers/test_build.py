@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from tensorweave.cluster.llm_args import CacheTransceiverConfig, SchedulerConfig
+from tensorweave.cluster.cache_transceiver_config import CacheTransceiverConfig
 from tensorweave.cluster.protocol import KvSource
 from tensorweave.cluster.quant_config import QuantConfig
+from tensorweave.cluster.scheduler_config import SchedulerConfig
 from tensorweave.cluster.step_settings import StepSettings
 from tensorweave.kernels.attention.backend import AttentionBackend
 from tensorweave.kernels.attention.native import NativeAttention

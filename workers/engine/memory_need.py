@@ -13,7 +13,7 @@ from typing import Final
 import torch
 
 from tensorweave.cluster.host_memory import HostMemory, host_memory
-from tensorweave.cluster.llm_args import KvCacheConfig
+from tensorweave.cluster.kv_cache_config import KvCacheConfig
 from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.quant_config import IntegerWeights
 from tensorweave.kernels.weights import FP8

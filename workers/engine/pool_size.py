@@ -9,7 +9,7 @@ from typing import Final
 import torch
 
 from tensorweave.cluster.host_memory import host_memory
-from tensorweave.cluster.llm_args import KvCacheConfig
+from tensorweave.cluster.kv_cache_config import KvCacheConfig
 from tensorweave.workers.engine.device_memory import GIB, CudaMemory, DeviceMemory
 
 logger = logging.getLogger(__name__)

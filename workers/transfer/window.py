@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tensorweave.cluster.llm_args import DEFAULT_COPY_SMS
+from tensorweave.cluster.cache_transceiver_config import DEFAULT_COPY_SMS
 from tensorweave.kernels.blocks.operations import choose_block_operations, verifying_in_one_pass
 from tensorweave.kernels.blocks.reference import SomeBlocks, as_blocks
 from tensorweave.workers.engine.kv_pool import KVPool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tensorweave.cluster.llm_args import KvCacheConfig
+from tensorweave.cluster.kv_cache_config import KvCacheConfig
 from tensorweave.workers.engine.pool_size import KvMemory, fit_blocks
 from tests.workers.memory_of_numbers import MIB, MemoryOfNumbers
 
