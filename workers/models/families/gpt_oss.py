@@ -6,20 +6,18 @@ Its experts are stacked (`workers.models.stacked_experts`), in the checkpoints o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 from tensorweave.kernels.mixture.reference import Swiglu
 from tensorweave.kernels.mixture.routing import Routing
 from tensorweave.workers.models.config_fields import ConfigFields
-from tensorweave.workers.models.decoder_layer import DecoderLayer
-from tensorweave.workers.models.families.experts import EXPERT_KEYS, read_experts, read_num_chosen
+from tensorweave.workers.models.families.experts import EXPERT_KEYS, MixtureDesign, read_experts, read_num_chosen
 from tensorweave.workers.models.families.family import Family, one_rope
+from tensorweave.workers.models.families.llama import LlamaLayer
 from tensorweave.workers.models.families.windows import read_layer_types, read_window
-from tensorweave.workers.models.layer_builder import LayerBuilder
-from tensorweave.workers.models.mixture import ExpertNames, MixtureBuilder
+from tensorweave.workers.models.mixture import ExpertNames
 from tensorweave.workers.models.rope_config import RopeConfig
-from tensorweave.workers.models.sizes import ExpertSizes, LayerKv, ModelSizes
+from tensorweave.workers.models.sizes import ExpertSizes, ModelSizes
 
 _NAMES: Final = ExpertNames(
     router="mlp.router",
@@ -41,30 +39,6 @@ _ROPE: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class GptOssLayer:
-    kv: LayerKv
-    has_attention_bias: bool
-    experts: ExpertSizes
-    routing: Routing
-    swiglu: Swiglu
-
-    def build(self, layer: LayerBuilder) -> DecoderLayer:
-        builder = MixtureBuilder(layer, self.experts)
-        return DecoderLayer(
-            attention_norm=layer.norm("input_layernorm"),
-            attention=layer.attention(
-                "self_attn",
-                self.kv,
-                has_qkv_bias=self.has_attention_bias,
-                has_output_bias=self.has_attention_bias,
-                has_sinks=True,
-            ),
-            mlp_norm=layer.norm("post_attention_layernorm"),
-            mlp=builder.mixture(builder.routed_experts(_NAMES, self.routing, self.swiglu, has_bias=True)),
-        )
-
-
 def _common(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """OpenAI's files name no type; what is not MXFP4 there is bfloat16. The class has a rotation of its own."""
     has_dtype = raw.get("dtype") is not None or raw.get("torch_dtype") is not None
@@ -76,7 +50,7 @@ def _read_experts(fields: ConfigFields) -> ExpertSizes:
     return read_experts(fields, fields.count("intermediate_size"))
 
 
-def _read_layers(fields: ConfigFields, sizes: ModelSizes) -> tuple[GptOssLayer, ...]:
+def _read_layers(fields: ConfigFields, sizes: ModelSizes) -> tuple[LlamaLayer, ...]:
     assert sizes.experts is not None
     num_chosen = read_num_chosen(fields, sizes.experts)
     if fields.raw.get("experts_per_token") not in (None, num_chosen):
@@ -85,8 +59,10 @@ def _read_layers(fields: ConfigFields, sizes: ModelSizes) -> tuple[GptOssLayer, 
     implied = tuple(None if i % 2 else window for i in range(sizes.num_layers))
     routing = Routing(num_chosen, is_renormalized=True, is_rounded=True)
     swiglu = Swiglu(fields.number("swiglu_alpha", 1.702), fields.number("swiglu_limit", 7.0), shift=1.0)
+    mixture = MixtureDesign(_NAMES, sizes.experts, routing, swiglu, has_bias=True)
+    has_bias = fields.flag("attention_bias")
     return tuple(
-        GptOssLayer(sizes.kv(own), fields.flag("attention_bias"), sizes.experts, routing, swiglu)
+        LlamaLayer(sizes.kv(own), has_bias, has_bias, has_sinks=True, mixture=mixture)
         for own in read_layer_types(fields, implied, window)
     )
 

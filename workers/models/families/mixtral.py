@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 from tensorweave.kernels.mixture.routing import Routing
 from tensorweave.workers.models.config_fields import ConfigFields
-from tensorweave.workers.models.decoder_layer import DecoderLayer
-from tensorweave.workers.models.families.experts import EXPERT_KEYS, read_experts, read_num_chosen
+from tensorweave.workers.models.families.experts import EXPERT_KEYS, MixtureDesign, read_experts, read_num_chosen
 from tensorweave.workers.models.families.family import Family, one_rope
+from tensorweave.workers.models.families.llama import LlamaLayer
 from tensorweave.workers.models.families.windows import WINDOW_KEYS, read_layer_types, read_window
-from tensorweave.workers.models.layer_builder import LayerBuilder
-from tensorweave.workers.models.mixture import ExpertNames, MixtureBuilder
+from tensorweave.workers.models.mixture import ExpertNames
 from tensorweave.workers.models.rope_config import RopeConfig
-from tensorweave.workers.models.sizes import ExpertSizes, LayerKv, ModelSizes
+from tensorweave.workers.models.sizes import ExpertSizes, ModelSizes
 
 _NAMES: Final = ExpertNames(
     router="block_sparse_moe.gate",
@@ -24,34 +22,18 @@ _NAMES: Final = ExpertNames(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class MixtralLayer:
-    kv: LayerKv
-    experts: ExpertSizes
-    routing: Routing
-
-    def build(self, layer: LayerBuilder) -> DecoderLayer:
-        builder = MixtureBuilder(layer, self.experts)
-        return DecoderLayer(
-            attention_norm=layer.norm("input_layernorm"),
-            attention=layer.attention("self_attn", self.kv, has_qkv_bias=False, has_output_bias=False),
-            mlp_norm=layer.norm("post_attention_layernorm"),
-            mlp=builder.mixture(builder.routed_experts(_NAMES, self.routing)),
-        )
-
-
 def _read_experts(fields: ConfigFields) -> ExpertSizes:
     return read_experts(fields, width=fields.count("intermediate_size"))
 
 
-def _read_layers(fields: ConfigFields, sizes: ModelSizes) -> tuple[MixtralLayer, ...]:
+def _read_layers(fields: ConfigFields, sizes: ModelSizes) -> tuple[LlamaLayer, ...]:
     window = read_window(fields, None)
     windows = (window,) * sizes.num_layers
     if read_layer_types(fields, windows, window) != windows:
         raise fields.wrong("layer_types", "the same kind in every layer for Mixtral, as sliding_window says")
     assert sizes.experts is not None
     routing = Routing(read_num_chosen(fields, sizes.experts), is_renormalized=True, is_rounded=False)
-    return (MixtralLayer(sizes.kv(window), sizes.experts, routing),) * sizes.num_layers
+    return (LlamaLayer(sizes.kv(window), mixture=MixtureDesign(_NAMES, sizes.experts, routing)),) * sizes.num_layers
 
 
 def _read_ropes(fields: ConfigFields) -> tuple[RopeConfig, ...]:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 from tensorweave.kernels.mixture.routing import Routing
 from tensorweave.workers.models.config_fields import ConfigFields
-from tensorweave.workers.models.decoder_layer import DecoderLayer, Mlp
 from tensorweave.workers.models.families.experts import (
     EXPERT_KEYS,
     SPARSE_KEYS,
+    MixtureDesign,
     read_experts,
     read_num_chosen,
     read_sparse_layers,
 )
 from tensorweave.workers.models.families.family import Family
+from tensorweave.workers.models.families.llama import LlamaLayer
 from tensorweave.workers.models.families.windows import WINDOW_KEYS, Windows, read_layer_types, read_window
-from tensorweave.workers.models.layer_builder import LayerBuilder
-from tensorweave.workers.models.mixture import ExpertNames, MixtureBuilder
-from tensorweave.workers.models.sizes import ExpertSizes, LayerKv, ModelSizes
+from tensorweave.workers.models.mixture import ExpertNames
+from tensorweave.workers.models.sizes import ExpertSizes, ModelSizes
 
 QWEN_EXPERTS: Final = ExpertNames(
     router="mlp.gate",
@@ -31,36 +30,6 @@ QWEN_KEYS: Final = WINDOW_KEYS | EXPERT_KEYS | SPARSE_KEYS | {"moe_intermediate_
 DEFAULT_WINDOW: Final = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Qwen2Mixture:
-    experts: ExpertSizes
-    routing: Routing
-
-    def build(self, layer: LayerBuilder) -> Mlp:
-        builder = MixtureBuilder(layer, self.experts)
-        return builder.mixture(
-            builder.routed_experts(QWEN_EXPERTS, self.routing),
-            builder.shared_expert("mlp.shared_expert", "mlp.shared_expert_gate"),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Qwen2MoeLayer:
-    """`mixture` is None in a layer with a plain MLP."""
-
-    kv: LayerKv
-    has_qkv_bias: bool
-    mixture: Qwen2Mixture | None
-
-    def build(self, layer: LayerBuilder) -> DecoderLayer:
-        return DecoderLayer(
-            attention_norm=layer.norm("input_layernorm"),
-            attention=layer.attention("self_attn", self.kv, has_qkv_bias=self.has_qkv_bias, has_output_bias=False),
-            mlp_norm=layer.norm("post_attention_layernorm"),
-            mlp=layer.gated_mlp("mlp", has_bias=False) if self.mixture is None else self.mixture.build(layer),
-        )
-
-
 def read_qwen_routing(fields: ConfigFields, experts: ExpertSizes) -> Routing:
     return Routing(read_num_chosen(fields, experts), is_renormalized=fields.flag("norm_topk_prob"), is_rounded=True)
 
@@ -69,12 +38,17 @@ def _read_experts(fields: ConfigFields) -> ExpertSizes:
     return read_experts(fields, fields.count("moe_intermediate_size"), fields.count("shared_expert_intermediate_size"))
 
 
-def _read_layers(fields: ConfigFields, sizes: ModelSizes) -> tuple[Qwen2MoeLayer, ...]:
+def _read_layers(fields: ConfigFields, sizes: ModelSizes) -> tuple[LlamaLayer, ...]:
     assert sizes.experts is not None
     has_qkv_bias = fields.raw.get("qkv_bias") is None or fields.flag("qkv_bias")
-    mixture = Qwen2Mixture(sizes.experts, read_qwen_routing(fields, sizes.experts))
+    mixture = MixtureDesign(
+        QWEN_EXPERTS,
+        sizes.experts,
+        read_qwen_routing(fields, sizes.experts),
+        shared=("mlp.shared_expert", "mlp.shared_expert_gate"),
+    )
     return tuple(
-        Qwen2MoeLayer(sizes.kv(window), has_qkv_bias, mixture if is_sparse else None)
+        LlamaLayer(sizes.kv(window), has_qkv_bias, mixture=mixture if is_sparse else None)
         for window, is_sparse in zip(
             _read_windows(fields, sizes.num_layers), read_sparse_layers(fields, sizes.num_layers), strict=True
         )

@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 from tensorweave.workers.models.config_fields import ConfigFields
-from tensorweave.workers.models.decoder_layer import DecoderLayer
 from tensorweave.workers.models.families.family import Family
+from tensorweave.workers.models.families.llama import LlamaLayer
 from tensorweave.workers.models.families.windows import WINDOW_KEYS, read_late_windows
-from tensorweave.workers.models.layer_builder import LayerBuilder
-from tensorweave.workers.models.sizes import LayerKv, ModelSizes
+from tensorweave.workers.models.sizes import ModelSizes
 
 _DEFAULT_WINDOW: Final = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Qwen3Layer:
-    kv: LayerKv
-    has_attention_bias: bool
-
-    def build(self, layer: LayerBuilder) -> DecoderLayer:
-        return DecoderLayer(
-            attention_norm=layer.norm("input_layernorm"),
-            attention=layer.attention(
-                "self_attn",
-                self.kv,
-                has_qkv_bias=self.has_attention_bias,
-                has_output_bias=self.has_attention_bias,
-                norms=layer.head_norms("self_attn"),
-            ),
-            mlp_norm=layer.norm("post_attention_layernorm"),
-            mlp=layer.gated_mlp("mlp", has_bias=False),
-        )
-
-
-def _read_layers(fields: ConfigFields, sizes: ModelSizes) -> tuple[Qwen3Layer, ...]:
+def _read_layers(fields: ConfigFields, sizes: ModelSizes) -> tuple[LlamaLayer, ...]:
     fields.require("mlp_bias", False, "qwen3")
     has_bias = fields.flag("attention_bias")
     windows = read_late_windows(fields, sizes.num_layers, _DEFAULT_WINDOW)
-    return tuple(Qwen3Layer(sizes.kv(window), has_bias) for window in windows)
+    return tuple(LlamaLayer(sizes.kv(window), has_bias, has_bias, has_head_norms=True) for window in windows)
 
 
 QWEN3: Final = Family(

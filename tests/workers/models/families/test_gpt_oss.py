@@ -9,7 +9,7 @@ import pytest
 from tensorweave.kernels.mixture.reference import Swiglu
 from tensorweave.workers.models.assembly import tensor_shapes
 from tensorweave.workers.models.config import ModelConfig
-from tensorweave.workers.models.families.gpt_oss import GptOssLayer
+from tensorweave.workers.models.families.llama import LlamaLayer
 from tests.workers.models.families.reading import QKV, biases, read
 
 EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
@@ -30,9 +30,11 @@ def test_what_openais_files_leave_out() -> None:
     scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256, "truncate": False}
     assert read_gpt_oss(rope_scaling=scaling, rope_theta=5e5).ropes[0].factor == 8.0
     layer = config.layers[0]
-    assert isinstance(layer, GptOssLayer)
-    assert layer.swiglu == Swiglu(alpha=1.702, limit=7.0, shift=1.0)
-    assert (layer.routing.num_chosen, layer.routing.is_renormalized, layer.routing.is_rounded) == (2, True, True)
+    assert isinstance(layer, LlamaLayer)
+    assert layer.mixture is not None
+    assert layer.mixture.swiglu == Swiglu(alpha=1.702, limit=7.0, shift=1.0)
+    routing = layer.mixture.routing
+    assert (routing.num_chosen, routing.is_renormalized, routing.is_rounded) == (2, True, True)
 
 
 def test_tensors() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tensorweave.workers.models.assembly import tensor_shapes
 from tensorweave.workers.models.config import ModelConfig
-from tensorweave.workers.models.families.mixtral import MixtralLayer
+from tensorweave.workers.models.families.llama import LlamaLayer
 from tests.workers.models.families.reading import SIZES, biases, read
 
 EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
@@ -27,8 +27,10 @@ def test_an_mlp_is_a_mixture() -> None:
     assert not any("mlp" in name for name in shapes)
     assert biases(config) == set()
     layer = config.layers[0]
-    assert isinstance(layer, MixtralLayer)
-    assert (layer.routing.num_chosen, layer.routing.is_renormalized, layer.routing.is_rounded) == (2, True, False)
+    assert isinstance(layer, LlamaLayer)
+    assert layer.mixture is not None
+    routing = layer.mixture.routing
+    assert (routing.num_chosen, routing.is_renormalized, routing.is_rounded) == (2, True, False)
 
 
 def test_what_the_class_takes_where_the_file_does_not_say() -> None:

@@ -8,8 +8,7 @@ import pytest
 
 from tensorweave.workers.models.assembly import tensor_shapes
 from tensorweave.workers.models.config import ModelConfig
-from tensorweave.workers.models.families.qwen2_moe import Qwen2MoeLayer
-from tensorweave.workers.models.families.qwen3_moe import Qwen3MoeLayer
+from tensorweave.workers.models.families.llama import LlamaLayer
 from tests.workers.models.families.reading import QKV, biases, has_head_norms, read
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -73,7 +72,7 @@ def test_some_layers_are_dense(fields: dict[str, Any], expected: list[int]) -> N
 def test_routing(is_renormalized: bool) -> None:
     for config in (read_qwen2(norm_topk_prob=is_renormalized), read_qwen3(norm_topk_prob=is_renormalized)):
         layer = config.layers[0]
-        assert isinstance(layer, Qwen2MoeLayer | Qwen3MoeLayer)
+        assert isinstance(layer, LlamaLayer)
         assert layer.mixture is not None
         assert layer.mixture.routing.is_renormalized is is_renormalized
         assert layer.mixture.routing.is_rounded
