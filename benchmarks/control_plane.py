@@ -117,9 +117,9 @@ class _Clock:
         return round(took_s * 1e3, 2)
 
 
-async def _best_ms(work: Callable[[], Awaitable[Any]], times: int = 3) -> float:
+async def _best_ms(work: Callable[[], Awaitable[Any]]) -> float:
     best_ms = float("inf")
-    for _ in range(times):
+    for _ in range(3):
         clock = _Clock()
         await work()
         best_ms = min(best_ms, clock.ms())

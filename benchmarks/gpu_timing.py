@@ -37,7 +37,7 @@ def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def median_us(runs: Sequence[Callable[[], object]], repeats: int = 1, count: int = 11) -> float:
+def median_us(runs: Sequence[Callable[[], object]], repeats: int = 1) -> float:
     """Of one launch, in a graph of all runs, `repeats` times over."""
 
     def run_all() -> None:
@@ -45,7 +45,7 @@ def median_us(runs: Sequence[Callable[[], object]], repeats: int = 1, count: int
             for run in runs:
                 run()
 
-    return median_ms(capture(run_all).replay, count) * 1e3 / len(runs) / repeats
+    return median_ms(capture(run_all).replay) * 1e3 / len(runs) / repeats
 
 
 def relative_error(ours: Tensor, expected: Tensor) -> float:

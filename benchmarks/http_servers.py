@@ -143,5 +143,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         return
 
 
-def _tail(log: Path, num_lines: int = 25) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:])
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])

@@ -41,14 +41,13 @@ def context_exceeded_by_at_least(
     return ContextTooLong(message, param=prompt_param)
 
 
-def prompt_limit_exceeded(limit: int, num_prompt: int, *, prompt_param: str = "prompt") -> ContextTooLong:
+def prompt_limit_exceeded(limit: int, num_prompt: int) -> ContextTooLong:
     """For a prompt that the context has room for, but not the server, which computes a prompt in one step."""
-    noun = _noun(prompt_param)
     message = (
-        f"Input tokens exceed the configured limit of {limit} tokens. Your {noun} resulted in {num_prompt} tokens. "
-        f"Please reduce the length of the {noun}."
+        f"Input tokens exceed the configured limit of {limit} tokens. Your prompt resulted in {num_prompt} tokens. "
+        "Please reduce the length of the prompt."
     )
-    return ContextTooLong(message, param=prompt_param)
+    return ContextTooLong(message, param="prompt")
 
 
 def input_exceeds_context(limit: int, num_input: int) -> ContextTooLong:

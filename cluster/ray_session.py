@@ -80,9 +80,7 @@ def will_start_ray(address: str | None = None) -> bool:
     return not ray.is_initialized() and _address_of(address) is None
 
 
-def start_or_join_ray(
-    address: str | None = None, *, num_cpus: float = 1.0, num_gpus: int | None = None, namespace: str | None = None
-) -> RaySession:
+def start_or_join_ray(address: str | None = None, *, num_cpus: float = 1.0, namespace: str | None = None) -> RaySession:
     """Join the cluster at `address` (or `RAY_ADDRESS`), else start a private one that has at least `num_cpus`.
 
     CPUs are Ray's count of slots, not cores: a private cluster has enough for its gangs even on a small machine. It has
@@ -116,7 +114,6 @@ def start_or_join_ray(
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),
-            num_gpus=num_gpus,
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
             **common,

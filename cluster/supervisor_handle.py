@@ -47,11 +47,10 @@ async def give_logits_processors(
         raise NotReady(f"the supervisor does not answer: {type(error).__name__}") from error
 
 
-def stop_supervisor(supervisor: ActorHandle[Any], drain_timeout_s: float = 0.0) -> None:
-    """Drain the pools, or stop them at once if the timeout is 0, and end the actor. Blocks; for drivers."""
-    call = supervisor.drain.remote(drain_timeout_s) if drain_timeout_s > 0 else supervisor.stop.remote()
+def stop_supervisor(supervisor: ActorHandle[Any]) -> None:
+    """Stop the pools at once and end the actor. Blocks; for drivers."""
     try:
-        ray.get(call, timeout=drain_timeout_s + _STOP_GRACE_S)
+        ray.get(supervisor.stop.remote(), timeout=_STOP_GRACE_S)
     except RayError as error:
         logger.warning("the supervisor did not stop cleanly: %s", error)
     finally:

@@ -24,11 +24,11 @@ _MAX_SPLITS: Final = 2
 
 
 class SplitOperations(TritonOperations):
-    """Products of up to `max_thin_rows` rows by `thin_linear`, where its kernels are for them."""
+    """Products of up to `MAX_THIN_ROWS` rows by `thin_linear`, where its kernels are for them."""
 
-    def __init__(self, device: torch.device, max_thin_rows: int = MAX_THIN_ROWS) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._max_thin_rows = max_thin_rows if self._has_pdl else 0
+        self._max_thin_rows = MAX_THIN_ROWS if self._has_pdl else 0
         self._has_few = can_run_hopper_kernels(device)
         self._split_workspaces: dict[int, SplitWorkspace] = {}
 

@@ -50,14 +50,10 @@ class SamplingWorkspace:
 
 
 class TritonSampler:
-    """Satisfies `kernels.sample.chosen.Sampler`. Calls may be captured in CUDA graphs, after one of the same size.
+    """Satisfies `kernels.sample.chosen.Sampler`. Calls may be captured in CUDA graphs, after one of the same size."""
 
-    Args:
-        pdl: Launch kernels before those before them have ended; by default where the device can.
-    """
-
-    def __init__(self, device: torch.device, pdl: bool | None = None) -> None:
-        self._pdl = torch.cuda.get_device_capability(device) >= (9, 0) if pdl is None else pdl
+    def __init__(self, device: torch.device) -> None:
+        self._pdl = torch.cuda.get_device_capability(device) >= (9, 0)
         self._max_rows = 64
         self._workspaces = [SamplingWorkspace.create(self._max_rows, device)]
 

@@ -174,10 +174,6 @@ class Tokenizer:
             )
         return text
 
-    def token_text(self, token_id: int) -> str:
-        """The text of one token alone, special tokens included."""
-        return self.decode([token_id], skip_special_tokens=False)
-
     def token_bytes(self, token_id: int, *, begins_text: bool = False) -> bytes:
         """What one token adds to a text, special tokens included; it may end within a character. Empty for unknown ids.
         `begins_text`: there is no text before it, where some tokenizers drop its leading space."""

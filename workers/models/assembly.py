@@ -36,11 +36,10 @@ def build_transformer(
     weights: RankWeights,
     comm: Comm,
     operations: Operations,
-    linears: LinearForms | None = None,
 ) -> Transformer:
     """Read one rank's share of a model without pipeline stages; see `build_stage`."""
     assert place.mesh.pipeline == 1, place
-    built = build_stage(config, place, weights, comm, operations, torch.float32, linears)
+    built = build_stage(config, place, weights, comm, operations, torch.float32)
     assert isinstance(built, Transformer)
     return built
 

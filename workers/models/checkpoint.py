@@ -33,6 +33,7 @@ _QUANTIZED_DTYPES: Final = {
 }
 _DTYPES: Final = _PLAIN_DTYPES | _QUANTIZED_DTYPES
 _LENGTH_BYTES: Final = 8
+_RANDOM_SPREAD: Final = 0.02
 _ADAPTER = "adapter_config.json"
 
 
@@ -156,19 +157,17 @@ class RandomWeights:
     They are made on `device` (default: the CPU), in float32; one kind of device makes other numbers than another.
     """
 
-    def __init__(self, shapes: Shapes, seed: int = 0, spread: float = 0.02, device: torch.device | None = None) -> None:
+    def __init__(self, shapes: Shapes, device: torch.device | None = None) -> None:
         self.shapes = shapes
-        self._seed = seed
-        self._spread = spread
         self._device = device or torch.device("cpu")
 
     def read(self, name: str, *index: slice) -> Tensor:
         shape = self.shapes[name]
         if name.endswith("norm.weight"):
             return torch.ones(shape, device=self._device)[index]
-        generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode(), self._seed))
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
         numbers = torch.empty(shape, device=self._device)
-        return numbers.normal_(0.0, self._spread, generator=generator)[index]
+        return numbers.normal_(0.0, _RANDOM_SPREAD, generator=generator)[index]
 
 
 def _places(file: Path) -> Iterator[tuple[str, TensorPlace]]:

@@ -59,9 +59,9 @@ class CudaLayerMarks:
     """Events on the launching thread's stream, one for each group of layers: fewer groups cost less, and more let the
     last one be smaller."""
 
-    def __init__(self, num_layers: int, num_groups: int = _NUM_GROUPS) -> None:
+    def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
-        self._ends = {-(-num_layers * (group + 1) // num_groups) for group in range(num_groups)}
+        self._ends = {-(-num_layers * (group + 1) // _NUM_GROUPS) for group in range(_NUM_GROUPS)}
         self._passed = 0
         self._done: list[LayersDone] = []
 

@@ -58,7 +58,7 @@ def test_chats_that_the_template_refuses() -> None:
 def test_ids_and_texts() -> None:
     tokenizer = byte_level()
     assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (2, 0, len(tokenizer.backend))
-    assert tokenizer.token_text(2) == "<|im_end|>"
+    assert tokenizer.decode([2], skip_special_tokens=False) == "<|im_end|>"
     assert tokenizer.decode([2, *tokenizer.encode("a")]) == "a"
 
 

@@ -19,8 +19,3 @@ def codes_of_words(words_RW: Tensor, bits: int) -> Tensor:
         return octets
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
     return ((octets.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(1)
-
-
-def nibbles_of_words(words_RW: Tensor) -> Tensor:
-    """uint8 [R, W * 4] of two 4-bit codes each: the same bytes."""
-    return words_RW.contiguous().view(torch.uint8)
