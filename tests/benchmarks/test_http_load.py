@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,14 @@ from benchmarks.vllm_clients import VllmLoad, from_vllm, run_vllm_clients
 from tensorweave.cli.suite_shapes import SMOLLM2_135M
 from tensorweave.deploy.config import load_config
 from tests.cli.conftest import FakeEndpoint
-
-PATIENCE_S = 60.0
+from tests.http_server import PATIENCE_S, serving
 
 
 @pytest.fixture
 def endpoint() -> Iterator[FakeEndpoint]:
     """Answers three pieces."""
-    with FakeEndpoint() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
+    with serving(FakeEndpoint()) as server:
         yield server
-        server.shutdown()
-        thread.join(PATIENCE_S)
 
 
 def answer(group: str, sent_s: float, *arrivals_s: float, num_prompt: int = 10, error: str = "") -> Answer:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-PATIENCE_S = 60.0
+from tests.http_server import PATIENCE_S, serving
 
 
 class FakeEndpoint(ThreadingHTTPServer):
@@ -120,10 +120,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def endpoint() -> Iterator[FakeEndpoint]:
-    with FakeEndpoint() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
+    with serving(FakeEndpoint()) as server:
         yield server
         server.may_go_on.set()
-        server.shutdown()
-        thread.join(PATIENCE_S)

@@ -22,8 +22,8 @@ from tensorweave.cli.batch_input import ENDPOINTS, BatchRequest, LineIndex, read
 from tensorweave.cli.batch_output import ResultFile
 from tensorweave.cli.batch_sender import Answer, Sender
 from tensorweave.cli.main import main
+from tests.http_server import PATIENCE_S, serving
 
-PATIENCE_S = 60.0
 Reply = tuple[int, Any, dict[str, str]]
 
 
@@ -76,12 +76,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def service() -> Iterator[ScriptedService]:
-    with ScriptedService() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
+    with serving(ScriptedService()) as server:
         yield server
-        server.shutdown()
-        thread.join(PATIENCE_S)
 
 
 def line(name: str, **changes: Any) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import http.server
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from tensorweave.router.http import tracing
 from tensorweave.router.http.app import build_app
 from tensorweave.router.http.tracing import Tracing, exported_tracing, otlp_tracing
+from tests.http_server import serving
 from tests.router.calls import CHAT, COMPLETIONS, scripted
 from tests.router.fake_fleet import FakeLink, Fault
 from tests.router.serving import MODEL, ONE_ATTEMPT, chat, client_of, completion, make_service, model_info
@@ -152,12 +152,8 @@ def collector() -> Iterator[tuple[str, list[bytes]]]:
         def log_message(self, format: str, *args: object) -> None:
             return None
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as server:
         yield f"http://127.0.0.1:{server.server_port}/v1/traces", bodies
-        server.shutdown()
-        thread.join()
 
 
 def test_a_collector_gets_them_over_otlp() -> None:
