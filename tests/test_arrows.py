@@ -73,8 +73,9 @@ INNER_ARROWS: dict[str, dict[str, str]] = {
         "autodeploy": "engine engine_dir gang models step store",
         "transfer": "engine gang step",
         "executor": "engine gang guided lora sampling step",
-        "build.py": "autodeploy engine engine_dir executor gang guided kv lora models sampling speculation "
-        "start_log.py step store transfer",
+        "build_transfers.py": "engine engine_dir gang models step store transfer",
+        "build.py": "autodeploy build_transfers.py engine engine_dir executor gang guided kv lora models sampling "
+        "speculation start_log.py step store",
         "rank_process.py": "",
         "rank.py": "build.py engine_dir executor gang leader rank_process.py sampling start_log.py step store transfer",
         "fakes": "engine executor gang kv rank.py sampling step",

@@ -8,10 +8,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib
-from pathlib import Path
 from typing import Any
 
-from tensorweave.cluster.cache_transceiver_config import CacheTransceiverConfig
 from tensorweave.cluster.llm_args import TorchLlmArgs, adapter_config, gang_mesh, kv_cache_dtype
 from tensorweave.cluster.lora_config import most_in_memory, most_in_step
 from tensorweave.cluster.mesh import Mesh
@@ -20,14 +18,13 @@ from tensorweave.cluster.quant_config import weight_quantization
 from tensorweave.cluster.speculation_config import UserProvidedDecodingConfig
 from tensorweave.cluster.step_settings import StepSettings
 from tensorweave.cluster.tls import TlsFiles
+from tensorweave.workers.build_transfers import make_transfers
 from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.device_memory import naming_knobs
 from tensorweave.workers.engine.engine import ModelEngine, PyTorchModelEngine
-from tensorweave.workers.engine.kv_pool import KVPool
 from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.engine_dir.directory import check_fit
-from tensorweave.workers.engine_dir.manifest import EngineManifest
-from tensorweave.workers.engine_dir.model_digest import model_digest
+from tensorweave.workers.engine_dir.manifest import EngineManifest, saved_quantization
 from tensorweave.workers.executor.executor import PyExecutor
 from tensorweave.workers.executor.iteration_stats import step_limits
 from tensorweave.workers.executor.prompt_share import BalancedShare, FixedShare, PromptShare
@@ -50,17 +47,9 @@ from tensorweave.workers.models.generation_config import load_sampling_defaults
 from tensorweave.workers.sampling.decoder import Decoder, SamplingDecoder
 from tensorweave.workers.speculation.build import build_speculation
 from tensorweave.workers.start_log import StartLog
-from tensorweave.workers.step.kv_exchange import NoTransfers, Transfers
-from tensorweave.workers.step.layer_marks import CudaLayerMarks, LayerMarks, NoLayerMarks
-from tensorweave.workers.step.resources import KVCache, ResourceManager
+from tensorweave.workers.step.resources import ResourceManager
 from tensorweave.workers.step.vocabulary import WholeVocabulary
 from tensorweave.workers.store.model_store import resolve_model
-from tensorweave.workers.transfer.carriers.tcp import TcpCarrier
-from tensorweave.workers.transfer.fingerprint import fingerprint
-from tensorweave.workers.transfer.transfers import KvTransfers
-from tensorweave.workers.transfer.transports.peer_sockets import PlainPeers, TlsPeers
-from tensorweave.workers.transfer.transports.selection import DIRECT_BACKEND, make_transports
-from tensorweave.workers.transfer.window import PoolWindow
 
 
 def build_executor(
@@ -136,7 +125,7 @@ def build_executor(
         info=dataclasses.replace(engine.info, guided_decoding_backend=args.guided_decoding_backend),
         guides=_make_guides(args, engine, comm, transfer_host, loads_early=loads_guides_early),
         adapters=adapters,
-        transfers=_make_transfers(args, engine, kv_cache, comm, transfer_host, transfer_secret, transfer_tls),
+        transfers=make_transfers(args, engine, kv_cache, comm, transfer_host, transfer_secret, transfer_tls),
         disable_overlap_scheduler=not settings.overlaps,
         max_requests=args.max_queued_requests,
         max_stats=args.iter_stats_max_iterations if args.enable_iter_perf_stats else 0,
@@ -191,7 +180,7 @@ def _prompt_share(args: TorchLlmArgs, settings: StepSettings, kv_cache: Any) -> 
     if not settings.balances_prompts or kv_cache_dtype(args) != "auto" or args.backend == "_autodeploy":
         return FixedShare(most)
     path = resolve_model(args.model, revision=args.revision)
-    if _weight_quantization(args, path) is not None:
+    if (weight_quantization(args.quant_config) or saved_quantization(path, args.load_format)) is not None:
         return FixedShare(most)
     return BalancedShare(kv_cache, most, weights_per_layer(load_model_config(path), gang_mesh(args)))
 
@@ -221,68 +210,6 @@ def _make_adapters(args: TorchLlmArgs, engine: ModelEngine, comm: Comm, host: st
     return RankAdapters(comm.rank, comm.size, most_in_memory(config), engine.adapter_reader, reports)
 
 
-def _make_transfers(
-    args: TorchLlmArgs,
-    engine: ModelEngine,
-    kv_cache: KVCache,
-    comm: Comm,
-    host: str,
-    secret: str,
-    tls: TlsFiles | None,
-) -> Transfers:
-    config = args.cache_transceiver_config
-    if config is None or config.backend is None:
-        return NoTransfers()
-    digest, num_heads = _kv_identity(args, resolve_model(args.model, revision=args.revision), engine)
-    marks = follow_layers(engine) if config.backend == DIRECT_BACKEND else NoLayerMarks()
-    return build_transfers(
-        config, engine.pool, kv_cache, comm, digest, num_heads, host=host, secret=secret, tls=tls, marks=marks
-    )
-
-
-def follow_layers(engine: ModelEngine) -> LayerMarks:
-    """Marks of the engine's layers, if it tells of them."""
-    if not isinstance(engine, DeviceEngine) or engine.pool.cache.device.type != "cuda":
-        return NoLayerMarks()
-    marks = CudaLayerMarks(len(engine.pool.layers))
-    engine.tell_layers(marks)
-    return marks
-
-
-def build_transfers(
-    config: CacheTransceiverConfig,
-    pool: KVPool,
-    kv_cache: KVCache,
-    comm: Comm,
-    model: str,
-    num_heads: int,
-    *,
-    host: str,
-    secret: str,
-    tls: TlsFiles | None = None,
-    marks: LayerMarks | None = None,
-) -> KvTransfers:
-    """Make one rank's KV transfers; every rank of the gang calls it. `model` identifies the weights, `num_heads` is the
-    number of the model's KV heads over all ranks, `marks` are of the engine's layers."""
-    if not secret:
-        raise ValueError("cache_transceiver_config is set, but no secret was given for the gang's KV endpoints")
-    window = PoolWindow(pool, config.max_copy_sms, is_direct=config.backend == DIRECT_BACKEND)
-    alike = fingerprint(window, model, num_heads)
-    transports = make_transports(config.backend or "DEFAULT", window, is_encrypted=tls is not None)
-    return KvTransfers(
-        carrier=TcpCarrier(window, alike, host, secret, transports, PlainPeers() if tls is None else TlsPeers(tls)),
-        window=window,
-        kv_cache=kv_cache,
-        reports=open_report_channel(comm, host),
-        fingerprint=alike,
-        rank=comm.rank,
-        size=comm.size,
-        timeout_s=config.kv_transfer_timeout_ms / 1000,
-        lease_s=config.kv_lease_timeout_ms / 1000,
-        marks=marks,
-    )
-
-
 def check_model(args: TorchLlmArgs) -> None:
     """Raises ValueError if the model's configuration shows that it cannot run. Its weights are not read."""
     path = resolve_model(args.model, revision=args.revision)
@@ -305,30 +232,6 @@ def _load_engine(args: TorchLlmArgs, comm: Comm, num_ranks_here: int, log: Start
 
         return load_autodeploy(args, comm)
     return load_engine(args, comm, num_ranks_here, log)
-
-
-def _kv_identity(args: TorchLlmArgs, path: Path, engine: ModelEngine) -> tuple[str, int]:
-    """What gangs that exchange KV compare: a digest of the model, and its number of KV heads over all ranks."""
-    digest = model_digest(path, args.load_format)
-    quantization = _weight_quantization(args, path)
-    if quantization is not None:
-        digest = f"{digest} in {quantization}"
-    if args.load_format == "dummy":  # a CPU and a GPU draw other weights
-        digest = f"{digest} on {engine.pool.cache.device.type}"
-    if args.backend == "_autodeploy":
-        return f"{digest} by transformers", engine.pool.cache.shape[2] // 2
-    config = load_model_config(path)
-    if engine.info.max_seq_len > config.default_seq_len:  # keys of the same tokens are rotated by other factors
-        digest = f"{digest} with long factors"
-    if isinstance(engine, DeviceEngine) and engine.has_own_keys:
-        digest = f"{digest} with reordered keys"
-    return digest, config.sizes.num_kv_heads
-
-
-def _weight_quantization(args: TorchLlmArgs, path: Path) -> str | None:
-    """As it is asked for, or as an engine directory was saved."""
-    saved = None if args.load_format == "dummy" else EngineManifest.read(path)
-    return weight_quantization(args.quant_config) or (None if saved is None else saved.quantization)
 
 
 def _make_drafter(config: UserProvidedDecodingConfig) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, Self
 import pytest
 
 from tensorweave.cluster.protocol import GenerateRequest, KvSource, LinkMeasurement, SamplingSpec
-from tensorweave.workers.build import follow_layers
+from tensorweave.workers.build_transfers import follow_layers
 from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.transfer.carrier import Carrier
 from tensorweave.workers.transfer.carriers.faulty import FaultyCarrier

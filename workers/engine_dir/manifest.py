@@ -108,6 +108,13 @@ class EngineManifest:
         return [name for name in self.files if name not in others]
 
 
+def saved_quantization(directory: Path, load_format: str) -> str | None:
+    """How an engine directory's weights were quantized when it was saved. None: they were not, `directory` is none, or
+    `load_format` reads no weights."""
+    manifest = None if load_format == "dummy" else EngineManifest.read(directory)
+    return None if manifest is None else manifest.quantization
+
+
 def rank_name(rank: int) -> str:
     return f"rank{rank}.safetensors"
 

@@ -11,7 +11,7 @@ from tensorweave.kernels.ranks.sums import RankSums
 from tensorweave.workers.models.device.model import DeviceModel
 
 # T tokens of the largest step, R most rows that sample, D hidden size, X = N + 2 K heads, H head dim
-# I intermediate width, V vocabulary
+# I intermediate width, V vocabulary, B blocks, P tokens per block, C = 2 K planes of a KV block
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,12 @@ class LayerBuffers:
         """Of the first tokens."""
         parts = (self.x_TD, self.normed_TD, self.part_TD, self.heads_TXH, self.attended_TNH, self.gated_TI)
         return LayerBuffers(*(part[:num_tokens] for part in (*parts, self.places_T)))
+
+    def keys_and_values(self, cache_BCPH: Tensor) -> Tensor:
+        """Room for the tokens' keys and values of a layer of which nothing else is computed, [T, C, H]: part of the
+        memory of `heads_TXH`."""
+        num_tokens, C, H = len(self.heads_TXH), cache_BCPH.shape[1], cache_BCPH.shape[3]
+        return self.heads_TXH.view(-1)[: num_tokens * C * H].view(num_tokens, C, H)
 
 
 @dataclass(frozen=True, slots=True)

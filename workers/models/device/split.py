@@ -48,8 +48,7 @@ class SplitLayers:
     ) -> Tensor:
         last, cache_BCPH = self._model.layers[-1], caches[-1]
         part = self._run_first(num_tokens, len(caches) - 1, attention, caches, is_whole=True)
-        C, H = cache_BCPH.shape[1], cache_BCPH.shape[3]
-        kv_TCH = part.heads_TXH.view(-1)[: num_tokens * C * H].view(num_tokens, C, H)
+        kv_TCH = part.keys_and_values(cache_BCPH)
         self._operations.product(part.normed_TD, self._last_keys_and_values, kv_TCH.flatten(1))
         attention.store(last, kv_TCH, cache_BCPH)
         sampled = self._buffers.sampled.first(len(rows_R))

@@ -133,8 +133,7 @@ class WideLayers:
             self._run_layer(layer, part, attention, cache_BCPH)
         last, cache_BCPH = layers[-1], caches[-1]
         operations.rms_norm(part.x_TD, last.norm_D, epsilon, part.normed_TD)
-        C, H = cache_BCPH.shape[1], cache_BCPH.shape[3]
-        kv_TCH = part.heads_TXH.view(-1)[: num_tokens * C * H].view(num_tokens, C, H)
+        kv_TCH = part.keys_and_values(cache_BCPH)
         self._products.keys_and_values(last, self._last_keys_and_values, part, kv_TCH.flatten(1))
         attention.store(last, kv_TCH, cache_BCPH)
         sampled = self._buffers.sampled.first(len(rows_R))

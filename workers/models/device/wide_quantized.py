@@ -96,8 +96,7 @@ class WideQuantizedLayers:
             update = self._run_layer(layer, part, rows, attention, cache_BCPH, update)
         last, cache_BCPH = model.layers[-1], caches[-1]
         add_rms_norm(part.x_TD, update, last.norm_D, model.epsilon, rows.normed, pdl=self._has_pdl)
-        C, H = cache_BCPH.shape[1], cache_BCPH.shape[3]
-        kv_TCH = part.heads_TXH.view(-1)[: num_tokens * C * H].view(num_tokens, C, H)
+        kv_TCH = part.keys_and_values(cache_BCPH)
         keys_and_values = self._last_keys_and_values
         scaled_linear(rows.normed, _weight(keys_and_values), kv_TCH.flatten(1), keys_and_values.bias_N)
         attention.store(last, kv_TCH, cache_BCPH)
