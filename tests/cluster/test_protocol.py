@@ -168,16 +168,11 @@ def test_opaque_state_survives() -> None:
     assert OpaqueState.unpack(state.pack()) == state
 
 
-@pytest.mark.parametrize(
-    "data",
-    [b"", b"x", b"\xff" * 30, msgpack.packb([2, TICKET.to_wire(), 0]), msgpack.packb([1, ["t"], 0]), bytes(1 << 17)],
-)
-def test_other_bytes_are_no_opaque_state(data: bytes) -> None:
-    with pytest.raises(ValueError, match="opaque_state"):
-        OpaqueState.unpack(data)
-
-
 @given(st.binary(max_size=200))
-def test_random_bytes_are_no_opaque_state(data: bytes) -> None:
+@example(b"\xff" * 30)
+@example(msgpack.packb([2, TICKET.to_wire(), 0]))
+@example(msgpack.packb([1, ["t"], 0]))
+@example(bytes(1 << 17))
+def test_other_bytes_are_no_opaque_state(data: bytes) -> None:
     with pytest.raises(ValueError, match="opaque_state"):
         OpaqueState.unpack(data)

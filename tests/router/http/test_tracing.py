@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
@@ -29,16 +30,17 @@ UNSAMPLED = PARENT[:-2] + "00"
 
 def send(
     recorder: Tracing, path: str, body: Any, links: Sequence[FakeLink], headers: dict[str, str], **options: Any
-) -> None:
+) -> httpx.Response:
     service = make_service(*links, **options)
     service.recorders = [recorder]
 
-    async def call() -> None:
+    async def call() -> httpx.Response:
         async with client_of(build_app(service)) as client:
-            await client.post(path, json=body, headers=headers)
+            return await client.post(path, json=body, headers=headers)
 
-    asyncio.run(call())
+    answer = asyncio.run(call())
     recorder.close()
+    return answer
 
 
 def spans_of(
@@ -168,4 +170,5 @@ def test_a_collector_gets_them_over_otlp() -> None:
 
 def test_a_collector_that_is_gone_delays_the_end_a_little_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "_CLOSE_TIMEOUT_S", 0.1)
-    send(otlp_tracing("http://127.0.0.1:9/v1/traces", 1.0, "svc", "r"), COMPLETIONS, completion(), [scripted()], {})
+    recorder = otlp_tracing("http://127.0.0.1:9/v1/traces", 1.0, "svc", "r")
+    assert send(recorder, COMPLETIONS, completion(), [scripted()], {}).status_code == 200
