@@ -17,8 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tensorweave.cluster.protocol import Retention, RetentionRange, SamplingSpec
+from tensorweave.workers.executor.capacity_scheduler import CapacityPolicy, CapacityScheduler
 from tensorweave.workers.executor.dry_run import DryRun
-from tensorweave.workers.executor.scheduler import CapacityPolicy, CapacityScheduler, ChunkingPolicy, SimpleScheduler
+from tensorweave.workers.executor.micro_batch_scheduler import ChunkingPolicy
+from tensorweave.workers.executor.scheduler import SimpleScheduler
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest

@@ -11,9 +11,10 @@ import pytest
 from tensorweave.cluster.errors import ContextTooLong
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.workers.executor.bookkeeping import book_launch, book_result
+from tensorweave.workers.executor.capacity_scheduler import CapacityPolicy, CapacityScheduler
 from tensorweave.workers.executor.dry_run import DryRun
 from tensorweave.workers.executor.prompt_share import FixedShare
-from tensorweave.workers.executor.scheduler import CapacityPolicy, CapacityScheduler, SimpleScheduler
+from tensorweave.workers.executor.scheduler import SimpleScheduler
 from tensorweave.workers.kv.manager import KVCacheManager
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tensorweave.workers.step.request import LlmRequest, RequestState
