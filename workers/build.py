@@ -48,7 +48,6 @@ from tensorweave.workers.sampling.decoder import Decoder, SamplingDecoder
 from tensorweave.workers.speculation.build import build_speculation
 from tensorweave.workers.start_log import StartLog
 from tensorweave.workers.step.resources import ResourceManager
-from tensorweave.workers.step.vocabulary import WholeVocabulary
 from tensorweave.workers.store.model_store import resolve_model
 
 
@@ -94,13 +93,7 @@ def build_executor(
     kv_cache = _make_kv_cache(args, engine.info, event_buffer_size)
     scheduler = _make_scheduler(args, settings, kv_cache, comm.place.mesh)
     gc.set_threshold(args.garbage_collection_gen0_threshold, *gc.get_threshold()[1:])
-    is_on_device = isinstance(engine, DeviceEngine)
-    vocabulary = engine.vocabulary if isinstance(engine, DeviceEngine) else WholeVocabulary()
-    decoder = SamplingDecoder(device=engine.pool.cache.device, keeps_tokens=is_on_device, vocabulary=vocabulary)
-    if isinstance(engine, DeviceEngine):
-        knob = "kv_cache_config.free_gpu_memory_fraction"
-        with log.part("warming up sampling"), naming_knobs("sampling", knob):
-            decoder.warm_up(engine.blank_steps())
+    decoder = _make_decoder(engine, log)
     speculating = build_speculation(
         args.speculative_config,
         decoder,
@@ -145,6 +138,16 @@ def _make_kv_cache(args: TorchLlmArgs, info: ModelInfo, event_buffer_size: int) 
         enable_partial_reuse=args.kv_cache_config.enable_partial_reuse,
         event_buffer_max_size=event_buffer_size,
     )
+
+
+def _make_decoder(engine: ModelEngine, log: StartLog) -> SamplingDecoder:
+    device = engine.pool.cache.device
+    if not isinstance(engine, DeviceEngine):
+        return SamplingDecoder(device=device)
+    decoder = SamplingDecoder(device=device, keeps_tokens=True, vocabulary=engine.vocabulary)
+    with log.part("warming up sampling"), naming_knobs("sampling", "kv_cache_config.free_gpu_memory_fraction"):
+        decoder.warm_up(engine.blank_steps())
+    return decoder
 
 
 def _across_stages(decoder: Decoder, comm: Comm) -> Decoder:
