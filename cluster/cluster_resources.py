@@ -128,7 +128,7 @@ class ClusterResources:
 
 
 def read_cluster_resources() -> ClusterResources:
-    """Of the cluster to which this process is connected. Blocks."""
+    """Read the resources of the cluster to which this process is connected. Blocks."""
     free = free_resources_by_node()
     nodes = [
         NodeResources(

@@ -56,7 +56,7 @@ class PackedLogprobs(Sequence[TokenLogprobs]):
 
     @property
     def num_logprobs(self) -> int:
-        """Of all rows together."""
+        """The number of log-probabilities of all rows together."""
         return len(self._columns[0])
 
     def __len__(self) -> int:

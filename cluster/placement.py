@@ -127,7 +127,7 @@ def _has(node: Mapping[str, Any], resource: str) -> float:
 
 
 def name_of(node: Mapping[str, Any]) -> NodeName:
-    """Of a node that `ray.nodes()` lists."""
+    """The name of a node that `ray.nodes()` lists."""
     labels = node.get("Labels") or {}
     return NodeName(node["NodeID"], node["NodeManagerAddress"], node["NodeManagerHostname"], labels)
 

@@ -71,7 +71,7 @@ class GangPool:
 
     @property
     def _staying(self) -> list[PoolSlot]:
-        """Those that are not ending; the ones to end first come last."""
+        """The slots that are not ending; those to end first come last."""
         staying = [slot for slot in self._slots.all if not slot.is_ending]
         return sorted(staying, key=lambda slot: (slot.state != "ready", slot.spec != self.spec.gang, slot.number))
 

@@ -39,7 +39,7 @@ class PoolSlot:
 
     @property
     def gang_id(self) -> str:
-        """Of the gang that it has or had last."""
+        """The id of the gang that it has or had last."""
         return "" if self.gang is None else self.gang.gang_id
 
     @property

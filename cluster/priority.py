@@ -36,7 +36,7 @@ def lower_all_threads() -> None:
 
 
 def processor_time_s(process: int) -> float | None:
-    """Of a process; None if it has ended, or where that is not known."""
+    """The processor time of a process; None if it has ended, or where that is not known."""
     if sys.platform != "linux":
         return None
     try:

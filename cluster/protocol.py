@@ -271,7 +271,7 @@ class ModelInfo:
             raise WireError(f"malformed model info: {error}") from None
 
     def with_end_id(self, end_id: int | None) -> ModelInfo:
-        """With the tokenizer's end of sequence among `end_ids`; one outside the vocabulary never comes."""
+        """Return it with the tokenizer's end of sequence among `end_ids`; one outside the vocabulary never comes."""
         if end_id is None or end_id in self.end_ids or not 0 <= end_id < self.vocab_size:
             return self
         return dataclasses.replace(self, end_ids=(*self.end_ids, end_id))

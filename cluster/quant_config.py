@@ -39,7 +39,7 @@ class IntegerWeights:
 
     @property
     def name(self) -> str:
-        """As engine directories and gangs that exchange KV know it."""
+        """The name by which engine directories and gangs that exchange KV know it."""
         group = "" if self.group_size is None else f"_g{self.group_size}"
         return f"w{self.bits}a{self.row_bits}{group}{_MINIMUMS if self.has_minimums else ''}"
 

@@ -18,7 +18,7 @@ from tensorweave.cluster.rank_watch import first_line
 def create_rank_actor(
     spec: GangSpec, worker_class: type[Any], group: PlacementGroup, rank: int, name: str, namespace: str | None
 ) -> ActorHandle[Any]:
-    """With a `namespace` the actor is detached: a successor of its creator finds it there by its `name`."""
+    """Create a rank's actor. With a `namespace` it is detached: a successor of its creator finds it by its `name`."""
     detached = {"lifetime": "detached", "name": name, "namespace": namespace}
     actor: ActorHandle[Any] = (
         ray.remote(worker_class)

@@ -140,6 +140,6 @@ def describe_phases(ranks: Sequence[tuple[str, str]]) -> str:
 
 
 def describe_durations(started: Sequence[RankStarted]) -> str:
-    """Of the rank that took longest: 'importing 1.2 s, loading the weights 3.4 s'."""
+    """The durations of the rank that took longest: 'importing 1.2 s, loading the weights 3.4 s'."""
     slowest = max((rank.durations for rank in started), key=lambda durations: sum(durations.values()))
     return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in slowest.items())

@@ -93,7 +93,7 @@ def free_port(wanted: int) -> int:
 
 
 def write(path: Path, text: str) -> None:
-    """At once, so that nobody reads half of it."""
+    """Write the file at once, so that nobody reads half of it."""
     beside = path.with_name(f".{path.name}")
     beside.write_text(text)
     beside.replace(path)

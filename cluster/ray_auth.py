@@ -75,7 +75,7 @@ def asks_for_token(gcs_address: str) -> bool:
 
 
 def refuse_open_ray(*, is_allowed: bool) -> None:
-    """In a process of the cluster. Raises UnauthenticatedRay where it asks for no token and nobody has allowed that."""
+    """Raises UnauthenticatedRay if the cluster of this process asks for no token and nobody has allowed that."""
     if not is_allowed and not asks_for_token(ray.get_runtime_context().gcs_address):
         raise UnauthenticatedRay(
             f"{OPEN_RAY}; or, where no stranger reaches this network, set security.allow_unauthenticated_ray"

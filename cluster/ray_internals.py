@@ -100,7 +100,7 @@ def reload_token() -> None:
 
 
 def free_resources_by_node() -> Mapping[str, Mapping[str, float]]:
-    """By node id. Blocks."""
+    """Return the free resources of each node, by its id. Blocks."""
     free: Mapping[str, Mapping[str, float]] = state.available_resources_per_node()
     return free
 

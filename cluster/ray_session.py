@@ -122,7 +122,7 @@ def start_or_join_ray(address: str | None = None, *, num_cpus: float = 1.0, name
 
 
 def _address_of(address: str | None) -> str | None:
-    """Of the cluster to join; None: there is none."""
+    """The address of the cluster to join; None: there is none."""
     address = address or os.environ.get("RAY_ADDRESS")
     return None if address == "local" else address or None
 

@@ -31,7 +31,7 @@ class ServiceState:
     adapters: tuple[Adapter, ...] = ()
 
     def usable_links(self) -> dict[str, dict[str, LinkMeasurement]]:
-        """By decode gang, then by prefill gang, without those that nothing can be sent over."""
+        """The links by decode gang, then by prefill gang, without those that nothing can be sent over."""
         usable: dict[str, dict[str, LinkMeasurement]] = {}
         for (decode, prefill), link in self.links.items():
             if link.error is None:

@@ -267,7 +267,7 @@ class PoolSupervisor:
         return GangPool(spec, launch, self._publish, adapters=adapters)
 
     def _ready_gangs(self) -> list[PoolGang]:
-        """Those that adapters are for."""
+        """The gangs that adapters are for."""
         pools = [pool for pool in self._pools.all if pool.spec.gang.role != "embed"]
         return [gang for pool in pools for gang, _ in pool.ready]
 

@@ -84,7 +84,7 @@ def pinned_context(certificate: str) -> ssl.SSLContext:
 
 
 def tls_reason(error: OSError) -> str:
-    """In one sentence: what OpenSSL says of a handshake or a record, or the error itself."""
+    """What OpenSSL says of a handshake or a record, or the error itself, in one sentence."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the peer's certificate is refused: {error.verify_message}"
     if isinstance(error, ssl.SSLError) and error.reason:

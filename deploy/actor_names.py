@@ -13,5 +13,5 @@ HEAD_NODE: Final = {"node:__internal_head__": 0.001}
 
 
 def supervisor_home(app_name: str) -> DetachedSpec:
-    """Of the gangs of this Serve application: on the head node, beside Ray's own controllers."""
+    """Where the supervisor of this Serve application's gangs is: on the head node, beside Ray's own controllers."""
     return DetachedSpec(f"pools-{app_name}", NAMESPACE, HEAD_NODE)

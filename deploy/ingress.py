@@ -56,7 +56,7 @@ def bound_proxy() -> list[Any]:
 
 
 def taken_ports(host: str, ports: Sequence[int]) -> list[int]:
-    """Those of `ports` that another program listens on. Raises OSError if `host` is not an address of this machine."""
+    """The ports on which another program listens. Raises OSError if `host` is not an address of this machine."""
     taken = []
     family, kind, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
     for port in ports:

@@ -20,7 +20,7 @@ def replica_options(router: RouterConfig) -> dict[str, Any]:
 
 
 def router_urls(router: RouterConfig) -> list[str]:
-    """Of the replicas, that of the head's first one first. Ray must be running."""
+    """The URLs of the replicas, the head's first. Ray must be running."""
     if not router.per_host:
         return [
             f"{router.scheme}://{router.reachable_host}:{router.port + number}" for number in range(router.replicas)

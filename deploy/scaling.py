@@ -43,7 +43,7 @@ class PoolLoad:
 
     @property
     def pressure_with_less(self) -> float:
-        """With one gang less."""
+        """The pressure that the pool would have with one gang less."""
         return self.pressure * self.num_gangs / (self.num_gangs - 1) if self.num_gangs > 1 else math.inf
 
     def describe(self) -> str:

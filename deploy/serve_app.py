@@ -204,7 +204,7 @@ def _without_key(config: ServeConfig, chat_key: str | None) -> ServeConfig:
 
 
 def _recorders(config: ServeConfig, replica: str) -> list[Recorder]:
-    """Those that are asked for."""
+    """The recorders that the configuration asks for."""
     from tensorweave.router.http.request_log import RequestLog
 
     recorders: list[Recorder] = []

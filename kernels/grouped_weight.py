@@ -65,7 +65,7 @@ class GroupedWeight:
         dtype: torch.dtype,
         row_bits: Literal[8, 16] = 16,
     ) -> Self:
-        """Of one code per byte, also for 4 bits."""
+        """Make a weight of one code per byte, also for 4 bits."""
         K = codes_NK.shape[1]
         codes = codes_NK if bits == 8 else pack_nibbles(codes_NK)
         return cls(codes, scales_NG, minimums_NG, K, min(group_size, K), bits, zero, dtype, row_bits)

@@ -39,12 +39,12 @@ class CodeForm:
 
     @property
     def code_bytes(self) -> int:
-        """Of a record."""
+        """The codes' bytes in a record."""
         return TILE * BLOCK * self.bits // 8
 
     @property
     def scale_bytes(self) -> int:
-        """Of a record, and as many of offsets if there are any."""
+        """The scales' bytes in a record; the offsets, if there are any, have as many."""
         return BLOCK // self.group * TILE * self.numbers.itemsize
 
     @property

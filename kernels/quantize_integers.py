@@ -84,7 +84,7 @@ def _quantize_natively(
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """Of a `GroupedWeight`, filled some rows at a time."""
+    """The parts of a `GroupedWeight`, filled some rows at a time."""
 
     codes_NK: Tensor
     scales_NG: Tensor

@@ -41,7 +41,7 @@ class NativeAttentionPlan:
 
     @property
     def num_tasks(self) -> int:
-        """Of the window that has most."""
+        """The tasks of the window that has most."""
         return max(plan.num_tasks for plan in self.windows)
 
     def in_order(self, windows: Sequence[int | None]) -> ctypes.Array[WindowPlan]:

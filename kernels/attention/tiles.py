@@ -44,7 +44,7 @@ def tile_queries(chunks: Sequence[tuple[int, int, int]], num_tiles: int | None =
 
 
 def count_tiles(num_queries: int) -> int:
-    """Of one chunk."""
+    """The number of tiles of one chunk."""
     return -(-num_queries // TILE_QUERIES)
 
 

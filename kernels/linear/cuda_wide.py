@@ -35,7 +35,7 @@ class WideTiling:
     cluster_m: int
 
     def num_tiles(self, num_rows: int, num_weight_rows: int) -> int:
-        """Of clusters."""
+        """The number of tiles, each of which one cluster computes."""
         return -(-num_rows // (self.cluster_m * _BM)) * -(-num_weight_rows // self.block_n)
 
     @property
@@ -48,7 +48,7 @@ class WideTiling:
 
     @property
     def num_stages(self) -> int:
-        """As many as fit into shared memory beside the results."""
+        """The number of stages that fit into shared memory beside the results."""
         return min(8, (_SHARED_BYTES - _OTHER_BYTES - self.result_bytes) // self.stage_bytes)
 
 

@@ -154,7 +154,7 @@ def make_linear(weight: Weight, bias_N: Tensor | None = None) -> Linear:
 def make_composite(
     weight: StackedWeight | ReorderedWeight, bias_N: Tensor | None, make: Callable[[Weight, Tensor | None], Linear]
 ) -> Linear:
-    """Of weights made of other forms, whose products `make` makes."""
+    """A product with weights made of other forms, whose products `make` makes."""
     if isinstance(weight, ReorderedWeight):
         return ReorderedLinear(make(weight.weight, bias_N), weight.order_P, weight.has_zeros)
     linears, first = [], 0

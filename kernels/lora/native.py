@@ -118,7 +118,7 @@ class NativeUpdates:
 
 
 def _within(rows: Sequence[int], start: int, stop: int) -> Sequence[int]:
-    """Those in [start, stop), counted from `start`."""
+    """The numbers in [start, stop), counted from `start`."""
     return [row - start for row in rows if start <= row < stop]
 
 

@@ -38,7 +38,7 @@ class SiteStack:
         return self.a_PLRK.shape[2]
 
     def outputs_from(self, first: int) -> SiteStack:
-        """Of the outputs [first, N), over the same memory."""
+        """The stack of the outputs [first, N), over the same memory."""
         part = bisect.bisect_right(self.bounds, first)
         bounds = tuple(bound - first for bound in self.bounds[part:])
         return replace(self, a_PLRK=self.a_PLRK[part:], b_NLR=self.b_NLR[first:], bounds=bounds)

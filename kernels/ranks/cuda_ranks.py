@@ -116,7 +116,7 @@ class CudaSums:
 
     @staticmethod
     def bytes_needed(width: int, dtype: torch.dtype, num_ranks: int, limits: RowLimits, num_rows: int) -> int:
-        """Of each rank's `PeerMemory`, with so many rows that are taken by `empty`, in up to eight calls."""
+        """The bytes of each rank's `PeerMemory` from which `empty` takes so many rows, in up to eight calls."""
         parts = _sum_parts(width, dtype, num_ranks, limits)
         return sum(map(padded, parts)) + num_rows * width * dtype.itemsize + 8 * padded(1)
 

@@ -75,7 +75,7 @@ def _limit_of_min_p(min_p):
 
 @triton.jit
 def _scan(bins_ptr, count_before, mass_before):
-    """Of a histogram: each bin's packed number, counts up to and with it, masses before it."""
+    """Scan a histogram: each bin's packed number, counts up to and with it, masses before it."""
     packed = tl.load(bins_ptr + tl.arange(0, _BINS), cache_modifier=".cg")
     sums = tl.cumsum(packed, 0)
     before = sums - packed

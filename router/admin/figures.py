@@ -44,7 +44,8 @@ def total(routers: Mapping[str, RouterFigures], name: str) -> float:
 
 
 def rate(before: Mapping[str, RouterFigures], now: Mapping[str, RouterFigures], name: str) -> float | None:
-    """Of a counter, per second, over all routers that are in both; None if none is, or none has reported since."""
+    """The rate of a counter, per second, over all routers that are in both; None if none is, or none has reported
+    since."""
     rates = [
         max(0.0, new.totals.get(name, 0.0) - old.totals.get(name, 0.0)) / (new.clock_s - old.clock_s)
         for old, new in _pairs(before, now)

@@ -129,7 +129,7 @@ def _stage_shares(gang_id: str, before: Look | None, now: Look) -> list[float | 
 
 
 def _gang_rate(gang_id: str, before: Look | None, now: Look, name: str) -> float | None:
-    """Of a gang's counter; None for a gang that was not there before, or has no such counter."""
+    """The rate of a gang's counter; None for a gang that was not there before, or has no such counter."""
     if before is None or gang_id not in before.gauges or name not in now.gauges.get(gang_id, {}):
         return None
     difference = now.gauges[gang_id][name] - before.gauges[gang_id].get(name, 0.0)

@@ -36,7 +36,8 @@ class RouterTable:
             self._watched_until_s = self._clock() + _WATCHED_S
 
     def latest(self) -> Mapping[str, tuple[float, RouterReport]]:
-        """By router: the age of its report in seconds, and the report. A router that is silent is left out."""
+        """The age in seconds of each router's report, and the report, by router. A router that is silent is left
+        out."""
         now_s = self._clock()
         with self._lock:
             self._reports = {

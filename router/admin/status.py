@@ -9,7 +9,8 @@ from pydantic import BaseModel, Field
 
 
 class Percentiles(BaseModel):
-    """Of one latency, in seconds, estimated from a histogram's buckets. None: nothing was observed in the window."""
+    """Percentiles of one latency, in seconds, estimated from a histogram's buckets. None: nothing was observed in the
+    window."""
 
     p50_s: float | None = None
     p90_s: float | None = None

@@ -32,7 +32,7 @@ _DELTAS: Final = {
 
 
 class MessagesAnswer:
-    """Of one request, which has one choice."""
+    """The answer to one request, which has one choice."""
 
     def __init__(self, tokens: TokenShapes, *, answer_id: str, model_name: str) -> None:
         self._tokens = tokens

@@ -45,7 +45,7 @@ class WantedAnswer:
     is_free: bool
 
     def tag(self, syntax: CallSyntax | None, excludes: Sequence[str]) -> TagFormat:
-        """As a part of a guide, calls in this syntax. `excludes`: what free text may not contain, because it would
+        """Calls in this syntax as a part of a guide. `excludes`: what free text may not contain, because it would
         begin another reasoning."""
         if not self.schemas or syntax is None:
             return self.form or any_text(excludes=excludes)

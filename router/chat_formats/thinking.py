@@ -44,7 +44,8 @@ class Thinking:
     ends_at_calls: bool = False
 
     def state(self, prompt_tail: str) -> ThinkingState:
-        """By the last of the markers in the assistant's turn, which the prompt has begun and the answer continues."""
+        """The state after the last of the markers in the assistant's turn, which the prompt began and the answer
+        continues."""
         turn = prompt_tail[max(0, *map(prompt_tail.rfind, _TURN_BEGINS)) :]
         begin, end = turn.rfind(self.begin), turn.rfind(self.end)
         if begin > end:

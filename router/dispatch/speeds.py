@@ -43,7 +43,7 @@ def _summed(older: Sums, newer: Sums, weight: float) -> Sums:
 
 
 class Mean:
-    """Of fading samples, beginning with an assumed one."""
+    """The mean of fading samples, beginning with an assumed one."""
 
     def __init__(self, value: float) -> None:
         self.value = value

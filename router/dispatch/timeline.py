@@ -42,7 +42,7 @@ class Timeline:
         return attempt
 
     def end_attempt(self, error_code: str | None = None) -> None:
-        """Of the latest attempt, unless it has ended."""
+        """End the latest attempt, unless it has ended."""
         if self.attempts and self.attempts[-1].ended_s is None:
             self.attempts[-1].ended_s = time.perf_counter()
             self.attempts[-1].error_code = error_code

@@ -88,6 +88,6 @@ def not_word() -> Ranges:
 
 
 def _common(test: Callable[[str], bool]) -> Ranges:
-    """Of the Basic Multilingual Plane, and emoji."""
+    """Code points of the Basic Multilingual Plane, and emoji."""
     points = itertools.chain(range(0xD800), range(0xE000, 0x10000))
     return union(((p, p) for p in points if test(chr(p))), _EMOJI)

@@ -68,7 +68,7 @@ class _Writer:
         return " | ".join(self._shape(shape) for shape in union)
 
     def _group(self, union: Union) -> str:
-        """As one symbol."""
+        """The group as one symbol."""
         if union == ANYTHING:
             return self._anything()
         if len(union) == 1 and isinstance(union[0], Reference):

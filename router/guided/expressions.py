@@ -117,7 +117,7 @@ def longest(expression: Expression) -> float:
 
 
 def write(expression: Expression) -> str:
-    """In the dialect of both backends."""
+    """Write the expression in the dialect of both backends."""
     match expression:
         case Chars(ranges):
             return _write_class(ranges)

@@ -150,7 +150,7 @@ def same_json(left: Any, right: Any) -> bool:
 
 
 def _common(values: tuple[Any, ...], others: tuple[Any, ...]) -> Iterable[Any]:
-    """Those of `values` that are among `others`."""
+    """The values that are among `others`."""
     scalars = {(isinstance(other, bool), other) for other in others if not isinstance(other, list | dict)}
     nested = [other for other in others if isinstance(other, list | dict)]
     for value in values:
@@ -162,7 +162,7 @@ def _common(values: tuple[Any, ...], others: tuple[Any, ...]) -> Iterable[Any]:
 
 
 def _others(values: tuple[Any, ...], excluded: tuple[Any, ...]) -> Iterable[Any]:
-    """Those of `values` that are not among `excluded`."""
+    """The values that are not among `excluded`."""
     return (value for value in values if not any(same_json(value, other) for other in excluded))
 
 
@@ -200,7 +200,7 @@ def most_integer(high: Bound) -> int:
 
 
 def _as_written(union: Union) -> Union:
-    """With objects closed that the schema leaves open only by not saying so: `write.py` closes them."""
+    """Close the objects that the schema leaves open only by not saying so, as `write.py` does."""
     return tuple(
         replace(s, rest=())
         if isinstance(s, Object) and s.rest is None and s.properties and set(s.required) <= s.properties.keys()

@@ -180,7 +180,7 @@ class SchemaReader:
         return [self._read(s, step(at, name, i)) for i, s in enumerate(self._list_of(fields, name, at))]
 
     def _closed(self, union: Union, fields: dict[str, Any], at: str) -> Union:
-        """With unevaluatedProperties, unevaluatedItems and uniqueItems."""
+        """Apply unevaluatedProperties, unevaluatedItems and uniqueItems."""
         if fields.get("uniqueItems", False) is not False:
             union = self._unique(union, fields["uniqueItems"], at)
         for name, kind in (("unevaluatedProperties", Object), ("unevaluatedItems", Array)):

@@ -83,7 +83,7 @@ def _references(union: Union) -> Iterator[str]:
 
 
 def inner_unions(shape: Shape) -> Iterator[Union]:
-    """Those of its items or properties."""
+    """The unions among its items or properties."""
     if isinstance(shape, Array):
         yield from shape.prefix
     elif isinstance(shape, Object):
@@ -94,7 +94,7 @@ def inner_unions(shape: Shape) -> Iterator[Union]:
 
 
 def _possible_pointers(read: dict[str, Union]) -> set[str]:
-    """Those for which a finite value exists: the least fixed point."""
+    """The pointers for which a finite value exists: the least fixed point."""
     possible: set[str] = set()
     while found := {p for p, union in read.items() if p not in possible and _is_possible(union, possible)}:
         possible |= found
@@ -201,7 +201,7 @@ def _without_additional(union: Union) -> Union:
 
 
 def _closed(shape: Shape) -> Shape:
-    """With all objects in it closed that declare properties."""
+    """Return the shape with all objects closed that declare properties."""
     match shape:
         case Array():
             rest = None if shape.rest is None else _without_additional(shape.rest)

@@ -194,7 +194,7 @@ async def cancelled_on_disconnect(receive: Receive) -> AsyncIterator[None]:
 
 
 def error_body(scope: Scope, error: TensorweaveError) -> bytes:
-    """In the form of the API that the path belongs to: Anthropic's or OpenAI's."""
+    """An error in the form of the API that the path belongs to: Anthropic's or OpenAI's."""
     path: str = scope["path"]
     if path == MESSAGES_PATH or path.startswith(f"{MESSAGES_PATH}/"):
         return anthropic_errors.error_body(error)

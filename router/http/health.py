@@ -102,7 +102,7 @@ def _slow(pools: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _progress_age_s(gang: dict[str, Any]) -> float:
-    """Of the gang's slowest rank; 0 if nothing is known."""
+    """The age of the progress of the gang's slowest rank; 0 if nothing is known."""
     return max((rank["progress_age_s"] or 0.0 for rank in gang.get("ranks", ())), default=0.0)
 
 

@@ -205,5 +205,5 @@ def _prompt_ids(prompt: Sequence[int]) -> bytes:
 
 
 def _rest(fields: dict[str, Any]) -> bytes:
-    """As JSON, to follow other fields."""
+    """The rest as JSON, to follow other fields."""
     return b"," + orjson.dumps(fields)[1:-1]

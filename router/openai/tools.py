@@ -131,7 +131,7 @@ def tool_use(tools: Sequence[ToolDefinition] | None, choice: Any, *, is_parallel
 
 
 def legacy_tool_use(functions: Sequence[FunctionDefinition] | None, call: Any) -> ToolUse:
-    """Of the deprecated fields. They know one call per answer."""
+    """The use of tools that the deprecated fields ask for. They know one call per answer."""
     tools = [ToolDefinition(type="function", function=function) for function in functions or ()]
     names = _names(tools, "functions")
     match call:

@@ -21,7 +21,7 @@ _FAILURES: Final = {429: "rate_limit_exceeded", 400: "invalid_prompt"}
 
 
 class ResponsesAnswer:
-    """Of one request, which has one choice.
+    """The answer to one request, which has one choice.
 
     Args:
         tokens: Of the model's tokenizer.

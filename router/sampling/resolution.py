@@ -113,7 +113,7 @@ def with_defaults(
 
 
 def _resolve_knobs(fields: SamplingFields, draw_seed: Callable[[int], int]) -> dict[str, Any]:
-    """Those that are not off. Of a greedy request, none that says how tokens are drawn."""
+    """The knobs that are not off. A greedy request has none that says how tokens are drawn."""
     values: dict[str, Any] = {}
     for name, knob in KNOBS.items():
         value = getattr(fields, name)

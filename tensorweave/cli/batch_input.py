@@ -139,7 +139,7 @@ class LineIndex:
         return count
 
     def open_lines(self, lines: Iterable[Line]) -> Iterator[Line]:
-        """Those that are not done. Raises ValueError at a line that `fill` has not seen."""
+        """The lines that are not done. Raises ValueError at a line that `fill` has not seen."""
         for line in lines:
             row = self._rows.execute("SELECT number, is_done FROM lines WHERE key = ?", (line.key,)).fetchone()
             if row is None or row[0] != line.number:

@@ -52,7 +52,7 @@ class ResultFile:
         os.close(self._descriptor)
 
     def keys(self) -> Iterator[str]:
-        """Of the lines in the file. Raises ValueError at one that no batch has written."""
+        """Read the keys of the lines in the file. Raises ValueError at one that no batch has written."""
         with self.path.open("rb") as file:
             for number, text in enumerate(file, 1):
                 try:
@@ -104,7 +104,7 @@ class ResultFile:
 
 
 def answer_line(request: BatchRequest, status: int, request_id: str, body: Any) -> dict[str, Any]:
-    """Of an answer or a refusal."""
+    """The output line of an answer or a refusal."""
     response = {"status_code": status, "request_id": request_id, "body": body}
     return {"id": _new_id(), "custom_id": request.custom_id, "response": response, "error": None}
 

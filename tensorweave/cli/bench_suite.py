@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def open_llm(model_dir: Path, options: dict[str, Any], *, is_random: bool) -> Iterator[Generate]:
-    """As a user would: an `LLM` with these arguments."""
+    """Open an `LLM` with these arguments, as a user would."""
     from tensorweave import LLM, SamplingParams
 
     load_format = "dummy" if is_random else "auto"

@@ -47,7 +47,7 @@ def service_url(args: argparse.Namespace) -> Iterator[str]:
 
 
 def service_config(args: argparse.Namespace) -> ServeConfig:
-    """Of a service of this command's own, on loopback without TLS. Its ports are other ones each time."""
+    """The configuration of a service of this command's own, on loopback without TLS, at new ports each time."""
     from tensorweave.deploy.config import load_config
 
     port, proxy_port, admin_port = _free_ports(3)

@@ -50,7 +50,7 @@ def calibrate(model: str, options: dict[str, Any]) -> tuple[CostModel, dict[str,
 
 
 def typical(rows: Sequence[Row]) -> list[Row]:
-    """Of steps with equal features the median: other processes delay some."""
+    """The median of steps with equal features: other processes delay some."""
     seconds: dict[Features, list[float]] = {}
     for features, took_s in rows:
         seconds.setdefault(features, []).append(took_s)

@@ -57,7 +57,7 @@ class ModelShape:
 
     @property
     def num_experts(self) -> int:
-        """Of each layer; 0 without mixtures."""
+        """The experts of each layer; 0 without mixtures."""
         return int(self.config.get("num_experts", 0))
 
     @property
@@ -69,7 +69,7 @@ class ModelShape:
 
     @property
     def num_token_weights(self) -> int:
-        """Of those, what one token is multiplied by: each makes two operations."""
+        """The weights that one token is multiplied by: each makes two operations."""
         return self._num_shared_weights + self._num_chosen * self._num_expert_weights
 
     def num_read_weights(self, num_tokens: int) -> float:
@@ -86,7 +86,7 @@ class ModelShape:
 
     @property
     def _num_expert_weights(self) -> int:
-        """Of one expert, all layers together."""
+        """The weights of one expert, all layers together."""
         width = int(self.config.get("moe_intermediate_size", 0))
         return int(self.config["num_hidden_layers"]) * 3 * int(self.config["hidden_size"]) * width
 
@@ -112,7 +112,8 @@ class ModelShape:
 
     @property
     def attention_operations(self) -> int:
-        """Of one pair of a query token and a key token, all layers together: the scores and the weighted sum."""
+        """Operations for one pair of a query token and a key token, all layers together: the scores and the weighted
+        sum."""
         return 4 * int(self.config["num_hidden_layers"]) * int(self.config["num_attention_heads"]) * self.head_dim
 
     def write(self, directory: Path, dtype: str) -> Path:

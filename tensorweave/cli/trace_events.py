@@ -48,7 +48,7 @@ class Trace:
 
 
 def events_of(entries: Iterable[dict[str, Any]]) -> list[Event]:
-    """In the order of their starts."""
+    """The events in the order of their starts."""
     events = [
         Event(
             kind=entry["cat"],
@@ -65,7 +65,7 @@ def events_of(entries: Iterable[dict[str, Any]]) -> list[Event]:
 
 
 def last_part(events: Sequence[Event], length_s: float) -> list[Event]:
-    """Those that start in the last `length_s` seconds of a trace."""
+    """The events that start in the last `length_s` seconds of a trace."""
     began_us = max((event.end_us for event in events), default=0.0) - length_s * 1e6
     return [event for event in events if event.start_us >= began_us]
 

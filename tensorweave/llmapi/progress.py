@@ -62,7 +62,8 @@ class Progress:
 
 
 def _best(sequences: Sequence[CompletionOutput], num_returned: int) -> list[CompletionOutput]:
-    """By cumulative log-probability. A sequence that was cancelled before its first token has none and comes last."""
+    """The best by cumulative log-probability. A sequence that was cancelled before its first token has none and is
+    last."""
     ordered = sorted(
         sequences,
         key=lambda s: (s.cumulative_logprob is None, -(s.cumulative_logprob or 0.0)),

@@ -143,7 +143,7 @@ class PromptAdapterRequest:
 
 
 def retention_of(config: KvCacheRetentionConfig) -> Retention:
-    """As requests carry it."""
+    """The retention as requests carry it."""
     ranges = [
         RetentionRange(r.token_start, r.token_end, r.priority, _seconds("duration_ms", r.duration_ms))
         for r in config.token_range_retention_configs

@@ -40,7 +40,7 @@ class UpdateQueue:
         return self._updates.popleft() if self._updates else None
 
     def all(self) -> list[Update]:
-        """Those that nobody has taken yet. They stay in the queue."""
+        """The updates that nobody has taken yet. They stay in the queue."""
         return list(self._updates)
 
     def wait(self, timeout_s: float | None) -> bool:

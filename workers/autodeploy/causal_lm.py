@@ -50,7 +50,7 @@ class CausalLmConfig:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Those of the whole and of the text part together."""
+        """The end ids of the whole and of the text part together."""
         found: list[int] = []
         for ids in (self.whole.eos_token_id, self.text.eos_token_id):
             found += ids if isinstance(ids, list | tuple) else [] if ids is None else [ids]

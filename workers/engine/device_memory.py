@@ -44,7 +44,7 @@ class DeviceMemory(Protocol):
 
 
 class CudaMemory:
-    """Of one GPU."""
+    """The memory of one GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -57,7 +57,7 @@ class KVPool:
         return self.cache.shape[3]
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
-        """In order: a block may be written by one copy and read by the next."""
+        """Copy in order: a block may be written by one copy and read by the next."""
         for copy in copies:
             self.cache[:, copy.target, :, : copy.num_tokens] = self.cache[:, copy.source, :, : copy.num_tokens]
 

@@ -34,7 +34,7 @@ _POPULATE_WRITE: Final = 23
 
 
 class NotAhead:
-    """Where memory is there from the beginning."""
+    """For memory that is there from the beginning."""
 
     def reach(self, block: int) -> None:
         return None

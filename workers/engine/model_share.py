@@ -68,11 +68,11 @@ class ModelShare:
 
     @property
     def num_layers(self) -> int:
-        """Of this rank's pipeline stage."""
+        """The layers of this rank's pipeline stage."""
         return len(stage_layers(self.config, self.place))
 
     def block_bytes(self, tokens_per_block: int) -> int:
-        """Of one KV block on this rank."""
+        """The bytes of one KV block on this rank."""
         sizes = self.config.sizes
         return block_bytes(self.num_layers, len(self.heads.kv), tokens_per_block, sizes.head_dim, self.kv_dtype)
 

@@ -136,7 +136,7 @@ class PyExecutor:
         return self._transfers.measure_link(source, timeout_s)
 
     def wait_released(self, timeout_s: float) -> bool:
-        """Until nobody holds a claim on KV of requests that have ended here; whether that is so in time."""
+        """Wait until no lease is open. Return whether that happened within `timeout_s`."""
         return self._transfers.wait_released(timeout_s)
 
     def heartbeat(self) -> float:

@@ -172,7 +172,7 @@ class IterationStats:
 
 
 def step_limits(max_requests: int, max_batch_size: int, max_num_tokens: int) -> dict[str, int]:
-    """As the rows tell them. Nothing tunes them while it runs."""
+    """The limits as the statistics report them. Nothing tunes them while it runs."""
     return {
         "maxNumActiveRequests": max_requests,
         "maxBatchSizeStatic": max_batch_size,

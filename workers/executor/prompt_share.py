@@ -113,7 +113,7 @@ class BalancedShare:
         return self._whole(num_decodes, max(least, _EAGERNESS * math.sqrt(num_waiting * num_decodes)))
 
     def _whole(self, num_decodes: int, num_tokens: float) -> int:
-        """Of the numbers that fill a whole step, the one next to `num_tokens`, but within `most` rows."""
+        """The number next to `num_tokens` of those that fill a whole step, but within `most` rows."""
         most = max(self._most - num_decodes, 1)
         fitting = [each for each in prompt_tokens_beside(num_decodes) if each <= most]
         return min(fitting, key=lambda each: abs(each - num_tokens), default=most)

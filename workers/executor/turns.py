@@ -20,7 +20,7 @@ def most_in_flight(mesh: Mesh, *, overlaps: bool) -> int:
 
 class Turns(Protocol):
     def choose(self, fitting: Sequence[LlmRequest]) -> Sequence[LlmRequest]:
-        """Those of `fitting` that the next step may compute, in the same order."""
+        """The requests of `fitting` that the next step may compute, in the same order."""
 
 
 class EveryStep:

@@ -95,7 +95,7 @@ class GuardedListener:
 
 
 def close_socket(sock: socket.socket) -> None:
-    """Also wakes a thread that is reading it."""
+    """Close it. A thread that is reading it wakes up."""
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
     sock.close()

@@ -67,7 +67,7 @@ def _open_symmetric(comm: GroupComm, num_bytes: int, device: torch.device, limit
 
 
 def _open_by_ipc(comm: GroupComm, num_bytes: int, device: torch.device, limit_s: float) -> PeerMemory:
-    """Where torch's symmetric memory cannot be had."""
+    """Open the peers' memory by CUDA IPC, where torch has no symmetric memory."""
     memory_E = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     torch.cuda.synchronize(device)
     shared = memory_E.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]

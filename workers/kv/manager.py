@@ -263,7 +263,7 @@ class KVCacheManager(BaseResourceManager):
     # ---- how
 
     def _match(self, request: LlmRequest, limit: int) -> PrefixMatch:
-        """Where the logits at prompt tokens are to be told, no token that was not read may be left out."""
+        """The cached prefix of a request. If it wants the logits at prompt tokens, those must all be computed."""
         if request.num_rows_read < request.num_prompt_rows:
             limit = min(limit, request.num_rows_read)
         return self._tree.match(request.tokens, limit, request.cache_salt)

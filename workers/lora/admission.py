@@ -30,7 +30,7 @@ _PREFIX: Final = b"adapter:"
 
 
 class AdapterInbox(Protocol):
-    """Of rank 0's `Inbox`."""
+    """What admission needs of rank 0's `Inbox`."""
 
     def put(self, request: GenerateRequest, holds: Collection[bytes] = ()) -> None: ...
 
@@ -44,7 +44,7 @@ class AdapterInbox(Protocol):
 
 
 class Entrance(Protocol):
-    """Of the executor."""
+    """What admission needs of the executor."""
 
     def enter(self, request: GenerateRequest, put: Put) -> None:
         """What else a request must wait for once its adapter is there. Raises TensorweaveError."""

@@ -45,7 +45,7 @@ class PeftFiles:
 
     @property
     def digest(self) -> bytes:
-        """Of both, in every process the same."""
+        """The digest of both, the same in every process."""
         state = hashlib.blake2b(len(self.config).to_bytes(8, "little"), digest_size=DIGEST_BYTES)
         state.update(self.config)
         state.update(self.weights)

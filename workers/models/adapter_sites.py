@@ -38,7 +38,7 @@ Site = tuple[SitePart, ...]
 
 
 class LinearForms(Protocol):
-    """In which form a model's linear layers are built."""
+    """Chooses the form in which a model's linear layers are built."""
 
     def column(self, linear: Linear, site: Site) -> ColumnForm: ...
 

@@ -87,7 +87,7 @@ def build_stage(
 
 
 def _word_rows(name: str, sizes: ModelSizes, words: range) -> TensorRows:
-    """Of the table of embeddings, or the output head."""
+    """This rank's rows of the table of embeddings, or of the output head."""
     return TensorRows(name, (sizes.vocab_size, sizes.hidden_size), words)
 
 

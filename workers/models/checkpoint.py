@@ -90,7 +90,7 @@ class SafetensorsDirectory:
         return tensor
 
     def places(self) -> Mapping[str, TensorPlace]:
-        """Of all tensors, for readers of their own."""
+        """The places of all tensors, for readers of their own."""
         files = {self._path_of[name] for name in self.shapes}
         return {self._prefix + name: place for file in sorted(files) for name, place in _places(file)}
 

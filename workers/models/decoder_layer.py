@@ -58,7 +58,7 @@ class Mlp(Protocol):
     """`GatedMlp`, or a mixture of experts."""
 
     def __call__(self, x_TD: Tensor, inputs: ForwardInputs) -> Tensor:
-        """Of the layer's normalised input, which it does not change, a new tensor [T, D], summed over ranks."""
+        """Return a new tensor [T, D], summed over ranks. The layer's normalised input is not changed."""
         ...
 
 

@@ -71,8 +71,8 @@ class LayerBuilder:
         has_neighbours: bool = False,
         has_sinks: bool = False,
     ) -> Attention:
-        """With o_proj and, unless another projection is given, q_proj, k_proj and v_proj in one product. `scale` is
-        head_dim ** -0.5 where it is None; sinks are a tensor of that name."""
+        """Attention with o_proj and, unless another projection is given, q_proj, k_proj and v_proj in one product.
+        `scale` is head_dim ** -0.5 where it is None; sinks are a tensor of that name."""
         query = self._query_rows(kv)
         return Attention(
             qkv=qkv or self.qkv(name, kv, has_bias=has_qkv_bias),
@@ -102,7 +102,7 @@ class LayerBuilder:
         return self.column_linear(parts, has_bias=has_bias)
 
     def fused_qkv(self, name: str, kv: LayerKv) -> ColumnForm:
-        """Of one tensor qkv_proj: all queries, all keys, all values."""
+        """One tensor qkv_proj: all queries, all keys, all values."""
         query, keys = self._query_rows(kv), self._key_rows(kv)
         num_query, num_keys = self.sizes.num_heads * kv.head_dim, kv.num_heads * kv.head_dim
         firsts = ((query, 0), (keys, num_query), (keys, num_query + num_keys))
@@ -119,7 +119,7 @@ class LayerBuilder:
         return NormedProjection(projection, query_norm, key_norm, self._owned_keys(kv), epsilon, norm, self.comm)
 
     def gated_mlp(self, name: str, *, has_bias: bool = False, has_gelu: bool = False) -> GatedMlp:
-        """With gate_proj, up_proj and down_proj, the first two in one product."""
+        """An MLP with gate_proj, up_proj and down_proj, the first two in one product."""
         width = self.sizes.intermediate_size
         parts = [LinearRows(f"{name}.{part}_proj", width, self.share(width)) for part in ("gate", "up")]
         gate_up = self.column_linear(parts, has_bias=has_bias)
@@ -141,7 +141,7 @@ class LayerBuilder:
         )
 
     def column_linear(self, parts: Sequence[LinearRows], *, has_bias: bool) -> ColumnForm:
-        """Of the hidden states: the outputs of all parts one after the other, from one product."""
+        """A product of the hidden states, which returns the outputs of all parts one after the other."""
         D = self.sizes.hidden_size
         weight_OD = self.weights.matrix_rows([self._rows(part, "weight", D) for part in parts])
         bias_O = self.weights.rows([self._rows(part, "bias") for part in parts]) if has_bias else None
@@ -173,7 +173,7 @@ class LayerBuilder:
         return range(heads.start * kv.head_dim, heads.stop * kv.head_dim)
 
     def _owned_keys(self, kv: LayerKv) -> slice:
-        """Of this rank's elements of the keys, those that no rank before it has: KV heads may be on several."""
+        """The elements of this rank's keys that no rank before it has: KV heads may be on several."""
         heads, group = self.heads(kv), self.sizes.num_heads // kv.num_heads
         first = -(-heads.query.start // group) - heads.kv.start
         return slice(first * kv.head_dim, len(heads.kv) * kv.head_dim)

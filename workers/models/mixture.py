@@ -102,7 +102,7 @@ class MixtureBuilder:
         return RoutedExperts(router, self.layer.operations.make_experts(group))
 
     def shared_expert(self, name: str, gate_name: str) -> SharedExpert:
-        """With gate_proj, up_proj and down_proj, as a layer's plain MLP."""
+        """An expert with gate_proj, up_proj and down_proj, as a layer's plain MLP has."""
         width, rows = self.sizes.shared_width, self.layer.share(self.sizes.shared_width)
         partial = replace(self.layer, comm=SoloComm())
         parts = [LinearRows(f"{name}.{part}_proj", width, rows) for part in ("gate", "up")]

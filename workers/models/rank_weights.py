@@ -116,5 +116,5 @@ class MetaWeights:
 
 
 def stacked_shape(parts: Sequence[TensorRows]) -> tuple[int, ...]:
-    """Of all parts, one below the other."""
+    """The shape of all parts, one below the other."""
     return (sum(len(part.rows) for part in parts), *parts[0].shape[1:])

@@ -77,7 +77,7 @@ class StackedExperts:
         return found
 
     def _outputs(self, place: _Place, rows: slice, *before: slice) -> Tensor:
-        """Of the last dimension, which has the outputs."""
+        """A part of the last dimension, which has the outputs."""
         if place.part == "down_proj":
             return self._source.read(place.stored, *before, rows)
         both = self._source.read(place.stored, *before, slice(2 * rows.start, 2 * rows.stop))

@@ -64,7 +64,7 @@ class WeightStaging(Protocol):
 
 
 class PinnedStaging:
-    """With a stream of its own, and memory from its first piece on. One thread at a time may use it."""
+    """Staging with a stream of its own, and memory from its first piece on. One thread at a time may use it."""
 
     def __init__(self, device: torch.device, num_bytes: int) -> None:
         self._device = device

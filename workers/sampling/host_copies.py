@@ -12,11 +12,11 @@ from torch import Tensor
 
 class Mark(Protocol):
     def wait(self) -> None:
-        """Until the device has done all that was launched before the mark."""
+        """Wait until the device has done all that was launched before the mark."""
 
 
 class NoMark:
-    """Of a device that computes what is launched at once."""
+    """The mark of a device that computes at once what is launched."""
 
     def wait(self) -> None:
         pass
@@ -44,7 +44,7 @@ class HostCopies:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self._is_cuda else tensor
 
     def to_host(self, tensor: Tensor) -> Tensor:
-        """In pinned memory. The numbers are there when a mark that is set after this has been waited for."""
+        """Copy to pinned memory. The numbers are there once a mark that is set after this has been waited for."""
         return tensor.to("cpu", non_blocking=True)
 
     def mark(self) -> Mark:

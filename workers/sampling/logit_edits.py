@@ -115,5 +115,5 @@ class LogitEdits:
 
 
 def _index(tokens: Sequence[tuple[int, Ints]], vocab_size: int, copies: HostCopies) -> Tensor:
-    """Where these token ids of these rows are in the logits of all rows, one after the other."""
+    """The places of these token ids of these rows in the logits of all rows, one after the other."""
     return copies.to_device(np.concatenate([ids + row * vocab_size for row, ids in tokens]))

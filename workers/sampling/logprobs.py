@@ -66,7 +66,7 @@ class TokenMeasures:
 
 
 def logprobs_of(logits_NV: Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprobs]:
-    """Of these tokens, one for each row, and of the `num_top` likeliest."""
+    """The log-probabilities of these tokens, one for each row, and of the `num_top` likeliest."""
     tokens_N = torch.tensor(tokens, dtype=torch.int64, device=logits_NV.device)
     return TokenMeasures.of(logits_NV, tokens_N, num_top).logprobs()
 

@@ -67,7 +67,7 @@ class _Waves:
         self._first = 0
 
     def logits(self, sampled_RV: Tensor) -> Tensor:
-        """Of this wave's rows; the same memory where all rows that have logits here are in it."""
+        """The logits of this wave's rows; the same memory if all rows that have logits here are in the wave."""
         logits_RV = sampled_RV[self._first : self._first + len(self._computed)]
         if len(self.places) == len(self._computed):
             return logits_RV

@@ -20,7 +20,7 @@ class Mark(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LayersDone:
-    """At the mark, the step's keys and values of these layers are in the cache."""
+    """When the mark is reached, the step's keys and values of these layers are in the cache."""
 
     layers: range
     mark: Mark

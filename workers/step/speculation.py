@@ -12,7 +12,7 @@ from tensorweave.workers.step.result import StepResult
 
 
 class DraftCounts(NamedTuple):
-    """Of one step: requests that had drafts, their draft tokens, and those that were accepted. `draft_s` is the time
+    """A step's requests that had drafts, their draft tokens, and those that were accepted. `draft_s` is the time
     that drafting took."""
 
     num_requests: int = 0

@@ -125,7 +125,7 @@ def _read_factors(header: Any, file: Path) -> Any:
 
 
 def _digest(file: Path) -> str:
-    """Of its path, its size and samples of its bytes, the first megabyte among them."""
+    """A digest of its path, its size and samples of its bytes, the first megabyte among them."""
     size = file.stat().st_size
     digest = blake2b(f"{_VERSION} {file} {size}".encode(), digest_size=10)
     with file.open("rb") as stored:

@@ -162,7 +162,7 @@ def special_ids(header: GgufHeader) -> dict[str, Any]:
 
 
 def end_ids(header: GgufHeader) -> list[int]:
-    """Of a sequence, of a turn and of a message; each once."""
+    """The ends of a sequence, of a turn and of a message, each once."""
     keys = (f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
     return list(dict.fromkeys(header.fields[key] for key in keys if key in header.fields))
 
@@ -214,7 +214,7 @@ def _llama3(header: GgufHeader, factors: np.ndarray[Any, Any], theta: float, hea
 def llama3_factors(
     theta: float, head_dim: int, factor: float, low: float, high: float, original: int
 ) -> np.ndarray[Any, Any]:
-    """By what each frequency is divided: 1 for short waves, `factor` for long ones, something between in the middle."""
+    """What each frequency is divided by: 1 for short waves, `factor` for long ones, a value between for others."""
     wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
     return 1 / ((1 - smooth) / factor + smooth)

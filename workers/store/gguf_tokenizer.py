@@ -68,7 +68,7 @@ def _check(header: GgufHeader) -> None:
 
 
 def _write_sentencepiece(header: GgufHeader, file: Path, target: Path) -> None:
-    """By transformers' own conversion, which adds the first token where the file says so or does not say."""
+    """Write it by transformers' own conversion, which adds the first token if the file says so or does not say."""
     from transformers import AutoTokenizer
 
     if header.fields.get("tokenizer.ggml.add_bos_token", True) is not True:

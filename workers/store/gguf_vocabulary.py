@@ -70,7 +70,7 @@ class GgufVocabulary:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> GgufVocabulary:
-        """Of a file whose `tokenizer.ggml.pre` is one of `SPLITTINGS`."""
+        """The vocabulary of a file whose `tokenizer.ggml.pre` is one of `SPLITTINGS`."""
         splitting = SPLITTINGS[fields["tokenizer.ggml.pre"]]
         return cls(
             tokens=fields["tokenizer.ggml.tokens"],

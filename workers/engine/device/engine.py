@@ -123,7 +123,7 @@ class DeviceEngine:
         self._marks = marks
 
     def blank_steps(self) -> Iterator[StepLogits]:
-        """Of each number of rows that has a graph: any logits, in the buffers in which a step leaves them."""
+        """Any logits for each number of rows that has a graph, in the buffers in which a step leaves them."""
         for num_rows in self._sizes.sizes:
             yield self._logits(num_rows)
 

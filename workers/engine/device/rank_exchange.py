@@ -31,7 +31,7 @@ KERNEL_WAIT_S: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class RankExchange:
-    """Of one rank with the others of its gang.
+    """What one rank exchanges with the others of its gang.
 
     Args:
         sums: None: this rank has the whole model.

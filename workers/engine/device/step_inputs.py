@@ -54,7 +54,7 @@ class MixedSize:
 
 @dataclass(frozen=True, slots=True)
 class RowInputs:
-    """Of some rows: slots, lengths in tokens with the new one, tokens or FROM_DEVICE, and the places of their adapters.
+    """Slots of some rows, lengths in tokens with the new one, tokens or FROM_DEVICE, and the places of their adapters.
     int32 on the device."""
 
     slots_R: Tensor
@@ -65,7 +65,7 @@ class RowInputs:
 
 @dataclass(frozen=True, slots=True)
 class MixedInputs:
-    """Of a step with prompt chunks, whose tokens are its decodes first, then the chunks. int32 on the device.
+    """Inputs of a step with prompt chunks, whose tokens are its decodes first, then the chunks. int32 on the device.
 
     Args:
         decodes: one row a decode.
@@ -123,7 +123,7 @@ class MixedBuffer:
 
 
 def _lengths(size: MixedSize) -> list[int]:
-    """Of the arrays of a `MixedBuffer`, in the order of the fields."""
+    """The lengths of the arrays of a `MixedBuffer`, in the order of the fields."""
     tokens = size.num_prompt_tokens
     return [size.num_decodes] * 4 + [size.num_rows] + [tokens] * 3 + [4 * size.num_tiles, tokens]
 
@@ -156,7 +156,7 @@ class StepInputs:
         self.max_length = width * tokens_per_block
 
     def rows(self, num_rows: int) -> RowInputs:
-        """Of the first rows that sample."""
+        """The inputs of the first rows that sample."""
         R, device_E = self._max_rows, self._rows.device_E
         return RowInputs(*(device_E[i * R : i * R + num_rows] for i in range(4)))
 
@@ -213,7 +213,7 @@ class StepInputs:
         return slots, lengths, tokens, self._adapters.places_of(rows)
 
     def _take_changes(self) -> tuple[Ints, Ints]:
-        """At most as many as a step takes; those before are written into the tables now."""
+        """Take at most as many changes as a step carries; those before are written into the tables now."""
         places, blocks = self._tables.take_changes()
         if len(places) <= _NUM_ENTRIES:
             return places, blocks
@@ -251,7 +251,7 @@ class StepInputs:
 
 
 def size_of(batch: ScheduledBatch) -> MixedSize:
-    """Of a step with chunks, not padded."""
+    """The size of a step with chunks, not padded."""
     chunks = StepLayout.of(batch).chunks
     num_tokens = sum(row.length for row in chunks)
     most_tiles = sum(count_tiles(row.length) for row in chunks)

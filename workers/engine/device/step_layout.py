@@ -32,7 +32,7 @@ class StepLayout:
         return cls(batch, (*batch.context, *drafted), (*batch.sampled[: single.stop], *samples), single)
 
     def token_ids(self) -> list[int]:
-        """Of the chunks."""
+        """The token ids of the chunks."""
         ids: list[int] = []
         for request, start, length, _ in self.chunks:
             ids += request.tokens[start : start + length]

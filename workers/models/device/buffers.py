@@ -48,7 +48,7 @@ class LayerBuffers:
         )
 
     def first(self, num_tokens: int) -> LayerBuffers:
-        """Of the first tokens."""
+        """The buffers of the first tokens."""
         parts = (self.x_TD, self.normed_TD, self.part_TD, self.heads_TXH, self.attended_TNH, self.gated_TI)
         return LayerBuffers(*(part[:num_tokens] for part in (*parts, self.places_T)))
 

@@ -69,7 +69,7 @@ def whole_table(table_LW: Tensor, head_dim: int) -> Tensor:
 
 
 def with_heads_in_order(linear: Linear, order_H: Tensor, num_turned: int) -> Linear:
-    """Of a product whose first `num_turned` outputs are queries and keys, head by head."""
+    """Reorder a product whose first `num_turned` outputs are queries and keys, head by head."""
     H, device = len(order_H), order_H.device
     starts = torch.arange(0, num_turned, H, device=device)
     turned_N = (starts.unsqueeze(1) + order_H).flatten()

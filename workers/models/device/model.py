@@ -129,7 +129,7 @@ class DeviceModel:
 
     @property
     def intermediate_size(self) -> int:
-        """Of plain MLPs; 0 if there are none."""
+        """The width of plain MLPs; 0 if there are none."""
         return max((mlp.gated_width for mlp in self.plain_mlps), default=0)
 
     @property

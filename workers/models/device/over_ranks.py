@@ -12,7 +12,7 @@ GROUPS_OVER_RANKS: Final = "weights in integers or groups over several ranks"
 
 
 def missing_over_ranks(layer: DecoderLayer) -> str | None:
-    """Of a layer that is computed on one rank. None: nothing is missing."""
+    """What ranks cannot share of a layer that one rank computes. None: nothing is missing."""
     attention, mlp = layer.attention, layer.mlp
     if not isinstance(mlp, GatedMlp):
         return "experts over several ranks"

@@ -24,7 +24,7 @@ from tensorweave.workers.models.device.wide import DecodeLayerAttention, LayerAt
 
 
 class SplitLayers:
-    """Of any number of tokens: see `WideLayers`, which has the contracts."""
+    """Layers of any number of tokens: see `WideLayers`, which has the contracts."""
 
     def __init__(self, model: DeviceModel, operations: DeviceOperations, sums: RankSums, buffers: StepBuffers) -> None:
         self._model = model

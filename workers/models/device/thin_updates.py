@@ -62,7 +62,7 @@ class AdapterUpdates:
 def thin_updates_maker(
     stacks: Sequence[SiteStack], buffers: StepBuffers, max_rows: int
 ) -> Callable[[int], ThinUpdates]:
-    """Of steps of some number of rows. No stacks: rows have no adapters."""
+    """Makes the updates of steps of some number of rows. No stacks: rows have no adapters."""
     if not stacks:
         return lambda num_rows: NO_THIN_UPDATES
     workspace = ShrinkWorkspace.create(stacks, max_rows)

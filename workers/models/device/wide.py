@@ -27,7 +27,7 @@ class LayerAttention(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DecodeLayerAttention:
-    """Of a step of decodes alone: one kernel."""
+    """The attention of a step of decodes alone: one kernel."""
 
     attend: DecodeAttention
 
@@ -47,7 +47,7 @@ class DecodeLayerAttention:
 
 @dataclass(frozen=True, slots=True)
 class MixedLayerAttention:
-    """Of a step whose first rows are decodes, perhaps none, and whose others are prompt chunks.
+    """The attention of a step whose first rows are decodes, perhaps none, and whose others are prompt chunks.
 
     Args:
         slots_T: int32 KV slots of the chunks' tokens, block * P + offset; -1: padding.
@@ -93,7 +93,7 @@ class AllLayers(Protocol):
 
 
 class WideLayers:
-    """Of weights in any form; `WideQuantizedLayers` is faster where it fits."""
+    """Layers with weights in any form; `WideQuantizedLayers` is faster where it fits."""
 
     def __init__(
         self, model: DeviceModel, operations: DeviceOperations, buffers: StepBuffers, products: LayerProducts

@@ -28,7 +28,8 @@ def read_kinds(
 
 
 def ropes_of_kinds(fields: ConfigFields, full: RopeDefaults, sliding: RopeDefaults) -> tuple[RopeConfig, RopeConfig]:
-    """Those of full layers and of windows. `rope_scaling`, in the old spelling, is that of full layers alone."""
+    """The rotations of full layers and of layers with windows. `rope_scaling`, in the old spelling, is that of full
+    layers alone."""
     parameters = fields.raw.get("rope_parameters") or {}
     if not isinstance(parameters, Mapping) or set(parameters) - {FULL, SLIDING}:
         raise fields.wrong("rope_parameters", f"an object for each of {FULL}, {SLIDING}")

@@ -80,7 +80,7 @@ def _q8_0(blocks: Tensor) -> Codes:
 
 
 def _two_bits(octets: Tensor) -> Tensor:
-    """Of 64 bytes: 32 bytes have four times 32 codes, the lowest bits first."""
+    """Codes of 2 bits from 64 bytes: 32 bytes have four times 32 codes, the lowest bits first."""
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8).view(1, 1, 4, 1)
     return ((octets.view(-1, 2, 1, 32) >> shifts) & 3).flatten(1)
 

@@ -94,7 +94,7 @@ class GgufFile:
         return out
 
     def _stored_rows(self, name: str, rows: range) -> Tensor:
-        """As numbers if they are plain, as bytes otherwise."""
+        """Rows as numbers if they are plain, as bytes otherwise."""
         entry = self._entries[name]
         first, count = entry["offset"], entry["bytes"]
         dtype = _PLAIN.get(self.kinds[name])

@@ -69,7 +69,7 @@ class CheckpointQuantization:
         return cls(method, min(each.bits for _, each in formats), tuple(formats), ignored)
 
     def format_of(self, name: str, shape: tuple[int, ...], source: StoredTensors) -> MatrixFormat | None:
-        """Of the tensor that the model knows as `name`; None if it is kept as plain numbers."""
+        """The format of the tensor that the model knows as `name`; None if it is kept as plain numbers."""
         module = module_of(name, shape)
         if module is None:
             return None

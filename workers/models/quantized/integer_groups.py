@@ -36,7 +36,7 @@ class IntegerGroups:
     groups_K: Tensor | None = None
 
     def weight(self, part: MatrixPart) -> Weight:
-        """With the part's columns alone."""
+        """The weight of the part's columns alone."""
         K = self.codes_NK.shape[1]
         if self.groups_K is not None and not torch.equal(self.groups_K, torch.arange(K) // self.group_size):
             return self._reordered(self.groups_K, part)

@@ -83,7 +83,7 @@ class MatrixFormat(Protocol):
 
 
 def read_scales(source: StoredTensors, name: str, *index: slice) -> Tensor:
-    """In float32. Bytes are exponents of 2: byte 127 is 1."""
+    """Read scales in float32. Bytes are exponents of 2: byte 127 is 1."""
     scales = source.read(name, *index)
     if scales.dtype == torch.uint8:
         scales = scales.view(torch.float8_e8m0fnu)

@@ -14,7 +14,7 @@ from tensorweave.workers.models.quantized.simple_methods import read_awq, read_f
 
 
 def _read_gguf(fields: QuantFields) -> CheckpointQuantization:
-    """As `store.gguf_directory` writes it: what is quantized, and how, is in the file itself."""
+    """Read it as `store.gguf_directory` writes it: what is quantized, and how, is in the file itself."""
     fields.refuse_unknown({"quant_method", "bits"})
     return CheckpointQuantization("gguf", fields.count("bits"))
 
