@@ -2,6 +2,9 @@
 
 A step of a gang takes `base_s`, more for each sequence that decodes and for each prompt token; prompts are computed in
 order, at most `chunk` tokens a step beside decodes. The policy sees what a router sees: bookings, first tokens, tokens.
+
+These gangs are queues, and a prompt may be computed by another one than its answer. `workers.fakes.simulated_gang` has
+the scheduler and KV cache of a real gang instead, and hands nothing over.
 """
 
 from __future__ import annotations
