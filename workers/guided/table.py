@@ -11,10 +11,10 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from tensorweave.cluster.errors import TensorweaveError
 from tensorweave.cluster.guide import Guide
 from tensorweave.cluster.priority import lower_thread_priority
 from tensorweave.workers.gang.order_report import OrderReport
+from tensorweave.workers.gang.order_thread import OrderThread, problem_of
 from tensorweave.workers.guided.compilers import Compilers
 from tensorweave.workers.guided.orders import GuideOrder
 from tensorweave.workers.step.grammar import Grammar
@@ -22,8 +22,6 @@ from tensorweave.workers.step.grammar import Grammar
 logger = logging.getLogger(__name__)
 
 TOO_SLOW: Final = "the grammar was refused: it takes too long to find the tokens that may come next"
-_MAX_PROBLEM: Final = 1000
-_EXIT_TIMEOUT_S: Final = 5.0
 _SHORT_S: Final = 0.01
 """Of a compilation at the usual priority, which most end within."""
 
@@ -49,12 +47,11 @@ class GrammarTable:
         self._open_compilers = open_compilers
         self._report = report
         self._on_slow = on_slow
-        self._orders: queue.SimpleQueue[GuideOrder | None] = queue.SimpleQueue()
         self._grammars: dict[bytes, Grammar] = {}
         self._alive: weakref.WeakValueDictionary[bytes, Grammar] = weakref.WeakValueDictionary()
         """Also those that are forgotten here, and that a request still follows."""
         self._compilers: Compilers | None = None
-        self._thread: threading.Thread | None = None
+        self._thread = OrderThread(f"guide-compiler-{rank}", self._carry_out)
 
     def __len__(self) -> int:
         return len(self._grammars)
@@ -62,31 +59,26 @@ class GrammarTable:
     def follow(self, orders: Sequence[GuideOrder]) -> None:
         """Take orders. Those to stop are carried out at once, as at the same step of every rank; the others on the
         thread, one after the other."""
-        if orders and self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=f"guide-compiler-{self._rank}", daemon=True)
-            self._thread.start()
         for order in orders:
             if order.verb == "stop" and (grammar := self._alive.get(order.digest)) is not None:
                 grammar.problem = TOO_SLOW
-            self._orders.put(order)
+        self._thread.put(orders)
 
     def get(self, guide: Guide) -> Grammar | None:
         return self._grammars.get(guide.digest)
 
     def close(self) -> None:
-        if self._thread is not None:
-            self._orders.put(None)
-            self._thread.join(_EXIT_TIMEOUT_S)
+        self._thread.close()
 
-    def _run(self) -> None:
-        while (order := self._orders.get()) is not None:
-            if order.guide is not None:
-                problem = self._compile(order.guide)
-                self._report(OrderReport(order.guide.digest, order.number, self._rank, problem))
-            elif order.verb == "load":
-                self._load()
-            else:
-                self._grammars.pop(order.digest, None)
+    def _carry_out(self, order: GuideOrder) -> None:
+        if order.guide is not None:
+            what = f"rank {self._rank}: compiling a guide of kind {order.guide.kind}"
+            problem = problem_of(functools.partial(self._compile, order.guide), what)
+            self._report(OrderReport(order.guide.digest, order.number, self._rank, problem))
+        elif order.verb == "load":
+            self._load()
+        else:
+            self._grammars.pop(order.digest, None)
 
     def _load(self) -> None:
         """The guide that follows tries again, and reports what goes wrong."""
@@ -96,20 +88,12 @@ class GrammarTable:
         except Exception as error:  # the thread goes on
             logger.info("rank %d: grammars cannot be compiled yet: %s", self._rank, error)
 
-    def _compile(self, guide: Guide) -> str:
-        """Return what went wrong."""
-        try:
-            compilers = self._compilers = self._compilers or self._open_compilers()
-            compilers.open(guide.backend)
-            grammar = compilers.compile(guide, _at_low_priority)
-            grammar.on_slow = functools.partial(self._on_slow, guide.digest)
-            self._grammars[guide.digest] = self._alive[guide.digest] = grammar
-        except (TensorweaveError, ValueError) as error:
-            return str(error)[:_MAX_PROBLEM]
-        except Exception as error:  # the request's boundary: whatever a library raises
-            logger.exception("rank %d: a guide of kind %s was not compiled", self._rank, guide.kind)
-            return f"{type(error).__name__}: {error}"[:_MAX_PROBLEM]
-        return ""
+    def _compile(self, guide: Guide) -> None:
+        compilers = self._compilers = self._compilers or self._open_compilers()
+        compilers.open(guide.backend)
+        grammar = compilers.compile(guide, _at_low_priority)
+        grammar.on_slow = functools.partial(self._on_slow, guide.digest)
+        self._grammars[guide.digest] = self._alive[guide.digest] = grammar
 
 
 def _at_low_priority(compute: Callable[[], Any]) -> Any:

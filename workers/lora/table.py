@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import queue
-import threading
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from functools import partial
+from typing import Protocol
 
 from tensorweave.cluster.adapter import Adapter
 from tensorweave.workers.gang.order_report import OrderReport
+from tensorweave.workers.gang.order_thread import OrderThread, problem_of
 from tensorweave.workers.lora.orders import AdapterOrder
 from tensorweave.workers.step.adapter import RankAdapter
-
-logger = logging.getLogger(__name__)
-
-_MAX_PROBLEM: Final = 1000
-_EXIT_TIMEOUT_S: Final = 5.0
 
 
 class Reader(Protocol):
@@ -31,43 +25,28 @@ class AdapterTable:
         self._rank = rank
         self._reader = reader
         self._report = report
-        self._orders: queue.SimpleQueue[AdapterOrder | None] = queue.SimpleQueue()
         self._adapters: dict[bytes, RankAdapter] = {}
-        self._thread: threading.Thread | None = None
+        self._thread = OrderThread(f"adapter-reader-{rank}", self._carry_out)
 
     def __len__(self) -> int:
         return len(self._adapters)
 
     def follow(self, orders: Sequence[AdapterOrder]) -> None:
-        if orders and self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=f"adapter-reader-{self._rank}", daemon=True)
-            self._thread.start()
-        for order in orders:
-            self._orders.put(order)
+        self._thread.put(orders)
 
     def get(self, digest: bytes) -> RankAdapter | None:
         return self._adapters.get(digest)
 
     def close(self) -> None:
-        if self._thread is not None:
-            self._orders.put(None)
-            self._thread.join(_EXIT_TIMEOUT_S)
+        self._thread.close()
 
-    def _run(self) -> None:
-        while (order := self._orders.get()) is not None:
-            if order.adapter is None:
-                self._adapters.pop(order.digest, None)
-            else:
-                problem = self._load(order.adapter)
-                self._report(OrderReport(order.adapter.digest, order.number, self._rank, problem))
+    def _carry_out(self, order: AdapterOrder) -> None:
+        if order.adapter is None:
+            self._adapters.pop(order.digest, None)
+        else:
+            what = f"rank {self._rank}: reading adapter {order.adapter.name!r}"
+            problem = problem_of(partial(self._load, order.adapter), what)
+            self._report(OrderReport(order.adapter.digest, order.number, self._rank, problem))
 
-    def _load(self, adapter: Adapter) -> str:
-        """Return what went wrong."""
-        try:
-            self._adapters[adapter.digest] = self._reader.read(adapter)
-        except ValueError as error:
-            return str(error)[:_MAX_PROBLEM] or "it is wrong"
-        except Exception as error:  # the request's boundary: whatever reading a stranger's file raises
-            logger.exception("rank %d: adapter %r was not loaded", self._rank, adapter.name)
-            return f"{type(error).__name__}: {error}"[:_MAX_PROBLEM]
-        return ""
+    def _load(self, adapter: Adapter) -> None:
+        self._adapters[adapter.digest] = self._reader.read(adapter)
