@@ -12,7 +12,7 @@ from tensorweave.cluster.llm_args import TorchLlmArgs
 from tensorweave.cluster.mesh import Mesh
 from tensorweave.llmapi.guided_decoding import GuidedDecodingParams
 from tensorweave.workers.build import build_executor, check_model
-from tensorweave.workers.engine import load
+from tensorweave.workers.engine import model_share
 from tests.llmapi.small_llm import CACHE, write_small_model
 from tests.workers.stage_gang import thread_comms
 
@@ -55,6 +55,6 @@ def test_what_stages_do_not_run_on_is_refused(tmp_path: Path, monkeypatch: pytes
     staged = {"pipeline_parallel_size": 2, "kv_cache_config": CACHE}
     with pytest.raises(ValueError, match=r"pipeline_parallel_size is 2, and engine directory .* take the checkpoint"):
         check_model(TorchLlmArgs(model=tmp_path / "engine", **staged))
-    monkeypatch.setattr(load, "pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(model_share, "pick_device", lambda _: torch.device("cuda"))
     with pytest.raises(ValueError, match="pipeline stages are for CPUs so far"):
         build_executor(TorchLlmArgs(model=directory, **staged), thread_comms(Mesh(pipeline=2))[0])
