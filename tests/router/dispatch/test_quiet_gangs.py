@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec, TokenChunk
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.dispatch.dispatch import Dispatcher
@@ -64,4 +66,4 @@ def test_a_gang_that_is_gone_leaves_the_metrics() -> None:
         for name in ("stays", "new"):
             assert f'tensorweave_kv_cache_usage_perc{{gang="{name}",model_name="m"}} 0.25' in after
 
-    run_stepped(run())
+    asyncio.run(run())  # metrics are rendered on a thread
