@@ -27,29 +27,27 @@ START_S = 120.0
 
 
 class RankProcesses:
-    """`call` runs a function on all ranks at once: `work(comm, *arguments)`, of a module that they can import."""
+    """`call` runs a function on all ranks at once: `work(comm, *arguments)`, of a module that they can import. As in a
+    gang, the rendezvous store is on rank 0's event loop, which the others reach through its interpreter."""
 
     def __init__(self, size: int, *, on_gpus: bool, timeout_s: float = START_S) -> None:
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        ask = call_on_loop(RendezvousStore(), self._loop, timeout_s)
         context = multiprocessing.get_context("spawn")
         self.processes: list[Any] = []
         self._pipes: list[Connection] = []
+        to_leader = [context.Pipe() for _ in range(size - 1)]
+        stores = [[answering for answering, _ in to_leader], *([asking] for _, asking in to_leader)]
         for rank in range(size):
             ours, theirs = context.Pipe()
-            store_ours, store_theirs = context.Pipe()
-            arguments = (rank, size, on_gpus, timeout_s, theirs, store_theirs)
+            arguments = (rank, size, on_gpus, timeout_s, theirs, stores[rank])
             process = context.Process(target=_serve, args=arguments, daemon=True)
             with pytest.MonkeyPatch.context() as patch:
                 if on_gpus:
                     patch.setenv("CUDA_VISIBLE_DEVICES", str(rank))
                 process.start()
-            theirs.close()
-            store_theirs.close()
+            for passed_on in (theirs, *stores[rank]):
+                passed_on.close()
             self.processes.append(process)
             self._pipes.append(ours)
-            threading.Thread(target=answer_asks, args=(store_ours, ask), daemon=True).start()
 
     def call(self, work: Callable[..., Any], *arguments: Any, timeout_s: float = START_S) -> list[Any]:
         """The results in rank order. Raises RuntimeError with a rank's traceback, or TimeoutError."""
@@ -73,7 +71,6 @@ class RankProcesses:
         for process in self.processes:
             process.kill()
             process.join(10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
 
     def __enter__(self) -> Self:
         return self
@@ -84,11 +81,13 @@ class RankProcesses:
         self.close()
 
 
-def _serve(rank: int, size: int, on_gpus: bool, timeout_s: float, pipe: Connection, store: Connection) -> None:
+def _serve(
+    rank: int, size: int, on_gpus: bool, timeout_s: float, pipe: Connection, stores: Sequence[Connection]
+) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     device = torch.device("cuda", 0) if on_gpus else torch.device("cpu")
-    rank_store = RankStore(ask_through(store), timeout_s)
+    rank_store = RankStore(ask_through(stores[0]) if rank else _keep_store(stores, timeout_s), timeout_s)
     comm: Comm = SoloComm()
     if size > 1:
         comm = start_comm(MeshRank(rank, Mesh(tensor=size)), rank_store, device, timeout_s)
@@ -103,6 +102,16 @@ def _serve(rank: int, size: int, on_gpus: bool, timeout_s: float, pipe: Connecti
             pipe.send((False, traceback.format_exc()))
 
 
+def _keep_store(pipes: Sequence[Connection], timeout_s: float) -> CallStore:
+    """Rank 0's way to its own store, which other ranks ask through these pipes."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    ask = call_on_loop(RendezvousStore(), loop, timeout_s)
+    for pipe in pipes:
+        threading.Thread(target=answer_asks, args=(pipe, ask), daemon=True).start()
+    return ask
+
+
 def answer_asks(pipe: Connection, ask: CallStore) -> None:
     """Until the rank ends that asks through the other end of the pipe."""
     with contextlib.suppress(EOFError, OSError), pipe:
@@ -115,7 +124,7 @@ def answer_asks(pipe: Connection, ask: CallStore) -> None:
 
 
 def ask_through(pipe: Connection) -> CallStore:
-    """A rank's way to the store of the process that started it."""
+    """A rank's way to the store of the process at the other end."""
     lock = threading.Lock()
 
     def ask(verb: str, *arguments: Any) -> Any:

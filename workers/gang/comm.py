@@ -190,9 +190,28 @@ class GroupComm:
         self._count(started_s, mine)
         return torch.cat([piece[:, :size] for piece, size in zip(pieces, sizes, strict=True)], dim=1)
 
-    def rendezvous_open(self) -> contextlib.AbstractContextManager[None]:
-        """Torch may exchange more by the store that the group was formed with, inside the block."""
-        return self._store.opened()
+    def exchange(self, message: bytes) -> list[bytes]:
+        """Each rank's message, in rank order, on every rank."""
+        lengths = [int(length) for length in self._gather_rows(torch.tensor([len(message)]))]
+        row = torch.zeros(max(lengths), dtype=torch.uint8)
+        row[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        rows = self._gather_rows(row)
+        return [each[:length].numpy().tobytes() for each, length in zip(rows, lengths, strict=True)]
+
+    def _gather_rows(self, row: torch.Tensor) -> list[torch.Tensor]:
+        rows = [torch.empty_like(row) for _ in range(self.size)]
+        try:
+            dist.all_gather(rows, row, group=self._control)
+        except RuntimeError as error:
+            raise WorkerLost(
+                f"rank {self.rank} of {self.size}: a peer is gone or silent ({_first_line(error)})"
+            ) from error
+        return rows
+
+    def store_exchanging(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block, this thread may let torch exchange more by the store that the group was formed with. Every
+        rank does so alike."""
+        return self._store.exchanging(self.exchange)
 
     def _count(self, started_s: float, tensor: torch.Tensor) -> None:
         had, num_bytes = self.traffic, tensor.numel() * tensor.element_size()

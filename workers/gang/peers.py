@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import msgpack
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tensorweave.kernels.ranks.peer_memory import PeerMemory
 from tensorweave.workers.gang.comm import Comm, GroupComm
@@ -57,13 +59,25 @@ def _open_symmetric(comm: GroupComm, num_bytes: int, device: torch.device, limit
     os.environ[_EACH_SEES_ITS_OWN] = "1"
     group = dist.group.WORLD
     assert group is not None
-    with comm.rendezvous_open():
-        memory_E = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
+    memory_E = _allocate(comm, lambda: symmetric.empty(num_bytes, dtype=torch.uint8, device=device))
+    with comm.store_exchanging():
         handle = symmetric.rendezvous(memory_E, group)
     memory_E.zero_()
     torch.cuda.synchronize(device)
     addresses = [handle.get_buffer(rank, (num_bytes,), torch.uint8).data_ptr() for rank in range(comm.size)]
     return PeerMemory(memory_E, addresses, comm.rank, limit_s)
+
+
+def _allocate(comm: GroupComm, allocate: Callable[[], Tensor]) -> Tensor:
+    """Raises RuntimeError on every rank if one of them has no such memory: nobody then waits for it in a rendezvous."""
+    memory_E, reason = None, "another rank has none"
+    try:
+        memory_E = allocate()
+    except RuntimeError as error:
+        reason = str(error)
+    if not comm.agree_min(int(memory_E is not None)) or memory_E is None:
+        raise RuntimeError(reason)
+    return memory_E
 
 
 def _open_by_ipc(comm: GroupComm, num_bytes: int, device: torch.device, limit_s: float) -> PeerMemory:
