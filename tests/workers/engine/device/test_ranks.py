@@ -14,7 +14,7 @@ from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec, TokenChu
 from tensorweave.workers.build import build_executor
 from tensorweave.workers.engine.device.engine import DeviceEngine
 from tensorweave.workers.engine.load import load_engine
-from tensorweave.workers.gang.comm import Comm
+from tensorweave.workers.gang.comm import Comm, SoloComm
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
 from tests.workers.engine.device.test_engine import PROMPTS, device_engine
 from tests.workers.engine_drive import (
@@ -169,11 +169,12 @@ WIDE = {
     "head_dim": 64,
 }
 COUNTS = (1, 7, 40, 140)
+FP8 = {"quant_config": {"quant_algo": "FP8"}}
 
 
 def _logits(comm: Comm, path: Path, knobs: dict[str, Any]) -> list[Tensor]:
     """Of prompts and then of one decode each, for several numbers of sequences."""
-    args = engine_args(path, device="cuda", dtype="bfloat16", max_batch_size=160, max_num_tokens=2048, **knobs)
+    args = engine_args(path, dtype="bfloat16", max_batch_size=160, max_num_tokens=2048, **knobs)
     engine = load_engine(args, comm, is_on_device=True)
     found = []
     for count in COUNTS:
@@ -191,16 +192,45 @@ def _logits(comm: Comm, path: Path, knobs: dict[str, Any]) -> list[Tensor]:
     return found
 
 
+def relative_error(ours: Tensor, exact: Tensor) -> float:
+    return float((ours - exact).norm() / exact.norm())
+
+
+def check_eight_bits(split: Sequence[Tensor], alone: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+    """Each rank scales its part of a row by that part's largest number, so the ranks' rounding errors are not those of
+    one rank: the two results differ by 0.15 to 0.23 of the logits in this model, by the references on a CPU. But the
+    errors are as large. One rank's are 0.24 to 0.34 of the exact logits; those of 2 and 4 ranks are 0.95 to 1.4 times
+    as large in a step, most in one with a single row, and 1.00 to 1.01 times over all steps."""
+    for ours, theirs, wanted in zip(split, alone, exact, strict=True):
+        assert relative_error(ours, wanted) < 2 * relative_error(theirs, wanted)
+    ours, theirs, wanted = (torch.cat([*logits]) for logits in (split, alone, exact))
+    assert relative_error(ours, wanted) < 1.1 * relative_error(theirs, wanted)
+    assert relative_error(theirs, wanted) < 0.4
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_eight_bits_over_ranks_are_as_exact_as_on_one(size: int, tmp_path: Path) -> None:
+    make_model("llama", tmp_path, **WIDE)
+    exact, alone = (_logits(SoloComm(), tmp_path, {"device": "cpu", **knobs}) for knobs in ({}, FP8))
+    first, *others = run_ranks(size, lambda comm: _logits(comm, tmp_path, {"device": "cpu", **FP8}))
+    assert all(torch.equal(ours, theirs) for other in others for ours, theirs in zip(first, other, strict=True))
+    check_eight_bits(first, alone, exact)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than 2 GPUs")
 @pytest.mark.parametrize("quantization", [None, "FP8"])
 def test_logits_on_two_gpus_are_those_of_one(quantization: str | None, tmp_path: Path) -> None:
-    """In the kernels of each number of rows, in graphs. Eight bits round other parts of a row on each rank."""
+    """In the kernels of each number of rows, in graphs."""
     make_model("llama", tmp_path, **WIDE)
-    knobs = {} if quantization is None else {"quant_config": {"quant_algo": quantization}}
+    plain: dict[str, Any] = {"device": "cuda"}
+    knobs = plain if quantization is None else plain | FP8
     with RankProcesses(1, on_gpus=True) as alone, RankProcesses(2, on_gpus=True) as ranks:
-        (expected,) = alone.call(_logits, tmp_path, knobs)
+        (exact,) = alone.call(_logits, tmp_path, plain)
         first, second = ranks.call(_logits, tmp_path, knobs)
-    for ours, theirs, exact in zip(first, second, expected, strict=True):
-        assert torch.equal(ours, theirs)
-        assert ((ours - exact).norm() / exact.norm()).item() < (0.05 if quantization is None else 0.2)
+        expected = exact if quantization is None else alone.call(_logits, tmp_path, knobs)[0]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, second, strict=True))
+    if quantization is None:
+        assert max(map(relative_error, first, exact)) < 0.05
+    else:
+        check_eight_bits(first, expected, exact)
