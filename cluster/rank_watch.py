@@ -85,7 +85,8 @@ class RankWatch:
                 report: RankReport = await result_within(self._actors[rank].heartbeat.remote(), timeout_s)
             except TimeoutError:
                 self.unresponsive.add(rank)
-                return f"{name} has not answered for {timeout_s:g} s"
+                phase = self._reports.get(rank, RankReport()).phase
+                return f"{name} has not answered for {timeout_s:g} s{phase and f' (it was {phase})'}"
             except RayError as error:
                 return f"{name} died: {death_reason(error)}"
             self._reports[rank] = report

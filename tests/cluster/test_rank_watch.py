@@ -11,6 +11,7 @@ import pytest
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
+from tensorweave.cluster import rank_watch
 from tensorweave.cluster.rank_watch import RankWatch, death_reason, result_within
 from tensorweave.cluster.ranks import RankReport
 
@@ -151,3 +152,27 @@ def test_an_error_in_an_actors_creation_is_described_by_its_last_line_and_host()
     assert reason == "ModuleNotFoundError: No module named 'tensorweave' (on host 10.79.0.13)"
     alone = told.splitlines()[0]
     assert death_reason(RayActorError(error_msg=alone)) == alone[:300].rstrip(".")  # type: ignore[no-untyped-call]
+
+
+class SilentActor:
+    """It reports once what it does, and never answers again."""
+
+    def __init__(self, phase: str) -> None:
+        self.heartbeat = self
+        self._reports = [RankReport(phase=phase)]
+
+    async def remote(self) -> RankReport:
+        if not self._reports:
+            await asyncio.get_running_loop().create_future()
+        return self._reports.pop()
+
+
+def test_the_fault_of_a_rank_that_falls_silent_while_it_starts_says_what_it_did(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rank_watch, "STARTING_HEARTBEAT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(rank_watch, "HEARTBEAT_INTERVAL_S", 0.01)
+    watch = RankWatch([cast(ActorHandle[Any], SilentActor("connecting the ranks"))], "rank {}".format, 8.0)
+    fault = asyncio.run(watch.until_fault_while_starting())
+    assert fault == "rank 0 has not answered for 0.5 s (it was connecting the ranks)"
+    assert watch.unresponsive == {0}

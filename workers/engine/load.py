@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -142,7 +143,8 @@ def _build_device_engine(
         graphs = GraphSizes(sizes, args.cuda_graph_config.enable_padding)
     operations = choose_device_operations(device) if comm.size == 1 else choose_split_operations(device)
     max_rows, max_tokens = settings.max_samples, max(settings.max_num_tokens, settings.max_samples)
-    ranks = make_exchange(device_model, operations, comm, max_tokens, max_rows)
+    with log.part("connecting the ranks") if comm.size > 1 else contextlib.nullcontext():
+        ranks = make_exchange(device_model, operations, comm, max_tokens, max_rows)
     buffers = StepBuffers.create(device_model, max_tokens, max_rows, ranks.sums)
     builder = DeviceEngineBuilder(device_model, operations, buffers, graphs, ranks, adapters, reader)
 

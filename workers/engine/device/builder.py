@@ -67,7 +67,8 @@ class DeviceEngineBuilder:
         return step_bytes + math.ceil(graph_bytes * share)
 
     def warm_up(self, engine: DeviceEngine, log: StartLog) -> None:
-        """Run steps of each kind and capture graphs, so that no request waits for that."""
+        """Run steps of each kind and capture graphs, so that no request waits for that. Raises WorkerLost if a kernel
+        has waited in vain for another rank by then."""
         self.ranks.meet()
         with log.part("warming up") as tell:
             warm_up_mixed_steps(engine, self.buffers.max_rows, self.buffers.max_tokens)
@@ -75,6 +76,8 @@ class DeviceEngineBuilder:
                 with naming_knobs("CUDA graphs", GRAPH_KNOBS):
                     engine.graphs.capture_all(engine.captured_sizes, lambda done, total: tell(done / max(total, 1)))
                 torch.cuda.synchronize(self.model.device)
+        if self.ranks.check is not None:
+            self.ranks.check()
 
     def _call_every_step(self, engine: DeviceEngine) -> None:
         with torch.no_grad():

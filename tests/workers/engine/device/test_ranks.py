@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tensorweave.cluster.errors import WorkerLost
 from tensorweave.cluster.protocol import GenerateRequest, SamplingSpec, TokenChunk
 from tensorweave.workers.build import build_executor
+from tensorweave.workers.engine import load
+from tensorweave.workers.engine.device import rank_exchange
 from tensorweave.workers.engine.device.engine import DeviceEngine
+from tensorweave.workers.engine.device.rank_exchange import RankExchange
 from tensorweave.workers.engine.load import load_engine
 from tensorweave.workers.gang.comm import Comm, SoloComm
 from tensorweave.workers.step.plan import ScheduledBatch, StepRow
@@ -119,6 +124,22 @@ def test_draws_penalties_limits_and_log_probabilities_are_those_of_one_rank(size
             ):
                 assert ids == their_ids
                 assert logprobs == pytest.approx(theirs, abs=1e-4)
+
+
+def test_a_rank_that_was_waited_for_in_vain_while_an_engine_warms_up_ends_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("llama", tmp_path)
+
+    def make_exchange(*arguments: Any) -> RankExchange:
+        return replace(rank_exchange.make_exchange(*arguments), check=fail)
+
+    def fail() -> None:
+        raise WorkerLost("rank 0's GPU has waited 30 s for what rank 1 computes")
+
+    monkeypatch.setattr(load, "make_exchange", make_exchange)
+    with pytest.raises(WorkerLost, match="has waited 30 s"):
+        load_engine(engine_args(tmp_path), SoloComm(), is_on_device=True)
 
 
 def _generate(comm: Comm, path: Path, knobs: dict[str, Any]) -> list[list[int]]:
