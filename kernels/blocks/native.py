@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tensorweave.kernels.blocks.digest import plane_constants
+from tensorweave.kernels.blocks.reference import Numbers, as_ints
 from tensorweave.kernels.native.library import as_longs, byte_kernel
 
 # L layers, B blocks of the pool, K KV heads of this rank, P tokens per block, H head dim, N blocks chosen
@@ -29,7 +30,7 @@ class NativeBlocks:
     def unpack(self, pool_LB2KPH: Tensor, block_ids: Sequence[int], heads: range, packed: Tensor) -> None:
         self._copy(pool_LB2KPH, block_ids, heads, packed, is_unpacking=True)
 
-    def digest(self, pool_LB2KPH: Tensor, block_ids: Sequence[int], num_tokens: Sequence[int]) -> Tensor:
+    def digest(self, pool_LB2KPH: Tensor, block_ids: Numbers, num_tokens: Numbers) -> Tensor:
         num_layers, _, two, num_heads, P, H = pool_LB2KPH.shape
         strides, size = pool_LB2KPH.stride(), pool_LB2KPH.itemsize
         assert two == 2
@@ -37,9 +38,16 @@ class NativeBlocks:
         assert strides[4:] == (H, 1)
         constants_2W = plane_constants(-(-P * H * size // _WORD_BYTES))
         digests_NLK = torch.empty((len(block_ids), num_layers, num_heads), dtype=torch.int64)
-        bytes_N = [count * H * size for count in num_tokens]
+        bytes_N = [count * H * size for count in as_ints(num_tokens)]
         self._digest(
-            *(pool_LB2KPH.data_ptr(), as_longs(block_ids), as_longs(bytes_N), len(bytes_N), num_layers, num_heads),
+            *(
+                pool_LB2KPH.data_ptr(),
+                as_longs(as_ints(block_ids)),
+                as_longs(bytes_N),
+                len(bytes_N),
+                num_layers,
+                num_heads,
+            ),
             *(stride * size for stride in strides[:4]),
             *(constants_2W.ctypes.data, constants_2W.nbytes // 2, digests_NLK.data_ptr()),
         )

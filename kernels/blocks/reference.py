@@ -26,7 +26,9 @@ class SomeBlocks:
     heads: range
 
 
-DigestBlocks = Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
+Numbers = Sequence[int] | Tensor
+"""Of blocks; a tensor of int64 is on the pool's device."""
+DigestBlocks = Callable[[Tensor, Numbers, Numbers], Tensor]
 UnpackBlocks = Callable[[Tensor, Sequence[int], range, Tensor], None]
 
 
@@ -54,7 +56,7 @@ def pull_blocks(
     digests_NLK.copy_(digest_blocks(heads_LB2KPH, target.block_ids, num_tokens))
 
 
-def digest_blocks(pool_LB2KPH: Tensor, block_ids: Sequence[int], num_tokens: Sequence[int]) -> Tensor:
+def digest_blocks(pool_LB2KPH: Tensor, block_ids: Numbers, num_tokens: Numbers) -> Tensor:
     """[N, L, K] int64 on the pool's device: the digest of each of these blocks; any strided view will do."""
     return digest_each(digest_block_reference, pool_LB2KPH, block_ids, num_tokens)
 
@@ -62,14 +64,19 @@ def digest_blocks(pool_LB2KPH: Tensor, block_ids: Sequence[int], num_tokens: Seq
 def digest_each(
     digest_block: Callable[[Tensor, int], Tensor],
     pool_LB2KPH: Tensor,
-    block_ids: Sequence[int],
-    num_tokens: Sequence[int],
+    block_ids: Numbers,
+    num_tokens: Numbers,
 ) -> Tensor:
     num_layers, _, _, num_heads, _, _ = pool_LB2KPH.shape
-    if not block_ids:
+    if not len(block_ids):
         return torch.empty((0, num_layers, num_heads), dtype=torch.int64, device=pool_LB2KPH.device)
-    pairs = zip(block_ids, num_tokens, strict=True)
+    pairs = zip(as_ints(block_ids), as_ints(num_tokens), strict=True)
     return torch.stack([digest_block(pool_LB2KPH[:, block_id], count) for block_id, count in pairs])
+
+
+def as_ints(numbers: Numbers) -> Sequence[int]:
+    ints: Sequence[int] = numbers.tolist() if isinstance(numbers, Tensor) else numbers
+    return ints
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tensorweave.kernels.blocks.digest import FOLD, plane_constants
+from tensorweave.kernels.blocks.reference import Numbers
 
 # L layers, B blocks of the pool, K KV heads of this rank, P tokens per block, H head dim, N blocks chosen
 # A run is the keys, or the values, of the chosen heads of one layer of one block: words next to each other.
@@ -70,7 +71,7 @@ def unpack_blocks(pool_LB2KPH: Tensor, block_ids: Sequence[int], heads: range, p
     _copy(pool_LB2KPH, block_ids, heads, packed, is_unpacking=True)
 
 
-def digest_blocks(pool_LB2KPH: Tensor, block_ids: Sequence[int], num_tokens: Sequence[int]) -> Tensor:
+def digest_blocks(pool_LB2KPH: Tensor, block_ids: Numbers, num_tokens: Numbers) -> Tensor:
     assert len(block_ids) == len(num_tokens)
     num_layers, _, _, num_heads, _, H = pool_LB2KPH.shape
     words = pool_LB2KPH.flatten(4).view(torch.int64)
@@ -103,7 +104,10 @@ def _copy(pool_LB2KPH: Tensor, block_ids: Sequence[int], heads: range, packed: T
         )  # fmt: skip
 
 
-def _on_device(values: Sequence[int], like: Tensor) -> Tensor:
+def _on_device(values: Numbers, like: Tensor) -> Tensor:
+    if isinstance(values, Tensor):
+        assert values.device == like.device
+        return values
     return torch.tensor(values, dtype=torch.int64, device=like.device)
 
 

@@ -17,6 +17,9 @@ class Mark(Protocol):
     def wait(self) -> None:
         """What the calling thread does on the device from now on comes after it."""
 
+    def query(self) -> bool:
+        """Whether the device has come to it."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayersDone:

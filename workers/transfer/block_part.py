@@ -1,5 +1,5 @@
-"""`BlockPart`: some layers of some blocks, where they lie in the sender's pool, with their digests; on the wire a body
-of little-endian 64-bit numbers."""
+"""`BlockPart`: some layers of some blocks, where they lie in the sender's pool, with a digest of each; on the wire a
+body of little-endian 64-bit numbers."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ import numpy.typing as npt
 from tensorweave.cluster.errors import WireError
 
 Digests = npt.NDArray[np.int64]
-_ROW: Final = 4
+_NUMBERS: Final = 5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockPart:
-    """`rows_N4`: of each block its index in the prompt, its generation, how many of its tokens belong to the prompt,
-    and its number in the sender's pool. `digests_NLK`: of the read's heads in these layers."""
+    """`rows_N5`: of each block its index in the prompt, its generation, how many of its tokens belong to the prompt,
+    its number in the sender's pool, and the digest of the read's heads in these layers (`combine_digests`): a part is
+    right or wrong as a whole, and 8 bytes of a block of 2 MB are sent where the digests of all heads are 2 KB."""
 
     layers: range
-    rows_N4: Digests
-    digests_NLK: Digests
+    rows_N5: Digests
 
-    def body(self) -> list[memoryview]:
-        return [array.astype("<i8", order="C", copy=False).data.cast("B") for array in (self.rows_N4, self.digests_NLK)]
+    @property
+    def digests_N(self) -> Digests:
+        return self.rows_N5[:, 4]
+
+    def body(self) -> memoryview:
+        return self.rows_N5.astype("<i8", order="C", copy=False).data.cast("B")
 
     def chosen(self, rows: npt.NDArray[np.intp]) -> BlockPart:
         """These of its blocks."""
-        return BlockPart(self.layers, self.rows_N4[rows], self.digests_NLK[rows])
+        return BlockPart(self.layers, self.rows_N5[rows])
 
     @classmethod
-    def from_body(cls, layers: range, num_heads: int, body: memoryview) -> BlockPart:
+    def from_body(cls, layers: range, body: memoryview) -> BlockPart:
         """Raises WireError if the body does not consist of such blocks, each once."""
-        row_bytes = 8 * (_ROW + len(layers) * num_heads)
-        if not len(body) or len(body) % row_bytes:
+        if not len(body) or len(body) % (8 * _NUMBERS):
             raise WireError("a part of blocks has the wrong length")
-        num_blocks = len(body) // row_bytes
-        numbers = np.frombuffer(body, "<i8").astype(np.int64)
-        rows_N4 = numbers[: num_blocks * _ROW].reshape(num_blocks, _ROW)
-        if len(np.unique(rows_N4[:, 0])) < num_blocks:
+        rows_N5 = np.frombuffer(body, "<i8").astype(np.int64).reshape(-1, _NUMBERS)
+        indices = np.sort(rows_N5[:, 0])
+        if (indices[1:] == indices[:-1]).any():
             raise WireError("a part of blocks has a block twice")
-        digests_NLK = numbers[num_blocks * _ROW :].reshape(num_blocks, len(layers), num_heads)
-        return cls(layers, rows_N4, digests_NLK)
+        return cls(layers, rows_N5)

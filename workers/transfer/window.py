@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tensorweave.cluster.cache_transceiver_config import DEFAULT_COPY_SMS
 from tensorweave.kernels.blocks.operations import choose_block_operations, verifying_in_one_pass
-from tensorweave.kernels.blocks.reference import SomeBlocks, as_blocks
+from tensorweave.kernels.blocks.reference import Numbers, SomeBlocks, as_blocks
 from tensorweave.workers.engine.kv_pool import KVPool
 
 # L layers, B blocks, K KV heads of this rank, P block size in tokens, H head dim
@@ -127,6 +127,13 @@ class PoolWindow:
         self._synchronize()
         return is_valid
 
+    def place_ids(self, block_ids: Sequence[int], num_tokens: Sequence[int]) -> tuple[Numbers, Numbers]:
+        """The same numbers where `digests` needs them, for those who call it several times."""
+        if self.device.type == "cpu":
+            return block_ids, num_tokens
+        ids, counts = (torch.tensor(n, dtype=torch.int64, device=self.device) for n in (block_ids, num_tokens))
+        return ids, counts
+
     def pull(
         self, source: SomeBlocks, block_ids: Sequence[int], heads: range, num_tokens: Sequence[int], layers: range
     ) -> RunningCopy:
@@ -144,8 +151,9 @@ class PoolWindow:
         event.record(torch.cuda.current_stream(self.device))
         return RunningCopy(digests_NLK, event)
 
-    def digests(self, block_ids: Sequence[int], num_tokens: Sequence[int], layers: range | None = None) -> Tensor:
-        """Digests of these blocks in the pool, of all layers or of some: [N, L, K] int64, on the host."""
+    def digests(self, block_ids: Numbers, num_tokens: Numbers, layers: range | None = None) -> Tensor:
+        """Digests of these blocks in the pool, of all layers or of some: [N, L, K] int64, on the host. Numbers that
+        `place_ids` has placed cost the device no wait before the digests begin."""
         layers = layers or range(self.num_layers)
         pool_LB2KPH = self.blocks_LB2KPH[layers.start : layers.stop]
         return self._blocks.digest(pool_LB2KPH, block_ids, num_tokens).cpu()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tensorweave.kernels.blocks.digest import digest_block_numpy, digest_block_reference
+from tensorweave.kernels.blocks.digest import combine_digests, digest_block_numpy, digest_block_reference
 from tensorweave.kernels.blocks.operations import choose_block_operations
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int32]
@@ -91,6 +92,19 @@ def test_tokens_past_the_prompt_do_not_count(num_tokens: int) -> None:
     assert torch.equal(digest_block(block, num_tokens), before)
     block.view(torch.uint8)[0, 0, 0, num_tokens - 1, -1] ^= 1
     assert not torch.equal(digest_block(block, num_tokens), before)
+
+
+def test_combined_digests_show_each_change_and_each_exchange() -> None:
+    digests = np.random.default_rng(3).integers(-(2**63), 2**63, (4, 3, 2))
+    before = combine_digests(digests)
+    for bit in range(64):
+        for layer, head in np.ndindex(3, 2):
+            changed = digests.copy()
+            changed[1, layer, head] ^= np.int64(np.uint64(1 << bit).astype(np.int64))
+            assert (combine_digests(changed) != before).tolist() == [False, True, False, False]
+    assert (combine_digests(digests[:, ::-1]) != before).all()
+    assert (combine_digests(digests[:, :, ::-1]) != before).all()
+    assert (combine_digests(digests)[:2] == combine_digests(digests[:2])).all()
 
 
 @pytest.mark.gpu

@@ -20,6 +20,9 @@ class TestMark:
     def wait(self) -> None:
         assert self.event.wait(WAIT_S)
 
+    def query(self) -> bool:
+        return self.event.is_set()
+
 
 @dataclass
 class EveryLayer:

@@ -168,7 +168,7 @@ class _FaultySink:
             case "flip" | "stale":
                 return self._sink.pull(part, self._damaged(part, pool_LB2KPH, heads, fault), heads)
             case "truncate":
-                return self._sink.pull(part.chosen(np.arange(len(part.rows_N4) // 2)), pool_LB2KPH, heads)
+                return self._sink.pull(part.chosen(np.arange(len(part.rows_N5) // 2)), pool_LB2KPH, heads)
             case "duplicate":
                 first = self._sink.pull(part, pool_LB2KPH, heads)
                 return partial(_both, first, self._sink.pull(part, pool_LB2KPH, heads))
@@ -186,7 +186,7 @@ class _FaultySink:
     def _damaged(self, part: BlockPart, pool_LB2KPH: Tensor, heads: range, fault: Fault) -> Tensor:
         """The pool with one bit of a block inverted, or with other content in that block."""
         damaged, draw = pool_LB2KPH.clone(), self._carrier.draw_below
-        block_id = int(part.rows_N4[draw(len(part.rows_N4)), 3])
+        block_id = int(part.rows_N5[draw(len(part.rows_N5)), 3])
         layer, head = part.layers[draw(len(part.layers))], heads[draw(len(heads))]
         plane = damaged[layer, block_id, draw(2), head].view(torch.uint8).view(-1)
         if fault == "flip":

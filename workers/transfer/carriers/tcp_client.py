@@ -192,7 +192,7 @@ class TcpClientConnection:
                 request, sink = self._find(number)
                 if request is not None and sink is not None:
                     part_bytes = self._staging_bytes[:body_bytes]
-                    part = BlockPart.from_body(range(first, first + count), request.num_heads, part_bytes)
+                    part = BlockPart.from_body(range(first, first + count), part_bytes)
                     self._copies.add(transport.pull(part, request, sink))
             case ["end", int(number), int() | None as first_token, list() | None as packed]:
                 request, _ = self._find(number)

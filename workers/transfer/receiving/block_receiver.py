@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
+from tensorweave.kernels.blocks.digest import combine_digests
 from tensorweave.kernels.blocks.reference import SomeBlocks
 from tensorweave.workers.transfer.block_part import BlockPart, Digests
 from tensorweave.workers.transfer.block_sink import FinishCopy
@@ -51,11 +52,12 @@ class TargetBlocks:
     def pull(self, part: BlockPart, pool_LB2KPH: Tensor, source_heads: range, heads: range) -> RunningCopy | None:
         """Begin to copy these blocks, whose indices are in range, from a pool. After `close`, write nothing and return
         None."""
-        indices, num_tokens, source_ids = (part.rows_N4[:, column].tolist() for column in (0, 2, 3))
+        indices, _, num_tokens, source_ids, _ = part.rows_N5.T.tolist()
+        first, ours = self._first_block, self._block_ids
         with self._lock:
             if self._is_closed:
                 return None
-            block_ids = [self._block_ids[index - self._first_block] for index in indices]
+            block_ids = [ours[index - first] for index in indices]
             source = SomeBlocks(pool_LB2KPH, source_ids, source_heads)
             copy = self.window.pull(source, block_ids, heads, num_tokens, part.layers)
             self._copies.append(copy)
@@ -76,16 +78,71 @@ class TargetBlocks:
             copy.wait()
 
 
-@dataclass(slots=True)
-class _BlockLayers:
-    """The layers of a block that are not verified. Those of another generation do not count."""
-
-    generation: int
-    missing: set[int]
-
-
 def _nothing() -> None:
     """The end of a copy that was not begun."""
+
+
+class _Progress:
+    """Which of the wanted blocks are verified, and which of their layers. What was received of another generation of a
+    block does not count.
+
+    Blocks are rows from the first wanted one to the last. Parts have hundreds of blocks, so all is in arrays."""
+
+    def __init__(self, wanted: Mapping[int, int], num_layers: int) -> None:
+        self._first = min(wanted, default=0)
+        num_rows = max(wanted) + 1 - self._first if wanted else 0
+        self._rows = np.fromiter(wanted, np.int64, len(wanted)) - self._first
+        """Of the wanted blocks, in order."""
+        self._tokens_N = np.full(num_rows, -1, np.int64)
+        self._tokens_N[self._rows] = np.fromiter(wanted.values(), np.int64, len(wanted))
+        self._is_verified_N = np.zeros(num_rows, bool)
+        self._is_rejected_N = np.zeros(num_rows, bool)
+        self._generations_N = np.zeros(num_rows, np.int64)
+        self._is_missing_NL = np.ones((num_rows, num_layers), bool)
+
+    def judge(self, indices_N: Digests, num_tokens_N: Digests) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Which of these blocks are verified already, and which others are wanted with as many tokens."""
+        rows = indices_N - self._first
+        is_known = (rows >= 0) & (rows < len(self._tokens_N))
+        rows = np.where(is_known, rows, 0)
+        if not len(self._tokens_N):
+            return is_known, is_known
+        is_double = is_known & self._is_verified_N[rows]
+        is_due = is_known & ~is_double & (num_tokens_N > 0) & (self._tokens_N[rows] == num_tokens_N)
+        self._is_rejected_N[rows[is_known & ~is_due & ~is_double]] = True
+        return is_double, is_due
+
+    def note_layers(self, part: BlockPart, is_right_N: npt.NDArray[np.bool_]) -> int:
+        """These layers of blocks, all of them wanted, are right or not; return how many of the blocks are verified."""
+        rows, generations = part.rows_N5[:, 0] - self._first, part.rows_N5[:, 1]
+        self._is_missing_NL[rows[self._generations_N[rows] != generations]] = True
+        self._generations_N[rows] = generations
+        self._is_missing_NL[rows, part.layers.start : part.layers.stop] = ~is_right_N[:, None]
+        self._is_rejected_N[rows[~is_right_N]] = True
+        is_verified_N = ~self._is_missing_NL[rows].any(axis=1)
+        self._is_verified_N[rows] = is_verified_N
+        return int(is_verified_N.sum())
+
+    def note_blocks(self, valid: Sequence[int], invalid: Sequence[int]) -> None:
+        """These whole blocks, all of them wanted, are right or not."""
+        self._is_verified_N[np.array(valid, np.int64) - self._first] = True
+        self._is_rejected_N[np.array(invalid, np.int64) - self._first] = True
+
+    def reject(self, indices: Sequence[int]) -> None:
+        rows = np.array(indices, np.int64) - self._first
+        self._is_rejected_N[rows[(rows >= 0) & (rows < len(self._tokens_N))]] = True
+
+    def take_missing(self) -> tuple[list[int], int]:
+        """The wanted blocks that are not verified, in order, and of how many of them nothing was received since the
+        last call."""
+        rows = np.sort(self._rows[~self._is_verified_N[self._rows]])
+        num_silent = len(rows) - int(self._is_rejected_N[rows].sum())
+        self._is_rejected_N[:] = False
+        return (rows + self._first).tolist(), num_silent
+
+    def num_leading_verified(self) -> int:
+        is_verified_N = self._is_verified_N[self._rows]
+        return len(is_verified_N) if is_verified_N.all() else int(is_verified_N.argmin())
 
 
 class BlockReceiver:
@@ -93,14 +150,11 @@ class BlockReceiver:
     prompt."""
 
     def __init__(self, target: TargetBlocks, heads: range, wanted: Mapping[int, int], stats: TransferStats) -> None:
-        self.verified: set[int] = set()
         self.heads = heads
         self._target = target
-        self._wanted = wanted
+        self._progress = _Progress(wanted, target.window.num_layers)
         self._stats = stats
         self._announced: dict[int, tuple[BlockHeader, Digests]] = {}
-        self._layers: dict[int, _BlockLayers] = {}
-        self._rejected: set[int] = set()
         self._block_bytes = target.window.block_bytes(len(heads))
 
     def announce(self, headers: Sequence[BlockHeader], digests: bytes) -> None:
@@ -115,9 +169,9 @@ class BlockReceiver:
     def put(self, blocks: Sequence[tuple[int, int]], payload: Tensor) -> None:
         if len(payload) != len(blocks) * self._block_bytes:
             self._stats.add_failures("truncated", len(blocks))
-            self._rejected.update(index for index, _ in blocks)
+            self._progress.reject([index for index, _ in blocks])
             return
-        due = [at for at, (index, generation) in enumerate(blocks) if self._check_due(index, generation)]
+        due = self._due(blocks)
         if not due:
             return
         if len(due) < len(blocks):
@@ -130,72 +184,52 @@ class BlockReceiver:
             return
         valid = [header.index for header, flag in zip(headers, is_valid, strict=True) if flag]
         invalid = [header.index for header, flag in zip(headers, is_valid, strict=True) if not flag]
-        self.verified.update(valid)
-        self._rejected.update(invalid)
+        self._progress.note_blocks(valid, invalid)
         self._stats.add_failures("digest", len(invalid))
         self._stats.add_verified(len(valid), len(valid) * self._block_bytes)
 
     def pull(self, part: BlockPart, pool_LB2KPH: Tensor, heads: range) -> FinishCopy:
-        rows = part.rows_N4.tolist()
-        due = [at for at, (index, _, num_tokens, _) in enumerate(rows) if self._check_part_due(index, num_tokens)]
-        copy = None
-        if due:
-            part = part if len(due) == len(rows) else part.chosen(np.array(due))
-            copy = self._target.pull(part, pool_LB2KPH, heads, self.heads)
-            if copy is None:
-                self._stats.add_failures("late", len(due))
-        return _nothing if copy is None else partial(self._end_part, part, copy)
+        due_N = self._count_due(part.rows_N5[:, 0], part.rows_N5[:, 2])
+        if not due_N.any():
+            return _nothing
+        part = part if due_N.all() else part.chosen(np.flatnonzero(due_N))
+        copy = self._target.pull(part, pool_LB2KPH, heads, self.heads)
+        if copy is None:
+            self._stats.add_failures("late", len(part.rows_N5))
+            return _nothing
+        return partial(self._end_part, part, copy)
 
     def _end_part(self, part: BlockPart, copy: RunningCopy) -> None:
-        found_NLK = self._target.end_copy(copy)
-        is_right = (found_NLK == part.digests_NLK).all(axis=(1, 2)).tolist()
-        num_verified = 0
-        for (index, generation, _, _), flag in zip(part.rows_N4.tolist(), is_right, strict=True):
-            layers = self._layers.get(index)
-            if layers is None or layers.generation != generation:
-                layers = self._layers[index] = _BlockLayers(generation, set(range(self._target.window.num_layers)))
-            if flag:
-                layers.missing.difference_update(part.layers)
-            else:
-                layers.missing.update(part.layers)
-                self._rejected.add(index)
-            if not layers.missing:
-                self.verified.add(index)
-                num_verified += 1
-            else:
-                self.verified.discard(index)
-        self._stats.add_failures("digest", len(is_right) - sum(is_right))
+        is_right_N = combine_digests(self._target.end_copy(copy)) == part.digests_N
+        num_verified = self._progress.note_layers(part, is_right_N)
+        self._stats.add_failures("digest", len(is_right_N) - int(is_right_N.sum()))
         self._stats.add_verified(num_verified, num_verified * self._block_bytes)
 
     def take_missing(self) -> list[int]:
         """Return the blocks that must still arrive, in order, and count those of which nothing was received."""
-        missing = sorted(self._wanted.keys() - self.verified)
-        self._stats.add_failures("missing", len(set(missing) - self._rejected))
-        self._rejected.clear()
+        missing, num_silent = self._progress.take_missing()
+        self._stats.add_failures("missing", num_silent)
         return missing
 
     def num_leading_verified(self) -> int:
         """How many blocks are verified without a gap, from the first."""
-        return next((i for i, index in enumerate(self._wanted) if index not in self.verified), len(self._wanted))
+        return self._progress.num_leading_verified()
 
-    def _check_part_due(self, index: int, num_tokens: int) -> bool:
-        if index in self.verified:
-            self._stats.add_failures("duplicate")
-            return False
-        if num_tokens != self._wanted.get(index):
-            self._stats.add_failures("stale")
-            self._rejected.add(index)
-            return False
-        return True
+    def _due(self, blocks: Sequence[tuple[int, int]]) -> list[int]:
+        """The places of those blocks that are still wanted and are the ones that were announced; count the others."""
+        indices_N = np.array([index for index, _ in blocks], np.int64)
+        num_tokens_N = np.zeros(len(blocks), np.int64)
+        for at, (index, generation) in enumerate(blocks):
+            header, _ = self._announced.get(index, (None, None))
+            if header is not None and header.generation == generation:
+                num_tokens_N[at] = header.num_tokens
+        due: list[int] = np.flatnonzero(self._count_due(indices_N, num_tokens_N)).tolist()
+        return due
 
-    def _check_due(self, index: int, generation: int) -> bool:
-        """Return whether this block is still wanted and is the one that was announced; count it if not."""
-        if index in self.verified:
-            self._stats.add_failures("duplicate")
-            return False
-        header = self._announced[index][0] if index in self._announced else None
-        if header is None or header.generation != generation or header.num_tokens != self._wanted.get(index):
-            self._stats.add_failures("stale")
-            self._rejected.add(index)
-            return False
-        return True
+    def _count_due(self, indices_N: Digests, num_tokens_N: Digests) -> npt.NDArray[np.bool_]:
+        """Which of these blocks are still wanted, with as many tokens; count the others."""
+        is_double_N, is_due_N = self._progress.judge(indices_N, num_tokens_N)
+        num_double, num_due = int(is_double_N.sum()), int(is_due_N.sum())
+        self._stats.add_failures("duplicate", num_double)
+        self._stats.add_failures("stale", len(indices_N) - num_double - num_due)
+        return is_due_N

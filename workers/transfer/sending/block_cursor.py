@@ -3,6 +3,7 @@ where some layers of some blocks lie, for receivers that read the sender's pool 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Protocol, TypeAlias
@@ -74,7 +75,8 @@ class PackedCursor:
 
 
 class PartCursor:
-    """Parts as they become ready. Blocks that were sent with all layers are not sent again after a withdrawal."""
+    """Parts as they become ready; if several layers of the same blocks wait, in one message, as far as it holds them.
+    Blocks that were sent with all layers are not sent again after a withdrawal."""
 
     message_bytes = 0
 
@@ -85,6 +87,7 @@ class PartCursor:
         self._layer_blocks = max(1, message_bytes * window.num_layers // max(1, window.block_bytes(len(heads))))
         self._epoch = 0
         self._next_part = 0
+        self._is_part_begun = False
         self._next_block = request.first_block
         self._first_block = request.first_block
         self._num_sent = 0
@@ -108,24 +111,44 @@ class PartCursor:
         parts = offered.parts(self._epoch, self._next_part)
         if parts is None:
             self._epoch, self._next_part, self._next_block = offered.epoch, 0, self._first_block
+            self._is_part_begun = False
             return self._next_part_of(offered)
-        for ready in parts:
-            start = max(self._next_block, ready.blocks.start)
-            blocks = range(start, min(ready.blocks.stop, start + self._most_blocks(len(ready.layers))))
+        at = 0
+        while at < len(parts):
+            ready, start = parts[at], max(self._next_block, parts[at].blocks.start)
+            num_merged = self._num_merged(parts[at:], start)
+            layers = range(ready.layers.start, parts[at + num_merged - 1].layers.stop)
+            ready = OfferedPart(ready.blocks, layers)
+            blocks = range(start, min(ready.blocks.stop, start + self._most_blocks(len(layers))))
             if blocks:
-                part = offered.describe(self._epoch, blocks, ready.layers, self._heads)
+                part = offered.describe(self._epoch, blocks, layers, self._heads)
                 if part is not None:
-                    self._pass(ready, blocks.stop)
+                    self._pass(ready, blocks.stop, num_merged)
                 return part
-            self._pass(ready, ready.blocks.stop)
+            self._pass(ready, ready.blocks.stop, num_merged)
+            at += num_merged
         return None
 
-    def _pass(self, ready: OfferedPart, stop: int) -> None:
-        """The part's blocks before `stop` were sent."""
-        if stop < ready.blocks.stop:
+    def _num_merged(self, parts: Sequence[OfferedPart], start: int) -> int:
+        """How many of the parts, at least the first, are of the same blocks and fit in one message from `start` on. If
+        the first has been sent in part, the rest of it goes alone."""
+        first, count = parts[0], 1
+        if self._is_part_begun:
+            return 1
+        for part in parts[1:]:
+            num_layers = part.layers.stop - first.layers.start
+            if part.blocks != first.blocks or first.blocks.stop - start > self._most_blocks(num_layers):
+                break
+            count += 1
+        return count
+
+    def _pass(self, ready: OfferedPart, stop: int, num_merged: int) -> None:
+        """The blocks before `stop` of a part, or of several as one, were sent."""
+        self._is_part_begun = stop < ready.blocks.stop
+        if self._is_part_begun:
             self._next_block = stop
             return
-        self._next_part += 1
+        self._next_part += num_merged
         if ready.layers.stop == self._num_layers:
             self._first_block = max(self._first_block, ready.blocks.stop)
         self._next_block = self._first_block

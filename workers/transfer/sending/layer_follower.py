@@ -68,19 +68,35 @@ class LayerFollower:
         try:
             self._window.use_own_stream()
             while (job := self._queue.get()) is not None:
-                chunks, done = job
-                for layers_done in done:
-                    self._offer_layers(chunks, layers_done)
+                _FollowedStep(self._window, *job).offer_layers(self._offer)
         except Exception as error:  # the thread's boundary: the step loop raises it at its next step with prompts
             logger.exception("the thread that offers layers has failed")
             self.failure = error
 
-    def _offer_layers(self, chunks: Sequence[FollowedChunk], done: LayersDone) -> None:
-        done.mark.wait()
+
+class _FollowedStep:
+    def __init__(self, window: PoolWindow, chunks: Sequence[FollowedChunk], done: Sequence[LayersDone]) -> None:
+        self._window = window
+        self._chunks = chunks
+        self._done = done
         block_ids = [block_id for chunk in chunks for block_id in chunk.block_ids]
         num_tokens = [count for chunk in chunks for count in chunk.num_tokens]
-        digests_NLK: Digests = self._window.digests(block_ids, num_tokens, done.layers).numpy()
-        for chunk in chunks:
+        self._placed = window.place_ids(block_ids, num_tokens)
+
+    def offer_layers(self, offer: Callable[[str, OfferedBlocks], None]) -> None:
+        """Layers that the device has passed already are offered together: it may have passed most of a short prompt's
+        before the launch has returned."""
+        done = self._done
+        while done:
+            num_passed = next((at for at in range(1, len(done)) if not done[at].mark.query()), len(done))
+            layers = range(done[0].layers.start, done[num_passed - 1].layers.stop)
+            done[num_passed - 1].mark.wait()
+            done = done[num_passed:]
+            self._offer_digested(layers, offer)
+
+    def _offer_digested(self, layers: range, offer: Callable[[str, OfferedBlocks], None]) -> None:
+        digests_NLK: Digests = self._window.digests(*self._placed, layers).numpy()
+        for chunk in self._chunks:
             ours_NLK, digests_NLK = digests_NLK[: len(chunk.block_ids)], digests_NLK[len(chunk.block_ids) :]
-            if chunk.offered.add_layers(chunk.epoch, chunk.blocks, done.layers, ours_NLK):
-                self._offer(chunk.ticket_id, chunk.offered)
+            if chunk.offered.add_layers(chunk.epoch, chunk.blocks, layers, ours_NLK):
+                offer(chunk.ticket_id, chunk.offered)

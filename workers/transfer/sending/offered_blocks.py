@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from tensorweave.kernels.blocks.digest import combine_digests
 from tensorweave.workers.step.request import TokenExtras
 from tensorweave.workers.transfer.block_part import BlockPart, Digests
 from tensorweave.workers.transfer.read_request import BlockHeader
@@ -169,13 +170,14 @@ class OfferedBlocks:
             return self._parts[first:] if epoch == self.epoch else None
 
     def describe(self, epoch: int, blocks: Sequence[int], layers: range, heads: range) -> BlockPart | None:
-        """Where these blocks lie, and the digests of these layers and heads; None if the epoch is over: until then, the
+        """Where these blocks lie, and digests of these layers and heads; None if the epoch is over: until then, the
         blocks are held."""
         with self._lock:
             if epoch != self.epoch:
                 return None
-            digests_NLK = self._digests_NLK[list(blocks), layers.start : layers.stop, heads.start : heads.stop]
-            return BlockPart(layers, self._rows_N4[list(blocks)], np.ascontiguousarray(digests_NLK))
+            chosen = slice(blocks.start, blocks.stop) if isinstance(blocks, range) else list(blocks)
+            digests_NLK = self._digests_NLK[chosen, layers.start : layers.stop, heads.start : heads.stop]
+            return BlockPart(layers, np.column_stack([self._rows_N4[chosen], combine_digests(digests_NLK)]))
 
     def _are_current(self, headers: Sequence[BlockHeader]) -> bool:
         return all(

@@ -30,7 +30,8 @@ from tensorweave.workers.transfer.transports.frame_connection import FrameConnec
 from tensorweave.workers.transfer.transports.transport import ReceivingTransport, SendingTransport
 from tensorweave.workers.transfer.window import PoolWindow
 
-MESSAGE_BYTES: Final = 64 << 20
+MESSAGE_BYTES: Final = 1 << 30
+"""A message has only where blocks lie, and digests; each costs the receiver's host as much as a copy of 64 MB."""
 _PROBE: Final = struct.Struct("<Q")
 _MAX_PROBED_BLOCKS: Final = 256
 
@@ -134,7 +135,7 @@ class _DirectReceiver:
         heads = range(first, first + request.num_heads)
         if not (0 <= heads.start <= heads.stop <= num_heads):
             raise WireError("the sender does not hold these heads")
-        ids = part.rows_N4[:, 3]
+        ids = part.rows_N5[:, 3]
         if ids.min() < 0 or ids.max() >= num_blocks or not (0 <= part.layers.start < part.layers.stop <= num_layers):
             raise WireError("the sender's pool has no such blocks")
         try:

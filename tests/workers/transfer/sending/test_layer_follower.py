@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tensorweave.kernels.blocks.digest import combine_digests
 from tensorweave.workers.step.layer_marks import LayersDone
 from tensorweave.workers.transfer.block_part import BlockPart
 from tensorweave.workers.transfer.read_request import ReadRequest
@@ -20,6 +21,9 @@ Sent = list[tuple[list[int], range]]
 
 class BrokenDevice:
     def wait(self) -> None:
+        raise RuntimeError("the device has failed")
+
+    def query(self) -> bool:
         raise RuntimeError("the device has failed")
 
 
@@ -45,10 +49,10 @@ class Offer:
         sent: Sent = []
         while (part := self.cursor.next_blocks(self.offered, NOTHING)) is not None:
             assert isinstance(part, BlockPart)
-            rows = part.rows_N4.tolist()
-            digests = self.window.digests([row[3] for row in rows], [row[2] for row in rows], part.layers).numpy()
-            assert (part.digests_NLK == digests[:, :, 1:3]).all()
-            sent.append(([row[0] for row in rows], part.layers))
+            rows, layers = part.rows_N5.tolist(), part.layers
+            digests = self.window.digests([row[3] for row in rows], [row[2] for row in rows], layers).numpy()
+            assert (part.digests_N == combine_digests(digests[:, :, 1:3])).all()
+            sent.append(([row[0] for row in rows], layers))
         return sent
 
 
@@ -79,9 +83,31 @@ def test_a_chunk_that_was_withdrawn_meanwhile_is_not_offered() -> None:
         mark.mark.event.set()  # type: ignore[attr-defined]
     offer.follower.follow([chunk], done)
     offer.follower.follow([again], done_again)
-    wait_until(lambda: offer.told == ["t", "t"])
-    assert offer.send() == [([0], range(1)), ([0], range(1, 2))]
+    wait_until(lambda: offer.told == ["t"])
+    assert offer.send() == [([0], range(2))]
     offer.follower.close()
+
+
+def test_layers_that_are_passed_already_are_offered_together() -> None:
+    offer = Offer()
+    chunk, done = offer.begin([3, 6], [4, 4])
+    for layers_done in done:
+        layers_done.mark.event.set()  # type: ignore[attr-defined]
+    offer.follower.follow([chunk], done)
+    wait_until(lambda: offer.offered.num_complete == 2)
+    offer.follower.close()
+    assert offer.told == ["t"]
+    assert offer.send() == [([0, 1], range(2))]
+
+
+def test_layers_that_wait_for_a_cursor_are_sent_together() -> None:
+    offer = Offer(message_blocks=2)
+    for first, block_ids in ((0, [3, 6]), (2, [1])):
+        epoch = offer.offered.begin(block_ids, [4] * len(block_ids))
+        for layer in range(2):
+            digests = offer.window.digests(block_ids, [4] * len(block_ids), range(layer, layer + 1)).numpy()
+            offer.offered.add_layers(epoch, range(first, first + len(block_ids)), range(layer, layer + 1), digests)
+    assert offer.send() == [([0, 1], range(2)), ([2], range(2))]
 
 
 def test_a_failure_of_the_thread_is_kept() -> None:
