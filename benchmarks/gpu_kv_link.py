@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -111,11 +113,12 @@ def fetch_many(carrier: Any, window: Any, endpoint: Any, num_blocks: int, count:
     return duration_s
 
 
-FETCHES = [("ipc", 16, 64), ("ipc_direct", 16, 64), ("ipc_direct", 16, 16), ("ipc", 32, 64), ("ipc_direct", 32, 64)]
+FETCHES = [("ipc", 16, 64), ("ipc_direct", 16, 1024), ("ipc_direct", 16, 64), ("ipc", 32, 64), ("ipc_direct", 32, 1024)]
 """Transports, tokens of a block, MiB of a message."""
 
 
 def time_fetches() -> Lines:
+    sys.setswitchinterval(0.001)  # as ranks do
     torch.cuda.set_device(1)
     for transport, tokens_per_block, message_mib in FETCHES:
         shape = Shape("llama-8b", 32, 8, 128, tokens_per_block=tokens_per_block)
@@ -124,7 +127,7 @@ def time_fetches() -> Lines:
             num_blocks = BYTES // window.block_bytes(8)
             num_bytes = num_blocks * window.block_bytes(8)
             carrier = make_carrier(window, transport, message_mib << 20)
-            for num_sms in (8, 12, 16) if transport == "ipc_direct" and message_mib == 64 else (12,):
+            for num_sms in (8, 12, 16) if transport == "ipc_direct" and message_mib == 1024 else (12,):
                 window.copy_sms = num_sms
                 rates = []
                 for count in (1, 2, 4, 8):
@@ -182,6 +185,7 @@ def serve(pipe: Connection, path: str) -> None:
     from tensorweave.workers.engine.device.engine import DeviceEngine
     from tensorweave.workers.gang.comm import SoloComm
 
+    sys.setswitchinterval(0.001)  # as ranks do
     ends: list[float] = []
     launches: list[tuple[float, list[str]]] = []
     launch = DeviceEngine.launch
@@ -272,11 +276,12 @@ def time_handover() -> Lines:
         begun_s = time.monotonic()
         pair = ExecutorPair(str(LLAMA_8B.write(Path(folder), "bfloat16")))
         yield f"both executors are ready after {time.monotonic() - begun_s:.0f} s"
-        draw = torch.Generator().manual_seed(5)
+        draw, jitter = torch.Generator().manual_seed(5), random.Random(5)
         for num_beside, length in ((0, 2000), (0, 1000), (8, 2000)):
             pair.add_steady(num_beside)
             rows = []
-            for number in range(12):
+            for number in range(22):
+                time.sleep(0.05 + jitter.random() * 0.01)  # else prompts keep step with the decodes
                 prompt = torch.randint(10, 120000, (length,), generator=draw).tolist()
                 rows.append(pair.hand_over(f"{num_beside}-{length}-{number}-", prompt))
             gaps, gauges = sorted(gap for _, gap, _ in rows[2:]), rows[-1][2]

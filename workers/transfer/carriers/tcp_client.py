@@ -1,7 +1,7 @@
 """`TcpClientConnection`: the receiving end of a connection of `TcpCarrier`, from its creation until it breaks.
 
-One thread connects and reads incoming blocks into sinks, another sends read requests; where the sinks copy blocks
-themselves, a third waits for the copies.
+One thread connects and reads incoming blocks into sinks, another sends read requests where the caller cannot; where
+the sinks copy blocks themselves, a third waits for the copies.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ class TcpClientConnection:
         self._reads: dict[int, tuple[ReadRequest, BlockSink]] = {}
         self._num_reads = 0
         self._outbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._num_queued = 0
+        self._is_open = False
         self._probe_results: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._probing = threading.Lock()
         self._copies = CopyQueue(self._lose)
@@ -80,7 +82,7 @@ class TcpClientConnection:
             if not self.is_lost:
                 self._num_reads += 1
                 self._reads[self._num_reads] = (request, sink)
-                self._outbox.put(("claim", self._num_reads, *request.to_wire()))
+                self._post("claim", self._num_reads, *request.to_wire())
                 return
         self._events.put(ReadFailed(request.read_id, self._failure_kind, f"{self._name()} is lost: {self._reason}"))
 
@@ -90,12 +92,13 @@ class TcpClientConnection:
             closed = [number for number, (request, _) in self._reads.items() if request.ticket_id == ticket_id]
             for number in closed:
                 del self._reads[number]
-                self._outbox.put(("close", number))
+                self._post("close", number)
 
     def probe(self, num_bytes: int, timeout_s: float) -> float:
         with self._probing:
             start_s = time.monotonic()
-            self._outbox.put(("probe", num_bytes))
+            with self._lock:
+                self._post("probe", num_bytes)
             try:
                 has_arrived = not self.is_lost and self._probe_results.get(timeout=max(0.0, timeout_s))
             except queue.Empty:
@@ -113,6 +116,18 @@ class TcpClientConnection:
             if thread.ident is not None:
                 thread.join(timeout_s)
 
+    def _post(self, *frame: Any) -> None:
+        """With the lock held: send the frame, after those before it; by the writer if it would have to wait."""
+        if self._is_open and not self._num_queued and self._connection is not None:
+            try:
+                if self._connection.send_now(*frame):
+                    return
+            except TransferFailed:
+                self._connection.close()  # the reader fails, and the reads with it
+                return
+        self._num_queued += 1
+        self._outbox.put(frame)
+
     def _name(self) -> str:
         return f"the KV connection to {self._address[0]}:{self._address[1]}"
 
@@ -124,6 +139,8 @@ class TcpClientConnection:
             self._window.use_own_stream()
             connection, transport = self._open()
             self._writer.start()
+            with self._lock:
+                self._is_open = True
             transport.open(connection)
             while True:
                 self._receive(connection, transport, *connection.receive())
@@ -227,10 +244,13 @@ class TcpClientConnection:
                 try:
                     frame = self._outbox.get(timeout=ALIVE_INTERVAL_S)
                 except queue.Empty:
-                    frame = ("alive",)
+                    connection.send("alive")
+                    continue
                 if frame is _END_WRITER:
                     return
                 connection.send(*frame)
+                with self._lock:
+                    self._num_queued -= 1
         except TransferFailed:
             connection.close()
 

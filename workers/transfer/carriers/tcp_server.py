@@ -178,16 +178,22 @@ class TcpServerConnection:
         """Send what can be sent now; return whether there was anything."""
         if session.is_over:
             return False
-        reply = session.next_reply(transport.staging(session.message_bytes))
+        staging = transport.staging(session.message_bytes)
+        reply = session.next_reply(staging)
         if reply is None:
             return False
-        self._send(transport, number, reply)
+        while isinstance(reply, BlockPart):  # it is sent with what follows it, if that is there
+            after = session.next_reply(staging)
+            layers, is_held = reply.layers, after is not None
+            self._connection.send("part", number, layers.start, len(layers), body=reply.body(), is_held=is_held)
+            reply = after
+        if reply is not None:
+            self._send(transport, number, reply)
         return True
 
     def _send(self, transport: SendingTransport, number: int, reply: Reply) -> None:
-        if isinstance(reply, BlockPart):
-            self._connection.send("part", number, reply.layers.start, len(reply.layers), body=reply.body())
-        elif isinstance(reply, BlocksReply):
+        assert not isinstance(reply, BlockPart)
+        if isinstance(reply, BlocksReply):
             headers = [header.to_wire() for header in reply.headers]
             self._connection.send("rows", number, headers, body=reply.digests, is_held=True)
             transport.send(reply.payload, "blocks", number, [header[:2] for header in headers])

@@ -35,6 +35,8 @@ _NUM_WAITS: Final = 3
 _SIZES: Final = struct.Struct("<II")
 _TIMEVAL: Final = struct.Struct("@ll")
 _MAX_PIECES: Final = 1024
+_MAX_UNQUEUED_BYTES: Final = 4 << 10
+"""A socket that can be written takes as much at once."""
 _READ_AHEAD_BYTES: Final = 16 << 10
 """Heads and small bodies are read together with what follows them."""
 
@@ -76,6 +78,19 @@ class FrameConnection:
                 held, self._held = self._held, []
                 self._send_all(held)
 
+    def send_now(self, name: str, *fields: Any) -> bool:
+        """Send a frame without a body if that takes no wait; return whether it was sent."""
+        head: bytes = msgpack.packb([name, *fields])
+        if len(head) > _MAX_UNQUEUED_BYTES or not self._sending.acquire(blocking=False):
+            return False
+        try:
+            if self._held or not self._poll(select.POLLOUT) & select.POLLOUT:
+                return False
+            self._send_all([memoryview(_SIZES.pack(len(head), 0) + head)])
+            return True
+        finally:
+            self._sending.release()
+
     def receive(self) -> tuple[Frame, int]:
         """Return the next frame's head and the length of its body. Read the body with `receive_into` before the next
         call."""
@@ -113,18 +128,22 @@ class FrameConnection:
 
     def is_broken(self) -> bool:
         """Whether the connection was closed, by the peer or here. May be called on any thread; reads nothing."""
-        descriptor = self._sock.fileno()
-        if descriptor < 0:
-            return True
-        poll = select.poll()
-        poll.register(descriptor, select.POLLRDHUP)
-        return bool(poll.poll(0))
+        return self._sock.fileno() < 0 or bool(self._poll(select.POLLRDHUP))
 
     def close(self) -> None:
         """May be called on any thread: pending sends and receives fail."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
+
+    def _poll(self, event: int) -> int:
+        """Which of this event and the socket's faults are there; nothing if it has been closed here."""
+        descriptor = self._sock.fileno()
+        if descriptor < 0:
+            return 0
+        poll = select.poll()
+        poll.register(descriptor, event)
+        return next((found for _, found in poll.poll(0)), 0)
 
     def _send_all(self, pieces: list[memoryview]) -> None:
         while pieces:

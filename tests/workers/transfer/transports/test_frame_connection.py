@@ -37,3 +37,24 @@ def test_only_successive_waits_without_data_are_silence() -> None:
     with pytest.raises(TransferFailed, match="the peer is silent"):
         _move_bytes(move, "the peer is silent")
     assert next(waits, None) is None
+
+
+def test_a_frame_is_sent_at_once_only_where_nothing_must_be_waited_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connection = FrameConnection(socket.create_connection(listener.getsockname()))
+        peer = FrameConnection(listener.accept()[0])
+    assert connection.send_now("claim", 1)
+    assert peer.receive() == (["claim", 1], 0)
+    assert not connection.send_now("claim", "x" * 5000)
+    connection.send("held", is_held=True)
+    assert not connection.send_now("claim", 2)
+    connection.send("alive")
+    assert [peer.receive()[0] for _ in range(2)] == [["held"], ["alive"]]
+    num_sent = 0
+    while connection.send_now("claim", num_sent, "x" * 4000):  # until the peer must read
+        num_sent += 1
+    peer.accept_bodies(0)
+    assert [peer.receive()[0][1] for _ in range(num_sent)] == list(range(num_sent))
+    connection.close()
+    assert not connection.send_now("claim", 3)
+    peer.close()
