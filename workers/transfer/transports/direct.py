@@ -1,6 +1,5 @@
 """`DirectTransport`: the receiver reads the sender's KV pool itself, over NVLink or PCIe, by CUDA IPC, without a buffer
-in between. Unlike `SameNodeTransport`, it has not been measured on GPUs yet, so it is used only where
-`cache_transceiver_config.backend` names it.
+in between. It is used only where `cache_transceiver_config.backend` names it.
 
 The sender sends where blocks lie, layer by layer as they are computed; the receiver, which has mapped the sender's
 pool, copies them straight into its own blocks, with digests on the way (`kernels/blocks/pull.cu`), and goes on
