@@ -51,7 +51,7 @@ __all__ = [
     "unpack_tokens",
 ]
 
-PROTOCOL_VERSION: Final = 7
+PROTOCOL_VERSION: Final = 8
 
 FinishReason = Literal["stop", "length", "timeout", "cancelled", "not_finished"]
 Role = Literal["prefill", "decode", "both", "embed"]
