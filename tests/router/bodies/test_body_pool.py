@@ -15,6 +15,7 @@ import pytest
 
 from tensorweave.cluster.errors import ModelNotFound, NotReady, Overloaded, RequestRejected
 from tensorweave.cluster.priority import NICENESS
+from tensorweave.cluster.wire import Frame
 from tensorweave.router.bodies import worker_process
 from tensorweave.router.bodies.body_queue import BodyQueue, BodyTooCostly
 from tensorweave.router.bodies.pool import INLINE_BYTES, USUAL_BYTES, BodyPool
@@ -213,20 +214,37 @@ def test_a_parent_that_dies_is_replaced() -> None:
     with_pool(use)
 
 
-def test_a_body_that_takes_too_much_processor_time_is_refused() -> None:
-    """The kernel's signal for it is sent by hand, while the worker has the body."""
+def test_a_worker_that_the_kernel_ends_says_so() -> None:
+    """The kernel's signal for too much processor time is sent by hand, and nothing is written to the worker then."""
 
     async def use(bodies: BodyPool) -> None:
         await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)
         worker = worker_of(bodies._usual)
-        os.kill(worker.pid, signal.SIGSTOP)
-        refused = asyncio.create_task(bodies.run(COMPLETION, sent(completion(), PADDING), SERVED))
-        await asyncio.sleep(0)
         os.kill(worker.pid, signal.SIGXCPU)
-        os.kill(worker.pid, signal.SIGCONT)
+        assert await worker._next() is None
+        assert worker.status == -signal.SIGXCPU
+
+    with_pool(use)
+
+
+def test_a_body_that_takes_too_much_processor_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not given to another worker, which reads the next one."""
+    whole, given = WorkerProcess.ask, []
+
+    async def ask(worker: WorkerProcess, frame: bytes) -> Frame | None:
+        given.append(worker)
+        if len(given) > 1:
+            return await whole(worker, frame)
+        worker.status = -signal.SIGXCPU
+        return None
+
+    monkeypatch.setattr(WorkerProcess, "ask", ask)
+
+    async def use(bodies: BodyPool) -> None:
         with pytest.raises(BodyTooCostly, match="processor time"):
-            await refused
+            await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)
         assert (await bodies.run(COMPLETION, sent(completion(), PADDING), SERVED)).prompts
+        assert len(set(given)) == 2
 
     with_pool(use)
 

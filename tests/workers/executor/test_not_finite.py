@@ -170,6 +170,7 @@ def test_a_gang_that_has_only_nan_left_ends(engine: PoisonedEngine) -> None:
         f"no logits are finite any more: {PATIENCE} steps in a row gave NaN or infinity alone, and so do "
         f"{NUM_PROBES} prompts of one token"
     )
+    wait_until(lambda: not executor._thread.is_alive())  # what comes before that is answered with the error
     with pytest.raises(WorkerLost):
         executor.enqueue_request(ask("late", GOOD))
 
