@@ -31,6 +31,7 @@ import psutil
 
 from tensorweave.cli.arguments import positive, rate
 from tensorweave.cli.figures import distribution, publish, report, settings_of
+from tensorweave.cluster.file_limit import raise_file_limit
 from tensorweave.cluster.protocol import ModelInfo
 from tensorweave.workers.fakes.fake_executor import FAKE_INFO, FakeExecutor
 
@@ -316,7 +317,7 @@ def main() -> int:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most < args.streams + _SPARE_FILES:
         raise SystemExit(f"{most} file descriptors are too few for {args.streams} streams (ulimit -Hn)")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    raise_file_limit()
     figures = asyncio.run(measure(args))
     publish(report("streams", settings_of(args), figures), args.json)
     if figures["failed"]:

@@ -154,9 +154,7 @@ class GroupComm:
         try:
             dist.broadcast(tensor, src=0, group=self._control)
         except RuntimeError as error:
-            raise WorkerLost(
-                f"rank {self.rank} of {self.size}: a peer is gone or silent ({_first_line(error)})"
-            ) from error
+            raise self._lost("a peer is gone or silent", error) from error
 
     def agree_min(self, value: int) -> int:
         tensor = torch.tensor([value], dtype=torch.int64)
@@ -170,7 +168,7 @@ class GroupComm:
         try:
             dist.all_reduce(tensor, group=self._tensors)
         except RuntimeError as error:
-            raise WorkerLost(f"rank {self.rank} of {self.size}: all-reduce failed ({_first_line(error)})") from error
+            raise self._lost("all-reduce failed", error) from error
         self._count(started_s, tensor)
         return tensor
 
@@ -186,7 +184,7 @@ class GroupComm:
         try:
             dist.all_gather(pieces, mine, group=self._tensors)
         except RuntimeError as error:
-            raise WorkerLost(f"rank {self.rank} of {self.size}: all-gather failed ({_first_line(error)})") from error
+            raise self._lost("all-gather failed", error) from error
         self._count(started_s, mine)
         return torch.cat([piece[:, :size] for piece, size in zip(pieces, sizes, strict=True)], dim=1)
 
@@ -203,15 +201,16 @@ class GroupComm:
         try:
             dist.all_gather(rows, row, group=self._control)
         except RuntimeError as error:
-            raise WorkerLost(
-                f"rank {self.rank} of {self.size}: a peer is gone or silent ({_first_line(error)})"
-            ) from error
+            raise self._lost("a peer is gone or silent", error) from error
         return rows
 
     def store_exchanging(self) -> contextlib.AbstractContextManager[None]:
         """Inside the block, this thread may let torch exchange more by the store that the group was formed with. Every
         rank does so alike."""
         return self._store.exchanging(self.exchange)
+
+    def _lost(self, what: str, error: RuntimeError) -> WorkerLost:
+        return WorkerLost(f"rank {self.rank} of {self.size}: {what} ({_first_line(error)})")
 
     def _count(self, started_s: float, tensor: torch.Tensor) -> None:
         had, num_bytes = self.traffic, tensor.numel() * tensor.element_size()

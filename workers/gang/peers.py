@@ -22,7 +22,6 @@ from tensorweave.workers.gang.comm import Comm, GroupComm
 logger = logging.getLogger(__name__)
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
-_HANDLE_BYTES: Final = 1024
 _EACH_SEES_ITS_OWN: Final = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 """Read by torch: ranks that each see one GPU all call it the first. It also spares the multicast objects."""
 
@@ -87,18 +86,12 @@ def _open_by_ipc(comm: GroupComm, num_bytes: int, device: torch.device, limit_s:
     shared = memory_E.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]
     _, handle, storage_bytes, storage_offset, counter_handle, counter_offset, _, _ = shared
     mine = msgpack.packb([handle, storage_bytes, storage_offset, counter_handle, counter_offset])
-    assert len(mine) < _HANDLE_BYTES
-    row = torch.zeros(1, _HANDLE_BYTES, dtype=torch.uint8)
-    row[0, : len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
-    handles = comm.gather_columns(row, [_HANDLE_BYTES] * comm.size).view(comm.size, _HANDLE_BYTES)
     addresses, mapped = [], []
-    for rank, packed in enumerate(handles):
+    for rank, packed in enumerate(comm.exchange(mine)):
         if rank == comm.rank:
             addresses.append(memory_E.data_ptr())
             continue
-        unpacker = msgpack.Unpacker()
-        unpacker.feed(packed.numpy().tobytes())
-        storage = torch.UntypedStorage._new_shared_cuda(device.index, *unpacker.unpack(), b"", False)
+        storage = torch.UntypedStorage._new_shared_cuda(device.index, *msgpack.unpackb(packed), b"", False)
         mapped.append(storage)
         addresses.append(storage.data_ptr())
     return PeerMemory(memory_E, addresses, comm.rank, limit_s, mapped)
