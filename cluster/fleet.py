@@ -56,8 +56,10 @@ class Fleet(Protocol):
         """Wait until a gang that serves `role` is reachable; None: any gang, whatever its role. Raises NotReady."""
 
     async def describe(self) -> list[dict[str, Any]]:
-        """Pools, gangs and ranks, for health pages: as they are, or as they were a few seconds ago if that is all that
-        is known at once. Raises NotReady."""
+        """Pools, gangs and ranks, as they are. Raises NotReady."""
+
+    async def last_description(self) -> list[dict[str, Any]]:
+        """The same at once, for probes: as they were at most 10 s ago if nothing newer is known within 20 ms."""
 
     async def close(self) -> None:
         """Close every link. The gangs keep running."""
@@ -87,6 +89,9 @@ class StaticFleet:
 
     async def describe(self) -> list[dict[str, Any]]:
         return [_describe_static(role, links) for role, links in self._links.items()]
+
+    async def last_description(self) -> list[dict[str, Any]]:
+        return await self.describe()
 
     async def close(self) -> None:
         for _, link in self._all():
@@ -132,7 +137,7 @@ class WatchedFleet:
         self._changed = asyncio.Event()
         self._retired: set[SocketLink] = set()
         self._refusals: dict[str, str] = {}
-        self._description = LatestAnswer(self._describe)
+        self._last_description = LatestAnswer(self.describe)
         self._follower = asyncio.create_task(self._follow(), name="fleet")
 
     def links(self, role: Role = "both") -> Sequence[GangLink]:
@@ -162,10 +167,10 @@ class WatchedFleet:
         except TimeoutError:
             raise NotReady(f"not ready within {timeout_s:g} s: {self._explain_unready()}") from None
 
-    async def describe(self) -> list[dict[str, Any]]:
-        return await self._description.get()
+    async def last_description(self) -> list[dict[str, Any]]:
+        return await self._last_description.get()
 
-    async def _describe(self) -> list[dict[str, Any]]:
+    async def describe(self) -> list[dict[str, Any]]:
         try:
             async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
                 pools: list[dict[str, Any]] = await self._supervisor.describe.remote()
@@ -178,7 +183,7 @@ class WatchedFleet:
 
     async def close(self) -> None:
         self._follower.cancel()
-        self._description.close()
+        self._last_description.close()
         for task in self._link_tasks.values():
             task.cancel()
         for link in (*self._links.values(), *self._retired):

@@ -36,7 +36,7 @@ async def check_health(fleet: Fleet, heartbeat_limit_s: float) -> HealthReport:
     """An unreachable supervisor alone does no harm: open links keep working, and a dead leader's link closes."""
     has_link = bool(fleet.links("decode") or fleet.links("prefill") or fleet.links("embed"))
     try:
-        pools = await fleet.describe()
+        pools = await fleet.last_description()
     except NotReady as error:
         return HealthReport(has_link, error.message, [])
     return judge_health(pools, heartbeat_limit_s, has_link=has_link)

@@ -134,9 +134,14 @@ def test_while_the_supervisor_says_nothing_the_last_description_is_told() -> Non
     async def body() -> None:
         supervisor = _FakeSupervisor()
         async with asyncio.timeout(_PATIENCE_S), _watching(supervisor) as fleet:
-            told = await fleet.describe()
+            told = await fleet.last_description()
             supervisor.may_describe.clear()
-            assert await fleet.describe() == told
+            assert await fleet.last_description() == told
+            asking = asyncio.create_task(fleet.describe())
+            assert await fleet.last_description() == told
+            assert not asking.done()  # it tells what is, and not what was
+            supervisor.may_describe.set()
+            assert await asking == told
 
     asyncio.run(body())
 

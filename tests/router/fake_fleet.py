@@ -253,6 +253,9 @@ class FakeFleet:
         ]
         return [{"pool": "main", "gangs": gangs, "failure": None, "trouble": None}]
 
+    async def last_description(self) -> list[dict[str, Any]]:
+        return await self.describe()
+
     async def close(self) -> None:
         for link in self.all_links:
             link.close()
