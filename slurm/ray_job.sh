@@ -16,7 +16,7 @@ rm -rf "$state" # left by this job before it was requeued
 mkdir "$state"
 trap 'rm -rf "$state"' EXIT
 python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$state/token"
-export RAY_AUTH_TOKEN_PATH=$state/token
+export RAY_AUTH_TOKEN_PATH=$state/token TENSORWEAVE_RAY_IS_UP=$state/ray-is-up # a file, once Ray is up on every node
 
 address=${TENSORWEAVE_ADDRESS:-$(python -c 'import socket; print(socket.gethostbyname(socket.gethostname()))')}
 export TENSORWEAVE_HEAD=$address TENSORWEAVE_GCS_PORT=$((20000 + SLURM_JOB_ID % 10000))
@@ -87,6 +87,7 @@ start_ray() {
     stop_ray
     exit 1
   fi
+  touch "$TENSORWEAVE_RAY_IS_UP"
 }
 
 # Until the program ends. A trapped signal only interrupts `wait`; without the first node's Ray a service cannot end by itself.

@@ -38,14 +38,13 @@ stopping='' ray=''
 trap 'stopping=1; kill -TERM "$ray" 2>/dev/null || true' TERM INT
 trap 'rm -rf "$directory"' EXIT
 # Not `ray start`, which ends the node with its agents, and if it takes longer than 30 s to start. A start that fails all the same, on a
-# busy machine or file system, is tried again.
+# busy machine or file system, is tried again, until Ray is up on every node: what ends later has failed, or has lost the head.
 for try in 1 2 3; do
-  started=$SECONDS
   python -m tensorweave.cli.main ray start "${options[@]}" &
   ray=$!
   while kill -0 "$ray" 2>/dev/null; do wait "$ray" || true; done
   [ -z "$stopping" ] || exit 0
-  [ $((SECONDS - started)) -le 180 ] || break # it had started
+  [ ! -e "$TENSORWEAVE_RAY_IS_UP" ] || break
   echo "Ray has not started here (try $try of 3)" >&2
   rm -rf "$directory"
 done
