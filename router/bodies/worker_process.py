@@ -189,7 +189,9 @@ class WorkerParent:
                 "tensorweave.router.bodies.worker",
                 stdin=theirs.fileno(),
                 env=environment,
-                start_new_session=True,  # Ctrl-C goes to this process; that one ends with its input
+                # Ctrl-C goes to this process; that one ends with its input. Not in a session of its own: Linux may schedule
+                # sessions in turns (sched_autogroup_enabled), and a low priority in one is none beside another.
+                process_group=0,
             )
         control.setblocking(False)
         await asyncio.get_running_loop().sock_sendall(control, self._state())

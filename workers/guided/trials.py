@@ -70,7 +70,9 @@ class _TrialProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            start_new_session=True,  # Ctrl-C goes to this process; that one ends with its input
+            # Ctrl-C goes to this process; that one ends with its input. Not in a session of its own: Linux may schedule
+            # sessions in turns (sched_autogroup_enabled), and a low priority in one is none beside another.
+            process_group=0,
         )
         self._lock = threading.Lock()
         self._vocabulary: Future[Vocabulary] = Future()

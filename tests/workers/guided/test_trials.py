@@ -37,6 +37,15 @@ def test_it_reads_the_vocabulary(trials: Trials) -> None:
     assert len(read.special) == 3
 
 
+def test_its_priority_is_beside_that_of_its_rank(trials: Trials) -> None:
+    """Where Linux schedules sessions in turns, a low priority in another session is none."""
+    trials.vocabulary()
+    assert trials._process is not None
+    process = trials._process._process.pid
+    assert os.getsid(process) == os.getsid(0)
+    assert os.getpgid(process) == process  # a Ctrl-C is not for it
+
+
 @pytest.mark.parametrize("backend", GUIDE_BACKENDS)
 def test_a_guide_in_order_passes_and_a_wrong_one_does_not(backend: str, trials: Trials) -> None:
     for text, has_problem in (("[a-z]{3}", False), ("(a", True)):
