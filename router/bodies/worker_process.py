@@ -179,6 +179,8 @@ class WorkerParent:
         await send_fd(control, priority.value, connection.fileno())
 
     async def _start(self) -> socket.socket:
+        """Not in a session of its own: Linux may schedule sessions in turns (sched_autogroup_enabled), and a low priority
+        in one is none beside another. It ignores Ctrl-C, and ends with its input."""
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         control, theirs = socket.socketpair()
         self._control = control
@@ -189,9 +191,6 @@ class WorkerParent:
                 "tensorweave.router.bodies.worker",
                 stdin=theirs.fileno(),
                 env=environment,
-                # Ctrl-C goes to this process; that one ends with its input. Not in a session of its own: Linux may schedule
-                # sessions in turns (sched_autogroup_enabled), and a low priority in one is none beside another.
-                process_group=0,
             )
         control.setblocking(False)
         await asyncio.get_running_loop().sock_sendall(control, self._state())
