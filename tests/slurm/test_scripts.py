@@ -35,7 +35,7 @@ FAKES = {
     "scancel": """
         echo "$*" >> "$RECORDS/scancel"
         for node in "$RECORDS"/node-*; do read -r srun _ < "$node"; kill "$srun"; done""",
-    # On the node RAY_FAILS_ON the first start of Ray fails; on RAY_ENDS_ON it ends by itself once the service is started.
+    # On the node RAY_FAILS_ON the first start of Ray fails; on RAY_ENDS_ON Ray ends once the service is started.
     "python": """
         case "$*" in
           -c*) exec python3 "$@" ;;
@@ -44,7 +44,10 @@ FAKES = {
     + """
             if [ "$TENSORWEAVE_NODE" = "$RAY_FAILS_ON" ] && mkdir "$RECORDS/failed" 2> /dev/null; then exit 1; fi
             echo "$TENSORWEAVE_NODE $*" >> "$RECORDS/ray"
-            if [ "$TENSORWEAVE_NODE" = "$RAY_ENDS_ON" ]; then until [ -e "$RECORDS/serve" ]; do sleep 0.1; done; exit 1; fi
+            if [ "$TENSORWEAVE_NODE" = "$RAY_ENDS_ON" ]; then
+              until [ -e "$RECORDS/serve" ]; do sleep 0.1; done
+              exit 1
+            fi
             """
     + STAY
     + """ ;;
@@ -294,7 +297,7 @@ def test_ray_that_has_not_started_in_its_time_is_started_again(make_job: Callabl
 
 
 def test_ray_that_ends_after_its_start_is_not_started_again(make_job: Callable[..., Job]) -> None:
-    """However short it ran: without its head it would be tried for minutes before Slurm is asked about the first node."""
+    """However short it ran: without its head it would be tried for minutes before Slurm is asked for the first node."""
     job = make_job(RAY_ENDS_ON="1")
     job.start()
     job.until(lambda: "node n2 has left" in job.said(), "the node's script has ended")

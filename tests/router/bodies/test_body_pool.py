@@ -163,7 +163,9 @@ def test_large_bodies_are_read_at_a_low_priority() -> None:
         own, *others = (os.getpriority(os.PRIO_PROCESS, pid) for pid in (0, usual.pid, large.pid))
         assert others == [own, own + NICENESS] or os.sched_getscheduler(large.pid) == os.SCHED_IDLE
         assert os.sched_getscheduler(usual.pid) == os.sched_getscheduler(0)
-        assert [os.getsid(pid) for pid in (usual.pid, large.pid)] == [os.getsid(0)] * 2  # else priorities count for nothing
+        assert [os.getsid(pid) for pid in (usual.pid, large.pid)] == [
+            os.getsid(0)
+        ] * 2  # else priorities count for nothing
 
     with_pool(use)
 
