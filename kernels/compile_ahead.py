@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import torch
@@ -28,6 +28,8 @@ _ALIGNMENT: Final = 16
 _ONE_AT_A_TIME: Final = threading.Lock()
 _PARSING: Final = threading.Lock()
 """Python 3.11's `ast.parse` may fail where two threads are in it: "AST constructor recursion depth mismatch"."""
+_MOST_TRIES: Final = 10
+"""Of a parse: `inspect` and `traceback` call `ast.parse` too, on any thread."""
 
 
 def compile_ahead(
@@ -55,6 +57,7 @@ def compile_ahead(
 
 def _compile(call_steps: Callable[[], object], num_threads: int, on_progress: Callable[[float], object]) -> int:
     with (
+        _ONE_AT_A_TIME,
         _parsing_alone(),
         ThreadPoolExecutor(num_threads, "compile") as executor,
         triton.AsyncCompileMode(executor) as mode,
@@ -73,6 +76,9 @@ def _parsing_alone() -> Iterator[None]:
 
     def parse_alone(kernel: Any) -> Any:
         with _PARSING:
+            for _ in range(_MOST_TRIES - 1):
+                with suppress(SystemError):
+                    return parse(kernel)
             return parse(kernel)
 
     JITFunction.parse = parse_alone
@@ -96,12 +102,11 @@ def _launching_nothing() -> Iterator[None]:
             run(kernel, *args, grid=grid, warmup=True, **options)
         return None
 
-    with _ONE_AT_A_TIME:
-        JITFunction.run = compile_only
-        try:
-            yield
-        finally:
-            JITFunction.run = run
+    JITFunction.run = compile_only
+    try:
+        yield
+    finally:
+        JITFunction.run = run
 
 
 def _kind(value: Any) -> Any:

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from tensorweave.kernels.compile_ahead import _PARSING, compile_ahead  # noqa: E402
+from tests.workers.waiting import WAIT_S  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -113,6 +114,37 @@ def test_one_thread_parses_at_a_time(device: torch.device, monkeypatch: pytest.M
     assert was_alone
     assert all(was_alone)
     assert JITFunction.parse is watched
+
+
+def test_a_parse_that_another_thread_has_spoilt_is_tried_again(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, parse, kernels = torch.arange(100.0, device=device), JITFunction.parse, list[Any]()
+
+    def spoilt_at_first(kernel: JITFunction[Any]) -> Any:
+        kernels.append(kernel)
+        if len(kernels) == 1:
+            raise SystemError("AST constructor recursion depth mismatch (before=39, after=59)")
+        return parse(kernel)
+
+    monkeypatch.setattr(JITFunction, "parse", spoilt_at_first)
+    assert compile_ahead(lambda: launch(x, x.clone(), 128)) == 1
+    assert kernels[0] is kernels[1]
+
+
+def test_two_may_compile_at_the_same_time(device: torch.device) -> None:
+    x, counts, parse, run = torch.arange(100.0, device=device), list[int](), JITFunction.parse, JITFunction.run
+
+    def compile_own(block: int) -> None:
+        counts.append(compile_ahead(lambda: launch(x, x.clone(), block), num_threads=1))
+
+    threads = [threading.Thread(target=compile_own, args=(block,), daemon=True) for block in (16, 256)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert counts == [1, 1]
+    assert (JITFunction.parse, JITFunction.run) == (parse, run)
 
 
 def test_launches_of_other_threads_go_on(device: torch.device) -> None:
