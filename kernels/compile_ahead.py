@@ -27,9 +27,9 @@ from tensorweave.kernels.kernel_cache import ensure_kernel_cache
 _ALIGNMENT: Final = 16
 _ONE_AT_A_TIME: Final = threading.Lock()
 _PARSING: Final = threading.Lock()
-"""Python 3.11's `ast.parse` may fail where two threads are in it: "AST constructor recursion depth mismatch"."""
+"""Python 3.11's `ast.parse` fails where two are in it at once: "AST constructor recursion depth mismatch"."""
 _MOST_TRIES: Final = 10
-"""Of a parse: `inspect` and `traceback` call `ast.parse` too, on any thread."""
+"""Of a parse: the garbage collector may run within it, and a finalizer that prints a traceback parses too."""
 
 
 def compile_ahead(

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.parsed import parsed
+
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = "tests/test_arrows.py"
 ROOMS = ("cluster", "workers", "router", "kernels", "deploy")
@@ -151,7 +153,7 @@ def place_of(path: str) -> str | None:
 
 def broken_rules(path: str, source: str) -> list[str]:
     place, problems = place_of(path), []
-    tree = ast.parse(source, path)
+    tree = parsed(source, path)
     for line, name in imported_modules(tree):
         if problem := _import_problem(path, place, name):
             problems.append(f"{path}:{line}: {problem}")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.parsed import parsed
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 TOPS = "cluster|workers|router|kernels|deploy|tensorweave|llmapi|tests|docs|slurm|benchmarks|\\.ci"
@@ -38,7 +40,7 @@ def _is_name(dotted: str) -> bool:
     module = place.parent / "__init__.py" if place.parent.is_dir() else place.parent.with_suffix(".py")
     if not module.is_file():
         return False
-    bodies = ast.parse(module.read_text(encoding="utf-8")).body
+    bodies = parsed(module.read_text(encoding="utf-8")).body
     defined = {node.name for node in bodies if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)}
     return place.name in defined or re.search(rf"^{place.name}\b", module.read_text(), re.MULTILINE) is not None
 

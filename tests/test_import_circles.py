@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import graphlib
 from collections.abc import Iterable, Iterator, Mapping
 
+from tests.parsed import parsed
 from tests.test_arrows import CIRCLES, ROOT, imported_modules, place_of, python_files
 
 
@@ -14,7 +14,7 @@ def circle_of(sources: Mapping[str, str]) -> list[str]:
     modules = {module_of(path): path for path in sources}
     imports: dict[str, set[str]] = {}
     for module, path in modules.items():
-        names = [name for _, name in imported_modules(ast.parse(sources[path], path)) if (path, name) not in CIRCLES]
+        names = [name for _, name in imported_modules(parsed(sources[path], path)) if (path, name) not in CIRCLES]
         imports[module] = set(_known_modules(names, modules)) - {module}
     try:
         graphlib.TopologicalSorter(imports).prepare()

@@ -147,6 +147,15 @@ def _convert_literal(text: str) -> str | None:
     if len(text) > _MAX_LITERAL_CHARS:
         return None
     try:
-        return json.dumps(ast.literal_eval(text), ensure_ascii=False, allow_nan=False)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return json.dumps(_read_literal(text), ensure_ascii=False, allow_nan=False)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, SystemError):
         return None
+
+
+def _read_literal(text: str) -> Any:
+    """Tried again, since in Python 3.11 a parse fails within which the garbage collector runs a finalizer that parses
+    too, as printing a traceback does."""
+    try:
+        return ast.literal_eval(text)
+    except SystemError:
+        return ast.literal_eval(text)

@@ -13,6 +13,7 @@ import pytest
 from ray.serve._private import http_util
 
 from tensorweave.cluster.ray_internals import UntestedRay, allow_rebinding, check_version
+from tests.parsed import parsed
 
 ROOT = Path(__file__).parents[2]
 PRIVATE = re.compile(r"ray(\.serve)?\._\w+|ray\.core\b")
@@ -57,7 +58,7 @@ def test_private_parts_are_used_in_one_file() -> None:
     users = {
         path.relative_to(ROOT)
         for path in files
-        if any(PRIVATE.match(name) for name in imported(ast.parse(path.read_text(encoding="utf-8"))))
+        if any(PRIVATE.match(name) for name in imported(parsed(path.read_text(encoding="utf-8"))))
     }
     assert users == {Path("cluster/ray_internals.py")}
 
