@@ -20,6 +20,9 @@ def lower_priority(process: int = 0) -> None:
 
     Ray gives its workers niceness 15, to which 4 can be added at most: a third of a core. There, Linux' policy for idle
     work gives a twelfth, and such work never keeps a core from others that wake up.
+
+    The process must be in the step loops' session: Linux may schedule sessions in turns (sched_autogroup_enabled), and
+    a low priority in one is none beside another.
     """
     with contextlib.suppress(ProcessLookupError):
         lower = os.getpriority(os.PRIO_PROCESS, process) + NICENESS

@@ -179,8 +179,7 @@ class WorkerParent:
         await send_fd(control, priority.value, connection.fileno())
 
     async def _start(self) -> socket.socket:
-        """Not in a session of its own: Linux may schedule sessions in turns (sched_autogroup_enabled), and a low
-        priority in one is none beside another. It ignores Ctrl-C, and ends with its input."""
+        """In this session, as `lower_priority` needs. It ignores Ctrl-C, and ends with its input."""
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         control, theirs = socket.socketpair()
         self._control = control

@@ -116,7 +116,7 @@ def test_one_thread_parses_at_a_time(device: torch.device, monkeypatch: pytest.M
     assert JITFunction.parse is watched
 
 
-def test_a_parse_that_another_thread_has_spoilt_is_tried_again(
+def test_a_parse_that_another_one_has_spoilt_is_tried_again(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, parse, kernels = torch.arange(100.0, device=device), JITFunction.parse, list[Any]()

@@ -70,9 +70,7 @@ class _TrialProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            # Ctrl-C goes to this process; that one ends with its input. Not in a session of its own: Linux may schedule
-            # sessions in turns (sched_autogroup_enabled), and a low priority in one is none beside another.
-            process_group=0,
+            process_group=0,  # Ctrl-C goes to this process; that one ends with its input, and needs this session
         )
         self._lock = threading.Lock()
         self._vocabulary: Future[Vocabulary] = Future()
