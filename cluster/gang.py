@@ -9,21 +9,20 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import secrets
 import time
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, Final, Self, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from tensorweave.cluster.adapter_registry import AdapterRecord
 from tensorweave.cluster.errors import NotReady, WorkerLost
 from tensorweave.cluster.gang_record import GangRecord
 from tensorweave.cluster.gang_spec import GangSpec
-from tensorweave.cluster.hosts import Hosts
+from tensorweave.cluster.gang_start import GangStart
 from tensorweave.cluster.memory_kills import describe_kills, describe_local_kills
 from tensorweave.cluster.mesh import MeshRank
 from tensorweave.cluster.placement import NamedGroup, live_node_ids, live_nodes, place, placed_on
@@ -35,8 +34,7 @@ from tensorweave.cluster.rank_link import RankLinkMonitor
 from tensorweave.cluster.rank_places import RankPlaces
 from tensorweave.cluster.rank_processes import RankProcesses
 from tensorweave.cluster.rank_watch import RankWatch, death_reason, first_line
-from tensorweave.cluster.ranks import RankOrder, RankReport, RankStarted, describe_durations, describe_phases
-from tensorweave.cluster.versions import Versions, explain_mix
+from tensorweave.cluster.ranks import RankReport, RankStarted, describe_durations, describe_phases
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +77,6 @@ class Gang:
         self._slot = slot
         self._namespace = namespace
         self._pool_places = places or PoolPlaces(self._group_name, spec.placement)
-        self._secret = secrets.token_hex(16)
-        self._kv_secret = secrets.token_hex(16)
         self._group: PlacementGroup | None = None
         self._actors: list[ActorHandle[Any]] = []
         self._processes = RankProcesses((), live_node_ids)
@@ -144,105 +140,32 @@ class Gang:
         self._places = RankPlaces(places, node_ips)
         if scattered := self._places.scattered_stages(self.spec.mesh):
             logger.warning("gang %s: pipeline stages %s have ranks on several hosts each", self.gang_id, scattered)
-        await self._check_versions()
-        self._check_encryption()
-        hosts = Hosts.choose(places, node_ips)
-        starting = asyncio.ensure_future(
-            _gather([self._start_rank(rank, self._order(rank, hosts)) for rank in range(len(self._actors))])
-        )
+        start = GangStart(self.gang_id, self.epoch, self.spec, self._actors, self._places)
+        await start.check()
         self._watch = RankWatch(self._actors, self._places.name, self.spec.hang_timeout_s, self._note_report)
+        started = await self._run_watched(start)
+        logger.info("gang %s has started: %s", self.gang_id, describe_durations(started))
+        if started[0].link is not None:
+            self._link = RankLinkMonitor(self.gang_id, started[0].link)
+        address = start.address_of(started)
+        where = (self._places.places, self._places.node_ips)
+        self._record = GangRecord(self._pool, self._slot, self.spec, address, *where, started[0].link)
+        await self._actors[0].keep_record.remote(self._record)
+        return address
+
+    async def _run_watched(self, start: GangStart) -> Sequence[RankStarted]:
+        """Raises WorkerLost as soon as a rank has died, whatever the others still wait for."""
+        starting = asyncio.ensure_future(start.run())
         watching = asyncio.ensure_future(self._watch.until_fault_while_starting())
         try:
             await asyncio.wait({starting, watching}, return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
                 why = watching.result() + await describe_kills(self._places.places)
                 raise WorkerLost(f"gang {self.gang_id} while starting: {why}")
-            started: list[RankStarted] = starting.result()
+            return starting.result()
         finally:
             starting.cancel()
             watching.cancel()
-        logger.info("gang %s has started: %s", self.gang_id, describe_durations(started))
-        if started[0].link is not None:
-            self._link = RankLinkMonitor(self.gang_id, started[0].link)
-        leader = started[0].leader
-        assert leader is not None, "rank 0 is the leader"
-        address = GangAddress(
-            self.gang_id,
-            self.epoch,
-            self.spec.role,
-            hosts.listen,
-            leader.port,
-            self._secret,
-            leader.info,
-            tls=self.spec.tls,
-        )
-        address = dataclasses.replace(address, kv_source=self._kv_source(started))
-        where = (self._places.places, self._places.node_ips)
-        self._record = GangRecord(self._pool, self._slot, self.spec, address, *where, started[0].link)
-        await self._actors[0].keep_record.remote(self._record)
-        return address
-
-    async def _check_versions(self) -> None:
-        """Raises ValueError if a rank's host has another version of this package: another attempt would fail too."""
-        versions: dict[str, Versions | None] = {}
-        for rank, actor in enumerate(self._actors):
-            try:
-                versions[self._places.name(rank)] = Versions.from_wire(await actor.versions.remote())
-            except RayTaskError:  # an older version has no such method
-                versions[self._places.name(rank)] = None
-        if mix := explain_mix(Versions.here(), versions):
-            raise ValueError(mix)
-
-    def _check_encryption(self) -> None:
-        """Raises ValueError if TLS is wanted and the ranks would send each other prompts and tokens without it."""
-        addresses = sorted(set(self._places.ips()))
-        if self.spec.tls is not None and not self.spec.allow_plain_gangs and len(addresses) > 1:
-            raise ValueError(
-                f"network.tls is set, and gang {self.gang_id} would span the hosts {', '.join(addresses)}: gloo and "
-                "NCCL, which connect its ranks, do not encrypt. Place each gang on one host, or set "
-                "network.allow_plain_gangs"
-            )
-
-    async def _start_rank(self, rank: int, order: RankOrder) -> RankStarted:
-        """If there are several hosts, an error names the rank and host that it comes from."""
-        try:
-            started: RankStarted = await self._actors[rank].start.remote(order)
-            return started
-        except RayActorError:
-            raise
-        except RayError as error:
-            prefix = f"{self._places.name(rank)}: " if len(self._places.node_ips) > 1 else ""
-            raise start_error(self.gang_id, error, prefix) from error
-
-    def _kv_source(self, started: Sequence[RankStarted]) -> KvSource | None:
-        """Where other gangs fetch this one's KV; None if its ranks send none."""
-        endpoints = tuple(rank.kv_endpoint for rank in started if rank.kv_endpoint is not None)
-        if not endpoints:
-            return None
-        fingerprint = started[0].kv_fingerprint
-        for number, rank in enumerate(started):
-            if rank.kv_endpoint is None or rank.kv_fingerprint != fingerprint:
-                raise WorkerLost(f"gang {self.gang_id}: ranks 0 and {number} differ in how they store KV")
-        return KvSource(self.gang_id, endpoints, fingerprint, self._kv_secret)
-
-    def _order(self, rank: int, hosts: Hosts) -> RankOrder:
-        return RankOrder(
-            gang_id=self.gang_id,
-            place=MeshRank(rank, self.spec.mesh),
-            args=self.spec.args,
-            leader=self._actors[0] if rank else None,
-            interface_ip=hosts.peers[rank],
-            listen_host=hosts.listen,
-            transfer_host=hosts.reached[rank],
-            num_ranks_here=self._places.num_ranks_beside(rank),
-            has_gpu=self.spec.gpus_per_rank > 0,
-            start_timeout_s=self.spec.start_timeout_s,
-            model_digest=self.spec.model_digest,
-            secret=self._secret,
-            kv_secret=self._kv_secret,
-            transfer_network=self.spec.transfer_network,
-            tls=self.spec.tls,
-        )
 
     # ---- supervision
 

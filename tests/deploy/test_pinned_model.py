@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from ray.exceptions import RayTaskError
 
-from tensorweave.cluster.gang import Gang
 from tensorweave.cluster.gang_spec import GangSpec
+from tensorweave.cluster.gang_start import GangStart
 from tensorweave.cluster.mesh import Mesh
 from tensorweave.cluster.rank_places import RankPlaces
 from tensorweave.cluster.ranks import RankOrder, RankPlace
@@ -110,18 +110,19 @@ def order(model: Path, digest: str) -> RankOrder:
         ({"n1": "10.0.0.1"}, "no model directory '/m'"),
     ],
 )
-def test_an_error_of_one_host_of_several_names_it(tmp_path: Path, node_ips: dict[str, str], told: str) -> None:
+def test_an_error_of_one_host_of_several_names_it(node_ips: dict[str, str], told: str) -> None:
     class Start:
         async def remote(self, order: RankOrder) -> None:
-            raise RayTaskError("start", "a stack", ValueError("no model directory '/m'"))
+            if order.place.rank == 1:
+                raise RayTaskError("start", "a stack", ValueError("no model directory '/m'"))
 
     class Rank:
         start = Start()
 
-    gang = Gang(GangSpec(mesh=Mesh(tensor=2)), RankWorker, "g", 1)
-    gang._actors = [Rank(), Rank()]  # type: ignore[list-item]
     last = list(node_ips)[-1]
-    gang._places = RankPlaces([RankPlace("n1", 11, 0.0), RankPlace(last, 12, 0.0)], node_ips)
+    places = RankPlaces([RankPlace("n1", 11, 0.0), RankPlace(last, 12, 0.0)], node_ips)
+    ranks: list[Any] = [Rank(), Rank()]
+    start = GangStart("g", 1, GangSpec(mesh=Mesh(tensor=2)), ranks, places)
     with pytest.raises(ValueError, match="no model directory") as caught:
-        asyncio.run(gang._start_rank(1, order(tmp_path, "d")))
+        asyncio.run(start.run())
     assert str(caught.value) == told
