@@ -13,9 +13,10 @@ from starlette.types import Receive, Scope, Send
 
 from tensorweave.router.http.arrivals import Arrivals
 from tensorweave.router.http.connections import BoundedHttpProtocol, ConnectionLimits
-from tests.router.serving import PATIENCE_S, running, until
+from tests.router.serving import running, until
+from tests.router.skipping_loop import run_skipping, skip
 
-SOON_S = 0.1
+HEAD_S = 30.0
 NEVER_S = 1000.0
 NUM_POSTS = 40
 OK = b"HTTP/1.1 200"
@@ -84,7 +85,7 @@ Connect = Callable[[], Awaitable[Client]]
 async def serving(app: Recorded, arrivals: Arrivals, limits: ConnectionLimits) -> AsyncIterator[Connect]:
     clients: list[Client] = []
     protocol = functools.partial(BoundedHttpProtocol, limits, {}, arrivals)
-    async with asyncio.timeout(2 * PATIENCE_S), running(app, protocol) as url:
+    async with asyncio.timeout(NEVER_S), running(app, protocol) as url:
 
         async def connect() -> Client:
             clients.append(Client(*await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))))
@@ -107,7 +108,7 @@ def run(
         async with serving(app, arrivals, limits or ConnectionLimits(head_timeout_s=NEVER_S)) as connect:
             await body(connect, app)
 
-    asyncio.run(call())
+    run_skipping(call())
 
 
 @pytest.mark.parametrize("most", [1, 3])
@@ -195,12 +196,12 @@ def test_a_request_that_waits_for_its_turn_is_not_given_up() -> None:
             clients.append(await connect())
             clients[-1].send("POST", "/")
             await until(lambda: len(held.requests) == number + 1)  # noqa: B023
-        await asyncio.sleep(3 * SOON_S)
+        await skip(3 * HEAD_S)
         held.release()
         for client in clients:
             assert await client.answer() == b"0"
 
-    run(body, held, ConnectionLimits(head_timeout_s=SOON_S, max_waiting=1))
+    run(body, held, ConnectionLimits(head_timeout_s=HEAD_S, max_waiting=1))
 
 
 def test_half_a_head_counts_among_the_waiting_once_its_turn_is_over() -> None:

@@ -144,7 +144,7 @@ def test_clients_that_connect_together_before_they_send_are_all_answered() -> No
         for reader, _ in clients:
             assert (await answer_of(reader)).startswith(b"HTTP/1.1 200")
 
-    serve(ConnectionLimits(), body, NEVER_S)
+    serve(ConnectionLimits(head_timeout_s=NEVER_S), body, NEVER_S)
 
 
 def test_a_large_body_has_its_time_and_so_have_many_requests_of_one_connection() -> None:
