@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tensorweave.cli import batch_run
 from tensorweave.cli.batch_input import ENDPOINTS, BatchRequest, LineIndex, read_lines
 from tensorweave.cli.batch_output import ResultFile
 from tensorweave.cli.batch_sender import Answer, Sender
@@ -218,13 +219,17 @@ def test_a_service_that_is_away_for_too_long_leaves_lines_which_the_next_run_ans
 def test_a_request_that_always_fails_is_left_and_the_others_are_answered(
     batch: Batch, service: ScriptedService, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    has_failed = threading.Event()
+    is_tried_again, all_others_are_sent = threading.Event(), threading.Event()
 
     def reply(body: dict[str, Any], attempt: int) -> Reply | None:
         if body["prompt"] == "poison":
-            has_failed.set()
+            if attempt == 2:  # its time runs; others are answered within it
+                is_tried_again.set()
+                assert all_others_are_sent.wait(PATIENCE_S)
             return 500, {}, {}
-        assert has_failed.wait(PATIENCE_S)
+        if body["prompt"] == "19":
+            all_others_are_sent.set()
+        assert is_tried_again.wait(PATIENCE_S)
         return answered(body, attempt)
 
     service.reply = reply
@@ -281,10 +286,21 @@ def test_a_wrong_key_ends_the_run_and_makes_no_error_lines(
     assert (batch.answers(), read(batch.errors), service.attempts.total()) == ([], [], 1)
 
 
-def test_the_first_signal_lets_running_requests_finish(batch: Batch, service: ScriptedService) -> None:
+@pytest.fixture
+def is_stopping(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set once the command says that it has received the first signal."""
+    told = threading.Event()
+    monkeypatch.setattr(batch_run.tqdm, "write", lambda *args, **options: told.set())
+    return told
+
+
+def test_the_first_signal_lets_running_requests_finish(
+    batch: Batch, service: ScriptedService, is_stopping: threading.Event
+) -> None:
     def reply(body: dict[str, Any], attempt: int) -> Reply | None:
         if body["prompt"] == "2":
             os.kill(os.getpid(), signal.SIGTERM)
+            assert is_stopping.wait(PATIENCE_S)
         return answered(body, attempt)
 
     service.reply = reply
@@ -296,13 +312,13 @@ def test_the_first_signal_lets_running_requests_finish(batch: Batch, service: Sc
     assert len(batch.names()) == service.attempts.total() == 50
 
 
-def test_the_second_signal_cancels_them(batch: Batch, service: ScriptedService) -> None:
+def test_the_second_signal_cancels_them(batch: Batch, service: ScriptedService, is_stopping: threading.Event) -> None:
     may_answer = threading.Event()
 
     def reply(body: dict[str, Any], attempt: int) -> Reply | None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
-            threading.Event().wait(0.2)  # two signals at once may be one
+            assert is_stopping.wait(PATIENCE_S)  # two signals at once may be one
         assert may_answer.wait(PATIENCE_S)
         return None
 
