@@ -21,11 +21,18 @@ from tensorweave.router.http.tracing import Tracing, exported_tracing, otlp_trac
 from tests.http_server import serving
 from tests.router.calls import CHAT, COMPLETIONS, scripted
 from tests.router.fake_fleet import FakeLink, Fault
-from tests.router.serving import MODEL, ONE_ATTEMPT, chat, client_of, completion, make_service, model_info
+from tests.router.serving import MODEL, ONE_ATTEMPT, PATIENCE_S, chat, client_of, completion, make_service, model_info
 
 SECRET = "xyzzy-of-the-prompt"
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 UNSAMPLED = PARENT[:-2] + "00"
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not sent in time is lost, and sent again it is there twice."""
+    monkeypatch.setattr(tracing, "_CLOSE_TIMEOUT_S", PATIENCE_S)
+    monkeypatch.setattr(tracing, "_EXPORT_TIMEOUT_S", PATIENCE_S)
 
 
 def send(
@@ -170,5 +177,6 @@ def test_a_collector_gets_them_over_otlp() -> None:
 
 def test_a_collector_that_is_gone_delays_the_end_a_little_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "_CLOSE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(tracing, "_EXPORT_TIMEOUT_S", 1.0)  # its thread ends soon, and logs nothing into other tests
     recorder = otlp_tracing("http://127.0.0.1:9/v1/traces", 1.0, "svc", "r")
     assert send(recorder, COMPLETIONS, completion(), [scripted()], {}).status_code == 200
