@@ -33,11 +33,17 @@ SERVED = ServedModel((MODEL, "alias"), model_info(max_seq_len=2048), max_sequenc
 PADDING = INLINE_BYTES + 1
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parent that is killed because it is late leaves its stopped workers behind."""
+    monkeypatch.setattr(worker_process, "_EXIT_TIMEOUT_S", PATIENCE_S)
+
+
 @asynccontextmanager
 async def pool() -> AsyncIterator[BodyPool]:
     bodies = BodyPool(byte_level())
     try:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(4 * PATIENCE_S):  # each parent of workers imports for two seconds of processor time
             yield bodies
     finally:
         await bodies.close()
