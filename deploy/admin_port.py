@@ -77,6 +77,8 @@ class AdminPort:
             ssl_keyfile=None if self._tls is None else self._tls.key,
         )
         self._server = uvicorn.Server(config)
+        if self._is_closing.is_set():  # `close` came before there was a server to end
+            self._server.should_exit = True
         await self._server.serve(sockets=[listener])
 
 

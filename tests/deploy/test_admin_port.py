@@ -13,6 +13,7 @@ import httpx
 import pytest
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
+from starlette.types import ASGIApp
 
 from tensorweave.cluster.router_report import RouterReport
 from tensorweave.cluster.tls import check_listener_files, pinned_context
@@ -25,6 +26,11 @@ from tests.router.admin.small_admin import SmallAdmin, pool
 OWN_HOST = "127.77.1.10"
 """A loopback address where nobody else takes a port that we have just let go."""
 PATIENCE_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin_port, "_CLOSE_TIMEOUT_S", PATIENCE_S)
 
 
 def test_it_waits_for_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -56,7 +62,7 @@ def test_https_with_a_certificate_of_its_own(tmp_path: Path) -> None:
     try:
         assert status_of(url, pinned_context(files.certificate)) == 200
         with pytest.raises(httpx.ConnectError, match="certificate verify failed"):
-            httpx.get(url, trust_env=False, verify=pinned_context(other.certificate))
+            httpx.get(url, trust_env=False, verify=pinned_context(other.certificate), timeout=PATIENCE_S)
     finally:
         listening.close()
 
@@ -85,6 +91,25 @@ def test_one_that_has_not_got_its_port_can_be_closed() -> None:
         listening = AdminPort(OWN_HOST, other.getsockname()[1], lambda: SmallAdmin().app)
         listening.start()
         listening.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "admin-port"]
+
+
+def test_one_that_is_closed_while_it_starts_ends() -> None:
+    is_building, may_build = threading.Event(), threading.Event()
+
+    def build() -> ASGIApp:
+        is_building.set()
+        assert may_build.wait(PATIENCE_S)
+        return SmallAdmin().app
+
+    listening = AdminPort(OWN_HOST, 0, build)
+    listening.start()
+    assert is_building.wait(PATIENCE_S)
+    closing = threading.Thread(target=listening.close)
+    closing.start()
+    assert listening._is_closing.wait(PATIENCE_S)
+    may_build.set()
+    closing.join(PATIENCE_S)
     assert not [thread for thread in threading.enumerate() if thread.name == "admin-port"]
 
 
