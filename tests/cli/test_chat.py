@@ -11,6 +11,7 @@ import pytest
 
 from tensorweave.cli.chat import ChatFailed, Conversation
 from tensorweave.cli.main import main
+from tests.http_server import PATIENCE_S
 
 OPTIONS = {"max_tokens": 16}
 
@@ -25,7 +26,7 @@ def test_one_message_streams_its_answer(endpoint: Any, capsys: pytest.CaptureFix
 
 
 def test_a_conversation_keeps_its_messages_but_not_those_of_a_failed_answer(endpoint: Any) -> None:
-    with httpx.Client(base_url=endpoint.url) as client:
+    with httpx.Client(base_url=endpoint.url, timeout=PATIENCE_S) as client:
         conversation = Conversation(client, "fake-model")
         assert "".join(conversation.ask("one", OPTIONS)) == "The capital of France is Paris."
         endpoint.trouble = "refuse"

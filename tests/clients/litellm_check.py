@@ -65,7 +65,7 @@ def check_history(shared: dict[str, Any]) -> None:
 def main() -> None:
     url, model = sys.argv[1:]
     key = os.environ.get("OPENAI_API_KEY", "none")
-    cards = httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"}).json()["data"]
+    cards = httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"}, timeout=120).json()["data"]
     shared = {"model": f"openai/{model}", "api_base": f"{url}/v1", "api_key": key, "num_retries": 0, "timeout": 120}
     check_too_long(shared, cards[0]["max_model_len"])
     check_history(shared)

@@ -15,7 +15,7 @@ from tensorweave.router.http.app import build_app
 from tensorweave.router.http.connections import ConnectionLimits, bounded_protocol
 from tests.router.calls import CHAT
 from tests.router.fake_fleet import FakeLink
-from tests.router.serving import chat, client_of, make_service, model_info, running
+from tests.router.serving import PATIENCE_S, chat, client_of, make_service, model_info, running
 
 
 @pytest.mark.parametrize("server", ["ingress", "plain"])
@@ -50,7 +50,8 @@ def test_what_is_no_valid_id_is_not_sent_back(given: bytes) -> None:
     app = http_util.RequestIdMiddleware(app)  # as Serve wraps it
 
     async def call() -> httpx.Response:
-        async with running(app, bounded_protocol(ConnectionLimits())) as url, httpx.AsyncClient() as client:
+        http = bounded_protocol(ConnectionLimits(head_timeout_s=PATIENCE_S))
+        async with running(app, http) as url, httpx.AsyncClient(timeout=PATIENCE_S) as client:
             return await client.get(f"{url}/version", headers={b"x-request-id": given})
 
     answer = asyncio.run(call())

@@ -15,7 +15,7 @@ from tensorweave.router.http.app import build_app
 from tensorweave.router.service import RouterService
 from tests.router.calls import CHAT, COMPLETIONS, check_error, post, scripted
 from tests.router.fake_fleet import FakeLink, Fault
-from tests.router.serving import MODEL, chat, client_of, completion, make_service, running, until
+from tests.router.serving import MODEL, PATIENCE_S, chat, client_of, completion, make_service, running, until
 
 PAGE, STRANGER = "https://chat.example.org", "https://elsewhere.example"
 KEY = "the-key"
@@ -176,7 +176,7 @@ def test_head_is_get_without_a_body() -> None:
     """Over a real connection, where a body would be taken for the next answer."""
 
     async def send() -> None:
-        async with running(build_app(service_of(scripted()))) as url, httpx.AsyncClient() as client:
+        async with running(build_app(service_of(scripted()))) as url, httpx.AsyncClient(timeout=PATIENCE_S) as client:
             for path in ("/v1/models", "/health", "/metrics", "/version", "/ping"):
                 told = await client.head(url + path)
                 assert (told.status_code, told.content) == (200, b"")
