@@ -6,14 +6,15 @@ import argparse
 import itertools
 import json
 import math
-import time
 import xml.etree.ElementTree as ElementTree
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tensorweave.cli import suite_run
 from tensorweave.cli.bench_suite import engine_options
 from tensorweave.cli.main import build_parser, main
 from tensorweave.cli.suite_figures import RowResult, markdown
@@ -150,7 +151,7 @@ def test_every_run_has_prompts_of_its_own() -> None:
 def test_a_row_that_is_limited_in_time_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock advances by a second per reading: two readings time a run, one asks whether another fits."""
     ticks = itertools.count()
-    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(suite_run, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     suite, args = SUITES["tiny"], parsed("tiny", "--limit-s", "9")
     first, second, third = run_rows(suite, suite.rows, exact, args, deadline_s=9.0, row_s=lambda row: 1.5)
     assert (len(first.runs_s), first.note) == (2, "")
@@ -161,7 +162,7 @@ def test_a_row_that_is_limited_in_time_says_so(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_run_that_was_the_last_to_fit_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
-    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(suite_run, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     suite, args = SUITES["tiny"], parsed("tiny", "--limit-s", "5")
     first, *_ = run_rows(suite, suite.rows, exact, args, deadline_s=5.0)
     assert (len(first.runs_s), first.note) == (1, "1 of 2 runs: limited to 5 s in all")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tensorweave import RequestOutput
+from tensorweave.cli import bench_trace
 from tensorweave.cli.bench_trace import host_figures, steps_table, take_steps
 from tensorweave.cli.main import main
 from tensorweave.cli.trace_events import Event, Trace, events_of, last_part
@@ -171,7 +172,7 @@ def test_the_end_of_a_request_is_seen_although_nobody_reads_its_tokens() -> None
 
 def test_requests_that_never_run_together_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count(step=50)
-    monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(bench_trace, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     running: Any = Running([], [stats_row(1, 0, 1)])
     with pytest.raises(ValueError, match="0 steps had all 2 requests in them: lower --batch-sizes"):
         take_steps(running, [running, running], 2)
