@@ -14,7 +14,7 @@ from tensorweave.router.guided.limits import GuidedLimits
 from tensorweave.router.guided.params import GuideParams
 
 CPU_S = 1.0
-"""More processor time than any refusal takes, on any machine that runs the tests."""
+"""More processor time of this thread than any refusal takes, on any machine that runs the tests."""
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -76,13 +76,13 @@ BOMBS: list[tuple[str, GuideParams, str]] = [
 
 @pytest.mark.parametrize(("params", "reason"), [bomb[1:] for bomb in BOMBS], ids=[bomb[0] for bomb in BOMBS])
 def test_what_is_too_much_is_refused_quickly(params: GuideParams, reason: str) -> None:
-    began_s = time.process_time()
+    began_s = time.thread_time()  # what threads of earlier tests do does not count
     if reason:
         with pytest.raises(RequestRejected, match=reason):
             guide_for(params)
     else:
         guide_for(params)
-    assert time.process_time() - began_s < CPU_S
+    assert time.thread_time() - began_s < CPU_S
 
 
 def test_limits_can_be_raised_and_lowered() -> None:
