@@ -11,6 +11,8 @@ import pytest
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError
 
+from tensorweave.cluster import fleet as fleet_module
+from tensorweave.cluster import socket_link
 from tensorweave.cluster.errors import NotReady, WorkerLost
 from tensorweave.cluster.fleet import StaticFleet, WatchedFleet
 from tensorweave.cluster.kv_links import Pair
@@ -23,6 +25,13 @@ from tensorweave.workers.fakes.fake_executor import FAKE_INFO, FakeExecutor, fak
 from tensorweave.workers.leader.server import LeaderServer
 
 _PATIENCE_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leader's thread or an answer that is late for some seconds is neither lost nor away."""
+    monkeypatch.setattr(socket_link, "SILENCE_LIMIT_S", _PATIENCE_S)
+    monkeypatch.setattr(fleet_module, "_DESCRIBE_TIMEOUT_S", _PATIENCE_S)
 
 
 class _Method:
