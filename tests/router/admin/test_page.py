@@ -22,7 +22,7 @@ from tensorweave.router.http.app import build_app
 from tests.router.admin.small_admin import HOST, SmallAdmin, gang, pool, rank, router_metrics
 from tests.router.admin.test_access import KEY, digests
 from tests.router.calls import scripted
-from tests.router.fake_fleet import FakeLink
+from tests.router.fake_fleet import FakeLink, Fault
 from tests.router.serving import make_service
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'tensorweave[browser]'")
@@ -130,7 +130,7 @@ def test_a_chat_through_the_endpoint(browser: Any) -> None:
 
 
 def test_a_chat_is_stopped(browser: Any) -> None:
-    link = scripted("word " * 200, step_s=0.05)
+    link = scripted("word " * 200, faults=[Fault("stall", after=20)])  # it would be over before the click
     with listening(build_app(make_service(link))) as endpoint, opened(browser, admin_of(endpoint=endpoint)) as page:
         page.locator("#question").fill("Talk")
         page.locator("#send").click()
