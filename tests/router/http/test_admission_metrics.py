@@ -9,7 +9,7 @@ import httpx
 
 from tensorweave.router.dispatch.admission import Limits
 from tensorweave.router.http.app import build_app
-from tests.router.fake_fleet import FakeLink
+from tests.router.fake_fleet import FakeLink, Fault
 from tests.router.serving import chat, client_of, make_service, model_info, script_of, until
 
 KEYS = ("key of the first client", "key of the second client")
@@ -21,9 +21,8 @@ def test_metrics_show_admission_by_key() -> None:
 
 
 async def _ask_and_read() -> None:
-    service = make_service(
-        FakeLink(model_info(), script=script_of("Hello"), step_s=0.01), limits=Limits(max_inflight=1, max_queued=1)
-    )
+    link = FakeLink(model_info(), script=script_of("Hello"), faults=[Fault("stall")])
+    service = make_service(link, limits=Limits(max_inflight=1, max_queued=1))
     service.key_digests = [f"sha256:{digest}" for digest in DIGESTS]
 
     async def ask(client: httpx.AsyncClient, headers: dict[str, str]) -> int:
@@ -35,6 +34,7 @@ async def _ask_and_read() -> None:
         await until(lambda: service.dispatcher.num_waiting == 1)
         assert await ask(client, first) == 429
         assert await ask(client, second) == 429
+        link.goes_on.set()
         assert await asyncio.gather(*tasks) == [200, 200]
         text = (await client.get("/metrics", headers=second)).text
     rows = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("tensorweave_admission_"))
