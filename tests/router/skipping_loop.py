@@ -1,5 +1,5 @@
-"""An event loop on the machine's clock that a test sets forward: limits may then be long, so that no pause of the process
-is taken for a client's silence, and what happens after them is seen at once."""
+"""An event loop on the machine's clock that a test sets forward: limits may then be long, so that no pause of the
+process is taken for a client's silence, and what happens after them is seen at once."""
 
 from __future__ import annotations
 

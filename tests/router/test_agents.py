@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from tensorweave.router.http.app import build_app
 from tests.router.scripted_model import ScriptedLink
-from tests.router.serving import MODEL, make_service, model_info, running
+from tests.router.serving import MODEL, PATIENCE_S, make_service, model_info, running
 from tests.router.small_tokenizers import hermes
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ def test_a_loop_over_chats(is_streamed: bool) -> None:
 
     async def use(url: str) -> str:
         messages: list[Any] = [{"role": "user", "content": TASK}]
-        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as client:
             while True:
                 message = await one(client, messages)
                 messages.append(message.model_dump())
@@ -83,7 +83,7 @@ def test_a_loop_over_responses() -> None:
 
     async def use(url: str) -> str:
         items: list[Any] = [{"role": "user", "content": TASK}]
-        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as client:
             while True:
                 response = await client.responses.create(model=MODEL, input=items, tools=tools, store=False)
                 items += [item.model_dump(exclude_none=True) for item in response.output]
@@ -105,7 +105,7 @@ def test_a_loop_over_messages(is_streamed: bool) -> None:
 
     async def use(url: str) -> str:
         messages: list[Any] = [{"role": "user", "content": TASK}]
-        async with AsyncAnthropic(base_url=url, api_key="none", max_retries=0) as client:
+        async with AsyncAnthropic(base_url=url, api_key="none", max_retries=0, timeout=PATIENCE_S) as client:
             while True:
                 message = await one(client, messages)
                 messages.append({"role": "assistant", "content": message.content})
@@ -141,7 +141,7 @@ def test_parsed_calls() -> None:
     """`parse` makes strict functions of classes, and objects of their calls."""
 
     async def use(url: str) -> Any:
-        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as client:
             answer = await client.chat.completions.parse(
                 model=MODEL,
                 messages=[{"role": "user", "content": 'CALL Sum {"a": 1, "b": 2}'}],
@@ -159,7 +159,7 @@ def test_parsed_texts() -> None:
 
     async def use(url: str) -> tuple[Any, Any]:
         told = 'SAY {"a": 1, "b": 2}'
-        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as client:
             chat = await client.chat.completions.parse(
                 model=MODEL, messages=[{"role": "user", "content": told}], response_format=Sum
             )

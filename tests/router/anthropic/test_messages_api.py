@@ -17,7 +17,7 @@ from tensorweave.router.anthropic.schemas import EVENTS, AnswerMessage, Messages
 from tensorweave.router.http.app import build_app
 from tests.router.calls import post
 from tests.router.fake_fleet import FakeLink, Fault
-from tests.router.serving import MODEL, ONE_ATTEMPT, make_service, model_info, running, script_of
+from tests.router.serving import MODEL, ONE_ATTEMPT, PATIENCE_S, make_service, model_info, running, script_of
 from tests.router.small_tokenizers import hermes
 
 T = TypeVar("T")
@@ -40,7 +40,10 @@ def scripted(text: str, **options: Any) -> FakeLink:
 def with_client(use: Callable[[AsyncAnthropic], Awaitable[T]], link: FakeLink) -> T:
     async def run() -> T:
         app = build_app(make_service(link, tokenizer=hermes(), limits=ONE_ATTEMPT))
-        async with running(app) as url, AsyncAnthropic(base_url=url, api_key="none", max_retries=0) as client:
+        async with (
+            running(app) as url,
+            AsyncAnthropic(base_url=url, api_key="none", max_retries=0, timeout=PATIENCE_S) as client,
+        ):
             return await use(client)
 
     return asyncio.run(run())

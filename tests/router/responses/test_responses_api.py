@@ -21,7 +21,7 @@ from tensorweave.router.responses.request import ResponsesRequest
 from tensorweave.router.responses.schemas import EVENTS, ResponseObject
 from tests.router.calls import check_error, post
 from tests.router.fake_fleet import FakeLink, Fault
-from tests.router.serving import MODEL, ONE_ATTEMPT, make_service, model_info, running, script_of
+from tests.router.serving import MODEL, ONE_ATTEMPT, PATIENCE_S, make_service, model_info, running, script_of
 from tests.router.small_tokenizers import hermes
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ def with_client(use: Callable[[AsyncOpenAI], Awaitable[T]], link: FakeLink) -> T
         app = build_app(make_service(link, tokenizer=hermes(), limits=ONE_ATTEMPT))
         async with (
             running(app) as url,
-            AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+            AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as client,
         ):
             return await use(client)
 
