@@ -38,7 +38,7 @@ from tests.e2e.service_process import alive, command_of, wait_until
 VOCAB_SIZE = 1000
 PROMPT = [11, 22, 33]
 FAULT_TO_ERROR_S = 10.0
-READY_TIMEOUT_S = 120.0
+READY_TIMEOUT_S = 240.0
 GONE_TIMEOUT_S = 60.0
 LONG = 500  # tokens: four such fill a gang, and at 100 ms a token outlast whatever a test waits for
 
