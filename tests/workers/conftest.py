@@ -1,5 +1,6 @@
 """Compiles the native kernels before tests wait for them, and raises the timeouts of connections, so that a pause of
-the machine is not taken for a hung peer: of KV transfers always, of a leader's socket if a test asks for it."""
+the machine is not taken for a hung peer: of KV transfers and of a gang's ranks always, of a leader's socket if a test
+asks for it."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch
 
 from tensorweave.cluster import socket_link, wire
 from tensorweave.kernels.native.library import load_native
+from tensorweave.workers.gang import listener
 from tensorweave.workers.transfer.carriers import tcp_client, tcp_server
 from tensorweave.workers.transfer.transports.frame_connection import FrameConnection
 from tests.workers.waiting import WAIT_S
@@ -23,6 +25,7 @@ def _compiled_kernels() -> None:
 
 @pytest.fixture(autouse=True)
 def _patient_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "GREETING_TIMEOUT_S", WAIT_S)
     for module in (tcp_server, tcp_client):
         monkeypatch.setattr(module, "FrameConnection", functools.partial(FrameConnection, silence_s=WAIT_S))
 

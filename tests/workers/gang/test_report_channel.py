@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import socket
 import threading
 import time
 from typing import Any
@@ -86,5 +87,6 @@ def test_a_lost_rank_0_is_noticed() -> None:
     with pytest.raises(WorkerLost, match="rank 0"):
         send_on(follower)
     follower.close()
-    with pytest.raises(WorkerLost, match="cannot be reached"):
-        FollowerReportChannel(leader.address, "secret")
+    with socket.socket() as unheard, pytest.raises(WorkerLost, match="cannot be reached"):
+        unheard.bind(("127.0.0.1", 0))  # and does not listen: a port that was closed may be another process's by now
+        FollowerReportChannel(unheard.getsockname(), "secret")
