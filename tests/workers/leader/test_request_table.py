@@ -241,8 +241,7 @@ def test_an_attached_client_gets_the_log_probabilities_too() -> None:
         executor.allow(10)
         one.close()
         await asyncio.gather(first, return_exceptions=True)
-        while await two.find("r") is None:
-            await asyncio.sleep(0.005)
+        await find_detached(two, "r")
         attaching = asyncio.create_task(attached_chunks(two, "r"))
         while not two.num_inflight:
             await asyncio.sleep(0.005)
