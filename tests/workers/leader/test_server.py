@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import threading
 import time
 from dataclasses import replace
 
@@ -324,5 +323,5 @@ def test_stopping_ends_both_threads_and_the_links() -> None:
     executor = FakeExecutor(step_s=0.002)
     with serving(executor) as (leader, address):
         run(body)
-        names = {thread.name for thread in threading.enumerate()}
-        assert not names & {"leader-loop", "leader-pump"}
+        assert not leader._loop_thread.is_alive()
+        assert not leader._pump_thread.is_alive()
