@@ -220,8 +220,9 @@ def test_held_tokens_are_told_at_the_end_whatever_ends_the_request(is_serial: bo
 
 
 def test_a_deadline_wakes_an_idle_loop() -> None:
-    inbox = Inbox(8)
-    inbox.put(ask("late", [1], deadline_s=0.1))
+    times_s = iter([0.0, 0.0, 0.9, 1.0])  # of the put, of the first step, when the loop is idle, when it has waited
+    inbox = Inbox(8, lambda: next(times_s))
+    inbox.put(ask("late", [1], deadline_s=1.0))
     assert [request.request_id for request in inbox.gather(0, 0.0).arrivals] == ["late"]
     assert inbox.gather(0, idle_wait_s=10 * WAIT_S).expired == ["late"]
 
