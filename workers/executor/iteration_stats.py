@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,25 +32,30 @@ class StepTimer:
     time.
     """
 
-    __slots__ = ("began_s", "forward_began_s", "forward_s", "num_settled", "waited_s")
+    __slots__ = ("_clock", "began_s", "forward_began_s", "forward_s", "num_settled", "waited_s")
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self.num_settled = 0
         self.begin()
 
     def begin(self) -> None:
         """The time before was idle, or is another record's."""
-        self.began_s = self.forward_began_s = time.perf_counter()
+        self.began_s = self.forward_began_s = self._clock()
         self.forward_s = self.waited_s = 0.0
 
+    @property
+    def elapsed_s(self) -> float:
+        return self._clock() - self.began_s
+
     def begin_forward(self) -> None:
-        self.forward_began_s = time.perf_counter()
+        self.forward_began_s = self._clock()
 
     def end_forward(self) -> None:
-        self.forward_s += time.perf_counter() - self.forward_began_s
+        self.forward_s += self._clock() - self.forward_began_s
 
     def end_wait(self) -> None:
-        waited_s = time.perf_counter() - self.forward_began_s
+        waited_s = self._clock() - self.forward_began_s
         self.forward_s += waited_s
         self.waited_s += waited_s
 
@@ -117,7 +122,7 @@ class IterationStats:
                 num_new += 1
                 new_waited_s += flight.launched_s - row.request.arrival_s
         free_blocks = kv.available
-        step_s = time.perf_counter() - timer.began_s
+        step_s = timer.elapsed_s
         self._num_prompt_tokens += num_context_tokens
         self._num_generated_tokens += len(batch.sampled) + drafts.num_accepted
         self._num_drafted += drafts.num_drafted
