@@ -76,8 +76,9 @@ class ProcessGuard:
         faulthandler.cancel_dump_traceback_later()
 
     def _expect_round(self) -> None:
-        """Unless the guard comes round again in time, a thread that needs no interpreter writes the stacks."""
-        faulthandler.dump_traceback_later(self._blocked_s, file=_STDERR)
+        """Until the guard comes round again, a thread that needs no interpreter writes the stacks each time that
+        `blocked_s` have passed: the first may come of a pause of the host, before anything is locked."""
+        faulthandler.dump_traceback_later(self._blocked_s, repeat=True, file=_STDERR)
 
 
 def die_with_parent() -> None:
