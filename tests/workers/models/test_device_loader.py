@@ -189,8 +189,9 @@ def test_leaving_early_ends_the_threads(tmp_path: Path) -> None:
         pass
 
     Gated.gate = gate
-    before = threading.active_count()
     with loading(tmp_path, config, MeshRank(), torch.float32, make_staging=Gated) as loader:
         loader._read_ahead()
+        readers = list(loader._pool._threads)
         gate.set()
-    assert threading.active_count() == before
+    assert readers
+    assert not any(reader.is_alive() for reader in readers)
