@@ -87,6 +87,7 @@ def test_a_lost_rank_0_is_noticed() -> None:
     with pytest.raises(WorkerLost, match="rank 0"):
         send_on(follower)
     follower.close()
-    with socket.socket() as unheard, pytest.raises(WorkerLost, match="cannot be reached"):
+    with socket.socket() as unheard:
         unheard.bind(("127.0.0.1", 0))  # and does not listen: a port that was closed may be another process's by now
-        FollowerReportChannel(unheard.getsockname(), "secret")
+        with pytest.raises(WorkerLost, match="cannot be reached"):
+            FollowerReportChannel(unheard.getsockname(), "secret")

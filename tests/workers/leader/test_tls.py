@@ -118,10 +118,12 @@ def test_a_peer_without_tls_is_refused(address: GangAddress) -> None:
 )
 def test_garbage_is_hung_up_on(address: GangAddress, noise: bytes) -> None:
     """It is answered with an alert at most."""
-    with socket.create_connection((address.host, address.port), timeout=WAIT_S) as sock:
-        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
-            sock.sendall(noise)
-            assert len(b"".join(iter(lambda: sock.recv(4096), b""))) < 100
+    with (
+        socket.create_connection((address.host, address.port), timeout=WAIT_S) as sock,
+        contextlib.suppress(ConnectionResetError, BrokenPipeError),
+    ):
+        sock.sendall(noise)
+        assert len(b"".join(iter(lambda: sock.recv(4096), b""))) < 100
     test_answers_are_encrypted(address)
 
 
