@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import sys
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any, cast
 
@@ -55,6 +58,16 @@ class AskedWorker(RankWorker):
         return cast(PyExecutor, self.executor)
 
 
+@pytest.fixture
+def _a_process_of_its_own() -> Iterator[None]:
+    """A rank freezes what its process has, and lets threads take turns sooner: not in those of other tests."""
+    interval_s = sys.getswitchinterval()
+    yield
+    gc.unfreeze()
+    sys.setswitchinterval(interval_s)
+
+
+@pytest.mark.usefixtures("_a_process_of_its_own")
 def test_a_heartbeat_before_the_loop_starts_is_no_fault() -> None:
     async def body() -> None:
         worker = AskedWorker()
@@ -87,6 +100,7 @@ class UnreachableLeader:
         return failed
 
 
+@pytest.mark.usefixtures("_a_process_of_its_own")
 def test_a_rank_0_that_ray_cannot_reach_is_told_with_who_asked() -> None:
     order = make_order(place=MeshRank(1, Mesh(tensor=2)), leader=UnreachableLeader())
     with pytest.raises(
