@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from tensorweave.cluster.protocol import SamplingSpec
 from tensorweave.workers.transfer.carriers.faulty import FAULTS, Fault, FaultyCarrier
 from tensorweave.workers.transfer.carriers.loop import LoopNetwork
+from tensorweave.workers.transfer.receiving.arrivals import GRACE_S
 from tests.workers.transfer.expected import expected_tokens
 from tests.workers.transfer_drive import (
+    DEADLINE_S,
+    Gang,
     MakeCarrier,
     SharedPools,
     faulty_carriers,
@@ -22,7 +26,9 @@ from tests.workers.transfer_drive import (
     run_disaggregated,
     tcp_carriers,
 )
+from tests.workers.waiting import WAIT_S
 
+LOOK_S = 0.005
 KIND_OF_FAULT = {
     "flip": "digest",
     "stale": "stale",
@@ -35,17 +41,62 @@ KIND_OF_FAULT = {
 }
 
 
+class SteppedDeadlines:
+    """A gang's clock, by which the deadlines of its fetches pass when nothing can come before them: each fetch that is
+    open waits for a put that is delayed."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+        self._has_ended = threading.Event()
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    @contextlib.contextmanager
+    def stepping(self, gang: Gang) -> Iterator[None]:
+        stepper = threading.Thread(target=self._run, args=(gang,), daemon=True)
+        stepper.start()
+        try:
+            yield
+        finally:
+            self._has_ended.set()
+            stepper.join(WAIT_S)
+
+    def _run(self, gang: Gang) -> None:
+        passed: set[tuple[int, str]] = set()
+        while not self._has_ended.wait(LOOK_S):
+            waiting = self._waiting(gang)
+            if waiting is not None and waiting - passed:
+                passed |= waiting
+                self.now_s += DEADLINE_S + 2 * GRACE_S
+
+    def _waiting(self, gang: Gang) -> set[tuple[int, str]] | None:
+        """The fetches on each rank that wait for what is delayed; None if there are others."""
+        waiting: set[tuple[int, str]] = set()
+        for rank, (transfers, carrier) in enumerate(zip(gang.transfers, gang.carriers, strict=True)):
+            assert isinstance(carrier, FaultyCarrier)
+            with transfers._fetches._lock:
+                for fetch in transfers._fetches._fetches.values():
+                    if fetch.is_reported:
+                        continue
+                    is_muted = any(carrier.is_muted(read_id) for read_id in fetch.reads)
+                    if not is_muted or fetch.ticket.ticket_id not in carrier._delayed:
+                        return None
+                    waiting.add((rank, fetch.request_id))
+        return waiting
+
+
 def run_faults(
     make: MakeCarrier, sizes: tuple[int, int], faults: Sequence[Fault], at_least: int, seed: int, whole: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Requests until so many faults have been injected; returns what was injected, and what was counted."""
     rng = random.Random(seed)
     made: list[FaultyCarrier] = []
-    plan = {"rate": 0.6, "faults": faults}
-    knobs: dict[str, Any] = {"num_blocks": 400, **({"timeout_s": 0.5} if "delay" in faults else {})}
+    plan, deadlines = {"rate": 0.6, "faults": faults}, SteppedDeadlines()
     with (
-        hash_gang(sizes[0], make, name="P", **knobs) as prefill,
-        hash_gang(sizes[1], faulty_carriers(make, made, **plan), name="D", **knobs) as decode,
+        hash_gang(sizes[0], make, name="P", num_blocks=400) as prefill,
+        hash_gang(sizes[1], faulty_carriers(make, made, **plan), name="D", num_blocks=400, clock=deadlines) as decode,
+        deadlines.stepping(decode),
     ):
         num_rounds = 0
         while sum(carrier.injected.total() for carrier in made) < at_least:
