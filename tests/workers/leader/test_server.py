@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import time
 from dataclasses import replace
@@ -295,14 +296,26 @@ def test_a_silent_leader_loses_its_requests_within_ten_seconds(monkeypatch: pyte
     run(body)
 
 
-def test_an_idle_leader_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket_link, "SILENCE_LIMIT_S", SILENCE_LIMIT_S)
+def test_an_idle_leader_is_not_silent() -> None:
+    """It pings several times within the limit, for longer than the limit, and each ping is counted as a word."""
+    assert 4 * wire.PING_INTERVAL_S < SILENCE_LIMIT_S
+    num_pings = math.ceil((SILENCE_LIMIT_S + 2.0) / wire.PING_INTERVAL_S)
 
     async def body() -> None:
         async with linked(address) as link:
             executor.hold()
             stream = asyncio.create_task(tokens_of(link, make_request("a")))
-            await asyncio.sleep(SILENCE_LIMIT_S + 2.0)
+            silent_checks: list[int] = []
+            receive = link._receive
+
+            def note(frame: wire.Frame) -> None:
+                if frame == ["ping"]:
+                    silent_checks.append(link._num_silent_checks)
+                receive(frame)
+
+            link._receive = note  # type: ignore[method-assign]
+            await until(lambda: len(silent_checks) >= num_pings)
+            assert set(silent_checks) == {0}
             executor.hold(False)
             assert await stream == fake_output(PROMPT, 4)
 
