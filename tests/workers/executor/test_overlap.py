@@ -222,16 +222,16 @@ def test_the_sequences_of_one_prompt_are_independent() -> None:
     assert answers[0] == answers[1]
 
 
-def test_gangs_that_exchange_kv_answer_as_they_do_one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gangs_that_exchange_kv_answer_as_they_do_one_step_at_a_time() -> None:
     prompts = [prompt * 3 for prompt in random_prompts(12, 40, vocab=1000)]
     samplings = [
         SamplingSpec(12, num_logprobs=i % 3 or None, temperature=i % 2, seed=i, stop_token_ids=tuple(range(0, 1000, 9)))
         for i in range(len(prompts))
     ]
     answers = []
-    for disabled in (True, False):
-        monkeypatch.setitem(PyExecutor.__init__.__kwdefaults__, "disable_overlap_scheduler", disabled)
-        with hash_gang(1, num_blocks=400, max_num_tokens=64) as prefill, hash_gang(2, num_blocks=400) as decode:
+    for overlaps in (False, True):
+        knobs: dict[str, Any] = {"num_blocks": 400, "overlaps": overlaps}
+        with hash_gang(1, max_num_tokens=64, **knobs) as prefill, hash_gang(2, **knobs) as decode:
             got = run_disaggregated(prefill, decode, prompts, samplings)
             answers.append([(each.tokens, each.logprobs, each.finish_reason) for each in got])
             for gang in (prefill, decode):
