@@ -73,7 +73,7 @@ stop_ray() {
 
 start_ray() {
   local group nodes
-  trap 'is_stopping=1; if [ -n "$program" ]; then kill -TERM "$program"; else stop_ray; exit 143; fi' TERM INT
+  trap 'is_stopping=1; stop_ray; exit 143' TERM INT
   if [ "${SLURM_HET_SIZE:-1}" -gt 1 ]; then
     for ((group = 0; group < SLURM_HET_SIZE; group++)); do start_component "_HET_GROUP_$group" "--het-group=$group"; done
   else
@@ -92,8 +92,11 @@ start_ray() {
 
 # Until the program ends. A trapped signal only interrupts `wait`; without the first node's Ray a service cannot end by itself.
 run_beside_ray() {
+  local is_due=''
+  trap 'is_stopping=1; if [ -n "$program" ]; then kill -TERM "$program" || true; else is_due=1; fi' TERM INT
   "$@" &
   program=$!
+  [ -z "$is_due" ] || kill -TERM "$program" 2>/dev/null || true # the signal came while it was started
   while kill -0 "$program" 2>/dev/null; do
     wait -n "$program" "${!node_of[@]}" || true
     drop_ended

@@ -42,6 +42,7 @@ trap 'rm -rf "$directory"' EXIT
 for try in 1 2 3; do
   python -m tensorweave.cli.main ray start "${options[@]}" &
   ray=$!
+  [ -z "$stopping" ] || kill -TERM "$ray" 2>/dev/null || true # asked to while it was started
   while kill -0 "$ray" 2>/dev/null; do wait "$ray" || true; done
   [ -z "$stopping" ] || exit 0
   [ ! -e "$TENSORWEAVE_RAY_IS_UP" ] || break

@@ -44,4 +44,6 @@ def test_a_head_that_is_up_leaves_the_job_alone() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = ("127.0.0.1", server.getsockname()[1])
         assert SCRIPT["is_up"](address)
-    assert not SCRIPT["is_up"](address)
+    with socket.socket() as deaf:  # nobody else listens at its port either
+        deaf.bind(("127.0.0.1", 0))
+        assert not SCRIPT["is_up"](deaf.getsockname())

@@ -15,17 +15,21 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60.0
-# What stays: it ends with 0 when it is asked to, from before it has written down that it is there.
+# What stays: it ends with 0 when it is asked to, from before it has written down that it is there. What a test waits
+# for is there as a whole: `tell FILE WORD...` writes it under another name first.
+TELL = 'tell() { echo "${@:2}" > "$RECORDS/.$1.$$"; mv "$RECORDS/.$1.$$" "$RECORDS/$1"; }'
 END_WELL = "trap 'kill $! 2> /dev/null; exit 0' TERM; "
 STAY = "sleep 600 & wait"
 FAKES = {
-    # Named by the node, so that a test can lose it; the node's script gets the signal, as from Slurm.
+    # Named by the node, so that a test can lose it; the node's script, which starts once its name is there, gets the
+    # signal, as from Slurm.
     "srun": """
         for word in "$@"; do case $word in --nodelist=*) node=${word#--nodelist=} ;; esac; done
         echo "$TENSORWEAVE_NODE $TENSORWEAVE_CPUS $*" >> "$RECORDS/srun"
         while [ "$1" != bash ]; do shift; done
         trap 'kill -TERM $!; wait $!; exit' TERM
-        "$@" & echo $$ $! > "$RECORDS/node-$node"
+        { until [ -e "$RECORDS/node-$node" ]; do sleep 0.05; done; exec "$@"; } &
+        tell "node-$node" $$ $!
         wait $!""",
     "scontrol": """
         case $1 in
@@ -56,17 +60,17 @@ FAKES = {
             echo "$2" > "$RECORDS/awaited"
             until [ "$(wc -l < "$RECORDS/ray")" = "$2" ]; do sleep 0.1; done ;;
           *batch*)
-            echo "$*" > "$RECORDS/batch"
             trap 'kill $! 2> /dev/null; exit 3' TERM
+            tell batch "$*"
             """
     + STAY
     + """ ;;
-          *bench*) echo "$*" > "$RECORDS/bench"; exit 5 ;;
+          *bench*) tell bench "$*"; exit 5 ;;
           *serve*) """
     + END_WELL
-    + """cp "$RAY_AUTH_TOKEN_PATH" "$RECORDS/token"; echo "$*" > "$RECORDS/serve"
+    + """cp "$RAY_AUTH_TOKEN_PATH" "$RECORDS/token"; tell serve "$*"
             while [ "$1" != --endpoint-file ]; do shift; done
-            echo http://10.0.0.1:8000 > "$2"; """
+            echo http://10.0.0.1:8000 > "$2.new"; mv "$2.new" "$2"; """
     + STAY
     + """ ;;
         esac""",
@@ -83,7 +87,7 @@ class Job:
         for each in (self.records, self.state, programs):
             each.mkdir()
         for name, text in FAKES.items():
-            (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+            (programs / name).write_text(f"#!/bin/bash\n{TELL}\n{text}\n")
             (programs / name).chmod(0o755)
         activate = directory / "activate"
         activate.write_text(f"export PATH={programs}:$PATH RECORDS={self.records}\n")
