@@ -33,7 +33,7 @@ from tensorweave.cluster.rank_actors import create_rank_actor, rank_name, start_
 from tensorweave.cluster.rank_link import RankLinkMonitor
 from tensorweave.cluster.rank_places import RankPlaces
 from tensorweave.cluster.rank_processes import RankProcesses
-from tensorweave.cluster.rank_watch import RankWatch, death_reason, first_line
+from tensorweave.cluster.rank_watch import RankWatch, death_reason, first_line, result_within
 from tensorweave.cluster.ranks import RankReport, RankStarted, describe_durations, describe_phases
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _STOP_TIMEOUT_S: Final = 5.0
+_KEPT_TIMEOUT_S: Final = 30.0
+"""Without an answer, adapters that were loaded while the service ran would be forgotten."""
 _MEASURE_TIMEOUT_S: Final = 20.0
 _ADAPTER_TIMEOUT_S: Final = 150.0
 _LONG_START_S: Final = 15.0
@@ -221,10 +223,10 @@ class Gang:
     async def kept_adapters(self) -> AdapterRecord:
         """What rank 0 keeps; an empty record if it does not answer."""
         try:
-            async with asyncio.timeout(_STOP_TIMEOUT_S):
-                record: AdapterRecord = await self._actors[0].kept_adapters.remote()
-                return record
-        except (TimeoutError, RayError):
+            record: AdapterRecord = await result_within(self._actors[0].kept_adapters.remote(), _KEPT_TIMEOUT_S)
+            return record
+        except (TimeoutError, RayError) as error:
+            logger.warning("gang %s does not tell of its adapters (%s)", self.gang_id, first_line(error))
             return AdapterRecord()
 
     async def keep_plan(self, plan: PoolPlan) -> None:
@@ -255,8 +257,7 @@ class Gang:
     async def _ask_leader(self, method: str, *arguments: Any, timeout_s: float = _STOP_TIMEOUT_S) -> Any:
         """Raises WorkerLost."""
         try:
-            async with asyncio.timeout(timeout_s):
-                return await getattr(self._actors[0], method).remote(*arguments)
+            return await result_within(getattr(self._actors[0], method).remote(*arguments), timeout_s)
         except (TimeoutError, RayError) as error:
             raise WorkerLost(f"gang {self.gang_id}: rank 0 does not answer ({first_line(error)})") from error
 

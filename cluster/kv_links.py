@@ -1,9 +1,9 @@
 """`KvLinkTable`: the rate of the link from each prefill gang to each decode gang, measured once both are ready.
 
 The supervisor updates it with the gangs that are ready. It measures new pairs one after another, so that they do not
-affect each other, and warns of slow links. Routers estimate the time of a transfer from the measurements. With many
-prefill gangs, each decode gang is measured with `MAX_SOURCES` of them, so that the number of pairs grows with that of
-the gangs and not with its square.
+affect each other, tries again those that fail, as one with a gang that stands still for seconds does, and warns of slow
+links. Routers estimate the time of a transfer from the measurements. With many prefill gangs, each decode gang is
+measured with `MAX_SOURCES` of them, so that the number of pairs grows with that of the gangs and not with its square.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ SLOW_BYTES_PER_S: Final = 100e6
 MAX_SOURCES: Final = 16
 _TOLD_SHARE: Final = 16
 """A change is told after each sixteenth of the pairs: all front ends are sent all of them each time."""
+RETRY_AFTER_S: Final = (1.0, 5.0, 25.0)
+"""A pair whose measurement fails is measured again after these pauses. What fails then stays so until a gang is new."""
 
 ReadyGang = tuple[PoolGang, GangAddress]
 Pair = tuple[str, str]
@@ -38,6 +40,8 @@ class KvLinkTable:
         self._receivers: dict[str, PoolGang] = {}
         self._sources: dict[str, KvSource] = {}
         self._waiting: dict[Pair, None] = {}
+        self._num_failed: dict[Pair, int] = {}
+        self._retries: dict[Pair, asyncio.TimerHandle] = {}
         self._task: asyncio.Task[None] | None = None
 
     def update(self, gangs: Sequence[ReadyGang]) -> None:
@@ -55,9 +59,10 @@ class KvLinkTable:
             decode: {prefill: link for prefill, link in self._links.get(decode, {}).items() if prefill in sources}
             for decode in receivers
         }
-        self._waiting = dict.fromkeys(self._missing())
-        if self._waiting and (self._task is None or self._task.done()):
-            self._task = asyncio.create_task(self._measure(), name="kv-links")
+        again = [pair for pair in self._waiting if self._is_known(pair)]
+        self._waiting = dict.fromkeys([*self._missing(), *again])
+        self._num_failed = {pair: count for pair, count in self._num_failed.items() if self._is_known(pair)}
+        self._start()
 
     @property
     def all(self) -> dict[Pair, LinkMeasurement]:
@@ -71,8 +76,18 @@ class KvLinkTable:
         }
 
     def close(self) -> None:
+        for retry in self._retries.values():
+            retry.cancel()
         if self._task is not None:
             self._task.cancel()
+
+    def _is_known(self, pair: Pair) -> bool:
+        """Whether it was measured, and both gangs are still ready."""
+        return pair[1] in self._links.get(pair[0], {})
+
+    def _start(self) -> None:
+        if self._waiting and (self._task is None or self._task.done()):
+            self._task = asyncio.create_task(self._measure(), name="kv-links")
 
     def _missing(self) -> list[Pair]:
         """The pairs to measure. Decode gangs begin at different prefill gangs, so that not all read from the same."""
@@ -92,12 +107,29 @@ class KvLinkTable:
             if pair not in self._waiting:
                 continue
             del self._waiting[pair]
+            if self._links[decode].get(prefill) != link:
+                _log_measurement(pair, link)
             self._links[decode][prefill] = link
-            _log_measurement(pair, link)
+            self._plan_retry(pair, link)
             num_untold += 1
             if not self._waiting or num_untold * _TOLD_SHARE >= sum(map(len, self._links.values())):
                 num_untold = 0
                 self._on_change()
+
+    def _plan_retry(self, pair: Pair, link: LinkMeasurement) -> None:
+        if link.error is None:
+            self._num_failed.pop(pair, None)
+            return
+        self._num_failed[pair] = count = self._num_failed.get(pair, 0) + 1
+        if count <= len(RETRY_AFTER_S) and pair not in self._retries:
+            pause_s = RETRY_AFTER_S[count - 1]
+            self._retries[pair] = asyncio.get_running_loop().call_later(pause_s, self._retry, pair)
+
+    def _retry(self, pair: Pair) -> None:
+        del self._retries[pair]
+        if self._is_known(pair) and pair in self._num_failed:
+            self._waiting[pair] = None
+            self._start()
 
 
 def describe_link(link: LinkMeasurement) -> dict[str, Any]:

@@ -36,14 +36,15 @@ from tensorweave.cluster.resource_requests import ResourceRequests
 from tensorweave.cluster.service_state import DetachedSpec, ServiceState
 from tensorweave.cluster.supervisor_handle import find_supervisor, stop_supervisor
 from tensorweave.cluster.takeover import find_running
-from tensorweave.cluster.watchers import Watchers
+from tensorweave.cluster.watchers import FORGET_S, Watchers
 
 logger = logging.getLogger(__name__)
 
 _LEASE_S: Final = 60.0
 """Front ends call every 10 s, Serve's health check every 5 s."""
 _CHECK_INTERVAL_S: Final = 2.0
-_TELL_TIMEOUT_S: Final = 5.0
+_TELL_TIMEOUT_S: Final = FORGET_S + 1.0
+"""A front end that stands still for seconds is waited for; one that has ended is forgotten before."""
 
 
 class PoolSupervisor:

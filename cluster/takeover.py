@@ -16,6 +16,7 @@ from tensorweave.cluster.gang_record import GangRecord
 from tensorweave.cluster.placement import NamedGroup, find_groups
 from tensorweave.cluster.pool_spec import PoolPlan
 from tensorweave.cluster.rank_actors import rank_name
+from tensorweave.cluster.rank_watch import result_within
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +76,8 @@ async def _read_record(group: NamedGroup, namespace: str) -> tuple[GangRecord | 
         return None, PoolPlan()
     try:
         leader = await asyncio.to_thread(ray.get_actor, rank_name(group.name, 0), namespace)
-        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-            record: GangRecord | None = await leader.record.remote()
-            plan: PoolPlan = await leader.kept_plan.remote()
+        record: GangRecord | None = await result_within(leader.record.remote(), _ANSWER_TIMEOUT_S)
+        plan: PoolPlan = await result_within(leader.kept_plan.remote(), _ANSWER_TIMEOUT_S)
     except (ValueError, RayError, TimeoutError):
         return None, PoolPlan()
     return record, plan

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-_FORGET_S: Final = 25.0
+FORGET_S: Final = 25.0
 """Front ends ask again every 10 s at the latest."""
 
 
@@ -38,5 +38,5 @@ class Watchers:
 
     def _behind(self, version: int) -> bool:
         now_s = self._clock()
-        self._seen = {name: each for name, each in self._seen.items() if now_s - each[1] < _FORGET_S}
+        self._seen = {name: each for name, each in self._seen.items() if now_s - each[1] < FORGET_S}
         return any(seen < version for seen, _ in self._seen.values())

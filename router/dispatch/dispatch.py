@@ -45,7 +45,8 @@ logger = logging.getLogger(__name__)
 
 _NO_DEADLINE_S: Final = 1e9
 _NOT_READY_RETRY_S: Final = 5.0
-_FIND_TIMEOUT_S: Final = 2.0
+_FIND_TIMEOUT_S: Final = 10.0
+"""Of a gang that stands still; one that is gone has closed its link. Without its answer the request starts anew."""
 _RESERVED_TOKENS: Final = 128
 """KV space that a request is assumed to need for its answer; most ask for more than they use."""
 

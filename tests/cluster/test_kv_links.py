@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tensorweave.cluster import kv_links
 from tensorweave.cluster.kv_links import MAX_SOURCES, KvLinkTable, ReadyGang
 from tensorweave.cluster.protocol import GangAddress, KvEndpoint, KvSource, LinkMeasurement, ModelInfo, Role
 
@@ -112,6 +113,27 @@ def test_with_many_prefill_gangs_each_decode_gang_is_measured_with_some_and_rout
         await _until(lambda: len(links.all) == 4 * MAX_SOURCES)
         assert all(source != "p0" for _, source in links.all), "another takes the place of one that is gone"
         assert all(len(set(gang.sources)) == len(gang.sources) for gang, _ in decode if isinstance(gang, _Measuring))
+
+    asyncio.run(body())
+
+
+def test_a_measurement_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_links, "RETRY_AFTER_S", (0.0, 0.0, 0.0))
+
+    async def body() -> None:
+        links = KvLinkTable(lambda: None)
+        slow_to_wake, broken = (_gang(name, "decode", LinkMeasurement(0, 0, "silent")) for name in ("d1", "d2"))
+        one, two = slow_to_wake[0], broken[0]
+        assert isinstance(one, _Measuring)
+        assert isinstance(two, _Measuring)
+        links.update([slow_to_wake, broken, _gang("p", "prefill")])
+        await _until(lambda: len(one.sources) == 2)
+        one.link = LinkMeasurement(1e9, 0.001)
+        await _until(lambda: links.all["d1", "p"].error is None)
+        await _until(lambda: len(two.sources) == 4)
+        await _settled()
+        assert (len(two.sources), links.all["d2", "p"].error) == (4, "silent"), "not for ever"
+        links.close()
 
     asyncio.run(body())
 
