@@ -4,6 +4,8 @@ go on."""
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,15 @@ def llm(directory: Path) -> Iterator[LLM]:
         yield made
 
 
+def unless_armed(is_armed: threading.Event) -> Callable[..., None]:
+    """A logits processor that lets no token come before its trap is set, so that no answer is over by then."""
+
+    def wait(*given: Any) -> None:
+        assert is_armed.wait(PATIENCE_S)
+
+    return wait
+
+
 def check_goes_on(llm: LLM, fails: Callable[[], Any], words: str) -> None:
     """`fails` raises within its request; a request beside it, and the next one, end well."""
     beside = llm.generate_async([5], SamplingParams(max_tokens=20, ignore_eos=True, detokenize=False))
@@ -125,8 +136,11 @@ def test_in_a_schedulers_check(llm: LLM, kind: type[BaseException]) -> None:
 @pytest.mark.parametrize("n", [1, 2])
 def test_in_a_tokenizer(llm: LLM, kind: type[BaseException], n: int) -> None:
     def fail() -> None:
-        future = llm.generate_async("text", SamplingParams(max_tokens=3000, n=n, ignore_eos=True))
+        is_armed = threading.Event()
+        held = SamplingParams(max_tokens=3000, n=n, ignore_eos=True, logits_processor=unless_armed(is_armed))
+        future = llm.generate_async("text", held)
         DECODER_TRAP.kind = kind
+        is_armed.set()
         future.result(PATIENCE_S)
 
     check_goes_on(llm, fail, f"code of the user's own raised {kind.__name__}: enough")
@@ -135,8 +149,11 @@ def test_in_a_tokenizer(llm: LLM, kind: type[BaseException], n: int) -> None:
 @enders
 def test_in_the_step_loop_everybody_hears_of_it(directory: Path, kind: type[BaseException]) -> None:
     with make(directory, scheduler=f"{__name__}:TrappedScheduler") as llm:
-        outputs = [llm.generate_async(PROMPT, SamplingParams(max_tokens=300, ignore_eos=True)) for _ in range(2)]
+        is_armed = threading.Event()
+        held = SamplingParams(max_tokens=300, ignore_eos=True, logits_processor=unless_armed(is_armed))
+        outputs = [llm.generate_async(PROMPT, held) for _ in range(2)]
         TRAP.kind = kind
+        is_armed.set()
         for output in outputs:
             with pytest.raises(WorkerLost, match=f"the step loop failed: {kind.__name__}: enough"):
                 output.result(PATIENCE_S)
@@ -147,7 +164,7 @@ def test_in_the_step_loop_everybody_hears_of_it(directory: Path, kind: type[Base
 @enders
 def test_in_a_kv_managers_events(directory: Path, kind: type[BaseException]) -> None:
     with make(directory, kv_cache_manager=f"{__name__}:TrappedKVCache") as llm:
-        slow = SamplingParams(max_tokens=3000, ignore_eos=True)
+        slow = SamplingParams(max_tokens=3000, ignore_eos=True, logits_processor=lambda *given: time.sleep(0.03))
         output = llm.generate_async(PROMPT, slow)
         TRAP.kind = kind
         assert llm.get_kv_cache_events() == []
