@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ from pydantic import BaseModel
 
 from tensorweave import LLM, GuidedDecodingParams, RequestOutput, SamplingParams
 from tensorweave.cluster.errors import TensorweaveError
+from tensorweave.workers.guided import admission
+from tensorweave.workers.guided.compilers import Compilers
 from tests.llmapi.small_llm import CACHE, one
 from tests.workers.waiting import WAIT_S, wait_until
 
@@ -30,6 +33,30 @@ class Place(BaseModel):
 def llm(directory: Path) -> Iterator[LLM]:
     with LLM(directory, dtype="float32", kv_cache_config=CACHE) as made:
         yield made
+
+
+class HeldCompilers:
+    """No grammar is ready before it may be, however fast it is compiled."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.has_compiled, self.may_end = threading.Event(), threading.Event()
+        compile_guide = Compilers.compile
+
+        def compile_and_wait(*given: Any) -> Any:
+            grammar = compile_guide(*given)
+            self.has_compiled.set()
+            assert self.may_end.wait(WAIT_S)
+            return grammar
+
+        monkeypatch.setattr(Compilers, "compile", compile_and_wait)
+        monkeypatch.setattr(admission, "READY_TIMEOUT_S", 10 * WAIT_S)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldCompilers]:
+    compilers = HeldCompilers(monkeypatch)
+    yield compilers
+    compilers.may_end.set()
 
 
 def asks(max_tokens: int = 200, seed: int | None = 1, **guide: Any) -> SamplingParams:
@@ -121,20 +148,23 @@ def test_what_cannot_be_is_that_requests_own_error(
     assert other.result(WAIT_S).outputs[0].length == 400
 
 
-def test_a_request_may_be_aborted_while_its_grammar_is_compiled(llm: LLM) -> None:
-    """An enumeration of some thousand strings takes seconds."""
-    waiting = llm.generate_async(PROMPT, asks(choice=[f"{number:05}" for number in range(9000)]))
-    time.sleep(0.05)
+def test_a_request_may_be_aborted_while_its_grammar_is_compiled(llm: LLM, held: HeldCompilers) -> None:
+    waiting = llm.generate_async(PROMPT, asks(choice=[f"{number:05}" for number in range(1000)]))
+    assert held.has_compiled.wait(WAIT_S)
     waiting.abort()
     assert waiting.result(WAIT_S).outputs[0].finish_reason == "cancelled"
+    held.may_end.set()
     assert text_of(llm.generate(PROMPT, asks(regex="[ab]"))) in "ab"
 
 
-def test_eight_streams_go_on_while_a_grammar_is_compiled(llm: LLM) -> None:
-    """They get tokens in the meantime: the step loop does not wait for it."""
+def test_eight_streams_go_on_while_a_grammar_is_compiled(llm: LLM, held: HeldCompilers) -> None:
+    """They get tokens in the meantime: the step loop does not wait for it. One paces all, so that none ends before."""
     stop = threading.Event()
     params = SamplingParams(max_tokens=900, ignore_eos=True)  # the KV cache has room for all of them
-    streams = [llm.generate_async([5, 6, number], params, streaming=True) for number in range(8)]
+    paced = replace(params, logits_processor=lambda *given: time.sleep(0.05))
+    streams = [
+        llm.generate_async([5, 6, number], params if number else paced, streaming=True) for number in range(8)
+    ]
     lengths = [0] * 8
 
     def follow(number: int) -> None:
@@ -147,7 +177,7 @@ def test_eight_streams_go_on_while_a_grammar_is_compiled(llm: LLM) -> None:
     for thread in threads:
         thread.start()
     wait_until(lambda: min(lengths) > 0)
-    costly = llm.generate_async(PROMPT, asks(choice=[f"{number:05}" for number in range(9500)]))
+    costly = llm.generate_async(PROMPT, asks(choice=[f"{number:05}" for number in range(2000)]))
     before = list(lengths)
     wait_until(lambda: all(now >= then + 20 for now, then in zip(lengths, before, strict=True)))
     assert not costly.finished, "it is still being compiled"
