@@ -16,7 +16,7 @@ from typing import Any
 
 from tensorweave import LLM, KvCacheConfig, SamplingParams
 
-SLOW = SamplingParams(max_tokens=3000, ignore_eos=True, logits_processor=lambda *given: time.sleep(0.01))
+SLOW = SamplingParams(max_tokens=3000, ignore_eos=True, logits_processor=lambda *given: time.sleep(0.05))
 SHORT = SamplingParams(max_tokens=4, ignore_eos=True)
 PATIENCE_S = 60.0
 

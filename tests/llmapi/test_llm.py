@@ -7,6 +7,7 @@ import pickle
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,15 @@ def test_streaming_diffs_add_up(llm: LLM) -> None:
     params = SamplingParams(max_tokens=24, temperature=1.2, seed=5, ignore_eos=True)
     whole = one(llm.generate("France", params)).outputs[0]
     text, ids, num_iterations = "", [], 0
-    future = llm.generate_async("France", params, streaming=True)
+    has_come, num_prompt = threading.Event(), len(llm.tokenizer.encode("France", add_special_tokens=False))
+
+    def hold_the_second(req_id: int, logits: Any, token_ids: list[list[int]], *others: Any) -> None:
+        """What comes while nobody looks is told as one."""
+        assert len(token_ids[0]) == num_prompt or has_come.wait(60)
+
+    future = llm.generate_async("France", replace(params, logits_processor=hold_the_second), streaming=True)
     for partial in future:
+        has_come.set()
         assert partial is future
         text += partial.outputs[0].text_diff
         ids += partial.outputs[0].token_ids_diff
