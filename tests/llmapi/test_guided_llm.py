@@ -162,9 +162,7 @@ def test_eight_streams_go_on_while_a_grammar_is_compiled(llm: LLM, held: HeldCom
     stop = threading.Event()
     params = SamplingParams(max_tokens=900, ignore_eos=True)  # the KV cache has room for all of them
     paced = replace(params, logits_processor=lambda *given: time.sleep(0.05))
-    streams = [
-        llm.generate_async([5, 6, number], params if number else paced, streaming=True) for number in range(8)
-    ]
+    streams = [llm.generate_async([5, 6, number], params if number else paced, streaming=True) for number in range(8)]
     lengths = [0] * 8
 
     def follow(number: int) -> None:
