@@ -45,6 +45,7 @@ VOCAB = len(byte_level().backend)
 START_TIMEOUT_S = 150.0
 WAIT_S = 60.0
 MAX_TURNS = 10
+QUIET_TURNS = 20
 GPU_SHARE = 0.25
 """Of a GPU, per rank: up to three gangs run at once, and tests here compute beside them."""
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -185,6 +186,14 @@ async def pids_of(fleet: WatchedFleet, role: Role) -> list[int]:
     ]
 
 
+async def ready_pids_of(fleet: WatchedFleet, role: Role) -> list[int]:
+    """The same once there are some."""
+    async with asyncio.timeout(START_TIMEOUT_S):
+        while not (pids := await pids_of(fleet, role)):
+            await asyncio.sleep(0.1)
+    return pids
+
+
 async def gauges_of(fleet: WatchedFleet, role: Role) -> dict[str, float]:
     """The gauges of the first rank of the first gang, from its last heartbeat."""
     for pool in await pools_of(fleet):
@@ -210,6 +219,15 @@ async def answers_of(jobs: Sequence[Running]) -> list[list[int]]:
     return await asyncio.gather(*(job.task for job in jobs))
 
 
+async def until_quiet(jobs: Sequence[Running]) -> None:
+    """Until no token comes in many turns of this loop. Seconds would say nothing where this process stands still."""
+    num_turns, before = 0, [-1]
+    while num_turns < QUIET_TURNS:
+        await asyncio.sleep(0.005)
+        now = [len(job.tokens) for job in jobs]
+        num_turns, before = num_turns + 1 if now == before else 0, now
+
+
 async def kill_midway(
     find_pid: Callable[[], Awaitable[int]],
     start: Callable[[str], list[Running]],
@@ -224,7 +242,7 @@ async def kill_midway(
         await asyncio.sleep(0.05)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
-            await asyncio.sleep(0.1)  # what it had said by then is heard
+            await until_quiet(jobs)  # what it had said by then is heard
             if is_midway(jobs):
                 os.kill(pid, how)
                 return jobs
@@ -262,7 +280,10 @@ def test_pairs_answer_as_one_engine(setup: Setup) -> None:
                 await asyncio.sleep(0.1)
             if setup.device == "cpu":
                 assert await tokens_of(dispatcher, drafted) == expected_drafted
-                assert (await gauges_of(fleet, "decode"))["draft_tokens_total"] > 0
+                give_up_s = asyncio.get_running_loop().time() + WAIT_S
+                while not (await gauges_of(fleet, "decode"))["draft_tokens_total"]:
+                    assert asyncio.get_running_loop().time() < give_up_s, "heartbeats tell of drafts"
+                    await asyncio.sleep(0.1)
                 assert (await gauges_of(fleet, "prefill"))["draft_tokens_total"] == 0
 
     run(body)
@@ -290,7 +311,7 @@ def test_the_death_of_a_prefill_gang_changes_no_token(setup: Setup) -> None:
         async with routed(setup) as (fleet, dispatcher):
 
             async def find_pid() -> int:
-                [pid] = await pids_of(fleet, "prefill")
+                [pid] = await ready_pids_of(fleet, "prefill")
                 return pid
 
             def is_midway(jobs: list[Running]) -> bool:
@@ -317,15 +338,21 @@ def test_the_death_of_a_decode_gang_changes_no_token(setup: Setup, rank: int) ->
         async with routed(setup) as (fleet, dispatcher):
 
             async def find_pid() -> int:
-                return (await pids_of(fleet, "decode"))[rank]
+                return (await ready_pids_of(fleet, "decode"))[rank]
 
             def is_midway(jobs: list[Running]) -> bool:
                 return all(0 < len(job.tokens) < long.max_tokens - 100 for job in jobs)
 
-            jobs = await kill_midway(find_pid, lambda name: start_all(dispatcher, requests, name), is_midway)
+            num_before: list[int] = []
+
+            def start(name: str) -> list[Running]:
+                num_before.append(dispatcher.counts.num_recovered)
+                return start_all(dispatcher, requests, name)
+
+            jobs = await kill_midway(find_pid, start, is_midway)
             async with asyncio.timeout(START_TIMEOUT_S):  # a new gang starts first
                 assert await answers_of(jobs) == expected
-            assert dispatcher.counts.num_recovered == len(jobs)
+            assert dispatcher.counts.num_recovered - num_before[-1] == len(jobs)
 
     run(body)
 

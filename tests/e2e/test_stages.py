@@ -27,7 +27,7 @@ from tensorweave.router.dispatch.policy import build_policy
 from tensorweave.workers.build import build_executor
 from tensorweave.workers.gang.comm import SoloComm
 from tensorweave.workers.rank import RankWorker
-from tests.e2e.test_disaggregated import Running, answers_of, kill_midway, pids_of
+from tests.e2e.test_disaggregated import Running, answers_of, kill_midway, ready_pids_of
 from tests.workers.engine_drive import random_prompts
 from tests.workers.executor_answers import collect_answers
 from tests.workers.tiny_models import VOCAB, make_model
@@ -116,21 +116,24 @@ def test_a_stage_that_dies_or_hangs_loses_no_request(
         await fleet.wait_ready(START_TIMEOUT_S)
         dispatcher = Dispatcher(fleet, build_policy("round_robin"))
 
+        num_before: list[int] = []
+
         def start(name: str) -> list[Running]:
+            num_before.append(dispatcher.counts.num_recovered)
             named = [replace(each, request_id=f"{each.request_id}-{name}", cache_salt=name) for each in requests]
             return [Running(dispatcher, request) for request in named]
 
-        old = await pids_of(fleet, "both")
+        old = await ready_pids_of(fleet, "both")
         assert len(old) == MESH.size
 
         async def find_pid() -> int:
-            return old[rank]
+            return (await ready_pids_of(fleet, "both"))[rank]
 
         jobs = await kill_midway(find_pid, start, is_midway, how)
         async with asyncio.timeout(START_TIMEOUT_S):
             assert await answers_of(jobs) == expected
-        assert dispatcher.counts.num_recovered == len(jobs)
-        new = await pids_of(fleet, "both")
+        assert dispatcher.counts.num_recovered - num_before[-1] == len(jobs)
+        new = await ready_pids_of(fleet, "both")
         assert len(new) == MESH.size
         assert not set(old) & set(new)
         await fleet.close()
