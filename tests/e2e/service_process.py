@@ -112,6 +112,18 @@ def service_pools(port: int) -> list[dict[str, Any]]:
         connection.close()
 
 
+def known_pools(port: int) -> list[dict[str, Any]]:
+    """The same once the supervisor has told it in time, which on a busy machine it may not."""
+    seen: list[list[dict[str, Any]]] = []
+
+    def are_known() -> bool:
+        seen.append(service_pools(port))
+        return seen[-1] != []
+
+    wait_until(are_known, END_TIMEOUT_S, "the pools are known")
+    return seen[-1]
+
+
 def service_environment() -> dict[str, str]:
     """Ours with our sources, and without what a Ray of ours has put there."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_") or key == NO_MEMORY_MONITOR}
@@ -226,7 +238,7 @@ def wait_until(holds: Callable[[], bool], timeout_s: float, what: str, every_s: 
 
 def get_status(port: int, path: str) -> int | None:
     """None if no server answers."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         connection.request("GET", path)
         return connection.getresponse().status

@@ -28,9 +28,9 @@ from tests.e2e.service_process import (
     command_of,
     complete,
     get_status,
+    known_pools,
     num_generated,
     running_service,
-    service_pools,
     wait_until,
     write_config,
     write_model,
@@ -82,11 +82,10 @@ def check_page(port: int) -> None:
 
 
 def check_admin(port: int) -> None:
-    """The admin port tells of the gang, and of the router once it has reported."""
-    assert get_status(admin_port(port), "/") == 200
+    """The admin port tells of the gang and of the router once they have reported."""
+    wait_until(lambda: get_status(admin_port(port), "/") == 200, END_TIMEOUT_S, "the admin port answers")
     wait_until(lambda: status_of(port)["routers"] != [], END_TIMEOUT_S, "the router has reported")
-    [pool] = status_of(port)["pools"]
-    assert pool["gangs"][0]["blocks"]["num_total"] > 0
+    wait_until(lambda: num_blocks(status_of(port)) > 0, END_TIMEOUT_S, "the gang has reported")
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", "/health")
     assert json.loads(connection.getresponse().read()) == {"status": "ok"}
@@ -99,6 +98,15 @@ def status_of(port: int) -> dict[str, Any]:
     status: dict[str, Any] = json.loads(connection.getresponse().read())
     connection.close()
     return status
+
+
+def num_blocks(status: dict[str, Any]) -> int:
+    """Of the one pool's gang; 0 as long as that is not known."""
+    if not status["pools"]:
+        return 0
+    [pool] = status["pools"]
+    blocks = pool["gangs"][0]["blocks"]
+    return 0 if blocks is None else int(blocks["num_total"])
 
 
 def test_a_service_from_start_to_drain(service: tuple[ServiceProcess, int, int], tmp_path: Path) -> None:
@@ -132,7 +140,8 @@ def test_a_service_from_start_to_drain(service: tuple[ServiceProcess, int, int],
     told_before = process.output()
     process.process.send_signal(signal.SIGTERM)
     process.wait_line("SIGTERM", timeout_s=END_TIMEOUT_S)
-    wait_until(lambda: get_status(port, "/ready") == 503 or long.is_over, END_TIMEOUT_S, "new work is refused")
+    # Until it has heard of the end, it takes new work. If it has gone already, none is left to be refused.
+    wait_until(lambda: get_status(port, "/ready") != 200, END_TIMEOUT_S, "new work is refused")
     if not is_turned_away(port):
         wait_until(lambda: long.is_over, END_TIMEOUT_S, "the port closes only after the last answer")
     assert long.num_generated() == 1500
@@ -180,6 +189,18 @@ def named(process: ServiceProcess, name: str) -> list[psutil.Process]:
     return [child for child in process.descendants() if command_of(child).startswith(f"ray::{name}")]
 
 
+def the_one(process: ServiceProcess, name: str) -> psutil.Process:
+    """The actor of this class, once there is one alone."""
+    seen: list[list[psutil.Process]] = []
+
+    def is_alone() -> bool:
+        seen.append(named(process, name))
+        return len(seen[-1]) == 1
+
+    wait_until(is_alone, END_TIMEOUT_S, f"one {name}")
+    return seen[-1][0]
+
+
 def request_ids(port: int, given: str) -> list[str] | None:
     """Those that an answer carries."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -224,8 +245,7 @@ def survives_its_actors(process: ServiceProcess, port: int, proxy_port: int) -> 
     through_it_all = RunningAnswer(port, max_tokens=1500)
     for actor in ("PoolSupervisor", "ServeReplica:tensorweave:Pools", "ProcessSentinel", "ServiceActor"):
         # Serve may just be replacing the pools' replica, because it found no supervisor.
-        wait_until(lambda actor=actor: len(named(process, actor)) == 1, END_TIMEOUT_S, f"one {actor}")
-        [victim] = named(process, actor)
+        victim = the_one(process, actor)
         victim.kill()
         wait_until(
             lambda actor=actor, victim=victim: named(process, actor) not in ([], [victim]),
@@ -233,8 +253,7 @@ def survives_its_actors(process: ServiceProcess, port: int, proxy_port: int) -> 
             f"a new {actor}",
         )
     assert through_it_all.num_generated() == 1500
-    wait_until(lambda: service_pools(port) != [], END_TIMEOUT_S, "the new supervisor tells of its pools")
-    [gang] = service_pools(port)[0]["gangs"]
+    [gang] = known_pools(port)[0]["gangs"]
     assert (gang["state"], [rank["pid"] for rank in gang["ranks"]]) == ("ready", [rank.pid for rank in ranks])
     assert num_generated(complete(port)) == 4
     process.wait_line('"output_tokens": 4,', timeout_s=END_TIMEOUT_S)
