@@ -116,7 +116,9 @@ def test_loads_and_unloads_take_effect_with_the_next_request(service: Service) -
     assert "no PEFT adapter can be read" in answer["error"]["message"]
     with ThreadPoolExecutor(1) as pool:
         streaming = pool.submit(service.tokens, "blue", 1500)
-        wait_until(lambda: _num_running(service) > 0, END_TIMEOUT_S, "the long answer runs", every_s=0.02)
+        wait_until(
+            lambda: _num_running(service) > 0 or streaming.done(), END_TIMEOUT_S, "the long answer runs", every_s=0.02
+        )
         assert service.admin("unload", lora_name="blue")[0] == 200
         status, answer = service.call("POST", "/v1/completions", {"model": "blue", "prompt": "a"})
         assert status == 404, answer
@@ -172,10 +174,21 @@ def _kill(service: Service, role: str) -> None:
         os.kill(victim.pid, signal.SIGKILL)
         wait_until(lambda: get_status(service.port, "/ready") == 200, END_TIMEOUT_S, "a new router")
     else:
-        before = _pids(service, role)
-        assert before
+        before = _ready_pids(service, role)
         os.kill(before[0], signal.SIGKILL)
         wait_until(lambda: _pids(service, role) not in ([], before), END_TIMEOUT_S, f"a new gang of {role}")
+
+
+def _ready_pids(service: Service, role: str) -> list[int]:
+    """The same once there are some: the supervisor may be slow to tell."""
+    seen: list[list[int]] = []
+
+    def are_ready() -> bool:
+        seen.append(_pids(service, role))
+        return seen[-1] != []
+
+    wait_until(are_ready, END_TIMEOUT_S, f"a gang of {role} is ready")
+    return seen[-1]
 
 
 def _pids(service: Service, role: str) -> list[int]:

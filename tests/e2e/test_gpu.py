@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 import torch
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tensorweave import LLM, KvCacheConfig
 from tensorweave.workers.store.model_store import resolve_model
 from tests.e2e.bfloat16_logprobs import measure
-from tests.e2e.service_process import END_TIMEOUT_S, free_ports, running_service, wait_until
+from tests.e2e.service_process import END_TIMEOUT_S, free_ports, known_pools, running_service, wait_until
 from tests.e2e.test_smollm2 import GREEDY, GREEDY_64, IDS, chat_prompts, token_ids
 
 MEAN_ERROR, LARGEST_ERROR = 0.1, 0.8
@@ -73,16 +72,16 @@ def test_bfloat16_log_probabilities(model: Path) -> None:
     assert ours.mean < 1.5 * theirs.mean
 
 
-def gauges_of(admin_url: str, role: str) -> tuple[int, dict[str, float]]:
+def gauges_of(port: int, role: str) -> tuple[int, dict[str, float]]:
     """The pid of rank 0 of the one gang of this role, and its gauges."""
-    [pool] = [pool for pool in httpx.get(f"{admin_url}/health", timeout=10).json()["pools"] if pool["role"] == role]
+    [pool] = [pool for pool in known_pools(port) if pool["role"] == role]
     rank = pool["gangs"][0]["ranks"][0]
     return int(rank["pid"]), rank["gauges"]
 
 
-def num_blocks(admin_url: str) -> float:
+def num_blocks(port: int) -> float:
     """What the decode gang has fetched, from its last heartbeat."""
-    _, gauges = gauges_of(admin_url, "decode")
+    _, gauges = gauges_of(port, "decode")
     return gauges.get("kv_transfer_blocks_total", 0.0)
 
 
@@ -107,8 +106,7 @@ def test_prefill_on_one_gpu_and_decode_on_another(model: Path, tmp_path: Path, b
     config = tmp_path / "service.yaml"
     config.write_text(json.dumps(settings))
     with running_service(config) as service:
-        url, admin_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin_port}"
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
         tokenizer = AutoTokenizer.from_pretrained(model)
         for question, ids in zip(GREEDY, IDS, strict=True):
             answer = client.chat.completions.create(
@@ -128,8 +126,8 @@ def test_prefill_on_one_gpu_and_decode_on_another(model: Path, tmp_path: Path, b
 
         prompt = "Once upon a time there was a small robot. " * 80
         whole = "".join(chunk.choices[0].text for chunk in stream(prompt))
-        wait_until(lambda: num_blocks(admin_url) > 20, END_TIMEOUT_S, "heartbeats tell that KV was moved")
-        pid, gauges = gauges_of(admin_url, "decode")
+        wait_until(lambda: num_blocks(port) > 20, END_TIMEOUT_S, "heartbeats tell that KV was moved")
+        pid, gauges = gauges_of(port, "decode")
         print(backend, [line for line in service.lines if "GB/s" in line or "MB/s" in line])
         print({name: value for name, value in gauges.items() if name.startswith("kv_")})
         pieces = []

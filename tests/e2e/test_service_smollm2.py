@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from transformers import AutoTokenizer
@@ -20,6 +19,7 @@ from tests.e2e.service_process import (
     alive,
     command_of,
     free_ports,
+    known_pools,
     running_service,
     wait_until,
 )
@@ -59,27 +59,26 @@ def check_answers(client: openai.OpenAI, texts: list[str]) -> None:
     assert "".join(chunk.choices[0].text for chunk in completion)
 
 
-def total(admin_url: str, *names: str) -> float:
+def total(port: int, *names: str) -> float:
     """Of these gauges, over all ranks."""
-    pools = httpx.get(f"{admin_url}/health", timeout=60).json()["pools"]
-    ranks = [rank for pool in pools for gang in pool["gangs"] for rank in gang["ranks"]]
+    ranks = [rank for pool in known_pools(port) for gang in pool["gangs"] for rank in gang["ranks"]]
     return sum(float(rank["gauges"].get(name, 0)) for rank in ranks for name in names)
 
 
-def num_held(admin_url: str) -> float:
-    return total(admin_url, "num_requests_running", "kv_cache_usage_perc")
+def num_held(port: int) -> float:
+    return total(port, "num_requests_running", "kv_cache_usage_perc")
 
 
-def check_disconnect(admin_url: str, client: openai.OpenAI) -> None:
-    num_before = total(admin_url, "generation_tokens_total")
+def check_disconnect(port: int, client: openai.OpenAI) -> None:
+    num_before = total(port, "generation_tokens_total")
     stream = client.completions.create(
         model=NAME, prompt="x " * 300, max_tokens=MANY_TOKENS, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
-    wait_until(lambda: num_held(admin_url) > 0, SEEN_WITHIN_S, "the request is seen running")
+    wait_until(lambda: num_held(port) > 0, SEEN_WITHIN_S, "the request is seen running")
     stream.close()
-    wait_until(lambda: num_held(admin_url) == 0, SEEN_WITHIN_S, "its blocks are free")
-    assert total(admin_url, "generation_tokens_total") - num_before < MANY_TOKENS, "it was not left to run to its end"
+    wait_until(lambda: num_held(port) == 0, SEEN_WITHIN_S, "its blocks are free")
+    assert total(port, "generation_tokens_total") - num_before < MANY_TOKENS, "it was not left to run to its end"
 
 
 AGGREGATED = pytest.param("laptop_aggregated.yaml", marks=pytest.mark.long("takes half a minute"))
@@ -97,7 +96,7 @@ def test_the_real_model_over_http(file: str) -> None:
         url = f"http://127.0.0.1:{port}"
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         check_answers(client, texts)
-        check_disconnect(f"http://127.0.0.1:{admin_port}", client)
+        check_disconnect(port, client)
         assert [listed.id for listed in client.models.list()] == [NAME]
         check_end(service)
 
