@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +24,9 @@ from tests.e2e.service_process import (
     REPOSITORY,
     ServiceProcess,
     alive,
+    known_pools,
     running_service,
     service_environment,
-    service_pools,
     wait_until,
     write_config,
     write_model,
@@ -33,6 +37,8 @@ pytestmark = pytest.mark.timeout(600)
 NUM_LINES = 500
 KILLS_AT = (60, 150, 240)
 RANK_KILL_AT, SERVICE_KILL_AT = 320, 400
+SPARE_LINES = 40
+"""Of those that may be answered behind a number that is waited for, so that requests run when it is reached."""
 MAX_TOKENS = 6
 
 
@@ -54,14 +60,79 @@ def _request(number: int, shared: dict[str, Any]) -> dict[str, Any]:
     return {"custom_id": f"line-{number}", "method": "POST", "url": url, "body": {**shared, **body}}
 
 
+class Gate(ThreadingHTTPServer):
+    """Between the command and the service on `port`: with `limit` lines in the output no more requests pass, so that
+    what is to be killed in the midst of its work is met there, however late. A service that is away, or goes away, is
+    so for the command too."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int, output: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Passing)
+        self.service_port, self.output = port, output
+        self.limit = 0
+        self._thread = threading.Thread(target=self.serve_forever)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def num_lines(self) -> int:
+        return self.output.read_bytes().count(b"\n") if self.output.exists() else 0
+
+    def __enter__(self) -> Gate:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.limit = NUM_LINES + 1
+        self.shutdown()
+        self._thread.join(ANSWER_TIMEOUT_S)
+        super().__exit__()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """The command was killed before its answer came."""
+
+
+class Passing(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Gate
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        while self.server.num_lines() >= self.server.limit:
+            time.sleep(0.02)
+        service = http.client.HTTPConnection("127.0.0.1", self.server.service_port, timeout=ANSWER_TIMEOUT_S)
+        try:
+            service.request("POST", self.path, body, {"content-type": "application/json"})
+            answer = service.getresponse()
+            text = answer.read()
+        except (OSError, http.client.HTTPException):
+            self.close_connection = True
+            return
+        finally:
+            service.close()
+        self.send_response(answer.status)
+        for name in ("content-type", "x-request-id", "retry-after"):
+            if (value := answer.getheader(name)) is not None:
+                self.send_header(name, value)
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: Any) -> None:
+        return None
+
+
 class Command:
     """The command over files in one folder, as a process of its own each time."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self.output, self.errors, self._log = folder / "out.jsonl", folder / "out.errors.jsonl", folder / "log"
+        self.gate = Gate(port, self.output)
         (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in requests()))
         files = ["--input", str(folder / "in.jsonl"), "--output", str(self.output)]
-        command = ["batch", *files, "--url", f"http://127.0.0.1:{port}", "--concurrency", "8"]
+        command = ["batch", *files, "--url", self.gate.url, "--concurrency", "8"]
         self._command = [sys.executable, "-m", "tensorweave.cli.main", *command]
 
     @contextmanager
@@ -75,17 +146,15 @@ class Command:
             process.wait(timeout=60)
 
     def wait_lines(self, process: subprocess.Popen[bytes], count: int) -> None:
-        """Wait until it has written so many, and still runs."""
+        """Wait until it has written so many, and still runs: some more may follow, but not the last."""
+        self.gate.limit = count + SPARE_LINES
         wait_until(
-            lambda: process.poll() is not None or self.num_lines() >= count,
+            lambda: process.poll() is not None or self.gate.num_lines() >= count,
             ANSWER_TIMEOUT_S,
             f"{count} lines are answered",
             every_s=0.01,
         )
         assert process.poll() is None, self.log()
-
-    def num_lines(self) -> int:
-        return self.output.read_bytes().count(b"\n") if self.output.exists() else 0
 
     def log(self) -> str:
         return self._log.read_text()
@@ -107,14 +176,14 @@ def service(config: Path) -> Iterator[ServiceProcess]:
 
 def a_rank(port: int) -> int:
     """The pid of a rank of a ready gang that decodes."""
-    gangs = [gang for pool in service_pools(port) if pool["role"] != "prefill" for gang in pool["gangs"]]
+    gangs = [gang for pool in known_pools(port) if pool["role"] != "prefill" for gang in pool["gangs"]]
     return next(int(gang["ranks"][0]["pid"]) for gang in gangs if gang["state"] == "ready")
 
 
 def test_each_line_has_one_result_whatever_is_killed(tmp_path: Path) -> None:
     config, port, _ = write_config(tmp_path, write_model(tmp_path / "model"))
     command = Command(tmp_path, port)
-    with contextlib.ExitStack() as running:
+    with command.gate, contextlib.ExitStack() as running:
         with service(config):
             for count in KILLS_AT:
                 with command.running() as process:
@@ -124,6 +193,7 @@ def test_each_line_has_one_result_whatever_is_killed(tmp_path: Path) -> None:
             psutil.Process(a_rank(port)).kill()
             command.wait_lines(process, SERVICE_KILL_AT)
         with service(config):
+            command.gate.limit = NUM_LINES
             assert process.wait(timeout=ANSWER_TIMEOUT_S) == 0, command.log()
     check_results(command)
 
