@@ -16,6 +16,7 @@ import pytest
 
 from tensorweave import LLM, RequestOutput, SamplingParams
 from tests.llmapi.small_llm import CACHE
+from tests.workers.waiting import collect_until
 
 PATIENCE_S = 60.0
 
@@ -87,7 +88,7 @@ def test_a_stream_left_in_an_event_loop_is_cancelled(llm: LLM, ending: str) -> N
             cycle: list[Any] = [iterator]
             cycle.append(cycle)
             del iterator, cycle
-            gc.collect()
+            collect_until(output.aborted)
         assert output.aborted(), "at once, not when the loop ends"
 
     asyncio.run(read())

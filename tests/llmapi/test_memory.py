@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from pathlib import Path
 
 from tensorweave import LLM
 from tensorweave.llmapi.engine import LocalEngine
 from tests.llmapi.small_llm import CACHE, write_small_model
+from tests.workers.waiting import collect_until
 
 
 def test_nothing_holds_the_executor_of_an_llm_that_is_gone(tmp_path: Path) -> None:
@@ -19,5 +19,4 @@ def test_nothing_holds_the_executor_of_an_llm_that_is_gone(tmp_path: Path) -> No
     assert executor() is not None
     llm.shutdown()
     del llm, engine
-    gc.collect()
-    assert executor() is None
+    collect_until(lambda: executor() is None)

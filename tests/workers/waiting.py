@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import time
 from collections.abc import Callable
@@ -15,6 +16,16 @@ def wait_until(is_so: Callable[[], object], timeout_s: float = WAIT_S) -> None:
     while not is_so():
         assert time.monotonic() < deadline_s, f"not so within {timeout_s:g} s"
         time.sleep(_LOOK_S)
+
+
+def collect_until(is_so: Callable[[], object]) -> None:
+    """Collect garbage until it is so: `gc.collect` does nothing while a collection runs in another thread."""
+
+    def is_so_now() -> object:
+        gc.collect()
+        return is_so()
+
+    wait_until(is_so_now)
 
 
 def is_hung_up_after(noise: bytes, address: tuple[str, int]) -> bool:
