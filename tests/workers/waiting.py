@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import socket
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
 
 WAIT_S = 60.0
@@ -19,13 +22,25 @@ def wait_until(is_so: Callable[[], object], timeout_s: float = WAIT_S) -> None:
 
 
 def collect_until(is_so: Callable[[], object]) -> None:
-    """Collect garbage until it is so: `gc.collect` does nothing while a collection runs in another thread."""
-
-    def is_so_now() -> object:
+    """Collect garbage until it is so. While a collection runs in another thread, `gc.collect` does nothing; if that one
+    does not end, the error shows what all threads do."""
+    deadline_s = time.monotonic() + WAIT_S
+    while True:
+        num_before = gc.get_stats()[-1]["collections"]
         gc.collect()
-        return is_so()
+        if is_so():
+            return
+        has_collected = gc.get_stats()[-1]["collections"] > num_before
+        if time.monotonic() >= deadline_s:
+            blocked = "" if has_collected else f", and no collection ends in another thread:\n{_stacks()}"
+            raise AssertionError(f"not so within {WAIT_S:g} s{blocked}")
+        time.sleep(_LOOK_S)
 
-    wait_until(is_so_now)
+
+def _stacks() -> str:
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = sys._current_frames().items()
+    return "\n".join(f"{names.get(ident)}:\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames)
 
 
 def is_hung_up_after(noise: bytes, address: tuple[str, int]) -> bool:

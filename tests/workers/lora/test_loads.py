@@ -16,7 +16,7 @@ from tensorweave.workers.step.adapter import RankAdapter
 from tests.workers.lora.adapter_gang import AdapterGang, adapter_at
 from tests.workers.lora.markers import make_marked_model, write_marker
 from tests.workers.tiny_models import their_greedy
-from tests.workers.waiting import wait_until
+from tests.workers.waiting import collect_until, wait_until
 
 PROMPT = list(range(5, 45))
 MARKERS = (40, 77, 101, 133, 150, 199)
@@ -67,7 +67,7 @@ def test_a_thousand_loads_under_traffic(setup: Setup, gang: AdapterGang) -> None
         turn += 1
         gang.tokens.clear()
     assert gang.gauges()["adapters_in_memory"] <= CAPACITY
-    wait_until(lambda: len(_alive() - of_others) <= CAPACITY)  # the last step lets go of its rows
+    collect_until(lambda: len(_alive() - of_others) <= CAPACITY)  # the last step lets go of its rows
     wait_until(lambda: threading.active_count() <= num_threads + CAPACITY + 1)  # each load has a timer while it runs
 
 
