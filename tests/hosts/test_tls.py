@@ -54,8 +54,9 @@ def test_requests_and_kv_are_encrypted(service: Service, files: TlsFiles, note: 
     assert service.hosts_of("decode") == [[service.cluster.hosts[2].address]]
     with Traffic(service.url, model="m", verify=pinned_context(files.certificate)) as traffic:
         traffic.await_requests(20)
+        # Until the prefill gang is ready and the link to it measured, the decode gang computes prompts itself.
+        wait_until(lambda: service.num_blocks_moved() > 0, 60, "KV moves, which gangs report with their next heartbeat")
     assert not traffic.seen.failures, traffic.seen.describe()
-    wait_until(lambda: service.num_blocks_moved() > 0, 60, "KV moves, which gangs report with their next heartbeat")
     note(f"{traffic.seen.describe()}; {service.num_blocks_moved()} KV blocks moved")
 
 
