@@ -45,8 +45,7 @@ def gang(setup: Setup) -> Iterator[AdapterGang]:
 
 
 def _alive() -> set[int]:
-    """The ids of all adapters in this process."""
-    gc.collect()
+    """The ids of all adapters in this process, garbage among them."""
     return {id(each) for each in gc.get_objects() if type(each) is RankAdapter}
 
 
@@ -54,6 +53,7 @@ def _alive() -> set[int]:
 def test_a_thousand_loads_under_traffic(setup: Setup, gang: AdapterGang) -> None:
     """Six adapters in room for four, in turn and together, with the base model between them."""
     adapters = {marker: adapter_at(setup.path / str(marker)) for marker in MARKERS}
+    gc.collect()
     num_threads, of_others = threading.active_count(), _alive()
     before = gang.gauges()["adapter_loads_total"]
     turn = 0
