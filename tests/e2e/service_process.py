@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -27,6 +27,8 @@ from tests.conftest import NO_MEMORY_MONITOR, OVERLAP
 from tests.router.small_tokenizers import byte_level
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+T = TypeVar("T")
+
 START_TIMEOUT_S = 200.0
 END_TIMEOUT_S = 150.0
 ANSWER_TIMEOUT_S = 120.0
@@ -114,14 +116,7 @@ def service_pools(port: int) -> list[dict[str, Any]]:
 
 def known_pools(port: int) -> list[dict[str, Any]]:
     """The same once the supervisor has told it in time, which on a busy machine it may not."""
-    seen: list[list[dict[str, Any]]] = []
-
-    def are_known() -> bool:
-        seen.append(service_pools(port))
-        return seen[-1] != []
-
-    wait_until(are_known, END_TIMEOUT_S, "the pools are known")
-    return seen[-1]
+    return wait_for(lambda: service_pools(port), END_TIMEOUT_S, "the pools are known")
 
 
 def service_environment() -> dict[str, str]:
@@ -234,6 +229,18 @@ def wait_until(holds: Callable[[], bool], timeout_s: float, what: str, every_s: 
         assert time.monotonic() - started_s < timeout_s, f"not within {timeout_s:g} s: {what}"
         time.sleep(every_s)
     return time.monotonic() - started_s
+
+
+def wait_for(find: Callable[[], list[T]], timeout_s: float, what: str) -> list[T]:
+    """What `find` returns once it finds something."""
+    found: list[T] = []
+
+    def has_found() -> bool:
+        found[:] = find()
+        return found != []
+
+    wait_until(has_found, timeout_s, what)
+    return found
 
 
 def get_status(port: int, path: str) -> int | None:

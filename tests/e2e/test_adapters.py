@@ -27,6 +27,7 @@ from tests.e2e.service_process import (
     get_status,
     running_service,
     service_pools,
+    wait_for,
     wait_until,
     write_config,
 )
@@ -174,21 +175,9 @@ def _kill(service: Service, role: str) -> None:
         os.kill(victim.pid, signal.SIGKILL)
         wait_until(lambda: get_status(service.port, "/ready") == 200, END_TIMEOUT_S, "a new router")
     else:
-        before = _ready_pids(service, role)
+        before = wait_for(lambda: _pids(service, role), END_TIMEOUT_S, f"a gang of {role} is ready")
         os.kill(before[0], signal.SIGKILL)
         wait_until(lambda: _pids(service, role) not in ([], before), END_TIMEOUT_S, f"a new gang of {role}")
-
-
-def _ready_pids(service: Service, role: str) -> list[int]:
-    """The same once there are some: the supervisor may be slow to tell."""
-    seen: list[list[int]] = []
-
-    def are_ready() -> bool:
-        seen.append(_pids(service, role))
-        return seen[-1] != []
-
-    wait_until(are_ready, END_TIMEOUT_S, f"a gang of {role} is ready")
-    return seen[-1]
 
 
 def _pids(service: Service, role: str) -> list[int]:

@@ -31,6 +31,7 @@ from tests.e2e.service_process import (
     known_pools,
     num_generated,
     running_service,
+    wait_for,
     wait_until,
     write_config,
     write_model,
@@ -191,14 +192,12 @@ def named(process: ServiceProcess, name: str) -> list[psutil.Process]:
 
 def the_one(process: ServiceProcess, name: str) -> psutil.Process:
     """The actor of this class, once there is one alone."""
-    seen: list[list[psutil.Process]] = []
 
-    def is_alone() -> bool:
-        seen.append(named(process, name))
-        return len(seen[-1]) == 1
+    def find() -> list[psutil.Process]:
+        found = named(process, name)
+        return found if len(found) == 1 else []
 
-    wait_until(is_alone, END_TIMEOUT_S, f"one {name}")
-    return seen[-1][0]
+    return wait_for(find, END_TIMEOUT_S, f"one {name}")[0]
 
 
 def request_ids(port: int, given: str) -> list[str] | None:
